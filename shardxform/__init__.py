@@ -1,0 +1,3 @@
+"""shardxform."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,263 @@
+"""A checkpoint directory as an immutable table: tensor name -> where its bytes are, with config and sidecars.
+
+Opening reads the config, the index and the shards' headers, never tensor data. Whatever a stranger put there is
+checked before anything relies on it; a malformed checkpoint is refused with the place of the fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from shardxform import header
+from shardxform.errors import CheckpointError
+from shardxform.strictjson import JsonError, parse_object
+from shardxform.tensors import ByteRange, TensorRef
+
+__all__ = ["CONFIG", "INDEX", "Checkpoint", "Shard", "Sidecar", "is_plain_name", "scan"]
+
+CONFIG: Final = "config.json"
+INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+_MAX_JSON_BYTES: Final = 64 << 20
+_MAX_SIDECAR_BYTES: Final = 256 << 20
+
+# What transformers, vLLM and SGLang read beside the shards, and what a publisher must pass on. Lower case.
+_SIDECARS: Final = (
+    "*tokenizer*",
+    "*.jinja",
+    "*.model",
+    "*.py",
+    "*.tiktoken",
+    "added_tokens.json",
+    "additional_chat_templates/*.jinja",
+    "chat_template*",
+    "generation_config.json",
+    "license*",
+    "licence*",
+    "merges.txt",
+    "notice*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "readme*",
+    "special_tokens_map.json",
+    "usage_policy*",
+    "use_policy*",
+    "video_preprocessor_config.json",
+    "vocab.*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One `.safetensors` file as it was when opened. `header_sha256` covers length prefix and JSON."""
+
+    name: str
+    nbytes: int
+    data_start: int
+    header_sha256: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A small file beside the shards that belongs to the model; `name` is relative to the checkpoint."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, or a view of one that nobody wrote.
+
+    `tensors` is in source order: shards by name, then offset. `config` is the parsed config.json. `unread` names
+    what else lies in the directory and is no part of the model.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    shards: tuple[Shard, ...]
+    sidecars: tuple[Sidecar, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Open a checkpoint directory from config, index and headers alone.
+
+        Raises:
+            CheckpointError: the first of everything that `scan` finds wrong.
+
+        """
+        checkpoint, errors = scan(Path(path))
+        if errors or checkpoint is None:
+            raise errors[0]
+        return checkpoint
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+
+@dataclass(slots=True)
+class _Table:
+    """What `scan` gathers: tensors and shards that could be read, and every error on the way."""
+
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=list)
+    errors: list[CheckpointError] = field(default_factory=list)
+
+
+def scan(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """Read a checkpoint's config, index and headers, and list everything that is wrong with them.
+
+    Returns:
+        the checkpoint as far as it could be read (None without config or shards), and the errors.
+
+    """
+    table = _Table()
+    try:
+        config = _read_json(root / CONFIG, root)
+        weight_map = _weight_map(root)
+    except CheckpointError as e:
+        return None, [e]
+    for name in sorted(set(weight_map.values()) if weight_map else _lone_shard(root)):
+        try:
+            _read_shard(root, name, table)
+        except CheckpointError as e:
+            table.errors.append(e)
+    if weight_map:
+        table.errors.extend(_compare_index(weight_map, table))
+    sidecars, unread, errors = _other_files(root, {shard.name for shard in table.shards} | {CONFIG, INDEX})
+    table.errors.extend(errors)
+    checkpoint = Checkpoint(root, config, table.tensors, tuple(table.shards), sidecars, unread)
+    if not table.shards and not table.errors:
+        table.errors.append(CheckpointError(f"{root}: no safetensors shard and no {INDEX}"))
+    return checkpoint, table.errors
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` can only mean a file in the directory itself."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name not in (".", "..")
+        and not re.search(r"[/\\\x00-\x1f\x7f]", name)
+    )
+
+
+def _read_json(path: Path, root: Path) -> dict[str, Any]:
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such directory")
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes, expected at most {_MAX_JSON_BYTES}")
+        return parse_object(path.read_bytes())
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{root}: no {path.name}; expected a checkpoint directory") from e
+    except OSError as e:
+        raise CheckpointError(f"{path}: {e.strerror}") from e
+    except JsonError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    """`weight_map` of the index, checked; empty when there is no index."""
+    if not os.path.lexists(root / INDEX):
+        return {}
+    weight_map = _read_json(root / INDEX, root).get("weight_map")
+    where = root / INDEX
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: expected a non-empty object 'weight_map'")
+    for tensor, shard in weight_map.items():
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{where}: weight_map[{tensor!r}]: expected a plain .safetensors file name, found {shard!r}"
+            )
+    return weight_map
+
+
+def _lone_shard(root: Path) -> list[str]:
+    """The one shard of a checkpoint without an index."""
+    names = sorted(path.name for path in root.iterdir() if path.name.endswith(".safetensors"))
+    if _SINGLE in names:
+        return [_SINGLE]
+    if len(names) > 1:
+        raise CheckpointError(f"{root}: {len(names)} .safetensors files but no {INDEX} to say which belong together")
+    return names
+
+
+def _read_shard(root: Path, name: str, table: _Table) -> None:
+    path = root / name
+    try:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            prefix = file.read(header.LENGTH_BYTES)
+            start = header.data_start(prefix, info.st_size, str(path))
+            text = file.read(start - header.LENGTH_BYTES)
+    except OSError as e:
+        detail = "listed in the index but missing" if isinstance(e, FileNotFoundError) else e.strerror
+        raise CheckpointError(f"{path}: {detail}") from e
+    entries = header.decode(text, info.st_size - start, str(path))
+    table.shards.append(Shard(name, info.st_size, start, hashlib.sha256(prefix + text).hexdigest(), info.st_mtime_ns))
+    for entry in entries:
+        spec = entry.spec
+        ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
+        earlier = table.tensors.setdefault(spec.name, TensorRef(spec, ranges))
+        if earlier.ranges is not ranges and (earlier.spec is not spec):
+            first = earlier.ranges[0].file if earlier.ranges else "another shard"
+            table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
+
+
+def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:
+    read = {shard.name for shard in table.shards}
+    for name, shard in weight_map.items():
+        ref = table.tensors.get(name)
+        if shard in read and (ref is None or (ref.ranges and ref.ranges[0].file != shard)):
+            found = f"it is in {ref.ranges[0].file}" if ref else "no shard has it"
+            yield CheckpointError(f"{INDEX}: tensor '{name}' should be in {shard}, but {found}")
+    for name, ref in table.tensors.items():
+        if name not in weight_map:
+            where = ref.ranges[0].file if ref.ranges else "a shard"
+            yield CheckpointError(f"{INDEX}: tensor '{name}' is in {where} but not in the index")
+
+
+def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tuple[str, ...], list[CheckpointError]]:
+    """Split what else lies in the directory into sidecars, files to leave, and links that lead nowhere."""
+    sidecars: list[Sidecar] = []
+    unread: list[str] = []
+    errors: list[CheckpointError] = []
+    for name in sorted(_names(root)):
+        if name in known:
+            continue
+        if not any(fnmatchcase(name.lower(), pattern) for pattern in _SIDECARS):
+            unread.append(name)
+            continue
+        try:
+            info = (root / name).stat()
+        except OSError as e:
+            errors.append(CheckpointError(f"{root / name}: {e.strerror}"))
+            continue
+        if stat.S_ISREG(info.st_mode) and info.st_size <= _MAX_SIDECAR_BYTES:
+            sidecars.append(Sidecar(name, info.st_size))
+        else:
+            unread.append(name)
+    return tuple(sidecars), tuple(unread), errors
+
+
+def _names(root: Path) -> Iterable[str]:
+    for entry in os.scandir(root):
+        if entry.name == "additional_chat_templates" and entry.is_dir():
+            yield from (f"{entry.name}/{child.name}" for child in os.scandir(entry.path))
+        else:
+            yield entry.name + ("/" if entry.is_dir() else "")

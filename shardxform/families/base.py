@@ -1,0 +1,162 @@
+"""What a family is: one architecture as data.
+
+A family lists its tensors as templates: a name with placeholders, a symbolic shape, a role. The same list answers
+both questions that are ever asked: "what is this tensor?" (`layout.Layout`) and "which tensors must be there?"
+(`layout.expected`). Names only; no bytes, no files. Adding a family is one entry: see docs/adding-a-family.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+__all__ = ["COUNT_KEYS", "Config", "Family", "Mtp", "Role", "Scope", "Template", "Wrapper"]
+
+Config = Mapping[str, Any]
+Condition = Callable[[Config, int], bool]
+Symbol = str | Callable[[Config], int]
+
+Role = Literal[
+    "routed experts",
+    "router",
+    "shared experts",
+    "attention",
+    "linear attention",
+    "dense mlp",
+    "norms",
+    "embeddings",
+    "lm head",
+    "vision",
+    "mtp",
+]
+Scope = Literal["root", "block", "mtp", "vision"]
+
+COUNT_KEYS: Final = frozenset(
+    {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
+)
+"""Every config key known to count routed experts; one that a family does not name is refused, never left stale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One tensor of a family.
+
+    Attributes:
+        name: relative to its scope's prefix; `{e}` stands for an expert id, `{b}` for a vision block.
+        shape: dimensions separated by commas, each a sum of products of symbols and integers, as in `E,2*I,H`.
+            A leading `E` means one row per expert: pruning slices it. `?` leaves the shape unchecked.
+        role: what its size is counted under.
+        when: name of the family's condition on (config, layer) under which the tensor exists; empty for always.
+        variant: `fused` or `per-expert` for experts; one of the two is present in a block.
+        optional: accepted when present, never missed.
+
+    """
+
+    name: str
+    shape: str
+    role: Role
+    when: str = ""
+    variant: str = ""
+    optional: bool = False
+
+    @property
+    def numbered(self) -> bool:
+        """Whether there is one tensor per routed expert."""
+        return "{e}" in self.name
+
+    @property
+    def sliced(self) -> bool:
+        """Whether dim 0 counts routed experts."""
+        return self.shape.split(",")[0] == "E"
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """One class under which the family's checkpoints are published.
+
+    Attributes:
+        architecture: as in config.json's `architectures`.
+        model_type: at the top level of config.json.
+        text_key: key of the nested text config, or None when the top level is the text config.
+        prefix: what decoder names begin with, such as `model.language_model.`.
+        vision: whether the class has a vision tower.
+
+    """
+
+    architecture: str
+    model_type: str
+    text_key: str | None
+    prefix: str
+    vision: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mtp:
+    """Multi-token-prediction layers.
+
+    Attributes:
+        count_key: config key that counts them; 0 or absent means none.
+        prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
+        follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
+        like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
+        layer: templates beyond a decoder block's own ones.
+        root: templates that exist once, with full names.
+
+    """
+
+    count_key: str
+    prefix: str
+    follows_blocks: bool
+    like: Callable[[Config], int]
+    layer: tuple[Template, ...] = ()
+    root: tuple[Template, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: what `inspect` prints; the release's model_type.
+        wrappers: classes it is published under; the first text-only one is what `--text-only` writes.
+        count_keys: config keys (in the text config) that count routed experts; those present must agree.
+        top_k_key: config key of experts per token.
+        group_key: config key of router groups whose members sit side by side, or empty.
+        root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix.
+        block: templates of one decoder block, relative to its prefix.
+        vision: templates of the vision tower, with full names.
+        vision_depth_key: key in `vision_config` that counts vision blocks.
+        vision_sidecars: files that only a multimodal class needs; left out by `--text-only`.
+        symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
+        vision_symbols: the same, of `vision_config`.
+        conditions: named predicates on (text config, layer); layer is -1 in the root scope.
+        moe: name of the condition that makes a block a MoE block, or empty when all are.
+        keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
+        merged: suffix groups of modules that clients merge, which must share one quantization scheme.
+        bfloat16_only: float16 overflows in this family (gated delta-net layers).
+
+    """
+
+    name: str
+    wrappers: tuple[Wrapper, ...]
+    count_keys: tuple[str, ...]
+    top_k_key: str = "num_experts_per_tok"
+    group_key: str = ""
+    root: tuple[Template, ...]
+    block: tuple[Template, ...]
+    mtp: Mtp | None = None
+    vision: tuple[Template, ...] = ()
+    vision_depth_key: str = "depth"
+    vision_sidecars: tuple[str, ...] = ()
+    symbols: Mapping[str, Symbol]
+    vision_symbols: Mapping[str, Symbol] = field(default_factory=dict)
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    moe: str = ""
+    keep_16bit: tuple[str, ...] = ()
+    merged: tuple[tuple[str, ...], ...] = ()
+    bfloat16_only: bool = False
+
+    def holds(self, when: str, config: Config, layer: int) -> bool:
+        """Whether condition `when` holds for `layer`; the empty condition always does."""
+        return not when or self.conditions[when](config, layer)

@@ -1,0 +1,60 @@
+"""Groups of templates that many families share. Shapes as in `base.Template`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shardxform.families.base import Config, Role, Template
+
+__all__ = ["EMBEDDINGS", "GROUPED_ATTENTION", "NORMS", "experts", "mlp", "untied"]
+
+
+def mlp(prefix: str, width: str, role: Role, when: str = "") -> tuple[Template, ...]:
+    """Gate, up and down projection of a gated MLP under `prefix`; `width` is its intermediate size."""
+    return (
+        Template(f"{prefix}.gate_proj.weight", f"{width},H", role, when),
+        Template(f"{prefix}.up_proj.weight", f"{width},H", role, when),
+        Template(f"{prefix}.down_proj.weight", f"H,{width}", role, when),
+    )
+
+
+def experts(when: str = "") -> tuple[Template, ...]:
+    """Routed experts under `mlp.experts`, fused `[E, 2I, H]` and `[E, H, I]` or one tensor per expert."""
+    role: Role = "routed experts"
+    return (
+        Template("mlp.experts.gate_up_proj", "E,2*I,H", role, when, "fused"),
+        Template("mlp.experts.down_proj", "E,H,I", role, when, "fused"),
+        Template("mlp.experts.{e}.gate_proj.weight", "I,H", role, when, "per-expert"),
+        Template("mlp.experts.{e}.up_proj.weight", "I,H", role, when, "per-expert"),
+        Template("mlp.experts.{e}.down_proj.weight", "H,I", role, when, "per-expert"),
+    )
+
+
+def untied(config: Config, _layer: int) -> bool:
+    """The output head is a tensor of its own."""
+    return not config.get("tie_word_embeddings", False)
+
+
+EMBEDDINGS: Final = (
+    Template("{decoder}embed_tokens.weight", "V,H", "embeddings"),
+    Template("{decoder}norm.weight", "H", "norms"),
+    Template("lm_head.weight", "V,H", "lm head", "untied"),
+    Template("lm_head.weight", "V,H", "lm head", optional=True),  # tied, yet stored: harmless, and common
+)
+
+NORMS: Final = (
+    Template("input_layernorm.weight", "H", "norms"),
+    Template("post_attention_layernorm.weight", "H", "norms"),
+)
+
+GROUPED_ATTENTION: Final = (
+    Template("self_attn.k_proj.weight", "KV*D,H", "attention", "attention"),
+    Template("self_attn.v_proj.weight", "KV*D,H", "attention", "attention"),
+    Template("self_attn.o_proj.weight", "H,Q*D", "attention", "attention"),
+    Template("self_attn.q_norm.weight", "D", "norms", "attention"),
+    Template("self_attn.k_norm.weight", "D", "norms", "attention"),
+    Template("self_attn.q_proj.bias", "?", "attention", "attention bias"),
+    Template("self_attn.k_proj.bias", "KV*D", "attention", "attention bias"),
+    Template("self_attn.v_proj.bias", "KV*D", "attention", "attention bias"),
+    Template("self_attn.o_proj.bias", "H", "attention", "attention bias"),
+)

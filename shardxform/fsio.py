@@ -1,0 +1,216 @@
+"""The one place with file-system effects.
+
+`FileSystem` has two layers: primitives that map to one system call each (what fault injection overrides), and the
+operations built on them, which absorb short reads and writes and fall back where a platform lacks a call. Durability
+is explicit: nothing here syncs unless its name says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+try:
+    import fcntl
+except ImportError:  # no flock on this platform: two runs in one directory go unnoticed, nothing else changes
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["BUFFER_BYTES", "FileSystem"]
+
+BUFFER_BYTES: Final = 4 << 20
+"""Size of the buffer that a copy through memory uses, where the kernel cannot copy by itself."""
+
+_NO_KERNEL_COPY: Final = {
+    errno.EXDEV,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.ETXTBSY,
+}
+_NO_PREALLOCATE: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_MAC_PREALLOCATE: Final = 42  # F_PREALLOCATE of <sys/fcntl.h>, which the fcntl module does not name everywhere
+
+
+class FileSystem:
+    """The operating system's file operations, with the guarantees the writer needs."""
+
+    # -- primitives: one system call each -----------------------------------------------------------------------
+
+    def open(self, path: Path, flags: int) -> int:
+        """Open `path`, mode 0644 when created; closed on exec."""
+        return os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
+
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Read at `offset` into `buffer`; may read less."""
+        return os.preadv(fd, [buffer], offset)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        """Write `data` at `offset`; may write less."""
+        return os.pwrite(fd, data, offset)
+
+    def copy_file_range(self, source: int, target: int, count: int, source_offset: int, target_offset: int) -> int:
+        """Copy inside the kernel; may copy less. Raises OSError(ENOSYS) where there is no such call."""
+        if not hasattr(os, "copy_file_range"):
+            raise OSError(errno.ENOSYS, "no copy_file_range on this platform")
+        return os.copy_file_range(source, target, count, source_offset, target_offset)
+
+    def allocate(self, fd: int, size: int) -> None:
+        """Reserve `size` bytes of disk. Raises OSError(ENOSYS) where there is no such call."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+        elif sys.platform == "darwin" and fcntl is not None:
+            # fstore_t: F_ALLOCATEALL, from the physical end of file, offset 0, length, bytes allocated (out)
+            fcntl.fcntl(fd, _MAC_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, size, 0))
+        else:
+            raise OSError(errno.ENOSYS, "no preallocation on this platform")
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Set the length of the file."""
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        """Return when the file's data, and what is needed to read it back, are on stable storage."""
+        if sys.platform == "darwin" and fcntl is not None:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync alone stops at the drive's cache there
+        elif hasattr(os, "fdatasync"):
+            os.fdatasync(fd)
+        else:
+            os.fsync(fd)
+
+    def sync_dir(self, path: Path) -> None:
+        """Return when the directory's entries are on stable storage."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Replace `new` by `old` in one step."""
+        os.replace(old, new)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a directory and its parents; fine when it is there."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+    # -- operations ---------------------------------------------------------------------------------------------
+
+    def read_exact_into(self, fd: int, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset`.
+
+        Raises:
+            EOFError: the file ends before the buffer is full.
+
+        """
+        done = 0
+        while done < len(buffer):
+            count = self.pread_into(fd, buffer[done:], offset + done)
+            if count == 0:
+                raise EOFError(f"file ends at byte {offset + done}, expected {offset + len(buffer)}")
+            done += count
+
+    def write_all(self, fd: int, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        done = 0
+        while done < len(data):
+            count = self.pwrite(fd, data[done:], offset + done)
+            if count <= 0:
+                raise OSError(errno.EIO, "write made no progress")
+            done += count
+
+    def copy(self, source: int, source_offset: int, target: int, target_offset: int, count: int) -> None:
+        """Copy `count` bytes between files: in the kernel where it can, else through `BUFFER_BYTES` of memory.
+
+        Raises:
+            EOFError: the source ends too early.
+
+        """
+        done = 0
+        try:
+            while done < count:
+                step = self.copy_file_range(source, target, count - done, source_offset + done, target_offset + done)
+                if step == 0:  # the end of the file, or a file system that pretends: the other way tells them apart
+                    break
+                done += step
+        except OSError as e:
+            if e.errno not in _NO_KERNEL_COPY:
+                raise
+        if done < count:
+            self._copy_through_memory(source, source_offset + done, target, target_offset + done, count - done)
+
+    def _copy_through_memory(
+        self, source: int, source_offset: int, target: int, target_offset: int, count: int
+    ) -> None:
+        buffer = memoryview(bytearray(min(BUFFER_BYTES, count)))
+        for done in range(0, count, BUFFER_BYTES):
+            piece = buffer[: min(BUFFER_BYTES, count - done)]
+            self.read_exact_into(source, piece, source_offset + done)
+            self.write_all(target, piece, target_offset + done)
+
+    def preallocate(self, fd: int, size: int) -> None:
+        """Give the file exactly `size` bytes, reserved on disk where the file system can."""
+        if size:
+            try:
+                self.allocate(fd, size)
+            except OSError as e:
+                if e.errno not in _NO_PREALLOCATE:
+                    raise
+        self.truncate(fd, size)
+
+    def write_atomic(self, path: Path, data: bytes, scratch: Path) -> None:
+        """Write a small file so that `path` holds all of it, durably, or is untouched.
+
+        `scratch` is a directory on the same disk.
+        """
+        temporary = scratch / (path.name + ".tmp")
+        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            self.write_all(fd, memoryview(data), 0)
+            self.sync(fd)
+        finally:
+            os.close(fd)
+        self.rename(temporary, path)
+        self.sync_dir(path.parent)
+
+    def remove_if_there(self, path: Path) -> None:
+        """Remove a file; fine when it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self.unlink(path)
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes an unprivileged writer can still put beside `path`, which need not exist yet."""
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    @contextlib.contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Hold an exclusive lock on `path` as long as the process lives or the block runs.
+
+        Raises:
+            BlockingIOError: another process holds it.
+
+        """
+        fd = self.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            if fcntl is not None:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(fd)

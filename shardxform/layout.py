@@ -1,0 +1,400 @@
+"""What a family says about one checkpoint: the place of every tensor, and the tensors that must be there.
+
+`layout_of` matches names against the family's templates; `expected` enumerates the templates for a config. Both walk
+the same list, so what pruning slices and what verification demands cannot differ. Names and shapes only, no bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardxform.errors import FamilyError
+from shardxform.families import family_of
+from shardxform.families.base import COUNT_KEYS, Config, Family, Scope, Symbol, Template, Wrapper
+
+__all__ = ["COMPANIONS", "Expected", "Layout", "Place", "count_paths", "expected", "layout_of", "variants_found"]
+
+COMPANIONS: Final = frozenset(
+    {
+        "g_idx",
+        "input_scale",
+        "qweight",
+        "qzeros",
+        "scales",
+        "weight_g_idx",
+        "weight_packed",
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_shape",
+        "weight_zero_point",
+    }
+)
+"""Last name parts that stand for, or beside, a quantized `weight`; they share its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor belongs.
+
+    Attributes:
+        template: the family's entry.
+        scope: part of the model.
+        layer: decoder block, MTP layer (counted from 0) or None in root and vision.
+        expert: id of the routed expert for per-expert tensors.
+        expert_at: index of that id among the name's dot-separated parts.
+        companion: last name part when it replaces or accompanies `weight` (`qweight`, `weight_scale_inv`), or empty.
+
+    """
+
+    template: Template
+    scope: Scope
+    layer: int | None = None
+    expert: int | None = None
+    expert_at: int = -1
+    companion: str = ""
+
+    @property
+    def role(self) -> str:
+        """What the tensor's size is counted under; everything of an MTP layer counts as `mtp`."""
+        return "mtp" if self.scope == "mtp" else self.template.role
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor that must (or, when `optional`, may) be there. `shape` is None where the family leaves it open."""
+
+    place: Place
+    shape: tuple[int, ...] | None
+    optional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One checkpoint seen through its family.
+
+    Attributes:
+        family, wrapper: what config.json says it is.
+        config: the whole config.json; `text` is the part that describes the decoder.
+        num_layers, num_experts, top_k: of the decoder; experts per MoE layer, experts per token.
+        groups: router groups (1 when the router has none).
+        moe_layers: decoder blocks that have routed experts, ascending.
+        mtp_layers: number of MTP layers that the config declares.
+        places: every tensor whose name the family knows.
+        unknown: names the family does not know, in source order.
+
+    """
+
+    family: Family
+    wrapper: Wrapper
+    config: Config
+    num_layers: int
+    num_experts: int
+    top_k: int
+    groups: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: int
+    places: Mapping[str, Place]
+    unknown: tuple[str, ...]
+
+    @property
+    def text(self) -> Config:
+        """The part of the config that describes the decoder."""
+        return _text_config(self.config, self.wrapper)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether any tensor of an MTP layer is there."""
+        return any(place.scope == "mtp" for place in self.places.values())
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether any tensor of a vision tower is there."""
+        return any(place.scope == "vision" for place in self.places.values())
+
+
+def layout_of(config: Config, names: Iterable[str]) -> Layout:
+    """Recognise the family of `config` and place every name.
+
+    Raises:
+        FamilyError: unknown family, a count missing from the config, or two counts that disagree.
+
+    """
+    family, wrapper = family_of(config)
+    text = _text_config(config, wrapper)
+    num_layers = _count(text, "num_hidden_layers", wrapper)
+    num_experts = _expert_count(config, family, wrapper)
+    top_k = _count(text, family.top_k_key, wrapper)
+    if top_k > num_experts:
+        raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
+    mtp = family.mtp
+    mtp_layers = _count(text, mtp.count_key, wrapper, default=0) if mtp else 0
+    finder = _Finder(family, wrapper, num_layers, mtp_layers)
+    placed = {name: finder.place(name) for name in names}
+    return Layout(
+        family=family,
+        wrapper=wrapper,
+        config=config,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        groups=_count(text, family.group_key, wrapper, default=1) if family.group_key else 1,
+        moe_layers=_moe_layers(family, text, num_layers),
+        mtp_layers=mtp_layers,
+        places={name: place for name, place in placed.items() if place},
+        unknown=tuple(name for name, place in placed.items() if not place),
+    )
+
+
+def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[str, ...]]:
+    """Key paths in config.json that hold the expert count and must follow a pruning.
+
+    Raises:
+        FamilyError: a key that counts experts stands where this family does not expect one.
+
+    """
+    home = (wrapper.text_key,) if wrapper.text_key else ()
+    allowed = {(*home, key) for key in family.count_keys}
+    found = [path for path in _walk(config) if path[-1] in COUNT_KEYS]
+    for path in found:
+        if path not in allowed:
+            raise FamilyError(f"config.json: {'.'.join(path)} counts experts where {family.name} does not expect it")
+    return found
+
+
+def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Iterator[tuple[str, Expected]]:
+    """Every tensor that the family's templates give for this config, in template order.
+
+    Args:
+        layout: of the checkpoint.
+        variants: `fused` or `per-expert` for each block, as `variants_found` gives it; fused where absent.
+
+    """
+    family, text = layout.family, layout.text
+    sizes = _Sizes(family.symbols, text, layout.num_experts)
+    decoder = layout.wrapper.prefix
+    for template in family.root:
+        if family.holds(template.when, text, -1):
+            yield template.name.format(decoder=decoder), _expect(Place(template, "root"), sizes)
+    for layer in range(layout.num_layers):
+        prefix = f"{decoder}layers.{layer}."
+        variant = variants.get(("block", layer), "fused")
+        yield from _block(layout, family.block, "block", layer, layer, prefix, variant, sizes)
+    if family.mtp and layout.mtp_layers:
+        yield from _expected_mtp(layout, variants, sizes)
+    if layout.wrapper.vision:
+        yield from _expected_vision(layout)
+
+
+def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
+    """Which spelling of the routed experts each block uses; the first one met where a block mixes them."""
+    out: dict[tuple[Scope, int], str] = {}
+    for place in layout.places.values():
+        if place.template.variant and place.layer is not None:
+            out.setdefault((place.scope, place.layer), place.template.variant)
+    return out
+
+
+class _Finder:
+    """Finds the template of a name: its digits become `#`, and the rest is looked up."""
+
+    def __init__(self, family: Family, wrapper: Wrapper, num_layers: int, mtp_layers: int) -> None:
+        self._num_layers = num_layers
+        self._mtp_end = num_layers + mtp_layers
+        self._follows = bool(family.mtp and family.mtp.follows_blocks)
+        self._table: dict[str, list[tuple[Scope, Template, str]]] = {}
+        blocks = wrapper.prefix + "layers.{l}."
+        for template in family.root:
+            self._add("root", template.name.replace("{decoder}", wrapper.prefix), template)
+        for template in family.block:
+            self._add("block", blocks + template.name, template)
+        if family.mtp:
+            prefix = family.mtp.prefix.replace("{decoder}", wrapper.prefix)
+            for template in (*family.block, *family.mtp.layer):
+                self._add("mtp", prefix + template.name, template)
+            for template in family.mtp.root:
+                self._add("mtp", template.name, template)
+        if wrapper.vision:
+            for template in family.vision:
+                self._add("vision", template.name, template)
+
+    def _add(self, scope: Scope, name: str, template: Template) -> None:
+        parts = name.split(".")
+        slots = "".join(part[1] for part in parts if part.startswith("{"))
+        key = ".".join("#" if part.startswith("{") else part for part in parts)
+        self._table.setdefault(key, []).append((scope, template, slots))
+
+    def place(self, name: str) -> Place | None:
+        parts = name.split(".")
+        digits = [at for at, part in enumerate(parts) if _is_id(part)]
+        key = parts.copy()
+        for at in digits:
+            key[at] = "#"
+        companion = ""
+        candidates = self._table.get(".".join(key))
+        if candidates is None and key[-1] in COMPANIONS:
+            companion, key[-1] = key[-1], "weight"
+            candidates = self._table.get(".".join(key))
+        for scope, template, slots in candidates or ():
+            if len(slots) != len(digits):
+                continue
+            ids = {slot: int(parts[at]) for slot, at in zip(slots, digits, strict=True)}
+            if (layer := self._layer(scope, ids.get("l"))) == -1:
+                continue
+            expert_at = digits[slots.index("e")] if "e" in slots else -1
+            return Place(template, scope, layer, ids.get("e"), expert_at, companion)
+        return None
+
+    def _layer(self, scope: Scope, layer: int | None) -> int | None:
+        """The layer within its scope, or -1 when the number lies outside the scope."""
+        if layer is None:
+            return None
+        if scope == "block":
+            return layer if layer < self._num_layers else -1
+        if scope == "mtp" and self._follows:
+            return layer - self._num_layers if self._num_layers <= layer < self._mtp_end else -1
+        return layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Evaluates symbolic shapes against one part of the config."""
+
+    symbols: Mapping[str, Symbol]
+    config: Config
+    num_experts: int
+
+    def shape(self, expression: str) -> tuple[int, ...] | None:
+        if expression == "?":
+            return None
+        return tuple(
+            sum(math.prod(self._value(factor) for factor in term.split("*")) for term in dimension.split("+"))
+            for dimension in expression.split(",")
+        )
+
+    def _value(self, factor: str) -> int:
+        if factor.isdigit():
+            return int(factor)
+        if factor == "E":
+            return self.num_experts
+        symbol = self.symbols[factor]
+        try:
+            value = symbol(self.config) if callable(symbol) else self.config[symbol]
+        except KeyError as e:
+            raise FamilyError(f"config.json: missing {e.args[0]!r}, which the family needs for its shapes") from e
+        if type(value) is not int or value < 0:
+            raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
+        return value
+
+
+def _expect(place: Place, sizes: _Sizes) -> Expected:
+    return Expected(place, sizes.shape(place.template.shape), place.template.optional)
+
+
+def _block(
+    layout: Layout,
+    templates: Iterable[Template],
+    scope: Scope,
+    layer: int,
+    like: int,
+    prefix: str,
+    variant: str,
+    sizes: _Sizes,
+) -> Iterator[tuple[str, Expected]]:
+    for template in templates:
+        if template.variant not in ("", variant) or not layout.family.holds(template.when, layout.text, like):
+            continue
+        if not template.numbered:
+            yield prefix + template.name, _expect(Place(template, scope, layer), sizes)
+            continue
+        at = (prefix + template.name).split(".").index("{e}")
+        shape = sizes.shape(template.shape)
+        for expert in range(layout.num_experts):
+            name = prefix + template.name.replace("{e}", str(expert))
+            yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
+
+
+def _expected_mtp(
+    layout: Layout, variants: Mapping[tuple[Scope, int], str], sizes: _Sizes
+) -> Iterator[tuple[str, Expected]]:
+    mtp = layout.family.mtp
+    assert mtp is not None
+    for template in mtp.root:
+        yield template.name, _expect(Place(template, "mtp"), sizes)
+    for layer in range(layout.mtp_layers):
+        number = layout.num_layers + layer if mtp.follows_blocks else layer
+        prefix = mtp.prefix.replace("{decoder}", layout.wrapper.prefix).replace("{l}", str(number))
+        variant = variants.get(("mtp", layer), "per-expert")
+        templates = (*layout.family.block, *mtp.layer)
+        yield from _block(layout, templates, "mtp", layer, mtp.like(layout.text), prefix, variant, sizes)
+
+
+def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
+    family = layout.family
+    config = layout.config.get("vision_config")
+    if not isinstance(config, Mapping):
+        raise FamilyError(f"config.json: {layout.wrapper.architecture} needs an object 'vision_config'")
+    sizes = _Sizes(family.vision_symbols, config, layout.num_experts)
+    depth = config.get(family.vision_depth_key)
+    if type(depth) is not int or depth < 0:
+        raise FamilyError(f"config.json: vision_config.{family.vision_depth_key}: expected a count, found {depth!r}")
+    for template in family.vision:
+        for block in range(depth if "{b}" in template.name else 1):
+            yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)
+
+
+def _is_id(part: str) -> bool:
+    return part.isascii() and part.isdigit() and (part == "0" or part[0] != "0") and len(part) <= 9
+
+
+def _text_config(config: Config, wrapper: Wrapper) -> Config:
+    if wrapper.text_key is None:
+        return config
+    text = config.get(wrapper.text_key)
+    if not isinstance(text, Mapping):
+        raise FamilyError(f"config.json: {wrapper.architecture} needs an object '{wrapper.text_key}'")
+    return text
+
+
+def _count(text: Config, key: str, wrapper: Wrapper, default: int | None = None) -> int:
+    value = text.get(key)
+    if value is None and default is not None:
+        return default
+    where = f"{wrapper.text_key}.{key}" if wrapper.text_key else key
+    if value is None:
+        raise FamilyError(f"config.json: missing {where}")
+    if type(value) is not int or value < (1 if default is None else 0) or value > 1_000_000:
+        raise FamilyError(f"config.json: {where}: expected a count, found {value!r}")
+    return value
+
+
+def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
+    paths = count_paths(config, family, wrapper)
+    text = _text_config(config, wrapper)
+    if not paths:
+        home = f"{wrapper.text_key}." if wrapper.text_key else ""
+        raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
+    counts = {path[-1]: _count(text, path[-1], wrapper) for path in paths}
+    if len(set(counts.values())) > 1:
+        raise FamilyError(f"config.json: expert counts disagree: {counts}")
+    return next(iter(counts.values()))
+
+
+def _moe_layers(family: Family, text: Config, num_layers: int) -> tuple[int, ...]:
+    """Blocks with routed experts; evaluates every condition once, so that a malformed config fails here."""
+    try:
+        for condition in family.conditions.values():
+            for layer in range(-1, num_layers):
+                condition(text, layer)
+        return tuple(layer for layer in range(num_layers) if family.holds(family.moe, text, layer))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise FamilyError(f"config.json: cannot tell what its {num_layers} layers are made of: {e!r}") from e
+
+
+def _walk(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in config.items():
+        yield (*path, key)
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*path, key))

@@ -1,0 +1,60 @@
+"""JSON from strangers: UTF-8 only, no duplicate keys, no NaN, no bottomless nesting; one error type.
+
+`dumps` writes the compact form that the reference safetensors writer gives a header, `pretty` what people read.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+__all__ = ["JsonError", "dumps", "parse_object", "pretty"]
+
+
+class JsonError(ValueError):
+    """The text is not the JSON object that was expected; the message says why."""
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse `data` as one JSON object.
+
+    Raises:
+        JsonError: not UTF-8, not JSON, not an object, a duplicate key, a non-finite number, nested too deeply.
+
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as e:
+        raise JsonError(f"not UTF-8 at byte {e.start}") from e
+    except RecursionError as e:
+        raise JsonError("nested too deeply") from e
+    except json.JSONDecodeError as e:
+        raise JsonError(f"not JSON: {e.msg} at line {e.lineno} column {e.colno}") from e
+    except ValueError as e:  # an integer of thousands of digits
+        raise e if isinstance(e, JsonError) else JsonError(f"not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise JsonError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def dumps(value: object) -> str:
+    """Compact JSON, keys in the order given, non-ASCII text kept."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def pretty(value: object) -> str:
+    """JSON as people read it: indented by 2, keys in the order given, a newline at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise JsonError(f"duplicate key {twice!r}")
+    return out
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise JsonError(f"{text} is not JSON")
