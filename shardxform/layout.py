@@ -105,6 +105,17 @@ class Layout:
         return _text_config(self.config, self.wrapper)
 
     @property
+    def mtp_prefixes(self) -> tuple[str, ...]:
+        """What every name of an MTP layer begins with, known to the family or not."""
+        mtp = self.family.mtp
+        if mtp is None:
+            return ()
+        if not mtp.follows_blocks:
+            return (mtp.prefix.split(".")[0] + ".",)
+        numbers = range(self.num_layers, self.num_layers + self.mtp_layers)
+        return tuple(mtp.prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
+
+    @property
     def has_mtp(self) -> bool:
         """Whether any tensor of an MTP layer is there."""
         return any(place.scope == "mtp" for place in self.places.values())

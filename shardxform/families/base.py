@@ -126,6 +126,7 @@ class Family:
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix.
         block: templates of one decoder block, relative to its prefix.
         vision: templates of the vision tower, with full names.
+        vision_prefix: what every name of the vision tower begins with.
         vision_depth_key: key in `vision_config` that counts vision blocks.
         vision_sidecars: files that only a multimodal class needs; left out by `--text-only`.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
@@ -147,6 +148,7 @@ class Family:
     block: tuple[Template, ...]
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
+    vision_prefix: str = ""
     vision_depth_key: str = "depth"
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]

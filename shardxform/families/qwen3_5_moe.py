@@ -106,6 +106,7 @@ FAMILY: Final = Family(
         ),
     ),
     vision=_VISION,
+    vision_prefix="model.visual.",
     vision_sidecars=("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     symbols={
         "C": "linear_conv_kernel_dim",

@@ -1,0 +1,5 @@
+"""`python -m shardxform`."""
+
+from shardxform.cli import main
+
+main()

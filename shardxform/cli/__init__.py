@@ -1,0 +1,58 @@
+"""The command line: parse, call the library, print. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final
+
+import click
+
+from shardxform import __version__
+from shardxform.errors import ShardxformError
+
+__all__ = ["main"]
+
+_COMMANDS: Final = {
+    "inspect": "Show what a checkpoint is made of, from its headers alone.",
+    "prune": "Keep the experts that a manifest names; copy everything else byte for byte.",
+    "verify": "Check a checkpoint, and prove it against the source it was made from.",
+    "manifest": "Show, check and convert keep manifests.",
+}
+
+
+class _Lazy(click.Group):
+    """A group that imports a command only to run it, and maps the library's errors to exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"shardxform.cli.{cmd_name}_cmd").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
+        try:
+            return super().invoke(ctx)
+        except ShardxformError as e:
+            click.echo(f"shardxform: {e}", err=True)
+            ctx.exit(e.exit_code)
+        except KeyboardInterrupt:
+            click.echo("shardxform: stopped; run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shardxform")
+def main() -> None:
+    """Prune, quantize and verify huge Mixture-of-Experts checkpoints in a few hundred MB of memory.
+
+    SRC and OUT are checkpoint directories: config.json beside .safetensors shards. A command that was interrupted
+    goes on where it stopped when it is run again.
+    """

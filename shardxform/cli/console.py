@@ -1,0 +1,127 @@
+"""What a terminal shows: sizes, aligned lines, and progress as a bar or, when piped, as plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import click
+
+from shardxform.run import Progress
+
+__all__ = ["gb", "interruptible", "print_json", "progress", "rows", "table"]
+
+_PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal
+
+
+def gb(nbytes: float) -> str:
+    """Size in decimal units, as on model hubs."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def rows(pairs: Iterable[tuple[str, str]], file: Any = None) -> None:  # noqa: ANN401
+    """Print label and value, aligned, indented by two."""
+    listed = list(pairs)
+    width = max((len(label) for label, _ in listed), default=0)
+    for label, value in listed:
+        click.echo(f"  {label:<{width}}  {value}", file=file)
+
+
+def table(header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> None:
+    """Print aligned columns: the first to the left, the others to the right."""
+    listed = [header, *lines]
+    widths = [max(len(line[i]) for line in listed) for i in range(len(header))]
+    for number, line in enumerate(listed):
+        cells = [f"{line[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))]
+        text = "  " + "  ".join(cells).rstrip()
+        click.echo(click.style(text, bold=True) if number == 0 else text)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print a result for machines."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C: stop cleanly, say how to go on."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def progress(label: str, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """Show progress on stderr: a bar with rate and ETA on a terminal, plain lines otherwise, nothing when quiet."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(label) as update:
+            yield update
+    else:
+        yield _plain(label)
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Bar,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+
+        def update(p: Progress) -> None:
+            if bar.tasks[0].total is None and p.resumed_bytes:
+                bar.console.print(f"going on: {gb(p.resumed_bytes)} of {gb(p.total_bytes)} were done already")
+            bar.update(task, total=p.total_bytes, completed=p.done_bytes)
+
+        yield update
+
+
+def _plain(label: str) -> Callable[[Progress], None]:
+    started = time.monotonic()
+    last = 0.0
+
+    def update(p: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        complete = p.done_bytes == p.total_bytes
+        if not complete and now - last < _PLAIN_SECONDS:
+            return
+        last = now
+        rate = (p.done_bytes - p.resumed_bytes) / max(now - started, 1e-3)
+        eta = f", {(p.total_bytes - p.done_bytes) / rate:.0f} s left" if rate and not complete else ""
+        click.echo(f"{label}: {gb(p.done_bytes)} of {gb(p.total_bytes)}, {gb(rate)}/s{eta}", err=True)
+
+    return update

@@ -1,0 +1,85 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from shardxform.errors import ShardxformError
+from shardxform.sharding import parse_size
+
+__all__ = ["json_option", "manifest_option", "out_argument", "run_options", "source_argument", "view_options"]
+
+_DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except ShardxformError as e:
+            self.fail(str(e), param, ctx)
+
+
+_PATH: Final = click.Path(path_type=Path)
+
+source_argument = click.argument("source", metavar="SRC", type=_PATH)
+out_argument = click.argument("out", metavar="OUT", type=_PATH)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+manifest_option = click.option(
+    "--manifest", "-m", metavar="FILE", type=_PATH, help="Experts to keep, in any of the forms that manifests/ lists."
+)
+
+
+def view_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that decide which tensors an output holds, and in which shards."""
+    for option in (
+        click.option(
+            "--max-shard-size",
+            type=_Size(),
+            default="5GB",
+            show_default=True,
+            help="Most tensor data in one shard, in decimal units.",
+        ),
+        click.option(
+            "--mtp",
+            type=click.Choice(["auto", "keep", "drop"]),
+            default="auto",
+            show_default=True,
+            help="Multi-token-prediction layers: keep prunes them by the manifest's mtp_keep, drop removes them, "
+            "auto keeps them when that list is there or nothing is pruned.",
+        ),
+        click.option("--text-only", is_flag=True, help="Drop the vision tower and write the text-only class."),
+    ):
+        function = option(function)
+    return function
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every command that writes has; none of them changes a byte of the output."""
+    for option in (
+        click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+        json_option,
+        click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written."),
+        click.option(
+            "--force",
+            is_flag=True,
+            help="Start over in an OUT that shardxform made from other inputs. Never touches files it did not write.",
+        ),
+        click.option(
+            "--jobs",
+            "-j",
+            type=click.IntRange(1, 64),
+            default=_DEFAULT_JOBS,
+            show_default=True,
+            help="Steps at a time; the bytes are the same.",
+        ),
+    ):
+        function = option(function)
+    return function

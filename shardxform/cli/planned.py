@@ -1,0 +1,112 @@
+"""What every command that executes a plan does after planning: show it, or run it and say what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardxform.cli.console import gb, interruptible, print_json, progress, rows
+from shardxform.fsio import FileSystem
+from shardxform.output import Output
+from shardxform.plan import Plan
+from shardxform.run import Report, RunOptions, run
+
+__all__ = ["execute"]
+
+
+def execute(plan: Plan, out: Path, *, jobs: int, force: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Run `plan` into `out`, or only show it."""
+    if dry_run:
+        _show(plan, out, jobs, force, as_json)
+        return
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    with interruptible(), progress(plan.command, quiet) as on_progress:
+        report = run(plan, out, RunOptions(jobs=jobs, force=force, on_progress=on_progress))
+    if as_json:
+        print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})
+    elif report.already_done:
+        click.echo(f"{out}: already complete, made from the same inputs; nothing written")
+    else:
+        _say_done(plan, report)
+
+
+def _show(plan: Plan, out: Path, jobs: int, force: bool, as_json: bool) -> None:
+    output = Output(out, plan, FileSystem())
+    state = output.state()
+    if not force:
+        output.refuse_other_plan(state)
+    if as_json:
+        print_json({**_facts(plan, out, jobs), "state": state.name})
+        return
+    click.echo(f"{plan.command} {plan.source} -> {out}  (dry run: nothing is written)")
+    rows(_lines(plan, out, jobs))
+    for note in plan.notes:
+        click.echo(f"  note: {note}")
+
+
+def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
+    s = plan.summary
+    yield "family", f"{s['family']}, {s['architecture']}"
+    yield "experts", f"{s['experts_before']} -> {s['experts_after']} per layer, top-{s['top_k']}"
+    dropped = "; dropped " + ", ".join(f"{n} ({why})" for why, n in s["dropped"].items()) if s["dropped"] else ""
+    renamed = f", {s['renamed']:,} of them renamed" if s["renamed"] else ""
+    yield (
+        "tensors",
+        (
+            f"{s['tensors_before']:,} -> {s['tensors_after']:,}: {s['copied']:,} copied, {s['sliced']:,} sliced"
+            f"{renamed}{dropped}"
+        ),
+    )
+    ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
+    yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
+    yield "shards", f"{len(plan.shards)}, from {plan.shards[0].name}"
+    yield "steps", f"{len(plan.steps)}"
+    yield "memory", f"about {gb(plan.peak_bytes(jobs))} at {jobs} jobs"
+    yield "free disk", f"{gb(FileSystem().free_bytes(out.absolute()))} of {gb(plan.nbytes)} needed"
+    yield "sidecars", ", ".join(plan.sidecars) or "none"
+
+
+def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
+    return {
+        "command": plan.command,
+        "source": str(plan.source),
+        "out": str(out),
+        "fingerprint": plan.fingerprint,
+        "summary": dict(plan.summary),
+        "notes": list(plan.notes),
+        "shards": {shard.name: shard.nbytes for shard in plan.shards},
+        "bytes": plan.nbytes,
+        "steps": len(plan.steps),
+        "peak_memory_bytes": plan.peak_bytes(jobs),
+        "free_disk_bytes": FileSystem().free_bytes(out.absolute()),
+        "sidecars": list(plan.sidecars),
+    }
+
+
+def _report_facts(report: Report) -> dict[str, Any]:
+    return {
+        "already_done": report.already_done,
+        "written_bytes": report.written_bytes,
+        "resumed_bytes": report.resumed_bytes,
+        "seconds": round(report.seconds, 3),
+        "peak_rss_bytes": report.peak_rss_bytes,
+    }
+
+
+def _say_done(plan: Plan, report: Report) -> None:
+    before = plan.summary["bytes_before"]
+    rate = report.written_bytes / max(report.seconds, 1e-3)
+    resumed = f", {gb(report.resumed_bytes)} from an earlier run" if report.resumed_bytes else ""
+    click.echo(f"{report.out}: complete and durable")
+    rows(
+        [
+            ("size", f"{gb(before)} -> {gb(plan.data_bytes)} in {len(plan.shards)} shards"),
+            ("time", f"{report.seconds:.1f} s, {gb(rate)}/s{resumed}"),
+            ("memory", f"{gb(report.peak_rss_bytes)} peak"),
+            ("check it", f"shardxform verify {report.out} --source {plan.source}"),
+        ]
+    )

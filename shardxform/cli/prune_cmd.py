@@ -1,0 +1,50 @@
+"""`shardxform prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
+from shardxform.cli.planned import execute
+from shardxform.layout import layout_of
+from shardxform.manifest import Manifest
+from shardxform.prune import ViewOptions, plan_prune
+from shardxform.view import MtpMode
+
+__all__ = ["command", "load_manifest"]
+
+
+@click.command("prune")
+@source_argument
+@out_argument
+@manifest_option
+@view_options
+@run_options
+def command(
+    source: Path,
+    out: Path,
+    manifest: Path | None,
+    text_only: bool,
+    mtp: MtpMode,
+    max_shard_size: int,
+    **run: Any,  # noqa: ANN401
+) -> None:
+    """Write OUT, a copy of SRC with only the routed experts that the manifest keeps.
+
+    Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
+    rewritten; everything else is copied byte for byte. Interrupted, the same command goes on where it stopped.
+    """
+    if manifest is None and not text_only and mtp != "drop":
+        raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
+    checkpoint = Checkpoint.open(source)
+    options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
+    execute(plan_prune(checkpoint, load_manifest(manifest, checkpoint), options), out, **run)
+
+
+def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
+    """Read the manifest given on the command line, if any."""
+    return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors)) if path else None

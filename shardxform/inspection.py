@@ -1,0 +1,131 @@
+"""What a checkpoint is made of, from headers alone: sizes by role, and what pruning would make of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import ShardxformError
+from shardxform.layout import Layout, layout_of, variants_found
+from shardxform.manifest import Manifest
+from shardxform.view import pruned_view
+
+__all__ = ["Inspection", "inspect_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Facts about one checkpoint; sizes in bytes.
+
+    Attributes:
+        roles: role -> number of tensors and bytes, largest first.
+        dtypes: dtype -> bytes.
+        experts_spelling: `fused`, `per-expert`, or both.
+        unknown: tensors that the family does not know.
+        unread: files that are no part of the model.
+        outlook: what could be made of it -> bytes.
+
+    """
+
+    path: str
+    family: str
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+    groups: int
+    experts_spelling: str
+    mtp_layers: int
+    vision: bool
+    quantization: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    shards: int
+    roles: Mapping[str, tuple[int, int]]
+    dtypes: Mapping[str, int]
+    sidecars: tuple[str, ...]
+    unknown: tuple[str, ...]
+    unread: tuple[str, ...]
+    outlook: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        roles = {role: {"tensors": count, "bytes": nbytes} for role, (count, nbytes) in self.roles.items()}
+        return {**asdict(self), "roles": roles}
+
+
+def inspect_checkpoint(source: Checkpoint) -> Inspection:
+    """Describe `source` without reading tensor data.
+
+    Raises:
+        FamilyError: unknown family, or a config that contradicts itself.
+
+    """
+    layout = layout_of(source.config, source.tensors)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    parameters = 0
+    for name, ref in source.tensors.items():
+        place = layout.places.get(name)
+        role = place.role if place else "unknown"
+        counts[role] += 1
+        sizes[role] += ref.nbytes
+        dtypes[ref.spec.dtype] += ref.nbytes
+        parameters += _elements(ref.spec.shape)
+    return Inspection(
+        path=str(source.root),
+        family=layout.family.name,
+        architecture=layout.wrapper.architecture,
+        layers=layout.num_layers,
+        moe_layers=len(layout.moe_layers),
+        experts=layout.num_experts,
+        top_k=layout.top_k,
+        groups=layout.groups,
+        experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
+        mtp_layers=layout.mtp_layers,
+        vision=layout.has_vision,
+        quantization=str((source.config.get("quantization_config") or {}).get("quant_method", "")),
+        tensors=len(source.tensors),
+        parameters=parameters,
+        nbytes=source.nbytes,
+        shards=len(source.shards),
+        roles={role: (counts[role], nbytes) for role, nbytes in sizes.most_common()},
+        dtypes=dict(dtypes.most_common()),
+        sidecars=tuple(sidecar.name for sidecar in source.sidecars),
+        unknown=layout.unknown,
+        unread=source.unread,
+        outlook=dict(_outlook(source, layout)),
+    )
+
+
+def _outlook(source: Checkpoint, layout: Layout) -> list[tuple[str, int]]:
+    """Sizes of what prune would write, from the planner itself; empty where it would refuse."""
+    keep = _half(layout)
+    if keep is None:
+        return []
+    manifest = Manifest(keep=dict.fromkeys(layout.moe_layers, keep))
+    try:
+        view = pruned_view(source, manifest)
+    except ShardxformError:
+        return []
+    return [(f"prune to {len(keep)} experts", view.checkpoint.nbytes)]
+
+
+def _half(layout: Layout) -> tuple[int, ...] | None:
+    """Ids of half the experts, the first half of every router group; None when top-k needs more."""
+    group = layout.num_experts // layout.groups
+    keep = tuple(e for e in range(layout.num_experts) if e % group < group // 2)
+    return keep if len(keep) >= layout.top_k else None
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out

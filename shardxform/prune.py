@@ -1,0 +1,133 @@
+"""Planning a pruning: a view of the source, laid out into shards and cut into copy steps. Pure but for sidecars."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.errors import CheckpointError
+from shardxform.manifest import Manifest
+from shardxform.plan import Plan, copy_steps, lay_out, source_inputs
+from shardxform.strictjson import pretty
+from shardxform.view import MtpMode, View, pruned_view
+
+__all__ = ["DEFAULT_SHARD_BYTES", "ViewOptions", "config_bytes", "plan_prune", "sidecar_digests"]
+
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewOptions:
+    """What decides an output's bytes beside source and manifest.
+
+    Attributes:
+        text_only: drop the vision tower and promote the text config.
+        mtp: what becomes of multi-token-prediction layers; see `view.pruned_view`.
+        max_shard_bytes: most bytes of tensor data in one shard.
+
+    """
+
+    text_only: bool = False
+    mtp: MtpMode = "auto"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+def plan_prune(source: Checkpoint, manifest: Manifest | None, options: ViewOptions | None = None) -> Plan:
+    """Plan a pruned copy of `source`.
+
+    Raises:
+        FamilyError, ManifestError, PlanError: see `view.pruned_view`.
+        CheckpointError: a sidecar cannot be read.
+
+    """
+    options = options or ViewOptions()
+    view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
+    tensors = view.checkpoint.tensors
+    shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
+    sidecars = sidecar_digests(view.checkpoint)
+    plan = Plan(
+        command="prune",
+        source=source.root,
+        source_shards=source.shards,
+        shards=shards,
+        steps=tuple(copy_steps(shards, tensors)),
+        config=config_bytes(source, view),
+        sidecars=sidecars,
+        inputs=view_inputs("prune", source, manifest, options, sidecars),
+        summary=view_summary(source, view),
+        notes=view.notes,
+    )
+    plan.check()
+    return plan
+
+
+def view_inputs(
+    command: str, source: Checkpoint, manifest: Manifest | None, options: ViewOptions, sidecars: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the bytes of an output made from a view depend on, by name."""
+    keep = manifest.to_dict() if manifest else {}
+    return {
+        "command": command,
+        "options": {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes},
+        "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
+        "source": source_inputs(source, sidecars),
+    }
+
+
+def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
+    """Figures of a view for people and for `--json`; sizes in bytes."""
+    roles: Counter[str] = Counter()
+    for name, ref in view.checkpoint.tensors.items():
+        place = view.layout.places.get(name)
+        roles[place.role if place else "unknown"] += ref.nbytes
+    return {
+        "family": view.layout.family.name,
+        "architecture": view.layout.wrapper.architecture,
+        "layers": view.layout.num_layers,
+        "experts_before": view.source_layout.num_experts,
+        "experts_after": view.layout.num_experts,
+        "top_k": view.layout.top_k,
+        "tensors_before": len(source.tensors),
+        "tensors_after": len(view.checkpoint.tensors),
+        "copied": view.copied,
+        "sliced": view.sliced,
+        "renamed": view.renamed,
+        "dropped": dict(view.dropped),
+        "bytes_before": source.nbytes,
+        "bytes_by_role": dict(roles),
+    }
+
+
+def config_bytes(source: Checkpoint, view: View) -> bytes:
+    """Bytes of the view's config.json; the source's own when nothing in it changed.
+
+    Raises:
+        CheckpointError: the source's config.json can no longer be read.
+
+    """
+    if view.checkpoint.config == source.config:
+        return _read(source, CONFIG)
+    return pretty(view.checkpoint.config).encode()
+
+
+def sidecar_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of every sidecar, by name.
+
+    Raises:
+        CheckpointError: one cannot be read.
+
+    """
+    return {
+        sidecar.name: hashlib.sha256(_read(checkpoint, sidecar.name)).hexdigest() for sidecar in checkpoint.sidecars
+    }
+
+
+def _read(checkpoint: Checkpoint, name: str) -> bytes:
+    try:
+        return (checkpoint.root / name).read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"{checkpoint.root / name}: {e.strerror}") from e

@@ -1,0 +1,279 @@
+"""Pruning and text-only as functions from one checkpoint to a view of it: a new table and a new config, no bytes.
+
+A view is what `prune` writes, what `quantize --manifest` rounds in the same pass, and what `verify --source` holds an
+output against; all three call `pruned_view`.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import FamilyError, ManifestError, PlanError
+from shardxform.families.base import Wrapper
+from shardxform.layout import Layout, Place, count_paths, expected, layout_of, variants_found
+from shardxform.manifest import Manifest
+from shardxform.tensors import TensorRef
+
+__all__ = ["MtpMode", "View", "pruned_view"]
+
+MtpMode = Literal["auto", "keep", "drop"]
+
+# Top-level keys of a multimodal config that still mean something once the text config is promoted.
+_CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version", "quantization_config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A checkpoint nobody wrote.
+
+    Attributes:
+        checkpoint: table, config and sidecars of the view; its byte ranges lie in the source's shards.
+        layout: of the view.
+        source_layout: of the source.
+        copied, sliced, renamed: numbers of tensors written, by what was done to them (sliced ones may be renamed too).
+        dropped: numbers of source tensors left out, by reason.
+        notes: what a person should know before running, one sentence each.
+
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    source_layout: Layout
+    copied: int
+    sliced: int
+    renamed: int
+    dropped: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def pruned_view(
+    source: Checkpoint, manifest: Manifest | None, *, text_only: bool = False, mtp: MtpMode = "auto"
+) -> View:
+    """Apply a keep manifest, and optionally drop the vision tower, by names and byte ranges alone.
+
+    Args:
+        source: the checkpoint to look at.
+        manifest: experts to keep, checked here against the source; None keeps all.
+        text_only: drop the vision tower and promote the text config.
+        mtp: `keep` prunes the MTP layers by the manifest's `mtp_keep`; `drop` removes them; `auto` keeps them when
+            `mtp_keep` is there or nothing is pruned, and drops them otherwise.
+
+    Raises:
+        FamilyError: the source contradicts its family, or the family has no text-only class.
+        ManifestError: the manifest does not fit.
+        PlanError: a tensor that cannot be pruned safely.
+
+    """
+    layout = layout_of(source.config, source.tensors)
+    if manifest is not None:
+        manifest.check(layout)
+    _check_experts(layout, source.tensors)
+    kept = manifest.num_kept if manifest else layout.num_experts
+    prunes = kept < layout.num_experts
+    notes = list(_notes(source, layout))
+    drop_mtp = _drops_mtp(layout, manifest, mtp, prunes, notes)
+    if prunes:
+        _refuse_unsafe(layout, source, drop_mtp)
+    wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
+    builder = _Builder(layout, manifest, drop_mtp, wrapper)
+    tensors = dict(builder.tensors(source.tensors))
+    config = _config(layout, wrapper, kept, drop_mtp)
+    checkpoint = replace(source, tensors=tensors, config=config)
+    if wrapper is not layout.wrapper:
+        left_out = layout.family.vision_sidecars
+        checkpoint = replace(checkpoint, sidecars=tuple(s for s in source.sidecars if s.name not in left_out))
+    return View(
+        checkpoint=checkpoint,
+        layout=layout_of(config, tensors),
+        source_layout=layout,
+        copied=len(tensors) - builder.sliced,
+        sliced=builder.sliced,
+        renamed=builder.renamed,
+        dropped=dict(builder.dropped),
+        notes=tuple(notes),
+    )
+
+
+class _Builder:
+    """Walks the source's table once, in source order, counting what it does."""
+
+    def __init__(self, layout: Layout, manifest: Manifest | None, drop_mtp: bool, wrapper: Wrapper) -> None:
+        self._layout = layout
+        self._manifest = manifest
+        self._drop_mtp = drop_mtp
+        self._wrapper = wrapper
+        self.sliced = 0
+        self.renamed = 0
+        self.dropped: Counter[str] = Counter()
+
+    def tensors(self, source: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
+        for name, ref in source.items():
+            reason = self._reason_to_drop(name)
+            if reason:
+                self.dropped[reason] += 1
+                continue
+            place = self._layout.places.get(name)
+            out = self._pruned(ref, place) if place else ref
+            if out is None:
+                self.dropped["pruned experts"] += 1
+                continue
+            out = self._rename(out)
+            self.renamed += out.name != name
+            yield out.name, out
+
+    def _reason_to_drop(self, name: str) -> str:
+        if self._drop_mtp and name.startswith(self._layout.mtp_prefixes):
+            return "MTP layers"
+        vision = self._layout.family.vision_prefix
+        if self._wrapper is not self._layout.wrapper and vision and name.startswith(vision):
+            return "vision tower"
+        return ""
+
+    def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:
+        keep = self._keep(place)
+        if keep is None or len(keep) == self._layout.num_experts:
+            return ref
+        if place.template.sliced:
+            self.sliced += 1
+            return ref.select(keep)
+        if place.expert is None:
+            return ref
+        new = bisect_left(keep, place.expert)  # keep is ascending: checked by the manifest
+        if new == len(keep) or keep[new] != place.expert:
+            return None
+        parts = ref.name.split(".")
+        parts[place.expert_at] = str(new)
+        return ref.renamed(".".join(parts))
+
+    def _keep(self, place: Place) -> tuple[int, ...] | None:
+        if self._manifest is None or place.layer is None:
+            return None
+        keeps = self._manifest.mtp_keep if place.scope == "mtp" else self._manifest.keep
+        return keeps.get(place.layer)
+
+    def _rename(self, ref: TensorRef) -> TensorRef:
+        old, new = self._layout.wrapper.prefix, self._wrapper.prefix
+        return ref.renamed(new + ref.name[len(old) :]) if old != new and ref.name.startswith(old) else ref
+
+
+def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef]) -> None:
+    """Every MoE block has its router and every expert, in the shapes that the config promises, and no more."""
+    wanted: set[str] = set()
+    for name, item in expected(layout, variants_found(layout)):
+        template = item.place.template
+        if not (template.sliced or template.numbered) or (item.place.scope == "mtp" and not layout.has_mtp):
+            continue
+        wanted.add(name)
+        ref = tensors.get(name)
+        if ref is None and _has_companion(name, layout):
+            continue
+        shape = list(item.shape or ())
+        if ref is None:
+            raise FamilyError(f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer")
+        if item.shape is not None and ref.spec.shape != item.shape:
+            raise FamilyError(f"tensor '{name}': shape {list(ref.spec.shape)}, but the config promises {shape}")
+    for name, place in layout.places.items():
+        if (place.template.sliced or place.template.numbered) and not place.companion and name not in wanted:
+            if place.scope == "mtp" and not layout.mtp_layers:
+                key = layout.family.mtp.count_key if layout.family.mtp else ""
+                raise FamilyError(f"tensor '{name}' belongs to an MTP layer, but config.json has no {key}")
+            raise FamilyError(f"tensor '{name}' is one the config does not allow for ({layout.num_experts} experts)")
+
+
+def _has_companion(name: str, layout: Layout) -> bool:
+    stem = name.removesuffix("weight")
+    return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed"))
+
+
+def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: bool, notes: list[str]) -> bool:
+    declared = layout.mtp_layers > 0
+    if mtp == "drop":
+        return layout.has_mtp or declared
+    if not layout.has_mtp:
+        if declared and prunes:
+            notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
+        return False
+    if not prunes or (manifest and manifest.mtp_keep):
+        return False
+    if mtp == "keep":
+        raise ManifestError(
+            "--mtp keep: the MTP layers share the expert count and must be pruned too,"
+            " but the manifest has no mtp_keep; expected one list per MTP layer"
+        )
+    notes.append("the MTP layers are dropped: they share the expert count, and the manifest has no mtp_keep for them")
+    return True
+
+
+def _refuse_unsafe(layout: Layout, source: Checkpoint, drop_mtp: bool) -> None:
+    """Refuse what slicing could leave inconsistent without anyone noticing."""
+    blocks = (layout.wrapper.prefix + "layers.", *layout.mtp_prefixes)
+    for name in layout.unknown:
+        if drop_mtp and name.startswith(layout.mtp_prefixes):
+            continue
+        shape = source.tensors[name].spec.shape
+        if name.startswith(blocks) and ("expert" in name or "router" in name or layout.num_experts in shape):
+            raise PlanError(
+                f"tensor '{name}' {list(shape)} is unknown to family {layout.family.name},"
+                " and looks as if it had to be pruned too"
+            )
+    quantization = source.config.get("quantization_config")
+    if quantization and re.search(r"experts\.\d", repr(quantization)):
+        raise PlanError("config.json: quantization_config names single experts, which pruning renumbers")
+
+
+def _notes(source: Checkpoint, layout: Layout) -> Iterator[str]:
+    if layout.unknown:
+        names = ", ".join(layout.unknown[:3]) + (", ..." if len(layout.unknown) > 3 else "")
+        yield f"{len(layout.unknown)} tensors unknown to family {layout.family.name} are copied as they are: {names}"
+    missing = [
+        name
+        for name, item in expected(layout, variants_found(layout))
+        if not item.optional
+        and name not in source.tensors
+        and not _has_companion(name, layout)
+        and (item.place.scope != "mtp" or layout.has_mtp)
+    ]
+    if missing:
+        yield f"the source lacks {len(missing)} tensors that family {layout.family.name} expects, such as {missing[0]}"
+    if source.unread:
+        yield f"not part of the model, not copied: {', '.join(source.unread)}"
+
+
+def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
+    if layout.wrapper.text_key is None:
+        notes.append("--text-only: the source is text-only already")
+        return layout.wrapper
+    for wrapper in layout.family.wrappers:
+        if wrapper.text_key is None:
+            return wrapper
+    raise FamilyError(f"family {layout.family.name} has no text-only class")
+
+
+def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict[str, Any]:
+    """The config of the view: expert count, MTP count and wrapper; every other key as it was, in its order."""
+    changes: dict[tuple[str, ...], Any] = {}
+    if kept != layout.num_experts:
+        changes.update(dict.fromkeys(count_paths(layout.config, layout.family, layout.wrapper), kept))
+    mtp = layout.family.mtp
+    if drop_mtp and mtp and mtp.count_key in layout.text:
+        home = (layout.wrapper.text_key,) if layout.wrapper.text_key else ()
+        changes[(*home, mtp.count_key)] = 0
+    config = _with_changes(layout.config, changes)
+    if wrapper is layout.wrapper or layout.wrapper.text_key is None:
+        return config
+    text = {**config[layout.wrapper.text_key], "model_type": wrapper.model_type}
+    carried = {key: config[key] for key in _CARRIED if key in config}
+    return {"architectures": [wrapper.architecture], **text, **carried}
+
+
+def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    out = dict(config)
+    for (head, *rest), value in changes.items():
+        out[head] = _with_changes(out[head], {tuple(rest): value}) if rest else value
+    return out
