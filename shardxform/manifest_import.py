@@ -145,10 +145,10 @@ def _version(source: Source, expected: object) -> None:
 
 
 def _notes(source: Source, *used: str) -> dict[str, Any]:
-    """The rest at the top, as provenance: plain values as they are, of anything larger the name under `not_imported`."""
+    """The rest at the top, as provenance: plain values as they are; `not_imported` names what is larger."""
     rest = {key: value for key, value in source.value.items() if key not in used and value is not None}
     plain = {key: value for key, value in rest.items() if isinstance(value, (str, int)) or _finite(value)}
-    left = sorted(key for key in rest if key not in plain)
+    left = [key for key in rest if key not in plain]
     return {**plain, "not_imported": left} if left else plain
 
 
@@ -228,9 +228,7 @@ def _read_modules(source: Source) -> Content:
 
 def _path_layer(path: object) -> int | None:
     parts = path.split(".") if isinstance(path, str) else []
-    return next(
-        (int(number) for name, number in pairwise(parts) if name == "layers" and _LAYER.fullmatch(number)), None
-    )
+    return next((int(part) for name, part in pairwise(parts) if name == "layers" and _LAYER.fullmatch(part)), None)
 
 
 def _layer_of_path(path: str, place: str, layout: Layout | None) -> tuple[int, bool]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform.checkpoint import CONFIG, INDEX
+from shardxform.checkpoint import CONFIG, INDEX, is_plain_name
 from shardxform.errors import ExecutionError, OutputError, ResumeError
 from shardxform.fsio import FileSystem
 from shardxform.plan import Plan, ShardPlan
@@ -78,16 +78,16 @@ class Output:
         if not self.root.is_dir():
             raise OutputError(f"{self.root}: expected a directory or nothing, found a file")
         names = {entry.name for entry in os.scandir(self.root)}
-        if WORK in names:
+        if PROVENANCE in names and CONFIG in names:  # committed, though a crash may have left the work directory
+            record = _read_record(self.root / PROVENANCE)
+            if record is not None:
+                return State("finished", record)
+        elif WORK in names:
             record = _read_record(self.work / _PLAN)
             if record is None and names == {WORK}:
                 return State("new", {})
             if record is not None:
                 return State("unfinished", record)
-        elif PROVENANCE in names and CONFIG in names:
-            record = _read_record(self.root / PROVENANCE)
-            if record is not None:
-                return State("finished", record)
         elif not names:
             return State("new", {})
         raise OutputError(f"{self.root}: not empty, and not an output of shardxform; name a new directory")
@@ -150,7 +150,7 @@ class Output:
     def bind(self) -> None:
         """Write plan.json, unless this plan is bound already."""
         path = self.work / _PLAN
-        if not path.exists():
+        if (_read_record(path) or {}).get("fingerprint") != self.plan.fingerprint:
             self.fs.write_atomic(path, pretty(self._record()).encode(), self.work)
 
     def refuse_changed_source(self) -> None:
@@ -220,41 +220,42 @@ class Output:
 
     def clean(self) -> None:
         """Remove the work directory."""
-        self.fs.remove_if_there(self.journal)
-        self.fs.remove_if_there(self.work / _PLAN)
-        for leftover in [path for path in self.work.iterdir() if path.name != _LOCK]:
-            self.fs.remove_if_there(leftover)
-        self.fs.remove_if_there(self.work / _LOCK)
+        for path in sorted(self.work.iterdir(), key=lambda path: path.name == _LOCK):
+            self.fs.remove_if_there(path)
         self.fs.rmdir(self.work)
         self.fs.sync_dir(self.root)
 
-    def discard(self, state: State) -> None:
-        """Remove an earlier output of ours, finished or not, so that the work can start over.
-
-        config.json goes first, so that no moment shows a damaged checkpoint as a whole one.
+    def removable(self, state: State) -> list[Path]:
+        """List the files of an earlier output of ours, config.json first; changes nothing.
 
         Raises:
-            OutputError: a file was changed since shardxform wrote it, or is not in its record.
+            OutputError: a file was changed since shardxform wrote it, or the record is not to be believed.
 
         """
         files = state.record.get("files")
-        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
+        if not isinstance(files, dict) or not all(is_plain_name(name.replace("/", "-")) for name in files):
             raise OutputError(f"{self.root}: its record names no files; remove the directory yourself")
-        ours = {**files, PROVENANCE: None}
-        removable: list[Path] = []
-        for name in sorted(ours, key=lambda name: name != CONFIG):
+        out: list[Path] = []
+        for name, digest in sorted({**files, PROVENANCE: None}.items(), key=lambda item: item[0] != CONFIG):
             path = self.root / name
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise OutputError(f"{self.root}: its record names {name!r}; remove the directory yourself")
-            if path.is_file() and ours[name] and hashlib.sha256(path.read_bytes()).hexdigest() != ours[name]:
+            if path.is_file() and digest and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 raise OutputError(f"{path}: changed since shardxform wrote it; move it away, then use --force again")
-            removable += [path, path.with_name(path.name + _PARTIAL)]
-        for path in removable:
+            out += [path, path.with_name(path.name + _PARTIAL)]
+        return out
+
+    def discard(self, state: State, files: list[Path]) -> None:
+        """Remove `files`, an earlier output of ours, so that the work can start over.
+
+        Its record goes to plan.json, so that a crash leaves an unfinished output of ours rather than a foreign one, and
+        config.json goes first, so that no moment shows a damaged checkpoint as a whole one.
+        """
+        self.fs.write_atomic(self.work / _PLAN, pretty(dict(state.record)).encode(), self.work)
+        self.fs.remove_if_there(self.journal)
+        for path in files:
             self.fs.remove_if_there(path)
         self.fs.sync_dir(self.root)
-        if self.work.exists():
-            self.fs.remove_if_there(self.journal)
-            self.fs.remove_if_there(self.work / _PLAN)
 
     # -- records ------------------------------------------------------------------------------------------------
 

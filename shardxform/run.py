@@ -88,12 +88,16 @@ def run(
     started = time.monotonic()
     state = output.state()
     if options.force and state.record.get("fingerprint") not in (None, plan.fingerprint):
-        with output.locked():
-            output.discard(state)
+        files = output.removable(state)
+        with _named_errors(output), output.locked():
+            output.discard(state, files)
         state = State("new", {})
     output.refuse_other_plan(state)
     if state.name == "finished":
         _check_finished(output)
+        if output.work.exists():  # killed between the commit and the end
+            with _named_errors(output), output.locked():
+                output.clean()
         return _report(output, started, already_done=True)
     output.refuse_too_little_space()
     with _named_errors(output), output.locked():

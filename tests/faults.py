@@ -1,0 +1,151 @@
+"""File systems that fail: at the k-th effect, with an error, a short write, or the end of the process.
+
+`Crashing` also models the loss of the page cache: when it ends the process, every byte written since its file was
+last synced is overwritten with garbage first. What survives is what the code made durable.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from shardxform.fsio import FileSystem
+
+EFFECTS = (
+    "open",
+    "pwrite",
+    "copy_file_range",
+    "allocate",
+    "truncate",
+    "sync",
+    "sync_dir",
+    "rename",
+    "unlink",
+    "mkdir",
+    "rmdir",
+)
+
+
+class Counting(FileSystem):
+    """Counts effects; `at_effect` is what subclasses do at each."""
+
+    def __init__(self) -> None:
+        self.effects = 0
+        self._lock = threading.Lock()  # steps run on threads
+
+    def next_effect(self) -> None:
+        """Count one effect, and do what subclasses do at its number, from 1."""
+        with self._lock:
+            self.effects += 1
+            number = self.effects
+        self.at_effect(number)
+
+    def at_effect(self, number: int) -> None:
+        """Called before effect `number`."""
+
+
+def _counted(name: str) -> Any:
+    original = getattr(FileSystem, name)
+
+    def effect(self: Counting, *args: Any) -> Any:
+        self.next_effect()
+        return original(self, *args)
+
+    return effect
+
+
+for _name in EFFECTS:
+    setattr(Counting, _name, _counted(_name))
+
+
+class Failing(Counting):
+    """Raises an OSError at effect number `k`."""
+
+    def __init__(self, k: int, code: int = errno.ENOSPC) -> None:
+        super().__init__()
+        self.k, self.code = k, code
+
+    def at_effect(self, number: int) -> None:
+        if number == self.k:
+            raise OSError(self.code, os.strerror(self.code))
+
+
+class Short(FileSystem):
+    """Writes and copies at most 7 bytes at a time, and reads at most 5."""
+
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return super().pread_into(fd, buffer[:5], offset)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        return super().pwrite(fd, data[:7], offset)
+
+    def copy_file_range(self, source: int, target: int, count: int, source_offset: int, target_offset: int) -> int:
+        return super().copy_file_range(source, target, min(count, 7), source_offset, target_offset)
+
+
+class WithoutKernelCopy(FileSystem):
+    """A platform that has neither copy_file_range nor preallocation."""
+
+    def copy_file_range(self, *_: int) -> int:
+        raise OSError(errno.ENOSYS, "none here")
+
+    def allocate(self, *_: int) -> None:
+        raise OSError(errno.ENOSYS, "none here")
+
+
+class Crashing(Counting):
+    """Ends the process at effect number `k`, with unsynced bytes lost."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self._dirty: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        self._paths: dict[tuple[int, int], Path] = {}
+
+    def at_effect(self, number: int) -> None:
+        if number == self.k:
+            self._lose_page_cache()
+            os._exit(9)
+
+    def open(self, path: Path, flags: int) -> int:
+        fd = super().open(path, flags)
+        self._paths[self._key(fd)] = Path(path)
+        return fd
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        count = super().pwrite(fd, data, offset)
+        self._dirty[self._key(fd)].append((offset, count))
+        return count
+
+    def copy_file_range(self, source: int, target: int, count: int, source_offset: int, target_offset: int) -> int:
+        count = super().copy_file_range(source, target, count, source_offset, target_offset)
+        self._dirty[self._key(target)].append((target_offset, count))
+        return count
+
+    def sync(self, fd: int) -> None:
+        super().sync(fd)
+        self._dirty.pop(self._key(fd), None)
+
+    def rename(self, old: Path, new: Path) -> None:
+        super().rename(old, new)
+        info = new.stat()
+        self._paths[(info.st_dev, info.st_ino)] = new
+
+    @staticmethod
+    def _key(fd: int) -> tuple[int, int]:
+        info = os.fstat(fd)
+        return info.st_dev, info.st_ino
+
+    def _lose_page_cache(self) -> None:
+        for key, ranges in list(self._dirty.items()):  # other threads go on meanwhile
+            path = self._paths[key]
+            if not path.exists():
+                continue
+            with path.open("r+b") as file:
+                for offset, count in list(ranges):
+                    file.seek(offset)
+                    file.write(b"\xee" * count)

@@ -1,0 +1,126 @@
+"""Killed at any instant, the same command goes on and ends with the same bytes.
+
+Invariant: at no moment does OUT look like a complete checkpoint without being one. Checked at every effect of a tiny
+run, with unsynced bytes lost, and at random times of the real command under SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import Counting, Crashing
+from test_run import SMALL, looks_complete, plan_of, tree
+from test_run import finished as finished
+from test_run import small_steps as small_steps
+from test_run import source as source
+
+from shardxform.run import RunOptions, run
+
+pytestmark = pytest.mark.crash
+
+
+def crash_at(k: int, source: Path, out: Path) -> bool:
+    """Run in a child process that dies at effect `k`; whether it died."""
+    plan = plan_of(source, SMALL)
+    child = os.fork()
+    if child == 0:
+        try:
+            run(plan, out, RunOptions(jobs=1), fs=Crashing(k))
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def complete_files(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(out).items() if not name.startswith(".shardxform")}
+
+
+def test_a_crash_at_any_effect_loses_nothing_that_was_durable(
+    source: Path, finished: dict[str, bytes], tmp_path: Path
+) -> None:
+    counting = Counting()
+    run(plan_of(source), tmp_path / "count", RunOptions(jobs=1), fs=counting)
+    for k in range(1, counting.effects + 1):
+        out = tmp_path / "out"
+        assert crash_at(k, source, out)
+        if out.exists() and looks_complete(out):
+            assert complete_files(out) == finished
+        run(plan_of(source), out)
+        assert tree(out) == finished, f"effect {k}"
+        for path in sorted(out.rglob("*"), reverse=True):
+            path.unlink()
+        out.rmdir()
+
+
+def test_crashing_again_and_again_still_ends_the_same(source: Path, finished: dict[str, bytes], tmp_path: Path) -> None:
+    """Each attempt gets a few effects further; progress is never lost, so it ends."""
+    out = tmp_path / "out"
+    rng = random.Random(1)
+    for _attempt in range(200):
+        if not crash_at(rng.randint(10, 45), source, out):
+            break
+        assert not looks_complete(out) or complete_files(out) == finished
+    else:
+        pytest.fail("no progress in 200 attempts")
+    assert tree(out) == finished
+
+
+def kill_after(seconds: float, command: list[str]) -> int:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        return process.wait()
+
+
+def test_the_real_command_survives_sigkill_at_random_times(small_moe: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "keep.json"
+    manifest.write_text('{"0": [0,2,4,6], "1": [1,3,5,7], "2": [8,9,10,11], "3": [0,5,10,15]}')
+    command = [sys.executable, "-m", "shardxform", "prune", str(small_moe), "-m", str(manifest)]
+    command += ["--max-shard-size", "300KB"]
+    started = time.monotonic()
+    assert kill_after(60, [*command, str(tmp_path / "reference")]) == 0
+    whole = time.monotonic() - started
+    reference = tree(tmp_path / "reference")
+    rng = random.Random(0)
+    killed = 0
+    for attempt in range(15):
+        out = tmp_path / f"out{attempt}"
+        while kill_after(rng.uniform(0.3, 1.1) * whole, [*command, str(out)]) == -signal.SIGKILL:
+            killed += 1
+            assert not out.exists() or not looks_complete(out) or complete_files(out) == reference
+        assert tree(out) == reference
+    assert killed > 3
+
+
+def test_sigint_stops_with_130_and_the_rerun_finishes(small_moe: Path, tmp_path: Path) -> None:
+    """The command sends itself SIGINT after its first step."""
+    script = (
+        "import os, signal, sys\n"
+        "from shardxform import run as r\n"
+        "step = r._Loop._step\n"
+        "def slow(self, s):\n"
+        "    step(self, s)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "r._Loop._step = slow\n"
+        "from shardxform.cli import main\n"
+        "main()\n"
+    )
+    manifest = tmp_path / "keep.json"
+    manifest.write_text('{"0": [0,2,4,6], "1": [1,3,5,7], "2": [8,9,10,11], "3": [0,5,10,15]}')
+    arguments = ["prune", str(small_moe), str(tmp_path / "out"), "-m", str(manifest), "--max-shard-size", "300KB"]
+    stopped = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "run the same command again to go on" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not looks_complete(tmp_path / "out")
+    again = subprocess.run([sys.executable, "-m", "shardxform", *arguments], capture_output=True, text=True, check=True)
+    assert "complete and durable" in again.stdout
