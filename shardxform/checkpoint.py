@@ -214,7 +214,7 @@ def _read_shard(root: Path, name: str, table: _Table) -> None:
         spec = entry.spec
         ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
         earlier = table.tensors.setdefault(spec.name, TensorRef(spec, ranges))
-        if earlier.ranges is not ranges and (earlier.spec is not spec):
+        if earlier.spec is not spec:
             first = earlier.ranges[0].file if earlier.ranges else "another shard"
             table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
 

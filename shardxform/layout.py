@@ -140,6 +140,9 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
     top_k = _count(text, family.top_k_key, wrapper)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
+    groups = (_count(text, family.group_key, wrapper, default=1) or 1) if family.group_key else 1
+    if num_experts % groups:
+        raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp
     mtp_layers = _count(text, mtp.count_key, wrapper, default=0) if mtp else 0
     finder = _Finder(family, wrapper, num_layers, mtp_layers)
@@ -151,7 +154,7 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
         num_layers=num_layers,
         num_experts=num_experts,
         top_k=top_k,
-        groups=_count(text, family.group_key, wrapper, default=1) if family.group_key else 1,
+        groups=groups,
         moe_layers=_moe_layers(family, text, num_layers),
         mtp_layers=mtp_layers,
         places={name: place for name, place in placed.items() if place},
