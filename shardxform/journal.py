@@ -1,5 +1,7 @@
 """The journal: which steps of a plan are durably done. Append-only, one line a step, bound to one fingerprint.
 
+A line is the step's number, and what the step found worth recording as JSON when there is anything.
+
 Losing lines costs time, never correctness: a step is a pure function of the source and the plan, so doing it again
 writes the same bytes. A last line that was torn by a crash is dropped.
 """
@@ -7,10 +9,13 @@ writes the same bytes. A last line that was torn by a crash is dropped.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shardxform.errors import ResumeError
 from shardxform.fsio import FileSystem
+from shardxform.strictjson import dumps, parse_object
 
 __all__ = ["Journal"]
 
@@ -26,7 +31,8 @@ class Journal:
 
         """
         self._fs = fs
-        head = f"shardxform journal 1 {fingerprint}\n".encode()
+        self._path = path
+        self._head = head = f"shardxform journal 1 {fingerprint}\n".encode()
         if not path.exists():
             fs.write_atomic(path, head, path.parent)
         self._fd = fs.open(path, os.O_RDWR)
@@ -38,18 +44,32 @@ class Journal:
             if len(whole) != len(content):
                 fs.truncate(self._fd, len(whole))
             self._end = len(whole)
-            self.done = _parse(whole[len(head) :], steps, path)
+            self.facts = _parse(whole[len(head) :], steps, path)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def record(self, steps: list[int]) -> None:
-        """Append steps whose bytes are durable; returns when the lines are durable too."""
-        lines = "".join(f"{step}\n" for step in steps).encode()
-        self._fs.write_all(self._fd, memoryview(lines), self._end)
+    @property
+    def done(self) -> set[int]:
+        """Numbers of the steps done."""
+        return set(self.facts)
+
+    def record(self, facts: Mapping[int, Mapping[str, Any]]) -> None:
+        """Append steps whose bytes are durable, with their facts; returns when the lines are durable too."""
+        data = _lines(facts)
+        self._fs.write_all(self._fd, memoryview(data), self._end)
         self._fs.sync(self._fd)
-        self._end += len(lines)
-        self.done.update(steps)
+        self._end += len(data)
+        self.facts.update(facts)
+
+    def forget(self, steps: set[int]) -> None:
+        """Drop steps whose bytes are gone, durably; to be called before their shards are made anew."""
+        kept = {step: found for step, found in self.facts.items() if step not in steps}
+        os.close(self._fd)
+        self._fs.write_atomic(self._path, self._head + _lines(kept), self._path.parent)
+        self._fd = self._fs.open(self._path, os.O_RDWR)
+        self._end = os.fstat(self._fd).st_size
+        self.facts = kept
 
     def close(self) -> None:
         """Close the file."""
@@ -62,11 +82,20 @@ class Journal:
         self.close()
 
 
-def _parse(lines: bytes, steps: int, path: Path) -> set[int]:
-    try:
-        done = {int(line) for line in lines.split()}
-    except ValueError as e:
-        raise ResumeError(f"{path}: damaged: {e}") from e
-    if done and not (min(done) >= 0 and max(done) < steps):
-        raise ResumeError(f"{path}: names step {max(done)}, but the plan has {steps}")
-    return done
+def _lines(facts: Mapping[int, Mapping[str, Any]]) -> bytes:
+    lines = (f"{step} {dumps(found)}\n" if found else f"{step}\n" for step, found in sorted(facts.items()))
+    return "".join(lines).encode()
+
+
+def _parse(lines: bytes, steps: int, path: Path) -> dict[int, Mapping[str, Any]]:
+    facts: dict[int, Mapping[str, Any]] = {}
+    for line in lines.splitlines():
+        number, _, rest = line.partition(b" ")
+        try:
+            step = int(number)
+            facts[step] = parse_object(rest) if rest else {}
+        except ValueError as e:  # a JsonError is one
+            raise ResumeError(f"{path}: damaged at line {line[:40]!r}: {e}") from e
+        if not 0 <= step < steps:
+            raise ResumeError(f"{path}: names step {step}, but the plan has {steps}")
+    return facts

@@ -169,22 +169,20 @@ class Output:
                     " start over with --force"
                 )
 
-    def prepare(self, done: set[int]) -> set[int]:
-        """Make every shard that is neither complete nor begun, with its final header and its full size.
+    def missing(self) -> set[int]:
+        """Numbers of the shards that are neither complete nor begun: to be made, and their steps to be done again."""
+        return {
+            number
+            for number, shard in enumerate(self.plan.shards)
+            if not (self._holds(self.root / shard.name, shard) or self._holds(self.partial(number), shard))
+        }
 
-        Returns:
-            the steps of `done` that still hold; those of a shard that had to be made anew do not.
-
-        """
-        redo: set[int] = set()
-        for number, shard in enumerate(self.plan.shards):
-            if self._holds(self.root / shard.name, shard) or self._holds(self.partial(number), shard):
-                continue
-            redo.add(number)
-            self._create(self.partial(number), shard)
-        if redo:
+    def create(self, shards: set[int]) -> None:
+        """Make shards with their final headers and their full sizes, under names that no loader opens."""
+        for number in sorted(shards):
+            self._create(self.partial(number), self.plan.shards[number])
+        if shards:
             self.fs.sync_dir(self.root)
-        return {step for step in done if not any(e.shard in redo for e in self.plan.steps[step].writes)}
 
     def partial(self, number: int) -> Path:
         """Path of a shard while it is being filled."""
@@ -197,8 +195,11 @@ class Output:
                 self.fs.rename(self.partial(number), self.root / shard.name)
         self.fs.sync_dir(self.root)
 
-    def commit(self) -> None:
+    def commit(self, facts: Mapping[str, Any]) -> None:
         """Write sidecars, index and provenance, and config.json last; then remove the work directory.
+
+        Args:
+            facts: what the steps found, for the provenance.
 
         Raises:
             ExecutionError: a sidecar of the source changed since it was planned.
@@ -214,7 +215,7 @@ class Output:
             self._put(name, data)
         if self.plan.index:
             self._put(INDEX, self.plan.index)
-        self._put(PROVENANCE, self.provenance())
+        self._put(PROVENANCE, self.provenance(facts))
         self._put(CONFIG, self.plan.config)
         self.clean()
 
@@ -259,11 +260,12 @@ class Output:
 
     # -- records ------------------------------------------------------------------------------------------------
 
-    def provenance(self) -> bytes:
+    def provenance(self, facts: Mapping[str, Any]) -> bytes:
         """Bytes of shardxform.json: what the output was made from. No clock, no host: same inputs, same bytes."""
         record = self._record()
         del record["source_mtime_ns"]
-        return pretty({**record, "summary": dict(self.plan.summary), "notes": list(self.plan.notes)}).encode()
+        told = {"summary": dict(self.plan.summary), "notes": list(self.plan.notes), "facts": dict(facts)}
+        return pretty({**record, **told}).encode()
 
     def _record(self) -> dict[str, Any]:
         """What binds this directory to the plan. Small files carry their SHA-256, shards (None) their header's."""

@@ -11,11 +11,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shardxform.errors import ExecutionError, OutputError, ResumeError, ShardxformError
 from shardxform.fsio import FileSystem
@@ -24,6 +24,9 @@ from shardxform.output import Output, State
 from shardxform.plan import Copy, Plan, Step
 
 __all__ = ["Interrupted", "Progress", "Report", "RunOptions", "run"]
+
+Facts = Mapping[str, Any]
+"""What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
 
 _CHUNK: Final = 32 << 20  # most bytes between two looks at the stop flag, and two reports of progress
 
@@ -61,7 +64,13 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a run did. `already_done`: the output stood there complete, and nothing was written."""
+    """What a run did.
+
+    Attributes:
+        already_done: the output stood there complete, and nothing was written.
+        facts: what the steps found worth recording, such as modules whose weights are all zero.
+
+    """
 
     out: Path
     already_done: bool
@@ -69,6 +78,7 @@ class Report:
     resumed_bytes: int
     seconds: float
     peak_rss_bytes: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -103,7 +113,7 @@ def run(
     with _named_errors(output), output.locked():
         loop = _Loop(output, options)
         loop.execute()
-    return _report(output, started, written=loop.written, resumed=loop.resumed)
+    return replace(_report(output, started, written=loop.written, resumed=loop.resumed), facts=loop.facts)
 
 
 class _Loop:
@@ -118,23 +128,29 @@ class _Loop:
         self._lock = threading.Lock()
         self.written = 0
         self.resumed = 0
+        self.facts: Facts = {}
 
     def execute(self) -> None:
         output, plan = self._output, self._plan
         output.bind()
         output.refuse_changed_source()
         with Journal(self._fs, output.journal, plan.fingerprint, len(plan.steps)) as journal:
-            done = output.prepare(journal.done)
-            self.resumed = sum(_write_bytes(plan.steps[i]) for i in done)
-            todo = [i for i in range(len(plan.steps)) if i not in done]
+            missing = output.missing()
+            lost = {i for i in journal.done if any(extent.shard in missing for extent in plan.steps[i].writes)}
+            if lost:  # before the shards are made anew: a journal must never speak for bytes that are not there
+                journal.forget(lost)
+            output.create(missing)
+            self.resumed = sum(_write_bytes(plan.steps[i]) for i in journal.done)
+            todo = sorted(set(range(len(plan.steps))) - journal.done)
             self._run_steps(todo, journal)
+            self.facts = _merged(journal.facts[i] for i in sorted(journal.facts))
         _refuse_source_changed_meanwhile(plan)
         output.publish()
-        output.commit()
+        output.commit(self.facts)
 
     def _run_steps(self, todo: list[int], journal: Journal) -> None:
         """Run steps on a pool, at most two per worker queued; journal each batch that completes."""
-        pending: dict[Future[None], int] = {}
+        pending: dict[Future[Facts], int] = {}
         queue = iter(todo)
         with ThreadPoolExecutor(self._options.jobs, thread_name_prefix="step") as pool:
             try:
@@ -155,36 +171,47 @@ class _Loop:
                     raise Interrupted(self._how_to_go_on(journal)) from e
                 raise
 
-    def _journal(self, finished: set[Future[None]], pending: dict[Future[None], int], journal: Journal) -> None:
+    def _journal(self, finished: set[Future[Facts]], pending: dict[Future[Facts], int], journal: Journal) -> None:
         for future in finished:
             if future.exception():
                 error = future.exception()
                 del pending[future]
                 assert error is not None
                 raise error
-        steps = sorted(pending.pop(future) for future in finished)
-        if steps:
-            journal.record(steps)
+        if finished:
+            journal.record({pending.pop(future): future.result() for future in finished})
 
-    def _step(self, step: Step) -> None:
-        if self._stop.is_set():
-            raise _StoppedError
+    def _step(self, step: Step) -> Facts:
+        """Do one step and make its bytes durable."""
+        self._refuse_if_stopped()
         with _OpenFiles(self._output) as files:
             if isinstance(step, Copy):
-                self._copy(step, files)
+                facts = self._copy(step, files)
             else:
-                raise TypeError(f"no executor for {type(step).__name__}")
-            files.sync()
+                # Imported here: this brings numpy and the compiled kernels, which copying does without.
+                from shardxform.quantize.execute import round_step
+                from shardxform.quantize.planner import Round
 
-    def _copy(self, step: Copy, files: _OpenFiles) -> None:
+                if not isinstance(step, Round):
+                    raise TypeError(f"no executor for {type(step).__name__}")
+                opened = (files.source, files.target)
+                facts = round_step(step, opened, self._fs, self._count, self._refuse_if_stopped)
+            files.sync()
+        return facts
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+
+    def _copy(self, step: Copy, files: _OpenFiles) -> Facts:
         for segment in step.segments:
             source, target = files.source(segment.source.file), files.target(segment.shard)
             for start in range(0, segment.source.length, _CHUNK):
-                if self._stop.is_set():
-                    raise _StoppedError
+                self._refuse_if_stopped()
                 count = min(_CHUNK, segment.source.length - start)
                 self._fs.copy(source, segment.source.offset + start, target, segment.offset + start, count)
                 self._count(count)
+        return {}
 
     def _count(self, count: int) -> None:
         with self._lock:
@@ -256,6 +283,15 @@ def _refuse_source_changed_meanwhile(plan: Plan) -> None:
         info = (plan.source / shard.name).stat()
         if (info.st_size, info.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
             raise ExecutionError(f"{plan.source / shard.name}: changed while shardxform was running; nothing committed")
+
+
+def _merged(facts: Iterable[Facts]) -> Facts:
+    """Add up counts and join lists, in step order."""
+    out: dict[str, Any] = {}
+    for found in facts:
+        for key, value in found.items():
+            out[key] = out[key] + value if key in out else value
+    return out
 
 
 def _write_bytes(step: Step) -> int:

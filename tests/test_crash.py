@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from faults import Counting, Crashing
-from test_run import SMALL, looks_complete, plan_of, tree
+from test_run import SMALL, interrupted, looks_complete, plan_of, tree
 from test_run import finished as finished
 from test_run import small_steps as small_steps
 from test_run import source as source
@@ -70,6 +70,20 @@ def test_crashing_again_and_again_still_ends_the_same(source: Path, finished: di
     else:
         pytest.fail("no progress in 200 attempts")
     assert tree(out) == finished
+
+
+def test_a_lost_shard_is_never_taken_for_done_however_often_it_crashes(
+    source: Path, finished: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A shard that vanished is made anew full of zeros: the journal must have forgotten its steps before that."""
+    counting = Counting()
+    run(plan_of(source), tmp_path / "count", RunOptions(jobs=1), fs=counting)
+    for k in range(1, 40):
+        out = interrupted(source, tmp_path / f"out{k}")
+        sorted(out.glob("*.partial"))[0].unlink()
+        assert crash_at(k, source, out)
+        run(plan_of(source), out)
+        assert tree(out) == finished, f"effect {k}"
 
 
 def kill_after(seconds: float, command: list[str]) -> int:

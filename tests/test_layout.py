@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ def layout(kind: str, names: Iterable[str] | None = None, *, top: dict[str, Any]
 
 
 def everything(of: Layout) -> list[str]:
-    return [name for name, _ in expected(of, variants_found(of))]
+    names = [name for name, _ in islice(expected(of, variants_found(of)), 100_000)]
+    assert len(names) < 100_000, "expected() does not end"
+    return names
 
 
 def place(kind: str, name: str) -> tuple[Any, ...] | None:
@@ -248,13 +251,13 @@ def test_more_experts_per_token_than_experts_are_refused() -> None:
         layout("qwen3_moe", num_experts_per_tok=7)
 
 
-@pytest.mark.parametrize("n_group", [0, 3, 16, -1, "2", True, 2.0])
+@pytest.mark.parametrize("n_group", [3, 16, -1, "2", True, 2.0])
 def test_router_groups_that_do_not_divide_the_experts_are_refused(n_group: Any) -> None:
     with pytest.raises(FamilyError, match="n_group"):
         layout("deepseek_v3", n_group=n_group)
 
 
-@pytest.mark.parametrize("n_group", [None, ..., 1])
+@pytest.mark.parametrize("n_group", [None, ..., 0, 1])
 def test_no_router_groups_is_one_group(n_group: Any) -> None:
     assert layout("deepseek_v3", n_group=n_group).groups == 1
 
@@ -351,7 +354,7 @@ def test_without_layer_types_every_fourth_layer_is_full_attention() -> None:
 )
 def test_a_condition_that_cannot_be_evaluated_is_refused(kind: str, key: str, value: Any) -> None:
     config = tiny(kind)[0] | {key: value, "layer_types": None}
-    with pytest.raises(FamilyError, match="cannot tell what its . layers are made of"):
+    with pytest.raises(FamilyError, match=r"cannot tell what its \d layers are made of"):
         layout_of(config, [])
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardxform.errors import ManifestError
+from shardxform.errors import FamilyError, ManifestError
 from shardxform.layout import Layout, layout_of
 from shardxform.manifest import Manifest, keep_all
 
@@ -513,7 +513,7 @@ def test_two_groups_are_groups() -> None:
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused() -> None:
-    with pytest.raises(ManifestError, match=r"^config\.json: n_group: 3 groups do not divide 16 experts$"):
+    with pytest.raises(FamilyError, match=r"^config\.json: n_group is 3, which does not divide 16 experts$"):
         read(ours_of({"1": EVEN, "2": EVEN}), deepseek(n_group=3))
 
 

@@ -203,7 +203,7 @@ def test_float16_may_be_given_as_bits() -> None:
         search=st.booleans(),
     ),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=200)
 def test_numpy_and_numba_agree_to_the_bit(
     rows: int, blocks: int, seed: int, dtype: str, layout: str, grid: Grid
 ) -> None:

@@ -15,6 +15,7 @@ __all__ = ["main"]
 _COMMANDS: Final = {
     "inspect": "Show what a checkpoint is made of, from its headers alone.",
     "prune": "Keep the experts that a manifest names; copy everything else byte for byte.",
+    "quantize": "Round weights to 4 or 8 bits, pruning in the same pass when a manifest is given.",
     "verify": "Check a checkpoint, and prove it against the source it was made from.",
     "manifest": "Show, check and convert keep manifests.",
 }

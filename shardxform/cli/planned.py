@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
             f"{renamed}{dropped}"
         ),
     )
+    if "scheme" in s:
+        yield "quantized", _quantized(s)
     ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
     yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
     yield "shards", f"{len(plan.shards)}, from {plan.shards[0].name}"
@@ -68,6 +70,16 @@ def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
     yield "memory", f"about {gb(plan.peak_bytes(jobs))} at {jobs} jobs"
     yield "free disk", f"{gb(FileSystem().free_bytes(out.absolute()))} of {gb(plan.nbytes)} needed"
     yield "sidecars", ", ".join(plan.sidecars) or "none"
+
+
+def _quantized(summary: Mapping[str, Any]) -> str:
+    scheme, grid = summary["scheme"], summary["scheme"]["grid"]
+    kept = ", ".join(f"{n:,} {why}" for why, n in summary["kept_modules"].items())
+    group = "one scale per row" if grid["group_size"] == -1 else f"groups of {grid['group_size']}"
+    return (
+        f"{summary['quantized_modules']:,} modules, {gb(summary['quantized_weight_bytes'])} of weights, to"
+        f" {grid['bits']} bits in {group}, {scheme['format']}; kept: {kept}"
+    )
 
 
 def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
@@ -94,6 +106,7 @@ def _report_facts(report: Report) -> dict[str, Any]:
         "resumed_bytes": report.resumed_bytes,
         "seconds": round(report.seconds, 3),
         "peak_rss_bytes": report.peak_rss_bytes,
+        "facts": dict(report.facts),
     }
 
 
@@ -107,6 +120,14 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("size", f"{gb(before)} -> {gb(plan.data_bytes)} in {len(plan.shards)} shards"),
             ("time", f"{report.seconds:.1f} s, {gb(rate)}/s{resumed}"),
             ("memory", f"{gb(report.peak_rss_bytes)} peak"),
+            *_zero_lines(report),
             ("check it", f"shardxform verify {report.out} --source {plan.source}"),
         ]
     )
+
+
+def _zero_lines(report: Report) -> Iterator[tuple[str, str]]:
+    modules = report.facts.get("zero_modules", [])
+    if modules:
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        yield "all zero", f"{modules[0]}{more}: is the source whole?"

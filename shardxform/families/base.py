@@ -134,7 +134,8 @@ class Family:
         conditions: named predicates on (text config, layer); layer is -1 in the root scope.
         moe: name of the condition that makes a block a MoE block, or empty when all are.
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
-        merged: suffix groups of modules that clients merge, which must share one quantization scheme.
+        merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
+            merged module in vLLM.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
     """
@@ -156,7 +157,7 @@ class Family:
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
-    merged: tuple[tuple[str, ...], ...] = ()
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bfloat16_only: bool = False
 
     def holds(self, when: str, config: Config, layer: int) -> bool:

@@ -89,9 +89,9 @@ FAMILY: Final = Family(
     },
     moe="moe",
     keep_16bit=("mlp.gate",),
-    merged=(
-        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-    ),
+    merged={
+        "self_attn.fused_qkv_a_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        "mlp.shared_experts.gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
 )

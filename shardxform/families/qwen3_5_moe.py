@@ -139,11 +139,11 @@ FAMILY: Final = Family(
         "untied": untied,
     },
     keep_16bit=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b"),
-    merged=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
-        ("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
-        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-    ),
+    merged={
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+        "mlp.shared_expert.gate_up_proj": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    },
     bfloat16_only=True,
 )

@@ -53,5 +53,8 @@ FAMILY: Final = Family(
     },
     moe="moe",
     keep_16bit=("mlp.gate",),
-    merged=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
+    merged={
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
 )

@@ -1,0 +1,115 @@
+"""`shardxform quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
+from shardxform.cli.planned import execute
+from shardxform.cli.prune_cmd import load_manifest
+from shardxform.prune import ViewOptions
+from shardxform.quantize.grid import Grid, ScaleGrid
+from shardxform.quantize.planner import plan_quantize
+from shardxform.scheme import FORMATS, PRESETS, ExpertNames, Format, Scheme
+from shardxform.view import MtpMode
+
+__all__ = ["command"]
+
+
+@click.command("quantize")
+@source_argument
+@out_argument
+@manifest_option
+@click.option(
+    "--scheme", type=click.Choice(list(PRESETS)), default="W4A16", show_default=True, help="Bits of the weights."
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["128", "64", "32", "-1"]),
+    default="128",
+    show_default=True,
+    help="Input columns that share a scale; -1 for one scale per row.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["rtn"]),
+    default="rtn",
+    show_default=True,
+    help="rtn: round to nearest, without data.",
+)
+@click.option("--search", is_flag=True, help="Search each group's scale for the least squared weight error.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(FORMATS)),
+    default="auto-round",
+    show_default=True,
+    help="How clients find the weights.",
+)
+@click.option(
+    "--scale-grid",
+    type=click.Choice(["fp16", "bf16"]),
+    default="fp16",
+    show_default=True,
+    help="fp16: auto-round's bits; bf16: scales exact in both types, so that every client computes the same.",
+)
+@click.option(
+    "--expert-names",
+    type=click.Choice(["split", "fused-indexed"]),
+    default="split",
+    show_default=True,
+    help="split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
+)
+@click.option("--g-idx", is_flag=True, help="Also write the identity g_idx, which llama.cpp wants of gptq.")
+@click.option(
+    "--keep-16bit", metavar="PATTERN", multiple=True, help="Leave modules that match as they are; repeatable."
+)
+@click.option(
+    "--quantize",
+    "quantize_",
+    metavar="PATTERN",
+    multiple=True,
+    help="Quantize modules that match although they would stay as they are; repeatable.",
+)
+@view_options
+@run_options
+def command(
+    source: Path,
+    out: Path,
+    manifest: Path | None,
+    scheme: str,
+    group_size: str,
+    method: str,  # noqa: ARG001
+    search: bool,
+    format_: Format,
+    scale_grid: ScaleGrid,
+    expert_names: ExpertNames,
+    g_idx: bool,
+    keep_16bit: tuple[str, ...],
+    quantize_: tuple[str, ...],
+    text_only: bool,
+    mtp: MtpMode,
+    max_shard_size: int,
+    **run: Any,  # noqa: ANN401
+) -> None:
+    """Write OUT, SRC with its weights rounded to 4 or 8 bits; with --manifest, pruned in the same pass.
+
+    Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
+    MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
+    """
+    checkpoint = Checkpoint.open(source)
+    grid = Grid(bits=PRESETS[scheme], group_size=int(group_size), scale_grid=scale_grid, search=search)
+    chosen = Scheme(
+        grid=grid,
+        format=format_,
+        expert_names=expert_names,
+        g_idx=g_idx,
+        keep_16bit=keep_16bit,
+        quantize=quantize_,
+    )
+    options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
+    execute(plan_quantize(checkpoint, chosen, load_manifest(manifest, checkpoint), options), out, **run)

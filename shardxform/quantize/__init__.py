@@ -1,0 +1,1 @@
+"""Weight quantization: grids, rounding and the word layouts of the written tensors."""

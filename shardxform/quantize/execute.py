@@ -1,0 +1,147 @@
+"""Executing a `Round` step: read a bounded run of rows, round and pack it, write the parts.
+
+One weight's packed parts and one tile of its rows are in memory at a time. Weights that cannot be represented are
+refused, naming tensor and row; upstream packs them as garbage without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardxform.errors import ExecutionError
+from shardxform.fsio import FileSystem
+from shardxform.plan import Extent
+from shardxform.quantize import packing
+from shardxform.quantize.planner import TILE_BYTES, Round, RoundItem
+from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype, quantize_into
+from shardxform.scheme import Role, Scheme
+from shardxform.tensors import TensorRef
+
+__all__ = ["Files", "round_step"]
+
+_NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+OpenSource = Callable[[str], int]
+OpenTarget = Callable[[int], int]
+Files = tuple[OpenSource, OpenTarget]
+"""Functions from a source shard's name, and from an output shard's number, to an open descriptor."""
+
+
+def round_step(
+    step: Round, files: Files, fs: FileSystem, on_bytes: Callable[[int], None], stopped: Callable[[], None]
+) -> dict[str, Any]:
+    """Round every weight of `step` and write its parts.
+
+    Args:
+        step: what to do.
+        files: where to read and write.
+        fs: effects.
+        on_bytes: called with the bytes written after each weight.
+        stopped: raises when the run is to stop.
+
+    Returns:
+        facts for the record: modules whose weights are all zero, and the number of all-zero groups.
+
+    Raises:
+        ExecutionError: NaN, infinity, or a scale beyond float16; names tensor and row.
+
+    """
+    zero_modules: list[str] = []
+    zero_groups = 0
+    for item in step.items:
+        stopped()
+        out, groups, zeros = _rounded(item, step.scheme, files[0], fs)
+        zero_groups += zeros
+        if zeros == groups:
+            zero_modules.append(item.module)
+        for role, extent in item.parts:
+            _write(_part(role, item, step.scheme, out), extent, files[1], fs)
+            on_bytes(extent.length)
+    facts: dict[str, Any] = {}
+    if zero_groups:
+        facts["zero_groups"] = zero_groups
+    if zero_modules:
+        facts["zero_modules"] = zero_modules
+    return facts
+
+
+def _rounded(item: RoundItem, scheme: Scheme, source: OpenSource, fs: FileSystem) -> tuple[QuantizedWeight, int, int]:
+    """Round one weight tile by tile; also its number of groups, and of all-zero groups."""
+    rows, columns = item.weight.spec.shape
+    dtype = cast(SourceDtype, item.weight.spec.dtype)  # the selection takes no other
+    out = QuantizedWeight.empty(scheme.layout, scheme.grid, (rows, columns))
+    row_bytes = item.weight.nbytes // rows
+    tile_rows = max(1, TILE_BYTES // row_bytes)
+    groups = zeros = 0
+    for start in range(0, rows, tile_rows):
+        stop = min(start + tile_rows, rows)
+        w_oi = _read(item.weight.rows(start, stop), source, fs)
+        stats = quantize_into(w_oi, dtype, scheme.grid, _rows_of(out, start, stop), measure=False)
+        _refuse_bad(stats, item, start)
+        groups += stats.groups
+        zeros += stats.zero_groups
+    return out, groups, zeros
+
+
+def _read(ref: TensorRef, source: OpenSource, fs: FileSystem) -> NDArray[Any]:
+    """Read a 2-D run of rows as raw bits."""
+    array = np.empty(ref.spec.shape, _NUMPY[ref.spec.dtype])
+    view = array.data.cast("B")
+    done = 0
+    for piece in ref.ranges:
+        fs.read_exact_into(source(piece.file), view[done : done + piece.length], piece.offset)
+        done += piece.length
+    return array
+
+
+def _rows_of(out: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """View of the output that holds rows `start`..`stop - 1` of the weight."""
+    if out.layout == "row":
+        return QuantizedWeight(layout="row", words=out.words[start:stop], scales=out.scales[start:stop])
+    return QuantizedWeight(layout="gptq", words=out.words[:, start:stop], scales=out.scales[:, start:stop])
+
+
+def _refuse_bad(stats: RtnStats, item: RoundItem, first_row: int) -> None:
+    if stats.nonfinite is not None:
+        row, column = stats.nonfinite
+        raise ExecutionError(
+            f"{_where(item)}: NaN or infinity at row {first_row + row}, column {column}; expected finite weights"
+        )
+    if stats.overflow_row is not None:
+        raise ExecutionError(
+            f"{_where(item)}: row {first_row + stats.overflow_row} needs a scale beyond float16; expected weights"
+            " below 524,000 in magnitude"
+        )
+
+
+def _where(item: RoundItem) -> str:
+    tensor = item.weight.name
+    return f"tensor '{tensor}'" if tensor == f"{item.module}.weight" else f"tensor '{tensor}' (module {item.module})"
+
+
+def _part(role: Role, item: RoundItem, scheme: Scheme, out: QuantizedWeight) -> NDArray[Any]:
+    rows, columns = item.weight.spec.shape
+    if role == "words":
+        return out.words
+    if role == "scales":
+        return packing.bf16_bits_of(out.scales.view(np.float16).astype(np.float32)) if _bf16(scheme) else out.scales
+    if role == "zeros":
+        return packing.qzeros(scheme.grid.groups(columns), rows, scheme.grid.bits)
+    if role == "shape":
+        return np.array([rows, columns], np.int64)
+    return (np.arange(columns, dtype=np.int32) // scheme.grid.span(columns)).astype(np.int32)
+
+
+def _bf16(scheme: Scheme) -> bool:
+    return scheme.scale_dtype == "BF16"
+
+
+def _write(part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem) -> None:
+    data = np.ascontiguousarray(part).data.cast("B")
+    if len(data) != extent.length:
+        raise ExecutionError(f"internal: a part of {len(data)} bytes for an extent of {extent.length}")
+    fs.write_all(target(extent.shard), data, extent.offset)

@@ -1,0 +1,393 @@
+"""Compiled round-to-nearest: one pass per tile of rows from raw bits to packed words, on the calling thread.
+
+Bit-equal to the numpy backend in ``rtn``. The global interpreter lock is released while a kernel runs, so callers
+may quantize different rows from different threads. Importing this module needs numba; compiled code is cached on disk
+where numba finds a writable place, and recompiled per process otherwise.
+
+Inner loops run over blocks of 32 columns (rows, in the search), a compile-time trip count that LLVM turns into full
+vectors without remainder or overlap checks. Helpers take whole arrays and block ranges: a slice per group would cost
+more in reference counts than the arithmetic on it.
+"""
+
+# O: output rows, I: input columns, R: rows of a tile (32), G: groups of a row, C: scale candidates, K: columns of a
+# chunk (128), W: words of a row.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+from numba import njit, types
+
+__all__ = ["CHUNK", "quantizer"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+U8: Final = np.uint8
+U32: Final = np.uint32
+I32: Final = np.int32
+U64: Final = np.uint64
+F32: Final = np.float32
+F64: Final = np.float64
+
+LANES: Final = 32
+CHUNK: Final = 128
+SIGN: Final = np.uint32(0x80000000)
+MAGNITUDE: Final = np.uint32(0x7FFFFFFF)
+SMALLEST_SCALE: Final = np.float32(168 * 2.0**-24)  # float16(1e-5); exact in bf16 too
+HALF_OVERFLOW: Final = np.float32(65536.0)
+BYTES_OF_16: Final = np.uint64(0x00FF00FF00FF00FF)
+HALVES_OF_32: Final = np.uint64(0x0000FFFF0000FFFF)
+
+
+def _jit(function: F, signature: Any = None) -> F:
+    """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
+    try:
+        compiled: F = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        compiled = njit(signature, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+@_jit
+def _bits(x: Any) -> Any:
+    return F32(x).view(U32)
+
+
+@_jit
+def _float(u: Any) -> Any:
+    return U32(u).view(F32)
+
+
+@_jit
+def _half_value(h: Any) -> Any:
+    """float16 bits -> float32, exact; infinities and NaN come out as finite values of at least 65536."""
+    magnitude = h & U32(0x7FFF)
+    if magnitude < U32(0x400):
+        value = _bits(F32(I32(magnitude)) * F32(2.0**-24))
+    else:
+        value = U32((magnitude << U32(13)) + U32(112 << 23))
+    return _float(value | ((h & U32(0x8000)) << U32(16)))
+
+
+@_jit
+def _round_to_half(x: Any) -> Any:
+    """Round x >= 0 to float16, ties to even, kept as float32; 65536 and more where float16 overflows."""
+    a = _bits(x)
+    normal = _float((a + U32(0xFFF) + ((a >> U32(13)) & U32(1))) & U32(0xFFFFE000))
+    # Below 2^-14 float16 is fixed-point with steps of 2^-24, which is what float32 has at one half.
+    return F32(F32(x + F32(0.5)) - F32(0.5)) if x < F32(2.0**-14) else normal
+
+
+@_jit
+def _round_to_grid(x: Any, bf16: Any) -> Any:
+    """Round x >= 0 to the nearest scale of the grid, not yet clamped."""
+    if bf16:
+        a = _bits(x)
+        return _round_to_half(_float((a + U32(0x7FFF) + ((a >> U32(16)) & U32(1))) & U32(0xFFFF0000)))
+    return _round_to_half(x)
+
+
+@_jit
+def _half_bits(scale: Any) -> Any:
+    """float16 bits of a float32 that float16 can hold."""
+    a = _bits(abs(scale))
+    sign = U32(0x8000) if scale < F32(0) else U32(0)
+    if a < U32(0x38800000):
+        return np.uint16(U32(I32(_float(a) * F32(2.0**24))) | sign)
+    return np.uint16(((a - U32(112 << 23)) >> U32(13)) | sign)
+
+
+@_jit
+def _decode(row: Any, kind: Any, out: Any) -> None:
+    """Raw bits of a row -> float32 bits. ``kind``: 0 BF16, 1 F16, 2 F32."""
+    if kind == 0:
+        for k in range(row.size):
+            out[k] = U32(row[k]) << U32(16)
+    elif kind == 1:
+        for k in range(row.size):
+            out[k] = _bits(_half_value(U32(row[k])))
+    else:
+        for k in range(row.size):
+            out[k] = U32(row[k])
+
+
+@_jit
+def _extremes(row: Any, start: Any, columns: Any) -> Any:
+    """Float bits of max(w, 0), and of the magnitude of min(w, 0), by integer comparisons (LLVM may reorder those)."""
+    high, low, base = I32(0), U32(0), U64(start)
+    for k in range(columns):
+        bits = row[base + U64(k)]
+        high = max(high, I32(bits))
+        low = max(low, bits)
+    return U32(high), U32(low & MAGNITUDE) if low >= SIGN else U32(0)
+
+
+@_jit
+def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
+    for k in range(start, start + columns):
+        if row[k] & MAGNITUDE >= limit:
+            return k
+    return -1
+
+
+@_jit
+def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
+    """Write each group's scale to all of its columns."""
+    for g in range(scale_GR.shape[0]):
+        scale, base = scale_GR[g, r], U64(g * span)
+        for k in range(min(span, scale_I.size - g * span)):
+            scale_I[base + U64(k)] = scale
+
+
+@_jit
+def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
+    low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
+    for k in range(codes.size):
+        q = min(max(np.rint(row[k] / scale_I[k]), low), high)
+        codes[k] = U8(I32(q) + shift)
+
+
+@_jit
+def _round_and_measure_row(row: Any, scale_I: Any, codes: Any, zero: Any, square_I: Any) -> Any:
+    """As ``_round_row``; adds squared errors per column, returns the float32 bits of the largest error in scales."""
+    low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
+    worst = I32(0)
+    for k in range(codes.size):
+        ratio = row[k] / scale_I[k]
+        q = min(max(np.rint(ratio), low), high)
+        error = F32(row[k] - F32(scale_I[k] * q))
+        square_I[k] += F32(error * error)
+        worst = max(worst, I32(F32(ratio - q).view(I32) & I32(0x7FFFFFFF)))
+        codes[k] = U8(I32(q) + shift)
+    return worst
+
+
+@_jit
+def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
+    """Min/max scales of one row, and what a report or a refusal needs to know about it."""
+    r, number = at
+    scale_GR, magnitude_GR = scales
+    for g in range(scale_GR.shape[0]):
+        start = g * p.span
+        columns = min(p.span, row.size - start)
+        high, low = _extremes(row, start, columns)
+        largest = U32(max(high, low))
+        if largest >= U32(p.limit) and found[0] < 0:
+            found[0], found[1] = number, _first_nonfinite(row, start, columns, U32(p.limit))
+        found[3] += largest == U32(0)
+        magnitude_GR[g, r] = _float(largest) / F32(p.zero)
+        scale = _round_to_grid(magnitude_GR[g, r], p.bf16)
+        if scale >= HALF_OVERFLOW and largest < U32(p.limit) and found[2] < 0:
+            found[2] = number
+        # A scale that rounds to zero has lost its sign; the clamp then takes the positive side.
+        clamped = max(scale, SMALLEST_SCALE)
+        scale_GR[g, r] = -clamped if high >= low and scale > F32(0) else clamped
+
+
+@_jit
+def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: Any) -> None:
+    """Scales tried per row, and their reciprocals: the min/max one, then each factor with its sign and the other."""
+    scale_CR, step_CR = out
+    largest = F32(65280.0) if bf16 else F32(65504.0)
+    for r in range(LANES):
+        scale_CR[0, r] = scale_R[r]
+    for f in range(factors.size):
+        for r in range(LANES):
+            shrunk = _round_to_grid(F32(magnitude_R[r] * factors[f]), bf16)
+            shrunk = min(max(shrunk, SMALLEST_SCALE), largest)
+            signed = -shrunk if scale_R[r] < F32(0) else shrunk
+            scale_CR[2 * f + 1, r] = signed
+            scale_CR[2 * f + 2, r] = -signed
+            step_CR[2 * f + 1, r] = F32(1) / signed
+            step_CR[2 * f + 2, r] = F32(1) / -signed
+
+
+@_jit
+def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk_KR: Any) -> None:
+    base = U64(start)
+    for r in range(rows):
+        for k in range(columns):
+            chunk_KR[k, r] = weights_RI[r, base + U64(k)]
+
+
+@_jit
+def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: Any) -> None:
+    """Squared error of a chunk under the min/max scale, with the codes that would be written."""
+    low, high = F32(-zero), F32(zero - 1)
+    for r in range(LANES):
+        acc_R[r] = F32(0)
+    for k in range(columns):
+        for r in range(LANES):
+            q = np.rint(min(max(chunk_KR[k, r] / scale_R[r], low), high))
+            error = F32(chunk_KR[k, r] - F32(scale_R[r] * q))
+            acc_R[r] += F32(error * error)
+
+
+@_jit
+def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_R: Any) -> None:
+    """The same under another scale, its codes from a product with the reciprocal: wrong only where two are as near."""
+    scale_R, step_R = scales_R
+    low, high = F32(-zero), F32(zero - 1)
+    for r in range(LANES):
+        acc_R[r] = F32(0)
+    for k in range(columns):
+        for r in range(LANES):
+            q = np.rint(min(max(F32(chunk_KR[k, r] * step_R[r]), low), high))
+            error = F32(chunk_KR[k, r] - F32(scale_R[r] * q))
+            acc_R[r] += F32(error * error)
+
+
+@_jit
+def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> None:
+    """Add each candidate's squared error over a chunk: float32 in column order within it, float64 across chunks."""
+    scale_CR, step_CR, acc_CR, total_CR = scratch
+    _plain_error(chunk_KR, columns, scale_CR[0], zero, acc_CR[0])
+    for c in range(1, scale_CR.shape[0]):
+        _candidate_error(chunk_KR, columns, (scale_CR[c], step_CR[c]), zero, acc_CR[c])
+    for c in range(scale_CR.shape[0]):
+        for r in range(LANES):
+            total_CR[c, r] += F64(acc_CR[c, r])
+
+
+@_jit
+def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: Any, p: Any) -> None:
+    """Replace the scales of one group in all rows of the tile by the candidates of least squared error."""
+    rows, g = at
+    scale_GR, magnitude_GR = scales
+    chunk_KR, scale_CR, step_CR, acc_CR, total_CR = scratch
+    stop = min((g + 1) * p.span, weights_RI.shape[1])
+    _candidates(scale_GR[g], magnitude_GR[g], factors, p.bf16, (scale_CR, step_CR))
+    total_CR[:] = 0.0
+    for start in range(g * p.span, stop, CHUNK):
+        columns = min(CHUNK, stop - start)
+        _transpose_chunk(weights_RI, rows, start, columns, chunk_KR)
+        _squared_errors(chunk_KR, columns, (scale_CR, step_CR, acc_CR, total_CR), p.zero)
+    for r in range(rows):
+        best = total_CR[0, r] * (1.0 - 2.0**-15)  # beyond what float32 sums may err by: never worse than min/max
+        for c in range(1, scale_CR.shape[0]):
+            if total_CR[c, r] < best:
+                best, scale_GR[g, r] = total_CR[c, r], scale_CR[c, r]
+
+
+@_jit
+def _pack_row(codes: Any, words: Any, bits: Any) -> None:
+    """Codes of a row, one per byte -> int32 words, first code in the lowest bits."""
+    if bits == 8:
+        eight = codes.view(I32)
+        for i in range(words.size):
+            words[i] = eight[i]
+    else:
+        four = codes.view(U64)
+        for i in range(words.size):
+            x = four[i]
+            x = (x | (x >> U64(4))) & BYTES_OF_16
+            x = (x | (x >> U64(8))) & HALVES_OF_32
+            words[i] = I32(x | (x >> U64(16)))
+
+
+@_jit
+def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_major: Any) -> None:
+    """Store a tile's words and scale bits, rows of the weight along the first or the last dimension."""
+    first, rows = at
+    if row_major:
+        for r in range(rows):
+            for i in range(words.shape[1]):
+                words[first + r, i] = words_RW[r, i]
+            for g in range(scales.shape[1]):
+                scales[first + r, g] = _half_bits(scale_GR[g, r])
+    else:
+        for i in range(words.shape[0]):
+            for r in range(rows):
+                words[i, first + r] = words_RW[r, i]
+        for g in range(scales.shape[0]):
+            for r in range(rows):
+                scales[g, first + r] = _half_bits(scale_GR[g, r])
+
+
+@_jit
+def _flush(square_I: Any, total_I: Any) -> None:
+    for k in range(square_I.size):
+        total_I[k] += F64(square_I[k])
+        square_I[k] = F32(0)
+
+
+def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
+    """Round and pack all rows.
+
+    Returns (row, column) of the first non-finite weight, the first row with a scale beyond float16 (-1 for none),
+    the number of all-zero groups, the sum of squared errors and the largest error in scales (0 unless measured).
+    """
+    O, I = w_OI.shape  # noqa: E741
+    groups, row_words = -(-I // p.span), I * p.bits // 32
+    slots = LANES if factors.size else 1  # the search wants all rows of a tile at once; otherwise one stays in cache
+    tile_RI = np.zeros((slots, I), U32)
+    weights_RI = tile_RI.view(F32)
+    grid = np.ones((groups, LANES), F32), np.zeros((groups, LANES), F32)
+    codes, scale_I, square_I = np.empty(I, U8), np.empty(I, F32), np.zeros(I, F32)
+    words_RW = np.empty((LANES, row_words + 16), I32)  # an odd number of cache lines: a column spreads over the sets
+    floats_3CR = np.ones((3, 2 * factors.size + 1, LANES), F32)
+    total_CR = np.zeros((2 * factors.size + 1, LANES), F64)
+    scratch = np.zeros((CHUNK, LANES), F32), floats_3CR[0], floats_3CR[1], floats_3CR[2], total_CR
+    found, total_I, worst = np.array([-1, -1, -1, 0]), np.zeros(I, F64), I32(0)
+    for first in range(0, O, LANES):
+        rows = min(LANES, O - first)
+        for r in range(rows if factors.size else 0):
+            _decode(w_OI[first + r], p.kind, tile_RI[r])
+            _plain_scales(tile_RI[r], (r, first + r), grid, p, found)
+        for g in range(groups if factors.size else 0):
+            _search_group(weights_RI, (rows, g), grid, factors, scratch, p)
+        for r in range(rows):
+            slot = r if factors.size else 0
+            if not factors.size:
+                _decode(w_OI[first + r], p.kind, tile_RI[0])
+                _plain_scales(tile_RI[0], (r, first + r), grid, p, found)
+            _spread(grid[0], r, p.span, scale_I)
+            if p.measure:
+                worst = max(worst, _round_and_measure_row(weights_RI[slot], scale_I, codes, p.zero, square_I))
+            else:
+                _round_row(weights_RI[slot], scale_I, codes, p.zero)
+            _pack_row(codes, words_RW[r, :row_words], p.bits)
+        if p.measure:
+            _flush(square_I, total_I)
+        _emit(words_RW, grid[0], (first, rows), words, scales, p.row_major)
+    squared_error = 0.0
+    for k in range(I):
+        squared_error += total_I[k]
+    return found[0], found[1], found[2], found[3], squared_error, I32(worst).view(F32)
+
+
+class Settings(NamedTuple):
+    """What a kernel is told besides its arrays; all plain integers.
+
+    Attributes:
+        kind: Source bits: 0 BF16, 1 F16, 2 F32.
+        bits: Width of a code.
+        zero: The code of 0.
+        span: Columns of a full group, a multiple of 32.
+        limit: float32 bits from which a decoded magnitude stands for an infinity or NaN.
+        bf16: Scales on the bf16 grid.
+        row_major: Words along the columns of a row ("row") rather than along the rows ("gptq").
+        measure: Compute the errors.
+    """
+
+    kind: int
+    bits: int
+    zero: int
+    span: int
+    limit: int
+    bf16: int
+    row_major: int
+    measure: int
+
+
+@cache
+def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int, float, float]]:
+    """The compiled kernel for uint32 (``wide``) or uint16 source bits; compiles or loads from disk on first use."""
+    source = types.Array(types.uint32 if wide else types.uint16, 2, "C", readonly=True)
+    settings = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
+    factors = types.Array(types.float32, 1, "C", readonly=True)
+    signature = (source, settings, factors, types.int32[:, :], types.uint16[:, :])
+    return _jit(_quantize, signature)

@@ -1,0 +1,164 @@
+"""Planning a quantization: a view of the source, its selected modules replaced by packed parts, cut into steps.
+
+With a manifest the view is a pruned one, so that pruning and quantizing are one pass over the source. Pure but for
+sidecars; no tensor data is read and no array library is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from shardxform import plan as plans
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import SchemeError
+from shardxform.manifest import Manifest
+from shardxform.modules import Module
+from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, lay_out
+from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
+from shardxform.quantization_config import build
+from shardxform.scheme import Role, Scheme
+from shardxform.selection import Selection, reasons_summary, select
+from shardxform.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.view import View, pruned_view
+
+__all__ = ["TILE_BYTES", "Round", "RoundItem", "plan_quantize"]
+
+TILE_BYTES: Final = 4 << 20
+"""Most bytes of a weight that are read and rounded at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundItem:
+    """One weight [O, I] to round, and where its parts go."""
+
+    module: str
+    weight: TensorRef
+    parts: tuple[tuple[Role, Extent], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Round weights to nearest and pack them."""
+
+    items: tuple[RoundItem, ...]
+    scheme: Scheme
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """The ranges of every weight."""
+        return (piece for item in self.items for piece in item.weight.ranges)
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """One extent per stored part."""
+        return (extent for item in self.items for _, extent in item.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """One tile of input, as read and as float32 rows, and the packed parts of the largest weight."""
+        return 3 * TILE_BYTES + max(sum(extent.length for _, extent in item.parts) for item in self.items)
+
+
+def plan_quantize(
+    source: Checkpoint, scheme: Scheme, manifest: Manifest | None = None, options: ViewOptions | None = None
+) -> Plan:
+    """Plan a quantized copy of `source`, pruned by `manifest` on the way when one is given.
+
+    Raises:
+        SchemeError: see `selection.select`; or the source is quantized already.
+        FamilyError, ManifestError, PlanError: see `view.pruned_view`.
+
+    """
+    options = options or ViewOptions()
+    if source.config.get("quantization_config"):
+        raise SchemeError("config.json: quantization_config: the source is quantized already; see `shardxform convert`")
+    view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
+    tensors = view.checkpoint.tensors
+    selection = select(view.layout, tensors, scheme)
+    quantization = build(selection, scheme, view.layout, tensors)
+    shards = lay_out(_specs(tensors, selection, scheme), options.max_shard_bytes)
+    replaced = {name for module in selection.quantized for name in module.sources}
+    copied = {name: ref for name, ref in tensors.items() if name not in replaced}
+    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *_round_steps(shards, selection, scheme))
+    config = {**view.checkpoint.config, "quantization_config": quantization}
+    quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
+    sidecars = sidecar_digests(view.checkpoint)
+    plan = Plan(
+        command="quantize",
+        source=source.root,
+        source_shards=source.shards,
+        shards=shards,
+        steps=steps,
+        config=config_bytes(source, quantized_view),
+        sidecars=sidecars,
+        inputs={**view_inputs("quantize", source, manifest, options, sidecars), "scheme": scheme_inputs(scheme)},
+        summary=_summary(source, view, selection, scheme),
+        notes=(*view.notes, *_misfit_notes(selection)),
+    )
+    plan.check()
+    return plan
+
+
+def scheme_inputs(scheme: Scheme) -> dict[str, Any]:
+    """Describe a scheme as plain data, for the record and for comparison."""
+    return {"method": "rtn", **asdict(scheme)}
+
+
+def _specs(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> Iterator[TensorSpec]:
+    """Stored tensors in table order: the parts of a weight stand where the first of its sources stood."""
+    modules: dict[str, list[Module]] = {}
+    for module in selection.quantized:
+        modules.setdefault(module.sources[0], []).append(module)
+    replaced = {name for module in selection.quantized for name in module.sources}
+    for name, ref in tensors.items():
+        if name not in replaced:
+            yield ref.spec
+        for module in modules.get(name, ()):
+            yield from (part.spec for part in scheme.parts(module.name, *module.weight.spec.shape))
+
+
+def _round_steps(shards: Sequence[ShardPlan], selection: Selection, scheme: Scheme) -> Iterator[Round]:
+    """Steps in table order, each of at most `STEP_BYTES` of weights unless a single weight is larger."""
+    extents = {
+        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
+        for number, shard in enumerate(shards)
+        for entry in shard.entries
+    }
+    pending: list[RoundItem] = []
+    filled = 0
+    for module in selection.quantized:
+        nbytes = module.weight.nbytes
+        if pending and filled + nbytes > plans.STEP_BYTES:
+            yield Round(tuple(pending), scheme)
+            pending, filled = [], 0
+        parts = scheme.parts(module.name, *module.weight.spec.shape)
+        placed = tuple((part.role, extents[part.spec.name]) for part in parts)
+        pending.append(RoundItem(module.name, module.weight, placed))
+        filled += nbytes
+    if pending:
+        yield Round(tuple(pending), scheme)
+
+
+def _summary(source: Checkpoint, view: View, selection: Selection, scheme: Scheme) -> dict[str, Any]:
+    summary = view_summary(source, view)
+    weights = sum(module.weight.nbytes for module in selection.quantized)
+    return {
+        **summary,
+        "scheme": scheme_inputs(scheme),
+        "quantized_modules": len(selection.quantized),
+        "quantized_weight_bytes": weights,
+        "kept_modules": reasons_summary(selection),
+        "misfits": dict(selection.misfits),
+    }
+
+
+def _misfit_notes(selection: Selection) -> Iterator[str]:
+    """Say which wanted modules stay 16-bit, a line per reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in selection.misfits.items():
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"stays 16-bit, {why}: {names[0]}{more}"
