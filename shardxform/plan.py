@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from shardxform import header
 from shardxform.checkpoint import INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
-from shardxform.sharding import shard_names, split
+from shardxform.sharding import natural_key, shard_names, split
 from shardxform.strictjson import dumps, pretty
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec
 
@@ -196,13 +196,16 @@ class Plan:
 
 
 def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
-    """Group tensors into shards in the given order, and lay each out as the reference writer does.
+    """Group tensors into shards in natural order of names, and lay each out as the reference writer does.
+
+    Natural order (`layers.2` before `layers.10`) keeps a decoder block together, and makes the output independent of
+    how the source was sharded: pruning and quantizing in one pass gives the shards of pruning, then quantizing.
 
     Raises:
         PlanError: no tensor at all, or a header beyond what readers accept.
 
     """
-    groups = split(specs, max_shard_bytes)
+    groups = split(sorted(specs, key=lambda spec: natural_key(spec.name)), max_shard_bytes)
     if not groups:
         raise PlanError("the output would hold no tensor")
     shards: list[ShardPlan] = []

@@ -110,7 +110,7 @@ def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layou
         if layers:
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
-    for kind, layers in kept_in.items():
+    for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
         tail = re.escape(kind) + (r"(\..*)?" if kind == "mlp.experts" else "$")

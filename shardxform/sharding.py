@@ -9,7 +9,7 @@ from typing import Final
 from shardxform.errors import PlanError
 from shardxform.tensors import TensorSpec
 
-__all__ = ["parse_size", "shard_names", "split"]
+__all__ = ["natural_key", "parse_size", "shard_names", "split"]
 
 _UNITS: Final = {
     "": 1,
@@ -36,6 +36,13 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise PlanError(f"expected a size such as 5GB or 512MiB, found {text!r}")
     return size
+
+
+def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key under which `layers.2` comes before `layers.10`; ids come before words."""
+    return tuple(
+        (False, int(part), part) if part.isascii() and part.isdigit() else (True, 0, part) for part in name.split(".")
+    )
 
 
 def split(specs: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
