@@ -113,6 +113,7 @@ class _Table:
     """What `scan` gathers: tensors and shards that could be read, and every error on the way."""
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
+    home: dict[str, str] = field(default_factory=dict)  # tensor -> shard, of empty tensors too
     shards: list[Shard] = field(default_factory=list)
     errors: list[CheckpointError] = field(default_factory=list)
 
@@ -128,16 +129,19 @@ def scan(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
     try:
         config = _read_json(root / CONFIG, root)
         weight_map = _weight_map(root)
+        names = sorted(set(weight_map.values()) if weight_map else _lone_shard(root))
+        sidecars, unread, errors = _other_files(root, {*names, CONFIG, INDEX})
     except CheckpointError as e:
         return None, [e]
-    for name in sorted(set(weight_map.values()) if weight_map else _lone_shard(root)):
+    except OSError as e:
+        return None, [CheckpointError(f"{root}: {e.strerror}")]
+    for name in names:
         try:
             _read_shard(root, name, table)
         except CheckpointError as e:
             table.errors.append(e)
     if weight_map:
         table.errors.extend(_compare_index(weight_map, table))
-    sidecars, unread, errors = _other_files(root, {shard.name for shard in table.shards} | {CONFIG, INDEX})
     table.errors.extend(errors)
     checkpoint = Checkpoint(root, config, table.tensors, tuple(table.shards), sidecars, unread)
     if not table.shards and not table.errors:
@@ -147,9 +151,13 @@ def scan(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 
 def is_plain_name(name: object) -> bool:
     """Whether `name` can only mean a file in the directory itself."""
+    try:
+        nbytes = len(name.encode("utf-8")) if isinstance(name, str) else 0
+    except UnicodeEncodeError:
+        return False
     return (
         isinstance(name, str)
-        and 0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and 0 < nbytes <= 255
         and name not in (".", "..")
         and not re.search(r"[/\\\x00-\x1f\x7f]", name)
     )
@@ -159,16 +167,24 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such directory")
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes, expected at most {_MAX_JSON_BYTES}")
-        return parse_object(path.read_bytes())
+        _refuse_irregular(path)
+        with path.open("rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+        if len(data) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
+        return parse_object(data)
     except FileNotFoundError as e:
         raise CheckpointError(f"{root}: no {path.name}; expected a checkpoint directory") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e
     except JsonError as e:
         raise CheckpointError(f"{path}: {e}") from e
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Refuse pipes and devices, on which a read waits or never ends."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path}: expected a file")
 
 
 def _weight_map(root: Path) -> dict[str, str]:
@@ -200,36 +216,38 @@ def _lone_shard(root: Path) -> list[str]:
 def _read_shard(root: Path, name: str, table: _Table) -> None:
     path = root / name
     try:
+        _refuse_irregular(path)
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
             prefix = file.read(header.LENGTH_BYTES)
             start = header.data_start(prefix, info.st_size, str(path))
             text = file.read(start - header.LENGTH_BYTES)
     except OSError as e:
-        detail = "listed in the index but missing" if isinstance(e, FileNotFoundError) else e.strerror
+        listed = (root / INDEX).exists() and isinstance(e, FileNotFoundError)
+        detail = "listed in the index but missing" if listed else e.strerror
         raise CheckpointError(f"{path}: {detail}") from e
     entries = header.decode(text, info.st_size - start, str(path))
     table.shards.append(Shard(name, info.st_size, start, hashlib.sha256(prefix + text).hexdigest(), info.st_mtime_ns))
     for entry in entries:
         spec = entry.spec
         ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
-        earlier = table.tensors.setdefault(spec.name, TensorRef(spec, ranges))
-        if earlier.spec is not spec:
-            first = earlier.ranges[0].file if earlier.ranges else "another shard"
+        first = table.home.setdefault(spec.name, name)
+        if first != name:
             table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
+        else:
+            table.tensors[spec.name] = TensorRef(spec, ranges)
 
 
 def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:
     read = {shard.name for shard in table.shards}
     for name, shard in weight_map.items():
-        ref = table.tensors.get(name)
-        if shard in read and (ref is None or (ref.ranges and ref.ranges[0].file != shard)):
-            found = f"it is in {ref.ranges[0].file}" if ref else "no shard has it"
+        home = table.home.get(name)
+        if shard in read and home != shard:
+            found = f"it is in {home}" if home else "no shard has it"
             yield CheckpointError(f"{INDEX}: tensor '{name}' should be in {shard}, but {found}")
-    for name, ref in table.tensors.items():
+    for name, home in table.home.items():
         if name not in weight_map:
-            where = ref.ranges[0].file if ref.ranges else "a shard"
-            yield CheckpointError(f"{INDEX}: tensor '{name}' is in {where} but not in the index")
+            yield CheckpointError(f"{INDEX}: tensor '{name}' is in {home} but not in the index")
 
 
 def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tuple[str, ...], list[CheckpointError]]:
@@ -257,7 +275,15 @@ def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tupl
 
 def _names(root: Path) -> Iterable[str]:
     for entry in os.scandir(root):
-        if entry.name == "additional_chat_templates" and entry.is_dir():
+        is_folder = _is_folder(entry)
+        if entry.name == "additional_chat_templates" and is_folder:
             yield from (f"{entry.name}/{child.name}" for child in os.scandir(entry.path))
         else:
-            yield entry.name + ("/" if entry.is_dir() else "")
+            yield entry.name + ("/" if is_folder else "")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False

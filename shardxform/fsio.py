@@ -31,11 +31,12 @@ _NO_KERNEL_COPY: Final = {
     errno.EXDEV,
     errno.ENOSYS,
     errno.EOPNOTSUPP,
+    errno.ENOTSUP,
     errno.EINVAL,
     errno.EPERM,
     errno.ETXTBSY,
 }
-_NO_PREALLOCATE: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_PREALLOCATE: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _MAC_PREALLOCATE: Final = 42  # F_PREALLOCATE of <sys/fcntl.h>, which the fcntl module does not name everywhere
 
 
@@ -79,10 +80,19 @@ class FileSystem:
     def sync(self, fd: int) -> None:
         """Return when the file's data, and what is needed to read it back, are on stable storage."""
         if sys.platform == "darwin" and fcntl is not None:
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync alone stops at the drive's cache there
+            self._full_sync(fd)
         elif hasattr(os, "fdatasync"):
             os.fdatasync(fd)
         else:
+            os.fsync(fd)
+
+    def _full_sync(self, fd: int) -> None:
+        """Sync through the drive's cache, at which macOS's fsync stops; network disks have the plain way only."""
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined]
+        except OSError as e:
+            if e.errno not in (errno.ENOTSUP, errno.EINVAL):
+                raise
             os.fsync(fd)
 
     def sync_dir(self, path: Path) -> None:

@@ -2,13 +2,12 @@
 
 Layout of a shard (safetensors): 8 bytes little-endian length N, N bytes of JSON, the data. `layout` and `encode`
 reproduce the reference writer (tensors by dtype rank descending, then name; header padded with spaces to 8 bytes),
-so a shard written through them equals what `safetensors.torch.save_file` writes, byte for byte. `decode` accepts what
-the reference reader accepts and refuses everything else, saying where.
+so a shard written through them equals what `safetensors.torch.save_file` writes, byte for byte. `decode` refuses
+whatever the reference reader refuses, and what is ambiguous besides, such as a name that occurs twice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +21,7 @@ __all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "Entry", "data_start", "decode", 
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
-_MAX_BITS: Final = 1 << 66  # 8 EiB: beyond any file, so products of absurd shapes stay comparable
+_LIMIT: Final = 1 << 64  # the reference reader computes in 64 bits, and refuses what overflows on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +123,31 @@ def _entry(name: str, info: object, where: str) -> Entry:
         raise CheckpointError(f"{at}: shape {_brief(shape)} is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{at}: data_offsets {_brief(offsets)} are not [begin, end]")
-    bits = math.prod(shape) * BITS[dtype]
-    if bits % 8 or bits > _MAX_BITS or bits // 8 != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{at}: {dtype} {_brief(shape)} needs {_brief(-(-bits // 8))} bytes,"
-            f" but data_offsets span {_brief(offsets[1] - offsets[0])}"
-        )
+    bits = _bits(shape, dtype)
+    if bits is None or bits % 8:
+        fault = "is beyond 64 bits" if bits is None else "ends within a byte"
+        raise CheckpointError(f"{at}: {dtype} {_brief(shape)} {fault}")
+    if bits // 8 != offsets[1] - offsets[0]:
+        span = offsets[1] - offsets[0]
+        raise CheckpointError(f"{at}: {dtype} {_brief(shape)} needs {bits // 8} bytes, but data_offsets span {span}")
     return Entry(TensorSpec(name, dtype, tuple(shape)), offsets[0])
+
+
+def _bits(shape: list[int], dtype: str) -> int | None:
+    """Size in bits, or None when it overflows, multiplied in the reference reader's order."""
+    total = 1
+    for factor in (*shape, BITS[dtype]):
+        total *= factor
+        if total >= _LIMIT:
+            return None
+    return total
 
 
 def _is_sizes(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) <= 64
-        and all(type(v) is int and 0 <= v < _MAX_BITS for v in value)  # bool is an int: type() tells them apart
+        and all(type(v) is int and 0 <= v < _LIMIT for v in value)  # bool is an int: type() tells them apart
     )
 
 

@@ -77,7 +77,8 @@ class Layout:
 
     Attributes:
         family, wrapper: what config.json says it is.
-        config: the whole config.json; `text` is the part that describes the decoder.
+        config: the whole config.json.
+        text: the part that describes the decoder.
         num_layers, num_experts, top_k: of the decoder; experts per MoE layer, experts per token.
         groups: router groups (1 when the router has none).
         moe_layers: decoder blocks that have routed experts, ascending.
@@ -90,6 +91,7 @@ class Layout:
     family: Family
     wrapper: Wrapper
     config: Config
+    text: Config
     num_layers: int
     num_experts: int
     top_k: int
@@ -98,11 +100,6 @@ class Layout:
     mtp_layers: int
     places: Mapping[str, Place]
     unknown: tuple[str, ...]
-
-    @property
-    def text(self) -> Config:
-        """The part of the config that describes the decoder."""
-        return _text_config(self.config, self.wrapper)
 
     @property
     def mtp_prefixes(self) -> tuple[str, ...]:
@@ -135,22 +132,24 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
     """
     family, wrapper = family_of(config)
     text = _text_config(config, wrapper)
-    num_layers = _count(text, "num_hidden_layers", wrapper)
+    home = f"{wrapper.text_key}." if wrapper.text_key else ""
+    num_layers = _count(text, "num_hidden_layers", home)
     num_experts = _expert_count(config, family, wrapper)
-    top_k = _count(text, family.top_k_key, wrapper)
+    top_k = _count(text, family.top_k_key, home)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
-    groups = (_count(text, family.group_key, wrapper, default=1) or 1) if family.group_key else 1
+    groups = (_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
     if num_experts % groups:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp
-    mtp_layers = _count(text, mtp.count_key, wrapper, default=0) if mtp else 0
+    mtp_layers = _count(text, mtp.count_key, home, default=0) if mtp else 0
     finder = _Finder(family, wrapper, num_layers, mtp_layers)
     placed = {name: finder.place(name) for name in names}
     return Layout(
         family=family,
         wrapper=wrapper,
         config=config,
+        text=text,
         num_layers=num_layers,
         num_experts=num_experts,
         top_k=top_k,
@@ -298,6 +297,8 @@ class _Sizes:
             value = symbol(self.config) if callable(symbol) else self.config[symbol]
         except KeyError as e:
             raise FamilyError(f"config.json: missing {e.args[0]!r}, which the family needs for its shapes") from e
+        except (ArithmeticError, TypeError, ValueError) as e:
+            raise FamilyError(f"config.json: {e}") from e
         if type(value) is not int or value < 0:
             raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
         return value
@@ -351,9 +352,7 @@ def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
     if not isinstance(config, Mapping):
         raise FamilyError(f"config.json: {layout.wrapper.architecture} needs an object 'vision_config'")
     sizes = _Sizes(family.vision_symbols, config, layout.num_experts)
-    depth = config.get(family.vision_depth_key)
-    if type(depth) is not int or depth < 0:
-        raise FamilyError(f"config.json: vision_config.{family.vision_depth_key}: expected a count, found {depth!r}")
+    depth = _count(config, family.vision_depth_key, "vision_config.")
     for template in family.vision:
         for block in range(depth if "{b}" in template.name else 1):
             yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)
@@ -369,14 +368,16 @@ def _text_config(config: Config, wrapper: Wrapper) -> Config:
     text = config.get(wrapper.text_key)
     if not isinstance(text, Mapping):
         raise FamilyError(f"config.json: {wrapper.architecture} needs an object '{wrapper.text_key}'")
-    return text
+    # A multimodal class ties its head by the top level alone; what the text config says of it is not looked at.
+    return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
 
 
-def _count(text: Config, key: str, wrapper: Wrapper, default: int | None = None) -> int:
-    value = text.get(key)
+def _count(config: Config, key: str, home: str, default: int | None = None) -> int:
+    """Read a count from the part of config.json called `home`; with a default it may be absent or 0."""
+    value = config.get(key)
     if value is None and default is not None:
         return default
-    where = f"{wrapper.text_key}.{key}" if wrapper.text_key else key
+    where = home + key
     if value is None:
         raise FamilyError(f"config.json: missing {where}")
     if type(value) is not int or value < (1 if default is None else 0) or value > 1_000_000:
@@ -387,10 +388,10 @@ def _count(text: Config, key: str, wrapper: Wrapper, default: int | None = None)
 def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     paths = count_paths(config, family, wrapper)
     text = _text_config(config, wrapper)
+    home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
-        home = f"{wrapper.text_key}." if wrapper.text_key else ""
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
-    counts = {path[-1]: _count(text, path[-1], wrapper) for path in paths}
+    counts = {path[-1]: _count(text, path[-1], home) for path in paths}
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")
     return next(iter(counts.values()))

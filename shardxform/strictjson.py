@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+import math
+from typing import Any, Final, NoReturn
 
 __all__ = ["JsonError", "dumps", "parse_object", "pretty"]
+
+
+MAX_DEPTH: Final = 100
+"""Levels of nesting that are read; no config comes near it."""
 
 
 class JsonError(ValueError):
@@ -23,7 +28,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+        _check_depth_and_text(value, has_escapes=b"\\u" in data)
     except UnicodeDecodeError as e:
         raise JsonError(f"not UTF-8 at byte {e.start}") from e
     except RecursionError as e:
@@ -54,6 +66,37 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise JsonError(f"duplicate key {twice!r}")
     return out
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(f"{text} is beyond a double")
+    return value
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # other readers take it for a float
+        raise JsonError("-0 is no integer")
+    return int(text)
+
+
+def _check_depth_and_text(value: object, has_escapes: bool) -> None:
+    """Refuse what parses but breaks what reads it: deep nesting, and halves of surrogate pairs."""
+    pending: list[tuple[object, int]] = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        if isinstance(item, dict | list):
+            if depth == MAX_DEPTH:
+                raise JsonError("nested too deeply")
+            children = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+            if has_escapes or any(isinstance(child, dict | list) for child in children):
+                pending.extend((child, depth + 1) for child in children)
+        elif has_escapes and isinstance(item, str):
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as e:
+                raise JsonError(f"{item!r} holds half a surrogate pair") from e
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -269,6 +269,8 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
         return config
     text = {**config[layout.wrapper.text_key], "model_type": wrapper.model_type}
     carried = {key: config[key] for key in _CARRIED if key in config}
+    if "tie_word_embeddings" in text:  # the text-only class reads it here, the multimodal one read its own level
+        carried["tie_word_embeddings"] = layout.text["tie_word_embeddings"]
     return {"architectures": [wrapper.architecture], **text, **carried}
 
 

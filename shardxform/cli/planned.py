@@ -8,13 +8,21 @@ from typing import Any
 
 import click
 
+from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import gb, interruptible, print_json, progress, rows
 from shardxform.fsio import FileSystem
+from shardxform.layout import layout_of
+from shardxform.manifest import Manifest
 from shardxform.output import Output
 from shardxform.plan import Plan
 from shardxform.run import Report, RunOptions, run
 
-__all__ = ["execute"]
+__all__ = ["execute", "load_manifest"]
+
+
+def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
+    """Read the manifest given on the command line, if any."""
+    return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors)) if path else None
 
 
 def execute(plan: Plan, out: Path, *, jobs: int, force: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:

@@ -9,13 +9,11 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
-from shardxform.cli.planned import execute
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
+from shardxform.cli.planned import execute, load_manifest
 from shardxform.prune import ViewOptions, plan_prune
 from shardxform.view import MtpMode
 
-__all__ = ["command", "load_manifest"]
+__all__ = ["command"]
 
 
 @click.command("prune")
@@ -43,8 +41,3 @@ def command(
     checkpoint = Checkpoint.open(source)
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
     execute(plan_prune(checkpoint, load_manifest(manifest, checkpoint), options), out, **run)
-
-
-def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
-    """Read the manifest given on the command line, if any."""
-    return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors)) if path else None

@@ -9,8 +9,7 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
-from shardxform.cli.planned import execute
-from shardxform.cli.prune_cmd import load_manifest
+from shardxform.cli.planned import execute, load_manifest
 from shardxform.prune import ViewOptions
 from shardxform.quantize.grid import Grid, ScaleGrid
 from shardxform.quantize.planner import plan_quantize

@@ -22,6 +22,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
     """
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise FamilyError(f"config.json: architectures: expected a list of names, found {architectures!r}")
     for family in FAMILIES:
         for wrapper in family.wrappers:
             if wrapper.model_type == model_type:

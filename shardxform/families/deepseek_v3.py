@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.families.base import Config, Family, Mtp, Template, Wrapper
-from shardxform.families.parts import EMBEDDINGS, NORMS, experts, mlp, untied
+from shardxform.families.parts import EMBEDDINGS, NORMS, experts, mlp, size, tied, untied
 
 __all__ = ["FAMILY"]
 
@@ -26,7 +26,7 @@ def _has_query_rank(config: Config, _layer: int) -> bool:
 _ATTENTION: Final = (
     Template("self_attn.q_proj.weight", "Q*N+Q*R,H", "attention", "full query"),
     Template("self_attn.q_a_proj.weight", "QA,H", "attention", "query rank"),
-    Template("self_attn.q_a_proj.bias", "QA", "attention", optional=True),
+    Template("self_attn.q_a_proj.bias", "QA", "attention", "query rank", optional=True),
     Template("self_attn.q_a_layernorm.weight", "QA", "norms", "query rank"),
     Template("self_attn.q_b_proj.weight", "Q*N+Q*R,QA", "attention", "query rank"),
     Template("self_attn.kv_a_proj_with_mqa.weight", "KA+R,H", "attention"),
@@ -57,7 +57,7 @@ FAMILY: Final = Family(
         count_key="num_nextn_predict_layers",
         prefix="{decoder}layers.{l}.",
         follows_blocks=True,
-        like=lambda config: int(config["num_hidden_layers"]) - 1,
+        like=lambda config: size(config, "num_hidden_layers"),  # it is numbered as the block after the last
         layer=(
             Template("eh_proj.weight", "H,2*H", "mtp"),
             Template("enorm.weight", "H", "mtp"),
@@ -85,6 +85,7 @@ FAMILY: Final = Family(
         "full query": lambda config, layer: not _has_query_rank(config, layer),
         "moe": _is_moe,
         "query rank": _has_query_rank,
+        "tied": tied,
         "untied": untied,
     },
     moe="moe",

@@ -6,7 +6,7 @@ from typing import Final
 
 from shardxform.families.base import Config, Role, Template
 
-__all__ = ["EMBEDDINGS", "GROUPED_ATTENTION", "NORMS", "experts", "mlp", "untied"]
+__all__ = ["EMBEDDINGS", "GROUPED_ATTENTION", "NORMS", "experts", "mlp", "size", "tied", "untied"]
 
 
 def mlp(prefix: str, width: str, role: Role, when: str = "") -> tuple[Template, ...]:
@@ -30,16 +30,34 @@ def experts(when: str = "") -> tuple[Template, ...]:
     )
 
 
+def size(config: Config, key: str) -> int:
+    """Read a size that a symbol is computed from.
+
+    Raises:
+        ValueError: it is no plain integer.
+
+    """
+    value = config[key]
+    if type(value) is not int:  # bool is an int, and 8.7 would be cut to 8
+        raise ValueError(f"{key}: expected a size, found {value!r}")
+    return value
+
+
 def untied(config: Config, _layer: int) -> bool:
     """The output head is a tensor of its own."""
     return not config.get("tie_word_embeddings", False)
+
+
+def tied(config: Config, layer: int) -> bool:
+    """The output head is the embeddings."""
+    return not untied(config, layer)
 
 
 EMBEDDINGS: Final = (
     Template("{decoder}embed_tokens.weight", "V,H", "embeddings"),
     Template("{decoder}norm.weight", "H", "norms"),
     Template("lm_head.weight", "V,H", "lm head", "untied"),
-    Template("lm_head.weight", "V,H", "lm head", optional=True),  # tied, yet stored: harmless, and common
+    Template("lm_head.weight", "V,H", "lm head", "tied", optional=True),  # stored all the same: harmless, and common
 )
 
 NORMS: Final = (

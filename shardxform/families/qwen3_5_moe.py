@@ -8,26 +8,28 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.families.base import Config, Family, Mtp, Template, Wrapper
-from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, experts, mlp, untied
+from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, experts, mlp, size, tied, untied
 
 __all__ = ["FAMILY"]
 
 
 def _kind(config: Config, layer: int) -> str:
     types = config.get("layer_types")
-    if types is not None:
-        return str(types[layer])
-    interval = int(config.get("full_attention_interval", 4))
-    return "linear_attention" if (layer + 1) % interval else "full_attention"
+    if types is None:
+        interval = config.get("full_attention_interval", 4)
+        return "linear_attention" if (layer + 1) % interval else "full_attention"
+    if not isinstance(types, list) or (layer >= 0 and types[layer] not in ("linear_attention", "full_attention")):
+        raise ValueError(f"layer_types: expected linear_attention or full_attention for layer {layer}")
+    return str(types[layer])
 
 
 def _query_rows(config: Config) -> int:
     gates = 2 if config.get("attn_output_gate", True) else 1  # each query head carries an output gate
-    return gates * int(config["num_attention_heads"]) * int(config["head_dim"])
+    return gates * size(config, "num_attention_heads") * size(config, "head_dim")
 
 
 def _first_full_attention(config: Config) -> int:
-    layers = int(config["num_hidden_layers"])
+    layers = size(config, "num_hidden_layers")
     return next((layer for layer in range(layers) if _kind(config, layer) == "full_attention"), layers - 1)
 
 
@@ -136,6 +138,7 @@ FAMILY: Final = Family(
             bool(config.get("attention_bias")) and _kind(config, layer) == "full_attention"
         ),
         "linear attention": lambda config, layer: _kind(config, layer) == "linear_attention",
+        "tied": tied,
         "untied": untied,
     },
     keep_16bit=("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_a", "linear_attn.in_proj_b"),

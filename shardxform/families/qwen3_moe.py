@@ -8,18 +8,20 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.families.base import Config, Family, Template, Wrapper
-from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, experts, mlp, untied
+from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, experts, mlp, size, tied, untied
 
 __all__ = ["FAMILY"]
 
 
 def _is_moe(config: Config, layer: int) -> bool:
     step = int(config.get("decoder_sparse_step", 1))
-    return layer not in config.get("mlp_only_layers", ()) and (layer + 1) % step == 0
+    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
 
 
 def _head_dim(config: Config) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    if config.get("head_dim") is not None:
+        return size(config, "head_dim")
+    return size(config, "hidden_size") // size(config, "num_attention_heads")
 
 
 FAMILY: Final = Family(
@@ -49,6 +51,7 @@ FAMILY: Final = Family(
         "attention bias": lambda config, _layer: bool(config.get("attention_bias")),
         "dense": lambda config, layer: not _is_moe(config, layer),
         "moe": _is_moe,
+        "tied": tied,
         "untied": untied,
     },
     moe="moe",

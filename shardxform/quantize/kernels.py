@@ -4,9 +4,10 @@ Bit-equal to the numpy backend in ``rtn``. The global interpreter lock is releas
 may quantize different rows from different threads. Importing this module needs numba; compiled code is cached on disk
 where numba finds a writable place, and recompiled per process otherwise.
 
-Inner loops run over blocks of 32 columns (rows, in the search), a compile-time trip count that LLVM turns into full
-vectors without remainder or overlap checks. Helpers take whole arrays and block ranges: a slice per group would cost
-more in reference counts than the arithmetic on it.
+What keeps the inner loops vectorised: they run over a row, a group, or the 32 rows of a tile, and reduce integers only
+(the order of float additions is part of the result); offsets are unsigned, because a signed index may wrap around;
+division follows numpy, because Python's would branch on zero. Slices are per row, never per group: each costs a
+reference count.
 """
 
 # O: output rows, I: input columns, R: rows of a tile (32), G: groups of a row, C: scale candidates, K: columns of a
@@ -21,7 +22,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 from numba import njit, types
 
-__all__ = ["CHUNK", "quantizer"]
+__all__ = ["Settings", "quantizer"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
