@@ -90,7 +90,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
         mtp_layers=layout.mtp_layers,
         vision=layout.has_vision,
-        quantization=str((source.config.get("quantization_config") or {}).get("quant_method", "")),
+        quantization=_quantization(source),
         tensors=len(source.tensors),
         parameters=parameters,
         nbytes=source.nbytes,
@@ -102,6 +102,11 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         unread=source.unread,
         outlook=dict(_outlook(source, layout)),
     )
+
+
+def _quantization(source: Checkpoint) -> str:
+    config = source.config.get("quantization_config")
+    return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
 
 
 def _outlook(source: Checkpoint, layout: Layout) -> list[tuple[str, int]]:

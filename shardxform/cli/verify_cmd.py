@@ -1,0 +1,121 @@
+"""`shardxform verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import click
+
+from shardxform.cli.console import gb, interruptible, print_json, progress
+from shardxform.cli.options import json_option, manifest_option, out_argument
+from shardxform.verification import Problem, VerifyReport, verify
+from shardxform.view import MtpMode
+
+__all__ = ["command"]
+
+_MOST_LINES: Final = 8  # of one kind; --json prints all
+_MOST_WIDTH: Final = 60
+
+
+@click.command("verify")
+@out_argument
+@click.option(
+    "--source", metavar="SRC", type=click.Path(path_type=Path), help="The checkpoint OUT was made from: compare."
+)
+@manifest_option
+@click.option(
+    "--text-only",
+    is_flag=True,
+    default=None,
+    help="OUT was made with --text-only.  [default: what OUT/shardxform.json says]",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["auto", "keep", "drop"]),
+    default=None,
+    help="OUT was made with this --mtp.  [default: what OUT/shardxform.json says]",
+)
+@click.option("--quick", is_flag=True, help="Headers, index, config and small files only; no tensor data.")
+@click.option("--jobs", "-j", type=click.IntRange(1, 64), default=None, help="Threads that read.  [default: up to 4]")
+@json_option
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    out: Path,
+    source: Path | None,
+    manifest: Path | None,
+    text_only: bool | None,
+    mtp: MtpMode | None,
+    quick: bool,
+    jobs: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check the checkpoint OUT, and prove it against SRC.
+
+    Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
+    wrong. With --source, every tensor must hold the very bytes that SRC and the manifest give. Exits with 1 when OUT
+    is not sound. Works on checkpoints of any tool.
+    """
+    if source is None and (manifest or text_only or mtp):
+        raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
+    with interruptible(), progress("verify", quiet or quick) as on_progress:
+        report = verify(
+            out,
+            source=source,
+            manifest=manifest,
+            quick=quick,
+            on_progress=on_progress,
+            text_only=text_only,
+            mtp=mtp,
+            **({} if jobs is None else {"jobs": jobs}),
+        )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _show(report, quick)
+    ctx.exit(0 if report.sound else 1)
+
+
+def _show(report: VerifyReport, quick: bool) -> None:
+    click.echo(", ".join(_summary(report, quick)))
+    _list(report.problems, "")
+    _list(report.warnings, "warning: ")
+
+
+def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
+    if report.sound:
+        yield f"sound: {report.tensors:,} tensors"
+        yield f"{report.experts:,} experts"
+        yield "headers only" if quick else f"{gb(report.bytes_scanned)} scanned"
+        if any(warning.code == "rounded" for warning in report.warnings):
+            yield f"every 16-bit byte equal to {report.source}" if report.bytes_compared else "nothing compared"
+        elif report.bytes_compared:
+            yield f"every byte equal to {report.source}"
+        elif report.source:
+            yield f"headers follow from {report.source}"
+    else:
+        count = len(report.problems)
+        yield f"{report.out}: {count} problem{'s' * (count > 1)}"
+        if report.tensors_differing:
+            yield f"{report.tensors_differing:,} of {report.tensors_compared:,} tensors differ from {report.source}"
+    if count := len(report.warnings):
+        yield f"{count} warning{'s' * (count > 1)}"
+
+
+def _list(found: tuple[Problem, ...], mark: str) -> None:
+    """Problems by kind, in the order in which the kinds were found; places aligned."""
+    kinds: dict[str, list[Problem]] = {}
+    for problem in found:
+        kinds.setdefault(problem.code, []).append(problem)
+    for code, listed in kinds.items():
+        shown = listed[:_MOST_LINES]
+        width = min(max(len(p.where) for p in shown), _MOST_WIDTH)
+        click.echo(click.style(f"{mark}{code}", fg="yellow" if mark else "red", bold=True))
+        for problem in shown:
+            click.echo(f"  {problem.where:<{width}}  {problem.message}")
+        if len(listed) > len(shown):
+            click.echo(f"  and {len(listed) - len(shown):,} more; --json lists all")

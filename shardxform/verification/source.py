@@ -1,0 +1,222 @@
+"""Verification against the source: what must be there is the view of the source that prune or quantize wrote.
+
+Tables, config and sidecars are compared here; `data` compares the tensors' bytes. What was rounded is only counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final, cast
+
+from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.errors import CheckpointError, ManifestError
+from shardxform.layout import COMPANIONS, Layout, layout_of
+from shardxform.manifest import FORMAT, VERSION, Manifest
+from shardxform.modules import modules_of
+from shardxform.output import PROVENANCE
+from shardxform.plan import source_inputs
+from shardxform.tensors import TensorRef
+from shardxform.verification.files import file_bytes, is_document
+from shardxform.verification.findings import Findings, Item
+from shardxform.view import MtpMode, View, pruned_view
+
+__all__ = ["Options", "Wanted", "compare_tables", "rebuild", "wanted_of"]
+
+_MODES: Final = ("auto", "keep", "drop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the output was made with; None where it is to be taken from shardxform.json, or the default."""
+
+    manifest: Manifest | str | os.PathLike[str] | None = None
+    text_only: bool | None = None
+    mtp: MtpMode | None = None
+
+
+def rebuild(
+    source: Checkpoint, out: Checkpoint | None, options: Options, record: Mapping[str, Any], findings: Findings
+) -> View | None:
+    """Give the view of `source` that the output must equal; None when what OUT records does not lead to one.
+
+    Args:
+        source: the checkpoint that the output was made from.
+        out: the output, as far as it could be read.
+        options: given by the caller; they go before the record.
+        record: `inputs` of shardxform.json, or empty.
+        findings: added to.
+
+    Raises:
+        ManifestError: the manifest given is malformed or does not fit the source.
+        FamilyError, PlanError: the source cannot be pruned.
+
+    """
+    layout = layout_of(source.config, source.tensors)
+    manifest = _given_manifest(options, layout)
+    if options.manifest is None and record.get("manifest"):
+        manifest = _recorded_manifest(record["manifest"], layout, findings)
+        if manifest is None:
+            return None
+    recorded = record.get("options")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    text_only, mtp = options.text_only, options.mtp
+    if text_only is None:
+        text_only = recorded.get("text_only") is True
+    if mtp is None:
+        mtp = cast(MtpMode, recorded["mtp"]) if recorded.get("mtp") in _MODES else "auto"
+    _check_origin(source, record, findings)
+    if manifest is None and out is not None and _fewer_experts(out, layout):
+        findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (--manifest)")
+        return None
+    return pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the output must hold: a view's tensors as they are stored, and names of quantized parts of the others."""
+
+    view: View
+    tensors: Mapping[str, TensorRef]
+    parts: frozenset[str] = frozenset()
+
+
+def wanted_of(view: View, out: Checkpoint, findings: Findings) -> Wanted:
+    """Take modules that `out` holds quantized out of the view's table, and un-fuse experts that it holds one by one."""
+    tensors = dict(view.checkpoint.tensors)
+    if out.config.get("quantization_config") is None or "quantization_config" in view.checkpoint.config:
+        return Wanted(view, tensors)
+    parts: set[str] = set()
+    rounded = 0
+    for module in modules_of(view.layout, view.checkpoint.tensors):
+        if all(name in out.tensors for name in module.sources):
+            continue
+        for name in module.sources:
+            tensors.pop(name, None)
+        found = {name for part in COMPANIONS if (name := f"{module.name}.{part}") in out.tensors}
+        if found:
+            parts |= found
+            rounded += 1
+        else:
+            tensors[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
+    if rounded:
+        findings.warn("rounded", ".", f"{rounded} modules are quantized; their values are not held against the source")
+    return Wanted(view, tensors, frozenset(parts))
+
+
+def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findings: Findings) -> None:
+    """Compare names, dtypes, shapes, config and sidecars; tensors named in an earlier problem are left out."""
+    source, places = wanted.view.checkpoint, wanted.view.layout.places
+    items: list[Item] = []
+    loose: list[tuple[str, str, str]] = []
+
+    def add(code: str, name: str, detail: str) -> None:
+        if place := places.get(name):
+            items.append(Item(code, name, place, detail))
+        else:
+            loose.append((code, name, detail))
+
+    for name, ref in wanted.tensors.items():
+        found = out.tensors.get(name)
+        if found is None:
+            if name not in lost and name not in findings.named:
+                add("source-missing", name, "missing, the source has it")
+        elif found.spec.dtype != ref.spec.dtype:
+            add("source-dtype", name, f"{found.spec.dtype}, but {ref.spec.dtype} in the source")
+        elif found.spec.shape != ref.spec.shape and name not in findings.named:
+            shapes = f"shape {list(found.spec.shape)}, but {list(ref.spec.shape)} by the source"
+            add("source-shape", name, shapes)
+    for name in out.tensors:
+        if name not in wanted.tensors and name not in wanted.parts and name not in findings.named:
+            loose.append(("source-extra", name, "the source gives no such tensor"))
+    findings.items(items, wanted.view.layout.num_experts)
+    for code, name, detail in loose:
+        findings.problem(code, name, detail)
+    _compare_configs(source.config, out.config, findings)
+    _compare_sidecars(source, out, findings)
+
+
+_ABSENT: Final = object()
+
+
+def _given_manifest(options: Options, layout: Layout) -> Manifest | None:
+    manifest = options.manifest
+    return manifest if manifest is None or isinstance(manifest, Manifest) else Manifest.load(manifest, layout)
+
+
+def _recorded_manifest(recorded: object, layout: Layout, findings: Findings) -> Manifest | None:
+    try:
+        if not isinstance(recorded, Mapping):
+            raise ManifestError("manifest: expected an object")
+        value = {"format": FORMAT, "version": VERSION, **recorded}
+        return Manifest.from_dict(value, where="its manifest", layout=layout)
+    except ManifestError as e:
+        findings.problem("source-manifest", PROVENANCE, f"does not fit the source: {e}")
+        return None
+
+
+def _fewer_experts(out: Checkpoint, layout: Layout) -> bool:
+    """Whether the output is pruned, by its config; only a plain count is believed."""
+    home = out.config.get(layout.wrapper.text_key or "", out.config)
+    counts = [home.get(key) for key in layout.family.count_keys] if isinstance(home, Mapping) else []
+    return any(type(count) is int and count < layout.num_experts for count in counts)
+
+
+def _check_origin(source: Checkpoint, record: Mapping[str, Any], findings: Findings) -> None:
+    """Warn when the output records another source: its bytes may still be equal, the comparison tells."""
+    recorded = record.get("source")
+    if not isinstance(recorded, Mapping):
+        return
+    actual = source_inputs(source, {})
+    for key, what in (("config", "another config.json"), ("shards", "other shards")):
+        if recorded.get(key) != actual[key]:
+            findings.warn("other-source", PROVENANCE, f"made from a source with {what} than {source.root}")
+
+
+def _compare_configs(source: Mapping[str, Any], out: Mapping[str, Any], findings: Findings) -> None:
+    for path, expected, found in _differences(source, out):
+        if path != "quantization_config" or expected is not _ABSENT:  # new in an output that was quantized
+            text = f"{path}: {_brief(found)}, but {_brief(expected)} by the source"
+            findings.problem("source-config", CONFIG, text)
+
+
+def _differences(expected: object, found: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Every place where two configs differ: its path, what was expected, what was found."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in [*expected, *(key for key in found if key not in expected)]:
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _differences(expected.get(key, _ABSENT), found.get(key, _ABSENT), inner)
+    elif type(expected) is not type(found) or expected != found:
+        yield path, expected, found
+
+
+def _compare_sidecars(view: Checkpoint, out: Checkpoint, findings: Findings) -> None:
+    for sidecar in view.sidecars:
+        name = sidecar.name
+        report = findings.warn if is_document(name) else findings.problem
+        if not (out.root / name).is_file():
+            report("source-sidecar", name, "missing, the source has it")
+        elif not _same_file(view.root / name, out.root / name):
+            report("source-sidecar", name, "differs from the source's")
+
+
+def _same_file(expected: Path, found: Path) -> bool:
+    try:
+        if expected.stat().st_size != found.stat().st_size:
+            return False
+        pieces = zip_longest(file_bytes(expected), file_bytes(found))
+        return all(one == other for one, other in pieces)
+    except OSError as e:
+        if Path(e.filename or "") == expected:
+            raise CheckpointError(f"{expected}: {e.strerror}") from e
+        return False
+
+
+def _brief(value: object) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
