@@ -1,17 +1,21 @@
-"""What a checkpoint is made of, from headers alone: sizes by role, and what pruning would make of it."""
+"""What a checkpoint is made of, from headers alone: sizes by role, and what prune and quantize would make of it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import ShardxformError
+from shardxform.errors import SchemeError, ShardxformError
 from shardxform.layout import Layout, layout_of, variants_found
 from shardxform.manifest import Manifest
-from shardxform.view import pruned_view
+from shardxform.scheme import Scheme
+from shardxform.selection import select
+from shardxform.tensors import TensorRef
+from shardxform.view import View, pruned_view
 
 __all__ = ["Inspection", "inspect_checkpoint"]
 
@@ -109,17 +113,40 @@ def _quantization(source: Checkpoint) -> str:
     return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
 
 
-def _outlook(source: Checkpoint, layout: Layout) -> list[tuple[str, int]]:
-    """Sizes of what prune would write, from the planner itself; empty where it would refuse."""
+def _outlook(source: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:
+    """Sizes of what prune and quantize would write; nothing where they would refuse."""
     keep = _half(layout)
-    if keep is None:
-        return []
-    manifest = Manifest(keep=dict.fromkeys(layout.moe_layers, keep))
-    try:
-        view = pruned_view(source, manifest)
-    except ShardxformError:
-        return []
-    return [(f"prune to {len(keep)} experts", view.checkpoint.nbytes)]
+    halved = f"prune to {len(keep)} experts" if keep else ""
+    for manifest in (None, Manifest(keep=dict.fromkeys(layout.moe_layers, keep))) if keep else (None,):
+        try:
+            view = pruned_view(source, manifest)
+        except ShardxformError:
+            continue
+        if manifest:
+            yield halved, view.checkpoint.nbytes
+        with suppress(SchemeError):
+            name = f"{halved} and quantize to W4A16" if manifest else "quantize to W4A16"
+            yield name, _quantized_bytes(view, Scheme.preset("W4A16"))
+
+
+def _quantized_bytes(view: View, scheme: Scheme) -> int:
+    """Bytes of a view once quantized, worked out on one routed expert of every layer and multiplied."""
+    sample: dict[str, TensorRef] = {}
+    times: dict[str, int] = {}
+    for name, ref in view.checkpoint.tensors.items():
+        place = view.layout.places.get(name)
+        if place and place.expert:
+            continue
+        fused = place is not None and place.template.variant == "fused"
+        sample[name] = ref.rows(0, 1) if fused else ref
+        times[name] = view.layout.num_experts if place and place.template.variant else 1
+    selection = select(view.layout, sample, scheme)
+    replaced = {name for module in selection.quantized for name in module.sources}
+    total = sum(ref.nbytes * times[name] for name, ref in sample.items() if name not in replaced)
+    for module in selection.quantized:
+        parts = scheme.parts(module.name, *module.weight.spec.shape)
+        total += sum(part.spec.nbytes for part in parts) * times[module.sources[0]]
+    return total
 
 
 def _half(layout: Layout) -> tuple[int, ...] | None:

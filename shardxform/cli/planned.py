@@ -85,7 +85,7 @@ def _quantized(summary: Mapping[str, Any]) -> str:
     kept = ", ".join(f"{n:,} {why}" for why, n in summary["kept_modules"].items())
     group = "one scale per row" if grid["group_size"] == -1 else f"groups of {grid['group_size']}"
     return (
-        f"{summary['quantized_modules']:,} modules, {gb(summary['quantized_weight_bytes'])} of weights, to"
+        f"{gb(summary['quantized_weight_bytes'])} of weights to"
         f" {grid['bits']} bits in {group}, {scheme['format']}; kept: {kept}"
     )
 

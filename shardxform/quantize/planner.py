@@ -6,7 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -18,9 +18,9 @@ from shardxform.modules import Module
 from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, lay_out
 from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.quantization_config import build
-from shardxform.scheme import Role, Scheme
+from shardxform.scheme import Part, Role, Scheme
 from shardxform.selection import Selection, reasons_summary, select
-from shardxform.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.tensors import ByteRange, TensorRef
 from shardxform.view import View, pruned_view
 
 __all__ = ["TILE_BYTES", "Round", "RoundItem", "plan_quantize"]
@@ -78,10 +78,13 @@ def plan_quantize(
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
     quantization = build(selection, scheme, view.layout, tensors)
-    shards = lay_out(_specs(tensors, selection, scheme), options.max_shard_bytes)
     replaced = {name for module in selection.quantized for name in module.sources}
     copied = {name: ref for name, ref in tensors.items() if name not in replaced}
-    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *_round_steps(shards, selection, scheme))
+    parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
+    specs = [*(ref.spec for ref in copied.values()), *(part.spec for stored in parts for part in stored)]
+    shards = lay_out(specs, options.max_shard_bytes)
+    rounds = _round_steps(shards, zip(selection.quantized, parts, strict=True), scheme)
+    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *rounds)
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
@@ -94,7 +97,7 @@ def plan_quantize(
         config=config_bytes(source, quantized_view),
         sidecars=sidecars,
         inputs={**view_inputs("quantize", source, manifest, options, sidecars), "scheme": scheme_inputs(scheme)},
-        summary=_summary(source, view, selection, scheme),
+        summary=_summary(source, view, selection, scheme, len(specs), len(copied)),
         notes=(*view.notes, *_misfit_notes(selection)),
     )
     plan.check()
@@ -106,20 +109,9 @@ def scheme_inputs(scheme: Scheme) -> dict[str, Any]:
     return {"method": "rtn", **asdict(scheme)}
 
 
-def _specs(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> Iterator[TensorSpec]:
-    """Stored tensors in table order: the parts of a weight stand where the first of its sources stood."""
-    modules: dict[str, list[Module]] = {}
-    for module in selection.quantized:
-        modules.setdefault(module.sources[0], []).append(module)
-    replaced = {name for module in selection.quantized for name in module.sources}
-    for name, ref in tensors.items():
-        if name not in replaced:
-            yield ref.spec
-        for module in modules.get(name, ()):
-            yield from (part.spec for part in scheme.parts(module.name, *module.weight.spec.shape))
-
-
-def _round_steps(shards: Sequence[ShardPlan], selection: Selection, scheme: Scheme) -> Iterator[Round]:
+def _round_steps(
+    shards: Sequence[ShardPlan], modules: Iterable[tuple[Module, tuple[Part, ...]]], scheme: Scheme
+) -> Iterator[Round]:
     """Steps in table order, each of at most `STEP_BYTES` of weights unless a single weight is larger."""
     extents = {
         entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
@@ -128,12 +120,11 @@ def _round_steps(shards: Sequence[ShardPlan], selection: Selection, scheme: Sche
     }
     pending: list[RoundItem] = []
     filled = 0
-    for module in selection.quantized:
+    for module, parts in modules:
         nbytes = module.weight.nbytes
         if pending and filled + nbytes > plans.STEP_BYTES:
             yield Round(tuple(pending), scheme)
             pending, filled = [], 0
-        parts = scheme.parts(module.name, *module.weight.spec.shape)
         placed = tuple((part.role, extents[part.spec.name]) for part in parts)
         pending.append(RoundItem(module.name, module.weight, placed))
         filled += nbytes
@@ -141,11 +132,15 @@ def _round_steps(shards: Sequence[ShardPlan], selection: Selection, scheme: Sche
         yield Round(tuple(pending), scheme)
 
 
-def _summary(source: Checkpoint, view: View, selection: Selection, scheme: Scheme) -> dict[str, Any]:
+def _summary(
+    source: Checkpoint, view: View, selection: Selection, scheme: Scheme, stored: int, copied: int
+) -> dict[str, Any]:
     summary = view_summary(source, view)
     weights = sum(module.weight.nbytes for module in selection.quantized)
     return {
         **summary,
+        "tensors_after": stored,
+        "copied": copied,
         "scheme": scheme_inputs(scheme),
         "quantized_modules": len(selection.quantized),
         "quantized_weight_bytes": weights,

@@ -1,0 +1,65 @@
+"""`inspect`: sizes by role add up, and the outlook is what the planners would write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from build import tiny, write_checkpoint
+from click.testing import CliRunner
+from test_prune import manifest_of
+from test_quantize import KIND_SIZES
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli import main
+from shardxform.inspection import inspect_checkpoint
+from shardxform.manifest import Manifest
+from shardxform.prune import plan_prune
+from shardxform.quantize.planner import plan_quantize
+from shardxform.scheme import Scheme
+
+
+def test_roles_add_up_to_the_whole(tiny_checkpoint: Path) -> None:
+    found = inspect_checkpoint(Checkpoint.open(tiny_checkpoint))
+    assert sum(nbytes for _, nbytes in found.roles.values()) == found.nbytes
+    assert sum(count for count, _ in found.roles.values()) == found.tensors
+    assert sum(found.dtypes.values()) == found.nbytes
+    assert "unknown" not in found.roles
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3", "qwen3_moe"])
+def test_the_outlook_is_what_the_planners_would_write(kind: str, tmp_path: Path) -> None:
+    big = {"hidden_size": 256, "moe_intermediate_size": 128}
+    config, tensors = tiny(kind, **{**KIND_SIZES[kind], **big})
+    source = Checkpoint.open(write_checkpoint(tmp_path / "s", tensors, config))
+    found = inspect_checkpoint(source)
+    half = found.experts // 2
+    group = found.experts // found.groups
+    keep = tuple(e for e in range(found.experts) if e % group < group // 2)
+    manifest = Manifest(keep=dict.fromkeys(manifest_of(tmp_path / "s").keep, keep))
+    scheme = Scheme.preset("W4A16")
+    assert found.outlook == {
+        f"prune to {half} experts": plan_prune(source, manifest).data_bytes,
+        "quantize to W4A16": plan_quantize(source, scheme).data_bytes,
+        f"prune to {half} experts and quantize to W4A16": plan_quantize(source, scheme, manifest).data_bytes,
+    }
+
+
+def test_inspect_prints_and_lists(small_moe: Path) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(small_moe)])
+    assert shown.exit_code == 0
+    assert "qwen3_5_moe (Qwen3_5MoeForCausalLM)" in shown.stdout
+    assert "16 per layer, top-4, fused" in shown.stdout
+    listed = CliRunner().invoke(main, ["inspect", str(small_moe), "--tensors", "*A_log", "--json"])
+    names = [tensor["name"] for tensor in json.loads(listed.stdout)["tensors"]]
+    assert names == [f"model.layers.{layer}.linear_attn.A_log" for layer in range(3)]
+    assert json.loads(CliRunner().invoke(main, ["inspect", str(small_moe), "--json"]).stdout)["experts"] == 16
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe")
+    write_checkpoint(tmp_path, tensors, {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "model_type 'llama' is not a known family; known: deepseek_v3, qwen3_5_moe" in result.stderr
