@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from shardxform.plan import Plan
     from shardxform.prune import ViewOptions, plan_prune
     from shardxform.quantize.planner import plan_quantize
-    from shardxform.run import Progress, Report, RunOptions, run
+    from shardxform.runner import Progress, Report, RunOptions, run
     from shardxform.scheme import Scheme
     from shardxform.tensors import TensorSpec
 
@@ -49,16 +49,16 @@ _HOMES: Final = {
     "Checkpoint": "checkpoint",
     "Manifest": "manifest",
     "Plan": "plan",
-    "Progress": "run",
-    "Report": "run",
-    "RunOptions": "run",
+    "Progress": "runner",
+    "Report": "runner",
+    "RunOptions": "runner",
     "Scheme": "scheme",
     "ShardxformError": "errors",
     "TensorSpec": "tensors",
     "ViewOptions": "prune",
     "plan_prune": "prune",
     "plan_quantize": "quantize.planner",
-    "run": "run",
+    "run": "runner",
 }
 
 

@@ -36,6 +36,7 @@ _NO_KERNEL_COPY: Final = {
     errno.EPERM,
     errno.ETXTBSY,
 }
+_HINT: Final = 1 << 20
 _NO_PREALLOCATE: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _MAC_PREALLOCATE: Final = 42  # F_PREALLOCATE of <sys/fcntl.h>, which the fcntl module does not name everywhere
 
@@ -62,6 +63,13 @@ class FileSystem:
         if not hasattr(os, "copy_file_range"):
             raise OSError(errno.ENOSYS, "no copy_file_range on this platform")
         return os.copy_file_range(source, target, count, source_offset, target_offset)
+
+    def will_need(self, fd: int, offset: int, count: int) -> None:
+        """Have the kernel begin to read a range, and no more than it. A hint: nothing happens where it is not heard."""
+        if hasattr(os, "posix_fadvise"):
+            for start in range(offset, offset + count, _HINT):  # Linux cuts a longer hint at the disk's largest request
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(fd, start, min(_HINT, offset + count - start), os.POSIX_FADV_WILLNEED)
 
     def allocate(self, fd: int, size: int) -> None:
         """Reserve `size` bytes of disk. Raises OSError(ENOSYS) where there is no such call."""

@@ -83,6 +83,7 @@ class Layout:
         groups: router groups (1 when the router has none).
         moe_layers: decoder blocks that have routed experts, ascending.
         mtp_layers: number of MTP layers that the config declares.
+        has_mtp, has_vision: whether any tensor of an MTP layer, of a vision tower is there.
         places: every tensor whose name the family knows.
         unknown: names the family does not know, in source order.
 
@@ -98,6 +99,8 @@ class Layout:
     groups: int
     moe_layers: tuple[int, ...]
     mtp_layers: int
+    has_mtp: bool
+    has_vision: bool
     places: Mapping[str, Place]
     unknown: tuple[str, ...]
 
@@ -111,16 +114,6 @@ class Layout:
             return (mtp.prefix.split(".")[0] + ".",)
         numbers = range(self.num_layers, self.num_layers + self.mtp_layers)
         return tuple(mtp.prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
-
-    @property
-    def has_mtp(self) -> bool:
-        """Whether any tensor of an MTP layer is there."""
-        return any(place.scope == "mtp" for place in self.places.values())
-
-    @property
-    def has_vision(self) -> bool:
-        """Whether any tensor of a vision tower is there."""
-        return any(place.scope == "vision" for place in self.places.values())
 
 
 def layout_of(config: Config, names: Iterable[str]) -> Layout:
@@ -145,6 +138,7 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
     mtp_layers = _count(text, mtp.count_key, home, default=0) if mtp else 0
     finder = _Finder(family, wrapper, num_layers, mtp_layers)
     placed = {name: finder.place(name) for name in names}
+    scopes = {place.scope for place in placed.values() if place}
     return Layout(
         family=family,
         wrapper=wrapper,
@@ -156,6 +150,8 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
         groups=groups,
         moe_layers=_moe_layers(family, text, num_layers),
         mtp_layers=mtp_layers,
+        has_mtp="mtp" in scopes,
+        has_vision="vision" in scopes,
         places={name: place for name, place in placed.items() if place},
         unknown=tuple(name for name, place in placed.items() if not place),
     )

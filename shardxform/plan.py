@@ -175,7 +175,7 @@ class Plan:
     def peak_bytes(self, jobs: int) -> int:
         """Estimate of the process's peak memory with `jobs` steps at a time."""
         headers = sum(len(shard.head) for shard in self.shards)
-        return _BASE_MEMORY + 8 * headers + jobs * max((step.peak_bytes for step in self.steps), default=0)
+        return _BASE_MEMORY + 12 * headers + jobs * max((step.peak_bytes for step in self.steps), default=0)
 
     def check(self) -> None:
         """Assert that the steps write every byte of every shard exactly once.

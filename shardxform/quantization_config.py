@@ -28,6 +28,7 @@ _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
 _LM_HEAD: Final = "lm_head"
+_HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def build(selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping
     """
     modules = {m.name: m for m in modules_of(layout, tensors, scheme.expert_names)}
     patterns = [*_patterns(selection, modules, layout)]
-    outside = [m for m in selection.quantized if m.place.scope != "block"]
+    outside = sorted((m for m in selection.quantized if m.place.scope != "block"), key=lambda m: m.name)
     if scheme.format == "auto-round":
         config = _auto_round(scheme, patterns, outside)
     elif scheme.format == "gptq":
@@ -86,14 +87,18 @@ def resolve(config: Mapping[str, Any]) -> Resolved:
         SchemeError: another method, or a field that clients require is missing or not one they run.
 
     """
+    readers = {
+        "auto-round": _resolve_auto_round,
+        "gptq": _resolve_gptq,
+        "compressed-tensors": _resolve_compressed_tensors,
+    }
     method = config.get("quant_method")
-    if method == "auto-round":
-        return _resolve_auto_round(config)
-    if method == "gptq":
-        return _resolve_gptq(config)
-    if method == "compressed-tensors":
-        return _resolve_compressed_tensors(config)
-    raise SchemeError(f"quantization_config: quant_method {method!r} is none of auto-round, gptq, compressed-tensors")
+    if not isinstance(method, str) or method not in readers:
+        raise SchemeError(f"quantization_config: quant_method {method!r} is none of {', '.join(readers)}")
+    try:
+        return readers[method](config)
+    except (AttributeError, TypeError, ValueError) as e:  # a list where an object belongs, and the like
+        raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
 
 
 def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layout) -> Iterator[str]:
@@ -126,11 +131,16 @@ def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layou
 
 
 def _mtp_patterns(quantized: set[str], modules: Mapping[str, Module], layout: Layout) -> Iterator[str]:
-    if not layout.has_mtp or any(name in quantized for name, m in modules.items() if m.place.scope == "mtp"):
+    """Everything of the MTP layers; or each kept module by name, where a converted checkpoint has quantized ones."""
+    names = [name for name, module in modules.items() if module.place.scope == "mtp"]
+    if not names:
         return
-    if layout.family.mtp and layout.family.mtp.follows_blocks:
+    if any(name in quantized for name in names):
+        yield from (re.escape(name) for name in names if name not in quantized)
+    elif layout.family.mtp and layout.family.mtp.follows_blocks:
         numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers)
         yield rf".*\.layers\.({'|'.join(map(str, numbers))})\..*"
+        yield r".*\.decoder\..*"  # what SGLang calls the layer
     else:
         yield r".*mtp.*"
 
@@ -153,6 +163,8 @@ def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Modul
 
 
 def _gptq(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Module]) -> dict[str, Any]:
+    quantizes_head = any(module.name == _LM_HEAD for module in outside)
+    head = {"bits": scheme.grid.bits, "group_size": scheme.grid.group_size, "sym": True}
     return {
         "quant_method": "gptq",
         "bits": scheme.grid.bits,
@@ -160,8 +172,8 @@ def _gptq(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Module]) ->
         "desc_act": False,
         "sym": True,
         "checkpoint_format": "gptq",
-        "lm_head": any(module.name == _LM_HEAD for module in outside),
-        "dynamic": {f"-:{pattern}": {} for pattern in patterns},
+        "lm_head": quantizes_head,
+        "dynamic": {**{f"-:{pattern}": {} for pattern in patterns}, **({_HEAD_RULE: head} if quantizes_head else {})},
     }
 
 

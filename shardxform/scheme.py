@@ -67,7 +67,7 @@ class Scheme:
         name: str,
         *,
         group_size: int = 128,
-        scale_grid: ScaleGrid = "fp16",
+        scale_grid: ScaleGrid = "bf16",
         search: bool = False,
         format: Format = "auto-round",  # noqa: A002
     ) -> Scheme:

@@ -29,6 +29,7 @@ class Selection:
     Attributes:
         quantized: modules to quantize.
         kept: module name -> reason it stays in its own dtype.
+        kept_modules: the same modules.
         misfits: the ones among them that were wanted but whose shape does not fit, for the plan's report.
 
     """
@@ -36,6 +37,7 @@ class Selection:
     quantized: tuple[Module, ...]
     kept: Mapping[str, str]
     misfits: Mapping[str, str]
+    kept_modules: tuple[Module, ...] = ()
 
 
 def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> Selection:
@@ -64,7 +66,8 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     quantized = tuple(module for module in modules if not reasons[module.name])
     if not quantized:
         raise SchemeError("nothing to quantize: no module is selected and fits")
-    return Selection(quantized, {name: why for name, why in reasons.items() if why}, misfits)
+    kept = {name: why for name, why in reasons.items() if why}
+    return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
 
 
 def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
@@ -72,8 +75,7 @@ def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
     if module.weight.spec.dtype not in FLOATS - {"F64"}:
         return f"dtype {module.weight.spec.dtype}"
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
-        if module.place.template.role in ("router", "embeddings", "vision"):
-            raise SchemeError(f"--quantize selects {module.name}, a {module.place.template.role} no client runs in int")
+        _refuse_unrunnable(module, scheme)
         return ""
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
         return "--keep-16bit"
@@ -82,6 +84,15 @@ def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
     if any(fnmatchcase(module.local, pattern) for pattern in layout.family.keep_16bit):
         return _BY_DEFAULT
     return ""
+
+
+def _refuse_unrunnable(module: Module, scheme: Scheme) -> None:
+    """Refuse to quantize what clients would load as garbage or not at all."""
+    role = "mtp" if module.place.scope == "mtp" else module.place.template.role
+    if role in ("router", "embeddings", "vision", "mtp"):
+        raise SchemeError(f"--quantize selects {module.name}, but no client runs {role} weights as integers")
+    if role == "lm head" and scheme.format == "compressed-tensors":
+        raise SchemeError(f"--quantize selects {module.name}, which vLLM cannot run in format compressed-tensors")
 
 
 def _merged(layout: Layout, modules: Iterable[Module]) -> list[list[str]]:

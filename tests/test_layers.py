@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
     ("manifest_import", "manifest", "scheme", "modules", "selection", "quantization_config"),
     ("view", "inspection", "sharding", "plan", "prune", "quantize.planner", "quantize.execute"),
-    ("journal", "output", "quantize.stored", "quantize.convert", "quantize.repack", "run", "runner"),
+    ("journal", "output", "quantize.stored", "quantize.convert", "quantize.repack", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.structure"),
     ("verification.files", "verification.data", "verification.source", "verification"),
     ("__init__",),
@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ORDER = [name for layer in LAYERS for name in layer]
 
 # Importing these loads neither torch nor numpy: a command that moves bytes starts at once.
-LIGHT = ("layout", "checkpoint", "manifest", "prune", "run", "cli", "cli.prune_cmd", "cli.inspect_cmd")
+LIGHT = ("layout", "checkpoint", "manifest", "prune", "runner", "cli", "cli.prune_cmd", "cli.inspect_cmd")
 
 
 def name_of(path: Path) -> str:
@@ -87,11 +87,11 @@ def test_imports_point_down(module: str) -> None:
 
 
 def test_the_rule_finds_an_import_that_points_up(tmp_path: Path) -> None:
-    text = "def f():\n    from shardxform import layout, __version__\n    import shardxform.run\n"
+    text = "def f():\n    from shardxform import layout, __version__\n    import shardxform.runner\n"
     path = tmp_path / "header.py"
     path.write_text(text + "from . import cli\nfrom .families import base\nimport os.path\n")
-    assert imports(path, "header") == {"layout", "run", "cli", "families.base"}
-    assert all(place(name) > place("header") for name in ("layout", "run", "cli", "families.base"))
+    assert imports(path, "header") == {"layout", "runner", "cli", "families.base"}
+    assert all(place(name) > place("header") for name in ("layout", "runner", "cli", "families.base"))
     path.write_text("from shardxform import main\n")
     assert imports(path, "header") == {"__init__"}
 

@@ -20,7 +20,7 @@ from shardxform.errors import FamilyError, ManifestError, PlanError
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest, keep_all
 from shardxform.prune import ViewOptions, plan_prune
-from shardxform.run import RunOptions, run
+from shardxform.runner import RunOptions, run
 
 COUNT_KEYS = ("num_experts", "n_routed_experts")
 

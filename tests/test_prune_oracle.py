@@ -11,7 +11,7 @@ import pytest
 from shardxform.checkpoint import Checkpoint
 from shardxform.manifest import Manifest
 from shardxform.prune import plan_prune
-from shardxform.run import run
+from shardxform.runner import run
 
 pytestmark = pytest.mark.oracle
 

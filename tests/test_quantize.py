@@ -24,7 +24,7 @@ from shardxform.prune import ViewOptions, plan_prune
 from shardxform.quantize import execute, planner
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.planner import Round, plan_quantize
-from shardxform.run import RunOptions, run
+from shardxform.runner import RunOptions, run
 from shardxform.scheme import Scheme
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32}
@@ -163,6 +163,24 @@ def test_what_is_not_quantized_is_copied_byte_for_byte(source: Path, tmp_path: P
     assert {name: after[name] for name in common} == {name: before[name] for name in common}
     assert {"model.language_model.layers.0.linear_attn.A_log", "lm_head.weight", "mtp.fc.weight"} <= common
     assert not any("experts" in name for name in common if name.startswith("model."))
+
+
+@pytest.mark.oracle
+def test_a_torch_device_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu:0"  # cpu:0 goes through torch, cpu does not
+    plan = plan_quantize(Checkpoint.open(source), SCHEME, manifest_of(source), OPTIONS)
+    run(plan, tmp_path / "out", RunOptions(device=device))
+    assert tree(tmp_path / "out") == tree(quantize(source, tmp_path / "reference"))
+
+
+@pytest.mark.oracle
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    plan = plan_quantize(Checkpoint.open(source), SCHEME)
+    with pytest.raises(SchemeError, match="--device abacus"):
+        run(plan, tmp_path / "out", RunOptions(device="abacus"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_steps_read_every_kept_byte_once(source: Path) -> None:

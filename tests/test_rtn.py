@@ -181,7 +181,7 @@ def in_dtype(w: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 32), (8, 64), (8, -1)])
 def test_codes_and_scales_equal_those_of_the_rule(bits: int, group_size: int, dtype: str, backend: str) -> None:
     raw, values = in_dtype(nasty(40, 160, 3), dtype)
-    codes, scales, stats = run(raw, Grid(bits=bits, group_size=group_size), dtype, backend=backend)
+    codes, scales, stats = run(raw, Grid(bits=bits, group_size=group_size, scale_grid="fp16"), dtype, backend=backend)
     slow_codes, slow_scales = slow_rtn(values, bits, 160 if group_size == -1 else group_size)
     assert stats.ok
     assert scales.tolist() == slow_scales
@@ -339,7 +339,7 @@ def test_the_search_is_never_worse_on_nasty_weights(seed: int, bits: int, group_
 def test_the_search_finds_the_best_of_its_candidates(bits: int, backend: str) -> None:
     w = np.random.default_rng(2).standard_normal((8, 64)).astype(np.float32)
     zero = 1 << (bits - 1)
-    codes, scales, _ = run(w, Grid(bits=bits, group_size=64, search=True), backend=backend)
+    codes, scales, _ = run(w, Grid(bits=bits, group_size=64, scale_grid="fp16", search=True), backend=backend)
     top, step, unit = {4: (592, 7, 512), 8: (1180, 6, 1024)}[bits]
     for o in range(8):
         magnitude = float(np.abs(w[o]).max()) / zero

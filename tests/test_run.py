@@ -21,7 +21,7 @@ from shardxform.fsio import FileSystem
 from shardxform.output import Output
 from shardxform.plan import Plan
 from shardxform.prune import ViewOptions, plan_prune
-from shardxform.run import Interrupted, Progress, RunOptions, run
+from shardxform.runner import Interrupted, Progress, RunOptions, run
 
 SMALL = ViewOptions(max_shard_bytes=20_000)
 

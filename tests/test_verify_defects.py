@@ -7,6 +7,7 @@ such as #3 are those of the list of what users of such checkpoints complain of.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ FILES = {"tokenizer.json": "{}\n", "preprocessor_config.json": "{}\n"}
 INDEX = "model.safetensors.index.json"
 WIDE = {"hidden_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 32}
 GROUP = 32
-LEFT_OUT = r".*(self_attn|linear_attn|shared_expert|mlp\.gate$|mtp|visual|lm_head).*"
+LEFT_OUT = r".*(self_attn|linear_attn|shared_expert|mlp\.gate$|\.mlp\.(gate|up|down)_proj|mtp|visual|lm_head).*"
 METHODS: dict[str, Config] = {
     "auto-round": {
         "quant_method": "auto-round",
@@ -189,10 +190,14 @@ def seed_spelling(_: Config, tensors: Tensors) -> None:
     for name in names_of(tensors, ".experts."):
         home, _, rest = name.partition(".experts.")
         expert, projection, part = rest.split(".")
+        if projection == "up_proj":
+            continue
         tensor = tensors.pop(name)
-        projection = {"gate_proj": "gate_up_proj"}.get(projection, projection)
-        if projection != "up_proj":
-            tensors[f"{home}.experts.{projection}.{expert}.{part}"] = tensor
+        if projection == "gate_proj":
+            both = [tensor.array(), tensors.pop(name.replace("gate_proj", "up_proj")).array()]
+            joined = np.concatenate(both, axis=1)
+            tensor, projection = Raw(tensor.dtype, joined.shape, joined.tobytes()), "gate_up_proj"
+        tensors[f"{home}.experts.{projection}.{expert}.{part}"] = tensor
 
 
 def gate_up_per_expert(_: Config, tensors: Tensors) -> None:
@@ -427,7 +432,7 @@ DEFECTS = {
     ),
     "plain experts declared gptq": Defect(all_plain, "not-quantized", "layers 0..3, all experts", method="gptq"),
     "plain mtp experts declared quantized": Defect(
-        lambda c, _: c["quantization_config"].update(dynamic={"-:.*visual.*": {}}),
+        set_quantization(dynamic={"-:" + LEFT_OUT.replace("mtp|", ""): {}, r"-:mtp\.(fc|.*self_attn).*": {}}),
         "not-quantized",
         "MTP layer 0, all experts",
         kind=MULTI,
@@ -437,10 +442,13 @@ DEFECTS = {
         lambda c, _: c.pop("quantization_config"), "undeclared", ".qweight", "96 modules", method="auto-round"
     ),
     "quantized but declared 16-bit": Defect(
-        set_quantization(dynamic={r"-:.*layers\.2\..*": {}}), "undeclared", "layer 2, all experts", method="gptq"
+        set_quantization(dynamic={f"-:{LEFT_OUT}": {}, r"-:.*layers\.2\..*": {}}),
+        "undeclared",
+        "layer 2, all experts",
+        method="gptq",
     ),
     "quantized but ignored": Defect(
-        set_quantization(ignore=["model.layers.2.mlp.experts"]),
+        set_quantization(ignore=[f"re:{LEFT_OUT}", "model.layers.2.mlp.experts"]),
         "undeclared",
         "layer 2, all experts",
         method="compressed-tensors",
@@ -559,7 +567,8 @@ def test_names_the_defect_and_nothing_else(name: str, tmp_path: Path) -> None:
         config, tensors = tiny(defect.kind, **defect.over)
     defect.change(config, tensors)
     if defect.code in ("quantized", "merged") and defect.method:  # what is stored quantized is declared so, too
-        del config["quantization_config"]["dynamic"]
+        plain = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+        config["quantization_config"]["dynamic"] = {f"-:{re.escape(name)}$": {} for name in plain}
     root = write_checkpoint(tmp_path / "out", tensors, config, shards=2, files=FILES)
     found = verify(root)
     listed = found.warnings if defect.warning else found.problems

@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "inspect": "Show what a checkpoint is made of, from its headers alone.",
     "prune": "Keep the experts that a manifest names; copy everything else byte for byte.",
     "quantize": "Round weights to 4 or 8 bits, pruning in the same pass when a manifest is given.",
+    "convert": "Write a quantized checkpoint in another format or expert spelling, or in bfloat16.",
     "verify": "Check a checkpoint, and prove it against the source it was made from.",
     "manifest": "Show, check and convert keep manifests.",
 }

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import click
 
-from shardxform.run import Progress
+from shardxform.runner import Progress
 
-__all__ = ["gb", "interruptible", "print_json", "progress", "rows", "table"]
+__all__ = ["count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table"]
 
 _PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal
 
@@ -25,6 +25,19 @@ def gb(nbytes: float) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def count(number: int, what: str) -> str:
+    """Number and noun: `1 shard`, `1,811 tensors`."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def short(number: int) -> str:
+    """Count of parameters as people say it: 35.95 B, 4.41 M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:,}"
 
 
 def rows(pairs: Iterable[tuple[str, str]], file: Any = None) -> None:  # noqa: ANN401

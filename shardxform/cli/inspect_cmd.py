@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import gb, print_json, rows, table
+from shardxform.cli.console import gb, print_json, rows, short, table
 from shardxform.cli.options import json_option, source_argument
 from shardxform.inspection import Inspection, inspect_checkpoint
 
@@ -68,7 +68,7 @@ def _list_tensors(checkpoint: Checkpoint, pattern: str, as_json: bool) -> None:
 
 
 def _show(i: Inspection) -> None:
-    click.echo(f"{i.path}: {gb(i.nbytes)}, {i.parameters / 1e9:.2f} B parameters")
+    click.echo(f"{i.path}: {gb(i.nbytes)}, {short(i.parameters)} parameters")
     rows(_facts(i))
     click.echo()
     table(("role", "tensors", "size", "share"), _roles(i))

@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import gb, interruptible, print_json, progress, rows
+from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.output import Output
 from shardxform.plan import Plan
-from shardxform.run import Report, RunOptions, run
+from shardxform.runner import Report, RunOptions, run
 
 __all__ = ["execute", "load_manifest"]
 
@@ -25,7 +25,9 @@ def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
     return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors)) if path else None
 
 
-def execute(plan: Plan, out: Path, *, jobs: int, force: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def execute(
+    plan: Plan, out: Path, *, jobs: int, force: bool, dry_run: bool, as_json: bool, quiet: bool, device: str = "cpu"
+) -> None:
     """Run `plan` into `out`, or only show it."""
     if dry_run:
         _show(plan, out, jobs, force, as_json)
@@ -33,7 +35,7 @@ def execute(plan: Plan, out: Path, *, jobs: int, force: bool, dry_run: bool, as_
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     with interruptible(), progress(plan.command, quiet) as on_progress:
-        report = run(plan, out, RunOptions(jobs=jobs, force=force, on_progress=on_progress))
+        report = run(plan, out, RunOptions(jobs=jobs, force=force, device=device, on_progress=on_progress))
     if as_json:
         print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})
     elif report.already_done:
@@ -62,13 +64,9 @@ def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
     yield "experts", f"{s['experts_before']} -> {s['experts_after']} per layer, top-{s['top_k']}"
     dropped = "; dropped " + ", ".join(f"{n} ({why})" for why, n in s["dropped"].items()) if s["dropped"] else ""
     renamed = f", {s['renamed']:,} of them renamed" if s["renamed"] else ""
-    yield (
-        "tensors",
-        (
-            f"{s['tensors_before']:,} -> {s['tensors_after']:,}: {s['copied']:,} copied, {s['sliced']:,} sliced"
-            f"{renamed}{dropped}"
-        ),
-    )
+    done = f"{s['quantized_modules']:,} weights rounded" if "scheme" in s else f"{s['sliced']:,} sliced"
+    counts = f"{s['tensors_before']:,} -> {s['tensors_after']:,}"
+    yield "tensors", f"{counts}: {s['copied']:,} copied, {done}{renamed}{dropped}"
     if "scheme" in s:
         yield "quantized", _quantized(s)
     ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
@@ -125,7 +123,7 @@ def _say_done(plan: Plan, report: Report) -> None:
     click.echo(f"{report.out}: complete and durable")
     rows(
         [
-            ("size", f"{gb(before)} -> {gb(plan.data_bytes)} in {len(plan.shards)} shards"),
+            ("size", f"{gb(before)} -> {gb(plan.data_bytes)} in {count(len(plan.shards), 'shard')}"),
             ("time", f"{report.seconds:.1f} s, {gb(rate)}/s{resumed}"),
             ("memory", f"{gb(report.peak_rss_bytes)} peak"),
             *_zero_lines(report),

@@ -40,7 +40,11 @@ __all__ = ["command"]
     show_default=True,
     help="rtn: round to nearest, without data.",
 )
-@click.option("--search", is_flag=True, help="Search each group's scale for the least squared weight error.")
+@click.option(
+    "--search",
+    is_flag=True,
+    help="Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.",
+)
 @click.option(
     "--format",
     "format_",
@@ -52,9 +56,9 @@ __all__ = ["command"]
 @click.option(
     "--scale-grid",
     type=click.Choice(["fp16", "bf16"]),
-    default="fp16",
+    default="bf16",
     show_default=True,
-    help="fp16: auto-round's bits; bf16: scales exact in both types, so that every client computes the same.",
+    help="bf16: scales exact in bfloat16 and float16, so that every client computes the same; fp16: auto-round's.",
 )
 @click.option(
     "--expert-names",
@@ -73,6 +77,12 @@ __all__ = ["command"]
     metavar="PATTERN",
     multiple=True,
     help="Quantize modules that match although they would stay as they are; repeatable.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where to round: cpu, or a torch device such as cuda:0; the bits are the same. --search runs on the CPU only.",
 )
 @view_options
 @run_options

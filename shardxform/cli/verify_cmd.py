@@ -10,7 +10,7 @@ import click
 
 from shardxform.cli.console import gb, interruptible, print_json, progress
 from shardxform.cli.options import json_option, manifest_option, out_argument
-from shardxform.verification import Problem, VerifyReport, verify
+from shardxform.verification import Problem, Rounding, VerifyReport, verify
 from shardxform.view import MtpMode
 
 __all__ = ["command"]
@@ -37,6 +37,13 @@ _MOST_WIDTH: Final = 60
     default=None,
     help="OUT was made with this --mtp.  [default: what OUT/shardxform.json says]",
 )
+@click.option(
+    "--worst",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Quantized weights to list, those farthest from SRC; --json has all.",
+)
 @click.option("--quick", is_flag=True, help="Headers, index, config and small files only; no tensor data.")
 @click.option("--jobs", "-j", type=click.IntRange(1, 64), default=None, help="Threads that read.  [default: up to 4]")
 @json_option
@@ -49,6 +56,7 @@ def command(
     manifest: Path | None,
     text_only: bool | None,
     mtp: MtpMode | None,
+    worst: int,
     quick: bool,
     jobs: int | None,
     as_json: bool,
@@ -57,8 +65,9 @@ def command(
     """Check the checkpoint OUT, and prove it against SRC.
 
     Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
-    wrong. With --source, every tensor must hold the very bytes that SRC and the manifest give. Exits with 1 when OUT
-    is not sound. Works on checkpoints of any tool.
+    wrong. With --source, every tensor must hold the very bytes that SRC and the manifest give; quantized weights must
+    be what rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within half a
+    step, or one and a half, of SRC's. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
     """
     if source is None and (manifest or text_only or mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
@@ -76,34 +85,58 @@ def command(
     if as_json:
         print_json(report.to_dict())
     else:
-        _show(report, quick)
+        _show(report, quick, worst)
     ctx.exit(0 if report.sound else 1)
 
 
-def _show(report: VerifyReport, quick: bool) -> None:
+def _show(report: VerifyReport, quick: bool, worst: int) -> None:
     click.echo(", ".join(_summary(report, quick)))
     _list(report.problems, "")
     _list(report.warnings, "warning: ")
+    if report.rounding and worst:
+        _show_errors(report.rounding, worst)
 
 
 def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
+    rounding, source = report.rounding, report.source
     if report.sound:
         yield f"sound: {report.tensors:,} tensors"
         yield f"{report.experts:,} experts"
         yield "headers only" if quick else f"{gb(report.bytes_scanned)} scanned"
-        if any(warning.code == "rounded" for warning in report.warnings):
-            yield f"every 16-bit byte equal to {report.source}" if report.bytes_compared else "nothing compared"
+        if rounding:
+            yield _rounded(rounding, source)
+            yield f"{gb(report.bytes_compared)} equal byte for byte"
+        elif any(warning.code == "rounded" for warning in report.warnings):
+            yield f"every 16-bit byte equal to {source}" if report.bytes_compared else "nothing compared"
         elif report.bytes_compared:
-            yield f"every byte equal to {report.source}"
-        elif report.source:
-            yield f"headers follow from {report.source}"
+            yield f"every byte equal to {source}"
+        elif source:
+            yield f"headers follow from {source}"
     else:
         count = len(report.problems)
         yield f"{report.out}: {count} problem{'s' * (count > 1)}"
         if report.tensors_differing:
-            yield f"{report.tensors_differing:,} of {report.tensors_compared:,} tensors differ from {report.source}"
+            yield f"{report.tensors_differing:,} of {report.tensors_compared:,} tensors differ from {source}"
+        if rounding and rounding.differing:
+            yield f"{rounding.differing:,} of {rounding.modules:,} quantized weights are no rounding of {source}"
     if count := len(report.warnings):
         yield f"{count} warning{'s' * (count > 1)}"
+
+
+def _rounded(rounding: Rounding, source: Path | None) -> str:
+    if rounding.exact:
+        return f"{rounding.modules:,} quantized weights bit-equal to rounding {source} again"
+    text = f"{rounding.modules:,} quantized weights within bounds of {source}"
+    return f"{text} ({rounding.moved:,} codes not the nearest)" if rounding.moved else text
+
+
+def _show_errors(rounding: Rounding, worst: int) -> None:
+    share = rounding.clipped / max(rounding.weights, 1)
+    click.echo(
+        f"relative error {rounding.relative_error:.4f} over all quantized weights, {share:.2%} clipped; the worst:"
+    )
+    for weight in rounding.by_weight[:worst]:
+        click.echo(f"  {weight.relative_error:.4f}  {weight.name}")
 
 
 def _list(found: tuple[Problem, ...], mark: str) -> None:

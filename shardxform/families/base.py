@@ -136,6 +136,7 @@ class Family:
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
+        fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
     """
@@ -158,6 +159,7 @@ class Family:
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused_release: bool = False
     bfloat16_only: bool = False
 
     def holds(self, when: str, config: Config, layer: int) -> bool:

@@ -89,8 +89,9 @@ FAMILY: Final = Family(
         "untied": untied,
     },
     moe="moe",
-    keep_16bit=("mlp.gate",),
+    keep_16bit=("mlp.gate", "self_attn.kv_b_proj"),  # SGLang unpacks kv_b_proj as AWQ, which it is not
     merged={
+        "self_attn.fused_qkv_a_proj_with_mqa": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
         "self_attn.fused_qkv_a_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
         "mlp.shared_experts.gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),

@@ -148,5 +148,6 @@ FAMILY: Final = Family(
         "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
         "mlp.shared_expert.gate_up_proj": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     },
+    fused_release=True,
     bfloat16_only=True,
 )

@@ -6,24 +6,29 @@ refused, naming tensor and row; upstream packs them as garbage without a word.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.errors import ExecutionError
+from shardxform.errors import ExecutionError, SchemeError
 from shardxform.fsio import FileSystem
 from shardxform.plan import Extent
 from shardxform.quantize import packing
+from shardxform.quantize.grid import Grid
 from shardxform.quantize.planner import TILE_BYTES, Round, RoundItem
 from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype, quantize_into
 from shardxform.scheme import Role, Scheme
 from shardxform.tensors import TensorRef
 
-__all__ = ["Files", "round_step"]
+__all__ = ["Files", "Rounder", "round_step", "rounder_on"]
 
 _NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+Rounder = Callable[[NDArray[Any], SourceDtype, Grid, QuantizedWeight], RtnStats]
+"""Rounds a run of rows into an output; `rtn.quantize_into` and its like."""
 
 OpenSource = Callable[[str], int]
 OpenTarget = Callable[[int], int]
@@ -31,13 +36,37 @@ Files = tuple[OpenSource, OpenTarget]
 """Functions from a source shard's name, and from an output shard's number, to an open descriptor."""
 
 
+def rounder_on(device: str, scheme: Scheme) -> Rounder:
+    """Find the function that rounds a run of rows on `device`: `cpu`, or what torch calls a device.
+
+    Raises:
+        SchemeError: no such device here, or the scheme asks for what it cannot do.
+
+    """
+    if device == "cpu":
+        return functools.partial(quantize_into, measure=False)
+    if scheme.grid.search:
+        raise SchemeError("--search runs on the CPU only: leave out --device")
+    try:
+        from shardxform.quantize import rtn_torch  # torch takes seconds to import, and only this needs it
+    except ImportError as e:
+        raise SchemeError(f"--device {device} needs torch: pip install torch") from e
+    return functools.partial(rtn_torch.quantize_into, device=rtn_torch.open_device(device))
+
+
 def round_step(
-    step: Round, files: Files, fs: FileSystem, on_bytes: Callable[[int], None], stopped: Callable[[], None]
+    step: Round,
+    rounder: Rounder,
+    files: Files,
+    fs: FileSystem,
+    on_bytes: Callable[[int], None],
+    stopped: Callable[[], None],
 ) -> dict[str, Any]:
     """Round every weight of `step` and write its parts.
 
     Args:
         step: what to do.
+        rounder: rounds a run of rows; see `rounder_on`.
         files: where to read and write.
         fs: effects.
         on_bytes: called with the bytes written after each weight.
@@ -54,7 +83,7 @@ def round_step(
     zero_groups = 0
     for item in step.items:
         stopped()
-        out, groups, zeros = _rounded(item, step.scheme, files[0], fs)
+        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0], fs)
         zero_groups += zeros
         if zeros == groups:
             zero_modules.append(item.module)
@@ -69,7 +98,9 @@ def round_step(
     return facts
 
 
-def _rounded(item: RoundItem, scheme: Scheme, source: OpenSource, fs: FileSystem) -> tuple[QuantizedWeight, int, int]:
+def _rounded(
+    item: RoundItem, scheme: Scheme, rounder: Rounder, source: OpenSource, fs: FileSystem
+) -> tuple[QuantizedWeight, int, int]:
     """Round one weight tile by tile; also its number of groups, and of all-zero groups."""
     rows, columns = item.weight.spec.shape
     dtype = cast(SourceDtype, item.weight.spec.dtype)  # the selection takes no other
@@ -80,7 +111,7 @@ def _rounded(item: RoundItem, scheme: Scheme, source: OpenSource, fs: FileSystem
     for start in range(0, rows, tile_rows):
         stop = min(start + tile_rows, rows)
         w_oi = _read(item.weight.rows(start, stop), source, fs)
-        stats = quantize_into(w_oi, dtype, scheme.grid, _rows_of(out, start, stop), measure=False)
+        stats = rounder(w_oi, dtype, scheme.grid, _rows_of(out, start, stop))
         _refuse_bad(stats, item, start)
         groups += stats.groups
         zeros += stats.zero_groups

@@ -27,13 +27,13 @@ class Grid:
     Attributes:
         bits: Width of a code, 4 or 8.
         group_size: Input columns that share a scale: 128, 64, 32, or -1 for the whole row.
-        scale_grid: "fp16", or "bf16" for scales that are exact in both 16-bit formats.
+        scale_grid: "bf16" for scales that are exact in both 16-bit formats, or "fp16" for auto-round's.
         search: Choose each scale by its squared weight error instead of by the extremes alone.
     """
 
     bits: Bits = 4
     group_size: int = 128
-    scale_grid: ScaleGrid = "fp16"
+    scale_grid: ScaleGrid = "bf16"
     search: bool = False
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -72,14 +72,18 @@ def plan_quantize(
 
     """
     options = options or ViewOptions()
+    if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
+        raise SchemeError(
+            "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
+            " scales, and float16 overflows where bfloat16 does not"
+        )
     if source.config.get("quantization_config"):
         raise SchemeError("config.json: quantization_config: the source is quantized already; see `shardxform convert`")
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
     quantization = build(selection, scheme, view.layout, tensors)
-    replaced = {name for module in selection.quantized for name in module.sources}
-    copied = {name: ref for name, ref in tensors.items() if name not in replaced}
+    copied = _copied(tensors, selection, scheme)
     parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
     specs = [*(ref.spec for ref in copied.values()), *(part.spec for stored in parts for part in stored)]
     shards = lay_out(specs, options.max_shard_bytes)
@@ -102,6 +106,22 @@ def plan_quantize(
     )
     plan.check()
     return plan
+
+
+def _copied(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
+    """Tensors that stay as they are.
+
+    Experts that stay 16-bit in some blocks while others are quantized are un-fused too: the loaders of auto-round
+    un-fuse every block or none, and would leave fused ones at their random initial values with only a warning.
+    """
+    replaced = {name for module in selection.quantized for name in module.sources}
+    unfused: dict[str, TensorRef] = {}
+    if scheme.expert_names == "split" and any(module.expert is not None for module in selection.quantized):
+        for module in selection.kept_modules:
+            if module.place.template.variant == "fused" and module.place.scope == "block":
+                replaced.update(module.sources)
+                unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
+    return {**{name: ref for name, ref in tensors.items() if name not in replaced}, **unfused}
 
 
 def scheme_inputs(scheme: Scheme) -> dict[str, Any]:

@@ -8,61 +8,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.manifest import Manifest
-from shardxform.run import Progress, peak_rss_bytes
+from shardxform.runner import Progress, peak_rss_bytes
 from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
+from shardxform.verification.parts import rule_of
+from shardxform.verification.report import Rounding, VerifyReport, WeightError
 from shardxform.verification.source import Options, Wanted, compare_tables, rebuild, wanted_of
-from shardxform.verification.structure import check_structure
+from shardxform.verification.structure import Structure, check_structure
 from shardxform.view import MtpMode
 
-__all__ = ["Problem", "VerifyReport", "verify"]
+__all__ = ["Problem", "Rounding", "VerifyReport", "WeightError", "verify"]
 
 _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What verification found.
-
-    Attributes:
-        problems: everything that is wrong; empty when the checkpoint is sound.
-        warnings: what a person should look at.
-        tensors, experts: how many there are, routed experts over all layers.
-        bytes_scanned: of float tensors, looked through for NaN, infinities and zeros.
-        bytes_compared, tensors_compared, tensors_differing: against the source.
-
-    """
-
-    out: Path
-    source: Path | None
-    problems: tuple[Problem, ...]
-    warnings: tuple[Problem, ...]
-    tensors: int
-    experts: int
-    bytes_scanned: int
-    bytes_compared: int
-    tensors_compared: int
-    tensors_differing: int
-    seconds: float
-    peak_rss_bytes: int
-
-    @property
-    def sound(self) -> bool:
-        """Whether there is no problem; warnings do not count."""
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
-        paths = {"out": str(self.out), "source": str(self.source) if self.source else None}
-        return {"sound": self.sound, **asdict(self), **paths}
 
 
 def verify(
@@ -75,6 +39,7 @@ def verify(
     on_progress: Callable[[Progress], None] | None = None,
     text_only: bool | None = None,
     mtp: MtpMode | None = None,
+    tolerance: int | None = None,
 ) -> VerifyReport:
     """Check the checkpoint `out`, and hold it against `source` if that is given.
 
@@ -87,6 +52,8 @@ def verify(
         on_progress: called after every few dozen MB.
         text_only: made without the vision tower; from shardxform.json where None.
         mtp: as given to `pruned_view`; from shardxform.json where None.
+        tolerance: codes that a quantized weight may be from the nearest; where None, 0 if shardxform.json says that
+            weights were rounded to nearest, and 1 if they were tuned or it says nothing.
 
     Raises:
         CheckpointError: `out` is no directory, or the source cannot be read.
@@ -109,15 +76,11 @@ def verify(
     if origin:
         view = rebuild(origin, checkpoint, Options(manifest=manifest, text_only=text_only, mtp=mtp), inputs, findings)
         if view and checkpoint:
-            wanted = wanted_of(view, checkpoint, findings)
+            wanted = wanted_of(view, checkpoint, structure.stored if structure else None, findings)
             compare_tables(wanted, checkpoint, lost, findings)
-    figures: dict[str, int] = dict.fromkeys(_FIGURES, 0)
+    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
     if checkpoint and not quick:
-        from shardxform.verification.data import Comparison, check_data  # numpy: only where numbers are read
-
-        comparison = Comparison(wanted.view.checkpoint.root, wanted.tensors) if wanted else None
-        layout = structure.layout if structure else None
-        figures = asdict(check_data(checkpoint, layout, comparison, findings, jobs=jobs, on_progress=on_progress))
+        figures = _check_data(checkpoint, structure, wanted, inputs, tolerance, findings, jobs, on_progress)
     return VerifyReport(
         out=root,
         source=origin.root if origin else None,
@@ -132,3 +95,25 @@ def verify(
 
 
 _FIGURES: Final = ("bytes_scanned", "bytes_compared", "tensors_compared", "tensors_differing")
+
+
+def _check_data(
+    checkpoint: Checkpoint,
+    structure: Structure | None,
+    wanted: Wanted | None,
+    record: Mapping[str, Any],
+    tolerance: int | None,
+    findings: Findings,
+    jobs: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    """Everything that needs tensor data, and with it numpy; the figures of the report."""
+    from shardxform.verification.data import Comparison, check_data
+    from shardxform.verification.rounding import report_tallies
+
+    layout, stored = (structure.layout, structure.stored) if structure else (None, None)
+    rule = rule_of(stored, record, tolerance, findings) if wanted and wanted.pairs and stored else None
+    comparison = Comparison(wanted.view.checkpoint.root, wanted.tensors, wanted.pairs, rule) if wanted else None
+    figures = check_data(checkpoint, layout, comparison, findings, stored=stored, jobs=jobs, on_progress=on_progress)
+    rounding = report_tallies(figures.tallies, rule, findings) if rule else None
+    return {**{key: getattr(figures, key) for key in _FIGURES}, "rounding": rounding}

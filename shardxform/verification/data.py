@@ -1,16 +1,16 @@
-"""Verification of numbers: non-finite values, holes of zeros, and equality with the source, in one pass over the data.
+"""Verification of numbers: scans, and equality with the source, in one pass over the data.
 
-Reads with pread into buffers that are used again: neither a tensor nor a shard is ever held. The only module of this
-package that imports numpy.
+Reads with pread into buffers that are used again: neither a 16-bit tensor nor a shard is ever held, and of a quantized
+weight its packed parts. Only here and in the modules below it is numpy imported.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +21,24 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.fsio import FileSystem
 from shardxform.layout import Layout, Place
-from shardxform.run import Progress
-from shardxform.tensors import ByteRange, TensorRef
-from shardxform.verification.findings import Findings, spans
+from shardxform.quantize.stored import Stored
+from shardxform.runner import Progress
+from shardxform.tensors import TensorRef
+from shardxform.verification.findings import Findings, Item, spans
+from shardxform.verification.parts import Pair, Rule
+from shardxform.verification.reading import Shards, UnreadableError, window
+from shardxform.verification.rounding import Read, Tally, examine
+from shardxform.verification.values import (
+    FLOATS,
+    Bytes,
+    Fault,
+    FloatBits,
+    PartRule,
+    difference,
+    merged,
+    part_faults,
+    scan,
+)
 
 __all__ = ["CHUNK_BYTES", "Comparison", "Figures", "check_data"]
 
@@ -32,71 +47,48 @@ CHUNK_BYTES: Final = 2 << 20
 
 _TASK_BYTES: Final = 32 << 20
 
-Bytes = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class _Float:
-    """A floating-point dtype as integers: those whose magnitude reaches `limit` are NaN or infinite."""
-
-    unsigned: str
-    signed: str
-    limit: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.unsigned[-1])
-
-    @property
-    def sign(self) -> int:
-        return 1 << (8 * self.nbytes - 1)
-
-
-_FLOATS: Final[Mapping[str, _Float]] = {
-    "BF16": _Float("<u2", "<i2", 0x7F80),
-    "F16": _Float("<u2", "<i2", 0x7C00),
-    "F32": _Float("<u4", "<i4", 0x7F80_0000),
-    "F64": _Float("<u8", "<i8", 0x7FF0_0000_0000_0000),
-    "F8_E4M3": _Float("<u1", "<i1", 0x7F),  # has no infinities
-    "F8_E5M2": _Float("<u1", "<i1", 0x7C),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The checkpoint whose bytes must be found: `tensors` lie in the shards of `root`."""
+    """What must be found: the bytes of `tensors`, and in `pairs` roundings of weights; all lie in shards of `root`."""
 
     root: Path
     tensors: Mapping[str, TensorRef]
+    pairs: tuple[Pair, ...] = ()
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """How much was looked at."""
+    """How much was looked at; `tallies` has one entry for every weight that was held against the source's."""
 
     bytes_scanned: int = 0
     bytes_compared: int = 0
     tensors_compared: int = 0
     tensors_differing: int = 0
+    tallies: tuple[Tally, ...] = ()
 
 
 @dataclass(slots=True)
 class _Job:
     """One tensor to read: how to scan it, what to hold it against, and what was found so far.
 
-    `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole.
+    `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
+    for parts of quantized weights.
     """
 
     ref: TensorRef
     place: Place | None
-    scan: _Float | None
+    scan: FloatBits | None
     other: TensorRef | None
     slab: int
     nonzero: NDArray[np.bool_]
+    part: PartRule | None = None
     bad: int = 0
     first_bad: int = -1
     differing: int = 0
     first_differing: int = -1
+    faults: dict[str, Fault] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +98,25 @@ class _Piece:
     job: _Job
     start: int
     stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A quantized weight to hold against the source's."""
+
+    pair: Pair
+    rule: Rule
+
+    @property
+    def nbytes(self) -> int:
+        return self.pair.weight.nbytes
+
+
+_Task = Sequence["_Piece | _Weight"]
 
 
 @dataclass(slots=True)
@@ -118,6 +129,7 @@ class _Seen:
     first_bad: int = -1
     differing: int = 0
     first_differing: int = -1
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(slots=True)
@@ -125,7 +137,7 @@ class _Result:
     """What one task showed; `error` when the output could not be read on."""
 
     nbytes: int
-    seen: list[_Seen] = field(default_factory=list)
+    seen: list[_Seen | Tally] = field(default_factory=list)
     error: str = ""
 
 
@@ -135,23 +147,26 @@ def check_data(
     comparison: Comparison | None,
     findings: Findings,
     *,
+    stored: Stored | None = None,
     jobs: int = 1,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Figures:
-    """Scan every float tensor of `out`, and compare every tensor that `comparison` has in the same dtype and shape.
+    """Scan every tensor of `out`, and compare with the source what `comparison` has in the same dtype and shape.
 
     Raises:
         CheckpointError: the source cannot be read.
 
     """
-    table = list(_jobs(out, layout, comparison))
-    total = sum(job.ref.nbytes for job in table)
+    table = list(_jobs(out, layout, comparison, stored))
+    weights = [_Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
+    total = sum(job.ref.nbytes for job in table) + sum(weight.nbytes for weight in weights)
     reader = _Reader(out.root, comparison.root if comparison else None)
-    done = 0
+    tallies: list[Tally] = []
     errors: dict[str, None] = {}
-    for result in _in_parallel(reader.examine, _tasks(table), jobs, reader.stop):
+    done = 0
+    for result in _in_parallel(reader.examine, _tasks(table, weights), jobs, reader.stop):
         for seen in result.seen:
-            _merge(seen)
+            tallies.append(seen) if isinstance(seen, Tally) else _merge(seen)
         if result.error:
             errors[result.error] = None
         done += result.nbytes
@@ -162,44 +177,59 @@ def check_data(
         findings.problem("unreadable", where, message)
     for job in table:
         _report(job, findings)
+    _report_faults(table, layout, findings)
     compared = [job for job in table if job.other]
+    order = {weight.pair.name: at for at, weight in enumerate(weights)}
     return Figures(
-        bytes_scanned=sum(job.ref.nbytes for job in table if job.scan),
+        bytes_scanned=sum(job.ref.nbytes for job in table if job.scan or job.part),
         bytes_compared=sum(job.ref.nbytes for job in compared),
         tensors_compared=len(compared),
         tensors_differing=sum(job.differing > 0 for job in compared),
+        tallies=tuple(sorted(tallies, key=lambda tally: order[tally.pair.name])),
     )
 
 
 # -- what to do ---------------------------------------------------------------------------------------------------
 
 
-def _jobs(out: Checkpoint, layout: Layout | None, comparison: Comparison | None) -> Iterator[_Job]:
+def _jobs(
+    out: Checkpoint, layout: Layout | None, comparison: Comparison | None, stored: Stored | None
+) -> Iterator[_Job]:
     """Tensors worth reading, in the order of their bytes."""
+    rules = dict(_part_rules(stored)) if stored else {}
+    examined = {pair.words for pair in comparison.pairs} if comparison else set()
     for name, ref in out.tensors.items():
         other = comparison.tensors.get(name) if comparison else None
         if other is not None and (other.spec.dtype, other.spec.shape) != (ref.spec.dtype, ref.spec.shape):
             other = None
-        scan = _FLOATS.get(ref.spec.dtype)
-        if not ref.nbytes or not (scan or other):
+        kind = FLOATS.get(ref.spec.dtype)
+        part = None if name in examined else rules.get(name)
+        if not ref.nbytes or not (kind or other or part):
             continue
         place = layout.places.get(name) if layout else None
-        fused = scan and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
+        fused = kind and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
         slab = ref.nbytes // ref.spec.shape[0] if fused else ref.nbytes
-        yield _Job(ref, place, scan, other, slab, np.zeros(ref.nbytes // slab, np.bool_))
+        yield _Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part)
 
 
-def _tasks(jobs: Iterable[_Job]) -> Iterator[list[_Piece]]:
-    """Pieces in runs of about `_TASK_BYTES`."""
-    task: list[_Piece] = []
+def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
+    grid = stored.scheme.grid
+    for module in stored.modules.values():
+        for role, ref in module.parts:
+            yield ref.name, PartRule(role, ref.spec.dtype, module.shape, grid, grid.scale_grid == "bf16")
+
+
+def _tasks(jobs: Iterable[_Job], weights: Iterable[_Weight]) -> Iterator[_Task]:
+    """Pieces and weights in runs of about `_TASK_BYTES`."""
+    task: list[_Piece | _Weight] = []
     room = _TASK_BYTES
-    for job in jobs:
-        for piece in _pieces(job):
-            task.append(piece)
-            room -= piece.stop - piece.start
-            if room <= 0:
-                yield task
-                task, room = [], _TASK_BYTES
+    items: Iterator[_Piece | _Weight] = chain((piece for job in jobs for piece in _pieces(job)), weights)
+    for item in items:
+        task.append(item)
+        room -= item.nbytes
+        if room <= 0:
+            yield task
+            task, room = [], _TASK_BYTES
     if task:
         yield task
 
@@ -217,7 +247,7 @@ def _pieces(job: _Job) -> Iterator[_Piece]:
 
 
 def _in_parallel(
-    work: Callable[[list[_Piece]], _Result], tasks: Iterator[list[_Piece]], jobs: int, stop: threading.Event
+    work: Callable[[_Task], _Result], tasks: Iterator[_Task], jobs: int, stop: threading.Event
 ) -> Iterator[_Result]:
     """Results of `work`, as they come, at most two tasks per thread waiting."""
     pending: set[Future[_Result]] = set()
@@ -238,7 +268,7 @@ def _in_parallel(
 
 
 class _Reader:
-    """Reads and examines pieces; one pair of buffers per thread."""
+    """Reads and examines pieces and weights; one pair of buffers per thread."""
 
     def __init__(self, out: Path, source: Path | None) -> None:
         self._fs = FileSystem()
@@ -247,101 +277,52 @@ class _Reader:
         self._local = threading.local()
         self.stop = threading.Event()
 
-    def examine(self, task: list[_Piece]) -> _Result:
-        """Examine every piece of a task; what cannot be read ends it."""
-        result = _Result(sum(piece.stop - piece.start for piece in task))
-        files: dict[tuple[Path, str], int] = {}
-        try:
-            for piece in task:
-                if self.stop.is_set():
-                    break
-                result.seen.append(self._piece(piece, files))
-        except _UnreadableError as e:
-            if e.root != self._out:
-                raise CheckpointError(f"{e.root / e.file}: {e}") from e
-            result.error = f"{e.file}: cannot be read: {e}"
-        finally:
-            for fd in files.values():
-                os.close(fd)
+    def examine(self, task: _Task) -> _Result:
+        """Examine every item of a task; what cannot be read ends it."""
+        result = _Result(sum(item.nbytes for item in task))
+        with Shards(self._fs) as shards:
+            try:
+                for item in task:
+                    if self.stop.is_set():
+                        break
+                    seen = self._piece(item, shards) if isinstance(item, _Piece) else self._weight(item, shards)
+                    result.seen.append(seen)
+            except UnreadableError as e:
+                if e.root != self._out:
+                    raise CheckpointError(f"{e.root / e.file}: {e}") from e
+                result.error = f"{e.file}: cannot be read: {e}"
         return result
 
-    def _piece(self, piece: _Piece, files: dict[tuple[Path, str], int]) -> _Seen:
+    def _piece(self, piece: _Piece, shards: Shards) -> _Seen:
         ours, theirs = self._buffers()
-        job, count = piece.job, piece.stop - piece.start
-        seen = _Seen(piece)
-        data = self._read(self._out, job.ref, piece, ours[:count], files)
+        job, count = piece.job, piece.nbytes
+        seen, data = _Seen(piece), ours[:count]
+        shards.read(self._out, window(job.ref.ranges, piece.start, piece.stop), data.data)
         if job.scan:
-            _scan(data, job.scan, min(job.slab, count), seen)
+            seen.nonzero, seen.bad, first = scan(data, job.scan, min(job.slab, count))
+            seen.first_bad = piece.start // job.scan.nbytes + first if seen.bad else -1
+        if job.part:
+            seen.faults = tuple(part_faults(data, job.part, piece.start))
+            if job.part.role == "words":
+                seen.nonzero = np.array([data.any()])
         if job.other and self._source:
-            _compare(data, self._read(self._source, job.other, piece, theirs[:count], files), seen)
+            shards.read(self._source, window(job.other.ranges, piece.start, piece.stop), theirs[:count].data)
+            seen.differing, first = difference(data, theirs[:count])
+            seen.first_differing = piece.start + first if seen.differing else -1
         return seen
+
+    def _weight(self, item: _Weight, shards: Shards) -> Tally:
+        def reader(root: Path) -> Read:
+            return lambda ref, into: shards.read(root, ref.ranges, into.reshape(-1).view(np.uint8).data)
+
+        assert self._source is not None
+        return examine(item.pair, item.rule, reader(self._out), reader(self._source))
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = (np.empty(CHUNK_BYTES, np.uint8), np.empty(CHUNK_BYTES, np.uint8))
         buffers: tuple[Bytes, Bytes] = self._local.buffers
         return buffers
-
-    def _read(
-        self, root: Path, ref: TensorRef, piece: _Piece, into: Bytes, files: dict[tuple[Path, str], int]
-    ) -> Bytes:
-        done = 0
-        for part in _window(ref.ranges, piece.start, piece.stop):
-            try:
-                if (root, part.file) not in files:
-                    files[root, part.file] = self._fs.open(root / part.file, os.O_RDONLY)
-                target = into.data[done : done + part.length]
-                self._fs.read_exact_into(files[root, part.file], target, part.offset)
-            except (OSError, EOFError) as e:
-                raise _UnreadableError(root, part.file, e) from e
-            done += part.length
-        return into
-
-
-class _UnreadableError(Exception):
-    """A shard could not be read."""
-
-    def __init__(self, root: Path, file: str, error: OSError | EOFError) -> None:
-        super().__init__((error.strerror if isinstance(error, OSError) else "") or str(error))
-        self.root = root
-        self.file = file
-
-
-def _window(ranges: Sequence[ByteRange], start: int, stop: int) -> Iterator[ByteRange]:
-    """Bytes `start`..`stop` of the concatenation of `ranges`."""
-    home = 0
-    for piece in ranges:
-        begin, end = max(start, home), min(stop, home + piece.length)
-        if begin < end:
-            yield ByteRange(piece.file, piece.offset + begin - home, end - begin)
-        home += piece.length
-        if home >= stop:
-            return
-
-
-def _scan(data: Bytes, kind: _Float, slab: int, seen: _Seen) -> None:
-    """Look for NaN, infinities and zeros; rows of the reductions are slabs.
-
-    Two reductions without a copy: as unsigned integers the largest is the largest negative number in magnitude, as
-    signed ones the largest positive.
-    """
-    bits = data.view(kind.unsigned)
-    slabs = bits.reshape(-1, slab // kind.nbytes)
-    negative = slabs.max(axis=1)
-    positive = slabs.view(kind.signed).max(axis=1)
-    seen.nonzero = (negative > kind.sign) | (positive > 0)
-    if (negative >= kind.sign + kind.limit).any() or (positive >= kind.limit).any():
-        bad = (bits & (kind.sign - 1)) >= kind.limit
-        seen.bad = int(np.count_nonzero(bad))
-        seen.first_bad = seen.piece.start // kind.nbytes + int(bad.argmax())
-
-
-def _compare(data: Bytes, other: Bytes, seen: _Seen) -> None:
-    wide = "<u8" if len(data) % 8 == 0 else "<u1"
-    if not np.array_equal(data.view(wide), other.view(wide)):
-        differing = data != other
-        seen.differing = int(np.count_nonzero(differing))
-        seen.first_differing = seen.piece.start + int(differing.argmax())
 
 
 def _merge(seen: _Seen) -> None:
@@ -354,6 +335,8 @@ def _merge(seen: _Seen) -> None:
     job.first_bad = _earlier(job.first_bad, seen.first_bad)
     job.differing += seen.differing
     job.first_differing = _earlier(job.first_differing, seen.first_differing)
+    for fault in seen.faults:
+        job.faults[fault.code] = merged(job.faults.get(fault.code), fault)
 
 
 def _earlier(one: int, other: int) -> int:
@@ -373,12 +356,29 @@ def _report(job: _Job, findings: Findings) -> None:
     if job.differing:
         text = f"{job.differing} of {ref.nbytes} bytes differ from the source, the first at {job.first_differing}"
         findings.problem("source-bytes", name, text + _expert(job, job.first_differing))
-    if not job.scan or len(ref.spec.shape) < 2 or job.nonzero.all():
+    words = job.part is not None and job.part.role == "words"
+    if not (job.scan or words) or len(ref.spec.shape) < 2 or job.nonzero.all() or job.faults:
         return
     zeros = [int(i) for i in np.flatnonzero(~job.nonzero)]
     some = len(job.nonzero) > 1 and len(zeros) < len(job.nonzero)
     what = f"expert{'s' * (len(zeros) > 1)} {spans(zeros)}: " if some else ""
     findings.warn("zero", name, f"{what}every value is zero, as in a hole that was never written")
+
+
+def _report_faults(table: Iterable[_Job], layout: Layout | None, findings: Findings) -> None:
+    """Parts of quantized weights that are wrong; many in one way are told in one line."""
+    items: list[Item] = []
+    for job in table:
+        for fault in job.faults.values():
+            shape = job.ref.spec.shape
+            at = [int(i) for i in np.unravel_index(fault.first, shape)]
+            expected = f", expected {fault.wanted}" if fault.wanted else ""
+            text = f"{fault.count} of {np.prod(shape)} {fault.what}, the first at {at}: {fault.found}{expected}"
+            if job.place:
+                items.append(Item(fault.code, job.ref.name, job.place, text))
+            else:
+                findings.problem(fault.code, job.ref.name, text)
+    findings.items(items, layout.num_experts if layout else 0)
 
 
 def _expert(job: _Job, byte: int) -> str:

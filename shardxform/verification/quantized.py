@@ -1,6 +1,6 @@
 """Verification of quantization: what config.json declares against what the shards hold, module by module.
 
-Names and dtypes only. Shapes and values of quantized tensors are not looked at here.
+Names and dtypes, and how much of a row is stored where clients merge rows; other shapes are looked at in `parts`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG
 from shardxform.dtypes import FLOATS
+from shardxform.errors import SchemeError
 from shardxform.families.base import Scope
 from shardxform.layout import Layout, Place
+from shardxform.modules import LINEAR_ROLES
+from shardxform.quantization_config import Resolved, resolve
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item, place_of, spans
 
@@ -45,12 +48,16 @@ _Block = tuple[Scope, int]
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors or a dtype."""
+    """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors or a dtype.
+
+    `linear` is for 2-D weights of decoder blocks that clients run quantized unless the config leaves them out.
+    """
 
     name: str
     tensor: str
     place: Place
     kind: str
+    linear: bool
 
     @property
     def local(self) -> str:
@@ -83,11 +90,13 @@ def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Modu
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:
             dtype = tensors[name].spec.dtype
-            found.setdefault(stem, _Module(stem, name, place, _PLAIN if dtype in FLOATS else dtype))
+            linear = place.scope == "block" and place.template.role in LINEAR_ROLES and name.endswith(".weight")
+            linear = linear and len(tensors[name].spec.shape) == 2
+            found.setdefault(stem, _Module(stem, name, place, _PLAIN if dtype in FLOATS else dtype, linear))
         elif (kind := _KINDS.get(place.companion)) and (
             stem not in found or found[stem].kind not in _STORED_AS.values()
         ):
-            found[stem] = _Module(stem, name, place, kind)
+            found[stem] = _Module(stem, name, place, kind, linear=True)
     return iter(found.values())
 
 
@@ -182,25 +191,39 @@ def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Finding
 def _check_declared(
     layout: Layout, declared: Mapping[str, Any], modules: Sequence[_Module], findings: Findings
 ) -> None:
-    """Hold the experts, and whatever is stored quantized, against what the config says of them."""
+    """Hold linear modules, and whatever is stored quantized, against what the config says of them.
+
+    A module that is stored plain is left out when any client takes it so: names in `extra_config` and `ignore` cover
+    what is below them for some, and patterns may have to match all of a name or a part of it.
+    """
     method = str(declared.get("quant_method"))
     left_out = _resolver(declared)
-    decided: dict[tuple[Scope, int | None, str, str], bool] = {}
+    strict = _as_clients_read(declared)
+    decided: dict[tuple[Scope, int | None, str, str], tuple[bool, int | None]] = {}
     items: list[Item] = []
     for m in modules:
         key = (m.place.scope, m.place.layer, m.local, m.kind)
         if key not in decided:  # experts of a layer have one scheme: a look at the first is enough
-            decided[key] = left_out(m.name)
-        if m.kind == _PLAIN and m.place.template.variant and not decided[key]:
+            decided[key] = left_out(m.name), strict.bits_of(m.name) if strict else None
+        plain, bits = decided[key]
+        if m.kind == _PLAIN and not plain and (m.place.template.variant or (m.linear and bits not in (None, 16))):
             detail = f"stored in 16 bits, but config.json declares it quantized ({method})"
             items.append(Item("not-quantized", m.tensor, m.place, detail))
-        elif m.kind != _PLAIN and decided[key]:
+        elif m.kind != _PLAIN and (plain or bits == 16):
             detail = f"stored as {m.kind}, but config.json declares it 16-bit"
             items.append(Item("undeclared", m.tensor, m.place, detail))
         elif m.kind in _STORED_AS.values() and _STORED_AS.get(method, m.kind) != m.kind:
             detail = f"stored as {m.kind}, but config.json declares {method}"
             items.append(Item("quantization-kind", m.tensor, m.place, detail))
     findings.items(items, layout.num_experts)
+
+
+def _as_clients_read(declared: Mapping[str, Any]) -> Resolved | None:
+    """The reading that all clients share; None for other methods, and for what some of them refuse."""
+    try:
+        return resolve(declared)
+    except (SchemeError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return None
 
 
 def _resolver(declared: Mapping[str, Any]) -> Callable[[str], bool]:

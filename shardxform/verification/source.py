@@ -1,6 +1,6 @@
 """Verification against the source: what must be there is the view of the source that prune or quantize wrote.
 
-Tables, config and sidecars are compared here; `data` compares the tensors' bytes. What was rounded is only counted.
+Tables, config and sidecars are compared here; `data` compares the tensors' bytes, and rounded weights with theirs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from shardxform.manifest import FORMAT, VERSION, Manifest
 from shardxform.modules import modules_of
 from shardxform.output import PROVENANCE
 from shardxform.plan import source_inputs
+from shardxform.quantize.stored import Stored
 from shardxform.tensors import TensorRef
 from shardxform.verification.files import file_bytes, is_document
 from shardxform.verification.findings import Findings, Item
+from shardxform.verification.parts import Pair, pair_of
 from shardxform.view import MtpMode, View, pruned_view
 
 __all__ = ["Options", "Wanted", "compare_tables", "rebuild", "wanted_of"]
@@ -77,34 +79,61 @@ def rebuild(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the output must hold: a view's tensors as they are stored, and names of quantized parts of the others."""
+    """What the output must hold.
+
+    Attributes:
+        view: of the source.
+        tensors: those of the view as they are stored.
+        parts: names of the parts of quantized weights.
+        pairs: weights with the modules that stand for them.
+
+    """
 
     view: View
     tensors: Mapping[str, TensorRef]
     parts: frozenset[str] = frozenset()
+    pairs: tuple[Pair, ...] = ()
 
 
-def wanted_of(view: View, out: Checkpoint, findings: Findings) -> Wanted:
-    """Take modules that `out` holds quantized out of the view's table, and un-fuse experts that it holds one by one."""
+def wanted_of(view: View, out: Checkpoint, stored: Stored | None, findings: Findings) -> Wanted:
+    """Take weights that `out` holds quantized out of the view's table, and un-fuse experts that it holds one by one."""
     tensors = dict(view.checkpoint.tensors)
     if out.config.get("quantization_config") is None or "quantization_config" in view.checkpoint.config:
         return Wanted(view, tensors)
     parts: set[str] = set()
-    rounded = 0
+    pairs: list[Pair] = []
+    skipped: list[str] = []
     for module in modules_of(view.layout, view.checkpoint.tensors):
         if all(name in out.tensors for name in module.sources):
             continue
         for name in module.sources:
             tensors.pop(name, None)
-        found = {name for part in COMPANIONS if (name := f"{module.name}.{part}") in out.tensors}
+        name = f"{module.name}.weight"
+        found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
+        if stored and (pair := pair_of(name, module.weight, stored)):
+            found |= {ref.name for _, ref in pair.module.parts}
+            pairs.extend(_comparable(pair, stored, skipped, findings))
+        elif found:
+            skipped.append(module.name)
         if found:
             parts |= found
-            rounded += 1
         else:
-            tensors[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
-    if rounded:
-        findings.warn("rounded", ".", f"{rounded} modules are quantized; their values are not held against the source")
-    return Wanted(view, tensors, frozenset(parts))
+            tensors[name] = module.weight.renamed(name)
+    if skipped:
+        more = f", such as {skipped[0]}"
+        findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
+    return Wanted(view, tensors, frozenset(parts), tuple(pairs))
+
+
+def _comparable(pair: Pair, stored: Stored, skipped: list[str], findings: Findings) -> Iterator[Pair]:
+    spec, found = pair.weight.spec, stored.weights[pair.name].spec.shape
+    if spec.shape != found:
+        text = f"stands for a weight of shape {list(found)}, but {list(spec.shape)} by the source"
+        findings.problem("source-shape", pair.words, text)
+    elif spec.dtype in ("BF16", "F16", "F32") and spec.nbytes:
+        yield pair
+    else:
+        skipped.append(pair.module.name)
 
 
 def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findings: Findings) -> None:

@@ -5,7 +5,7 @@ vLLM loads a quantized checkpoint without an expert, and SGLang any, without a w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
@@ -14,11 +14,13 @@ from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import FamilyError
 from shardxform.families import family_of
 from shardxform.families.base import Scope
-from shardxform.layout import Expected, Layout, expected, layout_of, variants_found
+from shardxform.layout import Expected, Layout, Place, expected, layout_of, variants_found
+from shardxform.quantize.stored import Stored
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item
+from shardxform.verification.parts import check_parts
 from shardxform.verification.quantized import check_quantization
-from shardxform.verification.unknown import check_unknown, seed_blocks
+from shardxform.verification.unknown import check_unknown, seed_weights
 
 __all__ = ["PARTS", "Structure", "check_structure", "stored", "stored_form"]
 
@@ -46,10 +48,18 @@ Table = dict[str, Expected]
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What is known of a checkpoint once its names were looked at; `experts` counts routed experts that are there."""
+    """What is known of a checkpoint once its names were looked at.
+
+    Attributes:
+        layout: of its names.
+        experts: how many routed experts are there.
+        stored: its quantized weights, where they are understood.
+
+    """
 
     layout: Layout
     experts: int
+    stored: Stored | None
 
 
 def check_structure(checkpoint: Checkpoint, lost: frozenset[str], findings: Findings) -> Structure | None:
@@ -67,16 +77,21 @@ def check_structure(checkpoint: Checkpoint, lost: frozenset[str], findings: Find
     _check_groups(layout, findings)
     _check_dtype(layout, findings)
     check_quantization(layout, checkpoint.tensors, findings)
+    seed = layout_of(layout.config, seed_weights(layout)).places
+    parts: Stored | None = None
     if checkpoint.tensors:
         excused = check_unknown(layout, findings)
-        variants = _variants(layout)
+        variants = _variants(layout, seed)
         table = _table(layout, variants, findings)
         if table is not None:
             _check_mtp(layout, findings)
-            gone = lost | excused | set(_in_seed_spelling(layout, table))
+            gone = lost | excused | set(_all_forms(seed))
             _check_table(layout, stored(table, checkpoint.tensors), checkpoint.tensors, gone, findings)
             _check_unexpected(layout, table, variants, findings)
-    return Structure(layout, _count_experts(layout, checkpoint.tensors))
+            outside = {name: place for name, place in seed.items() if (place.expert or 0) >= layout.num_experts}
+            findings.items([_beyond(layout, *each) for each in outside.items()], layout.num_experts)
+            parts = check_parts(checkpoint, layout, findings)
+    return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
 
 
 def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
@@ -186,9 +201,13 @@ def _check_dtype(layout: Layout, findings: Findings) -> None:
                 findings.problem("float16", CONFIG, f"{home}{key} is {value}, which overflows in this family: bfloat16")
 
 
-def _variants(layout: Layout) -> dict[tuple[Scope, int], str]:
-    """Spelling of the experts of every block: where it mixes both the whole one, where it has none the usual one."""
-    variants = variants_found(layout)
+def _variants(layout: Layout, seed: Mapping[str, Place]) -> dict[tuple[Scope, int], str]:
+    """Spelling of the experts of every block: where it mixes both the whole one, where it has none the usual one.
+
+    Blocks in the seed-era spelling, of which `seed` has the experts as they should be named, count as per-expert.
+    """
+    respelled = {(place.scope, place.layer): "per-expert" for place in seed.values() if place.layer is not None}
+    variants = {**respelled, **variants_found(layout)}
     spellings: dict[tuple[Scope, int], dict[str, set[str]]] = {}
     for place in layout.places.values():
         if place.template.variant and place.layer is not None:
@@ -202,12 +221,11 @@ def _variants(layout: Layout) -> dict[tuple[Scope, int], str]:
     return {**{("block", layer): usual for layer in layout.moe_layers}, **variants}
 
 
-def _in_seed_spelling(layout: Layout, table: Table) -> Iterator[str]:
-    """Experts that are there under a name that another problem is about."""
-    blocks = seed_blocks(layout)
-    for name, item in table.items() if blocks else ():
-        if item.place.template.variant and (item.place.scope, item.place.layer) in blocks:
-            yield name
+def _all_forms(weights: Iterable[str]) -> Iterator[str]:
+    """Names of weights, and of all parts that may stand for them."""
+    for name in weights:
+        yield name
+        yield from (name.removesuffix("weight") + part for parts in PARTS.values() for part in parts)
 
 
 def _check_mtp(layout: Layout, findings: Findings) -> None:
@@ -266,18 +284,24 @@ def _check_unexpected(
         if place.scope in _BLOCK and place.layer is not None:
             variant = variants.get((place.scope, place.layer), template.variant)
             if place.expert is not None and place.expert >= layout.num_experts:
-                code, detail = "expert-range", f"beyond the {layout.num_experts} experts of config.json"
-            elif template.variant and template.variant != variant:
+                found.append(_beyond(layout, name, place))
+                continue
+            if template.variant and template.variant != variant:
                 code, detail = "spelling", f"a {template.variant} expert in a block with {variant} experts"
         found.append(Item("mtp" if place.scope == "mtp" else code, name, place, detail))
     findings.items(found, layout.num_experts)
 
 
-def _count_experts(layout: Layout, tensors: Mapping[str, TensorRef]) -> int:
+def _beyond(layout: Layout, name: str, place: Place) -> Item:
+    code = "mtp" if place.scope == "mtp" else "expert-range"
+    return Item(code, name, place, f"beyond the {layout.num_experts} experts of config.json")
+
+
+def _count_experts(layout: Layout, tensors: Mapping[str, TensorRef], seed: Mapping[str, Place]) -> int:
     """Routed experts that have any tensor, over all layers."""
     single: set[tuple[Scope, int | None, int]] = set()
     fused: dict[tuple[Scope, int | None], int] = {}
-    for name, place in layout.places.items():
+    for name, place in (*layout.places.items(), *seed.items()):
         if place.expert is not None:
             single.add((place.scope, place.layer, place.expert))
         elif place.template.variant == "fused" and (shape := tensors[name].spec.shape):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from shardxform.families.base import Scope
 from shardxform.layout import Layout, layout_of
+from shardxform.scheme import FORMATS
 from shardxform.verification.findings import Findings, place_of
 
-__all__ = ["check_unknown", "seed_blocks"]
+__all__ = ["check_unknown", "seed_weights"]
 
-_SEED: Final = re.compile(r"\.experts\.(gate_up_proj|down_proj)\.\d+\.")
-_MERGED: Final = re.compile(r"\.experts\.\d+\.gate_up_proj(\.|$)")
+_SEED: Final = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(\d+)\..*")
+_MERGED: Final = re.compile(r"(.*\.experts)\.(\d+)\.gate_up_proj(\..*)?")
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
@@ -37,17 +38,30 @@ def check_unknown(layout: Layout, findings: Findings) -> set[str]:
     return set(renamed.values())
 
 
-def seed_blocks(layout: Layout) -> set[tuple[Scope, int]]:
-    """Blocks whose experts are there, in a spelling that no client takes."""
-    names = (name for name in layout.unknown if _SEED.search(name) or _MERGED.search(name))
-    return {block for name in names if (block := _block(layout, name))}
+def seed_weights(layout: Layout) -> dict[str, str]:
+    """Experts that are there in a spelling that no client takes: names of their weights as they should be spelled.
+
+    Each with the name of a tensor that holds it.
+    """
+    found: dict[str, str] = {}
+    for name in layout.unknown:
+        if match := _SEED.fullmatch(name):
+            experts, projection, expert = match.groups()
+        elif match := _MERGED.fullmatch(name):
+            experts, expert, projection = match[1], match[2], "gate_up_proj"
+        else:
+            continue
+        for each in ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,):
+            found.setdefault(f"{experts}.{expert}.{each}.weight", name)
+    return found
 
 
 def _meaning(layout: Layout, name: str) -> tuple[str, str]:
     vision = layout.family.vision_prefix
-    if _SEED.search(name):
-        return "seed-spelling", "written by auto-round before 0.12; current clients refuse it or serve garbage"
-    if _MERGED.search(name):
+    if _SEED.fullmatch(name):
+        era = "written by auto-round before 0.12; current clients refuse it or serve garbage"
+        return "seed-spelling", era + _way_out(layout)
+    if _MERGED.fullmatch(name):
         return "seed-spelling", "a gate_up_proj per expert, which no client loads; expected gate_proj and up_proj"
     if vision and name.startswith(vision) and not layout.wrapper.vision:
         return "vision", f"vision tower under {layout.wrapper.architecture}, which refuses it"
@@ -57,6 +71,14 @@ def _meaning(layout: Layout, name: str) -> tuple[str, str]:
         declared = f" and {layout.mtp_layers} MTP layers" if mtp and mtp.follows_blocks else ""
         return "layer-range", f"beyond the {layout.num_layers} layers{declared} of config.json"
     return "stray", f"unknown to family {layout.family.name}"
+
+
+def _way_out(layout: Layout) -> str:
+    declared = layout.config.get("quantization_config")
+    method = declared.get("quant_method") if isinstance(declared, Mapping) else None
+    if method not in FORMATS:
+        return ""
+    return f"; `shardxform convert OUT NEW --to {method} --expert-names split` respells it"
 
 
 def _of_other_wrapper(layout: Layout) -> Iterator[tuple[str, str]]:

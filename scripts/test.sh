@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Everything CI checks: linter, format, types, tests. Further arguments go to pytest.
+#
+#   scripts/test.sh                     all of it
+#   scripts/test.sh -m 'not oracle'     without the tests that import torch
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+step() {
+    printf '\n== %s\n' "$*"
+    "$@"
+}
+
+scripts/venv.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+step ruff check
+step ruff format --check
+step mypy
+step python -m pytest -n 2 "$@"

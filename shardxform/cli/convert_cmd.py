@@ -1,0 +1,71 @@
+"""`shardxform convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli.options import out_argument, run_options, source_argument
+from shardxform.cli.planned import execute
+from shardxform.errors import PlanError
+from shardxform.quantize.convert import ConvertOptions, Target, plan_convert
+from shardxform.scheme import FORMATS, ExpertNames, Format
+from shardxform.sharding import parse_size
+
+__all__ = ["command"]
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    try:
+        return parse_size(value)
+    except PlanError as e:
+        raise click.BadParameter(str(e), ctx, param) from e
+
+
+@click.command("convert")
+@source_argument
+@out_argument
+@click.option(
+    "--to",
+    "format_",
+    type=click.Choice([*FORMATS, "bf16"]),
+    required=True,
+    help="Format of OUT; bf16 dequantizes into the release's own layout, for llama.cpp and MLX.",
+)
+@click.option(
+    "--expert-names",
+    type=click.Choice(["split", "fused-indexed"]),
+    default="split",
+    show_default=True,
+    help="split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
+)
+@click.option("--g-idx", is_flag=True, help="Also write the identity g_idx, which llama.cpp wants of gptq.")
+@click.option(
+    "--max-shard-size",
+    callback=_size,
+    default="5GB",
+    show_default=True,
+    help="Most tensor data in one shard, in decimal units.",
+)
+@run_options
+def command(
+    source: Path,
+    out: Path,
+    format_: Format | Literal["bf16"],
+    expert_names: ExpertNames,
+    g_idx: bool,
+    max_shard_size: int,
+    **run: Any,  # noqa: ANN401
+) -> None:
+    """Write OUT, the quantized SRC in another format or expert spelling, without changing a weight.
+
+    Integers and scales are kept, only their arrangement and quantization_config change; tensors that are not quantized
+    are copied byte for byte. Experts that SRC names experts.gate_up_proj.{id} become loadable. With --to bf16 the
+    weights are dequantized.
+    """
+    checkpoint = Checkpoint.open(source)
+    target = Target(format=format_, expert_names=expert_names, g_idx=g_idx)
+    execute(plan_convert(checkpoint, target, ConvertOptions(max_shard_bytes=max_shard_size)), out, **run)

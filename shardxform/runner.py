@@ -1,0 +1,381 @@
+"""Doing a plan: the loop over its steps. Knows nothing of experts or rounding; resumes by itself.
+
+Steps run on threads, in any order. A step's bytes are made durable before the journal names it, and config.json is
+written when every step is in the journal: killed at any instant, the same call goes on and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from shardxform.errors import ExecutionError, OutputError, ResumeError, ShardxformError
+from shardxform.fsio import FileSystem
+from shardxform.journal import Journal
+from shardxform.output import Output, State
+from shardxform.plan import Copy, Plan, Segment, Step
+from shardxform.tensors import ByteRange
+
+__all__ = ["Interrupted", "Progress", "Report", "RunOptions", "run"]
+
+Facts = Mapping[str, Any]
+"""What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
+
+_AHEAD: Final = 64 << 20  # bytes that a worker asks of the kernel before it copies them
+_CHUNK: Final = 8 << 20  # most bytes between two looks at the stop flag, and two reports of progress
+
+
+class Interrupted(ShardxformError):
+    """Stopped on request, with all finished steps durable."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is, in bytes written; `resumed` of them stem from an earlier run."""
+
+    done_bytes: int
+    total_bytes: int
+    resumed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Settings that change speed and safety checks, never a byte of the output.
+
+    Attributes:
+        jobs: steps in flight at once.
+        device: where weights are rounded: `cpu`, or a torch device; the bits are the same.
+        force: start over an output of shardxform's own that was made from other inputs.
+        on_progress: called from the loop after every chunk.
+
+    """
+
+    jobs: int = 2
+    device: str = "cpu"
+    force: bool = False
+    on_progress: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        already_done: the output stood there complete, and nothing was written.
+        facts: what the steps found worth recording, such as modules whose weights are all zero.
+
+    """
+
+    out: Path
+    already_done: bool
+    written_bytes: int
+    resumed_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(
+    plan: Plan, out: str | os.PathLike[str], options: RunOptions | None = None, fs: FileSystem | None = None
+) -> Report:
+    """Execute `plan` into the directory `out`, or go on where an earlier run of the same plan stopped.
+
+    Raises:
+        OutputError: `out` is foreign, locked, overlaps the source, or the disk is too small.
+        ResumeError: `out` holds work made from other inputs.
+        ExecutionError: the source changed or failed under way, or an I/O error.
+        Interrupted: KeyboardInterrupt; every finished step is durable, and the same call goes on.
+
+    """
+    options = options or RunOptions()
+    output = Output(Path(out), plan, fs or FileSystem())
+    started = time.monotonic()
+    state = output.state()
+    if options.force and state.record.get("fingerprint") not in (None, plan.fingerprint):
+        files = output.removable(state)
+        with _named_errors(output), output.locked():
+            output.discard(state, files)
+        state = State("new", {})
+    output.refuse_other_plan(state)
+    if state.name == "finished":
+        _check_finished(output)
+        if output.work.exists():  # killed between the commit and the end
+            with _named_errors(output), output.locked():
+                output.clean()
+        return _report(output, started, already_done=True)
+    output.refuse_too_little_space()
+    if options.device != "cpu":  # refuse a device that is not there before anything is written
+        _executor(plan.steps[-1], options.device)
+    with _named_errors(output), output.locked():
+        loop = _Loop(output, options)
+        loop.execute()
+    return replace(_report(output, started, written=loop.written, resumed=loop.resumed), facts=loop.facts)
+
+
+class _Loop:
+    """One run: the thread pool, the journal, and the count of bytes."""
+
+    def __init__(self, output: Output, options: RunOptions) -> None:
+        self._output = output
+        self._fs = output.fs
+        self._plan = output.plan
+        self._options = options
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self.written = 0
+        self.resumed = 0
+        self.facts: Facts = {}
+
+    def execute(self) -> None:
+        output, plan = self._output, self._plan
+        output.bind()
+        output.refuse_changed_source()
+        with Journal(self._fs, output.journal, plan.fingerprint, len(plan.steps)) as journal:
+            missing = output.missing()
+            lost = {i for i in journal.done if any(extent.shard in missing for extent in plan.steps[i].writes)}
+            if lost:  # before the shards are made anew: a journal must never speak for bytes that are not there
+                journal.forget(lost)
+            output.create(missing)
+            self.resumed = sum(_write_bytes(plan.steps[i]) for i in journal.done)
+            todo = sorted(set(range(len(plan.steps))) - journal.done)
+            self._run_steps(todo, journal)
+            self.facts = _merged(journal.facts[i] for i in sorted(journal.facts))
+        _refuse_source_changed_meanwhile(plan)
+        output.publish()
+        output.commit(self.facts)
+
+    def _run_steps(self, todo: list[int], journal: Journal) -> None:
+        """Run steps on a pool, at most two per worker queued; journal each batch that completes."""
+        pending: dict[Future[Facts], int] = {}
+        queue = iter(todo)
+        with ThreadPoolExecutor(self._options.jobs, thread_name_prefix="step") as pool:
+            try:
+                self._report_progress()
+                while True:
+                    while len(pending) < 2 * self._options.jobs and (step := next(queue, None)) is not None:
+                        pending[pool.submit(self._step, self._plan.steps[step])] = step
+                    if not pending:
+                        return
+                    finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    self._journal(finished, pending, journal)
+                    self._report_progress()
+            except BaseException as e:
+                self._stop.set()
+                wait(pending)
+                self._journal({f for f in pending if not f.cancelled() and not f.exception()}, pending, journal)
+                if isinstance(e, KeyboardInterrupt):
+                    raise Interrupted(self._how_to_go_on(journal)) from e
+                raise
+
+    def _journal(self, finished: set[Future[Facts]], pending: dict[Future[Facts], int], journal: Journal) -> None:
+        for future in finished:
+            if future.exception():
+                error = future.exception()
+                del pending[future]
+                assert error is not None
+                raise error
+        if finished:
+            journal.record({pending.pop(future): future.result() for future in finished})
+
+    def _step(self, step: Step) -> Facts:
+        """Do one step and make its bytes durable."""
+        self._refuse_if_stopped()
+        with _OpenFiles(self._output) as files:
+            if isinstance(step, Copy):
+                facts = self._copy(step, files)
+            else:
+                executor = _executor(step, self._options.device)
+                facts = executor((files.source, files.target), self._fs, self._count, self._refuse_if_stopped)
+            files.sync()
+        return facts
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+
+    def _copy(self, step: Copy, files: _OpenFiles) -> Facts:
+        for piece in self._read_ahead(step, files):
+            self._refuse_if_stopped()
+            source, target, count = files.source(piece.source.file), files.target(piece.shard), piece.source.length
+            self._fs.copy(source, piece.source.offset, target, piece.offset, count)
+            self._count(count)
+        return {}
+
+    def _read_ahead(self, step: Copy, files: _OpenFiles) -> Iterator[Segment]:
+        """Pieces of a step, each asked of the kernel before it is due.
+
+        Left to itself, the kernel reads ahead by its own measure, into experts that are not kept: half as much again.
+        """
+        asked: deque[Segment] = deque()
+        ahead = 0
+        for piece in _pieces(step):
+            self._fs.will_need(files.source(piece.source.file), piece.source.offset, piece.source.length)
+            asked.append(piece)
+            ahead += piece.source.length
+            while ahead > _AHEAD:
+                ahead -= asked[0].source.length
+                yield asked.popleft()
+        yield from asked
+
+    def _count(self, count: int) -> None:
+        with self._lock:
+            self.written += count
+
+    def _report_progress(self) -> None:
+        if self._options.on_progress:
+            done = self.written + self.resumed
+            self._options.on_progress(Progress(done, self._plan.data_bytes, self.resumed))
+
+    def _how_to_go_on(self, journal: Journal) -> str:
+        done = sum(_write_bytes(self._plan.steps[i]) for i in journal.done)
+        return (
+            f"stopped: {done / 1e9:.2f} of {self._plan.data_bytes / 1e9:.2f} GB are safe in {self._output.root};"
+            " run the same command again to go on"
+        )
+
+
+def _executor(step: Step, device: str) -> Callable[..., Facts]:
+    """What carries out a step that does more than copy.
+
+    Imported here: these bring numpy and the compiled kernels, which copying does without.
+    """
+    from shardxform.quantize.convert import Repack
+    from shardxform.quantize.planner import Round
+
+    if isinstance(step, Round):
+        from shardxform.quantize.execute import round_step, rounder_on
+
+        return functools.partial(round_step, step, rounder_on(device, step.scheme))
+    if isinstance(step, Repack):
+        from shardxform.quantize.repack import repack_step
+
+        return functools.partial(repack_step, step)
+    raise TypeError(f"no executor for {type(step).__name__}")
+
+
+class _StoppedError(Exception):
+    """A worker saw the stop flag; its step stays undone."""
+
+
+class _OpenFiles:
+    """The files one step needs, opened on first use and closed with the step."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._sources: dict[str, int] = {}
+        self._targets: dict[int, int] = {}
+
+    def source(self, name: str) -> int:
+        if name not in self._sources:
+            self._sources[name] = self._output.fs.open(self._output.plan.source / name, os.O_RDONLY)
+        return self._sources[name]
+
+    def target(self, shard: int) -> int:
+        if shard not in self._targets:
+            self._targets[shard] = self._output.fs.open(self._output.partial(shard), os.O_RDWR)
+        return self._targets[shard]
+
+    def sync(self) -> None:
+        for fd in self._targets.values():
+            self._output.fs.sync(fd)
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (*self._sources.values(), *self._targets.values()):
+            os.close(fd)
+
+
+def _check_finished(output: Output) -> None:
+    if damaged := output.damage():
+        raise OutputError(f"{output.root / damaged}: missing or damaged in a finished output; run `shardxform verify`")
+    source = output.plan.source
+    younger = next(
+        (s.name for s in output.plan.source_shards if s.mtime_ns > (output.root / "config.json").stat().st_mtime_ns), ""
+    )
+    if younger:
+        raise ResumeError(
+            f"{source / younger}: modified after {output.root} was finished;"
+            " check with `shardxform verify --source`, or start over in a new directory"
+        )
+
+
+def _refuse_source_changed_meanwhile(plan: Plan) -> None:
+    for shard in plan.source_shards:
+        info = (plan.source / shard.name).stat()
+        if (info.st_size, info.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
+            raise ExecutionError(f"{plan.source / shard.name}: changed while shardxform was running; nothing committed")
+
+
+def _merged(facts: Iterable[Facts]) -> Facts:
+    """Add up counts and join lists, in step order."""
+    out: dict[str, Any] = {}
+    for found in facts:
+        for key, value in found.items():
+            out[key] = out[key] + value if key in out else value
+    return out
+
+
+def _pieces(step: Copy) -> Iterator[Segment]:
+    """Segments of a step, cut where they are longer than `_CHUNK`."""
+    for segment in step.segments:
+        name, begin, length = segment.source.file, segment.source.offset, segment.source.length
+        for start in range(0, length, _CHUNK):
+            place = ByteRange(name, begin + start, min(_CHUNK, length - start))
+            yield Segment(place, segment.shard, segment.offset + start)
+
+
+def _write_bytes(step: Step) -> int:
+    return sum(extent.length for extent in step.writes)
+
+
+@contextlib.contextmanager
+def _named_errors(output: Output) -> Iterator[None]:
+    """Turn what the operating system says into one line that names the place and what to do."""
+    try:
+        yield
+    except EOFError as e:
+        raise ExecutionError(f"{output.plan.source}: truncated while shardxform was running: {e}") from e
+    except OSError as e:
+        where = e.filename or output.root
+        raise ExecutionError(
+            f"{where}: {e.strerror or e}; finished steps are safe, run the same command again to go on"
+        ) from e
+
+
+def _report(output: Output, started: float, already_done: bool = False, written: int = 0, resumed: int = 0) -> Report:
+    return Report(
+        out=output.root,
+        already_done=already_done,
+        written_bytes=written,
+        resumed_bytes=resumed,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far, in bytes; 0 where the platform does not tell."""
+    with contextlib.suppress(OSError):  # Linux: unlike ru_maxrss, not inherited from the parent across exec
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

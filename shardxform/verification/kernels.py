@@ -1,0 +1,105 @@
+"""A compiled pass that holds codes against weights; `rounding` has the same in numpy, with the same verdicts.
+
+Importing this module needs numba. The global interpreter lock is released while the kernel runs. Sums are kept per
+column, so that the inner loop vectorises; squares are float32 within a tile.
+"""
+
+# O: output rows, I: input columns, G: groups of a row.
+
+# ruff: noqa: ANN401
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+from numba import njit, types
+
+__all__ = ["Settings", "checker"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+F32: Final = np.float32
+I32: Final = np.int32
+I64: Final = np.int64
+U64: Final = np.uint64
+LARGEST: Final = np.float32(3.4028235e38)
+
+
+class Settings(NamedTuple):
+    """What the kernel is told besides its arrays; see `rounding.Limits`."""
+
+    zero: int
+    span: int
+    strict: int
+    near: float
+    far: float
+
+
+def _jit(function: F, signature: Any = None) -> F:
+    """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
+    try:
+        compiled: F = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        compiled = njit(signature, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+@_jit
+def _row(weights: Any, codes: Any, scale_I: Any, p: Any, squares: Any) -> Any:
+    square_I, energy_I = squares
+    zero, low, high = F32(p.zero), F32(-p.zero), F32(p.zero - 1)
+    near, far = F32(p.near), F32(p.far)
+    bad, moved, clipped = I32(0), I32(0), I32(0)
+    for k in range(codes.size):
+        finite = abs(weights[k]) <= LARGEST
+        w = weights[k] if finite else F32(0)
+        q = F32(I32(codes[k])) - zero
+        ratio = w / scale_I[k]
+        inside = min(max(ratio, low), high)
+        off = abs((np.rint(inside) if p.strict else inside) - q)
+        wrong = (off > far) | (not finite)
+        bad += I32(wrong)
+        moved += I32((off > near) & (not wrong))
+        clipped += I32(abs(ratio - inside) > F32(0.5))
+        error = w - F32(scale_I[k] * q)
+        square_I[k] += F32(error * error)
+        energy_I[k] += F32(w * w)
+    return bad, moved, clipped
+
+
+def _check(w_OI: Any, codes_OI: Any, scale_OG: Any, p: Any, counts: Any) -> Any:
+    """Fill `counts` with weights that are wrong, moved and clipped; return squared error and sum of squares."""
+    columns = w_OI.shape[1]
+    scale_I = np.empty(columns, F32)
+    squares = np.zeros(columns, F32), np.zeros(columns, F32)
+    for r in range(w_OI.shape[0]):
+        for g in range(scale_OG.shape[1]):
+            scale, base = scale_OG[r, g], U64(g * p.span)
+            for k in range(min(p.span, columns - g * p.span)):
+                scale_I[base + U64(k)] = scale
+        bad, moved, clipped = _row(w_OI[r], codes_OI[r], scale_I, p, squares)
+        counts[0] += I64(bad)
+        counts[1] += I64(moved)
+        counts[2] += I64(clipped)
+    square, energy = 0.0, 0.0
+    for k in range(columns):
+        square += squares[0][k]
+        energy += squares[1][k]
+    return square, energy
+
+
+@cache
+def checker() -> Callable[..., tuple[float, float]]:
+    """The compiled kernel; compiles or loads from disk on first use."""
+    fields = [types.int64, types.int64, types.int64, types.float64, types.float64]
+    signature = (
+        types.Array(types.float32, 2, "C", readonly=True),
+        types.Array(types.uint8, 2, "C", readonly=True),
+        types.Array(types.float32, 2, "C", readonly=True),
+        types.NamedTuple(fields, Settings),  # type: ignore[no-untyped-call]
+        types.int64[::1],
+    )
+    return _jit(_check, signature)

@@ -1,0 +1,184 @@
+"""Verification of quantized weights as stored: every part is there, in the dtype and shape that the scheme gives.
+
+`quantize.stored` does the comparing; here its errors become findings. Names, dtypes and shapes only, no tensor data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.errors import CheckpointError, FamilyError, SchemeError
+from shardxform.layout import COMPANIONS, Layout
+from shardxform.output import PROVENANCE
+from shardxform.quantize.grid import Grid
+from shardxform.quantize.stored import Stored, StoredModule, rows_of, scan_stored
+from shardxform.scheme import FORMATS
+from shardxform.tensors import TensorRef
+from shardxform.verification.findings import Findings, Item
+
+__all__ = ["Pair", "Rule", "check_parts", "pair_of", "rule_of"]
+
+_ABOUT: Final = re.compile(r"tensor '([^']+)'(?: is |: )(.*)", re.DOTALL)
+_MALFORMED: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_ALONG_ROWS: Final = {"qweight": 0, "scales": 0, "weight_packed": 1, "weight_scale": 1}
+_SLACK: Final = 1  # codes that tuning may move a weight from the nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A weight [O, I] of the source, and the stored module whose rows from `first_row` on stand for it.
+
+    `name` is the weight's in the current spelling, whatever the source's and the output's.
+    """
+
+    name: str
+    weight: TensorRef
+    module: StoredModule
+    first_row: int
+
+    @property
+    def words(self) -> str:
+        """Name of the tensor that holds the integers."""
+        return self.module.parts[0][1].name
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How weights were rounded, as far as it is known.
+
+    Attributes:
+        stored: format, bits and groups.
+        grid: what rounding the source again must reproduce bit for bit; None where only a bound is known.
+        tolerance: codes that a weight may be from the nearest.
+        plain: whether the output is known not to be tuned; then a weight that is off is worth a warning at least.
+
+    """
+
+    stored: Stored
+    grid: Grid | None
+    tolerance: int
+    plain: bool
+
+
+def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
+    """Report every part of a quantized weight that is missing, misshapen or foreign to the format.
+
+    Call it when names and counts are checked: what was said of a tensor then is not said again.
+
+    Returns:
+        the checkpoint as modules; None when it has none, or when its quantization is not one that is understood.
+
+    """
+    declared = checkpoint.config.get("quantization_config")
+    if not isinstance(declared, Mapping) or declared.get("quant_method") not in FORMATS:
+        return None
+    if not any(name.rpartition(".")[2] in COMPANIONS for name in checkpoint.tensors):
+        return None
+    try:
+        stored, errors = scan_stored(checkpoint)
+    except (FamilyError, SchemeError) as e:
+        if not any(problem.code == "quantization-config" for problem in findings.problems):
+            text = str(e).removeprefix(f"{CONFIG}: ")
+            findings.warn("not-understood", CONFIG, f"quantized weights are not looked into: {text}")
+        _check_merged_rows(checkpoint, layout, findings)
+        return None
+    except _MALFORMED as e:  # shapes or values that nothing can mean; as a rule a problem says so already
+        if not findings.problems:
+            findings.problem("parts", ".", f"quantized weights make no sense: {e!r}")
+        return None
+    items = list(_items(errors, layout, findings))
+    findings.items([item for item in items if isinstance(item, Item)], layout.num_experts)
+    for item in items:
+        if not isinstance(item, Item):
+            findings.problem(*item)
+    if errors and not findings.problems:
+        findings.problem("parts", ".", str(errors[0]))
+    return stored
+
+
+def _items(errors: list[CheckpointError], layout: Layout, findings: Findings) -> Iterator[Item | tuple[str, str, str]]:
+    """Errors about tensors that no problem names yet; those of known names can be told together."""
+    for error in errors:
+        about = _ABOUT.fullmatch(str(error))
+        if not about:  # experts of one layer in two spellings, or some of them plain: reported as such
+            continue
+        name, detail = about.groups()
+        stem, _, last = name.rpartition(".")
+        if any(
+            each in findings.named and each in layout.places for each in (name, *(f"{stem}.{c}" for c in COMPANIONS))
+        ):
+            continue
+        code = "missing" if detail.startswith("missing") else "part-shape" if "expected" in detail else "parts"
+        place = layout.places.get(name)
+        if place is None and f"{stem}.qweight" in layout.places:  # a part that is not there has its module's place
+            place = replace(layout.places[f"{stem}.qweight"], companion=last)
+        if "unknown to family" not in detail:
+            yield Item(code, name, place, detail) if place else (code, name, detail)
+
+
+def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
+    """Members of a merged module have as many words and scales a row, that is the same bits and groups.
+
+    Where one scheme holds for all weights, every shape is checked against it, and this says nothing more.
+    """
+    merged = {name: group for group, names in layout.family.merged.items() for name in names}
+    first: dict[tuple[object, ...], tuple[int, str]] = {}
+    items: list[Item] = []
+    for name, place in layout.places.items():
+        dim = _ALONG_ROWS.get(place.companion)
+        local = place.template.name.removesuffix(".weight")
+        group = local if place.template.variant else merged.get(local)
+        shape = checkpoint.tensors[name].spec.shape
+        if dim is None or group is None or len(shape) != 2:
+            continue
+        size, other = first.setdefault((place.scope, place.layer, group, place.companion), (shape[dim], name))
+        if size != shape[dim]:
+            detail = f"{shape[dim]} elements a row, but {size} in {other}, which clients merge with it"
+            items.append(Item("merged", name, place, detail))
+    findings.items(items, layout.num_experts)
+
+
+def pair_of(name: str, weight: TensorRef, stored: Stored) -> Pair | None:
+    """The stored module of the weight `name`, as `Stored.weights` calls it; None when none stands for it."""
+    found = stored.weights.get(name)
+    rows = list(rows_of(found, stored.modules)) if found else []
+    return Pair(name, weight, *rows[0][:2]) if len(rows) == 1 else None
+
+
+def rule_of(stored: Stored, record: Mapping[str, Any], tolerance: int | None, findings: Findings) -> Rule:
+    """How the weights of `stored` were rounded: exactly, when our record says by which rule.
+
+    Args:
+        stored: the output.
+        record: `inputs` of shardxform.json, or empty.
+        tolerance: codes that a weight may be from the nearest; None for 0 where the record says that weights were
+            rounded to nearest, and 1 where they were tuned or nothing is known.
+        findings: added to.
+
+    """
+    scheme = record.get("scheme")
+    scheme = scheme if isinstance(scheme, Mapping) else {}
+    grid = _grid(scheme.get("grid")) if scheme.get("method") == "rtn" else None
+    if grid and (grid.bits, grid.group_size) != (stored.scheme.grid.bits, stored.scheme.grid.group_size):
+        ours = stored.scheme.grid
+        text = f"rounded to {grid.bits} bits in groups of {grid.group_size}, but config.json says {ours.bits} in groups"
+        findings.problem("record", PROVENANCE, f"{text} of {ours.group_size}")
+        grid = None
+    declared = stored.layout.config["quantization_config"]
+    tuned = scheme.get("method", "rtn") != "rtn" or bool(declared.get("iters"))
+    if tolerance is None:
+        tolerance = 0 if grid else _SLACK
+    return Rule(stored, grid, tolerance, plain=not tuned)
+
+
+def _grid(recorded: object) -> Grid | None:
+    """The grid of a record; None when it is none, or one with more to it than is known here."""
+    try:
+        grid = Grid(**recorded) if isinstance(recorded, Mapping) else None
+    except (SchemeError, TypeError):
+        return None
+    return grid if grid and asdict(grid) == recorded and type(grid.search) is bool else None

@@ -1,0 +1,92 @@
+"""What verification says in the end, as values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shardxform.verification.findings import Problem
+
+__all__ = ["Rounding", "VerifyReport", "WeightError"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightError:
+    """How far one quantized weight is from the source's.
+
+    Attributes:
+        name: of the module, in the current spelling.
+        relative_error: norm of the difference over the norm of the weight.
+        clipped: weights beyond the range of their codes by more than half a step.
+        moved: weights that are not at the nearest code, though near enough.
+
+    """
+
+    name: str
+    relative_error: float
+    clipped: int
+    moved: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """Quantized weights held against the source's.
+
+    Attributes:
+        modules, differing: weights compared, and those among them that are no rounding of the source's.
+        exact: whether all were rounded again from the source and are equal bit for bit, words and scales; otherwise
+            they are within the bound of `verification.rounding`.
+        weights, clipped, moved: elements in all of them; see `WeightError`.
+        relative_error: as `WeightError` has it, over all of them.
+        by_weight: one entry each, the worst first.
+
+    """
+
+    modules: int
+    differing: int
+    exact: bool
+    weights: int
+    clipped: int
+    moved: int
+    relative_error: float
+    by_weight: tuple[WeightError, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What verification found.
+
+    Attributes:
+        problems: everything that is wrong; empty when the checkpoint is sound.
+        warnings: what a person should look at.
+        tensors, experts: how many there are, routed experts over all layers.
+        bytes_scanned: of float tensors and parts of quantized weights that were looked through.
+        bytes_compared, tensors_compared, tensors_differing: against the source, byte for byte.
+        rounding: quantized weights against the source; None when there were none to compare.
+
+    """
+
+    out: Path
+    source: Path | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    tensors: int
+    experts: int
+    bytes_scanned: int
+    bytes_compared: int
+    tensors_compared: int
+    tensors_differing: int
+    rounding: Rounding | None
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether there is no problem; warnings do not count."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        paths = {"out": str(self.out), "source": str(self.source) if self.source else None}
+        return {"sound": self.sound, **asdict(self), **paths}

@@ -1,0 +1,306 @@
+"""Verification of quantized weights against the source's: rounded again, bit for bit, or within a bound.
+
+With r = fl32(w / s) for a weight w, its stored scale s and code q, the nearest code is r rounded and clamped to the
+range. Where r lies in the range |r - w/s| <= 2^(bits - 26), half an ulp, so that a code at most t from the nearest
+means |w - s q| <= |s| (1/2 + t + 2^(bits - 26)); beyond the range the code must be at its end, or t from it. A weight
+that is not finite is no rounding of anything. All this is decided in float32, where r - q is exact near 1/2.
+"""
+
+# O: output channels, I: input channels, W: words of a row, G: groups of a row.
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardxform.quantize import packing
+from shardxform.quantize.grid import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.quantize.rtn import QuantizedWeight, SourceDtype, decode, quantize_into
+from shardxform.tensors import TensorRef
+from shardxform.verification.findings import Findings
+from shardxform.verification.parts import Pair, Rule
+from shardxform.verification.report import Rounding, WeightError
+from shardxform.verification.values import scale_values
+
+__all__ = ["TILE_WEIGHTS", "Read", "Tally", "examine", "report_tallies"]
+
+TILE_WEIGHTS: Final = 1 << 17
+"""Weights that are held against their codes at a time: few enough for the cache, unless a row has more."""
+
+_NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "I32": np.int32}
+_NUMBA: Final = find_spec("numba") is not None
+
+Read = Callable[[TensorRef, NDArray[Any]], object]
+"""Fills an array with the bytes of a tensor."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one pair showed.
+
+    Attributes:
+        weights: how many.
+        bad, moved, clipped: not within the tolerance; within it, but not nearest; beyond the range by more than half a
+            step, and rightly at its end.
+        square, energy: sums of (w - w')^2 and of w^2.
+        words_equal, scales_differing: against the source rounded again.
+        first_bad, first_scale: a sentence each on the first.
+
+    """
+
+    pair: Pair
+    weights: int = 0
+    bad: int = 0
+    moved: int = 0
+    clipped: int = 0
+    square: float = 0.0
+    energy: float = 0.0
+    words_equal: bool = True
+    scales: int = 0
+    scales_differing: int = 0
+    first_bad: str = ""
+    first_scale: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error over the norm of the weight; 0 for a weight of zeros."""
+        return math.sqrt(self.square / self.energy) if self.energy else 0.0
+
+    @property
+    def sound(self) -> bool:
+        """Whether every code is within the tolerance and, where the rule is known, every scale the very one."""
+        return self.words_equal and not self.scales_differing and not self.bad
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a code may be from r: `near` for nearest, `far` for right; `strict` rounds r to even first."""
+
+    zero: int
+    span: int
+    strict: bool
+    near: float
+    far: float
+
+    @classmethod
+    def of(cls, rule: Rule, columns: int) -> Limits:
+        """By the rule: to the tie where rounding is known to be to even, else to either of two equally near codes."""
+        grid = rule.stored.scheme.grid
+        strict = rule.grid is not None
+        near = 0.0 if strict else 0.5
+        return cls(grid.zero_code, grid.span(columns), strict, near, near + rule.tolerance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Rows of a weight [O, I] from row `start` on, and what is stored for them: words [O, W], scales [O, G]."""
+
+    start: int
+    bits: NDArray[Any]
+    dtype: SourceDtype
+    words: NDArray[np.int32]
+    scales: NDArray[np.float32]
+
+
+def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
+    """Hold a stored weight against the source's, tile by tile; its packed parts and one tile are in memory."""
+    rows, columns = pair.weight.spec.shape
+    words, scales = _load(pair, read_out)
+    limits = Limits.of(rule, columns)
+    tally = Tally(pair)
+    step = max(1, TILE_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = pair.weight.rows(start, stop)
+        bits_OI = np.empty(weight.spec.shape, _NUMPY[weight.spec.dtype])
+        read_source(weight, bits_OI)
+        layout, first = rule.stored.scheme.layout, pair.first_row + start
+        words_OW = _turned(words, layout, first, first + stop - start)
+        scale_OG = _turned(scales, layout, first, first + stop - start)
+        _examine(_Tile(start, bits_OI, cast(SourceDtype, weight.spec.dtype), words_OW, scale_OG), rule, limits, tally)
+    return tally
+
+
+def _load(pair: Pair, read: Read) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Words and scales of the whole module as they lie."""
+    parts = dict(pair.module.parts)
+    words = np.empty(parts["words"].spec.shape, np.int32)
+    read(parts["words"], words)
+    spec = parts["scales"].spec
+    bits = np.empty(spec.shape, np.uint16)
+    read(parts["scales"], bits)
+    return words, scale_values(bits, spec.dtype)
+
+
+def _turned(array: NDArray[Any], layout: Layout, start: int, stop: int) -> NDArray[Any]:
+    """Rows `start`..`stop - 1` of the weight, one after the other."""
+    if layout == "row":
+        return array[start:stop]
+    out = np.empty((stop - start, array.shape[0]), array.dtype)
+    packing.transpose_into(array[:, start:stop], out)
+    return out
+
+
+def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
+    if rule.grid is not None and tile.bits.shape[1] % COLUMN_MULTIPLE == 0:
+        _round_again(tile, rule.grid, tally)
+    usable = np.isfinite(tile.scales) & (tile.scales != 0)  # the others are reported where scales are looked at
+    scale_OG = tile.scales if usable.all() else np.where(usable, tile.scales, np.float32(1))
+    w_OI = decode(tile.bits, tile.dtype)
+    codes_OI = packing.unpack(tile.words, rule.stored.scheme.grid.bits, "row")
+    counts, square, energy = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
+    if not (math.isfinite(square) and math.isfinite(energy)) or energy == 0:
+        _, square, energy = _plain(w_OI, codes_OI, scale_OG, limits)  # in float64, which float32 squares left
+    if counts[0] and not tally.first_bad:
+        tally.first_bad = _explain(tile.start, w_OI, codes_OI, scale_OG, limits)
+    tally.weights += w_OI.size
+    tally.bad += counts[0]
+    tally.moved += counts[1]
+    tally.clipped += counts[2]
+    tally.square += square
+    tally.energy += energy
+
+
+def _round_again(tile: _Tile, grid: Grid, tally: Tally) -> None:
+    """Round the source's rows as `quantize` did, and compare words and scales."""
+    again = QuantizedWeight.empty("row", grid, cast(tuple[int, int], tile.bits.shape))
+    stats = quantize_into(tile.bits, tile.dtype, grid, again, measure=False)
+    tally.words_equal &= stats.ok and np.array_equal(again.words, tile.words)
+    scale_OG = again.scales.view(np.float16).astype(np.float32)
+    tally.scales += scale_OG.size
+    if not np.array_equal(scale_OG, tile.scales):
+        differing = scale_OG != tile.scales
+        tally.scales_differing += int(np.count_nonzero(differing))
+        if not tally.first_scale:
+            row, group = (int(i) for i in np.unravel_index(int(differing.argmax()), differing.shape))
+            found, wanted = tile.scales[row, group], scale_OG[row, group]
+            tally.first_scale = f"row {tile.start + row}, group {group}: {found:.6g}, expected {wanted:.6g}"
+
+
+# -- codes against weights ----------------------------------------------------------------------------------------
+
+
+def _compiled(
+    w_OI: NDArray[np.float32], codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.float32], limits: Limits
+) -> tuple[list[int], float, float]:
+    from shardxform.verification import kernels
+
+    settings = kernels.Settings(limits.zero, limits.span, int(limits.strict), limits.near, limits.far)
+    counts = np.zeros(3, np.int64)
+    square, energy = kernels.checker()(w_OI, codes_OI, np.ascontiguousarray(scale_OG), settings, counts)
+    return counts.tolist(), square, energy
+
+
+def _plain(
+    w_OI: NDArray[np.float32], codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.float32], limits: Limits
+) -> tuple[list[int], float, float]:
+    seen = _look(w_OI, codes_OI, scale_OG, limits)
+    w = seen.weights.astype(np.float64)
+    error = w - seen.scales.astype(np.float64) * seen.codes
+    counts = [int(np.count_nonzero(mask)) for mask in (seen.bad, seen.moved, seen.clipped)]
+    return counts, float(np.vdot(error, error)), float(np.vdot(w, w))
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Everything about a tile, element by element [O, I]: weights, their scales, codes less zero, r in the range."""
+
+    weights: NDArray[np.float32]
+    scales: NDArray[np.float32]
+    codes: NDArray[np.float32]
+    inside: NDArray[np.float32]
+    bad: NDArray[np.bool_]
+    moved: NDArray[np.bool_]
+    clipped: NDArray[np.bool_]
+    finite: NDArray[np.bool_]
+
+
+def _look(
+    w_OI: NDArray[np.float32], codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.float32], limits: Limits
+) -> _Look:
+    finite = np.isfinite(w_OI)
+    w_OI = np.where(finite, w_OI, np.float32(0))
+    zero = np.float32(limits.zero)
+    q_OI = codes_OI.astype(np.float32) - zero
+    scale_OI = np.repeat(scale_OG, limits.span, axis=1)[:, : w_OI.shape[1]]
+    with np.errstate(over="ignore", under="ignore"):
+        ratio = w_OI / scale_OI
+    inside = np.clip(ratio, -zero, zero - np.float32(1))
+    off = np.abs((np.rint(inside) if limits.strict else inside) - q_OI)
+    bad = (off > np.float32(limits.far)) | ~finite
+    moved = (off > np.float32(limits.near)) & ~bad
+    return _Look(w_OI, scale_OI, q_OI, inside, bad, moved, np.abs(ratio - inside) > 0.5, finite)
+
+
+def _explain(
+    start: int,
+    w_OI: NDArray[np.float32],
+    codes_OI: NDArray[np.uint8],
+    scale_OG: NDArray[np.float32],
+    limits: Limits,
+) -> str:
+    """A sentence on the first weight that its code is no rounding of."""
+    seen = _look(w_OI, codes_OI, scale_OG, limits)
+    at = tuple(int(i) for i in np.unravel_index(int(seen.bad.argmax()), seen.bad.shape))
+    where = f"row {start + at[0]}, column {at[1]}"
+    if not seen.finite[at]:
+        return f"{where}: the source's weight is {w_OI[at]}"
+    w, scale, code = float(w_OI[at]), float(seen.scales[at]), int(codes_OI[at])
+    wanted = int(np.rint(seen.inside[at])) + limits.zero
+    value = scale * (code - limits.zero)
+    return f"{where}: code {code} for {value:.6g}, expected {wanted} for {w:.6g} (scale {scale:.6g})"
+
+
+# -- saying it ----------------------------------------------------------------------------------------------------
+
+_EXPERT: Final = re.compile(r".*\.experts\.(\d+)\..*")
+
+
+def report_tallies(tallies: Sequence[Tally], rule: Rule, findings: Findings) -> Rounding:
+    """Add a problem for every weight that is no rounding of the source's, and sum up."""
+    for tally in tallies:
+        _report(tally, findings)
+    weights, moved = sum(t.weights for t in tallies), sum(t.moved for t in tallies)
+    if moved and rule.plain:
+        count = sum(t.moved > 0 for t in tallies)
+        text = f"{moved} of {weights} weights, in {count} modules, are not at the nearest code, as after tuning"
+        findings.warn("moved", ".", f"{text}; but nothing says that OUT was tuned")
+    errors = [
+        WeightError(
+            name=t.pair.name.removesuffix(".weight"), relative_error=t.relative_error, clipped=t.clipped, moved=t.moved
+        )
+        for t in tallies
+    ]
+    energy = sum(t.energy for t in tallies)
+    return Rounding(
+        modules=len(tallies),
+        differing=sum(not t.sound for t in tallies),
+        exact=rule.grid is not None and all(t.sound for t in tallies),
+        weights=weights,
+        clipped=sum(t.clipped for t in tallies),
+        moved=moved,
+        relative_error=math.sqrt(sum(t.square for t in tallies) / energy) if energy else 0.0,
+        by_weight=tuple(sorted(errors, key=lambda e: (-e.relative_error, e.name))),
+    )
+
+
+def _report(tally: Tally, findings: Findings) -> None:
+    expert = _EXPERT.fullmatch(tally.pair.name)
+    of = f"expert {expert[1]}: " if expert else ""
+    scales = f"{tally.scales_differing} of {tally.scales} scales are not what rounding the source again gives"
+    if tally.bad:
+        text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
+        also = f"; {scales}" if tally.scales_differing else ""
+        findings.problem("source-error", tally.pair.words, text + tally.first_bad + also)
+    elif tally.scales_differing:
+        name = dict(tally.pair.module.parts)["scales"].name
+        findings.problem("source-scale", name, f"{of}{scales}, the first at {tally.first_scale}")
+    elif not tally.words_equal:
+        findings.problem("source-error", tally.pair.words, f"{of}not what rounding the source again gives")
