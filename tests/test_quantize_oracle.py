@@ -264,22 +264,17 @@ def test_auto_round_loads_the_small_model_and_computes_with_the_stored_weights(
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "scale_grid", "search", "pruned"),
-    [
-        (4, 128, "fp16", True, True),
-        (4, 32, "bf16", False, False),
-        (8, 64, "fp16", False, True),
-        (8, -1, "bf16", True, False),
-    ],
+    ("bits", "group_size", "search", "pruned"),
+    [(4, 128, True, True), (4, 32, False, False), (8, 64, False, True), (8, -1, True, False)],
 )
 def test_compressed_tensors_load_the_small_model_dequantized_by_their_own_code(
-    bits: Any, group_size: int, scale_grid: Any, search: bool, pruned: bool, small_moe: Path, tmp_path: Path
+    bits: Any, group_size: int, search: bool, pruned: bool, small_moe: Path, tmp_path: Path
 ) -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file
 
-    grid = Grid(bits=bits, group_size=group_size, scale_grid=scale_grid, search=search)
+    grid = Grid(bits=bits, group_size=group_size, search=search)
     keep = KEEP if pruned else None
     scheme = Scheme(grid=grid, format="compressed-tensors")
     out = quantize(small_moe, tmp_path / "out", scheme, Manifest(keep=KEEP) if keep else None)
@@ -296,8 +291,7 @@ def test_compressed_tensors_load_the_small_model_dequantized_by_their_own_code(
     model = load(out, torch.bfloat16, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
     held = held_weights(model, stored)
     assert_same(held, stored)
-    if scale_grid == "bf16":
-        assert {weight.dtype for weight in held.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in held.values()} == {torch.bfloat16}
     batch = tokens(small_moe)
     in_its_type = {name: held[name].float().numpy() for name in stored}  # dense layers are rounded to the model's type
     plain = reference(small_moe, in_its_type, keep)
@@ -305,8 +299,34 @@ def test_compressed_tensors_load_the_small_model_dequantized_by_their_own_code(
 
     lazily = load(out, torch.bfloat16)
     logits(lazily, batch)  # decompresses
-    if scale_grid == "bf16":  # otherwise it rounds float16 scales of dense layers to bfloat16 before it multiplies
-        assert_same(held_weights(lazily, stored), stored)
+    assert_same(held_weights(lazily, stored), stored)
+
+
+@pytest.mark.parametrize("format_", ["auto-round", "gptq", "compressed-tensors"])
+def test_experts_that_stay_16_bit_in_one_layer_are_loaded_too(format_: Any, small_moe: Path, tmp_path: Path) -> None:
+    """The loader of auto-round un-fuses every layer or none, so kept experts are written un-fused beside others."""
+    scheme = Scheme(grid=Grid(), format=format_, keep_16bit=("*.layers.1.mlp.experts.*",))
+    out = quantize(small_moe, tmp_path / "out", scheme)
+    options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    model = load(out, torch.bfloat16, **(options if format_ == "compressed-tensors" else {}))
+    kept = [name for name in read_checkpoint(out) if ".1.mlp.experts." in name]
+    assert len(kept) == (2 if format_ == "compressed-tensors" else 48)
+    source = {name: t.float32() for name, t in read_checkpoint(small_moe).items() if ".1.mlp.experts." in name}
+    stored = {}
+    for expert in range(16):
+        stem = f"model.layers.1.mlp.experts.{expert}"
+        both = source["model.layers.1.mlp.experts.gate_up_proj"][expert]
+        stored |= {f"{stem}.gate_proj": both[:128], f"{stem}.up_proj": both[128:]}
+        stored[f"{stem}.down_proj"] = source["model.layers.1.mlp.experts.down_proj"][expert]
+    assert_same(held_weights(model, stored), stored)
+
+
+@pytest.mark.parametrize("format_", ["auto-round", "gptq"])
+def test_a_quantized_head_is_loaded(format_: Any, small_moe: Path, tmp_path: Path) -> None:
+    out = quantize(small_moe, tmp_path / "out", Scheme(grid=Grid(), format=format_, quantize=("lm_head",)))
+    model = load(out, torch.bfloat16)
+    stored = {"lm_head": stored_weights(out, 4)["lm_head"]}
+    assert_same(held_weights(model, stored), stored)
 
 
 def test_all_formats_hold_the_same_bfloat16_weights_and_generate_the_same_text(small_moe: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shardxform.quantize import grid as grids
 from shardxform.quantize import packing, rtn
-from shardxform.quantize.grid import Grid
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("auto_round")
@@ -42,7 +42,12 @@ def raw(w: Any) -> np.ndarray:
     return w.numpy() if w.dtype == torch.float32 else w.view(torch.uint16).numpy()
 
 
-def ours(w: Any, dtype: str, grid: Grid, layout: str, backend: str) -> tuple[np.ndarray, np.ndarray]:
+def Grid(**options: Any) -> grids.Grid:
+    """Upstream's scales are float16."""
+    return grids.Grid(**{"scale_grid": "fp16", **options})
+
+
+def ours(w: Any, dtype: str, grid: grids.Grid, layout: str, backend: str) -> tuple[np.ndarray, np.ndarray]:
     out, stats = rtn.quantize(raw(w), dtype, grid, layout=layout, backend=backend)
     assert stats.ok
     return out.words, out.scales

@@ -19,6 +19,7 @@ from shardxform.modules import modules_of
 from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, lay_out, source_inputs
 from shardxform.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
 from shardxform.quantization_config import build
+from shardxform.quantize.planner import kept_tensors
 from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of
 from shardxform.scheme import ExpertNames, Format, Part, Role, Scheme
 from shardxform.selection import Selection, reasons_summary
@@ -132,7 +133,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
     selection = _selection(view, stored, target.expert_names)
     weights = _weights(view, stored, selection, scheme)
-    plain = {ref.name: ref for ref in _released(stored.plain, view.layout)} if scheme is None else stored.plain
+    plain = _plain(stored, view, selection, scheme)
     if scheme is not None:
         quantization = build(selection, scheme, view.layout, view.checkpoint.tensors)
         config = {**source.config, "quantization_config": quantization}
@@ -182,8 +183,8 @@ def _selection(view: View, stored: Stored, expert_names: ExpertNames) -> Selecti
     """What is stored quantized and what is not, in the spelling asked for, as `quantize` would have selected it."""
     modules = list(modules_of(view.layout, view.checkpoint.tensors, expert_names))
     quantized = tuple(module for module in modules if module.sources[0] in stored.weights)
-    kept = {module.name: _IN_SOURCE for module in modules if module.sources[0] not in stored.weights}
-    return Selection(quantized, kept, {})
+    kept = tuple(module for module in modules if module.sources[0] not in stored.weights)
+    return Selection(quantized, {module.name: _IN_SOURCE for module in kept}, {}, kept)
 
 
 def _parts(weight: TensorRef, scheme: Scheme) -> tuple[Part, ...]:
@@ -206,6 +207,13 @@ def _weights(view: View, stored: Stored, selection: Selection, scheme: Scheme | 
     if scheme is not None:
         return [module.weight.renamed(module.name) for module in selection.quantized]
     return _released(stored.weights, view.layout)
+
+
+def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
+    """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
+    if scheme is None or scheme.format == "compressed-tensors":
+        return {ref.name: ref for ref in _released(stored.plain, view.layout)}
+    return kept_tensors(stored.plain, selection, scheme)
 
 
 def _released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:

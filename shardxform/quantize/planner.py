@@ -23,7 +23,7 @@ from shardxform.selection import Selection, reasons_summary, select
 from shardxform.tensors import ByteRange, TensorRef
 from shardxform.view import View, pruned_view
 
-__all__ = ["TILE_BYTES", "Round", "RoundItem", "plan_quantize"]
+__all__ = ["TILE_BYTES", "Round", "RoundItem", "kept_tensors", "plan_quantize"]
 
 TILE_BYTES: Final = 4 << 20
 """Most bytes of a weight that are read and rounded at a time."""
@@ -83,7 +83,7 @@ def plan_quantize(
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
     quantization = build(selection, scheme, view.layout, tensors)
-    copied = _copied(tensors, selection, scheme)
+    copied = kept_tensors(tensors, selection, scheme)
     parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
     specs = [*(ref.spec for ref in copied.values()), *(part.spec for stored in parts for part in stored)]
     shards = lay_out(specs, options.max_shard_bytes)
@@ -108,15 +108,17 @@ def plan_quantize(
     return plan
 
 
-def _copied(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
+def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
     """Tensors that stay as they are.
 
-    Experts that stay 16-bit in some blocks while others are quantized are un-fused too: the loaders of auto-round
-    un-fuse every block or none, and would leave fused ones at their random initial values with only a warning.
+    Experts that stay 16-bit in some blocks while others are quantized are un-fused too: the loader of auto-round and
+    gptq un-fuses every block or none, and would leave fused ones at their random initial values with only a warning.
+    That of compressed-tensors looks at each block, and wants 16-bit experts as the release has them.
     """
     replaced = {name for module in selection.quantized for name in module.sources}
     unfused: dict[str, TensorRef] = {}
-    if scheme.expert_names == "split" and any(module.expert is not None for module in selection.quantized):
+    mixed = any(module.expert is not None for module in selection.quantized)
+    if mixed and scheme.expert_names == "split" and scheme.format != "compressed-tensors":
         for module in selection.kept_modules:
             if module.place.template.variant == "fused" and module.place.scope == "block":
                 replaced.update(module.sources)

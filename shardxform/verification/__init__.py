@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,11 +77,14 @@ def verify(
     if origin:
         view = rebuild(origin, checkpoint, Options(manifest=manifest, text_only=text_only, mtp=mtp), inputs, findings)
         if view and checkpoint:
-            wanted = wanted_of(view, checkpoint, structure.stored if structure else None, findings)
+            stored = structure.stored if structure else None
+            wanted = wanted_of(view, checkpoint, stored, findings)
+            if stored and wanted.pairs:
+                wanted = replace(wanted, rule=rule_of(stored, inputs, tolerance, findings))
             compare_tables(wanted, checkpoint, lost, findings)
     figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
     if checkpoint and not quick:
-        figures = _check_data(checkpoint, structure, wanted, inputs, tolerance, findings, jobs, on_progress)
+        figures = _check_data(checkpoint, structure, wanted, findings, jobs, on_progress)
     return VerifyReport(
         out=root,
         source=origin.root if origin else None,
@@ -101,8 +105,6 @@ def _check_data(
     checkpoint: Checkpoint,
     structure: Structure | None,
     wanted: Wanted | None,
-    record: Mapping[str, Any],
-    tolerance: int | None,
     findings: Findings,
     jobs: int,
     on_progress: Callable[[Progress], None] | None,
@@ -112,7 +114,7 @@ def _check_data(
     from shardxform.verification.rounding import report_tallies
 
     layout, stored = (structure.layout, structure.stored) if structure else (None, None)
-    rule = rule_of(stored, record, tolerance, findings) if wanted and wanted.pairs and stored else None
+    rule = wanted.rule if wanted else None
     comparison = Comparison(wanted.view.checkpoint.root, wanted.tensors, wanted.pairs, rule) if wanted else None
     figures = check_data(checkpoint, layout, comparison, findings, stored=stored, jobs=jobs, on_progress=on_progress)
     rounding = report_tallies(figures.tallies, rule, findings) if rule else None

@@ -23,7 +23,7 @@ from shardxform.quantize.stored import Stored
 from shardxform.tensors import TensorRef
 from shardxform.verification.files import file_bytes, is_document
 from shardxform.verification.findings import Findings, Item
-from shardxform.verification.parts import Pair, pair_of
+from shardxform.verification.parts import Pair, Rule, pair_of
 from shardxform.view import MtpMode, View, pruned_view
 
 __all__ = ["Options", "Wanted", "compare_tables", "rebuild", "wanted_of"]
@@ -86,6 +86,7 @@ class Wanted:
         tensors: those of the view as they are stored.
         parts: names of the parts of quantized weights.
         pairs: weights with the modules that stand for them.
+        rule: how those were rounded.
 
     """
 
@@ -93,6 +94,7 @@ class Wanted:
     tensors: Mapping[str, TensorRef]
     parts: frozenset[str] = frozenset()
     pairs: tuple[Pair, ...] = ()
+    rule: Rule | None = None
 
 
 def wanted_of(view: View, out: Checkpoint, stored: Stored | None, findings: Findings) -> Wanted:
