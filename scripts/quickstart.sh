@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The main job on a model small enough for the repository: inspect, prune to half the experts, prove the result.
+# The main job on a model small enough for the repository: inspect it, prune it to half its experts and quantize the
+# rest to 4 bits in one pass, prove the result, load it and let it write.
 #
-#   scripts/quickstart.sh [OUT]      OUT: directory to write, out/small-moe-8 unless given
+#   scripts/quickstart.sh [OUT]      OUT: directory to write, out/small-moe-8-w4a16 unless given
 #
 # Run it again and it goes on where it was interrupted, or says that OUT is complete.
 set -euo pipefail
 if [[ $# -gt 1 || ${1:-} == -* ]]; then
-    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
-out=${1:-out/small-moe-8}
+out=${1:-out/small-moe-8-w4a16}
 [[ $# -eq 0 || $out == /* ]] || out=$PWD/$out
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,19 +24,22 @@ step() {
 
 shard_bytes() { cat "$1"/*.safetensors | wc -c | tr -d ' '; }
 
-scripts/venv.sh
+scripts/venv.sh demo
 mkdir -p "$(dirname "$out")"
 step inspect "$source_dir"
-step prune "$source_dir" "$out" --manifest "$manifest" --quiet
+step quantize "$source_dir" "$out" --manifest "$manifest" --format compressed-tensors --quiet
 step verify "$out" --source "$source_dir" --quiet
+printf '\n$ python examples/generate.py %s\n' "$out"
+.venv/bin/python examples/generate.py "$out"
 
 cat <<END
 
 Done: $(shard_bytes "$source_dir") bytes of shards before, $(shard_bytes "$out") after, in $out.
 
 What next:
-  .venv/bin/shardxform inspect SRC                            what your own checkpoint is made of
-  .venv/bin/shardxform prune SRC OUT -m KEEP.json --dry-run   what would be written, before it is
-  manifests/README.md                                         how to say which experts to keep
-  scripts/test.sh                                             all tests
+  .venv/bin/shardxform inspect SRC                               what your own checkpoint is made of
+  .venv/bin/shardxform quantize SRC OUT -m KEEP.json --dry-run   what would be written, before it is
+  .venv/bin/shardxform prune SRC OUT -m KEEP.json                the same in 16 bits
+  manifests/README.md                                            how to say which experts to keep
+  scripts/test.sh                                                all tests
 END

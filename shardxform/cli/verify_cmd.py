@@ -93,7 +93,7 @@ def _show(report: VerifyReport, quick: bool, worst: int) -> None:
     click.echo(", ".join(_summary(report, quick)))
     _list(report.problems, "")
     _list(report.warnings, "warning: ")
-    if report.rounding and worst:
+    if report.rounding and report.rounding.by_weight and worst:
         _show_errors(report.rounding, worst)
 
 
@@ -106,7 +106,7 @@ def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
         if rounding:
             yield _rounded(rounding, source)
             yield f"{gb(report.bytes_compared)} equal byte for byte"
-        elif any(warning.code == "rounded" for warning in report.warnings):
+        elif any(warning.code in ("rounded", "dequantized") for warning in report.warnings):
             yield f"every 16-bit byte equal to {source}" if report.bytes_compared else "nothing compared"
         elif report.bytes_compared:
             yield f"every byte equal to {source}"
@@ -124,6 +124,8 @@ def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
 
 
 def _rounded(rounding: Rounding, source: Path | None) -> str:
+    if rounding.repacked:
+        return f"{rounding.modules:,} quantized weights with the integers and scales of {source}"
     if rounding.exact:
         return f"{rounding.modules:,} quantized weights bit-equal to rounding {source} again"
     text = f"{rounding.modules:,} quantized weights within bounds of {source}"

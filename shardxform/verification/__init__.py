@@ -21,7 +21,7 @@ from shardxform.verification.files import check_files, check_record, check_sidec
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of
 from shardxform.verification.report import Rounding, VerifyReport, WeightError
-from shardxform.verification.source import Options, Wanted, compare_tables, rebuild, wanted_of
+from shardxform.verification.source import Options, Wanted, compare_tables, packed_source, rebuild, wanted_of
 from shardxform.verification.structure import Structure, check_structure
 from shardxform.view import MtpMode
 
@@ -75,12 +75,14 @@ def verify(
         check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
     wanted: Wanted | None = None
     if origin:
-        view = rebuild(origin, checkpoint, Options(manifest=manifest, text_only=text_only, mtp=mtp), inputs, findings)
+        stored = structure.stored if structure else None
+        packed = packed_source(origin, checkpoint, stored) if structure else None
+        options = Options(manifest=manifest, text_only=text_only, mtp=mtp)
+        view = rebuild(origin, checkpoint, options, inputs, findings, packed)
         if view and checkpoint:
-            stored = structure.stored if structure else None
-            wanted = wanted_of(view, checkpoint, stored, findings)
+            wanted = wanted_of(view, checkpoint, stored, packed, findings)
             if stored and wanted.pairs:
-                wanted = replace(wanted, rule=rule_of(stored, inputs, tolerance, findings))
+                wanted = replace(wanted, rule=rule_of(stored, inputs, tolerance, findings, packed))
             compare_tables(wanted, checkpoint, lost, findings)
     figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
     if checkpoint and not quick:

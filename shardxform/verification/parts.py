@@ -54,6 +54,7 @@ class Rule:
         stored: format, bits and groups.
         grid: what rounding the source again must reproduce bit for bit; None where only a bound is known.
         tolerance: codes that a weight may be from the nearest.
+        packed: the source, where its weights are the same integers and scales in another form.
         plain: whether the output is known not to be tuned; then a weight that is off is worth a warning at least.
 
     """
@@ -62,6 +63,7 @@ class Rule:
     grid: Grid | None
     tolerance: int
     plain: bool
+    packed: Stored | None = None
 
 
 def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
@@ -149,7 +151,13 @@ def pair_of(name: str, weight: TensorRef, stored: Stored) -> Pair | None:
     return Pair(name, weight, *rows[0][:2]) if len(rows) == 1 else None
 
 
-def rule_of(stored: Stored, record: Mapping[str, Any], tolerance: int | None, findings: Findings) -> Rule:
+def rule_of(
+    stored: Stored,
+    record: Mapping[str, Any],
+    tolerance: int | None,
+    findings: Findings,
+    packed: Stored | None = None,
+) -> Rule:
     """How the weights of `stored` were rounded: exactly, when our record says by which rule.
 
     Args:
@@ -158,8 +166,11 @@ def rule_of(stored: Stored, record: Mapping[str, Any], tolerance: int | None, fi
         tolerance: codes that a weight may be from the nearest; None for 0 where the record says that weights were
             rounded to nearest, and 1 where they were tuned or nothing is known.
         findings: added to.
+        packed: a quantized source; then nothing was rounded.
 
     """
+    if packed:
+        return Rule(stored, None, 0, plain=True, packed=packed)
     scheme = record.get("scheme")
     scheme = scheme if isinstance(scheme, Mapping) else {}
     grid = _grid(scheme.get("grid")) if scheme.get("method") == "rtn" else None

@@ -37,6 +37,7 @@ class Rounding:
         modules, differing: weights compared, and those among them that are no rounding of the source's.
         exact: whether all were rounded again from the source and are equal bit for bit, words and scales; otherwise
             they are within the bound of `verification.rounding`.
+        repacked: whether the source is quantized, and it is its integers and scales that were compared; no errors then.
         weights, clipped, moved: elements in all of them; see `WeightError`.
         relative_error: as `WeightError` has it, over all of them.
         by_weight: one entry each, the worst first.
@@ -46,6 +47,7 @@ class Rounding:
     modules: int
     differing: int
     exact: bool
+    repacked: bool
     weights: int
     clipped: int
     moved: int

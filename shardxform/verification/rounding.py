@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from shardxform.quantize import packing
 from shardxform.quantize.grid import COLUMN_MULTIPLE, Grid, Layout
 from shardxform.quantize.rtn import QuantizedWeight, SourceDtype, decode, quantize_into
+from shardxform.quantize.stored import StoredModule, rows_of
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule
@@ -112,7 +113,9 @@ class _Tile:
 def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     """Hold a stored weight against the source's, tile by tile; its packed parts and one tile are in memory."""
     rows, columns = pair.weight.spec.shape
-    words, scales = _load(pair, read_out)
+    words, scales = _load(pair.module, read_out)
+    if rule.packed:
+        return _same(pair, rule, (words, scales), read_source)
     limits = Limits.of(rule, columns)
     tally = Tally(pair)
     step = max(1, TILE_WEIGHTS // columns)
@@ -128,9 +131,23 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     return tally
 
 
-def _load(pair: Pair, read: Read) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _same(pair: Pair, rule: Rule, out: tuple[NDArray[np.int32], NDArray[np.float32]], read_source: Read) -> Tally:
+    """Hold a stored weight against a quantized source's: the same integers and scales, however they lie."""
+    assert rule.packed is not None
+    rows, columns = pair.weight.spec.shape
+    tally = Tally(pair, weights=rows * columns)
+    (module, first, _) = next(rows_of(pair.weight, rule.packed.modules))
+    theirs = _load(module, read_source)
+    ours_OW, ours_OG = (_turned(a, rule.stored.scheme.layout, pair.first_row, pair.first_row + rows) for a in out)
+    their_OW, their_OG = (_turned(a, rule.packed.scheme.layout, first, first + rows) for a in theirs)
+    tally.words_equal = np.array_equal(ours_OW, their_OW)
+    _compare_scales(0, ours_OG, their_OG, tally)
+    return tally
+
+
+def _load(module: StoredModule, read: Read) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Words and scales of the whole module as they lie."""
-    parts = dict(pair.module.parts)
+    parts = dict(module.parts)
     words = np.empty(parts["words"].spec.shape, np.int32)
     read(parts["words"], words)
     spec = parts["scales"].spec
@@ -173,15 +190,18 @@ def _round_again(tile: _Tile, grid: Grid, tally: Tally) -> None:
     again = QuantizedWeight.empty("row", grid, cast(tuple[int, int], tile.bits.shape))
     stats = quantize_into(tile.bits, tile.dtype, grid, again, measure=False)
     tally.words_equal &= stats.ok and np.array_equal(again.words, tile.words)
-    scale_OG = again.scales.view(np.float16).astype(np.float32)
-    tally.scales += scale_OG.size
-    if not np.array_equal(scale_OG, tile.scales):
-        differing = scale_OG != tile.scales
-        tally.scales_differing += int(np.count_nonzero(differing))
-        if not tally.first_scale:
-            row, group = (int(i) for i in np.unravel_index(int(differing.argmax()), differing.shape))
-            found, wanted = tile.scales[row, group], scale_OG[row, group]
-            tally.first_scale = f"row {tile.start + row}, group {group}: {found:.6g}, expected {wanted:.6g}"
+    _compare_scales(tile.start, tile.scales, again.scales.view(np.float16).astype(np.float32), tally)
+
+
+def _compare_scales(start: int, found: NDArray[np.float32], wanted: NDArray[np.float32], tally: Tally) -> None:
+    tally.scales += found.size
+    if found.shape == wanted.shape and np.array_equal(found, wanted):
+        return
+    differing = found != wanted if found.shape == wanted.shape else np.ones(found.shape, np.bool_)
+    tally.scales_differing += int(np.count_nonzero(differing))
+    if not tally.first_scale and found.shape == wanted.shape:
+        at = tuple(int(i) for i in np.unravel_index(int(differing.argmax()), differing.shape))
+        tally.first_scale = f"row {start + at[0]}, group {at[1]}: {found[at]:.6g}, expected {wanted[at]:.6g}"
 
 
 # -- codes against weights ----------------------------------------------------------------------------------------
@@ -265,8 +285,9 @@ _EXPERT: Final = re.compile(r".*\.experts\.(\d+)\..*")
 
 def report_tallies(tallies: Sequence[Tally], rule: Rule, findings: Findings) -> Rounding:
     """Add a problem for every weight that is no rounding of the source's, and sum up."""
+    again = "the source's" if rule.packed else "what rounding the source again gives"
     for tally in tallies:
-        _report(tally, findings)
+        _report(tally, again, findings)
     weights, moved = sum(t.weights for t in tallies), sum(t.moved for t in tallies)
     if moved and rule.plain:
         count = sum(t.moved > 0 for t in tallies)
@@ -282,19 +303,20 @@ def report_tallies(tallies: Sequence[Tally], rule: Rule, findings: Findings) -> 
     return Rounding(
         modules=len(tallies),
         differing=sum(not t.sound for t in tallies),
-        exact=rule.grid is not None and all(t.sound for t in tallies),
+        exact=bool(rule.grid or rule.packed) and all(t.sound for t in tallies),
+        repacked=rule.packed is not None,
         weights=weights,
         clipped=sum(t.clipped for t in tallies),
         moved=moved,
         relative_error=math.sqrt(sum(t.square for t in tallies) / energy) if energy else 0.0,
-        by_weight=tuple(sorted(errors, key=lambda e: (-e.relative_error, e.name))),
+        by_weight=() if rule.packed else tuple(sorted(errors, key=lambda e: (-e.relative_error, e.name))),
     )
 
 
-def _report(tally: Tally, findings: Findings) -> None:
+def _report(tally: Tally, again: str, findings: Findings) -> None:
     expert = _EXPERT.fullmatch(tally.pair.name)
     of = f"expert {expert[1]}: " if expert else ""
-    scales = f"{tally.scales_differing} of {tally.scales} scales are not what rounding the source again gives"
+    scales = f"{tally.scales_differing} of {tally.scales} scales are not {again}"
     if tally.bad:
         text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
         also = f"; {scales}" if tally.scales_differing else ""
@@ -303,4 +325,4 @@ def _report(tally: Tally, findings: Findings) -> None:
         name = dict(tally.pair.module.parts)["scales"].name
         findings.problem("source-scale", name, f"{of}{scales}, the first at {tally.first_scale}")
     elif not tally.words_equal:
-        findings.problem("source-error", tally.pair.words, f"{of}not what rounding the source again gives")
+        findings.problem("source-error", tally.pair.words, f"{of}its integers are not {again}")

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, cast
 
 from shardxform.checkpoint import CONFIG, Checkpoint
-from shardxform.errors import CheckpointError, ManifestError
+from shardxform.errors import CheckpointError, ManifestError, SchemeError
 from shardxform.layout import COMPANIONS, Layout, layout_of
 from shardxform.manifest import FORMAT, VERSION, Manifest
 from shardxform.modules import modules_of
 from shardxform.output import PROVENANCE
 from shardxform.plan import source_inputs
-from shardxform.quantize.stored import Stored
+from shardxform.quantize.stored import Stored, read_stored
 from shardxform.tensors import TensorRef
 from shardxform.verification.files import file_bytes, is_document
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.parts import Pair, Rule, pair_of
 from shardxform.view import MtpMode, View, pruned_view
 
-__all__ = ["Options", "Wanted", "compare_tables", "rebuild", "wanted_of"]
+__all__ = ["Options", "Wanted", "compare_tables", "packed_source", "rebuild", "wanted_of"]
 
 _MODES: Final = ("auto", "keep", "drop")
 
@@ -40,8 +40,33 @@ class Options:
     mtp: MtpMode | None = None
 
 
+def packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
+    """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other.
+
+    Raises:
+        CheckpointError: the source is not stored as its config says.
+
+    """
+    declared = source.config.get("quantization_config")
+    if declared is None or out is None:
+        return None
+    try:
+        packed = read_stored(source)
+    except SchemeError:
+        return None  # a form that is not understood can only have been copied
+    if "quantization_config" not in out.config:
+        return packed
+    form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
+    return packed if stored and form != other else None
+
+
 def rebuild(
-    source: Checkpoint, out: Checkpoint | None, options: Options, record: Mapping[str, Any], findings: Findings
+    source: Checkpoint,
+    out: Checkpoint | None,
+    options: Options,
+    record: Mapping[str, Any],
+    findings: Findings,
+    packed: Stored | None = None,
 ) -> View | None:
     """Give the view of `source` that the output must equal; None when what OUT records does not lead to one.
 
@@ -51,12 +76,17 @@ def rebuild(
         options: given by the caller; they go before the record.
         record: `inputs` of shardxform.json, or empty.
         findings: added to.
+        packed: see `packed_source`.
 
     Raises:
         ManifestError: the manifest given is malformed or does not fit the source.
         FamilyError, PlanError: the source cannot be pruned.
 
     """
+    _check_origin(source, record, findings)
+    if packed:
+        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
     layout = layout_of(source.config, source.tensors)
     manifest = _given_manifest(options, layout)
     if options.manifest is None and record.get("manifest"):
@@ -70,7 +100,6 @@ def rebuild(
         text_only = recorded.get("text_only") is True
     if mtp is None:
         mtp = cast(MtpMode, recorded["mtp"]) if recorded.get("mtp") in _MODES else "auto"
-    _check_origin(source, record, findings)
     if manifest is None and out is not None and _fewer_experts(out, layout):
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (--manifest)")
         return None
@@ -97,9 +126,11 @@ class Wanted:
     rule: Rule | None = None
 
 
-def wanted_of(view: View, out: Checkpoint, stored: Stored | None, findings: Findings) -> Wanted:
+def wanted_of(view: View, out: Checkpoint, stored: Stored | None, packed: Stored | None, findings: Findings) -> Wanted:
     """Take weights that `out` holds quantized out of the view's table, and un-fuse experts that it holds one by one."""
     tensors = dict(view.checkpoint.tensors)
+    if packed and "quantization_config" not in out.config:
+        return _dequantized(view, out, packed, findings)
     if out.config.get("quantization_config") is None or "quantization_config" in view.checkpoint.config:
         return Wanted(view, tensors)
     parts: set[str] = set()
@@ -124,7 +155,22 @@ def wanted_of(view: View, out: Checkpoint, stored: Stored | None, findings: Find
     if skipped:
         more = f", such as {skipped[0]}"
         findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
+    if packed:  # what OUT holds in 16 bits has no bytes to compare with
+        tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
     return Wanted(view, tensors, frozenset(parts), tuple(pairs))
+
+
+def _dequantized(view: View, out: Checkpoint, packed: Stored, findings: Findings) -> Wanted:
+    """A 16-bit output of a quantized source: its weights must be there; their values are not looked at."""
+    layout = layout_of(out.config, out.tensors)
+    parts: set[str] = set()
+    tensors = dict(view.checkpoint.tensors)
+    for module in modules_of(layout, out.tensors):
+        if f"{module.name}.weight" in packed.weights:
+            parts |= set(module.sources)
+            tensors.pop(f"{module.name}.weight", None)
+    findings.warn("dequantized", ".", f"{len(parts)} dequantized tensors are not held against the quantized source")
+    return Wanted(view, tensors, frozenset(parts))
 
 
 def _comparable(pair: Pair, stored: Stored, skipped: list[str], findings: Findings) -> Iterator[Pair]:
