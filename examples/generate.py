@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import logging as _logging
 
 NEW_TOKENS = 40
+logging: Any = _logging  # untyped upstream
 
 
 def load(path: str) -> Any:  # noqa: ANN401
     """The model, or the end of the program when a tensor is missing or left over: a wrong model also generates text."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "output_loading_info": True}
+    auto: Any = AutoModelForCausalLM
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of compressed-tensors' stages
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = auto.from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"{path}: {kind}: {sorted(info[kind])[:5]}")
@@ -35,7 +36,8 @@ def load(path: str) -> Any:  # noqa: ANN401
 
 def main(path: str, text: str) -> None:
     """Print `text` and what the model adds to it."""
-    model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
+    model: Any = load(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
     batch = tokenizer(text, return_tensors="pt")
     with contextlib.redirect_stderr(io.StringIO()):
         out = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)

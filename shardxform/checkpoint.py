@@ -258,8 +258,9 @@ def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tupl
     for name in sorted(_names(root)):
         if name in known:
             continue
-        if not any(fnmatchcase(name.lower(), pattern) for pattern in _SIDECARS):
-            unread.append(name)
+        known_kind = any(fnmatchcase(name.lower(), pattern) for pattern in _SIDECARS)
+        if not known_kind or not all(is_plain_name(part) for part in name.split("/")):
+            unread.append(_printable(name))
             continue
         try:
             info = (root / name).stat()
@@ -269,8 +270,13 @@ def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tupl
         if stat.S_ISREG(info.st_mode) and info.st_size <= _MAX_SIDECAR_BYTES:
             sidecars.append(Sidecar(name, info.st_size))
         else:
-            unread.append(name)
+            unread.append(_printable(name))
     return tuple(sidecars), tuple(unread), errors
+
+
+def _printable(name: str) -> str:
+    """Show a file name that is no text, or holds control characters, with escapes."""
+    return name.encode("utf-8", "backslashreplace").decode() if name.isprintable() else ascii(name)[1:-1]
 
 
 def _names(root: Path) -> Iterable[str]:

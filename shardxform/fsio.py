@@ -47,7 +47,9 @@ class FileSystem:
     # -- primitives: one system call each -----------------------------------------------------------------------
 
     def open(self, path: Path, flags: int) -> int:
-        """Open `path`, mode 0644 when created; closed on exec."""
+        """Open `path`, mode 0644 when created; closed on exec. What is written to is never reached through a link."""
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            flags |= getattr(os, "O_NOFOLLOW", 0)
         return os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
 
     def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
@@ -229,6 +231,8 @@ class FileSystem:
         try:
             if fcntl is not None:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or os.fstat(fd).st_ino != path.stat().st_ino:  # its holder just removed it
+                raise BlockingIOError(errno.EAGAIN, "the lock is gone", str(path))
             yield
         finally:
             os.close(fd)

@@ -57,10 +57,11 @@ class Journal:
     def record(self, facts: Mapping[int, Mapping[str, Any]]) -> None:
         """Append steps whose bytes are durable, with their facts; returns when the lines are durable too."""
         data = _lines(facts)
+        self._fs.truncate(self._fd, self._end)  # an interrupted call may have left half a line
         self._fs.write_all(self._fd, memoryview(data), self._end)
-        self._fs.sync(self._fd)
-        self._end += len(data)
+        self._end += len(data)  # before the sync, which may be interrupted too: the lines are there, and true
         self.facts.update(facts)
+        self._fs.sync(self._fd)
 
     def forget(self, steps: set[int]) -> None:
         """Drop steps whose bytes are gone, durably; to be called before their shards are made anew."""
@@ -82,6 +83,13 @@ class Journal:
         self.close()
 
 
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+    for key, value in facts.items():
+        if type(value) is not int and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ValueError(f"{key} is neither a count nor a list of names")
+    return facts
+
+
 def _lines(facts: Mapping[int, Mapping[str, Any]]) -> bytes:
     lines = (f"{step} {dumps(found)}\n" if found else f"{step}\n" for step, found in sorted(facts.items()))
     return "".join(lines).encode()
@@ -93,7 +101,7 @@ def _parse(lines: bytes, steps: int, path: Path) -> dict[int, Mapping[str, Any]]
         number, _, rest = line.partition(b" ")
         try:
             step = int(number)
-            facts[step] = parse_object(rest) if rest else {}
+            facts[step] = _checked(parse_object(rest)) if rest else {}
         except ValueError as e:  # a JsonError is one
             raise ResumeError(f"{path}: damaged at line {line[:40]!r}: {e}") from e
         if not 0 <= step < steps:

@@ -15,6 +15,9 @@ from shardxform.errors import FamilyError
 from shardxform.families import family_of
 from shardxform.families.base import COUNT_KEYS, Config, Family, Scope, Symbol, Template, Wrapper
 
+_MAX_LAYERS: Final = 10_000
+_MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
+
 __all__ = ["COMPANIONS", "Expected", "Layout", "Place", "count_paths", "expected", "layout_of", "variants_found"]
 
 COMPANIONS: Final = frozenset(
@@ -131,6 +134,8 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
     top_k = _count(text, family.top_k_key, home)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
+    if num_layers > _MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
+        raise FamilyError(f"config.json: {num_layers} layers of {num_experts} experts are absurd")
     groups = (_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
     if num_experts % groups:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
@@ -349,6 +354,8 @@ def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
         raise FamilyError(f"config.json: {layout.wrapper.architecture} needs an object 'vision_config'")
     sizes = _Sizes(family.vision_symbols, config, layout.num_experts)
     depth = _count(config, family.vision_depth_key, "vision_config.")
+    if depth > _MAX_LAYERS:
+        raise FamilyError(f"config.json: vision_config.{family.vision_depth_key}: {depth} is absurd")
     for template in family.vision:
         for block in range(depth if "{b}" in template.name else 1):
             yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)

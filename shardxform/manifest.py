@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import stat
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class Manifest:
         """
         where = os.fspath(path)
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ManifestError(f"{where}: expected a file")
             with open(path, "rb") as file:
                 data = file.read(_MAX_BYTES + 1)
             if len(data) > _MAX_BYTES:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from shardxform.errors import SchemeError
 from shardxform.layout import Layout, Place
 from shardxform.scheme import ExpertNames
 from shardxform.tensors import TensorRef
@@ -94,6 +95,9 @@ def _per_expert(
         yield Module(f"{stem}.down_proj.{expert}", ref, (name,), place, place.expert)
     elif projection == "gate_proj":
         up = tensors[f"{stem}.{expert}.up_proj.weight"]
+        if up.spec.shape != ref.spec.shape or up.spec.dtype != ref.spec.dtype:
+            what = f"{up.spec.dtype} {list(up.spec.shape)}, but '{name}' is {ref.spec.dtype} {list(ref.spec.shape)}"
+            raise SchemeError(f"tensor '{up.name}' is {what}; cannot write them as one weight")
         rows, columns = ref.spec.shape
         both = TensorRef(replace(ref.spec, shape=(2 * rows, columns)), ref.ranges + up.ranges)
         yield Module(f"{stem}.gate_up_proj.{expert}", both, (name, up.name), place, place.expert)

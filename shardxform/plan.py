@@ -7,6 +7,7 @@ executor (`run`) needs nothing else. Speed settings are not part of a plan: they
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -124,6 +125,7 @@ class Plan:
         inputs: what the bytes depend on, by name; compared to say why a resume is refused.
         summary: figures for people and for `--json`.
         notes: what a person should know, one sentence each.
+        unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
 
     """
 
@@ -137,6 +139,7 @@ class Plan:
     inputs: Mapping[str, Any]
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -205,6 +208,10 @@ def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPla
         PlanError: no tensor at all, or a header beyond what readers accept.
 
     """
+    specs = list(specs)
+    if len({spec.name for spec in specs}) != len(specs):
+        twice = next(name for name, count in Counter(spec.name for spec in specs).items() if count > 1)
+        raise PlanError(f"two tensors of the output would both be called '{twice}'")
     groups = split(sorted(specs, key=lambda spec: natural_key(spec.name)), max_shard_bytes)
     if not groups:
         raise PlanError("the output would hold no tensor")

@@ -60,6 +60,7 @@ def plan_prune(source: Checkpoint, manifest: Manifest | None, options: ViewOptio
         inputs=view_inputs("prune", source, manifest, options, sidecars),
         summary=view_summary(source, view),
         notes=view.notes,
+        unread=source.unread,
     )
     plan.check()
     return plan

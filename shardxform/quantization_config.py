@@ -126,6 +126,7 @@ def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layou
     if layout.wrapper.vision:
         yield r".*visual.*"
     yield from _mtp_patterns(quantized, modules, layout)
+    yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:
         yield _LM_HEAD
 

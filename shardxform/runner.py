@@ -15,15 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform.errors import ExecutionError, OutputError, ResumeError, ShardxformError
+from shardxform.checkpoint import CONFIG
+from shardxform.errors import ExecutionError, ResumeError, ShardxformError
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
-from shardxform.output import Output, State
+from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, removable, state_of
+from shardxform.output import Output
 from shardxform.plan import Copy, Plan, Segment, Step
+from shardxform.sharding import show_size
 from shardxform.tensors import ByteRange
 
 __all__ = ["Interrupted", "Progress", "Report", "RunOptions", "run"]
@@ -102,26 +105,64 @@ def run(
     options = options or RunOptions()
     output = Output(Path(out), plan, fs or FileSystem())
     started = time.monotonic()
-    state = output.state()
-    if options.force and state.record.get("fingerprint") not in (None, plan.fingerprint):
-        files = output.removable(state)
-        with _named_errors(output), output.locked():
-            output.discard(state, files)
-        state = State("new", {})
-    output.refuse_other_plan(state)
+    with _named_errors(output):
+        try:
+            loop = _run(output, options)
+        except ResumeError:
+            if not options.force:
+                raise
+            _start_over(output)
+            loop = _run(output, options, started_over=True)
+    return Report(
+        out=output.root,
+        already_done=loop is None,
+        written_bytes=loop.written if loop else 0,
+        resumed_bytes=loop.resumed if loop else 0,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        facts=loop.facts if loop else {},
+    )
+
+
+def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Loop | None:
+    """Execute or go on; None when the output is finished already.
+
+    What was started over still has the record of what was removed: it is ours, and about to be replaced.
+    """
+    state = state_of(output.root, output.plan)
+    if not started_over:
+        refuse_other_plan(output.root, output.plan, state)
     if state.name == "finished":
         _check_finished(output)
         if output.work.exists():  # killed between the commit and the end
-            with _named_errors(output), output.locked():
+            with output.locked():
                 output.clean()
-        return _report(output, started, already_done=True)
+        return None
+    refuse_obstacles(output.root, output.plan)
     output.refuse_too_little_space()
     if options.device != "cpu":  # refuse a device that is not there before anything is written
-        _executor(plan.steps[-1], options.device)
-    with _named_errors(output), output.locked():
+        _executor(output.plan.steps[-1], options.device)
+    with output.locked():
+        # Again, now that nobody else can change it: another run may just have ended here.
+        state = state_of(output.root, output.plan)
+        if not started_over:
+            refuse_other_plan(output.root, output.plan, state)
+        if state.name == "finished":
+            output.clean()
+            return None
         loop = _Loop(output, options)
         loop.execute()
-    return replace(_report(output, started, written=loop.written, resumed=loop.resumed), facts=loop.facts)
+    return loop
+
+
+def _start_over(output: Output) -> None:
+    """Remove what an earlier run of ours left, finished or not."""
+    state = state_of(output.root, output.plan)
+    if state.name == "new":
+        return
+    files = removable(output.root, state)
+    with output.locked():
+        output.discard(state, files)
 
 
 class _Loop:
@@ -148,9 +189,10 @@ class _Loop:
             if lost:  # before the shards are made anew: a journal must never speak for bytes that are not there
                 journal.forget(lost)
             output.create(missing)
+            undone = set(range(len(plan.steps))) - journal.done
+            output.reopen({extent.shard for i in undone for extent in plan.steps[i].writes})
             self.resumed = sum(_write_bytes(plan.steps[i]) for i in journal.done)
-            todo = sorted(set(range(len(plan.steps))) - journal.done)
-            self._run_steps(todo, journal)
+            self._run_steps(sorted(undone), journal)
             self.facts = _merged(journal.facts[i] for i in sorted(journal.facts))
         _refuse_source_changed_meanwhile(plan)
         output.publish()
@@ -241,7 +283,7 @@ class _Loop:
     def _how_to_go_on(self, journal: Journal) -> str:
         done = sum(_write_bytes(self._plan.steps[i]) for i in journal.done)
         return (
-            f"stopped: {done / 1e9:.2f} of {self._plan.data_bytes / 1e9:.2f} GB are safe in {self._output.root};"
+            f"stopped: {show_size(done)} of {show_size(self._plan.data_bytes)} are safe in {self._output.root};"
             " run the same command again to go on"
         )
 
@@ -300,17 +342,19 @@ class _OpenFiles:
 
 
 def _check_finished(output: Output) -> None:
-    if damaged := output.damage():
-        raise OutputError(f"{output.root / damaged}: missing or damaged in a finished output; run `shardxform verify`")
-    source = output.plan.source
-    younger = next(
-        (s.name for s in output.plan.source_shards if s.mtime_ns > (output.root / "config.json").stat().st_mtime_ns), ""
-    )
-    if younger:
+    """Refuse to call an output complete that was damaged since, or whose source was changed since."""
+    if damaged := damage(output.root, output.plan):
         raise ResumeError(
-            f"{source / younger}: modified after {output.root} was finished;"
-            " check with `shardxform verify --source`, or start over in a new directory"
+            f"{output.root / damaged}: missing or damaged in a finished output; run `shardxform verify`,"
+            " or start over with --force"
         )
+    committed = (output.root / CONFIG).stat().st_mtime_ns
+    for shard in output.plan.source_shards:
+        if shard.mtime_ns > committed:
+            raise ResumeError(
+                f"{output.plan.source / shard.name}: modified after {output.root} was finished; check with"
+                " `shardxform verify --source`, or start over with --force"
+            )
 
 
 def _refuse_source_changed_meanwhile(plan: Plan) -> None:
@@ -325,6 +369,8 @@ def _merged(facts: Iterable[Facts]) -> Facts:
     out: dict[str, Any] = {}
     for found in facts:
         for key, value in found.items():
+            if key in out and type(out[key]) is not type(value):
+                raise ResumeError(f"the journal's facts disagree on {key!r}; start over with --force")
             out[key] = out[key] + value if key in out else value
     return out
 
@@ -351,20 +397,8 @@ def _named_errors(output: Output) -> Iterator[None]:
         raise ExecutionError(f"{output.plan.source}: truncated while shardxform was running: {e}") from e
     except OSError as e:
         where = e.filename or output.root
-        raise ExecutionError(
-            f"{where}: {e.strerror or e}; finished steps are safe, run the same command again to go on"
-        ) from e
-
-
-def _report(output: Output, started: float, already_done: bool = False, written: int = 0, resumed: int = 0) -> Report:
-    return Report(
-        out=output.root,
-        already_done=already_done,
-        written_bytes=written,
-        resumed_bytes=resumed,
-        seconds=time.monotonic() - started,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+        safe = "; finished steps are safe, run the same command again to go on" if output.journal.exists() else ""
+        raise ExecutionError(f"{where}: {e.strerror or e}{safe}") from e
 
 
 def peak_rss_bytes() -> int:

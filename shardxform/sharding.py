@@ -9,7 +9,7 @@ from typing import Final
 from shardxform.errors import PlanError
 from shardxform.tensors import TensorSpec
 
-__all__ = ["natural_key", "parse_size", "shard_names", "split"]
+__all__ = ["natural_key", "parse_size", "shard_names", "show_size", "split"]
 
 _UNITS: Final = {
     "": 1,
@@ -31,11 +31,19 @@ def parse_size(text: str) -> int:
         PlanError: not a positive size.
 
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]I?B|)\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size <= 0:
         raise PlanError(f"expected a size such as 5GB or 512MiB, found {text!r}")
     return size
+
+
+def show_size(nbytes: float) -> str:
+    """Size in decimal units, as on model hubs: `71.90 GB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"
 
 
 def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:

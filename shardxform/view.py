@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ def pruned_view(
         _refuse_unsafe(layout, source, drop_mtp)
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
     builder = _Builder(layout, manifest, drop_mtp, wrapper)
-    tensors = dict(builder.tensors(source.tensors))
+    tensors = _unique(builder.tensors(source.tensors))
     config = _config(layout, wrapper, kept, drop_mtp)
     checkpoint = replace(source, tensors=tensors, config=config)
     if wrapper is not layout.wrapper:
@@ -98,6 +98,16 @@ def pruned_view(
         dropped=dict(builder.dropped),
         notes=tuple(notes),
     )
+
+
+def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
+    """Refuse two tensors that would end under one name."""
+    out: dict[str, TensorRef] = {}
+    for name, ref in tensors:
+        if name in out:
+            raise PlanError(f"two tensors of the source would both be called '{name}'")
+        out[name] = ref
+    return out
 
 
 class _Builder:
@@ -241,8 +251,6 @@ def _notes(source: Checkpoint, layout: Layout) -> Iterator[str]:
     ]
     if missing:
         yield f"the source lacks {len(missing)} tensors that family {layout.family.name} expects, such as {missing[0]}"
-    if source.unread:
-        yield f"not part of the model, not copied: {', '.join(source.unread)}"
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
@@ -271,7 +279,8 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     carried = {key: config[key] for key in _CARRIED if key in config}
     if "tie_word_embeddings" in text:  # the text-only class reads it here, the multimodal one read its own level
         carried["tie_word_embeddings"] = layout.text["tie_word_embeddings"]
-    return {"architectures": [wrapper.architecture], **text, **carried}
+    named = {"architectures": [wrapper.architecture]}
+    return {**named, **text, **carried, **named}  # first, and whatever the text config says of it
 
 
 def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

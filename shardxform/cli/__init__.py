@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
+import signal
+import sys
+import threading
 from typing import Any, Final
 
 import click
@@ -40,14 +46,25 @@ class _Lazy(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
+        for stream in (sys.stdout, sys.stderr):  # a path that is no text must not cost the result of hours
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except ShardxformError as e:
-            click.echo(f"shardxform: {e}", err=True)
-            ctx.exit(e.exit_code)
+            message, code = str(e), e.exit_code
         except KeyboardInterrupt:
-            click.echo("shardxform: stopped; run the same command again to go on", err=True)
-            ctx.exit(130)
+            message, code = "stopped; run the same command again to go on", 130
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # click ends quietly
+                raise
+            message, code = f"{e.filename or 'output'}: {e.strerror or e}", 1
+        if code == 130 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the way out
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                click.echo(f"shardxform: {message}", err=True)
+        return ctx.exit(code)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

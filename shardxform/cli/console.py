@@ -13,18 +13,21 @@ from typing import Any, Final
 import click
 
 from shardxform.runner import Progress
+from shardxform.sharding import show_size
 
-__all__ = ["count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table"]
+__all__ = ["count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table", "tell"]
 
 _PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal
 
 
-def gb(nbytes: float) -> str:
-    """Size in decimal units, as on model hubs."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} B"
+gb = show_size
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr; work goes on when nobody reads it any more."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            click.echo(text, err=True)
 
 
 def count(number: int, what: str) -> str:
@@ -80,7 +83,7 @@ def interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def progress(label: str, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     """Show progress on stderr: a bar with rate and ETA on a terminal, plain lines otherwise, nothing when quiet."""
-    if quiet:
+    if quiet or sys.stderr is None:
         yield None
     elif sys.stderr.isatty():
         with _bar(label) as update:
@@ -125,16 +128,18 @@ def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
 def _plain(label: str) -> Callable[[Progress], None]:
     started = time.monotonic()
     last = 0.0
+    finished = False
 
     def update(p: Progress) -> None:
-        nonlocal last
+        nonlocal last, finished
         now = time.monotonic()
         complete = p.done_bytes == p.total_bytes
-        if not complete and now - last < _PLAIN_SECONDS:
+        if finished or (not complete and now - last < _PLAIN_SECONDS):
             return
+        finished = complete
         last = now
         rate = (p.done_bytes - p.resumed_bytes) / max(now - started, 1e-3)
         eta = f", {(p.total_bytes - p.done_bytes) / rate:.0f} s left" if rate and not complete else ""
-        click.echo(f"{label}: {gb(p.done_bytes)} of {gb(p.total_bytes)}, {gb(rate)}/s{eta}", err=True)
+        tell(f"{label}: {gb(p.done_bytes)} of {gb(p.total_bytes)}, {gb(rate)}/s{eta}")
 
     return update

@@ -27,7 +27,16 @@ class _Size(click.ParamType[int]):
             self.fail(str(e), param, ctx)
 
 
-_PATH: Final = click.Path(path_type=Path)
+class _NamedPath(click.Path):
+    """A path; an empty one, such as an unset variable gives, is not the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        if not str(value):
+            self.fail("expected a path, found an empty one", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_PATH: Final = _NamedPath(path_type=Path)
 
 source_argument = click.argument("source", metavar="SRC", type=_PATH)
 out_argument = click.argument("out", metavar="OUT", type=_PATH)

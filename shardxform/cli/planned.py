@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows
+from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, tell
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
-from shardxform.output import Output
+from shardxform.outdir import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.plan import Plan
 from shardxform.runner import Report, RunOptions, run
 
@@ -32,8 +32,8 @@ def execute(
     if dry_run:
         _show(plan, out, jobs, force, as_json)
         return
-    for note in plan.notes:
-        click.echo(f"note: {note}", err=True)
+    for note in _notes(plan):
+        tell(f"note: {note}")
     with interruptible(), progress(plan.command, quiet) as on_progress:
         report = run(plan, out, RunOptions(jobs=jobs, force=force, device=device, on_progress=on_progress))
     if as_json:
@@ -45,17 +45,23 @@ def execute(
 
 
 def _show(plan: Plan, out: Path, jobs: int, force: bool, as_json: bool) -> None:
-    output = Output(out, plan, FileSystem())
-    state = output.state()
+    state = state_of(out, plan)
     if not force:
-        output.refuse_other_plan(state)
+        refuse_other_plan(out, plan, state)
+        refuse_obstacles(out, plan)
     if as_json:
         print_json({**_facts(plan, out, jobs), "state": state.name})
         return
     click.echo(f"{plan.command} {plan.source} -> {out}  (dry run: nothing is written)")
     rows(_lines(plan, out, jobs))
-    for note in plan.notes:
+    for note in _notes(plan):
         click.echo(f"  note: {note}")
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    yield from plan.notes
+    if plan.unread:
+        yield f"not part of the model, not copied: {', '.join(plan.unread)}"
 
 
 def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:

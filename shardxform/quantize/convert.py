@@ -151,6 +151,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         inputs=_inputs(source, target, options, sidecars, scheme),
         summary=_summary(source, view, stored, selection, shards, scheme),
         notes=(*_notes(stored, target), *view.notes),
+        unread=source.unread,
     )
     plan.check()
     return plan

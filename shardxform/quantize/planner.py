@@ -77,8 +77,7 @@ def plan_quantize(
             "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
             " scales, and float16 overflows where bfloat16 does not"
         )
-    if source.config.get("quantization_config"):
-        raise SchemeError("config.json: quantization_config: the source is quantized already; see `shardxform convert`")
+    _refuse_quantized(source)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
@@ -103,9 +102,20 @@ def plan_quantize(
         inputs={**view_inputs("quantize", source, manifest, options, sidecars), "scheme": scheme_inputs(scheme)},
         summary=_summary(source, view, selection, scheme, len(specs), len(copied)),
         notes=(*view.notes, *_misfit_notes(selection)),
+        unread=source.unread,
     )
     plan.check()
     return plan
+
+
+def _refuse_quantized(source: Checkpoint) -> None:
+    text = source.config.get("text_config")
+    for where, config in (("", source.config), ("text_config.", text if isinstance(text, Mapping) else {})):
+        for key in ("quantization_config", "compression_config"):
+            if config.get(key):
+                raise SchemeError(
+                    f"config.json: {where}{key}: the source is quantized already; see `shardxform convert`"
+                )
 
 
 def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:

@@ -35,8 +35,8 @@ def open_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as e:
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as e:
         raise SchemeError(f"--device {name}: {str(e).splitlines()[0]}") from e
     return device
 

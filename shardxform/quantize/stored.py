@@ -16,7 +16,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.layout import COMPANIONS, Expected, Layout, expected, layout_of, variants_found
 from shardxform.modules import LINEAR_ROLES, modules_of
-from shardxform.output import PROVENANCE
+from shardxform.outdir import PROVENANCE
 from shardxform.quantization_config import Resolved, resolve
 from shardxform.quantize.grid import Bits, Grid, ScaleGrid
 from shardxform.scheme import ExpertNames, Format, Role, Scheme

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, INDEX, Checkpoint, scan
 from shardxform.families.base import Wrapper
-from shardxform.output import PROVENANCE, WORK
+from shardxform.outdir import PROVENANCE, WORK
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.verification.findings import Findings
 

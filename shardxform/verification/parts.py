@@ -13,7 +13,7 @@ from typing import Any, Final
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.layout import COMPANIONS, Layout
-from shardxform.output import PROVENANCE
+from shardxform.outdir import PROVENANCE
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.stored import Stored, StoredModule, rows_of, scan_stored
 from shardxform.scheme import FORMATS

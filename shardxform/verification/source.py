@@ -17,7 +17,7 @@ from shardxform.errors import CheckpointError, ManifestError, SchemeError
 from shardxform.layout import COMPANIONS, Layout, layout_of
 from shardxform.manifest import FORMAT, VERSION, Manifest
 from shardxform.modules import modules_of
-from shardxform.output import PROVENANCE
+from shardxform.outdir import PROVENANCE
 from shardxform.plan import source_inputs
 from shardxform.quantize.stored import Stored, read_stored
 from shardxform.tensors import TensorRef
