@@ -195,7 +195,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, data: bytes, m
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"keep\.json: No such file or directory$"):
         Manifest.load(tmp_path / "keep.json")
-    with pytest.raises(ManifestError, match=r": Is a directory$"):
+    with pytest.raises(ManifestError, match=r": expected a file$"):
         Manifest.load(tmp_path)
 
 

@@ -782,3 +782,18 @@ def test_no_damage_to_config_record_or_headers_raises(pair: tuple[Path, Path], d
         json.dumps(report.to_dict(), allow_nan=False)
     finally:
         (out / name).write_bytes(whole)
+
+
+def test_a_converted_output_is_proven_against_both_of_its_sources(small_moe: Path, tmp_path: Path) -> None:
+    """Against the checkpoint that was converted, and against the one that had been pruned and rounded before."""
+    manifest = Manifest(keep={layer: tuple(range(layer, layer + 8)) for layer in range(4)})
+    scheme = Scheme(grid=Grid(search=True))
+    run(plan_quantize(Checkpoint.open(small_moe), scheme, manifest), tmp_path / "first")
+    for name, to, before in (("second", "gptq", "first"), ("third", "compressed-tensors", "second")):
+        run(plan_convert(Checkpoint.open(tmp_path / before), Target(format=to)), tmp_path / name)  # type: ignore[arg-type]
+        assert verify(tmp_path / name, source=tmp_path / before).problems == ()
+        report = verify(tmp_path / name, source=small_moe)
+        assert report.problems == ()
+        assert report.warnings == ()
+        assert report.rounding is not None
+        assert report.rounding.exact

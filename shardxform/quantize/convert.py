@@ -16,6 +16,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.layout import Layout
 from shardxform.modules import modules_of
+from shardxform.outdir import PROVENANCE, read_record
 from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, lay_out, source_inputs
 from shardxform.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
 from shardxform.quantization_config import build
@@ -300,14 +301,29 @@ def _inputs(
     sidecars: Mapping[str, str],
     scheme: Scheme | None,
 ) -> dict[str, Any]:
-    """What the bytes depend on, by name. `scheme.grid.scale_grid` is what a later conversion looks for."""
+    """What the bytes depend on, by name. `scheme.grid.scale_grid` is what a later conversion looks for.
+
+    `origin` is what the source's own record says of its making: with it, `verify` can prove the output against the
+    checkpoint that was quantized as well as against the one that was converted.
+    """
+    origin = _origin(source)
     return {
         "command": "convert",
         "options": {"max_shard_bytes": options.max_shard_bytes},
         "target": asdict(target),
         "source": source_inputs(source, sidecars),
         **({"scheme": asdict(scheme)} if scheme else {}),
+        **({"origin": origin} if origin else {}),
     }
+
+
+def _origin(source: Checkpoint) -> dict[str, Any]:
+    """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
+    inputs = (read_record(source.root / PROVENANCE) or {}).get("inputs")
+    found = inputs if isinstance(inputs, dict) else {}
+    if isinstance(found.get("origin"), dict):
+        found = found["origin"]
+    return {key: found[key] for key in ("manifest", "options", "scheme", "source") if isinstance(found.get(key), dict)}
 
 
 def _summary(

@@ -375,6 +375,8 @@ def _contradictions(
             continue
         seen.add(key)
         if ref is not None:
+            if not ref.ranges:  # no columns at all: `_module` says what is wrong with it
+                continue
             name = ref.ranges[0].file
             if resolved.bits_of(name) != resolved.bits:
                 yield f"quantization_config declares {name} 16-bit, but it is stored in {resolved.bits} bits"

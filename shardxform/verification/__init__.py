@@ -21,7 +21,15 @@ from shardxform.verification.files import check_files, check_record, check_sidec
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of
 from shardxform.verification.report import Rounding, VerifyReport, WeightError
-from shardxform.verification.source import Options, Wanted, compare_tables, packed_source, rebuild, wanted_of
+from shardxform.verification.source import (
+    Options,
+    Wanted,
+    compare_tables,
+    packed_source,
+    rebuild,
+    record_for,
+    wanted_of,
+)
 from shardxform.verification.structure import Structure, check_structure
 from shardxform.view import MtpMode
 
@@ -70,6 +78,8 @@ def verify(
     checkpoint, lost = read_checkpoint(root, findings)
     check_files(root, checkpoint, findings)
     inputs = check_record(root, findings)
+    if origin:
+        inputs = record_for(origin, inputs)
     structure = check_structure(checkpoint, lost, findings) if checkpoint else None
     if checkpoint:
         check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)

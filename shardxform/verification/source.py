@@ -26,7 +26,7 @@ from shardxform.verification.findings import Findings, Item
 from shardxform.verification.parts import Pair, Rule, pair_of
 from shardxform.view import MtpMode, View, pruned_view
 
-__all__ = ["Options", "Wanted", "compare_tables", "packed_source", "rebuild", "wanted_of"]
+__all__ = ["Options", "Wanted", "compare_tables", "packed_source", "rebuild", "record_for", "wanted_of"]
 
 _MODES: Final = ("auto", "keep", "drop")
 
@@ -58,6 +58,13 @@ def packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | N
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
     return packed if stored and form != other else None
+
+
+def record_for(source: Checkpoint, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Read a record against `source`: that of a converted output also tells how what was converted had been made."""
+    origin, recorded = record.get("origin"), record.get("source")
+    direct = isinstance(recorded, Mapping) and recorded.get("config") == source_inputs(source, {})["config"]
+    return record if direct or not isinstance(origin, Mapping) else {**record, **origin}
 
 
 def rebuild(
