@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from shardxform.manifest import Manifest
     from shardxform.plan import Plan
     from shardxform.prune import ViewOptions, plan_prune
+    from shardxform.quantize.convert import plan_convert
     from shardxform.quantize.planner import plan_quantize
     from shardxform.runner import Progress, Report, RunOptions, run
     from shardxform.scheme import Scheme
     from shardxform.tensors import TensorSpec
+    from shardxform.verification import VerifyReport, verify
 
 __all__ = [
     "Checkpoint",
@@ -36,11 +38,14 @@ __all__ = [
     "Scheme",
     "ShardxformError",
     "TensorSpec",
+    "VerifyReport",
     "ViewOptions",
     "__version__",
+    "plan_convert",
     "plan_prune",
     "plan_quantize",
     "run",
+    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -55,10 +60,13 @@ _HOMES: Final = {
     "Scheme": "scheme",
     "ShardxformError": "errors",
     "TensorSpec": "tensors",
+    "VerifyReport": "verification",
     "ViewOptions": "prune",
+    "plan_convert": "quantize.convert",
     "plan_prune": "prune",
     "plan_quantize": "quantize.planner",
     "run": "runner",
+    "verify": "verification",
 }
 
 

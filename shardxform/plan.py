@@ -30,6 +30,7 @@ __all__ = [
     "ShardPlan",
     "Step",
     "copy_steps",
+    "extents_of",
     "lay_out",
     "source_inputs",
 ]
@@ -239,6 +240,15 @@ def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) ->
                     pending, room = [], STEP_BYTES
         if pending:
             yield Copy(tuple(pending))
+
+
+def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
+    """Place of every tensor in the output, by name."""
+    return {
+        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
+        for number, shard in enumerate(shards)
+        for entry in shard.entries
+    }
 
 
 def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:

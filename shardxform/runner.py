@@ -12,30 +12,26 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from shardxform.checkpoint import CONFIG
+from shardxform.copying import copy_step
 from shardxform.errors import ExecutionError, ResumeError, ShardxformError
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
 from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, removable, state_of
 from shardxform.output import Output
-from shardxform.plan import Copy, Plan, Segment, Step
+from shardxform.plan import Copy, Plan, Step
 from shardxform.sharding import show_size
-from shardxform.tensors import ByteRange
 
 __all__ = ["Interrupted", "Progress", "Report", "RunOptions", "run"]
 
 Facts = Mapping[str, Any]
 """What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
-
-_AHEAD: Final = 64 << 20  # bytes that a worker asks of the kernel before it copies them
-_CHUNK: Final = 8 << 20  # most bytes between two looks at the stop flag, and two reports of progress
 
 
 class Interrupted(ShardxformError):
@@ -235,41 +231,14 @@ class _Loop:
         """Do one step and make its bytes durable."""
         self._refuse_if_stopped()
         with _OpenFiles(self._output) as files:
-            if isinstance(step, Copy):
-                facts = self._copy(step, files)
-            else:
-                executor = _executor(step, self._options.device)
-                facts = executor((files.source, files.target), self._fs, self._count, self._refuse_if_stopped)
+            executor = _executor(step, self._options.device)
+            facts = executor((files.source, files.target), self._fs, self._count, self._refuse_if_stopped)
             files.sync()
         return facts
 
     def _refuse_if_stopped(self) -> None:
         if self._stop.is_set():
             raise _StoppedError
-
-    def _copy(self, step: Copy, files: _OpenFiles) -> Facts:
-        for piece in self._read_ahead(step, files):
-            self._refuse_if_stopped()
-            source, target, count = files.source(piece.source.file), files.target(piece.shard), piece.source.length
-            self._fs.copy(source, piece.source.offset, target, piece.offset, count)
-            self._count(count)
-        return {}
-
-    def _read_ahead(self, step: Copy, files: _OpenFiles) -> Iterator[Segment]:
-        """Pieces of a step, each asked of the kernel before it is due.
-
-        Left to itself, the kernel reads ahead by its own measure, into experts that are not kept: half as much again.
-        """
-        asked: deque[Segment] = deque()
-        ahead = 0
-        for piece in _pieces(step):
-            self._fs.will_need(files.source(piece.source.file), piece.source.offset, piece.source.length)
-            asked.append(piece)
-            ahead += piece.source.length
-            while ahead > _AHEAD:
-                ahead -= asked[0].source.length
-                yield asked.popleft()
-        yield from asked
 
     def _count(self, count: int) -> None:
         with self._lock:
@@ -289,10 +258,9 @@ class _Loop:
 
 
 def _executor(step: Step, device: str) -> Callable[..., Facts]:
-    """What carries out a step that does more than copy.
-
-    Imported here: these bring numpy and the compiled kernels, which copying does without.
-    """
+    """What carries out a step. Imported here: all but copying bring numpy and the compiled kernels."""
+    if isinstance(step, Copy):
+        return functools.partial(copy_step, step)
     from shardxform.quantize.convert import Repack
     from shardxform.quantize.planner import Round
 
@@ -373,15 +341,6 @@ def _merged(facts: Iterable[Facts]) -> Facts:
                 raise ResumeError(f"the journal's facts disagree on {key!r}; start over with --force")
             out[key] = out[key] + value if key in out else value
     return out
-
-
-def _pieces(step: Copy) -> Iterator[Segment]:
-    """Segments of a step, cut where they are longer than `_CHUNK`."""
-    for segment in step.segments:
-        name, begin, length = segment.source.file, segment.source.offset, segment.source.length
-        for start in range(0, length, _CHUNK):
-            place = ByteRange(name, begin + start, min(_CHUNK, length - start))
-            yield Segment(place, segment.shard, segment.offset + start)
 
 
 def _write_bytes(step: Step) -> int:

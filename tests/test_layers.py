@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families.base", "families.parts", "families.*", "families", "layout"),
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
     ("manifest_import", "manifest", "scheme", "modules", "selection", "quantization_config"),
-    ("view", "inspection", "sharding", "plan", "prune", "quantize.planner", "quantize.execute"),
+    ("view", "inspection", "sharding", "plan", "copying", "prune", "quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.repack", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),

@@ -8,21 +8,19 @@ from typing import Any, Literal
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.options import out_argument, run_options, source_argument
+from shardxform.cli.options import (
+    expert_names_option,
+    g_idx_option,
+    out_argument,
+    run_options,
+    shard_size_option,
+    source_argument,
+)
 from shardxform.cli.planned import execute
-from shardxform.errors import PlanError
 from shardxform.quantize.convert import ConvertOptions, Target, plan_convert
 from shardxform.scheme import FORMATS, ExpertNames, Format
-from shardxform.sharding import parse_size
 
 __all__ = ["command"]
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    try:
-        return parse_size(value)
-    except PlanError as e:
-        raise click.BadParameter(str(e), ctx, param) from e
 
 
 @click.command("convert")
@@ -35,21 +33,9 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     required=True,
     help="Format of OUT; bf16 dequantizes into the release's own layout, for llama.cpp and MLX.",
 )
-@click.option(
-    "--expert-names",
-    type=click.Choice(["split", "fused-indexed"]),
-    default="split",
-    show_default=True,
-    help="split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
-)
-@click.option("--g-idx", is_flag=True, help="Also write the identity g_idx, which llama.cpp wants of gptq.")
-@click.option(
-    "--max-shard-size",
-    callback=_size,
-    default="5GB",
-    show_default=True,
-    help="Most tensor data in one shard, in decimal units.",
-)
+@expert_names_option
+@g_idx_option
+@shard_size_option
 @run_options
 def command(
     source: Path,

@@ -12,7 +12,17 @@ import click
 from shardxform.errors import ShardxformError
 from shardxform.sharding import parse_size
 
-__all__ = ["json_option", "manifest_option", "out_argument", "run_options", "source_argument", "view_options"]
+__all__ = [
+    "expert_names_option",
+    "g_idx_option",
+    "json_option",
+    "manifest_option",
+    "out_argument",
+    "run_options",
+    "shard_size_option",
+    "source_argument",
+    "view_options",
+]
 
 _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
 
@@ -46,16 +56,29 @@ manifest_option = click.option(
 )
 
 
+expert_names_option = click.option(
+    "--expert-names",
+    type=click.Choice(["split", "fused-indexed"]),
+    default="split",
+    show_default=True,
+    help="split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
+)
+g_idx_option = click.option(
+    "--g-idx", is_flag=True, help="Also write the identity g_idx, which llama.cpp wants of gptq."
+)
+shard_size_option = click.option(
+    "--max-shard-size",
+    type=_Size(),
+    default="5GB",
+    show_default=True,
+    help="Most tensor data in one shard, in decimal units.",
+)
+
+
 def view_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that decide which tensors an output holds, and in which shards."""
     for option in (
-        click.option(
-            "--max-shard-size",
-            type=_Size(),
-            default="5GB",
-            show_default=True,
-            help="Most tensor data in one shard, in decimal units.",
-        ),
+        shard_size_option,
         click.option(
             "--mtp",
             type=click.Choice(["auto", "keep", "drop"]),

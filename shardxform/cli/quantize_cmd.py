@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
+from shardxform.cli.options import (
+    expert_names_option,
+    g_idx_option,
+    manifest_option,
+    out_argument,
+    run_options,
+    source_argument,
+    view_options,
+)
 from shardxform.cli.planned import execute, load_manifest
 from shardxform.prune import ViewOptions
 from shardxform.quantize.grid import Grid, ScaleGrid
@@ -60,14 +68,8 @@ __all__ = ["command"]
     show_default=True,
     help="bf16: scales exact in bfloat16 and float16, so that every client computes the same; fp16: auto-round's.",
 )
-@click.option(
-    "--expert-names",
-    type=click.Choice(["split", "fused-indexed"]),
-    default="split",
-    show_default=True,
-    help="split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
-)
-@click.option("--g-idx", is_flag=True, help="Also write the identity g_idx, which llama.cpp wants of gptq.")
+@expert_names_option
+@g_idx_option
 @click.option(
     "--keep-16bit", metavar="PATTERN", multiple=True, help="Leave modules that match as they are; repeatable."
 )

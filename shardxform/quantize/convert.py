@@ -7,7 +7,7 @@ what the old one said. Pure but for sidecars; no tensor data is read and no arra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
@@ -17,7 +17,7 @@ from shardxform.errors import SchemeError
 from shardxform.layout import Layout
 from shardxform.modules import modules_of
 from shardxform.outdir import PROVENANCE, read_record
-from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, lay_out, source_inputs
+from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
 from shardxform.quantization_config import build
 from shardxform.quantize.planner import kept_tensors
@@ -251,14 +251,10 @@ def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
 
 
 def _steps(
-    shards: Iterable[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None
+    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None
 ) -> Iterator[Repack]:
     """Steps in table order, each of at most `STEP_BYTES` of output unless a single item is larger."""
-    extents = {
-        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
-        for number, shard in enumerate(shards)
-        for entry in shard.entries
-    }
+    extents = extents_of(shards)
     pending: list[RepackItem] = []
     filled = 0
     for item in _items(weights, extents, stored, scheme):

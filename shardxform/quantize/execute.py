@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.copying import Files, OpenSource, OpenTarget
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.fsio import FileSystem
 from shardxform.plan import Extent
@@ -23,17 +24,12 @@ from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype, quan
 from shardxform.scheme import Role, Scheme
 from shardxform.tensors import TensorRef
 
-__all__ = ["Files", "Rounder", "round_step", "rounder_on"]
+__all__ = ["Rounder", "round_step", "rounder_on"]
 
 _NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 Rounder = Callable[[NDArray[Any], SourceDtype, Grid, QuantizedWeight], RtnStats]
 """Rounds a run of rows into an output; `rtn.quantize_into` and its like."""
-
-OpenSource = Callable[[str], int]
-OpenTarget = Callable[[int], int]
-Files = tuple[OpenSource, OpenTarget]
-"""Functions from a source shard's name, and from an output shard's number, to an open descriptor."""
 
 
 def rounder_on(device: str, scheme: Scheme) -> Rounder:

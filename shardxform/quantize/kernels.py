@@ -43,7 +43,7 @@ BYTES_OF_16: Final = np.uint64(0x00FF00FF00FF00FF)
 HALVES_OF_32: Final = np.uint64(0x0000FFFF0000FFFF)
 
 
-def _jit(function: F, signature: Any = None) -> F:
+def jit(function: F, signature: Any = None) -> F:
     """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
     try:
         compiled: F = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
@@ -52,17 +52,17 @@ def _jit(function: F, signature: Any = None) -> F:
     return compiled
 
 
-@_jit
+@jit
 def _bits(x: Any) -> Any:
     return F32(x).view(U32)
 
 
-@_jit
+@jit
 def _float(u: Any) -> Any:
     return U32(u).view(F32)
 
 
-@_jit
+@jit
 def _half_value(h: Any) -> Any:
     """float16 bits -> float32, exact; infinities and NaN come out as finite values of at least 65536."""
     magnitude = h & U32(0x7FFF)
@@ -73,7 +73,7 @@ def _half_value(h: Any) -> Any:
     return _float(value | ((h & U32(0x8000)) << U32(16)))
 
 
-@_jit
+@jit
 def _round_to_half(x: Any) -> Any:
     """Round x >= 0 to float16, ties to even, kept as float32; 65536 and more where float16 overflows."""
     a = _bits(x)
@@ -82,7 +82,7 @@ def _round_to_half(x: Any) -> Any:
     return F32(F32(x + F32(0.5)) - F32(0.5)) if x < F32(2.0**-14) else normal
 
 
-@_jit
+@jit
 def _round_to_grid(x: Any, bf16: Any) -> Any:
     """Round x >= 0 to the nearest scale of the grid, not yet clamped."""
     if bf16:
@@ -91,7 +91,7 @@ def _round_to_grid(x: Any, bf16: Any) -> Any:
     return _round_to_half(x)
 
 
-@_jit
+@jit
 def _half_bits(scale: Any) -> Any:
     """float16 bits of a float32 that float16 can hold."""
     a = _bits(abs(scale))
@@ -101,7 +101,7 @@ def _half_bits(scale: Any) -> Any:
     return np.uint16(((a - U32(112 << 23)) >> U32(13)) | sign)
 
 
-@_jit
+@jit
 def _decode(row: Any, kind: Any, out: Any) -> None:
     """Raw bits of a row -> float32 bits. ``kind``: 0 BF16, 1 F16, 2 F32."""
     if kind == 0:
@@ -115,7 +115,7 @@ def _decode(row: Any, kind: Any, out: Any) -> None:
             out[k] = U32(row[k])
 
 
-@_jit
+@jit
 def _extremes(row: Any, start: Any, columns: Any) -> Any:
     """Float bits of max(w, 0), and of the magnitude of min(w, 0), by integer comparisons (LLVM may reorder those)."""
     high, low, base = I32(0), U32(0), U64(start)
@@ -126,7 +126,7 @@ def _extremes(row: Any, start: Any, columns: Any) -> Any:
     return U32(high), U32(low & MAGNITUDE) if low >= SIGN else U32(0)
 
 
-@_jit
+@jit
 def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
     for k in range(start, start + columns):
         if row[k] & MAGNITUDE >= limit:
@@ -134,7 +134,7 @@ def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
     return -1
 
 
-@_jit
+@jit
 def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
     """Write each group's scale to all of its columns."""
     for g in range(scale_GR.shape[0]):
@@ -143,7 +143,7 @@ def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
             scale_I[base + U64(k)] = scale
 
 
-@_jit
+@jit
 def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
     low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
     for k in range(codes.size):
@@ -151,7 +151,7 @@ def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
         codes[k] = U8(I32(q) + shift)
 
 
-@_jit
+@jit
 def _round_and_measure_row(row: Any, scale_I: Any, codes: Any, zero: Any, square_I: Any) -> Any:
     """As ``_round_row``; adds squared errors per column, returns the float32 bits of the largest error in scales."""
     low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
@@ -166,7 +166,7 @@ def _round_and_measure_row(row: Any, scale_I: Any, codes: Any, zero: Any, square
     return worst
 
 
-@_jit
+@jit
 def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
     """Min/max scales of one row, and what a report or a refusal needs to know about it."""
     r, number = at
@@ -188,7 +188,7 @@ def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
         scale_GR[g, r] = -clamped if high >= low and scale > F32(0) else clamped
 
 
-@_jit
+@jit
 def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: Any) -> None:
     """Scales tried per row, and their reciprocals: the min/max one, then each factor with its sign and the other."""
     scale_CR, step_CR = out
@@ -206,7 +206,7 @@ def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: An
             step_CR[2 * f + 2, r] = F32(1) / -signed
 
 
-@_jit
+@jit
 def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk_KR: Any) -> None:
     base = U64(start)
     for r in range(rows):
@@ -214,7 +214,7 @@ def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk
             chunk_KR[k, r] = weights_RI[r, base + U64(k)]
 
 
-@_jit
+@jit
 def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: Any) -> None:
     """Squared error of a chunk under the min/max scale, with the codes that would be written."""
     low, high = F32(-zero), F32(zero - 1)
@@ -227,7 +227,7 @@ def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: An
             acc_R[r] += F32(error * error)
 
 
-@_jit
+@jit
 def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_R: Any) -> None:
     """The same under another scale, its codes from a product with the reciprocal: wrong only where two are as near."""
     scale_R, step_R = scales_R
@@ -241,7 +241,7 @@ def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_
             acc_R[r] += F32(error * error)
 
 
-@_jit
+@jit
 def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> None:
     """Add each candidate's squared error over a chunk: float32 in column order within it, float64 across chunks."""
     scale_CR, step_CR, acc_CR, total_CR = scratch
@@ -253,7 +253,7 @@ def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> Non
             total_CR[c, r] += F64(acc_CR[c, r])
 
 
-@_jit
+@jit
 def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: Any, p: Any) -> None:
     """Replace the scales of one group in all rows of the tile by the candidates of least squared error."""
     rows, g = at
@@ -273,7 +273,7 @@ def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: 
                 best, scale_GR[g, r] = total_CR[c, r], scale_CR[c, r]
 
 
-@_jit
+@jit
 def _pack_row(codes: Any, words: Any, bits: Any) -> None:
     """Codes of a row, one per byte -> int32 words, first code in the lowest bits."""
     if bits == 8:
@@ -289,7 +289,7 @@ def _pack_row(codes: Any, words: Any, bits: Any) -> None:
             words[i] = I32(x | (x >> U64(16)))
 
 
-@_jit
+@jit
 def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_major: Any) -> None:
     """Store a tile's words and scale bits, rows of the weight along the first or the last dimension."""
     first, rows = at
@@ -308,7 +308,7 @@ def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_ma
                 scales[g, first + r] = _half_bits(scale_GR[g, r])
 
 
-@_jit
+@jit
 def _flush(square_I: Any, total_I: Any) -> None:
     for k in range(square_I.size):
         total_I[k] += F64(square_I[k])
@@ -391,4 +391,4 @@ def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int, float, floa
     settings = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
     factors = types.Array(types.float32, 1, "C", readonly=True)
     signature = (source, settings, factors, types.int32[:, :], types.uint16[:, :])
-    return _jit(_quantize, signature)
+    return jit(_quantize, signature)

@@ -15,7 +15,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.manifest import Manifest
 from shardxform.modules import Module
-from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, lay_out
+from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.quantization_config import build
 from shardxform.scheme import Part, Role, Scheme
@@ -145,11 +145,7 @@ def _round_steps(
     shards: Sequence[ShardPlan], modules: Iterable[tuple[Module, tuple[Part, ...]]], scheme: Scheme
 ) -> Iterator[Round]:
     """Steps in table order, each of at most `STEP_BYTES` of weights unless a single weight is larger."""
-    extents = {
-        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
-        for number, shard in enumerate(shards)
-        for entry in shard.entries
-    }
+    extents = extents_of(shards)
     pending: list[RoundItem] = []
     filled = 0
     for module, parts in modules:

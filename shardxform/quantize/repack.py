@@ -16,12 +16,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.copying import Files, OpenSource, OpenTarget
 from shardxform.errors import ExecutionError
 from shardxform.fsio import FileSystem
 from shardxform.plan import Extent
 from shardxform.quantize import packing
 from shardxform.quantize.convert import TILE_WEIGHTS, Piece, Repack, RepackItem
-from shardxform.quantize.execute import Files, OpenSource, OpenTarget
 from shardxform.quantize.grid import Grid, Layout
 from shardxform.quantize.stored import StoredModule
 from shardxform.scheme import Role, Scheme

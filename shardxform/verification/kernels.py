@@ -15,7 +15,9 @@ from functools import cache
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from shardxform.quantize.kernels import jit
 
 __all__ = ["Settings", "checker"]
 
@@ -38,16 +40,7 @@ class Settings(NamedTuple):
     far: float
 
 
-def _jit(function: F, signature: Any = None) -> F:
-    """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
-    try:
-        compiled: F = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:
-        compiled = njit(signature, nogil=True, error_model="numpy")(function)
-    return compiled
-
-
-@_jit
+@jit
 def _row(weights: Any, codes: Any, scale_I: Any, p: Any, squares: Any) -> Any:
     square_I, energy_I = squares
     zero, low, high = F32(p.zero), F32(-p.zero), F32(p.zero - 1)
@@ -102,4 +95,4 @@ def checker() -> Callable[..., tuple[float, float]]:
         types.NamedTuple(fields, Settings),  # type: ignore[no-untyped-call]
         types.int64[::1],
     )
-    return _jit(_check, signature)
+    return jit(_check, signature)
