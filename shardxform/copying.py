@@ -42,6 +42,7 @@ def copy_step(
         stopped()
         count = piece.source.length
         fs.copy(source(piece.source.file), piece.source.offset, target(piece.shard), piece.offset, count)
+        fs.done_with(source(piece.source.file), piece.source.offset, count)
         on_bytes(count)
     return {}
 

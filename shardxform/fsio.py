@@ -73,6 +73,15 @@ class FileSystem:
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(fd, start, min(_HINT, offset + count - start), os.POSIX_FADV_WILLNEED)
 
+    def done_with(self, fd: int, offset: int = 0, count: int = 0) -> None:
+        """Let the kernel forget a range, or the whole file, as far as it is on the disk. A hint, as above.
+
+        A job of tens of gigabytes would push everything else out of the page cache, and pay for every new page of it.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+
     def allocate(self, fd: int, size: int) -> None:
         """Reserve `size` bytes of disk. Raises OSError(ENOSYS) where there is no such call."""
         if hasattr(os, "posix_fallocate"):

@@ -300,6 +300,7 @@ class _OpenFiles:
     def sync(self) -> None:
         for fd in self._targets.values():
             self._output.fs.sync(fd)
+            self._output.fs.done_with(fd)
 
     def __enter__(self) -> _OpenFiles:
         return self

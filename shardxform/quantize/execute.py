@@ -121,6 +121,7 @@ def _read(ref: TensorRef, source: OpenSource, fs: FileSystem) -> NDArray[Any]:
     done = 0
     for piece in ref.ranges:
         fs.read_exact_into(source(piece.file), view[done : done + piece.length], piece.offset)
+        fs.done_with(source(piece.file), piece.offset, piece.length)
         done += piece.length
     return array
 
