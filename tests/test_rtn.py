@@ -627,4 +627,4 @@ def test_kernels_compile_where_no_cache_can_be_written() -> None:
 
     namespace: dict[str, Any] = {}
     exec("def twice(x):\n    return 2 * x", namespace)
-    assert kernels._jit(namespace["twice"])(21) == 42
+    assert kernels.jit(namespace["twice"])(21) == 42

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -50,7 +51,10 @@ class _Lazy(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where an error can still be told
+            return result
         except ShardxformError as e:
             message, code = str(e), e.exit_code
         except KeyboardInterrupt:
@@ -59,12 +63,21 @@ class _Lazy(click.Group):
             if e.errno == errno.EPIPE:  # click ends quietly
                 raise
             message, code = f"{e.filename or 'output'}: {e.strerror or e}", 1
+            _drop_stdout()
         if code == 130 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the way out
         if sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):
                 click.echo(f"shardxform: {message}", err=True)
         return ctx.exit(code)
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere: the interpreter would try it again on its way out, and fail again."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
