@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from shardxform.errors import ShardxformError
     from shardxform.manifest import Manifest
     from shardxform.plan import Plan
+    from shardxform.progress import Progress
     from shardxform.prune import ViewOptions, plan_prune
     from shardxform.quantize.convert import plan_convert
     from shardxform.quantize.planner import plan_quantize
-    from shardxform.runner import Progress, Report, RunOptions, run
+    from shardxform.runner import Report, RunOptions, run
     from shardxform.scheme import Scheme
     from shardxform.tensors import TensorSpec
     from shardxform.verification import VerifyReport, verify
@@ -54,7 +55,7 @@ _HOMES: Final = {
     "Checkpoint": "checkpoint",
     "Manifest": "manifest",
     "Plan": "plan",
-    "Progress": "runner",
+    "Progress": "progress",
     "Report": "runner",
     "RunOptions": "runner",
     "Scheme": "scheme",

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from shardxform import header
 from shardxform.errors import CheckpointError
-from shardxform.strictjson import JsonError, parse_object
+from shardxform.strictjson import JsonError, dumps, parse_object
 from shardxform.tensors import ByteRange, TensorRef
 
 __all__ = ["CONFIG", "INDEX", "Checkpoint", "Shard", "Sidecar", "is_plain_name", "scan"]
@@ -106,6 +106,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and the size and header of every shard: what it is, wherever it lies."""
+        shards = {shard.name: [shard.nbytes, shard.header_sha256] for shard in self.shards}
+        return hashlib.sha256(dumps({"config": dict(self.config), "shards": shards}).encode()).hexdigest()
 
 
 @dataclass(slots=True)

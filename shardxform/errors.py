@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "ExecutionError",
     "FamilyError",
+    "Interrupted",
     "ManifestError",
     "OutputError",
     "PlanError",
@@ -54,3 +55,9 @@ class ResumeError(OutputError):
 
 class ExecutionError(ShardxformError):
     """A step could not be carried out: bad weights, a source that changed under our feet, an I/O error."""
+
+
+class Interrupted(ShardxformError):
+    """Stopped on request, with all finished steps durable."""
+
+    exit_code = 130

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,33 +19,19 @@ from typing import Any
 
 from shardxform.checkpoint import CONFIG
 from shardxform.copying import copy_step
-from shardxform.errors import ExecutionError, ResumeError, ShardxformError
+from shardxform.errors import ExecutionError, Interrupted, ResumeError
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
 from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, removable, state_of
 from shardxform.output import Output
 from shardxform.plan import Copy, Plan, Step
+from shardxform.progress import Progress, peak_rss_bytes
 from shardxform.sharding import show_size
 
-__all__ = ["Interrupted", "Progress", "Report", "RunOptions", "run"]
+__all__ = ["Report", "RunOptions", "run"]
 
 Facts = Mapping[str, Any]
 """What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
-
-
-class Interrupted(ShardxformError):
-    """Stopped on request, with all finished steps durable."""
-
-    exit_code = 130
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is, in bytes written; `resumed` of them stem from an earlier run."""
-
-    done_bytes: int
-    total_bytes: int
-    resumed_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,17 +344,3 @@ def _named_errors(output: Output) -> Iterator[None]:
         where = e.filename or output.root
         safe = "; finished steps are safe, run the same command again to go on" if output.journal.exists() else ""
         raise ExecutionError(f"{where}: {e.strerror or e}{safe}") from e
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far, in bytes; 0 where the platform does not tell."""
-    with contextlib.suppress(OSError):  # Linux: unlike ru_maxrss, not inherited from the parent across exec
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,21 +15,27 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shardxform"
 # From bottom to top. A module imports only what stands before it, in its own row or in an earlier one.
 # A pattern stands for modules that do not import each other; list a module by name, before, when they do.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes"),
+    ("errors", "dtypes", "progress"),
     ("strictjson", "tensors"),
     ("header", "fsio"),
     ("checkpoint",),
     ("families.base", "families.parts", "families.*", "families", "layout"),
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
     ("manifest_import", "manifest", "scheme", "modules", "selection", "quantization_config"),
+    ("manifest_text", "saliency.storage", "saliency.saving", "saliency.statistics", "saliency.criteria"),
+    ("saliency.choosing", "saliency.plotting", "saliency"),
+    ("calibration.options", "calibration.readers", "calibration.hub", "calibration.documents"),
+    ("calibration.tokens", "calibration.windows", "calibration"),
     ("view", "inspection", "sharding", "plan", "copying", "prune", "quantize.planner", "quantize.execute"),
-    ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.repack", "runner"),
+    ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
+    ("forward", "forward.weights", "forward.experts", "forward.skeleton", "forward.work", "forward.passes"),
+    ("forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
     ("verification.values", "verification.kernels", "verification.rounding", "verification.data"),
     ("verification.source", "verification"),
     ("__init__",),
-    ("cli.console", "cli.options", "cli.planned", "cli.*", "cli", "__main__"),
+    ("cli.console", "cli.options", "cli.model_options", "cli.planned", "cli.*", "cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

@@ -16,12 +16,13 @@ from test_prune import manifest_of
 
 from shardxform import plan as plan_module
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import CheckpointError, ExecutionError, OutputError, ResumeError, ShardxformError
+from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError
 from shardxform.fsio import FileSystem
 from shardxform.outdir import state_of
 from shardxform.plan import Plan
+from shardxform.progress import Progress
 from shardxform.prune import ViewOptions, plan_prune
-from shardxform.runner import Interrupted, Progress, RunOptions, run
+from shardxform.runner import RunOptions, run
 
 SMALL = ViewOptions(max_shard_bytes=20_000)
 
@@ -113,7 +114,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_says_how_to_go_on(
     out = tmp_path / "out"
 
     def stop_halfway(progress: Progress) -> None:
-        if progress.done_bytes > progress.total_bytes / 2:
+        if progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="run the same command again") as caught:
@@ -130,7 +131,7 @@ def interrupted(source: Path, out: Path) -> Path:
     """An unfinished output with about half its steps done."""
 
     def stop(progress: Progress) -> None:
-        if progress.done_bytes > progress.total_bytes / 2:
+        if progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):

@@ -25,6 +25,10 @@ _COMMANDS: Final = {
     "quantize": "Round weights to 4 or 8 bits, pruning in the same pass when a manifest is given.",
     "convert": "Write a quantized checkpoint in another format or expert spelling, or in bfloat16.",
     "verify": "Check a checkpoint, and prove it against the source it was made from.",
+    "score": "Run a model over calibration data, block by block, and say what every expert did.",
+    "select": "Choose the experts to keep from a saliency file; write the keep manifest.",
+    "evaluate": "Perplexity of a checkpoint on held-out text, and its distance from a reference.",
+    "saliency": "Show saliency files, and add them up.",
     "manifest": "Show, check and convert keep manifests.",
 }
 

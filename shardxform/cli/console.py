@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import click
 
-from shardxform.runner import Progress
+from shardxform.progress import Progress, Unit
 from shardxform.sharding import show_size
 
-__all__ = ["count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table", "tell"]
+__all__ = ["amount", "count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table", "tell"]
 
 _PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal
 
@@ -95,32 +95,25 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[Progress], None] | N
 @contextlib.contextmanager
 def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import (
-        Progress as Bar,
-    )
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
+    started = time.monotonic()
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(label, total=None, amount="", rate="")
 
         def update(p: Progress) -> None:
-            if bar.tasks[0].total is None and p.resumed_bytes:
-                bar.console.print(f"going on: {gb(p.resumed_bytes)} of {gb(p.total_bytes)} were done already")
-            bar.update(task, total=p.total_bytes, completed=p.done_bytes)
+            if bar.tasks[0].total is None and p.resumed:
+                bar.console.print(f"going on: {_of(p.resumed, p)} were done already")
+            bar.update(task, total=p.total, completed=p.done, amount=_of(p.done, p), rate=_rate(p, started))
 
         yield update
 
@@ -133,13 +126,26 @@ def _plain(label: str) -> Callable[[Progress], None]:
     def update(p: Progress) -> None:
         nonlocal last, finished
         now = time.monotonic()
-        complete = p.done_bytes == p.total_bytes
+        complete = p.done == p.total
         if finished or (not complete and now - last < _PLAIN_SECONDS):
             return
         finished = complete
         last = now
-        rate = (p.done_bytes - p.resumed_bytes) / max(now - started, 1e-3)
-        eta = f", {(p.total_bytes - p.done_bytes) / rate:.0f} s left" if rate and not complete else ""
-        tell(f"{label}: {gb(p.done_bytes)} of {gb(p.total_bytes)}, {gb(rate)}/s{eta}")
+        pace = (p.done - p.resumed) / max(now - started, 1e-3)
+        eta = f", {(p.total - p.done) / pace:.0f} s left" if pace and not complete else ""
+        tell(f"{label}: {_of(p.done, p)}, {_rate(p, started)}{eta}")
 
     return update
+
+
+def _of(done: int, p: Progress) -> str:
+    return f"{gb(done)} of {gb(p.total)}" if p.unit == "bytes" else f"{short(done)} of {amount(p.total, p.unit)}"
+
+
+def _rate(p: Progress, started: float) -> str:
+    return f"{amount(int((p.done - p.resumed) / max(time.monotonic() - started, 1e-3)), p.unit)}/s"
+
+
+def amount(number: int, unit: Unit) -> str:
+    """A number of bytes or tokens as people say it."""
+    return gb(number) if unit == "bytes" else f"{short(number)} tokens"

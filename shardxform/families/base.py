@@ -100,6 +100,8 @@ class Mtp:
         prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
+        inputs: the tensors that make its input, in full, with `{l}` and `{decoder}` as in `prefix`: norm of the next
+            token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
         layer: templates beyond a decoder block's own ones.
         root: templates that exist once, with full names.
 
@@ -109,6 +111,7 @@ class Mtp:
     prefix: str
     follows_blocks: bool
     like: Callable[[Config], int]
+    inputs: tuple[str, str, str, str]
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
 

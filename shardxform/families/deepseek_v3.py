@@ -58,6 +58,12 @@ FAMILY: Final = Family(
         prefix="{decoder}layers.{l}.",
         follows_blocks=True,
         like=lambda config: size(config, "num_hidden_layers"),  # it is numbered as the block after the last
+        inputs=(
+            "{decoder}layers.{l}.enorm.weight",
+            "{decoder}layers.{l}.hnorm.weight",
+            "{decoder}layers.{l}.eh_proj.weight",
+            "{decoder}layers.{l}.shared_head.norm.weight",
+        ),
         layer=(
             Template("eh_proj.weight", "H,2*H", "mtp"),
             Template("enorm.weight", "H", "mtp"),

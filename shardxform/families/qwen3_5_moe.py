@@ -100,6 +100,12 @@ FAMILY: Final = Family(
         prefix="mtp.layers.{l}.",
         follows_blocks=False,
         like=_first_full_attention,
+        inputs=(
+            "mtp.pre_fc_norm_embedding.weight",
+            "mtp.pre_fc_norm_hidden.weight",
+            "mtp.fc.weight",
+            "mtp.norm.weight",
+        ),
         root=(
             Template("mtp.fc.weight", "H,2*H", "mtp"),
             Template("mtp.norm.weight", "H", "mtp"),

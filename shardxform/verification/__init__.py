@@ -16,7 +16,7 @@ from typing import Any, Final
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.manifest import Manifest
-from shardxform.runner import Progress, peak_rss_bytes
+from shardxform.progress import Progress, peak_rss_bytes
 from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of

@@ -21,8 +21,8 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.fsio import FileSystem
 from shardxform.layout import Layout, Place
+from shardxform.progress import Progress
 from shardxform.quantize.stored import Stored
-from shardxform.runner import Progress
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule

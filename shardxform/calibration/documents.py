@@ -1,0 +1,213 @@
+"""The data as a sequence of documents, and each document as pieces that are short enough to tokenize.
+
+Documents come in the order of the files and in file order, whatever the sizes of reads. A document is cut into pieces
+where the patterns of byte-level BPE split it anyway, so that its pieces give the tokens of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shardxform.calibration.hub import hub_files, is_hub_name
+from shardxform.calibration.options import DataOptions
+from shardxform.calibration.readers import KINDS, DataFile, Record, count, fields, kind_of, listed, read, runs
+from shardxform.errors import PlanError
+
+__all__ = ["PIECE", "Corpus", "Form", "Piece", "count_documents", "cut", "find_key", "open_corpus", "pieces", "sha256"]
+
+PIECE: Final = 1 << 18
+"""Characters after which a piece ends at the next seam of the text; at twice as many it ends anywhere."""
+
+# Between two lines, or before the one space between two words: the tokenizers' patterns split there anyway.
+_SEAM: Final = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """The files of the data, in order. `name` is for provenance, `revision` a commit id of the hub or empty."""
+
+    name: str
+    files: tuple[DataFile, ...]
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a record becomes text: the field it stands in, and what turns its value into text or refuses it."""
+
+    key: str
+    render: Callable[[Record], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Part of the text of a document; `document` counts through all files, `file` is an index, `last` ends it."""
+
+    file: int
+    document: int
+    text: str
+    last: bool
+
+
+def open_corpus(options: DataOptions) -> Corpus:
+    """Find the files that `options.data` names: a path when there is one, or else a hub data set.
+
+    Raises:
+        PlanError: neither, or no data file among them.
+
+    """
+    path = Path(options.data)
+    if _exists(path):
+        names = _listing(path) if path.is_dir() else [path]
+        return Corpus(name=_printable(path.resolve().name), files=tuple(_local(each) for each in names))
+    if not is_hub_name(options.data):
+        raise PlanError(f"{options.data}: no such file or directory, and no name of a hub data set (owner/name)")
+    revision, files = hub_files(options.data, whole=not options.pack)
+    return Corpus(name=options.data, files=files, revision=revision)
+
+
+def find_key(corpus: Corpus, options: DataOptions) -> str:
+    """Find the field that holds the documents, by the first record of the data.
+
+    Raises:
+        PlanError: none, or more than one that could be it, or plain text where fields are needed.
+
+    """
+    plain = next((file for file in corpus.files if file.kind == "text"), None)
+    if plain and options.chat_template:
+        raise PlanError(f"{plain.place}: expected conversations, for the chat template, found plain text")
+    for file in corpus.files:
+        if (names := fields(file)) is not None:
+            return _key_among(names, file.place, options)
+    if options.text_key:
+        raise PlanError(f"{options.data}: expected a field {options.text_key!r}, found nothing that has fields")
+    return "text"
+
+
+def count_documents(corpus: Corpus) -> int:
+    """Number of documents, from reading the files once without parsing them."""
+    return sum(count(file) for file in corpus.files)
+
+
+def pieces(corpus: Corpus, form: Form, wanted: Iterator[bool]) -> Iterator[Iterator[Piece]]:
+    """Yield for every file, in order, the pieces of its documents that are wanted; each file must be read to its end.
+
+    Takes one item of `wanted` a document. A document that is wanted has a last piece, be it empty. A file is not
+    touched before its pieces are asked for: it may have to be downloaded.
+
+    Raises:
+        PlanError: a file is unreadable or malformed, or a record has no such text.
+
+    """
+    numbers = itertools.count()
+    for index, file in enumerate(corpus.files):
+        texts = zip(_texts(file, form, wanted), numbers, strict=False)  # texts first: their end draws no number
+        yield _pieces(index, texts)
+
+
+def cut(text: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a text that comes in runs into pieces, and say which is the last; where does not depend on the runs."""
+    held, at = "", 0
+    for run in text:
+        held, at = held[at:] + run, 0
+        while len(held) - at > 2 * PIECE:
+            seam = _SEAM.search(held, at + PIECE, at + 2 * PIECE)
+            end = seam.end() if seam else at + 2 * PIECE
+            yield held[at:end], False
+            at = end
+    yield held[at:], True
+
+
+def sha256(corpus: Corpus, files: int) -> str:
+    """Digest of the first `files` files: of the content of a single one, else of their digests and names."""
+    digests = [_digest(file) for file in corpus.files[:files]]
+    if len(corpus.files) == 1:
+        return digests[0]
+    listing = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, corpus.files[:files], strict=True))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+# -- finding -------------------------------------------------------------------------------------------------------
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        return False
+
+
+def _listing(folder: Path) -> list[Path]:
+    """The data files in a folder, by name; folders in it and hidden files are not looked at."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as e:
+        raise PlanError(f"{folder}: {e.strerror or e}") from e
+    found = [folder / name for name in names if kind_of(name) and (folder / name).is_file()]
+    if not found:
+        raise PlanError(f"{folder}: expected {', '.join(KINDS)} files in it, found none")
+    return found
+
+
+def _local(path: Path) -> DataFile:
+    kind = kind_of(path.name)
+    if kind is None:
+        raise PlanError(f"{path}: expected a file whose name ends in one of {', '.join(KINDS)}")
+    if not path.is_file():
+        raise PlanError(f"{path}: expected a regular file")
+    return DataFile(name=_printable(path.name), place=str(path), kind=kind, fetch=lambda: path)
+
+
+def _printable(name: str) -> str:
+    """The name of a file as text that can be encoded, whatever its bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
+    usual = ("messages", "conversations") if options.chat_template else ("text", "content")
+    expected = (options.text_key,) if options.text_key else usual
+    found = [name for name in expected if name in names]
+    if not found:
+        which = " or ".join(repr(name) for name in expected)
+        needs = "; conversations need the chat template" if "messages" in names and not options.chat_template else ""
+        raise PlanError(f"{place}: expected a field {which}, found {listed(names)}{needs}")
+    if options.chat_template and len(found) > 1:
+        raise PlanError(f"{place}: expected one field of conversations, found both 'messages' and 'conversations'")
+    return found[0]
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def _texts(file: DataFile, form: Form, wanted: Iterator[bool]) -> Iterator[Iterable[str] | None]:
+    """Yield every document of a file as runs of text, or None for one that is not wanted."""
+    if file.kind == "text":
+        yield runs(file) if next(wanted, False) else None
+        return
+    for record in read(file, form.key, wanted):
+        yield None if record is None else (form.render(record),)
+
+
+def _pieces(file: int, texts: Iterable[tuple[Iterable[str] | None, int]]) -> Iterator[Piece]:
+    for text, number in texts:
+        if text is not None:
+            yield from (Piece(file=file, document=number, text=part, last=last) for part, last in cut(text))
+
+
+def _digest(file: DataFile) -> str:
+    digest = hashlib.sha256()
+    path = file.fetch()
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while data := stream.read(1 << 20):
+                digest.update(data)
+    except OSError as e:
+        raise PlanError(f"{file.place}: {e.strerror or e}") from e
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+"""Records of one data file, one at a time: JSON lines, a JSON array, parquet; and plain text in runs.
+
+Files of any size are streamed: one line, one batch of rows or one run of characters is held. Whatever is malformed is
+refused with file and line. Which records make up the data, and what becomes of them, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Literal
+
+from shardxform.errors import PlanError
+from shardxform.strictjson import JsonError, parse_object
+
+__all__ = [
+    "KINDS",
+    "MAX_RECORD_BYTES",
+    "DataFile",
+    "Kind",
+    "Record",
+    "count",
+    "fields",
+    "kind_of",
+    "listed",
+    "read",
+    "runs",
+]
+
+Kind = Literal["jsonl", "json", "parquet", "text"]
+
+KINDS: Final[dict[str, Kind]] = {
+    ".jsonl": "jsonl",
+    ".json-lines": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+}
+MAX_RECORD_BYTES: Final = 64 << 20
+_RUN_BYTES: Final = 1 << 18
+_ROWS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile:
+    """One file of the data.
+
+    Attributes:
+        name: for provenance; no path of this machine.
+        place: for messages.
+        kind: how it is read.
+        fetch: gives its local path; a file of a hub data set is downloaded then.
+
+    """
+
+    name: str
+    place: str
+    kind: Kind
+    fetch: Callable[[], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The value of one record's field, and its place for messages."""
+
+    place: str
+    value: object
+
+
+def kind_of(name: str) -> Kind | None:
+    """How a file of this name is read; None when it is no data file."""
+    return KINDS.get(Path(name).suffix.lower())
+
+
+def count(file: DataFile) -> int:
+    """Number of documents of a file, from as little as tells it; a plain text is one.
+
+    Raises:
+        PlanError: unreadable.
+
+    """
+    if file.kind == "text":
+        return 1
+    if file.kind == "parquet":
+        with _parquet(file) as table:
+            return int(table.metadata.num_rows)
+    return sum(1 for _ in _entries(file))
+
+
+def fields(file: DataFile) -> tuple[str, ...] | None:
+    """Names of the fields of a file's first record, or its columns; None when it has no record, or no fields.
+
+    Raises:
+        PlanError: unreadable.
+
+    """
+    if file.kind == "text":
+        return None
+    if file.kind == "parquet":
+        with _parquet(file) as table:
+            return tuple(table.schema_arrow.names)
+    with contextlib.closing(_entries(file)) as entries:
+        first = next(entries, None)
+    return tuple(_object(first[1], first[0])) if first else None
+
+
+def read(file: DataFile, key: str, wanted: Iterator[bool]) -> Iterator[Record | None]:
+    """Yield the field `key` of every record, or None for one that is not wanted, which is not parsed either.
+
+    Takes one item of `wanted` a record, so that one iterator serves several files.
+
+    Raises:
+        PlanError: unreadable or malformed, or a wanted record without the field.
+
+    """
+    if file.kind == "parquet":
+        yield from _rows(file, key, wanted)
+        return
+    for place, raw in _entries(file):
+        if not next(wanted, False):
+            yield None
+            continue
+        record = _object(raw, place)
+        if key not in record:
+            raise PlanError(f"{place}: expected a field {key!r}, found {listed(record)}")
+        yield Record(place, record[key])
+
+
+def runs(file: DataFile) -> Iterator[str]:
+    """Yield a plain text in runs of characters. A byte order mark at its start is no part of it.
+
+    Raises:
+        PlanError: unreadable, or not UTF-8.
+
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    at = 0
+    with _opened(file) as stream:
+        while data := stream.read(_RUN_BYTES):
+            yield _decoded(decoder, data, file, at)
+            at += len(data)
+    yield _decoded(decoder, b"", file, at)
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _entries(file: DataFile) -> Generator[tuple[str, object], None, None]:
+    """Yield (place, line or parsed element) of every record; a `.json` file is an array or JSON lines."""
+    with _opened(file) as stream:
+        if file.kind == "json" and stream.peek(_ROWS).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+            yield from _elements(file, stream.read(MAX_RECORD_BYTES + 1))
+            return
+        number = 0
+        while line := stream.readline(MAX_RECORD_BYTES + 1):
+            number += 1
+            if len(line) > MAX_RECORD_BYTES:
+                raise PlanError(f"{file.place}:{number}: expected a line of at most 64 MiB, found a longer one")
+            if not line.isspace():
+                yield f"{file.place}:{number}", line
+
+
+def _elements(file: DataFile, data: bytes) -> Iterator[tuple[str, object]]:
+    """Yield the elements of a JSON array, which is held whole."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise PlanError(f"{file.place}: expected a JSON array of at most 64 MiB, or one record a line in a .jsonl file")
+    try:
+        parsed = parse_object(b'{"":' + data + b"}")
+    except JsonError as e:
+        raise PlanError(f"{file.place}: expected an array of records: {e}") from e
+    if len(parsed) != 1:  # text after the array that closed our object in a way of its own
+        raise PlanError(f"{file.place}: expected an array of records, found something after it")
+    for number, element in enumerate(parsed[""], start=1):
+        yield f"{file.place}: record {number}", element
+
+
+def _object(raw: object, place: str) -> dict[str, Any]:
+    if isinstance(raw, bytes):
+        try:
+            return parse_object(raw)
+        except JsonError as e:
+            raise PlanError(f"{place}: {e}") from e
+    if not isinstance(raw, dict):
+        raise PlanError(f"{place}: expected an object, found {type(raw).__name__}")
+    return raw
+
+
+def listed(names: Collection[str]) -> str:
+    """Names in a message: a few of them, quoted, since they are a stranger's."""
+    shown = [repr(name[:40]) for name in list(names)[:8]]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") or "none"
+
+
+# -- parquet -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _parquet(file: DataFile) -> Iterator[Any]:
+    """A parquet file, opened; errors of the reader become refusals."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as e:
+        raise PlanError(f"{file.place}: reading parquet needs pyarrow: pip install pyarrow") from e
+    path = file.fetch()
+    try:
+        with parquet.ParquetFile(path) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise PlanError(f"{file.place}: not readable as parquet: {str(e).splitlines()[0][:200]}") from e
+
+
+def _rows(file: DataFile, key: str, wanted: Iterator[bool]) -> Iterator[Record | None]:
+    with _parquet(file) as table:
+        names = table.schema_arrow.names
+        if names.count(key) != 1:
+            raise PlanError(f"{file.place}: expected one column {key!r}, found {listed(names)}")
+        cells = (cell for batch in table.iter_batches(batch_size=_ROWS, columns=[key]) for cell in batch.column(key))
+        for number, cell in enumerate(cells, start=1):
+            yield Record(f"{file.place}: row {number}", cell.as_py()) if next(wanted, False) else None
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(file: DataFile) -> Iterator[BinaryIO]:
+    path = file.fetch()
+    try:
+        with path.open("rb") as stream:
+            yield stream
+    except OSError as e:
+        raise PlanError(f"{file.place}: {e.strerror or e}") from e
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, data: bytes, file: DataFile, at: int) -> str:
+    """Decode the bytes that stand at offset `at`, the last ones when there are none."""
+    held = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(data, final=not data)
+    except UnicodeDecodeError as e:
+        raise PlanError(f"{file.place}: expected UTF-8, found another byte at {at - held + e.start}") from e

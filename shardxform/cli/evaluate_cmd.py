@@ -1,0 +1,157 @@
+"""`shardxform evaluate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short, table
+from shardxform.cli.model_options import data_options, device_options, load_data, make_precision, require
+from shardxform.cli.options import json_option, manifest_option
+from shardxform.cli.planned import load_manifest
+from shardxform.errors import SchemeError
+from shardxform.progress import peak_rss_bytes
+from shardxform.view import pruned_view
+
+if TYPE_CHECKING:
+    from shardxform.calibration import Windows
+    from shardxform.evaluation import Comparison, EvaluateOptions, Evaluation
+
+__all__ = ["command"]
+
+_WORK: Final = "shardxform-evaluate.work"
+
+
+@click.command("evaluate")
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@manifest_option
+@click.option(
+    "--against", metavar="REF", type=click.Path(path_type=Path), help="Reference, such as the 16-bit source: compare."
+)
+@data_options
+@device_options
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the errors of the blocks, as PNG.")
+@click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
+@json_option
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+def command(
+    checkpoint: Path,
+    manifest: Path | None,
+    against: Path | None,
+    device: str,
+    dtype: str,
+    work: Path | None,
+    plot: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **data: Any,  # noqa: ANN401
+) -> None:
+    """Measure CKPT on held-out text, block by block: perplexity, and with --against how far it is from REF.
+
+    CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
+    in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
+    """
+    tested = _view(Checkpoint.open(checkpoint), manifest)
+    reference = Checkpoint.open(against) if against else None
+    if plot:
+        if reference is None:
+            raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
+        require("matplotlib")
+    windows = load_data(checkpoint, data)
+    precision = make_precision(device, dtype)
+    from shardxform.evaluation import EvaluateOptions, evaluate
+
+    options = EvaluateOptions(precision=precision, work=work or Path(_WORK))
+    if dry_run:
+        _show(tested, reference, windows, options, as_json)
+        return
+    started = time.monotonic()
+    with interruptible(), progress("evaluate", quiet) as options.on_progress:
+        found = evaluate(tested, windows, options, reference)
+    if plot and found.against:
+        from shardxform.evaluation_plot import draw
+
+        draw(found.against, plot, title=f"{checkpoint.name} against {against.name if against else ''}")
+    if as_json:
+        print_json(_facts(found, windows, time.monotonic() - started))
+    else:
+        _report(found, checkpoint, manifest, against, time.monotonic() - started)
+
+
+def _view(checkpoint: Checkpoint, manifest: Path | None) -> Checkpoint:
+    if manifest is None:
+        return checkpoint
+    if checkpoint.config.get("quantization_config"):
+        raise SchemeError(f"{checkpoint.root}: quantized; --manifest prunes 16-bit checkpoints only")
+    return pruned_view(checkpoint, load_manifest(manifest, checkpoint)).checkpoint
+
+
+def _show(
+    tested: Checkpoint, reference: Checkpoint | None, windows: Windows, options: EvaluateOptions, as_json: bool
+) -> None:
+    from shardxform.forward.estimate import estimate
+
+    chains = {"tested": tested} | ({"reference": reference} if reference else {})
+    needs = estimate(chains, windows, options.precision)
+    if as_json:
+        print_json({"checkpoint": str(tested.root), "data": dict(windows.provenance), **needs})
+        return
+    click.echo(f"evaluate {tested.root}  (dry run: nothing is written)")
+    rows(
+        [
+            ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
+            ("blocks", f"{needs['blocks']} of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}"),
+            ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
+            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
+        ]
+    )
+
+
+def _facts(found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
+    against = found.against
+    return {
+        "perplexity": found.perplexity,
+        "windows": found.windows,
+        "tokens": found.tokens,
+        "data": dict(windows.provenance),
+        "against": against
+        and {
+            "perplexity": against.perplexity,
+            "kl": against.kl,
+            "kl_standard_error": against.kl_error,
+            "top1_agreement": against.top1,
+            "block_errors": list(against.block_errors),
+        },
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against: Path | None, seconds: float) -> None:
+    seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
+    click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
+    lines = [("perplexity", f"{found.perplexity:.4f}")]
+    if found.against:
+        change = found.perplexity / found.against.perplexity - 1
+        lines += [
+            ("reference", f"{found.against.perplexity:.4f} ({against}); this is {change:+.2%}"),
+            ("KL divergence", f"{found.against.kl:.6f} +- {found.against.kl_error:.6f} nats"),
+            ("same choice", f"{found.against.top1:.2%} of positions"),
+        ]
+    rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
+    if found.against:
+        click.echo()
+        table(("block", "error of its output", "added"), _block_lines(found.against))
+
+
+def _block_lines(against: Comparison) -> list[tuple[str, ...]]:
+    before = (0.0, *against.block_errors)
+    return [
+        (str(layer), f"{error:.4%}", f"{error - before[layer]:+.4%}")
+        for layer, error in enumerate(against.block_errors)
+    ]

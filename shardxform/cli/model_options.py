@@ -1,0 +1,131 @@
+"""Options of the commands that run the model over token windows, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardxform.calibration import PRESETS, DataOptions, Windows
+from shardxform.cli.console import tell
+from shardxform.errors import PlanError
+
+if TYPE_CHECKING:
+    from shardxform.forward.weights import Precision
+
+__all__ = ["data_options", "device_options", "load_data", "make_precision", "require"]
+
+_DATA_KEYS = ("data", "samples", "seqlen", "seed", "text_key")
+
+
+def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which text, and how it is cut into windows."""
+    for option in (
+        click.option("--text-key", metavar="KEY", help="Field or column of the documents.  [default: text]"),
+        click.option("--chat-template", is_flag=True, help="Documents are conversations: render the chat template."),
+        click.option(
+            "--no-pack",
+            is_flag=True,
+            help="One document a window, cut at --seqlen, shorter ones passed over, in an order that --seed gives.",
+        ),
+        click.option("--seed", type=click.IntRange(0), help="Where data are sampled.  [default: 42]"),
+        click.option("--seqlen", type=click.IntRange(2), help="Tokens of a window.  [default: 2048]"),
+        click.option("--samples", type=click.IntRange(1), help="Windows.  [default: 256]"),
+        click.option(
+            "--preset", type=click.Choice(sorted(PRESETS)), help="reference: NeelNanda/pile-10k, 256 x 2048, unpacked."
+        ),
+        click.option(
+            "--data",
+            metavar="D",
+            help="Text: .jsonl, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the model is computed, and where hidden states lie meanwhile."""
+    for option in (
+        click.option(
+            "--work",
+            metavar="DIR",
+            type=click.Path(path_type=Path),
+            help="Directory for hidden states while the command runs; removed at its end.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            show_default=True,
+            help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.",
+        ),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where the model is computed: cpu, cuda, cuda:1."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def load_data(root: Path, given: dict[str, Any]) -> Windows:
+    """Take the data options out of `given`, and read what they name with the tokenizer of the checkpoint.
+
+    Raises:
+        PlanError: no data named, or none found; see `calibration.load_windows`.
+
+    """
+    chosen = {key: value for key in _DATA_KEYS if (value := given.pop(key)) is not None}
+    preset, no_pack, chat = given.pop("preset"), given.pop("no_pack"), given.pop("chat_template")
+    if preset is None and "data" not in chosen:
+        raise click.UsageError("Missing option '--data' or '--preset'.")
+    require("transformers")
+    base = PRESETS[preset] if preset else DataOptions(data=chosen["data"])
+    options = replace(base, **chosen, pack=base.pack and not no_pack, chat_template=base.chat_template or chat)
+    from shardxform.calibration import load_windows
+
+    windows = load_windows(root, options)
+    for note in windows.notes:
+        tell(f"note: {note}")
+    return windows
+
+
+def make_precision(device: str, dtype: str) -> Precision:
+    """Find the device.
+
+    Raises:
+        PlanError: torch or transformers is not installed, or there is no such device here.
+
+    """
+    require("torch", "transformers")
+    import torch
+    from transformers.utils import logging
+
+    from shardxform.forward.weights import Precision
+
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place)
+    except (AssertionError, NotImplementedError, RuntimeError) as e:
+        raise PlanError(f"--device {device}: {str(e).splitlines()[0]}") from e
+    types = {"auto": torch.float32 if place.type == "cpu" else torch.bfloat16}
+    return Precision(place, types.get(dtype) or getattr(torch, dtype))
+
+
+def require(*libraries: str) -> None:
+    """Refuse to go on without libraries that only some commands need.
+
+    Raises:
+        PlanError: names what is missing and how to get it.
+
+    """
+    for name in libraries:
+        if find_spec(name) is None:
+            raise PlanError(f"this command needs {name}: pip install 'shardxform[models]'")

@@ -1,0 +1,146 @@
+"""`shardxform score`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short
+from shardxform.cli.model_options import data_options, device_options, load_data, make_precision
+from shardxform.cli.options import json_option, source_argument
+from shardxform.errors import OutputError
+from shardxform.progress import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from shardxform.calibration import Windows
+    from shardxform.saliency import Saliency
+    from shardxform.scoring import ScoreOptions
+
+__all__ = ["command"]
+
+
+@click.command("score")
+@source_argument
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Saliency file to write, such as saliency.safetensors.",
+)
+@data_options
+@device_options
+@click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
+@json_option
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+def command(
+    source: Path,
+    output: Path,
+    device: str,
+    dtype: str,
+    work: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **data: Any,  # noqa: ANN401
+) -> None:
+    """Run SRC over calibration data, block by block, and write what every routed expert did.
+
+    Counts and sums are stored, so that `select` makes any criterion of them, REAP first, and `saliency add` joins runs.
+    Interrupted, the same command goes on after the last finished block.
+    """
+    checkpoint = Checkpoint.open(source)
+    windows = load_data(source, data)
+    precision = make_precision(device, dtype)
+    from shardxform.scoring import ScoreOptions, score
+
+    work = work or output.with_name(output.name + ".work")
+    options = ScoreOptions(precision=precision, work=work)
+    existing = _existing(output, checkpoint, windows, options)
+    if dry_run:
+        _show(checkpoint, windows, options, output, as_json)
+        return
+    if existing is None:
+        with interruptible(), progress("score", quiet) as options.on_progress:
+            existing = score(checkpoint, windows, options)
+        existing.save(output)
+        _remove_work(options, checkpoint, windows)
+    elif not as_json:
+        click.echo(f"{output}: already complete, made from the same inputs; nothing written")
+    _report(existing, output, as_json)
+
+
+def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency | None:
+    """What an earlier run of the same command wrote; refuses any other file."""
+    from shardxform.saliency import Saliency
+    from shardxform.scoring import score_fingerprint
+
+    if not os.path.lexists(output):
+        return None
+    found = Saliency.load(output)
+    marks = [run.get("fingerprint") for run in found.runs]
+    if marks != [score_fingerprint(checkpoint, windows, options)]:
+        raise OutputError(f"{output}: holds a saliency of another run; name a file that does not exist yet")
+    return found
+
+
+def _remove_work(options: ScoreOptions, checkpoint: Checkpoint, windows: Windows) -> None:
+    from shardxform.forward.work import WorkDir
+    from shardxform.scoring import score_fingerprint
+
+    with WorkDir(options.work, score_fingerprint(checkpoint, windows, options)) as work:
+        work.remove()
+
+
+def _show(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, output: Path, as_json: bool) -> None:
+    from shardxform.forward.estimate import estimate
+
+    needs = estimate({"scored": checkpoint}, windows, options.precision)
+    if as_json:
+        print_json({"source": str(checkpoint.root), "output": str(output), "data": dict(windows.provenance), **needs})
+        return
+    click.echo(f"score {checkpoint.root} -> {output}  (dry run: nothing is written)")
+    rows(
+        [
+            ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
+            ("blocks", f"{needs['blocks']}, in {needs['dtype']} on {needs['device']}"),
+            ("reads", f"up to {gb(needs['read_bytes'])}, once"),
+            ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
+            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
+        ]
+    )
+
+
+def _report(saliency: Saliency, output: Path, as_json: bool) -> None:
+    layers = [*saliency.layers.values(), *saliency.mtp_layers.values()]
+    unreached = [int((stats.count_E == 0).sum()) for stats in layers]
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "model": dict(saliency.model),
+                "tokens": saliency.tokens,
+                "layers": len(saliency.layers),
+                "mtp_layers": len(saliency.mtp_layers),
+                "never_reached": unreached,
+                "runs": [dict(run) for run in saliency.runs],
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+        )
+        return
+    click.echo(f"{output}: complete and durable")
+    scored = count(len(saliency.layers), "layer")
+    mtp = f" and {count(len(saliency.mtp_layers), 'MTP layer')}" if saliency.mtp_layers else ""
+    rows(
+        [
+            ("scored", f"{scored}{mtp} of {saliency.num_experts} experts, {saliency.tokens:,} tokens"),
+            ("never reached", f"{sum(unreached)} experts" if any(unreached) else "no expert"),
+            ("memory", f"{gb(peak_rss_bytes())} peak"),
+            ("go on", f"shardxform select {output} --keep {saliency.num_experts // 2} -o keep.json"),
+        ]
+    )

@@ -1,0 +1,234 @@
+"""One or several models run over the same token windows in step, block by block, resumably.
+
+Hidden states live in the work directory between blocks. A visitor sees what every expert and every block puts out and
+gives facts of each block, which are recorded with it. The next block is asked of the disk while one computes.
+"""
+
+# N: sequences, T: positions, B: sequences of a batch, H: hidden size.
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+
+from shardxform.calibration import Windows
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import Interrupted
+from shardxform.forward.experts import Observer
+from shardxform.forward.skeleton import Block, Skeleton
+from shardxform.forward.work import HiddenFile, WorkDir
+from shardxform.plan import source_inputs
+from shardxform.progress import OnProgress, Progress
+from shardxform.strictjson import dumps
+
+__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "run_pass"]
+
+BATCH_TOKENS: Final = 2048
+"""Tokens that go through a block at once; whole sequences, at least one. Part of what decides the last bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences `start`..`stop - 1` of the windows.
+
+    Attributes:
+        ids_BT: token ids.
+        valid_BT: True where there is a token, False at padding.
+
+    """
+
+    start: int
+    stop: int
+    ids_BT: torch.Tensor
+    valid_BT: torch.Tensor
+
+    def mask(self) -> torch.Tensor | None:
+        """Attention mask [B, T] as models take it; None when nothing is padded."""
+        return None if bool(self.valid_BT.all()) else self.valid_BT.long()
+
+
+class Visitor(Protocol):
+    """What looks on while blocks are run."""
+
+    def observer(self, chain: str) -> Observer | None:
+        """Who sees the outputs of the experts of this chain."""
+        ...
+
+    def begin(self, layer: int) -> None:
+        """Forget the block before: `layer` begins."""
+        ...
+
+    def before(self, batch: Batch) -> None:
+        """A batch is about to go through the block."""
+        ...
+
+    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:
+        """A batch went through the block of every chain; `hidden` is what left it, [B, T, H]."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the block gave, as plain JSON."""
+        ...
+
+
+@dataclass(slots=True)
+class Pass:
+    """A forward pass over all blocks.
+
+    Attributes:
+        windows: the tokens.
+        chains: the models by name; all have as many blocks and the same hidden size.
+        work: where hidden states and facts are kept; entered by the caller.
+        on_progress: called after every batch.
+        extra_tokens: tokens that the caller will process after the blocks, for the progress.
+
+    """
+
+    windows: Windows
+    chains: Mapping[str, Skeleton]
+    work: WorkDir
+    on_progress: OnProgress | None = None
+    extra_tokens: int = 0
+    _done: int = field(default=0, init=False)
+    _resumed: int = field(default=0, init=False)
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks of every chain."""
+        return next(iter(self.chains.values())).num_blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that go through one block of all chains."""
+        return int(self.windows.lengths_N.sum()) * len(self.chains)
+
+    def hidden(self, chain: str, number: int) -> HiddenFile:
+        """Hidden states of a chain that enter block `number`, or leave the last one."""
+        skeleton = self.chains[chain]
+        shape = (*self.windows.ids_NT.shape, skeleton.hidden_size)
+        return self.work.hidden(chain, number, shape, skeleton.weights.precision.dtype)
+
+    def progressed(self, tokens: int, *, resumed: bool = False) -> None:
+        """Count tokens as done."""
+        self._done += tokens
+        self._resumed += tokens if resumed else 0
+        if self.on_progress:
+            total = self.block_tokens * self.num_blocks + self.extra_tokens
+            self.on_progress(Progress(self._done, total, self._resumed, "tokens"))
+
+
+def run_pass(job: Pass, visitor: Visitor) -> list[Mapping[str, Any]]:
+    """Run every block of every chain over all windows, or go on where an earlier run stopped.
+
+    The hidden states that leave the last block stay in the work directory.
+
+    Returns:
+        the visitor's facts of every block.
+
+    Raises:
+        Interrupted: KeyboardInterrupt; every finished block is durable.
+        OutputError: the disk is too small for the hidden states.
+
+    """
+    job.work.refuse_too_little_space(2 * sum(job.hidden(chain, 0).nbytes for chain in job.chains))
+    done = 0
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(1, thread_name_prefix="ahead") as ahead:
+            _embed(job)
+            for layer in range(job.num_blocks):
+                if _name(layer) in job.work.steps:
+                    job.progressed(job.block_tokens, resumed=True)
+                    _remove_inputs(job, layer)  # a crash may have left them
+                else:
+                    ahead.submit(_read_ahead, job, layer + 1)
+                    _run_block(job, layer, visitor)
+                done = layer + 1
+    except KeyboardInterrupt as e:
+        raise Interrupted(
+            f"stopped: {done} of {job.num_blocks} blocks are safe in {job.work.root};"
+            " run the same command again to go on"
+        ) from e
+    return [job.work.steps[_name(layer)] for layer in range(job.num_blocks)]
+
+
+def batches(windows: Windows) -> Iterator[Batch]:
+    """Cut the windows into batches of whole sequences."""
+    count, length = windows.ids_NT.shape
+    size = max(1, BATCH_TOKENS // length)
+    positions = torch.arange(length)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        ids_BT = torch.from_numpy(windows.ids_NT[start:stop]).long()
+        lengths_B = torch.from_numpy(windows.lengths_N[start:stop])
+        yield Batch(start, stop, ids_BT, positions < lengths_B[:, None])
+
+
+def fingerprint(purpose: str, checkpoints: Mapping[str, Checkpoint], windows: Windows, **settings: object) -> str:
+    """What decides the bytes of a pass: sources with their times of change, tokens, and settings."""
+    sources = {
+        name: {
+            **source_inputs(checkpoint, {}),
+            "times": [shard.mtime_ns for shard in checkpoint.shards],
+            "tensors": hashlib.sha256(repr(list(checkpoint.tensors.values())).encode()).hexdigest(),
+        }
+        for name, checkpoint in checkpoints.items()
+    }
+    facts = {"purpose": purpose, "sources": sources, "windows": windows.fingerprint, **settings}
+    return hashlib.sha256(dumps(facts).encode()).hexdigest()
+
+
+def _name(layer: int) -> str:
+    return f"block {layer}"
+
+
+def _embed(job: Pass) -> None:
+    """The hidden states that enter the first block."""
+    if "embeddings" in job.work.steps:
+        return
+    for name, skeleton in job.chains.items():
+        with job.hidden(name, 0).writing() as out:
+            for batch in batches(job.windows):
+                out.put(batch.start, skeleton.embed(batch.ids_BT))
+    job.work.record("embeddings", {})
+
+
+def _read_ahead(job: Pass, layer: int) -> None:
+    """Ask the disk for the next block, unless so few tokens pass that many of its experts will not be reached."""
+    for skeleton in job.chains.values():
+        tokens = job.windows.ids_NT.size
+        if layer < job.num_blocks and tokens * skeleton.layout.top_k >= 8 * skeleton.layout.num_experts:
+            skeleton.weights.will_need(skeleton.prefix(layer))
+
+
+def _run_block(job: Pass, layer: int, visitor: Visitor) -> None:
+    visitor.begin(layer)
+    with contextlib.ExitStack() as stack:
+        blocks: dict[str, Block] = {}
+        for name, skeleton in job.chains.items():
+            blocks[name] = stack.enter_context(skeleton.block(layer, visitor.observer(name)))
+        readers = {name: stack.enter_context(job.hidden(name, layer).reading()) for name in blocks}
+        writers = {name: stack.enter_context(job.hidden(name, layer + 1).writing()) for name in blocks}
+        for batch in batches(job.windows):
+            visitor.before(batch)
+            hidden: dict[str, torch.Tensor] = {}
+            for name, block in blocks.items():
+                device = job.chains[name].weights.precision.device
+                mask_BT = batch.mask()
+                entering_BTH = readers[name].rows(batch.start, batch.stop).to(device)
+                hidden[name] = block(entering_BTH, None if mask_BT is None else mask_BT.to(device))
+                writers[name].put(batch.start, hidden[name])
+            visitor.after(batch, hidden)
+            job.progressed(int(batch.valid_BT.sum()) * len(blocks))
+    job.work.record(_name(layer), visitor.facts())
+    _remove_inputs(job, layer)
+
+
+def _remove_inputs(job: Pass, layer: int) -> None:
+    for name in job.chains:
+        job.hidden(name, layer).remove()

@@ -1,0 +1,294 @@
+"""A model without weights: transformers' own modules on the meta device, filled one decoder block at a time.
+
+Whatever surrounds a block is the model's own code too: its `forward` is called with all blocks but one passing their
+input through, so that masks, rotary embeddings and positions are made as the model makes them.
+"""
+
+# B: sequences, T: positions, H: hidden size, V: vocabulary.
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shardxform.errors import CheckpointError, FamilyError
+from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
+from shardxform.forward.weights import Weights
+from shardxform.layout import Layout
+from shardxform.tensors import TensorRef
+
+__all__ = ["Skeleton"]
+
+_META: Final = torch.device("meta")
+
+
+class Skeleton:
+    """The modules of one checkpoint's model.
+
+    Attributes:
+        weights: where tensors are read.
+        layout: of the checkpoint.
+
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        """Make the model on the meta device.
+
+        Raises:
+            FamilyError: transformers does not take the config.
+
+        """
+        self.weights = weights
+        self.layout = weights.layout
+        self._model = _meta_model(self.layout, weights)
+        self._decoder: Any = self._model.get_decoder()
+        self._blocks: list[nn.Module] = list(self._decoder.layers)
+        self._norm: nn.Module = self._decoder.norm
+        for module in (*self._blocks, self._norm):
+            _pass_through(module)
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a hidden state."""
+        return int(self._model.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        return int(self._model.config.vocab_size)
+
+    # -- before and after the blocks ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] that enter the first block; reads the embeddings of the tokens that occur."""
+        unique, local_BT = torch.unique(ids_BT, return_inverse=True)
+        rows = self.weights.rows(self._embeddings, unique.tolist())
+        table = self._decoder.embed_tokens
+        with _filled(table, {"weight": rows}):
+            hidden: torch.Tensor = self._decoder(input_ids=local_BT.to(rows.device), use_cache=False).last_hidden_state
+        return hidden
+
+    @contextlib.contextmanager
+    def final_norm(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Load the final norm: a function of hidden states [B, T, H] that left the last block."""
+        norm = self.weights.tensor(f"{self.layout.wrapper.prefix}norm.weight")
+        with _filled(self._norm, {"weight": norm}):
+            yield self._normed
+
+    @contextlib.contextmanager
+    def head(self, shared: torch.Tensor | None = None) -> Iterator[Head]:
+        """Load the final norm and the output head; `shared` is the same head, loaded for another model."""
+        with self.final_norm():
+            yield Head(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared)
+
+    def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        with _computing(self._norm):
+            return self.call(hidden_BTH, None)
+
+    @property
+    def head_ref(self) -> TensorRef:
+        """Where the output head lies: a tensor of its own, or the embeddings."""
+        tied = self.layout.family.holds("tied", self.layout.text, -1)
+        return self.weights.ref(self._embeddings if tied else "lm_head.weight")
+
+    @property
+    def _embeddings(self) -> str:
+        return f"{self.layout.wrapper.prefix}embed_tokens.weight"
+
+    # -- blocks -------------------------------------------------------------------------------------------------
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a decoder block's tensors begin with."""
+        return f"{self.layout.wrapper.prefix}layers.{layer}."
+
+    @contextlib.contextmanager
+    def block(self, layer: int, observer: Observer | None = None) -> Iterator[Block]:
+        """Load decoder block `layer`, but for its routed experts, which are read as tokens reach them.
+
+        Raises:
+            CheckpointError: a tensor of the block is missing or has another shape than the model wants.
+
+        """
+        with self.block_of("block", layer, self.prefix(layer), observer, as_layer=layer) as block:
+            yield block
+
+    @contextlib.contextmanager
+    def block_of(
+        self, scope: str, layer: int, prefix: str, observer: Observer | None, *, as_layer: int
+    ) -> Iterator[Block]:
+        """Load what is under `prefix` into the module of decoder block `as_layer`: an MTP layer is built like one."""
+        module = self._blocks[as_layer]
+        experts = experts_module(module)
+        bank = ExpertBank(lambda e: self.weights.expert(scope, layer, e), self.weights.precision, observer)
+        with _filled(module, dict(self._block_tensors(module, experts, prefix))):
+            if experts is not None:
+                attach(experts, bank)
+            try:
+                yield Block(self, module, bank)
+            finally:
+                if experts is not None:
+                    detach(experts)
+
+    def norm_like_final(self, name: str) -> nn.Module:
+        """Make another norm of the kind of the final one, with the weight of that name."""
+        kind: Any = type(self._norm)
+        with _META:
+            norm: nn.Module = kind(self.hidden_size, eps=self._model.config.rms_norm_eps)
+        norm.load_state_dict({"weight": self.weights.tensor(name)}, assign=True)
+        return norm.requires_grad_(False)
+
+    def _block_tensors(
+        self, module: nn.Module, experts: nn.Module | None, prefix: str
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        inside = {id(tensor) for tensor in experts.parameters()} if experts is not None else set()
+        for local, wanted in module.state_dict(keep_vars=True).items():
+            if id(wanted) in inside:
+                continue
+            dtype = torch.float32 if self._keeps_float32(local) else None
+            found = self.weights.tensor(prefix + local, dtype)
+            if found.shape != wanted.shape:
+                raise CheckpointError(
+                    f"{self.weights.checkpoint.root}: tensor '{prefix + local}': shape {list(found.shape)},"
+                    f" but the model of config.json wants {list(wanted.shape)}"
+                )
+            yield local, found
+
+    def _keeps_float32(self, local: str) -> bool:
+        patterns: Any = self._model._keep_in_fp32_modules_strict or ()
+        return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
+
+    def call(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on."""
+        out: torch.Tensor = self._decoder(
+            inputs_embeds=hidden_BTH, attention_mask=mask_BT, use_cache=False
+        ).last_hidden_state
+        return out
+
+
+class Block:
+    """A decoder block that is loaded."""
+
+    def __init__(self, skeleton: Skeleton, module: nn.Module, bank: ExpertBank) -> None:
+        self._skeleton = skeleton
+        self.module = module
+        self.bank = bank
+
+    def __call__(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the block.
+
+        Args:
+            hidden_BTH: hidden states that enter it.
+            mask_BT: 1 where there is a token, 0 at padding; None for no padding.
+
+        Returns:
+            hidden states [B, T, H] that leave it.
+
+        """
+        with _computing(self.module):
+            return self._skeleton.call(hidden_BTH, mask_BT)
+
+
+class Head:
+    """The final norm and the output head. `weight` is the head [V, H] in the dtype it is stored in."""
+
+    def __init__(self, skeleton: Skeleton, weight: torch.Tensor) -> None:
+        self._skeleton = skeleton
+        self.weight = weight
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of hidden states [N, H] that left the last block."""
+        model: Any = self._skeleton._model
+        module = model.get_output_embeddings()
+        weight, precision = self.weight, self._skeleton.weights.precision
+
+        def tiled(hidden: torch.Tensor) -> torch.Tensor:
+            """The head a tile of rows at a time: it is a gigabyte, and would be two in float32."""
+            tiles = (weight[at : at + _TILE_ROWS].to(precision.dtype) for at in range(0, len(weight), _TILE_ROWS))
+            return torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
+
+        with _computing(self._skeleton._norm), _forward_of(module, tiled):
+            logits: torch.Tensor = model(inputs_embeds=hidden_NH[None], use_cache=False).logits
+        return logits[0]
+
+
+_TILE_ROWS: Final = 16384
+
+
+def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
+    """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not."""
+    text = {key: value for key, value in layout.text.items() if key not in ("quantization_config", "architectures")}
+    wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
+    text["model_type"] = wrapper.model_type
+    try:
+        config = AutoConfig.for_model(**text)
+        auto: Any = AutoModelForCausalLM
+        with _META:
+            model = auto.from_config(
+                config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
+            )
+        rotary = model.get_decoder().rotary_emb
+        with weights.precision.device:
+            model.get_decoder().rotary_emb = type(rotary)(config=model.config)
+    except (ArithmeticError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
+    return model.eval().requires_grad_(False)
+
+
+def _pass_through(module: Any) -> None:  # noqa: ANN401
+    """Have a module hand its first argument on, until it is to compute."""
+    module.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+
+
+@contextlib.contextmanager
+def _computing(module: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let a module compute that else passes through."""
+    del module.forward
+    try:
+        yield
+    finally:
+        _pass_through(module)
+
+
+@contextlib.contextmanager
+def _forward_of(module: Any, forward: Any) -> Iterator[None]:  # noqa: ANN401
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextlib.contextmanager
+def _filled(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Put tensors in a module's parameters and buffers, and take them out again."""
+    before = {name: _slot(module, name) for name in tensors}
+    kept = [table[key] for table, key in before.values()]
+    for name, tensor in tensors.items():
+        table, key = before[name]
+        table[key] = nn.Parameter(tensor, requires_grad=False) if isinstance(table[key], nn.Parameter) else tensor
+    tensors.clear()
+    try:
+        yield
+    finally:
+        for (table, key), meta in zip(before.values(), kept, strict=True):
+            table[key] = meta
+
+
+def _slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds a parameter or buffer, and its key there."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return (owner._parameters if key in owner._parameters else owner._buffers), key

@@ -1,0 +1,262 @@
+"""Weights of a checkpoint, a view, or a quantized checkpoint, read one tensor at a time as torch tensors.
+
+Owns the descriptors of the source's shards. Plain tensors are byte ranges read into memory; quantized ones are words
+and scales that become values when asked for, exactly (`scale * (code - zero)` in float32, then the dtype asked for).
+"""
+
+# E: experts, O: output channels, I: input channels, W: words of a row, G: groups of a row.
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import CheckpointError, ExecutionError, SchemeError
+from shardxform.fsio import FileSystem
+from shardxform.layout import Layout, Place, layout_of
+from shardxform.quantize.grid import Grid
+from shardxform.quantize.loading import StoredReader, turned
+from shardxform.quantize.stored import Stored, read_stored, rows_of
+from shardxform.tensors import ByteRange, TensorRef
+
+__all__ = ["ExpertWeights", "Precision", "Weights"]
+
+_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Where and in what type a model is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+class _Matrix(Protocol):
+    """A 2-D weight at rest, in the form it is stored in."""
+
+    def dense(self, precision: Precision) -> torch.Tensor:
+        """Its values [O, I]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    w_OI: torch.Tensor
+
+    def dense(self, precision: Precision) -> torch.Tensor:
+        return self.w_OI.to(precision.device, precision.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Rows of a quantized weight: int32 words and float32 scales."""
+
+    words_OW: torch.Tensor
+    scale_OG: torch.Tensor
+    grid: Grid
+
+    def dense(self, precision: Precision) -> torch.Tensor:
+        bytes_OB = self.words_OW.to(precision.device).view(torch.uint8)  # lowest bits first, on little-endian machines
+        if self.grid.bits == 4:
+            bytes_OB = torch.stack((bytes_OB & 15, bytes_OB >> 4), dim=-1).flatten(1)
+        rows, groups = self.scale_OG.shape
+        code_OGS = bytes_OB.view(rows, groups, -1).float() - float(self.grid.zero_code)
+        scale_OG = self.scale_OG.to(precision.device)
+        return (code_OGS * scale_OG[:, :, None]).view(rows, -1).to(precision.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One routed expert at rest: in memory as it is stored, its values made when they are needed."""
+
+    gate_up: tuple[_Matrix, ...]
+    down: _Matrix
+
+    def dense(self, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate over up projection [2I, H], and down projection [H, I]."""
+        parts = [part.dense(precision) for part in self.gate_up]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), self.down.dense(precision)
+
+
+class Weights:
+    """Reads the tensors of one checkpoint or view; close it, or use it as a context manager.
+
+    Attributes:
+        checkpoint: what is read.
+        layout: of it; of a quantized checkpoint, as if its weights were plain.
+        precision: of the tensors given out.
+
+    """
+
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, fs: FileSystem | None = None) -> None:
+        """Look at the headers; no tensor is read yet.
+
+        Raises:
+            FamilyError, SchemeError, CheckpointError: a family or a quantization that is not supported.
+
+        """
+        self.checkpoint = checkpoint
+        self.precision = precision
+        self._fs = fs or FileSystem()
+        self._fds: dict[str, int] = {}
+        self._stored: Stored | None = None
+        if checkpoint.config.get("quantization_config"):
+            self._stored = read_stored(checkpoint)
+            if self._stored.contradictions:
+                raise SchemeError(f"{checkpoint.root}: {self._stored.contradictions[0]}; see `shardxform verify`")
+            self._reader = StoredReader(self._stored.scheme, self._fd, self._fs)
+        self.layout: Layout = self._stored.layout if self._stored else layout_of(checkpoint.config, checkpoint.tensors)
+        self._tensors = {**self._stored.plain, **self._stored.weights} if self._stored else checkpoint.tensors
+        self._experts = _expert_table(self.layout, self._tensors)
+
+    # -- tables -------------------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of that name."""
+        return name in self._tensors
+
+    def ref(self, name: str) -> TensorRef:
+        """Look up a tensor.
+
+        Raises:
+            CheckpointError: the checkpoint has none of that name.
+
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.checkpoint.root}: tensor '{name}' is missing; the model needs it")
+        return self._tensors[name]
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Values of a tensor, in `dtype` or the dtype of all."""
+        ref = self.ref(name)
+        precision = self.precision if dtype is None else Precision(self.precision.device, dtype)
+        if len(ref.spec.shape) == 2:
+            return self._matrix(ref).dense(precision)
+        return self._plain(ref).to(precision.device, precision.dtype)
+
+    def at_rest(self, name: str) -> torch.Tensor:
+        """A tensor in the dtype it is stored in; a quantized one in the dtype of all."""
+        matrix = self._matrix(self.ref(name))
+        return matrix.w_OI.to(self.precision.device) if isinstance(matrix, _Plain) else matrix.dense(self.precision)
+
+    def rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
+        """Rows `ids` of a 2-D tensor, read alone: the embeddings of the tokens that occur."""
+        return self._matrix(self.ref(name).select(ids)).dense(self.precision)
+
+    def expert(self, scope: str, layer: int, expert: int) -> ExpertWeights:
+        """Read one routed expert of a decoder block (`block`) or an MTP layer (`mtp`)."""
+        table = self._experts[scope, layer]
+        if "gate_up_proj" in table:
+            parts: tuple[_Matrix, ...] = (self._matrix(table["gate_up_proj"][0].index(expert)),)
+            return ExpertWeights(parts, self._matrix(table["down_proj"][0].index(expert)))
+        gate, up, down = (table[kind][expert] for kind in ("gate_proj", "up_proj", "down_proj"))
+        return ExpertWeights((self._matrix(gate), self._matrix(up)), self._matrix(down))
+
+    def has_experts(self, scope: str, layer: int) -> bool:
+        """Whether a block or MTP layer has routed experts here."""
+        return (scope, layer) in self._experts
+
+    # -- the disk -----------------------------------------------------------------------------------------------
+
+    def will_need(self, prefix: str) -> None:
+        """Ask the kernel to read all tensors whose names begin with `prefix`; a hint, no memory of this process."""
+        for ref in self.checkpoint.tensors.values():
+            if ref.name.startswith(prefix):
+                for piece in ref.ranges:
+                    self._fs.will_need(self._fd(piece.file), piece.offset, piece.length)
+
+    def close(self) -> None:
+        """Close the shards."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fd(self, name: str) -> int:
+        if name not in self._fds:
+            self._fds[name] = self._fs.open(self.checkpoint.root / name, os.O_RDONLY)
+        return self._fds[name]
+
+    def _matrix(self, ref: TensorRef) -> _Matrix:
+        if self._stored is None or ref.name not in self._stored.weights:
+            return _Plain(self._plain(ref))
+        words, scales = [], []
+        for module, start, stop in rows_of(ref, self._stored.modules):
+            words_OW, scale_OG = turned(self._reader.load(module), self._stored.scheme.layout, start, stop)
+            words.append(words_OW)
+            scales.append(scale_OG)
+        return _Packed(_joined(words), _joined(scales), self._stored.scheme.grid)
+
+    def _plain(self, ref: TensorRef) -> torch.Tensor:
+        if ref.spec.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.checkpoint.root}: tensor '{ref.name}' is {ref.spec.dtype};"
+                f" the model is run from {', '.join(_DTYPES)} and from W4A16 and W8A16 checkpoints"
+            )
+        buffer = np.empty(ref.nbytes, np.uint8)
+        view = buffer.data
+        done = 0
+        for piece in ref.ranges:
+            self._read(piece, view[done : done + piece.length])
+            done += piece.length
+        return torch.from_numpy(buffer).view(_DTYPES[ref.spec.dtype]).view(ref.spec.shape)
+
+    def _read(self, piece: ByteRange, into: memoryview) -> None:
+        where: Path = self.checkpoint.root / piece.file
+        try:
+            self._fs.read_exact_into(self._fd(piece.file), into, piece.offset)
+        except EOFError as e:
+            raise ExecutionError(f"{where}: truncated while it was read: {e}") from e
+        except OSError as e:
+            raise ExecutionError(f"{where}: {e.strerror}") from e
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts)))
+
+
+def _expert_table(
+    layout: Layout, tensors: Mapping[str, TensorRef]
+) -> dict[tuple[str, int], dict[str, dict[int, TensorRef]]]:
+    """(scope, layer) -> projection -> expert -> reference; a fused tensor stands under expert 0.
+
+    Raises:
+        CheckpointError: a block with some of its experts' tensors missing.
+
+    """
+    out: defaultdict[tuple[str, int], defaultdict[str, dict[int, TensorRef]]] = defaultdict(lambda: defaultdict(dict))
+    for name, place, projection in _expert_places(layout):
+        assert place.layer is not None
+        out[place.scope, place.layer][projection][place.expert or 0] = tensors[name]
+    for (scope, layer), table in out.items():
+        fused = "gate_up_proj" in table
+        for projection in ("gate_up_proj", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj"):
+            wanted, found = 1 if fused else layout.num_experts, len(table[projection])
+            if found != wanted:
+                raise CheckpointError(
+                    f"{scope} {layer}: {found} of {wanted} tensors of experts' {projection}; see `shardxform verify`"
+                )
+    return {key: dict(table) for key, table in out.items()}
+
+
+def _expert_places(layout: Layout) -> Iterator[tuple[str, Place, str]]:
+    for name, place in layout.places.items():
+        if place.template.variant and not place.companion:
+            yield name, place, name.removesuffix(".weight").rsplit(".", 1)[1]

@@ -1,0 +1,219 @@
+"""The work directory of a forward pass: hidden states between blocks, and what every step gave.
+
+    WORK/progress.json          fingerprint, and the facts of every step that is durably done
+    WORK/<chain>-0003.hidden    hidden states [N, T, H] that enter block 3
+    WORK/lock                   held as long as a process works here
+
+A step's hidden states are made durable, then the step is recorded, then the states it read are removed: killed at any
+instant, the next run goes on after the last recorded step. Reads and writes go through small buffers, not a mapping,
+whose pages would count as memory of the process.
+"""
+
+# N: sequences, T: positions, H: hidden size.
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from shardxform.errors import ExecutionError, OutputError, ResumeError
+from shardxform.fsio import FileSystem
+from shardxform.sharding import show_size
+from shardxform.strictjson import JsonError, dumps, parse_object
+
+__all__ = ["HiddenFile", "WorkDir"]
+
+_FORMAT: Final = "shardxform.work"
+_PROGRESS: Final = "progress.json"
+_LOCK: Final = "lock"
+_OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden")
+
+
+class WorkDir:
+    """Owns a work directory; use as a context manager, which holds its lock."""
+
+    def __init__(self, root: Path, fingerprint: str, fs: FileSystem | None = None) -> None:
+        self.root = root
+        self.fs = fs or FileSystem()
+        self._fingerprint = fingerprint
+        self._done: dict[str, Mapping[str, Any]] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> WorkDir:
+        """Make or enter the directory.
+
+        Raises:
+            OutputError: something stands there that shardxform did not make, or another process works in it.
+            ResumeError: it holds work of other inputs.
+
+        """
+        self._refuse_foreign()
+        self.fs.mkdir(self.root)
+        try:
+            self._stack.enter_context(self.fs.locked(self.root / _LOCK))
+        except BlockingIOError as e:
+            raise OutputError(f"{self.root}: another process works here") from e
+        path = self.root / _PROGRESS
+        if path.exists():
+            self._done = self._read(path)
+        else:
+            self._write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> Mapping[str, Mapping[str, Any]]:
+        """Facts of the steps that are done, by name, in order."""
+        return self._done
+
+    def record(self, step: str, facts: Mapping[str, Any]) -> None:
+        """Have a step durably done; its hidden states must be durable already."""
+        self._done[step] = facts
+        self._write()
+
+    # -- hidden states ------------------------------------------------------------------------------------------
+
+    def hidden(self, chain: str, number: int, shape: tuple[int, int, int], dtype: torch.dtype) -> HiddenFile:
+        """Name the hidden states of a chain that enter block `number`; nothing is opened yet."""
+        return HiddenFile(self.root / f"{chain}-{number:04d}.hidden", shape, dtype, self.fs)
+
+    def refuse_too_little_space(self, nbytes: int) -> None:
+        """Refuse when `nbytes` more do not fit on the disk.
+
+        Raises:
+            OutputError: says how much is needed and how much is free.
+
+        """
+        there = sum(entry.stat().st_size for entry in os.scandir(self.root))
+        free = self.fs.free_bytes(self.root)
+        if nbytes - there > free:
+            raise OutputError(
+                f"{self.root}: hidden states need {show_size(nbytes - there)} more, but only {show_size(free)} are free"
+            )
+
+    def remove(self) -> None:
+        """Remove the directory and what is ours in it; what is not ours stays."""
+        for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name == _LOCK):
+            if _OURS.fullmatch(entry.name):
+                self.fs.remove_if_there(Path(entry.path))
+        with contextlib.suppress(OSError):
+            self.fs.rmdir(self.root)
+
+    # -- the record ---------------------------------------------------------------------------------------------
+
+    def _refuse_foreign(self) -> None:
+        if not os.path.lexists(self.root):
+            return
+        if self.root.is_symlink() or not self.root.is_dir():
+            raise OutputError(f"{self.root}: expected a work directory or nothing, found something else")
+        for entry in os.scandir(self.root):
+            if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
+
+    def _read(self, path: Path) -> dict[str, Mapping[str, Any]]:
+        try:
+            record = parse_object(path.read_bytes())
+        except (OSError, JsonError) as e:
+            raise ResumeError(f"{path}: damaged: {e}; remove {self.root} and start over") from e
+        steps = record.get("steps")
+        if record.get("format") != _FORMAT or not isinstance(steps, dict):
+            raise ResumeError(f"{path}: not a record of shardxform's; name another work directory")
+        if record.get("fingerprint") != self._fingerprint:
+            raise ResumeError(
+                f"{self.root}: holds unfinished work on another source, other data or other options;"
+                " remove it, or name another with --work"
+            )
+        return steps
+
+    def _write(self) -> None:
+        record = {"format": _FORMAT, "fingerprint": self._fingerprint, "steps": self._done}
+        self.fs.write_atomic(self.root / _PROGRESS, dumps(record).encode(), self.root)
+
+
+class HiddenFile:
+    """Hidden states [N, T, H] of one chain between two blocks, on disk."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, fs: FileSystem) -> None:
+        self.path = path
+        self.shape = shape
+        self.dtype = dtype
+        self._fs = fs
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[HiddenWriter]:
+        """Make the file anew; durable when the block ends without an error."""
+        fd = self._fs.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            self._fs.truncate(fd, self.nbytes)
+            yield HiddenWriter(self, fd, self._fs)
+            self._fs.sync(fd)
+        finally:
+            os.close(fd)
+        self._fs.sync_dir(self.path.parent)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[HiddenReader]:
+        """Open the file.
+
+        Raises:
+            ExecutionError: it is missing or has another size than its shape says.
+
+        """
+        try:
+            fd = self._fs.open(self.path, os.O_RDONLY)
+        except FileNotFoundError as e:
+            raise ExecutionError(f"{self.path}: missing; remove {self.path.parent} and start over") from e
+        try:
+            if os.fstat(fd).st_size != self.nbytes:
+                raise ExecutionError(f"{self.path}: damaged; remove {self.path.parent} and start over")
+            yield HiddenReader(self, fd, self._fs)
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the file; fine when it is gone."""
+        self._fs.remove_if_there(self.path)
+
+
+class _Open:
+    def __init__(self, file: HiddenFile, fd: int, fs: FileSystem) -> None:
+        self._file = file
+        self._fd = fd
+        self._fs = fs
+        self._row = file.nbytes // file.shape[0]
+
+
+class HiddenReader(_Open):
+    """Hidden states open for reading."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Hidden states of sequences `start`..`stop - 1`, [stop - start, T, H], in memory of their own."""
+        buffer = np.empty((stop - start) * self._row, np.uint8)
+        self._fs.read_exact_into(self._fd, buffer.data, start * self._row)
+        return torch.from_numpy(buffer).view(self._file.dtype).view(stop - start, *self._file.shape[1:])
+
+
+class HiddenWriter(_Open):
+    """Hidden states open for writing."""
+
+    def put(self, start: int, hidden_BTH: torch.Tensor) -> None:
+        """Write the hidden states of sequences `start`.. ."""
+        data = hidden_BTH.to("cpu", self._file.dtype).contiguous().view(torch.uint8).numpy()
+        self._fs.write_all(self._fd, data.reshape(-1).data, start * self._row)
