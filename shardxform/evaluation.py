@@ -20,12 +20,12 @@ import torch
 
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import Interrupted, PlanError
+from shardxform.errors import ExecutionError, Interrupted, PlanError
 from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass
 from shardxform.forward.skeleton import Head, Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.forward.work import HiddenReader, WorkDir
+from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 from shardxform.progress import OnProgress
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate"]
@@ -58,9 +58,10 @@ class Comparison:
     Attributes:
         perplexity: of the reference.
         kl: mean divergence over all positions, in nats.
-        kl_error: its standard error over the windows.
+        kl_error: its standard error over the windows; NaN for a single one.
         top1: share of positions where both choose the same token.
-        block_errors: per decoder block, ||output - reference's|| / ||reference's|| over all positions.
+        block_errors: per decoder block, ||output - reference's|| / ||reference's|| over all positions; infinite when
+            the reference puts out zeros and the checkpoint does not.
 
     """
 
@@ -89,10 +90,13 @@ def evaluate(
     Raises:
         FamilyError, SchemeError, CheckpointError: one of them cannot be run.
         PlanError: the two are not models of the same shape.
+        OutputError: the work directory is foreign, in a checkpoint, in use, or on too small a disk.
+        ExecutionError: a model gives no finite numbers, or the disk failed.
         Interrupted: every finished block is durable; the same call goes on.
 
     """
     sources = {_TESTED: checkpoint} | ({_REFERENCE: against} if against else {})
+    refuse_inside(options.work, [each.root for each in sources.values()])
     dtype, device = str(options.precision.dtype).removeprefix("torch."), options.precision.device.type
     mark = fingerprint("evaluate", sources, windows, dtype=dtype, device=device)
     with contextlib.ExitStack() as stack:
@@ -100,6 +104,8 @@ def evaluate(
             name: Skeleton(stack.enter_context(Weights(each, options.precision))) for name, each in sources.items()
         }
         _refuse_other_shapes(chains)
+        for skeleton in chains.values():
+            skeleton.weights.check()
         work = stack.enter_context(WorkDir(options.work, mark))
         head_tokens = int(windows.lengths_N.sum()) * len(chains)
         job = Pass(windows, chains, work, options.on_progress, head_tokens)
@@ -194,6 +200,8 @@ def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, Hidd
         for piece in _pieces(length, heads[_TESTED]):
             logits = {name: head.logits(hidden[name][row, piece]) for name, head in heads.items()}
             for key, value in _sums(logits, ids_T[piece.start + 1 : piece.stop + 1]):
+                if not math.isfinite(value):
+                    raise ExecutionError(f"output head: '{key}' is {value} in window {batch.start + row}")
                 sums[key] = sums.get(key, 0.0) + value
         for key, value in {**sums, "positions": length}.items():
             facts.setdefault(key, []).append(value)
@@ -237,7 +245,7 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
             kl=sum(columns["kl"]) / tokens,
             kl_error=_standard_error([kl / n for kl, n in zip(columns["kl"], columns["positions"], strict=True)]),
             top1=sum(columns["agree"]) / tokens,
-            block_errors=tuple(math.sqrt(facts["error"] / facts["norm"]) for facts in blocks),
+            block_errors=tuple(_relative(facts["error"], facts["norm"]) for facts in blocks),
         )
     return Evaluation(
         perplexity=_perplexity(columns[f"loss {_TESTED}"], predicted),
@@ -245,6 +253,10 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
         tokens=int(tokens),
         against=comparison,
     )
+
+
+def _relative(error: float, norm: float) -> float:
+    return math.sqrt(error / norm) if norm else math.inf if error else 0.0
 
 
 def _perplexity(losses: list[float], predicted: float) -> float:

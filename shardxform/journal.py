@@ -32,7 +32,7 @@ class Journal:
         """
         self._fs = fs
         self._path = path
-        self._head = head = f"shardxform journal 1 {fingerprint}\n".encode()
+        self._head = head = _head(fingerprint)
         if not path.exists():
             fs.write_atomic(path, head, path.parent)
         self._fd = fs.open(path, os.O_RDWR)
@@ -48,6 +48,20 @@ class Journal:
         except BaseException:
             os.close(self._fd)
             raise
+
+    @staticmethod
+    def read(path: Path, fingerprint: str, steps: int) -> Mapping[int, Mapping[str, Any]]:
+        """Read the facts of the steps done in another directory, whose journal is not changed.
+
+        Raises:
+            ResumeError: it belongs to another plan, or is damaged.
+
+        """
+        head = _head(fingerprint)
+        content = path.read_bytes() if path.exists() else head
+        if not content.startswith(head):
+            raise ResumeError(f"{path}: belongs to another plan")
+        return _parse(content[len(head) : content.rfind(b"\n") + 1], steps, path)
 
     @property
     def done(self) -> set[int]:
@@ -83,11 +97,25 @@ class Journal:
         self.close()
 
 
+def _head(fingerprint: str) -> bytes:
+    return f"shardxform journal 1 {fingerprint}\n".encode()
+
+
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     for key, value in facts.items():
-        if type(value) is not int and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise ValueError(f"{key} is neither a count nor a list of names")
+        if type(value) is not int and not (isinstance(value, list) and all(map(_is_item, value))):
+            raise ValueError(f"{key} is neither a count nor a list of names or reports")
     return facts
+
+
+def _is_item(item: object) -> bool:
+    """A name, or a report: an object of numbers, names and lists of numbers."""
+    if not isinstance(item, dict):
+        return isinstance(item, str)
+    plain = (int, float, str)
+    return all(
+        isinstance(v, plain) or (isinstance(v, list) and all(isinstance(x, plain) for x in v)) for v in item.values()
+    )
 
 
 def _lines(facts: Mapping[int, Mapping[str, Any]]) -> bytes:

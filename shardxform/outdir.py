@@ -236,7 +236,7 @@ def _refuse_foreign_work(work: Path) -> None:
     if not stat.S_ISDIR(os.lstat(work).st_mode):
         raise OutputError(f"{work}: expected shardxform's own directory, found something else; move it away")
     for entry in os.scandir(work):
-        ours = entry.name in (LOCK, JOURNAL, PLAN) or entry.name.endswith(".tmp")
+        ours = entry.name in (LOCK, JOURNAL, PLAN) or entry.name.endswith((".hidden", ".tmp"))
         if not ours or not entry.is_file(follow_symlinks=False):
             raise OutputError(f"{entry.path}: not shardxform's; move it away")
 

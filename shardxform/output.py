@@ -54,14 +54,14 @@ class Output:
         """Path of a shard while it is being filled."""
         return self.root / (self.plan.shards[number].name + PARTIAL)
 
-    def refuse_too_little_space(self) -> None:
-        """Refuse when what is still to be written does not fit.
+    def refuse_too_little_space(self, beside: int = 0) -> None:
+        """Refuse when what is still to be written, and `beside` it what is kept meanwhile, does not fit.
 
         Raises:
             OutputError: says how much is needed and how much is free.
 
         """
-        needed = self.plan.nbytes - self._allocated()
+        needed = self.plan.nbytes + beside - self._allocated()
         free = self.fs.free_bytes(self.root)
         if needed > free:
             raise OutputError(f"{self.root}: needs {show_size(needed)} more, but only {show_size(free)} are free")

@@ -179,7 +179,9 @@ class Plan:
     def peak_bytes(self, jobs: int) -> int:
         """Estimate of the process's peak memory with `jobs` steps at a time."""
         headers = sum(len(shard.head) for shard in self.shards)
-        return _BASE_MEMORY + 12 * headers + jobs * max((step.peak_bytes for step in self.steps), default=0)
+        beside = max((step.peak_bytes for step in self.steps if not tokens_of(step)), default=0)
+        alone = max((step.peak_bytes for step in self.steps if tokens_of(step)), default=0)
+        return _BASE_MEMORY + 12 * headers + max(jobs * beside, alone)
 
     def check(self) -> None:
         """Assert that the steps write every byte of every shard exactly once.
@@ -197,6 +199,11 @@ class Plan:
         for i, shard_plan in enumerate(self.shards):
             if position[i] != shard_plan.nbytes:
                 raise PlanError(f"internal: steps leave {shard_plan.name} unfilled from byte {position[i]}")
+
+
+def tokens_of(step: Step) -> int:
+    """Tokens that go through a block for a step that tunes it, and is done alone; 0 for other steps."""
+    return int(getattr(step, "block_tokens", 0))
 
 
 def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPlan, ...]:

@@ -60,8 +60,10 @@ class Resolved:
         return self.bits
 
 
-def build(selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping[str, TensorRef]) -> dict[str, Any]:
-    """Make `quantization_config` for a selection.
+def build(
+    selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping[str, TensorRef], iters: int = 0
+) -> dict[str, Any]:
+    """Make `quantization_config` for a selection; `iters` is for the record, 0 for plain rounding.
 
     Raises:
         SchemeError: what it says of some module is not what was selected; a bug, caught before anything is written.
@@ -76,6 +78,8 @@ def build(selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping
         config = _gptq(scheme, patterns, outside)
     else:
         config = _compressed_tensors(scheme, patterns)
+    if "iters" in config:
+        config["iters"] = iters
     _check(resolve(config), selection, scheme.grid, modules)
     return config
 

@@ -15,33 +15,62 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shardxform.checkpoint import CONFIG
-from shardxform.copying import copy_step
+from shardxform.copying import OpenTarget, copy_step
 from shardxform.errors import ExecutionError, Interrupted, ResumeError
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
+from shardxform.merging import adopt
 from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, removable, state_of
 from shardxform.output import Output
-from shardxform.plan import Copy, Plan, Step
+from shardxform.plan import Copy, Plan, Step, tokens_of
 from shardxform.progress import Progress, peak_rss_bytes
 from shardxform.sharding import show_size
 
-__all__ = ["Report", "RunOptions", "run"]
+__all__ = ["Report", "RunOptions", "StepTuner", "run"]
 
 Facts = Mapping[str, Any]
 """What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
 
 
+class StepTuner(Protocol):
+    """What tunes blocks; see `tuning.session.Tuner`."""
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk that it needs beside the shards."""
+        ...
+
+    def can_start(self, step: Any, work: Path) -> bool:  # noqa: ANN401
+        """Whether the states that `step` needs are there."""
+        ...
+
+    def tune(
+        self,
+        step: Any,  # noqa: ANN401
+        work: Path,
+        target: OpenTarget,
+        fs: FileSystem,
+        on_work: Callable[[int], None],
+        stopped: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Tune a block and write its parts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Settings that change speed and safety checks, never a byte of the output.
+    """Settings that change speed, safety checks and how much is done now, never a byte of the output.
 
     Attributes:
         jobs: steps in flight at once.
         device: where weights are rounded: `cpu`, or a torch device; the bits are the same.
         force: start over an output of shardxform's own that was made from other inputs.
+        tuner: carries out the steps that tune a block, which are done one after the other, last.
+        blocks: decoder blocks to tune now; None for all. Others may be tuned elsewhere.
+        parts: unfinished outputs of the same plan, whose steps are taken over before anything else is done.
         on_progress: called from the loop after every chunk.
 
     """
@@ -49,6 +78,9 @@ class RunOptions:
     jobs: int = 2
     device: str = "cpu"
     force: bool = False
+    tuner: StepTuner | None = None
+    blocks: range | None = None
+    parts: tuple[Path, ...] = ()
     on_progress: Callable[[Progress], None] | None = None
 
 
@@ -58,6 +90,7 @@ class Report:
 
     Attributes:
         already_done: the output stood there complete, and nothing was written.
+        left: steps that this run was not asked for and nobody has done yet; the output is complete when there are none.
         facts: what the steps found worth recording, such as modules whose weights are all zero.
 
     """
@@ -68,6 +101,7 @@ class Report:
     resumed_bytes: int
     seconds: float
     peak_rss_bytes: int
+    left: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +135,7 @@ def run(
         resumed_bytes=loop.resumed if loop else 0,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
+        left=loop.left if loop else 0,
         facts=loop.facts if loop else {},
     )
 
@@ -120,8 +155,8 @@ def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Lo
                 output.clean()
         return None
     refuse_obstacles(output.root, output.plan)
-    output.refuse_too_little_space()
-    if options.device != "cpu":  # refuse a device that is not there before anything is written
+    output.refuse_too_little_space(options.tuner.work_bytes if options.tuner else 0)
+    if options.device != "cpu" and not options.tuner:  # refuse a device that is not there before anything is written
         _executor(output.plan.steps[-1], options.device)
     with output.locked():
         # Again, now that nobody else can change it: another run may just have ended here.
@@ -156,8 +191,12 @@ class _Loop:
         self._options = options
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._tuning = {i for i, step in enumerate(self._plan.steps) if tokens_of(step)}
+        self._tokens = 0
+        self._tokens_resumed = 0
         self.written = 0
         self.resumed = 0
+        self.left = 0
         self.facts: Facts = {}
 
     def execute(self) -> None:
@@ -170,24 +209,52 @@ class _Loop:
             if lost:  # before the shards are made anew: a journal must never speak for bytes that are not there
                 journal.forget(lost)
             output.create(missing)
+            for part in self._options.parts:
+                adopt(output, journal, part)
+            self._forget_what_cannot_go_on(journal)
             undone = set(range(len(plan.steps))) - journal.done
             output.reopen({extent.shard for i in undone for extent in plan.steps[i].writes})
             self.resumed = sum(_write_bytes(plan.steps[i]) for i in journal.done)
-            self._run_steps(sorted(undone), journal)
+            self._tokens = self._tokens_resumed = sum(tokens_of(plan.steps[i]) for i in journal.done)
+            todo = [i for i in sorted(undone) if self._wanted(i)]
+            self._run_steps([i for i in todo if i not in self._tuning], journal, self._options.jobs)
+            self._run_steps([i for i in todo if i in self._tuning], journal, 1)
+            self.left = len(plan.steps) - len(journal.done)
             self.facts = _merged(journal.facts[i] for i in sorted(journal.facts))
+        if self.left:
+            return
         _refuse_source_changed_meanwhile(plan)
         output.publish()
         output.commit(self.facts)
 
-    def _run_steps(self, todo: list[int], journal: Journal) -> None:
-        """Run steps on a pool, at most two per worker queued; journal each batch that completes."""
+    def _wanted(self, number: int) -> bool:
+        """Whether this run is to do a step; what is not tuned goes with the first block."""
+        blocks = self._options.blocks
+        if blocks is None:
+            return True
+        step: Any = self._plan.steps[number]
+        return step.layer in blocks if number in self._tuning else 0 in blocks
+
+    def _forget_what_cannot_go_on(self, journal: Journal) -> None:
+        """Tune all blocks again when the hidden states that the next one needs are gone."""
+        undone = sorted(self._tuning - journal.done)
+        tuner = self._options.tuner
+        if undone and tuner and not tuner.can_start(self._plan.steps[undone[0]], self._output.work):
+            journal.forget(self._tuning & journal.done)
+
+    def _run_steps(self, todo: list[int], journal: Journal, jobs: int) -> None:
+        """Run steps on a pool, at most two per worker queued; journal each batch that completes.
+
+        With one worker a step begins when the one before is in the journal.
+        """
+        ahead = 2 * jobs if jobs > 1 else 1
         pending: dict[Future[Facts], int] = {}
         queue = iter(todo)
-        with ThreadPoolExecutor(self._options.jobs, thread_name_prefix="step") as pool:
+        with ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
             try:
                 self._report_progress()
                 while True:
-                    while len(pending) < 2 * self._options.jobs and (step := next(queue, None)) is not None:
+                    while len(pending) < ahead and (step := next(queue, None)) is not None:
                         pending[pool.submit(self._step, self._plan.steps[step])] = step
                     if not pending:
                         return
@@ -216,10 +283,25 @@ class _Loop:
         """Do one step and make its bytes durable."""
         self._refuse_if_stopped()
         with _OpenFiles(self._output) as files:
-            executor = _executor(step, self._options.device)
-            facts = executor((files.source, files.target), self._fs, self._count, self._refuse_if_stopped)
+            if tokens_of(step):
+                facts = self._tune(step, files)
+            else:
+                executor = _executor(step, self._options.device)
+                facts = executor((files.source, files.target), self._fs, self._count, self._refuse_if_stopped)
             files.sync()
         return facts
+
+    def _tune(self, step: Step, files: _OpenFiles) -> Facts:
+        tuner = self._options.tuner
+        if tuner is None:
+            raise ExecutionError("the plan tunes blocks, but the run has no tuner: give RunOptions(tuner=...)")
+        facts = tuner.tune(step, self._output.work, files.target, self._fs, self._count_tokens, self._refuse_if_stopped)
+        self._count(_write_bytes(step))
+        return facts
+
+    def _count_tokens(self, count: int) -> None:
+        with self._lock:
+            self._tokens += count
 
     def _refuse_if_stopped(self) -> None:
         if self._stop.is_set():
@@ -230,7 +312,12 @@ class _Loop:
             self.written += count
 
     def _report_progress(self) -> None:
-        if self._options.on_progress:
+        if not self._options.on_progress:
+            return
+        if self._tuning:  # by far the most work, and not in proportion to bytes
+            wanted = sum(tokens_of(s) for i, s in enumerate(self._plan.steps) if self._wanted(i))
+            self._options.on_progress(Progress(self._tokens, wanted, self._tokens_resumed, "tokens"))
+        else:
             done = self.written + self.resumed
             self._options.on_progress(Progress(done, self._plan.data_bytes, self.resumed))
 

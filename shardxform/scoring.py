@@ -22,13 +22,13 @@ from torch import nn
 from shardxform import __version__
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import FamilyError, Interrupted
+from shardxform.errors import ExecutionError, FamilyError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.mtp import mtp_layer, mtp_numbers
 from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass
 from shardxform.forward.skeleton import Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.forward.work import WorkDir
+from shardxform.forward.work import WorkDir, refuse_inside
 from shardxform.layout import Layout, layout_of
 from shardxform.progress import OnProgress
 from shardxform.saliency import ExpertStats, Saliency
@@ -61,20 +61,25 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
     Raises:
         FamilyError: the family has no experts, or transformers does not run it.
         CheckpointError: a tensor is missing or has the wrong shape.
+        OutputError: the work directory is foreign, in the source, in use, or on too small a disk.
+        ExecutionError: the model gives no finite numbers, or the disk failed.
         Interrupted: every finished block is durable; the same call goes on.
 
     """
+    refuse_inside(options.work, [source.root])
     mark = score_fingerprint(source, windows, options)
-    with Weights(source, options.precision) as weights, WorkDir(options.work, mark) as work:
+    with Weights(source, options.precision) as weights:
         skeleton = Skeleton(weights)
         layout = skeleton.layout
         if not layout.moe_layers:
             raise FamilyError(f"{source.root}: no layer has experts; there is nothing to score")
         numbers = mtp_numbers(skeleton)
-        extra = int(windows.lengths_N.sum()) * len(numbers)
-        job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
-        facts = run_pass(job, Scorer(layout.num_experts))
-        mtp = _score_mtp(job, skeleton, numbers)
+        weights.check(numbers)
+        with WorkDir(options.work, mark) as work:
+            extra = int(windows.lengths_N.sum()) * len(numbers)
+            job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
+            facts = run_pass(job, Scorer(layout.num_experts))
+            mtp = _score_mtp(job, skeleton, numbers)
     return Saliency(
         model=model_facts(source, layout),
         layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
@@ -104,16 +109,18 @@ def model_facts(source: Checkpoint, layout: Layout | None = None) -> dict[str, A
 
 
 class Scorer:
-    """A visitor that adds up what experts put out."""
+    """A visitor that adds up what experts put out; `kind` is what its layers are called in messages."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, kind: str = "block") -> None:
         self._num_experts = num_experts
+        self._kind = kind
         self._valid_N = torch.zeros(0, dtype=torch.bool)
         self._whole = True
         self.begin(0)
 
-    def begin(self, layer: int) -> None:  # noqa: ARG002
+    def begin(self, layer: int) -> None:
         """Start from zero."""
+        self._layer = layer
         self._sums = {name: np.zeros(self._num_experts, np.float64) for name in _STATS}
 
     def before(self, batch: Batch) -> None:
@@ -149,13 +156,21 @@ class Scorer:
         self._sums["peak"][expert] = max(self._sums["peak"][expert], found[3])
 
     def facts(self) -> dict[str, list[float]]:
-        """The sums, one number an expert."""
+        """The sums, one number an expert.
+
+        Raises:
+            ExecutionError: names an expert whose sums are not finite.
+
+        """
+        for name, values in self._sums.items():
+            if len(bad := np.flatnonzero(~np.isfinite(values))):
+                raise ExecutionError(f"{self._kind} {self._layer}: '{name}' of expert {bad[0]} is {values[bad[0]]}")
         return {name: values.tolist() for name, values in self._sums.items()}
 
 
 def _score_mtp(job: Pass, skeleton: Skeleton, numbers: range) -> list[Mapping[str, Any]]:
     """Statistics of the MTP layers, which take what leaves the last block."""
-    scorer = Scorer(skeleton.layout.num_experts)
+    scorer = Scorer(skeleton.layout.num_experts, "MTP layer")
     try:
         for layer in numbers:
             done = f"mtp {layer}" in job.work.steps

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("families.base", "families.parts", "families.*", "families", "layout"),
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
-    ("manifest_import", "manifest", "scheme", "modules", "selection", "quantization_config"),
+    ("manifest_import", "manifest", "scheme", "recipe", "modules", "selection", "quantization_config"),
     ("manifest_text", "saliency.storage", "saliency.saving", "saliency.statistics", "saliency.criteria"),
     ("saliency.choosing", "saliency.plotting", "saliency"),
     ("calibration.options", "calibration.readers", "calibration.hub", "calibration.documents"),
@@ -29,13 +29,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("view", "inspection", "sharding", "plan", "copying", "prune", "quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
     ("forward", "forward.weights", "forward.experts", "forward.skeleton", "forward.work", "forward.passes"),
-    ("forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot", "runner"),
+    ("forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
+    ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.linear", "tuning.grouped"),
+    ("tuning.experts", "tuning", "tuning.block", "tuning.tune", "tuning.session", "merging", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
     ("verification.values", "verification.kernels", "verification.rounding", "verification.data"),
     ("verification.source", "verification"),
     ("__init__",),
-    ("cli.console", "cli.options", "cli.model_options", "cli.planned", "cli.*", "cli", "__main__"),
+    ("cli.console", "cli.options", "cli.model_options", "cli.tune_options", "cli.planned", "cli.*", "cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

@@ -17,7 +17,9 @@ from shardxform.sharding import show_size
 
 __all__ = ["amount", "count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table", "tell"]
 
-_PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal
+_PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal, and more as time goes on
+_PLAIN_SHARE: Final = 0.05
+_PLAIN_MOST: Final = 60.0
 
 
 gb = show_size
@@ -127,7 +129,8 @@ def _plain(label: str) -> Callable[[Progress], None]:
         nonlocal last, finished
         now = time.monotonic()
         complete = p.done == p.total
-        if finished or (not complete and now - last < _PLAIN_SECONDS):
+        wanted = min(_PLAIN_MOST, _PLAIN_SECONDS + _PLAIN_SHARE * (now - started))
+        if finished or (not complete and now - last < wanted):
             return
         finished = complete
         last = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,10 +11,19 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short, table
-from shardxform.cli.model_options import data_options, device_options, load_data, make_precision, require
+from shardxform.cli.model_options import (
+    SCORE_PRESETS,
+    data_options,
+    device_options,
+    load_data,
+    make_precision,
+    refuse_no_data,
+    refuse_unwritable,
+    require,
+)
 from shardxform.cli.options import json_option, manifest_option
 from shardxform.cli.planned import load_manifest
-from shardxform.errors import SchemeError
+from shardxform.errors import OutputError, SchemeError
 from shardxform.progress import peak_rss_bytes
 from shardxform.view import pruned_view
 
@@ -32,7 +42,7 @@ _WORK: Final = "shardxform-evaluate.work"
 @click.option(
     "--against", metavar="REF", type=click.Path(path_type=Path), help="Reference, such as the 16-bit source: compare."
 )
-@data_options
+@data_options(samples=256, presets=SCORE_PRESETS)
 @device_options
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the errors of the blocks, as PNG.")
 @click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
@@ -56,31 +66,43 @@ def command(
     CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
     in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
+    refuse_no_data(data)
+    if plot:
+        _refuse_plot(plot, against)
     tested = _view(Checkpoint.open(checkpoint), manifest)
     reference = Checkpoint.open(against) if against else None
-    if plot:
-        if reference is None:
-            raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
-        require("matplotlib")
-    windows = load_data(checkpoint, data)
     precision = make_precision(device, dtype)
     from shardxform.evaluation import EvaluateOptions, evaluate
+    from shardxform.forward.work import refuse_inside
 
     options = EvaluateOptions(precision=precision, work=work or Path(_WORK))
+    for path in (options.work, *([plot] if plot else [])):
+        refuse_inside(path, [checkpoint, *([against] if against else [])])
+    windows = load_data(checkpoint, data)
     if dry_run:
         _show(tested, reference, windows, options, as_json)
         return
     started = time.monotonic()
     with interruptible(), progress("evaluate", quiet) as options.on_progress:
         found = evaluate(tested, windows, options, reference)
-    if plot and found.against:
-        from shardxform.evaluation_plot import draw
-
-        draw(found.against, plot, title=f"{checkpoint.name} against {against.name if against else ''}")
     if as_json:
         print_json(_facts(found, windows, time.monotonic() - started))
     else:
         _report(found, checkpoint, manifest, against, time.monotonic() - started)
+    if plot and found.against:  # last: a picture that fails must not cost the figures
+        from shardxform.evaluation_plot import draw
+
+        draw(found.against, plot, title=f"{checkpoint.name} against {against.name if against else ''}")
+
+
+def _refuse_plot(plot: Path, against: Path | None) -> None:
+    """Refuse a picture that could not be drawn when all is done."""
+    if against is None:
+        raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
+    require("matplotlib")
+    if plot.suffix.lower() != ".png":
+        raise OutputError(f"{plot}: expected a name that ends in .png")
+    refuse_unwritable(plot)
 
 
 def _view(checkpoint: Checkpoint, manifest: Path | None) -> Checkpoint:
@@ -97,7 +119,7 @@ def _show(
     from shardxform.forward.estimate import estimate
 
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
-    needs = estimate(chains, windows, options.precision)
+    needs = estimate(chains, windows, options.precision, options.work)
     if as_json:
         print_json({"checkpoint": str(tested.root), "data": dict(windows.provenance), **needs})
         return
@@ -115,21 +137,26 @@ def _show(
 def _facts(found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
     against = found.against
     return {
-        "perplexity": found.perplexity,
+        "perplexity": _number(found.perplexity),
         "windows": found.windows,
         "tokens": found.tokens,
         "data": dict(windows.provenance),
         "against": against
         and {
-            "perplexity": against.perplexity,
+            "perplexity": _number(against.perplexity),
             "kl": against.kl,
-            "kl_standard_error": against.kl_error,
+            "kl_standard_error": _number(against.kl_error),
             "top1_agreement": against.top1,
-            "block_errors": list(against.block_errors),
+            "block_errors": [_number(error) for error in against.block_errors],
         },
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _number(value: float) -> float | None:
+    """A number as JSON has it; None for one that is infinite, or of too few windows to be known."""
+    return value if math.isfinite(value) else None
 
 
 def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against: Path | None, seconds: float) -> None:
@@ -140,13 +167,18 @@ def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against:
         change = found.perplexity / found.against.perplexity - 1
         lines += [
             ("reference", f"{found.against.perplexity:.4f} ({against}); this is {change:+.2%}"),
-            ("KL divergence", f"{found.against.kl:.6f} +- {found.against.kl_error:.6f} nats"),
+            ("KL divergence", _divergence(found.against)),
             ("same choice", f"{found.against.top1:.2%} of positions"),
         ]
     rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
     if found.against:
         click.echo()
         table(("block", "error of its output", "added"), _block_lines(found.against))
+
+
+def _divergence(against: Comparison) -> str:
+    error = f" +- {against.kl_error:.6f}" if math.isfinite(against.kl_error) else ""
+    return f"{against.kl:.6f}{error} nats"
 
 
 def _block_lines(against: Comparison) -> list[tuple[str, ...]]:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from shardxform.calibration import PRESETS, DataOptions, Windows
 from shardxform.cli.console import tell
-from shardxform.errors import PlanError
+from shardxform.errors import OutputError, PlanError
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
 
-__all__ = ["data_options", "device_options", "load_data", "make_precision", "require"]
+__all__ = [
+    "SCORE_PRESETS",
+    "data_options",
+    "device_options",
+    "load_data",
+    "make_precision",
+    "refuse_no_data",
+    "refuse_unwritable",
+    "require",
+]
 
-_DATA_KEYS = ("data", "samples", "seqlen", "seed", "text_key")
+SCORE_PRESETS: Final = {"reference": "NeelNanda/pile-10k, 256 x 2048, unpacked"}
+_DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "text_key")
 
 
-def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Which text, and how it is cut into windows."""
-    for option in (
+def data_options(*, samples: int, presets: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Which text, and how it is cut into windows; `samples` by default, `presets` with what they stand for."""
+    told = "; ".join(f"{name}: {what}" for name, what in presets.items())
+    options = (
         click.option("--text-key", metavar="KEY", help="Field or column of the documents.  [default: text]"),
         click.option("--chat-template", is_flag=True, help="Documents are conversations: render the chat template."),
         click.option(
@@ -34,18 +46,21 @@ def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--seed", type=click.IntRange(0), help="Where data are sampled.  [default: 42]"),
         click.option("--seqlen", type=click.IntRange(2), help="Tokens of a window.  [default: 2048]"),
-        click.option("--samples", type=click.IntRange(1), help="Windows.  [default: 256]"),
-        click.option(
-            "--preset", type=click.Choice(sorted(PRESETS)), help="reference: NeelNanda/pile-10k, 256 x 2048, unpacked."
-        ),
+        click.option("--samples", type=click.IntRange(1), help=f"Windows.  [default: {samples}]"),
+        click.option("--preset", type=click.Choice(sorted(presets)), help=f"{told}."),
         click.option(
             "--data",
             metavar="D",
             help="Text: .jsonl, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
         ),
-    ):
-        function = option(function)
-    return function
+    )
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in options:
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,19 +87,20 @@ def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def load_data(root: Path, given: dict[str, Any]) -> Windows:
+def load_data(
+    root: Path, given: dict[str, Any], *, samples: int = 256, presets: Mapping[str, DataOptions] = PRESETS
+) -> Windows:
     """Take the data options out of `given`, and read what they name with the tokenizer of the checkpoint.
 
     Raises:
         PlanError: no data named, or none found; see `calibration.load_windows`.
 
     """
+    refuse_no_data(given)
     chosen = {key: value for key in _DATA_KEYS if (value := given.pop(key)) is not None}
     preset, no_pack, chat = given.pop("preset"), given.pop("no_pack"), given.pop("chat_template")
-    if preset is None and "data" not in chosen:
-        raise click.UsageError("Missing option '--data' or '--preset'.")
     require("transformers")
-    base = PRESETS[preset] if preset else DataOptions(data=chosen["data"])
+    base = presets[preset] if preset else DataOptions(data=chosen["data"], samples=samples)
     options = replace(base, **chosen, pack=base.pack and not no_pack, chat_template=base.chat_template or chat)
     from shardxform.calibration import load_windows
 
@@ -92,6 +108,27 @@ def load_data(root: Path, given: dict[str, Any]) -> Windows:
     for note in windows.notes:
         tell(f"note: {note}")
     return windows
+
+
+def refuse_no_data(given: Mapping[str, Any]) -> None:
+    """Refuse a command line that names no text, before anything takes time."""
+    if given["preset"] is None and given["data"] is None:
+        raise click.UsageError("Missing option '--data' or '--preset'.")
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a name for a result that could not be written at the end of hours of work.
+
+    Raises:
+        OutputError: a directory, or a name in a directory that is missing or may not be written to.
+
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: expected the name of a file, found a directory")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: no directory {path.parent} to write it to")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: the directory {path.parent} is not writable")
 
 
 def make_precision(device: str, dtype: str) -> Precision:
@@ -112,7 +149,7 @@ def make_precision(device: str, dtype: str) -> Precision:
     quiet.disable_progress_bar()
     try:
         place = torch.device(device)
-        torch.zeros(1, device=place)
+        torch.zeros(1, device=place).item()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
         raise PlanError(f"--device {device}: {str(e).splitlines()[0]}") from e
     types = {"auto": torch.float32 if place.type == "cpu" else torch.bfloat16}

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, tell
+from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, table, tell
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
@@ -26,18 +26,28 @@ def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
 
 
 def execute(
-    plan: Plan, out: Path, *, jobs: int, force: bool, dry_run: bool, as_json: bool, quiet: bool, device: str = "cpu"
+    plan: Plan,
+    out: Path,
+    *,
+    jobs: int,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,  # noqa: ANN401
 ) -> None:
-    """Run `plan` into `out`, or only show it."""
+    """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`."""
     if dry_run:
         _show(plan, out, jobs, force, as_json)
         return
     for note in _notes(plan):
         tell(f"note: {note}")
     with interruptible(), progress(plan.command, quiet) as on_progress:
-        report = run(plan, out, RunOptions(jobs=jobs, force=force, device=device, on_progress=on_progress))
+        report = run(plan, out, RunOptions(jobs=jobs, force=force, on_progress=on_progress, **options))
     if as_json:
         print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})
+    elif report.left:
+        _say_part(plan, report)
     elif report.already_done:
         click.echo(f"{out}: already complete, made from the same inputs; nothing written")
     else:
@@ -88,9 +98,10 @@ def _quantized(summary: Mapping[str, Any]) -> str:
     scheme, grid = summary["scheme"], summary["scheme"]["grid"]
     kept = ", ".join(f"{n:,} {why}" for why, n in summary["kept_modules"].items())
     group = "one scale per row" if grid["group_size"] == -1 else f"groups of {grid['group_size']}"
+    method = ", tuned" if scheme["method"] == "auto-round" else ""
     return (
         f"{gb(summary['quantized_weight_bytes'])} of weights to"
-        f" {grid['bits']} bits in {group}, {scheme['format']}; kept: {kept}"
+        f" {grid['bits']} bits in {group}{method}, {scheme['format']}; kept: {kept}"
     )
 
 
@@ -116,6 +127,7 @@ def _report_facts(report: Report) -> dict[str, Any]:
         "already_done": report.already_done,
         "written_bytes": report.written_bytes,
         "resumed_bytes": report.resumed_bytes,
+        "steps_left": report.left,
         "seconds": round(report.seconds, 3),
         "peak_rss_bytes": report.peak_rss_bytes,
         "facts": dict(report.facts),
@@ -124,18 +136,52 @@ def _report_facts(report: Report) -> dict[str, Any]:
 
 def _say_done(plan: Plan, report: Report) -> None:
     before = plan.summary["bytes_before"]
-    rate = report.written_bytes / max(report.seconds, 1e-3)
+    rate = "" if plan.summary.get("scheme", {}).get("method") == "auto-round" else _rate(report)
     resumed = f", {gb(report.resumed_bytes)} from an earlier run" if report.resumed_bytes else ""
     click.echo(f"{report.out}: complete and durable")
     rows(
         [
             ("size", f"{gb(before)} -> {gb(plan.data_bytes)} in {count(len(plan.shards), 'shard')}"),
-            ("time", f"{report.seconds:.1f} s, {gb(rate)}/s{resumed}"),
+            ("time", f"{report.seconds:.1f} s{rate}{resumed}"),
             ("memory", f"{gb(report.peak_rss_bytes)} peak"),
             *_zero_lines(report),
             ("check it", f"shardxform verify {report.out} --source {plan.source}"),
         ]
     )
+    _tell_blocks(report)
+
+
+def _rate(report: Report) -> str:
+    return f", {gb(int(report.written_bytes / max(report.seconds, 1e-3)))}/s"
+
+
+def _say_part(plan: Plan, report: Report) -> None:
+    click.echo(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
+    rows([("time", f"{report.seconds:.1f} s"), ("memory", f"{gb(report.peak_rss_bytes)} peak")])
+    _tell_blocks(report)
+    click.echo(f"  put together with: shardxform {plan.command} ... --merge {report.out}")
+
+
+def _tell_blocks(report: Report) -> None:
+    """What tuning did to every block."""
+    blocks: list[Mapping[str, Any]] = sorted(report.facts.get("blocks", []), key=lambda block: int(block["layer"]))
+    if not blocks:
+        return
+    click.echo()
+    table(("block", "error rounded", "tuned", "ratio", "never reached", "time", "memory"), map(_block_line, blocks))
+    for block in blocks:
+        if "rounded_to_nearest" in block:
+            why = block["rounded_to_nearest"]
+            tell(f"WARNING: block {block['layer']} is NOT tuned but rounded to nearest: {why}")
+
+
+def _block_line(block: Mapping[str, Any]) -> tuple[str, ...]:
+    layer, ending = str(block["layer"]), (f"{block['seconds']:.1f} s", gb(block["peak_rss_bytes"]))
+    if "rounded_to_nearest" in block:
+        return (layer, "-", "-", "-", "-", *ending)
+    before, after = block["rtn_error"], block["tuned_error"]
+    ratio = f"{after / before:.1%}" if before else "-"
+    return (layer, f"{before:.3e}", f"{after:.3e}", ratio, str(len(block["experts_never_reached"])), *ending)
 
 
 def _zero_lines(report: Report) -> Iterator[tuple[str, str]]:

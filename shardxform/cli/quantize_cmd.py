@@ -18,6 +18,7 @@ from shardxform.cli.options import (
     view_options,
 )
 from shardxform.cli.planned import execute, load_manifest
+from shardxform.cli.tune_options import open_tuner, read_tuning, tune_options
 from shardxform.prune import ViewOptions
 from shardxform.quantize.grid import Grid, ScaleGrid
 from shardxform.quantize.planner import plan_quantize
@@ -43,15 +44,17 @@ __all__ = ["command"]
 )
 @click.option(
     "--method",
-    type=click.Choice(["rtn"]),
+    type=click.Choice(["rtn", "auto-round"]),
     default="rtn",
     show_default=True,
-    help="rtn: round to nearest, without data.",
+    help="rtn: round to nearest, without data. auto-round: tune the rounding of each block on calibration data, "
+    "--data or --preset.",
 )
 @click.option(
-    "--search",
-    is_flag=True,
-    help="Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.",
+    "--search/--no-search",
+    default=None,
+    help="Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: with "
+    "auto-round, as its start]",
 )
 @click.option(
     "--format",
@@ -84,8 +87,10 @@ __all__ = ["command"]
     "--device",
     default="cpu",
     show_default=True,
-    help="Where to round: cpu, or a torch device such as cuda:0; the bits are the same. --search runs on the CPU only.",
+    help="Where to round or tune: cpu, or a torch device such as cuda:0. Rounding gives the same bits everywhere; "
+    "--search runs on the CPU only.",
 )
+@tune_options
 @view_options
 @run_options
 def command(
@@ -94,8 +99,8 @@ def command(
     manifest: Path | None,
     scheme: str,
     group_size: str,
-    method: str,  # noqa: ARG001
-    search: bool,
+    method: str,
+    search: bool | None,
     format_: Format,
     scale_grid: ScaleGrid,
     expert_names: ExpertNames,
@@ -105,6 +110,7 @@ def command(
     text_only: bool,
     mtp: MtpMode,
     max_shard_size: int,
+    device: str,
     **run: Any,  # noqa: ANN401
 ) -> None:
     """Write OUT, SRC with its weights rounded to 4 or 8 bits; with --manifest, pruned in the same pass.
@@ -113,7 +119,9 @@ def command(
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
     checkpoint = Checkpoint.open(source)
-    grid = Grid(bits=PRESETS[scheme], group_size=int(group_size), scale_grid=scale_grid, search=search)
+    tuning = read_tuning(method, source, device, run)
+    searches = tuning is not None if search is None else search
+    grid = Grid(bits=PRESETS[scheme], group_size=int(group_size), scale_grid=scale_grid, search=searches)
     chosen = Scheme(
         grid=grid,
         format=format_,
@@ -123,4 +131,10 @@ def command(
         quantize=quantize_,
     )
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
-    execute(plan_quantize(checkpoint, chosen, load_manifest(manifest, checkpoint), options), out, **run)
+    kept = load_manifest(manifest, checkpoint)
+    plan = plan_quantize(checkpoint, chosen, kept, options, tuning.recipe if tuning else None)
+    if tuning is None or run["dry_run"]:
+        execute(plan, out, device=device, **run)
+        return
+    with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:
+        execute(plan, out, tuner=tuner, blocks=tuning.blocks, parts=tuning.parts, **run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,15 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short
-from shardxform.cli.model_options import data_options, device_options, load_data, make_precision
+from shardxform.cli.model_options import (
+    SCORE_PRESETS,
+    data_options,
+    device_options,
+    load_data,
+    make_precision,
+    refuse_no_data,
+    refuse_unwritable,
+)
 from shardxform.cli.options import json_option, source_argument
 from shardxform.errors import OutputError
 from shardxform.progress import peak_rss_bytes
@@ -33,7 +42,7 @@ __all__ = ["command"]
     required=True,
     help="Saliency file to write, such as saliency.safetensors.",
 )
-@data_options
+@data_options(samples=256, presets=SCORE_PRESETS)
 @device_options
 @click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
 @json_option
@@ -55,11 +64,17 @@ def command(
     Interrupted, the same command goes on after the last finished block.
     """
     checkpoint = Checkpoint.open(source)
-    windows = load_data(source, data)
+    refuse_no_data(data)
+    refuse_unwritable(output)
+    work = work or output.with_name(output.name + ".work")
+    _refuse_overlap(output, work)
     precision = make_precision(device, dtype)
+    from shardxform.forward.work import refuse_inside
     from shardxform.scoring import ScoreOptions, score
 
-    work = work or output.with_name(output.name + ".work")
+    for path in (output, work):
+        refuse_inside(path, [source])
+    windows = load_data(source, data)
     options = ScoreOptions(precision=precision, work=work)
     existing = _existing(output, checkpoint, windows, options)
     if dry_run:
@@ -69,10 +84,17 @@ def command(
         with interruptible(), progress("score", quiet) as options.on_progress:
             existing = score(checkpoint, windows, options)
         existing.save(output)
-        _remove_work(options, checkpoint, windows)
     elif not as_json:
         click.echo(f"{output}: already complete, made from the same inputs; nothing written")
+    _remove_work(options, checkpoint, windows)
     _report(existing, output, as_json)
+
+
+def _refuse_overlap(output: Path, work: Path) -> None:
+    """Refuse a result that would lie in the work directory, or in the way of it."""
+    file, folder = (Path(os.path.realpath(path)) for path in (output, work))
+    if file == folder or file in folder.parents or folder in file.parents:
+        raise OutputError(f"{output}: is in the way of the work directory {work}; name another with --work")
 
 
 def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency | None:
@@ -90,17 +112,23 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: S
 
 
 def _remove_work(options: ScoreOptions, checkpoint: Checkpoint, windows: Windows) -> None:
+    """Remove what this run, or one that was killed when it had its result, left; what is of others stays."""
     from shardxform.forward.work import WorkDir
     from shardxform.scoring import score_fingerprint
 
-    with WorkDir(options.work, score_fingerprint(checkpoint, windows, options)) as work:
+    if not options.work.is_dir():
+        return
+    with (
+        contextlib.suppress(OutputError),
+        WorkDir(options.work, score_fingerprint(checkpoint, windows, options)) as work,
+    ):
         work.remove()
 
 
 def _show(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, output: Path, as_json: bool) -> None:
     from shardxform.forward.estimate import estimate
 
-    needs = estimate({"scored": checkpoint}, windows, options.precision)
+    needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
     if as_json:
         print_json({"source": str(checkpoint.root), "output": str(output), "data": dict(windows.provenance), **needs})
         return

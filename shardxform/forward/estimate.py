@@ -20,14 +20,16 @@ _LIBRARIES: Final = 450_000_000  # python, torch, transformers and a tokenizer, 
 _LIVE_STATES: Final = 40  # hidden states' worth of memory that a block's own computation holds at its peak
 
 
-def estimate(checkpoints: Mapping[str, Checkpoint], windows: Windows, precision: Precision) -> dict[str, Any]:
-    """Predict memory, disk and reading of a pass over `windows`; sizes in bytes.
+def estimate(
+    checkpoints: Mapping[str, Checkpoint], windows: Windows, precision: Precision, work: Path | None = None
+) -> dict[str, Any]:
+    """Predict memory, disk and reading of a pass over `windows`; sizes in bytes, free ones where `work` will be.
 
     Raises:
         FamilyError, SchemeError, CheckpointError: see `Skeleton`.
 
     """
-    blocks = heads = work = read = live = 0
+    blocks = heads = states = read = live = 0
     layers = 0
     for checkpoint in checkpoints.values():
         with Weights(checkpoint, precision) as weights:
@@ -41,7 +43,7 @@ def estimate(checkpoints: Mapping[str, Checkpoint], windows: Windows, precision:
             read += sizes.total()
             layers = skeleton.num_blocks
             state = skeleton.hidden_size * precision.dtype.itemsize
-            work += 2 * windows.ids_NT.size * state
+            states += 2 * windows.ids_NT.size * state
             live = max(live, _LIVE_STATES * max(BATCH_TOKENS, windows.ids_NT.shape[1]) * state)
     return {
         "tokens": int(windows.lengths_N.sum()),
@@ -50,8 +52,8 @@ def estimate(checkpoints: Mapping[str, Checkpoint], windows: Windows, precision:
         "device": str(precision.device),
         "read_bytes": read,
         "peak_memory_bytes": _LIBRARIES + max(blocks, heads) + live,
-        "work_bytes": work,
-        "free_disk_bytes": FileSystem().free_bytes(Path.cwd()),
+        "work_bytes": states,
+        "free_disk_bytes": FileSystem().free_bytes(Path.cwd() / (work or "")),
     }
 
 

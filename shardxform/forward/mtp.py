@@ -33,7 +33,7 @@ class MtpLayer:
         self._skeleton = skeleton
         self._block = block
         self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
-        self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])
+        self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
 
     def __call__(
         self, ids_BT: torch.Tensor, normed_BTH: torch.Tensor, mask_BT: torch.Tensor | None = None

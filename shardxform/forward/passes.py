@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import Interrupted
+from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.work import HiddenFile, WorkDir
@@ -134,6 +135,7 @@ def run_pass(job: Pass, visitor: Visitor) -> list[Mapping[str, Any]]:
     Raises:
         Interrupted: KeyboardInterrupt; every finished block is durable.
         OutputError: the disk is too small for the hidden states.
+        ExecutionError: the model gives no finite numbers.
 
     """
     job.work.refuse_too_little_space(2 * sum(job.hidden(chain, 0).nbytes for chain in job.chains))
@@ -222,11 +224,25 @@ def _run_block(job: Pass, layer: int, visitor: Visitor) -> None:
                 mask_BT = batch.mask()
                 entering_BTH = readers[name].rows(batch.start, batch.stop).to(device)
                 hidden[name] = block(entering_BTH, None if mask_BT is None else mask_BT.to(device))
+                _refuse_non_finite(hidden[name], batch, f"{job.chains[name].weights.checkpoint.root}: block {layer}")
                 writers[name].put(batch.start, hidden[name])
             visitor.after(batch, hidden)
             job.progressed(int(batch.valid_BT.sum()) * len(blocks))
     job.work.record(_name(layer), visitor.facts())
     _remove_inputs(job, layer)
+
+
+def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, where: str) -> None:
+    """Refuse NaN and infinity at the positions that count, which would spoil all that is computed from them."""
+    if math.isfinite(float(hidden_BTH.sum(dtype=torch.float32))):  # most often, and at the speed of memory
+        return
+    bad = (~hidden_BTH.isfinite().all(-1).cpu() & batch.valid_BT).nonzero()
+    if len(bad):
+        row, position = bad[0].tolist()
+        raise ExecutionError(
+            f"{where}: what leaves it is not finite at position {position} of window {batch.start + row}:"
+            f" the model overflows in {str(hidden_BTH.dtype).removeprefix('torch.')}"
+        )
 
 
 def _remove_inputs(job: Pass, layer: int) -> None:

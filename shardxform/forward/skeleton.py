@@ -9,15 +9,16 @@ input through, so that masks, rotary embeddings and positions are made as the mo
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from shardxform.errors import CheckpointError, FamilyError
+from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
 from shardxform.forward.weights import Weights
 from shardxform.layout import Layout
@@ -26,6 +27,22 @@ from shardxform.tensors import TensorRef
 __all__ = ["Skeleton"]
 
 _META: Final = torch.device("meta")
+_TILE_ROWS: Final = 16384
+_NOT_THE_MODEL: Final = {  # what a config may say besides: how it is stored and run, and what else is given back
+    "_attn_implementation",
+    "_experts_implementation",
+    "architectures",
+    "attn_implementation",
+    "dtype",
+    "experts_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+}
 
 
 class Skeleton:
@@ -76,7 +93,7 @@ class Skeleton:
         unique, local_BT = torch.unique(ids_BT, return_inverse=True)
         rows = self.weights.rows(self._embeddings, unique.tolist())
         table = self._decoder.embed_tokens
-        with _filled(table, {"weight": rows}):
+        with _filled(table, {"weight": rows}), _told():
             hidden: torch.Tensor = self._decoder(input_ids=local_BT.to(rows.device), use_cache=False).last_hidden_state
         return hidden
 
@@ -113,6 +130,10 @@ class Skeleton:
         """What the names of a decoder block's tensors begin with."""
         return f"{self.layout.wrapper.prefix}layers.{layer}."
 
+    def module(self, layer: int) -> nn.Module:
+        """Look at the module of a decoder block, which has no weights unless it is loaded."""
+        return self._blocks[layer]
+
     @contextlib.contextmanager
     def block(self, layer: int, observer: Observer | None = None) -> Iterator[Block]:
         """Load decoder block `layer`, but for its routed experts, which are read as tokens reach them.
@@ -141,6 +162,46 @@ class Skeleton:
                 if experts is not None:
                     detach(experts)
 
+    @contextlib.contextmanager
+    def tunable(self, layer: int, names: Collection[str]) -> Iterator[Block]:
+        """Load a copy of decoder block `layer` whose modules are to be replaced; it is thrown away at the end.
+
+        Args:
+            layer: of the block.
+            names: its modules, linear ones or the routed experts as a whole, whose weights are wanted in the dtype they
+                are stored in. The weights of other experts are read as tokens reach them.
+
+        """
+        original = self._decoder.layers[layer]
+        module = copy.deepcopy(original)
+        experts = experts_module(module)
+        local = next((name for name, each in module.named_modules() if each is experts), "")
+        bank = ExpertBank(lambda e: self.weights.expert("block", layer, e), self.weights.precision)
+        tensors = self._block_tensors(module, experts, self.prefix(layer), names)
+        _put(module, dict(tensors))
+        if experts is not None and local in names:
+            _put(experts, self._stacked(layer))
+        elif experts is not None:
+            attach(experts, bank)
+        self._decoder.layers[layer] = module
+        try:
+            yield Block(self, module, bank)
+        finally:
+            self._decoder.layers[layer] = original
+
+    def _stacked(self, layer: int) -> dict[str, torch.Tensor]:
+        """All routed experts of a block in the dtype they are stored in, [E, 2I, H] and [E, H, I]."""
+        stacks: dict[str, torch.Tensor] = {}
+        for expert in range(self.layout.num_experts):
+            weights = self.weights.expert("block", layer, expert).at_rest()
+            for name, value in zip(("gate_up_proj", "down_proj"), weights, strict=True):
+                if name not in stacks:
+                    stacks[name] = torch.empty(
+                        self.layout.num_experts, *value.shape, dtype=value.dtype, device=self.weights.precision.device
+                    )
+                stacks[name][expert] = value
+        return stacks
+
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
         kind: Any = type(self._norm)
@@ -150,14 +211,16 @@ class Skeleton:
         return norm.requires_grad_(False)
 
     def _block_tensors(
-        self, module: nn.Module, experts: nn.Module | None, prefix: str
+        self, module: nn.Module, experts: nn.Module | None, prefix: str, at_rest: Collection[str] = ()
     ) -> Iterator[tuple[str, torch.Tensor]]:
         inside = {id(tensor) for tensor in experts.parameters()} if experts is not None else set()
         for local, wanted in module.state_dict(keep_vars=True).items():
             if id(wanted) in inside:
                 continue
             dtype = torch.float32 if self._keeps_float32(local) else None
-            found = self.weights.tensor(prefix + local, dtype)
+            name = prefix + local
+            resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
+            found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
                 raise CheckpointError(
                     f"{self.weights.checkpoint.root}: tensor '{prefix + local}': shape {list(found.shape)},"
@@ -171,9 +234,10 @@ class Skeleton:
 
     def call(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
         """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on."""
-        out: torch.Tensor = self._decoder(
-            inputs_embeds=hidden_BTH, attention_mask=mask_BT, use_cache=False
-        ).last_hidden_state
+        with _told():
+            out: torch.Tensor = self._decoder(
+                inputs_embeds=hidden_BTH, attention_mask=mask_BT, use_cache=False
+            ).last_hidden_state
         return out
 
 
@@ -200,6 +264,23 @@ class Block:
             return self._skeleton.call(hidden_BTH, mask_BT)
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Say in a line what keeps the model's own code from running, such as a config that contradicts itself."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+        kind = ExecutionError if memory else FamilyError
+        raise kind(f"transformers cannot run the model of config.json: {_line(e)}") from e
+
+
+def _line(error: Exception) -> str:
+    """What an error of a library says, in a line; checks of configs say what they checked in the first of two."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
 class Head:
     """The final norm and the output head. `weight` is the head [V, H] in the dtype it is stored in."""
 
@@ -218,17 +299,14 @@ class Head:
             tiles = (weight[at : at + _TILE_ROWS].to(precision.dtype) for at in range(0, len(weight), _TILE_ROWS))
             return torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
 
-        with _computing(self._skeleton._norm), _forward_of(module, tiled):
+        with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
             logits: torch.Tensor = model(inputs_embeds=hidden_NH[None], use_cache=False).logits
         return logits[0]
 
 
-_TILE_ROWS: Final = 16384
-
-
 def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not."""
-    text = {key: value for key, value in layout.text.items() if key not in ("quantization_config", "architectures")}
+    text = {key: value for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
     text["model_type"] = wrapper.model_type
     try:
@@ -241,8 +319,8 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         rotary = model.get_decoder().rotary_emb
         with weights.precision.device:
             model.get_decoder().rotary_emb = type(rotary)(config=model.config)
-    except (ArithmeticError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except Exception as e:  # of transformers and what checks its configs, which differ by version
+        reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
 
@@ -274,17 +352,22 @@ def _forward_of(module: Any, forward: Any) -> Iterator[None]:  # noqa: ANN401
 @contextlib.contextmanager
 def _filled(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Put tensors in a module's parameters and buffers, and take them out again."""
-    before = {name: _slot(module, name) for name in tensors}
-    kept = [table[key] for table, key in before.values()]
-    for name, tensor in tensors.items():
-        table, key = before[name]
-        table[key] = nn.Parameter(tensor, requires_grad=False) if isinstance(table[key], nn.Parameter) else tensor
-    tensors.clear()
+    slots = [_slot(module, name) for name in tensors]
+    kept = [table[key] for table, key in slots]
+    _put(module, tensors)
     try:
         yield
     finally:
-        for (table, key), meta in zip(before.values(), kept, strict=True):
+        for (table, key), meta in zip(slots, kept, strict=True):
             table[key] = meta
+
+
+def _put(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put tensors in a module's parameters and buffers, which then alone hold them."""
+    for name, tensor in tensors.items():
+        table, key = _slot(module, name)
+        table[key] = nn.Parameter(tensor, requires_grad=False) if isinstance(table[key], nn.Parameter) else tensor
+    tensors.clear()
 
 
 def _slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:

@@ -8,9 +8,11 @@ and scales that become values when asked for, exactly (`scale * (code - zero)` i
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -20,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import CheckpointError, ExecutionError, SchemeError
+from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.fsio import FileSystem
-from shardxform.layout import Layout, Place, layout_of
+from shardxform.layout import Layout, Place, expected, layout_of, variants_found
 from shardxform.quantize.grid import Grid
-from shardxform.quantize.loading import StoredReader, turned
-from shardxform.quantize.stored import Stored, read_stored, rows_of
+from shardxform.quantize.loading import Loaded, StoredReader, turned
+from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of
 from shardxform.tensors import ByteRange, TensorRef
 
 __all__ = ["ExpertWeights", "Precision", "Weights"]
@@ -82,6 +84,11 @@ class ExpertWeights:
     gate_up: tuple[_Matrix, ...]
     down: _Matrix
 
+    def at_rest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the dtype they are stored in; for experts that are not quantized."""
+        plain = [part.w_OI for part in (*self.gate_up, self.down) if isinstance(part, _Plain)]
+        return torch.cat(plain[:-1]), plain[-1]
+
     def dense(self, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate over up projection [2I, H], and down projection [H, I]."""
         parts = [part.dense(precision) for part in self.gate_up]
@@ -109,6 +116,7 @@ class Weights:
         self.precision = precision
         self._fs = fs or FileSystem()
         self._fds: dict[str, int] = {}
+        self._opening = threading.Lock()  # blocks are read ahead on a thread
         self._stored: Stored | None = None
         if checkpoint.config.get("quantization_config"):
             self._stored = read_stored(checkpoint)
@@ -168,6 +176,34 @@ class Weights:
         """Whether a block or MTP layer has routed experts here."""
         return (scope, layer) in self._experts
 
+    def check(self, mtp_layers: Collection[int] = ()) -> None:
+        """Hold names and shapes of all that the text model reads against config.json, before anything is read.
+
+        Args:
+            mtp_layers: those that are going to be run.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape; names the first.
+            FamilyError: the config gives no shapes.
+
+        """
+        try:
+            for name, item in expected(self.layout, variants_found(self.layout)):
+                scope, layer = item.place.scope, item.place.layer
+                read = scope in ("root", "block") or (scope == "mtp" and mtp_layers and layer in (None, *mtp_layers))
+                if read and not (item.optional and not self.has(name)):
+                    self._refuse_other_shape(name, item.shape)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            raise FamilyError(f"{self.checkpoint.root}: config.json gives no shapes: {e}") from e
+
+    def _refuse_other_shape(self, name: str, wanted: tuple[int, ...] | None) -> None:
+        found = self.ref(name).spec.shape
+        if wanted is not None and found != wanted:
+            raise CheckpointError(
+                f"{self.checkpoint.root}: tensor '{name}': shape {list(found)},"
+                f" but the model of config.json wants {list(wanted)}"
+            )
+
     # -- the disk -----------------------------------------------------------------------------------------------
 
     def will_need(self, prefix: str) -> None:
@@ -190,16 +226,17 @@ class Weights:
         self.close()
 
     def _fd(self, name: str) -> int:
-        if name not in self._fds:
-            self._fds[name] = self._fs.open(self.checkpoint.root / name, os.O_RDONLY)
-        return self._fds[name]
+        with self._opening:
+            if name not in self._fds:
+                self._fds[name] = self._fs.open(self.checkpoint.root / name, os.O_RDONLY)
+            return self._fds[name]
 
     def _matrix(self, ref: TensorRef) -> _Matrix:
         if self._stored is None or ref.name not in self._stored.weights:
             return _Plain(self._plain(ref))
         words, scales = [], []
         for module, start, stop in rows_of(ref, self._stored.modules):
-            words_OW, scale_OG = turned(self._reader.load(module), self._stored.scheme.layout, start, stop)
+            words_OW, scale_OG = turned(self._load(module), self._stored.scheme.layout, start, stop)
             words.append(words_OW)
             scales.append(scale_OG)
         return _Packed(_joined(words), _joined(scales), self._stored.scheme.grid)
@@ -216,7 +253,20 @@ class Weights:
         for piece in ref.ranges:
             self._read(piece, view[done : done + piece.length])
             done += piece.length
-        return torch.from_numpy(buffer).view(_DTYPES[ref.spec.dtype]).view(ref.spec.shape)
+        values = torch.from_numpy(buffer).view(_DTYPES[ref.spec.dtype]).view(ref.spec.shape)
+        if not _all_finite(values):
+            raise ExecutionError(
+                f"{self.checkpoint.root}: tensor '{ref.name}' holds NaN or infinity; the model would give no numbers"
+            )
+        return values
+
+    def _load(self, module: StoredModule) -> Loaded:
+        try:
+            return self._reader.load(module)
+        except EOFError as e:
+            raise ExecutionError(f"{self.checkpoint.root}: truncated while it was read: {e}") from e
+        except ExecutionError as e:
+            raise ExecutionError(f"{self.checkpoint.root}: {e}") from e
 
     def _read(self, piece: ByteRange, into: memoryview) -> None:
         where: Path = self.checkpoint.root / piece.file
@@ -226,6 +276,11 @@ class Weights:
             raise ExecutionError(f"{where}: truncated while it was read: {e}") from e
         except OSError as e:
             raise ExecutionError(f"{where}: {e.strerror}") from e
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """Whether all are numbers: a sum tells at the speed of memory, unless it overflows by itself."""
+    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
@@ -248,7 +303,8 @@ def _expert_table(
     for (scope, layer), table in out.items():
         fused = "gate_up_proj" in table
         for projection in ("gate_up_proj", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj"):
-            wanted, found = 1 if fused else layout.num_experts, len(table[projection])
+            wanted = 1 if fused else layout.num_experts
+            found = len(table[projection].keys() & range(wanted))
             if found != wanted:
                 raise CheckpointError(
                     f"{scope} {layer}: {found} of {wanted} tensors of experts' {projection}; see `shardxform verify`"

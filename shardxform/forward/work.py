@@ -17,7 +17,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,12 +29,12 @@ from shardxform.fsio import FileSystem
 from shardxform.sharding import show_size
 from shardxform.strictjson import JsonError, dumps, parse_object
 
-__all__ = ["HiddenFile", "WorkDir"]
+__all__ = ["HiddenFile", "WorkDir", "refuse_inside"]
 
 _FORMAT: Final = "shardxform.work"
 _PROGRESS: Final = "progress.json"
 _LOCK: Final = "lock"
-_OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden")
+_OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.tmp)?")
 
 
 class WorkDir:
@@ -55,21 +55,31 @@ class WorkDir:
             ResumeError: it holds work of other inputs.
 
         """
-        self._refuse_foreign()
-        self.fs.mkdir(self.root)
-        try:
-            self._stack.enter_context(self.fs.locked(self.root / _LOCK))
-        except BlockingIOError as e:
-            raise OutputError(f"{self.root}: another process works here") from e
-        path = self.root / _PROGRESS
-        if path.exists():
-            self._done = self._read(path)
-        else:
-            self._write()
+        with contextlib.ExitStack() as stack:
+            try:
+                self._refuse_foreign()
+                self.fs.mkdir(self.root)
+                stack.enter_context(self.fs.locked(self.root / _LOCK))
+                path = self.root / _PROGRESS
+                if path.exists():
+                    self._done = self._read(path)
+                else:
+                    self._write()
+            except BlockingIOError as e:
+                raise OutputError(f"{self.root}: another process works here") from e
+            except OSError as e:
+                raise OutputError(f"{e.filename or self.root}: {e.strerror or e}") from e
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Let go of the directory; what the disk refused meanwhile becomes an `ExecutionError`."""
         self._stack.close()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise ExecutionError(
+                f"{error.filename or self.root}: {error.strerror or error};"
+                f" what was finished is safe in {self.root}: run the same command again to go on"
+            ) from error
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -79,7 +89,16 @@ class WorkDir:
         return self._done
 
     def record(self, step: str, facts: Mapping[str, Any]) -> None:
-        """Have a step durably done; its hidden states must be durable already."""
+        """Have a step durably done; its hidden states must be durable already.
+
+        Raises:
+            ExecutionError: one of the facts is NaN or infinite.
+
+        """
+        try:
+            dumps(facts)
+        except ValueError as e:
+            raise ExecutionError(f"{self.root}: {step}: what it gave is not finite") from e
         self._done[step] = facts
         self._write()
 
@@ -128,7 +147,8 @@ class WorkDir:
         except (OSError, JsonError) as e:
             raise ResumeError(f"{path}: damaged: {e}; remove {self.root} and start over") from e
         steps = record.get("steps")
-        if record.get("format") != _FORMAT or not isinstance(steps, dict):
+        whole = isinstance(steps, dict) and all(isinstance(facts, dict) for facts in steps.values())
+        if record.get("format") != _FORMAT or not isinstance(steps, dict) or not whole:
             raise ResumeError(f"{path}: not a record of shardxform's; name another work directory")
         if record.get("fingerprint") != self._fingerprint:
             raise ResumeError(
@@ -140,6 +160,19 @@ class WorkDir:
     def _write(self) -> None:
         record = {"format": _FORMAT, "fingerprint": self._fingerprint, "steps": self._done}
         self.fs.write_atomic(self.root / _PROGRESS, dumps(record).encode(), self.root)
+
+
+def refuse_inside(path: Path, roots: Iterable[Path]) -> None:
+    """Refuse to write to a path that is or lies in one of the checkpoints `roots`, which are never written to.
+
+    Raises:
+        OutputError: names the checkpoint.
+
+    """
+    real = Path(os.path.realpath(path))
+    for root in roots:
+        if Path(os.path.realpath(root)) in (real, *real.parents):
+            raise OutputError(f"{path}: lies in the checkpoint {root}, which is only read; name a place outside it")
 
 
 class HiddenFile:
@@ -159,13 +192,15 @@ class HiddenFile:
     @contextlib.contextmanager
     def writing(self) -> Iterator[HiddenWriter]:
         """Make the file anew; durable when the block ends without an error."""
-        fd = self._fs.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        fd = self._fs.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             self._fs.truncate(fd, self.nbytes)
             yield HiddenWriter(self, fd, self._fs)
             self._fs.sync(fd)
         finally:
             os.close(fd)
+        self._fs.rename(temporary, self.path)  # a file of that name is whole
         self._fs.sync_dir(self.path.parent)
 
     @contextlib.contextmanager
@@ -187,6 +222,10 @@ class HiddenFile:
         finally:
             os.close(fd)
 
+    def is_whole(self) -> bool:
+        """Whether the file is there, with the size that its shape says."""
+        return self.path.is_file() and not self.path.is_symlink() and self.path.stat().st_size == self.nbytes
+
     def remove(self) -> None:
         """Remove the file; fine when it is gone."""
         self._fs.remove_if_there(self.path)
@@ -202,6 +241,11 @@ class _Open:
 
 class HiddenReader(_Open):
     """Hidden states open for reading."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[N, T, H]."""
+        return self._file.shape
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Hidden states of sequences `start`..`stop - 1`, [stop - start, T, H], in memory of their own."""

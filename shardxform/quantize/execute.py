@@ -24,7 +24,7 @@ from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype, quan
 from shardxform.scheme import Role, Scheme
 from shardxform.tensors import TensorRef
 
-__all__ = ["Rounder", "round_step", "rounder_on"]
+__all__ = ["Rounder", "part_of", "round_step", "rounder_on", "write_part"]
 
 _NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
@@ -84,7 +84,7 @@ def round_step(
         if zeros == groups:
             zero_modules.append(item.module)
         for role, extent in item.parts:
-            _write(_part(role, item, step.scheme, out), extent, files[1], fs)
+            write_part(part_of(role, item, step.scheme, out), extent, files[1], fs)
             on_bytes(extent.length)
     facts: dict[str, Any] = {}
     if zero_groups:
@@ -151,7 +151,8 @@ def _where(item: RoundItem) -> str:
     return f"tensor '{tensor}'" if tensor == f"{item.module}.weight" else f"tensor '{tensor}' (module {item.module})"
 
 
-def _part(role: Role, item: RoundItem, scheme: Scheme, out: QuantizedWeight) -> NDArray[Any]:
+def part_of(role: Role, item: RoundItem, scheme: Scheme, out: QuantizedWeight) -> NDArray[Any]:
+    """One stored tensor of a quantized weight, as it is written."""
     rows, columns = item.weight.spec.shape
     if role == "words":
         return out.words
@@ -168,7 +169,8 @@ def _bf16(scheme: Scheme) -> bool:
     return scheme.scale_dtype == "BF16"
 
 
-def _write(part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem) -> None:
+def write_part(part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem) -> None:
+    """Write a stored tensor to its place."""
     data = np.ascontiguousarray(part).data.cast("B")
     if len(data) != extent.length:
         raise ExecutionError(f"internal: a part of {len(data)} bytes for an extent of {extent.length}")

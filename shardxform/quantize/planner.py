@@ -18,15 +18,18 @@ from shardxform.modules import Module
 from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.quantization_config import build
+from shardxform.recipe import Recipe
 from shardxform.scheme import Part, Role, Scheme
 from shardxform.selection import Selection, reasons_summary, select
 from shardxform.tensors import ByteRange, TensorRef
 from shardxform.view import View, pruned_view
 
-__all__ = ["TILE_BYTES", "Round", "RoundItem", "kept_tensors", "plan_quantize"]
+__all__ = ["TILE_BYTES", "Round", "RoundItem", "TuneBlock", "kept_tensors", "plan_quantize"]
 
 TILE_BYTES: Final = 4 << 20
 """Most bytes of a weight that are read and rounded at a time."""
+
+_TUNING_BYTES: Final = 1_200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,50 @@ class Round:
         return 3 * TILE_BYTES + max(sum(extent.length for _, extent in item.parts) for item in self.items)
 
 
+@dataclass(frozen=True, slots=True)
+class TuneBlock:
+    """Tune the weights of one decoder block, then pack them. Needs the hidden states that the block before left."""
+
+    layer: int
+    items: tuple[RoundItem, ...]
+    scheme: Scheme
+    recipe: Recipe
+    block_bytes: int
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """The ranges of every weight."""
+        return (piece for item in self.items for piece in item.weight.ranges)
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """One extent per stored part."""
+        return (extent for item in self.items for _, extent in item.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The block in 16 bits, two bytes a weight beside it, and what torch and the activations take."""
+        return 2 * self.block_bytes + _TUNING_BYTES
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that go through the block: the step's share of the work."""
+        return self.recipe.block_tokens
+
+
 def plan_quantize(
-    source: Checkpoint, scheme: Scheme, manifest: Manifest | None = None, options: ViewOptions | None = None
+    source: Checkpoint,
+    scheme: Scheme,
+    manifest: Manifest | None = None,
+    options: ViewOptions | None = None,
+    recipe: Recipe | None = None,
 ) -> Plan:
     """Plan a quantized copy of `source`, pruned by `manifest` on the way when one is given.
 
+    With a `recipe`, the weights of decoder blocks are tuned; others are rounded to nearest all the same.
+
     Raises:
-        SchemeError: see `selection.select`; or the source is quantized already.
+        SchemeError: see `selection.select`; or the source is quantized already, or the scheme cannot be tuned.
         FamilyError, ManifestError, PlanError: see `view.pruned_view`.
 
     """
@@ -77,17 +117,22 @@ def plan_quantize(
             "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
             " scales, and float16 overflows where bfloat16 does not"
         )
+    if recipe and scheme.expert_names != "split":
+        raise SchemeError("--method auto-round writes --expert-names split only; see `shardxform convert`")
     _refuse_quantized(source)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
-    quantization = build(selection, scheme, view.layout, tensors)
+    quantization = build(selection, scheme, view.layout, tensors, recipe.iters if recipe else 0)
     copied = kept_tensors(tensors, selection, scheme)
     parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
     specs = [*(ref.spec for ref in copied.values()), *(part.spec for stored in parts for part in stored)]
     shards = lay_out(specs, options.max_shard_bytes)
-    rounds = _round_steps(shards, zip(selection.quantized, parts, strict=True), scheme)
-    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *rounds)
+    placed = list(zip(selection.quantized, parts, strict=True))
+    tuned = [(m, p) for m, p in placed if recipe and m.place.scope == "block"]
+    rounds = _round_steps(shards, [(m, p) for m, p in placed if not (recipe and m.place.scope == "block")], scheme)
+    blocks = _tune_steps(shards, tuned, scheme, recipe) if recipe else ()
+    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *rounds, *blocks)
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
@@ -99,8 +144,12 @@ def plan_quantize(
         steps=steps,
         config=config_bytes(source, quantized_view),
         sidecars=sidecars,
-        inputs={**view_inputs("quantize", source, manifest, options, sidecars), "scheme": scheme_inputs(scheme)},
-        summary=_summary(source, view, selection, scheme, len(specs), len(copied)),
+        inputs={
+            **view_inputs("quantize", source, manifest, options, sidecars),
+            "scheme": scheme_inputs(scheme, recipe),
+            **({"recipe": recipe.facts()} if recipe else {}),
+        },
+        summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(copied)),
         notes=(*view.notes, *_misfit_notes(selection)),
         unread=source.unread,
     )
@@ -136,9 +185,9 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
     return {**{name: ref for name, ref in tensors.items() if name not in replaced}, **unfused}
 
 
-def scheme_inputs(scheme: Scheme) -> dict[str, Any]:
+def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
     """Describe a scheme as plain data, for the record and for comparison."""
-    return {"method": "rtn", **asdict(scheme)}
+    return {"method": "auto-round" if recipe else "rtn", **asdict(scheme)}
 
 
 def _round_steps(
@@ -160,8 +209,23 @@ def _round_steps(
         yield Round(tuple(pending), scheme)
 
 
+def _tune_steps(
+    shards: Sequence[ShardPlan], modules: Iterable[tuple[Module, tuple[Part, ...]]], scheme: Scheme, recipe: Recipe
+) -> Iterator[TuneBlock]:
+    """One step per decoder block with weights to tune, in order."""
+    extents = extents_of(shards)
+    blocks: dict[int, list[RoundItem]] = {}
+    for module, parts in modules:
+        assert module.place.layer is not None
+        placed = tuple((part.role, extents[part.spec.name]) for part in parts)
+        blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed))
+    for layer in sorted(blocks):
+        items = tuple(blocks[layer])
+        yield TuneBlock(layer, items, scheme, recipe, sum(item.weight.nbytes for item in items))
+
+
 def _summary(
-    source: Checkpoint, view: View, selection: Selection, scheme: Scheme, stored: int, copied: int
+    source: Checkpoint, view: View, selection: Selection, scheme: Mapping[str, Any], stored: int, copied: int
 ) -> dict[str, Any]:
     summary = view_summary(source, view)
     weights = sum(module.weight.nbytes for module in selection.quantized)
@@ -169,7 +233,7 @@ def _summary(
         **summary,
         "tensors_after": stored,
         "copied": copied,
-        "scheme": scheme_inputs(scheme),
+        "scheme": scheme,
         "quantized_modules": len(selection.quantized),
         "quantized_weight_bytes": weights,
         "kept_modules": reasons_summary(selection),

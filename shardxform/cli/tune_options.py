@@ -1,0 +1,154 @@
+"""Options of `quantize --method auto-round`, and what they come to: the recipe of the plan and the tuner of the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from shardxform.calibration import DataOptions, Windows
+from shardxform.checkpoint import Checkpoint
+from shardxform.cli.model_options import data_options, load_data, make_precision
+from shardxform.errors import SchemeError
+from shardxform.manifest import Manifest
+from shardxform.plan import Plan
+from shardxform.prune import ViewOptions
+from shardxform.recipe import BATCH_SIZE, ITERS, Recipe
+from shardxform.view import pruned_view
+
+if TYPE_CHECKING:
+    from shardxform.runner import StepTuner
+
+__all__ = ["Tuning", "open_tuner", "read_tuning", "tune_options"]
+
+_KEYS: Final = ("iters", "batch_size", "inputs", "blocks", "merge")
+_DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "preset", "no_pack", "chat_template", "text_key")
+_SAMPLES: Final = 128  # auto-round's
+_REFERENCE: Final = DataOptions(data="NeelNanda/pile-10k", samples=64, seqlen=512, seed=42, pack=False)
+
+
+class _Blocks(click.ParamType[range]):
+    """`0-9` or `7`: decoder blocks, the last one included."""
+
+    name = "blocks"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        first, _, last = str(value).partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            self.fail(f"expected decoder blocks such as 0-9, found {value!r}", param, ctx)
+        return range(int(first), int(last or first) + 1)
+
+
+def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of tuned rounding; refused where nothing is tuned."""
+    for option in (
+        click.option(
+            "--merge",
+            metavar="PART",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="Take over the blocks that the same command with --blocks has tuned in PART; repeatable.",
+        ),
+        click.option(
+            "--blocks",
+            type=_Blocks(),
+            help="Tune these decoder blocks only, such as 0-9, and others elsewhere; needs --inputs fp.",
+        ),
+        click.option(
+            "--inputs",
+            type=click.Choice(["quantized", "fp"]),
+            help="Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
+            "blocks independent.  [default: quantized]",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
+        click.option("--iters", type=click.IntRange(1), help=f"Steps a block.  [default: {ITERS}]"),
+    ):
+        function = option(function)
+    presets = {"reference": "NeelNanda/pile-10k, 64 x 512, unpacked, 200 steps of one window"}
+    return data_options(samples=_SAMPLES, presets=presets)(function)
+
+
+class Tuning:
+    """What was asked for, with its data read.
+
+    Attributes:
+        windows: calibration data.
+        recipe: what the plan records.
+        blocks, parts: see `RunOptions`.
+
+    """
+
+    def __init__(self, windows: Windows, recipe: Recipe, given: Mapping[str, Any], device: str) -> None:
+        self.windows = windows
+        self.recipe = recipe
+        self.device = device
+        self.blocks: range | None = given["blocks"]
+        self.parts: tuple[Path, ...] = given["merge"]
+
+
+def read_tuning(method: str, root: Path, device: str, given: dict[str, Any]) -> Tuning | None:
+    """Take the tuning options out of `given`; None for plain rounding.
+
+    Raises:
+        SchemeError: options that need another one.
+
+    """
+    options = {key: given.pop(key) for key in _KEYS}
+    data = {key: given.pop(key) for key in _DATA_KEYS}
+    if method != "auto-round":
+        _refuse_idle({**options, **data})
+        return None
+    if options["blocks"] is not None and options["inputs"] != "fp":
+        raise SchemeError("--blocks needs --inputs fp: else a block is tuned on what the blocks before it put out")
+    reference = data["preset"] == "reference"
+    seed = data["seed"]
+    windows = load_data(root, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
+    precision = make_precision(device, "auto")
+    chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options[key] is not None}
+    if reference:
+        chosen.setdefault("batch_size", 1)
+    recipe = Recipe(
+        windows=windows.fingerprint,
+        data=windows.provenance,
+        samples=int(windows.ids_NT.shape[0]),
+        seqlen=int(windows.ids_NT.shape[1]),
+        seed=42 if seed is None else seed,
+        device=precision.device.type,
+        dtype=str(precision.dtype).removeprefix("torch."),
+        **chosen,
+    )
+    return Tuning(windows, recipe, options, device)
+
+
+@contextlib.contextmanager
+def open_tuner(
+    tuning: Tuning, source: Checkpoint, manifest: Manifest | None, options: ViewOptions, plan: Plan
+) -> Iterator[StepTuner]:
+    """Make the tuner of a plan.
+
+    Raises:
+        SchemeError: blocks that the plan does not tune.
+
+    """
+    import torch
+
+    from shardxform.quantize.planner import TuneBlock
+    from shardxform.tuning.session import Tuner, TunerOptions
+
+    layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
+    if tuning.blocks is not None and (not layers or tuning.blocks[-1] > layers[-1]):
+        raise SchemeError(f"--blocks: there is no block {tuning.blocks[-1]} to tune; the last one is {layers[-1]}")
+    view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp).checkpoint
+    settings = TunerOptions(precision=make_precision(tuning.device, "auto"), threads=torch.get_num_threads())
+    with Tuner(view, tuning.windows, layers, settings) as tuner:
+        yield tuner
+
+
+def _refuse_idle(options: Mapping[str, Any]) -> None:
+    """An option that would do nothing is a misunderstanding."""
+    for name, value in options.items():
+        if value not in (None, False, ()):
+            raise SchemeError(f"--{name.replace('_', '-')} is for --method auto-round, but the method is rtn")

@@ -1,0 +1,72 @@
+"""Taking over steps that another run of the same plan has done in a directory of its own.
+
+The part is only read: its record must name the same plan, its journal says which steps are done, and their bytes are
+copied to the same places. Both may be unfinished; the part may be on another disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from shardxform.errors import OutputError, ResumeError
+from shardxform.journal import Journal
+from shardxform.outdir import JOURNAL, PARTIAL, PLAN, WORK, holds, read_record
+from shardxform.output import Output
+from shardxform.plan import Step
+
+__all__ = ["adopt"]
+
+
+def adopt(output: Output, journal: Journal, part: Path) -> int:
+    """Copy the steps that are done in `part` and not yet here, and record them.
+
+    Returns:
+        bytes copied.
+
+    Raises:
+        OutputError: `part` is no unfinished output of shardxform's, or a shard of it is missing.
+        ResumeError: it was made from other inputs.
+
+    """
+    record = read_record(part / WORK / PLAN)
+    if record is None:
+        raise OutputError(f"{part}: expected unfinished work of shardxform's, as `quantize --blocks` leaves it")
+    if record.get("fingerprint") != output.plan.fingerprint:
+        raise ResumeError(f"{part}: made from other inputs than {output.root}; parts must share all options")
+    copied = 0
+    facts = Journal.read(part / WORK / JOURNAL, output.plan.fingerprint, len(output.plan.steps))
+    for number in sorted(facts.keys() - journal.done):
+        copied += _copy(output, output.plan.steps[number], part)
+        journal.record({number: facts[number]})
+    return copied
+
+
+def _copy(output: Output, step: Step, part: Path) -> int:
+    """Copy what a step has written, durably."""
+    fs, copied = output.fs, 0
+    output.reopen({extent.shard for extent in step.writes})
+    with contextlib.ExitStack() as stack:
+        opened: dict[int, tuple[int, int]] = {}
+        for extent in step.writes:
+            if extent.shard not in opened:
+                source = fs.open(_shard(output, part, extent.shard), os.O_RDONLY)
+                stack.callback(os.close, source)
+                target = fs.open(output.partial(extent.shard), os.O_RDWR)
+                stack.callback(os.close, target)
+                opened[extent.shard] = (source, target)
+            source, target = opened[extent.shard]
+            fs.copy(source, extent.offset, target, extent.offset, extent.length)
+            copied += extent.length
+        for _, target in opened.values():
+            fs.sync(target)
+    return copied
+
+
+def _shard(output: Output, part: Path, number: int) -> Path:
+    shard = output.plan.shards[number]
+    for path in (part / (shard.name + PARTIAL), part / shard.name):
+        if holds(path, shard):
+            return path
+    raise OutputError(f"{part / shard.name}: missing or damaged, though its steps are recorded as done")

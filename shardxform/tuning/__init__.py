@@ -1,0 +1,1 @@
+"""Tuned rounding (AutoRound) of one decoder block on stacked experts: tensors in, codes and scales out."""

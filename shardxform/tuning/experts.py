@@ -1,0 +1,152 @@
+"""The routed experts of a layer, tuned as what they are: two stacks of weights.
+
+Stands for transformers' fused experts: `(hidden_TH, index_TK, weight_TK) -> hidden_TH`. The forward pass stores its
+inputs and nothing else. The backward pass makes each expert's weights again in scratch memory, passes gradients on to
+the hidden states and to the router's weights, and hands each tile of a weight's gradient to the weight at once. An
+expert that no token reached costs nothing and is not touched. Sums over experts go by expert number, whoever was
+first: the number of threads does not show.
+"""
+
+# T: tokens, K: experts of a token, S: slots (T * K, sorted by expert), H: hidden size, J: intermediate size, n: tokens
+# of one expert.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardxform.tuning import grouped
+from shardxform.tuning.linear import ROW_TILE, runs
+from shardxform.tuning.routing import ExpertWeights, Gate, route
+
+if TYPE_CHECKING:
+    from shardxform.tuning.stacked import Tunable
+    from shardxform.tuning.workers import Workers
+
+__all__ = ["TunedExperts"]
+
+
+class TunedExperts(torch.nn.Module):
+    """Stands for a fused experts module.
+
+    Attributes:
+        gate_up: weights [E, 2J, H].
+        down: weights [E, H, J].
+        reached_E: whether any token ever reached an expert, over all calls.
+    """
+
+    def __init__(self, gate_up: Tunable, down: Tunable, gate: Gate, workers: Workers) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.gate, self.workers = gate_up, down, gate, workers
+        self.reached_E = [False] * gate_up.shape[0]
+        self.grouped = gate_up.device.type != "cpu"
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def forward(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of the chosen experts' outputs, in the type of `hidden_TH`."""
+        out: torch.Tensor = _Experts.apply(hidden_TH, weight_TK, self._anchor, index_TK, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def multiply(self, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+        """Outputs [T, H]."""
+        routing = route(index_TK, self.gate_up.shape[0])
+        for expert in routing.reached:
+            self.reached_E[expert] = True
+        if self.grouped:
+            return grouped.multiply(self._both, hidden_TH, weight_TK, routing)
+        out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
+        flat_S = weight_TK.reshape(-1)
+
+        def one(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+            token_n = routing.token_S[routing.of(expert)]
+            weight_n1 = flat_S[routing.slot_S[routing.of(expert)], None]
+            return token_n, self._output(expert, hidden_TH[token_n]).float() * weight_n1.float()
+
+        for token_n, y_nH in self.workers.ordered(one, routing.reached):
+            out_TH.index_add_(0, token_n, y_nH)
+        return out_TH.to(hidden_TH.dtype)
+
+    def pass_back(
+        self, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor, gradient_TH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tune the experts, and return the gradients of `hidden_TH` and `weight_TK`."""
+        routing = route(index_TK, self.gate_up.shape[0])
+        if self.grouped:
+            return grouped.pass_back(self._both, (hidden_TH, weight_TK), routing, gradient_TH)
+        gradient_out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
+        gradient_S, flat_S = torch.zeros_like(weight_TK).reshape(-1), weight_TK.reshape(-1)
+
+        def one(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+            token_n, slot_n = routing.token_S[routing.of(expert)], routing.slot_S[routing.of(expert)]
+            arriving = gradient_TH[token_n], flat_S[slot_n, None]
+            gradient_nH, gradient_n = self._pass_back_one(expert, hidden_TH[token_n], arriving)
+            gradient_S[slot_n] = gradient_n.to(gradient_S.dtype)
+            return token_n, gradient_nH
+
+        for token_n, gradient_nH in self.workers.ordered(one, routing.reached):
+            gradient_out_TH.index_add_(0, token_n, gradient_nH)
+        return gradient_out_TH.to(hidden_TH.dtype), gradient_S.reshape(weight_TK.shape)
+
+    @property
+    def _both(self) -> ExpertWeights:
+        return ExpertWeights(gate_up=self.gate_up, down=self.down, gate=self.gate)
+
+    def _values(self, weight: Tunable, expert: int, name: str, dtype: torch.dtype) -> torch.Tensor:
+        _, rows, columns = weight.shape
+        w_OI = self.workers.scratch(name, (rows, columns), dtype)
+        weight.values_into(expert * rows, w_OI)
+        return w_OI
+
+    def _output(self, expert: int, x_nH: torch.Tensor) -> torch.Tensor:
+        between = x_nH @ self._values(self.gate_up, expert, "gate_up", x_nH.dtype).T
+        return self.gate(between) @ self._values(self.down, expert, "down", x_nH.dtype).T
+
+    def _pass_back_one(
+        self, expert: int, x_nH: torch.Tensor, arriving: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the expert's inputs [n, H], and of its router weights [n], both float32; tunes the expert."""
+        gradient_nH, weight_n1 = arriving[0], arriving[1].to(x_nH.dtype)
+        up_JH = self._values(self.gate_up, expert, "gate_up", x_nH.dtype)
+        down_HJ = self._values(self.down, expert, "down", x_nH.dtype)
+        with torch.enable_grad():
+            between_nJ = (x_nH @ up_JH.T).detach().requires_grad_()
+            inner_nJ = self.gate(between_nJ)
+        back_nJ = gradient_nH @ down_HJ
+        router_n = (back_nJ.float() * inner_nJ.detach().float()).sum(1)
+        (pre_nJ,) = torch.autograd.grad(inner_nJ, between_nJ, back_nJ * weight_n1)
+        out_nH = (pre_nJ @ up_JH).float()
+        self._update(self.down, expert, gradient_nH * weight_n1, inner_nJ.detach())
+        self._update(self.gate_up, expert, pre_nJ, x_nH)
+        return out_nH, router_n
+
+    def _update(self, weight: Tunable, expert: int, gradient_nO: torch.Tensor, x_nI: torch.Tensor) -> None:
+        _, rows, columns = weight.shape
+        for run in runs(rows, ROW_TILE):
+            tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
+            weight.update(expert * rows + run.start, torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI))
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden_TH: torch.Tensor,
+        weight_TK: torch.Tensor,
+        anchor: torch.Tensor,  # noqa: ARG004
+        index_TK: torch.Tensor,
+        module: TunedExperts,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_TH, weight_TK, index_TK)
+        ctx.module = module
+        return module.multiply(hidden_TH, weight_TK, index_TK)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        gradient_TH: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        hidden_TH, weight_TK, index_TK = ctx.saved_tensors
+        with torch.no_grad():
+            hidden, weight = ctx.module.pass_back(hidden_TH, weight_TK, index_TK, gradient_TH.contiguous())
+        return hidden, weight, None, None, None

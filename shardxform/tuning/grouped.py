@@ -1,0 +1,110 @@
+"""The routed experts on a device with threads of its own: a few large operations for many experts at a time.
+
+The same functions as the loops of `experts`, with grouped matrix products over the slots sorted by expert; no loop per
+expert. Weights exist for a chunk of experts at a time. Sums over a token's experts go by their rank.
+"""
+
+# T: tokens, K: experts of a token, S: slots (T * K, sorted by expert), H: hidden size, J: intermediate size, C: experts
+# of a chunk.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch.nn.functional import grouped_mm
+
+if TYPE_CHECKING:
+    from shardxform.tuning.routing import ExpertWeights, Routing
+    from shardxform.tuning.stacked import Tunable
+
+__all__ = ["multiply", "pass_back"]
+
+_CHUNK_WEIGHTS: Final = 1 << 26
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunk:
+    """Experts `first` to `last`, their slots, and where each one's end within them."""
+
+    first: int
+    last: int
+    slots: slice
+    ends_C: torch.Tensor
+
+
+def multiply(
+    experts: ExpertWeights, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, routing: Routing
+) -> torch.Tensor:
+    """As `TunedExperts.multiply`."""
+    out_SH = hidden_TH.new_zeros(weight_TK.numel(), hidden_TH.shape[1])
+    for chunk in _chunks(experts, routing, hidden_TH.device):
+        x_SH = hidden_TH[routing.token_S[chunk.slots]]
+        up_CJH, down_CHJ = _values(experts.gate_up, chunk, x_SH.dtype), _values(experts.down, chunk, x_SH.dtype)
+        inner_SJ = experts.gate(grouped_mm(x_SH, up_CJH.mT, offs=chunk.ends_C))
+        out_SH[routing.slot_S[chunk.slots]] = grouped_mm(inner_SJ, down_CHJ.mT, offs=chunk.ends_C)
+    out_TKH = out_SH.reshape(*weight_TK.shape, -1).float() * weight_TK[..., None].float()
+    return out_TKH.sum(1).to(hidden_TH.dtype)
+
+
+def pass_back(
+    experts: ExpertWeights,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    routing: Routing,
+    gradient_TH: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `TunedExperts.pass_back`; `inputs` are the hidden states and the router's weights."""
+    hidden_TH, weight_TK = inputs
+    back_SH = hidden_TH.new_zeros(weight_TK.numel(), hidden_TH.shape[1])
+    router_S, flat_S = torch.zeros_like(weight_TK).reshape(-1), weight_TK.reshape(-1)
+    for chunk in _chunks(experts, routing, hidden_TH.device):
+        token_S, slot_S = routing.token_S[chunk.slots], routing.slot_S[chunk.slots]
+        arriving = gradient_TH[token_S], flat_S[slot_S, None]
+        back_SH[slot_S], router = _pass_back_chunk(experts, chunk, hidden_TH[token_S], arriving)
+        router_S[slot_S] = router.to(router_S.dtype)
+    back_TKH = back_SH.reshape(*weight_TK.shape, -1).float()
+    return back_TKH.sum(1).to(hidden_TH.dtype), router_S.reshape(weight_TK.shape)
+
+
+def _pass_back_chunk(
+    experts: ExpertWeights, chunk: _Chunk, x_SH: torch.Tensor, arriving: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gradient_SH, weight_S1 = arriving[0], arriving[1].to(x_SH.dtype)
+    up_CJH, down_CHJ = _values(experts.gate_up, chunk, x_SH.dtype), _values(experts.down, chunk, x_SH.dtype)
+    with torch.enable_grad():
+        between_SJ = grouped_mm(x_SH, up_CJH.mT, offs=chunk.ends_C).detach().requires_grad_()
+        inner_SJ = experts.gate(between_SJ)
+    back_SJ = grouped_mm(gradient_SH, down_CHJ, offs=chunk.ends_C)
+    router_S = (back_SJ.float() * inner_SJ.detach().float()).sum(1)
+    (pre_SJ,) = torch.autograd.grad(inner_SJ, between_SJ, back_SJ * weight_S1)
+    out_SH = grouped_mm(pre_SJ, up_CJH, offs=chunk.ends_C)
+    _update(experts.down, chunk, gradient_SH * weight_S1, inner_SJ.detach())
+    _update(experts.gate_up, chunk, pre_SJ, x_SH)
+    return out_SH, router_S
+
+
+def _chunks(experts: ExpertWeights, routing: Routing, device: torch.device) -> Iterator[_Chunk]:
+    """Runs of experts of bounded size, those without tokens left out."""
+    count, rows, columns = experts.gate_up.shape
+    step = max(1, _CHUNK_WEIGHTS // (rows * columns))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        slots = slice(routing.bounds[first], routing.bounds[last])
+        if slots.stop > slots.start:
+            ends = [end - slots.start for end in routing.bounds[first + 1 : last + 1]]
+            yield _Chunk(first, last, slots, torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+def _values(weight: Tunable, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
+    _, rows, columns = weight.shape
+    w_CRI = torch.empty(chunk.last - chunk.first, rows, columns, dtype=dtype, device=weight.device)
+    weight.values_into(chunk.first * rows, w_CRI.view(-1, columns))
+    return w_CRI
+
+
+def _update(weight: Tunable, chunk: _Chunk, gradient_SO: torch.Tensor, x_SI: torch.Tensor) -> None:
+    _, rows, columns = weight.shape
+    gradient_CRI = grouped_mm(gradient_SO.T, x_SI, offs=chunk.ends_C)
+    weight.update(chunk.first * rows, gradient_CRI.reshape(-1, columns))

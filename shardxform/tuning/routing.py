@@ -1,0 +1,62 @@
+"""Which tokens go to which expert, and what an expert is made of. Integers only; no product is computed here."""
+
+# T: tokens, K: experts of a token, S: slots (T * K, sorted by expert), H: hidden size, J: intermediate size, n: tokens
+# of one expert.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from shardxform.tuning.stacked import Tunable
+
+__all__ = ["ExpertWeights", "Gate", "Routing", "route"]
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+"""[n, 2J] -> [n, J]: what lies between the two weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertWeights:
+    """The routed experts of a layer: `gate_up` [E, 2J, H], `down` [E, H, J], and what lies between."""
+
+    gate_up: Tunable
+    down: Tunable
+    gate: Gate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Routing:
+    """Which slots belong to which expert.
+
+    Attributes:
+        slot_S: slots in the order of their experts; slot t * K + k is the k-th expert of token t.
+        token_S: their tokens.
+        bounds: expert e has `slot_S[bounds[e]:bounds[e + 1]]`.
+    """
+
+    slot_S: torch.Tensor
+    token_S: torch.Tensor
+    bounds: list[int]
+
+    @property
+    def reached(self) -> list[int]:
+        """Experts with at least one token, ascending."""
+        return [e for e in range(len(self.bounds) - 1) if self.bounds[e + 1] > self.bounds[e]]
+
+    def of(self, expert: int) -> slice:
+        """Where an expert's slots stand."""
+        return slice(self.bounds[expert], self.bounds[expert + 1])
+
+
+def route(index_TK: torch.Tensor, experts: int) -> Routing:
+    """Sort slots by expert, by token within one. Numbers from `experts` on mean no expert."""
+    flat_S = index_TK.reshape(-1)
+    slot_S = torch.sort(flat_S, stable=True).indices
+    counts = torch.bincount(flat_S, minlength=experts)[:experts]
+    bounds = [0, *torch.cumsum(counts, 0).tolist()]
+    return Routing(slot_S=slot_S, token_S=slot_S // index_TK.shape[1], bounds=bounds)

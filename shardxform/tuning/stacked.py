@@ -1,0 +1,226 @@
+"""A weight being tuned: the 16-bit original, an offset per weight, a clip per group, and the best of them so far.
+
+Two bytes per weight beside the original, and 12 per group; no gradient, no optimizer state, no copy. What was best is
+kept in two bits that offsets do not need. Any number of experts is one stack of rows, and rows are independent: so
+threads may work on different ones. No files, no modules, no loss.
+"""
+
+# E: experts, O: output rows of one, I: input columns, G: groups of a row, R: any run of the E * O rows.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import torch
+
+from shardxform.errors import ExecutionError, SchemeError
+from shardxform.quantize import packing, rtn
+from shardxform.quantize.grid import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.tuning import elementwise
+from shardxform.tuning.elementwise import Pace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardxform.tuning.workers import Workers
+
+__all__ = ["Codes", "StackedWeight", "Tunable", "packed", "prepare"]
+
+_KINDS: Final[dict[torch.dtype, rtn.SourceDtype]] = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
+_BITS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+_START_ROWS: Final = 512
+_AT_REST: Final = Pace(0.0, 0.0, 0.0, 1.2)
+
+
+class Tunable(Protocol):
+    """What the modules need of a weight: its present values, and a rule that takes gradients as they arrive."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, O, I]."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        ...
+
+    def values_into(self, first: int, out_RI: torch.Tensor) -> None:
+        """Write the rows from `first` on as the block shall multiply with them; float32 or bfloat16."""
+        ...
+
+    def update(self, first: int, gradient_RI: torch.Tensor) -> None:
+        """Move the rows from `first` on against their gradient, float32 or bfloat16."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Codes:
+    """A weight as it will be stored.
+
+    Attributes:
+        codes_OI: uint8 codes, `Grid.zero_code` for zero.
+        scale_OG: uint16, the bits of float16 scales.
+    """
+
+    codes_OI: NDArray[np.uint8]
+    scale_OG: NDArray[np.uint16]
+
+
+class StackedWeight:
+    """Weights [E, O, I] with rounding offsets and clips; `prepare` makes one.
+
+    The original is neither copied nor changed. `pace` says how far `update` moves; at first it moves nothing. Once
+    `settled`, values are those that were kept.
+    """
+
+    def __init__(self, w_EOI: torch.Tensor, start_RG: torch.Tensor, grid: Grid) -> None:
+        self.grid, self.pace, self.settled = grid, _AT_REST, False
+        self._shape = (w_EOI.shape[0], w_EOI.shape[1], w_EOI.shape[2])
+        self._w_RI = w_EOI.reshape(-1, w_EOI.shape[2])
+        self._start_RG = start_RG
+        self._v_RI = torch.zeros(self._w_RI.shape, dtype=torch.int16, device=w_EOI.device)
+        self._clip_RG = torch.ones_like(start_RG)
+        self._kept_RG = torch.ones_like(start_RG)
+        self._compiled = w_EOI.device.type == "cpu" and find_spec("numba") is not None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, O, I]."""
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and everything beside them are."""
+        return self._w_RI.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the original weights."""
+        held = (self._v_RI, self._start_RG, self._clip_RG, self._kept_RG)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def values_into(self, first: int, out_RI: torch.Tensor) -> None:
+        """Write the rows from `first` on as they would be stored, or once `settled`, as they will be."""
+        rows = slice(first, first + out_RI.shape[0])
+        clip_RG = self._kept_RG if self.settled else self._clip_RG
+        if self._compiled:
+            from shardxform.tuning import kernels
+
+            kernel = kernels.valuer(self._w_RI.dtype == torch.float32, out_RI.dtype == torch.float32)
+            out = out_RI.numpy() if out_RI.dtype == torch.float32 else out_RI.view(torch.uint16).numpy()
+            kernel(*self._arrays(rows, clip_RG), self._settings(kept=self.settled), out)
+            return
+        scale_RG = elementwise.scales(self._start_RG[rows], clip_RG[rows], self.grid)
+        out_RI.copy_(elementwise.values(self._w_RI[rows], self._v_RI[rows], scale_RG, self.grid, kept=self.settled))
+
+    def update(self, first: int, gradient_RI: torch.Tensor) -> None:
+        """Take one signed step of `pace` in the rows from `first` on."""
+        rows = slice(first, first + gradient_RI.shape[0])
+        if self._compiled:
+            from shardxform.tuning import kernels
+
+            gradient = gradient_RI.view(_BITS[gradient_RI.dtype]).numpy()
+            kernel = kernels.stepper(self._w_RI.dtype == torch.float32, gradient_RI.dtype == torch.float32)
+            kernel(*self._arrays(rows, self._clip_RG), self._settings(), self.pace, gradient)
+            return
+        scale = self._start_RG[rows], self._clip_RG[rows], self.grid
+        elementwise.step(self._w_RI[rows], self._v_RI[rows], scale, self.pace, gradient_RI)
+
+    def keep(self, first: int, last: int) -> None:
+        """Remember the present codes and scales of a run of rows as the best."""
+        rows = slice(first, last)
+        self._kept_RG[rows] = self._clip_RG[rows]
+        if self._compiled:
+            from shardxform.tuning import kernels
+
+            kernels.keeper(self._w_RI.dtype == torch.float32)(*self._arrays(rows, self._clip_RG), self._settings())
+            return
+        scale_RG = elementwise.scales(self._start_RG[rows], self._clip_RG[rows], self.grid)
+        elementwise.keep(self._w_RI[rows], self._v_RI[rows], scale_RG, self.grid)
+
+    def restart(self) -> None:
+        """Forget all that was learned; what is kept is plain rounding, or the searched scales with it."""
+        self.settled = False
+        self._v_RI.zero_()
+        self._clip_RG.fill_(1.0)
+        self._kept_RG.fill_(1.0)
+
+    def codes(self, expert: int, rows: slice) -> Codes:
+        """What was kept of some rows of one expert, on the host."""
+        first, last, _ = rows.indices(self._shape[1])
+        run = slice(expert * self._shape[1] + first, expert * self._shape[1] + last)
+        scale_RG = elementwise.scales(self._start_RG[run], self._kept_RG[run], self.grid)
+        codes_OI = elementwise.codes(self._w_RI[run], self._v_RI[run], scale_RG, self.grid)
+        half_OG = scale_RG.to(torch.float16).view(torch.int16).cpu().numpy()
+        return Codes(codes_OI=codes_OI.cpu().numpy(), scale_OG=half_OG.view(np.uint16))
+
+    def _arrays(self, rows: slice, clip_RG: torch.Tensor) -> tuple[Any, Any, tuple[Any, Any]]:
+        bits_RI = self._w_RI[rows].view(_BITS[self._w_RI.dtype]).numpy()
+        return bits_RI, self._v_RI[rows].numpy(), (self._start_RG[rows].numpy(), clip_RG[rows].numpy())
+
+    def _settings(self, *, kept: bool = False) -> Any:  # noqa: ANN401
+        from shardxform.tuning.kernels import Settings
+
+        kind = ("BF16", "F16", "F32").index(_KINDS[self._w_RI.dtype])
+        span = self.grid.span(self._shape[2])
+        return Settings(kind, self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
+
+
+def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> StackedWeight:
+    """Start from the scales that plain rounding takes, or the search if the grid asks for it.
+
+    Args:
+        w_EOI: contiguous bfloat16, float16 or float32 weights; kept, never changed.
+        grid: bits, groups and scales.
+        workers: threads for the search.
+        name: what errors call the weight.
+
+    Raises:
+        SchemeError: the columns are no positive multiple of 32, or the type is another.
+        ExecutionError: NaN, infinities, or a scale that float16 cannot hold.
+
+    """
+    if w_EOI.dtype not in _KINDS:
+        raise SchemeError(f"{name}: expected bfloat16, float16 or float32 weights, found {w_EOI.dtype}")
+    experts, rows, columns = w_EOI.shape
+    if columns == 0 or columns % COLUMN_MULTIPLE or not w_EOI.is_contiguous():
+        found = f"{list(w_EOI.shape)} with strides {list(w_EOI.stride())}"
+        raise SchemeError(f"{name}: expected contiguous rows of a multiple of {COLUMN_MULTIPLE} columns, found {found}")
+    w_RI = w_EOI.detach().reshape(-1, columns)
+    runs = [(first, min(first + _START_ROWS, experts * rows)) for first in range(0, experts * rows, _START_ROWS)]
+    found_scales = workers.ordered(lambda run: _start(w_RI, run, grid, f"{name} [{experts}, {rows}, {columns}]"), runs)
+    start_RG = torch.from_numpy(np.concatenate(list(found_scales))).view(torch.float16).float()
+    return StackedWeight(w_EOI.detach(), start_RG.to(w_EOI.device), grid)
+
+
+def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> NDArray[np.uint16]:
+    """float16 bits of the scales of a run of rows."""
+    part = w_RI[run[0] : run[1]].cpu()
+    out, stats = rtn.quantize(
+        part.view(_BITS[part.dtype]).numpy(), _KINDS[part.dtype], grid, layout="row", measure=False
+    )
+    if not stats.ok:
+        row = stats.overflow_row if stats.nonfinite is None else stats.nonfinite[0]
+        what = "a scale beyond float16" if stats.nonfinite is None else "NaN or an infinity"
+        raise ExecutionError(f"{name}: expected finite weights, found {what} in row {run[0] + (row or 0)} of the stack")
+    return out.scales
+
+
+def packed(codes: Codes, grid: Grid, layout: Layout) -> rtn.QuantizedWeight:
+    """Pack for writing, as `rtn.quantize` would have packed them."""
+    out = rtn.QuantizedWeight.empty(layout, grid, (codes.codes_OI.shape[0], codes.codes_OI.shape[1]))
+    words_OW = packing.pack(codes.codes_OI, grid.bits, "row")
+    if layout == "gptq":
+        packing.transpose_into(words_OW, out.words)
+        packing.transpose_into(codes.scale_OG, out.scales)
+    else:
+        out.words[:], out.scales[:] = words_OW, codes.scale_OG
+    return out
