@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a model small enough for the repository: inspect it, prune it to half its experts and quantize the
-# rest to 4 bits in one pass, prove the result, load it and let it write.
+# rest to 4 bits in one pass, prove the result, measure what that cost, load it and let it write.
 #
 #   scripts/quickstart.sh [OUT]      OUT: directory to write, out/small-moe-8-w4a16 unless given
 #
@@ -29,6 +29,8 @@ mkdir -p "$(dirname "$out")"
 step inspect "$source_dir"
 step quantize "$source_dir" "$out" --manifest "$manifest" --format compressed-tensors --quiet
 step verify "$out" --source "$source_dir" --quiet
+step evaluate "$out" --against "$source_dir" --data "$source_dir/text/heldout.jsonl" --samples 8 --seqlen 256 \
+    --work "$out.work" --quiet
 printf '\n$ python examples/generate.py %s\n' "$out"
 .venv/bin/python examples/generate.py "$out"
 
@@ -40,6 +42,6 @@ What next:
   .venv/bin/shardxform inspect SRC                               what your own checkpoint is made of
   .venv/bin/shardxform quantize SRC OUT -m KEEP.json --dry-run   what would be written, before it is
   .venv/bin/shardxform prune SRC OUT -m KEEP.json                the same in 16 bits
-  manifests/README.md                                            how to say which experts to keep
+  docs/scoring.md                                                how to find out which experts to keep
   scripts/test.sh                                                all tests
 END

@@ -22,7 +22,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
 from shardxform.forward.experts import Observer
-from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass
+from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
 from shardxform.forward.skeleton import Head, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
@@ -97,8 +97,7 @@ def evaluate(
     """
     sources = {_TESTED: checkpoint} | ({_REFERENCE: against} if against else {})
     refuse_inside(options.work, [each.root for each in sources.values()])
-    dtype, device = str(options.precision.dtype).removeprefix("torch."), options.precision.device.type
-    mark = fingerprint("evaluate", sources, windows, dtype=dtype, device=device)
+    mark = work_mark(fingerprint("evaluate", sources, windows, options.precision), sources)
     with contextlib.ExitStack() as stack:
         chains = {
             name: Skeleton(stack.enter_context(Weights(each, options.precision))) for name, each in sources.items()

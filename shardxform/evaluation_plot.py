@@ -29,7 +29,7 @@ def draw(against: Comparison, path: Path, *, title: str) -> None:
     axes: Any = figure.subplots()
     axes.bar(range(len(errors)), errors, color=_BLUE, width=0.8)
     axes.set_xlabel("decoder block")
-    axes.set_ylabel("error of its output, % of the reference's norm")
+    axes.set_ylabel("error of its output, %")
     axes.set_title(f"{title}\nKL {against.kl:.4g} nats, same choice {against.top1:.1%}", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)

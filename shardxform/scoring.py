@@ -22,10 +22,10 @@ from torch import nn
 from shardxform import __version__
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import ExecutionError, FamilyError, Interrupted
+from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
 from shardxform.forward.experts import Observer
 from shardxform.forward.mtp import mtp_layer, mtp_numbers
-from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass
+from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
 from shardxform.forward.skeleton import Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import WorkDir, refuse_inside
@@ -33,7 +33,7 @@ from shardxform.layout import Layout, layout_of
 from shardxform.progress import OnProgress
 from shardxform.saliency import ExpertStats, Saliency
 
-__all__ = ["ScoreOptions", "Scorer", "model_facts", "score", "score_fingerprint"]
+__all__ = ["ScoreOptions", "Scorer", "model_facts", "remove_work", "score", "score_fingerprint"]
 
 _CHAIN: Final = "scored"
 _STATS: Final = ("count", "reap", "ean", "gate", "peak")
@@ -67,7 +67,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
 
     """
     refuse_inside(options.work, [source.root])
-    mark = score_fingerprint(source, windows, options)
+    identity = score_fingerprint(source, windows, options)
     with Weights(source, options.precision) as weights:
         skeleton = Skeleton(weights)
         layout = skeleton.layout
@@ -75,7 +75,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
             raise FamilyError(f"{source.root}: no layer has experts; there is nothing to score")
         numbers = mtp_numbers(skeleton)
         weights.check(numbers)
-        with WorkDir(options.work, mark) as work:
+        with WorkDir(options.work, work_mark(identity, {_CHAIN: source})) as work:
             extra = int(windows.lengths_N.sum()) * len(numbers)
             job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
             facts = run_pass(job, Scorer(layout.num_experts))
@@ -85,14 +85,21 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
         mtp_layers=dict(enumerate(map(_stats, mtp))),
         tokens=int(windows.lengths_N.sum()),
-        runs=({"tool": f"shardxform {__version__}", **windows.provenance, "fingerprint": mark},),
+        runs=({"tool": f"shardxform {__version__}", **windows.provenance, "fingerprint": identity},),
     )
 
 
 def score_fingerprint(source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:
     """What decides the numbers of a scoring run."""
-    dtype, device = str(options.precision.dtype).removeprefix("torch."), options.precision.device.type
-    return fingerprint("score", {_CHAIN: source}, windows, dtype=dtype, device=device)
+    return fingerprint("score", {_CHAIN: source}, windows, options.precision)
+
+
+def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:
+    """Remove what this run, or one that was killed when it had its result, left; what is of others stays."""
+    if options.work.is_dir():
+        mark = work_mark(score_fingerprint(source, windows, options), {_CHAIN: source})
+        with contextlib.suppress(OutputError), WorkDir(options.work, mark) as work:
+            work.remove()
 
 
 def model_facts(source: Checkpoint, layout: Layout | None = None) -> dict[str, Any]:

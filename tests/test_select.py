@@ -296,6 +296,25 @@ def test_the_text_of_a_manifest_has_one_list_a_line() -> None:
     assert manifest_text(Manifest.load(path)) == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.oracle
+@pytest.mark.slow
+def test_the_manifest_of_the_quickstart_is_what_score_and_select_make(tmp_path: Path) -> None:
+    import torch
+
+    from shardxform.calibration import DataOptions, load_windows
+    from shardxform.checkpoint import Checkpoint
+    from shardxform.forward.weights import Precision
+    from shardxform.scoring import ScoreOptions, score
+
+    root = MANIFESTS.parent / "examples" / "small-moe"
+    windows = load_windows(root, DataOptions(data=str(root / "text" / "calib.jsonl"), samples=64, seqlen=512))
+    options = ScoreOptions(precision=Precision(torch.device("cpu"), torch.float32), work=tmp_path / "work")
+    made = choose(score(Checkpoint.open(root), windows, options), 8)
+    kept = Manifest.load(MANIFESTS / "small-moe-keep8.json")
+    assert (kept.keep, kept.model, kept.criterion, kept.ratio) == (made.keep, made.model, made.criterion, made.ratio)
+    assert kept.provenance["runs"] == [dict(run) for run in made.provenance["runs"]]
+
+
 def test_only_lists_of_plain_values_are_one_line() -> None:
     text = manifest_text(Manifest(keep={0: (1, 2)}, provenance={"mixed": [1, [2, 3], {}], "empty": []}))
     assert '    "mixed": [\n      1,\n      [2, 3],\n      {}\n    ],\n    "empty": []\n' in text
@@ -477,7 +496,7 @@ def test_a_picture_needs_matplotlib_and_a_name(scored: Path, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = select(scored, "--keep", 2, "-o", out, "--plot", tmp_path / "p.png")
     assert isinstance(result.exception, PlanError)
-    assert str(result.exception) == "--plot needs matplotlib: pip install matplotlib"
+    assert str(result.exception) == "--plot needs matplotlib: pip install 'shardxform[plot]'"
     assert not out.exists()
 
 

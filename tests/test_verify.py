@@ -23,8 +23,8 @@ from shardxform.errors import CheckpointError, ManifestError
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest, keep_all
 from shardxform.progress import Progress
-from shardxform.runner import run
 from shardxform.prune import ViewOptions, plan_prune
+from shardxform.runner import run
 from shardxform.verification import Problem, VerifyReport, data, values, verify
 
 INDEX = "model.safetensors.index.json"

@@ -92,14 +92,14 @@ def command(
     if plot and found.against:  # last: a picture that fails must not cost the figures
         from shardxform.evaluation_plot import draw
 
-        draw(found.against, plot, title=f"{checkpoint.name} against {against.name if against else ''}")
+        draw(found.against, plot, title=_title(checkpoint, manifest, against))
 
 
 def _refuse_plot(plot: Path, against: Path | None) -> None:
     """Refuse a picture that could not be drawn when all is done."""
     if against is None:
         raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
-    require("matplotlib")
+    require("matplotlib", extra="plot")
     if plot.suffix.lower() != ".png":
         raise OutputError(f"{plot}: expected a name that ends in .png")
     refuse_unwritable(plot)
@@ -127,11 +127,19 @@ def _show(
     rows(
         [
             ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
-            ("blocks", f"{needs['blocks']} of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}"),
+            (
+                "blocks",
+                f"{needs['blocks']} each of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}",
+            ),
             ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
             ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
         ]
     )
+
+
+def _title(checkpoint: Path, manifest: Path | None, against: Path | None) -> str:
+    pruned = f" pruned by {manifest.name}" if manifest else ""
+    return f"{checkpoint.name}{pruned} against {against.name if against else ''}"
 
 
 def _facts(found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
@@ -184,6 +192,6 @@ def _divergence(against: Comparison) -> str:
 def _block_lines(against: Comparison) -> list[tuple[str, ...]]:
     before = (0.0, *against.block_errors)
     return [
-        (str(layer), f"{error:.4%}", f"{error - before[layer]:+.4%}")
+        (str(layer), f"{error:.2%}", f"{error - before[layer]:+.2%}")
         for layer, error in enumerate(against.block_errors)
     ]

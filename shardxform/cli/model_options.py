@@ -156,7 +156,7 @@ def make_precision(device: str, dtype: str) -> Precision:
     return Precision(place, types.get(dtype) or getattr(torch, dtype))
 
 
-def require(*libraries: str) -> None:
+def require(*libraries: str, extra: str = "models") -> None:
     """Refuse to go on without libraries that only some commands need.
 
     Raises:
@@ -165,4 +165,4 @@ def require(*libraries: str) -> None:
     """
     for name in libraries:
         if find_spec(name) is None:
-            raise PlanError(f"this command needs {name}: pip install 'shardxform[models]'")
+            raise PlanError(f"this command needs {name}: pip install 'shardxform[{extra}]'")

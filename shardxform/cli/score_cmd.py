@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,9 @@ __all__ = ["command"]
 @click.command("score")
 @source_argument
 @click.option(
-    "--output",
+    "--out",
     "-o",
+    "output",
     metavar="FILE",
     type=click.Path(path_type=Path),
     required=True,
@@ -61,7 +61,7 @@ def command(
     """Run SRC over calibration data, block by block, and write what every routed expert did.
 
     Counts and sums are stored, so that `select` makes any criterion of them, REAP first, and `saliency add` joins runs.
-    Interrupted, the same command goes on after the last finished block.
+    Hidden states lie in FILE.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
     checkpoint = Checkpoint.open(source)
     refuse_no_data(data)
@@ -70,7 +70,7 @@ def command(
     _refuse_overlap(output, work)
     precision = make_precision(device, dtype)
     from shardxform.forward.work import refuse_inside
-    from shardxform.scoring import ScoreOptions, score
+    from shardxform.scoring import ScoreOptions, remove_work, score
 
     for path in (output, work):
         refuse_inside(path, [source])
@@ -86,7 +86,7 @@ def command(
         existing.save(output)
     elif not as_json:
         click.echo(f"{output}: already complete, made from the same inputs; nothing written")
-    _remove_work(options, checkpoint, windows)
+    remove_work(checkpoint, windows, options)
     _report(existing, output, as_json)
 
 
@@ -109,20 +109,6 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: S
     if marks != [score_fingerprint(checkpoint, windows, options)]:
         raise OutputError(f"{output}: holds a saliency of another run; name a file that does not exist yet")
     return found
-
-
-def _remove_work(options: ScoreOptions, checkpoint: Checkpoint, windows: Windows) -> None:
-    """Remove what this run, or one that was killed when it had its result, left; what is of others stays."""
-    from shardxform.forward.work import WorkDir
-    from shardxform.scoring import score_fingerprint
-
-    if not options.work.is_dir():
-        return
-    with (
-        contextlib.suppress(OutputError),
-        WorkDir(options.work, score_fingerprint(checkpoint, windows, options)) as work,
-    ):
-        work.remove()
 
 
 def _show(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, output: Path, as_json: bool) -> None:

@@ -34,10 +34,10 @@ def estimate(
     for checkpoint in checkpoints.values():
         with Weights(checkpoint, precision) as weights:
             skeleton = Skeleton(weights)
-            sizes = Counter[int]()
+            sizes = Counter[tuple[str, int]]()
             for name, place in weights.layout.places.items():
-                if place.scope == "block" and place.layer is not None:
-                    sizes[place.layer] += _stored_bytes(weights, name)
+                if place.scope in ("block", "mtp") and place.layer is not None:
+                    sizes[place.scope, place.layer] += _stored_bytes(weights, name)
             blocks += max(sizes.values(), default=0)
             heads += skeleton.head_ref.nbytes
             read += sizes.total()

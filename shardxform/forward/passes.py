@@ -18,17 +18,19 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from shardxform import __version__
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
+from shardxform.forward.weights import Precision
 from shardxform.forward.work import HiddenFile, WorkDir
 from shardxform.plan import source_inputs
 from shardxform.progress import OnProgress, Progress
 from shardxform.strictjson import dumps
 
-__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "run_pass"]
+__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "run_pass", "work_mark"]
 
 BATCH_TOKENS: Final = 2048
 """Tokens that go through a block at once; whole sequences, at least one. Part of what decides the last bits."""
@@ -171,18 +173,25 @@ def batches(windows: Windows) -> Iterator[Batch]:
         yield Batch(start, stop, ids_BT, positions < lengths_B[:, None])
 
 
-def fingerprint(purpose: str, checkpoints: Mapping[str, Checkpoint], windows: Windows, **settings: object) -> str:
-    """What decides the bytes of a pass: sources with their times of change, tokens, and settings."""
+def fingerprint(purpose: str, checkpoints: Mapping[str, Checkpoint], windows: Windows, precision: Precision) -> str:
+    """What decides the numbers of a pass: sources, tokens, and the type of computation. The same on every machine."""
     sources = {
         name: {
             **source_inputs(checkpoint, {}),
-            "times": [shard.mtime_ns for shard in checkpoint.shards],
             "tensors": hashlib.sha256(repr(list(checkpoint.tensors.values())).encode()).hexdigest(),
         }
         for name, checkpoint in checkpoints.items()
     }
-    facts = {"purpose": purpose, "sources": sources, "windows": windows.fingerprint, **settings}
+    dtype, device = str(precision.dtype).removeprefix("torch."), precision.device.type
+    facts = {"purpose": purpose, "sources": sources, "windows": windows.fingerprint, "dtype": dtype, "device": device}
     return hashlib.sha256(dumps(facts).encode()).hexdigest()
+
+
+def work_mark(identity: str, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """What binds a work directory: the `fingerprint`, who computes, and when the sources were last changed."""
+    times = {name: [shard.mtime_ns for shard in each.shards] for name, each in checkpoints.items()}
+    made_by = {"shardxform": __version__, "torch": torch.__version__, "batch": BATCH_TOKENS}
+    return hashlib.sha256(dumps({"of": identity, "times": times, "made_by": made_by}).encode()).hexdigest()
 
 
 def _name(layer: int) -> str:

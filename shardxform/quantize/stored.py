@@ -187,7 +187,11 @@ def _refuse_beyond(declared: Mapping[str, Any], resolved: Resolved) -> None:
     elif resolved.format == "gptq":
         found = {key: name for key in ("checkpoint_format", "format") if (name := declared.get(key)) != "gptq"}
         found["pack_dtype"] = name if (name := declared.get("pack_dtype")) != "int32" else None
-        found |= {f"dynamic[{key!r}]": item for key, item in (declared.get("dynamic") or {}).items() if key[:2] != "-:"}
+        for rule, item in (declared.get("dynamic") or {}).items():
+            if rule[:2] == "+:":
+                found |= {f"dynamic[{rule!r}].{key}": value for key, value in _overrides(item, declared)}
+            elif rule[:2] != "-:":
+                found[f"dynamic[{rule!r}]"] = item
     else:
         found = {"data_type": name if (name := declared.get("data_type")) != "int" else None}
         found["act_bits"] = bits if (bits := declared.get("act_bits")) is not None and bits < 16 else None
@@ -199,7 +203,7 @@ def _refuse_beyond(declared: Mapping[str, Any], resolved: Resolved) -> None:
 
 
 def _overrides(item: Mapping[str, Any], declared: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """What an entry of auto-round's `extra_config` says otherwise than the whole; 16-bit entries say nothing more."""
+    """What an entry of `extra_config` or `dynamic` says otherwise than the whole; 16-bit entries say nothing more."""
     if item.get("bits", declared["bits"]) < 16:
         for key in ("bits", "group_size", "sym"):
             if (value := item.get(key)) is not None and value != declared[key]:

@@ -1,5 +1,8 @@
 """Tuning one block: signed gradient descent on rounding offsets and clips until its output resembles the original's.
 
+Every token's squared error counts relative to the mean square of what the original puts out for it. The block's output
+is normalised before anything reads it, and plain squared error would tune for the few tokens of huge activations.
+
 The loop, the batches, the loss and the choice of the best; the numbers are made elsewhere. The same inputs, seed and
 options give the same codes whatever the number of threads. Reads samples a batch at a time, so they may be mapped from
 a file. Starts from plain rounding and never ends with anything that is worse on the samples it is judged by.
@@ -32,6 +35,7 @@ Forward = Callable[[torch.Tensor, "NDArray[np.int64]"], torch.Tensor]
 """(hidden_BTD, sample numbers) -> hidden_BTD: the tuned layer, with the masks and rotary inputs of those samples."""
 
 _JUDGED_AT: Final = (0.8, 0.9, 1.0)
+_LEAST_SQUARE: Final = 1e-12
 
 
 class NonFiniteLoss(ExecutionError):
@@ -99,7 +103,8 @@ class BlockResult:
     """What became of a block.
 
     Attributes:
-        start_loss: mean squared error of the block's output on the judges, as it began.
+        start_loss: squared error of the block's output relative to the original's, the mean over the tokens of the
+            judges, as it began.
         loss: of what was kept.
         iteration: after how many steps that was; 0 if nothing was better than the start.
         iterations: steps done.
@@ -196,30 +201,35 @@ def _batches(samples: int, size: int, random: np.random.Generator) -> Iterator[N
 def _step(forward: Forward, samples: Samples, options: TuneOptions, rows_B: NDArray[np.int64]) -> None:
     """One forward and one backward pass; the weights move during the latter."""
     out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(options.dtype), rows_B)
-    error_BTH = _errors(out_BTH.detach(), samples, rows_B)
-    _finite(float(error_BTH.square().sum(dtype=torch.float64)), samples)
-    # The derivative of the mean square but for a factor, which signs do not see.
-    out_BTH.backward(error_BTH.to(out_BTH.dtype))  # type: ignore[no-untyped-call]
+    error_BTH, weight_BT1 = _errors(out_BTH.detach(), samples, rows_B)
+    _finite(_sum(error_BTH, weight_BT1), samples)
+    # The derivative of the loss but for a factor, which signs do not see.
+    out_BTH.backward((error_BTH * weight_BT1).to(out_BTH.dtype))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def _judge(forward: Forward, samples: Samples, options: TuneOptions, judges_N: NDArray[np.int64]) -> float:
-    """Mean squared error over the valid positions of the judges."""
+    """Mean relative squared error over the valid positions of the judges."""
     total, values = 0.0, 0
     for first in range(0, len(judges_N), options.batch_size):
         rows_B = judges_N[first : first + options.batch_size]
         out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(options.dtype), rows_B)
-        total += float(_errors(out_BTH, samples, rows_B).square().sum(dtype=torch.float64))
+        total += _sum(*_errors(out_BTH, samples, rows_B))
         values += int((samples.length_N[rows_B] - 1).sum()) * out_BTH.shape[-1]
     return _finite(total / values, samples)
 
 
-def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) -> torch.Tensor:
-    """Differences to the target, float32; zero at padding and at each sample's last position."""
+def _sum(error_BTH: torch.Tensor, weight_BT1: torch.Tensor) -> float:
+    return float((error_BTH.square().sum(-1, dtype=torch.float64) * weight_BT1[..., 0]).sum())
+
+
+def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences to the target, zero at padding and at each sample's last position; what their squares count."""
     target_BTH = _tensor(samples.target_NTH, rows_B).to(out_BTH.device)
     length_B1 = torch.from_numpy(samples.length_N[rows_B]).to(out_BTH.device)[:, None]
     counts_BT = torch.arange(out_BTH.shape[1], device=out_BTH.device) < length_B1 - 1
-    return torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
+    error_BTH = torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
+    return error_BTH, 1 / target_BTH.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
 
 
 def _tensor(values_NTH: NDArray[Any], rows_B: NDArray[np.int64]) -> torch.Tensor:
