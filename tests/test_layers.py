@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
     ("forward", "forward.weights", "forward.experts", "forward.skeleton", "forward.work", "forward.passes"),
     ("forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
-    ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.routing", "tuning.stacked", "tuning.linear"),
+    ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.routing", "tuning.linear"),
     (
         "tuning.grouped",
         "tuning.experts",

@@ -198,8 +198,12 @@ def test_the_block_is_left_as_it_will_be_stored() -> None:
         layer.module.float()
         result = tune_block(block, layer.run, data, OPTIONS)
         out = layer.run(torch.from_numpy(data.hidden_NTH)).numpy()
-    wanted = [(out[n, : data.length_N[n] - 1] - data.target_NTH[n, : data.length_N[n] - 1]).ravel() for n in judges]
-    assert float(np.square(np.concatenate(wanted).astype(float)).mean()) == pytest.approx(result.loss, rel=1e-5)
+    wanted = []
+    for n in judges:
+        for t in range(data.length_N[n] - 1):
+            found, target = out[n, t].astype(float), data.target_NTH[n, t].astype(float)
+            wanted.append(np.square(found - target).sum() / np.square(target).sum())
+    assert result.loss == pytest.approx(float(np.mean(wanted)), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,7 +223,8 @@ def test_padding_and_last_positions_do_not_count() -> None:
     def spoil(data: Samples) -> Samples:
         target = data.target_NTH.copy()
         for n, length in enumerate(data.length_N):
-            target[n, length - 1 :] += 100
+            target[n, length - 1] += 100
+            target[n, length:] = np.nan
         return replace(data, target_NTH=target)
 
     def spoil_one_more(data: Samples) -> Samples:
@@ -230,6 +235,18 @@ def test_padding_and_last_positions_do_not_count() -> None:
     codes = tuned()[2]
     assert same(codes, tuned(spoil)[2])
     assert not same(codes, tuned(spoil_one_more)[2])
+
+
+def test_a_token_counts_by_its_error_relative_to_its_size() -> None:
+    """A token of a hundred times the size does not drown the others."""
+    data = samples(Layer())
+    out = torch.from_numpy(data.target_NTH * 1.1)
+    rows = np.arange(SAMPLES)
+    even = tune._sum(*tune._errors(out, data, rows))
+    data.target_NTH[0, 0] *= 100
+    out[0, 0] *= 100
+    assert even == pytest.approx(0.01 * HIDDEN * (data.length_N - 1).sum(), rel=1e-4)
+    assert tune._sum(*tune._errors(out, data, rows)) == pytest.approx(even, rel=1e-4)
 
 
 def test_bf16_samples_are_read_from_their_bits() -> None:

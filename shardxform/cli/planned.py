@@ -168,7 +168,10 @@ def _tell_blocks(report: Report) -> None:
     if not blocks:
         return
     click.echo()
-    table(("block", "error rounded", "tuned", "ratio", "never reached", "time", "memory"), map(_block_line, blocks))
+    table(
+        ("block", "squared error, rounded", "tuned", "ratio", "never reached", "time", "memory"),
+        map(_block_line, blocks),
+    )
     for block in blocks:
         if "rounded_to_nearest" in block:
             why = block["rounded_to_nearest"]

@@ -1,8 +1,5 @@
 """Tuning one block: signed gradient descent on rounding offsets and clips until its output resembles the original's.
 
-Every token's squared error counts relative to the mean square of what the original puts out for it. The block's output
-is normalised before anything reads it, and plain squared error would tune for the few tokens of huge activations.
-
 The loop, the batches, the loss and the choice of the best; the numbers are made elsewhere. The same inputs, seed and
 options give the same codes whatever the number of threads. Reads samples a batch at a time, so they may be mapped from
 a file. Starts from plain rounding and never ends with anything that is worse on the samples it is judged by.
@@ -224,12 +221,17 @@ def _sum(error_BTH: torch.Tensor, weight_BT1: torch.Tensor) -> float:
 
 
 def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differences to the target, zero at padding and at each sample's last position; what their squares count."""
+    """Differences to the target, zero at padding and at each sample's last position; what their squares count for.
+
+    A token's error is relative to the size of its target: what reads a block's output normalises it first, and a plain
+    mean square would care for the few tokens of huge activations alone.
+    """
     target_BTH = _tensor(samples.target_NTH, rows_B).to(out_BTH.device)
     length_B1 = torch.from_numpy(samples.length_N[rows_B]).to(out_BTH.device)[:, None]
     counts_BT = torch.arange(out_BTH.shape[1], device=out_BTH.device) < length_B1 - 1
     error_BTH = torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
-    return error_BTH, 1 / target_BTH.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
+    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
+    return error_BTH, torch.where(counts_BT[..., None], 1 / square_BT1, 0.0)
 
 
 def _tensor(values_NTH: NDArray[Any], rows_B: NDArray[np.int64]) -> torch.Tensor:
