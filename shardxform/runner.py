@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shardxform.checkpoint import CONFIG
-from shardxform.copying import OpenTarget, copy_step
+from shardxform.copying import copy_step
 from shardxform.errors import ExecutionError, Interrupted, ResumeError
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
@@ -27,82 +26,13 @@ from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, remov
 from shardxform.output import Output
 from shardxform.plan import Copy, Plan, Step, tokens_of
 from shardxform.progress import Progress, peak_rss_bytes
+from shardxform.run_options import Report, RunOptions
 from shardxform.sharding import show_size
 
-__all__ = ["Report", "RunOptions", "StepTuner", "run"]
+__all__ = ["Report", "RunOptions", "run"]
 
 Facts = Mapping[str, Any]
 """What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
-
-
-class StepTuner(Protocol):
-    """What tunes blocks; see `tuning.session.Tuner`."""
-
-    @property
-    def work_bytes(self) -> int:
-        """Disk that it needs beside the shards."""
-        ...
-
-    def can_start(self, step: Any, work: Path) -> bool:  # noqa: ANN401
-        """Whether the states that `step` needs are there."""
-        ...
-
-    def tune(
-        self,
-        step: Any,  # noqa: ANN401
-        work: Path,
-        target: OpenTarget,
-        fs: FileSystem,
-        on_work: Callable[[int], None],
-        stopped: Callable[[], None],
-    ) -> dict[str, Any]:
-        """Tune a block and write its parts."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """Settings that change speed, safety checks and how much is done now, never a byte of the output.
-
-    Attributes:
-        jobs: steps in flight at once.
-        device: where weights are rounded: `cpu`, or a torch device; the bits are the same.
-        force: start over an output of shardxform's own that was made from other inputs.
-        tuner: carries out the steps that tune a block, which are done one after the other, last.
-        blocks: decoder blocks to tune now; None for all. Others may be tuned elsewhere.
-        parts: unfinished outputs of the same plan, whose steps are taken over before anything else is done.
-        on_progress: called from the loop after every chunk.
-
-    """
-
-    jobs: int = 2
-    device: str = "cpu"
-    force: bool = False
-    tuner: StepTuner | None = None
-    blocks: range | None = None
-    parts: tuple[Path, ...] = ()
-    on_progress: Callable[[Progress], None] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a run did.
-
-    Attributes:
-        already_done: the output stood there complete, and nothing was written.
-        left: steps that this run was not asked for and nobody has done yet; the output is complete when there are none.
-        facts: what the steps found worth recording, such as modules whose weights are all zero.
-
-    """
-
-    out: Path
-    already_done: bool
-    written_bytes: int
-    resumed_bytes: int
-    seconds: float
-    peak_rss_bytes: int
-    left: int = 0
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(

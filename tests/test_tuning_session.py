@@ -188,7 +188,7 @@ def test_lost_hidden_states_are_made_again(small_moe: Path, tuned: Path, tmp_pat
     assert bytes_of(out) == bytes_of(tuned)
 
 
-def stopped_after(source: Path, out: Path, blocks: int) -> None:
+def stopped_after(source: Path, out: Path, blocks: int, *more: str) -> None:
     """Stop a run in the block after `blocks` finished ones."""
     from shardxform.tuning import session
 
@@ -204,7 +204,7 @@ def stopped_after(source: Path, out: Path, blocks: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session.Tuner, "tune", stopping)
-        result = CliRunner().invoke(main, arguments(source, out))
+        result = CliRunner().invoke(main, arguments(source, out, *more))
     assert result.exit_code != 0
 
 
@@ -261,6 +261,15 @@ def test_pruning_and_tuning_in_one_pass_is_pruning_then_tuning(small_moe: Path, 
     tune(tmp_path / "pruned", tmp_path / "two")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_a_block_without_a_weight_to_tune_is_passed(small_moe: Path, tmp_path: Path) -> None:
+    tune(small_moe, tmp_path / "out", "--keep-16bit", "model.layers.1.*")
+    blocks = json.loads((tmp_path / "out" / "shardxform.json").read_text())["facts"]["blocks"]
+    assert [block["layer"] for block in blocks] == [0, 2, 3]
+    stopped_after(small_moe, tmp_path / "again", 1, "--keep-16bit", "model.layers.1.*")
+    tune(small_moe, tmp_path / "again", "--keep-16bit", "model.layers.1.*")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
 
 
 def test_padding_and_batches_cover_all_windows(small_moe: Path) -> None:

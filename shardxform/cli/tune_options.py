@@ -20,7 +20,7 @@ from shardxform.recipe import BATCH_SIZE, ITERS, Recipe
 from shardxform.view import pruned_view
 
 if TYPE_CHECKING:
-    from shardxform.runner import StepTuner
+    from shardxform.run_options import StepTuner
 
 __all__ = ["Tuning", "open_tuner", "read_tuning", "tune_options"]
 

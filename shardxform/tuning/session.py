@@ -12,8 +12,9 @@ bytes. With inputs `fp` there is one chain, and a block needs no other to be tun
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -132,7 +133,8 @@ class Tuner:
 
         """
         run = _BlockRun(self, step, self._file(work, fs), on_work, stopped)
-        return run.execute(target, fs)
+        with _deterministic(self._precision.device):
+            return run.execute(target, fs)
 
     def _file(self, work: Path, fs: FileSystem) -> Callable[[str, int], HiddenFile]:
         shape = (*self._windows.ids_NT.shape, self._skeleton.hidden_size)
@@ -307,14 +309,21 @@ class _Rows:
         return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Have a GPU add in a fixed order: attention's backward pass does not, unless it is told to."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
 def _latest(file: Callable[[str, int], HiddenFile], chains: Sequence[str], layer: int) -> int:
     """The last block up to `layer` whose entering states are on disk in every chain; -1 when there is none."""
     for number in range(layer, -1, -1):
         if all(file(chain, number).is_whole() for chain in chains):
             return number
     return -1
-
-
-def reports(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The entries of all blocks, in order."""
-    return sorted(facts.get("blocks", []), key=lambda block: int(block["layer"]))
