@@ -61,8 +61,8 @@ def long_documents(args: argparse.Namespace, out: Path) -> int:
         if len(tokenizer(text).input_ids) >= args.seqlen:
             kept.append({"text": text})
     out.write_text("\n".join(map(json.dumps, kept)) + "\n", encoding="utf-8")
-    samples: int = args.samples
-    return min(len(kept), samples)
+    samples = min(len(kept), int(args.samples))
+    return samples - samples % int(args.batch_size)  # upstream fails in a batch that is not full
 
 
 def upstream_run(out: Path, data: Path, args: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     rows = []
     for name, command in runs.items():
         cost = timed(command, args.threads)
-        folder = scratch / folders[name]
+        folder = next((scratch / folders[name]).rglob("config.json")).parent  # upstream names a folder of its own
         held = evaluate(folder, HELDOUT, (64, 256), scratch / "work")
         seen = evaluate(folder, data, (samples, args.seqlen), scratch / "work", "--no-pack")
         rows.append({"name": name, **cost, "heldout": held, "calibration": seen})

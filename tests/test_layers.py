@@ -28,7 +28,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration.tokens", "calibration.windows", "calibration"),
     ("view", "inspection", "sharding", "plan", "copying", "prune", "quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
-    ("forward", "forward.weights", "forward.experts", "forward.skeleton", "forward.work", "forward.passes"),
+    (
+        "forward",
+        "forward.memory",
+        "forward.weights",
+        "forward.experts",
+        "forward.skeleton",
+        "forward.work",
+        "forward.passes",
+    ),
     ("forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
     ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.routing", "tuning.linear"),
     (

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
+from shardxform.forward.memory import give_back
 from shardxform.forward.weights import Weights
 from shardxform.layout import Layout
 from shardxform.tensors import TensorRef
@@ -161,6 +162,8 @@ class Skeleton:
             finally:
                 if experts is not None:
                     detach(experts)
+                bank.loaded.clear()
+        give_back()
 
     @contextlib.contextmanager
     def tunable(self, layer: int, names: Collection[str]) -> Iterator[Block]:
@@ -188,6 +191,8 @@ class Skeleton:
             yield Block(self, module, bank)
         finally:
             self._decoder.layers[layer] = original
+            bank.loaded.clear()
+            give_back()
 
     def _stacked(self, layer: int) -> dict[str, torch.Tensor]:
         """All routed experts of a block in the dtype they are stored in, [E, 2I, H] and [E, H, I]."""
