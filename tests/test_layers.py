@@ -28,38 +28,29 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration.tokens", "calibration.windows", "calibration"),
     ("view", "inspection", "sharding", "plan", "copying", "prune", "quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
-    (
-        "forward",
-        "forward.memory",
-        "forward.weights",
-        "forward.experts",
-        "forward.skeleton",
-        "forward.work",
-        "forward.passes",
-    ),
-    ("forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
+    ("forward", "forward.memory", "forward.weights", "forward.experts", "forward.skeleton", "forward.work"),
+    ("forward.passes", "forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
     ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.routing", "tuning.linear"),
-    (
-        "tuning.grouped",
-        "tuning.experts",
-        "tuning",
-        "tuning.block",
-        "tuning.tune",
-        "tuning.session",
-        "merging",
-        "runner",
-    ),
+    ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.tune", "tuning.session"),
+    ("run_options", "merging", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
     ("verification.values", "verification.kernels", "verification.rounding", "verification.data"),
     ("verification.source", "verification"),
+    ("card.facts", "card.record", "card.parameters", "card.markdown", "card.frontmatter", "card.reproduction"),
+    ("card.evaluations", "card.writing", "card.gathering", "card.loading", "card.render", "card", "doctor"),
+    ("compress.request", "compress.folder", "compress.overall", "compress.prepared", "compress.job"),
+    ("compress.showing", "compress.stages", "compress.forecast", "compress.driver", "compress"),
     ("__init__",),
     ("cli.console", "cli.options", "cli.model_options", "cli.tune_options", "cli.planned", "cli.*", "cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 
 # Importing these loads neither torch nor numpy: a command that moves bytes starts at once.
-LIGHT = ("layout", "checkpoint", "manifest", "prune", "runner", "cli", "cli.prune_cmd", "cli.inspect_cmd")
+LIGHT = (
+    *("layout", "checkpoint", "manifest", "prune", "runner", "card", "doctor"),
+    *("cli", "cli.prune_cmd", "cli.inspect_cmd", "cli.card_cmd", "cli.doctor_cmd"),
+)
 
 
 def name_of(path: Path) -> str:

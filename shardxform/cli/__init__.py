@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import click
 
-from shardxform import __version__
 from shardxform.errors import ShardxformError
 
 __all__ = ["main"]
@@ -29,6 +28,8 @@ _COMMANDS: Final = {
     "select": "Choose the experts to keep from a saliency file; write the keep manifest.",
     "evaluate": "Perplexity of a checkpoint on held-out text, and its distance from a reference.",
     "saliency": "Show saliency files, and add them up.",
+    "card": "Make the model card of an output, from its own record.",
+    "doctor": "Show what this machine has, and which commands that is enough for.",
     "manifest": "Show, check and convert keep manifests.",
 }
 
@@ -84,8 +85,23 @@ def _drop_stdout() -> None:
         os.close(nowhere)
 
 
+def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from shardxform.doctor import version_lines
+
+        click.echo("\n".join(version_lines()))
+        ctx.exit()
+
+
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="shardxform")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version, and those of the libraries that are installed.",
+)
 def main() -> None:
     """Prune, quantize and verify huge Mixture-of-Experts checkpoints in a few hundred MB of memory.
 

@@ -86,7 +86,7 @@ def command(
     with interruptible(), progress("evaluate", quiet) as options.on_progress:
         found = evaluate(tested, windows, options, reference)
     if as_json:
-        print_json(_facts(found, windows, time.monotonic() - started))
+        print_json(_facts(tested, found, windows, time.monotonic() - started))
     else:
         _report(found, checkpoint, manifest, against, time.monotonic() - started)
     if plot and found.against:  # last: a picture that fails must not cost the figures
@@ -142,9 +142,10 @@ def _title(checkpoint: Path, manifest: Path | None, against: Path | None) -> str
     return f"{checkpoint.name}{pruned} against {against.name if against else ''}"
 
 
-def _facts(found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
+def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
     against = found.against
     return {
+        "fingerprint": tested.fingerprint,
         "perplexity": _number(found.perplexity),
         "windows": found.windows,
         "tokens": found.tokens,

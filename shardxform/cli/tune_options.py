@@ -20,11 +20,12 @@ from shardxform.recipe import BATCH_SIZE, ITERS, Recipe
 from shardxform.view import pruned_view
 
 if TYPE_CHECKING:
+    from shardxform.forward.weights import Precision
     from shardxform.run_options import StepTuner
 
 __all__ = ["Tuning", "open_tuner", "read_tuning", "tune_options"]
 
-_KEYS: Final = ("iters", "batch_size", "inputs", "blocks", "merge")
+_KEYS: Final = ("iters", "batch_size", "inputs", "blocks", "merge", "dtype")
 _DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "preset", "no_pack", "chat_template", "text_key")
 _SAMPLES: Final = 128  # auto-round's
 _REFERENCE: Final = DataOptions(data="NeelNanda/pile-10k", samples=64, seqlen=512, seed=42, pack=False)
@@ -63,6 +64,11 @@ def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
             "blocks independent.  [default: quantized]",
         ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.  [default: auto]",
+        ),
         click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
         click.option("--iters", type=click.IntRange(1), help=f"Steps a block.  [default: {ITERS}]"),
     ):
@@ -81,10 +87,10 @@ class Tuning:
 
     """
 
-    def __init__(self, windows: Windows, recipe: Recipe, given: Mapping[str, Any], device: str) -> None:
+    def __init__(self, windows: Windows, recipe: Recipe, given: Mapping[str, Any], precision: Precision) -> None:
         self.windows = windows
         self.recipe = recipe
-        self.device = device
+        self.precision = precision
         self.blocks: range | None = given["blocks"]
         self.parts: tuple[Path, ...] = given["merge"]
 
@@ -106,7 +112,7 @@ def read_tuning(method: str, root: Path, device: str, given: dict[str, Any]) -> 
     reference = data["preset"] == "reference"
     seed = data["seed"]
     windows = load_data(root, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
-    precision = make_precision(device, "auto")
+    precision = make_precision(device, options["dtype"] or "auto")
     chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options[key] is not None}
     if reference:
         chosen.setdefault("batch_size", 1)
@@ -120,7 +126,7 @@ def read_tuning(method: str, root: Path, device: str, given: dict[str, Any]) -> 
         dtype=str(precision.dtype).removeprefix("torch."),
         **chosen,
     )
-    return Tuning(windows, recipe, options, device)
+    return Tuning(windows, recipe, options, precision)
 
 
 @contextlib.contextmanager
@@ -142,7 +148,7 @@ def open_tuner(
     if tuning.blocks is not None and (not layers or tuning.blocks[-1] > layers[-1]):
         raise SchemeError(f"--blocks: there is no block {tuning.blocks[-1]} to tune; the last one is {layers[-1]}")
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp).checkpoint
-    settings = TunerOptions(precision=make_precision(tuning.device, "auto"), threads=torch.get_num_threads())
+    settings = TunerOptions(precision=tuning.precision, threads=torch.get_num_threads())
     with Tuner(view, tuning.windows, layers, settings) as tuner:
         yield tuner
 

@@ -17,7 +17,7 @@ from shardxform.fsio import FileSystem
 __all__ = ["estimate"]
 
 _LIBRARIES: Final = 450_000_000  # python, torch, transformers and a tokenizer, resident
-_LIVE_STATES: Final = 40  # hidden states' worth of memory that a block's own computation holds at its peak
+_LIVE_STATES: Final = 90  # states that one block holds at its peak: activations, and what reading leaves behind
 
 
 def estimate(

@@ -1,0 +1,82 @@
+"""Reading what `shardxform evaluate --json` printed, checked before it is published."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from shardxform.card.facts import Evaluation
+from shardxform.card.record import data_of, number, section, text, whole
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import PlanError
+from shardxform.strictjson import JsonError, parse_object
+
+__all__ = ["read_evaluation"]
+
+_MAX_BYTES: Final = 16 << 20
+
+
+def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
+    """Read one evaluation.
+
+    Raises:
+        PlanError: it cannot be read, is no evaluation, or says that it is one of another checkpoint.
+
+    """
+    value = _object(path)
+    if (measured := text(value, "fingerprint")) and measured != checkpoint.fingerprint:
+        raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.root}")
+    data = data_of(section(value, "data"))
+    windows, tokens = whole(value, "windows"), whole(value, "tokens")
+    if data is None or not windows or not tokens:
+        missing = "data" if data is None else "windows" if not windows else "tokens"
+        raise PlanError(f"{path}: {missing}: missing or malformed; expected the output of `shardxform evaluate --json`")
+    against = section(value, "against")
+    top1 = _known(path, against, "top1_agreement")
+    if top1 is not None and top1 > 1:
+        raise PlanError(f"{path}: top1_agreement: expected a share from 0 to 1, found {top1}")
+    return Evaluation(
+        data=data,
+        windows=windows,
+        tokens=tokens,
+        perplexity=_known(path, value, "perplexity"),
+        reference=_known(path, against, "perplexity") if against else None,
+        kl=_known(path, against, "kl"),
+        kl_error=_known(path, against, "kl_standard_error"),
+        top1=top1,
+        block_errors=_errors(path, against),
+    )
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise PlanError(f"{path}: expected a file")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise PlanError(f"{path}: more than {_MAX_BYTES} bytes, which is no evaluation")
+        return parse_object(data)
+    except OSError as e:
+        raise PlanError(f"{path}: {e.strerror}") from e
+    except JsonError as e:
+        raise PlanError(f"{path}: {e}") from e
+
+
+def _known(path: Path, value: Mapping[str, Any], key: str) -> float | None:
+    """A figure; None where the evaluation says that it is not finite, or has none."""
+    if value.get(key) is None:
+        return None
+    found = number(value, key)
+    if found is None:
+        raise PlanError(f"{path}: {key}: expected a number, found {str(value[key])[:60]!r}")
+    return found
+
+
+def _errors(path: Path, against: Mapping[str, Any]) -> tuple[float | None, ...]:
+    listed = against.get("block_errors", [])
+    if not isinstance(listed, list):
+        raise PlanError(f"{path}: block_errors: expected a list")
+    return tuple(_known(path, {"block_errors": error}, "block_errors") for error in listed)

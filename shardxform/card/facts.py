@@ -1,0 +1,170 @@
+"""What a card says, as values: nothing here reads, computes or words anything. Sizes are in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["BlockError", "Change", "Data", "Evaluation", "Facts", "Origin", "Pruning", "Quantization"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A figure of the source and of the output; None where the source's is not known."""
+
+    before: int | None
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What the output was made from, and under which licence; empty where nothing says so.
+
+    Attributes:
+        base_model: hub name `owner/name`.
+        license, license_name, license_link: as in a hub's front matter.
+        languages: codes.
+
+    """
+
+    base_model: str = ""
+    license: str = ""
+    license_name: str = ""
+    license_link: str = ""
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Text that was cut into `samples` windows of `seqlen` tokens. `content` is a SHA-256, or a commit of the hub."""
+
+    name: str
+    samples: int | None = None
+    seqlen: int | None = None
+    tokens: int | None = None
+    content: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning:
+    """Which experts were kept, as far as a manifest says why.
+
+    Attributes:
+        criterion: what experts were ranked by, such as `reap`; empty when no manifest was given.
+        manifest: name of the manifest's file, or empty.
+        tokens: that the ranking was made on.
+        data: the text of it.
+        saliency_kept: per layer, share of the criterion's sum that the kept experts have.
+        never_reached_kept: kept experts that no token of the text reached, in all layers.
+
+    """
+
+    criterion: str = ""
+    manifest: str = ""
+    tokens: int | None = None
+    data: tuple[Data, ...] = ()
+    saliency_kept: tuple[float, ...] = ()
+    never_reached_kept: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockError:
+    """Squared error of a block's output, rounded to nearest and tuned; None where it was not tuned."""
+
+    layer: int
+    rounded: float | None
+    tuned: float | None
+    never_reached: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How weights are stored.
+
+    Attributes:
+        bits, group_size, format: as in the scheme; a group size of -1 is one scale a row.
+        expert_names: `split`, or `fused-indexed`, which current clients refuse.
+        modules: how many are quantized.
+        method: `rtn` or `auto-round`; empty where the record does not say.
+        search: whether scales were searched.
+        data, recipe: calibration text and settings of tuned rounding.
+        blocks: errors of tuned blocks.
+
+    """
+
+    bits: int
+    group_size: int
+    format: str
+    expert_names: str
+    modules: int
+    method: str = ""
+    search: bool = False
+    data: Data | None = None
+    recipe: Mapping[str, int | str]
+    blocks: tuple[BlockError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What `evaluate --json` measured; the last five are None without a reference, or where they are not finite."""
+
+    data: Data
+    windows: int
+    tokens: int
+    perplexity: float | None
+    reference: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    top1: float | None = None
+    block_errors: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Everything a card says.
+
+    Attributes:
+        name: of the output directory.
+        command: the verb that made it.
+        origin: source and licence.
+        family, architecture: of the output; `vision` and `bfloat16_only` as in `families.base`.
+        layers, moe_layers, top_k: of the decoder.
+        max_positions: longest context that the config allows; 0 where it does not say.
+        experts: routed experts per layer.
+        nbytes: of all shards.
+        parameters, active: of the decoder with embeddings and output head, without MTP layers and vision tower; in
+            all, and those that one token uses.
+        dropped: parts of the source that were left out.
+        pruning, quantization: None where nothing was pruned or quantized.
+        evaluations: in the order given.
+        plots: names of pictures beside the card.
+        commands: command lines that make the output again.
+
+    """
+
+    name: str
+    command: str
+    origin: Origin
+    family: str
+    architecture: str
+    vision: bool
+    bfloat16_only: bool
+    layers: int
+    moe_layers: int
+    top_k: int
+    max_positions: int
+    experts: Change
+    nbytes: Change
+    parameters: Change
+    active: Change
+    dropped: tuple[str, ...] = ()
+    pruning: Pruning | None = None
+    quantization: Quantization | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    plots: tuple[str, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)

@@ -1,0 +1,270 @@
+"""A card as Markdown: front matter, tables of figures, how to load, limits, and how to make it again.
+
+A function of the facts alone, the same text every time. A section without facts is not there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Final
+
+from shardxform.card.facts import BlockError, Change, Data, Evaluation, Facts, Pruning, Quantization
+from shardxform.card.frontmatter import front_matter
+from shardxform.card.loading import loading
+from shardxform.card.markdown import code, fence, listing, parameters, shell, sizes, table
+from shardxform.card.writing import MARK
+
+__all__ = ["render"]
+
+_KEEP: Final = (
+    "<!-- `shardxform card --write` replaces this file; to keep changes of your own, remove the line above -->"
+)
+_HARMLESS: Final = re.compile(r"[\w.+ -]+", re.ASCII)
+
+
+def render(facts: Facts) -> str:
+    """Word the facts; ends with a newline."""
+    blocks = [front_matter(facts), f"{MARK}\n{_KEEP}", f"# {_title(facts.name)}", _opening(facts)]
+    blocks += _figures(facts)
+    for heading, section in (
+        ("Pruning", _pruning(facts)),
+        ("Quantization", _quantization(facts)),
+        ("Evaluation", _evaluation(facts)),
+        ("Loading", loading(facts)),
+        ("Limitations", _limitations(facts)),
+        ("Making it again", _again(facts)),
+    ):
+        text = [block for block in section if block]
+        blocks += [f"## {heading}", *text] if text else []
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _title(name: str) -> str:
+    return name if _HARMLESS.fullmatch(name) and not re.search(r"__|_\b|\b_", name) else code(name)
+
+
+def _opening(facts: Facts) -> str:
+    base = facts.origin.base_model
+    what = code(base) if base else f"A {code(facts.architecture)} checkpoint"
+    done = [part for part in (_kept(facts), _stored(facts)) if part]
+    how = f" with {' and '.join(done)}" if done else ""
+    without = f", without {' and '.join(facts.dropped)}" if facts.dropped else ""
+    before, after = sizes(facts.nbytes)
+    size = f"{before} of shards became {after}" if before else f"Its shards have {after}"
+    return f"{what}{how}{without}. {size}. Made with shardxform."
+
+
+def _kept(facts: Facts) -> str:
+    of = f" of {facts.experts.before}" if facts.experts.before else ""
+    return f"{facts.experts.after}{of} routed experts kept in every MoE layer" if facts.pruning else ""
+
+
+def _stored(facts: Facts) -> str:
+    made = facts.quantization
+    if made:
+        return f"weights of {made.bits} bits in the {made.format} format"
+    return "quantized weights turned back into bfloat16" if facts.command == "convert" else ""
+
+
+def _figures(facts: Facts) -> Iterator[str]:
+    """What changed in size, and what did not."""
+    yield table(
+        ("", "before", "after"),
+        [
+            ("size of the shards", *sizes(facts.nbytes)),
+            ("routed experts per MoE layer", *_counts(facts.experts)),
+            ("parameters", *_parameters(facts.parameters)),
+            ("parameters used per token", *_parameters(facts.active)),
+        ],
+    )
+    dense = f", {facts.layers - facts.moe_layers} of them dense" if facts.layers != facts.moe_layers else ""
+    yield (
+        f"{facts.layers} decoder layers{dense}; the router picks {facts.top_k} experts per token. Parameters are those"
+        " of the decoder with embeddings and output head, without MTP layers and vision tower."
+    )
+
+
+def _counts(change: Change) -> tuple[str, str]:
+    return ("" if change.before is None else str(change.before), str(change.after))
+
+
+def _parameters(change: Change) -> tuple[str, str]:
+    return ("" if change.before is None else parameters(change.before), parameters(change.after))
+
+
+# -- how it was made --------------------------------------------------------------------------------------------------
+
+
+def _pruning(facts: Facts) -> Iterator[str]:
+    pruned = facts.pruning
+    if pruned is None:
+        return
+    yield listing(_pruning_lines(pruned))
+    yield "Which experts every layer kept is in `shardxform.json`, under `inputs.manifest`."
+
+
+def _pruning_lines(pruned: Pruning) -> Iterator[tuple[str, str]]:
+    yield "experts ranked by", code(pruned.criterion) if pruned.criterion else ""
+    yield "manifest", code(pruned.manifest) if pruned.manifest else ""
+    yield "calibration text", "; ".join(map(_data, pruned.data))
+    yield "tokens that the model was run on", "" if pruned.tokens is None else f"{pruned.tokens:,}"
+    if pruned.saliency_kept:
+        shares = pruned.saliency_kept
+        yield "share of the ranking kept", f"{fmean(shares):.1%} in the mean, {min(shares):.1%} in the worst layer"
+    unreached = pruned.never_reached_kept
+    yield (
+        "kept, though no token reached them",
+        "" if unreached is None else f"{unreached} expert{'s' * (unreached != 1)}",
+    )
+
+
+def _quantization(facts: Facts) -> Iterator[str]:
+    made = facts.quantization
+    if made is None:
+        return
+    yield listing(_quantization_lines(made))
+    tuned = [block for block in made.blocks if block.rounded is not None and block.tuned is not None]
+    if tuned:
+        yield "Squared error of each block's output, relative to every token's own size:"
+        yield _folded(
+            table(
+                ("block", "rounded", "tuned", "ratio", "experts never reached"),
+                [_block(block) for block in made.blocks],
+            )
+        )
+
+
+def _quantization_lines(made: Quantization) -> Iterator[tuple[str, str]]:
+    groups = "one scale per row" if made.group_size == -1 else f"groups of {made.group_size} share a scale"
+    yield "scheme", f"W{made.bits}A16, symmetric, {groups}"
+    yield "format", made.format
+    yield "modules", f"{made.modules:,}"
+    yield "rounding", _method(made)
+    recipe = made.recipe
+    yield "calibration text", _data(made.data) if made.data else ""
+    if made.recipe:
+        steps, batch = recipe.get("iters"), recipe.get("batch_size")
+        yield "steps per block", f"{steps}, each of {batch} window{'s' * (batch != 1)}" if steps and batch else ""
+        inputs = {
+            "quantized": "what the quantized blocks before put out",
+            "fp": "what the 16-bit blocks before put out",
+        }
+        yield "inputs of a block", inputs.get(str(recipe.get("inputs")), "")
+
+
+def _product(samples: object, seqlen: object) -> str:
+    return f"{samples} windows of {seqlen} tokens" if samples and seqlen else ""
+
+
+def _method(made: Quantization) -> str:
+    if made.method == "auto-round":
+        return "tuned by signed gradient descent, block by block (AutoRound)"
+    if made.method == "rtn":
+        return "to nearest" + (", scales searched for the least squared weight error" if made.search else "")
+    return ""
+
+
+def _block(block: BlockError) -> tuple[str, ...]:
+    if block.rounded is None or block.tuned is None:
+        return (str(block.layer), "", "rounded to nearest", "", "")
+    ratio = f"{block.tuned / block.rounded:.1%}" if block.rounded else ""
+    return (str(block.layer), f"{block.rounded:.3e}", f"{block.tuned:.3e}", ratio, str(block.never_reached))
+
+
+# -- what it is worth -------------------------------------------------------------------------------------------------
+
+
+def _evaluation(facts: Facts) -> Iterator[str]:
+    columns = [column for column in _COLUMNS if any(column[1](found) for found in facts.evaluations)]
+    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.evaluations])
+    if any(found.reference is not None for found in facts.evaluations):
+        yield (
+            "The reference is the checkpoint that this one was held against, on the same windows. KL divergence is"
+            " KL(reference ‖ this) of the next token's distribution, in nats, ± its standard error over windows; same"
+            " choice is the share of positions where both find the same token likeliest."
+        )
+    for found in facts.evaluations:
+        if found.block_errors:
+            yield f"Relative error of each block's output on {code(found.data.name)}, each model on its own chain:"
+            known = enumerate(found.block_errors)
+            yield _folded(table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
+    for name in facts.plots:
+        yield f"![{name.removesuffix('.png')}]({name})"
+
+
+def _divergence(found: Evaluation) -> str:
+    if found.kl is None:
+        return ""
+    return f"{found.kl:.4f}" + ("" if found.kl_error is None else f" ± {found.kl_error:.4f}")
+
+
+_COLUMNS = (
+    ("text", lambda found: code(found.data.name)),
+    ("tokens", lambda found: f"{found.tokens:,}"),
+    ("windows", lambda found: f"{found.windows:,}"),
+    ("perplexity", lambda found: "" if found.perplexity is None else f"{found.perplexity:.3f}"),
+    ("reference", lambda found: "" if found.reference is None else f"{found.reference:.3f}"),
+    ("KL divergence", _divergence),
+    ("same choice", lambda found: "" if found.top1 is None else f"{found.top1:.1%}"),
+)
+
+
+def _limitations(facts: Facts) -> Iterator[str]:
+    yield "\n".join(f"- {line}" for line in _limits(facts))
+
+
+def _limits(facts: Facts) -> Iterator[str]:
+    if facts.evaluations:
+        yield "Only the figures above were measured. It was not benchmarked on tasks."
+    else:
+        yield "Nothing was measured for this card, neither perplexity nor tasks."
+    if facts.pruning:
+        yield (
+            "What pruned experts knew is lost. They were chosen for what they did on some text; on other languages and"
+            " subjects the loss can be far greater."
+        )
+    tuned = facts.quantization is not None and facts.quantization.data is not None
+    if tuned:
+        yield "Rounding was tuned on calibration text, and fits text like it best."
+    seen = {_identity(data) for data in _calibration(facts)}
+    for found in facts.evaluations:
+        if _identity(found.data) in seen:
+            yield f"{code(found.data.name)} is both calibration and evaluation text: its figures flatter."
+    made = facts.quantization
+    plain = [block.layer for block in made.blocks if block.tuned is None] if made else []
+    if plain:
+        yield f"Blocks that could not be tuned and are rounded to nearest: {', '.join(map(str, plain))}."
+    if "MTP layers" in facts.dropped:
+        yield "Its multi-token-prediction layers were dropped: no speculative decoding with them."
+
+
+def _calibration(facts: Facts) -> Iterator[Data]:
+    if facts.pruning:
+        yield from facts.pruning.data
+    if facts.quantization and facts.quantization.data:
+        yield facts.quantization.data
+
+
+def _identity(data: Data) -> tuple[str, str]:
+    return (data.name, data.content) if data.content else (data.name, str(id(data)))
+
+
+def _again(facts: Facts) -> Iterator[str]:
+    if not facts.commands:
+        return
+    yield fence("\n".join(shell(args) for args in facts.commands), "sh")
+    words = {word for args in facts.commands for word in args}
+    given = [what for option, what in (("--manifest", "the manifest"), ("--data", "the text")) if option in words]
+    yield f"From {' and '.join(['the same source', *given])}, the same bytes come of it."
+
+
+def _data(data: Data) -> str:
+    size = _product(data.samples, data.seqlen)
+    return code(data.name) + (f", {size}" if size else "")
+
+
+def _folded(text: str) -> str:
+    """A long table under a line that opens it."""
+    return f"<details>\n<summary>per block</summary>\n\n{text}\n\n</details>" if text else ""
