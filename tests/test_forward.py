@@ -107,6 +107,18 @@ def gptq_values(tensors: dict[str, Any], stem: str) -> Any:
     return ((codes - 8) * scales.repeat_interleave(codes.shape[0] // scales.shape[0], dim=0)).T
 
 
+def fuse_experts(tensors: dict[str, Any], layers: int, experts: int) -> None:
+    """Replace per-expert weights by the fused ones, in place."""
+    for layer in range(layers):
+        stem = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            kind: [tensors.pop(f"{stem}.{expert}.{kind}_proj.weight") for expert in range(experts)]
+            for kind in ("gate", "up", "down")
+        }
+        both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        tensors[f"{stem}.gate_up_proj"], tensors[f"{stem}.down_proj"] = torch.stack(both), torch.stack(parts["down"])
+
+
 @pytest.mark.parametrize("format", ["auto-round", "compressed-tensors"])
 def test_a_quantized_checkpoint_runs_as_its_values(small_moe: Path, tmp_path: Path, format: str) -> None:  # noqa: A002
     """Dequantized by hand into a plain checkpoint, loaded by transformers."""
@@ -123,6 +135,9 @@ def test_a_quantized_checkpoint_runs_as_its_values(small_moe: Path, tmp_path: Pa
     for name in tensors:
         if name.endswith(".qweight"):
             plain[name.replace("qweight", "weight")] = gptq_values(tensors, name.removesuffix(".qweight")).contiguous()
+    fuse_experts(
+        plain, layers=4, experts=16
+    )  # as the release has them: auto-round, once imported, patches the other way
     (tmp_path / "plain").mkdir()
     save_file(plain, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
     (tmp_path / "plain" / "config.json").write_text((small_moe / "config.json").read_text())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from test_forward import fuse_experts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -98,6 +99,7 @@ def test_the_recorded_errors_are_those_of_what_was_written(small_moe: Path, tune
             )
             scales = tensors[f"{stem}.scales"].float().repeat_interleave(128, dim=0)
             plain[f"{stem}.weight"] = ((codes - 8) * scales).T.contiguous()
+    fuse_experts(plain, layers=4, experts=16)
     folder = tuned.parent / "plain"
     folder.mkdir()
     save_file(plain, folder / "model.safetensors", {"format": "pt"})

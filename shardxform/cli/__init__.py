@@ -20,6 +20,7 @@ __all__ = ["main"]
 
 _COMMANDS: Final = {
     "inspect": "Show what a checkpoint is made of, from its headers alone.",
+    "compress": "The whole way: score, select, prune and quantize, verify, evaluate, card; resumable.",
     "prune": "Keep the experts that a manifest names; copy everything else byte for byte.",
     "quantize": "Round weights to 4 or 8 bits, pruning in the same pass when a manifest is given.",
     "convert": "Write a quantized checkpoint in another format or expert spelling, or in bfloat16.",

@@ -98,7 +98,7 @@ def _quantized(summary: Mapping[str, Any]) -> str:
     scheme, grid = summary["scheme"], summary["scheme"]["grid"]
     kept = ", ".join(f"{n:,} {why}" for why, n in summary["kept_modules"].items())
     group = "one scale per row" if grid["group_size"] == -1 else f"groups of {grid['group_size']}"
-    method = ", tuned" if scheme["method"] == "auto-round" else ""
+    method = ", tuned" if scheme.get("method") == "auto-round" else ""
     return (
         f"{gb(summary['quantized_weight_bytes'])} of weights to"
         f" {grid['bits']} bits in {group}{method}, {scheme['format']}; kept: {kept}"

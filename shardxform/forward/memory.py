@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from functools import cache
 from typing import Any
@@ -17,7 +16,6 @@ def give_back() -> None:
     A block's experts are thousands of pieces of a few megabytes, which glibc keeps when they are freed, in holes that
     the next block's pieces do not quite fit.
     """
-    gc.collect()
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -1,0 +1,75 @@
+"""What every stage will take, before anything is done: memory, disk, work. No time: that would have to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from shardxform.compress.folder import Entry, read_entries
+from shardxform.compress.prepared import Prepared, hidden_bytes
+from shardxform.compress.request import EVALUATE, QUANTIZE, SCORE, Request, Settings
+from shardxform.fsio import FileSystem
+from shardxform.outdir import state_of
+
+if TYPE_CHECKING:
+    from shardxform.calibration import Windows
+
+__all__ = ["forecast", "free_bytes"]
+
+_LIBRARIES: Final = 450_000_000  # python with torch and transformers, resident, once any stage has run the model
+_PLAIN: Final = 100_000_000  # python with numpy and the compiled kernels
+
+
+def forecast(prepared: Prepared, settings: Settings) -> list[dict[str, Any]]:
+    """One record a stage, in order.
+
+    `state` (`done`, `begun`, `to do`), `peak_memory_bytes` of the process meanwhile, `work_bytes` of disk that is
+    free again afterwards, `written_bytes` that stay, `tokens` counted once for each block that they go through.
+    """
+    request = prepared.request
+    entries = read_entries(request.folder)
+    base = _LIBRARIES if request.runs_model else _PLAIN
+    needs: dict[str, dict[str, int]] = {}
+    if request.score_windows is not None:
+        needs[SCORE] = _pass(request, request.score_windows, against=False)
+    if request.eval_windows is not None:
+        needs[EVALUATE] = _pass(request, request.eval_windows, against=True)
+    needs[QUANTIZE] = {
+        "peak_memory_bytes": prepared.sketch.peak_bytes(settings.jobs) + (0 if request.recipe else base),
+        "work_bytes": hidden_bytes(request, request.tune_windows),
+        "written_bytes": prepared.sketch.nbytes,
+        "tokens": prepared.weights[QUANTIZE] if request.recipe else 0,
+    }
+    nothing = {"peak_memory_bytes": base, "work_bytes": 0, "written_bytes": 0, "tokens": 0}
+    return [
+        {"stage": stage, "state": _state(prepared, entries, stage), **nothing, **needs.get(stage, {})}
+        for stage in prepared.inputs
+    ]
+
+
+def free_bytes(request: Request) -> int:
+    """Disk that is free where OUT will be."""
+    return FileSystem().free_bytes(request.out.absolute())
+
+
+def _state(prepared: Prepared, entries: Mapping[str, Entry], stage: str) -> str:
+    entry = entries.get(stage)
+    if entry is None:
+        begun = stage == QUANTIZE and state_of(prepared.request.out, prepared.sketch).name != "new"
+        return "begun" if begun else "to do"
+    return "done" if entry.done else "begun"
+
+
+def _pass(request: Request, windows: Windows, *, against: bool) -> dict[str, int]:
+    """What running the model takes; of a quantized one, which is not there yet, no more than of its source."""
+    from shardxform.forward.estimate import estimate
+
+    assert request.precision is not None
+    chains = {"tested": request.source} | ({"reference": request.source} if against else {})
+    found = estimate(chains, windows, request.precision, request.folder)
+    heads = 1 if against else 0
+    return {
+        "peak_memory_bytes": found["peak_memory_bytes"],
+        "work_bytes": found["work_bytes"],
+        "tokens": found["tokens"] * (found["blocks"] + heads) * len(chains),
+    }

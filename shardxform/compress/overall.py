@@ -1,0 +1,50 @@
+"""One progress over all stages: their tokens, counted once for every block that they go through.
+
+Stages that move bytes are weighed as if a token took as long as `BYTES_OF_A_TOKEN`, a rough equivalence that only the
+remaining time depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from shardxform.progress import OnProgress, Progress
+
+__all__ = ["BYTES_OF_A_TOKEN", "Overall"]
+
+BYTES_OF_A_TOKEN: Final = 1 << 19
+
+
+class Overall:
+    """Maps the progress of stages into one, in tokens."""
+
+    def __init__(self, weights: Mapping[str, int], on_progress: OnProgress | None) -> None:
+        self._weights = dict(weights)
+        self._on_progress = on_progress
+        self._done = dict.fromkeys(weights, 0)
+        self._resumed = dict.fromkeys(weights, 0)
+
+    def found(self, stage: str) -> None:
+        """A stage was done already; told with what is done next, if anything is."""
+        self._done[stage] = self._resumed[stage] = self._weights[stage]
+
+    def made(self, stage: str) -> None:
+        """A stage is done now."""
+        self._done[stage] = self._weights[stage]
+        self._tell()
+
+    def of(self, stage: str) -> OnProgress | None:
+        """What a stage reports to; None when nobody listens."""
+        return (lambda p: self._update(stage, p)) if self._on_progress else None
+
+    def _update(self, stage: str, p: Progress) -> None:
+        weight = self._weights[stage]
+        self._done[stage] = weight * min(p.done, p.total) // max(p.total, 1)
+        self._resumed[stage] = weight * min(p.resumed, p.total) // max(p.total, 1)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_progress:
+            done, total, resumed = (sum(d.values()) for d in (self._done, self._weights, self._resumed))
+            self._on_progress(Progress(done, total, resumed, "tokens"))

@@ -1,0 +1,611 @@
+"""The whole way in one command: what it gives equals the separate commands', however often it is stopped."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build import tiny, write_checkpoint
+from click.testing import CliRunner, Result
+from faults import Counting, Failing
+from test_quantize import KIND_SIZES
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from shardxform.calibration import Windows  # noqa: E402
+from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.cli import compress_cmd, main  # noqa: E402
+from shardxform.compress import Outcome, Prepared, Pruning, Request, Settings, compress, forecast, prepare  # noqa: E402
+from shardxform.compress.folder import Folder, read_entries  # noqa: E402
+from shardxform.errors import ExecutionError, Interrupted, OutputError, PlanError, ResumeError  # noqa: E402
+from shardxform.forward.weights import Precision  # noqa: E402
+from shardxform.progress import Progress  # noqa: E402
+from shardxform.quantize.grid import Grid  # noqa: E402
+from shardxform.scheme import Scheme  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+STAGES = ("score", "select", "quantize", "verify", "evaluate", "card")
+RESULTS = {"compress.json", "evaluation.json", "keep.json", "lock", "saliency.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def arguments(source: Path, *more: str, evaluated: bool = True) -> list[str]:
+    text = ["--data", str(source / "text/calib.jsonl"), "--samples", "4", "--seqlen", "64"]
+    tuned = ["--method", "auto-round", "--iters", "2"]
+    held_out = ["--eval-data", str(source / "text/heldout.jsonl"), "--eval-samples", "2", "--eval-seqlen", "64"]
+    return ["--keep", "8", *text, *tuned, *(held_out if evaluated else []), *more]
+
+
+def invoke(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def done(*args: str | Path) -> str:
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args: str | Path) -> str:
+    result = invoke(*args)
+    assert result.exit_code in (1, 2), result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    """Every file of an output and of its results; the record of the output less what it says of time and memory."""
+    roots = {"out": out, "results": out.with_name(out.name + ".compress")}
+    files = {
+        f"{name}/{p.relative_to(root)}": p.read_bytes()
+        for name, root in roots.items()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
+    if "out/shardxform.json" in files:
+        record = re.sub(rb'"(seconds|peak_rss_bytes)": [\d.]+', b"", files["out/shardxform.json"])
+        files["out/shardxform.json"] = record
+    return files
+
+
+@pytest.fixture(scope="module")
+def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """A request with its data read; `at` moves it.
+
+    Spares the collector the libraries: it is called after every block, and would look at all of them each time.
+    """
+    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe)])
+    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
+    place = tmp_path_factory.mktemp("prepared")
+    yield prepare(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
+    gc.unfreeze()
+
+
+def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
+    return replace(prepared, request=replace(prepared.request, out=out, **changes))
+
+
+def run(prepared: Prepared, out: Path, **settings: Any) -> Outcome:
+    return compress(at(prepared, out), Settings(**settings))
+
+
+@pytest.fixture(scope="module")
+def finished(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted run gives. Read only."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run(prepared, out)
+    gc.freeze()
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished output that a test may change."""
+    for suffix in ("", ".compress"):
+        shutil.copytree(f"{finished}{suffix}", tmp_path / f"out{suffix}")
+    return tmp_path / "out"
+
+
+# -- what comes of it -------------------------------------------------------------------------------------------------
+
+
+def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Path, tmp_path: Path) -> None:
+    calib = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
+    done("score", small_moe, "-o", tmp_path / "s", *calib)
+    done("select", tmp_path / "s", "--keep", "8", "-o", tmp_path / "keep.json")
+    tuned = ["--method", "auto-round", "--iters", "2", *calib]
+    done("quantize", small_moe, tmp_path / "out", "-m", tmp_path / "keep.json", *tuned)
+    held_out = ["--data", small_moe / "text/heldout.jsonl", "--samples", "2", "--seqlen", "64"]
+    work = ["--work", tmp_path / "w"]
+    evaluation = json.loads(done("evaluate", tmp_path / "out", "--against", small_moe, *held_out, *work, "--json"))
+    files = tree(finished)
+    assert files["results/saliency.safetensors"] == (tmp_path / "s").read_bytes()
+    assert files["results/keep.json"] == (tmp_path / "keep.json").read_bytes()
+    separate = tree(tmp_path / "out")
+    assert {name: files[name] for name in separate} == separate
+    ours = json.loads(files["results/evaluation.json"])
+    assert {key: ours[key] for key in ("perplexity", "windows", "tokens", "data", "against")} == {
+        key: evaluation[key] for key in ("perplexity", "windows", "tokens", "data", "against")
+    }
+    assert {name.removeprefix("results/") for name in files if name.startswith("results/")} == RESULTS
+    assert set(files) - set(separate) - {f"results/{name}" for name in RESULTS} == {"out/README.md"}
+    assert "`calib.jsonl`" in files["out/README.md"].decode()
+
+
+def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path, copied: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copied.parent.rglob("*.*")}
+    result = invoke("compress", small_moe, copied, *arguments(small_moe))
+    assert result.exit_code == 0, result.output
+    assert "already complete, made from the same inputs; nothing written" in result.stdout
+    assert [line for line in result.stderr.splitlines() if line.startswith("[")] == [
+        f"[{number}/6] {stage}: done already" for number, stage in enumerate(STAGES, 1)
+    ]
+    assert {path: path.stat().st_mtime_ns for path in copied.parent.rglob("*.*")} == before
+
+
+def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path) -> None:
+    out = json.loads(done("compress", small_moe, tmp_path / "out", "--format", "gptq", "--json", "-q"))
+    assert out["made"] == ["quantize", "verify", "card"]
+    done("quantize", small_moe, tmp_path / "separate", "--format", "gptq")
+    files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
+    assert files.pop("out/README.md")
+    assert files == tree(tmp_path / "separate")
+
+
+def test_a_ratio_is_recorded_as_select_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
+    data = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
+    done("compress", small_moe, tmp_path / "out", "--ratio", "0.25", "--criterion", "ean", *data, "-q")
+    saliency = finished.with_name("out.compress") / "saliency.safetensors"
+    done("select", saliency, "--ratio", "0.25", "--criterion", "ean", "-o", tmp_path / "keep.json")
+    assert (tmp_path / "out.compress/keep.json").read_bytes() == (tmp_path / "keep.json").read_bytes()
+    assert Checkpoint.open(tmp_path / "out").config["num_experts"] == 12
+
+
+def test_evaluation_full_verification_and_pictures_can_be_added_later(prepared: Prepared, copied: Path) -> None:
+    assert run(prepared, copied, full_verify=True).made == ("verify",)
+    assert run(prepared, copied, full_verify=True).made == run(prepared, copied).made == ()
+    assert run(prepared, copied, plot=True).made == ("card",)
+    for name in ("saliency.png", "evaluation.png"):
+        picture = (copied.with_name("out.compress") / name).read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        assert (copied / name).read_bytes() == picture
+    assert run(prepared, copied, plot=True).made == ()
+    (copied.with_name("out.compress") / "evaluation.json").unlink()
+    assert run(prepared, copied).made == ("evaluate", "card")
+
+
+def tiny_request(root: Path, kind: str, out: Path, ratio: float = 0.5) -> Request:
+    """Rounded to nearest, scored and measured on random tokens; the source has a README of its own."""
+    config, tensors = tiny(kind, **KIND_SIZES[kind])
+    if not root.exists():
+        write_checkpoint(root, tensors, config, shards=3, files={"README.md": "# tiny\n"})
+    ids_NT = np.random.default_rng(0).integers(0, 20, (3, 16)).astype(np.int32)
+    windows = Windows(
+        ids_NT=ids_NT,
+        lengths_N=np.full(3, 16, np.int32),
+        fingerprint="random",
+        provenance={"data": "random"},
+        notes=(),
+    )
+    return Request(
+        source=Checkpoint.open(root),
+        out=out,
+        scheme=Scheme(grid=Grid(group_size=32)),
+        pruning=Pruning(ratio=ratio),
+        score_windows=windows,
+        eval_windows=windows,
+        precision=Precision(torch.device("cpu"), torch.float32),
+    )
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3"])
+def test_every_family_goes_the_whole_way_and_the_forecast_is_right(tmp_path: Path, kind: str) -> None:
+    ready = prepare(tiny_request(tmp_path / "source", kind, tmp_path / "out"))
+    needs = {stage["stage"]: stage for stage in forecast(ready, Settings())}
+    outcome = compress(ready, Settings(full_verify=True))
+    assert outcome.made == STAGES
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert needs["quantize"]["written_bytes"] == sum(sizes)
+    assert outcome.facts["verify"]["bytes_compared"] > 0
+
+
+def test_the_card_of_an_output_is_no_obstacle_to_starting_it_over(tmp_path: Path) -> None:
+    """It stands in place of the README that was copied, which the record of the output names."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    compress(prepare(tiny_request(source, "qwen3_moe", out)), Settings(plot=True))
+    assert "3 of 6 routed experts" in (out / "README.md").read_text()
+    other = prepare(tiny_request(source, "qwen3_moe", out, ratio=0.2), force=True)
+    assert compress(other, Settings(force=True, plot=True)).made == STAGES[1:]
+    assert "5 of 6 routed experts" in (out / "README.md").read_text()
+
+
+# -- stopped ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_before_a_stage_it_goes_on_to_the_same_files(
+    prepared: Prepared, finished: Path, tmp_path: Path, stage: str
+) -> None:
+    def stop(number: int, total: int, name: str, *, done: bool) -> None:  # noqa: ARG001
+        if name == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=rf"\[{STAGES.index(stage) + 1}/6\] {stage}: .*same command again"):
+        compress(at(prepared, tmp_path / "out"), Settings(), on_stage=stop)
+    assert run(prepared, tmp_path / "out").made == STAGES[STAGES.index(stage) :]
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+@pytest.mark.parametrize("stage", ["score", "quantize", "evaluate"])
+def test_stopped_within_a_stage_it_goes_on_to_the_same_files(
+    prepared: Prepared, finished: Path, tmp_path: Path, stage: str
+) -> None:
+    begins, seen = {}, []
+
+    def note(number: int, total: int, name: str, *, done: bool) -> None:  # noqa: ARG001
+        begins[name] = len(seen)
+
+    def stop(p: Progress) -> None:
+        seen.append(p)
+        if stage in begins and len(seen) == begins[stage] + 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=rf"\] {stage}: stopped: .* are safe in .*same command again"):
+        compress(at(prepared, tmp_path / "out"), Settings(), on_stage=note, on_progress=stop)
+    assert run(prepared, tmp_path / "out").made == STAGES[STAGES.index(stage) :]
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+def test_progress_is_one_over_all_stages(prepared: Prepared, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    compress(at(prepared, tmp_path / "out"), Settings(), on_progress=seen.append)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert {(p.total, p.unit, p.resumed) for p in seen} == {(seen[-1].total, "tokens", 0)}
+    assert seen[-1].done == seen[-1].total == sum(prepared.weights.values())
+    blocks, scored, tuned = 4, 4 * 64, (2 * 4 + 2 * 4) * 64  # two steps of all four windows, two chains
+    assert prepared.weights["score"] == scored * blocks
+    assert prepared.weights["quantize"] == tuned * blocks
+    assert prepared.weights["evaluate"] == 2 * 2 * 64 * (blocks + 1)
+
+
+@pytest.mark.parametrize("missing", ["saliency.safetensors", "keep.json", "evaluation.json"])
+def test_a_result_that_is_gone_is_made_again(prepared: Prepared, finished: Path, copied: Path, missing: str) -> None:
+    (copied.with_name("out.compress") / missing).unlink()
+    assert run(prepared, copied).made
+    assert tree(copied) == tree(finished)
+
+
+def test_an_output_that_is_gone_is_made_again_and_verified_again(
+    prepared: Prepared, finished: Path, copied: Path
+) -> None:
+    shutil.rmtree(copied)
+    assert run(prepared, copied).made == STAGES[2:]
+    assert tree(copied) == tree(finished)
+
+
+# -- other inputs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--keep", "4"], "'select' was made from other inputs: keep: was 8, now 4"),
+        (["--criterion", "ean"], "'select' was made from other inputs: criterion: was 'reap', now 'ean'"),
+        (["--samples", "3"], "'score' was made from other inputs: data.samples_asked: was 4, now 3"),
+        (["--format", "gptq"], "'quantize' was made from other inputs: scheme.format: was 'auto-round', now 'gptq'"),
+        (["--iters", "3"], "'quantize' was made from other inputs: recipe.iters: was 2, now 3"),
+        (["--mtp", "drop"], "'quantize' was made from other inputs: options.mtp: was 'auto', now 'drop'"),
+        (["--eval-samples", "1"], "'evaluate' was made from other inputs: data.samples_asked: was 2, now 1"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_other_inputs_are_refused_and_named(
+    small_moe: Path, copied: Path, finished: Path, change: list[str], message: str, dry: list[str]
+) -> None:
+    before = tree(copied)
+    assert message in refused("compress", small_moe, copied, *arguments(small_moe), *change, *dry)
+    assert tree(copied) == before == tree(finished)
+
+
+def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared, copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "fresh").mkdir()
+    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plot")
+    run(prepared, copied, plot=True)
+    changed = arguments(small_moe, "--keep", "4", "--force", "--plot", "--json")
+    out = json.loads(done("compress", small_moe, copied, *changed))
+    assert out["made"] == list(STAGES[1:])
+    assert tree(copied) == tree(tmp_path / "fresh/out")
+
+
+def test_force_starts_over_what_is_unfinished(small_moe: Path, prepared: Prepared, tmp_path: Path) -> None:
+    def stop(p: Progress) -> None:
+        if p.done >= 2 * 256:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        compress(at(prepared, tmp_path / "out"), Settings(), on_progress=stop)
+    assert (tmp_path / "out.compress/score.work").is_dir()
+    other = arguments(small_moe, "--samples", "3", evaluated=False)
+    assert "data.samples_asked" in refused("compress", small_moe, tmp_path / "out", *other)
+    done("compress", small_moe, tmp_path / "out", *other, "--force")
+    assert not (tmp_path / "out.compress/score.work").exists()
+
+
+def test_a_damaged_output_is_refused_and_by_force_made_again(prepared: Prepared, copied: Path, finished: Path) -> None:
+    shard = copied / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ResumeError, match=r"model.safetensors: missing or damaged in a finished output"):
+        run(prepared, copied)
+    shard.unlink()
+    run(prepared, copied, force=True)
+    assert tree(copied) == tree(finished)
+
+
+def test_an_output_that_is_not_sound_is_an_error(prepared: Prepared, copied: Path) -> None:
+    shard = copied / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 0x40
+    shard.write_bytes(data)
+    with pytest.raises(ExecutionError, match=r"not sound: .* see `shardxform verify .*`"):
+        run(prepared, copied, full_verify=True)
+    with pytest.raises(ExecutionError, match="not sound"):
+        run(prepared, copied, full_verify=True)  # it is not taken for verified now
+
+
+# -- what is not ours -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["saliency.safetensors", "keep.json", "evaluation.json"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
+    prepared: Prepared, copied: Path, name: str, force: bool
+) -> None:
+    path = copied.with_name("out.compress") / name
+    path.write_bytes(path.read_bytes() + b" ")
+    before = tree(copied)
+    with pytest.raises(OutputError, match=rf"{name}: not as `compress` wrote it; move it away"):
+        run(prepared, copied, force=force)
+    assert tree(copied) == before
+
+
+@pytest.mark.parametrize("what", ["notes.txt", "score.work", "keep.json"])
+def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: Path, what: str) -> None:
+    (tmp_path / "out.compress").mkdir()
+    (tmp_path / "out.compress" / what).write_text("mine")
+    with pytest.raises(OutputError, match=r"(not shardxform's|not as `compress` wrote it)"):
+        run(prepared, tmp_path / "out")
+    assert (tmp_path / "out.compress" / what).read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_in_place_of_the_directory_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.compress").symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="expected a directory of `compress` or nothing"):
+        run(prepared, tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"{",
+        b'{"format": "shardxform.compress", "version": 2, "stages": {}}',
+        b'{"format": "shardxform.compress", "version": 1, "stages": {"score": 1}}',
+        b'{"format": "shardxform.compress", "version": 1, "stages": {"score": {"inputs": {}, "done": 1, "files": {}}}}',
+        b'{"format": "shardxform.compress", "version": 1, "stages": {"score": '
+        b'{"inputs": {}, "done": true, "files": {"../out/config.json": ""}, "facts": {}}}}',
+    ],
+)
+def test_a_record_that_is_damaged_is_refused(prepared: Prepared, copied: Path, record: bytes) -> None:
+    path = copied.with_name("out.compress") / "compress.json"
+    path.write_bytes(record)
+    with pytest.raises(OutputError, match=r"compress.json: "):
+        run(prepared, copied, force=True)
+    assert path.read_bytes() == record
+
+
+def test_two_at_a_time_are_refused(prepared: Prepared, copied: Path) -> None:
+    with Folder(copied.with_name("out.compress")), pytest.raises(OutputError, match="another process works here"):
+        run(prepared, copied)
+
+
+def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Path) -> None:
+    (copied / "README.md").write_text("mine")
+    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plot")
+    assert result.exit_code == 0, result.output
+    assert "no card was written: " in result.stderr
+    assert (copied / "README.md").read_text() == "mine"
+
+
+def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model.compress"
+    shutil.copytree(small_moe, source)
+    before = tree(source)
+    assert "only read" in refused("compress", source, tmp_path / "model")
+    assert "only read" in refused("compress", source, source / "out")
+    assert tree(source) == before
+
+
+# -- asked for --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Path, tmp_path: Path) -> None:
+    args = ["compress", small_moe, tmp_path / "out", *arguments(small_moe), "--dry-run"]
+    text = done(*args)
+    assert "16 -> 8 per layer" in text
+    assert re.search(r"quantize +to do", text)
+    facts = json.loads(done(*args, "--json"))
+    assert not list(tmp_path.iterdir())
+    assert [stage["stage"] for stage in facts["stages"]] == list(STAGES)
+    needs = {stage["stage"]: stage for stage in facts["stages"]}
+    assert needs["score"]["tokens"] == 4 * 64 * 4
+    assert needs["score"]["work_bytes"] == 2 * 4 * 64 * 128 * 4  # two generations of [N, T, H] in float32
+    assert facts["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in facts["stages"])
+    done(*args[:-1], "-q")
+    assert needs["quantize"]["written_bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    again = json.loads(done(*args, "--json"))
+    assert {stage["state"] for stage in again["stages"]} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--keep", "8"], "Missing option '--data' or '--preset'"),
+        (["--method", "auto-round"], "Missing option '--data' or '--preset'"),
+        (["--keep", "8", "--ratio", "0.5"], "either --keep or --ratio"),
+        (["--criterion", "ean"], "--criterion is for choosing experts"),
+        (["--protect-super-experts"], "--protect-super-experts is for choosing experts"),
+        (["--iters", "2"], "--iters is for --method auto-round"),
+        (["--samples", "2"], "--samples is for choosing experts and tuning"),
+        (["--eval-samples", "2"], "--eval-samples is for measuring OUT"),
+        (["--plot"], "--plot is for choosing experts and measuring"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    small_moe: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    assert message in refused("compress", small_moe, tmp_path / "out", *args)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("keep", "message"), [("20", "but .* has 16"), ("3", "keep at least 4")])
+def test_a_count_that_cannot_be_is_refused_before_anything_is_run(
+    small_moe: Path, tmp_path: Path, keep: str, message: str
+) -> None:
+    args = [*arguments(small_moe, evaluated=False), "--keep", keep]
+    assert re.search(message, refused("compress", small_moe, tmp_path / "out", *args))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_request_is_whole_or_refused(prepared: Prepared) -> None:
+    request = prepared.request
+    for changes in ({"pruning": None}, {"recipe": None}, {"precision": None}):
+        with pytest.raises(PlanError, match="found"):
+            replace(request, **changes)
+    with pytest.raises(PlanError, match="both or neither"):
+        Pruning(keep=8, ratio=0.5)
+    with pytest.raises(OutputError, match="name of a directory"):
+        replace(request, out=Path(".."))
+
+
+# -- the directory of results -----------------------------------------------------------------------------------------
+
+
+class Unsynced(Failing):
+    """Fails at effect `k`; syncing is counted, but not waited for."""
+
+    def sync(self, fd: int) -> None:  # noqa: ARG002
+        self.next_effect()
+
+    def sync_dir(self, path: Path) -> None:  # noqa: ARG002
+        self.next_effect()
+
+
+def write_results(root: Path, fs: Counting) -> None:
+    """Two stages, the first of which is made anew with other inputs."""
+    for number in (1, 2):
+        with Folder(root, fs) as folder:
+            if not (folder.is_done("score") and folder.is_as("score", {"n": number})):
+                folder.begin("score", {"n": number}, ["select"])
+                folder.put("score", {"saliency.safetensors": b"scored %d" % number}, {"tokens": number})
+            if not folder.is_done("select"):
+                folder.begin("select", {"n": number}, [])
+                folder.put("select", {"keep.json": b"kept %d" % number})
+
+
+def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path: Path) -> None:
+    counting = Unsynced(0)
+    write_results(tmp_path / "whole", counting)
+    assert counting.effects > 40
+    for k in range(1, counting.effects + 1):
+        root = tmp_path / f"at-{k}"
+        with pytest.raises((ExecutionError, OutputError)):
+            write_results(root, Unsynced(k))
+        for stage, entry in read_entries(root).items():
+            for name in entry.files:
+                assert not (root / name).exists() or name in ("saliency.safetensors", "keep.json"), stage
+        write_results(root, Unsynced(0))
+        files = {path.name: path.read_bytes() for path in root.iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}, k
+
+
+# -- the real process -------------------------------------------------------------------------------------------------
+
+
+def start(args: list[str], **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shardxform", "compress", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.crash
+def test_killed_at_random_times_it_ends_with_the_same_files(small_moe: Path, finished: Path, tmp_path: Path) -> None:
+    """Killed soon after a line of progress, so that every stage is hit; progress is never lost, so it ends."""
+    args = [str(small_moe), str(tmp_path / "out"), *arguments(small_moe)]
+    rng = random.Random(7)
+    hit: list[str] = []
+    for number, stage in enumerate(STAGES[:5], 1):
+        process = start(args)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"[{number}/6] {stage}: ") and "done already" not in line:
+                time_left = rng.uniform(0.0, 0.3)
+                try:
+                    process.wait(time_left)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                hit.append(stage)
+                break
+        process.communicate()
+    assert len(hit) >= 3, hit
+    process = start(args)
+    assert process.communicate()[1] is not None
+    assert process.returncode == 0
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_with_130_and_it_says_how_to_go_on(small_moe: Path, tmp_path: Path, kind: int) -> None:
+    args = [str(small_moe), str(tmp_path / "out"), *arguments(small_moe, "--iters", "2000", evaluated=False)]
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored here
+    code += "from shardxform.cli import main; main(prog_name='shardxform')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "compress", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("[3/5] quantize"):
+            process.send_signal(kind)
+    assert process.wait() == 130
+    assert re.search(r"shardxform: \[3/5\] quantize: .*run the same command again to go on", said[-1]), said
+    assert not (tmp_path / "out/config.json").exists()
