@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
 import threading
+import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +153,14 @@ class Crashing(Counting):
                 for offset, count in list(ranges):
                     file.seek(offset)
                     file.write(b"\xee" * count)
+
+
+def kill_when_there(command: list[str], path: Path, env: Mapping[str, str] | None = None) -> bool:
+    """Start a command and SIGKILL it as soon as `path` exists; whether it was killed before it ended by itself."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as child:
+        while child.poll() is None:
+            if path.exists():
+                child.kill()
+                return child.wait() == -signal.SIGKILL
+            time.sleep(0.002)
+    return False

@@ -576,7 +576,7 @@ def test_killed_at_random_times_it_ends_with_the_same_files(small_moe: Path, fin
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith(f"[{number}/6] {stage}: ") and "done already" not in line:
-                time_left = rng.uniform(0.0, 0.3)
+                time_left = rng.uniform(0.0, 0.05)
                 try:
                     process.wait(time_left)
                 except subprocess.TimeoutExpired:

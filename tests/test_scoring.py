@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from build import tiny, write_checkpoint
+from faults import kill_when_there
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -212,21 +212,13 @@ def command(small_moe: Path, out: Path) -> list[str]:
 
 @pytest.mark.crash
 @pytest.mark.slow
-def test_killed_at_random_times_the_command_ends_with_the_same_file(small_moe: Path, tmp_path: Path) -> None:
+def test_killed_in_several_blocks_the_command_ends_with_the_same_file(small_moe: Path, tmp_path: Path) -> None:
     subprocess.run(command(small_moe, tmp_path / "whole"), check=True, capture_output=True)
     out = tmp_path / "killed"
-    kills = 0
-    for delay in (1.8, 2.6, 3.4):
-        child = subprocess.Popen(command(small_moe, out), stdout=subprocess.DEVNULL)
-        try:
-            child.wait(delay)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            kills += 1
-        assert not out.exists() or out.read_bytes() == (tmp_path / "whole").read_bytes()
+    for number in (0, 1, 3):
+        assert kill_when_there(command(small_moe, out), tmp_path / "killed.work" / f"scored-000{number}.hidden")
+        assert not out.exists()
     subprocess.run(command(small_moe, out), check=True, capture_output=True)
-    assert kills
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from faults import kill_when_there
 from test_forward import fuse_experts
 
 torch = pytest.importorskip("torch")
@@ -164,18 +164,10 @@ def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path
     out = tmp_path / "out"
     command = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    kills = 0
-    for delay in (3.0, 4.0, 5.0):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-        try:
-            child.wait(delay)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            kills += 1
-        assert not (out / "config.json").exists() or child.returncode == 0
+    for state in ("original-0000", "tuned-0001", "original-0003", "tuned-0003"):  # before, between and inside blocks
+        assert kill_when_there(command, out / ".shardxform" / f"{state}.hidden", env)
+        assert not (out / "config.json").exists()
     subprocess.run(command, check=True, capture_output=True, env=env)
-    assert kills
     assert bytes_of(out) == bytes_of(tuned)
 
 
