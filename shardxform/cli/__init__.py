@@ -22,7 +22,7 @@ _COMMANDS: Final = {
     "inspect": "Show what a checkpoint is made of, from its headers alone.",
     "compress": "The whole way: score, select, prune and quantize, verify, evaluate, card; resumable.",
     "prune": "Keep the experts that a manifest names; copy everything else byte for byte.",
-    "quantize": "Round weights to 4 or 8 bits, pruning in the same pass when a manifest is given.",
+    "quantize": "Round weights to 4 or 8 bits, tuned on text if wanted, pruned in the same pass by a manifest.",
     "convert": "Write a quantized checkpoint in another format or expert spelling, or in bfloat16.",
     "verify": "Check a checkpoint, and prove it against the source it was made from.",
     "score": "Run a model over calibration data, block by block, and say what every expert did.",
@@ -104,7 +104,9 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     help="Show the version, and those of the libraries that are installed.",
 )
 def main() -> None:
-    """Prune, quantize and verify huge Mixture-of-Experts checkpoints in a few hundred MB of memory.
+    """Score, prune, quantize and verify huge Mixture-of-Experts checkpoints on a machine that could never load them.
+
+    What moves or rounds weights takes a few hundred MB of memory; what runs the model holds one decoder block of it.
 
     SRC and OUT are checkpoint directories: config.json beside .safetensors shards. A command that was interrupted
     goes on where it stopped when it is run again.
