@@ -28,7 +28,7 @@ from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 from shardxform.progress import OnProgress
 
-__all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate"]
+__all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts"]
 
 _TESTED: Final = "tested"
 _REFERENCE: Final = "reference"
@@ -268,3 +268,26 @@ def _standard_error(values: list[float]) -> float:
         return math.nan
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
+    """An evaluation as plain data: the same for the same inputs; None for what is infinite or not known."""
+    against = found.against
+    return {
+        "perplexity": _number(found.perplexity),
+        "windows": found.windows,
+        "tokens": found.tokens,
+        "data": dict(windows.provenance),
+        "against": against
+        and {
+            "perplexity": _number(against.perplexity),
+            "kl": against.kl,
+            "kl_standard_error": _number(against.kl_error),
+            "top1_agreement": against.top1,
+            "block_errors": [_number(error) for error in against.block_errors],
+        },
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

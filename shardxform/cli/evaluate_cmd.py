@@ -143,29 +143,10 @@ def _title(checkpoint: Path, manifest: Path | None, against: Path | None) -> str
 
 
 def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
-    against = found.against
-    return {
-        "fingerprint": tested.fingerprint,
-        "perplexity": _number(found.perplexity),
-        "windows": found.windows,
-        "tokens": found.tokens,
-        "data": dict(windows.provenance),
-        "against": against
-        and {
-            "perplexity": _number(against.perplexity),
-            "kl": against.kl,
-            "kl_standard_error": _number(against.kl_error),
-            "top1_agreement": against.top1,
-            "block_errors": [_number(error) for error in against.block_errors],
-        },
-        "seconds": round(seconds, 3),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+    from shardxform.evaluation import evaluation_facts
 
-
-def _number(value: float) -> float | None:
-    """A number as JSON has it; None for one that is infinite, or of too few windows to be known."""
-    return value if math.isfinite(value) else None
+    spent = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
+    return {"fingerprint": tested.fingerprint, **evaluation_facts(found, windows), **spent}
 
 
 def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against: Path | None, seconds: float) -> None:

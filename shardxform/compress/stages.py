@@ -30,11 +30,9 @@ from shardxform.strictjson import JsonError, parse_object, pretty
 from shardxform.view import pruned_view
 
 if TYPE_CHECKING:
-    from shardxform.calibration import Windows
-    from shardxform.evaluation import Evaluation
     from shardxform.run_options import StepTuner
 
-__all__ = ["MAKERS", "clean", "evaluation_facts", "is_complete", "start"]
+__all__ = ["MAKERS", "clean", "is_complete", "start"]
 
 _Result = TypeVar("_Result")
 
@@ -167,7 +165,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
 
 
 def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
-    from shardxform.evaluation import EvaluateOptions, evaluate
+    from shardxform.evaluation import EvaluateOptions, evaluate, evaluation_facts
 
     request = job.request
     assert request.eval_windows is not None
@@ -178,29 +176,6 @@ def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
     found = _going_on(job, work, lambda: evaluate(tested, windows, options, request.source))
     facts = {"fingerprint": tested.fingerprint, **evaluation_facts(found, windows)}
     job.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
-
-
-def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
-    """An evaluation as plain data: the same for the same inputs; None for what is infinite or not known."""
-    against = found.against
-    return {
-        "perplexity": _number(found.perplexity),
-        "windows": found.windows,
-        "tokens": found.tokens,
-        "data": dict(windows.provenance),
-        "against": against
-        and {
-            "perplexity": _number(against.perplexity),
-            "kl": against.kl,
-            "kl_standard_error": _number(against.kl_error),
-            "top1_agreement": against.top1,
-            "block_errors": [_number(error) for error in against.block_errors],
-        },
-    }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # -- what stages share ------------------------------------------------------------------------------------------------
