@@ -106,7 +106,8 @@ def one(args: argparse.Namespace) -> dict[str, float]:
 
     from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
-    from shardxform.tuning.tune import Samples, TuneOptions, tune_block
+    from shardxform.tuning.samples import Samples
+    from shardxform.tuning.tune import TuneOptions, tune_block
     from shardxform.tuning.workers import Workers
 
     torch.set_num_threads(args.threads)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError
+from shardxform.heal_plan import healed_names, kept_items, refuse_unpruned
 from shardxform.manifest import Manifest
-from shardxform.plan import Plan, copy_steps, lay_out, source_inputs
+from shardxform.plan import Plan, ShardPlan, copy_steps, extents_of, lay_out, source_inputs
+from shardxform.quantize.steps import TuneBlock
+from shardxform.recipe import Recipe
 from shardxform.strictjson import pretty
 from shardxform.view import MtpMode, View, pruned_view
 
@@ -36,11 +39,13 @@ class ViewOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
 
-def plan_prune(source: Checkpoint, manifest: Manifest | None, options: ViewOptions | None = None) -> Plan:
-    """Plan a pruned copy of `source`.
+def plan_prune(
+    source: Checkpoint, manifest: Manifest | None, options: ViewOptions | None = None, recipe: Recipe | None = None
+) -> Plan:
+    """Plan a pruned copy of `source`; with a `recipe`, its pruned blocks are healed.
 
     Raises:
-        FamilyError, ManifestError, PlanError: see `view.pruned_view`.
+        FamilyError, ManifestError, PlanError: see `view.pruned_view`; nothing is pruned that could be healed.
         CheckpointError: a sidecar cannot be read.
 
     """
@@ -49,21 +54,36 @@ def plan_prune(source: Checkpoint, manifest: Manifest | None, options: ViewOptio
     tensors = view.checkpoint.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
     sidecars = sidecar_digests(view.checkpoint)
+    blocks = _heal_steps(view, shards, recipe) if recipe else ()
+    healed = {item.tensor.name for step in blocks for item in step.kept}
+    copies = copy_steps(shards, {name: ref for name, ref in tensors.items() if name not in healed})
     plan = Plan(
         command="prune",
         source=source.root,
         source_shards=source.shards,
         shards=shards,
-        steps=tuple(copy_steps(shards, tensors)),
+        steps=(*copies, *blocks),
         config=config_bytes(source, view),
         sidecars=sidecars,
-        inputs=view_inputs("prune", source, manifest, options, sidecars),
-        summary=view_summary(source, view),
+        inputs={
+            **view_inputs("prune", source, manifest, options, sidecars),
+            **({"recipe": recipe.facts()} if recipe else {}),
+        },
+        summary={**view_summary(source, view), **({"healed": len(healed)} if recipe else {})},
         notes=view.notes,
         unread=source.unread,
     )
     plan.check()
     return plan
+
+
+def _heal_steps(view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
+    """One step per pruned block, in order."""
+    refuse_unpruned(view)
+    assert recipe.heal is not None
+    places, tensors = view.layout.places, view.checkpoint.tensors
+    kept = kept_items(healed_names(view.layout, places, recipe.heal.widest), places, tensors, extents_of(shards))
+    return tuple(TuneBlock(layer=layer, kept=items, recipe=recipe) for layer, items in kept.items())
 
 
 def view_inputs(

@@ -108,7 +108,8 @@ def test_what_evaluating_takes_is_what_it_says_itself(quantized: bool, small_moe
 
 
 def test_tuning_takes_what_its_plan_says(small_moe: Path, tmp_path: Path) -> None:
-    from shardxform.quantize.planner import TuneBlock, plan_quantize
+    from shardxform.quantize.planner import plan_quantize
+    from shardxform.quantize.steps import TuneBlock
     from shardxform.recipe import Recipe
     from shardxform.scheme import Scheme
 

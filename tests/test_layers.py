@@ -26,12 +26,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saliency.choosing", "saliency.plotting", "saliency"),
     ("calibration.options", "calibration.readers", "calibration.hub", "calibration.documents"),
     ("calibration.tokens", "calibration.windows", "calibration"),
-    ("view", "inspection", "sharding", "plan", "copying", "prune", "quantize.planner", "quantize.execute"),
+    ("view", "inspection", "sharding", "plan", "copying", "quantize.steps", "heal_plan", "prune"),
+    ("quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
     ("forward", "forward.memory", "forward.weights", "forward.experts", "forward.skeleton", "forward.work"),
     ("forward.passes", "forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
     ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.routing", "tuning.linear"),
-    ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.tune", "tuning.session"),
+    ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.samples", "tuning.tune"),
+    ("tuning.chains", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
     ("run_options", "merging", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
@@ -42,7 +44,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compress.request", "compress.folder", "compress.overall", "compress.prepared", "compress.job"),
     ("compress.showing", "compress.stages", "compress.forecast", "compress.driver", "compress"),
     ("__init__",),
-    ("cli.console", "cli.options", "cli.model_options", "cli.tune_options", "cli.planned", "cli.*", "cli", "__main__"),
+    ("cli.console", "cli.options", "cli.model_options", "cli.tune_options", "cli.block_report", "cli.planned"),
+    ("cli.*", "cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

@@ -21,9 +21,10 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, SchemeError, ShardxformError
 from shardxform.plan import Copy
 from shardxform.prune import ViewOptions, plan_prune
-from shardxform.quantize import execute, planner
+from shardxform.quantize import execute
 from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import Round, plan_quantize
+from shardxform.quantize.planner import plan_quantize
+from shardxform.quantize.steps import Round
 from shardxform.runner import RunOptions, run
 from shardxform.scheme import Scheme
 
@@ -92,7 +93,6 @@ def test_bytes_are_the_same_whatever_jobs_steps_tiles_and_short_calls(
     reference = without_record(quantize(source, tmp_path / "a", jobs=1))
     assert without_record(quantize(source, tmp_path / "b", jobs=4)) == reference
     monkeypatch.setattr(plan_module, "STEP_BYTES", 9_000)
-    monkeypatch.setattr(planner, "TILE_BYTES", 256)
     monkeypatch.setattr(execute, "TILE_BYTES", 256)
     plan = plan_quantize(Checkpoint.open(source), SCHEME, manifest_of(source), OPTIONS)
     run(plan, tmp_path / "c", fs=Short())

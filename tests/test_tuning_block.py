@@ -16,10 +16,12 @@ from shardxform.quantize.grid import Grid
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from shardxform.tuning import samples as tuning_samples  # noqa: E402
 from shardxform.tuning import tune  # noqa: E402
 from shardxform.tuning.block import TunedBlock, install  # noqa: E402
 from shardxform.tuning.linear import TunedLinear  # noqa: E402
-from shardxform.tuning.tune import NonFiniteLoss, Samples, TuneOptions, tune_block  # noqa: E402
+from shardxform.tuning.samples import NonFiniteLoss, Samples, batches  # noqa: E402
+from shardxform.tuning.tune import TuneOptions, tune_block  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -242,11 +244,11 @@ def test_a_token_counts_by_its_error_relative_to_its_size() -> None:
     data = samples(Layer())
     out = torch.from_numpy(data.target_NTH * 1.1)
     rows = np.arange(SAMPLES)
-    even = tune._sum(*tune._errors(out, data, rows))
+    even = tuning_samples._sum(*tuning_samples._errors(out, data, rows))
     data.target_NTH[0, 0] *= 100
     out[0, 0] *= 100
     assert even == pytest.approx(0.01 * HIDDEN * (data.length_N - 1).sum(), rel=1e-4)
-    assert tune._sum(*tune._errors(out, data, rows)) == pytest.approx(even, rel=1e-4)
+    assert tuning_samples._sum(*tuning_samples._errors(out, data, rows)) == pytest.approx(even, rel=1e-4)
 
 
 def test_bf16_samples_are_read_from_their_bits() -> None:
@@ -329,10 +331,10 @@ def test_steps_add_up_to_what_the_rates_say() -> None:
 
 
 def test_every_sample_comes_before_one_comes_again() -> None:
-    batches = tune._batches(8, 4, np.random.default_rng(0))
+    halves = batches(8, 4, np.random.default_rng(0))
     for _ in range(3):
-        assert sorted([*next(batches), *next(batches)]) == list(range(8))
-    assert len(next(tune._batches(3, 8, np.random.default_rng(0)))) == 3
+        assert sorted([*next(halves), *next(halves)]) == list(range(8))
+    assert len(next(batches(3, 8, np.random.default_rng(0)))) == 3
 
 
 def test_the_layer_needs_no_more_gradients_and_linear_layers_keep_their_bias() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, table, tell
+from shardxform.cli.block_report import tell_blocks
+from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, tell
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
@@ -136,7 +137,7 @@ def _report_facts(report: Report) -> dict[str, Any]:
 
 def _say_done(plan: Plan, report: Report) -> None:
     before = plan.summary["bytes_before"]
-    rate = "" if plan.summary.get("scheme", {}).get("method") == "auto-round" else _rate(report)
+    rate = "" if report.facts.get("blocks") else _rate(report)
     resumed = f", {gb(report.resumed_bytes)} from an earlier run" if report.resumed_bytes else ""
     click.echo(f"{report.out}: complete and durable")
     rows(
@@ -148,7 +149,7 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("check it", f"shardxform verify {report.out} --source {plan.source}"),
         ]
     )
-    _tell_blocks(report)
+    tell_blocks(report.facts)
 
 
 def _rate(report: Report) -> str:
@@ -158,33 +159,8 @@ def _rate(report: Report) -> str:
 def _say_part(plan: Plan, report: Report) -> None:
     click.echo(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
     rows([("time", f"{report.seconds:.1f} s"), ("memory", f"{gb(report.peak_rss_bytes)} peak")])
-    _tell_blocks(report)
+    tell_blocks(report.facts)
     click.echo(f"  put together with: shardxform {plan.command} ... --merge {report.out}")
-
-
-def _tell_blocks(report: Report) -> None:
-    """What tuning did to every block."""
-    blocks: list[Mapping[str, Any]] = sorted(report.facts.get("blocks", []), key=lambda block: int(block["layer"]))
-    if not blocks:
-        return
-    click.echo()
-    table(
-        ("block", "squared error, rounded", "tuned", "ratio", "never reached", "time", "memory"),
-        map(_block_line, blocks),
-    )
-    for block in blocks:
-        if "rounded_to_nearest" in block:
-            why = block["rounded_to_nearest"]
-            tell(f"WARNING: block {block['layer']} is NOT tuned but rounded to nearest: {why}")
-
-
-def _block_line(block: Mapping[str, Any]) -> tuple[str, ...]:
-    layer, ending = str(block["layer"]), (f"{block['seconds']:.1f} s", gb(block["peak_rss_bytes"]))
-    if "rounded_to_nearest" in block:
-        return (layer, "-", "-", "-", "-", *ending)
-    before, after = block["rtn_error"], block["tuned_error"]
-    ratio = f"{after / before:.1%}" if before else "-"
-    return (layer, f"{before:.3e}", f"{after:.3e}", ratio, str(len(block["experts_never_reached"])), *ending)
 
 
 def _zero_lines(report: Report) -> Iterator[tuple[str, str]]:

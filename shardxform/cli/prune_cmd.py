@@ -10,6 +10,7 @@ import click
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
 from shardxform.cli.planned import execute, load_manifest
+from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning
 from shardxform.prune import ViewOptions, plan_prune
 from shardxform.view import MtpMode
 
@@ -20,6 +21,10 @@ __all__ = ["command"]
 @source_argument
 @out_argument
 @manifest_option
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where to heal: cpu, or a torch device such as cuda:0."
+)
+@heal_options
 @view_options
 @run_options
 def command(
@@ -29,15 +34,24 @@ def command(
     text_only: bool,
     mtp: MtpMode,
     max_shard_size: int,
+    device: str,
     **run: Any,  # noqa: ANN401
 ) -> None:
     """Write OUT, a copy of SRC with only the routed experts that the manifest keeps.
 
     Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
-    rewritten; everything else is copied byte for byte. Interrupted, the same command goes on where it stopped.
+    rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
+    shapes and types are the same. Interrupted, the same command goes on where it stopped.
     """
     if manifest is None and not text_only and mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
     checkpoint = Checkpoint.open(source)
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
-    execute(plan_prune(checkpoint, load_manifest(manifest, checkpoint), options), out, **run)
+    kept = load_manifest(manifest, checkpoint)
+    tuning = read_tuning(None, source, device, run)
+    plan = plan_prune(checkpoint, kept, options, tuning.recipe if tuning else None)
+    if tuning is None or run["dry_run"]:
+        execute(plan, out, **run)
+        return
+    with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:
+        execute(plan, out, tuner=tuner, **run)

@@ -18,7 +18,7 @@ from shardxform.cli.options import (
     view_options,
 )
 from shardxform.cli.planned import execute, load_manifest
-from shardxform.cli.tune_options import open_tuner, read_tuning, tune_options
+from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, tune_options
 from shardxform.prune import ViewOptions
 from shardxform.quantize.grid import Grid, ScaleGrid
 from shardxform.quantize.planner import plan_quantize
@@ -91,6 +91,7 @@ __all__ = ["command"]
     "--search runs on the CPU only.",
 )
 @tune_options
+@heal_options
 @view_options
 @run_options
 def command(
@@ -113,14 +114,14 @@ def command(
     device: str,
     **run: Any,  # noqa: ANN401
 ) -> None:
-    """Write OUT, SRC with its weights rounded to 4 or 8 bits; with --manifest, pruned in the same pass.
+    """Write OUT, SRC with its weights rounded to 4 or 8 bits; pruned by --manifest, and healed, in the same pass.
 
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
     checkpoint = Checkpoint.open(source)
     tuning = read_tuning(method, source, device, run)
-    searches = tuning is not None if search is None else search
+    searches = method == "auto-round" if search is None else search
     grid = Grid(bits=PRESETS[scheme], group_size=int(group_size), scale_grid=scale_grid, search=searches)
     chosen = Scheme(
         grid=grid,

@@ -1,4 +1,4 @@
-"""Options of `quantize --method auto-round`, and what they come to: the recipe of the plan and the tuner of the run."""
+"""Options of healing and of tuned rounding, and what they come to: the recipe of the plan and the tuner of the run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from shardxform.errors import SchemeError
 from shardxform.manifest import Manifest
 from shardxform.plan import Plan
 from shardxform.prune import ViewOptions
-from shardxform.recipe import BATCH_SIZE, ITERS, Recipe
+from shardxform.recipe import BATCH_SIZE, HEAL_ITERS, HEALED, ITERS, Heal, Recipe
 from shardxform.view import pruned_view
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
     from shardxform.run_options import StepTuner
 
-__all__ = ["Tuning", "open_tuner", "read_tuning", "tune_options"]
+__all__ = ["Tuning", "heal_options", "open_tuner", "read_tuning", "tune_options"]
 
 _KEYS: Final = ("iters", "batch_size", "inputs", "blocks", "merge", "dtype")
+_HEAL_KEYS: Final = ("heal", "heal_iters", "heal_lr")
 _DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "preset", "no_pack", "chat_template", "text_key")
 _SAMPLES: Final = 128  # auto-round's
 _REFERENCE: Final = DataOptions(data="NeelNanda/pile-10k", samples=64, seqlen=512, seed=42, pack=False)
@@ -64,13 +65,38 @@ def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
             "blocks independent.  [default: quantized]",
         ),
+        click.option("--iters", type=click.IntRange(1), help=f"Steps a block.  [default: {ITERS}]"),
+    ):
+        function = option(function)
+    return function
+
+
+def heal_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of healing, and those that it shares with tuned rounding: data, batch size, type of the computation."""
+    for option in (
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16"]),
             help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.  [default: auto]",
         ),
         click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
-        click.option("--iters", type=click.IntRange(1), help=f"Steps a block.  [default: {ITERS}]"),
+        click.option(
+            "--heal-lr",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="First step of healing, as a part of a weight matrix's root mean square.  [default: by the amount of "
+            "data, and tried]",
+        ),
+        click.option(
+            "--heal-iters", type=click.IntRange(0), help=f"Steps of healing a block.  [default: {HEAL_ITERS}]"
+        ),
+        click.option(
+            "--heal",
+            type=click.Choice(["auto", *HEALED]),
+            is_flag=False,
+            flag_value="auto",
+            help="After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
+            "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.",
+        ),
     ):
         function = option(function)
     presets = {"reference": "NeelNanda/pile-10k, 64 x 512, unpacked, 200 steps of one window"}
@@ -91,31 +117,38 @@ class Tuning:
         self.windows = windows
         self.recipe = recipe
         self.precision = precision
-        self.blocks: range | None = given["blocks"]
-        self.parts: tuple[Path, ...] = given["merge"]
+        self.blocks: range | None = given.get("blocks")
+        self.parts: tuple[Path, ...] = given.get("merge", ())
 
 
-def read_tuning(method: str, root: Path, device: str, given: dict[str, Any]) -> Tuning | None:
-    """Take the tuning options out of `given`; None for plain rounding.
+def read_tuning(method: str | None, root: Path, device: str, given: dict[str, Any]) -> Tuning | None:
+    """Take the options of tuning and healing out of `given`; None when neither is asked for.
 
     Raises:
         SchemeError: options that need another one.
 
     """
-    options = {key: given.pop(key) for key in _KEYS}
+    options: dict[str, Any] = {key: given.pop(key) for key in _KEYS if key in given}
+    healing = {key: given.pop(key) for key in _HEAL_KEYS}
     data = {key: given.pop(key) for key in _DATA_KEYS}
-    if method != "auto-round":
-        _refuse_idle({**options, **data})
+    tunes, heal = method == "auto-round", _heal(healing, options)
+    if not tunes:
+        _refuse_idle({key: value for key, value in options.items() if key not in ("batch_size", "dtype")}, "auto-round")
+    if not tunes and heal is None and healing["heal_iters"] != 0:
+        _refuse_idle({**options, **data}, "auto-round" if method else "healing")
+    if not tunes and heal is None:
         return None
-    if options["blocks"] is not None and options["inputs"] != "fp":
+    if options.get("blocks") is not None and options["blocks"] is not None and options["inputs"] != "fp":
         raise SchemeError("--blocks needs --inputs fp: else a block is tuned on what the blocks before it put out")
     reference = data["preset"] == "reference"
     seed = data["seed"]
     windows = load_data(root, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
     precision = make_precision(device, options["dtype"] or "auto")
-    chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options[key] is not None}
+    chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options.get(key) is not None}
     if reference:
         chosen.setdefault("batch_size", 1)
+    if not tunes:
+        chosen["iters"] = 0
     recipe = Recipe(
         windows=windows.fingerprint,
         data=windows.provenance,
@@ -124,6 +157,7 @@ def read_tuning(method: str, root: Path, device: str, given: dict[str, Any]) -> 
         seed=42 if seed is None else seed,
         device=precision.device.type,
         dtype=str(precision.dtype).removeprefix("torch."),
+        heal=heal,
         **chosen,
     )
     return Tuning(windows, recipe, options, precision)
@@ -141,7 +175,7 @@ def open_tuner(
     """
     import torch
 
-    from shardxform.quantize.planner import TuneBlock
+    from shardxform.quantize.steps import TuneBlock
     from shardxform.tuning.session import Tuner, TunerOptions
 
     layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
@@ -149,12 +183,32 @@ def open_tuner(
         raise SchemeError(f"--blocks: there is no block {tuning.blocks[-1]} to tune; the last one is {layers[-1]}")
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp).checkpoint
     settings = TunerOptions(precision=tuning.precision, threads=torch.get_num_threads())
-    with Tuner(view, tuning.windows, layers, settings) as tuner:
+    original = source if tuning.recipe.heal else None
+    with Tuner(view, tuning.windows, layers, settings, original) as tuner:
         yield tuner
 
 
-def _refuse_idle(options: Mapping[str, Any]) -> None:
+def _heal(given: Mapping[str, Any], options: Mapping[str, Any]) -> Heal | None:
+    """What to heal; None without --heal, and with --heal-iters 0, which leaves blocks as they were pruned.
+
+    Raises:
+        SchemeError: options of healing without --heal.
+
+    """
+    if given["heal"] is None:
+        for key in ("heal_iters", "heal_lr"):
+            if given[key] is not None:
+                raise SchemeError(f"--{key.replace('_', '-')} is for --heal")
+        return None
+    if given["heal_iters"] == 0:
+        return None
+    chosen = {"iters": given["heal_iters"], "lr": given["heal_lr"], "batch_size": options["batch_size"]}
+    return Heal(what=given["heal"], **{key: value for key, value in chosen.items() if value is not None})
+
+
+def _refuse_idle(options: Mapping[str, Any], wanted: str) -> None:
     """An option that would do nothing is a misunderstanding."""
+    needed = "--method auto-round, but the method is rtn" if wanted == "auto-round" else "--heal, which is not given"
     for name, value in options.items():
         if value not in (None, False, ()):
-            raise SchemeError(f"--{name.replace('_', '-')} is for --method auto-round, but the method is rtn")
+            raise SchemeError(f"--{name.replace('_', '-')} is for {needed}")

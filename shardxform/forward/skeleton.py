@@ -135,6 +135,12 @@ class Skeleton:
         """Look at the module of a decoder block, which has no weights unless it is loaded."""
         return self._blocks[layer]
 
+    def experts_name(self, layer: int) -> str:
+        """Local name of the routed experts of a decoder block; empty in a dense one."""
+        module = self._blocks[layer]
+        experts = experts_module(module)
+        return next((name for name, each in module.named_modules() if each is experts), "") if experts else ""
+
     @contextlib.contextmanager
     def block(self, layer: int, observer: Observer | None = None) -> Iterator[Block]:
         """Load decoder block `layer`, but for its routed experts, which are read as tokens reach them.
@@ -183,7 +189,7 @@ class Skeleton:
         tensors = self._block_tensors(module, experts, self.prefix(layer), names)
         _put(module, dict(tensors))
         if experts is not None and local in names:
-            _put(experts, self._stacked(layer))
+            _put(experts, self.stacked(layer))
         elif experts is not None:
             attach(experts, bank)
         self._decoder.layers[layer] = module
@@ -194,7 +200,7 @@ class Skeleton:
             bank.loaded.clear()
             give_back()
 
-    def _stacked(self, layer: int) -> dict[str, torch.Tensor]:
+    def stacked(self, layer: int) -> dict[str, torch.Tensor]:
         """All routed experts of a block in the dtype they are stored in, [E, 2I, H] and [E, H, I]."""
         stacks: dict[str, torch.Tensor] = {}
         for expert in range(self.layout.num_experts):

@@ -19,8 +19,8 @@ from shardxform.fsio import FileSystem
 from shardxform.plan import Extent
 from shardxform.quantize import packing
 from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import TILE_BYTES, Round, RoundItem
 from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype, quantize_into
+from shardxform.quantize.steps import TILE_BYTES, Round, RoundItem
 from shardxform.scheme import Role, Scheme
 from shardxform.tensors import TensorRef
 

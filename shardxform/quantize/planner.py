@@ -7,93 +7,26 @@ sidecars; no tensor data is read and no array library is imported.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from dataclasses import asdict, replace
+from typing import Any
 
 from shardxform import plan as plans
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.heal_plan import healed_names, kept_items, refuse_unpruned
 from shardxform.manifest import Manifest
 from shardxform.modules import Module
-from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
+from shardxform.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.quantization_config import build
+from shardxform.quantize.steps import KeptItem, Round, RoundItem, TuneBlock
 from shardxform.recipe import Recipe
-from shardxform.scheme import Part, Role, Scheme
+from shardxform.scheme import Part, Scheme
 from shardxform.selection import Selection, reasons_summary, select
-from shardxform.tensors import ByteRange, TensorRef
+from shardxform.tensors import TensorRef
 from shardxform.view import View, pruned_view
 
-__all__ = ["TILE_BYTES", "Round", "RoundItem", "TuneBlock", "kept_tensors", "plan_quantize"]
-
-TILE_BYTES: Final = 4 << 20
-"""Most bytes of a weight that are read and rounded at a time."""
-
-_TUNING_BYTES: Final = 1_200_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class RoundItem:
-    """One weight [O, I] to round, and where its parts go."""
-
-    module: str
-    weight: TensorRef
-    parts: tuple[tuple[Role, Extent], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """Round weights to nearest and pack them."""
-
-    items: tuple[RoundItem, ...]
-    scheme: Scheme
-
-    @property
-    def reads(self) -> Iterable[ByteRange]:
-        """The ranges of every weight."""
-        return (piece for item in self.items for piece in item.weight.ranges)
-
-    @property
-    def writes(self) -> Iterable[Extent]:
-        """One extent per stored part."""
-        return (extent for item in self.items for _, extent in item.parts)
-
-    @property
-    def peak_bytes(self) -> int:
-        """One tile of input, as read and as float32 rows, and the packed parts of the largest weight."""
-        return 3 * TILE_BYTES + max(sum(extent.length for _, extent in item.parts) for item in self.items)
-
-
-@dataclass(frozen=True, slots=True)
-class TuneBlock:
-    """Tune the weights of one decoder block, then pack them. Needs the hidden states that the block before left."""
-
-    layer: int
-    items: tuple[RoundItem, ...]
-    scheme: Scheme
-    recipe: Recipe
-    block_bytes: int
-
-    @property
-    def reads(self) -> Iterable[ByteRange]:
-        """The ranges of every weight."""
-        return (piece for item in self.items for piece in item.weight.ranges)
-
-    @property
-    def writes(self) -> Iterable[Extent]:
-        """One extent per stored part."""
-        return (extent for item in self.items for _, extent in item.parts)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The block in 16 bits, two bytes a weight beside it, and what torch and the activations take."""
-        return 2 * self.block_bytes + _TUNING_BYTES
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens that go through the block: the step's share of the work."""
-        return self.recipe.block_tokens
-
+__all__ = ["kept_tensors", "plan_quantize"]
 
 def plan_quantize(
     source: Checkpoint,
@@ -104,7 +37,8 @@ def plan_quantize(
 ) -> Plan:
     """Plan a quantized copy of `source`, pruned by `manifest` on the way when one is given.
 
-    With a `recipe`, the weights of decoder blocks are tuned; others are rounded to nearest all the same.
+    With a `recipe`, the weights of decoder blocks are tuned, after they are healed if it says so; others are rounded to
+    nearest all the same.
 
     Raises:
         SchemeError: see `selection.select`; or the source is quantized already, or the scheme cannot be tuned.
@@ -118,9 +52,11 @@ def plan_quantize(
             " scales, and float16 overflows where bfloat16 does not"
         )
     if recipe and scheme.expert_names != "split":
-        raise SchemeError("--method auto-round writes --expert-names split only; see `shardxform convert`")
+        raise SchemeError("tuned and healed blocks are written with --expert-names split; see `shardxform convert`")
     _refuse_quantized(source)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
+    if recipe and recipe.heal:
+        refuse_unpruned(view)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
     quantization = build(selection, scheme, view.layout, tensors, recipe.iters if recipe else 0)
@@ -131,8 +67,11 @@ def plan_quantize(
     placed = list(zip(selection.quantized, parts, strict=True))
     tuned = [(m, p) for m, p in placed if recipe and m.place.scope == "block"]
     rounds = _round_steps(shards, [(m, p) for m, p in placed if not (recipe and m.place.scope == "block")], scheme)
-    blocks = _tune_steps(shards, tuned, scheme, recipe) if recipe else ()
-    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *rounds, *blocks)
+    healed = _healed(view, selection, copied, shards, recipe)
+    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
+    copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
+    blocks = _tune_steps(shards, tuned, healed, scheme, recipe) if recipe else ()
+    steps: tuple[Step, ...] = (*copies, *rounds, *blocks)
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
@@ -149,7 +88,7 @@ def plan_quantize(
             "scheme": scheme_inputs(scheme, recipe),
             **({"recipe": recipe.facts()} if recipe else {}),
         },
-        summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(copied)),
+        summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
         notes=(*view.notes, *_misfit_notes(selection)),
         unread=source.unread,
     )
@@ -187,7 +126,7 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
 
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
     """Describe a scheme as plain data, for the record and for comparison."""
-    return {"method": "auto-round" if recipe else "rtn", **asdict(scheme)}
+    return {"method": "auto-round" if recipe and recipe.iters else "rtn", **asdict(scheme)}
 
 
 def _round_steps(
@@ -209,19 +148,38 @@ def _round_steps(
         yield Round(tuple(pending), scheme)
 
 
+def _healed(
+    view: View,
+    selection: Selection,
+    copied: Mapping[str, TensorRef],
+    shards: Sequence[ShardPlan],
+    recipe: Recipe | None,
+) -> dict[int, tuple[KeptItem, ...]]:
+    """By layer, what stays 16-bit and is healed."""
+    if recipe is None or recipe.heal is None:
+        return {}
+    unfused = {f"{module.name}.weight": module.place for module in selection.kept_modules}
+    places = {name: place for name, place in {**unfused, **view.layout.places}.items() if name in copied}
+    return kept_items(healed_names(view.layout, places, recipe.heal.widest), places, copied, extents_of(shards))
+
+
 def _tune_steps(
-    shards: Sequence[ShardPlan], modules: Iterable[tuple[Module, tuple[Part, ...]]], scheme: Scheme, recipe: Recipe
+    shards: Sequence[ShardPlan],
+    modules: Iterable[tuple[Module, tuple[Part, ...]]],
+    healed: Mapping[int, tuple[KeptItem, ...]],
+    scheme: Scheme,
+    recipe: Recipe,
 ) -> Iterator[TuneBlock]:
-    """One step per decoder block with weights to tune, in order."""
+    """One step per decoder block with weights to heal or tune, in order."""
     extents = extents_of(shards)
-    blocks: dict[int, list[RoundItem]] = {}
+    blocks: dict[int, list[RoundItem]] = {layer: [] for layer in healed}
     for module, parts in modules:
         assert module.place.layer is not None
         placed = tuple((part.role, extents[part.spec.name]) for part in parts)
         blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed))
-    for layer in sorted(blocks):
-        items = tuple(blocks[layer])
-        yield TuneBlock(layer, items, scheme, recipe, sum(item.weight.nbytes for item in items))
+    for layer, items in sorted(blocks.items()):
+        kept = healed.get(layer, ())
+        yield TuneBlock(layer=layer, items=tuple(items), kept=kept, scheme=scheme, recipe=recipe)
 
 
 def _summary(

@@ -122,7 +122,7 @@ class TunedExperts(torch.nn.Module):
 
     def _update(self, weight: Tunable, expert: int, gradient_nO: torch.Tensor, x_nI: torch.Tensor) -> None:
         _, rows, columns = weight.shape
-        for run in runs(rows, ROW_TILE):
+        for run in runs(rows, ROW_TILE) if weight.moves else ():
             tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
             weight.update(expert * rows + run.start, torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI))
 

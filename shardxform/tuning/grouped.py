@@ -105,6 +105,8 @@ def _values(weight: Tunable, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _update(weight: Tunable, chunk: _Chunk, gradient_SO: torch.Tensor, x_SI: torch.Tensor) -> None:
+    if not weight.moves:
+        return
     _, rows, columns = weight.shape
     gradient_CRI = grouped_mm(gradient_SO.T, x_SI, offs=chunk.ends_C)
     weight.update(chunk.first * rows, gradient_CRI.reshape(-1, columns))

@@ -42,6 +42,9 @@ _AT_REST: Final = Pace(0.0, 0.0, 0.0, 1.2)
 class Tunable(Protocol):
     """What the modules need of a weight: its present values, and a rule that takes gradients as they arrive."""
 
+    moves: bool
+    """Whether it wants gradients at all."""
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """[E, O, I]."""
@@ -80,6 +83,8 @@ class StackedWeight:
     The original is neither copied nor changed. `pace` says how far `update` moves; at first it moves nothing. Once
     `settled`, values are those that were kept.
     """
+
+    moves = True
 
     def __init__(self, w_EOI: torch.Tensor, start_RG: torch.Tensor, grid: Grid) -> None:
         self.grid, self.pace, self.settled = grid, _AT_REST, False

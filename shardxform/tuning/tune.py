@@ -9,34 +9,24 @@ a file. Starts from plain rounding and never ends with anything that is worse on
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
-from shardxform.errors import ExecutionError, SchemeError
+from shardxform.errors import SchemeError
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
+from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples, batches, descend, judge
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from shardxform.tuning.block import TunedBlock
 
-__all__ = ["BlockResult", "NonFiniteLoss", "Samples", "TuneOptions", "tune_block"]
-
-Forward = Callable[[torch.Tensor, "NDArray[np.int64]"], torch.Tensor]
-"""(hidden_BTD, sample numbers) -> hidden_BTD: the tuned layer, with the masks and rotary inputs of those samples."""
+__all__ = ["BlockResult", "TuneOptions", "tune_block"]
 
 _JUDGED_AT: Final = (0.8, 0.9, 1.0)
-_LEAST_SQUARE: Final = 1e-12
-
-
-class NonFiniteLoss(ExecutionError):
-    """The loss of a block is NaN or infinite: its activations overflow, or its inputs were not finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,32 +57,6 @@ class TuneOptions:
         for name in ("iters", "batch_size", "judges"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"{name}: expected at least 1, found {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Samples:
-    """What a block is tuned on.
-
-    Attributes:
-        block: number of the block.
-        hidden_NTH: its inputs in the quantized chain: float32, or uint16 bits of BF16; may be mapped from a file.
-        target_NTH: outputs of the 16-bit block in the 16-bit chain, likewise.
-        length_N: valid positions of each sample; the last valid one predicts nothing and is left out with the padding.
-    """
-
-    block: int
-    hidden_NTH: NDArray[Any]
-    target_NTH: NDArray[Any]
-    length_N: NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        shape = self.hidden_NTH.shape
-        if len(shape) != 3 or self.target_NTH.shape != shape or self.length_N.shape != shape[:1] or not shape[0]:
-            found = f"{list(shape)}, {list(self.target_NTH.shape)} and {list(self.length_N.shape)}"
-            raise SchemeError(f"samples: expected hidden and target [N, T, H] and length [N], found {found}")
-        if self.length_N.min() < 2 or self.length_N.max() > shape[1]:
-            found = f"{self.length_N.min()} to {self.length_N.max()}"
-            raise SchemeError(f"samples: expected lengths of 2 to {shape[1]} positions, found {found}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,13 +122,13 @@ def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: Tun
     random = np.random.Generator(np.random.PCG64([options.seed, samples.block]))
     judges_N = np.sort(random.permutation(len(samples.length_N))[: options.judges])
     judged_at = {max(1, round(part * options.iters)) for part in _JUDGED_AT}
-    start = best = _judge(forward, samples, options, judges_N)
-    kept_at, batches = 0, _batches(len(samples.length_N), options.batch_size, random)
+    start = best = judge(forward, samples, judges_N, options.batch_size, options.dtype)
+    kept_at, rows = 0, batches(len(samples.length_N), options.batch_size, random)
     for done, pace in enumerate(_paces(options), start=1):
         block.set_pace(pace)
-        _step(forward, samples, options, next(batches))
+        descend(forward, samples, next(rows), options.dtype)
         if done in judged_at:
-            loss = _judge(forward, samples, options, judges_N)
+            loss = judge(forward, samples, judges_N, options.batch_size, options.dtype)
             if loss < best:
                 block.keep()
                 best, kept_at = loss, done
@@ -183,64 +147,3 @@ def _paces(options: TuneOptions) -> Iterator[Pace]:
         size = round(walked / unit) - steps
         steps += size
         yield Pace(float(size * UNITS_PER_STEP), float(np.float32(clip_rate * left)), *options.clip_range)
-
-
-def _batches(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Sample numbers of one batch after the other; no sample twice before (almost) all came once."""
-    size = min(size, samples)
-    while True:
-        order_N = random.permutation(samples)
-        for first in range(0, samples - size + 1, size):
-            yield np.sort(order_N[first : first + size])
-
-
-@torch.enable_grad()
-def _step(forward: Forward, samples: Samples, options: TuneOptions, rows_B: NDArray[np.int64]) -> None:
-    """One forward and one backward pass; the weights move during the latter."""
-    out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(options.dtype), rows_B)
-    error_BTH, weight_BT1 = _errors(out_BTH.detach(), samples, rows_B)
-    _finite(_sum(error_BTH, weight_BT1), samples)
-    # The derivative of the loss but for a factor, which signs do not see.
-    out_BTH.backward((error_BTH * weight_BT1).to(out_BTH.dtype))  # type: ignore[no-untyped-call]
-
-
-@torch.no_grad()
-def _judge(forward: Forward, samples: Samples, options: TuneOptions, judges_N: NDArray[np.int64]) -> float:
-    """Mean relative squared error over the valid positions of the judges."""
-    total, values = 0.0, 0
-    for first in range(0, len(judges_N), options.batch_size):
-        rows_B = judges_N[first : first + options.batch_size]
-        out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(options.dtype), rows_B)
-        total += _sum(*_errors(out_BTH, samples, rows_B))
-        values += int((samples.length_N[rows_B] - 1).sum()) * out_BTH.shape[-1]
-    return _finite(total / values, samples)
-
-
-def _sum(error_BTH: torch.Tensor, weight_BT1: torch.Tensor) -> float:
-    return float((error_BTH.square().sum(-1, dtype=torch.float64) * weight_BT1[..., 0]).sum())
-
-
-def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differences to the target, zero at padding and at each sample's last position; what their squares count for.
-
-    A token's error is relative to the size of its target: what reads a block's output normalises it first, and a plain
-    mean square would care for the few tokens of huge activations alone.
-    """
-    target_BTH = _tensor(samples.target_NTH, rows_B).to(out_BTH.device)
-    length_B1 = torch.from_numpy(samples.length_N[rows_B]).to(out_BTH.device)[:, None]
-    counts_BT = torch.arange(out_BTH.shape[1], device=out_BTH.device) < length_B1 - 1
-    error_BTH = torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
-    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
-    return error_BTH, torch.where(counts_BT[..., None], 1 / square_BT1, 0.0)
-
-
-def _tensor(values_NTH: NDArray[Any], rows_B: NDArray[np.int64]) -> torch.Tensor:
-    """Some samples as float32."""
-    rows = torch.from_numpy(np.ascontiguousarray(values_NTH[rows_B]))
-    return rows.view(torch.bfloat16).float() if rows.dtype == torch.uint16 else rows
-
-
-def _finite(loss: float, samples: Samples) -> float:
-    if not math.isfinite(loss):
-        raise NonFiniteLoss(f"block {samples.block}: expected a finite loss, found {loss}")
-    return loss

@@ -1,0 +1,149 @@
+"""The two chains of hidden states that blocks are healed and tuned by, on disk between blocks.
+
+    WORK/original-0003.hidden   hidden states that enter block 3 in the 16-bit model, before pruning when it is healed
+    WORK/tuned-0003.hidden      the same in the model whose blocks so far are done
+
+A step reads the states that enter its block, writes those that leave it, and is journaled when these and its parts are
+durable; the states it read are removed when the next step begins. So a step that is done again starts from the same
+bytes. With inputs `fp` there is one chain, and a block needs no other to be done.
+"""
+
+# N: windows, B: windows of a batch, T: positions, H: hidden size.
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardxform.errors import ExecutionError
+from shardxform.forward.passes import Batch, batches
+from shardxform.forward.skeleton import Block, Skeleton
+from shardxform.forward.work import HiddenFile, HiddenReader
+from shardxform.fsio import FileSystem
+from shardxform.tuning.samples import Forward, Samples
+
+if TYPE_CHECKING:
+    from shardxform.calibration import Windows
+
+__all__ = ["ORIGINAL", "TUNED", "Chains"]
+
+ORIGINAL: Final = "original"
+TUNED: Final = "tuned"
+
+
+class Chains:
+    """The hidden states of a run in one directory.
+
+    Attributes:
+        inputs: the chain that a block is tuned on.
+
+    """
+
+    def __init__(self, skeletons: Mapping[str, Skeleton], windows: Windows, work: Path, fs: FileSystem) -> None:
+        """Name them; `skeletons` are the models of the chains, `ORIGINAL` alone or both."""
+        self._skeletons, self._windows, self._work, self._fs = skeletons, windows, work, fs
+        self._precision = skeletons[ORIGINAL].weights.precision
+        self.inputs = TUNED if TUNED in skeletons else ORIGINAL
+
+    def latest(self, layer: int) -> int:
+        """The last block up to `layer` whose entering states are on disk in every chain; -1 when there is none."""
+        for number in range(layer, -1, -1):
+            if all(self._file(chain, number).is_whole() for chain in self._skeletons):
+                return number
+        return -1
+
+    @torch.no_grad()
+    def advance(self, layer: int, stopped: Callable[[], None]) -> None:
+        """Have the states that enter `layer` on disk, and remove older ones."""
+        at = self.latest(layer)
+        if at < 0:
+            at = 0
+            for chain, skeleton in self._skeletons.items():
+                with self._file(chain, 0).writing() as out:
+                    for batch in batches(self._windows):
+                        out.put(batch.start, skeleton.embed(batch.ids_BT))
+        for number in range(at, layer):  # blocks without a weight to tune, or tuned elsewhere
+            for chain, skeleton in self._skeletons.items():
+                with skeleton.block(number) as block:
+                    for _ in self.through(block, chain, number):
+                        stopped()
+        for number in range(layer):
+            for chain in self._skeletons:
+                self._file(chain, number).remove()
+
+    def through(self, block: Block, chain: str, layer: int) -> Iterator[int]:
+        """Run a block over all windows of a chain; yields the tokens of every batch before it is run.
+
+        Raises:
+            ExecutionError: what leaves it is not finite.
+
+        """
+        device = self._precision.device
+        with self._file(chain, layer).reading() as reader, self._file(chain, layer + 1).writing() as out:
+            for batch in batches(self._windows):
+                yield batch.ids_BT.numel()
+                mask = batch.mask()
+                entering_BTH = reader.rows(batch.start, batch.stop).to(device)
+                with torch.no_grad():
+                    leaving_BTH = block(entering_BTH, None if mask is None else mask.to(device))
+                _refuse_non_finite(leaving_BTH, batch, chain, layer)
+                out.put(batch.start, leaving_BTH)
+
+    @contextlib.contextmanager
+    def samples(self, layer: int) -> Iterator[Samples]:
+        """What a block is tuned on: the states that enter it, and those that leave it in the original."""
+        with self._file(self.inputs, layer).reading() as entering, self._file(ORIGINAL, layer + 1).reading() as leaving:
+            yield Samples(
+                block=layer,
+                hidden_NTH=cast("NDArray[Any]", _Rows(entering)),
+                target_NTH=cast("NDArray[Any]", _Rows(leaving)),
+                length_N=self._windows.lengths_N.astype(np.int64),
+            )
+
+    def forward(self, block: Block, on_work: Callable[[int], None], stopped: Callable[[], None]) -> Forward:
+        """Make a function that runs a block on some windows, with their masks; counts tokens when it is to learn."""
+        lengths_N, length = self._windows.lengths_N.astype(np.int64), self._windows.ids_NT.shape[1]
+        device = self._precision.device
+
+        def run(hidden_BTH: torch.Tensor, rows_B: NDArray[np.int64]) -> torch.Tensor:
+            stopped()
+            if torch.is_grad_enabled():
+                on_work(len(rows_B) * length)
+            lengths_B = torch.from_numpy(lengths_N[rows_B])
+            valid_BT = torch.arange(length) < lengths_B[:, None]
+            mask = None if bool(valid_BT.all()) else valid_BT.long().to(device)
+            return block(hidden_BTH.to(device), mask)
+
+        return run
+
+    def _file(self, chain: str, number: int) -> HiddenFile:
+        shape = (*self._windows.ids_NT.shape, self._skeletons[ORIGINAL].hidden_size)
+        return HiddenFile(self._work / f"{chain}-{number:04d}.hidden", shape, self._precision.dtype, self._fs)
+
+
+class _Rows:
+    """Hidden states on disk, indexed like an array by window numbers: a batch is in memory, never all of them."""
+
+    def __init__(self, reader: HiddenReader) -> None:
+        self._reader = reader
+        self.shape = reader.shape
+
+    def __getitem__(self, rows_B: NDArray[np.int64]) -> NDArray[Any]:
+        rows = torch.cat([self._reader.rows(int(row), int(row) + 1) for row in rows_B])
+        return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, chain: str, layer: int) -> None:
+    if bool(torch.isfinite(hidden_BTH[batch.valid_BT.to(hidden_BTH.device)]).all()):
+        return
+    model = "the 16-bit model" if chain == ORIGINAL else "the model as it will be written"
+    raise ExecutionError(
+        f"block {layer}: {model} puts out NaN or infinity for windows {batch.start}..{batch.stop - 1};"
+        " expected finite hidden states"
+    )
