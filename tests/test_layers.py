@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("forward.passes", "forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
     ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.routing", "tuning.linear"),
     ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.samples", "tuning.tune"),
-    ("tuning.chains", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
+    ("tuning.chains", "tuning.heal_kernels", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
     ("run_options", "merging", "runner"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),

@@ -12,13 +12,16 @@ byte. No gradient and no optimizer state is kept.
 
 from __future__ import annotations
 
-from typing import Final
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["HealedStack", "Moving", "signs"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-_TILE: Final = 512  # rows joined or parted at a time
+__all__ = ["HealedStack", "Moving", "signs"]
 
 
 class Moving:
@@ -28,6 +31,7 @@ class Moving:
         self._split = w_RI.dtype == torch.bfloat16
         self._w_RI = w_RI if self._split else w_RI.float()
         self._low_RI = torch.zeros(w_RI.shape, dtype=torch.int8, device=w_RI.device) if self._split else None
+        self._compiled = w_RI.device.type == "cpu" and find_spec("numba") is not None
 
     @property
     def nearest(self) -> torch.Tensor:
@@ -40,22 +44,42 @@ class Moving:
         held = [self._w_RI] if self._low_RI is None else [self._w_RI, self._low_RI]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
-    def exact(self, rows: slice) -> torch.Tensor:
-        """Values of some rows in float32; of a weight that is not split, the values themselves."""
+    def exact_into(self, rows: slice, out_RI: torch.Tensor) -> None:
+        """Write the values of some rows, float32."""
         if self._low_RI is None:
-            return self._w_RI[rows]
-        bits_RI = self._w_RI[rows].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-        return bits_RI.add_(self._low_RI[rows].to(torch.int32), alpha=256).view(torch.float32)
+            out_RI.copy_(self._w_RI[rows])
+        elif self._compiled:
+            from shardxform.tuning.heal_kernels import joiner
 
-    def move(self, rows: slice, change_RI: torch.Tensor) -> None:
-        """Subtract `change_RI`, float32."""
-        exact_RI = self.exact(rows).sub_(change_RI)
-        if self._low_RI is None:
+            joiner()(self._high(rows), self._low_RI[rows].numpy(), out_RI.view(torch.int32).numpy())
+        else:
+            out_RI.copy_(self._joined(rows, self._low_RI))
+
+    def step(self, rows: slice, step_R: torch.Tensor, gradient_RI: torch.Tensor) -> None:
+        """Move every weight of a row by that row's step, float32, against the sign of its gradient; NaN moves none."""
+        if self._low_RI is not None and self._compiled:
+            from shardxform.tuning.heal_kernels import mover
+
+            wide = gradient_RI.dtype == torch.float32
+            gradient = gradient_RI.view(torch.uint32 if wide else torch.uint16).numpy()
+            mover(wide)(self._high(rows), self._low_RI[rows].numpy(), step_R.numpy(), gradient)
             return
-        bits_RI = exact_RI.view(torch.int32).add_(128).bitwise_right_shift_(8)  # the upper 24 bits, rounded
+        change_RI = signs(gradient_RI) * step_R[:, None]
+        if self._low_RI is None:
+            self._w_RI[rows].sub_(change_RI)
+            return
+        bits_RI = self._joined(rows, self._low_RI).sub_(change_RI).view(torch.int32)
+        bits_RI.add_(128).bitwise_right_shift_(8)  # the upper 24 bits, rounded
         high_RI = (bits_RI + 128).bitwise_right_shift_(8)
         self._low_RI[rows] = bits_RI.sub_(high_RI, alpha=256).to(torch.int8)
         self._w_RI[rows] = high_RI.to(torch.int16).view(torch.bfloat16)
+
+    def _joined(self, rows: slice, low_RI: torch.Tensor) -> torch.Tensor:
+        bits_RI = self._w_RI[rows].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+        return bits_RI.add_(low_RI[rows].to(torch.int32), alpha=256).view(torch.float32)
+
+    def _high(self, rows: slice) -> NDArray[np.int16]:
+        return self._w_RI[rows].view(torch.int16).numpy()
 
 
 class HealedStack:
@@ -100,9 +124,7 @@ class HealedStack:
         if self._values is None or out_RI.dtype == torch.bfloat16:
             out_RI.copy_(self._w_RI[rows])
             return
-        for start in range(0, out_RI.shape[0], _TILE):
-            part = out_RI[start : start + _TILE]
-            part.copy_(self._values.exact(slice(first + start, first + start + part.shape[0])))
+        self._values.exact_into(rows, out_RI)
 
     def settle(self) -> None:
         """Stop moving; from now on the values are those that will be stored."""
@@ -117,7 +139,7 @@ class HealedStack:
             return
         count, rows = gradient_RI.shape[0], self._shape[1]
         expert_R = torch.arange(first, first + count, device=self.device) // rows
-        self._values.move(slice(first, first + count), signs(gradient_RI) * (self.lr * self._rms_E[expert_R, None]))
+        self._values.step(slice(first, first + count), self._rms_E[expert_R] * self.lr, gradient_RI)
 
 
 def signs(x: torch.Tensor) -> torch.Tensor:

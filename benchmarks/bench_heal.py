@@ -1,0 +1,266 @@
+"""What healing gives and what it costs: divergence from the unpruned model, seconds, and memory.
+
+    python benchmarks/bench_heal.py SUITE [--threads 1] [--json]
+    python benchmarks/bench_heal.py shape --dir SCRATCH [--layers 1]
+
+Suites on examples/small-moe (16 -> 8 experts by REAP sum, scored and healed on 64 x 512 tokens of its calibration text,
+measured on 32 x 256 held-out ones unless the suite says otherwise):
+
+    what       the router, shared experts, all MoE weights, the whole block, and what held-out windows choose
+    data       64, 16 and 4 windows
+    criteria   who is kept (REAP, REAP sum, frequency, random) and how many (75 %, 50 %, 25 %), plain and healed
+    transfer   scored and healed on code alone, measured on the King James Bible alone, and the other way round
+    quantized  pruned, healed and rounded to 4 bits: to nearest, and tuned
+
+`shape` heals blocks of the shapes of Qwen3.5-35B-A3B, 256 -> 128 experts, 8 x 512 tokens, 10 steps of one window. Every
+figure is of the process that a user starts; memory as the kernel counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+LAYERS: Final = 4
+EXPERTS: Final = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run.
+
+    Attributes:
+        name: of the row.
+        command: `prune` or `quantize`, with the options that the case is about.
+        keep, criterion: experts of every layer, and what they are chosen by; `random` draws them (seed 0).
+        windows: of 512 tokens, to score and to heal on.
+        tuned_on, measured_on: source of the text, or all of it.
+
+    """
+
+    name: str
+    command: tuple[str, ...]
+    keep: int = 8
+    criterion: str = "reap-sum"
+    windows: int = 64
+    tuned_on: str = ""
+    measured_on: str = ""
+
+
+@dataclass(slots=True)
+class Bench:
+    """Runs cases in one scratch directory; manifests are made once."""
+
+    scratch: Path
+    threads: int
+    manifests: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Prune, heal and measure one case."""
+        out, manifest = self.scratch / "out", self.manifest(case)
+        data = () if "--heal" not in case.command and "auto-round" not in case.command else self.data(case)
+        command = (case.command[0], str(SMALL_MOE), str(out), "-m", str(manifest), *case.command[1:], *data)
+        seconds, rss, _ = self.call(*command, "--json", "--quiet")
+        heldout = self.text("heldout", case.measured_on)
+        measured = ("--data", str(heldout), "--samples", "32", "--seqlen", "256")
+        work = ("--work", str(self.scratch / "work"))
+        found = json.loads(
+            self.call("evaluate", str(out), "--against", str(SMALL_MOE), *measured, *work, "--json", "-q")[2]
+        )
+        shutil.rmtree(out)
+        against = found["against"]
+        return {
+            "case": case.name,
+            "perplexity": found["perplexity"],
+            "of_source": against["perplexity"],
+            "kl": against["kl"],
+            "kl_error": against["kl_standard_error"],
+            "seconds": seconds,
+            "peak_rss_bytes": rss,
+        }
+
+    def data(self, case: Case) -> tuple[str, ...]:
+        """Options that name the calibration text of a case."""
+        return ("--data", str(self.text("calib", case.tuned_on)), "--samples", str(case.windows), "--seqlen", "512")
+
+    def text(self, name: str, source: str) -> Path:
+        """A text of examples/small-moe, or the documents of one source in it."""
+        path = SMALL_MOE / "text" / f"{name}.jsonl"
+        if not source:
+            return path
+        own = self.scratch / f"{name}-{source}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        own.write_text("".join(line for line in lines if json.loads(line)["source"] == source), encoding="utf-8")
+        return own
+
+    def manifest(self, case: Case) -> Path:
+        """The keep manifest of a case."""
+        key = (case.keep, case.criterion, case.windows, case.tuned_on)
+        if key not in self.manifests:
+            path = self.manifests[key] = self.scratch / f"keep-{len(self.manifests)}.json"
+            if case.criterion == "random":
+                draw = random.Random(0)
+                keep = {str(layer): sorted(draw.sample(range(EXPERTS), case.keep)) for layer in range(LAYERS)}
+                path.write_text(json.dumps({"keep": keep}))
+            else:
+                self.choose(case, path)
+        return self.manifests[key]
+
+    def choose(self, case: Case, path: Path) -> None:
+        """Score, and choose by the criterion."""
+        saliency = self.scratch / f"saliency-{case.windows}-{case.tuned_on or 'all'}.safetensors"
+        if not saliency.exists():
+            self.call("score", str(SMALL_MOE), "-o", str(saliency), *self.data(case), "-q")
+        self.call("select", str(saliency), "--keep", str(case.keep), "--criterion", case.criterion, "-o", str(path))
+
+    def call(self, *arguments: str) -> tuple[float, int, str]:
+        """Run the command: seconds, peak memory in bytes, and what it printed."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        started = time.monotonic()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "shardxform", *arguments], stdout=subprocess.PIPE, env=environment
+        )
+        assert child.stdout
+        printed = child.stdout.read().decode()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(f"shardxform {' '.join(arguments)}: exit code {child.returncode}")
+        return time.monotonic() - started, usage.ru_maxrss * 1024, printed
+
+
+def heal(what: str, *more: str, command: Sequence[str] = ("prune",)) -> tuple[str, ...]:
+    """A command that heals."""
+    return (*command, "--heal", what, *more)
+
+
+def cases_what() -> Iterator[Case]:
+    """What is changed."""
+    yield Case(name="as pruned", command=("prune",))
+    for what in ("router", "shared", "moe"):
+        yield Case(name=f"{what}, 60 x 0.02", command=heal(what, "--heal-iters", "60", "--heal-lr", "0.02"))
+    yield Case(name="all, 150 x 0.02", command=heal("all", "--heal-iters", "150", "--heal-lr", "0.02"))
+    yield Case(name="auto (the default)", command=heal("auto"))
+
+
+def cases_data() -> Iterator[Case]:
+    """How much text there is."""
+    for windows in (64, 16, 4):
+        for name, command in (
+            ("as pruned", ("prune",)),
+            ("all, 150 x 0.02", heal("all", "--heal-iters", "150", "--heal-lr", "0.02")),
+            ("auto", heal("auto")),
+        ):
+            yield Case(name=f"{windows} windows, {name}", command=command, windows=windows)
+
+
+def cases_criteria() -> Iterator[Case]:
+    """Who is kept, and how many."""
+    for keep in (12, 8, 4):
+        for criterion in ("reap", "reap-sum", "frequency", "random"):
+            for name, command in (
+                ("plain", ("prune",)),
+                ("healed", heal("all", "--heal-iters", "40", "--heal-lr", "0.02")),
+            ):
+                yield Case(name=f"{keep} by {criterion}, {name}", command=command, keep=keep, criterion=criterion)
+
+
+def cases_transfer() -> Iterator[Case]:
+    """Text of another kind."""
+    for one, other in (("code", "kjv"), ("kjv", "code")):
+        for what in ("plain", "moe", "auto"):
+            command = ("prune",) if what == "plain" else heal(what, "--heal-iters", "60")
+            for measured in (other, one):
+                name = f"{one} -> {measured}, {what}"
+                yield Case(name=name, command=command, windows=32, tuned_on=one, measured_on=measured)
+
+
+def cases_quantized() -> Iterator[Case]:
+    """Four bits."""
+    tuned = ("--iters", "50", "--method", "auto-round")
+    yield Case(name="pruned, rtn", command=("quantize",))
+    yield Case(name="pruned, tuned", command=("quantize", *tuned))
+    yield Case(
+        name="healed, rtn", command=heal("all", "--heal-iters", "150", "--heal-lr", "0.02", command=("quantize",))
+    )
+    yield Case(
+        name="healed, tuned",
+        command=heal("all", "--heal-iters", "150", "--heal-lr", "0.02", *tuned, command=("quantize",)),
+    )
+
+
+SUITES: Final = {
+    "what": cases_what,
+    "data": cases_data,
+    "criteria": cases_criteria,
+    "transfer": cases_transfer,
+    "quantized": cases_quantized,
+}
+
+
+def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Blocks of the real shape."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from synth import Spec, write_checkpoint
+
+    source, out, manifest = bench.scratch / "source", bench.scratch / "out", bench.scratch / "keep.json"
+    write_checkpoint(source, Spec(layers=args.layers, text_only=True, mtp=False))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SMALL_MOE / name, source / name)
+    manifest.write_text(json.dumps({"keep": {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}}))
+    data = ("--data", str(SMALL_MOE / "text" / "calib.jsonl"), "--samples", "8", "--seqlen", "512")
+    common = (*data, "--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004", "--json", "-q")
+    for what in args.what:
+        seconds, rss, printed = bench.call("prune", str(source), str(out), "-m", str(manifest), "--heal", what, *common)
+        blocks = json.loads(printed)["report"]["facts"]["blocks"]
+        shutil.rmtree(out)
+        yield {
+            "case": f"{what}, {args.layers} block(s)",
+            "seconds": seconds,
+            "peak_rss_bytes": rss,
+            "block_seconds": [block["seconds"] for block in blocks],
+            "errors": [(block["healed"]["pruned_error"], block["healed"]["healed_error"]) for block in blocks],
+        }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    told = f"{row['case']:34}"
+    if "kl" in row:
+        told += f"{row['perplexity']:9.3f}{row['kl']:9.4f} +- {row['kl_error']:.4f}"
+    else:
+        told += "  blocks of " + ", ".join(f"{seconds:.1f} s" for seconds in row["block_seconds"])
+    return f"{told}{row['seconds']:9.1f} s{row['peak_rss_bytes'] / 1e9:7.2f} GB"
+
+
+def main() -> None:
+    """Run a suite, and print every row as it comes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=[*SUITES, "shape"])
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--dir", type=Path, help="where scratch files go, gigabytes of them for `shape`")
+    parser.add_argument("--layers", type=int, default=1, help="blocks of `shape` (default 1)")
+    parser.add_argument("--what", nargs="+", default=["moe", "all"], help="of `shape` (default moe all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        bench = Bench(Path(folder), args.threads)
+        rows = shape(bench, args) if args.suite == "shape" else map(bench.run, SUITES[args.suite]())
+        for row in rows:
+            print(json.dumps(row) if args.json else line(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
