@@ -113,7 +113,7 @@ class Bench:
             if case.criterion == "random":
                 draw = random.Random(0)
                 keep = {str(layer): sorted(draw.sample(range(EXPERTS), case.keep)) for layer in range(LAYERS)}
-                path.write_text(json.dumps({"keep": keep}))
+                path.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
             else:
                 self.choose(case, path)
         return self.manifests[key]
@@ -219,7 +219,8 @@ def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     write_checkpoint(source, Spec(layers=args.layers, text_only=True, mtp=False))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMALL_MOE / name, source / name)
-    manifest.write_text(json.dumps({"keep": {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}}))
+    keep = {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}
+    manifest.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
     data = ("--data", str(SMALL_MOE / "text" / "calib.jsonl"), "--samples", "8", "--seqlen", "512")
     common = (*data, "--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004", "--json", "-q")
     for what in args.what:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on a model small enough for the repository: inspect it, prune it to half its experts and quantize the
-# rest to 4 bits in one pass, prove the result, measure what that cost, load it and let it write.
+# The whole way on a model small enough for the repository: score its experts, keep half of them, tune the rounding of
+# the rest to 4 bits, prove the result and measure it, draw it, write its model card, load it and let it write.
 #
 #   scripts/quickstart.sh [OUT]      OUT: directory to write, out/small-moe-8-w4a16 unless given
 #
@@ -15,7 +15,6 @@ out=${1:-out/small-moe-8-w4a16}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source_dir=examples/small-moe
-manifest=manifests/small-moe-keep8.json
 
 step() {
     printf '\n$ shardxform %s\n' "$*"
@@ -27,21 +26,25 @@ shard_bytes() { cat "$1"/*.safetensors | wc -c | tr -d ' '; }
 scripts/venv.sh demo
 mkdir -p "$(dirname "$out")"
 step inspect "$source_dir"
-step quantize "$source_dir" "$out" --manifest "$manifest" --format compressed-tensors --quiet
-step verify "$out" --source "$source_dir" --quiet
-step evaluate "$out" --against "$source_dir" --data "$source_dir/text/heldout.jsonl" --samples 8 --seqlen 256 \
-    --work "$out.work" --quiet
+step compress "$source_dir" "$out" --keep 8 --format compressed-tensors --iters 50 \
+    --data "$source_dir/text/calib.jsonl" --samples 64 --seqlen 256 \
+    --eval-data "$source_dir/text/heldout.jsonl" --eval-samples 32 --eval-seqlen 256 --plot
 printf '\n$ python examples/generate.py %s\n' "$out"
 .venv/bin/python examples/generate.py "$out"
 
 cat <<END
 
-Done: $(shard_bytes "$source_dir") bytes of shards before, $(shard_bytes "$out") after, in $out.
+Done: $(shard_bytes "$source_dir") bytes of shards before, $(shard_bytes "$out") after.
+
+Look at:
+  $out/README.md         the model card
+  $out/saliency.png      which experts were worth keeping
+  $out/evaluation.png    what each block lost
 
 What next:
-  .venv/bin/shardxform inspect SRC                               what your own checkpoint is made of
-  .venv/bin/shardxform quantize SRC OUT -m KEEP.json --dry-run   what would be written, before it is
-  .venv/bin/shardxform prune SRC OUT -m KEEP.json                the same in 16 bits
-  docs/scoring.md                                                how to find out which experts to keep
-  scripts/test.sh                                                all tests
+  docs/tutorial.md                                        the same, one step at a time
+  docs/recipes.md                                         the same for a model of 35 billion parameters
+  .venv/bin/shardxform inspect SRC                        what your own checkpoint is made of
+  .venv/bin/shardxform compress SRC OUT ... --dry-run     what it would take, before anything is written
+  scripts/test.sh                                         all tests
 END

@@ -14,20 +14,34 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform import header
 from shardxform.errors import CheckpointError
 from shardxform.strictjson import JsonError, dumps, parse_object
 from shardxform.tensors import ByteRange, TensorRef
 
-__all__ = ["CONFIG", "INDEX", "Checkpoint", "Shard", "Sidecar", "is_plain_name", "scan"]
+if TYPE_CHECKING:
+    from shardxform.remote.repository import Remote
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "MAX_SIDECAR_BYTES",
+    "Checkpoint",
+    "Folder",
+    "Head",
+    "Shard",
+    "Sidecar",
+    "is_plain_name",
+    "scan",
+]
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _MAX_JSON_BYTES: Final = 64 << 20
-_MAX_SIDECAR_BYTES: Final = 256 << 20
+MAX_SIDECAR_BYTES: Final = 256 << 20
 
 # What transformers, vLLM and SGLang read beside the shards, and what a publisher must pass on. Lower case.
 _SIDECARS: Final = (
@@ -57,7 +71,10 @@ _SIDECARS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One `.safetensors` file as it was when opened. `header_sha256` covers length prefix and JSON."""
+    """One `.safetensors` file as it was when opened; `mtime_ns` is 0 where a commit stands for what it holds.
+
+    `header_sha256` covers length prefix and JSON.
+    """
 
     name: str
     nbytes: int
@@ -79,7 +96,8 @@ class Checkpoint:
     """A checkpoint on disk, or a view of one that nobody wrote.
 
     `tensors` is in source order: shards by name, then offset. `config` is the parsed config.json. `unread` names
-    what else lies in the directory and is no part of the model.
+    what else lies in the directory and is no part of the model. `remote` is the repository of the hub that the shards
+    are read from; `root` is then where small files of it come to lie, see `file`.
     """
 
     root: Path
@@ -88,6 +106,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     sidecars: tuple[Sidecar, ...] = ()
     unread: tuple[str, ...] = ()
+    remote: Remote | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -101,6 +120,25 @@ class Checkpoint:
         if errors or checkpoint is None:
             raise errors[0]
         return checkpoint
+
+    @property
+    def where(self) -> str:
+        """What people call it: its directory, or `hf://owner/name@commit`."""
+        return str(self.remote or self.root)
+
+    def file(self, name: str) -> Path:
+        """Where a small file of it lies, here by now; a path that leads nowhere if it has none of that name.
+
+        Raises:
+            RemoteError: the hub does not give it.
+
+        """
+        return self.remote.fetch(name) if self.remote else self.root / name
+
+    def bring(self) -> None:
+        """Have every sidecar in `root`, for those that look there themselves, such as tokenizers."""
+        for sidecar in self.sidecars if self.remote else ():
+            self.file(sidecar.name)
 
     @property
     def nbytes(self) -> int:
@@ -124,26 +162,56 @@ class _Table:
     errors: list[CheckpointError] = field(default_factory=list)
 
 
-def scan(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The beginning of a shard: length prefix and header, and what the file system says of the rest."""
+
+    data: bytes
+    nbytes: int
+    mtime_ns: int
+
+
+class Files(Protocol):
+    """What `scan` looks at: a directory, or what stands for one."""
+
+    def names(self) -> Iterable[str]:
+        """Name every file beside each other; folders end in a slash."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None of what is no regular file. Raises OSError."""
+        ...
+
+    def head(self, name: str) -> Head:
+        """Read a shard's header. Raises OSError, CheckpointError."""
+        ...
+
+
+def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """Read a checkpoint's config, index and headers, and list everything that is wrong with them.
+
+    Args:
+        root: where config.json and the index lie.
+        files: all files, if they do not all lie in `root`.
 
     Returns:
         the checkpoint as far as it could be read (None without config or shards), and the errors.
 
     """
     table = _Table()
+    files = files or Folder(root)
     try:
         config = _read_json(root / CONFIG, root)
         weight_map = _weight_map(root)
-        names = sorted(set(weight_map.values()) if weight_map else _lone_shard(root))
-        sidecars, unread, errors = _other_files(root, {*names, CONFIG, INDEX})
+        names = sorted(set(weight_map.values()) if weight_map else _lone_shard(root, files))
+        sidecars, unread, errors = _other_files(root, files, {*names, CONFIG, INDEX})
     except CheckpointError as e:
         return None, [e]
     except OSError as e:
         return None, [CheckpointError(f"{root}: {e.strerror}")]
     for name in names:
         try:
-            _read_shard(root, name, table)
+            _read_shard(root, name, files, table)
         except CheckpointError as e:
             table.errors.append(e)
     if weight_map:
@@ -153,6 +221,37 @@ def scan(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
     if not table.shards and not table.errors:
         table.errors.append(CheckpointError(f"{root}: no safetensors shard and no {INDEX}"))
     return checkpoint, table.errors
+
+
+class Folder:
+    """The files of a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def names(self) -> Iterable[str]:
+        """Name every file, and those of the one folder that belongs to a model."""
+        for entry in os.scandir(self._root):
+            is_folder = _is_folder(entry)
+            if entry.name == "additional_chat_templates" and is_folder:
+                yield from (f"{entry.name}/{child.name}" for child in os.scandir(entry.path))
+            else:
+                yield entry.name + ("/" if is_folder else "")
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None of what is no regular file."""
+        info = (self._root / name).stat()
+        return info.st_size if stat.S_ISREG(info.st_mode) else None
+
+    def head(self, name: str) -> Head:
+        """Read a shard's header."""
+        path = self._root / name
+        _refuse_irregular(path)
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            prefix = file.read(header.LENGTH_BYTES)
+            start = header.data_start(prefix, info.st_size, str(path))
+            return Head(prefix + file.read(start - header.LENGTH_BYTES), info.st_size, info.st_mtime_ns)
 
 
 def is_plain_name(name: object) -> bool:
@@ -209,9 +308,9 @@ def _weight_map(root: Path) -> dict[str, str]:
     return weight_map
 
 
-def _lone_shard(root: Path) -> list[str]:
+def _lone_shard(root: Path, files: Files) -> list[str]:
     """The one shard of a checkpoint without an index."""
-    names = sorted(path.name for path in root.iterdir() if path.name.endswith(".safetensors"))
+    names = sorted(name.rstrip("/") for name in files.names() if name.rstrip("/").endswith(".safetensors"))
     if _SINGLE in names:
         return [_SINGLE]
     if len(names) > 1:
@@ -219,21 +318,17 @@ def _lone_shard(root: Path) -> list[str]:
     return names
 
 
-def _read_shard(root: Path, name: str, table: _Table) -> None:
+def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
     path = root / name
     try:
-        _refuse_irregular(path)
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            prefix = file.read(header.LENGTH_BYTES)
-            start = header.data_start(prefix, info.st_size, str(path))
-            text = file.read(start - header.LENGTH_BYTES)
+        head = files.head(name)
     except OSError as e:
         listed = (root / INDEX).exists() and isinstance(e, FileNotFoundError)
         detail = "listed in the index but missing" if listed else e.strerror
         raise CheckpointError(f"{path}: {detail}") from e
-    entries = header.decode(text, info.st_size - start, str(path))
-    table.shards.append(Shard(name, info.st_size, start, hashlib.sha256(prefix + text).hexdigest(), info.st_mtime_ns))
+    start = len(head.data)
+    entries = header.decode(head.data[header.LENGTH_BYTES :], head.nbytes - start, str(path))
+    table.shards.append(Shard(name, head.nbytes, start, hashlib.sha256(head.data).hexdigest(), head.mtime_ns))
     for entry in entries:
         spec = entry.spec
         ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
@@ -256,12 +351,14 @@ def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[Che
             yield CheckpointError(f"{INDEX}: tensor '{name}' is in {home} but not in the index")
 
 
-def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tuple[str, ...], list[CheckpointError]]:
+def _other_files(
+    root: Path, files: Files, known: set[str]
+) -> tuple[tuple[Sidecar, ...], tuple[str, ...], list[CheckpointError]]:
     """Split what else lies in the directory into sidecars, files to leave, and links that lead nowhere."""
     sidecars: list[Sidecar] = []
     unread: list[str] = []
     errors: list[CheckpointError] = []
-    for name in sorted(_names(root)):
+    for name in sorted(files.names()):
         if name in known:
             continue
         known_kind = any(fnmatchcase(name.lower(), pattern) for pattern in _SIDECARS)
@@ -269,12 +366,12 @@ def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tupl
             unread.append(_printable(name))
             continue
         try:
-            info = (root / name).stat()
+            nbytes = files.size(name)
         except OSError as e:
             errors.append(CheckpointError(f"{root / name}: {e.strerror}"))
             continue
-        if stat.S_ISREG(info.st_mode) and info.st_size <= _MAX_SIDECAR_BYTES:
-            sidecars.append(Sidecar(name, info.st_size))
+        if nbytes is not None and nbytes <= MAX_SIDECAR_BYTES:
+            sidecars.append(Sidecar(name, nbytes))
         else:
             unread.append(_printable(name))
     return tuple(sidecars), tuple(unread), errors
@@ -283,15 +380,6 @@ def _other_files(root: Path, known: set[str]) -> tuple[tuple[Sidecar, ...], tupl
 def _printable(name: str) -> str:
     """Show a file name that is no text, or holds control characters, with escapes."""
     return name.encode("utf-8", "backslashreplace").decode() if name.isprintable() else ascii(name)[1:-1]
-
-
-def _names(root: Path) -> Iterable[str]:
-    for entry in os.scandir(root):
-        is_folder = _is_folder(entry)
-        if entry.name == "additional_chat_templates" and is_folder:
-            yield from (f"{entry.name}/{child.name}" for child in os.scandir(entry.path))
-        else:
-            yield entry.name + ("/" if is_folder else "")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -8,28 +8,28 @@ from typing import Any, Final
 
 from shardxform.fsio import FileSystem
 from shardxform.plan import Copy, Segment
+from shardxform.sources import SourceReader
 from shardxform.tensors import ByteRange
 
-__all__ = ["Files", "OpenSource", "OpenTarget", "copy_step"]
+__all__ = ["Files", "OpenTarget", "copy_step"]
 
 _AHEAD: Final = 64 << 20  # bytes that a worker asks of the kernel before it copies them
 _CHUNK: Final = 8 << 20  # most bytes between two looks at the stop flag, and two reports of progress
 
-OpenSource = Callable[[str], int]
 OpenTarget = Callable[[int], int]
-Files = tuple[OpenSource, OpenTarget]
-"""Functions from a source shard's name, and from an output shard's number, to an open descriptor."""
+Files = tuple[SourceReader, OpenTarget]
+"""Where to read the source, and a function from an output shard's number to an open descriptor."""
 
 
 def copy_step(
-    step: Copy, files: Files, fs: FileSystem, on_bytes: Callable[[int], None], stopped: Callable[[], None]
+    step: Copy, files: Files, _fs: FileSystem, on_bytes: Callable[[int], None], stopped: Callable[[], None]
 ) -> dict[str, Any]:
     """Copy every segment of `step`.
 
     Args:
         step: what to do.
         files: where to read and write.
-        fs: effects.
+        _fs: effects; those of a copy are the source's.
         on_bytes: called with the bytes written after each piece.
         stopped: raises when the run is to stop.
 
@@ -38,16 +38,15 @@ def copy_step(
 
     """
     source, target = files
-    for piece in _read_ahead(step, source, fs):
+    for piece in _read_ahead(step, source):
         stopped()
-        count = piece.source.length
-        fs.copy(source(piece.source.file), piece.source.offset, target(piece.shard), piece.offset, count)
-        fs.done_with(source(piece.source.file), piece.source.offset, count)
-        on_bytes(count)
+        source.copy(piece.source, target(piece.shard), piece.offset)
+        source.done_with(piece.source)
+        on_bytes(piece.source.length)
     return {}
 
 
-def _read_ahead(step: Copy, source: OpenSource, fs: FileSystem) -> Iterator[Segment]:
+def _read_ahead(step: Copy, source: SourceReader) -> Iterator[Segment]:
     """Pieces of a step, each asked of the kernel before it is due.
 
     Left to itself, the kernel reads ahead by its own measure, into experts that are not kept: half as much again.
@@ -55,7 +54,7 @@ def _read_ahead(step: Copy, source: OpenSource, fs: FileSystem) -> Iterator[Segm
     asked: deque[Segment] = deque()
     ahead = 0
     for piece in _pieces(step):
-        fs.will_need(source(piece.source.file), piece.source.offset, piece.source.length)
+        source.will_need((piece.source,))
         asked.append(piece)
         ahead += piece.source.length
         while ahead > _AHEAD:

@@ -13,6 +13,7 @@ __all__ = [
     "ManifestError",
     "OutputError",
     "PlanError",
+    "RemoteError",
     "ResumeError",
     "SchemeError",
     "ShardxformError",
@@ -55,6 +56,10 @@ class ResumeError(OutputError):
 
 class ExecutionError(ShardxformError):
     """A step could not be carried out: bad weights, a source that changed under our feet, an I/O error."""
+
+
+class RemoteError(ShardxformError):
+    """The hub refuses a repository, gives other bytes than it announced, or cannot be reached for too long."""
 
 
 class Interrupted(ShardxformError):

@@ -2,7 +2,8 @@
 
 Perplexity is taken over all positions of a window but its first. Against a reference: the Kullback-Leibler divergence
 of the next-token distributions, KL(reference || checkpoint), the share of positions where both choose the same token,
-and for every block how far its output is from the reference's, each on its own chain. Sums are in float64.
+and for every block how far its output is from the reference's, each on its own chain. Sums are in float64. Where the
+windows keep sources of text apart, all but the blocks' errors are also given for each.
 """
 
 # B: sequences, T: positions, N: positions of a piece, H: hidden size, V: vocabulary.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ class Comparison:
         kl_error: its standard error over the windows; NaN for a single one.
         top1: share of positions where both choose the same token.
         block_errors: per decoder block, ||output - reference's|| / ||reference's|| over all positions; infinite when
-            the reference puts out zeros and the checkpoint does not.
+            the reference puts out zeros and the checkpoint does not. Empty for a single source of text.
 
     """
 
@@ -74,12 +75,26 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What came of it; `windows` and `tokens` say of how much text."""
+    """What came of it.
+
+    Attributes:
+        perplexity: of the checkpoint.
+        windows, tokens: how much text that is of.
+        against: the reference, where there is one.
+        sources: the same figures for the windows of every source of text, where these were kept apart.
+
+    """
 
     perplexity: float
     windows: int
     tokens: int
     against: Comparison | None
+    sources: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity over that of the reference; NaN without one, or where neither is finite."""
+        return self.perplexity / self.against.perplexity if self.against else math.nan
 
 
 def evaluate(
@@ -122,8 +137,8 @@ def _refuse_other_shapes(chains: Mapping[str, Skeleton]) -> None:
         found, wanted = getattr(tested, what), getattr(reference, what)
         if found != wanted:
             raise PlanError(
-                f"{tested.weights.checkpoint.root}: {what} is {found}, but {wanted} in the reference"
-                f" {reference.weights.checkpoint.root}; expected models of the same shape"
+                f"{tested.weights.checkpoint.where}: {what} is {found}, but {wanted} in the reference"
+                f" {reference.weights.checkpoint.where}; expected models of the same shape"
             )
 
 
@@ -235,8 +250,20 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
     for facts in heads:
         for key, values in facts.items():
             columns.setdefault(key, []).extend(values)
-    tokens = sum(columns["positions"])
-    predicted = tokens - len(columns["positions"])
+    errors = tuple(_relative(facts["error"], facts["norm"]) for facts in blocks)
+    return replace(
+        _figures(columns, errors),
+        sources={
+            name: _figures({key: values[rows.start : rows.stop] for key, values in columns.items()}, ())
+            for name, rows in windows.rows
+        },
+    )
+
+
+def _figures(columns: Mapping[str, list[float]], block_errors: tuple[float, ...]) -> Evaluation:
+    """What sums over each of some windows come to."""
+    windows, tokens = len(columns["positions"]), sum(columns["positions"])
+    predicted = tokens - windows
     comparison = None
     if "kl" in columns:
         comparison = Comparison(
@@ -244,11 +271,11 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
             kl=sum(columns["kl"]) / tokens,
             kl_error=_standard_error([kl / n for kl, n in zip(columns["kl"], columns["positions"], strict=True)]),
             top1=sum(columns["agree"]) / tokens,
-            block_errors=tuple(_relative(facts["error"], facts["norm"]) for facts in blocks),
+            block_errors=block_errors,
         )
     return Evaluation(
         perplexity=_perplexity(columns[f"loss {_TESTED}"], predicted),
-        windows=len(windows.lengths_N),
+        windows=windows,
         tokens=int(tokens),
         against=comparison,
     )
@@ -273,19 +300,30 @@ def _standard_error(values: list[float]) -> float:
 def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
     """An evaluation as plain data: the same for the same inputs; None for what is infinite or not known."""
     against = found.against
-    return {
-        "perplexity": _number(found.perplexity),
-        "windows": found.windows,
-        "tokens": found.tokens,
+    facts = {
+        **_measured(found),
         "data": dict(windows.provenance),
         "against": against
-        and {
-            "perplexity": _number(against.perplexity),
-            "kl": against.kl,
-            "kl_standard_error": _number(against.kl_error),
-            "top1_agreement": against.top1,
-            "block_errors": [_number(error) for error in against.block_errors],
-        },
+        and {**_compared(against), "block_errors": [_number(error) for error in against.block_errors]},
+    }
+    if found.sources:
+        facts["sources"] = {
+            name: {**_measured(each), "against": each.against and _compared(each.against)}
+            for name, each in found.sources.items()
+        }
+    return facts
+
+
+def _measured(found: Evaluation) -> dict[str, Any]:
+    return {"perplexity": _number(found.perplexity), "windows": found.windows, "tokens": found.tokens}
+
+
+def _compared(against: Comparison) -> dict[str, Any]:
+    return {
+        "perplexity": _number(against.perplexity),
+        "kl": against.kl,
+        "kl_standard_error": _number(against.kl_error),
+        "top1_agreement": against.top1,
     }
 
 

@@ -1,20 +1,25 @@
-"""A picture of which blocks a change of the weights hurts."""
+"""A picture of what a change of the weights hurts: which blocks, and which sources of text."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from shardxform.errors import OutputError
-from shardxform.evaluation import Comparison
+from shardxform.evaluation import Comparison, Evaluation
 
 __all__ = ["draw"]
 
 _BLUE: Final = "#31688e"
+_MAX_NAME: Final = 30  # characters
+_NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
 
 
-def draw(against: Comparison, path: Path, *, title: str) -> None:
-    """Draw the relative error of every block's output as a PNG.
+def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, Evaluation] = _NO_SOURCES) -> None:
+    """Draw the relative error of every block's output as a PNG, and beside it the divergence on each of `sources`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -23,19 +28,47 @@ def draw(against: Comparison, path: Path, *, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    errors = [100 * error for error in against.block_errors]
-    figure = Figure(figsize=(max(6.0, min(14.0, 2.5 + 0.28 * len(errors))), 4.2), layout="constrained")
+    blocks = max(6.0, min(14.0, 2.5 + 0.28 * len(against.block_errors)))
+    widths = [blocks, 5.0] if sources else [blocks]
+    figure = Figure(figsize=(sum(widths), max(4.2, 1.4 + 0.4 * len(sources))), layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
-    axes.bar(range(len(errors)), errors, color=_BLUE, width=0.8)
-    axes.set_xlabel("decoder block")
-    axes.set_ylabel("error of its output, %")
-    axes.set_title(f"{title}\nKL {against.kl:.4g} nats, same choice {against.top1:.1%}", fontsize=11)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
-    axes.set_axisbelow(True)
+    places: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    _draw_blocks(places[0], against)
+    places[0].set_title(f"{title}\nKL {against.kl:.4g} nats, same choice {against.top1:.1%}", fontsize=11)
+    if sources:
+        _draw_sources(places[1], sources)
     try:
         figure.savefig(path, dpi=120, metadata={"Software": None})
     except (OSError, ValueError) as e:
         raise OutputError(f"{path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _draw_blocks(axes: Any, against: Comparison) -> None:  # noqa: ANN401
+    errors = [100 * error for error in against.block_errors]
+    axes.bar(range(len(errors)), errors, color=_BLUE, width=0.8)
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("error of its output, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+
+
+def _draw_sources(axes: Any, sources: Mapping[str, Evaluation]) -> None:  # noqa: ANN401
+    """One bar a source, the first on top, with its standard error."""
+    found = [(name, each.ratio, each.against) for name, each in sources.items() if each.against]
+    errors = [against.kl_error if math.isfinite(against.kl_error) else 0.0 for _, _, against in found]
+    places, divergences = range(len(found)), [against.kl for _, _, against in found]
+    axes.barh(places, divergences, xerr=errors, color=_BLUE, height=0.7, error_kw={"linewidth": 1})
+    names = [_shortened(name) + (f"\nx {ratio:.3f}" if math.isfinite(ratio) else "") for name, ratio, _ in found]
+    axes.set_yticks(places, names, parse_math=False)  # they are a stranger's
+    axes.invert_yaxis()
+    axes.set_xlabel("KL divergence, nats")
+    axes.set_title("each source of text,\nwith the ratio of perplexities", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -121,6 +122,16 @@ class FileSystem:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def nameless(self, folder: Path) -> int:
+        """Open a new file that no name leads to, for reading and writing; it is gone when it is closed."""
+        fd, name = tempfile.mkstemp(prefix=".shardxform-", dir=folder)
+        try:
+            os.unlink(name)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def rename(self, old: Path, new: Path) -> None:
         """Replace `new` by `old` in one step."""

@@ -16,6 +16,7 @@ from shardxform.view import View
 __all__ = ["healed_names", "kept_items", "refuse_unpruned"]
 
 _NORM_BEFORE_EXPERTS: Final = "post_attention_layernorm.weight"
+_MOVABLE: Final = ("BF16", "F16", "F32")
 
 
 def refuse_unpruned(view: View) -> None:
@@ -41,9 +42,19 @@ def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iter
 def kept_items(
     names: Iterable[str], places: Mapping[str, Place], tensors: Mapping[str, TensorRef], extents: Mapping[str, Extent]
 ) -> dict[int, tuple[KeptItem, ...]]:
-    """By layer, what healing writes as wide as it was."""
+    """By layer, what healing writes as wide as it was.
+
+    Raises:
+        PlanError: one of them is no float of 16 or 32 bits, as in a quantized source.
+
+    """
     out: dict[int, list[KeptItem]] = {}
     for name in names:
+        dtype = tensors[name].spec.dtype
+        if dtype not in _MOVABLE:
+            raise PlanError(
+                f"--heal: tensor '{name}': expected {', '.join(_MOVABLE)}, found {dtype}, which cannot move"
+            )
         layer = places[name].layer
         assert layer is not None
         out.setdefault(layer, []).append(KeptItem(tensors[name], extents[name]))

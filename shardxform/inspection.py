@@ -83,7 +83,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         dtypes[ref.spec.dtype] += ref.nbytes
         parameters += _elements(ref.spec.shape)
     return Inspection(
-        path=str(source.root),
+        path=source.where,
         family=layout.family.name,
         architecture=layout.wrapper.architecture,
         layers=layout.num_layers,

@@ -93,6 +93,8 @@ def refuse_other_plan(root: Path, plan: Plan, state: State) -> None:
     inputs = state.record.get("inputs")
     where = difference(inputs, plan.inputs) if isinstance(inputs, dict) else "unknown inputs"
     verb = "holds unfinished work" if state.name == "unfinished" else "holds an output"
+    if where.startswith("source.repository: was 'hf://"):
+        where = f"{where}; name that commit after @ to go on"
     raise ResumeError(
         f"{root}: {verb} made from other inputs: {where or 'the plan itself (another version?)'};"
         " name a new directory, or start over with --force"
@@ -226,7 +228,7 @@ def _refuse_overlap(root: Path, plan: Plan) -> None:
     names = [*(shard.name for shard in plan.source_shards), *plan.sidecars, CONFIG]
     inside = (Path(os.path.realpath(plan.source / name)) for name in names)
     if same or out == source or out in source.parents or source in out.parents or any(out in p.parents for p in inside):
-        raise OutputError(f"{root}: overlaps the source {plan.source}; name a directory outside it")
+        raise OutputError(f"{root}: overlaps the source {plan.origin}; name a directory outside it")
 
 
 def _refuse_foreign_work(work: Path) -> None:
@@ -274,4 +276,4 @@ def _digest(record: Mapping[str, Any], name: str) -> object:
 
 def _brief(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 or text.startswith("'hf://") else text[:57] + "..."

@@ -26,7 +26,9 @@ from shardxform.errors import ExecutionError, OutputError, ResumeError
 from shardxform.fsio import FileSystem
 from shardxform.outdir import JOURNAL, LOCK, PARTIAL, PLAN, PROVENANCE, WORK, State, holds, read_record, record_of
 from shardxform.plan import Plan, ShardPlan
+from shardxform.remote.reading import open_source
 from shardxform.sharding import show_size
+from shardxform.sources import SourceReader
 from shardxform.strictjson import pretty
 
 __all__ = ["Output"]
@@ -106,6 +108,23 @@ class Output:
                     " start over with --force"
                 )
 
+    def bring_sidecars(self) -> None:
+        """Fetch the sidecars of a repository now, rather than when hours of work are to be committed.
+
+        Raises:
+            RemoteError: the hub does not give them.
+
+        """
+        if self.plan.remote:
+            for name in self.plan.sidecars:
+                self.plan.remote.fetch(name)
+
+    @contextlib.contextmanager
+    def open_source(self) -> Iterator[SourceReader]:
+        """Open what the steps read."""
+        with contextlib.closing(open_source(self.plan.source, self.plan.remote, self.fs)) as source:
+            yield source
+
     def missing(self) -> set[int]:
         """Numbers of the shards that are neither complete nor begun: to be made, and their steps to be done again."""
         return {
@@ -150,7 +169,7 @@ class Output:
         for name, digest in self.plan.sidecars.items():
             data = (self.plan.source / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
-                raise ExecutionError(f"{self.plan.source / name}: changed while shardxform was running")
+                raise ExecutionError(f"{self.plan.origin}/{name}: changed while shardxform was running")
             if "/" in name:
                 self.fs.mkdir((self.root / name).parent)
             self._put(name, data)

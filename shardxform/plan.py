@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform import header
 from shardxform.checkpoint import INDEX, Checkpoint, Shard
@@ -20,6 +20,9 @@ from shardxform.errors import PlanError
 from shardxform.sharding import natural_key, shard_names, split
 from shardxform.strictjson import dumps, pretty
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec
+
+if TYPE_CHECKING:
+    from shardxform.remote.repository import Remote
 
 __all__ = [
     "STEP_BYTES",
@@ -39,6 +42,7 @@ STEP_BYTES: Final = 256 << 20
 """Most bytes one step writes: the unit of resume. Part of the plan, since the journal counts steps."""
 
 _BASE_MEMORY: Final = 48 << 20  # interpreter, modules, and the plan of a 72 GB checkpoint
+_REMOTE_MEMORY: Final = 128 << 20  # the hub's client, and what was fetched and not yet written
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,8 @@ class Plan:
 
     Attributes:
         command: verb that made the plan.
-        source: directory that the steps read.
+        source: directory that the steps read, or that small files of `remote` are in.
+        remote: the repository that shards are read from, if they are not in `source`.
         source_shards: shards of the source, as they were when planned.
         shards: output shards, in order of their names.
         steps: in the order in which they are best run; any order gives the same bytes.
@@ -141,6 +146,12 @@ class Plan:
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    remote: Remote | None = None
+
+    @property
+    def origin(self) -> str:
+        """What people call the source: its directory, or `hf://owner/name@commit`."""
+        return str(self.remote or self.source)
 
     @property
     def nbytes(self) -> int:
@@ -181,7 +192,8 @@ class Plan:
         headers = sum(len(shard.head) for shard in self.shards)
         beside = max((step.peak_bytes for step in self.steps if not tokens_of(step)), default=0)
         alone = max((step.peak_bytes for step in self.steps if tokens_of(step)), default=0)
-        return _BASE_MEMORY + 12 * headers + max(jobs * beside, alone)
+        base = _BASE_MEMORY + (_REMOTE_MEMORY if self.remote else 0)
+        return base + 12 * headers + max(jobs * beside, alone)
 
     def check(self) -> None:
         """Assert that the steps write every byte of every shard exactly once.
@@ -259,8 +271,9 @@ def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
 
 
 def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:
-    """What a plan depends on in its source: config, headers, sizes and sidecars, by name."""
+    """What a plan depends on in its source: config, headers, sizes and sidecars, by name; its commit on the hub."""
     return {
+        **({"repository": str(source.remote)} if source.remote else {}),
         "config": hashlib.sha256(dumps(source.config).encode()).hexdigest(),
         "shards": {shard.name: [shard.nbytes, shard.header_sha256] for shard in source.shards},
         "sidecars": dict(sidecars),

@@ -11,14 +11,14 @@ from typing import Literal
 
 __all__ = ["OnProgress", "Progress", "Unit", "peak_rss_bytes"]
 
-Unit = Literal["bytes", "tokens"]
+Unit = Literal["bytes", "tokens", "work"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is; `resumed` of what is done stems from an earlier run.
 
-    Tokens are counted once for every block that they went through.
+    Tokens are counted once for every block that they went through; work of several kinds is shares of the whole.
     """
 
     done: int

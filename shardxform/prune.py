@@ -60,6 +60,7 @@ def plan_prune(
     plan = Plan(
         command="prune",
         source=source.root,
+        remote=source.remote,
         source_shards=source.shards,
         shards=shards,
         steps=(*copies, *blocks),
@@ -142,13 +143,17 @@ def sidecar_digests(checkpoint: Checkpoint) -> dict[str, str]:
         CheckpointError: one cannot be read.
 
     """
-    return {
-        sidecar.name: hashlib.sha256(_read(checkpoint, sidecar.name)).hexdigest() for sidecar in checkpoint.sidecars
-    }
+    return {sidecar.name: _digest(checkpoint, sidecar.name) for sidecar in checkpoint.sidecars}
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> str:
+    """SHA-256 of a small file; of a large one of the hub's without fetching it."""
+    known = checkpoint.remote.sha256(name) if checkpoint.remote else ""
+    return known or hashlib.sha256(_read(checkpoint, name)).hexdigest()
 
 
 def _read(checkpoint: Checkpoint, name: str) -> bytes:
     try:
-        return (checkpoint.root / name).read_bytes()
+        return checkpoint.file(name).read_bytes()
     except OSError as e:
-        raise CheckpointError(f"{checkpoint.root / name}: {e.strerror}") from e
+        raise CheckpointError(f"{checkpoint.where}/{name}: {e.strerror}") from e

@@ -129,6 +129,8 @@ class Recipe:
                 raise SchemeError(f"{name}: expected at least {least}, found {getattr(self, name)}")
         if self.inputs not in ("quantized", "fp"):
             raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
+        if self.heal and self.samples < 2:
+            raise SchemeError(f"heal: expected at least 2 windows, one of them to judge by, found {self.samples}")
 
     @property
     def block_tokens(self) -> int:

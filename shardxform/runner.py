@@ -130,9 +130,11 @@ class _Loop:
         self.facts: Facts = {}
 
     def execute(self) -> None:
+        """Do what is left to do, and commit when nothing is."""
         output, plan = self._output, self._plan
         output.bind()
         output.refuse_changed_source()
+        output.bring_sidecars()
         with Journal(self._fs, output.journal, plan.fingerprint, len(plan.steps)) as journal:
             missing = output.missing()
             lost = {i for i in journal.done if any(extent.shard in missing for extent in plan.steps[i].writes)}
@@ -180,12 +182,16 @@ class _Loop:
         ahead = 2 * jobs if jobs > 1 else 1
         pending: dict[Future[Facts], int] = {}
         queue = iter(todo)
-        with ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
+        # Opened here, so that what is fetched of a repository ahead of a step does not end with the step before.
+        with self._output.open_source() as source, ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
             try:
                 self._report_progress()
                 while True:
-                    while len(pending) < ahead and (step := next(queue, None)) is not None:
-                        pending[pool.submit(self._step, self._plan.steps[step])] = step
+                    while len(pending) < ahead and (number := next(queue, None)) is not None:
+                        step = self._plan.steps[number]
+                        if self._plan.remote and not tokens_of(step):
+                            source.will_need(step.reads)
+                        pending[pool.submit(self._step, step)] = number
                     if not pending:
                         return
                     finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -193,6 +199,7 @@ class _Loop:
                     self._report_progress()
             except BaseException as e:
                 self._stop.set()
+                source.stop()
                 wait(pending)
                 self._journal({f for f in pending if not f.cancelled() and not f.exception()}, pending, journal)
                 if isinstance(e, KeyboardInterrupt):
@@ -212,16 +219,16 @@ class _Loop:
     def _step(self, step: Step) -> Facts:
         """Do one step and make its bytes durable."""
         self._refuse_if_stopped()
-        with _OpenFiles(self._output) as files:
+        with self._output.open_source() as source, _OpenTargets(self._output) as files:
             if tokens_of(step):
                 facts = self._tune(step, files)
             else:
                 executor = _executor(step, self._options.device)
-                facts = executor((files.source, files.target), self._fs, self._count, self._refuse_if_stopped)
+                facts = executor((source, files.target), self._fs, self._count, self._refuse_if_stopped)
             files.sync()
         return facts
 
-    def _tune(self, step: Step, files: _OpenFiles) -> Facts:
+    def _tune(self, step: Step, files: _OpenTargets) -> Facts:
         tuner = self._options.tuner
         if tuner is None:
             raise ExecutionError("the plan tunes blocks, but the run has no tuner: give RunOptions(tuner=...)")
@@ -264,7 +271,7 @@ def _executor(step: Step, device: str) -> Callable[..., Facts]:
     if isinstance(step, Copy):
         return functools.partial(copy_step, step)
     from shardxform.quantize.convert import Repack
-    from shardxform.quantize.planner import Round
+    from shardxform.quantize.steps import Round
 
     if isinstance(step, Round):
         from shardxform.quantize.execute import round_step, rounder_on
@@ -281,18 +288,12 @@ class _StoppedError(Exception):
     """A worker saw the stop flag; its step stays undone."""
 
 
-class _OpenFiles:
-    """The files one step needs, opened on first use and closed with the step."""
+class _OpenTargets:
+    """The shards one step writes to, opened on first use and closed with the step."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._sources: dict[str, int] = {}
         self._targets: dict[int, int] = {}
-
-    def source(self, name: str) -> int:
-        if name not in self._sources:
-            self._sources[name] = self._output.fs.open(self._output.plan.source / name, os.O_RDONLY)
-        return self._sources[name]
 
     def target(self, shard: int) -> int:
         if shard not in self._targets:
@@ -304,11 +305,11 @@ class _OpenFiles:
             self._output.fs.sync(fd)
             self._output.fs.done_with(fd)
 
-    def __enter__(self) -> _OpenFiles:
+    def __enter__(self) -> _OpenTargets:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (*self._sources.values(), *self._targets.values()):
+        for fd in self._targets.values():
             os.close(fd)
 
 
@@ -329,7 +330,7 @@ def _check_finished(output: Output) -> None:
 
 
 def _refuse_source_changed_meanwhile(plan: Plan) -> None:
-    for shard in plan.source_shards:
+    for shard in () if plan.remote else plan.source_shards:  # a commit does not change
         info = (plan.source / shard.name).stat()
         if (info.st_size, info.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
             raise ExecutionError(f"{plan.source / shard.name}: changed while shardxform was running; nothing committed")
@@ -356,7 +357,7 @@ def _named_errors(output: Output) -> Iterator[None]:
     try:
         yield
     except EOFError as e:
-        raise ExecutionError(f"{output.plan.source}: truncated while shardxform was running: {e}") from e
+        raise ExecutionError(f"{output.plan.origin}: truncated while shardxform was running: {e}") from e
     except OSError as e:
         where = e.filename or output.root
         safe = "; finished steps are safe, run the same command again to go on" if output.journal.exists() else ""

@@ -72,7 +72,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         skeleton = Skeleton(weights)
         layout = skeleton.layout
         if not layout.moe_layers:
-            raise FamilyError(f"{source.root}: no layer has experts; there is nothing to score")
+            raise FamilyError(f"{source.where}: no layer has experts; there is nothing to score")
         numbers = mtp_numbers(skeleton)
         weights.check(numbers)
         with WorkDir(options.work, work_mark(identity, {_CHAIN: source})) as work:

@@ -406,6 +406,196 @@ def test_what_is_no_conversation_is_refused(tmp_path: Path, record: Any, templat
     assert message in str(caught.value)
 
 
+# -- sources -------------------------------------------------------------------------------------------------------
+
+
+def sourced(path: Path, documents: Iterable[tuple[str, str]]) -> Path:
+    records = [{"text": text, "source": source} for source, text in documents]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+MIXED = [("b", "uvw"), ("a", "1234"), ("c", "!"), ("a", "567"), ("b", "xyzxyz"), ("a", "89")]
+
+
+def test_sources_are_kept_apart_in_the_order_of_their_names(bytes_root: Path, tmp_path: Path) -> None:
+    data = sourced(tmp_path / "d.jsonl", MIXED)
+    windows = load(bytes_root, data, samples=3, seqlen=4, by_source=True)
+    assert text_of(windows) == ["1234", "|567", "|89|", "uvw|", "xyzx"]
+    assert windows.rows == (("a", range(3)), ("b", range(3, 5)))
+    assert windows.notes == (
+        "source 'b': asked for 3 windows of 4 tokens, the data give 2",
+        "source 'c': expected at least one window of 4 tokens, found 2 tokens in 1 documents; it is left out",
+    )
+    assert windows.provenance["by_source"] == {"a": 3, "b": 2}
+    assert "sources" not in windows.provenance
+    assert [windows.provenance[key] for key in ("samples_asked", "samples", "tokens", "documents")] == [3, 5, 20, 5]
+
+
+def test_documents_of_some_sources_alone(bytes_root: Path, tmp_path: Path) -> None:
+    data = sourced(tmp_path / "d.jsonl", MIXED)
+    windows = load(bytes_root, data, samples=3, seqlen=4, sources=("c", "b"))
+    assert text_of(windows) == ["uvw|", "!|xy", "zxyz"]  # joined, in the order of the data
+    assert windows.rows == ()
+    assert windows.provenance["sources"] == ["b", "c"]
+    assert "by_source" not in windows.provenance
+    other = load(bytes_root, data, samples=3, seqlen=4, sources=("b", "c", "b"))
+    assert (other.fingerprint, other.provenance) == (windows.fingerprint, windows.provenance)
+
+
+def test_the_fingerprint_says_which_sources_there_were(bytes_root: Path, tmp_path: Path) -> None:
+    data = sourced(tmp_path / "d.jsonl", [("a", "abc"), ("a", "def")])
+    asked: list[dict[str, Any]] = [{}, {"sources": ("a",)}, {"by_source": True}, {"by_source": True, "sources": ("a",)}]
+    found = [load(bytes_root, data, samples=2, seqlen=4, **options) for options in asked]
+    assert [text_of(windows) for windows in found] == [["abc|", "def|"]] * 4
+    assert len({windows.fingerprint for windows in found}) == 4
+    assert list(found[0].provenance) == list(found[1].provenance)[:-1]
+    assert found[0].fingerprint == "3c6108fc4e5c89154622f8598022c9a02b5abe53dccd89ac764f62440952c6fd"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(
+        st.tuples(st.sampled_from("abc"), st.text(st.sampled_from("xy \né"), max_size=15)), min_size=1, max_size=25
+    ),
+    split=st.integers(0, 25),
+    samples=st.integers(1, 4),
+    seqlen=st.integers(2, 12),
+    pack=st.booleans(),
+    batch=st.sampled_from([1, 1 << 19]),
+    piece=st.sampled_from([2, 1 << 18]),
+)
+def test_windows_of_a_source_are_those_of_data_without_the_others(
+    bytes_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[tuple[str, str]],
+    split: int,
+    samples: int,
+    seqlen: int,
+    pack: bool,
+    batch: int,
+    piece: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("mixed")
+    sourced(folder / "1.jsonl", documents[:split])
+    sourced(folder / "2.jsonl", documents[split:])
+    options = {"samples": samples, "seqlen": seqlen, "pack": pack}
+
+    def of(where: Path, **more: Any) -> Windows | None:
+        try:
+            return load(bytes_root, where, **options, **more)
+        except PlanError as e:
+            if "expected at least one" not in str(e):
+                raise
+            return None
+
+    names = {source for source, _ in documents}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_BATCH_CHARACTERS", batch)
+        patch.setattr("shardxform.calibration.documents.PIECE", piece)
+        alone = {
+            name: of(jsonl(folder.parent / f"{folder.name}-{name}.jsonl", [t for s, t in documents if s == name]))
+            for name in names
+        }
+        chosen = {name: of(folder, sources=(name,)) for name in names}
+        apart = of(folder, by_source=True)
+    expected = {name: windows.ids_NT.tolist() for name, windows in alone.items() if windows}
+    assert {name: windows.ids_NT.tolist() for name, windows in chosen.items() if windows} == expected
+    assert {name: apart.ids_NT[rows].tolist() for name, rows in apart.rows} == expected if apart else not expected
+    if apart:
+        assert [name for name, _ in apart.rows] == sorted(expected)
+
+
+def test_named_sources_are_read_no_further_than_needed(bytes_root: Path, tmp_path: Path) -> None:
+    data = sourced(tmp_path / "d.jsonl", [("a", "abc")] * 300 + [("b", "ghi")] * 300)
+    data.write_bytes(data.read_bytes() + b"not JSON\n")
+    windows = load(bytes_root, data, samples=1, seqlen=4, by_source=True, sources=("a", "b"))
+    assert text_of(windows) == ["abc|", "ghi|"]
+    assert text_of(load(bytes_root, data, samples=1, seqlen=4, sources=("a", "b"))) == ["abc|"]
+    with pytest.raises(PlanError, match=r"d\.jsonl:601: not JSON"):  # is there one more source?
+        load(bytes_root, data, samples=1, seqlen=4, by_source=True)
+
+
+def test_conversations_of_other_sources_are_not_rendered(tmp_path: Path) -> None:
+    root = byte_tokenizer(tmp_path / "model")
+    (root / "chat_template.jinja").write_text(TEMPLATE)
+    records = [{"source": "b", "messages": "none"}, {"source": "a", "messages": [{"role": "u", "content": "hi"}]}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    for pack in (True, False):
+        windows = load(root, path, samples=1, seqlen=5, chat_template=True, sources=("a",), pack=pack)
+        assert text_of(windows) == ["<u>hi"]
+
+
+def test_tables_and_arrays_have_sources_too(bytes_root: Path, tmp_path: Path) -> None:
+    lines = sourced(tmp_path / "d.jsonl", MIXED)
+    columns = {"source": [source for source, _ in MIXED], "text": [text for _, text in MIXED]}
+    table = parquet(tmp_path / "d.parquet", columns)
+    array = tmp_path / "d.json"
+    array.write_text("[" + ",".join(lines.read_text().splitlines()) + "]")
+    for options in ({"by_source": True}, {"sources": ("a",), "pack": False, "seqlen": 3}):
+        found = [load(bytes_root, path, **{"samples": 2, "seqlen": 4} | options) for path in (lines, table, array)]
+        assert len({windows.fingerprint for windows in found}) == 1
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("d.jsonl", '{"text": "abcd"}', {}, "d.jsonl:1: expected a field 'source', found 'text'"),
+        ("d.jsonl", '{"text": "abcd", "source": null}', {}, "d.jsonl:1: source: expected a string, found NoneType"),
+        ("d.jsonl", '{"text": "abcd", "source": ""}', {}, "source: expected a name of 1 to 100 characters"),
+        ("d.jsonl", '{"text": "abcd", "source": "\\u001b[2J"}', {}, "that can be shown, found '\\x1b[2J'"),
+        ("d.jsonl", '{"text": "abcd", "source": "a "}', {}, "source: expected a name of 1 to 100 characters"),
+        ("d.txt", "abcd", {}, "d.txt: expected records with a field 'source', found plain text"),
+        (
+            "d.jsonl",
+            '{"text": "abcd", "source": "a"}\n{"text": "abcd", "source": "b"}',
+            {"sources": ("A", "a")},
+            "d.jsonl: expected documents of source 'A', found 'a', 'b'",
+        ),
+        (
+            "d.jsonl",
+            '{"text": "abcd", "source": "a"}\n{"text": "ab", "source": "b"}',
+            {"sources": ("a", "b")},
+            "d.jsonl: source 'b': expected at least one ",
+        ),
+        (
+            "d.jsonl",
+            "\n".join(json.dumps({"text": "abcd", "source": str(n)}) for n in range(101)),
+            {},
+            "d.jsonl: expected at most 100 sources to keep apart, found more: name some",
+        ),
+    ],
+)
+def test_data_whose_sources_are_not_known_are_refused(
+    bytes_root: Path, tmp_path: Path, name: str, content: str, options: dict[str, Any], message: str, pack: bool
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(PlanError) as caught:
+        load(bytes_root, path, samples=1, seqlen=4, by_source=True, pack=pack, **options)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_tables_without_sources_are_refused(bytes_root: Path, tmp_path: Path) -> None:
+    table = parquet(tmp_path / "d.parquet", {"text": ["abcd"]})
+    with pytest.raises(PlanError, match=r"d\.parquet: expected one column 'source', found 'text'"):
+        load(bytes_root, table, samples=1, seqlen=4, sources=("a",))
+
+
+def test_windows_of_all_sources_together_are_bounded(
+    bytes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = sourced(tmp_path / "d.jsonl", [("a", "abcdefg"), ("b", "abcdefg")])
+    monkeypatch.setattr("shardxform.calibration.windows.MAX_TOKENS", 16)
+    assert len(load(bytes_root, data, samples=2, seqlen=4, by_source=True).ids_NT) == 4
+    monkeypatch.setattr("shardxform.calibration.windows.MAX_TOKENS", 15)
+    with pytest.raises(PlanError, match="expected at most 15 tokens of all sources: ask for fewer windows"):
+        load(bytes_root, data, samples=2, seqlen=4, by_source=True)
+
+
 # -- hostile data --------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +723,8 @@ def test_data_that_cannot_be_read_are_refused(
         ({"seqlen": 1}, "seqlen: expected at least 2, found 1"),
         ({"seed": -1}, "seed: expected at least 0, found -1"),
         ({"samples": 1 << 20, "seqlen": 2048}, "samples: expected at most 1,073,741,824 tokens in all windows"),
+        ({"sources": ("a", "")}, "sources: expected a name of 1 to 100 characters that can be shown, found ''"),
+        ({"sources": tuple(map(str, range(101)))}, "sources: expected at most 100, found 101"),
     ],
 )
 def test_options_that_no_data_satisfy_are_refused(options: dict[str, Any], message: str) -> None:

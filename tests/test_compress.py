@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 def arguments(source: Path, *more: str, evaluated: bool = True) -> list[str]:
     text = ["--data", str(source / "text/calib.jsonl"), "--samples", "4", "--seqlen", "64"]
-    tuned = ["--method", "auto-round", "--iters", "2"]
+    tuned = ["--iters", "2"]
     held_out = ["--eval-data", str(source / "text/heldout.jsonl"), "--eval-samples", "2", "--eval-seqlen", "64"]
     return ["--keep", "8", *text, *tuned, *(held_out if evaluated else []), *more]
 
@@ -136,7 +136,7 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     calib = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
     done("score", small_moe, "-o", tmp_path / "s", *calib)
     done("select", tmp_path / "s", "--keep", "8", "-o", tmp_path / "keep.json")
-    tuned = ["--method", "auto-round", "--iters", "2", *calib]
+    tuned = ["--method", "auto-round", "--iters", "2", "--batch-size", "1", *calib]
     done("quantize", small_moe, tmp_path / "out", "-m", tmp_path / "keep.json", *tuned)
     held_out = ["--data", small_moe / "text/heldout.jsonl", "--samples", "2", "--seqlen", "64"]
     work = ["--work", tmp_path / "w"]
@@ -167,7 +167,7 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
 
 
 def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path) -> None:
-    out = json.loads(done("compress", small_moe, tmp_path / "out", "--format", "gptq", "--json", "-q"))
+    out = json.loads(done("compress", small_moe, tmp_path / "out", "--method", "rtn", "--format", "gptq", "--json", "-q"))
     assert out["made"] == ["quantize", "verify", "card"]
     done("quantize", small_moe, tmp_path / "separate", "--format", "gptq")
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
@@ -283,12 +283,11 @@ def test_progress_is_one_over_all_stages(prepared: Prepared, tmp_path: Path) -> 
     seen: list[Progress] = []
     compress(at(prepared, tmp_path / "out"), Settings(), on_progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
-    assert {(p.total, p.unit, p.resumed) for p in seen} == {(seen[-1].total, "tokens", 0)}
+    assert {(p.total, p.unit, p.resumed) for p in seen} == {(seen[-1].total, "work", 0)}
     assert seen[-1].done == seen[-1].total == sum(prepared.weights.values())
-    blocks, scored, tuned = 4, 4 * 64, (2 * 4 + 2 * 4) * 64  # two steps of all four windows, two chains
-    assert prepared.weights["score"] == scored * blocks
-    assert prepared.weights["quantize"] == tuned * blocks
-    assert prepared.weights["evaluate"] == 2 * 2 * 64 * (blocks + 1)
+    weights = prepared.weights
+    assert min(weights[stage] for stage in ("score", "quantize", "evaluate")) > 0
+    assert weights["quantize"] > weights["score"]  # the same windows: two chains, and two steps with backward passes
 
 
 @pytest.mark.parametrize("missing", ["saliency.safetensors", "keep.json", "evaluation.json"])
@@ -318,6 +317,9 @@ def test_an_output_that_is_gone_is_made_again_and_verified_again(
         (["--format", "gptq"], "'quantize' was made from other inputs: scheme.format: was 'auto-round', now 'gptq'"),
         (["--iters", "3"], "'quantize' was made from other inputs: recipe.iters: was 2, now 3"),
         (["--mtp", "drop"], "'quantize' was made from other inputs: options.mtp: was 'auto', now 'drop'"),
+        (["--group-size", "64"], "'quantize' was made from other inputs: scheme.grid.group_size: was 128, now 64"),
+        (["--dtype", "bfloat16"], "'score' was made from other inputs: dtype: was 'float32', now 'bfloat16'"),
+        (["--tune-samples", "2"], "'quantize' was made from other inputs: recipe.windows: was "),
         (["--eval-samples", "1"], "'evaluate' was made from other inputs: data.samples_asked: was 2, now 1"),
     ],
 )
@@ -342,7 +344,7 @@ def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared
 
 def test_force_starts_over_what_is_unfinished(small_moe: Path, prepared: Prepared, tmp_path: Path) -> None:
     def stop(p: Progress) -> None:
-        if p.done >= 2 * 256:
+        if p.done >= prepared.weights["score"] // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
@@ -445,8 +447,8 @@ def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> No
     source = tmp_path / "model.compress"
     shutil.copytree(small_moe, source)
     before = tree(source)
-    assert "only read" in refused("compress", source, tmp_path / "model")
-    assert "only read" in refused("compress", source, source / "out")
+    assert "only read" in refused("compress", source, tmp_path / "model", "--method", "rtn")
+    assert "only read" in refused("compress", source, source / "out", "--method", "rtn")
     assert tree(source) == before
 
 
@@ -475,14 +477,14 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Pat
     ("args", "message"),
     [
         (["--keep", "8"], "Missing option '--data' or '--preset'"),
-        (["--method", "auto-round"], "Missing option '--data' or '--preset'"),
+        ([], "Missing option '--data' or '--preset'; --method rtn needs no text"),
         (["--keep", "8", "--ratio", "0.5"], "either --keep or --ratio"),
         (["--criterion", "ean"], "--criterion is for choosing experts"),
         (["--protect-super-experts"], "--protect-super-experts is for choosing experts"),
-        (["--iters", "2"], "--iters is for --method auto-round"),
-        (["--samples", "2"], "--samples is for choosing experts and tuning"),
+        (["--method", "rtn", "--iters", "2"], "--iters is for --method auto-round"),
+        (["--method", "rtn", "--samples", "2"], "--samples is for choosing experts and tuning"),
         (["--eval-samples", "2"], "--eval-samples is for measuring OUT"),
-        (["--plot"], "--plot is for choosing experts and measuring"),
+        (["--method", "rtn", "--plot"], "--plot is for choosing experts and measuring"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

@@ -16,10 +16,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
+from shardxform.card.evaluations import read_evaluation  # noqa: E402
 from shardxform.checkpoint import Checkpoint  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.errors import Interrupted, PlanError  # noqa: E402
-from shardxform.evaluation import EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
+from shardxform.evaluation import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.evaluation_plot import draw  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.manifest import Manifest  # noqa: E402
 from shardxform.progress import Progress  # noqa: E402
@@ -149,6 +151,153 @@ def test_interrupted_it_goes_on_to_the_same_figures(
     options.on_progress = seen.append
     assert evaluate(pruned, windows, options, source) == whole
     assert seen[-1].done == seen[-1].total == 2 * 5 * 1280
+
+
+# -- sources of text --------------------------------------------------------------------------------------------------
+
+
+def held_out(**options: Any) -> Windows:
+    root = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+    return load_windows(root, DataOptions(data=str(root / "text/heldout.jsonl"), samples=5, seqlen=96, **options))
+
+
+def test_each_source_has_the_figures_of_its_windows(small_moe: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(small_moe)
+    pruned = pruned_view(source, KEEP).checkpoint
+    apart = held_out(by_source=True)
+    found = run_evaluate(pruned, apart, tmp_path / "w", source)
+    assert [*found.sources] == ["code", "kjv"]
+    assert (found.windows, found.tokens) == (10, 960)
+    assert found.against is not None
+    mean = 0.0
+    for name, each in found.sources.items():
+        alone = run_evaluate(pruned, held_out(sources=(name,)), tmp_path / "w", source)
+        assert each.against is not None
+        assert alone.against is not None
+        assert (each.windows, each.tokens, each.against.block_errors, dict(each.sources)) == (5, 480, (), {})
+        assert each.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+        assert each.ratio == pytest.approx(alone.perplexity / alone.against.perplexity, rel=1e-5)
+        figures = [(c.perplexity, c.kl, c.kl_error, c.top1) for c in (each.against, alone.against)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+        mean += each.against.kl / 2
+    assert found.against.kl == pytest.approx(mean, rel=1e-9)
+    losses = [math.log(each.perplexity) for each in found.sources.values()]
+    assert math.log(found.perplexity) == pytest.approx(sum(losses) / 2, rel=1e-9)
+    assert len(found.against.block_errors) == 4
+
+
+def test_the_perplexity_of_a_source_is_the_loaded_models(small_moe: Path, tmp_path: Path) -> None:
+    found = run_evaluate(Checkpoint.open(small_moe), held_out(by_source=True), tmp_path / "w")
+    expected = by_hand(loaded(small_moe), held_out(sources=("kjv",)))[0]
+    assert found.sources["kjv"].perplexity == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(found.sources["kjv"].ratio)
+
+
+def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) -> None:
+    source, windows = Checkpoint.open(small_moe), held_out(by_source=True)
+    whole = run_evaluate(source, windows, tmp_path / "w")
+    seen: list[Progress] = []
+
+    def stop(p: Progress) -> None:
+        seen.append(p)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    options = EvaluateOptions(precision=FLOAT32, work=tmp_path / "w", on_progress=stop)
+    with pytest.raises(Interrupted):
+        evaluate(source, windows, options)
+    with pytest.raises(ResumeError, match="other data"):
+        run_evaluate(source, held_out(), tmp_path / "w")
+    assert run_evaluate(source, windows, tmp_path / "w") == whole
+
+
+def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(plan_prune(Checkpoint.open(small_moe), KEEP), out)
+    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64", "--by-source"]
+    base = ["evaluate", str(out), *data, "--work", str(tmp_path / "w"), "-q"]
+    runner, plot = CliRunner(), tmp_path / "p.png"
+    assert "sources  code 2, kjv 2 windows" in runner.invoke(main, [*base, "--dry-run"]).output
+    shown = runner.invoke(main, [*base, "--against", str(small_moe), "--plot", str(plot)]).output
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    result = runner.invoke(main, [*base, "--against", str(small_moe), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    (tmp_path / "e.json").write_text(result.stdout)
+    card = runner.invoke(main, ["card", str(out), "--evaluation", str(tmp_path / "e.json")]).output
+    assert [*facts["sources"]] == ["code", "kjv"]
+    for name, of in (*facts["sources"].items(), ("", facts)):
+        ratio = of["perplexity"] / of["against"]["perplexity"]
+        figures = [f"{of['perplexity']:.4f}", f"{of['against']['perplexity']:.4f}", f"{ratio:.4f}"]
+        assert row(shown, name or "all")[:5] == [name or "all", str(of["windows"]), *figures]
+        cells = f"| {f'`{name}`' if name else ''} | {of['tokens']} | {of['windows']} | {of['perplexity']:.3f} |"
+        line = next(line for line in card.splitlines() if line.startswith(f"| `heldout.jsonl` {cells}"))
+        assert f"| {ratio:.4f} | {of['against']['kl']:.4f} ± " in line
+    assert "A source of text is measured on windows of its documents alone" in card
+    alone = runner.invoke(main, base).output
+    assert row(alone, "kjv") == ["kjv", "2", row(shown, "kjv")[2]]
+
+
+def row(output: str, first: str) -> list[str]:
+    """The cells of the last line of a table that begins with a word."""
+    return [line.split() for line in output.splitlines() if line.split()[:1] == [first]][-1]
+
+
+def test_sources_that_are_not_there_are_refused(small_moe: Path, tmp_path: Path) -> None:
+    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
+    for command in (["evaluate", str(small_moe)], ["score", str(small_moe), "-o", str(tmp_path / "s")]):
+        result = CliRunner().invoke(main, [*command, *data, "--sources", "kjv, cod", "--dry-run"])
+        assert result.exit_code == 1
+        assert "heldout.jsonl: expected documents of source 'cod', found 'code', 'kjv'\n" in result.output
+
+
+def test_the_card_says_which_sources_were_calibrated_on(small_moe: Path, tmp_path: Path) -> None:
+    keep = json.loads((small_moe.parents[1] / "manifests/small-moe-keep8.json").read_text())
+    digest = keep["provenance"]["runs"][0]["sha256"]
+    keep["provenance"]["runs"][0]["sources"] = ["code"]
+    manifest, path, out = tmp_path / "keep.json", tmp_path / "e.json", tmp_path / "out"
+    manifest.write_text(json.dumps(keep))
+    run(plan_prune(Checkpoint.open(small_moe), Manifest.load(manifest)), out)
+    for sources, flatters in (([], True), (["code"], True), (["kjv"], False)):
+        data = {"data": "calib.jsonl", "sha256": digest, "sources": sources}
+        path.write_text(json.dumps({"data": data, "windows": 1, "tokens": 8, "perplexity": 2.5}))
+        args = ["card", str(out), "--manifest", str(manifest), "--evaluation", str(path)]
+        card = CliRunner().invoke(main, args, catch_exceptions=False).output
+        assert "calibration text: `calib.jsonl` (source `code`)" in card
+        named = f" (source `{sources[0]}`)" if sources else ""
+        assert f"| `calib.jsonl`{named} | 8 | 1 | 2.500 |" in card
+        assert ("`calib.jsonl` is both calibration and evaluation text" in card) is flatters
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        ([], "sources: expected at most 100 names, each with its figures"),
+        ({"\x1b[2J": {"windows": 1, "tokens": 2}}, "sources: expected at most 100 names, each with its figures"),
+        ({"a": 3}, "windows: missing or malformed"),
+        ({"a": {"windows": 1, "tokens": 2, "against": {"top1_agreement": 2}}}, "expected a share from 0 to 1, found 2"),
+    ],
+)
+def test_malformed_figures_of_sources_are_refused(small_moe: Path, tmp_path: Path, sources: Any, told: str) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({"data": {"data": "d"}, "windows": 1, "tokens": 2, "sources": sources}))
+    with pytest.raises(PlanError) as caught:
+        read_evaluation(path, Checkpoint.open(small_moe))
+    assert told in str(caught.value)
+
+
+def test_a_picture_shows_any_name_and_any_number_of_sources(tmp_path: Path) -> None:
+    def drawn(sources: dict[str, Evaluation]) -> bytes:
+        draw(total, tmp_path / "p.png", title="t", sources=sources)
+        return (tmp_path / "p.png").read_bytes()
+
+    total = Comparison(perplexity=2.0, kl=0.5, kl_error=math.nan, top1=0.5, block_errors=(0.1, 0.2))
+    one = Evaluation(perplexity=math.inf, windows=1, tokens=8, against=total)
+    names = [r"$\\frac{$", "x" * 100, "caf\u00e9"]
+    pictures = [drawn({}), drawn(dict.fromkeys(names[:1], one)), drawn(dict.fromkeys(names, one))]
+    assert len(set(pictures)) == 3
+    assert drawn({}) == pictures[0]
+    assert drawn(dict.fromkeys(map(str, range(100)), one))[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_models_of_another_shape_are_refused(

@@ -17,10 +17,34 @@ from typing import Final
 
 from shardxform.calibration.hub import hub_files, is_hub_name
 from shardxform.calibration.options import DataOptions
-from shardxform.calibration.readers import KINDS, DataFile, Record, count, fields, kind_of, listed, read, runs
+from shardxform.calibration.readers import (
+    KINDS,
+    DataFile,
+    Record,
+    count,
+    fields,
+    kind_of,
+    listed,
+    no_sources,
+    read,
+    runs,
+    sources_of,
+)
 from shardxform.errors import PlanError
 
-__all__ = ["PIECE", "Corpus", "Form", "Piece", "count_documents", "cut", "find_key", "open_corpus", "pieces", "sha256"]
+__all__ = [
+    "PIECE",
+    "Corpus",
+    "Form",
+    "Piece",
+    "count_documents",
+    "cut",
+    "document_sources",
+    "find_key",
+    "open_corpus",
+    "pieces",
+    "sha256",
+]
 
 PIECE: Final = 1 << 18
 """Characters after which a piece ends at the next seam of the text; at twice as many it ends anywhere."""
@@ -40,10 +64,19 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """How a record becomes text: the field it stands in, and what turns its value into text or refuses it."""
+    """How a record becomes text.
+
+    Attributes:
+        key: the field it stands in.
+        render: turns the field's value into text, or refuses it.
+        takes: whether a document of this source is wanted at this point of the data; None where sources have no say,
+            and are not read.
+
+    """
 
     key: str
     render: Callable[[Record], str]
+    takes: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +87,7 @@ class Piece:
     document: int
     text: str
     last: bool
+    source: str = ""
 
 
 def open_corpus(options: DataOptions) -> Corpus:
@@ -69,7 +103,8 @@ def open_corpus(options: DataOptions) -> Corpus:
         return Corpus(name=_printable(path.resolve().name), files=tuple(_local(each) for each in names))
     if not is_hub_name(options.data):
         raise PlanError(f"{options.data}: no such file or directory, and no name of a hub data set (owner/name)")
-    revision, files = hub_files(options.data, whole=not options.pack)
+    whole = not options.pack or options.by_source or bool(options.sources)
+    revision, files = hub_files(options.data, whole=whole)
     return Corpus(name=options.data, files=files, revision=revision)
 
 
@@ -96,6 +131,17 @@ def count_documents(corpus: Corpus) -> int:
     return sum(count(file) for file in corpus.files)
 
 
+def document_sources(corpus: Corpus) -> Iterator[str]:
+    """Yield the source of every document, in order; a file is not touched before its documents are asked for.
+
+    Raises:
+        PlanError: a file is unreadable or malformed, or a document has no source.
+
+    """
+    for file in corpus.files:
+        yield from sources_of(file)
+
+
 def pieces(corpus: Corpus, form: Form, wanted: Iterator[bool]) -> Iterator[Iterator[Piece]]:
     """Yield for every file, in order, the pieces of its documents that are wanted; each file must be read to its end.
 
@@ -103,7 +149,7 @@ def pieces(corpus: Corpus, form: Form, wanted: Iterator[bool]) -> Iterator[Itera
     touched before its pieces are asked for: it may have to be downloaded.
 
     Raises:
-        PlanError: a file is unreadable or malformed, or a record has no such text.
+        PlanError: a file is unreadable or malformed, or a record has no such text, or no source where these count.
 
     """
     numbers = itertools.count()
@@ -186,19 +232,24 @@ def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _texts(file: DataFile, form: Form, wanted: Iterator[bool]) -> Iterator[Iterable[str] | None]:
-    """Yield every document of a file as runs of text, or None for one that is not wanted."""
+def _texts(file: DataFile, form: Form, wanted: Iterator[bool]) -> Iterator[tuple[str, Iterable[str]] | None]:
+    """Yield every document of a file as its source and runs of text, or None for one that is not wanted."""
     if file.kind == "text":
-        yield runs(file) if next(wanted, False) else None
+        if form.takes:
+            raise no_sources(file)
+        yield ("", runs(file)) if next(wanted, False) else None
         return
-    for record in read(file, form.key, wanted):
-        yield None if record is None else (form.render(record),)
+    for record in read(file, form.key, wanted, sources=form.takes is not None):
+        taken = record is not None and (form.takes is None or form.takes(record.source))
+        yield (record.source, (form.render(record),)) if record is not None and taken else None
 
 
-def _pieces(file: int, texts: Iterable[tuple[Iterable[str] | None, int]]) -> Iterator[Piece]:
+def _pieces(file: int, texts: Iterable[tuple[tuple[str, Iterable[str]] | None, int]]) -> Iterator[Piece]:
     for text, number in texts:
         if text is not None:
-            yield from (Piece(file=file, document=number, text=part, last=last) for part, last in cut(text))
+            source, runs_of_it = text
+            for part, last in cut(runs_of_it):
+                yield Piece(file=file, document=number, text=part, last=last, source=source)
 
 
 def _digest(file: DataFile) -> str:

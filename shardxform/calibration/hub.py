@@ -20,7 +20,7 @@ __all__ = ["MAX_WHOLE_BYTES", "chosen", "hub_files", "is_hub_name"]
 T = TypeVar("T")
 
 MAX_WHOLE_BYTES: Final = 16 * 10**9
-"""Where documents are chosen by the seed, all files are needed; more than this is not downloaded for it."""
+"""Where documents are chosen, by the seed or their source, all files are needed; no more is downloaded for it."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^/\x00-\x1f\x7f\ud800-\udfff]+)*/?", re.ASCII)
 _TRAIN: Final = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)", re.IGNORECASE)
@@ -58,8 +58,9 @@ def hub_files(data: str, whole: bool) -> tuple[str, tuple[DataFile, ...]]:
     nbytes = sum(sizes[name] for name in names)
     if whole and nbytes > MAX_WHOLE_BYTES:
         raise PlanError(
-            f"{data}: choosing documents by the seed reads all {len(names)} files, {nbytes / 1e9:,.1f} GB; "
-            f"expected at most {MAX_WHOLE_BYTES / 1e9:.0f} GB: pack, or name fewer files as owner/name/PREFIX"
+            f"{data}: choosing documents, by the seed or their source, reads all {len(names)} files,"
+            f" {nbytes / 1e9:,.1f} GB; expected at most {MAX_WHOLE_BYTES / 1e9:.0f} GB: pack all that comes,"
+            " or name fewer files as owner/name/PREFIX"
         )
     get = partial(hf_hub_download, repo, repo_type="dataset", revision=info.sha)
     return str(info.sha), tuple(_file(repo, name, partial(get, name)) for name in names)

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["MAX_TOKENS", "PRESETS", "DataOptions", "Windows"]
+__all__ = ["MAX_SOURCES", "MAX_TOKENS", "PRESETS", "SOURCE", "SOURCE_NAME", "DataOptions", "Windows", "is_source"]
 
 MAX_TOKENS: Final = 1 << 30
 """Tokens of all windows together: 4 GiB of ids, which are held in memory."""
+MAX_SOURCES: Final = 100
+"""Sources that are kept apart."""
+SOURCE: Final = "source"
+"""Field of a record that names where its document comes from."""
+SOURCE_NAME: Final = "a name of 1 to 100 characters that can be shown"
+"""What `is_source` expects, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,11 @@ class DataOptions:
         chat_template: documents are conversations, rendered with the checkpoint's chat template.
         text_key: field or column that holds the documents; empty for `text`, else `content`, or with `chat_template`
             for whichever of `messages` and `conversations` there is.
+        sources: take the documents alone whose field `source` is one of these; empty for all. The windows are those of
+            data in which there are no others.
+        by_source: keep the sources apart: `samples` windows of each, those that `sources` alone would give, in the
+            order of their names. A source that does not fill one window is left out, with a note, unless it is one
+            of `sources`.
 
     """
 
@@ -50,6 +61,8 @@ class DataOptions:
     pack: bool = True
     chat_template: bool = False
     text_key: str = ""
+    sources: tuple[str, ...] = ()
+    by_source: bool = False
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -62,6 +75,16 @@ class DataOptions:
                 f"samples: expected at most {MAX_TOKENS:,} tokens in all windows, "
                 f"found {self.samples:,} x {self.seqlen:,}"
             )
+        for name in self.sources:
+            if not is_source(name):
+                raise PlanError(f"sources: expected {SOURCE_NAME}, found {name[:40]!r}")
+        if len(self.sources) > MAX_SOURCES:
+            raise PlanError(f"sources: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
+
+
+def is_source(name: str) -> bool:
+    """Whether a source may have this name: it is shown to people, on terminals and in tables."""
+    return 0 < len(name) <= 100 and name.isprintable() and name == name.strip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +94,10 @@ class Windows:
     Attributes:
         ids_NT: [N, T] int32. Every window is full: what does not fill one is dropped.
         lengths_N: [N] int32, valid tokens of each window: T.
-        fingerprint: sha256 over the shape, ids and lengths.
+        fingerprint: sha256 over the shape, ids and lengths, and which sources were chosen or kept apart.
         provenance: where they come from, without paths: what JSON can hold, in a fixed order.
         notes: what the user should be told, a line each.
+        rows: which windows are of which source, in the order of the windows; empty unless sources were kept apart.
 
     """
 
@@ -82,6 +106,7 @@ class Windows:
     fingerprint: str
     provenance: Mapping[str, Any]
     notes: tuple[str, ...]
+    rows: tuple[tuple[str, range], ...] = ()
 
 
 PRESETS: Final[Mapping[str, DataOptions]] = MappingProxyType(

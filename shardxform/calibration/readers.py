@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterator
+import itertools
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
+from shardxform.calibration.options import SOURCE, SOURCE_NAME, is_source
 from shardxform.errors import PlanError
 from shardxform.strictjson import JsonError, parse_object
 
@@ -26,8 +28,10 @@ __all__ = [
     "fields",
     "kind_of",
     "listed",
+    "no_sources",
     "read",
     "runs",
+    "sources_of",
 ]
 
 Kind = Literal["jsonl", "json", "parquet", "text"]
@@ -66,10 +70,11 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The value of one record's field, and its place for messages."""
+    """The value of one record's field, its place for messages, and its source where sources are read."""
 
     place: str
     value: object
+    source: str = ""
 
 
 def kind_of(name: str) -> Kind | None:
@@ -109,17 +114,18 @@ def fields(file: DataFile) -> tuple[str, ...] | None:
     return tuple(_object(first[1], first[0])) if first else None
 
 
-def read(file: DataFile, key: str, wanted: Iterator[bool]) -> Iterator[Record | None]:
+def read(file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = False) -> Iterator[Record | None]:
     """Yield the field `key` of every record, or None for one that is not wanted, which is not parsed either.
 
-    Takes one item of `wanted` a record, so that one iterator serves several files.
+    Takes one item of `wanted` a record, so that one iterator serves several files. With `sources`, every wanted record
+    must name its source.
 
     Raises:
-        PlanError: unreadable or malformed, or a wanted record without the field.
+        PlanError: unreadable or malformed, or a wanted record without the field, or without a source.
 
     """
     if file.kind == "parquet":
-        yield from _rows(file, key, wanted)
+        yield from _rows(file, key, wanted, sources)
         return
     for place, raw in _entries(file):
         if not next(wanted, False):
@@ -128,7 +134,26 @@ def read(file: DataFile, key: str, wanted: Iterator[bool]) -> Iterator[Record | 
         record = _object(raw, place)
         if key not in record:
             raise PlanError(f"{place}: expected a field {key!r}, found {listed(record)}")
-        yield Record(place, record[key])
+        yield Record(place, record[key], _source(record, place) if sources else "")
+
+
+def sources_of(file: DataFile) -> Iterator[str]:
+    """Yield the source of every record, without its text.
+
+    Raises:
+        PlanError: unreadable or malformed, or a record that names no source.
+
+    """
+    if file.kind == "text":
+        raise no_sources(file)
+    for record in read(file, SOURCE, itertools.repeat(True), sources=True):
+        if record is not None:
+            yield record.source
+
+
+def no_sources(file: DataFile) -> PlanError:
+    """The refusal of a plain text where sources count."""
+    return PlanError(f"{file.place}: expected records with a field {SOURCE!r}, found plain text")
 
 
 def runs(file: DataFile) -> Iterator[str]:
@@ -179,6 +204,18 @@ def _elements(file: DataFile, data: bytes) -> Iterator[tuple[str, object]]:
         yield f"{file.place}: record {number}", element
 
 
+def _source(record: Mapping[str, object], place: str) -> str:
+    """The source that a record names: a name that can be shown, and told from others."""
+    if SOURCE not in record:
+        raise PlanError(f"{place}: expected a field {SOURCE!r}, found {listed(record)}")
+    name = record[SOURCE]
+    if not isinstance(name, str):
+        raise PlanError(f"{place}: {SOURCE}: expected a string, found {type(name).__name__}")
+    if not is_source(name):
+        raise PlanError(f"{place}: {SOURCE}: expected {SOURCE_NAME}, found {name[:40]!r}")
+    return name
+
+
 def _object(raw: object, place: str) -> dict[str, Any]:
     if isinstance(raw, bytes):
         try:
@@ -215,14 +252,23 @@ def _parquet(file: DataFile) -> Iterator[Any]:
         raise PlanError(f"{file.place}: not readable as parquet: {str(e).splitlines()[0][:200]}") from e
 
 
-def _rows(file: DataFile, key: str, wanted: Iterator[bool]) -> Iterator[Record | None]:
+def _rows(file: DataFile, key: str, wanted: Iterator[bool], sources: bool) -> Iterator[Record | None]:
+    columns = list(dict.fromkeys([key, SOURCE] if sources else [key]))
     with _parquet(file) as table:
         names = table.schema_arrow.names
-        if names.count(key) != 1:
-            raise PlanError(f"{file.place}: expected one column {key!r}, found {listed(names)}")
-        cells = (cell for batch in table.iter_batches(batch_size=_ROWS, columns=[key]) for cell in batch.column(key))
-        for number, cell in enumerate(cells, start=1):
-            yield Record(f"{file.place}: row {number}", cell.as_py()) if next(wanted, False) else None
+        for column in columns:
+            if names.count(column) != 1:
+                raise PlanError(f"{file.place}: expected one column {column!r}, found {listed(names)}")
+        batches = table.iter_batches(batch_size=_ROWS, columns=columns)
+        rows = (cells for batch in batches for cells in zip(*map(batch.column, columns), strict=True))
+        for number, cells in enumerate(rows, start=1):
+            yield _record(f"{file.place}: row {number}", columns, cells, sources) if next(wanted, False) else None
+
+
+def _record(place: str, columns: Sequence[str], cells: Sequence[Any], sources: bool) -> Record:
+    """A row of which the first cell is the field that was asked for."""
+    row = {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}
+    return Record(place, row[columns[0]], _source(row, place) if sources else "")
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------------

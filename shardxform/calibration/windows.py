@@ -1,4 +1,4 @@
-"""Documents to windows of token ids: joined and cut, or one document a window.
+"""Documents to windows of token ids: joined and cut, or one document a window; of all sources together, or each apart.
 
 The same data, options and tokenizer give the same windows, on any machine. What is held is the windows themselves
 and a few pieces of text: packing reads no further than it needs, and choosing by the seed reads the data again.
@@ -10,8 +10,8 @@ import hashlib
 import heapq
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +19,22 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.calibration.documents import Corpus, Form, Piece, count_documents, find_key, open_corpus, pieces, sha256
-from shardxform.calibration.options import DataOptions, Windows
+from shardxform.calibration.documents import (
+    Corpus,
+    Form,
+    Piece,
+    count_documents,
+    document_sources,
+    find_key,
+    open_corpus,
+    pieces,
+    sha256,
+)
+from shardxform.calibration.options import MAX_SOURCES, MAX_TOKENS, DataOptions, Windows
+from shardxform.calibration.readers import listed
 from shardxform.calibration.tokens import Tokenizer, conversation, encoded, load_tokenizer, plain_text
 from shardxform.errors import CheckpointError, PlanError
+from shardxform.strictjson import dumps
 
 __all__ = ["load_windows"]
 
@@ -48,6 +60,10 @@ class _Found:
     files: int
 
 
+_Result = _Found | str
+"""What the documents of a source give; text, that says so, when they do not fill one window."""
+
+
 def load_windows(checkpoint_root: Path, options: DataOptions) -> Windows:
     """Read the data and cut them into windows.
 
@@ -61,68 +77,192 @@ def load_windows(checkpoint_root: Path, options: DataOptions) -> Windows:
     render = partial(conversation, tokenizer) if options.chat_template else plain_text
     form = Form(key=find_key(corpus, options), render=render)
     source = _Source(corpus=corpus, form=form, tokenizer=tokenizer, options=options)
-    found = _packed(source) if options.pack else _sampled(source)
-    highest = int(found.ids_NT.max())
+    results = _packed(source) if options.pack else _sampled(source)
+    found, notes = _settled(source, results)
+    highest = max(int(each.ids_NT.max()) for each in found.values())
     if highest >= tokenizer.vocab_size:
         raise CheckpointError(
             f"{checkpoint_root}: the tokenizer gives id {highest}, but vocab_size in config.json is "
             f"{tokenizer.vocab_size}"
         )
-    return _windows(source, found)
+    return _windows(source, found, notes)
 
 
-# -- one stream, cut -----------------------------------------------------------------------------------------------
+def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str, _Found], list[str]]:
+    """Windows by source, in the order of their names, and notes; a source that nobody named may give none."""
+    options = source.options
+    found = {name: result for name, result in sorted(results.items()) if isinstance(result, _Found)}
+    notes: list[str] = []
+    for name, result in sorted(results.items()):
+        of = f"source {name!r}: " if options.by_source else ""
+        if isinstance(result, str):
+            if not found or not options.by_source or name in options.sources:
+                raise PlanError(f"{options.data}: {of}{result}")
+            notes.append(f"{of}{result}; it is left out")
+        elif len(result.ids_NT) < options.samples:
+            asked, got = f"{options.samples:,} windows of {options.seqlen:,} tokens", f"{len(result.ids_NT):,}"
+            notes.append(f"{of}asked for {asked}, the data give {got}")
+    return found, notes
 
 
-def _packed(source: _Source) -> _Found:
-    """The first windows of all documents joined, each followed by the end-of-text token."""
-    seqlen = source.options.seqlen
-    wanted = source.options.samples * seqlen
-    ids: list[NDArray[np.int64]] = []
-    starts: list[tuple[int, int]] = []  # of each document: its first token, its file
-    total = 0
-    for (file, new), run in _runs(source):
+# -- sources -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_absent(source: _Source, present: Collection[str]) -> None:
+    """Refuse sources that were asked for and have no document, among those `present` or in the data at all."""
+    absent = set(source.options.sources).difference(present)
+    names: dict[str, None] = {}
+    for name in document_sources(source.corpus) if absent else ():
+        absent.discard(name)
+        if not absent:
+            return
+        if len(names) <= MAX_SOURCES:
+            names[name] = None
+    if absent:
+        raise PlanError(f"{source.options.data}: expected documents of source {min(absent)!r}, found {listed(names)}")
+
+
+def _refuse_too_many(options: DataOptions, names: Collection[str]) -> None:
+    if len(names) > MAX_SOURCES:
+        raise PlanError(f"{options.data}: expected at most {MAX_SOURCES} sources to keep apart, found more: name some")
+
+
+# -- one stream a source, cut --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class _Stream:
+    """Documents that are joined while the data are read, as far as the windows wanted reach.
+
+    Attributes:
+        seqlen, wanted: tokens of a window, and of all windows.
+        runs: ids, in order.
+        starts: of each document, its first token and its file.
+        total: tokens in `runs`.
+
+    """
+
+    seqlen: int
+    wanted: int
+    runs: list[NDArray[np.int64]] = field(default_factory=list)
+    starts: list[tuple[int, int]] = field(default_factory=list)
+    total: int = 0
+
+    @property
+    def full(self) -> bool:
+        return self.total >= self.wanted
+
+    def add(self, file: int, new: bool, run: NDArray[np.int64]) -> None:
+        """Append ids; `new` when they begin a document."""
         if new:
-            starts.append((total, file))
-        ids.append(run)
-        total += len(run)
-        if total >= wanted:
+            self.starts.append((self.total, file))
+        self.runs.append(run)
+        self.total += len(run)
+
+    def cut(self) -> _Result:
+        """The windows; what remains is dropped."""
+        used = min(self.total, self.wanted) // self.seqlen * self.seqlen
+        if not used:
+            return (
+                f"expected at least one window of {self.seqlen:,} tokens, "
+                f"found {self.total:,} tokens in {len(self.starts):,} documents"
+            )
+        documents = bisect_left(self.starts, (used, -1))
+        ids_NT = np.concatenate(self.runs)[:used].reshape(-1, self.seqlen)
+        return _Found(ids_NT=ids_NT, documents=documents, files=self.starts[documents - 1][1] + 1)
+
+
+def _packed(source: _Source) -> dict[str, _Result]:
+    """The first windows of all documents joined, each followed by the end-of-text token; of each source if asked."""
+    options = source.options
+    named = options.sources if options.by_source else ("",)
+    streams = {name: _stream(options) for name in named}
+    present: set[str] = set()
+    for piece, new, run in _runs(source, _taker(options, streams)):
+        if options.sources:
+            present.add(piece.source)
+        stream = streams.setdefault(piece.source if options.by_source else "", _stream(options))
+        if not stream.full:  # a document goes on, and pieces are read ahead
+            stream.add(piece.file, new, run)
+            _refuse_too_much(options, streams)
+        if named and all(each.full for each in streams.values()):
             break
-    used = min(total, wanted) // seqlen * seqlen
-    if not used:
-        raise PlanError(
-            f"{source.options.data}: expected at least one window of {seqlen:,} tokens, "
-            f"found {total:,} tokens in {len(starts):,} documents"
-        )
-    documents = bisect_left(starts, (used, -1))
-    ids_NT = np.concatenate(ids)[:used].reshape(-1, seqlen)
-    return _Found(ids_NT=ids_NT, documents=documents, files=starts[documents - 1][1] + 1)
+    _refuse_absent(source, present)
+    return {name: stream.cut() for name, stream in (streams or {"": _stream(options)}).items()}
 
 
-def _runs(source: _Source) -> Iterator[tuple[tuple[int, bool], NDArray[np.int64]]]:
-    """Yield ((file, whether a document begins), ids) in order; the last ids of a document end it."""
+def _stream(options: DataOptions) -> _Stream:
+    return _Stream(seqlen=options.seqlen, wanted=options.samples * options.seqlen)
+
+
+def _taker(options: DataOptions, streams: Mapping[str, _Stream]) -> Callable[[str], bool] | None:
+    """Which documents are worth their tokens, as the streams are when they are asked for."""
+    if not options.sources and not options.by_source:
+        return None
+
+    def takes(name: str) -> bool:
+        stream = streams.get(name)
+        return (not options.sources or name in options.sources) and (stream is None or not stream.full)
+
+    return takes
+
+
+def _refuse_too_much(options: DataOptions, streams: Mapping[str, _Stream]) -> None:
+    _refuse_too_many(options, streams)
+    if len(streams) > 1 and sum(stream.total for stream in streams.values()) > MAX_TOKENS:
+        raise PlanError(f"{options.data}: expected at most {MAX_TOKENS:,} tokens of all sources: ask for fewer windows")
+
+
+def _runs(source: _Source, takes: Callable[[str], bool] | None) -> Iterator[tuple[Piece, bool, NDArray[np.int64]]]:
+    """Yield (piece, whether it begins a document, its ids) in order; the last ids of a document end it."""
     new = True
-    files = pieces(source.corpus, source.form, itertools.repeat(True))
+    files = pieces(source.corpus, replace(source.form, takes=takes), itertools.repeat(True))
     for piece, ids in itertools.chain.from_iterable(encoded(source.tokenizer, file) for file in files):
         if piece.last:
             ids.append(source.tokenizer.end)
-        yield (piece.file, new), np.array(ids, dtype=np.int64)
+        yield piece, new, np.array(ids, dtype=np.int64)
         new = piece.last
 
 
 # -- one document a window -----------------------------------------------------------------------------------------
 
 
-def _sampled(source: _Source) -> _Found:
-    """The windows of the documents that come first in the seed's order and are long enough."""
+def _sampled(source: _Source) -> dict[str, _Result]:
+    """The windows of the documents that come first in the seed's order and are long enough; of each source if asked."""
     options = source.options
-    documents = count_documents(source.corpus)
-    order = np.random.Generator(np.random.PCG64(options.seed)).permutation(documents)
-    rank = np.empty(documents, dtype=np.int64)
-    rank[order] = np.arange(documents)
+    if not options.sources and not options.by_source:
+        total = count_documents(source.corpus)
+        return {"": _first(source, np.arange(total), total)}
+    names, codes_D = _codes(source)
+    _refuse_absent(source, [name for name, code in names.items() if (codes_D == code).any()])
+    if not options.by_source:
+        return {"": _first(source, np.flatnonzero(codes_D >= 0), len(codes_D))}
+    return {name: _first(source, np.flatnonzero(codes_D == code), len(codes_D)) for name, code in names.items()}
+
+
+def _codes(source: _Source) -> tuple[dict[str, int], NDArray[np.int32]]:
+    """Sources by name with a number each, and the number of every document [D]; -1 for one that is not asked for."""
+    options = source.options
+    names = {name: code for code, name in enumerate(sorted(set(options.sources)))}
+
+    def code(name: str) -> int:
+        if not options.sources and name not in names:
+            names[name] = len(names)
+            _refuse_too_many(options, names)
+        return names.get(name, -1)
+
+    return names, np.fromiter(map(code, document_sources(source.corpus)), dtype=np.int32)
+
+
+def _first(source: _Source, among: NDArray[np.int64], total: int) -> _Result:
+    """Windows of the documents with the numbers `among`, of `total` in the data."""
+    options = source.options
+    order = np.random.Generator(np.random.PCG64(options.seed)).permutation(len(among))
+    rank = np.full(total, np.iinfo(np.int64).max)
+    rank[among[order]] = np.arange(len(among))
     found: list[NDArray[np.int64]] = []
     longest, low, high = 0, 0, _FIRST_TRY * options.samples
-    while len(found) < options.samples and low < documents:
+    while len(found) < options.samples and low < len(among):
         best: list[tuple[int, NDArray[np.int64]]] = []  # a heap of those with the lowest ranks, the highest on top
         for document, ids in _heads(source, iter((rank >= low) & (rank < high))):
             longest = max(longest, len(ids))
@@ -132,9 +272,9 @@ def _sampled(source: _Source) -> _Found:
         found += [ids for _, ids in sorted(best, key=lambda each: -each[0])]
         low, high = high, 2 * high
     if not found:
-        raise PlanError(
-            f"{options.data}: expected at least one document of {options.seqlen:,} tokens, "
-            f"found {documents:,} documents, the longest of {longest:,} tokens"
+        return (
+            f"expected at least one document of {options.seqlen:,} tokens, "
+            f"found {len(among):,} documents, the longest of {longest:,} tokens"
         )
     return _Found(ids_NT=np.stack(found), documents=len(found), files=len(source.corpus.files))
 
@@ -167,39 +307,61 @@ def _is_window(ids: NDArray[np.int64], seqlen: int) -> bool:
 # -- the value -----------------------------------------------------------------------------------------------------
 
 
-def _windows(source: _Source, found: _Found) -> Windows:
-    ids_NT = found.ids_NT.astype(np.int32)
+def _windows(source: _Source, found: Mapping[str, _Found], notes: Iterable[str]) -> Windows:
+    options = source.options
+    ids_NT = np.concatenate([each.ids_NT for each in found.values()]).astype(np.int32)
     got, seqlen = ids_NT.shape
     lengths_N = np.full(got, seqlen, dtype=np.int32)
     digest = hashlib.sha256(f"windows {got} {seqlen}\n".encode())
     digest.update(ids_NT.astype("<i4", copy=False).tobytes())
     digest.update(lengths_N.astype("<i4", copy=False).tobytes())
-    asked = source.options.samples
-    short = f"asked for {asked:,} windows of {seqlen:,} tokens, the data give {got:,}"
+    chosen = _chosen(options, found)
+    digest.update(dumps(chosen).encode() if chosen else b"")
     return Windows(
         ids_NT=ids_NT,
         lengths_N=lengths_N,
         fingerprint=digest.hexdigest(),
-        provenance=_provenance(source, found),
-        notes=(short,) if got < asked else (),
+        provenance={**_provenance(source, found), **chosen},
+        notes=tuple(notes),
+        rows=tuple(_rows(found)) if options.by_source else (),
     )
 
 
-def _provenance(source: _Source, found: _Found) -> dict[str, Any]:
-    corpus, options = source.corpus, source.options
-    content = {"revision": corpus.revision} if corpus.revision else {"sha256": sha256(corpus, found.files)}
+def _rows(found: Mapping[str, _Found]) -> Iterator[tuple[str, range]]:
+    start = 0
+    for name, each in found.items():
+        yield name, range(start, start + len(each.ids_NT))
+        start += len(each.ids_NT)
+
+
+def _chosen(options: DataOptions, found: Mapping[str, _Found]) -> dict[str, Any]:
+    """Which sources were chosen, and how many windows each gave; nothing where sources have no say."""
+    asked = {"sources": sorted(set(options.sources))} if options.sources else {}
+    return asked | ({"by_source": {name: len(rows) for name, rows in _rows(found)}} if options.by_source else {})
+
+
+def _files(source: _Source, found: Mapping[str, _Found]) -> int:
+    """Number of files that decide the windows: which sources there are is known when all are read."""
+    open_ended = source.options.by_source and not source.options.sources
+    return len(source.corpus.files) if open_ended else max(each.files for each in found.values())
+
+
+def _provenance(source: _Source, found: Mapping[str, _Found]) -> dict[str, Any]:
+    corpus, options, files = source.corpus, source.options, _files(source, found)
+    content = {"revision": corpus.revision} if corpus.revision else {"sha256": sha256(corpus, files)}
+    samples = sum(len(each.ids_NT) for each in found.values())
     return {
         "data": corpus.name,
-        "files": [file.name for file in corpus.files[: found.files]],
+        "files": [file.name for file in corpus.files[:files]],
         **content,
         "samples_asked": options.samples,
-        "samples": len(found.ids_NT),
+        "samples": samples,
         "seqlen": options.seqlen,
         "seed": options.seed,
         "pack": options.pack,
         "chat_template": options.chat_template,
         "text_key": source.form.key,
-        "documents": found.documents,
-        "tokens": int(found.ids_NT.size),
+        "documents": sum(each.documents for each in found.values()),
+        "tokens": samples * options.seqlen,
         "tokenizer_sha256": source.tokenizer.sha256,
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform.card.facts import Evaluation
+from shardxform.calibration.options import MAX_SOURCES, is_source
+from shardxform.card.facts import Data, Evaluation
 from shardxform.card.record import data_of, number, section, text, whole
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import PlanError
@@ -29,10 +31,17 @@ def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
     if (measured := text(value, "fingerprint")) and measured != checkpoint.fingerprint:
         raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.root}")
     data = data_of(section(value, "data"))
+    if data is None:
+        raise _malformed(path, "data")
+    found = _figures(path, value, data)
+    return replace(found, block_errors=_errors(path, section(value, "against")), sources=_sources(path, value, data))
+
+
+def _figures(path: Path, value: Mapping[str, Any], data: Data, source: str = "") -> Evaluation:
+    """The figures of an evaluation, or of one source in it."""
     windows, tokens = whole(value, "windows"), whole(value, "tokens")
-    if data is None or not windows or not tokens:
-        missing = "data" if data is None else "windows" if not windows else "tokens"
-        raise PlanError(f"{path}: {missing}: missing or malformed; expected the output of `shardxform evaluate --json`")
+    if not windows or not tokens:
+        raise _malformed(path, "windows" if not windows else "tokens")
     against = section(value, "against")
     top1 = _known(path, against, "top1_agreement")
     if top1 is not None and top1 > 1:
@@ -46,8 +55,20 @@ def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
         kl=_known(path, against, "kl"),
         kl_error=_known(path, against, "kl_standard_error"),
         top1=top1,
-        block_errors=_errors(path, against),
+        source=source,
     )
+
+
+def _sources(path: Path, value: Mapping[str, Any], data: Data) -> tuple[Evaluation, ...]:
+    """The figures of every source, in the order of the file."""
+    listed = value.get("sources", {})
+    if not isinstance(listed, dict) or len(listed) > MAX_SOURCES or not all(map(is_source, listed)):
+        raise PlanError(f"{path}: sources: expected at most {MAX_SOURCES} names, each with its figures")
+    return tuple(_figures(path, section(listed, name), data, name) for name in listed)
+
+
+def _malformed(path: Path, what: str) -> PlanError:
+    return PlanError(f"{path}: {what}: missing or malformed; expected the output of `shardxform evaluate --json`")
 
 
 def _object(path: Path) -> Mapping[str, Any]:

@@ -37,13 +37,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """Text that was cut into `samples` windows of `seqlen` tokens. `content` is a SHA-256, or a commit of the hub."""
+    """Text that was cut into `samples` windows of `seqlen` tokens.
+
+    Attributes:
+        content: a SHA-256, or a commit of the hub.
+        sources: of whose documents alone; empty for all.
+
+    """
 
     name: str
     samples: int | None = None
     seqlen: int | None = None
     tokens: int | None = None
     content: str = ""
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +114,15 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What `evaluate --json` measured; the last five are None without a reference, or where they are not finite."""
+    """What `evaluate --json` measured.
+
+    Attributes:
+        reference, kl, kl_error, top1: None without a reference, or where they are not finite.
+        block_errors: likewise, per block.
+        source: the one source of text that the figures are of; empty for all of the text.
+        sources: the figures of each, where they were kept apart.
+
+    """
 
     data: Data
     windows: int
@@ -118,6 +133,13 @@ class Evaluation:
     kl_error: float | None = None
     top1: float | None = None
     block_errors: tuple[float | None, ...] = ()
+    source: str = ""
+    sources: tuple[Evaluation, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity over the reference's."""
+        return self.perplexity / self.reference if self.perplexity is not None and self.reference else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from shardxform.calibration.options import is_source
 from shardxform.card.facts import BlockError, Data
 
 __all__ = ["block_errors", "data_of", "flag", "number", "section", "text", "texts", "whole"]
@@ -62,6 +63,7 @@ def data_of(value: Mapping[str, Any]) -> Data | None:
         seqlen=whole(value, "seqlen"),
         tokens=whole(value, "tokens"),
         content=text(value, "revision") or text(value, "sha256"),
+        sources=tuple(filter(is_source, texts(value, "sources"))),
     )
 
 

@@ -177,14 +177,17 @@ def _block(block: BlockError) -> tuple[str, ...]:
 
 
 def _evaluation(facts: Facts) -> Iterator[str]:
-    columns = [column for column in _COLUMNS if any(column[1](found) for found in facts.evaluations)]
-    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.evaluations])
+    lines = [each for found in facts.evaluations for each in (*found.sources, found)]
+    columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
+    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
     if any(found.reference is not None for found in facts.evaluations):
         yield (
             "The reference is the checkpoint that this one was held against, on the same windows. KL divergence is"
             " KL(reference ‖ this) of the next token's distribution, in nats, ± its standard error over windows; same"
             " choice is the share of positions where both find the same token likeliest."
         )
+    if any(found.sources for found in facts.evaluations):
+        yield "A source of text is measured on windows of its documents alone; the line without one is of all windows."
     for found in facts.evaluations:
         if found.block_errors:
             yield f"Relative error of each block's output on {code(found.data.name)}, each model on its own chain:"
@@ -201,11 +204,13 @@ def _divergence(found: Evaluation) -> str:
 
 
 _COLUMNS = (
-    ("text", lambda found: code(found.data.name)),
+    ("text", lambda found: _text(found.data)),
+    ("source", lambda found: code(found.source) if found.source else ""),
     ("tokens", lambda found: f"{found.tokens:,}"),
     ("windows", lambda found: f"{found.windows:,}"),
     ("perplexity", lambda found: "" if found.perplexity is None else f"{found.perplexity:.3f}"),
     ("reference", lambda found: "" if found.reference is None else f"{found.reference:.3f}"),
+    ("ratio", lambda found: f"{found.ratio:.4f}" if found.ratio and (found.source or found.sources) else ""),
     ("KL divergence", _divergence),
     ("same choice", lambda found: "" if found.top1 is None else f"{found.top1:.1%}"),
 )
@@ -228,9 +233,9 @@ def _limits(facts: Facts) -> Iterator[str]:
     tuned = facts.quantization is not None and facts.quantization.data is not None
     if tuned:
         yield "Rounding was tuned on calibration text, and fits text like it best."
-    seen = {_identity(data) for data in _calibration(facts)}
+    seen = [*_calibration(facts)]
     for found in facts.evaluations:
-        if _identity(found.data) in seen:
+        if any(_is_shared(found.data, data) for data in seen):
             yield f"{code(found.data.name)} is both calibration and evaluation text: its figures flatter."
     made = facts.quantization
     plain = [block.layer for block in made.blocks if block.tuned is None] if made else []
@@ -247,8 +252,10 @@ def _calibration(facts: Facts) -> Iterator[Data]:
         yield facts.quantization.data
 
 
-def _identity(data: Data) -> tuple[str, str]:
-    return (data.name, data.content) if data.content else (data.name, str(id(data)))
+def _is_shared(one: Data, other: Data) -> bool:
+    """Whether two texts are the same, or documents of a source in both."""
+    same = bool(one.content) and (one.name, one.content) == (other.name, other.content)
+    return same and (not one.sources or not other.sources or not {*one.sources}.isdisjoint(other.sources))
 
 
 def _again(facts: Facts) -> Iterator[str]:
@@ -262,7 +269,13 @@ def _again(facts: Facts) -> Iterator[str]:
 
 def _data(data: Data) -> str:
     size = _product(data.samples, data.seqlen)
-    return code(data.name) + (f", {size}" if size else "")
+    return _text(data) + (f", {size}" if size else "")
+
+
+def _text(data: Data) -> str:
+    """What a text is called, and of which sources it is where not of all."""
+    of = ", ".join(map(code, data.sources))
+    return code(data.name) + (f" (source{'s' * (len(data.sources) != 1)} {of})" if of else "")
 
 
 def _folded(text: str) -> str:

@@ -30,6 +30,7 @@ _COMMANDS: Final = {
     "evaluate": "Perplexity of a checkpoint on held-out text, and its distance from a reference.",
     "saliency": "Show saliency files, and add them up.",
     "card": "Make the model card of an output, from its own record.",
+    "push": "Publish an output on the hub: verified, resumable, in one commit.",
     "doctor": "Show what this machine has, and which commands that is enough for.",
     "manifest": "Show, check and convert keep manifests.",
 }

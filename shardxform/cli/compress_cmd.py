@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,30 +10,86 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short, table, tell
-from shardxform.cli.model_options import data_options, load_data, make_precision, require
-from shardxform.cli.options import out_argument, run_options, source_argument, view_options
+from shardxform.cli.compress_report import report, show
+from shardxform.cli.console import Label, count, interruptible, progress, short, tell
+from shardxform.cli.model_options import data_options, load_data, make_precision, precision_options, require
+from shardxform.cli.options import (
+    out_argument,
+    read_scheme,
+    run_options,
+    scheme_options,
+    source_argument,
+    view_options,
+)
 from shardxform.cli.tune_options import read_tuning
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import SchemeError
 from shardxform.prune import ViewOptions
-from shardxform.quantize.grid import Grid
-from shardxform.recipe import BATCH_SIZE, ITERS
+from shardxform.recipe import ITERS
 from shardxform.saliency.criteria import CRITERIA, DEFAULT
-from shardxform.scheme import FORMATS, Scheme
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.cli.tune_options import Tuning
-    from shardxform.compress import Outcome, Prepared
+    from shardxform.forward.weights import Precision
 
 __all__ = ["command"]
 
 _DATA_KEYS: Final = ("data", "preset", "samples", "seqlen", "seed", "no_pack", "chat_template", "text_key")
+_TUNE_SAMPLES, _TUNE_SEQLEN, _TUNE_BATCH = 64, 512, 1  # the published recipe's
+_TUNE_KEYS: Final = ("iters", "batch_size", "tune_samples", "tune_seqlen")
 _PRESETS: Final = {
     "reference": "NeelNanda/pile-10k, unpacked: experts scored on 256 x 2048; rounding tuned on 64 x 512, 200 steps "
     "of one window"
 }
+
+
+def _compress_options(function: Any) -> Any:  # noqa: ANN401
+    """What no other command has, or has with other defaults."""
+    for option in (
+        click.option("--verbose", "-v", is_flag=True, help="Also print what every stage and every block took."),
+        click.option(
+            "--work",
+            metavar="DIR",
+            type=click.Path(path_type=Path),
+            help="Directory for what the stages give, and for hidden states of scoring and evaluating.  [default: "
+            "OUT.compress]",
+        ),
+        click.option("--plot", is_flag=True, help="Also draw the choice of experts, and the blocks' errors, as PNG."),
+        click.option("--full-verify", is_flag=True, help="Verify all data of OUT against SRC, not headers alone."),
+        click.option("--eval-seqlen", type=click.IntRange(2), help="Tokens of such a window.  [default: 2048]"),
+        click.option("--eval-samples", type=click.IntRange(1), help="Windows of it.  [default: 256]"),
+        click.option("--eval-data", metavar="D", help="Held-out text, as --data: also measure OUT against SRC on it."),
+    ):
+        function = option(function)
+    return function
+
+
+def _tune_options(function: Any) -> Any:  # noqa: ANN401
+    """How the rounding is tuned; less by default than `quantize` does, so that it ends on a CPU."""
+    for option in (
+        click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {_TUNE_BATCH}]"),
+        click.option("--iters", type=click.IntRange(1), help=f"Steps of tuning a block.  [default: {ITERS}]"),
+        click.option(
+            "--tune-seqlen",
+            type=click.IntRange(2),
+            help=f"Tokens of such a window.  [default: --seqlen, or {_TUNE_SEQLEN}]",
+        ),
+        click.option(
+            "--tune-samples",
+            type=click.IntRange(1),
+            help=f"Windows of --data that the rounding is tuned on.  [default: --samples, or {_TUNE_SAMPLES}]",
+        ),
+        click.option(
+            "--method",
+            type=click.Choice(["rtn", "auto-round"]),
+            default="auto-round",
+            show_default=True,
+            help="auto-round: tune the rounding of each block on the data. rtn: round to nearest, in minutes.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 @click.command("compress")
@@ -52,89 +108,62 @@ _PRESETS: Final = {
     is_flag=True,
     help="Keep experts with outlying activations, whatever they score.",
 )
-@click.option(
-    "--method",
-    type=click.Choice(["rtn", "auto-round"]),
-    default="rtn",
-    show_default=True,
-    help="rtn: round to nearest. auto-round: tune the rounding of each block on the data.",
-)
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(list(FORMATS)),
-    default="auto-round",
-    show_default=True,
-    help="How clients find the weights.",
-)
-@click.option("--iters", type=click.IntRange(1), help=f"Steps of tuning a block.  [default: {ITERS}]")
-@click.option("--batch-size", type=click.IntRange(1), help=f"Windows of such a step.  [default: {BATCH_SIZE}]")
 @data_options(samples=256, presets=_PRESETS)
-@click.option("--eval-data", metavar="D", help="Held-out text, as --data: also measure OUT against SRC on it.")
-@click.option("--eval-samples", type=click.IntRange(1), help="Windows of it.  [default: 256]")
-@click.option("--eval-seqlen", type=click.IntRange(2), help="Tokens of such a window.  [default: 2048]")
-@click.option("--full-verify", is_flag=True, help="Verify all data of OUT against SRC, not headers alone.")
-@click.option("--plot", is_flag=True, help="Also draw the choice of experts, and the errors of the blocks, as PNG.")
-@click.option(
-    "--device", default="cpu", show_default=True, help="Where the model is computed and weights are rounded, or cuda."
-)
+@_tune_options
+@scheme_options
+@_compress_options
+@precision_options
 @view_options
 @run_options
 def command(source: Path, out: Path, **given: Any) -> None:  # noqa: ANN401
     """Make OUT of SRC: choose experts, prune, round to 4 bits, verify and measure, each as its own command does.
 
-    score runs SRC over --data, 256 windows unless --samples says; select chooses the experts that stay, by --keep or
-    --ratio, and without these all stay; quantize writes OUT, pruned and rounded in one pass, tuned on 128 windows of
-    --data with --method auto-round; verify holds OUT against SRC; evaluate measures both, with --eval-data.
+    score runs SRC over --data, 256 windows of 2048 tokens unless --samples and --seqlen say; select chooses the experts
+    that stay, by --keep or --ratio, and without these all stay; quantize writes OUT, pruned and rounded in one pass,
+    the rounding tuned on 64 windows of 512 tokens of --data; verify holds OUT against SRC; evaluate measures both,
+    with --eval-data. --dry-run predicts memory and disk from headers, and time from a measurement of this machine.
 
     A model card, OUT/README.md, says what came of it. What the stages gave lies in OUT.compress, and is kept:
     saliency.safetensors, keep.json, evaluation.json.
     Interrupted, the same command goes on where it stopped; a stage that is done is not done again.
     """
     _refuse_idle(given)
+    quiet, as_json, verbose = given["quiet"], given["as_json"], given["verbose"]
     with interruptible():
         request = _request(Checkpoint.open(source), out, given)
-        settings = Settings(
-            jobs=given["jobs"],
-            device=given["device"],
-            force=given["force"],
-            full_verify=given["full_verify"],
-            plot=given["plot"],
-        )
+        settings = Settings(**{key: given[key] for key in ("jobs", "device", "force", "full_verify", "plot")})
         from shardxform.compress import compress, prepare
 
         prepared = prepare(request, force=settings.force)
         if given["dry_run"]:
-            _show(prepared, settings, given["as_json"])
+            show(prepared, settings, as_json=as_json)
             return
         for note in prepared.sketch.notes:
             tell(f"note: {note}")
-        with progress("compress", given["quiet"]) as on_progress:
-            watcher = None if given["quiet"] else _Watcher(request)
-            outcome = compress(prepared, settings, on_stage=watcher, on_progress=on_progress)
-    if given["as_json"]:
-        print_json(_as_json(outcome))
-    else:
-        _report(outcome, source)
+        watcher = _Watcher(request, Label("compress"))
+        with progress(watcher.label, quiet) as on_progress:
+            outcome = compress(prepared, settings, on_stage=None if quiet else watcher, on_progress=on_progress)
+    report(outcome, source, as_json=as_json, verbose=verbose)
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
 
 
+def _prunes(given: Mapping[str, Any]) -> bool:
+    return given["keep"] is not None or given["ratio"] is not None
+
+
 def _refuse_idle(given: Mapping[str, Any]) -> None:
     """An option that would do nothing is a misunderstanding."""
-    prunes, tunes = not (given["keep"] is None and given["ratio"] is None), given["method"] == "auto-round"
+    prunes, tunes, measures = _prunes(given), given["method"] == "auto-round", given["eval_data"] is not None
     if given["keep"] is not None and given["ratio"] is not None:
         raise click.UsageError("give either --keep or --ratio")
     idle: dict[str, tuple[bool, tuple[str, ...]]] = {
         "choosing experts: give --keep or --ratio": (prunes, ("criterion", "protect")),
-        "--method auto-round, but the method is rtn": (tunes, ("iters", "batch_size")),
+        "--method auto-round, but the method is rtn": (tunes, _TUNE_KEYS),
         "choosing experts and tuning: give --keep, --ratio or --method auto-round": (prunes or tunes, _DATA_KEYS),
-        "measuring OUT: give --eval-data": (given["eval_data"] is not None, ("eval_samples", "eval_seqlen")),
-        "choosing experts and measuring: give --keep, --ratio or --eval-data": (
-            prunes or given["eval_data"] is not None,
-            ("plot",),
-        ),
+        "measuring OUT: give --eval-data": (measures, ("eval_samples", "eval_seqlen")),
+        "choosing experts and measuring: give --keep, --ratio or --eval-data": (prunes or measures, ("plot",)),
     }
     for what, (used, names) in idle.items():
         for name in names:
@@ -142,38 +171,53 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
                 option = {"protect": "protect-super-experts"}.get(name, name.replace("_", "-"))
                 raise SchemeError(f"--{option} is for {what}")
     if (prunes or tunes) and given["data"] is None and given["preset"] is None:
-        raise click.UsageError("Missing option '--data' or '--preset'.")
+        less = "" if prunes else "; --method rtn needs no text"
+        raise click.UsageError(f"Missing option '--data' or '--preset'{less}.")
     if given["plot"]:
         require("matplotlib", extra="plot")
 
 
 def _request(source: Checkpoint, out: Path, given: Mapping[str, Any]) -> Request:
-    prunes, tunes = not (given["keep"] is None and given["ratio"] is None), given["method"] == "auto-round"
+    prunes, tunes = _prunes(given), given["method"] == "auto-round"
     measures = given["eval_data"] is not None
-    pruning = None
-    if prunes:
-        criterion = given["criterion"] or DEFAULT
-        pruning = Pruning(keep=given["keep"], ratio=given["ratio"], criterion=criterion, protect=given["protect"])
-    precision = make_precision(given["device"], "auto") if prunes or tunes or measures else None
-    data = {key: given[key] for key in _DATA_KEYS}
-    tuning = _tuning(source.root, given, data) if tunes else None
+    precision = _precision(given) if prunes or tunes or measures else None
+    tuning = _tuning(source.root, given) if tunes else None
     return Request(
         source=source,
         out=out,
-        scheme=Scheme(grid=Grid(search=tunes), format=given["format_"]),
+        scheme=read_scheme(dict(given), tuned=tunes),
         view=ViewOptions(text_only=given["text_only"], mtp=given["mtp"], max_shard_bytes=given["max_shard_size"]),
-        pruning=pruning,
-        score_windows=load_data(source.root, dict(data)) if prunes else None,
+        pruning=_pruning(given) if prunes else None,
+        score_windows=load_data(source.root, _data(given)) if prunes else None,
         tune_windows=tuning.windows if tuning else None,
         recipe=tuning.recipe if tuning else None,
         eval_windows=_eval_windows(source.root, given) if measures else None,
         precision=precision,
+        work=given["work"],
     )
 
 
-def _tuning(root: Path, given: Mapping[str, Any], data: Mapping[str, Any]) -> Tuning | None:
-    asked = {"iters": given["iters"], "batch_size": given["batch_size"], "merge": ()}
-    asked |= dict.fromkeys(("inputs", "blocks", "dtype"))
+def _precision(given: Mapping[str, Any]) -> Precision:
+    return make_precision(given["device"], given["dtype"])
+
+
+def _pruning(given: Mapping[str, Any]) -> Pruning:
+    criterion = given["criterion"] or DEFAULT
+    return Pruning(keep=given["keep"], ratio=given["ratio"], criterion=criterion, protect=given["protect"])
+
+
+def _data(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: given[key] for key in _DATA_KEYS}
+
+
+def _tuning(root: Path, given: Mapping[str, Any]) -> Tuning | None:
+    data = _data(given)
+    usual = {"samples": _TUNE_SAMPLES, "seqlen": _TUNE_SEQLEN}
+    for key, value in usual.items():
+        data[key] = given[f"tune_{key}"] or data[key] or (None if data["preset"] else value)
+    asked = {"iters": given["iters"], "batch_size": given["batch_size"] or _TUNE_BATCH, "merge": ()}
+    asked |= {"inputs": None, "blocks": None, "dtype": given["dtype"]}
+    asked |= dict.fromkeys(("heal", "heal_iters", "heal_lr"))
     return read_tuning("auto-round", root, given["device"], {**asked, **data})
 
 
@@ -185,16 +229,18 @@ def _eval_windows(root: Path, given: Mapping[str, Any]) -> Windows:
     return load_data(root, {**asked, **others, "no_pack": False, "chat_template": False})
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- what is said meanwhile -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Watcher:
-    """Says on stderr which stage begins."""
+    """Says on stderr which stage begins, and has the progress named after it."""
 
     request: Request
+    label: Label
 
     def __call__(self, number: int, total: int, stage: str, *, done: bool) -> None:
+        self.label.text = f"[{number}/{total}] {stage}"
         tell(f"[{number}/{total}] {stage}: " + ("done already" if done else self._what(stage)))
 
     def _what(self, stage: str) -> str:
@@ -219,130 +265,3 @@ class _Watcher:
 def _size(windows: Windows | None) -> str:
     assert windows is not None
     return f"{count(len(windows.lengths_N), 'window')}, {short(int(windows.lengths_N.sum()))} tokens"
-
-
-def _show(prepared: Prepared, settings: Settings, as_json: bool) -> None:
-    from shardxform.compress.forecast import forecast, free_bytes
-
-    request, stages = prepared.request, forecast(prepared, settings)
-    totals = {
-        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages),
-        "disk_bytes": _most_disk(stages),
-        "free_disk_bytes": free_bytes(request),
-    }
-    if as_json:
-        paths = {"source": str(request.source.root), "out": str(request.out), "folder": str(request.folder)}
-        known = {"summary": dict(prepared.sketch.summary), "notes": list(prepared.sketch.notes)}
-        print_json({**paths, "stages": stages, **totals, **known})
-        return
-    summary = prepared.sketch.summary
-    click.echo(f"compress {request.source.root} -> {request.out}  (dry run: nothing is written)")
-    rows(
-        [
-            ("experts", f"{summary['experts_before']} -> {summary['experts_after']} per layer, top-{summary['top_k']}"),
-            ("size", _sizes(summary["bytes_before"], prepared.sketch.data_bytes)),
-            ("results", str(request.folder)),
-        ]
-    )
-    table(("stage", "state", "memory", "written", "disk meanwhile", "tokens x blocks"), map(_stage_line, stages))
-    rows(
-        [
-            ("memory", f"about {gb(totals['peak_memory_bytes'])} at most"),
-            ("free disk", f"{gb(totals['free_disk_bytes'])} of {gb(totals['disk_bytes'])} needed"),
-            ("time", "not predicted: it goes with tokens x blocks, and the first stage shows how fast this machine is"),
-        ]
-    )
-    for note in prepared.sketch.notes:
-        click.echo(f"  note: {note}")
-    if request.eval_windows is None:
-        click.echo("  note: OUT is not measured without --eval-data")
-
-
-def _most_disk(stages: list[dict[str, Any]]) -> int:
-    """Disk at the fullest moment: what stays so far, and what lies there meanwhile."""
-    most = written = 0
-    for stage in stages:
-        written += stage["written_bytes"]
-        most = max(most, written + stage["work_bytes"])
-    return most
-
-
-def _stage_line(stage: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = [gb(stage[key]) if stage[key] else "-" for key in ("peak_memory_bytes", "written_bytes", "work_bytes")]
-    return (stage["stage"], stage["state"], *sizes, short(stage["tokens"]) if stage["tokens"] else "-")
-
-
-def _sizes(before: int, after: int) -> str:
-    return f"{gb(before)} -> {gb(after)} ({after / max(before, 1):.1%})"
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "out": str(outcome.out),
-        "folder": str(outcome.folder),
-        "made": list(outcome.made),
-        "stages": {stage: dict(facts) for stage, facts in outcome.facts.items()},
-        "written_bytes": outcome.report.written_bytes,
-        "facts": dict(outcome.report.facts),
-        "seconds": round(outcome.seconds, 3),
-        "peak_rss_bytes": outcome.peak_rss_bytes,
-    }
-
-
-def _report(outcome: Outcome, source: Path) -> None:
-    if outcome.made:
-        click.echo(f"{outcome.out}: complete and durable")
-    else:
-        click.echo(f"{outcome.out}: already complete, made from the same inputs; nothing written")
-    rows(_lines(outcome, source))
-    for block in outcome.report.facts.get("blocks", []):
-        if "rounded_to_nearest" in block:
-            why = block["rounded_to_nearest"]
-            tell(f"WARNING: block {block['layer']} is NOT tuned but rounded to nearest: {why}")
-    if left := outcome.facts["card"].get("left"):
-        tell(f"note: no card was written: {left}")
-    if "evaluate" not in outcome.facts:
-        tell("note: not measured; give --eval-data, held-out text, and only that is done")
-
-
-def _lines(outcome: Outcome, source: Path) -> Iterator[tuple[str, str]]:
-    facts = outcome.facts
-    if "select" in facts:
-        yield from _choice_lines(facts["select"])
-    yield "size", _sizes(facts["quantize"]["bytes_before"], facts["quantize"]["bytes_after"])
-    if blocks := [block for block in outcome.report.facts.get("blocks", []) if block.get("rtn_error")]:
-        yield (
-            "tuned",
-            f"squared error {_tuned_share(blocks):.1%} of that of rounding, over {count(len(blocks), 'block')}",
-        )
-    checked = facts["verify"]
-    depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "headers only"
-    warned = f", {count(checked['warnings'], 'warning')}" if checked["warnings"] else ""
-    yield "verified", f"sound: {count(checked['tensors'], 'tensor')}, {depth}{warned}"
-    if "evaluate" in facts:
-        yield from _evaluation_lines(facts["evaluate"])
-    yield "time", f"{outcome.seconds:.1f} s"
-    yield "memory", f"{gb(outcome.peak_rss_bytes)} peak"
-    yield "results", f"{outcome.folder}, {outcome.out / 'README.md'}"
-    if not checked["full"]:
-        yield "prove it", f"shardxform verify {outcome.out} --source {source}"
-
-
-def _choice_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    share = facts["saliency_kept"]
-    kept = "" if share is None else f", with {share:.1%} of the saliency"
-    yield "experts", f"{facts['experts']} -> {facts['kept']} per layer, by {facts['criterion']}{kept}"
-    if facts["never_reached_kept"]:
-        yield "note", f"kept {count(facts['never_reached_kept'], 'expert')} that no token reached; score more data"
-
-
-def _tuned_share(blocks: list[Mapping[str, Any]]) -> float:
-    return float(sum(block["tuned_error"] for block in blocks) / sum(block["rtn_error"] for block in blocks))
-
-
-def _evaluation_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found, against = facts["perplexity"], facts["against"]
-    if found is not None and against["perplexity"]:
-        before = against["perplexity"]
-        yield "perplexity", f"{found:.4f}, of the source {before:.4f}: {found / before - 1:+.2%}"
-    yield "KL divergence", f"{against['kl']:.6f} nats, same choice at {against['top1_agreement']:.2%} of positions"

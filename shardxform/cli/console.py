@@ -7,7 +7,9 @@ import json
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import click
@@ -15,11 +17,28 @@ import click
 from shardxform.progress import Progress, Unit
 from shardxform.sharding import show_size
 
-__all__ = ["amount", "count", "gb", "interruptible", "print_json", "progress", "rows", "short", "table", "tell"]
+__all__ = [
+    "Label",
+    "amount",
+    "count",
+    "gb",
+    "interruptible",
+    "print_json",
+    "progress",
+    "rows",
+    "short",
+    "span",
+    "table",
+    "tell",
+]
 
 _PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal, and more as time goes on
 _PLAIN_SHARE: Final = 0.05
 _PLAIN_MOST: Final = 60.0
+_SEEN_SECONDS: Final = 0.2
+_PACE_SECONDS: Final = 30.0
+_PACE_SHARE: Final = 0.2
+_PACE_STRAYS: Final = 3.0
 
 
 gb = show_size
@@ -82,9 +101,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@dataclass(slots=True)
+class Label:
+    """What progress is called; may change while it is shown."""
+
+    text: str
+
+
 @contextlib.contextmanager
-def progress(label: str, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+def progress(label: str | Label, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     """Show progress on stderr: a bar with rate and ETA on a terminal, plain lines otherwise, nothing when quiet."""
+    label = Label(label) if isinstance(label, str) else label
     if quiet or sys.stderr is None:
         yield None
     elif sys.stderr.isatty():
@@ -95,60 +122,109 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[Progress], None] | N
 
 
 @contextlib.contextmanager
-def _bar(label: str) -> Iterator[Callable[[Progress], None]]:
+def _bar(label: Label) -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[amount]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
     )
-    started = time.monotonic()
+    pace = _Pace()
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None, amount="", rate="")
+        task = bar.add_task(label.text, total=None, state="")
 
         def update(p: Progress) -> None:
             if bar.tasks[0].total is None and p.resumed:
-                bar.console.print(f"going on: {_of(p.resumed, p)} were done already")
-            bar.update(task, total=p.total, completed=p.done, amount=_of(p.done, p), rate=_rate(p, started))
+                bar.console.print(f"going on: {_of(p.resumed, p)} done already", highlight=False)
+            pace.see(p)
+            bar.update(task, description=label.text, total=p.total, completed=p.done, state=_state(p, pace))
 
         yield update
 
 
-def _plain(label: str) -> Callable[[Progress], None]:
-    started = time.monotonic()
+def _plain(label: Label) -> Callable[[Progress], None]:
+    pace = _Pace()
     last = 0.0
     finished = False
 
     def update(p: Progress) -> None:
         nonlocal last, finished
+        pace.see(p)
         now = time.monotonic()
         complete = p.done == p.total
-        wanted = min(_PLAIN_MOST, _PLAIN_SECONDS + _PLAIN_SHARE * (now - started))
+        wanted = min(_PLAIN_MOST, _PLAIN_SECONDS + _PLAIN_SHARE * (now - pace.started))
         if finished or (not complete and now - last < wanted):
             return
         finished = complete
         last = now
-        pace = (p.done - p.resumed) / max(now - started, 1e-3)
-        eta = f", {(p.total - p.done) / pace:.0f} s left" if pace and not complete else ""
-        tell(f"{label}: {_of(p.done, p)}, {_rate(p, started)}{eta}")
+        tell(f"{label.text}: {_state(p, pace)}")
 
     return update
 
 
+class _Pace:
+    """How fast work goes lately, and so how long the rest will take."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def see(self, p: Progress) -> None:
+        """Remember what is done, a few times a second, over the last fifth of the time, at least half a minute."""
+        now, work = time.monotonic(), p.done - p.resumed
+        if not self._seen:
+            self._seen.append((self.started, 0))
+        if now - self._seen[-1][0] > _SEEN_SECONDS:
+            self._seen.append((now, work))
+        span = max(_PACE_SECONDS, _PACE_SHARE * (now - self.started))
+        while len(self._seen) > 2 and now - self._seen[1][0] > span:
+            self._seen.popleft()
+
+    def of(self, p: Progress) -> float:
+        """Work a second lately, as far as it does not stray from that of the whole time: a pause is no forecast."""
+        now, done = time.monotonic(), p.done - p.resumed
+        then, work = self._seen[0] if self._seen else (self.started, 0)
+        lately, overall = ((done - w) / max(now - t, 1e-3) for t, w in ((then, work), (self.started, 0)))
+        return max(0.0, min(max(lately, overall / _PACE_STRAYS), overall * _PACE_STRAYS))
+
+
+def _state(p: Progress, pace: _Pace) -> str:
+    """How much is done, how fast, and what is left: `1.2 GB of 3.4 GB, 0.5 GB/s, 4 s left`."""
+    rate = pace.of(p)
+    parts = [_of(p.done, p)]
+    if p.unit != "work":
+        parts.append(f"{amount(int(rate), p.unit)}/s")
+    if rate and p.done < p.total:
+        parts.append(f"{span((p.total - p.done) / rate)} left")
+    return ", ".join(parts)
+
+
 def _of(done: int, p: Progress) -> str:
+    if p.unit == "work":
+        return f"{100 * done / max(p.total, 1):.0f} % of all stages"
     return f"{gb(done)} of {gb(p.total)}" if p.unit == "bytes" else f"{short(done)} of {amount(p.total, p.unit)}"
-
-
-def _rate(p: Progress, started: float) -> str:
-    return f"{amount(int((p.done - p.resumed) / max(time.monotonic() - started, 1e-3)), p.unit)}/s"
 
 
 def amount(number: int, unit: Unit) -> str:
     """A number of bytes or tokens as people say it."""
     return gb(number) if unit == "bytes" else f"{short(number)} tokens"
+
+
+def span(seconds: float) -> str:
+    """A time as people say it: 3.2 s, 45 s, 2 min 13 s, 12 min, 3 h 20 min, 4 days 2 h."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 599.5:
+        whole = round(seconds)
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {rest} min" if rest else f"{hours} h"
+    return f"{hours // 24} days {hours % 24} h"

@@ -7,16 +7,15 @@ from typing import Any, Literal
 
 import click
 
-from shardxform.checkpoint import Checkpoint
 from shardxform.cli.options import (
     expert_names_option,
     g_idx_option,
     out_argument,
     run_options,
     shard_size_option,
-    source_argument,
 )
 from shardxform.cli.planned import execute
+from shardxform.cli.sources import Source, connections_option, open_given, source_argument
 from shardxform.quantize.convert import ConvertOptions, Target, plan_convert
 from shardxform.scheme import FORMATS, ExpertNames, Format
 
@@ -36,9 +35,10 @@ __all__ = ["command"]
 @expert_names_option
 @g_idx_option
 @shard_size_option
+@connections_option
 @run_options
 def command(
-    source: Path,
+    source: Source,
     out: Path,
     format_: Format | Literal["bf16"],
     expert_names: ExpertNames,
@@ -52,6 +52,6 @@ def command(
     are copied byte for byte. Experts that SRC names experts.gate_up_proj.{id} become loadable. With --to bf16 the
     weights are dequantized.
     """
-    checkpoint = Checkpoint.open(source)
+    (checkpoint,) = open_given([source], run, out.parent)
     target = Target(format=format_, expert_names=expert_names, g_idx=g_idx)
     execute(plan_convert(checkpoint, target, ConvertOptions(max_shard_bytes=max_shard_size)), out, **run)

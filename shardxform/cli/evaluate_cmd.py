@@ -20,9 +20,11 @@ from shardxform.cli.model_options import (
     refuse_no_data,
     refuse_unwritable,
     require,
+    sources_option,
 )
 from shardxform.cli.options import json_option, manifest_option
 from shardxform.cli.planned import load_manifest
+from shardxform.cli.sources import SOURCE, Source, open_given, transfer_options
 from shardxform.errors import OutputError, SchemeError
 from shardxform.progress import peak_rss_bytes
 from shardxform.view import pruned_view
@@ -37,21 +39,32 @@ _WORK: Final = "shardxform-evaluate.work"
 
 
 @click.command("evaluate")
-@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CKPT", type=SOURCE)
 @manifest_option
-@click.option(
-    "--against", metavar="REF", type=click.Path(path_type=Path), help="Reference, such as the 16-bit source: compare."
-)
+@click.option("--against", metavar="REF", type=SOURCE, help="Reference, such as the 16-bit source: compare.")
 @data_options(samples=256, presets=SCORE_PRESETS)
+@sources_option
+@click.option(
+    "--by-source",
+    is_flag=True,
+    help="Keep the sources apart that documents name in their field `source`: --samples windows of each, and its own "
+    "figures beside those of all.",
+)
 @device_options
-@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the errors of the blocks, as PNG.")
+@transfer_options
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw the errors of the blocks, and with --by-source the divergence on each source, as PNG.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 def command(
-    checkpoint: Path,
+    checkpoint: Source,
     manifest: Path | None,
-    against: Path | None,
+    against: Source | None,
     device: str,
     dtype: str,
     work: Path | None,
@@ -69,16 +82,17 @@ def command(
     refuse_no_data(data)
     if plot:
         _refuse_plot(plot, against)
-    tested = _view(Checkpoint.open(checkpoint), manifest)
-    reference = Checkpoint.open(against) if against else None
+    work = work or Path(_WORK)
+    source, *others = open_given([checkpoint, *([against] if against else [])], data, work.parent)
+    tested, reference = _view(source, manifest), next(iter(others), None)
     precision = make_precision(device, dtype)
     from shardxform.evaluation import EvaluateOptions, evaluate
     from shardxform.forward.work import refuse_inside
 
-    options = EvaluateOptions(precision=precision, work=work or Path(_WORK))
+    options = EvaluateOptions(precision=precision, work=work)
     for path in (options.work, *([plot] if plot else [])):
-        refuse_inside(path, [checkpoint, *([against] if against else [])])
-    windows = load_data(checkpoint, data)
+        refuse_inside(path, [each.root for each in (source, *others)])
+    windows = load_data(source, data)
     if dry_run:
         _show(tested, reference, windows, options, as_json)
         return
@@ -92,10 +106,10 @@ def command(
     if plot and found.against:  # last: a picture that fails must not cost the figures
         from shardxform.evaluation_plot import draw
 
-        draw(found.against, plot, title=_title(checkpoint, manifest, against))
+        draw(found.against, plot, title=_title(checkpoint, manifest, against), sources=found.sources)
 
 
-def _refuse_plot(plot: Path, against: Path | None) -> None:
+def _refuse_plot(plot: Path, against: Source | None) -> None:
     """Refuse a picture that could not be drawn when all is done."""
     if against is None:
         raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
@@ -109,7 +123,7 @@ def _view(checkpoint: Checkpoint, manifest: Path | None) -> Checkpoint:
     if manifest is None:
         return checkpoint
     if checkpoint.config.get("quantization_config"):
-        raise SchemeError(f"{checkpoint.root}: quantized; --manifest prunes 16-bit checkpoints only")
+        raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
     return pruned_view(checkpoint, load_manifest(manifest, checkpoint)).checkpoint
 
 
@@ -121,12 +135,13 @@ def _show(
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
     needs = estimate(chains, windows, options.precision, options.work)
     if as_json:
-        print_json({"checkpoint": str(tested.root), "data": dict(windows.provenance), **needs})
+        print_json({"checkpoint": tested.where, "data": dict(windows.provenance), **needs})
         return
-    click.echo(f"evaluate {tested.root}  (dry run: nothing is written)")
+    click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
     rows(
         [
             ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
+            *([("sources", _of_sources(windows))] if windows.rows else []),
             (
                 "blocks",
                 f"{needs['blocks']} each of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}",
@@ -137,9 +152,13 @@ def _show(
     )
 
 
-def _title(checkpoint: Path, manifest: Path | None, against: Path | None) -> str:
+def _of_sources(windows: Windows) -> str:
+    return ", ".join(f"{name} {len(rows):,}" for name, rows in windows.rows) + " windows"
+
+
+def _title(checkpoint: Source, manifest: Path | None, against: Source | None) -> str:
     pruned = f" pruned by {manifest.name}" if manifest else ""
-    return f"{checkpoint.name}{pruned} against {against.name if against else ''}"
+    return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
 
 
 def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
@@ -149,7 +168,9 @@ def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: flo
     return {"fingerprint": tested.fingerprint, **evaluation_facts(found, windows), **spent}
 
 
-def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against: Path | None, seconds: float) -> None:
+def _report(
+    found: Evaluation, checkpoint: Source, manifest: Path | None, against: Source | None, seconds: float
+) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
     click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
     lines = [("perplexity", f"{found.perplexity:.4f}")]
@@ -161,6 +182,9 @@ def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against:
             ("same choice", f"{found.against.top1:.2%} of positions"),
         ]
     rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
+    if found.sources:
+        click.echo()
+        table(*_source_lines(found))
     if found.against:
         click.echo()
         table(("block", "error of its output", "added"), _block_lines(found.against))
@@ -169,6 +193,22 @@ def _report(found: Evaluation, checkpoint: Path, manifest: Path | None, against:
 def _divergence(against: Comparison) -> str:
     error = f" +- {against.kl_error:.6f}" if math.isfinite(against.kl_error) else ""
     return f"{against.kl:.6f}{error} nats"
+
+
+def _source_lines(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of a table: the sources, and all of them together."""
+    head: tuple[str, ...] = ("source", "windows", "perplexity")
+    if found.against:
+        head = (*head, "reference", "ratio", "KL divergence", "same choice")
+    return head, [_source_line(name, each) for name, each in (*found.sources.items(), ("all", found))]
+
+
+def _source_line(name: str, found: Evaluation) -> tuple[str, ...]:
+    line = (name, f"{found.windows:,}", f"{found.perplexity:.4f}")
+    if found.against is None:
+        return line
+    divergence = _divergence(found.against).removesuffix(" nats")
+    return (*line, f"{found.against.perplexity:.4f}", f"{found.ratio:.4f}", divergence, f"{found.against.top1:.2%}")
 
 
 def _block_lines(against: Comparison) -> list[tuple[str, ...]]:

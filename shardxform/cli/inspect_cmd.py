@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, short, table
-from shardxform.cli.options import json_option, source_argument
+from shardxform.cli.options import json_option
+from shardxform.cli.sources import Source, connections_option, open_given, source_argument
 from shardxform.inspection import Inspection, inspect_checkpoint
 
 __all__ = ["command"]
@@ -27,13 +29,14 @@ __all__ = ["command"]
     default=None,
     help="List tensors instead, all or those that match a pattern such as '*.experts.*'.",
 )
+@connections_option
 @json_option
-def command(source: Path, pattern: str | None, as_json: bool) -> None:
+def command(source: Source, pattern: str | None, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Show what SRC is made of: family, experts, sizes by role, and what pruning would make of it.
 
     Reads headers only, never tensor data.
     """
-    checkpoint = Checkpoint.open(source)
+    (checkpoint,) = open_given([source], given, Path())
     if pattern is not None:
         _list_tensors(checkpoint, pattern, as_json)
         return

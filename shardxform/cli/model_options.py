@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.calibration import PRESETS, DataOptions, Windows
+from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import tell
 from shardxform.errors import OutputError, PlanError
 
@@ -24,13 +25,16 @@ __all__ = [
     "device_options",
     "load_data",
     "make_precision",
+    "precision_options",
     "refuse_no_data",
     "refuse_unwritable",
     "require",
+    "sources_option",
 ]
 
 SCORE_PRESETS: Final = {"reference": "NeelNanda/pile-10k, 256 x 2048, unpacked"}
 _DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "text_key")
+_SOURCE_KEYS: Final = ("sources", "by_source")  # which not every command has
 
 
 def data_options(*, samples: int, presets: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -63,15 +67,33 @@ def data_options(*, samples: int, presets: Mapping[str, str]) -> Callable[[Calla
     return decorate
 
 
+def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Names with commas between them."""
+    return None if value is None else tuple(name.strip() for name in value.split(","))
+
+
+sources_option: Final = click.option(
+    "--sources",
+    metavar="NAME[,NAME]",
+    callback=_names,
+    help="Take only the documents whose field `source` is one of these.  [default: all]",
+)
+
+
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Where the model is computed, and where hidden states lie meanwhile."""
+    """Where and in what type the model is computed, and where hidden states lie meanwhile."""
+    work = click.option(
+        "--work",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Directory for hidden states while the command runs; removed at its end.",
+    )
+    return precision_options(work(function))
+
+
+def precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where and in what type the model is computed."""
     for option in (
-        click.option(
-            "--work",
-            metavar="DIR",
-            type=click.Path(path_type=Path),
-            help="Directory for hidden states while the command runs; removed at its end.",
-        ),
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -88,11 +110,16 @@ def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_data(
-    root: Path, given: dict[str, Any], *, samples: int = 256, presets: Mapping[str, DataOptions] = PRESETS
+    source: Path | Checkpoint,
+    given: dict[str, Any],
+    *,
+    samples: int = 256,
+    presets: Mapping[str, DataOptions] = PRESETS,
 ) -> Windows:
     """Take the data options out of `given`, and read what they name with the tokenizer of the checkpoint.
 
     Raises:
+        RemoteError: the tokenizer is on the hub, which does not give it.
         PlanError: no data named, or none found; see `calibration.load_windows`.
 
     """
@@ -101,10 +128,14 @@ def load_data(
     preset, no_pack, chat = given.pop("preset"), given.pop("no_pack"), given.pop("chat_template")
     require("transformers")
     base = presets[preset] if preset else DataOptions(data=chosen["data"], samples=samples)
+    chosen |= {key: value for key in _SOURCE_KEYS if (value := given.pop(key, None))}
     options = replace(base, **chosen, pack=base.pack and not no_pack, chat_template=base.chat_template or chat)
     from shardxform.calibration import load_windows
 
-    windows = load_windows(root, options)
+    if isinstance(source, Checkpoint):
+        source.bring()
+        source = source.root
+    windows = load_windows(source, options)
     for note in windows.notes:
         tell(f"note: {note}")
     return windows

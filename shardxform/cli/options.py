@@ -10,15 +10,20 @@ from typing import Any, Final
 import click
 
 from shardxform.errors import ShardxformError
+from shardxform.quantize.grid import Grid
+from shardxform.scheme import FORMATS, PRESETS, Scheme
 from shardxform.sharding import parse_size
 
 __all__ = [
+    "SIZE",
     "expert_names_option",
     "g_idx_option",
     "json_option",
     "manifest_option",
     "out_argument",
+    "read_scheme",
     "run_options",
+    "scheme_options",
     "shard_size_option",
     "source_argument",
     "view_options",
@@ -35,6 +40,9 @@ class _Size(click.ParamType[int]):
             return value if isinstance(value, int) else parse_size(str(value))
         except ShardxformError as e:
             self.fail(str(e), param, ctx)
+
+
+SIZE: Final = _Size()
 
 
 class _NamedPath(click.Path):
@@ -68,11 +76,78 @@ g_idx_option = click.option(
 )
 shard_size_option = click.option(
     "--max-shard-size",
-    type=_Size(),
+    type=SIZE,
     default="5GB",
     show_default=True,
     help="Most tensor data in one shard, in decimal units.",
 )
+
+
+def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that decide which weights are rounded, to what, and how clients find them; see `read_scheme`."""
+    for option in (
+        click.option(
+            "--quantize",
+            metavar="PATTERN",
+            multiple=True,
+            help="Quantize modules that match although they would stay as they are; repeatable.",
+        ),
+        click.option(
+            "--keep-16bit", metavar="PATTERN", multiple=True, help="Leave modules that match as they are; repeatable."
+        ),
+        g_idx_option,
+        expert_names_option,
+        click.option(
+            "--scale-grid",
+            type=click.Choice(["fp16", "bf16"]),
+            default="bf16",
+            show_default=True,
+            help="bf16: scales exact in bfloat16 and float16, so that every client computes the same; fp16: "
+            "auto-round's.",
+        ),
+        click.option(
+            "--format",
+            type=click.Choice(list(FORMATS)),
+            default="auto-round",
+            show_default=True,
+            help="How clients find the weights.",
+        ),
+        click.option(
+            "--search/--no-search",
+            default=None,
+            help="Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: "
+            "with auto-round, as its start]",
+        ),
+        click.option(
+            "--group-size",
+            type=click.Choice(["128", "64", "32", "-1"]),
+            default="128",
+            show_default=True,
+            help="Input columns that share a scale; -1 for one scale per row.",
+        ),
+        click.option(
+            "--scheme",
+            type=click.Choice(list(PRESETS)),
+            default="W4A16",
+            show_default=True,
+            help="Bits of the weights.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def read_scheme(given: dict[str, Any], *, tuned: bool) -> Scheme:
+    """Take the options of the scheme out of `given`; `tuned` rounding starts from searched scales by default."""
+    search = given.pop("search")
+    grid = Grid(
+        bits=PRESETS[given.pop("scheme")],
+        group_size=int(given.pop("group_size")),
+        scale_grid=given.pop("scale_grid"),
+        search=tuned if search is None else search,
+    )
+    names = ("format", "expert_names", "g_idx", "keep_16bit", "quantize")
+    return Scheme(grid=grid, **{name: given.pop(name) for name in names})
 
 
 def view_options(function: Callable[..., Any]) -> Callable[..., Any]:

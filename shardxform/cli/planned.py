@@ -63,7 +63,7 @@ def _show(plan: Plan, out: Path, jobs: int, force: bool, as_json: bool) -> None:
     if as_json:
         print_json({**_facts(plan, out, jobs), "state": state.name})
         return
-    click.echo(f"{plan.command} {plan.source} -> {out}  (dry run: nothing is written)")
+    click.echo(f"{plan.command} {plan.origin} -> {out}  (dry run: nothing is written)")
     rows(_lines(plan, out, jobs))
     for note in _notes(plan):
         click.echo(f"  note: {note}")
@@ -86,6 +86,8 @@ def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
     yield "tensors", f"{counts}: {s['copied']:,} copied, {done}{renamed}{dropped}"
     if "scheme" in s:
         yield "quantized", _quantized(s)
+    if heal := plan.inputs.get("recipe", {}).get("heal"):
+        yield "healed", _healed(plan.inputs["recipe"], heal)
     ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
     yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
     yield "shards", f"{len(plan.shards)}, from {plan.shards[0].name}"
@@ -106,10 +108,17 @@ def _quantized(summary: Mapping[str, Any]) -> str:
     )
 
 
+def _healed(recipe: Mapping[str, Any], heal: Mapping[str, Any]) -> str:
+    what = {"auto": "what held-out windows choose", "all": "the whole block", "moe": "all MoE weights"}
+    step = "a step by the amount of data" if heal["lr"] is None else f"a first step of {heal['lr']:g}"
+    text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens"
+    return f"{what.get(heal['what'], heal['what'])}, {heal['iters']} iterations a block, {step}, {text}"
+
+
 def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
     return {
         "command": plan.command,
-        "source": str(plan.source),
+        "source": plan.origin,
         "out": str(out),
         "fingerprint": plan.fingerprint,
         "summary": dict(plan.summary),
@@ -146,7 +155,7 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("time", f"{report.seconds:.1f} s{rate}{resumed}"),
             ("memory", f"{gb(report.peak_rss_bytes)} peak"),
             *_zero_lines(report),
-            ("check it", f"shardxform verify {report.out} --source {plan.source}"),
+            ("check it", f"shardxform verify {report.out} --source {plan.origin}"),
         ]
     )
     tell_blocks(report.facts)

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from shardxform.checkpoint import Checkpoint
-from shardxform.cli.options import manifest_option, out_argument, run_options, source_argument, view_options
+from shardxform.cli.options import manifest_option, out_argument, run_options, view_options
 from shardxform.cli.planned import execute, load_manifest
+from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning
 from shardxform.prune import ViewOptions, plan_prune
 from shardxform.view import MtpMode
@@ -26,9 +26,10 @@ __all__ = ["command"]
 )
 @heal_options
 @view_options
+@transfer_options
 @run_options
 def command(
-    source: Path,
+    source: Source,
     out: Path,
     manifest: Path | None,
     text_only: bool,
@@ -45,10 +46,10 @@ def command(
     """
     if manifest is None and not text_only and mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
-    checkpoint = Checkpoint.open(source)
+    (checkpoint,) = open_given([source], run, out.parent)
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
     kept = load_manifest(manifest, checkpoint)
-    tuning = read_tuning(None, source, device, run)
+    tuning = read_tuning(None, checkpoint, device, run)
     plan = plan_prune(checkpoint, kept, options, tuning.recipe if tuning else None)
     if tuning is None or run["dry_run"]:
         execute(plan, out, **run)

@@ -18,8 +18,10 @@ from shardxform.cli.model_options import (
     make_precision,
     refuse_no_data,
     refuse_unwritable,
+    sources_option,
 )
-from shardxform.cli.options import json_option, source_argument
+from shardxform.cli.options import json_option
+from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.errors import OutputError
 from shardxform.progress import peak_rss_bytes
 
@@ -43,12 +45,14 @@ __all__ = ["command"]
     help="Saliency file to write, such as saliency.safetensors.",
 )
 @data_options(samples=256, presets=SCORE_PRESETS)
+@sources_option
 @device_options
+@transfer_options
 @click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 def command(
-    source: Path,
+    source: Source,
     output: Path,
     device: str,
     dtype: str,
@@ -63,9 +67,9 @@ def command(
     Counts and sums are stored, so that `select` makes any criterion of them, REAP first, and `saliency add` joins runs.
     Hidden states lie in FILE.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
-    checkpoint = Checkpoint.open(source)
     refuse_no_data(data)
     refuse_unwritable(output)
+    (checkpoint,) = open_given([source], data, output.parent)
     work = work or output.with_name(output.name + ".work")
     _refuse_overlap(output, work)
     precision = make_precision(device, dtype)
@@ -73,8 +77,8 @@ def command(
     from shardxform.scoring import ScoreOptions, remove_work, score
 
     for path in (output, work):
-        refuse_inside(path, [source])
-    windows = load_data(source, data)
+        refuse_inside(path, [checkpoint.root])
+    windows = load_data(checkpoint, data)
     options = ScoreOptions(precision=precision, work=work)
     existing = _existing(output, checkpoint, windows, options)
     if dry_run:
@@ -116,9 +120,9 @@ def _show(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, outpu
 
     needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
     if as_json:
-        print_json({"source": str(checkpoint.root), "output": str(output), "data": dict(windows.provenance), **needs})
+        print_json({"source": checkpoint.where, "output": str(output), "data": dict(windows.provenance), **needs})
         return
-    click.echo(f"score {checkpoint.root} -> {output}  (dry run: nothing is written)")
+    click.echo(f"score {checkpoint.where} -> {output}  (dry run: nothing is written)")
     rows(
         [
             ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),

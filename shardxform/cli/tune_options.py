@@ -121,7 +121,7 @@ class Tuning:
         self.parts: tuple[Path, ...] = given.get("merge", ())
 
 
-def read_tuning(method: str | None, root: Path, device: str, given: dict[str, Any]) -> Tuning | None:
+def read_tuning(method: str | None, source: Path | Checkpoint, device: str, given: dict[str, Any]) -> Tuning | None:
     """Take the options of tuning and healing out of `given`; None when neither is asked for.
 
     Raises:
@@ -135,14 +135,15 @@ def read_tuning(method: str | None, root: Path, device: str, given: dict[str, An
     if not tunes:
         _refuse_idle({key: value for key, value in options.items() if key not in ("batch_size", "dtype")}, "auto-round")
     if not tunes and heal is None and healing["heal_iters"] != 0:
-        _refuse_idle({**options, **data}, "auto-round" if method else "healing")
+        elsewhere = None if method or device == "cpu" else device  # rounding has a device too
+        _refuse_idle({**options, **data, "device": elsewhere}, "auto-round" if method else "healing")
     if not tunes and heal is None:
         return None
     if options.get("blocks") is not None and options["blocks"] is not None and options["inputs"] != "fp":
         raise SchemeError("--blocks needs --inputs fp: else a block is tuned on what the blocks before it put out")
     reference = data["preset"] == "reference"
     seed = data["seed"]
-    windows = load_data(root, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
+    windows = load_data(source, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
     precision = make_precision(device, options["dtype"] or "auto")
     chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options.get(key) is not None}
     if reference:

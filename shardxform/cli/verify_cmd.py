@@ -10,6 +10,7 @@ import click
 
 from shardxform.cli.console import gb, interruptible, print_json, progress
 from shardxform.cli.options import json_option, manifest_option, out_argument
+from shardxform.cli.sources import SOURCE, Source, connections_option, open_given
 from shardxform.verification import Problem, Rounding, VerifyReport, verify
 from shardxform.view import MtpMode
 
@@ -21,9 +22,7 @@ _MOST_WIDTH: Final = 60
 
 @click.command("verify")
 @out_argument
-@click.option(
-    "--source", metavar="SRC", type=click.Path(path_type=Path), help="The checkpoint OUT was made from: compare."
-)
+@click.option("--source", metavar="SRC", type=SOURCE, help="The checkpoint OUT was made from: compare.")
 @manifest_option
 @click.option(
     "--text-only",
@@ -46,13 +45,14 @@ _MOST_WIDTH: Final = 60
 )
 @click.option("--quick", is_flag=True, help="Headers, index, config and small files only; no tensor data.")
 @click.option("--jobs", "-j", type=click.IntRange(1, 64), default=None, help="Threads that read.  [default: up to 4]")
+@connections_option
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @click.pass_context
 def command(
     ctx: click.Context,
     out: Path,
-    source: Path | None,
+    source: Source | None,
     manifest: Path | None,
     text_only: bool | None,
     mtp: MtpMode | None,
@@ -61,20 +61,25 @@ def command(
     jobs: int | None,
     as_json: bool,
     quiet: bool,
+    connections: int | None,
 ) -> None:
     """Check the checkpoint OUT, and prove it against SRC.
 
     Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
     wrong. With --source, every tensor must hold the very bytes that SRC and the manifest give; quantized weights must
     be what rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within half a
-    step, or one and a half, of SRC's. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
+    step, or one and a half, of SRC's. Of tensors that shardxform.json says were healed, all but the values must be
+    SRC's. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
     """
     if source is None and (manifest or text_only or mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
+    if source is None and connections is not None:
+        raise click.UsageError("--connections is for reading --source from the hub; give that too")
+    origin = open_given([source], {"connections": connections}, out.parent)[0] if source is not None else None
     with interruptible(), progress("verify", quiet or quick) as on_progress:
         report = verify(
             out,
-            source=source,
+            source=origin,
             manifest=manifest,
             quick=quick,
             on_progress=on_progress,
@@ -103,13 +108,16 @@ def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
         yield f"sound: {report.tensors:,} tensors"
         yield f"{report.experts:,} experts"
         yield "headers only" if quick else f"{gb(report.bytes_scanned)} scanned"
+        if report.tensors_healed:
+            yield f"{report.tensors_healed:,} healed, of which values are not {source}'s"
         if rounding:
             yield _rounded(rounding, source)
             yield f"{gb(report.bytes_compared)} equal byte for byte"
         elif any(warning.code in ("rounded", "dequantized") for warning in report.warnings):
-            yield f"every 16-bit byte equal to {source}" if report.bytes_compared else "nothing compared"
+            other = "other " if report.tensors_healed else ""
+            yield f"every {other}16-bit byte equal to {source}" if report.bytes_compared else "nothing compared"
         elif report.bytes_compared:
-            yield f"every byte equal to {source}"
+            yield f"every {'other ' if report.tensors_healed else ''}byte equal to {source}"
         elif source:
             yield f"headers follow from {source}"
     else:
@@ -123,7 +131,7 @@ def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
         yield f"{count} warning{'s' * (count > 1)}"
 
 
-def _rounded(rounding: Rounding, source: Path | None) -> str:
+def _rounded(rounding: Rounding, source: str | None) -> str:
     if rounding.repacked:
         return f"{rounding.modules:,} quantized weights with the integers and scales of {source}"
     if rounding.exact:

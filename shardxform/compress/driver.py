@@ -40,6 +40,7 @@ class Outcome:
         folder: the directory of results.
         made: stages that were carried out now; of others the results were there.
         facts: stage -> what it found; of quantizing the plan's summary, of evaluating what evaluation.json holds.
+        spent: stage -> seconds that it took now, and the peak of resident memory until its end.
         report: of the run that wrote the output, or found it there.
         seconds, peak_rss_bytes: of the whole call.
 
@@ -49,6 +50,7 @@ class Outcome:
     folder: Path
     made: tuple[str, ...]
     facts: Mapping[str, Mapping[str, Any]]
+    spent: Mapping[str, tuple[float, int]]
     report: Report
     seconds: float
     peak_rss_bytes: int
@@ -75,18 +77,19 @@ def compress(
     with Folder(prepared.request.folder) as folder:
         _refuse_or_forget(folder, prepared, settings)
         job = Job(prepared=prepared, settings=settings, folder=folder)
-        made, report = _stages(job, overall, on_stage)
+        spent, report = _stages(job, overall, on_stage)
         facts = {stage: dict(folder.entries[stage].facts) for stage in prepared.inputs}
         if EVALUATE in facts:
             facts[EVALUATE] = parse_object(folder.read(EVALUATE, EVALUATION))
     return Outcome(
         out=prepared.request.out,
         folder=prepared.request.folder,
-        made=made,
+        made=tuple(spent),
         facts={
             **facts,
             QUANTIZE: {**facts[QUANTIZE], **prepared.sketch.summary, "bytes_after": prepared.sketch.data_bytes},
         },
+        spent=spent,
         report=report,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
@@ -102,11 +105,13 @@ def _refuse_or_forget(folder: Folder, prepared: Prepared, settings: Settings) ->
         folder.forget(found)
 
 
-def _stages(job: Job, overall: Overall, on_stage: Watcher | None) -> tuple[tuple[str, ...], Report]:
-    made: list[str] = []
+def _stages(job: Job, overall: Overall, on_stage: Watcher | None) -> tuple[dict[str, tuple[float, int]], Report]:
+    """What the stages that were carried out took, and the report of writing the output."""
+    spent: dict[str, tuple[float, int]] = {}
     report: Report | None = None
     total = len(job.prepared.inputs)
     for number, stage in enumerate(job.prepared.inputs, 1):
+        began = time.monotonic()
         try:
             done = _is_done(job, stage)
             if on_stage:
@@ -116,10 +121,11 @@ def _stages(job: Job, overall: Overall, on_stage: Watcher | None) -> tuple[tuple
             raise Interrupted(f"[{number}/{total}] {stage}: {e}") from e
         except KeyboardInterrupt as e:
             raise Interrupted(f"[{number}/{total}] {stage}: stopped; run the same command again to go on") from e
-        made += [] if done else [stage]
+        if not done:
+            spent[stage] = time.monotonic() - began, peak_rss_bytes()
         report = result or report
     assert report is not None
-    return tuple(made), report
+    return spent, report
 
 
 def _carry_out(job: Job, stage: str, overall: Overall, *, done: bool) -> Report | None:

@@ -1,15 +1,17 @@
-"""What every stage will take, before anything is done: memory, disk, work. No time: that would have to be measured."""
+"""What every stage will take, before anything is done: memory, disk, work, and time where the machine was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform.compress.costs import Costs, amounts, seconds, shape_of
 from shardxform.compress.folder import Entry, read_entries
 from shardxform.compress.prepared import Prepared, hidden_bytes
 from shardxform.compress.request import EVALUATE, QUANTIZE, SCORE, Request, Settings
 from shardxform.fsio import FileSystem
 from shardxform.outdir import state_of
+from shardxform.plan import tokens_of
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
@@ -20,11 +22,12 @@ _LIBRARIES: Final = 450_000_000  # python with torch and transformers, resident,
 _PLAIN: Final = 100_000_000  # python with numpy and the compiled kernels
 
 
-def forecast(prepared: Prepared, settings: Settings) -> list[dict[str, Any]]:
+def forecast(prepared: Prepared, settings: Settings, costs: Costs | None = None) -> list[dict[str, Any]]:
     """One record a stage, in order.
 
     `state` (`done`, `begun`, `to do`), `peak_memory_bytes` of the process meanwhile, `work_bytes` of disk that is
-    free again afterwards, `written_bytes` that stay, `tokens` counted once for each block that they go through.
+    free again afterwards, `written_bytes` that stay, `tokens` counted once for each block that they go through; with
+    the `costs` of a machine also the `seconds` that the stage takes from its beginning, 0 when it is done.
     """
     request = prepared.request
     entries = read_entries(request.folder)
@@ -38,12 +41,24 @@ def forecast(prepared: Prepared, settings: Settings) -> list[dict[str, Any]]:
         "peak_memory_bytes": prepared.sketch.peak_bytes(settings.jobs) + (0 if request.recipe else base),
         "work_bytes": hidden_bytes(request, request.tune_windows),
         "written_bytes": prepared.sketch.nbytes,
-        "tokens": prepared.weights[QUANTIZE] if request.recipe else 0,
+        "tokens": sum(map(tokens_of, prepared.sketch.steps)),
     }
     nothing = {"peak_memory_bytes": base, "work_bytes": 0, "written_bytes": 0, "tokens": 0}
-    return [
+    stages = [
         {"stage": stage, "state": _state(prepared, entries, stage), **nothing, **needs.get(stage, {})}
         for stage in prepared.inputs
+    ]
+    return stages if costs is None else _with_seconds(stages, prepared, settings, costs)
+
+
+def _with_seconds(
+    stages: list[dict[str, Any]], prepared: Prepared, settings: Settings, costs: Costs
+) -> list[dict[str, Any]]:
+    request, sketch = prepared.request, prepared.sketch
+    shape = shape_of(request.source, prepared.kept)
+    work = amounts(request, shape, sketch.nbytes, full_verify=settings.full_verify)
+    return [
+        {**each, "seconds": 0.0 if each["state"] == "done" else seconds(work[each["stage"]], costs)} for each in stages
     ]
 
 

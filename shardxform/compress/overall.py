@@ -1,23 +1,16 @@
-"""One progress over all stages: their tokens, counted once for every block that they go through.
-
-Stages that move bytes are weighed as if a token took as long as `BYTES_OF_A_TOKEN`, a rough equivalence that only the
-remaining time depends on.
-"""
+"""One progress over all stages, each weighed by the time that it usually takes compared with the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 from shardxform.progress import OnProgress, Progress
 
-__all__ = ["BYTES_OF_A_TOKEN", "Overall"]
-
-BYTES_OF_A_TOKEN: Final = 1 << 19
+__all__ = ["Overall"]
 
 
 class Overall:
-    """Maps the progress of stages into one, in tokens."""
+    """Maps the progress of stages into one."""
 
     def __init__(self, weights: Mapping[str, int], on_progress: OnProgress | None) -> None:
         self._weights = dict(weights)
@@ -47,4 +40,4 @@ class Overall:
     def _tell(self) -> None:
         if self._on_progress:
             done, total, resumed = (sum(d.values()) for d in (self._done, self._weights, self._resumed))
-            self._on_progress(Progress(done, total, resumed, "tokens"))
+            self._on_progress(Progress(done, total, resumed, "work"))

@@ -17,8 +17,8 @@ import numpy as np
 
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
+from shardxform.compress.costs import amounts, seconds, shape_of, usual
 from shardxform.compress.folder import Entry, changed, read_entries, refuse_changed
-from shardxform.compress.overall import BYTES_OF_A_TOKEN
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Pruning, Request
 from shardxform.errors import FamilyError, OutputError
 from shardxform.fsio import FileSystem
@@ -26,13 +26,14 @@ from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.outdir import state_of
 from shardxform.output import Output
-from shardxform.plan import Plan, source_inputs, tokens_of
-from shardxform.quantize.planner import TuneBlock, plan_quantize
+from shardxform.plan import Plan, source_inputs
+from shardxform.quantize.planner import plan_quantize
 from shardxform.saliency import ExpertStats, Saliency, choose
 from shardxform.strictjson import dumps
 
 __all__ = ["Prepared", "following", "hidden_bytes", "made_of_others", "plan_for", "prepare"]
 
+_UNIT_SECONDS: Final = 1e-3
 _MADE_FROM: Final = {SELECT: SCORE, QUANTIZE: SELECT, VERIFY: QUANTIZE, EVALUATE: QUANTIZE}
 
 
@@ -44,7 +45,7 @@ class Prepared:
         request: as it was made.
         sketch: the plan of quantizing, with a stand-in for the experts that stay: right in all but which they are.
         inputs: stage -> what its result depends on, for the stages that are to be done, in order.
-        weights: stage -> its share of the work, in tokens.
+        weights: stage -> its share of the work, as it usually is.
 
     """
 
@@ -52,6 +53,11 @@ class Prepared:
     sketch: Plan
     inputs: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, int]
+
+    @property
+    def kept(self) -> int:
+        """Routed experts of a layer that the output has."""
+        return int(self.sketch.summary["experts_after"])
 
 
 def prepare(request: Request, *, force: bool = False) -> Prepared:
@@ -174,21 +180,10 @@ def _computed(request: Request) -> dict[str, str]:
 
 
 def _weights(request: Request, sketch: Plan) -> dict[str, int]:
-    blocks = int(sketch.summary["layers"])
-    tokens = [
-        0 if windows is None else int(windows.lengths_N.sum())
-        for windows in (request.score_windows, request.eval_windows)
-    ]
-    moved = max(1, (int(sketch.summary["bytes_before"]) + sketch.nbytes) // BYTES_OF_A_TOKEN)
-    tuned = sum(tokens_of(step) for step in sketch.steps if isinstance(step, TuneBlock))
-    return {
-        SCORE: tokens[0] * blocks,
-        SELECT: 1,
-        QUANTIZE: tuned or moved,
-        VERIFY: 1,
-        EVALUATE: 2 * tokens[1] * (blocks + 1),  # and the head
-        CARD: 1,
-    }
+    shape = shape_of(request.source, int(sketch.summary["experts_after"]))
+    costs = usual(shape)
+    work = amounts(request, shape, sketch.nbytes)
+    return {stage: max(1, round(seconds(each, costs) / _UNIT_SECONDS)) for stage, each in work.items()}
 
 
 def _hash(inputs: Mapping[str, Any]) -> str:

@@ -62,7 +62,8 @@ class Request:
 
     Attributes:
         source: what is compressed.
-        out: directory that is written; what stages give lies in `<out>.compress`, beside it.
+        out: directory that is written.
+        work: where what stages give lies, and hidden states of scoring and evaluating; `<out>.compress` if None.
         scheme: how weights are stored.
         view: what of the source is taken, and how large shards are.
         pruning: which experts stay; None for all.
@@ -84,6 +85,7 @@ class Request:
     recipe: Recipe | None = None
     eval_windows: Windows | None = None
     precision: Precision | None = None
+    work: Path | None = None
 
     def __post_init__(self) -> None:
         if self.out.name in ("", ".."):
@@ -98,7 +100,7 @@ class Request:
     @property
     def folder(self) -> Path:
         """Where results and the record of them lie."""
-        return self.out.with_name(self.out.name + ".compress")
+        return self.work or self.out.with_name(self.out.name + ".compress")
 
     @property
     def runs_model(self) -> bool:

@@ -134,7 +134,7 @@ def _tuner(job: Job, plan: Plan, *, needed: bool) -> Iterator[StepTuner | None]:
         return
     import torch
 
-    from shardxform.quantize.planner import TuneBlock
+    from shardxform.quantize.steps import TuneBlock
     from shardxform.tuning.session import Tuner, TunerOptions
 
     layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]

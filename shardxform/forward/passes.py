@@ -233,7 +233,7 @@ def _run_block(job: Pass, layer: int, visitor: Visitor) -> None:
                 mask_BT = batch.mask()
                 entering_BTH = readers[name].rows(batch.start, batch.stop).to(device)
                 hidden[name] = block(entering_BTH, None if mask_BT is None else mask_BT.to(device))
-                _refuse_non_finite(hidden[name], batch, f"{job.chains[name].weights.checkpoint.root}: block {layer}")
+                _refuse_non_finite(hidden[name], batch, f"{job.chains[name].weights.checkpoint.where}: block {layer}")
                 writers[name].put(batch.start, hidden[name])
             visitor.after(batch, hidden)
             job.progressed(int(batch.valid_BT.sum()) * len(blocks))

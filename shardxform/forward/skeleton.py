@@ -234,7 +234,7 @@ class Skeleton:
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
                 raise CheckpointError(
-                    f"{self.weights.checkpoint.root}: tensor '{prefix + local}': shape {list(found.shape)},"
+                    f"{self.weights.checkpoint.where}: tensor '{prefix + local}': shape {list(found.shape)},"
                     f" but the model of config.json wants {list(wanted.shape)}"
                 )
             yield local, found

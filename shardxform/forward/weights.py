@@ -1,6 +1,6 @@
 """Weights of a checkpoint, a view, or a quantized checkpoint, read one tensor at a time as torch tensors.
 
-Owns the descriptors of the source's shards. Plain tensors are byte ranges read into memory; quantized ones are words
+Owns the reader of the source's shards. Plain tensors are byte ranges read into memory; quantized ones are words
 and scales that become values when asked for, exactly (`scale * (code - zero)` in float32, then the dtype asked for).
 """
 
@@ -9,12 +9,9 @@ and scales that become values when asked for, exactly (`scale * (code - zero)` i
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -28,10 +25,12 @@ from shardxform.layout import Layout, Place, expected, layout_of, variants_found
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.loading import Loaded, StoredReader, turned
 from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of
+from shardxform.remote.reading import open_source
 from shardxform.tensors import ByteRange, TensorRef
 
 __all__ = ["ExpertWeights", "Precision", "Weights"]
 
+_BLOCKS_WANTED: Final = 2  # the one that is read, and the next
 _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -114,18 +113,18 @@ class Weights:
         """
         self.checkpoint = checkpoint
         self.precision = precision
-        self._fs = fs or FileSystem()
-        self._fds: dict[str, int] = {}
-        self._opening = threading.Lock()  # blocks are read ahead on a thread
+        self._wanted: deque[tuple[ByteRange, ...]] = deque()
         self._stored: Stored | None = None
         if checkpoint.config.get("quantization_config"):
             self._stored = read_stored(checkpoint)
             if self._stored.contradictions:
-                raise SchemeError(f"{checkpoint.root}: {self._stored.contradictions[0]}; see `shardxform verify`")
-            self._reader = StoredReader(self._stored.scheme, self._fd, self._fs)
+                raise SchemeError(f"{checkpoint.where}: {self._stored.contradictions[0]}; see `shardxform verify`")
         self.layout: Layout = self._stored.layout if self._stored else layout_of(checkpoint.config, checkpoint.tensors)
         self._tensors = {**self._stored.plain, **self._stored.weights} if self._stored else checkpoint.tensors
         self._experts = _expert_table(self.layout, self._tensors)
+        self._source = open_source(checkpoint.root, checkpoint.remote, fs or FileSystem(), ahead=True)
+        if self._stored:
+            self._reader = StoredReader(self._stored.scheme, self._source)
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -141,7 +140,7 @@ class Weights:
 
         """
         if name not in self._tensors:
-            raise CheckpointError(f"{self.checkpoint.root}: tensor '{name}' is missing; the model needs it")
+            raise CheckpointError(f"{self.checkpoint.where}: tensor '{name}' is missing; the model needs it")
         return self._tensors[name]
 
     # -- values -------------------------------------------------------------------------------------------------
@@ -194,42 +193,40 @@ class Weights:
                 if read and not (item.optional and not self.has(name)):
                     self._refuse_other_shape(name, item.shape)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            raise FamilyError(f"{self.checkpoint.root}: config.json gives no shapes: {e}") from e
+            raise FamilyError(f"{self.checkpoint.where}: config.json gives no shapes: {e}") from e
 
     def _refuse_other_shape(self, name: str, wanted: tuple[int, ...] | None) -> None:
         found = self.ref(name).spec.shape
         if wanted is not None and found != wanted:
             raise CheckpointError(
-                f"{self.checkpoint.root}: tensor '{name}': shape {list(found)},"
+                f"{self.checkpoint.where}: tensor '{name}': shape {list(found)},"
                 f" but the model of config.json wants {list(wanted)}"
             )
 
     # -- the disk -----------------------------------------------------------------------------------------------
 
     def will_need(self, prefix: str) -> None:
-        """Ask the kernel to read all tensors whose names begin with `prefix`; a hint, no memory of this process."""
-        for ref in self.checkpoint.tensors.values():
-            if ref.name.startswith(prefix):
-                for piece in ref.ranges:
-                    self._fs.will_need(self._fd(piece.file), piece.offset, piece.length)
+        """Have all tensors whose names begin with `prefix` brought near; a hint, no memory of this process.
+
+        Of a repository, what was asked for two calls ago and not read since is let go of: blocks are read in order.
+        """
+        tensors = self.checkpoint.tensors.values()
+        ranges = _merged(piece for ref in tensors if ref.name.startswith(prefix) for piece in ref.ranges)
+        self._source.will_need(ranges)
+        self._wanted.append(ranges)
+        while self.checkpoint.remote and len(self._wanted) > _BLOCKS_WANTED:
+            for piece in self._wanted.popleft():
+                self._source.done_with(piece)
 
     def close(self) -> None:
         """Close the shards."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        self._source.close()
 
     def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _fd(self, name: str) -> int:
-        with self._opening:
-            if name not in self._fds:
-                self._fds[name] = self._fs.open(self.checkpoint.root / name, os.O_RDONLY)
-            return self._fds[name]
 
     def _matrix(self, ref: TensorRef) -> _Matrix:
         if self._stored is None or ref.name not in self._stored.weights:
@@ -244,7 +241,7 @@ class Weights:
     def _plain(self, ref: TensorRef) -> torch.Tensor:
         if ref.spec.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self.checkpoint.root}: tensor '{ref.name}' is {ref.spec.dtype};"
+                f"{self.checkpoint.where}: tensor '{ref.name}' is {ref.spec.dtype};"
                 f" the model is run from {', '.join(_DTYPES)} and from W4A16 and W8A16 checkpoints"
             )
         buffer = np.empty(ref.nbytes, np.uint8)
@@ -256,7 +253,7 @@ class Weights:
         values = torch.from_numpy(buffer).view(_DTYPES[ref.spec.dtype]).view(ref.spec.shape)
         if not _all_finite(values):
             raise ExecutionError(
-                f"{self.checkpoint.root}: tensor '{ref.name}' holds NaN or infinity; the model would give no numbers"
+                f"{self.checkpoint.where}: tensor '{ref.name}' holds NaN or infinity; the model would give no numbers"
             )
         return values
 
@@ -264,18 +261,29 @@ class Weights:
         try:
             return self._reader.load(module)
         except EOFError as e:
-            raise ExecutionError(f"{self.checkpoint.root}: truncated while it was read: {e}") from e
+            raise ExecutionError(f"{self.checkpoint.where}: truncated while it was read: {e}") from e
         except ExecutionError as e:
-            raise ExecutionError(f"{self.checkpoint.root}: {e}") from e
+            raise ExecutionError(f"{self.checkpoint.where}: {e}") from e
 
     def _read(self, piece: ByteRange, into: memoryview) -> None:
-        where: Path = self.checkpoint.root / piece.file
+        where = f"{self.checkpoint.where}/{piece.file}"
         try:
-            self._fs.read_exact_into(self._fd(piece.file), into, piece.offset)
+            self._source.read_into(piece, into)
         except EOFError as e:
             raise ExecutionError(f"{where}: truncated while it was read: {e}") from e
         except OSError as e:
             raise ExecutionError(f"{where}: {e.strerror}") from e
+
+
+def _merged(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Ranges in the order of their shards, those joined that touch."""
+    out: list[ByteRange] = []
+    for piece in sorted(ranges, key=lambda piece: (piece.file, piece.offset)):
+        if out and (out[-1].file, out[-1].end) == (piece.file, piece.offset):
+            out[-1] = ByteRange(piece.file, out[-1].offset, out[-1].length + piece.length)
+        else:
+            out.append(piece)
+    return tuple(out)
 
 
 def _all_finite(values: torch.Tensor) -> bool:

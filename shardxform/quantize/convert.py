@@ -144,6 +144,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     plan = Plan(
         command="convert",
         source=source.root,
+        remote=source.remote,
         source_shards=source.shards,
         shards=shards,
         steps=steps,
@@ -315,11 +316,12 @@ def _inputs(
 
 def _origin(source: Checkpoint) -> dict[str, Any]:
     """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
-    inputs = (read_record(source.root / PROVENANCE) or {}).get("inputs")
+    inputs = (read_record(source.file(PROVENANCE)) or {}).get("inputs")
     found = inputs if isinstance(inputs, dict) else {}
     if isinstance(found.get("origin"), dict):
         found = found["origin"]
-    return {key: found[key] for key in ("manifest", "options", "scheme", "source") if isinstance(found.get(key), dict)}
+    kept = ("manifest", "options", "recipe", "scheme", "source")
+    return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
 
 
 def _summary(

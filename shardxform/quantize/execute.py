@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.copying import Files, OpenSource, OpenTarget
+from shardxform.copying import Files, OpenTarget
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.fsio import FileSystem
 from shardxform.plan import Extent
@@ -22,6 +22,7 @@ from shardxform.quantize.grid import Grid
 from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype, quantize_into
 from shardxform.quantize.steps import TILE_BYTES, Round, RoundItem
 from shardxform.scheme import Role, Scheme
+from shardxform.sources import SourceReader
 from shardxform.tensors import TensorRef
 
 __all__ = ["Rounder", "part_of", "round_step", "rounder_on", "write_part"]
@@ -79,7 +80,7 @@ def round_step(
     zero_groups = 0
     for item in step.items:
         stopped()
-        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0], fs)
+        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0])
         zero_groups += zeros
         if zeros == groups:
             zero_modules.append(item.module)
@@ -95,7 +96,7 @@ def round_step(
 
 
 def _rounded(
-    item: RoundItem, scheme: Scheme, rounder: Rounder, source: OpenSource, fs: FileSystem
+    item: RoundItem, scheme: Scheme, rounder: Rounder, source: SourceReader
 ) -> tuple[QuantizedWeight, int, int]:
     """Round one weight tile by tile; also its number of groups, and of all-zero groups."""
     rows, columns = item.weight.spec.shape
@@ -106,7 +107,7 @@ def _rounded(
     groups = zeros = 0
     for start in range(0, rows, tile_rows):
         stop = min(start + tile_rows, rows)
-        w_oi = _read(item.weight.rows(start, stop), source, fs)
+        w_oi = _read(item.weight.rows(start, stop), source)
         stats = rounder(w_oi, dtype, scheme.grid, _rows_of(out, start, stop))
         _refuse_bad(stats, item, start)
         groups += stats.groups
@@ -114,14 +115,14 @@ def _rounded(
     return out, groups, zeros
 
 
-def _read(ref: TensorRef, source: OpenSource, fs: FileSystem) -> NDArray[Any]:
+def _read(ref: TensorRef, source: SourceReader) -> NDArray[Any]:
     """Read a 2-D run of rows as raw bits."""
     array = np.empty(ref.spec.shape, _NUMPY[ref.spec.dtype])
     view = array.data.cast("B")
     done = 0
     for piece in ref.ranges:
-        fs.read_exact_into(source(piece.file), view[done : done + piece.length], piece.offset)
-        fs.done_with(source(piece.file), piece.offset, piece.length)
+        source.read_into(piece, view[done : done + piece.length])
+        source.done_with(piece)
         done += piece.length
     return array
 

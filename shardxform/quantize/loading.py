@@ -14,13 +14,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.copying import OpenSource
 from shardxform.errors import ExecutionError
-from shardxform.fsio import FileSystem
 from shardxform.quantize import packing
 from shardxform.quantize.grid import Grid, Layout
 from shardxform.quantize.stored import StoredModule
 from shardxform.scheme import Role, Scheme
+from shardxform.sources import SourceReader
 from shardxform.tensors import TensorRef
 
 __all__ = ["Loaded", "StoredReader", "first_of", "identity", "rows_between", "scale_values", "turned"]
@@ -42,10 +41,9 @@ class Loaded:
 class StoredReader:
     """Reads and checks stored weights. Keeps the last one, of which the next item often wants the other rows."""
 
-    def __init__(self, scheme: Scheme, source: OpenSource, fs: FileSystem) -> None:
+    def __init__(self, scheme: Scheme, source: SourceReader) -> None:
         self._scheme = scheme
         self._source = source
-        self._fs = fs
         self._last: tuple[StoredModule, Loaded] | None = None
 
     def load(self, module: StoredModule) -> Loaded:
@@ -68,7 +66,7 @@ class StoredReader:
         view = array.data.cast("B")
         done = 0
         for piece in ref.ranges:
-            self._fs.read_exact_into(self._source(piece.file), view[done : done + piece.length], piece.offset)
+            self._source.read_into(piece, view[done : done + piece.length])
             done += piece.length
         return array
 

@@ -28,6 +28,7 @@ from shardxform.view import View, pruned_view
 
 __all__ = ["kept_tensors", "plan_quantize"]
 
+
 def plan_quantize(
     source: Checkpoint,
     scheme: Scheme,
@@ -78,6 +79,7 @@ def plan_quantize(
     plan = Plan(
         command="quantize",
         source=source.root,
+        remote=source.remote,
         source_shards=source.shards,
         shards=shards,
         steps=steps,

@@ -54,7 +54,7 @@ def repack_step(
         ExecutionError: a stored tensor holds what the target cannot say; names it.
 
     """
-    reader = StoredReader(step.source, files[0], fs)
+    reader = StoredReader(step.source, files[0])
     for item in step.items:
         stopped()
         if step.target is None:

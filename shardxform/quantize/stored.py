@@ -217,7 +217,7 @@ def _scale_grid(source: Checkpoint, resolved: Resolved, groups: Mapping[str, Map
         if scales and set(scales) == {"BF16"}:
             return "bf16"
     try:
-        record: Any = parse_object((source.root / PROVENANCE).read_bytes())
+        record: Any = parse_object(source.file(PROVENANCE).read_bytes())
         for key in ("inputs", "scheme", "grid", "scale_grid"):
             record = record[key]
     except (OSError, JsonError, KeyError, TypeError):

@@ -172,7 +172,7 @@ class _Run:
         trials, tried = self._heal.trials, []
         start = math.nan
         for trial in trials if len(trials) > 1 else ():
-            start, loss, lr, _ = self._descend(trial, self._heal.probe_iters)
+            start, loss, lr = self._descend(trial, self._heal.probe_iters)[:3]  # the block is let go of: it is large
             tried.append((trial.what, lr, loss))
         best = min(range(len(tried)), key=lambda i: tried[i][2], default=0)
         healing, loss, lr = None, math.inf, 0.0
@@ -180,6 +180,7 @@ class _Run:
             start, loss, lr, healing = self._descend(trials[best], self._heal.iters)
         healed = loss < start
         if not healed or healing is None:
+            healing = None  # let go of before the block is loaded again
             healing = self._load(None)
             healing.settle()
         result = HealResult(

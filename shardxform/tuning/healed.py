@@ -149,4 +149,4 @@ def signs(x: torch.Tensor) -> torch.Tensor:
 
 def _rms(w_OI: torch.Tensor) -> torch.Tensor:
     """Root mean square, float32, summed in an order of its own on each kind of device."""
-    return w_OI.float().square_().mean().sqrt()
+    return w_OI.float().square().mean().sqrt()

@@ -24,6 +24,7 @@ from shardxform.verification.report import Rounding, VerifyReport, WeightError
 from shardxform.verification.source import (
     Options,
     Wanted,
+    apart_from_healed,
     compare_tables,
     packed_source,
     rebuild,
@@ -41,7 +42,7 @@ _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
 def verify(
     out: str | os.PathLike[str],
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Checkpoint | None = None,
     manifest: Manifest | str | os.PathLike[str] | None = None,
     quick: bool = False,
     jobs: int = _DEFAULT_JOBS,
@@ -54,7 +55,8 @@ def verify(
 
     Args:
         out: the checkpoint to check; a defect of it is reported, never raised.
-        source: what it was made from. Every tensor, the config and the sidecars must follow from it.
+        source: what it was made from, a directory or an open checkpoint. Every tensor, the config and the sidecars must
+            follow from it.
         manifest: the keep manifest that it was made with; from OUT's shardxform.json where None.
         quick: read headers and small files only, no tensor data.
         jobs: threads that read data.
@@ -74,10 +76,11 @@ def verify(
     root, findings = Path(out), Findings()
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such directory")
-    origin = Checkpoint.open(source) if source is not None else None
+    origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
     checkpoint, lost = read_checkpoint(root, findings)
     check_files(root, checkpoint, findings)
-    inputs = check_record(root, findings)
+    record = check_record(root, findings)
+    inputs = record.get("inputs", {})
     if origin:
         inputs = record_for(origin, inputs)
     structure = check_structure(checkpoint, lost, findings) if checkpoint else None
@@ -91,6 +94,7 @@ def verify(
         view = rebuild(origin, checkpoint, options, inputs, findings, packed)
         if view and checkpoint:
             wanted = wanted_of(view, checkpoint, stored, packed, findings)
+            wanted = apart_from_healed(wanted, inputs, record.get("facts"))
             if stored and wanted.pairs:
                 wanted = replace(wanted, rule=rule_of(stored, inputs, tolerance, findings, packed))
             compare_tables(wanted, checkpoint, lost, findings)
@@ -99,11 +103,12 @@ def verify(
         figures = _check_data(checkpoint, structure, wanted, findings, jobs, on_progress)
     return VerifyReport(
         out=root,
-        source=origin.root if origin else None,
+        source=origin.where if origin else None,
         problems=tuple(findings.problems),
         warnings=tuple(findings.warnings),
         tensors=len(checkpoint.tensors) if checkpoint else 0,
         experts=structure.experts if structure else 0,
+        tensors_healed=len(wanted.healed) if wanted else 0,
         **figures,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
@@ -127,7 +132,10 @@ def _check_data(
 
     layout, stored = (structure.layout, structure.stored) if structure else (None, None)
     rule = wanted.rule if wanted else None
-    comparison = Comparison(wanted.view.checkpoint.root, wanted.tensors, wanted.pairs, rule) if wanted else None
+    comparison = None
+    if wanted:
+        source = wanted.view.checkpoint
+        comparison = Comparison(source.root, wanted.same_bytes, wanted.pairs, rule, source.remote)
     figures = check_data(checkpoint, layout, comparison, findings, stored=stored, jobs=jobs, on_progress=on_progress)
     rounding = report_tallies(figures.tallies, rule, findings) if rule else None
     return {**{key: getattr(figures, key) for key in _FIGURES}, "rounding": rounding}

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from shardxform.fsio import FileSystem
 from shardxform.layout import Layout, Place
 from shardxform.progress import Progress
 from shardxform.quantize.stored import Stored
+from shardxform.remote.reading import open_source
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule
@@ -40,6 +41,9 @@ from shardxform.verification.values import (
     scan,
 )
 
+if TYPE_CHECKING:
+    from shardxform.remote.repository import Remote
+
 __all__ = ["CHUNK_BYTES", "Comparison", "Figures", "check_data"]
 
 CHUNK_BYTES: Final = 2 << 20
@@ -50,12 +54,13 @@ _TASK_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What must be found: the bytes of `tensors`, and in `pairs` roundings of weights; all lie in shards of `root`."""
+    """What must be found: the bytes of `tensors`, and in `pairs` roundings of weights; of files here or `remote`."""
 
     root: Path
     tensors: Mapping[str, TensorRef]
     pairs: tuple[Pair, ...] = ()
     rule: Rule | None = None
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,18 +165,19 @@ def check_data(
     table = list(_jobs(out, layout, comparison, stored))
     weights = [_Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
     total = sum(job.ref.nbytes for job in table) + sum(weight.nbytes for weight in weights)
-    reader = _Reader(out.root, comparison.root if comparison else None)
+    reader = _Reader(out.root, comparison)
     tallies: list[Tally] = []
     errors: dict[str, None] = {}
     done = 0
-    for result in _in_parallel(reader.examine, _tasks(table, weights), jobs, reader.stop):
-        for seen in result.seen:
-            tallies.append(seen) if isinstance(seen, Tally) else _merge(seen)
-        if result.error:
-            errors[result.error] = None
-        done += result.nbytes
-        if on_progress:
-            on_progress(Progress(done, total, 0))
+    with reader:
+        for result in _in_parallel(reader.examine, _tasks(table, weights), jobs, reader.stop):
+            for seen in result.seen:
+                tallies.append(seen) if isinstance(seen, Tally) else _merge(seen)
+            if result.error:
+                errors[result.error] = None
+            done += result.nbytes
+            if on_progress:
+                on_progress(Progress(done, total, 0))
     for error in errors:
         where, _, message = error.partition(": ")
         findings.problem("unreadable", where, message)
@@ -270,18 +276,28 @@ def _in_parallel(
 class _Reader:
     """Reads and examines pieces and weights; one pair of buffers per thread."""
 
-    def __init__(self, out: Path, source: Path | None) -> None:
+    def __init__(self, out: Path, comparison: Comparison | None) -> None:
         self._fs = FileSystem()
         self._out = out
-        self._source = source
+        self._source = comparison.root if comparison else None
+        self._remotes = {comparison.root: comparison.remote} if comparison and comparison.remote else {}
+        self._kept = open_source(out, next(iter(self._remotes.values()), None), self._fs)
         self._local = threading.local()
         self.stop = threading.Event()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the hub, which is held as long as there are tasks."""
+        self._kept.close()
 
     def examine(self, task: _Task) -> _Result:
         """Examine every item of a task; what cannot be read ends it."""
         result = _Result(sum(item.nbytes for item in task))
-        with Shards(self._fs) as shards:
+        with Shards(self._fs, self._remotes) as shards:
             try:
+                self._ask_for(task, shards)
                 for item in task:
                     if self.stop.is_set():
                         break
@@ -292,6 +308,12 @@ class _Reader:
                     raise CheckpointError(f"{e.root / e.file}: {e}") from e
                 result.error = f"{e.file}: cannot be read: {e}"
         return result
+
+    def _ask_for(self, task: _Task, shards: Shards) -> None:
+        """Have what a task compares with be on its way, all of it at once."""
+        for item in task:
+            if isinstance(item, _Piece) and item.job.other and self._source:
+                shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
 
     def _piece(self, piece: _Piece, shards: Shards) -> _Seen:
         ours, theirs = self._buffers()

@@ -74,7 +74,7 @@ def check_record(root: Path, findings: Findings) -> Mapping[str, Any]:
     """Hold the files against shardxform.json, where there is one.
 
     Returns:
-        the `inputs` that the output was made from; empty without a record.
+        the record, with the `inputs` that the output was made from; empty without one.
 
     """
     if not (root / PROVENANCE).exists():
@@ -97,7 +97,7 @@ def check_record(root: Path, findings: Findings) -> Mapping[str, Any]:
         elif digest is not None and _sha256(root / path) != digest:
             report = findings.warn if is_document(name) else findings.problem
             report("record", name, "changed since shardxform wrote it")
-    return inputs
+    return record
 
 
 def is_document(name: str) -> bool:

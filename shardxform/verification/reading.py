@@ -1,14 +1,19 @@
-"""Reading byte ranges of shards with pread, and saying which shard could not be read."""
+"""Reading byte ranges of shards, and saying which shard could not be read."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from shardxform.fsio import FileSystem
+from shardxform.remote.reading import open_source
+from shardxform.sources import SourceReader
 from shardxform.tensors import ByteRange
+
+if TYPE_CHECKING:
+    from shardxform.remote.repository import Remote
 
 __all__ = ["Shards", "UnreadableError", "window"]
 
@@ -23,35 +28,46 @@ class UnreadableError(Exception):
 
 
 class Shards:
-    """Open shards of any number of checkpoints, closed at the end of a `with` block."""
+    """Open shards of any number of checkpoints, closed at the end of a `with` block; `remotes` of those on the hub."""
 
-    def __init__(self, fs: FileSystem) -> None:
+    def __init__(self, fs: FileSystem, remotes: Mapping[Path, Remote] | None = None) -> None:
         self._fs = fs
-        self._files: dict[tuple[Path, str], int] = {}
+        self._remotes = remotes or {}
+        self._sources: dict[Path, SourceReader] = {}
 
     def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for fd in self._files.values():
-            os.close(fd)
+        for source in self._sources.values():
+            source.close()
+
+    def will_need(self, root: Path, ranges: Iterable[ByteRange]) -> None:
+        """Begin to bring ranges of a checkpoint on the hub; what lies here is near enough."""
+        if root in self._remotes:
+            self._of(root).will_need(ranges)
 
     def read(self, root: Path, ranges: Iterable[ByteRange], into: memoryview) -> None:
         """Fill `into` with `ranges`, one after the other.
 
         Raises:
             UnreadableError: a shard cannot be opened, or ends too early.
+            RemoteError: the hub does not give it.
 
         """
+        source = self._of(root)
         done = 0
         for part in ranges:
             try:
-                if (root, part.file) not in self._files:
-                    self._files[root, part.file] = self._fs.open(root / part.file, os.O_RDONLY)
-                self._fs.read_exact_into(self._files[root, part.file], into[done : done + part.length], part.offset)
+                source.read_into(part, into[done : done + part.length])
             except (OSError, EOFError) as e:
                 raise UnreadableError(root, part.file, e) from e
             done += part.length
+
+    def _of(self, root: Path) -> SourceReader:
+        if root not in self._sources:
+            self._sources[root] = open_source(root, self._remotes.get(root), self._fs)
+        return self._sources[root]
 
 
 def window(ranges: Sequence[ByteRange], start: int, stop: int) -> Iterator[ByteRange]:

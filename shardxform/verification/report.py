@@ -63,6 +63,8 @@ class VerifyReport:
         problems: everything that is wrong; empty when the checkpoint is sound.
         warnings: what a person should look at.
         tensors, experts: how many there are, routed experts over all layers.
+        tensors_healed: tensors and quantized weights that shardxform.json says were healed: of their values, only that
+            they are finite was checked.
         bytes_scanned: of float tensors and parts of quantized weights that were looked through.
         bytes_compared, tensors_compared, tensors_differing: against the source, byte for byte.
         rounding: quantized weights against the source; None when there were none to compare.
@@ -70,11 +72,12 @@ class VerifyReport:
     """
 
     out: Path
-    source: Path | None
+    source: str | None
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
     tensors: int
     experts: int
+    tensors_healed: int
     bytes_scanned: int
     bytes_compared: int
     tensors_compared: int
@@ -90,5 +93,5 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        paths = {"out": str(self.out), "source": str(self.source) if self.source else None}
+        paths = {"out": str(self.out), "source": self.source}
         return {"sound": self.sound, **asdict(self), **paths}

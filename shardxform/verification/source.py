@@ -14,19 +14,30 @@ from typing import Any, Final, cast
 
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError, SchemeError
+from shardxform.heal_plan import healed_names
 from shardxform.layout import COMPANIONS, Layout, layout_of
 from shardxform.manifest import FORMAT, VERSION, Manifest
 from shardxform.modules import modules_of
 from shardxform.outdir import PROVENANCE
 from shardxform.plan import source_inputs
 from shardxform.quantize.stored import Stored, read_stored
+from shardxform.recipe import HEALED
 from shardxform.tensors import TensorRef
 from shardxform.verification.files import file_bytes, is_document
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.parts import Pair, Rule, pair_of
 from shardxform.view import MtpMode, View, pruned_view
 
-__all__ = ["Options", "Wanted", "compare_tables", "packed_source", "rebuild", "record_for", "wanted_of"]
+__all__ = [
+    "Options",
+    "Wanted",
+    "apart_from_healed",
+    "compare_tables",
+    "packed_source",
+    "rebuild",
+    "record_for",
+    "wanted_of",
+]
 
 _MODES: Final = ("auto", "keep", "drop")
 
@@ -123,6 +134,7 @@ class Wanted:
         parts: names of the parts of quantized weights.
         pairs: weights with the modules that stand for them.
         rule: how those were rounded.
+        healed: tensors, and weights that are quantized, whose values do not follow from the source.
 
     """
 
@@ -131,6 +143,12 @@ class Wanted:
     parts: frozenset[str] = frozenset()
     pairs: tuple[Pair, ...] = ()
     rule: Rule | None = None
+    healed: frozenset[str] = frozenset()
+
+    @property
+    def same_bytes(self) -> dict[str, TensorRef]:
+        """Tensors whose bytes are the source's."""
+        return {name: ref for name, ref in self.tensors.items() if name not in self.healed}
 
 
 def wanted_of(view: View, out: Checkpoint, stored: Stored | None, packed: Stored | None, findings: Findings) -> Wanted:
@@ -178,6 +196,44 @@ def _dequantized(view: View, out: Checkpoint, packed: Stored, findings: Findings
             tensors.pop(f"{module.name}.weight", None)
     findings.warn("dequantized", ".", f"{len(parts)} dequantized tensors are not held against the quantized source")
     return Wanted(view, tensors, frozenset(parts))
+
+
+def apart_from_healed(wanted: Wanted, record: Mapping[str, Any], facts: object) -> Wanted:
+    """Leave out the values that healing gave, which nothing but the record tells.
+
+    Args:
+        wanted: what the output must hold.
+        record: `inputs` of shardxform.json, or empty.
+        facts: what it says of blocks: how each was healed, if at all. Without it, all that may have been is left out.
+
+    """
+    recipe = record.get("recipe")
+    heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
+    if not isinstance(heal, Mapping):
+        return wanted
+    widest = next((what for what in HEALED if what == heal.get("what")), "all")
+    view, done = wanted.view, dict(_healed_blocks(facts))
+    names: dict[str | None, frozenset[str]] = {
+        what: frozenset(healed_names(view.layout, view.layout.places, what)) for what in HEALED
+    }
+    here = {name for name in names[widest] if name in names.get(done.get(view.layout.places[name].layer, widest), ())}
+    modules = modules_of(view.layout, view.checkpoint.tensors)
+    single = {f"{module.name}.weight" for module in modules if not here.isdisjoint(module.sources)}
+    pairs = tuple(pair for pair in wanted.pairs if pair.name not in single)
+    left = {pair.name for pair in wanted.pairs} & single
+    return replace(wanted, pairs=pairs, healed=frozenset(left | ((here | single) & wanted.tensors.keys())))
+
+
+def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
+    """Layers with what was healed in them, None for those that stayed as they were pruned."""
+    blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
+    for block in blocks if isinstance(blocks, list) else ():
+        healed = block.get("healed") if isinstance(block, Mapping) else None
+        if not isinstance(healed, Mapping):
+            continue
+        what = healed.get("what", "")
+        if type(block.get("layer")) is int and (what is None or what in list(HEALED)):
+            yield block["layer"], what
 
 
 def _comparable(pair: Pair, stored: Stored, skipped: list[str], findings: Findings) -> Iterator[Pair]:
@@ -257,7 +313,7 @@ def _check_origin(source: Checkpoint, record: Mapping[str, Any], findings: Findi
     actual = source_inputs(source, {})
     for key, what in (("config", "another config.json"), ("shards", "other shards")):
         if recorded.get(key) != actual[key]:
-            findings.warn("other-source", PROVENANCE, f"made from a source with {what} than {source.root}")
+            findings.warn("other-source", PROVENANCE, f"made from a source with {what} than {source.where}")
 
 
 def _compare_configs(source: Mapping[str, Any], out: Mapping[str, Any], findings: Findings) -> None:
@@ -283,7 +339,7 @@ def _compare_sidecars(view: Checkpoint, out: Checkpoint, findings: Findings) -> 
         report = findings.warn if is_document(name) else findings.problem
         if not (out.root / name).is_file():
             report("source-sidecar", name, "missing, the source has it")
-        elif not _same_file(view.root / name, out.root / name):
+        elif not _same_file(view.file(name), out.root / name):
             report("source-sidecar", name, "differs from the source's")
 
 

@@ -1,0 +1,163 @@
+"""What `compress` prints: what it would take, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardxform.cli.block_report import tell_blocks
+from shardxform.cli.console import count, gb, print_json, rows, short, span, table, tell
+
+if TYPE_CHECKING:
+    from shardxform.compress import Outcome, Prepared, Request, Settings
+
+__all__ = ["report", "show"]
+
+
+def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
+    """Print what every stage would take; the machine is measured for it."""
+    from shardxform.compress.forecast import forecast, free_bytes
+    from shardxform.compress.timing import measure
+
+    request, stages = prepared.request, forecast(prepared, settings, measure(prepared, settings))
+    totals = {
+        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages),
+        "disk_bytes": _most_disk(stages),
+        "free_disk_bytes": free_bytes(request),
+        "seconds": sum(stage["seconds"] for stage in stages),
+    }
+    if as_json:
+        paths = {"source": str(request.source.root), "out": str(request.out), "folder": str(request.folder)}
+        known = {"summary": dict(prepared.sketch.summary), "notes": list(prepared.sketch.notes)}
+        print_json({**paths, "stages": stages, **totals, **known})
+        return
+    summary = prepared.sketch.summary
+    click.echo(f"compress {request.source.root} -> {request.out}  (dry run: nothing is written)")
+    rows(
+        [
+            ("experts", f"{summary['experts_before']} -> {summary['experts_after']} per layer, top-{summary['top_k']}"),
+            ("size", _sizes(summary["bytes_before"], prepared.sketch.data_bytes)),
+            ("results", str(request.folder)),
+        ]
+    )
+    header = ("stage", "state", "time", "memory", "written", "disk meanwhile", "tokens x blocks")
+    table(header, map(_stage_line, stages))
+    rows(
+        [
+            ("memory", f"about {gb(totals['peak_memory_bytes'])} at most"),
+            ("free disk", f"{gb(totals['free_disk_bytes'])} of {gb(totals['disk_bytes'])} needed"),
+            ("time", f"about {span(totals['seconds'])}: an estimate, {_basis(request)}"),
+        ]
+    )
+    for note in prepared.sketch.notes:
+        click.echo(f"  note: {note}")
+    if request.eval_windows is None:
+        click.echo("  note: OUT is not measured without --eval-data")
+
+
+def _most_disk(stages: list[dict[str, Any]]) -> int:
+    """Disk at the fullest moment: what stays so far, and what lies there meanwhile."""
+    most = written = 0
+    for stage in stages:
+        written += stage["written_bytes"]
+        most = max(most, written + stage["work_bytes"])
+    return most
+
+
+def _stage_line(stage: Mapping[str, Any]) -> tuple[str, ...]:
+    sizes = [gb(stage[key]) if stage[key] else "-" for key in ("peak_memory_bytes", "written_bytes", "work_bytes")]
+    time = span(stage["seconds"]) if stage["seconds"] else "-"
+    return (stage["stage"], stage["state"], time, *sizes, short(stage["tokens"]) if stage["tokens"] else "-")
+
+
+def _basis(request: Request) -> str:
+    measured = "reading SRC for a moment and rounding a matrix"
+    if request.runs_model:
+        measured = "running pieces of the model for a few seconds and reading SRC for one"
+    return f"from {measured}, on this machine, as busy as it was"
+
+
+def _sizes(before: int, after: int) -> str:
+    return f"{gb(before)} -> {gb(after)} ({after / max(before, 1):.1%})"
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "out": str(outcome.out),
+        "folder": str(outcome.folder),
+        "made": list(outcome.made),
+        "stages": {stage: dict(facts) for stage, facts in outcome.facts.items()},
+        "written_bytes": outcome.report.written_bytes,
+        "facts": dict(outcome.report.facts),
+        "spent": {stage: {"seconds": round(s, 3), "peak_rss_bytes": m} for stage, (s, m) in outcome.spent.items()},
+        "seconds": round(outcome.seconds, 3),
+        "peak_rss_bytes": outcome.peak_rss_bytes,
+    }
+
+
+def report(outcome: Outcome, source: Path, *, as_json: bool, verbose: bool) -> None:
+    """Print what came of it."""
+    if as_json:
+        print_json(_as_json(outcome))
+        return
+    if outcome.made:
+        click.echo(f"{outcome.out}: complete and durable")
+    else:
+        click.echo(f"{outcome.out}: already complete, made from the same inputs; nothing written")
+    rows(_lines(outcome, source))
+    if verbose:
+        click.echo()
+        spent = outcome.spent.items()
+        table(("stage", "time", "peak so far"), ((stage, span(took), gb(peak)) for stage, (took, peak) in spent))
+    blocks = outcome.report.facts.get("blocks", [])
+    tell_blocks({"blocks": blocks if verbose else [block for block in blocks if "rounded_to_nearest" in block]})
+    if left := outcome.facts["card"].get("left"):
+        tell(f"note: no card was written: {left}")
+    if "evaluate" not in outcome.facts:
+        tell("note: not measured; give --eval-data, held-out text, and only that is done")
+
+
+def _lines(outcome: Outcome, source: Path) -> Iterator[tuple[str, str]]:
+    facts = outcome.facts
+    if "select" in facts:
+        yield from _choice_lines(facts["select"])
+    yield "size", _sizes(facts["quantize"]["bytes_before"], facts["quantize"]["bytes_after"])
+    if blocks := [block for block in outcome.report.facts.get("blocks", []) if block.get("rtn_error")]:
+        yield (
+            "tuned",
+            f"squared error {_tuned_share(blocks):.1%} of that of rounding, over {count(len(blocks), 'block')}",
+        )
+    checked = facts["verify"]
+    depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "headers only"
+    warned = f", {count(checked['warnings'], 'warning')}" if checked["warnings"] else ""
+    yield "verified", f"sound: {count(checked['tensors'], 'tensor')}, {depth}{warned}"
+    if "evaluate" in facts:
+        yield from _evaluation_lines(facts["evaluate"])
+    yield "time", span(outcome.seconds)
+    yield "memory", f"{gb(outcome.peak_rss_bytes)} peak"
+    yield "results", f"{outcome.folder}, {outcome.out / 'README.md'}"
+    if not checked["full"]:
+        yield "prove it", f"shardxform verify {outcome.out} --source {source}"
+
+
+def _choice_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    share = facts["saliency_kept"]
+    kept = "" if share is None else f", with {share:.1%} of the saliency"
+    yield "experts", f"{facts['experts']} -> {facts['kept']} per layer, by {facts['criterion']}{kept}"
+    if facts["never_reached_kept"]:
+        yield "note", f"kept {count(facts['never_reached_kept'], 'expert')} that no token reached; score more data"
+
+
+def _tuned_share(blocks: list[Mapping[str, Any]]) -> float:
+    return float(sum(block["tuned_error"] for block in blocks) / sum(block["rtn_error"] for block in blocks))
+
+
+def _evaluation_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    found, against = facts["perplexity"], facts["against"]
+    if found is not None and against["perplexity"]:
+        before = against["perplexity"]
+        yield "perplexity", f"{found:.4f}, of the source {before:.4f}: {found / before - 1:+.2%}"
+    yield "KL divergence", f"{against['kl']:.6f} nats, same choice at {against['top1_agreement']:.2%} of positions"
