@@ -42,8 +42,8 @@ Look at:
   $out/evaluation.png    what each block lost
 
 What next:
-  docs/tutorial.md                                        the same, one step at a time
-  docs/recipes.md                                         the same for a model of 35 billion parameters
+  docs/scoring.md                                         how experts are chosen, and what that costs
+  docs/healing.md                                         an eighth of the damage: prune and quantize with --heal
   .venv/bin/shardxform inspect SRC                        what your own checkpoint is made of
   .venv/bin/shardxform compress SRC OUT ... --dry-run     what it would take, before anything is written
   scripts/test.sh                                         all tests

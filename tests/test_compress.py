@@ -167,7 +167,8 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
 
 
 def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path) -> None:
-    out = json.loads(done("compress", small_moe, tmp_path / "out", "--method", "rtn", "--format", "gptq", "--json", "-q"))
+    rounded = ["--method", "rtn", "--format", "gptq"]
+    out = json.loads(done("compress", small_moe, tmp_path / "out", *rounded, "--json", "-q"))
     assert out["made"] == ["quantize", "verify", "card"]
     done("quantize", small_moe, tmp_path / "separate", "--format", "gptq")
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
