@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shardxform.errors import ResumeError
 from shardxform.fsio import FileSystem
 from shardxform.strictjson import dumps, parse_object
 
 __all__ = ["Journal"]
+
+_DEPTH: Final = 4  # of objects and lists in a report
 
 
 class Journal:
@@ -109,13 +111,15 @@ def _checked(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_item(item: object) -> bool:
-    """A name, or a report: an object of numbers, names and lists of numbers."""
-    if not isinstance(item, dict):
-        return isinstance(item, str)
-    plain = (int, float, str)
-    return all(
-        isinstance(v, plain) or (isinstance(v, list) and all(isinstance(x, plain) for x in v)) for v in item.values()
-    )
+    """A name, or a report: an object of numbers, names, null, and lists and objects of them."""
+    return isinstance(item, str) or (isinstance(item, dict) and _is_plain(item, _DEPTH))
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
+    return value is None or isinstance(value, (int, float, str))
 
 
 def _lines(facts: Mapping[int, Mapping[str, Any]]) -> bytes:

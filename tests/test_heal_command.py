@@ -1,4 +1,4 @@
-"""`prune --heal` and `quantize --heal` end to end: what changes and what does not, the record, kills, refusals, verify."""
+"""`prune --heal` and `quantize --heal` end to end: what changes, the record, kills, rounding, verify, refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import Raw, bf16, read_checkpoint, shard_bytes, tiny, write_checkpoint
+from build import Raw, read_checkpoint, shard_bytes, tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import kill_when_there
 from test_calibration import byte_tokenizer
@@ -144,8 +144,8 @@ def differing(one: Path, other: Path) -> set[str]:
 def test_without_a_step_it_is_plain_pruning_byte_for_byte(plain: Path, keep: str, tmp_path: Path) -> None:
     out = made(tmp_path, "prune", keep, "--heal", "--heal-iters", "0")
     assert bytes_of(out) == bytes_of(plain)
-    zero = made(tmp_path / "q", "quantize", keep, "--heal", "--heal-iters", "0", "--keep-16bit", "*")
-    assert not differing(zero, made(tmp_path / "p", "quantize", keep, "--keep-16bit", "*"))
+    zero = made(tmp_path / "zero", "quantize", keep, "--heal", "--heal-iters", "0")
+    assert bytes_of(zero) == bytes_of(made(tmp_path / "without", "quantize", keep))
 
 
 def test_the_whole_block_changes_and_nothing_outside(healed: Path, plain: Path) -> None:
@@ -217,18 +217,12 @@ def tiny_source(root: Path, kind: str, settings: dict[str, Any]) -> tuple[Path, 
     texts = byte_tokenizer(root / "tokenizer")
     files = {name: (texts / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
     source = write_checkpoint(root / "src", tensors, config, shards=2, files=files)
-    layers = sorted({int(n.split("layers.")[1].split(".")[0]) for n in tensors if ".mlp.gate." in n and n[0] != "d"})
     blocks = config.get("text_config", config)["num_hidden_layers"]
-    kept = [0, 2, 5, 7] if kind != "qwen3_moe" and kind != "qwen3_moe_mixed" else [0, 3, 5]
-    mtp = (
-        {"mtp_keep": {"0": kept[:-1] + [kept[-1]]}}
-        if any(".eh_proj." in n or n.startswith("mtp.") for n in tensors)
-        else {}
-    )
-    layers = [
-        n for n in layers if any(f"model{x}.layers.{n}.mlp.gate.weight" in tensors for x in ("", ".language_model"))
-    ]
-    return source, keep_file(root, kept, [n for n in layers if n < blocks], **mtp)
+    prefix = "model.language_model.layers" if "text_config" in config else "model.layers"
+    layers = [layer for layer in range(blocks) if f"{prefix}.{layer}.mlp.gate.weight" in tensors]
+    kept = [0, 3, 5] if kind.startswith("qwen3_moe") else [0, 2, 5, 7]
+    predicts = any(".eh_proj." in name or name.startswith("mtp.") for name in tensors)
+    return source, keep_file(root, kept, layers, **({"mtp_keep": {"0": kept}} if predicts else {}))
 
 
 @pytest.mark.parametrize(("kind", "settings", "options"), FAMILIES, ids=lambda v: v if isinstance(v, str) else "")
@@ -250,16 +244,17 @@ def test_every_family_keeps_its_names_and_changes_only_pruned_blocks(
         n for n in read_checkpoint(tmp_path / "plain") if n.startswith(tuple(f"{s}{b}." for s in stems for b in better))
     }
     assert changed <= inside
-    fixed = ("norm", "A_log", "dt_bias", "e_score_correction_bias")  # small, or no parameter
-    assert {name for name in inside if not any(word in name for word in fixed)} <= changed
+    # Some are no parameters, some round back to what they were, and some experts are reached by no token.
+    spared = ("norm", "A_log", "dt_bias", "e_score_correction_bias", ".experts.")
+    assert {name for name in inside if not any(word in name for word in spared)} <= changed
+    assert all([n for n in changed if f".layers.{layer}.mlp.experts." in n] for layer in better)
     report = verify(tmp_path / "out", source=source)
     assert report.sound, report.problems
     assert report.tensors_healed == len(inside)
     assert report.tensors_compared == report.tensors - len(inside)
 
 
-def test_three_spellings_of_the_same_experts_heal_alike(tmp_path: Path) -> None:
-    """Fused or one by one, the values are the same: the same weights, in the same order."""
+def test_fused_or_one_by_one_experts_heal_alike(tmp_path: Path) -> None:
     found = []
     for spelling in ("fused", "per-expert"):
         config, tensors = tiny("qwen3_moe", vocab_size=258)
@@ -609,7 +604,7 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
     assert "--samples is for" in refused(out, *plain, "--samples", "4")
     assert "--batch-size is for" in refused(out, *plain, "--batch-size", "4")
     assert "--dtype is for" in refused(out, *plain, "--dtype", "float32")
-    assert "--data" in refused(out, *plain, "--heal")
+    assert "Missing option '--data'" in refused(out, *plain, "--heal", code=2)
     assert "Invalid value for '--heal'" in refused(out, *plain, *DATA, "--heal", "everything", code=2)
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "0", code=2)
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan", code=2)
@@ -617,7 +612,7 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
         assert "--device is for --heal" in refused(out, *plain, "--device", "cuda:0")
 
 
-def test_there_must_be_something_to_heal(keep: str, tmp_path: Path) -> None:
+def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
     out = tmp_path / "out"
     every = str(keep_file(tmp_path, list(range(16)), [0, 1, 2, 3]))
     for command in (("prune", "--mtp", "drop"), ("quantize",), ("prune", "-m", every), ("quantize", "-m", every)):
@@ -644,7 +639,8 @@ def test_a_quantized_source_cannot_be_healed(rounded: Path, tmp_path: Path) -> N
 def test_weights_that_are_no_numbers_are_an_error_that_names_the_block(keep: str, tmp_path: Path) -> None:
     source = tmp_path / "src"
     shutil.copytree(SMALL_MOE, source)
-    shard = next(path for path in source.glob("*.safetensors*") if b"layers.1.mlp.gate.weight" in path.read_bytes())
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    shard = source / index["weight_map"]["model.layers.1.mlp.gate.weight"]
     data = bytearray(shard.read_bytes())
     head = int.from_bytes(data[:8], "little")
     begin = json.loads(data[8 : 8 + head])["model.layers.1.mlp.gate.weight"]["data_offsets"][0]
@@ -655,7 +651,5 @@ def test_weights_that_are_no_numbers_are_an_error_that_names_the_block(keep: str
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_bf16_helper_and_roles_agree_with_the_package() -> None:
-    """The predicates above name every role that healing knows."""
+def test_every_kind_of_healing_is_tested() -> None:
     assert PARTS.keys() == HEALED.keys()
-    assert bf16(np.ones(2, np.float32)).dtype == "BF16"
