@@ -176,6 +176,17 @@ def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path)
     assert files == tree(tmp_path / "separate")
 
 
+def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
+    heal = ["--method", "rtn", "--heal", "shared", "--heal-iters", "2", "--heal-lr", "0.02", "--batch-size", "2"]
+    calib = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
+    done("compress", small_moe, tmp_path / "out", "--keep", "8", *calib, *heal, "-q")
+    keep = finished.with_name("out.compress") / "keep.json"
+    done("quantize", small_moe, tmp_path / "separate", "-m", keep, *calib, *heal, "-q")
+    shard = "model.safetensors"
+    assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "separate" / shard).read_bytes()
+    refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
+
+
 def test_a_ratio_is_recorded_as_select_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
     data = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
     done("compress", small_moe, tmp_path / "out", "--ratio", "0.25", "--criterion", "ean", *data, "-q")

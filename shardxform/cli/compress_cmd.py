@@ -21,7 +21,7 @@ from shardxform.cli.options import (
     source_argument,
     view_options,
 )
-from shardxform.cli.tune_options import read_tuning
+from shardxform.cli.tune_options import heal_flags, read_tuning
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import SchemeError
 from shardxform.prune import ViewOptions
@@ -110,6 +110,7 @@ def _tune_options(function: Any) -> Any:  # noqa: ANN401
 )
 @data_options(samples=256, presets=_PRESETS)
 @_tune_options
+@heal_flags
 @scheme_options
 @_compress_options
 @precision_options
@@ -155,7 +156,8 @@ def _prunes(given: Mapping[str, Any]) -> bool:
 
 def _refuse_idle(given: Mapping[str, Any]) -> None:
     """An option that would do nothing is a misunderstanding."""
-    prunes, tunes, measures = _prunes(given), given["method"] == "auto-round", given["eval_data"] is not None
+    prunes, measures = _prunes(given), given["eval_data"] is not None
+    tunes = given["method"] == "auto-round" or given["heal"] is not None
     if given["keep"] is not None and given["ratio"] is not None:
         raise click.UsageError("give either --keep or --ratio")
     idle: dict[str, tuple[bool, tuple[str, ...]]] = {
@@ -181,7 +183,7 @@ def _request(source: Checkpoint, out: Path, given: Mapping[str, Any]) -> Request
     prunes, tunes = _prunes(given), given["method"] == "auto-round"
     measures = given["eval_data"] is not None
     precision = _precision(given) if prunes or tunes or measures else None
-    tuning = _tuning(source.root, given) if tunes else None
+    tuning = _tuning(source.root, given) if tunes or given["heal"] else None
     return Request(
         source=source,
         out=out,
@@ -217,8 +219,8 @@ def _tuning(root: Path, given: Mapping[str, Any]) -> Tuning | None:
         data[key] = given[f"tune_{key}"] or data[key] or (None if data["preset"] else value)
     asked = {"iters": given["iters"], "batch_size": given["batch_size"] or _TUNE_BATCH, "merge": ()}
     asked |= {"inputs": None, "blocks": None, "dtype": given["dtype"]}
-    asked |= dict.fromkeys(("heal", "heal_iters", "heal_lr"))
-    return read_tuning("auto-round", root, given["device"], {**asked, **data})
+    asked |= {key: given[key] for key in ("heal", "heal_iters", "heal_lr")}
+    return read_tuning(given["method"], root, given["device"], {**asked, **data})
 
 
 def _eval_windows(root: Path, given: Mapping[str, Any]) -> Windows:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
     from shardxform.run_options import StepTuner
 
-__all__ = ["Tuning", "heal_options", "open_tuner", "read_tuning", "tune_options"]
+__all__ = ["Tuning", "heal_flags", "heal_options", "open_tuner", "read_tuning", "tune_options"]
 
 _KEYS: Final = ("iters", "batch_size", "inputs", "blocks", "merge", "dtype")
 _HEAL_KEYS: Final = ("heal", "heal_iters", "heal_lr")
@@ -71,15 +71,9 @@ def tune_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def heal_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of healing, and those that it shares with tuned rounding: data, batch size, type of the computation."""
+def heal_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of healing alone."""
     for option in (
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16"]),
-            help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.  [default: auto]",
-        ),
-        click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
         click.option(
             "--heal-lr",
             type=click.FloatRange(0, 1, min_open=True),
@@ -99,8 +93,22 @@ def heal_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
     ):
         function = option(function)
+    return function
+
+
+def heal_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of healing, and those that it shares with tuned rounding: data, batch size, type of the computation."""
+    for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.  [default: auto]",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
+    ):
+        function = option(function)
     presets = {"reference": "NeelNanda/pile-10k, 64 x 512, unpacked, 200 steps of one window"}
-    return data_options(samples=_SAMPLES, presets=presets)(function)
+    return data_options(samples=_SAMPLES, presets=presets)(heal_flags(function))
 
 
 class Tuning:

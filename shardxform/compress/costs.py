@@ -106,7 +106,7 @@ def usual(shape: Shape) -> Costs:
         headed=2 * shape.head * flop,
         rounded=1e-9,
         moved=1 / _MOVED,
-        fixed=0.5,
+        fixed=0.1,
     )
 
 

@@ -140,7 +140,8 @@ def _tuner(job: Job, plan: Plan, *, needed: bool) -> Iterator[StepTuner | None]:
     layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
     view = pruned_view(request.source, _manifest(job), text_only=request.view.text_only, mtp=request.view.mtp)
     options = TunerOptions(precision=precision, threads=torch.get_num_threads())
-    with Tuner(view.checkpoint, windows, layers, options) as tuner:
+    original = request.source if request.recipe and request.recipe.heal else None
+    with Tuner(view.checkpoint, windows, layers, options, original) as tuner:
         yield tuner
 
 
