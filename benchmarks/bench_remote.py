@@ -251,7 +251,7 @@ def measure(scratch: Path, results: Results, runs: int, limit: str) -> None:
         results.local_rss = run([*SHARDXFORM, "prune", source, local, "-m", keep, "-q"], environment).peak_rss
         results.output_bytes = sum(path.stat().st_size for path in local.glob("*.safetensors"))
         options = ("--connections", str(results.connections), "--cache-limit", limit, "-q")
-        pruning = [*SHARDXFORM, "prune", NAME, scratch / "out", "-m", keep, *options]
+        pruning: list[str | Path] = [*SHARDXFORM, "prune", NAME, scratch / "out", "-m", keep, *options]
         for number in range(runs):
             _settle()
             done = run(pruning, environment, scratch / "out")
@@ -260,7 +260,14 @@ def measure(scratch: Path, results: Results, runs: int, limit: str) -> None:
             results.identical = same and (results.identical or number == 0)
             shutil.rmtree(scratch / "out")
             _settle()
-            plainly = [sys.executable, __file__, "--plain", ranges, scratch / "plain", str(results.connections)]
+            plainly: list[str | Path] = [
+                sys.executable,
+                __file__,
+                "--plain",
+                ranges,
+                scratch / "plain",
+                str(results.connections),
+            ]
             download = run(plainly, environment)
             hub.ask(counts=True)
             (scratch / "plain").unlink()
@@ -338,7 +345,13 @@ def main() -> None:
             (scratch / "source").symlink_to(given.source.resolve())
         else:
             say(f"writing a checkpoint of {given.layers} layers to {scratch}")
-            make = [sys.executable, ROOT / "benchmarks/synth.py", scratch / "source", "--layers", str(given.layers)]
+            make: list[str | Path] = [
+                sys.executable,
+                ROOT / "benchmarks/synth.py",
+                scratch / "source",
+                "--layers",
+                str(given.layers),
+            ]
             run(make, os.environ)
         measure(scratch, results, given.runs, given.cache_limit)
     if given.json:

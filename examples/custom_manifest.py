@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardxform import Checkpoint, Manifest, plan_prune
 from shardxform.layout import layout_of
@@ -22,13 +23,14 @@ SOURCE = ROOT / "examples" / "small-moe"
 KEPT = 8
 
 
-def squares_of_experts(source: Checkpoint, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def squares_of_experts(source: Checkpoint, name: str) -> NDArray[np.float64]:
     """Sum of squares of every expert's slab of a fused bfloat16 tensor [E, ...], read as bytes."""
     ref = source.tensors[name]
     (place,) = ref.ranges
     bits = np.fromfile(source.root / place.file, np.uint16, place.length // 2, offset=place.offset)
     values = (bits.astype(np.uint32) << 16).view(np.float32).reshape(ref.spec.shape[0], -1)
-    return np.square(values, dtype=np.float64).sum(axis=1)
+    squares_E: NDArray[np.float64] = np.square(values, dtype=np.float64).sum(axis=1)
+    return squares_E
 
 
 def main(path: Path) -> None:

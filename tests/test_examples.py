@@ -45,10 +45,10 @@ def test_custom_manifest(tmp_path: Path, small_moe: Path) -> None:
     from shardxform import Checkpoint, Manifest
     from shardxform.layout import layout_of
 
-    said = run("custom_manifest.py", tmp_path / "new/keep.json")
+    said = run("custom_manifest.py", tmp_path / "keep.json")
     assert "8,821,064 -> 5,667,144 bytes" in said
     source = Checkpoint.open(small_moe)
-    manifest = Manifest.load(tmp_path / "new/keep.json", layout_of(source.config, source.tensors))
+    manifest = Manifest.load(tmp_path / "keep.json", layout_of(source.config, source.tensors))
     assert manifest.num_kept == 8
 
 

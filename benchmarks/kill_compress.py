@@ -1,0 +1,134 @@
+"""Kill `shardxform compress` at random moments, run it to its end, and compare with a run that nothing stopped.
+
+    python benchmarks/kill_compress.py [--dir SCRATCH] [--kills 10] [--seed 0] [-- OPTIONS OF COMPRESS]
+
+SIGKILL, after a time that is drawn so that the kills spread over all stages. Compared is every file of OUT and of
+OUT.compress; seconds and memory in OUT/shardxform.json are left out, which no two runs share. Before the last run no
+config.json may stand in OUT unless all it needs does. Exits with 1 when anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+SOURCE: Final = ROOT / "examples" / "small-moe"
+TEXT: Final = SOURCE / "text"
+OPTIONS: Final = [
+    *("--keep", "8", "--data", str(TEXT / "calib.jsonl"), "--samples", "32", "--seqlen", "256", "--iters", "20"),
+    *("--eval-data", str(TEXT / "heldout.jsonl"), "--eval-samples", "16", "--eval-seqlen", "256", "--plot"),
+]
+SPENT: Final = re.compile(rb'"(seconds|peak_rss_bytes|peak_gpu_bytes)": [\d.]+')
+
+
+def start(out: Path, options: list[str]) -> subprocess.Popen[str]:
+    """The real command in a process of its own."""
+    command = [sys.executable, "-m", "shardxform", "compress", str(SOURCE), str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def to_the_end(out: Path, options: list[str]) -> tuple[float, float]:
+    """Run it; seconds until the first stage began, and in all."""
+    began = first = time.monotonic()
+    process = start(out, options)
+    assert process.stderr is not None
+    said: list[str] = []
+    for line in process.stderr:
+        first = time.monotonic() if line.startswith("[1/") and not said else first
+        said.append(line)
+    process.communicate()
+    if process.returncode:
+        sys.exit(f"compress ended with {process.returncode}: {''.join(said)}")
+    return first - began, time.monotonic() - began
+
+
+def killed(out: Path, options: list[str], seconds: float) -> str | None:
+    """Kill it after some time; what it was doing, or None when it had come to its end."""
+    process = start(out, options)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    said = process.communicate()[1].splitlines()
+    if process.returncode >= 0:
+        if process.returncode:
+            sys.exit(f"compress ended with {process.returncode}: {said}")
+        return None
+    stages = [line.split(":")[0] for line in said if re.match(r"\[\d/\d\] ", line)]
+    return stages[-1] if stages else "before the first stage"
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    """Every file of the output and of its results, by name."""
+    files = {}
+    for root in (out, out.with_name(out.name + ".compress")):
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                name = f"{root.name.removeprefix(out.name)}/{path.relative_to(root)}"
+                data = path.read_bytes()
+                files[name] = SPENT.sub(b"", data) if name == "/shardxform.json" else data
+    return files
+
+
+def refuse_half(out: Path) -> None:
+    """A config.json says that the output is whole: then every shard of its index must be there under its name."""
+    if not (out / "config.json").exists():
+        return
+    shards = {"model.safetensors"}
+    if (index := out / "model.safetensors.index.json").exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    missing = [name for name in shards if not (out / name).is_file()]
+    if missing:
+        sys.exit(f"{out}: has a config.json but no {missing}")
+
+
+def differences(wanted: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+    """Names of files that only one run has, or that differ."""
+    return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+
+
+def main() -> None:
+    """Run once, then kill and run, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, help="where to work; a temporary directory if not given")
+    parser.add_argument("--kills", type=int, default=10, help="how often to kill it (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the times (default 0)")
+    parser.add_argument("options", nargs="*", help="options of compress, after --; a small job if not given")
+    args = parser.parse_args()
+    options, rng = args.options or OPTIONS, random.Random(args.seed)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    place = Path(tempfile.mkdtemp(dir=args.dir))
+    for folder in ("whole", "killed"):
+        (place / folder).mkdir()
+    try:
+        startup, whole = to_the_end(place / "whole/out", options)
+        print(f"uninterrupted: {whole:.1f} s, of which {startup:.1f} s before the first stage", flush=True)
+        out = place / "killed/out"
+        for number in range(1, args.kills + 1):
+            seconds = startup + rng.uniform(-0.5, 2 * (whole - startup) / args.kills)
+            doing = killed(out, options, max(0.1, seconds))
+            refuse_half(out)
+            print(f"kill {number:2}: after {seconds:5.1f} s, {doing or 'it had come to its end'}", flush=True)
+        to_the_end(out, options)
+        files = tree(place / "whole/out")
+        if found := differences(files, tree(out)):
+            sys.exit(f"differ: {', '.join(found)}")
+        print(f"{len(files)} files, the same as those of the uninterrupted run")
+    finally:
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()
