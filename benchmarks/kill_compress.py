@@ -2,9 +2,9 @@
 
     python benchmarks/kill_compress.py [--dir SCRATCH] [--kills 10] [--seed 0] [-- OPTIONS OF COMPRESS]
 
-SIGKILL, after a time that is drawn so that the kills spread over all stages. Compared is every file of OUT and of
-OUT.compress; seconds and memory in OUT/shardxform.json are left out, which no two runs share. Before the last run no
-config.json may stand in OUT unless all it needs does. Exits with 1 when anything differs.
+SIGKILL, up to two seconds after a stage began, the stages in turn: most time goes into two of them. Every file of OUT
+and of OUT.compress is compared; seconds and memory in OUT/shardxform.json are left out, which no two runs share. After
+every kill OUT has a config.json only if its shards are there. Exits with 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,19 @@ OPTIONS: Final = [
     *("--keep", "8", "--data", str(TEXT / "calib.jsonl"), "--samples", "32", "--seqlen", "256", "--iters", "20"),
     *("--eval-data", str(TEXT / "heldout.jsonl"), "--eval-samples", "16", "--eval-seqlen", "256", "--plot"),
 ]
+STAGES: Final = (
+    "score",
+    "score",
+    "select",
+    "quantize",
+    "quantize",
+    "quantize",
+    "verify",
+    "evaluate",
+    "evaluate",
+    "card",
+)
+AFTER: Final = 2.0
 SPENT: Final = re.compile(rb'"(seconds|peak_rss_bytes|peak_gpu_bytes)": [\d.]+')
 
 
@@ -39,35 +52,35 @@ def start(out: Path, options: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def to_the_end(out: Path, options: list[str]) -> tuple[float, float]:
-    """Run it; seconds until the first stage began, and in all."""
-    began = first = time.monotonic()
+def to_the_end(out: Path, options: list[str]) -> float:
+    """Run it; seconds that it took."""
+    began = time.monotonic()
+    process = start(out, options)
+    said = process.communicate()[1]
+    if process.returncode:
+        sys.exit(f"compress ended with {process.returncode}: {said}")
+    return time.monotonic() - began
+
+
+def killed(out: Path, options: list[str], stage: str, seconds: float) -> str | None:
+    """Kill it some time after a stage began that is not done; what it was doing, or None when it came to its end."""
     process = start(out, options)
     assert process.stderr is not None
     said: list[str] = []
     for line in process.stderr:
-        first = time.monotonic() if line.startswith("[1/") and not said else first
         said.append(line)
-    process.communicate()
-    if process.returncode:
-        sys.exit(f"compress ended with {process.returncode}: {''.join(said)}")
-    return first - began, time.monotonic() - began
-
-
-def killed(out: Path, options: list[str], seconds: float) -> str | None:
-    """Kill it after some time; what it was doing, or None when it had come to its end."""
-    process = start(out, options)
+        if re.match(rf"\[\d/\d\] {stage}: (?!done already)", line):
+            break
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-    said = process.communicate()[1].splitlines()
-    if process.returncode >= 0:
-        if process.returncode:
-            sys.exit(f"compress ended with {process.returncode}: {said}")
+    said += process.communicate()[1].splitlines()
+    if process.returncode == 0:
         return None
-    stages = [line.split(":")[0] for line in said if re.match(r"\[\d/\d\] ", line)]
-    return stages[-1] if stages else "before the first stage"
+    if process.returncode != -signal.SIGKILL:
+        sys.exit(f"compress ended with {process.returncode}: {''.join(said)}")
+    return next(line.split(":")[0] for line in reversed(said) if re.match(r"\[\d/\d\] ", line))
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -113,14 +126,13 @@ def main() -> None:
     for folder in ("whole", "killed"):
         (place / folder).mkdir()
     try:
-        startup, whole = to_the_end(place / "whole/out", options)
-        print(f"uninterrupted: {whole:.1f} s, of which {startup:.1f} s before the first stage", flush=True)
+        print(f"uninterrupted: {to_the_end(place / 'whole/out', options):.1f} s", flush=True)
         out = place / "killed/out"
-        for number in range(1, args.kills + 1):
-            seconds = startup + rng.uniform(-0.5, 2 * (whole - startup) / args.kills)
-            doing = killed(out, options, max(0.1, seconds))
+        for number in range(args.kills):
+            stage, seconds = STAGES[len(STAGES) * number // args.kills], rng.uniform(0, AFTER)
+            doing = killed(out, options, stage, seconds)
             refuse_half(out)
-            print(f"kill {number:2}: after {seconds:5.1f} s, {doing or 'it had come to its end'}", flush=True)
+            print(f"kill {number + 1:2}: {doing or 'came to its end'}, {stage} and {seconds:.2f} s", flush=True)
         to_the_end(out, options)
         files = tree(place / "whole/out")
         if found := differences(files, tree(out)):

@@ -136,7 +136,7 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     calib = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
     done("score", small_moe, "-o", tmp_path / "s", *calib)
     done("select", tmp_path / "s", "--keep", "8", "-o", tmp_path / "keep.json")
-    tuned = ["--method", "auto-round", "--iters", "2", "--batch-size", "1", *calib]
+    tuned = ["--method", "auto-round", "--iters", "2", *calib]
     done("quantize", small_moe, tmp_path / "out", "-m", tmp_path / "keep.json", *tuned)
     held_out = ["--data", small_moe / "text/heldout.jsonl", "--samples", "2", "--seqlen", "64"]
     work = ["--work", tmp_path / "w"]
