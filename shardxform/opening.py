@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -144,12 +144,17 @@ class _RepositoryFiles:
             raise CheckpointError(f"{self._remote.folder / name}: not in the cache, and HF_HUB_OFFLINE is set") from e
 
     def _all_heads(self) -> Iterable[tuple[str, Callable[[], Head]]]:
-        """Begin to fetch all headers; functions that wait for one each."""
+        """Fetch all headers; functions that give one each, or say why not."""
         guesses = self._guesses()
         connections = self._remote.downloads.transfer.connections
         with ThreadPoolExecutor(connections, thread_name_prefix="head") as pool:
-            for name, guess in guesses.items():
-                yield name, pool.submit(_fetch_head, self._remote, name, guess).result
+            waiting = [(name, pool.submit(_fetch_head, self._remote, name, guess)) for name, guess in guesses.items()]
+            try:
+                wait([future for _, future in waiting])
+            except BaseException:  # Ctrl-C: the threads are not to go on trying
+                self._remote.downloads.client.stop()
+                raise
+        return [(name, future.result) for name, future in waiting]
 
     def _guesses(self) -> Mapping[str, int]:
         """Bytes that the header of every streamed shard will hardly exceed, from the names of its tensors."""

@@ -30,9 +30,13 @@ from shardxform.tuning.workers import Workers
 __all__ = ["measure_model"]
 
 _TOKENS: Final = 128
+_MORE_TOKENS: Final = 512  # of small models, whose time goes into calls rather than numbers
+_SMALL: Final = 512  # channels
 _FEW, _MANY = 4, 68  # tokens of one expert: what their difference takes is the tokens', the rest is the expert's
 _TUNED: Final = 2  # experts that are tuned for the measurement
+_EXPERTS: Final = 8
 _HEAD_ROWS: Final = 8192
+_LOGITS: Final = 1 << 24  # as `evaluation` has it: how many are held at once
 _DECODING: Final = 5.0  # of a quantized weight, in conversions of a 16-bit one
 _AGAIN: Final = 4 / 3  # what is forgotten and computed again is a third of forward and backward
 _LEAST: Final = 1e-12
@@ -77,25 +81,26 @@ def _around(skeleton: Skeleton, *, tunes: bool) -> dict[str, float]:
     for layers in kinds.values():
         share = len(layers) / skeleton.num_blocks
         forward, step = _one_block(skeleton, layers[0], tunes=tunes)
-        tokens, step_tokens = tokens + share * forward / _TOKENS, step_tokens + share * step / _TOKENS
+        tokens, step_tokens = tokens + share * forward, step_tokens + share * step
     return {"tokens": tokens, "step_tokens": step_tokens} if tunes else {"tokens": tokens}
 
 
 def _one_block(skeleton: Skeleton, layer: int, *, tunes: bool) -> tuple[float, float]:
-    """Seconds of a forward pass on all threads, and of a step on one: forward, backward, and in it forward again."""
+    """Seconds of a token in a forward pass on all threads, and in a step on one: forward, backward, forward again."""
     precision = skeleton.weights.precision
-    x_BTH = torch.randn(1, _TOKENS, skeleton.hidden_size, device=precision.device).to(precision.dtype)
+    count = _TOKENS if skeleton.hidden_size > _SMALL else _MORE_TOKENS
+    x_BTH = torch.randn(1, count, skeleton.hidden_size, device=precision.device).to(precision.dtype)
     with skeleton.block(layer) as block, _without_experts(block):
         _randomize(block.module)
         with torch.no_grad():
             forward = _time(lambda: block(x_BTH), precision, turns=1)
         if not tunes:
-            return forward, 0.0
+            return forward / count, 0.0
         block.module.requires_grad_(True)
         x_BTH.requires_grad_()
         with _one_thread():
             once = _time(lambda: _back(block(x_BTH)), precision, turns=1)
-        return forward, _AGAIN * once
+        return forward / count, _AGAIN * once / count
 
 
 def _back(out: torch.Tensor) -> None:
@@ -130,22 +135,21 @@ def _expert(skeleton: Skeleton, precision: Precision) -> dict[str, float]:
     width = _width(skeleton)
     if not width:
         return {}
-    up_JH, down_HI = _matrices(skeleton, precision, 1)
+    up_EJH, down_EHI = _matrices(skeleton, precision, _EXPERTS)
 
     def run(count: int) -> float:
         x_nH = torch.randn(count, skeleton.hidden_size, device=precision.device).to(precision.dtype)
 
-        def one() -> torch.Tensor:
-            inner = nn.functional.linear(x_nH, up_JH[0].to(precision.dtype))
-            return nn.functional.linear(_gate(inner), down_HI[0].to(precision.dtype))
+        def all_in_turn() -> None:  # as a block does: none is still in the processor's cache
+            for up_JH, down_HI in zip(up_EJH, down_EHI, strict=True):
+                inner_nI = _gate(nn.functional.linear(x_nH, up_JH.to(precision.dtype)))
+                nn.functional.linear(inner_nI, down_HI.to(precision.dtype)).float().norm(dim=-1)
 
-        return _time(one, precision, turns=5)
+        return _time(all_in_turn, precision) / _EXPERTS
 
-    converting = _time(lambda: (up_JH[0].to(precision.dtype), down_HI[0].to(precision.dtype)), precision, turns=5)
-    weights = up_JH[0].numel() + down_HI[0].numel()
     with torch.no_grad():
         call, pair = _line(run(_FEW), run(_MANY))
-    return {"calls": call, "pairs": pair, "decoded": _DECODING * converting / weights}
+    return {"calls": call, "pairs": pair, "decoded": _DECODING * call / (up_EJH[0].numel() + down_EHI[0].numel())}
 
 
 def _tuned_experts(skeleton: Skeleton, precision: Precision, grid: Grid) -> dict[str, float]:
@@ -190,11 +194,16 @@ def _matrices(skeleton: Skeleton, precision: Precision, experts: int) -> tuple[t
 
 
 def _head(skeleton: Skeleton, precision: Precision) -> float:
-    """Seconds of a token in the output head, by a tile of its rows."""
-    rows = min(_HEAD_ROWS, skeleton.vocab_size)
-    w_VH = torch.randn(rows, skeleton.hidden_size, device=precision.device).to(precision.dtype)
-    x_TH = torch.randn(_TOKENS, skeleton.hidden_size, device=precision.device).to(precision.dtype)
-    return _time(lambda: torch.log_softmax(x_TH @ w_VH.T, -1), precision) / _TOKENS * skeleton.vocab_size / rows
+    """Seconds of a token in the output head, by a tile of its rows and as many tokens as go through it at once."""
+    rows, tokens = min(_HEAD_ROWS, skeleton.vocab_size), max(1, min(_TOKENS, _LOGITS // skeleton.vocab_size))
+    w_VH = torch.randn(rows, skeleton.hidden_size, device=precision.device).bfloat16()
+    x_TH = torch.randn(tokens, skeleton.hidden_size, device=precision.device).to(precision.dtype)
+
+    def one() -> torch.Tensor:
+        logp_TV = (x_TH @ w_VH.to(precision.dtype).T).float().log_softmax(-1)
+        return (logp_TV.exp() * logp_TV).sum(-1)
+
+    return _time(one, precision) / tokens * skeleton.vocab_size / rows
 
 
 def _line(few: float, many: float) -> tuple[float, float]:

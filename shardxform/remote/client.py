@@ -8,6 +8,7 @@ for the commit, the content and the size that were planned.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import re
 import threading
@@ -34,7 +35,7 @@ _LONGEST_PAUSE: Final = 30.0
 _LONGEST_ASKED: Final = 900.0  # of a Retry-After
 _TIMEOUT: Final = 30.0
 _PROGRESS: Final = 1 << 16  # bytes that count as progress
-_MISTAKES: Final = 4  # answers in a row about another content or size, after which it is believed
+_MISTAKES: Final = 6  # answers in a row about another content or size, after which it is believed
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -223,7 +224,14 @@ def download(remote: Remote, name: str) -> None:
     """
     from huggingface_hub import hf_hub_download
 
-    _patiently(f"{remote}/{name}", lambda: hf_hub_download(remote.repo, name, revision=remote.commit))
+    bars: Any = importlib.import_module("huggingface_hub.utils")
+    shown = not bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()  # stderr has progress of its own, or none
+    try:
+        _patiently(f"{remote}/{name}", lambda: hf_hub_download(remote.repo, name, revision=remote.commit))
+    finally:
+        if shown:
+            bars.enable_progress_bars()
 
 
 def folder_of(name: RepoName, commit: str) -> Path:
@@ -236,13 +244,11 @@ def folder_of(name: RepoName, commit: str) -> Path:
 
 
 def cached_folder(name: RepoName) -> Path | None:
-    """Where the hub client keeps what it has of a revision, whole or in part, by its own books; None without any."""
-    from huggingface_hub import snapshot_download
+    """Where the hub client keeps what it has of a revision, whole or in part; None without a config.json."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
-    except Exception:  # nothing of it is in the cache
-        return None
+    found = try_to_load_from_cache(name.repo, "config.json", revision=name.revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _resolve(remote: Remote, file: RemoteFile) -> str:
@@ -316,9 +322,9 @@ def _session() -> Any:  # noqa: ANN401
 
 def _headers(place: str, start: int, stop: int) -> dict[str, str]:
     """Headers of a request; the token is for the hub's own host alone."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants
 
-    hub: Any = utils
+    hub: Any = importlib.import_module("huggingface_hub.utils")
     ours = _origin(place) == _origin(constants.ENDPOINT)
     headers: dict[str, str] = hub.build_hf_headers(token=None if ours else False)
     return {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}

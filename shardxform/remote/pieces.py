@@ -63,6 +63,7 @@ class Pieces:
         self._free = list(range(arena.slots - 1, -1, -1))
         self._starts: defaultdict[File, list[int]] = defaultdict(list)
         self._table: dict[tuple[File, int], Piece] = {}
+        self._placed: dict[int, Piece] = {}
         self._read: OrderedDict[tuple[File, int], Piece] = OrderedDict()  # the longest unused one first
         self._awaited: deque[Piece] = deque()
         self._queue: deque[Piece] = deque()
@@ -201,7 +202,7 @@ class Pieces:
         return []
 
     def _run_from(self, piece: Piece) -> list[Piece]:
-        run = [self._placed(piece)]
+        run = [self._place(piece)]
         nbytes = piece.stop - piece.start
         while self._has_room(self._reserve):
             following = self._table.get((piece.file, run[-1].stop))
@@ -210,25 +211,28 @@ class Pieces:
             nbytes += following.stop - following.start
             if nbytes > self._run_bytes:
                 break
-            run.append(self._placed(following))
+            run.append(self._place(following))
         return run
 
     def _has_room(self, reserve: int) -> bool:
         return len(self._free) + len(self._read) > reserve
 
     def _make_room(self) -> bool:
-        """Give up a piece that may have to be fetched again, so that what is awaited can be."""
-        idle = [piece for piece in self._table.values() if piece.state == _HERE and not piece.readers]
+        """Give up a piece that may have to be fetched again, if no reader can go on otherwise."""
+        if any(piece.readers for piece in self._placed.values()):  # one of them will, and leave room
+            return False
+        idle = [piece for piece in self._placed.values() if piece.state == _HERE]
         parted = [piece for piece in idle if piece.unread < piece.stop - piece.start]
         if idle:
-            self._forget(parted[0] if parted else idle[-1])  # the last: what was wanted last is read last
+            self._forget(parted[0] if parted else idle[-1])  # the last: what was fetched last is read last
         return bool(idle)
 
-    def _placed(self, piece: Piece) -> Piece:
+    def _place(self, piece: Piece) -> Piece:
         if not self._free:
             self._forget(next(iter(self._read.values())))
         piece.slot = self._free.pop()
         piece.state = _FETCHING
+        self._placed[piece.slot] = piece
         return piece
 
     def _settle(self, piece: Piece) -> None:
@@ -239,6 +243,7 @@ class Pieces:
     def _forget(self, piece: Piece) -> None:
         if piece.slot >= 0:
             self._free.append(piece.slot)
+            del self._placed[piece.slot]
         piece.state, piece.slot = _LOST, -1
         self._read.pop((piece.file, piece.start), None)
         del self._table[piece.file, piece.start]

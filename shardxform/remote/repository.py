@@ -76,11 +76,11 @@ class Remote:
         """
         path = self.folder / name
         if name not in self.files:
-            return path
+            return path.resolve() if path.is_file() else path  # the cache of the client is one of links
         if not path.is_file():
             self.downloads.download(self, name)
         _refuse_other_content(path, self.files[name], f"{self}/{name}")
-        return path
+        return path.resolve()
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a file by the hub's listing; empty where that has none."""
