@@ -273,6 +273,56 @@ def test_a_tuned_output(tmp_path: Path) -> None:
     assert "steps per block: 2, each of 2 windows" in card_text
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("command", "options"), [("prune", ()), ("quantize", ()), ("quantize", ("--method", "auto-round", "--iters", 2))]
+)
+def test_a_healed_output(command: str, options: tuple[object, ...], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source, out = ROOT / "examples" / "small-moe", tmp_path / "out"
+    text = source / "text" / "calib.jsonl"
+    given = ("--samples", 4, "--seqlen", 32, "--heal", "router", "--heal-iters", 2, "--heal-lr", 0.005, *options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        shardxform(command, source, out, "-m", KEEP, "--data", text, "--batch-size", 2, *given, "-q")
+        facts = gather(out)
+        places = {"SRC": str(source), "out": str(out), "calib.jsonl": str(text), "keep.json": str(KEEP)}
+        assert "already complete" in shardxform(*(places.get(arg, arg) for arg in facts.commands[0][1:])).output
+    finally:
+        torch.set_num_threads(before)
+    made = facts.healing
+    assert made is not None
+    assert (made.what, made.iters, made.batch_size) == ("router", 2, 2)
+    recorded = json.loads((out / "shardxform.json").read_text())["facts"]["blocks"]
+    assert [(b.layer, b.pruned, b.healed) for b in made.blocks] == [
+        (b["layer"], b["healed"]["pruned_error"], b["healed"]["healed_error"]) for b in recorded
+    ]
+    card_text = render(facts)
+    assert "## Healing" in card_text
+    assert "It was healed on calibration text" in card_text
+    assert "rounded to nearest" not in card_text
+    assert card_text.count("steps per block: 2, each of 2 windows") == 1 + bool(options)
+    assert made.data is not None
+    flattering = Evaluation(data=made.data, windows=1, tokens=1, perplexity=2.0)
+    shown = dataclasses.replace(facts, evaluations=(flattering,), pruning=None, quantization=None)
+    assert "is both calibration and evaluation text" in render(shown)
+
+
+def test_a_block_that_was_left_as_pruned_is_said(out: Path) -> None:
+    def change(record: Any) -> None:
+        record["inputs"]["recipe"] = {"heal": {"what": "auto", "iters": 100, "batch_size": 8}}
+        healed = {"pruned_error": 0.5, "healed_error": 0.25, "what": "all", "lr": 0.02}
+        left = {"pruned_error": 0.5, "healed_error": 0.5, "what": None, "lr": None}
+        record["facts"] = {"blocks": [{"layer": 1, "healed": left}, {"layer": 0, "healed": healed}]}
+
+    change_record(out, change)
+    text = render(gather(out))
+    assert "| 0 | 5.000e-01 | 2.500e-01 | 50.0% | all |" in text
+    assert "| 1 | 5.000e-01 | left as pruned |  |  |" in text
+
+
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 

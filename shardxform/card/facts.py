@@ -86,6 +86,35 @@ class BlockError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealedBlock:
+    """Squared error of a block's output as it was pruned and as it is; `what` is empty where it was left as pruned."""
+
+    layer: int
+    pruned: float | None
+    healed: float | None
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Healing:
+    """How the 16-bit weights of pruned blocks were tuned.
+
+    Attributes:
+        what: which weights, a name of `recipe.HEALED` or `auto`.
+        iters, batch_size: steps a block, windows of a step.
+        data: calibration text.
+        blocks: in their order.
+
+    """
+
+    what: str
+    iters: int | None
+    batch_size: int | None
+    data: Data | None
+    blocks: tuple[HealedBlock, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """How weights are stored.
 
@@ -158,7 +187,7 @@ class Facts:
         parameters, active: of the decoder with embeddings and output head, without MTP layers and vision tower; in
             all, and those that one token uses.
         dropped: parts of the source that were left out.
-        pruning, quantization: None where nothing was pruned or quantized.
+        pruning, healing, quantization: None where nothing was pruned, healed or quantized.
         evaluations: in the order given.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
@@ -182,6 +211,7 @@ class Facts:
     active: Change
     dropped: tuple[str, ...] = ()
     pruning: Pruning | None = None
+    healing: Healing | None = None
     quantization: Quantization | None = None
     evaluations: tuple[Evaluation, ...] = ()
     plots: tuple[str, ...] = ()

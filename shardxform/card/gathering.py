@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform.card.evaluations import read_evaluation
-from shardxform.card.facts import Change, Facts, Origin, Pruning, Quantization
+from shardxform.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
 from shardxform.card.frontmatter import is_hub_name, origin_of
 from shardxform.card.parameters import count_parameters, stored_of
-from shardxform.card.record import block_errors, data_of, flag, section, text, whole
+from shardxform.card.record import block_errors, data_of, flag, healed_blocks, section, text, whole
 from shardxform.card.reproduction import commands
 from shardxform.card.writing import is_card, picture_name, read_readme
 from shardxform.checkpoint import Checkpoint
@@ -94,6 +94,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         active=Change(before and counts.active(before, top_k), counts.active(layout.num_experts, top_k)),
         dropped=tuple(told for key, told in _PARTS.items() if whole(section(summary, "dropped"), key)),
         pruning=None if before == layout.num_experts else _pruning(inputs, manifest, kept_by if manifest else ""),
+        healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
         evaluations=tuple(read_evaluation(path, checkpoint) for path in options.evaluations),
         plots=_plots(options.plots),
@@ -183,11 +184,26 @@ def _sum(values: object) -> int | None:
     return sum(values) if known and isinstance(values, list) else None
 
 
+def _healing(record: Mapping[str, Any]) -> Healing | None:
+    """How pruned blocks were healed, as the record has it."""
+    recipe = section(_origin_of_inputs(section(record, "inputs")), "recipe")
+    heal = section(recipe, "heal")
+    if not heal:
+        return None
+    return Healing(
+        what=text(heal, "what"),
+        iters=whole(heal, "iters"),
+        batch_size=whole(heal, "batch_size"),
+        data=data_of(section(recipe, "data")),
+        blocks=healed_blocks(section(record, "facts")),
+    )
+
+
 def _quantization(record: Mapping[str, Any], stored: Stored) -> Quantization:
     """How weights are stored, as the headers have it, and how they came about, as the record has it."""
     inputs = section(record, "inputs")
     scheme = section(_origin_of_inputs(inputs), "scheme")
-    recipe = section(inputs, "recipe")
+    recipe = section(_origin_of_inputs(inputs), "recipe") if text(scheme, "method") == "auto-round" else {}
     return Quantization(
         bits=stored.scheme.grid.bits,
         group_size=stored.scheme.grid.group_size,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardxform.calibration.options import is_source
-from shardxform.card.facts import BlockError, Data
+from shardxform.card.facts import BlockError, Data, HealedBlock
 
-__all__ = ["block_errors", "data_of", "flag", "number", "section", "text", "texts", "whole"]
+__all__ = ["block_errors", "data_of", "flag", "healed_blocks", "number", "section", "text", "texts", "whole"]
 
 
 def section(value: object, *path: str) -> Mapping[str, Any]:
@@ -68,14 +68,11 @@ def data_of(value: Mapping[str, Any]) -> Data | None:
 
 
 def block_errors(facts: Mapping[str, Any]) -> tuple[BlockError, ...]:
-    """What tuning recorded of every block, in the order of the blocks."""
-    listed = facts.get("blocks")
+    """What tuning the rounding recorded of every block, in the order of the blocks."""
     out: dict[int, BlockError] = {}
-    for block in listed if isinstance(listed, list) else ():
-        found = section(block)
-        layer = whole(found, "layer")
-        if layer is None:
-            continue
+    for layer, found in _blocks(facts):
+        if "rtn_error" not in found and "rounded_to_nearest" not in found:
+            continue  # it was healed only
         unreached = found.get("experts_never_reached")
         out[layer] = BlockError(
             layer=layer,
@@ -84,3 +81,22 @@ def block_errors(facts: Mapping[str, Any]) -> tuple[BlockError, ...]:
             never_reached=len(unreached) if isinstance(unreached, list) else 0,
         )
     return tuple(out[layer] for layer in sorted(out))
+
+
+def healed_blocks(facts: Mapping[str, Any]) -> tuple[HealedBlock, ...]:
+    """What healing recorded of every block, in the order of the blocks."""
+    out: dict[int, HealedBlock] = {}
+    for layer, found in _blocks(facts):
+        if healed := section(found, "healed"):
+            before, after = number(healed, "pruned_error"), number(healed, "healed_error")
+            out[layer] = HealedBlock(layer=layer, pruned=before, healed=after, what=text(healed, "what"))
+    return tuple(out[layer] for layer in sorted(out))
+
+
+def _blocks(facts: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    listed = facts.get("blocks")
+    for block in listed if isinstance(listed, list) else ():
+        found = section(block)
+        layer = whole(found, "layer")
+        if layer is not None:
+            yield layer, found

@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Final
 
-from shardxform.card.facts import BlockError, Change, Data, Evaluation, Facts, Pruning, Quantization
+from shardxform.card.facts import (
+    BlockError,
+    Change,
+    Data,
+    Evaluation,
+    Facts,
+    HealedBlock,
+    Healing,
+    Pruning,
+    Quantization,
+)
 from shardxform.card.frontmatter import front_matter
 from shardxform.card.loading import loading
 from shardxform.card.markdown import code, fence, listing, parameters, shell, sizes, table
@@ -21,6 +31,13 @@ __all__ = ["render"]
 _KEEP: Final = (
     "<!-- `shardxform card --write` replaces this file; to keep changes of your own, remove the line above -->"
 )
+_HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
+    "auto": "the whole block or the shared experts and routers, whichever held-out windows chose",
+    "router": "routers",
+    "shared": "routers, shared experts and the norms before them",
+    "moe": "routers, shared and routed experts and the norms before them",
+    "all": "all of the block",
+}
 _HARMLESS: Final = re.compile(r"[\w.+ -]+", re.ASCII)
 
 
@@ -30,6 +47,7 @@ def render(facts: Facts) -> str:
     blocks += _figures(facts)
     for heading, section in (
         ("Pruning", _pruning(facts)),
+        ("Healing", _healing(facts)),
         ("Quantization", _quantization(facts)),
         ("Evaluation", _evaluation(facts)),
         ("Loading", loading(facts)),
@@ -120,6 +138,33 @@ def _pruning_lines(pruned: Pruning) -> Iterator[tuple[str, str]]:
     )
 
 
+def _healing(facts: Facts) -> Iterator[str]:
+    made = facts.healing
+    if made is None:
+        return
+    yield "The weights that stayed were tuned, block by block, so that a block puts out what it did before pruning."
+    yield listing(_healing_lines(made))
+    if made.blocks:
+        yield (
+            "Squared error of each block's output, relative to every token's own size, on windows of the calibration"
+            " text that were not tuned on:"
+        )
+        yield _folded(table(("block", "pruned", "healed", "ratio", "tuned"), map(_healed_block, made.blocks)))
+
+
+def _healing_lines(made: Healing) -> Iterator[tuple[str, str]]:
+    yield "weights", _HEALED.get(made.what, "")
+    yield "calibration text", _data(made.data) if made.data else ""
+    yield "steps per block", _steps(made.iters, made.batch_size)
+
+
+def _healed_block(block: HealedBlock) -> tuple[str, ...]:
+    before, after = block.pruned, block.healed
+    if not block.what or before is None or after is None:
+        return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "")
+    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", f"{after / before:.1%}" if before else "", block.what)
+
+
 def _quantization(facts: Facts) -> Iterator[str]:
     made = facts.quantization
     if made is None:
@@ -145,13 +190,16 @@ def _quantization_lines(made: Quantization) -> Iterator[tuple[str, str]]:
     recipe = made.recipe
     yield "calibration text", _data(made.data) if made.data else ""
     if made.recipe:
-        steps, batch = recipe.get("iters"), recipe.get("batch_size")
-        yield "steps per block", f"{steps}, each of {batch} window{'s' * (batch != 1)}" if steps and batch else ""
+        yield "steps per block", _steps(recipe.get("iters"), recipe.get("batch_size"))
         inputs = {
             "quantized": "what the quantized blocks before put out",
             "fp": "what the 16-bit blocks before put out",
         }
         yield "inputs of a block", inputs.get(str(recipe.get("inputs")), "")
+
+
+def _steps(steps: object, batch: object) -> str:
+    return f"{steps}, each of {batch} window{'s' * (batch != 1)}" if steps and batch else ""
 
 
 def _product(samples: object, seqlen: object) -> str:
@@ -231,7 +279,9 @@ def _limits(facts: Facts) -> Iterator[str]:
             " subjects the loss can be far greater."
         )
     tuned = facts.quantization is not None and facts.quantization.data is not None
-    if tuned:
+    if facts.healing:
+        yield "It was healed on calibration text, and fits text like it best."
+    elif tuned:
         yield "Rounding was tuned on calibration text, and fits text like it best."
     seen = [*_calibration(facts)]
     for found in facts.evaluations:
@@ -248,6 +298,8 @@ def _limits(facts: Facts) -> Iterator[str]:
 def _calibration(facts: Facts) -> Iterator[Data]:
     if facts.pruning:
         yield from facts.pruning.data
+    if facts.healing and facts.healing.data:
+        yield facts.healing.data
     if facts.quantization and facts.quantization.data:
         yield facts.quantization.data
 

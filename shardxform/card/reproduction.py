@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from shardxform.card.record import flag, section, text, texts, whole
+from shardxform.card.record import flag, number, section, text, texts, whole
 from shardxform.prune import DEFAULT_SHARD_BYTES
-from shardxform.recipe import BATCH_SIZE, ITERS
+from shardxform.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
 
 __all__ = ["commands"]
 
@@ -36,7 +36,8 @@ def commands(inputs: Mapping[str, Any], source: str, out: str, manifest: str) ->
     if command != "convert":
         return ()
     origin = section(inputs, "origin")
-    if text(section(origin, "scheme"), "method") != "rtn":  # of tuned rounding the record keeps no recipe
+    tuned = text(section(origin, "scheme"), "method") != "rtn"
+    if tuned and not section(origin, "recipe"):  # earlier records of converted outputs have none
         return (("shardxform", "convert", source, out, *_target(inputs)),)
     between = f"{out}-before"
     first = _planned("quantize", origin, (source, between), manifest)
@@ -95,11 +96,20 @@ def _recipe(inputs: Mapping[str, Any]) -> Iterator[str]:
     if flag(data, "chat_template"):
         yield "--chat-template"
     yield from _unless("--text-key", text(data, "text_key"), "text")
-    yield from _unless("--iters", whole(recipe, "iters"), ITERS)
+    yield from _heal(section(recipe, "heal"))
+    yield from _unless("--iters", whole(recipe, "iters") or ITERS, ITERS)  # 0 where it was healed only
     yield from _unless("--batch-size", whole(recipe, "batch_size"), BATCH_SIZE)
     yield from _unless("--seed", whole(recipe, "seed"), _SEED)
     yield from _unless("--inputs", text(recipe, "inputs"), "quantized")
-    yield from _unless("--device", text(recipe, "device"), "cpu")
+    device, dtype = text(recipe, "device"), text(recipe, "dtype")
+    yield from _unless("--device", device, "cpu")
+    yield from _unless("--dtype", dtype, "float32" if device in ("", "cpu") else "bfloat16")
+
+
+def _heal(heal: Mapping[str, Any]) -> Iterator[str]:
+    yield from _unless("--heal", text(heal, "what"), "")
+    yield from _unless("--heal-iters", whole(heal, "iters"), HEAL_ITERS)
+    yield from _unless("--heal-lr", number(heal, "lr"), None)
 
 
 def _target(inputs: Mapping[str, Any]) -> Iterator[str]:
