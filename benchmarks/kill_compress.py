@@ -2,9 +2,10 @@
 
     python benchmarks/kill_compress.py [--dir SCRATCH] [--kills 10] [--seed 0] [-- OPTIONS OF COMPRESS]
 
-SIGKILL, up to two seconds after a stage began, the stages in turn: most time goes into two of them. Every file of OUT
-and of OUT.compress is compared; seconds and memory in OUT/shardxform.json are left out, which no two runs share. After
-every kill OUT has a config.json only if its shards are there. Exits with 1 when anything differs.
+SIGKILL, up to two seconds after a stage began, the stages in turn: most time goes into two of them. What was killed is
+gone on with, and when it came to its end begun anew. Every file of OUT and of OUT.compress is compared; seconds and
+memory in OUT/shardxform.json are left out, which no two runs share. After every kill OUT has a config.json only if its
+shards are there. Exits with 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -107,9 +108,14 @@ def refuse_half(out: Path) -> None:
         sys.exit(f"{out}: has a config.json but no {missing}")
 
 
-def differences(wanted: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
-    """Names of files that only one run has, or that differ."""
-    return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+def compare(wanted: dict[str, bytes], out: Path) -> int:
+    """Hold an output that is complete against another's files, and remove it; 1."""
+    found = tree(out)
+    if names := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        sys.exit(f"differ: {', '.join(names)}")
+    for root in (out, out.with_name(out.name + ".compress")):
+        shutil.rmtree(root)
+    return 1
 
 
 def main() -> None:
@@ -128,16 +134,21 @@ def main() -> None:
     try:
         print(f"uninterrupted: {to_the_end(place / 'whole/out', options):.1f} s", flush=True)
         out = place / "killed/out"
+        files, compared = tree(place / "whole/out"), 0
         for number in range(args.kills):
-            stage, seconds = STAGES[len(STAGES) * number // args.kills], rng.uniform(0, AFTER)
-            doing = killed(out, options, stage, seconds)
-            refuse_half(out)
-            print(f"kill {number + 1:2}: {doing or 'came to its end'}, {stage} and {seconds:.2f} s", flush=True)
+            stage, after = STAGES[len(STAGES) * number // args.kills], AFTER
+            while True:
+                seconds = rng.uniform(0, after)
+                doing = killed(out, options, stage, seconds)
+                refuse_half(out)
+                if doing:
+                    break
+                compared += compare(files, out)  # that stage was done, or over too soon: from the beginning
+                after /= 2
+            print(f"kill {number + 1:2}: {doing}, {seconds:.2f} s after {stage} began", flush=True)
         to_the_end(out, options)
-        files = tree(place / "whole/out")
-        if found := differences(files, tree(out)):
-            sys.exit(f"differ: {', '.join(found)}")
-        print(f"{len(files)} files, the same as those of the uninterrupted run")
+        compared += compare(files, out)
+        print(f"{compared} runs came to their end, each with {len(files)} files as the uninterrupted one has them")
     finally:
         shutil.rmtree(place)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way on a model small enough for the repository: score its experts, keep half of them, tune the rounding of
-# the rest to 4 bits, prove the result and measure it, draw it, write its model card, load it and let it write.
+# The whole way on a model small enough for the repository: score its experts, keep half of them, heal the rest and tune
+# their rounding to 4 bits, prove the result and measure it, draw it, write its model card, load it and let it write.
 #
 #   scripts/quickstart.sh [OUT]      OUT: directory to write, out/small-moe-8-w4a16 unless given
 #
@@ -26,7 +26,7 @@ shard_bytes() { cat "$1"/*.safetensors | wc -c | tr -d ' '; }
 scripts/venv.sh demo
 mkdir -p "$(dirname "$out")"
 step inspect "$source_dir"
-step compress "$source_dir" "$out" --keep 8 --format compressed-tensors --iters 50 \
+step compress "$source_dir" "$out" --keep 8 --heal --heal-iters 60 --format compressed-tensors \
     --data "$source_dir/text/calib.jsonl" --samples 64 --seqlen 256 \
     --eval-data "$source_dir/text/heldout.jsonl" --eval-samples 32 --eval-seqlen 256 --plot
 printf '\n$ python examples/generate.py %s\n' "$out"
@@ -42,8 +42,8 @@ Look at:
   $out/evaluation.png    what each block lost
 
 What next:
-  docs/scoring.md                                         how experts are chosen, and what that costs
-  docs/healing.md                                         an eighth of the damage: prune and quantize with --heal
+  docs/tutorial.md                                        the same, one step at a time
+  docs/recipes.md                                         the same for a model of 35 billion parameters
   .venv/bin/shardxform inspect SRC                        what your own checkpoint is made of
   .venv/bin/shardxform compress SRC OUT ... --dry-run     what it would take, before anything is written
   scripts/test.sh                                         all tests

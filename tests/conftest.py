@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ SIDECARS = {
     "README.md": "# tiny\n",
     "notes.bin": b"\x00\x01",  # no part of the model
 }
+
+
+@pytest.fixture(autouse=True)
+def conversions_forgotten() -> Iterator[None]:
+    """auto-round changes how transformers loads a family, for the whole process; no test must do so to the next."""
+    yield
+    registry = sys.modules.get("transformers.conversion_mapping")
+    if registry is not None and registry.USER_REGISTERED_MAPPINGS:
+        registry.USER_REGISTERED_MAPPINGS.clear()
+        registry._checkpoint_conversion_mapping_cache = None  # built again when it is asked for
 
 
 @pytest.fixture(scope="session")

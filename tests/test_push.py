@@ -237,7 +237,7 @@ def test_an_interrupt_ends_a_stalled_upload_at_once(server: HubServer, pusher: P
     server.faults.append(Fault("slow", "^/upload/", count=99, retry_after=40, method="PUT"))
     with pusher.start(made, "org/new", "--create") as process:
         wait_until(lambda: len(server.fired) >= 2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # SIGINT may be ignored where the tests run
         _, stderr = process.communicate()
     assert (process.returncode, stderr.splitlines()[-1]) == (
         130,

@@ -18,9 +18,9 @@ from shardxform.cli.options import (
     read_scheme,
     run_options,
     scheme_options,
-    source_argument,
     view_options,
 )
+from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_flags, read_tuning
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import SchemeError
@@ -115,8 +115,9 @@ def _tune_options(function: Any) -> Any:  # noqa: ANN401
 @_compress_options
 @precision_options
 @view_options
+@transfer_options
 @run_options
-def command(source: Path, out: Path, **given: Any) -> None:  # noqa: ANN401
+def command(source: Source, out: Path, **given: Any) -> None:  # noqa: ANN401
     """Make OUT of SRC: choose experts, prune, round to 4 bits, verify and measure, each as its own command does.
 
     score runs SRC over --data, 256 windows of 2048 tokens unless --samples and --seqlen say; select chooses the experts
@@ -131,7 +132,8 @@ def command(source: Path, out: Path, **given: Any) -> None:  # noqa: ANN401
     _refuse_idle(given)
     quiet, as_json, verbose = given["quiet"], given["as_json"], given["verbose"]
     with interruptible():
-        request = _request(Checkpoint.open(source), out, given)
+        (checkpoint,) = open_given([source], given, out.parent)
+        request = _request(checkpoint, out, given)
         settings = Settings(**{key: given[key] for key in ("jobs", "device", "force", "full_verify", "plot")})
         from shardxform.compress import compress, prepare
 
@@ -183,17 +185,17 @@ def _request(source: Checkpoint, out: Path, given: Mapping[str, Any]) -> Request
     prunes, tunes = _prunes(given), given["method"] == "auto-round"
     measures = given["eval_data"] is not None
     precision = _precision(given) if prunes or tunes or measures else None
-    tuning = _tuning(source.root, given) if tunes or given["heal"] else None
+    tuning = _tuning(source, given) if tunes or given["heal"] else None
     return Request(
         source=source,
         out=out,
         scheme=read_scheme(dict(given), tuned=tunes),
         view=ViewOptions(text_only=given["text_only"], mtp=given["mtp"], max_shard_bytes=given["max_shard_size"]),
         pruning=_pruning(given) if prunes else None,
-        score_windows=load_data(source.root, _data(given)) if prunes else None,
+        score_windows=load_data(source, _data(given)) if prunes else None,
         tune_windows=tuning.windows if tuning else None,
         recipe=tuning.recipe if tuning else None,
-        eval_windows=_eval_windows(source.root, given) if measures else None,
+        eval_windows=_eval_windows(source, given) if measures else None,
         precision=precision,
         work=given["work"],
     )
@@ -212,7 +214,7 @@ def _data(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: given[key] for key in _DATA_KEYS}
 
 
-def _tuning(root: Path, given: Mapping[str, Any]) -> Tuning | None:
+def _tuning(source: Checkpoint, given: Mapping[str, Any]) -> Tuning | None:
     data = _data(given)
     usual = {"samples": _TUNE_SAMPLES, "seqlen": _TUNE_SEQLEN}
     for key, value in usual.items():
@@ -221,15 +223,15 @@ def _tuning(root: Path, given: Mapping[str, Any]) -> Tuning | None:
     asked = {"iters": steps, "batch_size": given["batch_size"], "merge": ()}
     asked |= {"inputs": None, "blocks": None, "dtype": given["dtype"]}
     asked |= {key: given[key] for key in ("heal", "heal_iters", "heal_lr")}
-    return read_tuning(given["method"], root, given["device"], {**asked, **data})
+    return read_tuning(given["method"], source, given["device"], {**asked, **data})
 
 
-def _eval_windows(root: Path, given: Mapping[str, Any]) -> Windows:
+def _eval_windows(source: Checkpoint, given: Mapping[str, Any]) -> Windows:
     if given["eval_data"] == given["data"]:
         tell("note: --eval-data is the text that OUT was made with: the figures will flatter it")
     asked = {"data": given["eval_data"], "samples": given["eval_samples"], "seqlen": given["eval_seqlen"]}
     others = dict.fromkeys(("preset", "seed", "text_key"))
-    return load_data(root, {**asked, **others, "no_pack": False, "chat_template": False})
+    return load_data(source, {**asked, **others, "no_pack": False, "chat_template": False})
 
 
 # -- what is said meanwhile -------------------------------------------------------------------------------------------
@@ -249,20 +251,26 @@ class _Watcher:
     def _what(self, stage: str) -> str:
         request = self.request
         if stage == "score":
-            return f"{request.source.root} over {_size(request.score_windows)}"
+            return f"{request.source.where} over {_size(request.score_windows)}"
         if stage == "select":
             pruning = request.pruning
             assert pruning is not None
             kept = f"{pruning.keep} experts of each layer stay"
             return f"by {pruning.criterion}, " + (f"{pruning.ratio:g} of the experts go" if pruning.ratio else kept)
         if stage == "quantize":
-            tuned = f", tuned on {_size(request.tune_windows)}" if request.recipe else ""
-            return f"{request.out}, {request.scheme.grid.bits} bits, {request.scheme.format}{tuned}"
+            return f"{request.out}, {request.scheme.grid.bits} bits, {request.scheme.format}{self._tuned()}"
         if stage == "verify":
-            return f"{request.out} against {request.source.root}"
+            return f"{request.out} against {request.source.where}"
         if stage == "card":
             return f"{request.out / 'README.md'}"
-        return f"{request.out} against {request.source.root} over {_size(request.eval_windows)}"
+        return f"{request.out} against {request.source.where} over {_size(request.eval_windows)}"
+
+    def _tuned(self) -> str:
+        recipe = self.request.recipe
+        if recipe is None:
+            return ""
+        done = [what for what, asked in (("healed", recipe.heal is not None), ("tuned", recipe.iters > 0)) if asked]
+        return f", {' and '.join(done)} on {_size(self.request.tune_windows)}"
 
 
 def _size(windows: Windows | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,12 +29,12 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
         "seconds": sum(stage["seconds"] for stage in stages),
     }
     if as_json:
-        paths = {"source": str(request.source.root), "out": str(request.out), "folder": str(request.folder)}
+        paths = {"source": request.source.where, "out": str(request.out), "folder": str(request.folder)}
         known = {"summary": dict(prepared.sketch.summary), "notes": list(prepared.sketch.notes)}
         print_json({**paths, "stages": stages, **totals, **known})
         return
     summary = prepared.sketch.summary
-    click.echo(f"compress {request.source.root} -> {request.out}  (dry run: nothing is written)")
+    click.echo(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
     rows(
         [
             ("experts", f"{summary['experts_before']} -> {summary['experts_after']} per layer, top-{summary['top_k']}"),
@@ -74,10 +73,9 @@ def _stage_line(stage: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _basis(request: Request) -> str:
-    measured = "reading SRC for a moment and rounding a matrix"
-    if request.runs_model:
-        measured = "running pieces of the model for a few seconds and reading SRC for one"
-    return f"from {measured}, on this machine, as busy as it was"
+    pieces = "running pieces of the model for some seconds" if request.runs_model else "rounding a matrix"
+    disk = "reading a piece of SRC" if request.source.remote is None else "1 GB/s from the hub taken for granted"
+    return f"from {pieces}, {disk}, on this machine, as busy as it was"
 
 
 def _sizes(before: int, after: int) -> str:
@@ -98,7 +96,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def report(outcome: Outcome, source: Path, *, as_json: bool, verbose: bool) -> None:
+def report(outcome: Outcome, source: object, *, as_json: bool, verbose: bool) -> None:
     """Print what came of it."""
     if as_json:
         print_json(_as_json(outcome))
@@ -120,16 +118,12 @@ def report(outcome: Outcome, source: Path, *, as_json: bool, verbose: bool) -> N
         tell("note: not measured; give --eval-data, held-out text, and only that is done")
 
 
-def _lines(outcome: Outcome, source: Path) -> Iterator[tuple[str, str]]:
+def _lines(outcome: Outcome, source: object) -> Iterator[tuple[str, str]]:
     facts = outcome.facts
     if "select" in facts:
         yield from _choice_lines(facts["select"])
     yield "size", _sizes(facts["quantize"]["bytes_before"], facts["quantize"]["bytes_after"])
-    if blocks := [block for block in outcome.report.facts.get("blocks", []) if block.get("rtn_error")]:
-        yield (
-            "tuned",
-            f"squared error {_tuned_share(blocks):.1%} of that of rounding, over {count(len(blocks), 'block')}",
-        )
+    yield from _block_lines(outcome.report.facts.get("blocks", []))
     checked = facts["verify"]
     depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "headers only"
     warned = f", {count(checked['warnings'], 'warning')}" if checked["warnings"] else ""
@@ -143,16 +137,27 @@ def _lines(outcome: Outcome, source: Path) -> Iterator[tuple[str, str]]:
         yield "prove it", f"shardxform verify {outcome.out} --source {source}"
 
 
+def _block_lines(blocks: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What healing and tuning did, over all blocks."""
+    healed = [block["healed"] for block in blocks if block.get("healed")]
+    tuned = [block for block in blocks if block.get("rtn_error")]
+    for label, found, before, after in (
+        ("healed", healed, "pruned_error", "healed_error"),
+        ("tuned", tuned, "rtn_error", "tuned_error"),
+    ):
+        total = sum(block[before] for block in found)
+        if total:
+            share = sum(block[after] for block in found) / total
+            what = "pruning" if label == "healed" else "rounding"
+            yield label, f"squared error {share:.1%} of that of {what}, over {count(len(found), 'block')}"
+
+
 def _choice_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     share = facts["saliency_kept"]
     kept = "" if share is None else f", with {share:.1%} of the saliency"
     yield "experts", f"{facts['experts']} -> {facts['kept']} per layer, by {facts['criterion']}{kept}"
     if facts["never_reached_kept"]:
         yield "note", f"kept {count(facts['never_reached_kept'], 'expert')} that no token reached; score more data"
-
-
-def _tuned_share(blocks: list[Mapping[str, Any]]) -> float:
-    return float(sum(block["tuned_error"] for block in blocks) / sum(block["rtn_error"] for block in blocks))
 
 
 def _evaluation_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

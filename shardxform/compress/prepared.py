@@ -120,7 +120,7 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
         return None
     layout = layout_of(source.config, source.tensors)
     if not layout.moe_layers:
-        raise FamilyError(f"{source.root}: no layer has experts; there is nothing to prune")
+        raise FamilyError(f"{source.where}: no layer has experts; there is nothing to prune")
     from shardxform.scoring import model_facts
 
     zeros = np.zeros(layout.num_experts)
@@ -133,7 +133,7 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
         mtp_layers=dict.fromkeys(range(_scored_mtp_layers(source)), alike),
         tokens=0,
         runs=(),
-        where=str(source.root),
+        where=source.where,
     )
     return choose(saliency, pruning.kept(layout.num_experts))
 

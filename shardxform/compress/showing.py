@@ -47,7 +47,7 @@ def _drawn_evaluation(job: Job) -> bytes:
     from shardxform.evaluation_plot import draw
 
     facts = json.loads(job.folder.read(EVALUATE, EVALUATION))
-    title = f"{job.request.out.name} against {job.request.source.root.name}"
+    title = f"{job.request.out.name} against {Path(job.request.source.where).name}"
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "evaluation.png"
         draw(_comparison(facts["against"]), path, title=title)

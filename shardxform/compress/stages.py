@@ -151,14 +151,14 @@ def _tuner(job: Job, plan: Plan, *, needed: bool) -> Iterator[StepTuner | None]:
 def _verify(job: Job, on_progress: OnProgress | None) -> None:
     from shardxform.verification import verify
 
-    out, source, full = job.request.out, job.request.source.root, job.settings.full_verify
+    out, source, full = job.request.out, job.request.source, job.settings.full_verify
     report = verify(out, source=source, quick=not full, jobs=job.settings.jobs, on_progress=on_progress)
     if not report.sound:
         first, more = report.problems[0], len(report.problems) - 1
         others = f" and {more} more problem{'s' * (more > 1)}" if more else ""
         raise ExecutionError(
             f"{out}: not sound: {first.where}: {first.message}{others}; see"
-            f" `shardxform verify {out} --source {source}{'' if full else ' --quick'}`"
+            f" `shardxform verify {out} --source {source.where}{'' if full else ' --quick'}`"
         )
     facts = {"full": full, "tensors": report.tensors, "experts": report.experts, "warnings": len(report.warnings)}
     facts |= {"bytes_scanned": report.bytes_scanned, "bytes_compared": report.bytes_compared}

@@ -40,11 +40,10 @@ def measure(prepared: Prepared, settings: Settings) -> Costs:
 
     """
     request = prepared.request
-    costs = replace(
-        usual(shape_of(request.source, prepared.kept)),
-        moved=disk_seconds(request.source),
-        rounded=_rounding_seconds(request.scheme.grid) / settings.jobs,
-    )
+    costs = usual(shape_of(request.source, prepared.kept))
+    costs = replace(costs, rounded=_rounding_seconds(request.scheme.grid) / settings.jobs)
+    if request.source.remote is None:  # how fast a hub is, no moment tells
+        costs = replace(costs, moved=disk_seconds(request.source))
     if request.precision is None or not request.runs_model:
         return costs
     from shardxform.compress.model_timing import measure_model
@@ -54,9 +53,11 @@ def measure(prepared: Prepared, settings: Settings) -> Costs:
 
 
 def disk_seconds(source: Checkpoint) -> float:
-    """Seconds to read a byte of the largest shard, from the disk where the system lets go of what it remembers."""
+    """Seconds to read a byte of the largest shard, from the hub, or the disk if the system forgets what it holds."""
     fs = FileSystem()
     shard = max(source.shards, key=lambda each: each.nbytes)
+    if source.remote and shard.name in source.remote.streamed:
+        return float(source.remote.downloads.seconds(source.remote, shard.name))
     path = source.root / shard.name
     start, buffer, count = max(0, (shard.nbytes - _PIECES * _PIECE) // 2), memoryview(bytearray(_PIECE)), 0
     try:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from shardxform.errors import RemoteError
 from shardxform.remote.names import RepoName
-from shardxform.remote.repository import Remote, RemoteFile
+from shardxform.remote.repository import Remote, RemoteFile, holds
 
 __all__ = ["Client", "Listing", "cached_folder", "download", "folder_of", "list_repository"]
 
@@ -216,7 +216,7 @@ def list_repository(name: RepoName) -> Listing:
 
 
 def download(remote: Remote, name: str) -> None:
-    """Bring a whole file to the hub client's cache.
+    """Bring a whole file to the hub client's cache, with the content that the hub's hash says.
 
     Raises:
         RemoteError: the hub does not give it.
@@ -224,11 +224,18 @@ def download(remote: Remote, name: str) -> None:
     """
     from huggingface_hub import hf_hub_download
 
+    def get() -> None:
+        path = Path(hf_hub_download(remote.repo, name, revision=remote.commit))
+        if not holds(path, remote.files[name]):
+            path.resolve().unlink()  # so that it is asked for again, rather than taken from the cache
+            path.unlink(missing_ok=True)
+            raise _Again("its content is not what the hub's hash says", mistaken=True)
+
     bars: Any = importlib.import_module("huggingface_hub.utils")
     shown = not bars.are_progress_bars_disabled()
     bars.disable_progress_bars()  # stderr has progress of its own, or none
     try:
-        _patiently(f"{remote}/{name}", lambda: hf_hub_download(remote.repo, name, revision=remote.commit))
+        _patiently(f"{remote}/{name}", get)
     finally:
         if shown:
             bars.enable_progress_bars()
@@ -283,6 +290,8 @@ def _asked(what: str, call: Callable[[], T]) -> T:
 
     try:
         return call()
+    except _Again:
+        raise
     except errors.GatedRepoError as e:
         raise RemoteError(f"{what}: gated: ask for access on the hub, and set HF_TOKEN (or hf auth login)") from e
     except errors.RevisionNotFoundError as e:

@@ -8,6 +8,7 @@ memory; what runs a model is wanted a decoder block ahead and read more than onc
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ __all__ = ["LEAST_CACHE_BYTES", "Downloads", "Store", "Transfer"]
 
 _MEMORY_SLOT: Final = 2 << 20
 _DISK_SLOT: Final = 4 << 20
+_SAMPLE: Final = 4 << 20
 _RUN_BYTES: Final = 16 << 20  # asked for at once, where adjacent: each request costs a round trip
 
 LEAST_CACHE_BYTES: Final = 64 * _DISK_SLOT
@@ -75,6 +77,13 @@ class Downloads:
     def download(self, remote: Remote, name: str) -> None:
         """Bring a whole small file to the hub client's cache."""
         download(remote, name)
+
+    def seconds(self, remote: Remote, name: str) -> float:
+        """Seconds to fetch a byte of a large file, found out on a few MB of it."""
+        count = min(_SAMPLE, remote.files[name].nbytes)
+        began = time.perf_counter()
+        self.client.fetch(remote, name, 0, count, lambda _data: None)
+        return (time.perf_counter() - began) / max(count, 1) / self.transfer.connections
 
     def stop(self) -> None:
         """Wake all that wait, with an error."""

@@ -15,7 +15,7 @@ from typing import Any
 from shardxform.errors import RemoteError
 from shardxform.remote.names import SCHEME
 
-__all__ = ["Remote", "RemoteFile"]
+__all__ = ["Remote", "RemoteFile", "holds"]
 
 _BLOCK = 1 << 20
 
@@ -77,9 +77,11 @@ class Remote:
         path = self.folder / name
         if name not in self.files:
             return path.resolve() if path.is_file() else path  # the cache of the client is one of links
-        if not path.is_file():
-            self.downloads.download(self, name)
-        _refuse_other_content(path, self.files[name], f"{self}/{name}")
+        if path.is_file():
+            if not holds(path, self.files[name]):
+                raise RemoteError(f"{path}: not what the hub says of {self}/{name}; remove the file and run again")
+            return path.resolve()
+        self.downloads.download(self, name)
         return path.resolve()
 
     def sha256(self, name: str) -> str:
@@ -87,15 +89,12 @@ class Remote:
         return self.files[name].sha256 if name in self.files else ""
 
 
-def _refuse_other_content(path: Path, file: RemoteFile, where: str) -> None:
+def holds(path: Path, file: RemoteFile) -> bool:
+    """Whether a file here has the content that the hub's hash says."""
     digest: Any = hashlib.sha256()
     if not file.sha256:
         digest = hashlib.sha1(b"blob %d\0" % file.nbytes, usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-    if digest.hexdigest() != file.etag:
-        raise RemoteError(
-            f"{path}: content {digest.hexdigest()[:12]}, but the hub says {file.etag[:12]} of {where};"
-            " remove the file and run again"
-        )
+    return bool(digest.hexdigest() == file.etag)

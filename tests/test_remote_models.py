@@ -1,0 +1,121 @@
+"""Models on a hub that are run: the figures of a folder, and each byte fetched about once, under any limit of disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hubserver import HubServer
+from test_remote import KEEP, NAME, command, files, record
+from test_remote import server as server
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.oracle
+
+DATA = ("--samples", 8, "--seqlen", 128, "-q")
+CALIB = Path(__file__).resolve().parents[1] / "examples" / "small-moe" / "text" / "calib.jsonl"
+
+
+def shard_bytes(source: Path) -> int:
+    return sum(path.stat().st_size for path in source.glob("*.safetensors"))
+
+
+def figures(told: str) -> dict[str, Any]:
+    """An evaluation, without what differs from run to run, and what names the source."""
+    found, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])
+    return {key: value for key, value in found.items() if key not in ("seconds", "peak_rss_bytes", "fingerprint")}
+
+
+def test_scoring_a_repository_gives_the_statistics_of_a_folder(
+    server: HubServer, small_moe: Path, tmp_path: Path
+) -> None:
+    from shardxform.saliency import Saliency
+
+    home, data = tmp_path / "home", ("--data", CALIB, *DATA)
+    command(server, home, "score", small_moe, "-o", tmp_path / "local.safetensors", *data)
+    assert not server.requests
+    command(server, home, "score", NAME, "-o", tmp_path / "out.safetensors", *data)
+    here, there = (Saliency.load(tmp_path / f"{name}.safetensors") for name in ("local", "out"))
+    for layer, stats in here.layers.items():
+        for name in ("count_E", "reap_E", "ean_E", "gate_E", "peak_E"):
+            assert getattr(stats, name).tolist() == getattr(there.layers[layer], name).tolist()
+    assert 0.5 * shard_bytes(small_moe) < server.data_bytes(NAME) <= 1.02 * shard_bytes(small_moe)
+    assert not list(tmp_path.glob("*.work"))
+    told = command(server, home, "score", NAME, "-o", tmp_path / "out.safetensors", *data)
+    assert "already complete" in told
+
+
+def test_evaluating_what_was_not_written_against_its_source_fetches_both_once(
+    server: HubServer, small_moe: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    options = ("-m", KEEP, "--data", CALIB, *DATA, "--json")
+    here = command(server, home, "evaluate", small_moe, "--against", small_moe, *options)
+    there = command(server, home, "evaluate", NAME, "--against", f"hf://{NAME}", *options)
+    assert figures(here) == figures(there)
+    assert server.data_bytes(NAME) <= 1.02 * shard_bytes(small_moe)
+
+
+def test_tuning_a_repository_gives_the_bytes_of_a_folder(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    tuning = ("--method", "auto-round", "--iters", 2, "--batch-size", 4, "--data", CALIB, *DATA)
+    command(server, home, "quantize", small_moe, tmp_path / "local", "-m", KEEP, *tuning)
+    command(server, home, "quantize", NAME, tmp_path / "out", "-m", KEEP, *tuning)
+    assert files(tmp_path / "out") == files(tmp_path / "local")
+    assert server.data_bytes(NAME) <= 1.02 * shard_bytes(small_moe)
+
+
+def test_healing_a_repository_gives_the_bytes_of_a_folder(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    healing = ("--heal", "shared", "--heal-iters", 2, "--heal-lr", 0.01, "--data", CALIB, *DATA)
+    command(server, home, "prune", small_moe, tmp_path / "local", "-m", KEEP, *healing)
+    command(server, home, "prune", NAME, tmp_path / "out", "-m", KEEP, *healing)
+    assert files(tmp_path / "out") == files(tmp_path / "local")
+
+
+def test_the_whole_way_from_a_repository_gives_what_it_gives_from_a_folder(
+    server: HubServer, small_moe: Path, tmp_path: Path
+) -> None:
+    home, held_out = tmp_path / "home", CALIB.with_name("heldout.jsonl")
+    options = ("--keep", 8, "--iters", 2, "--tune-samples", 8, "--tune-seqlen", 64, "--data", CALIB, *DATA)
+    options = (*options, "--eval-data", held_out, "--eval-samples", 4, "--eval-seqlen", 64, "--full-verify")
+    command(server, home, "compress", small_moe, tmp_path / "local", *options)
+    command(server, home, "compress", NAME, tmp_path / "out", *options, "--connections", 2)
+    assert record(tmp_path / "out")["inputs"]["source"]["repository"].startswith(f"hf://{NAME}@")
+    here, there = (files(tmp_path / name) for name in ("local", "out"))
+    assert here.keys() == there.keys()
+    assert {name for name in here if here[name] != there[name]} <= {"README.md"}
+    keeps = [(tmp_path / f"{name}.compress" / "keep.json").read_text() for name in ("local", "out")]
+    assert json.loads(keeps[0])["keep"] == json.loads(keeps[1])["keep"]
+
+
+def test_a_model_passes_through_much_less_disk_than_a_block_takes(
+    server: HubServer, small_moe: Path, tmp_path: Path
+) -> None:
+    home, options = tmp_path / "home", ("-m", KEEP, "--data", CALIB, *DATA, "--json")
+    here = command(server, home, "evaluate", small_moe, *options)
+    code = (
+        "import sys, threading, pathlib, shardxform.remote.downloads as downloads\n"
+        "downloads._DISK_SLOT, downloads.LEAST_CACHE_BYTES = 1 << 14, 1 << 20\n"
+        "most, made = [0], downloads.DiskArena._opened\n"
+        "def opened(arena):\n"
+        "    file = made(arena)\n"
+        "    most[0] = max(most[0], downloads.os.fstat(file.fd).st_size)\n"
+        "    return file\n"
+        "import os; downloads.os = os; downloads.DiskArena._opened = opened\n"
+        "from shardxform.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "assert 0 < most[0] <= 1 << 20, most\n"
+    )
+    arguments = [sys.executable, "-c", code, "evaluate", NAME, *map(str, options), "--cache-limit", "1MiB"]
+    environment = {**server.env(home), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert figures(run.stdout) == figures(here)
+    assert server.data_bytes(NAME) <= 1.1 * shard_bytes(small_moe)
