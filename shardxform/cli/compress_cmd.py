@@ -11,7 +11,7 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.compress_report import report, show
-from shardxform.cli.console import Label, count, interruptible, progress, short, tell
+from shardxform.cli.console import Label, count, progress, short, tell
 from shardxform.cli.model_options import data_options, load_data, make_precision, precision_options, require
 from shardxform.cli.options import (
     out_argument,
@@ -131,21 +131,20 @@ def command(source: Source, out: Path, **given: Any) -> None:  # noqa: ANN401
     """
     _refuse_idle(given)
     quiet, as_json, verbose = given["quiet"], given["as_json"], given["verbose"]
-    with interruptible():
-        (checkpoint,) = open_given([source], given, out.parent)
-        request = _request(checkpoint, out, given)
-        settings = Settings(**{key: given[key] for key in ("jobs", "device", "force", "full_verify", "plot")})
-        from shardxform.compress import compress, prepare
+    (checkpoint,) = open_given([source], given, out.parent)
+    request = _request(checkpoint, out, given)
+    settings = Settings(**{key: given[key] for key in ("jobs", "device", "force", "full_verify", "plot")})
+    from shardxform.compress import compress, prepare
 
-        prepared = prepare(request, force=settings.force)
-        if given["dry_run"]:
-            show(prepared, settings, as_json=as_json)
-            return
-        for note in prepared.sketch.notes:
-            tell(f"note: {note}")
-        watcher = _Watcher(request, Label("compress"))
-        with progress(watcher.label, quiet) as on_progress:
-            outcome = compress(prepared, settings, on_stage=None if quiet else watcher, on_progress=on_progress)
+    prepared = prepare(request, force=settings.force)
+    if given["dry_run"]:
+        show(prepared, settings, as_json=as_json)
+        return
+    for note in prepared.sketch.notes:
+        tell(f"note: {note}")
+    watcher = _Watcher(request, Label("compress"))
+    with progress(watcher.label, quiet) as on_progress:
+        outcome = compress(prepared, settings, on_stage=None if quiet else watcher, on_progress=on_progress)
     report(outcome, source, as_json=as_json, verbose=verbose)
 
 

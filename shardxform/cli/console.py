@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
 import time
 from collections import deque
@@ -22,7 +21,6 @@ __all__ = [
     "amount",
     "count",
     "gb",
-    "interruptible",
     "print_json",
     "progress",
     "rows",
@@ -85,20 +83,6 @@ def table(header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> None:
 def print_json(value: Mapping[str, Any]) -> None:
     """Print a result for machines."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C: stop cleanly, say how to go on."""
-
-    def stop(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short, table
+from shardxform.cli.console import count, gb, print_json, progress, rows, short, table
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -97,7 +97,7 @@ def command(
         _show(tested, reference, windows, options, as_json)
         return
     started = time.monotonic()
-    with interruptible(), progress("evaluate", quiet) as options.on_progress:
+    with progress("evaluate", quiet) as options.on_progress:
         found = evaluate(tested, windows, options, reference)
     if as_json:
         print_json(_facts(tested, found, windows, time.monotonic() - started))

@@ -162,8 +162,14 @@ def refuse_unwritable(path: Path) -> None:
         raise OutputError(f"{path}: the directory {path.parent} is not writable")
 
 
-def make_precision(device: str, dtype: str) -> Precision:
+def make_precision(device: str, dtype: str, *, tunes: bool = False) -> Precision:
     """Find the device.
+
+    Args:
+        device: as torch names it.
+        dtype: float32 or bfloat16; auto is bfloat16 on accelerators, and where a CPU multiplies it, if something is
+            tuned: sums stay in float32, results are as good and take half the time (benchmarks/README.md).
+        tunes: whether it is to tune, rather than to measure.
 
     Raises:
         PlanError: torch or transformers is not installed, or there is no such device here.
@@ -183,8 +189,17 @@ def make_precision(device: str, dtype: str) -> Precision:
         torch.zeros(1, device=place).item()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
         raise PlanError(f"--device {device}: {str(e).splitlines()[0]}") from e
-    types = {"auto": torch.float32 if place.type == "cpu" else torch.bfloat16}
-    return Precision(place, types.get(dtype) or getattr(torch, dtype))
+    if dtype == "auto":
+        dtype = "bfloat16" if place.type != "cpu" or (tunes and _cpu_multiplies_bfloat16()) else "float32"
+    return Precision(place, getattr(torch, dtype))
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; without them products in bfloat16 are slower than in float32."""
+    import torch
+
+    can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def require(*libraries: str, extra: str = "models") -> None:

@@ -10,7 +10,7 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.block_report import tell_blocks
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, tell
+from shardxform.cli.console import count, gb, print_json, progress, rows, tell
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
@@ -43,7 +43,7 @@ def execute(
         return
     for note in _notes(plan):
         tell(f"note: {note}")
-    with interruptible(), progress(plan.command, quiet) as on_progress:
+    with progress(plan.command, quiet) as on_progress:
         report = run(plan, out, RunOptions(jobs=jobs, force=force, on_progress=on_progress, **options))
     if as_json:
         print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, tell
+from shardxform.cli.console import count, gb, print_json, progress, rows, tell
 from shardxform.cli.options import json_option, out_argument
 from shardxform.progress import OnProgress
 from shardxform.publishing import Contents, Pushed, Target, Watch, contents_of, is_repo_name, push, verified
@@ -90,8 +90,7 @@ def command(
         rows(_lines(contents), file=sys.stderr)
         if not any(item.name == "README.md" for item in contents.items):
             tell(f"note: there is no model card; shardxform card {out} --write makes one")
-    with interruptible():
-        pushed = push(contents, target, _watch(quiet))
+    pushed = push(contents, target, _watch(quiet))
     if as_json:
         print_json({**_facts(contents), **facts, "report": _report(pushed)})
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, interruptible, print_json, progress, rows, short
+from shardxform.cli.console import count, gb, print_json, progress, rows, short
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -85,7 +85,7 @@ def command(
         _show(checkpoint, windows, options, output, as_json)
         return
     if existing is None:
-        with interruptible(), progress("score", quiet) as options.on_progress:
+        with progress("score", quiet) as options.on_progress:
             existing = score(checkpoint, windows, options)
         existing.save(output)
     elif not as_json:

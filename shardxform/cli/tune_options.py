@@ -102,7 +102,8 @@ def heal_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16"]),
-            help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.  [default: auto]",
+            help="Of the computation; auto: bfloat16, but float32 on a CPU that has no instructions for it. "
+            " [default: auto]",
         ),
         click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
     ):
@@ -152,7 +153,7 @@ def read_tuning(method: str | None, source: Path | Checkpoint, device: str, give
     reference = data["preset"] == "reference"
     seed = data["seed"]
     windows = load_data(source, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
-    precision = make_precision(device, options["dtype"] or "auto")
+    precision = make_precision(device, options["dtype"] or "auto", tunes=True)
     chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options.get(key) is not None}
     if reference:
         chosen.setdefault("batch_size", 1)

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from shardxform.cli.console import gb, interruptible, print_json, progress
+from shardxform.cli.console import gb, print_json, progress
 from shardxform.cli.options import json_option, manifest_option, out_argument
 from shardxform.cli.sources import SOURCE, Source, connections_option, open_given
 from shardxform.verification import Problem, Rounding, VerifyReport, verify
@@ -76,7 +76,7 @@ def command(
     if source is None and connections is not None:
         raise click.UsageError("--connections is for reading --source from the hub; give that too")
     origin = open_given([source], {"connections": connections}, out.parent)[0] if source is not None else None
-    with interruptible(), progress("verify", quiet or quick) as on_progress:
+    with progress("verify", quiet or quick) as on_progress:
         report = verify(
             out,
             source=origin,
