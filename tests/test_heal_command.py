@@ -32,7 +32,7 @@ SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 TEXT = SMALL_MOE / "text" / "calib.jsonl"
 KEEP = list(range(0, 16, 2))
 SAMPLES, SEQLEN, SEED = 6, 64, 42
-DATA = ("--data", str(TEXT), "--samples", str(SAMPLES), "--seqlen", str(SEQLEN))
+DATA = ("--data", str(TEXT), "--samples", str(SAMPLES), "--seqlen", str(SEQLEN), "--dtype", "float32")
 HEAL = ("--heal", "all", "--heal-iters", "6", "--heal-lr", "0.005", "--batch-size", "3", *DATA)
 AUTO = ("--heal", "--heal-iters", "4", "--batch-size", "2", *DATA)
 JUDGES = np.sort(np.random.Generator(np.random.PCG64([SEED, 7])).permutation(SAMPLES)[:1])
@@ -230,7 +230,7 @@ def test_every_family_keeps_its_names_and_changes_only_pruned_blocks(
     tmp_path: Path, kind: str, settings: dict[str, Any], options: tuple[str, ...]
 ) -> None:
     source, manifest = tiny_source(tmp_path, kind, settings)
-    data = ("--data", str(TEXT), "--samples", "8", "--seqlen", "24", "--batch-size", "4")
+    data = ("--data", str(TEXT), "--samples", "8", "--seqlen", "24", "--batch-size", "4", "--dtype", "float32")
     for name, more in (("plain", ()), ("out", ("--heal", "all", "--heal-iters", "6", "--heal-lr", "0.01", *data))):
         call("prune", str(source), str(tmp_path / name), "-m", str(manifest), "-q", *options, *more)
     changed = differing(tmp_path / "out", tmp_path / "plain")

@@ -23,7 +23,7 @@ from shardxform.forward.passes import batches  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
-DATA = ("--samples", "4", "--seqlen", "64", "--iters", "3", "--batch-size", "2")
+DATA = ("--samples", "4", "--seqlen", "64", "--iters", "3", "--batch-size", "2", "--dtype", "float32")
 TOLD = ("seconds", "peak_rss_bytes")  # what may differ between runs
 
 

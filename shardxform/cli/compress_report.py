@@ -74,8 +74,7 @@ def _stage_line(stage: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _basis(request: Request) -> str:
     pieces = "running pieces of the model for some seconds" if request.runs_model else "rounding a matrix"
-    disk = "reading a piece of SRC" if request.source.remote is None else "1 GB/s from the hub taken for granted"
-    return f"from {pieces}, {disk}, on this machine, as busy as it was"
+    return f"from {pieces} and reading a piece of SRC, on this machine, as busy as it was"
 
 
 def _sizes(before: int, after: int) -> str:

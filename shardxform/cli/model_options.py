@@ -99,7 +99,7 @@ def precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "float32", "bfloat16"]),
             default="auto",
             show_default=True,
-            help="Of the computation; auto: float32 on the CPU, bfloat16 elsewhere.",
+            help="Of the computation; auto: bfloat16, on the CPU float32; tuning in bfloat16 where the CPU has it.",
         ),
         click.option(
             "--device", default="cpu", show_default=True, help="Where the model is computed: cpu, cuda, cuda:1."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.compress.costs import Costs, amounts, seconds, shape_of
 from shardxform.compress.folder import Entry, read_entries
-from shardxform.compress.prepared import Prepared, hidden_bytes
+from shardxform.compress.prepared import Prepared, tuning_bytes
 from shardxform.compress.request import EVALUATE, QUANTIZE, SCORE, Request, Settings
 from shardxform.fsio import FileSystem
 from shardxform.outdir import state_of
@@ -39,7 +39,7 @@ def forecast(prepared: Prepared, settings: Settings, costs: Costs | None = None)
         needs[EVALUATE] = _pass(request, request.eval_windows, against=True)
     needs[QUANTIZE] = {
         "peak_memory_bytes": prepared.sketch.peak_bytes(settings.jobs) + (0 if request.recipe else base),
-        "work_bytes": hidden_bytes(request, request.tune_windows),
+        "work_bytes": tuning_bytes(request),
         "written_bytes": prepared.sketch.nbytes,
         "tokens": sum(map(tokens_of, prepared.sketch.steps)),
     }

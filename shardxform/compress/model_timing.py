@@ -42,15 +42,17 @@ _AGAIN: Final = 4 / 3  # what is forgotten and computed again is a third of forw
 _LEAST: Final = 1e-12
 
 
-def measure_model(source: Checkpoint, precision: Precision, grid: Grid, costs: Costs, *, tunes: bool) -> Costs:
+def measure_model(
+    source: Checkpoint, precision: Precision, tuned_in: Precision | None, grid: Grid, costs: Costs
+) -> Costs:
     """Find out what running the model costs; what is not measured stays as it is in `costs`.
 
     Args:
         source: whose config says what is computed.
         precision: device and type of the computation.
+        tuned_in: the same of tuning; None measures none.
         grid: what weights are rounded to.
         costs: known so far.
-        tunes: also measure the tuning.
 
     Raises:
         FamilyError: transformers does not run the model.
@@ -59,48 +61,51 @@ def measure_model(source: Checkpoint, precision: Precision, grid: Grid, costs: C
     with Weights(source, precision) as weights, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         skeleton = Skeleton(weights)
-        found = _around(skeleton, tunes=tunes)
+        found = {"tokens": _around(skeleton, _forward)}
         found |= _expert(skeleton, precision)
         found |= {"headed": _head(skeleton, precision)}
-        if tunes and _width(skeleton):
-            found |= _tuned_experts(skeleton, precision, grid)
+        if tuned_in is not None:
+            with Weights(source, tuned_in) as others:
+                skeleton = Skeleton(others)
+                found |= {"step_tokens": _around(skeleton, _step)}
+                if _width(skeleton):
+                    found |= _tuned_experts(skeleton, tuned_in, grid)
     return replace(costs, **{name: max(value, _LEAST) for name, value in found.items()})
 
 
 # -- around the experts -----------------------------------------------------------------------------------------------
 
 
-def _around(skeleton: Skeleton, *, tunes: bool) -> dict[str, float]:
-    """Blocks without their experts: one of each kind, weighed by how many there are."""
+def _around(skeleton: Skeleton, measure: Callable[[Block, torch.Tensor, Precision], float]) -> float:
+    """Seconds of a token in a block without its experts: one of each kind, weighed by how many there are."""
     kinds: dict[tuple[object, bool], list[int]] = {}
     names = skeleton.layout.text.get("layer_types")
     for layer in range(skeleton.num_blocks):
         kind = names[layer] if isinstance(names, list) and layer < len(names) else ""
         kinds.setdefault((kind, layer in skeleton.layout.moe_layers), []).append(layer)
-    tokens = step_tokens = 0.0
-    for layers in kinds.values():
-        share = len(layers) / skeleton.num_blocks
-        forward, step = _one_block(skeleton, layers[0], tunes=tunes)
-        tokens, step_tokens = tokens + share * forward, step_tokens + share * step
-    return {"tokens": tokens, "step_tokens": step_tokens} if tunes else {"tokens": tokens}
-
-
-def _one_block(skeleton: Skeleton, layer: int, *, tunes: bool) -> tuple[float, float]:
-    """Seconds of a token in a forward pass on all threads, and in a step on one: forward, backward, forward again."""
-    precision = skeleton.weights.precision
     count = _TOKENS if skeleton.hidden_size > _SMALL else _MORE_TOKENS
-    x_BTH = torch.randn(1, count, skeleton.hidden_size, device=precision.device).to(precision.dtype)
-    with skeleton.block(layer) as block, _without_experts(block):
-        _randomize(block.module)
-        with torch.no_grad():
-            forward = _time(lambda: block(x_BTH), precision, turns=1)
-        if not tunes:
-            return forward / count, 0.0
-        block.module.requires_grad_(True)
-        x_BTH.requires_grad_()
-        with _one_thread():
-            once = _time(lambda: _back(block(x_BTH)), precision, turns=1)
-        return forward / count, _AGAIN * once / count
+    precision = skeleton.weights.precision
+    seconds = 0.0
+    for layers in kinds.values():
+        x_BTH = torch.randn(1, count, skeleton.hidden_size, device=precision.device).to(precision.dtype)
+        with skeleton.block(layers[0]) as block, _without_experts(block):
+            _randomize(block.module)
+            seconds += measure(block, x_BTH, precision) * len(layers) / skeleton.num_blocks
+    return seconds / count
+
+
+def _forward(block: Block, x_BTH: torch.Tensor, precision: Precision) -> float:
+    """Seconds of a forward pass on all threads."""
+    with torch.no_grad():
+        return _time(lambda: block(x_BTH), precision, turns=1)
+
+
+def _step(block: Block, x_BTH: torch.Tensor, precision: Precision) -> float:
+    """Seconds of a step on one thread: forward, backward, forward again."""
+    block.module.requires_grad_(True)
+    x_BTH.requires_grad_()
+    with _one_thread():
+        return _AGAIN * _time(lambda: _back(block(x_BTH)), precision, turns=1)
 
 
 def _back(out: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -31,7 +31,10 @@ from shardxform.quantize.planner import plan_quantize
 from shardxform.saliency import ExpertStats, Saliency, choose
 from shardxform.strictjson import dumps
 
-__all__ = ["Prepared", "following", "hidden_bytes", "made_of_others", "plan_for", "prepare"]
+if TYPE_CHECKING:
+    from shardxform.forward.weights import Precision
+
+__all__ = ["Prepared", "following", "hidden_bytes", "made_of_others", "plan_for", "prepare", "tuning_bytes"]
 
 _UNIT_SECONDS: Final = 1e-3
 _MADE_FROM: Final = {SELECT: SCORE, QUANTIZE: SELECT, VERIFY: QUANTIZE, EVALUATE: QUANTIZE}
@@ -76,7 +79,7 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
     if not force:
         refuse_changed(request.folder, made_of_others(read_entries(request.folder), inputs))
     if state.name != "finished":
-        beside = max(hidden_bytes(request, each) for each in (request.tune_windows, request.eval_windows))
+        beside = max(tuning_bytes(request), hidden_bytes(request, request.eval_windows, request.precision))
         Output(request.out, sketch, FileSystem()).refuse_too_little_space(beside)
     weights = _weights(request, sketch)
     return Prepared(request=request, sketch=sketch, inputs=inputs, weights={stage: weights[stage] for stage in inputs})
@@ -98,13 +101,18 @@ def following(stage: str) -> list[str]:
     return [*out, *(name for each in out for name in following(each))]
 
 
-def hidden_bytes(request: Request, windows: Windows | None) -> int:
+def tuning_bytes(request: Request) -> int:
+    """Disk that hidden states take while blocks are tuned."""
+    return hidden_bytes(request, request.tune_windows, request.tuned_in)
+
+
+def hidden_bytes(request: Request, windows: Windows | None, precision: Precision | None) -> int:
     """Disk that the hidden states of two chains take, in tuning and in evaluating against the source."""
-    if windows is None or request.precision is None:
+    if windows is None or precision is None:
         return 0
     from shardxform.tuning.session import Tuner, TunerOptions
 
-    with Tuner(request.source, windows, (), TunerOptions(precision=request.precision, threads=1)) as tuner:
+    with Tuner(request.source, windows, (), TunerOptions(precision=precision, threads=1)) as tuner:
         return tuner.work_bytes
 
 

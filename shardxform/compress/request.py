@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -71,7 +71,8 @@ class Request:
         tune_windows: what the rounding is tuned on, as `recipe` says; both or neither.
         recipe: how blocks are tuned; None to round to nearest.
         eval_windows: held-out text; None not to evaluate.
-        precision: of running the model; needed for all but plain rounding.
+        precision: of running the model; needed for all but plain rounding. What is tuned is computed on the same
+            device in the type that `recipe` says.
 
     """
 
@@ -101,6 +102,15 @@ class Request:
     def folder(self) -> Path:
         """Where results and the record of them lie."""
         return self.work or self.out.with_name(self.out.name + ".compress")
+
+    @property
+    def tuned_in(self) -> Precision | None:
+        """Where and in what type blocks are tuned; None where none is."""
+        if self.recipe is None or self.precision is None:
+            return None
+        import torch
+
+        return replace(self.precision, dtype=getattr(torch, self.recipe.dtype))
 
     @property
     def runs_model(self) -> bool:

@@ -128,7 +128,7 @@ def _manifest(job: Job) -> Manifest | None:
 def _tuner(job: Job, plan: Plan, *, needed: bool) -> Iterator[StepTuner | None]:
     """What tunes the blocks of the plan; None where nothing is left to tune."""
     request = job.request
-    windows, precision = request.tune_windows, request.precision
+    windows, precision = request.tune_windows, request.tuned_in
     if windows is None or precision is None or not needed:
         yield None
         return

@@ -41,15 +41,16 @@ def measure(prepared: Prepared, settings: Settings) -> Costs:
     """
     request = prepared.request
     costs = usual(shape_of(request.source, prepared.kept))
-    costs = replace(costs, rounded=_rounding_seconds(request.scheme.grid) / settings.jobs)
-    if request.source.remote is None:  # how fast a hub is, no moment tells
-        costs = replace(costs, moved=disk_seconds(request.source))
+    costs = replace(
+        costs,
+        moved=disk_seconds(request.source),
+        rounded=_rounding_seconds(request.scheme.grid) / settings.jobs,
+    )
     if request.precision is None or not request.runs_model:
         return costs
     from shardxform.compress.model_timing import measure_model
 
-    tunes = request.recipe is not None
-    return measure_model(request.source, request.precision, request.scheme.grid, costs, tunes=tunes)
+    return measure_model(request.source, request.precision, request.tuned_in, request.scheme.grid, costs)
 
 
 def disk_seconds(source: Checkpoint) -> float:
