@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         "auto-round 0.16.1": [*upstream, *shape, *tune, "--threads", str(args.threads)],
         "shardxform": [
             *(*ours, str(scratch / "tuned"), "-q", "--method", "auto-round"),
-            *("--data", str(data), "--no-pack", *shape, *tune),
+            *("--data", str(data), "--no-pack", "--dtype", "float32", *shape, *tune),
         ],
     }
     folders = dict(zip(runs, ("rtn", "search", "upstream", "tuned"), strict=True))

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Final
 
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+TYPE: Final = ("--dtype", "float32")  # whatever the CPU: the tables of docs/healing.md are of this type
 LAYERS: Final = 4
 EXPERTS: Final = 16
 
@@ -93,7 +94,8 @@ class Bench:
 
     def data(self, case: Case) -> tuple[str, ...]:
         """Options that name the calibration text of a case."""
-        return ("--data", str(self.text("calib", case.tuned_on)), "--samples", str(case.windows), "--seqlen", "512")
+        text = str(self.text("calib", case.tuned_on))
+        return ("--data", text, "--samples", str(case.windows), "--seqlen", "512", *TYPE)
 
     def text(self, name: str, source: str) -> Path:
         """A text of examples/small-moe, or the documents of one source in it."""
@@ -221,7 +223,7 @@ def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shutil.copy(SMALL_MOE / name, source / name)
     keep = {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}
     manifest.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
-    data = ("--data", str(SMALL_MOE / "text" / "calib.jsonl"), "--samples", "8", "--seqlen", "512")
+    data = ("--data", str(SMALL_MOE / "text" / "calib.jsonl"), "--samples", "8", "--seqlen", "512", *TYPE)
     common = (*data, "--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004", "--json", "-q")
     for what in args.what:
         seconds, rss, printed = bench.call("prune", str(source), str(out), "-m", str(manifest), "--heal", what, *common)
