@@ -1,24 +1,22 @@
-"""What a family says about one checkpoint: the place of every tensor, and the tensors that must be there.
+"""What a family says about one checkpoint: the place of every tensor.
 
-`layout_of` matches names against the family's templates; `expected` enumerates the templates for a config. Both walk
-the same list, so what pruning slices and what verification demands cannot differ. Names and shapes only, no bytes.
+`layout_of` matches names against the family's templates, the list that `expectation` enumerates. Names only, no bytes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardxform.errors import FamilyError
 from shardxform.families import family_of
-from shardxform.families.base import COUNT_KEYS, Config, Family, Scope, Symbol, Template, Wrapper
+from shardxform.families.base import COUNT_KEYS, Config, Family, Scope, Template, Wrapper
 
-_MAX_LAYERS: Final = 10_000
+MAX_LAYERS: Final = 10_000
 _MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
 
-__all__ = ["COMPANIONS", "Expected", "Layout", "Place", "count_paths", "expected", "layout_of", "variants_found"]
+__all__ = ["COMPANIONS", "MAX_LAYERS", "Layout", "Place", "count_paths", "layout_of", "read_count", "variants_found"]
 
 COMPANIONS: Final = frozenset(
     {
@@ -63,15 +61,6 @@ class Place:
     def role(self) -> str:
         """What the tensor's size is counted under; everything of an MTP layer counts as `mtp`."""
         return "mtp" if self.scope == "mtp" else self.template.role
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """A tensor that must (or, when `optional`, may) be there. `shape` is None where the family leaves it open."""
-
-    place: Place
-    shape: tuple[int, ...] | None
-    optional: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +118,18 @@ def layout_of(config: Config, names: Iterable[str]) -> Layout:
     family, wrapper = family_of(config)
     text = _text_config(config, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
-    num_layers = _count(text, "num_hidden_layers", home)
+    num_layers = read_count(text, "num_hidden_layers", home)
     num_experts = _expert_count(config, family, wrapper)
-    top_k = _count(text, family.top_k_key, home)
+    top_k = read_count(text, family.top_k_key, home)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
-    if num_layers > _MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
+    if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
         raise FamilyError(f"config.json: {num_layers} layers of {num_experts} experts are absurd")
-    groups = (_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
+    groups = (read_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
     if num_experts % groups:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp
-    mtp_layers = _count(text, mtp.count_key, home, default=0) if mtp else 0
+    mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
     finder = _Finder(family, wrapper, num_layers, mtp_layers)
     placed = {name: finder.place(name) for name in names}
     scopes = {place.scope for place in placed.values() if place}
@@ -176,30 +165,6 @@ def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[
         if path not in allowed:
             raise FamilyError(f"config.json: {'.'.join(path)} counts experts where {family.name} does not expect it")
     return found
-
-
-def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Iterator[tuple[str, Expected]]:
-    """Every tensor that the family's templates give for this config, in template order.
-
-    Args:
-        layout: of the checkpoint.
-        variants: `fused` or `per-expert` for each block, as `variants_found` gives it; fused where absent.
-
-    """
-    family, text = layout.family, layout.text
-    sizes = _Sizes(family.symbols, text, layout.num_experts)
-    decoder = layout.wrapper.prefix
-    for template in family.root:
-        if family.holds(template.when, text, -1):
-            yield template.name.format(decoder=decoder), _expect(Place(template, "root"), sizes)
-    for layer in range(layout.num_layers):
-        prefix = f"{decoder}layers.{layer}."
-        variant = variants.get(("block", layer), "fused")
-        yield from _block(layout, family.block, "block", layer, layer, prefix, variant, sizes)
-    if family.mtp and layout.mtp_layers:
-        yield from _expected_mtp(layout, variants, sizes)
-    if layout.wrapper.vision:
-        yield from _expected_vision(layout)
 
 
 def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
@@ -272,95 +237,6 @@ class _Finder:
         return layer
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Evaluates symbolic shapes against one part of the config."""
-
-    symbols: Mapping[str, Symbol]
-    config: Config
-    num_experts: int
-
-    def shape(self, expression: str) -> tuple[int, ...] | None:
-        if expression == "?":
-            return None
-        return tuple(
-            sum(math.prod(self._value(factor) for factor in term.split("*")) for term in dimension.split("+"))
-            for dimension in expression.split(",")
-        )
-
-    def _value(self, factor: str) -> int:
-        if factor.isdigit():
-            return int(factor)
-        if factor == "E":
-            return self.num_experts
-        symbol = self.symbols[factor]
-        try:
-            value = symbol(self.config) if callable(symbol) else self.config[symbol]
-        except KeyError as e:
-            raise FamilyError(f"config.json: missing {e.args[0]!r}, which the family needs for its shapes") from e
-        except (ArithmeticError, TypeError, ValueError) as e:
-            raise FamilyError(f"config.json: {e}") from e
-        if type(value) is not int or value < 0:
-            raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
-        return value
-
-
-def _expect(place: Place, sizes: _Sizes) -> Expected:
-    return Expected(place, sizes.shape(place.template.shape), place.template.optional)
-
-
-def _block(
-    layout: Layout,
-    templates: Iterable[Template],
-    scope: Scope,
-    layer: int,
-    like: int,
-    prefix: str,
-    variant: str,
-    sizes: _Sizes,
-) -> Iterator[tuple[str, Expected]]:
-    for template in templates:
-        if template.variant not in ("", variant) or not layout.family.holds(template.when, layout.text, like):
-            continue
-        if not template.numbered:
-            yield prefix + template.name, _expect(Place(template, scope, layer), sizes)
-            continue
-        at = (prefix + template.name).split(".").index("{e}")
-        shape = sizes.shape(template.shape)
-        for expert in range(layout.num_experts):
-            name = prefix + template.name.replace("{e}", str(expert))
-            yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
-
-
-def _expected_mtp(
-    layout: Layout, variants: Mapping[tuple[Scope, int], str], sizes: _Sizes
-) -> Iterator[tuple[str, Expected]]:
-    mtp = layout.family.mtp
-    assert mtp is not None
-    for template in mtp.root:
-        yield template.name, _expect(Place(template, "mtp"), sizes)
-    for layer in range(layout.mtp_layers):
-        number = layout.num_layers + layer if mtp.follows_blocks else layer
-        prefix = mtp.prefix.replace("{decoder}", layout.wrapper.prefix).replace("{l}", str(number))
-        variant = variants.get(("mtp", layer), "per-expert")
-        templates = (*layout.family.block, *mtp.layer)
-        yield from _block(layout, templates, "mtp", layer, mtp.like(layout.text), prefix, variant, sizes)
-
-
-def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
-    family = layout.family
-    config = layout.config.get("vision_config")
-    if not isinstance(config, Mapping):
-        raise FamilyError(f"config.json: {layout.wrapper.architecture} needs an object 'vision_config'")
-    sizes = _Sizes(family.vision_symbols, config, layout.num_experts)
-    depth = _count(config, family.vision_depth_key, "vision_config.")
-    if depth > _MAX_LAYERS:
-        raise FamilyError(f"config.json: vision_config.{family.vision_depth_key}: {depth} is absurd")
-    for template in family.vision:
-        for block in range(depth if "{b}" in template.name else 1):
-            yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)
-
-
 def _is_id(part: str) -> bool:
     return part.isascii() and part.isdigit() and (part == "0" or part[0] != "0") and len(part) <= 9
 
@@ -375,7 +251,7 @@ def _text_config(config: Config, wrapper: Wrapper) -> Config:
     return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
 
 
-def _count(config: Config, key: str, home: str, default: int | None = None) -> int:
+def read_count(config: Config, key: str, home: str, default: int | None = None) -> int:
     """Read a count from the part of config.json called `home`; with a default it may be absent or 0."""
     value = config.get(key)
     if value is None and default is not None:
@@ -394,7 +270,7 @@ def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
-    counts = {path[-1]: _count(text, path[-1], home) for path in paths}
+    counts = {path[-1]: read_count(text, path[-1], home) for path in paths}
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")
     return next(iter(counts.values()))

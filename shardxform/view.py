@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import FamilyError, ManifestError, PlanError
+from shardxform.expectation import expected
 from shardxform.families.base import Wrapper
-from shardxform.layout import Layout, Place, count_paths, expected, layout_of, variants_found
+from shardxform.layout import Layout, Place, count_paths, layout_of, variants_found
 from shardxform.manifest import Manifest
 from shardxform.tensors import TensorRef
 

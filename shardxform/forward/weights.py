@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
+from shardxform.expectation import expected
 from shardxform.fsio import FileSystem
-from shardxform.layout import Layout, Place, expected, layout_of, variants_found
+from shardxform.layout import Layout, Place, layout_of, variants_found
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.loading import Loaded, StoredReader, turned
 from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of

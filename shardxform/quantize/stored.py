@@ -14,7 +14,8 @@ from typing import Any, Final, cast
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.layout import COMPANIONS, Expected, Layout, expected, layout_of, variants_found
+from shardxform.expectation import Expected, expected
+from shardxform.layout import COMPANIONS, Layout, layout_of, variants_found
 from shardxform.modules import LINEAR_ROLES, modules_of
 from shardxform.outdir import PROVENANCE
 from shardxform.quantization_config import Resolved, resolve

@@ -7,36 +7,33 @@ weight its packed parts. Only here and in the modules below it is numpy imported
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.fsio import FileSystem
-from shardxform.layout import Layout, Place
+from shardxform.layout import Layout
 from shardxform.progress import Progress
 from shardxform.quantize.stored import Stored
 from shardxform.remote.reading import open_source
 from shardxform.tensors import TensorRef
-from shardxform.verification.findings import Findings, Item, spans
+from shardxform.verification.findings import Findings
+from shardxform.verification.jobs import Job, Piece, Result, Seen, Task, Weight, merge, report, report_faults
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
 from shardxform.verification.rounding import Read, Tally, examine
 from shardxform.verification.values import (
     FLOATS,
     Bytes,
-    Fault,
-    FloatBits,
     PartRule,
     difference,
-    merged,
     part_faults,
     scan,
 )
@@ -74,78 +71,6 @@ class Figures:
     tallies: tuple[Tally, ...] = ()
 
 
-@dataclass(slots=True)
-class _Job:
-    """One tensor to read: how to scan it, what to hold it against, and what was found so far.
-
-    `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
-    for parts of quantized weights.
-    """
-
-    ref: TensorRef
-    place: Place | None
-    scan: FloatBits | None
-    other: TensorRef | None
-    slab: int
-    nonzero: NDArray[np.bool_]
-    part: PartRule | None = None
-    bad: int = 0
-    first_bad: int = -1
-    differing: int = 0
-    first_differing: int = -1
-    faults: dict[str, Fault] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Bytes `start`..`stop` of a job's tensor."""
-
-    job: _Job
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """A quantized weight to hold against the source's."""
-
-    pair: Pair
-    rule: Rule
-
-    @property
-    def nbytes(self) -> int:
-        return self.pair.weight.nbytes
-
-
-_Task = Sequence["_Piece | _Weight"]
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What one piece showed; positions are counted from the tensor's start, elements or bytes."""
-
-    piece: _Piece
-    nonzero: NDArray[np.bool_] | None = None
-    bad: int = 0
-    first_bad: int = -1
-    differing: int = 0
-    first_differing: int = -1
-    faults: tuple[Fault, ...] = ()
-
-
-@dataclass(slots=True)
-class _Result:
-    """What one task showed; `error` when the output could not be read on."""
-
-    nbytes: int
-    seen: list[_Seen | Tally] = field(default_factory=list)
-    error: str = ""
-
-
 def check_data(
     out: Checkpoint,
     layout: Layout | None,
@@ -163,7 +88,7 @@ def check_data(
 
     """
     table = list(_jobs(out, layout, comparison, stored))
-    weights = [_Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
+    weights = [Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
     total = sum(job.ref.nbytes for job in table) + sum(weight.nbytes for weight in weights)
     reader = _Reader(out.root, comparison)
     tallies: list[Tally] = []
@@ -172,7 +97,7 @@ def check_data(
     with reader:
         for result in _in_parallel(reader.examine, _tasks(table, weights), jobs, reader.stop):
             for seen in result.seen:
-                tallies.append(seen) if isinstance(seen, Tally) else _merge(seen)
+                tallies.append(seen) if isinstance(seen, Tally) else merge(seen)
             if result.error:
                 errors[result.error] = None
             done += result.nbytes
@@ -182,8 +107,8 @@ def check_data(
         where, _, message = error.partition(": ")
         findings.problem("unreadable", where, message)
     for job in table:
-        _report(job, findings)
-    _report_faults(table, layout, findings)
+        report(job, findings)
+    report_faults(table, layout, findings)
     compared = [job for job in table if job.other]
     order = {weight.pair.name: at for at, weight in enumerate(weights)}
     return Figures(
@@ -200,7 +125,7 @@ def check_data(
 
 def _jobs(
     out: Checkpoint, layout: Layout | None, comparison: Comparison | None, stored: Stored | None
-) -> Iterator[_Job]:
+) -> Iterator[Job]:
     """Tensors worth reading, in the order of their bytes."""
     rules = dict(_part_rules(stored)) if stored else {}
     examined = {pair.words for pair in comparison.pairs} if comparison else set()
@@ -215,7 +140,7 @@ def _jobs(
         place = layout.places.get(name) if layout else None
         fused = kind and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
         slab = ref.nbytes // ref.spec.shape[0] if fused else ref.nbytes
-        yield _Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part)
+        yield Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part)
 
 
 def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
@@ -225,11 +150,11 @@ def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
             yield ref.name, PartRule(role, ref.spec.dtype, module.shape, grid, grid.scale_grid == "bf16")
 
 
-def _tasks(jobs: Iterable[_Job], weights: Iterable[_Weight]) -> Iterator[_Task]:
+def _tasks(jobs: Iterable[Job], weights: Iterable[Weight]) -> Iterator[Task]:
     """Pieces and weights in runs of about `_TASK_BYTES`."""
-    task: list[_Piece | _Weight] = []
+    task: list[Piece | Weight] = []
     room = _TASK_BYTES
-    items: Iterator[_Piece | _Weight] = chain((piece for job in jobs for piece in _pieces(job)), weights)
+    items: Iterator[Piece | Weight] = chain((piece for job in jobs for piece in _pieces(job)), weights)
     for item in items:
         task.append(item)
         room -= item.nbytes
@@ -240,23 +165,23 @@ def _tasks(jobs: Iterable[_Job], weights: Iterable[_Weight]) -> Iterator[_Task]:
         yield task
 
 
-def _pieces(job: _Job) -> Iterator[_Piece]:
+def _pieces(job: Job) -> Iterator[Piece]:
     """Cut a tensor so that no piece holds more than `CHUNK_BYTES`, and whole slabs or a part of one."""
     total, slab = job.ref.nbytes, job.slab
     if slab <= CHUNK_BYTES:
         step = CHUNK_BYTES // slab * slab
-        yield from (_Piece(job, start, min(start + step, total)) for start in range(0, total, step))
+        yield from (Piece(job, start, min(start + step, total)) for start in range(0, total, step))
         return
     for home in range(0, total, slab):
         for start in range(home, home + slab, CHUNK_BYTES):
-            yield _Piece(job, start, min(start + CHUNK_BYTES, home + slab))
+            yield Piece(job, start, min(start + CHUNK_BYTES, home + slab))
 
 
 def _in_parallel(
-    work: Callable[[_Task], _Result], tasks: Iterator[_Task], jobs: int, stop: threading.Event
-) -> Iterator[_Result]:
+    work: Callable[[Task], Result], tasks: Iterator[Task], jobs: int, stop: threading.Event
+) -> Iterator[Result]:
     """Results of `work`, as they come, at most two tasks per thread waiting."""
-    pending: set[Future[_Result]] = set()
+    pending: set[Future[Result]] = set()
     with ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
         try:
             while True:
@@ -292,16 +217,16 @@ class _Reader:
         """Let go of the hub, which is held as long as there are tasks."""
         self._kept.close()
 
-    def examine(self, task: _Task) -> _Result:
+    def examine(self, task: Task) -> Result:
         """Examine every item of a task; what cannot be read ends it."""
-        result = _Result(sum(item.nbytes for item in task))
+        result = Result(sum(item.nbytes for item in task))
         with Shards(self._fs, self._remotes) as shards:
             try:
                 self._ask_for(task, shards)
                 for item in task:
                     if self.stop.is_set():
                         break
-                    seen = self._piece(item, shards) if isinstance(item, _Piece) else self._weight(item, shards)
+                    seen = self._piece(item, shards) if isinstance(item, Piece) else self._weight(item, shards)
                     result.seen.append(seen)
             except UnreadableError as e:
                 if e.root != self._out:
@@ -309,16 +234,16 @@ class _Reader:
                 result.error = f"{e.file}: cannot be read: {e}"
         return result
 
-    def _ask_for(self, task: _Task, shards: Shards) -> None:
+    def _ask_for(self, task: Task, shards: Shards) -> None:
         """Have what a task compares with be on its way, all of it at once."""
         for item in task:
-            if isinstance(item, _Piece) and item.job.other and self._source:
+            if isinstance(item, Piece) and item.job.other and self._source:
                 shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
 
-    def _piece(self, piece: _Piece, shards: Shards) -> _Seen:
+    def _piece(self, piece: Piece, shards: Shards) -> Seen:
         ours, theirs = self._buffers()
         job, count = piece.job, piece.nbytes
-        seen, data = _Seen(piece), ours[:count]
+        seen, data = Seen(piece), ours[:count]
         shards.read(self._out, window(job.ref.ranges, piece.start, piece.stop), data.data)
         if job.scan:
             seen.nonzero, seen.bad, first = scan(data, job.scan, min(job.slab, count))
@@ -333,7 +258,7 @@ class _Reader:
             seen.first_differing = piece.start + first if seen.differing else -1
         return seen
 
-    def _weight(self, item: _Weight, shards: Shards) -> Tally:
+    def _weight(self, item: Weight, shards: Shards) -> Tally:
         def reader(root: Path) -> Read:
             return lambda ref, into: shards.read(root, ref.ranges, into.reshape(-1).view(np.uint8).data)
 
@@ -345,66 +270,3 @@ class _Reader:
             self._local.buffers = (np.empty(CHUNK_BYTES, np.uint8), np.empty(CHUNK_BYTES, np.uint8))
         buffers: tuple[Bytes, Bytes] = self._local.buffers
         return buffers
-
-
-def _merge(seen: _Seen) -> None:
-    """Add what a piece showed to its job; pieces come in any order."""
-    job, start = seen.piece.job, seen.piece.start
-    if seen.nonzero is not None:
-        first = start // job.slab
-        job.nonzero[first : first + len(seen.nonzero)] |= seen.nonzero
-    job.bad += seen.bad
-    job.first_bad = _earlier(job.first_bad, seen.first_bad)
-    job.differing += seen.differing
-    job.first_differing = _earlier(job.first_differing, seen.first_differing)
-    for fault in seen.faults:
-        job.faults[fault.code] = merged(job.faults.get(fault.code), fault)
-
-
-def _earlier(one: int, other: int) -> int:
-    return max(one, other) if min(one, other) < 0 else min(one, other)
-
-
-# -- saying it ----------------------------------------------------------------------------------------------------
-
-
-def _report(job: _Job, findings: Findings) -> None:
-    ref, name = job.ref, job.ref.name
-    if job.bad and job.scan:
-        expert = _expert(job, job.first_bad * job.scan.nbytes)
-        elements = ref.nbytes // job.scan.nbytes
-        text = f"{job.bad} of {elements} values are NaN or infinite, the first at {job.first_bad}{expert}"
-        findings.problem("not-finite", name, text)
-    if job.differing:
-        text = f"{job.differing} of {ref.nbytes} bytes differ from the source, the first at {job.first_differing}"
-        findings.problem("source-bytes", name, text + _expert(job, job.first_differing))
-    words = job.part is not None and job.part.role == "words"
-    if not (job.scan or words) or len(ref.spec.shape) < 2 or job.nonzero.all() or job.faults:
-        return
-    zeros = [int(i) for i in np.flatnonzero(~job.nonzero)]
-    some = len(job.nonzero) > 1 and len(zeros) < len(job.nonzero)
-    what = f"expert{'s' * (len(zeros) > 1)} {spans(zeros)}: " if some else ""
-    findings.warn("zero", name, f"{what}every value is zero, as in a hole that was never written")
-
-
-def _report_faults(table: Iterable[_Job], layout: Layout | None, findings: Findings) -> None:
-    """Parts of quantized weights that are wrong; many in one way are told in one line."""
-    items: list[Item] = []
-    for job in table:
-        for fault in job.faults.values():
-            shape = job.ref.spec.shape
-            at = [int(i) for i in np.unravel_index(fault.first, shape)]
-            expected = f", expected {fault.wanted}" if fault.wanted else ""
-            text = f"{fault.count} of {np.prod(shape)} {fault.what}, the first at {at}: {fault.found}{expected}"
-            if job.place:
-                items.append(Item(fault.code, job.ref.name, job.place, text))
-            else:
-                findings.problem(fault.code, job.ref.name, text)
-    findings.items(items, layout.num_experts if layout else 0)
-
-
-def _expert(job: _Job, byte: int) -> str:
-    """Name the expert that a byte of the tensor belongs to, where dim 0 counts experts."""
-    if job.place is None or not job.place.template.sliced or not job.ref.spec.shape:
-        return ""
-    return f" (expert {byte // (job.ref.nbytes // job.ref.spec.shape[0])})"

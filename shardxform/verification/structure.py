@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import FamilyError
+from shardxform.expectation import Expected, expected
 from shardxform.families import family_of
 from shardxform.families.base import Scope
-from shardxform.layout import Expected, Layout, Place, expected, layout_of, variants_found
+from shardxform.layout import Layout, Place, layout_of, variants_found
 from shardxform.quantize.stored import Stored
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item
