@@ -3,9 +3,9 @@
     python benchmarks/kill_compress.py [--dir SCRATCH] [--kills 10] [--seed 0] [-- OPTIONS OF COMPRESS]
 
 SIGKILL, up to two seconds after a stage began, the stages in turn: most time goes into two of them. What was killed is
-gone on with, and when it came to its end begun anew. Every file of OUT and of OUT.compress is compared; seconds and
-memory in OUT/shardxform.json are left out, which no two runs share. After every kill OUT has a config.json only if its
-shards are there. Exits with 1 when anything differs.
+gone on with, and begun anew when it came to its end. Every file of OUT and of OUT.compress is compared then; seconds
+and memory in OUT/shardxform.json are left out, which no two runs share. After every kill OUT has a config.json only if
+its shards are there. Exits with 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -108,14 +108,26 @@ def refuse_half(out: Path) -> None:
         sys.exit(f"{out}: has a config.json but no {missing}")
 
 
-def compare(wanted: dict[str, bytes], out: Path) -> int:
-    """Hold an output that is complete against another's files, and remove it; 1."""
+def refuse_other(files: dict[str, bytes], out: Path) -> None:
+    """A complete output must have these files."""
     found = tree(out)
-    if names := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+    if names := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
         sys.exit(f"differ: {', '.join(names)}")
-    for root in (out, out.with_name(out.name + ".compress")):
-        shutil.rmtree(root)
-    return 1
+
+
+def kill_in(stage: str, out: Path, options: list[str], files: dict[str, bytes], rng: random.Random) -> str:
+    """Kill it in a stage; what came to its end before that is compared, removed and begun anew."""
+    after = AFTER
+    while True:
+        seconds = rng.uniform(0, after)
+        doing = killed(out, options, stage, seconds)
+        refuse_half(out)
+        if doing:
+            return f"{doing}, {seconds:.2f} s after {stage} began"
+        refuse_other(files, out)
+        for root in (out, out.with_name(out.name + ".compress")):
+            shutil.rmtree(root)
+        after /= 2  # that stage was done already, or is short
 
 
 def main() -> None:
@@ -134,21 +146,13 @@ def main() -> None:
     try:
         print(f"uninterrupted: {to_the_end(place / 'whole/out', options):.1f} s", flush=True)
         out = place / "killed/out"
-        files, compared = tree(place / "whole/out"), 0
+        files = tree(place / "whole/out")
         for number in range(args.kills):
-            stage, after = STAGES[len(STAGES) * number // args.kills], AFTER
-            while True:
-                seconds = rng.uniform(0, after)
-                doing = killed(out, options, stage, seconds)
-                refuse_half(out)
-                if doing:
-                    break
-                compared += compare(files, out)  # that stage was done, or over too soon: from the beginning
-                after /= 2
-            print(f"kill {number + 1:2}: {doing}, {seconds:.2f} s after {stage} began", flush=True)
+            stage = STAGES[len(STAGES) * number // args.kills]
+            print(f"kill {number + 1:2}: {kill_in(stage, out, options, files, rng)}", flush=True)
         to_the_end(out, options)
-        compared += compare(files, out)
-        print(f"{compared} runs came to their end, each with {len(files)} files as the uninterrupted one has them")
+        refuse_other(files, out)
+        print(f"{len(files)} files, the same as those of the uninterrupted run")
     finally:
         shutil.rmtree(place)
 

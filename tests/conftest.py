@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from build import KINDS, tiny, write_checkpoint
+from conversions import forget_changes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDECARS = {
@@ -23,13 +23,10 @@ SIDECARS = {
 
 
 @pytest.fixture(autouse=True)
-def conversions_forgotten() -> Iterator[None]:
-    """auto-round changes how transformers loads a family, for the whole process; no test must do so to the next."""
+def conversions_as_they_were() -> Iterator[None]:
+    """No test changes how the next one loads a model."""
     yield
-    registry = sys.modules.get("transformers.conversion_mapping")
-    if registry is not None and registry.USER_REGISTERED_MAPPINGS:
-        registry.USER_REGISTERED_MAPPINGS.clear()
-        registry._checkpoint_conversion_mapping_cache = None  # built again when it is asked for
+    forget_changes()
 
 
 @pytest.fixture(scope="session")

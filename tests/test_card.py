@@ -275,7 +275,8 @@ def test_a_tuned_output(tmp_path: Path) -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    ("command", "options"), [("prune", ()), ("quantize", ()), ("quantize", ("--method", "auto-round", "--iters", 2))]
+    ("command", "options"),
+    [("prune", ()), ("quantize", ()), ("quantize", ("--method", "auto-round", "--iters", 2, "--dtype", "float32"))],
 )
 def test_a_healed_output(command: str, options: tuple[object, ...], tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

@@ -155,6 +155,27 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     assert "`calib.jsonl`" in files["out/README.md"].decode()
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "tuned"),
+    [
+        ({"avx512_bf16": True}, None, torch.bfloat16),
+        ({"amx_bf16": True}, "auto", torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, None, torch.float32),
+        ({"avx512_bf16": True}, "float32", torch.float32),
+    ],
+)
+def test_a_cpu_tunes_in_bfloat16_if_it_multiplies_it_and_measures_in_float32(
+    monkeypatch: pytest.MonkeyPatch, small_moe: Path, capabilities: dict[str, bool], asked: str | None, tuned: Any
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    more = ["--dtype", asked] if asked else []
+    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe), *more])
+    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
+    request = compress_cmd._request(Checkpoint.open(small_moe), Path("out"), given)
+    assert request.precision == Precision(torch.device("cpu"), torch.float32)
+    assert request.tuned_in == Precision(torch.device("cpu"), tuned)
+
+
 def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path, copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.parent.rglob("*.*")}
     result = invoke("compress", small_moe, copied, *arguments(small_moe))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -96,16 +97,14 @@ def commands(page: Path) -> Iterator[list[str]]:
             or " -> " in found[1]
         ):
             continue
-        arguments = shlex.split(found[1], comments=True)
-        while arguments and (arguments[-1] in (">", "|") or (len(arguments) > 1 and arguments[-2] in (">", "|"))):
-            arguments = arguments[: arguments.index(">") if ">" in arguments else arguments.index("|")]
+        words = shlex.split(found[1], comments=True)
+        arguments = itertools.takewhile(lambda word: word not in (">", "|"), words)
         yield ["1" if argument == "N" else argument for argument in arguments]
 
 
 def parse(arguments: list[str]) -> None:
     """Parse a command line down to the last command, as far as that goes without running it."""
     command: click.Command = main
-    context = None
     while isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
         found = command.get_command(click.Context(command), name)
@@ -113,8 +112,7 @@ def parse(arguments: list[str]) -> None:
         command = found
     if {"--help", "--version"}.intersection(arguments) or not arguments:
         return
-    context = command.make_context("shardxform", list(arguments))
-    context.close()
+    command.make_context("shardxform", list(arguments)).close()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))

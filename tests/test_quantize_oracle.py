@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from build import Raw, read_checkpoint, tiny, write_checkpoint
+from conversions import forget_changes
 from test_prune_oracle import KEEP, prune_loaded, tokens
 
 from shardxform.checkpoint import Checkpoint
@@ -68,25 +68,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@contextmanager
-def conversions_kept() -> Iterator[None]:
-    """auto-round removes a model's conversions from transformers' registry when it loads it; put them back."""
-    from transformers import conversion_mapping
-
-    conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")  # builds the registry
-    registry, names = (
-        conversion_mapping._checkpoint_conversion_mapping_cache,
-        conversion_mapping.USER_REGISTERED_MAPPINGS,
-    )
-    before = dict(registry), set(names)
-    try:
-        yield
-    finally:
-        for kept, now in zip(before, (registry, names), strict=True):
-            now.clear()
-            now.update(kept)
-
-
 def quantize(source: Path, out: Path, scheme: Scheme, manifest: Manifest | None = None, **view: Any) -> Path:
     run(plan_quantize(Checkpoint.open(source), scheme, manifest, ViewOptions(**view)), out)
     return out
@@ -100,8 +81,8 @@ def load(path: Path, dtype: Any, **options: Any) -> Any:
         options["quantization_config"] = transformers.AutoRoundConfig(backend="torch")
     multimodal = config["architectures"][0].endswith("ForConditionalGeneration")
     auto = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
-    with conversions_kept():
-        model, info = auto.from_pretrained(path, dtype=dtype, device_map="cpu", output_loading_info=True, **options)
+    model, info = auto.from_pretrained(path, dtype=dtype, device_map="cpu", output_loading_info=True, **options)
+    forget_changes()
     assert {kind: keys for kind, keys in info.items() if keys} == {}
     return model.eval()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hubserver import HubServer
-from test_remote import KEEP, NAME, command, files, record
+from test_remote import KEEP, NAME, command, files, headers, record
 from test_remote import server as server
 
 pytest.importorskip("torch")
@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oracle
 
+STAGES = ["score", "select", "quantize", "verify", "card"]
 DATA = ("--samples", 8, "--seqlen", 128, "-q")
 CALIB = Path(__file__).resolve().parents[1] / "examples" / "small-moe" / "text" / "calib.jsonl"
 
@@ -62,21 +63,34 @@ def test_evaluating_what_was_not_written_against_its_source_fetches_both_once(
     assert server.data_bytes(NAME) <= 1.02 * shard_bytes(small_moe)
 
 
-def test_tuning_a_repository_gives_the_bytes_of_a_folder(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    tuning = ("--method", "auto-round", "--iters", 2, "--batch-size", 4, "--data", CALIB, *DATA)
-    command(server, home, "quantize", small_moe, tmp_path / "local", "-m", KEEP, *tuning)
-    command(server, home, "quantize", NAME, tmp_path / "out", "-m", KEEP, *tuning)
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        (("quantize", "--method", "auto-round", "--iters", 2, "--batch-size", 4), 0.67),  # pruned experts never
+        (("prune", "--heal", "all", "--heal-iters", 2, "--heal-lr", 0.01), 1.02),
+        (("prune", "--heal", "shared", "--heal-iters", 2, "--heal-lr", 0.01), 1.5),  # and what is copied once more
+    ],
+)
+def test_tuning_and_healing_a_repository_give_the_bytes_of_a_folder(
+    server: HubServer, small_moe: Path, tmp_path: Path, options: tuple[object, ...], share: float
+) -> None:
+    verb, *more = *options, "-m", KEEP, "--data", CALIB, *DATA
+    command(server, tmp_path / "home", verb, small_moe, tmp_path / "local", *more)
+    command(server, tmp_path / "home", verb, NAME, tmp_path / "out", *more)
     assert files(tmp_path / "out") == files(tmp_path / "local")
-    assert server.data_bytes(NAME) <= 1.02 * shard_bytes(small_moe)
+    assert server.data_bytes(NAME) <= share * shard_bytes(small_moe)
 
 
-def test_healing_a_repository_gives_the_bytes_of_a_folder(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    healing = ("--heal", "shared", "--heal-iters", 2, "--heal-lr", 0.01, "--data", CALIB, *DATA)
-    command(server, home, "prune", small_moe, tmp_path / "local", "-m", KEEP, *healing)
-    command(server, home, "prune", NAME, tmp_path / "out", "-m", KEEP, *healing)
-    assert files(tmp_path / "out") == files(tmp_path / "local")
+def test_a_dry_run_of_the_whole_way_fetches_headers_and_a_sample(
+    server: HubServer, small_moe: Path, tmp_path: Path
+) -> None:
+    home, options = tmp_path / "home", ("--keep", 8, "--iters", 2, "--data", CALIB, *DATA, "--dry-run", "--json")
+    looked = headers(server, home)
+    server.reset_counts()
+    stages = json.loads(command(server, home, "compress", NAME, tmp_path / "out", *options))["stages"]
+    assert [stage["stage"] for stage in stages if stage["state"] == "to do"] == STAGES
+    assert looked < server.data_bytes(NAME) <= looked + max(p.stat().st_size for p in small_moe.glob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_whole_way_from_a_repository_gives_what_it_gives_from_a_folder(

@@ -101,9 +101,8 @@ def _recipe(inputs: Mapping[str, Any]) -> Iterator[str]:
     yield from _unless("--batch-size", whole(recipe, "batch_size"), BATCH_SIZE)
     yield from _unless("--seed", whole(recipe, "seed"), _SEED)
     yield from _unless("--inputs", text(recipe, "inputs"), "quantized")
-    device, dtype = text(recipe, "device"), text(recipe, "dtype")
-    yield from _unless("--device", device, "cpu")
-    yield from _unless("--dtype", dtype, "float32" if device in ("", "cpu") else "bfloat16")
+    yield from _unless("--device", text(recipe, "device"), "cpu")
+    yield from _unless("--dtype", text(recipe, "dtype"), "")  # what `auto` means depends on the machine
 
 
 def _heal(heal: Mapping[str, Any]) -> Iterator[str]:

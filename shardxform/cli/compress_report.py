@@ -11,6 +11,7 @@ from shardxform.cli.block_report import tell_blocks
 from shardxform.cli.console import count, gb, print_json, rows, short, span, table, tell
 
 if TYPE_CHECKING:
+    from shardxform.cli.sources import Source
     from shardxform.compress import Outcome, Prepared, Request, Settings
 
 __all__ = ["report", "show"]
@@ -95,7 +96,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def report(outcome: Outcome, source: object, *, as_json: bool, verbose: bool) -> None:
+def report(outcome: Outcome, source: Source, *, as_json: bool, verbose: bool) -> None:
     """Print what came of it."""
     if as_json:
         print_json(_as_json(outcome))
@@ -117,7 +118,7 @@ def report(outcome: Outcome, source: object, *, as_json: bool, verbose: bool) ->
         tell("note: not measured; give --eval-data, held-out text, and only that is done")
 
 
-def _lines(outcome: Outcome, source: object) -> Iterator[tuple[str, str]]:
+def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     facts = outcome.facts
     if "select" in facts:
         yield from _choice_lines(facts["select"])

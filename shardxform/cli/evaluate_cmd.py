@@ -66,7 +66,7 @@ def command(
     manifest: Path | None,
     against: Source | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     work: Path | None,
     plot: Path | None,
     dry_run: bool,

@@ -23,6 +23,7 @@ __all__ = [
     "SCORE_PRESETS",
     "data_options",
     "device_options",
+    "dtype_option",
     "load_data",
     "make_precision",
     "precision_options",
@@ -93,20 +94,16 @@ def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def precision_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where and in what type the model is computed."""
-    for option in (
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16"]),
-            default="auto",
-            show_default=True,
-            help="Of the computation; auto: bfloat16, on the CPU float32; tuning in bfloat16 where the CPU has it.",
-        ),
-        click.option(
-            "--device", default="cpu", show_default=True, help="Where the model is computed: cpu, cuda, cuda:1."
-        ),
-    ):
-        function = option(function)
-    return function
+    device = click.option(
+        "--device", default="cpu", show_default=True, help="Where the model is computed: cpu, cuda, cuda:1."
+    )
+    return device(dtype_option("float32 on the CPU, bfloat16 elsewhere")(function))
+
+
+def dtype_option(auto: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """In what type the model is computed; `auto` says what that means when the user says nothing."""
+    help_text = f"Of the computation; auto: {auto}.  [default: auto]"
+    return click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help=help_text)
 
 
 def load_data(
@@ -162,13 +159,13 @@ def refuse_unwritable(path: Path) -> None:
         raise OutputError(f"{path}: the directory {path.parent} is not writable")
 
 
-def make_precision(device: str, dtype: str, *, tunes: bool = False) -> Precision:
+def make_precision(device: str, dtype: str | None, *, tunes: bool = False) -> Precision:
     """Find the device.
 
     Args:
         device: as torch names it.
-        dtype: float32 or bfloat16; auto is bfloat16 on accelerators, and where a CPU multiplies it, if something is
-            tuned: sums stay in float32, results are as good and take half the time (benchmarks/README.md).
+        dtype: float32 or bfloat16; auto, or None, is bfloat16 on accelerators, and for tuning on a CPU that multiplies
+            it: half the time (benchmarks/README.md) for results as good (docs/quantization.md).
         tunes: whether it is to tune, rather than to measure.
 
     Raises:
@@ -189,7 +186,7 @@ def make_precision(device: str, dtype: str, *, tunes: bool = False) -> Precision
         torch.zeros(1, device=place).item()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
         raise PlanError(f"--device {device}: {str(e).splitlines()[0]}") from e
-    if dtype == "auto":
+    if dtype in ("auto", None):
         dtype = "bfloat16" if place.type != "cpu" or (tunes and _cpu_multiplies_bfloat16()) else "float32"
     return Precision(place, getattr(torch, dtype))
 

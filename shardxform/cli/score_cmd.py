@@ -55,7 +55,7 @@ def command(
     source: Source,
     output: Path,
     device: str,
-    dtype: str,
+    dtype: str | None,
     work: Path | None,
     dry_run: bool,
     as_json: bool,

@@ -11,7 +11,7 @@ import click
 
 from shardxform.calibration import DataOptions, Windows
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.model_options import data_options, load_data, make_precision
+from shardxform.cli.model_options import data_options, dtype_option, load_data, make_precision
 from shardxform.errors import SchemeError
 from shardxform.manifest import Manifest
 from shardxform.plan import Plan
@@ -99,12 +99,7 @@ def heal_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 def heal_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options of healing, and those that it shares with tuned rounding: data, batch size, type of the computation."""
     for option in (
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16"]),
-            help="Of the computation; auto: bfloat16, but float32 on a CPU that has no instructions for it. "
-            " [default: auto]",
-        ),
+        dtype_option("bfloat16, but float32 on a CPU without instructions for it"),
         click.option("--batch-size", type=click.IntRange(1), help=f"Windows of a step.  [default: {BATCH_SIZE}]"),
     ):
         function = option(function)
@@ -153,7 +148,7 @@ def read_tuning(method: str | None, source: Path | Checkpoint, device: str, give
     reference = data["preset"] == "reference"
     seed = data["seed"]
     windows = load_data(source, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
-    precision = make_precision(device, options["dtype"] or "auto", tunes=True)
+    precision = make_precision(device, options["dtype"], tunes=True)
     chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options.get(key) is not None}
     if reference:
         chosen.setdefault("batch_size", 1)

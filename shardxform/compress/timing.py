@@ -1,6 +1,6 @@
 """How fast this machine is at what `costs` counts, found out in seconds.
 
-Reads a piece of the source from the disk and rounds random weights; `model_timing` runs pieces of the model, where it
+Reads a piece of the source and rounds random weights; `model_timing` runs pieces of the model, where it
 is run at all. Nothing is written.
 """
 
@@ -22,7 +22,7 @@ from shardxform.fsio import FileSystem
 from shardxform.quantize import rtn
 from shardxform.quantize.grid import Grid
 
-__all__ = ["disk_seconds", "measure"]
+__all__ = ["measure", "reading_seconds"]
 
 _PIECE: Final = 8 << 20
 _PIECES: Final = 16
@@ -40,10 +40,9 @@ def measure(prepared: Prepared, settings: Settings) -> Costs:
 
     """
     request = prepared.request
-    costs = usual(shape_of(request.source, prepared.kept))
     costs = replace(
-        costs,
-        moved=disk_seconds(request.source),
+        usual(shape_of(request.source, prepared.kept)),
+        moved=reading_seconds(request.source),
         rounded=_rounding_seconds(request.scheme.grid) / settings.jobs,
     )
     if request.precision is None or not request.runs_model:
@@ -53,7 +52,7 @@ def measure(prepared: Prepared, settings: Settings) -> Costs:
     return measure_model(request.source, request.precision, request.tuned_in, request.scheme.grid, costs)
 
 
-def disk_seconds(source: Checkpoint) -> float:
+def reading_seconds(source: Checkpoint) -> float:
     """Seconds to read a byte of the largest shard, from the hub, or the disk if the system forgets what it holds."""
     fs = FileSystem()
     shard = max(source.shards, key=lambda each: each.nbytes)
