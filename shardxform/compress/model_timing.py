@@ -58,19 +58,28 @@ def measure_model(
         FamilyError: transformers does not run the model.
 
     """
-    with Weights(source, precision) as weights, torch.random.fork_rng(devices=[]):
+    with _RandomWeights(source, precision) as weights, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         skeleton = Skeleton(weights)
         found = {"tokens": _around(skeleton, _forward)}
         found |= _expert(skeleton, precision)
         found |= {"headed": _head(skeleton, precision)}
         if tuned_in is not None:
-            with Weights(source, tuned_in) as others:
+            with _RandomWeights(source, tuned_in) as others:
                 skeleton = Skeleton(others)
                 found |= {"step_tokens": _around(skeleton, _step)}
                 if _width(skeleton):
                     found |= _tuned_experts(skeleton, tuned_in, grid)
     return replace(costs, **{name: max(value, _LEAST) for name, value in found.items()})
+
+
+class _RandomWeights(Weights):
+    """What a block is loaded from; nothing is read: the numbers do not matter here, and may have to come from a hub."""
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Random numbers, small enough to compute with, in the place of a tensor."""
+        shape = self.ref(name).spec.shape
+        return torch.empty(shape, dtype=dtype or self.precision.dtype, device=self.precision.device).normal_(0, 0.02)
 
 
 # -- around the experts -----------------------------------------------------------------------------------------------
@@ -89,7 +98,6 @@ def _around(skeleton: Skeleton, measure: Callable[[Block, torch.Tensor, Precisio
     for layers in kinds.values():
         x_BTH = torch.randn(1, count, skeleton.hidden_size, device=precision.device).to(precision.dtype)
         with skeleton.block(layers[0]) as block, _without_experts(block):
-            _randomize(block.module)
             seconds += measure(block, x_BTH, precision) * len(layers) / skeleton.num_blocks
     return seconds / count
 
@@ -123,13 +131,6 @@ def _without_experts(block: Block) -> Iterator[None]:
         yield
     finally:
         del module.forward
-
-
-def _randomize(module: nn.Module) -> None:
-    """Numbers that are neither all zero, as in a file of holes, nor too large to compute with."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            parameter.data = torch.empty_like(parameter).normal_(0, 0.02)
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------
