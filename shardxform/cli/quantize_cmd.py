@@ -16,6 +16,7 @@ from shardxform.cli.options import (
     view_options,
 )
 from shardxform.cli.planned import execute, load_manifest
+from shardxform.cli.ray_options import ray_option, refuse_beside_ray
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, tune_options
 from shardxform.prune import ViewOptions
@@ -49,6 +50,7 @@ __all__ = ["command"]
 @heal_options
 @view_options
 @transfer_options
+@ray_option
 @run_options
 def command(
     source: Source,
@@ -66,6 +68,7 @@ def command(
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
+    refuse_beside_ray(run, device)
     (checkpoint,) = open_given([source], run, out.parent)
     tuning = read_tuning(method, checkpoint, device, run)
     chosen = read_scheme(run, tuned=method == "auto-round")
