@@ -100,6 +100,8 @@ class Session:
         _refuse_silent(self.address)
         import ray
 
+        # What befalls workers would be printed to stdout, amid the result; there is no public switch.
+        vars(ray)["_private"].worker._worker_logs_enabled = False
         if not ray.is_initialized():
             self._init(ray)
             self._ours = True

@@ -160,7 +160,7 @@ def refuse_other_source(place: Place, record: Mapping[str, Any], names: Iterable
             found = []
         if found != planned[name]:
             raise ExecutionError(
-                f"{place.source / name}: on {socket.gethostname()} missing, or not the shard that the plan was made from"
+                f"{place.source / name}: on {socket.gethostname()} missing, or not the shard that was planned with"
             )
 
 

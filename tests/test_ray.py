@@ -1,0 +1,337 @@
+"""`--ray`: the bytes of a local run, whatever dies meanwhile; refusals on one line. One cluster of two CPUs for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from test_run import tree
+
+from shardxform import Checkpoint, Manifest, plan_prune
+from shardxform.cli import main
+from shardxform.cluster import pool, session, worker
+from shardxform.errors import ExecutionError, PlanError
+
+ray = pytest.importorskip("ray")
+
+pytestmark = pytest.mark.slow
+
+SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+KEEP = '{"0": [0,2,4,6], "1": [1,3,5,7], "2": [8,9,10,11], "3": [0,5,10,15]}'
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a cluster that this process is connected to."""
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    signal.signal(signal.SIGTERM, before)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Path:
+    path = tmp_path / "keep.json"
+    path.write_text(KEEP)
+    return path
+
+
+def command(what: str, out: Path, *more: str) -> list[str]:
+    """Of many small steps."""
+    (out.parent / "keep.json").write_text(KEEP)
+    given = {"prune": ["prune", "-m", str(out.parent / "keep.json")], "rtn": ["quantize"]}[what]
+    return [*given, str(SMALL_MOE), str(out), "--max-shard-size", "300KB", "-q", *more]
+
+
+def call(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def told(text: str) -> list[str]:
+    """Lines that are not notes on the plan."""
+    return [line for line in text.splitlines() if not line.startswith("note: ")]
+
+
+def dying(folder: Path, times: int = 1) -> Callable[..., Any]:
+    """`do_step`, but for `times` workers that are killed with their bytes written, and neither synced nor told."""
+
+    def task(*args: Any) -> Any:
+        import os
+        import signal
+
+        from shardxform.cluster.worker import do_step
+        from shardxform.fsio import FileSystem
+
+        def die(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        for number in range(times):
+            try:
+                os.close(os.open(folder / f"killed-{number}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            FileSystem.sync = die  # type: ignore[assignment]
+            break
+        return do_step(*args)
+
+    return task
+
+
+# -- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["prune", "rtn"])
+def test_bytes_equal_a_local_run_though_workers_are_killed(
+    what: str, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(*command(what, tmp_path / "local"))
+    monkeypatch.setattr(pool, "do_step", dying(tmp_path, times=2))
+    call(*command(what, tmp_path / "out", "--ray", cluster))
+    assert (tmp_path / "killed-1").exists()
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
+
+SLOW = """
+from shardxform.cluster import pool
+def slow(*args):
+    import time
+    from shardxform.cluster.worker import do_step
+    time.sleep(0.2)
+    return do_step(*args)
+pool.do_step = slow
+from shardxform.cli import main
+main()
+"""
+
+
+def started(out: Path, address: str) -> subprocess.Popen[str]:
+    """A driver whose steps take long, after the first of them are in the journal."""
+    words = [sys.executable, "-c", SLOW, *command("prune", out, "--ray", address)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal, deadline = out / ".shardxform" / "journal", time.monotonic() + 30
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_was_stopped_is_gone_on_with(number: int, cluster: str, tmp_path: Path) -> None:
+    call(*command("prune", tmp_path / "local"))
+    process = started(tmp_path / "out", cluster)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert not (tmp_path / "out" / "config.json").exists()
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "run the same command again to go on" in errors
+        assert len(told(errors)) == 1, errors
+    done = len((tmp_path / "out" / ".shardxform" / "journal").read_bytes().splitlines()) - 1
+    result = call(*command("prune", tmp_path / "out", "--ray", cluster, "--json"))
+    assert '"resumed_bytes": 0' not in result.output
+    assert done >= 3
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
+
+def test_a_local_run_goes_on_with_what_a_cluster_began(cluster: str, tmp_path: Path) -> None:
+    call(*command("prune", tmp_path / "local"))
+    process = started(tmp_path / "out", cluster)
+    process.kill()
+    process.communicate(timeout=30)
+    call(*command("prune", tmp_path / "out"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_another_version_on_a_worker_is_refused(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "versions", lambda: {"shardxform": "0.0.7"})
+    result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
+    assert "but the driver has 0.0.7; install the same on every machine" in result.output
+    assert len(told(result.output)) == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_error_in_a_step_is_told_on_one_line_and_not_tried_again(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+
+    def failing(*_: Any) -> Any:
+        from shardxform.errors import ExecutionError as Error
+
+        with tries.open("a") as file:
+            file.write("x")
+        return None, Error("tensor 'a': NaN at row 1")
+
+    monkeypatch.setattr(pool, "do_step", failing)
+    result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
+    assert told(result.output) == ["shardxform: tensor 'a': NaN at row 1"]
+    assert len(tries.read_text()) <= 4  # what was submitted with it
+
+
+def test_workers_that_die_again_and_again_end_the_run(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_TRIES", 1)
+    monkeypatch.setattr(pool, "do_step", dying(tmp_path, times=50))
+    result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
+    assert "a worker failed for good" in result.output
+    assert len(told(result.output)) == 1, result.output
+
+
+def test_a_step_that_no_machine_can_hold_is_refused(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_WORKER_BYTES", 10**15)
+    result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
+    assert "--ray: a step takes 1 CPU and 1000000" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
+    """A place whose output was begun, and a step of it."""
+    source = Checkpoint.open(SMALL_MOE)
+    plan = plan_prune(source, Manifest.load(keep))
+    out = tmp_path / "out"
+    stopped = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import os, shardxform.journal as j\nj.Journal.record = lambda *_: os._exit(9)\n"
+            "from shardxform.cli import main\nmain()",
+            *("prune", str(SMALL_MOE), str(out), "-m", str(keep), "-q"),
+        ],
+        check=False,
+    )
+    assert stopped.returncode == 9
+    return worker.Place(fingerprint=plan.fingerprint, source=SMALL_MOE, out=out), plan.steps[0]
+
+
+def done(place: worker.Place, step: Any) -> Any:
+    return worker.do_step(worker.versions(), pickle.dumps(place), pickle.dumps(step))
+
+
+def test_a_worker_refuses_another_plan_and_another_source(
+    bound: tuple[worker.Place, Any], writable: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    place, step = bound
+    assert done(place, step) == ({}, None)
+    _, error = done(dataclasses.replace(place, fingerprint="another"), step)
+    assert isinstance(error, ExecutionError)
+    assert "another plan" in str(error)
+    _, error = done(dataclasses.replace(place, out=tmp_path / "elsewhere"), step)
+    assert "no such plan" in str(error)
+    copy = writable(SMALL_MOE)
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[9] ^= 1
+    shard.write_bytes(data)
+    _, error = done(dataclasses.replace(place, source=copy), step)
+    assert isinstance(error, ExecutionError)
+    assert "not the shard that was planned with" in str(error)
+    (place.out / "model.safetensors.partial").unlink()
+    _, error = done(place, step)
+    assert isinstance(error, OSError)
+
+
+def test_nothing_is_unpickled_for_a_driver_of_another_version() -> None:
+    _, error = worker.do_step({"shardxform": "0.0.7"}, b"no pickle", b"none")
+    assert isinstance(error, ExecutionError)
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (("--ray", "--jobs", "2"), "--jobs is for threads"),
+        (("--ray", "--heal"), "--heal: a healed block"),
+        (("--ray", "--device", "cuda:1"), "expected cpu or cuda"),
+        (("--ray", "somewhere"), "expected HOST:PORT"),
+        (("--ray", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1"),
+        (("--ray", "no.such.host.invalid:6379"), "no Ray cluster answers at no.such.host.invalid:6379"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(more: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "shardxform", *command("prune", tmp_path / "out", *more)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode in (1, 2)
+    assert wanted in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_the_option_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "find_spec", lambda _: None)
+    result = call(*command("prune", tmp_path / "out", "--ray"), code=1)
+    assert told(result.output) == ["shardxform: --ray needs ray: pip install 'shardxform[ray]'"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_the_tasks_and_neither_it_nor_a_local_run_imports_ray(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(sorted({'ray', 'torch'} & set(sys.modules)), file=sys.stderr))\n"
+        "from shardxform.cli import main\nmain()"
+    )
+    shown = ""
+    for more in (("--ray", "--dry-run"), ()):
+        words = [sys.executable, "-c", code, *command("prune", tmp_path / "out", *more)]
+        result = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert result.stderr.splitlines()[-1] == "[]"
+        shown += result.stdout
+    assert "tasks of 1 CPU and up to 171.97 MB, on this machine" in shown
+
+
+def test_a_cluster_of_this_machine_alone_is_started_and_ended(tmp_path: Path) -> None:
+    """As a user does it; nothing of Ray's is left running."""
+    words = [sys.executable, "-m", "shardxform", *command("prune", tmp_path / "out", "--ray")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert told(process.stderr) == []
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_futures_fail_when_they_are_given_up(cluster: str) -> None:
+    def sleepy() -> Any:
+        import time
+
+        for _ in range(6000):
+            time.sleep(0.01)
+
+    one = session.Session(cluster)
+    one.open()
+    futures = [one.future(one.submit(sleepy, session.Needs(memory=1))) for _ in range(4)]
+    time.sleep(0.5)
+    began = time.monotonic()
+    one.stop()
+    assert time.monotonic() - began < 10
+    assert all(isinstance(future.exception(timeout=1), Exception) for future in futures)
+
+
+def test_a_hub_source_is_refused() -> None:
+    plan = plan_prune(Checkpoint.open(SMALL_MOE), None)
+    with pytest.raises(PlanError, match="is on the hub"):
+        pool.refuse_remote(dataclasses.replace(plan, remote=object()))  # type: ignore[arg-type]
