@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import signal
@@ -19,7 +20,7 @@ from test_run import tree
 
 from shardxform import Checkpoint, Manifest, plan_prune
 from shardxform.cli import main
-from shardxform.cluster import pool, session, worker
+from shardxform.cluster import blocks, pool, session, worker
 from shardxform.errors import ExecutionError, PlanError
 
 ray = pytest.importorskip("ray")
@@ -65,6 +66,14 @@ def call(*arguments: str, code: int = 0) -> Result:
     result = CliRunner().invoke(main, [str(word) for word in arguments], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    """Every file of an output; of the record, all but what a clock and a machine say."""
+    record = json.loads((out / "shardxform.json").read_text())
+    for block in record["facts"]["blocks"]:
+        del block["seconds"], block["peak_rss_bytes"]
+    return {**tree(out), "shardxform.json": json.dumps(record).encode()}
 
 
 def told(text: str) -> list[str]:
@@ -332,6 +341,107 @@ def test_futures_fail_when_they_are_given_up(cluster: str) -> None:
 
 
 def test_a_hub_source_is_refused() -> None:
-    plan = plan_prune(Checkpoint.open(SMALL_MOE), None)
     with pytest.raises(PlanError, match="is on the hub"):
-        pool.refuse_remote(dataclasses.replace(plan, remote=object()))  # type: ignore[arg-type]
+        pool.refuse_remote("hf://one/of@them", object())
+
+
+# -- tuned blocks -----------------------------------------------------------------------------------------------------
+
+
+def tuning(out: Path, *more: str) -> list[str]:
+    text = SMALL_MOE / "text" / "calib.jsonl"
+    data = ("--data", str(text), "--samples", "4", "--seqlen", "64", "--dtype", "float32")
+    how = ("--method", "auto-round", "--inputs", "fp", "--iters", "3", "--batch-size", "2")
+    return ["quantize", str(SMALL_MOE), str(out), *how, *data, "-q", *more]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a local run writes, with one thread, as workers have."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    call(*tuning(out))
+    torch.set_num_threads(before)
+    return bytes_of(out)
+
+
+def dying_tuner(folder: Path) -> Callable[..., Any]:
+    """`tune_block`, but for the first worker that is done with its block: it is killed before that is durable."""
+
+    def task(*args: Any) -> Any:
+        import os
+        import signal
+
+        from shardxform.cluster.blocks import tune_block
+        from shardxform.execution import OpenTargets
+
+        def die(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if not (folder / "killed").exists():
+            (folder / "killed").touch()
+            OpenTargets.sync = die  # type: ignore[method-assign]
+        return tune_block(*args)
+
+    return task
+
+
+def test_blocks_tuned_side_by_side_equal_a_local_run_though_a_worker_is_killed(
+    cluster: str, tuned: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "tune_block", dying_tuner(tmp_path))
+    result = call(*tuning(tmp_path / "out", "--ray", cluster))
+    assert (tmp_path / "killed").exists()
+    assert "squared error" in result.output
+    assert bytes_of(tmp_path / "out") == tuned
+
+
+def test_states_that_are_there_are_not_made_again(
+    cluster: str, tuned: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose third block fails; then one that goes on from the states and the blocks that are there."""
+    made = tmp_path / "made"
+
+    def failing(wanted: Any, tuning: bytes, step: bytes, *states: Any) -> Any:
+        import pickle
+
+        from shardxform.cluster.blocks import tune_block
+        from shardxform.errors import ExecutionError as Error
+
+        if pickle.loads(step).layer == 2:
+            return None, Error("block 2: no")
+        return tune_block(wanted, tuning, step, *states)
+
+    def counting(*args: Any) -> Any:
+        from shardxform.cluster.blocks import make_states
+
+        with made.open("a") as file:
+            file.write(f"{args[2]} ")
+        return make_states(*args)
+
+    monkeypatch.setattr(blocks, "make_states", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "tune_block", failing)
+        result = call(*tuning(tmp_path / "out", "--ray", cluster), code=1)
+    assert told(result.output) == ["shardxform: block 2: no"]
+    call(*tuning(tmp_path / "out", "--ray", cluster))
+    assert len(made.read_text().split()) <= 6  # five, and the one that was cut short
+    assert bytes_of(tmp_path / "out") == tuned
+
+
+def test_a_dry_run_shows_the_hidden_states(tmp_path: Path) -> None:
+    result = call(*tuning(tmp_path / "out", "--ray", "--dry-run", "--json"))
+    facts = json.loads(result.stdout)["ray"]
+    assert facts["states_bytes"] == 5 * 4 * 64 * 128 * 4  # blocks and one, windows, tokens, channels, float32
+    assert facts["task_gpus"] == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_blocks_that_need_no_other_are_tuned_on_a_cluster(tmp_path: Path) -> None:
+    words = [word if word != "fp" else "quantized" for word in tuning(tmp_path / "out", "--ray")]
+    result = call(*words, code=1)
+    assert "--ray needs --inputs fp" in result.output
+    result = call(*tuning(tmp_path / "out", "--ray", "--blocks", "0-1"), code=1)
+    assert "--ray tunes all blocks" in result.output

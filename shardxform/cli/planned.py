@@ -11,7 +11,7 @@ import click
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.block_report import tell_blocks
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
-from shardxform.cli.ray_options import open_pool, ray_facts, ray_line
+from shardxform.cli.ray_options import OnRay, open_pool, ray_facts, ray_line
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
@@ -36,18 +36,17 @@ def execute(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    ray: str | None = None,
+    ray: OnRay | None = None,
     **options: Any,  # noqa: ANN401
 ) -> None:
     """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`."""
-    device = options.get("device", "cpu")
     if dry_run:
-        beside = {"ray": ray_facts(plan, ray, device)} if ray else {}
+        beside = {"ray": ray_facts(plan, ray)} if ray else {}
         _show(plan, out, force, as_json, {**_facts(plan, out, jobs), **beside})
         return
     for note in _notes(plan):
         tell(f"note: {note}")
-    with open_pool(ray, device) as pool, progress(plan.command, quiet) as on_progress:
+    with open_pool(ray) as pool, progress(plan.command, quiet) as on_progress:
         report = run(plan, out, RunOptions(jobs=jobs, force=force, pool=pool, on_progress=on_progress, **options))
     if as_json:
         print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -12,12 +15,16 @@ from click.core import ParameterSource
 from shardxform.cli.console import count, gb
 from shardxform.cluster.session import LOCAL, check_address
 from shardxform.errors import PlanError, ShardxformError
+from shardxform.layout import layout_of
 
 if TYPE_CHECKING:
+    from shardxform.checkpoint import Checkpoint
+    from shardxform.cli.tune_options import Tuning
+    from shardxform.cluster.blocks import BlockTuning
     from shardxform.plan import Plan
     from shardxform.run_options import StepPool
 
-__all__ = ["open_pool", "ray_facts", "ray_line", "ray_option", "refuse_beside_ray"]
+__all__ = ["OnRay", "block_tuning", "on_ray", "open_pool", "ray_facts", "ray_line", "ray_option"]
 
 
 class _Address(click.ParamType[str]):
@@ -43,51 +50,90 @@ ray_option: Final = click.option(
 )
 
 
-def refuse_beside_ray(given: Mapping[str, Any], device: str = "cpu") -> None:
-    """Refuse options that would do nothing, or something else, with `--ray`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnRay:
+    """Where a plan's steps are to be done.
 
-    Raises:
-        PlanError: names the option and says what to do.
+    Attributes:
+        address: of the cluster.
+        device: where weights are rounded or tuned.
+        tuning: what blocks are tuned with.
 
     """
-    if not given.get("ray"):
-        return
+
+    address: str
+    device: str
+    tuning: BlockTuning | None = None
+
+
+def on_ray(given: dict[str, Any], device: str, method: str | None = None) -> OnRay | None:
+    """Take `--ray` out of `given`; None where it is not there.
+
+    Raises:
+        PlanError: an option that would do nothing with it, or something else; says what to do.
+
+    """
+    address = given.pop("ray")
+    if not address:
+        return None
     context = click.get_current_context(silent=True)
     if context and context.get_parameter_source("jobs") == ParameterSource.COMMANDLINE:
         raise PlanError("--jobs is for threads of this process; with --ray the cluster's CPUs decide")
     if given.get("heal") is not None:
         raise PlanError("--heal: a healed block is tuned on what the one before puts out; run it without --ray")
+    if method == "auto-round" and given["inputs"] != "fp":
+        raise PlanError("--ray needs --inputs fp: else a block is tuned on what the blocks before it put out")
     if given.get("blocks") is not None:
         raise PlanError("--blocks is for machines that know nothing of each other; --ray tunes all blocks")
     if device not in ("cpu", "cuda"):
         raise PlanError(f"--device {device}: with --ray expected cpu or cuda; which one of a machine's is up to Ray")
+    return OnRay(address=address, device=device)
 
 
 @contextlib.contextmanager
-def open_pool(address: str | None, device: str) -> Iterator[StepPool | None]:
+def open_pool(ray: OnRay | None) -> Iterator[StepPool | None]:
     """Where the steps are done; None for threads of this process. Ray starts when the run wants it."""
-    if address is None:
+    if ray is None:
         yield None
         return
     from shardxform.cluster.pool import RayPool
 
-    with RayPool(address, device) as pool:
+    with RayPool(ray.address, ray.device, ray.tuning) as pool:
         yield pool
 
 
-def ray_facts(plan: Plan, address: str, device: str) -> dict[str, Any]:
-    """What would be run on a cluster, without asking it; memory in bytes."""
-    from shardxform.cluster.pool import needs_of, refuse_remote
+def block_tuning(plan: Plan, out: Path, view: Checkpoint, tuning: Tuning) -> BlockTuning:
+    """What blocks are tuned with on a cluster."""
+    from shardxform.cluster.blocks import BlockTuning
+    from shardxform.cluster.worker import Place
+    from shardxform.quantize.steps import TuneBlock
 
-    refuse_remote(plan)
-    needs = [needs_of(step, device) for step in plan.steps]
-    largest = max(needs, key=lambda each: each.memory)
+    device = str(tuning.precision.device)
+    text = layout_of(view.config, view.tensors).text
+    return BlockTuning(
+        place=Place.of(plan, out, device),
+        view=replace(view, root=Path(os.path.abspath(view.root))),
+        windows=tuning.windows,
+        hidden=int(text["hidden_size"]),
+        layers=tuple(step.layer for step in plan.steps if isinstance(step, TuneBlock)),
+        device=device,
+        dtype=tuning.recipe.dtype,
+    )
+
+
+def ray_facts(plan: Plan, ray: OnRay) -> dict[str, Any]:
+    """What would be run on a cluster, without asking it; memory and disk in bytes."""
+    from shardxform.cluster.pool import largest_of, refuse_remote
+
+    refuse_remote(plan.origin, plan.remote)
+    largest = largest_of(plan, ray.device)
     return {
-        "address": address,
-        "tasks": len(needs),
+        "address": ray.address,
+        "tasks": len(plan.steps),
         "task_memory_bytes": largest.memory,
         "task_cpus": largest.cpus,
         "task_gpus": largest.gpus,
+        **({"states_bytes": ray.tuning.work_bytes} if ray.tuning else {}),
     }
 
 
@@ -95,4 +141,5 @@ def ray_line(facts: Mapping[str, Any]) -> str:
     """The same for people."""
     where = "this machine" if facts["address"] == LOCAL else facts["address"]
     each = f"{count(facts['task_cpus'], 'CPU')}{', 1 GPU' if facts['task_gpus'] else ''}"
-    return f"{count(facts['tasks'], 'task')} of {each} and up to {gb(facts['task_memory_bytes'])}, on {where}"
+    states = f"; {gb(facts['states_bytes'])} of hidden states in OUT" if "states_bytes" in facts else ""
+    return f"{count(facts['tasks'], 'task')} of {each} and up to {gb(facts['task_memory_bytes'])}, on {where}{states}"

@@ -6,51 +6,53 @@ tied to machines: every byte of the source is read once, so no machine is nearer
 
 from __future__ import annotations
 
-import os
 import pickle
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.cluster.session import Needs, Session
 from shardxform.cluster.worker import Place, do_step, versions
-from shardxform.errors import PlanError
+from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution import Facts
 from shardxform.output import Output
-from shardxform.plan import Plan, Step
+from shardxform.plan import Copy, Plan, Step, tokens_of
+
+if TYPE_CHECKING:
+    from shardxform.cluster.blocks import BlockTuning
 
 __all__ = ["RayPool", "needs_of", "refuse_remote"]
 
 _WORKER_BYTES: Final = 160 << 20  # a worker's process: interpreter, ray, numpy, compiled kernels
 
 
-def refuse_remote(plan: Plan) -> None:
+def refuse_remote(origin: str, remote: object) -> None:
     """Refuse a source on the hub: what is fetched of it lies on one machine.
 
     Raises:
         PlanError: names the source.
 
     """
-    if plan.remote:
-        raise PlanError(
-            f"--ray: {plan.origin} is on the hub; expected a folder on a file system that all machines share"
-        )
+    if remote:
+        raise PlanError(f"--ray: {origin} is on the hub; expected a folder that all machines of the cluster share")
 
 
 def needs_of(step: Step, device: str = "cpu") -> Needs:
-    """What a step is promised: its memory beside the process's own, a CPU, and a GPU where that computes."""
-    return Needs(memory=step.peak_bytes + _WORKER_BYTES, gpus=0 if device == "cpu" else 1)
+    """What a step is promised: its memory, a CPU, and a GPU where that computes."""
+    process = 0 if tokens_of(step) else _WORKER_BYTES  # the memory of a tuned block is all there is of it
+    return Needs(memory=step.peak_bytes + process, gpus=0 if device == "cpu" or isinstance(step, Copy) else 1)
 
 
 class RayPool:
     """A `StepPool` on a cluster; use as a context manager."""
 
-    def __init__(self, address: str, device: str = "cpu") -> None:
+    def __init__(self, address: str, device: str = "cpu", tuning: BlockTuning | None = None) -> None:
         self._session = Session(address)
-        self._device = device
+        self._device, self._tuning = device, tuning
         self._wanted = versions()
-        self._place: bytes = b""
+        self._place = b""
         self._largest = Needs(memory=0)
+        self._tuned_with: Any = None
+        self._states: dict[int, Any] = {}
 
     def __enter__(self) -> RayPool:
         return self
@@ -60,22 +62,19 @@ class RayPool:
 
     @property
     def work_bytes(self) -> int:
-        """Nothing lies beside the shards."""
-        return 0
+        """Disk that the states between blocks take."""
+        return self._tuning.work_bytes if self._tuning else 0
 
     def begin(self, output: Output) -> None:
         """Connect, and refuse what no machine of the cluster can do."""
-        refuse_remote(output.plan)
+        refuse_remote(output.plan.origin, output.plan.remote)
         self._session.open()
-        place = Place(
-            fingerprint=output.plan.fingerprint,
-            source=Path(os.path.abspath(output.plan.source)),
-            out=Path(os.path.abspath(output.root)),
-            device=self._device,
-        )
-        self._place = pickle.dumps(place)
-        self._largest = max((needs_of(step, self._device) for step in output.plan.steps), key=lambda n: n.memory)
+        self._place = pickle.dumps(Place.of(output.plan, output.root, self._device))
+        self._largest = largest_of(output.plan, self._device)
         self._session.refuse_too_large(self._largest)
+        if self._tuning:
+            self._wanted = versions("torch", "transformers")
+            self._tuned_with = self._session.put(pickle.dumps(self._tuning))
 
     @property
     def ahead(self) -> int:
@@ -85,8 +84,37 @@ class RayPool:
     def submit(self, step: Step) -> Future[Facts]:
         """Have a step done by some worker."""
         needs = needs_of(step, self._device)
+        if tokens_of(step):
+            return self._session.future(self._submit_block(step, needs))
         return self._session.future(self._session.submit(do_step, needs, self._wanted, self._place, pickle.dumps(step)))
 
     def stop(self) -> None:
         """Cancel what is not done."""
         self._session.stop()
+
+    def _submit_block(self, step: Any, needs: Needs) -> Any:  # noqa: ANN401
+        from shardxform.cluster.blocks import tune_block
+
+        if self._tuning is None:
+            raise ExecutionError("the plan tunes blocks, but the pool has nothing to tune them with")
+        states = (self._made(number, needs) for number in (step.layer, step.layer + 1))
+        return self._session.submit(tune_block, needs, self._wanted, self._tuned_with, pickle.dumps(step), *states)
+
+    def _made(self, number: int, needs: Needs) -> Any:  # noqa: ANN401
+        """What the states that enter block `number` come of: a task, after the one of the block before, or None."""
+        from shardxform.cluster.blocks import make_states
+
+        assert self._tuning is not None
+        if number not in self._states and self._tuning.has_states(number):
+            self._states[number] = None
+        if number not in self._states:
+            before = self._made(number - 1, needs) if number else None
+            arguments = (self._wanted, self._tuned_with, number, before)
+            self._states[number] = self._session.submit(make_states, needs, *arguments)
+        return self._states[number]
+
+
+def largest_of(plan: Plan, device: str) -> Needs:
+    """What the step that takes most is promised."""
+    needs = [needs_of(step, device) for step in plan.steps]
+    return Needs(memory=max(each.memory for each in needs), gpus=max(each.gpus for each in needs))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import pickle
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -23,10 +24,20 @@ from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
 from shardxform.execution import Facts, OpenTargets, executor
 from shardxform.fsio import FileSystem
 from shardxform.outdir import PARTIAL, PLAN, WORK, read_record
-from shardxform.plan import Step
+from shardxform.plan import Plan, Step
 from shardxform.sources import FolderReader
 
-__all__ = ["Outcome", "Place", "do_step", "refuse_other_version", "reporting", "versions"]
+__all__ = [
+    "Outcome",
+    "Place",
+    "do_step",
+    "ignore",
+    "opened_targets",
+    "refuse_other_source",
+    "refuse_other_version",
+    "reporting",
+    "versions",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -88,6 +99,12 @@ class Place:
     out: Path
     device: str = "cpu"
 
+    @classmethod
+    def of(cls, plan: Plan, out: Path, device: str) -> Place:
+        """Where the steps of a plan are done."""
+        source = Path(os.path.abspath(plan.source))
+        return cls(fingerprint=plan.fingerprint, source=source, out=Path(os.path.abspath(out)), device=device)
+
     @property
     def work(self) -> Path:
         """The work directory of the output."""
@@ -130,18 +147,30 @@ def do_step(wanted: Mapping[str, str], place: bytes, step: bytes) -> Facts:
 
 def _do(place: Place, step: Step) -> Facts:
     fs = FileSystem()
-    names = list(place.record()["shards"])
     with (
+        opened_targets(place, step, fs) as targets,
         contextlib.closing(FolderReader(place.source, fs)) as source,
-        OpenTargets(lambda shard: place.out / (names[shard] + PARTIAL), fs) as targets,
     ):
+        facts: Facts = executor(step, place.device)((source, targets.target), fs, ignore, ignore)
+    return facts
+
+
+@contextlib.contextmanager
+def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTargets]:
+    """Open what a step writes; durable when the block ends without an error.
+
+    Raises:
+        ExecutionError: see `Place.record` and `refuse_other_source`.
+
+    """
+    names = list(place.record()["shards"])
+    with OpenTargets(lambda shard: place.out / (names[shard] + PARTIAL), fs) as targets:
         for shard in sorted({extent.shard for extent in step.writes}):
             targets.target(shard)
         # Only now: shards of another plan are made after that plan is bound, so these are not of another.
         refuse_other_source(place, place.record(), {piece.file for piece in step.reads})
-        facts = executor(step, place.device)((source, targets.target), fs, _ignore, _go_on)
+        yield targets
         targets.sync()
-    return facts
 
 
 def refuse_other_source(place: Place, record: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -164,9 +193,5 @@ def refuse_other_source(place: Place, record: Mapping[str, Any], names: Iterable
             )
 
 
-def _ignore(_count: int) -> None:
-    """Progress is told by the driver, step by step."""
-
-
-def _go_on() -> None:
-    """A worker is stopped by Ray, not by a flag."""
+def ignore(*_: object) -> None:
+    """Progress is told by the driver, step by step, and it is Ray that stops a worker."""

@@ -178,11 +178,15 @@ def refuse_inside(path: Path, roots: Iterable[Path]) -> None:
 class HiddenFile:
     """Hidden states [N, T, H] of one chain between two blocks, on disk."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, fs: FileSystem) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, fs: FileSystem, mark: str = ""
+    ) -> None:
+        """Name it; `mark` sets apart what several processes may be writing at once."""
         self.path = path
         self.shape = shape
         self.dtype = dtype
         self._fs = fs
+        self._mark = mark
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +196,7 @@ class HiddenFile:
     @contextlib.contextmanager
     def writing(self) -> Iterator[HiddenWriter]:
         """Make the file anew; durable when the block ends without an error."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary = self.path.with_name(f"{self.path.name}{self._mark}.tmp")
         fd = self._fs.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             self._fs.truncate(fd, self.nbytes)
