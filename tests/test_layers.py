@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.samples", "tuning.tune"),
     ("tuning.chains", "tuning.heal_kernels", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
     ("execution", "run_options", "merging", "runner"),
-    ("cluster", "cluster.session", "cluster.worker", "cluster.blocks", "cluster.pool"),
+    ("cluster", "cluster.session", "cluster.worker", "cluster.blocks", "cluster.pool", "cluster.scoring"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
     ("verification.values", "verification.kernels", "verification.rounding", "verification.jobs"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shardxform.plan import Plan
     from shardxform.run_options import StepPool
 
-__all__ = ["OnRay", "block_tuning", "on_ray", "open_pool", "ray_facts", "ray_line", "ray_option"]
+__all__ = ["OnRay", "block_tuning", "on_ray", "open_pool", "ray_facts", "ray_line", "ray_option", "ray_place"]
 
 
 class _Address(click.ParamType[str]):
@@ -139,7 +139,14 @@ def ray_facts(plan: Plan, ray: OnRay) -> dict[str, Any]:
 
 def ray_line(facts: Mapping[str, Any]) -> str:
     """The same for people."""
-    where = "this machine" if facts["address"] == LOCAL else facts["address"]
     each = f"{count(facts['task_cpus'], 'CPU')}{', 1 GPU' if facts['task_gpus'] else ''}"
     states = f"; {gb(facts['states_bytes'])} of hidden states in OUT" if "states_bytes" in facts else ""
-    return f"{count(facts['tasks'], 'task')} of {each} and up to {gb(facts['task_memory_bytes'])}, on {where}{states}"
+    return (
+        f"{count(facts['tasks'], 'task')} of {each} and up to {gb(facts['task_memory_bytes'])}, on"
+        f" {ray_place(facts['address'])}{states}"
+    )
+
+
+def ray_place(address: str) -> str:
+    """What people call a cluster."""
+    return "this machine" if address == LOCAL else address

@@ -96,8 +96,8 @@ def make_states(wanted: Mapping[str, str], tuning: bytes, number: int, before: O
     refuse_other_version(wanted)
     _refuse_failed(before)
     given: BlockTuning = pickle.loads(tuning)  # noqa: S301 - the driver's own
-    record = given.place.record()
-    refuse_other_source(given.place, record, record["inputs"]["source"]["shards"])
+    planned = given.place.record()["inputs"]["source"]["shards"]
+    refuse_other_source(given.place.source, planned, planned)
     with _tuner(given) as tuner:
         tuner.make_states(number, given.place.work)
 

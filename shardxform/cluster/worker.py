@@ -13,7 +13,7 @@ import hashlib
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -168,19 +168,20 @@ def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTar
         for shard in sorted({extent.shard for extent in step.writes}):
             targets.target(shard)
         # Only now: shards of another plan are made after that plan is bound, so these are not of another.
-        refuse_other_source(place, place.record(), {piece.file for piece in step.reads})
+        planned = place.record()["inputs"]["source"]["shards"]
+        refuse_other_source(place.source, planned, {piece.file for piece in step.reads})
         yield targets
         targets.sync()
 
 
-def refuse_other_source(place: Place, record: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse shards of the source that have not the size and the header that were planned with.
+def refuse_other_source(root: Path, planned: Mapping[str, Sequence[Any]], names: Iterable[str]) -> None:
+    """Refuse shards that have not the size and the SHA-256 of the header in `planned`, by name.
 
     Raises:
         ExecutionError: names the shard and this machine.
 
     """
-    planned, folder = record["inputs"]["source"]["shards"], Folder(place.source)
+    folder = Folder(root)
     for name in sorted(names):
         try:
             head = folder.head(name)
@@ -189,7 +190,7 @@ def refuse_other_source(place: Place, record: Mapping[str, Any], names: Iterable
             found = []
         if found != planned[name]:
             raise ExecutionError(
-                f"{place.source / name}: on {socket.gethostname()} missing, or not the shard that was planned with"
+                f"{root / name}: on {socket.gethostname()} missing, or not the shard that was planned with"
             )
 
 
