@@ -14,16 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from test_run import tree
 
 from shardxform import Checkpoint, Manifest, plan_prune
+from shardxform.calibration import Windows
 from shardxform.cli import main
 from shardxform.cluster import blocks, pool, session, worker
 from shardxform.errors import ExecutionError, PlanError
+from shardxform.saliency import Saliency
 
 ray = pytest.importorskip("ray")
+pytest.importorskip("torch")
+
+from shardxform.cluster import scoring as cluster_scoring  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -445,3 +451,133 @@ def test_only_blocks_that_need_no_other_are_tuned_on_a_cluster(tmp_path: Path) -
     assert "--ray needs --inputs fp" in result.output
     result = call(*tuning(tmp_path / "out", "--ray", "--blocks", "0-1"), code=1)
     assert "--ray tunes all blocks" in result.output
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def scoring(out: Path, *more: str) -> list[str]:
+    text = SMALL_MOE / "text" / "calib.jsonl"
+    return ["score", str(SMALL_MOE), "-o", str(out), "--data", str(text), "--samples", "24", "--seqlen", "256", *more]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Saliency:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("scored") / "local.saliency"
+    call(*scoring(out))
+    torch.set_num_threads(before)
+    return Saliency.load(out)
+
+
+def dying_scorer(folder: Path) -> Callable[..., Any]:
+    """`score_part`, but for the first worker that is at its second block: it is killed."""
+
+    def task(*args: Any) -> Any:
+        import os
+        import signal
+
+        from shardxform.cluster.scoring import score_part
+        from shardxform.forward.work import WorkDir
+
+        record = WorkDir.record
+
+        def die(self: Any, step: str, facts: Any) -> None:
+            if step == "block 1" and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            record(self, step, facts)
+
+        WorkDir.record = die  # type: ignore[method-assign]
+        return score_part(*args)
+
+    return task
+
+
+def test_scores_equal_those_of_one_machine_though_a_worker_is_killed(
+    cluster: str, scored: Saliency, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_scoring, "score_part", dying_scorer(tmp_path))
+    result = call(*scoring(tmp_path / "out.saliency", "--ray", cluster))
+    assert (tmp_path / "killed").exists()
+    assert "24,576 tokens" in result.output or "6,144 tokens" in result.output
+    found = Saliency.load(tmp_path / "out.saliency")
+    assert (found.model, found.runs, found.tokens) == (scored.model, scored.runs, scored.tokens)
+    for layer, stats in scored.layers.items():
+        same = found.layers[layer]
+        np.testing.assert_array_equal(same.count_E, stats.count_E)
+        np.testing.assert_array_equal(same.peak_E, stats.peak_E)
+        for name in ("reap_E", "ean_E", "gate_E"):  # another order of the same float64 numbers
+            np.testing.assert_allclose(getattr(same, name), getattr(stats, name), rtol=1e-13, err_msg=name)
+    assert not (tmp_path / "out.saliency.work").exists()
+    assert "already complete" in call(*scoring(tmp_path / "out.saliency", "--ray", cluster)).output
+
+
+def test_a_driver_killed_while_scoring_is_gone_on_with(cluster: str, scored: Saliency, tmp_path: Path) -> None:
+    out = tmp_path / "out.saliency"
+    words = [sys.executable, "-m", "shardxform", *scoring(out, "--ray", cluster)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    records, deadline = out.parent / "out.saliency.work", time.monotonic() + 60
+    while not any("block 1" in path.read_text() for path in records.glob("part-*/progress.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=30)
+    cut = (records / "split.json").read_bytes()
+    assert not out.exists()
+    with pytest.MonkeyPatch.context() as patch:  # cut as it was, whatever the cluster has now
+        patch.setattr(session.Session, "slots", lambda *_: 1)
+        stopped: list[bytes] = []
+        save = cluster_scoring._Split._save
+        patch.setattr(
+            cluster_scoring._Split,
+            "_save",
+            lambda *a: (stopped.append((records / "split.json").read_bytes()), save(*a)),
+        )
+        call(*scoring(out, "--ray", cluster))
+    assert set(stopped) == {cut}
+    found = Saliency.load(out)
+    np.testing.assert_allclose(found.layers[0].reap_E, scored.layers[0].reap_E, rtol=1e-13)
+    assert not records.exists()
+
+
+def test_work_of_another_kind_is_not_gone_on_with(cluster: str, tmp_path: Path) -> None:
+    out, work = tmp_path / "out.saliency", tmp_path / "out.saliency.work"
+    work.mkdir()
+    (work / "progress.json").write_text("{}")
+    assert "a run without --ray" in call(*scoring(out, "--ray", cluster), code=1).output
+    (work / "progress.json").rename(work / "mine.txt")
+    assert "not shardxform's" in call(*scoring(out, "--ray", cluster), code=1).output
+    (work / "mine.txt").unlink()
+    (work / "split.json").write_text('{"format": "shardxform.split", "mark": "another", "parts": [[0, 1]]}')
+    assert "holds unfinished work on another source" in call(*scoring(out, "--ray", cluster), code=1).output
+
+
+def test_an_error_of_a_part_is_told_on_one_line(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_scoring, "versions", lambda *_: {"shardxform": "0.0.7"})
+    result = call(*scoring(tmp_path / "out.saliency", "--ray", cluster, "-q"), code=1)
+    assert "but the driver has 0.0.7" in result.output
+    assert len(told(result.output)) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7])
+def test_windows_are_cut_where_batches_end(parts: int) -> None:
+    windows = Windows(
+        ids_NT=np.zeros((37, 512), np.int32), lengths_N=np.full(37, 512), fingerprint="f", provenance={}, notes=()
+    )
+    found = list(cluster_scoring._cut(windows, parts))
+    assert [number for part in found for number in part] == list(range(37))
+    assert all(part.start % 4 == 0 for part in found)
+    assert len(found) == parts
+
+
+def test_a_dry_run_of_score_shows_the_tasks(tmp_path: Path) -> None:
+    result = call(*scoring(tmp_path / "out.saliency", "--ray", "--dry-run", "--json"))
+    facts = json.loads(result.stdout)["ray"]
+    assert facts["task_cpus"] == 1
+    assert facts["address"] == "local"
+    shown = call(*scoring(tmp_path / "out.saliency", "--ray", "auto", "--dry-run")).output
+    assert "as many tasks of 1 CPU as run at once, on auto" in shown

@@ -1,11 +1,11 @@
 """Scoring split over the machines of a Ray cluster: every part of the windows a run of its own, their sums added up.
 
-    WORK/split.json             what is scored, and how the windows are cut: as long as this stands, they are not cut anew
+    WORK/split.json             what is scored, and how the windows were cut when the work began
     WORK/part-0003/             the work directory of a part, see `forward.work`
     WORK/part-0003.saliency     what a part gave
 
-Parts end where batches do, so every batch is computed as on one machine, to the bit. Only the order in which float64 sums
-are added is another: counts and peaks are the same, sums to their last digits.
+Parts end where batches do, so every batch is computed as on one machine, to the bit. Only the order in which float64
+sums are added is another: counts and peaks are the same, sums to their last digits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import hashlib
 import os
 import pickle
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -39,14 +38,15 @@ from shardxform.plan import source_inputs
 from shardxform.progress import Progress
 from shardxform.saliency import Saliency
 from shardxform.saliency.saving import write_new
-from shardxform.scoring import ScoreOptions, run_facts, score, score_fingerprint
+from shardxform.scoring import ScoreOptions, remove_work, run_facts, score, score_fingerprint
 from shardxform.sharding import show_size
 from shardxform.strictjson import JsonError, dumps, parse_object
 
-__all__ = ["needs_of_part", "remove_split", "score_part", "score_split"]
+__all__ = ["remove_split", "score_part", "score_split"]
 
 _FORMAT: Final = "shardxform.split"
 _SPLIT: Final = "split.json"
+_LOCK: Final = "lock"
 _OURS: Final = re.compile(r"split\.json(\.tmp)?|lock|part-\d{4}(\.saliency)?|\.shardxform-[0-9a-f]{16}\.tmp")
 _LOCK_WAIT: Final = 150.0  # seconds; network file systems hold the lock of a machine that died for a while
 _LOOK: Final = 2.0  # seconds between looks at what the parts have done
@@ -115,12 +115,6 @@ def score_part(wanted: Mapping[str, str], part: bytes) -> bytes:
 # -- on the driver ----------------------------------------------------------------------------------------------------
 
 
-def needs_of_part(source: Checkpoint, windows: Windows, options: ScoreOptions) -> tuple[Needs, dict[str, Any]]:
-    """What a worker is promised for a part, and what the pass takes, see `forward.estimate`."""
-    taken = estimate({"scored": source}, windows, options.precision, options.work)
-    return Needs(memory=taken["peak_memory_bytes"], gpus=int(options.precision.device.type != "cpu")), taken
-
-
 def score_split(source: Checkpoint, windows: Windows, options: ScoreOptions, address: str) -> Saliency:
     """Score as `scoring.score` does, on the cluster at `address`, in as many parts as it has slots when it begins.
 
@@ -132,7 +126,8 @@ def score_split(source: Checkpoint, windows: Windows, options: ScoreOptions, add
     """
     refuse_remote(source.where, source.remote)
     refuse_inside(options.work, [source.root])
-    needs, taken = needs_of_part(source, windows, options)
+    taken = estimate({"scored": source}, windows, options.precision, options.work)
+    needs = Needs(memory=taken["peak_memory_bytes"], gpus=int(options.precision.device.type != "cpu"))
     if taken["work_bytes"] > taken["free_disk_bytes"] and not options.work.exists():
         raise OutputError(
             f"{options.work}: hidden states need {show_size(taken['work_bytes'])}, but only"
@@ -143,30 +138,42 @@ def score_split(source: Checkpoint, windows: Windows, options: ScoreOptions, add
         session.refuse_too_large(needs)
         with _entered(options.work):
             parts = _parts(source, windows, options, session.slots(needs))
-            found = _Split(session, needs, options, parts).run()
+            found = _Split(session, options, parts, taken["blocks"]).run(needs)
     total = functools.reduce(Saliency.added, found)
     return replace(total, runs=(run_facts(windows, score_fingerprint(source, windows, options)),))
 
 
 def remove_split(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:
     """Remove what `score_split` left when its result is safe; what is of others stays."""
-    if options.work.is_dir() and _split(options.work).get("mark") == _mark(source, windows, options):
-        with _entered(options.work):
-            shutil.rmtree(options.work)
+    if _split(options.work).get("mark") != _mark(source, windows, options):
+        return
+    fs = FileSystem()
+    with _entered(options.work):
+        for part in _parts(source, windows, options, 1):
+            _remove_work(part, options)
+            fs.remove_if_there(part.result)
+        for name in (_SPLIT, _LOCK):
+            fs.remove_if_there(options.work / name)
+    with contextlib.suppress(OSError):
+        fs.rmdir(options.work)
+
+
+def _remove_work(part: Part, options: ScoreOptions) -> None:
+    remove_work(part.source, part.windows, ScoreOptions(precision=options.precision, work=part.work))
 
 
 class _Split:
     """One run over the parts that are not done."""
 
-    def __init__(self, session: Session, needs: Needs, options: ScoreOptions, parts: list[Part]) -> None:
-        self._session, self._needs, self._options, self._parts = session, needs, options, parts
+    def __init__(self, session: Session, options: ScoreOptions, parts: list[Part], blocks: int) -> None:
+        self._session, self._options, self._parts, self._blocks = session, options, parts, blocks
         self._looked = 0.0
 
-    def run(self) -> list[Saliency]:
+    def run(self, needs: Needs) -> list[Saliency]:
         wanted = versions("torch", "transformers")
         todo = [part for part in self._parts if not part.result.exists()]
-        refs = {part.work: self._session.submit(score_part, self._needs, wanted, pickle.dumps(part)) for part in todo}
-        pending = {self._session.future(refs[part.work]): part for part in todo}
+        refs = [self._session.submit(score_part, needs, wanted, pickle.dumps(part)) for part in todo]
+        pending = {self._session.future(ref): part for ref, part in zip(refs, todo, strict=True)}
         try:
             while pending:
                 finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -187,16 +194,15 @@ class _Split:
         for future in finished:
             part = pending.pop(future)
             write_new(part.result, future.result())
-            shutil.rmtree(part.work, ignore_errors=True)
+            _remove_work(part, self._options)
 
     def _tell(self) -> None:
         """Count blocks by the records that the parts keep."""
         if not self._options.on_progress or time.monotonic() - self._looked < _LOOK:
             return
         self._looked = time.monotonic()
-        blocks = int(self._parts[0].source.config.get("text_config", self._parts[0].source.config)["num_hidden_layers"])
-        total = blocks * sum(part.tokens for part in self._parts)
-        done = sum(part.tokens * min(blocks, _blocks_done(part, blocks)) for part in self._parts)
+        total = self._blocks * sum(part.tokens for part in self._parts)
+        done = sum(part.tokens * _blocks_done(part, self._blocks) for part in self._parts)
         self._options.on_progress(Progress(done, total, 0, "tokens"))
 
 
@@ -284,7 +290,7 @@ def _entered(work: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             fs.mkdir(work)
-            stack.enter_context(fs.locked(work / "lock"))
+            stack.enter_context(fs.locked(work / _LOCK))
         except BlockingIOError as e:
             raise OutputError(f"{work}: another process works here") from e
         except OSError as e:
