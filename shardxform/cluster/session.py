@@ -101,7 +101,9 @@ class Session:
         import ray
 
         # What befalls workers would be printed to stdout, amid the result; there is no public switch.
-        vars(ray)["_private"].worker._worker_logs_enabled = False
+        private: Any = ray
+        with contextlib.suppress(AttributeError):
+            private._private.worker._worker_logs_enabled = False
         if not ray.is_initialized():
             self._init(ray)
             self._ours = True
@@ -114,7 +116,7 @@ class Session:
         try:
             with _own_signals():
                 ray.init(self.address, **options)
-        except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as e:
+        except Exception as e:  # whatever it is: no address, no right, another version of Ray or of Python
             what = "cannot start Ray here" if self.address == LOCAL else f"no Ray cluster answers at {self.address}"
             raise ExecutionError(f"--ray: {what}: {_first_line(e)}") from e
 
