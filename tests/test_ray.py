@@ -178,6 +178,35 @@ def test_a_local_run_goes_on_with_what_a_cluster_began(cluster: str, tmp_path: P
     assert tree(tmp_path / "out") == tree(tmp_path / "local")
 
 
+NODES = """
+import subprocess, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+out = Path(sys.argv[1])
+told = {"include_dashboard": False, "object_store_memory": 100 << 20, "num_cpus": 1}
+cluster = Cluster(initialize_head=True, head_node_args=told)
+node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+process = subprocess.Popen([sys.executable, "-c", *sys.argv[2:], "--ray", cluster.address])
+journal = out / ".shardxform" / "journal"
+while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\\n") > 4):
+    time.sleep(0.02)
+assert process.poll() is None
+cluster.remove_node(node, allow_graceful=False)
+code = process.wait()
+cluster.shutdown()
+sys.exit(code)
+"""
+
+
+def test_a_machine_that_is_lost_does_not_matter(tmp_path: Path) -> None:
+    """Two of Ray's nodes; one is killed with all its processes while both work."""
+    call(*command("prune", tmp_path / "local"))
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", NODES, str(out), SLOW, *command("prune", out)]
+    subprocess.run(words, check=True, timeout=80, capture_output=True)
+    assert tree(out) == tree(tmp_path / "local")
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -196,9 +196,12 @@ class Session:
         self._refs.pop(future, None)
 
     def _told(self, error: BaseException) -> BaseException:
-        """What befell a worker, on one line; an error in the program stays as it is."""
-        if isinstance(error, self._ray.exceptions.RayTaskError) or not isinstance(error, Exception):
-            return error
+        """What befell a worker, or one that a task came after, on one line; an error in the program stays as it is."""
+        if isinstance(error, self._ray.exceptions.RayTaskError):
+            cause: BaseException = error.cause
+            if not isinstance(cause, self._ray.exceptions.RayError):
+                return error
+            error = cause
         return ExecutionError(
             f"--ray: a worker failed for good, after {_TRIES} more tries: {type(error).__name__}:"
             f" {_first_line(error)}; finished steps are safe, run the same command again to go on"

@@ -34,6 +34,7 @@ __all__ = ["HiddenFile", "WorkDir", "refuse_inside"]
 _FORMAT: Final = "shardxform.work"
 _PROGRESS: Final = "progress.json"
 _LOCK: Final = "lock"
+_SPLIT: Final = "split.json"  # of `cluster.scoring`
 _OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.tmp)?")
 
 
@@ -138,6 +139,10 @@ class WorkDir:
         if self.root.is_symlink() or not self.root.is_dir():
             raise OutputError(f"{self.root}: expected a work directory or nothing, found something else")
         for entry in os.scandir(self.root):
+            if entry.name == _SPLIT:
+                raise ResumeError(
+                    f"{self.root}: holds unfinished work of a run with --ray; go on with it, or remove it"
+                )
             if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
 
