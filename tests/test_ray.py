@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import pickle
@@ -216,6 +217,18 @@ def test_another_version_on_a_worker_is_refused(cluster: str, tmp_path: Path, mo
     assert "but the driver has 0.0.7; install the same on every machine" in result.output
     assert len(told(result.output)) == 1
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_worker_without_the_program_is_told_on_one_line(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("def do_step(*_):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pool, "do_step", importlib.import_module("only_here").do_step)
+    result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
+    assert told(result.output) == [
+        "shardxform: --ray: a worker has no shardxform, or another: install the same on every machine"
+    ]
 
 
 def test_an_error_in_a_step_is_told_on_one_line_and_not_tried_again(

@@ -31,6 +31,7 @@ _OBJECTS: Final = 128 << 20  # bytes of Ray's object store: steps and their fact
 _TRIES: Final = 8  # workers and machines that may die under one task
 _GRAIN: Final = 64 << 20  # memory is asked for in multiples of it: Ray keeps workers apart by what they asked for
 _LOOK_AGAIN: Final = 5.0  # seconds after which the machines are counted anew
+_UNIMPORTED: Final = "failed to import on the worker"  # what Ray says of a function whose module a worker lacks
 _STOPPED_WITHIN: Final = 15.0  # seconds
 
 
@@ -197,14 +198,18 @@ class Session:
 
     def _told(self, error: BaseException) -> BaseException:
         """What befell a worker, or one that a task came after, on one line; an error in the program stays as it is."""
-        if isinstance(error, self._ray.exceptions.RayTaskError):
-            cause: BaseException = error.cause
-            if not isinstance(cause, self._ray.exceptions.RayError):
-                return error
-            error = cause
+        task_error: type[Exception] = self._ray.exceptions.RayTaskError
+        theirs: type[Exception] = self._ray.exceptions.RayError
+        cause = getattr(error, "cause", None)
+        if isinstance(error, task_error) and not isinstance(cause, theirs):
+            if _UNIMPORTED in str(error):
+                return ExecutionError(
+                    "--ray: a worker has no shardxform, or another: install the same on every machine"
+                )
+            return error
         return ExecutionError(
-            f"--ray: a worker failed for good, after {_TRIES} more tries: {type(error).__name__}:"
-            f" {_first_line(error)}; finished steps are safe, run the same command again to go on"
+            f"--ray: a worker failed for good, after {_TRIES} more tries: {type(cause or error).__name__}:"
+            f" {_first_line(cause or error)}; finished steps are safe, run the same command again to go on"
         )
 
 
