@@ -358,7 +358,7 @@ def test_a_dry_run_shows_the_tasks_and_neither_it_nor_a_local_run_imports_ray(tm
         result = subprocess.run(words, capture_output=True, text=True, check=True)
         assert result.stderr.splitlines()[-1] == "[]"
         shown += result.stdout
-    assert "tasks of 1 CPU and up to 171.97 MB, on this machine" in shown
+    assert "tasks of 1 CPU and up to 255.85 MB, on this machine" in shown
 
 
 def test_a_cluster_of_this_machine_alone_is_started_and_ended(tmp_path: Path) -> None:
