@@ -87,7 +87,7 @@ def command(
     options = ScoreOptions(precision=precision, work=work)
     existing = _existing(output, checkpoint, windows, options)
     if dry_run:
-        _show(checkpoint, windows, options, output, as_json, ray)
+        _show(_facts(checkpoint, windows, options, ray), output, work, as_json)
         return
     run, remove = _ways(ray)
     if existing is None:
@@ -132,38 +132,35 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: S
     return found
 
 
-def _show(
-    checkpoint: Checkpoint,
-    windows: Windows,
-    options: ScoreOptions,
-    output: Path,
-    as_json: bool,
-    ray: OnRay | None,
-) -> None:
+def _facts(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
+    """What would be run, and what it takes; sizes in bytes."""
     from shardxform.forward.estimate import estimate
 
     needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
-    beside: dict[str, Any] = {}
+    facts = {"source": checkpoint.where, "data": dict(windows.provenance), "windows": len(windows.lengths_N), **needs}
     if ray:
         from shardxform.cluster.pool import refuse_remote
 
         refuse_remote(checkpoint.where, checkpoint.remote)
         memory, gpus = needs["peak_memory_bytes"], int(options.precision.device.type != "cpu")
-        beside = {"ray": {"address": ray.address, "task_memory_bytes": memory, "task_cpus": 1, "task_gpus": gpus}}
+        facts["ray"] = {"address": ray.address, "task_memory_bytes": memory, "task_cpus": 1, "task_gpus": gpus}
+    return facts
+
+
+def _show(facts: dict[str, Any], output: Path, work: Path, as_json: bool) -> None:
     if as_json:
-        data = dict(windows.provenance)
-        print_json({"source": checkpoint.where, "output": str(output), "data": data, **needs, **beside})
+        print_json({"output": str(output), **facts})
         return
-    click.echo(f"score {checkpoint.where} -> {output}  (dry run: nothing is written)")
-    each = ", once for each task" if ray else ", once"
+    click.echo(f"score {facts['source']} -> {output}  (dry run: nothing is written)")
+    ray = facts.get("ray")
     rows(
         [
-            ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
-            ("blocks", f"{needs['blocks']}, in {needs['dtype']} on {needs['device']}"),
-            ("reads", f"up to {gb(needs['read_bytes'])}{each}"),
-            ("memory", f"about {gb(needs['peak_memory_bytes'])}{' a task' if ray else ''}"),
-            *([("ray", f"as many tasks of 1 CPU as run at once, on {ray_place(ray.address)}")] if ray else []),
-            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
+            ("data", f"{count(facts['windows'], 'window')}, {short(facts['tokens'])} tokens"),
+            ("blocks", f"{facts['blocks']}, in {facts['dtype']} on {facts['device']}"),
+            ("reads", f"up to {gb(facts['read_bytes'])}, once{' for each task' if ray else ''}"),
+            ("memory", f"about {gb(facts['peak_memory_bytes'])}{' a task' if ray else ''}"),
+            *([("ray", f"as many tasks of 1 CPU as run at once, on {ray_place(ray['address'])}")] if ray else []),
+            ("work", f"{gb(facts['work_bytes'])} of {gb(facts['free_disk_bytes'])} free in {work}"),
         ]
     )
 

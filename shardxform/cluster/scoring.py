@@ -235,7 +235,7 @@ def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: i
     if not record:
         record = {"format": _FORMAT, "mark": mark, "parts": [[r.start, r.stop] for r in _cut(windows, slots)]}
         FileSystem().write_atomic(options.work / _SPLIT, dumps(record).encode(), options.work)
-    if record["mark"] != mark:
+    if record.get("mark") != mark:
         raise ResumeError(
             f"{options.work}: holds unfinished work on another source, other data or other options;"
             " remove it, or name another with --work"
