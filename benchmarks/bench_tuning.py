@@ -104,12 +104,14 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import torch
 
+    from shardxform.forward.memory import keep_few_kernels
     from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
     from shardxform.tuning.samples import Samples
     from shardxform.tuning.tune import TuneOptions, tune_block
     from shardxform.tuning.workers import Workers
 
+    keep_few_kernels()
     torch.set_num_threads(args.threads)
     layer = random_model(args).model.layers[0]
     names = [

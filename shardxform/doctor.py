@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform import __version__
+from shardxform.block_size import sizes_of as sizes_of_blocks
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.fsio import FileSystem
 from shardxform.inspection import inspect_checkpoint
 from shardxform.layout import Layout, layout_of
 from shardxform.quantize.stored import read_stored
+from shardxform.recipe import Recipe
 from shardxform.tensors import TensorRef
 
 __all__ = [
@@ -59,9 +61,8 @@ _BATCH_TOKENS: Final = 2048
 _FLOAT32: Final = 4
 _COPYING: Final = 61_000_000
 _ROUNDING: Final = 200_000_000
-_TUNING: Final = 1_200_000_000
 _SCORED_TOKENS: Final = 256 * 2048  # by default
-_TUNED_TOKENS: Final = 128 * 2048
+_TUNED: Final = Recipe(windows="", data={}, samples=128, seqlen=2048)
 
 _LIMITS: Final = (  # of a control group: root, limit, use, name of what can be given back at once
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -126,6 +127,7 @@ class Sizes:
         name: of the model.
         nbytes: of all tensors.
         block, head: the largest decoder block, and the output head.
+        tuning: memory for tuning the block that takes most, by default.
         hidden: width of the hidden states, in elements.
         outlook: what could be written -> bytes.
         quantized: whether it is quantized already.
@@ -136,6 +138,7 @@ class Sizes:
     nbytes: int
     block: int
     head: int
+    tuning: int
     hidden: int
     outlook: Mapping[str, int]
     quantized: bool = False
@@ -172,6 +175,7 @@ REFERENCE: Final = Sizes(
     nbytes=71_903_655_008,
     block=1_685_402_304,
     head=1_017_118_720,
+    tuning=11_080_790_880,
     hidden=2048,
     outlook={
         "quantize to W4A16": 22_134_223_968,
@@ -239,11 +243,13 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
         elif place and place.role in ("lm head", "embeddings"):
             heads[place.role] += ref.nbytes
     hidden = layout.text.get("hidden_size")
+    tuned = sizes_of_blocks({ref.name: ref for ref in refs}, layout.places).values()
     return Sizes(
         name=checkpoint.root.resolve().name,
         nbytes=checkpoint.nbytes,
         block=max(blocks.values(), default=0),
         head=heads["lm head"] or heads["embeddings"],
+        tuning=max((size.peak_bytes(_TUNED) for size in tuned), default=0),
         hidden=hidden if type(hidden) is int else 0,
         outlook={} if quantized else inspect_checkpoint(checkpoint).outlook,
         quantized=quantized,
@@ -276,8 +282,8 @@ def _needs(sizes: Sizes, machine: Machine, libraries: Mapping[str, Library]) -> 
     yield _need("evaluate", live + largest, one, machine, lacking)
     if not sizes.quantized:
         yield _need("evaluate --against", live + 2 * largest, two, machine, lacking)
-        written = sizes.outlook.get("quantize to W4A16", 0) + 4 * _TUNED_TOKENS * state
-        yield _need("quantize --method auto-round", _TUNING + 2 * sizes.block, written, machine, lacking)
+        written = sizes.outlook.get("quantize to W4A16", 0) + 4 * _TUNED.samples * _TUNED.seqlen * state
+        yield _need("quantize --method auto-round", sizes.tuning, written, machine, lacking)
 
 
 def _need(command: str, memory: int, disk: int, machine: Machine, lacking: list[str] | None = None) -> Need:

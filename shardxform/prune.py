@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shardxform.block_size import block_sizes
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.heal_plan import healed_names, kept_items, refuse_unpruned
@@ -54,7 +55,7 @@ def plan_prune(
     tensors = view.checkpoint.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
     sidecars = sidecar_digests(view.checkpoint)
-    blocks = _heal_steps(view, shards, recipe) if recipe else ()
+    blocks = _heal_steps(source, view, shards, recipe) if recipe else ()
     healed = {item.tensor.name for step in blocks for item in step.kept}
     copies = copy_steps(shards, {name: ref for name, ref in tensors.items() if name not in healed})
     plan = Plan(
@@ -78,13 +79,14 @@ def plan_prune(
     return plan
 
 
-def _heal_steps(view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
+def _heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
     """One step per pruned block, in order."""
     refuse_unpruned(view)
     assert recipe.heal is not None
     places, tensors = view.layout.places, view.checkpoint.tensors
     kept = kept_items(healed_names(view.layout, places, recipe.heal.widest), places, tensors, extents_of(shards))
-    return tuple(TuneBlock(layer=layer, kept=items, recipe=recipe) for layer, items in kept.items())
+    sizes = block_sizes(source, view)
+    return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
 
 
 def view_inputs(

@@ -141,6 +141,13 @@ class Recipe:
             windows += self.heal.steps * min(self.heal.batch_size, self.samples - held_out(self.samples))
         return windows * self.seqlen
 
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens of a step."""
+        sizes = [self.batch_size] if self.iters else []
+        sizes += [self.heal.batch_size] if self.heal else []
+        return min(max(sizes), self.samples) * self.seqlen
+
     def facts(self) -> dict[str, Any]:
         """Plain data, for the record and for comparison."""
         facts = {**asdict(self), "data": dict(self.data)}

@@ -43,10 +43,10 @@ gb = show_size
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr; work goes on when nobody reads it any more."""
+    """Print a line on stderr, above a bar that is shown; work goes on when nobody reads it any more."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            click.echo(text, err=True)
+            print(text, file=sys.stderr, flush=True)  # click.echo would go around the bar, and write into it
 
 
 def count(number: int, what: str) -> str:
@@ -125,7 +125,9 @@ def _bar(label: Label) -> Iterator[Callable[[Progress], None]]:
             if bar.tasks[0].total is None and p.resumed:
                 bar.console.print(f"going on: {_of(p.resumed, p)} done already", highlight=False)
             pace.see(p)
-            bar.update(task, description=label.text, total=p.total, completed=p.done, state=_state(p, pace))
+            state = _state(p, pace)
+            shown = state.partition(" % ")[2] if p.unit == "work" else state  # the bar has the percentage
+            bar.update(task, description=label.text, total=p.total, completed=p.done, state=shown)
 
         yield update
 

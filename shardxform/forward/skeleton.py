@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
-from shardxform.forward.memory import give_back
+from shardxform.forward.memory import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
 from shardxform.layout import Layout
 from shardxform.tensors import TensorRef
@@ -62,6 +62,7 @@ class Skeleton:
             FamilyError: transformers does not take the config.
 
         """
+        keep_few_kernels()
         self.weights = weights
         self.layout = weights.layout
         self._model = _meta_model(self.layout, weights)

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from shardxform import plan as plans
+from shardxform.block_size import BlockSize, block_sizes
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.heal_plan import healed_names, kept_items, refuse_unpruned
@@ -71,7 +72,7 @@ def plan_quantize(
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    blocks = _tune_steps(shards, tuned, healed, scheme, recipe) if recipe else ()
+    blocks = _tune_steps(shards, tuned, healed, (scheme, recipe, block_sizes(source, view))) if recipe else ()
     steps: tuple[Step, ...] = (*copies, *rounds, *blocks)
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
@@ -169,10 +170,10 @@ def _tune_steps(
     shards: Sequence[ShardPlan],
     modules: Iterable[tuple[Module, tuple[Part, ...]]],
     healed: Mapping[int, tuple[KeptItem, ...]],
-    scheme: Scheme,
-    recipe: Recipe,
+    how: tuple[Scheme, Recipe, Mapping[int, BlockSize]],
 ) -> Iterator[TuneBlock]:
     """One step per decoder block with weights to heal or tune, in order."""
+    scheme, recipe, sizes = how
     extents = extents_of(shards)
     blocks: dict[int, list[RoundItem]] = {layer: [] for layer in healed}
     for module, parts in modules:
@@ -181,7 +182,8 @@ def _tune_steps(
         blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed))
     for layer, items in sorted(blocks.items()):
         kept = healed.get(layer, ())
-        yield TuneBlock(layer=layer, items=tuple(items), kept=kept, scheme=scheme, recipe=recipe)
+        size = sizes[layer]
+        yield TuneBlock(layer=layer, items=tuple(items), kept=kept, scheme=scheme, recipe=recipe, size=size)
 
 
 def _summary(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from shardxform.block_size import BlockSize
 from shardxform.plan import Extent
 from shardxform.recipe import Recipe
 from shardxform.scheme import Role, Scheme
@@ -15,8 +16,6 @@ __all__ = ["TILE_BYTES", "KeptItem", "Round", "RoundItem", "TuneBlock"]
 
 TILE_BYTES: Final = 4 << 20
 """Most bytes of a weight that are read and rounded at a time."""
-
-_TUNING_BYTES: Final = 1_200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,7 @@ class TuneBlock:
         kept: tensors that are healed and stay as wide as they are.
         scheme: how `items` are packed; None when there are none.
         recipe: what is done.
+        size: of the block.
 
     """
 
@@ -77,6 +77,7 @@ class TuneBlock:
     kept: tuple[KeptItem, ...] = ()
     scheme: Scheme | None = None
     recipe: Recipe
+    size: BlockSize
 
     @property
     def reads(self) -> Iterator[ByteRange]:
@@ -95,9 +96,8 @@ class TuneBlock:
 
     @property
     def peak_bytes(self) -> int:
-        """The block in 16 bits, two bytes a weight beside it, and what torch and the activations take."""
-        nbytes = sum(item.weight.nbytes for item in self.items) + sum(kept.tensor.nbytes for kept in self.kept)
-        return 2 * nbytes + _TUNING_BYTES
+        """Of the whole process: the block, what is kept beside its weights, and the activations of a batch."""
+        return self.size.peak_bytes(self.recipe)
 
     @property
     def block_tokens(self) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,6 +19,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.copying import OpenTarget
 from shardxform.errors import ExecutionError
+from shardxform.forward.memory import give_back
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.fsio import FileSystem
@@ -29,12 +30,15 @@ from shardxform.tuning.block import TunedBlock, install
 from shardxform.tuning.chains import ORIGINAL, TUNED, Chains
 from shardxform.tuning.heal import HealResult
 from shardxform.tuning.healing import BlockHealer
+from shardxform.tuning.one_by_one import samples_one_by_one
 from shardxform.tuning.samples import NonFiniteLoss
 from shardxform.tuning.stacked import packed
 from shardxform.tuning.tune import BlockResult, TuneOptions, tune_block
 from shardxform.tuning.workers import Workers
 
 __all__ = ["Tuner", "TunerOptions"]
+
+_FINITE_TILE: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +182,7 @@ class _BlockRun:
                 self._forward(block, ORIGINAL)
         heals = self._step.recipe.heal is not None and layer in self._skeleton.layout.moe_layers
         names = self._local_names()
-        with self._skeleton.tunable(layer, () if heals else names) as block:
+        with self._skeleton.tunable(layer, () if heals else names) as block, samples_one_by_one(block.module):
             if heals:
                 self._heal(block, names, target, fs)
             if names:
@@ -206,7 +210,7 @@ class _BlockRun:
         prefix = self._skeleton.prefix(layer)
         for item in self._step.kept:
             value = healer.stored(item.tensor.name.removeprefix(prefix))
-            if not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+            if not _finite(value):
                 raise ExecutionError(f"tensor '{item.tensor.name}': not finite after healing")
             write_part(value.cpu().contiguous().view(torch.uint8).numpy(), item.extent, target, fs)
         healer.make_ready(names)
@@ -218,11 +222,13 @@ class _BlockRun:
         scheme = self._step.scheme
         assert scheme is not None
         tuned = install(block.module, names, scheme.grid, self._tuner._workers)
+        give_back()
         if self._step.recipe.iters:
             self._tuned = self._tune(tuned, block)
         else:
             tuned.restart()
             tuned.settle()
+        give_back()
         self._write(tuned, target, fs)
 
     def _tune(self, tuned: TunedBlock, block: Block) -> BlockResult | None:
@@ -281,6 +287,11 @@ class _BlockRun:
             "experts_never_reached": [e for experts in self._tuned.unreached.values() for e in experts],
         }
         return {"blocks": [facts]}
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """Whether all is; a few megabytes at a time, since stacked experts are a gigabyte."""
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(value.flatten(), _FINITE_TILE))
 
 
 def _heal_facts(result: HealResult) -> dict[str, Any]:

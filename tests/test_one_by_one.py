@@ -1,0 +1,91 @@
+"""The gated delta rule sample by sample: the same numbers, and a fraction of what is kept for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
+
+from shardxform.tuning.one_by_one import one_by_one, samples_one_by_one  # noqa: E402
+
+RULE = modeling.torch_chunk_gated_delta_rule
+SAMPLES, TOKENS, HEADS, WIDTH = 4, 96, 2, 16
+
+
+def inputs() -> list[Any]:
+    random = torch.Generator().manual_seed(5)
+    wide = [torch.randn(SAMPLES, TOKENS, HEADS, WIDTH, generator=random) for _ in range(3)]
+    narrow = [torch.randn(SAMPLES, TOKENS, HEADS, generator=random) for _ in range(2)]
+    return [tensor.requires_grad_() for tensor in (*wide, *narrow)]
+
+
+def run(rule: Callable[..., Any], tensors: list[Any]) -> Any:
+    q, k, v, g, beta = tensors
+    out, state = rule(q, k, v, g=-g.exp(), beta=beta.sigmoid(), initial_state=None, use_qk_l2norm_in_kernel=True)
+    assert state is None
+    return out
+
+
+def test_outputs_and_gradients_are_those_of_the_whole_batch() -> None:
+    whole, apart = inputs(), inputs()
+    expected, found = run(RULE, whole), run(one_by_one(RULE), apart)
+    torch.testing.assert_close(found, expected)
+    for out in (expected, found):
+        out.square().sum().backward()
+    for one, other in zip(apart, whole, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_without_gradients_the_outputs_are_the_same_too() -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(run(one_by_one(RULE), inputs()), run(RULE, inputs()))
+
+
+def kept_bytes(call: Callable[[], object]) -> int:
+    """What autograd holds after a call, each piece of memory counted once."""
+    kept: list[Any] = []
+
+    def keep(tensor: Any) -> Any:
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+
+
+def test_only_the_inputs_are_kept_until_the_gradient_arrives() -> None:
+    tensors = inputs()
+    nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert kept_bytes(lambda: run(one_by_one(RULE), tensors)) <= 2 * nbytes
+    assert kept_bytes(lambda: run(RULE, tensors)) > 5 * nbytes
+
+
+def test_a_rule_that_carries_a_state_is_called_as_it_is() -> None:
+    calls: list[int] = []
+
+    def rule(q: Any, **_: object) -> tuple[Any, Any]:
+        calls.append(len(q))
+        return q, q
+
+    one_by_one(rule)(inputs()[0], output_final_state=True)
+    assert calls == [SAMPLES]
+
+
+def test_a_layer_of_the_model_calls_it_sample_by_sample_and_no_longer(small_moe: Path) -> None:
+    config = AutoConfig.from_pretrained(small_moe).get_text_config()
+    layer = modeling.Qwen3_5MoeGatedDeltaNet(config, 0).eval()
+    hidden_BTH = torch.randn(SAMPLES, TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(6))
+    expected, whole = layer(hidden_BTH), kept_bytes(lambda: layer(hidden_BTH))
+    with samples_one_by_one(layer):
+        assert modeling.torch_chunk_gated_delta_rule is not RULE
+        assert 2 * kept_bytes(lambda: layer(hidden_BTH)) < whole
+        torch.testing.assert_close(layer(hidden_BTH), expected)
+    assert modeling.torch_chunk_gated_delta_rule is RULE
