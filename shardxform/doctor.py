@@ -50,6 +50,7 @@ _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.t
     ("transformers", "5.0", "models", "the same"),
     ("pyarrow", "15", "models", "text from Parquet files"),
     ("huggingface_hub", "0.34", "models", "text from data sets of the hub"),
+    ("ray", "2.40", "ray", "--ray: steps on many machines"),
     ("matplotlib", "3.8", "plot", "select --plot, evaluate --plot"),
 )
 _MODEL_LIBRARIES: Final = ("torch", "transformers")

@@ -1,17 +1,20 @@
-"""What a run is asked for and what it tells: values, and the one thing that it is handed, a tuner."""
+"""What a run is asked for and what it tells: values, and what it may be handed: a tuner, and a pool for its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from shardxform.copying import OpenTarget
 from shardxform.fsio import FileSystem
+from shardxform.output import Output
+from shardxform.plan import Step
 from shardxform.progress import Progress
 
-__all__ = ["Report", "RunOptions", "StepTuner"]
+__all__ = ["Report", "RunOptions", "StepPool", "StepTuner"]
 
 
 class StepTuner(Protocol):
@@ -39,6 +42,32 @@ class StepTuner(Protocol):
         ...
 
 
+class StepPool(Protocol):
+    """Where steps are done when that is not on threads of this process; see `cluster.pool.RayPool`."""
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk that it needs beside the shards."""
+        ...
+
+    def begin(self, output: Output) -> None:
+        """Get ready for the steps of an output, or refuse: nothing is written yet."""
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """Steps that it wants at once."""
+        ...
+
+    def submit(self, step: Step) -> Future[Mapping[str, Any]]:
+        """Have a step done: a future of its facts, which comes true when its bytes are durable."""
+        ...
+
+    def stop(self) -> None:
+        """Give up what was submitted; every future comes true soon, or fails."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """Settings that change speed, safety checks and how much is done now, never a byte of the output.
@@ -49,6 +78,7 @@ class RunOptions:
         force: start over an output of shardxform's own that was made from other inputs.
         tuner: carries out the steps that tune a block, which are done one after the other, last.
         blocks: decoder blocks to tune now; None for all. Others may be tuned elsewhere.
+        pool: where steps are done, those that tune included; `jobs`, `device` and `tuner` are then not looked at.
         parts: unfinished outputs of the same plan, whose steps are taken over before anything else is done.
         on_progress: called from the loop after every chunk.
 
@@ -59,6 +89,7 @@ class RunOptions:
     force: bool = False
     tuner: StepTuner | None = None
     blocks: range | None = None
+    pool: StepPool | None = None
     parts: tuple[Path, ...] = ()
     on_progress: Callable[[Progress], None] | None = None
 

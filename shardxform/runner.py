@@ -7,32 +7,28 @@ written when every step is in the journal: killed at any instant, the same call 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from shardxform.checkpoint import CONFIG
-from shardxform.copying import copy_step
 from shardxform.errors import ExecutionError, Interrupted, ResumeError
+from shardxform.execution import Facts, OpenTargets, executor, written_by
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
 from shardxform.merging import adopt
 from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, removable, state_of
 from shardxform.output import Output
-from shardxform.plan import Copy, Plan, Step, tokens_of
+from shardxform.plan import Plan, Step, tokens_of
 from shardxform.progress import Progress, peak_rss_bytes
 from shardxform.run_options import Report, RunOptions
 from shardxform.sharding import show_size
 
 __all__ = ["Report", "RunOptions", "run"]
-
-Facts = Mapping[str, Any]
-"""What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
 
 
 def run(
@@ -85,9 +81,12 @@ def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Lo
                 output.clean()
         return None
     refuse_obstacles(output.root, output.plan)
-    output.refuse_too_little_space(options.tuner.work_bytes if options.tuner else 0)
-    if options.device != "cpu" and not options.tuner:  # refuse a device that is not there before anything is written
-        _executor(output.plan.steps[-1], options.device)
+    beside = options.pool or options.tuner
+    output.refuse_too_little_space(beside.work_bytes if beside else 0)
+    if options.pool:
+        options.pool.begin(output)
+    elif options.device != "cpu" and not options.tuner:  # refuse a device that is not there before anything is written
+        executor(output.plan.steps[-1], options.device)
     with output.locked():
         # Again, now that nobody else can change it: another run may just have ended here.
         state = state_of(output.root, output.plan)
@@ -146,11 +145,12 @@ class _Loop:
             self._forget_what_cannot_go_on(journal)
             undone = set(range(len(plan.steps))) - journal.done
             output.reopen({extent.shard for i in undone for extent in plan.steps[i].writes})
-            self.resumed = sum(_write_bytes(plan.steps[i]) for i in journal.done)
+            self.resumed = sum(written_by(plan.steps[i]) for i in journal.done)
             self._tokens = self._tokens_resumed = sum(tokens_of(plan.steps[i]) for i in journal.done)
             todo = [i for i in sorted(undone) if self._wanted(i)]
-            self._run_steps([i for i in todo if i not in self._tuning], journal, self._options.jobs)
-            self._run_steps([i for i in todo if i in self._tuning], journal, 1)
+            alone: set[int] = set() if self._options.pool else self._tuning
+            self._run_steps([i for i in todo if i not in alone], journal, self._options.jobs)
+            self._run_steps([i for i in todo if i in alone], journal, 1)
             self.left = len(plan.steps) - len(journal.done)
             self.facts = _merged(journal.facts[i] for i in sorted(journal.facts))
         if self.left:
@@ -175,23 +175,20 @@ class _Loop:
             journal.forget(self._tuning & journal.done)
 
     def _run_steps(self, todo: list[int], journal: Journal, jobs: int) -> None:
-        """Run steps on a pool, at most two per worker queued; journal each batch that completes.
-
-        With one worker a step begins when the one before is in the journal.
-        """
-        ahead = 2 * jobs if jobs > 1 else 1
+        """Run steps on a pool, a few of them queued; journal each batch that completes."""
         pending: dict[Future[Facts], int] = {}
         queue = iter(todo)
         # Opened here, so that what is fetched of a repository ahead of a step does not end with the step before.
-        with self._output.open_source() as source, ThreadPoolExecutor(jobs, thread_name_prefix="step") as pool:
+        with self._output.open_source() as source, ThreadPoolExecutor(jobs, thread_name_prefix="step") as threads:
+            pool = self._options.pool or _Threads(threads, jobs, self._step)
             try:
                 self._report_progress()
                 while True:
-                    while len(pending) < ahead and (number := next(queue, None)) is not None:
+                    while len(pending) < pool.ahead and (number := next(queue, None)) is not None:
                         step = self._plan.steps[number]
                         if self._plan.remote and not tokens_of(step):
                             source.will_need(step.reads)
-                        pending[pool.submit(self._step, step)] = number
+                        pending[pool.submit(step)] = number
                     if not pending:
                         return
                     finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -200,6 +197,7 @@ class _Loop:
             except BaseException as e:
                 self._stop.set()
                 source.stop()
+                pool.stop()
                 wait(pending)
                 self._journal({f for f in pending if not f.cancelled() and not f.exception()}, pending, journal)
                 if isinstance(e, KeyboardInterrupt):
@@ -213,27 +211,32 @@ class _Loop:
                 del pending[future]
                 assert error is not None
                 raise error
-        if finished:
-            journal.record({pending.pop(future): future.result() for future in finished})
+        if not finished:
+            return
+        done = {pending.pop(future): future.result() for future in finished}
+        journal.record(done)
+        if self._options.pool:  # what it does is not seen until it is done
+            self._count(sum(written_by(self._plan.steps[number]) for number in done))
+            self._count_tokens(sum(tokens_of(self._plan.steps[number]) for number in done))
 
     def _step(self, step: Step) -> Facts:
         """Do one step and make its bytes durable."""
         self._refuse_if_stopped()
-        with self._output.open_source() as source, _OpenTargets(self._output) as files:
+        with self._output.open_source() as source, OpenTargets(self._output.partial, self._fs) as files:
             if tokens_of(step):
                 facts = self._tune(step, files)
             else:
-                executor = _executor(step, self._options.device)
-                facts = executor((source, files.target), self._fs, self._count, self._refuse_if_stopped)
+                do = executor(step, self._options.device)
+                facts = do((source, files.target), self._fs, self._count, self._refuse_if_stopped)
             files.sync()
         return facts
 
-    def _tune(self, step: Step, files: _OpenTargets) -> Facts:
+    def _tune(self, step: Step, files: OpenTargets) -> Facts:
         tuner = self._options.tuner
         if tuner is None:
             raise ExecutionError("the plan tunes blocks, but the run has no tuner: give RunOptions(tuner=...)")
         facts = tuner.tune(step, self._output.work, files.target, self._fs, self._count_tokens, self._refuse_if_stopped)
-        self._count(_write_bytes(step))
+        self._count(written_by(step))
         return facts
 
     def _count_tokens(self, count: int) -> None:
@@ -259,58 +262,32 @@ class _Loop:
             self._options.on_progress(Progress(done, self._plan.data_bytes, self.resumed))
 
     def _how_to_go_on(self, journal: Journal) -> str:
-        done = sum(_write_bytes(self._plan.steps[i]) for i in journal.done)
+        done = sum(written_by(self._plan.steps[i]) for i in journal.done)
         return (
             f"stopped: {show_size(done)} of {show_size(self._plan.data_bytes)} are safe in {self._output.root};"
             " run the same command again to go on"
         )
 
 
-def _executor(step: Step, device: str) -> Callable[..., Facts]:
-    """What carries out a step. Imported here: all but copying bring numpy and the compiled kernels."""
-    if isinstance(step, Copy):
-        return functools.partial(copy_step, step)
-    from shardxform.quantize.convert import Repack
-    from shardxform.quantize.steps import Round
+class _Threads:
+    """Threads of this process as a pool of steps: at most two steps a thread are queued.
 
-    if isinstance(step, Round):
-        from shardxform.quantize.execute import round_step, rounder_on
+    With one thread a step begins when the one before is in the journal.
+    """
 
-        return functools.partial(round_step, step, rounder_on(device, step.scheme))
-    if isinstance(step, Repack):
-        from shardxform.quantize.repack import repack_step
+    def __init__(self, threads: ThreadPoolExecutor, jobs: int, do: Callable[[Step], Facts]) -> None:
+        self.ahead = 2 * jobs if jobs > 1 else 1
+        self._threads, self._do = threads, do
 
-        return functools.partial(repack_step, step)
-    raise TypeError(f"no executor for {type(step).__name__}")
+    def submit(self, step: Step) -> Future[Facts]:
+        return self._threads.submit(self._do, step)
+
+    def stop(self) -> None:
+        """Steps look at the loop's flag."""
 
 
 class _StoppedError(Exception):
     """A worker saw the stop flag; its step stays undone."""
-
-
-class _OpenTargets:
-    """The shards one step writes to, opened on first use and closed with the step."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._targets: dict[int, int] = {}
-
-    def target(self, shard: int) -> int:
-        if shard not in self._targets:
-            self._targets[shard] = self._output.fs.open(self._output.partial(shard), os.O_RDWR)
-        return self._targets[shard]
-
-    def sync(self) -> None:
-        for fd in self._targets.values():
-            self._output.fs.sync(fd)
-            self._output.fs.done_with(fd)
-
-    def __enter__(self) -> _OpenTargets:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self._targets.values():
-            os.close(fd)
 
 
 def _check_finished(output: Output) -> None:
@@ -345,10 +322,6 @@ def _merged(facts: Iterable[Facts]) -> Facts:
                 raise ResumeError(f"the journal's facts disagree on {key!r}; start over with --force")
             out[key] = out[key] + value if key in out else value
     return out
-
-
-def _write_bytes(step: Step) -> int:
-    return sum(extent.length for extent in step.writes)
 
 
 @contextlib.contextmanager

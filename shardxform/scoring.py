@@ -33,7 +33,7 @@ from shardxform.layout import Layout, layout_of
 from shardxform.progress import OnProgress
 from shardxform.saliency import ExpertStats, Saliency
 
-__all__ = ["ScoreOptions", "Scorer", "model_facts", "remove_work", "score", "score_fingerprint"]
+__all__ = ["ScoreOptions", "Scorer", "model_facts", "remove_work", "run_facts", "score", "score_fingerprint"]
 
 _CHAIN: Final = "scored"
 _STATS: Final = ("count", "reap", "ean", "gate", "peak")
@@ -85,8 +85,13 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
         mtp_layers=dict(enumerate(map(_stats, mtp))),
         tokens=int(windows.lengths_N.sum()),
-        runs=({"tool": f"shardxform {__version__}", **windows.provenance, "fingerprint": identity},),
+        runs=(run_facts(windows, identity),),
     )
+
+
+def run_facts(windows: Windows, identity: str) -> dict[str, Any]:
+    """What a `Saliency` says of a run over `windows` with this fingerprint."""
+    return {"tool": f"shardxform {__version__}", **windows.provenance, "fingerprint": identity}
 
 
 def score_fingerprint(source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:

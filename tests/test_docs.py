@@ -27,6 +27,7 @@ PAGES = sorted(
 )
 OTHERS_OPTIONS = {  # of other programs that pages speak of
     *("--build-arg", "--rm", "--user", "--gpus"),  # docker
+    *("--head", "--port", "--address", "--autoscaling-config"),  # ray
     *("--quantization", "--max-model-len", "--model-path", "--tensor-parallel-size", "--language-model-only"),  # vLLM
 }
 

@@ -223,7 +223,7 @@ def test_libraries_and_extras_are_those_of_the_project() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     project = text.split("[project.optional-dependencies]")
     sections = {"": re.search(r"^dependencies = \[(.*?)\]", project[0], re.DOTALL | re.MULTILINE)}
-    for extra in ("fast", "models", "plot"):
+    for extra in ("fast", "models", "plot", "ray"):
         sections[extra] = re.search(rf"^{extra} = \[(.*?)\]", project[1], re.DOTALL | re.MULTILINE)
     wanted = {
         (name, least, extra)

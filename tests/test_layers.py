@@ -36,7 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.samples", "tuning.tune"),
     ("tuning.one_by_one",),
     ("tuning.chains", "tuning.heal_kernels", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
-    ("run_options", "merging", "runner"),
+    ("execution", "run_options", "merging", "runner"),
+    ("cluster", "cluster.session", "cluster.worker", "cluster.blocks", "cluster.pool", "cluster.scoring"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
     ("verification.values", "verification.kernels", "verification.rounding", "verification.jobs"),
@@ -49,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("publishing.contents", "publishing.hub", "publishing.push", "publishing"),
     ("__init__",),
     ("cli.console", "cli.options", "cli.model_options", "cli.sources", "cli.tune_options", "cli.block_report"),
-    ("cli.planned", "cli.compress_report"),
+    ("cli.ray_options", "cli.planned", "cli.compress_report"),
     ("cli.*", "cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]

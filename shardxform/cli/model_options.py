@@ -159,7 +159,7 @@ def refuse_unwritable(path: Path) -> None:
         raise OutputError(f"{path}: the directory {path.parent} is not writable")
 
 
-def make_precision(device: str, dtype: str | None, *, tunes: bool = False) -> Precision:
+def make_precision(device: str, dtype: str | None, *, tunes: bool = False, here: bool = True) -> Precision:
     """Find the device.
 
     Args:
@@ -167,6 +167,7 @@ def make_precision(device: str, dtype: str | None, *, tunes: bool = False) -> Pr
         dtype: float32 or bfloat16; auto, or None, is bfloat16 on accelerators, and for tuning on a CPU that multiplies
             it: half the time (benchmarks/README.md) for results as good (docs/quantization.md).
         tunes: whether it is to tune, rather than to measure.
+        here: whether this machine must have the device, rather than those of a cluster.
 
     Raises:
         PlanError: torch or transformers is not installed, or there is no such device here.
@@ -183,7 +184,8 @@ def make_precision(device: str, dtype: str | None, *, tunes: bool = False) -> Pr
     quiet.disable_progress_bar()
     try:
         place = torch.device(device)
-        torch.zeros(1, device=place).item()
+        if here:
+            torch.zeros(1, device=place).item()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
         raise PlanError(f"--device {device}: {str(e).splitlines()[0]}") from e
     if dtype in ("auto", None):

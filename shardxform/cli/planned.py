@@ -11,6 +11,7 @@ import click
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.block_report import tell_blocks
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
+from shardxform.cli.ray_options import OnRay, open_pool, ray_facts, ray_line
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
@@ -35,16 +36,18 @@ def execute(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    ray: OnRay | None = None,
     **options: Any,  # noqa: ANN401
 ) -> None:
     """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`."""
     if dry_run:
-        _show(plan, out, jobs, force, as_json)
+        beside = {"ray": ray_facts(plan, ray)} if ray else {}
+        _show(plan, out, force, as_json, {**_facts(plan, out, jobs), **beside})
         return
     for note in _notes(plan):
         tell(f"note: {note}")
-    with progress(plan.command, quiet) as on_progress:
-        report = run(plan, out, RunOptions(jobs=jobs, force=force, on_progress=on_progress, **options))
+    with open_pool(ray) as pool, progress(plan.command, quiet) as on_progress:
+        report = run(plan, out, RunOptions(jobs=jobs, force=force, pool=pool, on_progress=on_progress, **options))
     if as_json:
         print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})
     elif report.left:
@@ -55,16 +58,16 @@ def execute(
         _say_done(plan, report)
 
 
-def _show(plan: Plan, out: Path, jobs: int, force: bool, as_json: bool) -> None:
+def _show(plan: Plan, out: Path, force: bool, as_json: bool, facts: Mapping[str, Any]) -> None:
     state = state_of(out, plan)
     if not force:
         refuse_other_plan(out, plan, state)
         refuse_obstacles(out, plan)
     if as_json:
-        print_json({**_facts(plan, out, jobs), "state": state.name})
+        print_json({**facts, "state": state.name})
         return
     click.echo(f"{plan.command} {plan.origin} -> {out}  (dry run: nothing is written)")
-    rows(_lines(plan, out, jobs))
+    rows(_lines(plan, facts))
     for note in _notes(plan):
         click.echo(f"  note: {note}")
 
@@ -75,7 +78,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"not part of the model, not copied: {', '.join(plan.unread)}"
 
 
-def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
+def _lines(plan: Plan, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     s = plan.summary
     yield "family", f"{s['family']}, {s['architecture']}"
     yield "experts", f"{s['experts_before']} -> {s['experts_after']} per layer, top-{s['top_k']}"
@@ -92,8 +95,11 @@ def _lines(plan: Plan, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
     yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
     yield "shards", f"{len(plan.shards)}, from {plan.shards[0].name}"
     yield "steps", f"{len(plan.steps)}"
-    yield "memory", f"about {gb(plan.peak_bytes(jobs))} at {jobs} jobs"
-    yield "free disk", f"{gb(FileSystem().free_bytes(out.absolute()))} of {gb(plan.nbytes)} needed"
+    if "ray" in facts:
+        yield "ray", ray_line(facts["ray"])
+    else:
+        yield "memory", f"about {gb(facts['peak_memory_bytes'])} at {count(facts['jobs'], 'job')}"
+    yield "free disk", f"{gb(facts['free_disk_bytes'])} of {gb(plan.nbytes)} needed"
     yield "sidecars", ", ".join(plan.sidecars) or "none"
 
 
@@ -126,6 +132,7 @@ def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
         "shards": {shard.name: shard.nbytes for shard in plan.shards},
         "bytes": plan.nbytes,
         "steps": len(plan.steps),
+        "jobs": jobs,
         "peak_memory_bytes": plan.peak_bytes(jobs),
         "free_disk_bytes": FileSystem().free_bytes(out.absolute()),
         "sidecars": list(plan.sidecars),

@@ -9,6 +9,7 @@ import click
 
 from shardxform.cli.options import manifest_option, out_argument, run_options, view_options
 from shardxform.cli.planned import execute, load_manifest
+from shardxform.cli.ray_options import on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning
 from shardxform.prune import ViewOptions, plan_prune
@@ -27,6 +28,7 @@ __all__ = ["command"]
 @heal_options
 @view_options
 @transfer_options
+@ray_option
 @run_options
 def command(
     source: Source,
@@ -46,13 +48,14 @@ def command(
     """
     if manifest is None and not text_only and mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
+    ray = on_ray(run, device)
     (checkpoint,) = open_given([source], run, out.parent)
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
     kept = load_manifest(manifest, checkpoint)
     tuning = read_tuning(None, checkpoint, device, run)
     plan = plan_prune(checkpoint, kept, options, tuning.recipe if tuning else None)
     if tuning is None or run["dry_run"]:
-        execute(plan, out, **run)
+        execute(plan, out, ray=ray, **run)
         return
     with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:
         execute(plan, out, tuner=tuner, **run)

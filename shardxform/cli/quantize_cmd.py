@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from shardxform.cli.options import (
     view_options,
 )
 from shardxform.cli.planned import execute, load_manifest
+from shardxform.cli.ray_options import block_tuning, on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, tune_options
 from shardxform.prune import ViewOptions
 from shardxform.quantize.planner import plan_quantize
-from shardxform.view import MtpMode
+from shardxform.view import MtpMode, pruned_view
 
 __all__ = ["command"]
 
@@ -49,6 +51,7 @@ __all__ = ["command"]
 @heal_options
 @view_options
 @transfer_options
+@ray_option
 @run_options
 def command(
     source: Source,
@@ -66,14 +69,20 @@ def command(
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
+    ray = on_ray(run, device, method)
     (checkpoint,) = open_given([source], run, out.parent)
-    tuning = read_tuning(method, checkpoint, device, run)
+    tuning = read_tuning(method, checkpoint, device, run, here=ray is None)
     chosen = read_scheme(run, tuned=method == "auto-round")
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
     kept = load_manifest(manifest, checkpoint)
     plan = plan_quantize(checkpoint, chosen, kept, options, tuning.recipe if tuning else None)
+    if ray and tuning:
+        view = pruned_view(checkpoint, kept, text_only=text_only, mtp=mtp).checkpoint
+        ray = replace(ray, tuning=block_tuning(plan, out, view, tuning))
+        execute(plan, out, ray=ray, parts=tuning.parts, **run)
+        return
     if tuning is None or run["dry_run"]:
-        execute(plan, out, device=device, **run)
+        execute(plan, out, device=device, ray=ray, **run)
         return
     with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:
         execute(plan, out, tuner=tuner, blocks=tuning.blocks, parts=tuning.parts, **run)

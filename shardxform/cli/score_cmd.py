@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from shardxform.cli.model_options import (
     sources_option,
 )
 from shardxform.cli.options import json_option
+from shardxform.cli.ray_options import OnRay, on_ray, ray_option, ray_place
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.errors import OutputError
 from shardxform.progress import peak_rss_bytes
@@ -48,6 +51,7 @@ __all__ = ["command"]
 @sources_option
 @device_options
 @transfer_options
+@ray_option
 @click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
 @json_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
@@ -69,12 +73,13 @@ def command(
     """
     refuse_no_data(data)
     refuse_unwritable(output)
+    ray = on_ray(data, device)
     (checkpoint,) = open_given([source], data, output.parent)
     work = work or output.with_name(output.name + ".work")
     _refuse_overlap(output, work)
-    precision = make_precision(device, dtype)
+    precision = make_precision(device, dtype, here=ray is None)
     from shardxform.forward.work import refuse_inside
-    from shardxform.scoring import ScoreOptions, remove_work, score
+    from shardxform.scoring import ScoreOptions
 
     for path in (output, work):
         refuse_inside(path, [checkpoint.root])
@@ -82,16 +87,28 @@ def command(
     options = ScoreOptions(precision=precision, work=work)
     existing = _existing(output, checkpoint, windows, options)
     if dry_run:
-        _show(checkpoint, windows, options, output, as_json)
+        _show(_facts(checkpoint, windows, options, ray), output, work, as_json)
         return
+    run, remove = _ways(ray)
     if existing is None:
         with progress("score", quiet) as options.on_progress:
-            existing = score(checkpoint, windows, options)
+            existing = run(checkpoint, windows, options)
         existing.save(output)
     elif not as_json:
         click.echo(f"{output}: already complete, made from the same inputs; nothing written")
-    remove_work(checkpoint, windows, options)
+    remove(checkpoint, windows, options)
     _report(existing, output, as_json)
+
+
+def _ways(ray: OnRay | None) -> tuple[Callable[..., Saliency], Callable[..., None]]:
+    """How to score, and how to remove what that left: here, or on a cluster."""
+    from shardxform.scoring import remove_work, score
+
+    if ray is None:
+        return score, remove_work
+    from shardxform.cluster.scoring import remove_split, score_split
+
+    return partial(score_split, address=ray.address), remove_split
 
 
 def _refuse_overlap(output: Path, work: Path) -> None:
@@ -115,21 +132,35 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: S
     return found
 
 
-def _show(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, output: Path, as_json: bool) -> None:
+def _facts(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
+    """What would be run, and what it takes; sizes in bytes."""
     from shardxform.forward.estimate import estimate
 
     needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
+    facts = {"source": checkpoint.where, "data": dict(windows.provenance), "windows": len(windows.lengths_N), **needs}
+    if ray:
+        from shardxform.cluster.pool import refuse_remote
+
+        refuse_remote(checkpoint.where, checkpoint.remote)
+        memory, gpus = needs["peak_memory_bytes"], int(options.precision.device.type != "cpu")
+        facts["ray"] = {"address": ray.address, "task_memory_bytes": memory, "task_cpus": 1, "task_gpus": gpus}
+    return facts
+
+
+def _show(facts: dict[str, Any], output: Path, work: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"source": checkpoint.where, "output": str(output), "data": dict(windows.provenance), **needs})
+        print_json({"output": str(output), **facts})
         return
-    click.echo(f"score {checkpoint.where} -> {output}  (dry run: nothing is written)")
+    click.echo(f"score {facts['source']} -> {output}  (dry run: nothing is written)")
+    ray = facts.get("ray")
     rows(
         [
-            ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
-            ("blocks", f"{needs['blocks']}, in {needs['dtype']} on {needs['device']}"),
-            ("reads", f"up to {gb(needs['read_bytes'])}, once"),
-            ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
-            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
+            ("data", f"{count(facts['windows'], 'window')}, {short(facts['tokens'])} tokens"),
+            ("blocks", f"{facts['blocks']}, in {facts['dtype']} on {facts['device']}"),
+            ("reads", f"up to {gb(facts['read_bytes'])}, once{' for each task' if ray else ''}"),
+            ("memory", f"about {gb(facts['peak_memory_bytes'])}{' a task' if ray else ''}"),
+            *([("ray", f"as many tasks of 1 CPU as run at once, on {ray_place(ray['address'])}")] if ray else []),
+            ("work", f"{gb(facts['work_bytes'])} of {gb(facts['free_disk_bytes'])} free in {work}"),
         ]
     )
 

@@ -125,8 +125,12 @@ class Tuning:
         self.parts: tuple[Path, ...] = given.get("merge", ())
 
 
-def read_tuning(method: str | None, source: Path | Checkpoint, device: str, given: dict[str, Any]) -> Tuning | None:
+def read_tuning(
+    method: str | None, source: Path | Checkpoint, device: str, given: dict[str, Any], *, here: bool = True
+) -> Tuning | None:
     """Take the options of tuning and healing out of `given`; None when neither is asked for.
+
+    `here` says whether this machine is to compute, and must have the device.
 
     Raises:
         SchemeError: options that need another one.
@@ -148,7 +152,7 @@ def read_tuning(method: str | None, source: Path | Checkpoint, device: str, give
     reference = data["preset"] == "reference"
     seed = data["seed"]
     windows = load_data(source, data, samples=_SAMPLES, presets={"reference": _REFERENCE})
-    precision = make_precision(device, options["dtype"], tunes=True)
+    precision = make_precision(device, options["dtype"], tunes=True, here=here)
     chosen = {key: options[key] for key in ("iters", "batch_size", "inputs") if options.get(key) is not None}
     if reference:
         chosen.setdefault("batch_size", 1)

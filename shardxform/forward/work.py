@@ -34,6 +34,7 @@ __all__ = ["HiddenFile", "WorkDir", "refuse_inside"]
 _FORMAT: Final = "shardxform.work"
 _PROGRESS: Final = "progress.json"
 _LOCK: Final = "lock"
+_SPLIT: Final = "split.json"  # of `cluster.scoring`
 _OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.tmp)?")
 
 
@@ -138,6 +139,10 @@ class WorkDir:
         if self.root.is_symlink() or not self.root.is_dir():
             raise OutputError(f"{self.root}: expected a work directory or nothing, found something else")
         for entry in os.scandir(self.root):
+            if entry.name == _SPLIT:
+                raise ResumeError(
+                    f"{self.root}: holds unfinished work of a run with --ray; go on with it, or remove it"
+                )
             if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
 
@@ -178,11 +183,15 @@ def refuse_inside(path: Path, roots: Iterable[Path]) -> None:
 class HiddenFile:
     """Hidden states [N, T, H] of one chain between two blocks, on disk."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, fs: FileSystem) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, fs: FileSystem, mark: str = ""
+    ) -> None:
+        """Name it; `mark` sets apart what several processes may be writing at once."""
         self.path = path
         self.shape = shape
         self.dtype = dtype
         self._fs = fs
+        self._mark = mark
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +201,7 @@ class HiddenFile:
     @contextlib.contextmanager
     def writing(self) -> Iterator[HiddenWriter]:
         """Make the file anew; durable when the block ends without an error."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary = self.path.with_name(f"{self.path.name}{self._mark}.tmp")
         fd = self._fs.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             self._fs.truncate(fd, self.nbytes)

@@ -5,7 +5,8 @@
 
 A step reads the states that enter its block, writes those that leave it, and is journaled when these and its parts are
 durable; the states it read are removed when the next step begins. So a step that is done again starts from the same
-bytes. With inputs `fp` there is one chain, and a block needs no other to be done.
+bytes. With inputs `fp` there is one chain, and a block needs no other to be done: when its states are made beforehand
+and stored, blocks are done side by side.
 """
 
 # N: windows, B: windows of a batch, T: positions, H: hidden size.
@@ -13,6 +14,7 @@ bytes. With inputs `fp` there is one chain, and a block needs no other to be don
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -31,10 +33,15 @@ from shardxform.tuning.samples import Forward, Samples
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
 
-__all__ = ["ORIGINAL", "TUNED", "Chains"]
+__all__ = ["ORIGINAL", "TUNED", "Chains", "states_file"]
 
 ORIGINAL: Final = "original"
 TUNED: Final = "tuned"
+
+
+def states_file(work: Path, number: int, chain: str = ORIGINAL) -> Path:
+    """Where the states lie that enter block `number`."""
+    return work / f"{chain}-{number:04d}.hidden"
 
 
 class Chains:
@@ -42,14 +49,25 @@ class Chains:
 
     Attributes:
         inputs: the chain that a block is tuned on.
+        stored: whether the states around every block are made beforehand, by `make`, and stay.
 
     """
 
-    def __init__(self, skeletons: Mapping[str, Skeleton], windows: Windows, work: Path, fs: FileSystem) -> None:
+    def __init__(
+        self,
+        skeletons: Mapping[str, Skeleton],
+        windows: Windows,
+        work: Path,
+        fs: FileSystem,
+        *,
+        stored: bool = False,
+    ) -> None:
         """Name them; `skeletons` are the models of the chains, `ORIGINAL` alone or both."""
         self._skeletons, self._windows, self._work, self._fs = skeletons, windows, work, fs
         self._precision = skeletons[ORIGINAL].weights.precision
         self.inputs = TUNED if TUNED in skeletons else ORIGINAL
+        self.stored = stored
+        self._mark = f".{secrets.token_hex(4)}" if stored else ""
 
     def latest(self, layer: int) -> int:
         """The last block up to `layer` whose entering states are on disk in every chain; -1 when there is none."""
@@ -64,10 +82,8 @@ class Chains:
         at = self.latest(layer)
         if at < 0:
             at = 0
-            for chain, skeleton in self._skeletons.items():
-                with self._file(chain, 0).writing() as out:
-                    for batch in batches(self._windows):
-                        out.put(batch.start, skeleton.embed(batch.ids_BT))
+            for chain in self._skeletons:
+                self._embed(chain)
         for number in range(at, layer):  # blocks without a weight to tune, or tuned elsewhere
             for chain, skeleton in self._skeletons.items():
                 with skeleton.block(number) as block:
@@ -76,6 +92,18 @@ class Chains:
         for number in range(layer):
             for chain in self._skeletons:
                 self._file(chain, number).remove()
+
+    @torch.no_grad()
+    def make(self, number: int) -> None:
+        """Have the 16-bit states that enter block `number` on disk, from those that enter the block before."""
+        if self._file(ORIGINAL, number).is_whole():
+            return
+        if number == 0:
+            self._embed(ORIGINAL)
+            return
+        with self._skeletons[ORIGINAL].block(number - 1) as block:
+            for _ in self.through(block, ORIGINAL, number - 1):
+                pass
 
     def through(self, block: Block, chain: str, layer: int) -> Iterator[int]:
         """Run a block over all windows of a chain; yields the tokens of every batch before it is run.
@@ -122,9 +150,14 @@ class Chains:
 
         return run
 
+    def _embed(self, chain: str) -> None:
+        with self._file(chain, 0).writing() as out:
+            for batch in batches(self._windows):
+                out.put(batch.start, self._skeletons[chain].embed(batch.ids_BT))
+
     def _file(self, chain: str, number: int) -> HiddenFile:
         shape = (*self._windows.ids_NT.shape, self._skeletons[ORIGINAL].hidden_size)
-        return HiddenFile(self._work / f"{chain}-{number:04d}.hidden", shape, self._precision.dtype, self._fs)
+        return HiddenFile(states_file(self._work, number, chain), shape, self._precision.dtype, self._fs, self._mark)
 
 
 class _Rows:

@@ -48,11 +48,14 @@ class TunerOptions:
     Attributes:
         precision: of the computation; its device's kind and its dtype are in the recipe.
         threads: for the tuned modules.
+        stored: whether the states around every block are made beforehand, by `Tuner.make_states`, so that blocks can
+            be tuned side by side; for inputs `fp`.
 
     """
 
     precision: Precision
     threads: int
+    stored: bool = False
 
 
 class Tuner:
@@ -79,6 +82,7 @@ class Tuner:
         self._windows = windows
         self._layers = frozenset(layers)
         self._precision = options.precision
+        self._stored = options.stored
         with contextlib.ExitStack() as stack:
             self._skeleton = Skeleton(stack.enter_context(Weights(view, options.precision)))
             self._original = self._skeleton
@@ -110,6 +114,10 @@ class Tuner:
             return True
         at = self._chains(step, work, FileSystem()).latest(step.layer)
         return not self._layers.intersection(range(max(at, 0), step.layer))
+
+    def make_states(self, number: int, work: Path) -> None:
+        """Have the states that enter block `number` in `work`, from those that enter the block before."""
+        Chains({ORIGINAL: self._original}, self._windows, work, FileSystem(), stored=True).make(number)
 
     def tune(
         self,
@@ -143,7 +151,7 @@ class Tuner:
 
     def _chains(self, step: TuneBlock, work: Path, fs: FileSystem) -> Chains:
         tuned = {TUNED: self._skeleton} if step.recipe.inputs == "quantized" else {}
-        return Chains({ORIGINAL: self._original, **tuned}, self._windows, work, fs)
+        return Chains({ORIGINAL: self._original, **tuned}, self._windows, work, fs, stored=self._stored)
 
 
 class _BlockRun:
@@ -168,9 +176,10 @@ class _BlockRun:
         layer = self._step.layer
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._chains.advance(layer, self._stopped)
-        with self._tuner._original.block(layer) as block:
-            self._forward(block, ORIGINAL)
+        if not self._chains.stored:
+            self._chains.advance(layer, self._stopped)
+            with self._tuner._original.block(layer) as block:
+                self._forward(block, ORIGINAL)
         heals = self._step.recipe.heal is not None and layer in self._skeleton.layout.moe_layers
         names = self._local_names()
         with self._skeleton.tunable(layer, () if heals else names) as block, samples_one_by_one(block.module):

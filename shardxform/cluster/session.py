@@ -1,0 +1,252 @@
+"""A connection to a Ray cluster: one of this machine alone, or one that is running. Owns it, and closes it.
+
+Everything that can be wrong with it is said on one line. Ray is imported here, and only when a session is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Final
+
+from shardxform.errors import ExecutionError, PlanError
+
+__all__ = ["LOCAL", "Needs", "Session", "check_address"]
+
+LOCAL: Final = "local"
+_RUNNING: Final = "auto"
+_ADDRESS: Final = re.compile(r"(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
+_REACHED_WITHIN: Final = 10.0  # seconds
+_OBJECTS: Final = 128 << 20  # bytes of Ray's object store: steps and their facts are small
+_TRIES: Final = 8  # workers and machines that may die under one task
+_GRAIN: Final = 64 << 20  # memory is asked for in multiples of it: Ray keeps workers apart by what they asked for
+_LOOK_AGAIN: Final = 5.0  # seconds after which the machines are counted anew
+_UNIMPORTED: Final = "failed to import on the worker"  # what Ray says of a function whose module a worker lacks
+_STOPPED_WITHIN: Final = 15.0  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one task is promised by the machine it runs on; memory in bytes."""
+
+    memory: int
+    gpus: int = 0
+    cpus: int = 1
+
+    def options(self) -> dict[str, Any]:
+        """The same as Ray's options."""
+        memory = math.ceil(self.memory / _GRAIN) * _GRAIN
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": memory}
+
+    def fit(self, has: Mapping[str, float]) -> int:
+        """How many of such tasks a machine with these resources holds."""
+        wanted = self.options()
+        pairs = (("CPU", "num_cpus"), ("GPU", "num_gpus"), ("memory", "memory"))
+        return min(int(has.get(theirs, 0) // wanted[ours]) for theirs, ours in pairs if wanted[ours])
+
+
+def check_address(text: str) -> str:
+    """Return the address of a cluster as it was given.
+
+    Raises:
+        PlanError: no address.
+
+    """
+    if text in (LOCAL, _RUNNING) or _ADDRESS.fullmatch(text):
+        return text
+    raise PlanError(f"--ray: expected HOST:PORT, {_RUNNING} or nothing, found {text!r}")
+
+
+class Session:
+    """A connection; use as a context manager."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._ray: Any = None
+        self._refs: dict[Future[Any], Any] = {}
+        self._functions: dict[Callable[..., Any], Any] = {}
+        self._nodes: list[Mapping[str, float]] = []
+        self._looked = -math.inf
+        self._ours = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ray is not None and self._ours:
+            self._ray.shutdown()
+
+    def open(self) -> None:
+        """Connect, or start a cluster of this machine.
+
+        Raises:
+            PlanError: ray is not installed.
+            ExecutionError: no cluster answers there, or none could be started.
+
+        """
+        if self._ray is not None:
+            return
+        if find_spec("ray") is None:
+            raise PlanError("--ray needs ray: pip install 'shardxform[ray]'")
+        _refuse_silent(self.address)
+        import ray
+
+        # What befalls workers would be printed to stdout, amid the result; there is no public switch.
+        private: Any = ray
+        with contextlib.suppress(AttributeError):
+            private._private.worker._worker_logs_enabled = False
+        if not ray.is_initialized():
+            self._init(ray)
+            self._ours = True
+        self._ray = ray
+
+    def _init(self, ray: Any) -> None:  # noqa: ANN401
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self.address == LOCAL:
+            options |= {"include_dashboard": False, "object_store_memory": _OBJECTS}
+        try:
+            with _own_signals():
+                ray.init(self.address, **options)
+        except Exception as e:  # whatever it is: no address, no right, another version of Ray or of Python
+            what = "cannot start Ray here" if self.address == LOCAL else f"no Ray cluster answers at {self.address}"
+            raise ExecutionError(f"--ray: {what}: {_first_line(e)}") from e
+
+    # -- machines -----------------------------------------------------------------------------------------------
+
+    def slots(self, needs: Needs) -> int:
+        """How many such tasks run at once, as things are."""
+        return sum(needs.fit(node) for node in self._machines())
+
+    def refuse_too_large(self, needs: Needs) -> None:
+        """Refuse a task that would wait for ever.
+
+        Raises:
+            ExecutionError: says what it needs and what there is.
+
+        """
+        if self.slots(needs):
+            return
+        nodes = self._machines()
+        largest = {key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in ("CPU", "GPU", "memory")}
+        raise ExecutionError(
+            f"--ray: a step takes {_show(needs.cpus, needs.gpus, needs.memory)}; of {len(nodes)} machines no one has"
+            f" that, the most there is are {_show(largest['CPU'], largest['GPU'], largest['memory'])}"
+        )
+
+    def _machines(self) -> list[Mapping[str, float]]:
+        """Resources of the machines that are alive; counted anew every few seconds, since they come and go."""
+        if time.monotonic() - self._looked > _LOOK_AGAIN:
+            self._nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._looked = time.monotonic()
+        return self._nodes
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    def put(self, value: bytes) -> Any:  # noqa: ANN401
+        """Give the cluster what many tasks take: a reference that stands for it among their arguments."""
+        return self._ray.put(value)
+
+    def submit(self, function: Callable[..., Any], needs: Needs, *args: Any) -> Any:  # noqa: ANN401
+        """Have a `worker.reporting` function run: a reference, which may be an argument of other tasks.
+
+        It is run again when the worker or its machine dies, and never for an error of its own.
+        """
+        if function not in self._functions:
+            self._functions[function] = self._ray.remote(function)
+        options = {**needs.options(), "max_retries": _TRIES, "retry_exceptions": False}
+        return self._functions[function].options(**options).remote(*args)
+
+    def future(self, ref: Any) -> Future[Any]:  # noqa: ANN401
+        """The result of what was submitted, or its error, or what befell the worker as an `ExecutionError`."""
+        future: Future[Any] = Future()
+        self._refs[future] = ref
+        ref.future().add_done_callback(partial(self._settle, future))
+        return future
+
+    def stop(self) -> None:
+        """Cancel everything that is not done; its futures fail."""
+        waiting = dict(self._refs)
+        for ref in waiting.values():
+            with contextlib.suppress(Exception):  # it may be done by now, or its owner gone
+                self._ray.cancel(ref, recursive=False)
+        deadline = time.monotonic() + _STOPPED_WITHIN
+        while self._refs and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for future in waiting:
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(ExecutionError("stopped"))
+
+    def _settle(self, future: Future[Any], theirs: Future[Any]) -> None:
+        error = theirs.exception()
+        with contextlib.suppress(InvalidStateError):  # given up meanwhile
+            if error is not None:
+                future.set_exception(self._told(error))
+            else:
+                value, error = theirs.result()
+                future.set_exception(error) if error is not None else future.set_result(value)
+        self._refs.pop(future, None)
+
+    def _told(self, error: BaseException) -> BaseException:
+        """What befell a worker, or one that a task came after, on one line; an error in the program stays as it is."""
+        task_error: type[Exception] = self._ray.exceptions.RayTaskError
+        theirs: type[Exception] = self._ray.exceptions.RayError
+        cause = getattr(error, "cause", None)
+        if isinstance(error, task_error) and not isinstance(cause, theirs):
+            if _UNIMPORTED in str(error):
+                return ExecutionError(
+                    "--ray: a worker has no shardxform, or another: install the same on every machine"
+                )
+            return error
+        return ExecutionError(
+            f"--ray: a worker failed for good, after {_TRIES} more tries: {type(cause or error).__name__}:"
+            f" {_first_line(cause or error)}; finished steps are safe, run the same command again to go on"
+        )
+
+
+def _show(cpus: float, gpus: float, memory: float) -> str:
+    graphics = f", {gpus:g} GPU" if gpus else ""
+    return f"{cpus:g} CPU{graphics} and {memory / 1e9:.2f} GB"
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would try for a minute.
+
+    Raises:
+        ExecutionError: names it.
+
+    """
+    if (found := _ADDRESS.fullmatch(address)) is None:
+        return
+    try:
+        socket.create_connection((found["host"].strip("[]"), int(found["port"])), _REACHED_WITHIN).close()
+    except (OSError, OverflowError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise ExecutionError(f"--ray: no Ray cluster answers at {address}: {reason}") from e
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what SIGTERM does here, which Ray replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,198 @@
+"""What a worker does: one step of a plan whose output lies on a file system that it shares with the driver.
+
+The version is compared before anything of the driver's is unpickled, and the plan and the source are held against
+OUT/.shardxform/plan.json, which also proves that the file system is shared. The same step done twice, even at the same
+time, writes the same bytes to the same places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from shardxform import __version__
+from shardxform.checkpoint import Folder
+from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
+from shardxform.execution import Facts, OpenTargets, executor
+from shardxform.fsio import FileSystem
+from shardxform.outdir import PARTIAL, PLAN, WORK, read_record
+from shardxform.plan import Plan, Step
+from shardxform.sources import FolderReader
+
+__all__ = [
+    "Outcome",
+    "Place",
+    "do_step",
+    "ignore",
+    "opened_targets",
+    "refuse_other_source",
+    "refuse_other_version",
+    "reporting",
+    "versions",
+]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+Outcome = tuple[_R | None, Exception | None]
+"""What came of a task, or the error that a person can do something about: as a value, so that Ray tries nothing again
+but what its own failures cut short."""
+
+
+def reporting(function: Callable[_P, _R]) -> Callable[_P, Outcome[_R]]:
+    """Make a function of a worker whose errors are the world's into one that gives them back."""
+
+    @functools.wraps(function)
+    def task(*args: _P.args, **kwargs: _P.kwargs) -> Outcome[_R]:
+        try:
+            return function(*args, **kwargs), None
+        except (ShardxformError, OSError, EOFError) as e:
+            return None, e
+
+    return task
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """What driver and workers must agree on: shardxform, and libraries that decide bits."""
+    found = {"shardxform": __version__}
+    for name in libraries:
+        found[name] = str(__import__(name).__version__)
+    return found
+
+
+def refuse_other_version(wanted: Mapping[str, str]) -> None:
+    """Refuse to work for a driver of another version.
+
+    Raises:
+        ExecutionError: names the library, both versions and this machine.
+
+    """
+    found = versions(*(name for name in wanted if name != "shardxform"))
+    for name, version in wanted.items():
+        if found[name] != version:
+            raise ExecutionError(
+                f"worker on {socket.gethostname()}: {name} {found[name]}, but the driver has {version};"
+                " install the same on every machine"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a step reads and writes, and what plan it is of.
+
+    Attributes:
+        fingerprint: of the plan.
+        source, out: directories, absolute.
+        device: where weights are rounded.
+
+    """
+
+    fingerprint: str
+    source: Path
+    out: Path
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, plan: Plan, out: Path, device: str) -> Place:
+        """Where the steps of a plan are done."""
+        source = Path(os.path.abspath(plan.source))
+        return cls(fingerprint=plan.fingerprint, source=source, out=Path(os.path.abspath(out)), device=device)
+
+    @property
+    def work(self) -> Path:
+        """The work directory of the output."""
+        return self.out / WORK
+
+    def record(self) -> dict[str, Any]:
+        """What OUT is bound to.
+
+        Raises:
+            ExecutionError: not to this plan, or not at all: the file system is not shared.
+
+        """
+        record = read_record(self.work / PLAN)
+        if record is None or record.get("fingerprint") != self.fingerprint:
+            found = "no such plan" if record is None else "another plan"
+            raise ExecutionError(
+                f"{self.work / PLAN}: {found} on {socket.gethostname()}; source and output must lie on a file"
+                " system that all machines share, under the same paths"
+            )
+        return record
+
+
+@reporting
+def do_step(wanted: Mapping[str, str], place: bytes, step: bytes) -> Facts:
+    """Do one step and make its bytes durable.
+
+    Args:
+        wanted: see `refuse_other_version`.
+        place: a pickled `Place`.
+        step: a pickled step.
+
+    Raises:
+        ExecutionError: another version, plan or source, or weights that cannot be rounded.
+        OSError, EOFError: the disk failed, or the source is truncated.
+
+    """
+    refuse_other_version(wanted)
+    return _do(pickle.loads(place), pickle.loads(step))  # noqa: S301 - the driver's own
+
+
+def _do(place: Place, step: Step) -> Facts:
+    fs = FileSystem()
+    with (
+        opened_targets(place, step, fs) as targets,
+        contextlib.closing(FolderReader(place.source, fs)) as source,
+    ):
+        facts: Facts = executor(step, place.device)((source, targets.target), fs, ignore, ignore)
+    return facts
+
+
+@contextlib.contextmanager
+def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTargets]:
+    """Open what a step writes; durable when the block ends without an error.
+
+    Raises:
+        ExecutionError: see `Place.record` and `refuse_other_source`.
+
+    """
+    names = list(place.record()["shards"])
+    with OpenTargets(lambda shard: place.out / (names[shard] + PARTIAL), fs) as targets:
+        for shard in sorted({extent.shard for extent in step.writes}):
+            targets.target(shard)
+        # Only now: shards of another plan are made after that plan is bound, so these are not of another.
+        planned = place.record()["inputs"]["source"]["shards"]
+        refuse_other_source(place.source, planned, {piece.file for piece in step.reads})
+        yield targets
+        targets.sync()
+
+
+def refuse_other_source(root: Path, planned: Mapping[str, Sequence[Any]], names: Iterable[str]) -> None:
+    """Refuse shards that have not the size and the SHA-256 of the header in `planned`, by name.
+
+    Raises:
+        ExecutionError: names the shard and this machine.
+
+    """
+    folder = Folder(root)
+    for name in sorted(names):
+        try:
+            head = folder.head(name)
+            found = [head.nbytes, hashlib.sha256(head.data).hexdigest()]
+        except (OSError, CheckpointError):
+            found = []
+        if found != planned[name]:
+            raise ExecutionError(
+                f"{root / name}: on {socket.gethostname()} missing, or not the shard that was planned with"
+            )
+
+
+def ignore(*_: object) -> None:
+    """Progress is told by the driver, step by step, and it is Ray that stops a worker."""
