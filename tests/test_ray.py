@@ -24,7 +24,7 @@ from shardxform import Checkpoint, Manifest, plan_prune
 from shardxform.calibration import Windows
 from shardxform.cli import main
 from shardxform.cluster import blocks, pool, session, worker
-from shardxform.errors import ExecutionError, PlanError
+from shardxform.errors import ExecutionError, PlanError, ResumeError
 from shardxform.saliency import Saliency
 
 ray = pytest.importorskip("ray")
@@ -614,6 +614,13 @@ def test_windows_are_cut_where_batches_end(parts: int) -> None:
     assert [number for part in found for number in part] == list(range(37))
     assert all(part.start % 4 == 0 for part in found)
     assert len(found) == parts
+
+
+@pytest.mark.parametrize("parts", [None, [], [[0, 3]], [[0, 3], [4, 5]], [[0, 5], [5, 5]], [[0, 5, 1]], [[0, "5"]], 5])
+def test_a_cut_that_leaves_windows_out_is_refused(parts: object, tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="expected parts that cut 5 windows"):
+        cluster_scoring._bounds(parts, tmp_path, 5)
+    assert cluster_scoring._bounds([[0, 3], [3, 5]], tmp_path, 5) == [(0, 3), (3, 5)]
 
 
 def test_a_dry_run_of_score_shows_the_tasks(tmp_path: Path) -> None:

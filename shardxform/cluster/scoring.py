@@ -250,8 +250,26 @@ def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: i
             device=str(options.precision.device),
             dtype=str(options.precision.dtype).removeprefix("torch."),
         )
-        for number, (start, stop) in enumerate(record["parts"])
+        for number, (start, stop) in enumerate(_bounds(record.get("parts"), options.work, len(windows.lengths_N)))
     ]
+
+
+def _bounds(found: Any, work: Path, count: int) -> list[tuple[int, int]]:  # noqa: ANN401
+    """How the windows were cut, as the record has it.
+
+    Raises:
+        ResumeError: the record does not cut all windows, each once: somebody changed it.
+
+    """
+    at, bounds = 0, []
+    for part in found if isinstance(found, list) else ():
+        if not (isinstance(part, list) and len(part) == 2 and part[0] == at and type(part[1]) is int and part[1] > at):
+            break
+        bounds.append((at, part[1]))
+        at = part[1]
+    if at != count or len(bounds) != len(found):
+        raise ResumeError(f"{work / _SPLIT}: expected parts that cut {count} windows, found others; remove {work}")
+    return bounds
 
 
 def _cut(windows: Windows, parts: int) -> Iterator[range]:
