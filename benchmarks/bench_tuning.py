@@ -129,7 +129,8 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     forget_peak()
     with Workers(args.threads) as workers:
         began = time.monotonic()
-        block = install(layer, [*names, "mlp.experts"], Grid(search=not args.plain), workers)
+        grid = Grid(search=not args.plain)
+        block = install(layer, [*names, "mlp.experts"], grid, workers, recompute=args.tokens > 1024)
         layer.to(dtype)
         installed = time.monotonic() - began
         starts: list[tuple[float, float]] = []

@@ -39,6 +39,9 @@ from shardxform.tuning.workers import Workers
 __all__ = ["Tuner", "TunerOptions"]
 
 _FINITE_TILE: Final = 1 << 20
+_STORED_TOKENS: Final = (
+    1024  # of a step, whose attention is kept until the backward pass: a tenth faster, no more memory
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +224,8 @@ class _BlockRun:
         """Tune the rounding of the block, or round to nearest, and write what is packed."""
         scheme = self._step.scheme
         assert scheme is not None
-        tuned = install(block.module, names, scheme.grid, self._tuner._workers)
+        recompute = self._step.recipe.batch_tokens > _STORED_TOKENS
+        tuned = install(block.module, names, scheme.grid, self._tuner._workers, recompute=recompute)
         give_back()
         if self._step.recipe.iters:
             self._tuned = self._tune(tuned, block)
