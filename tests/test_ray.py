@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -403,15 +404,22 @@ def tuning(out: Path, *more: str) -> list[str]:
     return ["quantize", str(SMALL_MOE), str(out), *how, *data, "-q", *more]
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a local run writes, with one thread, as workers have."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as workers do."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("tuned") / "out"
-    call(*tuning(out))
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a local run writes, with one thread, as workers have."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    with one_thread():
+        call(*tuning(out))
     return bytes_of(out)
 
 
@@ -505,12 +513,9 @@ def scoring(out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Saliency:
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("scored") / "local.saliency"
-    call(*scoring(out))
-    torch.set_num_threads(before)
+    with one_thread():
+        call(*scoring(out))
     return Saliency.load(out)
 
 

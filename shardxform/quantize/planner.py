@@ -6,8 +6,9 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from shardxform import plan as plans
@@ -72,8 +73,10 @@ def plan_quantize(
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    blocks = _tune_steps(shards, tuned, healed, (scheme, recipe, block_sizes(source, view))) if recipe else ()
-    steps: tuple[Step, ...] = (*copies, *rounds, *blocks)
+    steps: tuple[Step, ...] = (*copies, *rounds)
+    if recipe:
+        make = partial(TuneBlock, scheme=scheme, recipe=recipe)
+        steps = (*steps, *_tune_steps(shards, tuned, healed, block_sizes(source, view), make))
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
@@ -170,10 +173,10 @@ def _tune_steps(
     shards: Sequence[ShardPlan],
     modules: Iterable[tuple[Module, tuple[Part, ...]]],
     healed: Mapping[int, tuple[KeptItem, ...]],
-    how: tuple[Scheme, Recipe, Mapping[int, BlockSize]],
+    sizes: Mapping[int, BlockSize],
+    make: Callable[..., TuneBlock],
 ) -> Iterator[TuneBlock]:
     """One step per decoder block with weights to heal or tune, in order."""
-    scheme, recipe, sizes = how
     extents = extents_of(shards)
     blocks: dict[int, list[RoundItem]] = {layer: [] for layer in healed}
     for module, parts in modules:
@@ -181,9 +184,7 @@ def _tune_steps(
         placed = tuple((part.role, extents[part.spec.name]) for part in parts)
         blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed))
     for layer, items in sorted(blocks.items()):
-        kept = healed.get(layer, ())
-        size = sizes[layer]
-        yield TuneBlock(layer=layer, items=tuple(items), kept=kept, scheme=scheme, recipe=recipe, size=size)
+        yield make(layer=layer, items=tuple(items), kept=healed.get(layer, ()), size=sizes[layer])
 
 
 def _summary(

@@ -1,8 +1,8 @@
 """The gated delta rule, one sample after the other: what it stores of a whole batch is gigabytes.
 
-Written out in torch it keeps some 400 KB of float32 per token for the backward pass, more than all the rest of a block
-together. Samples do not depend on each other, so each is forgotten as soon as it is done, and made again when its
-gradient arrives. A kernel of fla's, where one is installed, keeps little and is left alone.
+Written out in torch it keeps 255 KB a token for the backward pass, at the shapes of Qwen3.5-35B-A3B. Samples do not
+depend on each other, so each is forgotten as soon as it is done, and made again when its gradient arrives. Where fla is
+installed, transformers calls its kernel instead, and that is left alone.
 """
 
 # B: samples of a batch, T: positions.
@@ -13,6 +13,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -29,6 +30,9 @@ def samples_one_by_one(layer: torch.nn.Module) -> Iterator[None]:
 
     Transformers calls the rule by a name of the module that defines the layer, so that is where it is replaced.
     """
+    if find_spec("fla") is not None:
+        yield
+        return
     homes = {sys.modules[type(module).__module__] for module in layer.modules()}
     rules = {home: rule for home in homes if (rule := getattr(home, _RULE, None)) is not None}
     for home, rule in rules.items():
