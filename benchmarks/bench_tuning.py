@@ -107,6 +107,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     from shardxform.forward.memory import keep_few_kernels
     from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
+    from shardxform.tuning.one_by_one import samples_one_by_one
     from shardxform.tuning.samples import Samples
     from shardxform.tuning.tune import TuneOptions, tune_block
     from shardxform.tuning.workers import Workers
@@ -127,7 +128,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         layer(torch.zeros(1, args.tokens, args.hidden, dtype=torch.bfloat16), position_embeddings=None)
     before = memory("VmRSS")
     forget_peak()
-    with Workers(args.threads) as workers:
+    with Workers(args.threads) as workers, samples_one_by_one(layer):
         began = time.monotonic()
         grid = Grid(search=not args.plain)
         block = install(layer, [*names, "mlp.experts"], grid, workers, recompute=args.tokens > 1024)

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("forward.passes", "forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
     ("tuning.elementwise", "tuning.kernels", "tuning.workers", "tuning.stacked", "tuning.routing", "tuning.linear"),
     ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.samples", "tuning.tune"),
+    ("tuning.delta_rule",),
     ("tuning.one_by_one",),
     ("tuning.chains", "tuning.heal_kernels", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
     ("execution", "run_options", "merging", "runner"),

@@ -61,7 +61,8 @@ class TunedExperts(torch.nn.Module):
         def one(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
             token_n = routing.token_S[routing.of(expert)]
             weight_n1 = flat_S[routing.slot_S[routing.of(expert)], None]
-            return token_n, self._output(expert, hidden_TH[token_n]).float() * weight_n1.float()
+            y_nH = self._output(expert, _taken(hidden_TH, token_n))[: len(token_n)]
+            return token_n, y_nH.float() * weight_n1.float()
 
         for token_n, y_nH in self.workers.ordered(one, routing.reached):
             out_TH.index_add_(0, token_n, y_nH)
@@ -79,10 +80,10 @@ class TunedExperts(torch.nn.Module):
 
         def one(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
             token_n, slot_n = routing.token_S[routing.of(expert)], routing.slot_S[routing.of(expert)]
-            arriving = gradient_TH[token_n], flat_S[slot_n, None]
-            gradient_nH, gradient_n = self._pass_back_one(expert, hidden_TH[token_n], arriving)
-            gradient_S[slot_n] = gradient_n.to(gradient_S.dtype)
-            return token_n, gradient_nH
+            arriving = _taken(gradient_TH, token_n), _taken(flat_S[:, None], slot_n)
+            gradient_nH, gradient_n = self._pass_back_one(expert, _taken(hidden_TH, token_n), arriving)
+            gradient_S[slot_n] = gradient_n[: len(slot_n)].to(gradient_S.dtype)
+            return token_n, gradient_nH[: len(token_n)]
 
         for token_n, gradient_nH in self.workers.ordered(one, routing.reached):
             gradient_out_TH.index_add_(0, token_n, gradient_nH)
@@ -125,6 +126,25 @@ class TunedExperts(torch.nn.Module):
         for run in runs(rows, ROW_TILE) if weight.moves else ():
             tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
             weight.update(expert * rows + run.start, torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI))
+
+
+def _taken(x_TH: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
+    """Some rows, and zeros up to a number of rows that has a kernel already; zeros change no other row and no sum.
+
+    Experts are sent any number of tokens, and torch makes a kernel for every shape of a 16-bit product.
+    """
+    rows = len(token_n)
+    if x_TH.dtype == torch.float32:
+        return x_TH[token_n]
+    out_nH = x_TH.new_zeros(_few_sizes(rows), x_TH.shape[1])
+    torch.index_select(x_TH, 0, token_n, out=out_nH[:rows])
+    return out_nH
+
+
+def _few_sizes(rows: int) -> int:
+    """At least `rows`, by less than 16 or an eighth more: eight sizes for each power of two."""
+    step = max(8, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 class _Experts(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """The gated delta rule, one sample after the other: what it stores of a whole batch is gigabytes.
 
 Written out in torch it keeps 255 KB a token for the backward pass, at the shapes of Qwen3.5-35B-A3B. Samples do not
-depend on each other, so each is forgotten as soon as it is done, and made again when its gradient arrives. Where fla is
-installed, transformers calls its kernel instead, and that is left alone.
+depend on each other, so each is forgotten as soon as it is done, and made again when its gradient arrives. The rule is
+that of `delta_rule` where it agrees with transformers' own. Where fla is installed, transformers calls its kernel
+instead, and that is left alone.
 """
 
 # B: samples of a batch, T: positions.
@@ -19,6 +20,8 @@ from typing import Any, Final
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
+
 __all__ = ["one_by_one", "samples_one_by_one"]
 
 _RULE: Final = "torch_chunk_gated_delta_rule"
@@ -26,7 +29,7 @@ _RULE: Final = "torch_chunk_gated_delta_rule"
 
 @contextlib.contextmanager
 def samples_one_by_one(layer: torch.nn.Module) -> Iterator[None]:
-    """Have the delta rule of a layer work sample by sample; other layers are not affected by it.
+    """Have the delta rule of a layer work sample by sample, and faster; other layers are not affected by it.
 
     Transformers calls the rule by a name of the module that defines the layer, so that is where it is replaced.
     """
@@ -36,7 +39,7 @@ def samples_one_by_one(layer: torch.nn.Module) -> Iterator[None]:
     homes = {sys.modules[type(module).__module__] for module in layer.modules()}
     rules = {home: rule for home in homes if (rule := getattr(home, _RULE, None)) is not None}
     for home, rule in rules.items():
-        setattr(home, _RULE, one_by_one(rule))
+        setattr(home, _RULE, one_by_one(gated_delta_rule if computes_the_same(rule) else rule))
     try:
         yield
     finally:
