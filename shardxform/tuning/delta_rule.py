@@ -45,16 +45,15 @@ def gated_delta_rule(
         use_qk_l2norm_in_kernel: give queries and keys a length of 1.
 
     """
-    dtype, length = query_BTGD.dtype, query_BTGD.shape[1]
     served = value_BTVW.shape[2] // key_BTGD.shape[2]
     q, k = (_heads_first(x.repeat_interleave(served, dim=2)) for x in (query_BTGD, key_BTGD))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + _EPSILON) for x in (q, k))
-    q = q * q.shape[-1] ** -0.5
-    q, k, v = (_chunks(x) for x in (q, k, _heads_first(value_BTVW)))
+    qkv = _chunks(q * q.shape[-1] ** -0.5), _chunks(k), _chunks(_heads_first(value_BTVW))
     beta_BVNC1, decay_BVNC1 = (_chunks(_heads_first(x)[..., None]) for x in (beta, g))
-    out_BVTW = _scan(*_within_chunks((q, k, v), beta_BVNC1, decay_BVNC1.squeeze(-1).cumsum(dim=3)))[:, :, :length]
-    return out_BVTW.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
+    out_BVTW = _scan(*_within_chunks(qkv, beta_BVNC1, decay_BVNC1.squeeze(-1).cumsum(dim=3)))
+    out_BTVW = out_BVTW[:, :, : query_BTGD.shape[1]].transpose(1, 2)
+    return out_BTVW.to(query_BTGD.dtype, memory_format=torch.contiguous_format), None
 
 
 def _heads_first(x_BTV: torch.Tensor) -> torch.Tensor:
@@ -104,8 +103,8 @@ def computes_the_same(rule: Callable[..., Any]) -> bool:
     v = torch.randn(1, _CHUNK + 6, 4, 8, generator=random)
     g, beta = (torch.rand(1, _CHUNK + 6, 4, generator=random) for _ in range(2))
     for norm in (True, False):
-        options = {"g": -g, "beta": beta, "use_qk_l2norm_in_kernel": norm}
-        found, expected = (f(q / 4, k / 4, v, **options)[0] for f in (gated_delta_rule, rule))
+        rules = (gated_delta_rule, rule)
+        found, expected = (f(q / 4, k / 4, v, g=-g, beta=beta, use_qk_l2norm_in_kernel=norm)[0] for f in rules)
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
             return False
     return True

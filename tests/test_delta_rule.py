@@ -1,0 +1,117 @@
+"""The gated delta rule in chunks: transformers' numbers, and work that grows with the length alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
+
+from shardxform.tuning import one_by_one as module  # noqa: E402
+from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule  # noqa: E402
+from shardxform.tuning.one_by_one import one_by_one, samples_one_by_one  # noqa: E402
+
+RULE = modeling.torch_chunk_gated_delta_rule
+
+
+def inputs(positions: int, samples: int = 2, dtype: Any = torch.float32) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(positions)
+    query, key = (torch.randn(samples, positions, 2, 16, generator=random).to(dtype) for _ in range(2))
+    value = torch.randn(samples, positions, 6, 8, generator=random).to(dtype)
+    g, beta = -torch.rand(samples, positions, 6, generator=random), torch.rand(samples, positions, 6, generator=random)
+    named = {"query": query, "key": key / 4, "value": value, "g": g, "beta": beta.to(dtype)}
+    return {name: tensor.requires_grad_() for name, tensor in named.items()}
+
+
+def run(rule: Callable[..., Any], tensors: dict[str, Any], norm: bool = True) -> Any:
+    named = dict(tensors)
+    positional = [named.pop(name) for name in ("query", "key", "value")]
+    out, state = rule(*positional, **named, initial_state=None, use_qk_l2norm_in_kernel=norm, cu_seqlens=None)
+    assert state is None
+    return out
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [1, 63, 64, 65, 200])
+def test_outputs_and_gradients_are_those_of_transformers(positions: int, dtype: Any, norm: bool) -> None:
+    theirs, ours = inputs(positions, dtype=dtype), inputs(positions, dtype=dtype)
+    expected, found = run(RULE, theirs, norm), run(gated_delta_rule, ours, norm)
+    assert torch.equal(found, expected)
+    assert found.dtype == dtype
+    for out in (expected, found):
+        out.float().square().sum().backward()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class _Written(TorchDispatchMode):
+    """Counts elements of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements += out.numel() if isinstance(out, torch.Tensor) else 0
+        return out
+
+
+def written(rule: Callable[..., Any], positions: int) -> int:
+    with _Written() as mode:
+        run(rule, inputs(positions)).sum().backward()
+    return mode.elements
+
+
+def test_work_grows_with_the_length_and_not_with_its_square() -> None:
+    assert written(gated_delta_rule, 4096) < 8.5 * written(gated_delta_rule, 512)
+    assert written(RULE, 4096) > 16 * written(RULE, 512)
+
+
+def test_a_rule_of_other_numbers_is_told_apart() -> None:
+    def other(*args: Any, **kwargs: Any) -> tuple[Any, None]:
+        return RULE(*args, **kwargs)[0] * 1.001, None
+
+    def unnormed(*args: Any, **kwargs: Any) -> tuple[Any, None]:
+        return RULE(*args, **{**kwargs, "use_qk_l2norm_in_kernel": False})[0], None
+
+    assert computes_the_same(RULE)
+    assert not computes_the_same(other)
+    assert not computes_the_same(unnormed)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_layer_is_given_it_only_if_it_agrees(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*args: Any, **kwargs: Any) -> tuple[Any, None]:
+        return RULE(*args, **kwargs)[0] * factor, None
+
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", theirs)
+    layer = torch.nn.Module()
+    layer.__class__ = type("Layer", (torch.nn.Module,), {"__module__": modeling.__name__})
+    with samples_one_by_one(layer):
+        used = modeling.torch_chunk_gated_delta_rule.__wrapped__  # type: ignore[attr-defined]
+        torch.testing.assert_close(run(modeling.torch_chunk_gated_delta_rule, inputs(70)), run(theirs, inputs(70)))
+    assert used is (gated_delta_rule if factor == 1 else theirs)
+
+
+def test_windows_of_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, apart = inputs(130), inputs(130)
+    monkeypatch.setattr(module, "_WINDOW_BYTES", 1)
+    calls: list[int] = []
+
+    def counted(query: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(query.shape[2])
+        return gated_delta_rule(query, *args, **kwargs)
+
+    expected, found = run(RULE, whole), run(one_by_one(counted), apart)
+    assert calls == [1, 1, 1, 1]  # two samples of two key heads, each with its three value heads
+    assert torch.equal(found, expected)
+    for out in (expected, found):
+        out.square().sum().backward()
+    for name, tensor in apart.items():
+        torch.testing.assert_close(tensor.grad, whole[name].grad)
