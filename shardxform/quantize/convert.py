@@ -27,7 +27,7 @@ from shardxform.selection import Selection, reasons_summary
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.view import View, pruned_view
 
-__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert"]
+__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert", "released"]
 
 TILE_WEIGHTS: Final = 1 << 18
 """Most weights that are dequantized at a time."""
@@ -209,17 +209,17 @@ def _weights(view: View, stored: Stored, selection: Selection, scheme: Scheme | 
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
     if scheme is not None:
         return [module.weight.renamed(module.name) for module in selection.quantized]
-    return _released(stored.weights, view.layout)
+    return released(stored.weights, view.layout)
 
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
     if scheme is None or scheme.format == "compressed-tensors":
-        return {ref.name: ref for ref in _released(stored.plain, view.layout)}
+        return {ref.name: ref for ref in released(stored.plain, view.layout)}
     return kept_tensors(stored.plain, selection, scheme)
 
 
-def _released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
+def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
     """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
     out: list[TensorRef] = []
     fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
@@ -300,8 +300,8 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the bytes depend on, by name. `scheme.grid.scale_grid` is what a later conversion looks for.
 
-    `origin` is what the source's own record says of its making: with it, `verify` can prove the output against the
-    checkpoint that was quantized as well as against the one that was converted.
+    `origin` is what the source's own record says of its making, and which blocks were healed: with it, `verify` can
+    prove the output against the checkpoint that was quantized as well as against the one that was converted.
     """
     origin = _origin(source)
     return {
@@ -316,12 +316,26 @@ def _inputs(
 
 def _origin(source: Checkpoint) -> dict[str, Any]:
     """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
-    inputs = (read_record(source.file(PROVENANCE)) or {}).get("inputs")
+    record = read_record(source.file(PROVENANCE)) or {}
+    inputs = record.get("inputs")
     found = inputs if isinstance(inputs, dict) else {}
     if isinstance(found.get("origin"), dict):
         found = found["origin"]
-    kept = ("manifest", "options", "recipe", "scheme", "source")
+    elif blocks := _healed_blocks(record.get("facts")):
+        found = {**found, "facts": {"blocks": blocks}}
+    kept = ("facts", "manifest", "options", "recipe", "scheme", "source")
     return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
+
+
+def _healed_blocks(facts: object) -> list[dict[str, Any]]:
+    """What a record says of how each block was healed: all that tells which values are still the pruned ones."""
+    blocks = facts.get("blocks") if isinstance(facts, dict) else None
+    listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    return [
+        {"layer": block["layer"], "healed": {"what": block["healed"].get("what")}}
+        for block in listed
+        if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
+    ]
 
 
 def _summary(
