@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, cast
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.heal_plan import healed_names
-from shardxform.layout import COMPANIONS
+from shardxform.layout import COMPANIONS, Layout
 from shardxform.modules import LINEAR_ROLES, modules_of
 from shardxform.plan import source_inputs
 from shardxform.quantize.convert import released
@@ -340,11 +340,30 @@ def _warn_of_left(names: Sequence[str], known: Known, findings: Findings) -> Non
     findings.warn("dequantized", ".", f"{many}; {'they are no bfloat16' if known.packed else way}")
 
 
-def _as_stored(refs: Mapping[str, TensorRef], view: View, out: Checkpoint) -> list[TensorRef]:
-    """Tensors as `convert` writes them, or with experts one by one where OUT has them so."""
-    fused = released(refs, view.layout)
-    single = refs.keys() - {ref.name for ref in fused}
-    return list(refs.values()) if any(name in out.tensors for name in single) else fused
+def _as_stored(refs: Mapping[str, TensorRef], view: View, out: Checkpoint) -> Iterator[TensorRef]:
+    """Tensors as `convert` writes them for releases of the family, or with experts one by one in layers of OUT that do.
+
+    Experts that are fused in the source are one by one in its quantized form, and stay so in other families.
+    """
+    layers: dict[int | None, dict[str, TensorRef]] = {}
+    for name, ref in refs.items():
+        place = view.layout.places.get(name)
+        layers.setdefault(place.layer if place and place.scope == "block" else None, {})[name] = ref
+    for members in layers.values():
+        fused, single = released(members, view.layout), list(_unfused(members, view.layout))
+        apart = {ref.name for ref in single} - {ref.name for ref in fused}
+        yield from single if any(name in out.tensors for name in apart) else fused
+
+
+def _unfused(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[TensorRef]:
+    """The same tensors with experts one by one."""
+    for name, ref in refs.items():
+        place = layout.places.get(name)
+        if place is None or place.template.variant != "fused":
+            yield ref
+            continue
+        for module in modules_of(layout, {name: ref}):
+            yield module.weight.renamed(f"{module.name}.weight")
 
 
 def _dtype_of(name: str, out: Checkpoint, known: Known) -> str:
