@@ -14,7 +14,6 @@ from typing import Any, Final
 from shardxform.card.evaluations import read_evaluation
 from shardxform.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
 from shardxform.card.frontmatter import is_hub_name, origin_of
-from shardxform.card.parameters import count_parameters, stored_of
 from shardxform.card.record import block_errors, data_of, flag, healed_blocks, section, text, whole
 from shardxform.card.reproduction import commands
 from shardxform.card.writing import is_card, picture_name, read_readme
@@ -23,6 +22,7 @@ from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.outdir import PROVENANCE, WORK, is_ours, read_record
+from shardxform.parameters import count_parameters, stored_of
 from shardxform.quantize.stored import Stored
 
 __all__ = ["CardOptions", "gather"]
