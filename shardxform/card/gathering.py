@@ -89,7 +89,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         top_k=top_k,
         max_positions=whole(layout.text, "max_position_embeddings") or 0,
         experts=Change(before, layout.num_experts),
-        nbytes=Change(_source_bytes(inputs), sum(shard.nbytes for shard in checkpoint.shards)),
+        nbytes=Change(_source_bytes(record), checkpoint.nbytes),
         parameters=Change(before and counts.total(before), counts.total(layout.num_experts)),
         active=Change(before and counts.active(before, top_k), counts.active(layout.num_experts, top_k)),
         dropped=tuple(told for key, told in _PARTS.items() if whole(section(summary, "dropped"), key)),
@@ -123,11 +123,10 @@ def _origin_of_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return section(inputs, "origin") or inputs
 
 
-def _source_bytes(inputs: Mapping[str, Any]) -> int | None:
-    """Bytes of all shards of the checkpoint that was pruned or quantized first."""
-    shards = section(_origin_of_inputs(inputs), "source", "shards")
-    sizes = [item[0] for item in shards.values() if isinstance(item, list) and item and type(item[0]) is int]
-    return sum(sizes) if sizes and len(sizes) == len(shards) else None
+def _source_bytes(record: Mapping[str, Any]) -> int | None:
+    """Bytes of all tensors of the checkpoint that was pruned or quantized first, as every command counts them."""
+    origin = section(record, "inputs", "origin")
+    return whole(section(origin or record, "summary"), "bytes_before")
 
 
 def _manifest(path: Path | None, inputs: Mapping[str, Any], out: Path) -> Manifest | None:

@@ -162,6 +162,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
         )
     facts = {"full": full, "tensors": report.tensors, "experts": report.experts, "warnings": len(report.warnings)}
     facts |= {"bytes_scanned": report.bytes_scanned, "bytes_compared": report.bytes_compared}
+    facts |= {"values_compared": report.values_compared, "values_left": dict(report.values_left)}
     job.folder.put(VERIFY, {}, facts)
 
 

@@ -321,21 +321,25 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     found = inputs if isinstance(inputs, dict) else {}
     if isinstance(found.get("origin"), dict):
         found = found["origin"]
-    elif blocks := _healed_blocks(record.get("facts")):
-        found = {**found, "facts": {"blocks": blocks}}
-    kept = ("facts", "manifest", "options", "recipe", "scheme", "source")
+    elif found:
+        found = {**found, **dict(_told(record))}
+    kept = ("facts", "manifest", "options", "recipe", "scheme", "source", "summary")
     return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
 
 
-def _healed_blocks(facts: object) -> list[dict[str, Any]]:
-    """What a record says of how each block was healed: all that tells which values are still the pruned ones."""
+def _told(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What of a record must not be lost beside its inputs: blocks that were healed, and how large the source was."""
+    facts, summary = record.get("facts"), record.get("summary")
     blocks = facts.get("blocks") if isinstance(facts, dict) else None
     listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
-    return [
+    if healed := [
         {"layer": block["layer"], "healed": {"what": block["healed"].get("what")}}
         for block in listed
         if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
-    ]
+    ]:
+        yield "facts", {"blocks": healed}
+    if isinstance(summary, dict) and type(summary.get("bytes_before")) is int:
+        yield "summary", {"bytes_before": summary["bytes_before"]}
 
 
 def _summary(
@@ -368,17 +372,21 @@ def _summary(
 
 
 def _notes(stored: Stored, target: Target) -> Iterator[str]:
-    before = ", ".join([stored.scheme.format, *sorted(stored.spellings)])
-    count = len(stored.modules)
+    before, bits = stored.scheme.format, stored.scheme.grid.bits
+    weights = f"{len(stored.modules):,} weight matrices of {bits} bits"
     if target.format == "bf16":
-        yield f"{count} modules from {before} to bf16, each value rounded to the nearest; the experts as in the release"
-        yield "not invertible: quantizing the output again need not give the same integers and scales"
+        yield f"{weights} become bfloat16: each integer times its scale, rounded to nearest"
+        yield "this cannot be undone: quantizing OUT again need not give the same integers and scales"
         dtype = stored.layout.text.get("dtype", stored.layout.text.get("torch_dtype", "bfloat16"))
         if dtype != "bfloat16":
             yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"
     else:
-        after = f"{target.format}, {target.expert_names}" if stored.spellings else target.format
-        yield f"{count} modules from {before} to {after}; no integer and no scale changes value"
+        formats = f"stay {before}" if before == target.format else f"are stored as {target.format}, not {before}"
+        yield f"{weights} {formats}: every integer and every scale keeps its value"
+        if stored.spellings - {target.expert_names}:
+            older, newer = "experts.gate_up_proj.0", "experts.0.gate_proj and experts.0.up_proj"
+            old, new = (older, newer) if target.expert_names == "split" else (newer, older)
+            yield f"experts are named otherwise: {new} for {old}"
     if stored.contradictions:
         more = f", and {len(stored.contradictions) - 1} more like it" if len(stored.contradictions) > 1 else ""
         then = "" if target.format == "bf16" else "; the new one says what is stored"
