@@ -6,18 +6,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.errors import SchemeError, ShardxformError
+from shardxform.errors import CheckpointError, SchemeError, ShardxformError
 from shardxform.layout import Layout, layout_of, variants_found
 from shardxform.manifest import Manifest
+from shardxform.parameters import Parameters, count_parameters, stored_of
 from shardxform.scheme import Scheme
 from shardxform.selection import select
 from shardxform.tensors import TensorRef
 from shardxform.view import View, pruned_view
 
 __all__ = ["Inspection", "inspect_checkpoint"]
+
+_WORDS: Final = ("qweight", "weight_packed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,9 @@ class Inspection:
         roles: role -> number of tensors and bytes, largest first.
         dtypes: dtype -> bytes.
         experts_spelling: `fused`, `per-expert`, or both.
+        parameters: of the decoder with embeddings and output head, quantized weights counted by their elements; None
+            where they are quantized in a form that is not understood.
+        parameters_apart: of the vision tower and MTP layers.
         unknown: tensors that the family does not know.
         unread: files that are no part of the model.
         outlook: what could be made of it -> bytes.
@@ -47,7 +53,8 @@ class Inspection:
     vision: bool
     quantization: str
     tensors: int
-    parameters: int
+    parameters: int | None
+    parameters_apart: int
     nbytes: int
     shards: int
     roles: Mapping[str, tuple[int, int]]
@@ -74,14 +81,13 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    parameters = 0
     for name, ref in source.tensors.items():
         place = layout.places.get(name)
         role = place.role if place else "unknown"
         counts[role] += 1
         sizes[role] += ref.nbytes
         dtypes[ref.spec.dtype] += ref.nbytes
-        parameters += _elements(ref.spec.shape)
+    found = _parameters(source, layout)
     return Inspection(
         path=source.where,
         family=layout.family.name,
@@ -96,7 +102,8 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         vision=layout.has_vision,
         quantization=_quantization(source),
         tensors=len(source.tensors),
-        parameters=parameters,
+        parameters=found.total(layout.num_experts) if found else None,
+        parameters_apart=found.apart if found else 0,
         nbytes=source.nbytes,
         shards=len(source.shards),
         roles={role: (counts[role], nbytes) for role, nbytes in sizes.most_common()},
@@ -106,6 +113,16 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         unread=source.unread,
         outlook=dict(_outlook(source, layout)),
     )
+
+
+def _parameters(source: Checkpoint, layout: Layout) -> Parameters | None:
+    try:
+        stored = stored_of(source)
+    except CheckpointError:  # not as its config says; `verify` tells what is wrong
+        stored = None
+    if stored is None and any(place.companion in _WORDS for place in layout.places.values()):
+        return None
+    return count_parameters(source, stored)
 
 
 def _quantization(source: Checkpoint) -> str:
@@ -154,10 +171,3 @@ def _half(layout: Layout) -> tuple[int, ...] | None:
     group = layout.num_experts // layout.groups
     keep = tuple(e for e in range(layout.num_experts) if e % group < group // 2)
     return keep if len(keep) >= layout.top_k else None
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out

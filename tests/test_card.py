@@ -120,7 +120,7 @@ def test_the_figures_are_those_of_the_files(quantized: Path, tmp_path: Path) -> 
         assert getattr(facts.experts, side) == experts
         assert getattr(facts.parameters, side) == total
         assert getattr(facts.active, side) == total - routed + routed // experts * 4
-    sizes = [sum(path.stat().st_size for path in root.glob("*.safetensors")) for root in (source, quantized)]
+    sizes = [sum(len(tensor.data) for tensor in read_checkpoint(root).values()) for root in (source, quantized)]
     assert [facts.nbytes.before, facts.nbytes.after] == sizes
     assert facts.pruning is not None
     assert facts.quantization is not None
@@ -240,7 +240,7 @@ def test_the_commands_of_a_converted_output_make_it_again(target: tuple[str, ...
     assert len(results) == 2
     assert all("already complete, made from the same inputs" in result.output for result in results)
     facts = gather(out)
-    assert facts.nbytes.before == sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert facts.nbytes.before == Checkpoint.open(source).nbytes
     assert (facts.quantization is None) is (target == ("bf16",))
     assert facts.pruning is not None
 

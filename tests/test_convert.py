@@ -293,7 +293,7 @@ def test_a_fused_tensor_is_written_slab_by_slab(quantized: Path, tmp_path: Path)
     slabs = [item for step in steps for item in step.items if ".experts." in item.module]
     assert [item.out_bytes for item in slabs] == [2 * 32 * 64] * (4 * 8 * 3)
     assert all(step.target is None for step in steps)
-    assert plan_of(quantized, "bf16").notes[1].startswith("not invertible")
+    assert plan_of(quantized, "bf16").notes[1].startswith("this cannot be undone")
 
 
 # -- bytes depend on inputs alone -------------------------------------------------------------------------------
@@ -680,7 +680,8 @@ def test_the_command_converts_and_says_so(tmp_path: Path) -> None:
     command = ["convert", str(source), str(out), "--to", "gptq", "--max-shard-size", "150KB"]
     shown = CliRunner().invoke(main, [*command, "--dry-run"])
     assert shown.exit_code == 0, shown.output
-    assert "no integer and no scale changes value" in shown.stdout
+    assert "weight matrices of 4 bits are stored as gptq, not auto-round: every integer and every scale" in shown.stdout
+    assert "named otherwise: experts.0.gate_proj and experts.0.up_proj for experts.gate_up_proj.0" in shown.stdout
     assert "4 bits in groups of 32, gptq" in shown.stdout
     assert not out.exists()
     result = CliRunner().invoke(main, [*command, "--json", "--quiet"])
@@ -697,7 +698,7 @@ def test_the_command_converts_and_says_so(tmp_path: Path) -> None:
     assert "made from other inputs" in other.stderr
     forced = CliRunner().invoke(main, ["convert", str(source), str(out), "--to", "bf16", "--force"])
     assert forced.exit_code == 0, forced.output
-    assert "not invertible" in forced.stderr
+    assert "cannot be undone" in forced.stderr
 
 
 def test_the_command_refuses_in_one_line(quantized: Path, tmp_path: Path) -> None:

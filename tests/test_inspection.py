@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from build import tiny, write_checkpoint
@@ -11,12 +13,15 @@ from click.testing import CliRunner
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES
 
+from shardxform.card import gather
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli import main
 from shardxform.inspection import inspect_checkpoint
 from shardxform.manifest import Manifest
 from shardxform.prune import plan_prune
+from shardxform.quantize.grid import Grid
 from shardxform.quantize.planner import plan_quantize
+from shardxform.runner import run
 from shardxform.scheme import Scheme
 
 
@@ -46,11 +51,45 @@ def test_the_outlook_is_what_the_planners_would_write(kind: str, tmp_path: Path)
     }
 
 
+@pytest.mark.parametrize("format_", ["auto-round", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3", "qwen3_moe"])
+def test_parameters_are_those_of_the_model_that_packed_words_stand_for(kind: str, format_: Any, tmp_path: Path) -> None:
+    config, tensors = tiny(kind, **KIND_SIZES[kind])
+    source = Checkpoint.open(write_checkpoint(tmp_path / "s", tensors, config))
+    before = inspect_checkpoint(source)
+    known = [math.prod(t.shape) for name, t in tensors.items() if "scale_inv" not in name]
+    assert before.parameters is not None
+    assert before.parameters + before.parameters_apart == sum(known)
+    manifest, scheme = manifest_of(tmp_path / "s"), Scheme(grid=Grid(group_size=32), format=format_)
+    run(plan_prune(source, manifest), tmp_path / "pruned")
+    run(plan_quantize(source, scheme, manifest), tmp_path / "packed")
+    pruned, packed = (inspect_checkpoint(Checkpoint.open(tmp_path / name)) for name in ("pruned", "packed"))
+    assert pruned.parameters == packed.parameters == gather(tmp_path / "packed").parameters.after
+    assert pruned.parameters is not None
+    assert pruned.parameters < before.parameters
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "packed"), "--json"])
+    assert json.loads(shown.stdout)["parameters"] == packed.parameters
+
+
+def test_parameters_of_a_form_that_is_not_understood_are_not_made_up(tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe", **KIND_SIZES["qwen3_moe"])
+    source = Checkpoint.open(write_checkpoint(tmp_path / "s", tensors, config))
+    run(plan_quantize(source, Scheme(grid=Grid(group_size=32))), tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    changed = json.loads(path.read_text())
+    changed["quantization_config"]["quant_method"] = "awq"
+    path.write_text(json.dumps(changed))
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "packed")])
+    assert "parameters not known: quantized in a form that is not understood" in shown.stdout.splitlines()[0]
+    assert inspect_checkpoint(Checkpoint.open(tmp_path / "packed")).parameters is None
+
+
 def test_inspect_prints_and_lists(small_moe: Path) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(small_moe)])
     assert shown.exit_code == 0
     assert "qwen3_5_moe (Qwen3_5MoeForCausalLM)" in shown.stdout
     assert "16 per layer, top-4, fused" in shown.stdout
+    assert shown.stdout.startswith(f"{small_moe}: 8.82 MB, 4.41 M parameters\n")
     listed = CliRunner().invoke(main, ["inspect", str(small_moe), "--tensors", "*A_log", "--json"])
     names = [tensor["name"] for tensor in json.loads(listed.stdout)["tensors"]]
     assert names == [f"model.layers.{layer}.linear_attn.A_log" for layer in range(3)]

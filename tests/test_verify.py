@@ -14,17 +14,18 @@ import pytest
 import strategies
 from build import KINDS, Raw, bf16, random_tensor, read_checkpoint, tiny, write_checkpoint, write_json
 from click.testing import CliRunner
+from faults import Failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli import main
-from shardxform.errors import CheckpointError, ManifestError
+from shardxform.errors import CheckpointError, ExecutionError, ManifestError
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest, keep_all
 from shardxform.progress import Progress
 from shardxform.prune import ViewOptions, plan_prune
-from shardxform.runner import run
+from shardxform.runner import RunOptions, run
 from shardxform.verification import Problem, VerifyReport, data, values, verify
 
 INDEX = "model.safetensors.index.json"
@@ -518,11 +519,13 @@ def test_the_command_says_sound_and_exits_with_zero(pair: tuple[Path, Path]) -> 
     result = invoke(out, "--source", source)
     assert result.exit_code == 0
     assert result.stdout.startswith("sound: ")
-    assert result.stdout.endswith(f", every byte equal to {source}\n")
+    count = verify(out).tensors
+    assert result.stdout.endswith(f" scanned; values of all {count} tensors equal to {source}, byte for byte\n")
     assert result.stderr.startswith("verify: ")
     assert invoke(out, "--quiet").stderr == ""
-    assert invoke(out, "--quick").stdout == f"sound: {verify(out).tensors} tensors, 20 experts, headers only\n"
-    assert invoke(out, "--quick", "--source", source).stdout.endswith(f"headers follow from {source}\n")
+    looked = f"sound: {count} tensors, 20 experts, headers only"
+    assert invoke(out, "--quick").stdout == f"{looked}; values not compared, no --source given\n"
+    assert invoke(out, "--quick", "--source", source).stdout == f"{looked}; no value compared with {source}\n"
 
 
 def test_the_command_lists_what_is_wrong_and_exits_with_one(tmp_path: Path) -> None:
@@ -542,6 +545,29 @@ def test_the_command_lists_what_is_wrong_and_exits_with_one(tmp_path: Path) -> N
     assert "\x1b" not in result.stdout
     whole = json.loads(invoke(root, "--json", "--quiet").stdout)
     assert (whole["sound"], len(whole["problems"])) == (False, 31)
+
+
+@pytest.mark.parametrize("more", [(), ("--source",), ("--quick",)])
+def test_of_an_unfinished_output_it_says_that_alone(more: tuple[str, ...], tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "qwen3_6_moe")
+    out = tmp_path / "out"
+    plan = plan_prune(Checkpoint.open(source), halved(source), ViewOptions(max_shard_bytes=30_000))
+    for effect in (4, 12, 40):
+        with pytest.raises(ExecutionError):
+            run(plan, out, RunOptions(jobs=1), fs=Failing(effect))
+        result = invoke(out, *more, *([source] if more == ("--source",) else ()), "-q")
+        assert result.exit_code == 1
+        assert result.stdout == (
+            f"{out}: unfinished: the run that writes it was stopped, or is not done yet;"
+            " run the same command again, and it goes on\n"
+        )
+        report = verify(out)
+        assert (report.unfinished, codes(report), report.warnings) == (True, ["unfinished"], ())
+    run(plan, out)
+    assert sound(verify(out, source=source))
+    (out / ".shardxform").mkdir()  # as a crash after the last file may leave it
+    (problem,) = verify(out, source=source).problems
+    assert (problem.code, problem.where) == ("unfinished", ".shardxform")
 
 
 def test_the_command_counts_tensors_that_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class Facts:
         layers, moe_layers, top_k: of the decoder.
         max_positions: longest context that the config allows; 0 where it does not say.
         experts: routed experts per layer.
-        nbytes: of all shards.
+        nbytes: of all tensors, without the headers of the shards.
         parameters, active: of the decoder with embeddings and output head, without MTP layers and vision tower; in
             all, and those that one token uses.
         dropped: parts of the source that were left out.

@@ -14,7 +14,6 @@ from typing import Any, Final
 from shardxform.card.evaluations import read_evaluation
 from shardxform.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
 from shardxform.card.frontmatter import is_hub_name, origin_of
-from shardxform.card.parameters import count_parameters, stored_of
 from shardxform.card.record import block_errors, data_of, flag, healed_blocks, section, text, whole
 from shardxform.card.reproduction import commands
 from shardxform.card.writing import is_card, picture_name, read_readme
@@ -23,6 +22,7 @@ from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.outdir import PROVENANCE, WORK, is_ours, read_record
+from shardxform.parameters import count_parameters, stored_of
 from shardxform.quantize.stored import Stored
 
 __all__ = ["CardOptions", "gather"]
@@ -89,7 +89,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         top_k=top_k,
         max_positions=whole(layout.text, "max_position_embeddings") or 0,
         experts=Change(before, layout.num_experts),
-        nbytes=Change(_source_bytes(inputs), sum(shard.nbytes for shard in checkpoint.shards)),
+        nbytes=Change(_source_bytes(record), checkpoint.nbytes),
         parameters=Change(before and counts.total(before), counts.total(layout.num_experts)),
         active=Change(before and counts.active(before, top_k), counts.active(layout.num_experts, top_k)),
         dropped=tuple(told for key, told in _PARTS.items() if whole(section(summary, "dropped"), key)),
@@ -123,11 +123,10 @@ def _origin_of_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return section(inputs, "origin") or inputs
 
 
-def _source_bytes(inputs: Mapping[str, Any]) -> int | None:
-    """Bytes of all shards of the checkpoint that was pruned or quantized first."""
-    shards = section(_origin_of_inputs(inputs), "source", "shards")
-    sizes = [item[0] for item in shards.values() if isinstance(item, list) and item and type(item[0]) is int]
-    return sum(sizes) if sizes and len(sizes) == len(shards) else None
+def _source_bytes(record: Mapping[str, Any]) -> int | None:
+    """Bytes of all tensors of the checkpoint that was pruned or quantized first, as every command counts them."""
+    origin = section(record, "inputs", "origin")
+    return whole(section(origin or record, "summary"), "bytes_before")
 
 
 def _manifest(path: Path | None, inputs: Mapping[str, Any], out: Path) -> Manifest | None:

@@ -70,7 +70,7 @@ def _opening(facts: Facts) -> str:
     how = f" with {' and '.join(done)}" if done else ""
     without = f", without {' and '.join(facts.dropped)}" if facts.dropped else ""
     before, after = sizes(facts.nbytes)
-    size = f"{before} of shards became {after}" if before else f"Its shards have {after}"
+    size = f"{before} of tensors became {after}" if before else f"Its tensors have {after}"
     return f"{what}{how}{without}. {size}. Made with shardxform."
 
 
@@ -91,7 +91,7 @@ def _figures(facts: Facts) -> Iterator[str]:
     yield table(
         ("", "before", "after"),
         [
-            ("size of the shards", *sizes(facts.nbytes)),
+            ("size of the tensors", *sizes(facts.nbytes)),
             ("routed experts per MoE layer", *_counts(facts.experts)),
             ("parameters", *_parameters(facts.parameters)),
             ("parameters used per token", *_parameters(facts.active)),

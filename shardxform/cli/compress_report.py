@@ -126,6 +126,8 @@ def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     yield from _block_lines(outcome.report.facts.get("blocks", []))
     checked = facts["verify"]
     depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "headers only"
+    if checked["full"] and "values_compared" in checked:
+        depth += f", values of {checked['values_compared']:,} compared"
     warned = f", {count(checked['warnings'], 'warning')}" if checked["warnings"] else ""
     yield "verified", f"sound: {count(checked['tensors'], 'tensor')}, {depth}{warned}"
     if "evaluate" in facts:

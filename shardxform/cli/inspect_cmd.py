@@ -71,7 +71,7 @@ def _list_tensors(checkpoint: Checkpoint, pattern: str, as_json: bool) -> None:
 
 
 def _show(i: Inspection) -> None:
-    click.echo(f"{i.path}: {gb(i.nbytes)}, {short(i.parameters)} parameters")
+    click.echo(f"{i.path}: {gb(i.nbytes)}, {_parameters(i)}")
     rows(_facts(i))
     click.echo()
     table(("role", "tensors", "size", "share"), _roles(i))
@@ -82,6 +82,18 @@ def _show(i: Inspection) -> None:
         )
     if i.unknown:
         click.echo(f"\n  {len(i.unknown)} tensors unknown to the family, such as {i.unknown[0]}")
+
+
+def _parameters(i: Inspection) -> str:
+    if i.parameters is None:
+        return "parameters not known: quantized in a form that is not understood"
+    apart = f", and {short(i.parameters_apart)} in {_apart(i)}" if i.parameters_apart else ""
+    return f"{short(i.parameters)} parameters{apart}"
+
+
+def _apart(i: Inspection) -> str:
+    parts = ("the vision tower" if i.vision else "", "MTP layers" if i.mtp_layers else "")
+    return " and ".join(filter(None, parts)) or "other parts"
 
 
 def _facts(i: Inspection) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from shardxform.cli.console import gb, print_json, progress
+from shardxform.cli.console import count, gb, print_json, progress
 from shardxform.cli.options import json_option, manifest_option, out_argument
 from shardxform.cli.sources import SOURCE, Source, connections_option, open_given
 from shardxform.verification import Problem, Rounding, VerifyReport, verify
@@ -18,6 +18,7 @@ __all__ = ["command"]
 
 _MOST_LINES: Final = 8  # of one kind; --json prints all
 _MOST_WIDTH: Final = 60
+_LEFT: Final = {"healed": "healed", "tuned": "rounded with tuning", "unknown": "not comparable"}
 
 
 @click.command("verify")
@@ -68,8 +69,10 @@ def command(
     Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
     wrong. With --source, every tensor must hold the very bytes that SRC and the manifest give; quantized weights must
     be what rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within half a
-    step, or one and a half, of SRC's. Of tensors that shardxform.json says were healed, all but the values must be
-    SRC's. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
+    step, or one and a half, of SRC's. What `convert --to bf16` wrote must be the values of SRC's quantized weights,
+    bit for bit. Of tensors that shardxform.json says were healed, all but the values must be SRC's. The last line
+    says how many values were compared, and why the others were not. Exits with 1 when OUT is not sound. Works on
+    checkpoints of any tool.
     """
     if source is None and (manifest or text_only or mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
@@ -95,49 +98,77 @@ def command(
 
 
 def _show(report: VerifyReport, quick: bool, worst: int) -> None:
-    click.echo(", ".join(_summary(report, quick)))
+    """What was found, and as the last line what is to be thought of the whole."""
+    if report.unfinished:
+        click.echo(f"{report.out}: unfinished: {report.problems[0].message}")
+        return
+    if not report.sound:
+        click.echo(f"{report.out}: {', '.join(_counts(report))}")
     _list(report.problems, "")
     _list(report.warnings, "warning: ")
     if report.rounding and report.rounding.by_weight and worst:
         _show_errors(report.rounding, worst)
+    click.echo(f"{', '.join(_summary(report, quick))}; {_values(report, quick)}")
+
+
+def _counts(report: VerifyReport) -> Iterator[str]:
+    """What is wrong, in numbers."""
+    rounding, source = report.rounding, report.source
+    yield count(len(report.problems), "problem")
+    if report.tensors_differing:
+        yield f"{report.tensors_differing:,} of {report.tensors_compared:,} tensors differ from {source}"
+    if rounding and rounding.differing:
+        yield f"{rounding.differing:,} of {rounding.modules:,} quantized weights are no rounding of {source}"
+    if report.warnings:
+        yield count(len(report.warnings), "warning")
 
 
 def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
-    rounding, source = report.rounding, report.source
+    """Whether it is sound, and how much of it was looked at."""
     if report.sound:
-        yield f"sound: {report.tensors:,} tensors"
-        yield f"{report.experts:,} experts"
-        yield "headers only" if quick else f"{gb(report.bytes_scanned)} scanned"
-        if report.tensors_healed:
-            yield f"{report.tensors_healed:,} healed, of which values are not {source}'s"
-        if rounding:
-            yield _rounded(rounding, source)
-            yield f"{gb(report.bytes_compared)} equal byte for byte"
-        elif any(warning.code in ("rounded", "dequantized") for warning in report.warnings):
-            other = "other " if report.tensors_healed else ""
-            yield f"every {other}16-bit byte equal to {source}" if report.bytes_compared else "nothing compared"
-        elif report.bytes_compared:
-            yield f"every {'other ' if report.tensors_healed else ''}byte equal to {source}"
-        elif source:
-            yield f"headers follow from {source}"
+        yield f"sound: {count(report.tensors, 'tensor')}"
     else:
-        count = len(report.problems)
-        yield f"{report.out}: {count} problem{'s' * (count > 1)}"
-        if report.tensors_differing:
-            yield f"{report.tensors_differing:,} of {report.tensors_compared:,} tensors differ from {source}"
-        if rounding and rounding.differing:
-            yield f"{rounding.differing:,} of {rounding.modules:,} quantized weights are no rounding of {source}"
-    if count := len(report.warnings):
-        yield f"{count} warning{'s' * (count > 1)}"
+        yield f"not sound: {count(len(report.problems), 'problem')} in {count(report.tensors, 'tensor')}"
+    yield count(report.experts, "expert")
+    yield "headers only" if quick else f"{gb(report.bytes_scanned)} scanned"
+    if report.warnings:
+        yield count(len(report.warnings), "warning")
 
 
-def _rounded(rounding: Rounding, source: str | None) -> str:
+def _values(report: VerifyReport, quick: bool) -> str:
+    """How many values were held against the source, how, and what is known of the others."""
+    if report.source is None:
+        return "values not compared, no --source given"
+    if quick:
+        healed = f", {report.tensors_healed:,} of them healed" if report.tensors_healed else ""
+        return f"no value compared with {report.source}{healed}"
+    whole = report.values_compared == report.tensors
+    if whole and report.sound and report.tensors_compared - report.tensors_derived == report.tensors:
+        return f"values of all {report.tensors:,} tensors equal to {report.source}, byte for byte"
+    many = f"all {report.tensors:,}" if whole else f"{report.values_compared:,} of {report.tensors:,}"
+    how = ", ".join(_ways(report))
+    text = f"values of {many} tensors compared with {report.source}{f' ({how})' if how else ''}"
+    left = ", ".join(f"{number:,} {_LEFT[why]}" for why, number in report.values_left.items())
+    return f"{text}; {left}: only shape, type and finiteness" if left else text
+
+
+def _ways(report: VerifyReport) -> Iterator[str]:
+    """How values were compared, where they were all as they must be."""
+    if report.rounding and not report.rounding.differing:
+        yield _rounded(report.rounding)
+    if not report.tensors_differing and (equal := report.tensors_compared - report.tensors_derived):
+        yield f"{equal:,} equal byte for byte"
+    if not report.tensors_differing and report.tensors_derived:
+        yield f"{report.tensors_derived:,} bit-equal to the values of quantized weights"
+
+
+def _rounded(rounding: Rounding) -> str:
     if rounding.repacked:
-        return f"{rounding.modules:,} quantized weights with the integers and scales of {source}"
+        return f"{rounding.modules:,} quantized weights with the same integers and scales"
     if rounding.exact:
-        return f"{rounding.modules:,} quantized weights bit-equal to rounding {source} again"
-    text = f"{rounding.modules:,} quantized weights within bounds of {source}"
-    return f"{text} ({rounding.moved:,} codes not the nearest)" if rounding.moved else text
+        return f"{rounding.modules:,} quantized weights bit-equal to rounding again"
+    text = f"{rounding.modules:,} quantized weights within bounds"
+    return f"{text}, {rounding.moved:,} codes not the nearest" if rounding.moved else text
 
 
 def _show_errors(rounding: Rounding, worst: int) -> None:

@@ -160,8 +160,13 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
             f"{out}: not sound: {first.where}: {first.message}{others}; see"
             f" `shardxform verify {out} --source {source.where}{'' if full else ' --quick'}`"
         )
-    facts = {"full": full, "tensors": report.tensors, "experts": report.experts, "warnings": len(report.warnings)}
-    facts |= {"bytes_scanned": report.bytes_scanned, "bytes_compared": report.bytes_compared}
+    facts: dict[str, Any] = {"full": full, "tensors": report.tensors, "experts": report.experts}
+    facts |= {
+        "warnings": len(report.warnings),
+        "bytes_scanned": report.bytes_scanned,
+        "bytes_compared": report.bytes_compared,
+    }
+    facts |= {"values_compared": report.values_compared, "values_left": dict(report.values_left)}
     job.folder.put(VERIFY, {}, facts)
 
 

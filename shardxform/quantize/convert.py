@@ -27,7 +27,7 @@ from shardxform.selection import Selection, reasons_summary
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.view import View, pruned_view
 
-__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert"]
+__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert", "released"]
 
 TILE_WEIGHTS: Final = 1 << 18
 """Most weights that are dequantized at a time."""
@@ -209,17 +209,17 @@ def _weights(view: View, stored: Stored, selection: Selection, scheme: Scheme | 
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
     if scheme is not None:
         return [module.weight.renamed(module.name) for module in selection.quantized]
-    return _released(stored.weights, view.layout)
+    return released(stored.weights, view.layout)
 
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
     if scheme is None or scheme.format == "compressed-tensors":
-        return {ref.name: ref for ref in _released(stored.plain, view.layout)}
+        return {ref.name: ref for ref in released(stored.plain, view.layout)}
     return kept_tensors(stored.plain, selection, scheme)
 
 
-def _released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
+def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
     """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
     out: list[TensorRef] = []
     fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
@@ -300,8 +300,8 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the bytes depend on, by name. `scheme.grid.scale_grid` is what a later conversion looks for.
 
-    `origin` is what the source's own record says of its making: with it, `verify` can prove the output against the
-    checkpoint that was quantized as well as against the one that was converted.
+    `origin` is what the source's own record says of its making, and which blocks were healed: with it, `verify` can
+    prove the output against the checkpoint that was quantized as well as against the one that was converted.
     """
     origin = _origin(source)
     return {
@@ -316,12 +316,30 @@ def _inputs(
 
 def _origin(source: Checkpoint) -> dict[str, Any]:
     """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
-    inputs = (read_record(source.file(PROVENANCE)) or {}).get("inputs")
+    record = read_record(source.file(PROVENANCE)) or {}
+    inputs = record.get("inputs")
     found = inputs if isinstance(inputs, dict) else {}
     if isinstance(found.get("origin"), dict):
         found = found["origin"]
-    kept = ("manifest", "options", "recipe", "scheme", "source")
+    elif found:
+        found = {**found, **dict(_told(record))}
+    kept = ("facts", "manifest", "options", "recipe", "scheme", "source", "summary")
     return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
+
+
+def _told(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What of a record must not be lost beside its inputs: blocks that were healed, and how large the source was."""
+    facts, summary = record.get("facts"), record.get("summary")
+    blocks = facts.get("blocks") if isinstance(facts, dict) else None
+    listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    if healed := [
+        {"layer": block["layer"], "healed": {"what": block["healed"].get("what")}}
+        for block in listed
+        if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
+    ]:
+        yield "facts", {"blocks": healed}
+    if isinstance(summary, dict) and type(summary.get("bytes_before")) is int:
+        yield "summary", {"bytes_before": summary["bytes_before"]}
 
 
 def _summary(
@@ -354,17 +372,21 @@ def _summary(
 
 
 def _notes(stored: Stored, target: Target) -> Iterator[str]:
-    before = ", ".join([stored.scheme.format, *sorted(stored.spellings)])
-    count = len(stored.modules)
+    before, bits = stored.scheme.format, stored.scheme.grid.bits
+    weights = f"{len(stored.modules):,} weight matrices of {bits} bits"
     if target.format == "bf16":
-        yield f"{count} modules from {before} to bf16, each value rounded to the nearest; the experts as in the release"
-        yield "not invertible: quantizing the output again need not give the same integers and scales"
+        yield f"{weights} become bfloat16: each integer times its scale, rounded to nearest"
+        yield "this cannot be undone: quantizing OUT again need not give the same integers and scales"
         dtype = stored.layout.text.get("dtype", stored.layout.text.get("torch_dtype", "bfloat16"))
         if dtype != "bfloat16":
             yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"
     else:
-        after = f"{target.format}, {target.expert_names}" if stored.spellings else target.format
-        yield f"{count} modules from {before} to {after}; no integer and no scale changes value"
+        formats = f"stay {before}" if before == target.format else f"are stored as {target.format}, not {before}"
+        yield f"{weights} {formats}: every integer and every scale keeps its value"
+        if stored.spellings - {target.expert_names}:
+            older, newer = "experts.gate_up_proj.0", "experts.0.gate_proj and experts.0.up_proj"
+            old, new = (older, newer) if target.expert_names == "split" else (newer, older)
+            yield f"experts are named otherwise: {new} for {old}"
     if stored.contradictions:
         more = f", and {len(stored.contradictions) - 1} more like it" if len(stored.contradictions) > 1 else ""
         then = "" if target.format == "bf16" else "; the new one says what is stored"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,21 +18,13 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.manifest import Manifest
 from shardxform.progress import Progress, peak_rss_bytes
-from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
+from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint, stopped
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of
 from shardxform.verification.report import Rounding, VerifyReport, WeightError
-from shardxform.verification.source import (
-    Options,
-    Wanted,
-    apart_from_healed,
-    compare_tables,
-    packed_source,
-    rebuild,
-    record_for,
-    wanted_of,
-)
+from shardxform.verification.source import Options, compare_tables, rebuild
 from shardxform.verification.structure import Structure, check_structure
+from shardxform.verification.wanted import Wanted, known_of, wanted_of
 from shardxform.view import MtpMode
 
 __all__ = ["Problem", "Rounding", "VerifyReport", "WeightError", "verify"]
@@ -77,65 +70,94 @@ def verify(
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such directory")
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
-    checkpoint, lost = read_checkpoint(root, findings)
-    check_files(root, checkpoint, findings)
-    record = check_record(root, findings)
-    inputs = record.get("inputs", {})
-    if origin:
-        inputs = record_for(origin, inputs)
-    structure = check_structure(checkpoint, lost, findings) if checkpoint else None
-    if checkpoint:
-        check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
-    wanted: Wanted | None = None
-    if origin:
-        stored = structure.stored if structure else None
-        packed = packed_source(origin, checkpoint, stored) if structure else None
-        options = Options(manifest=manifest, text_only=text_only, mtp=mtp)
-        view = rebuild(origin, checkpoint, options, inputs, findings, packed)
-        if view and checkpoint:
-            wanted = wanted_of(view, checkpoint, stored, packed, findings)
-            wanted = apart_from_healed(wanted, inputs, record.get("facts"))
-            if stored and wanted.pairs:
-                wanted = replace(wanted, rule=rule_of(stored, inputs, tolerance, findings, packed))
-            compare_tables(wanted, checkpoint, lost, findings)
-    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
-    if checkpoint and not quick:
-        figures = _check_data(checkpoint, structure, wanted, findings, jobs, on_progress)
+    if why := stopped(root):
+        findings.problem("unfinished", ".", why)
+        seen = _Seen(unfinished=True)
+    else:
+        given = Options(manifest=manifest, text_only=text_only, mtp=mtp, tolerance=tolerance)
+        seen = _look(root, origin, given, findings)
+    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None, "values_compared": 0}
+    compared: frozenset[str] = frozenset()
+    if seen.checkpoint and not quick:
+        figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress)
     return VerifyReport(
         out=root,
         source=origin.where if origin else None,
         problems=tuple(findings.problems),
         warnings=tuple(findings.warnings),
-        tensors=len(checkpoint.tensors) if checkpoint else 0,
-        experts=structure.experts if structure else 0,
-        tensors_healed=len(wanted.healed) if wanted else 0,
+        tensors=len(seen.checkpoint.tensors) if seen.checkpoint else 0,
+        experts=seen.structure.experts if seen.structure else 0,
+        unfinished=seen.unfinished,
         **figures,
+        values_left=seen.left(compared),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
 
 
-_FIGURES: Final = ("bytes_scanned", "bytes_compared", "tensors_compared", "tensors_differing")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What headers and small files show: OUT as far as it could be read, and what it must hold by the source."""
+
+    checkpoint: Checkpoint | None = None
+    structure: Structure | None = None
+    wanted: Wanted | None = None
+    unfinished: bool = False
+
+    def left(self, compared: frozenset[str]) -> dict[str, int]:
+        """How many tensors were not compared, by the reason."""
+        if not self.wanted or not self.checkpoint:
+            return {}
+        names = (name for name in self.checkpoint.tensors if name not in compared)
+        return dict(Counter(self.wanted.left.get(name, "unknown") for name in names).most_common())
+
+
+def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findings) -> _Seen:
+    """Everything that needs no tensor data."""
+    checkpoint, lost = read_checkpoint(root, findings)
+    check_files(root, checkpoint, findings)
+    record = check_record(root, findings)
+    if checkpoint is None:
+        if origin:
+            rebuild(origin, None, given, known_of(origin, None, None, record), findings)
+        return _Seen()
+    structure = check_structure(checkpoint, lost, findings)
+    check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
+    if origin is None:
+        return _Seen(checkpoint=checkpoint, structure=structure)
+    known = known_of(origin, checkpoint if structure else None, structure.stored if structure else None, record)
+    wanted: Wanted | None = None
+    if view := rebuild(origin, checkpoint, given, known, findings):
+        wanted = wanted_of(view, checkpoint, known, findings)
+        if known.stored and wanted.pairs:
+            rule = rule_of(known.stored, known.record, given.tolerance, findings, known.packed)
+            wanted = replace(wanted, rule=rule)
+        compare_tables(wanted, checkpoint, lost, findings)
+    return _Seen(checkpoint=checkpoint, structure=structure, wanted=wanted)
+
+
+_FIGURES: Final = ("bytes_scanned", "bytes_compared", "tensors_compared", "tensors_differing", "tensors_derived")
 
 
 def _check_data(
     checkpoint: Checkpoint,
-    structure: Structure | None,
-    wanted: Wanted | None,
+    seen: _Seen,
     findings: Findings,
     jobs: int,
     on_progress: Callable[[Progress], None] | None,
-) -> dict[str, Any]:
-    """Everything that needs tensor data, and with it numpy; the figures of the report."""
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Everything that needs tensor data, and with it numpy; figures of the report, and the tensors compared."""
     from shardxform.verification.data import Comparison, check_data
     from shardxform.verification.rounding import report_tallies
 
+    structure, wanted = seen.structure, seen.wanted
     layout, stored = (structure.layout, structure.stored) if structure else (None, None)
     rule = wanted.rule if wanted else None
     comparison = None
     if wanted:
         source = wanted.view.checkpoint
-        comparison = Comparison(source.root, wanted.same_bytes, wanted.pairs, rule, source.remote)
+        comparison = Comparison(source.root, wanted.same_bytes, wanted.derived, wanted.pairs, rule, source.remote)
     figures = check_data(checkpoint, layout, comparison, findings, stored=stored, jobs=jobs, on_progress=on_progress)
     rounding = report_tallies(figures.tallies, rule, findings) if rule else None
-    return {**{key: getattr(figures, key) for key in _FIGURES}, "rounding": rounding}
+    told = {key: getattr(figures, key) for key in _FIGURES}
+    return {**told, "rounding": rounding, "values_compared": len(figures.compared)}, figures.compared

@@ -6,10 +6,11 @@ weight its packed parts. Only here and in the modules below it is numpy imported
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,6 +25,7 @@ from shardxform.progress import Progress
 from shardxform.quantize.stored import Stored
 from shardxform.remote.reading import open_source
 from shardxform.tensors import TensorRef
+from shardxform.verification.derived import Deriver
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import Job, Piece, Result, Seen, Task, Weight, merge, report, report_faults
 from shardxform.verification.parts import Pair, Rule
@@ -37,6 +39,7 @@ from shardxform.verification.values import (
     part_faults,
     scan,
 )
+from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:
     from shardxform.remote.repository import Remote
@@ -51,10 +54,11 @@ _TASK_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What must be found: the bytes of `tensors`, and in `pairs` roundings of weights; of files here or `remote`."""
+    """What must be found: bytes of `tensors`, what is `derived`, roundings in `pairs`; of files here or `remote`."""
 
     root: Path
     tensors: Mapping[str, TensorRef]
+    derived: Mapping[str, Derived] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
     rule: Rule | None = None
     remote: Remote | None = None
@@ -62,13 +66,21 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """How much was looked at; `tallies` has one entry for every weight that was held against the source's."""
+    """How much was looked at.
+
+    Attributes:
+        tallies: one for every weight that was held against the source's.
+        compared: tensors of the output whose values were held against the source, in whatever way.
+
+    """
 
     bytes_scanned: int = 0
     bytes_compared: int = 0
     tensors_compared: int = 0
     tensors_differing: int = 0
+    tensors_derived: int = 0
     tallies: tuple[Tally, ...] = ()
+    compared: frozenset[str] = frozenset()
 
 
 def check_data(
@@ -109,14 +121,18 @@ def check_data(
     for job in table:
         report(job, findings)
     report_faults(table, layout, findings)
-    compared = [job for job in table if job.other]
+    compared = [job for job in table if job.other or job.derived]
     order = {weight.pair.name: at for at, weight in enumerate(weights)}
     return Figures(
         bytes_scanned=sum(job.ref.nbytes for job in table if job.scan or job.part),
         bytes_compared=sum(job.ref.nbytes for job in compared),
         tensors_compared=len(compared),
         tensors_differing=sum(job.differing > 0 for job in compared),
+        tensors_derived=sum(job.derived is not None for job in compared),
         tallies=tuple(sorted(tallies, key=lambda tally: order[tally.pair.name])),
+        compared=frozenset(job.ref.name for job in compared)
+        | {ref.name for tally in tallies for _, ref in tally.pair.module.parts}
+        | {ref.name for ref in out.tensors.values() if comparison and _is_empty(ref, comparison)},
     )
 
 
@@ -133,14 +149,30 @@ def _jobs(
         other = comparison.tensors.get(name) if comparison else None
         if other is not None and (other.spec.dtype, other.spec.shape) != (ref.spec.dtype, ref.spec.shape):
             other = None
+        derived = comparison.derived.get(name) if comparison and _is_derivable(ref, comparison) else None
         kind = FLOATS.get(ref.spec.dtype)
         part = None if name in examined else rules.get(name)
-        if not ref.nbytes or not (kind or other or part):
+        if not ref.nbytes or not (kind or other or derived or part):
             continue
         place = layout.places.get(name) if layout else None
         fused = kind and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
         slab = ref.nbytes // ref.spec.shape[0] if fused else ref.nbytes
-        yield Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part)
+        yield Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part, derived)
+
+
+def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
+    """Whether a tensor has the dtype and shape of the values that it must hold."""
+    derived = comparison.derived.get(ref.name)
+    if derived is None or ref.spec.dtype != "BF16" or not ref.spec.shape:
+        return False
+    rows, columns = derived.weight.spec.shape
+    return ref.spec.shape[-1] == columns and math.prod(ref.spec.shape[:-1]) == rows
+
+
+def _is_empty(ref: TensorRef, comparison: Comparison) -> bool:
+    """Whether there is nothing to compare in a tensor that is as it must be."""
+    wanted = comparison.tensors.get(ref.name)
+    return not ref.nbytes and wanted is not None and wanted.spec == ref.spec
 
 
 def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
@@ -252,21 +284,33 @@ class _Reader:
             seen.faults = tuple(part_faults(data, job.part, piece.start))
             if job.part.role == "words":
                 seen.nonzero = np.array([data.any()])
+        wanted: Bytes | None = None
         if job.other and self._source:
-            shards.read(self._source, window(job.other.ranges, piece.start, piece.stop), theirs[:count].data)
-            seen.differing, first = difference(data, theirs[:count])
+            wanted = theirs[:count]
+            shards.read(self._source, window(job.other.ranges, piece.start, piece.stop), wanted.data)
+        elif job.derived and self._source:
+            wanted = self._deriver().data(job.derived, piece.start, piece.stop, _reader(shards, self._source))
+        if wanted is not None:
+            seen.differing, first = difference(data, wanted)
             seen.first_differing = piece.start + first if seen.differing else -1
         return seen
 
     def _weight(self, item: Weight, shards: Shards) -> Tally:
-        def reader(root: Path) -> Read:
-            return lambda ref, into: shards.read(root, ref.ranges, into.reshape(-1).view(np.uint8).data)
-
         assert self._source is not None
-        return examine(item.pair, item.rule, reader(self._out), reader(self._source))
+        return examine(item.pair, item.rule, _reader(shards, self._out), _reader(shards, self._source))
+
+    def _deriver(self) -> Deriver:
+        if not hasattr(self._local, "deriver"):
+            self._local.deriver = Deriver()
+        deriver: Deriver = self._local.deriver
+        return deriver
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = (np.empty(CHUNK_BYTES, np.uint8), np.empty(CHUNK_BYTES, np.uint8))
         buffers: tuple[Bytes, Bytes] = self._local.buffers
         return buffers
+
+
+def _reader(shards: Shards, root: Path) -> Read:
+    return lambda ref, into: shards.read(root, ref.ranges, into.reshape(-1).view(np.uint8).data)

@@ -15,7 +15,15 @@ from shardxform.outdir import PROVENANCE, WORK
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.verification.findings import Findings
 
-__all__ = ["check_files", "check_record", "check_sidecars", "file_bytes", "is_document", "read_checkpoint"]
+__all__ = [
+    "check_files",
+    "check_record",
+    "check_sidecars",
+    "file_bytes",
+    "is_document",
+    "read_checkpoint",
+    "stopped",
+]
 
 _TOKENIZERS: Final = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
 _DOCUMENTS: Final = ("readme*", "license*", "licence*", "notice*", "use_policy*", "usage_policy*")
@@ -42,6 +50,13 @@ def read_checkpoint(root: Path, findings: Findings) -> tuple[Checkpoint | None, 
     if not errors:
         _check_total_size(index, checkpoint, findings)
     return checkpoint, lost
+
+
+def stopped(root: Path) -> str:
+    """Say of an output that is still to be written that it is, since no other defect means anything; else empty."""
+    if (root / CONFIG).exists() or not (root / WORK).is_dir():
+        return ""
+    return "the run that writes it was stopped, or is not done yet; run the same command again, and it goes on"
 
 
 def check_files(root: Path, checkpoint: Checkpoint | None, findings: Findings) -> None:

@@ -17,6 +17,7 @@ from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally
 from shardxform.verification.values import Fault, FloatBits, PartRule, merged
+from shardxform.verification.wanted import Derived
 
 __all__ = ["Job", "Piece", "Result", "Seen", "Task", "Weight", "merge", "report", "report_faults"]
 
@@ -26,7 +27,7 @@ class Job:
     """One tensor to read: how to scan it, what to hold it against, and what was found so far.
 
     `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
-    for parts of quantized weights.
+    for parts of quantized weights; `other` holds the very bytes, `derived` what they are worked out from.
     """
 
     ref: TensorRef
@@ -36,6 +37,7 @@ class Job:
     slab: int
     nonzero: NDArray[np.bool_]
     part: PartRule | None = None
+    derived: Derived | None = None
     bad: int = 0
     first_bad: int = -1
     differing: int = 0
@@ -125,7 +127,7 @@ def report(job: Job, findings: Findings) -> None:
         text = f"{job.bad} of {elements} values are NaN or infinite, the first at {job.first_bad}{expert}"
         findings.problem("not-finite", name, text)
     if job.differing:
-        text = f"{job.differing} of {ref.nbytes} bytes differ from the source, the first at {job.first_differing}"
+        text = f"{job.differing} of {ref.nbytes} bytes differ from {_made(job)}, the first at {job.first_differing}"
         findings.problem("source-bytes", name, text + _expert(job, job.first_differing))
     words = job.part is not None and job.part.role == "words"
     if not (job.scan or words) or len(ref.spec.shape) < 2 or job.nonzero.all() or job.faults:
@@ -150,6 +152,12 @@ def report_faults(table: Iterable[Job], layout: Layout | None, findings: Finding
             else:
                 findings.problem(fault.code, job.ref.name, text)
     findings.items(items, layout.num_experts if layout else 0)
+
+
+def _made(job: Job) -> str:
+    if job.derived is None:
+        return "the source"
+    return "the source dequantized" if job.derived.packed else "the source rounded again and dequantized"
 
 
 def _expert(job: Job, byte: int) -> str:

@@ -20,7 +20,7 @@ from shardxform.scheme import FORMATS
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item
 
-__all__ = ["Pair", "Rule", "check_parts", "pair_of", "rule_of"]
+__all__ = ["Pair", "Rule", "check_parts", "grid_of", "pair_of", "rule_of"]
 
 _ABOUT: Final = re.compile(r"tensor '([^']+)'(?: is |: )(.*)", re.DOTALL)
 _MALFORMED: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -173,7 +173,7 @@ def rule_of(
         return Rule(stored, None, 0, plain=True, packed=packed)
     scheme = record.get("scheme")
     scheme = scheme if isinstance(scheme, Mapping) else {}
-    grid = _grid(scheme.get("grid")) if scheme.get("method") == "rtn" else None
+    grid = grid_of(scheme.get("grid")) if scheme.get("method") == "rtn" else None
     if grid and (grid.bits, grid.group_size) != (stored.scheme.grid.bits, stored.scheme.grid.group_size):
         ours = stored.scheme.grid
         text = f"rounded to {grid.bits} bits in groups of {grid.group_size}, but config.json says {ours.bits} in groups"
@@ -186,7 +186,7 @@ def rule_of(
     return Rule(stored, grid, tolerance, plain=not tuned)
 
 
-def _grid(recorded: object) -> Grid | None:
+def grid_of(recorded: object) -> Grid | None:
     """The grid of a record; None when it is none, or one with more to it than is known here."""
     try:
         grid = Grid(**recorded) if isinstance(recorded, Mapping) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,17 @@ class VerifyReport:
         problems: everything that is wrong; empty when the checkpoint is sound.
         warnings: what a person should look at.
         tensors, experts: how many there are, routed experts over all layers.
-        tensors_healed: tensors and quantized weights that shardxform.json says were healed: of their values, only that
-            they are finite was checked.
+        unfinished: whether it is the output of a run that was stopped; nothing else was looked at then.
         bytes_scanned: of float tensors and parts of quantized weights that were looked through.
         bytes_compared, tensors_compared, tensors_differing: against the source, byte for byte.
+        tensors_derived: those among them that hold no bytes of the source, but what its packed weights dequantize to,
+            or its weights rounded again and dequantized.
         rounding: quantized weights against the source; None when there were none to compare.
+        values_compared: tensors of OUT whose values were held against the source in any of these ways, all parts of
+            quantized weights counted.
+        values_left: how many others there are, by the reason: `healed`, as shardxform.json says; `tuned`, rounded with
+            calibration text and dequantized; `unknown` otherwise. Only that they are finite was looked at. Empty
+            without a source.
 
     """
 
@@ -77,12 +84,15 @@ class VerifyReport:
     warnings: tuple[Problem, ...]
     tensors: int
     experts: int
-    tensors_healed: int
+    unfinished: bool
     bytes_scanned: int
     bytes_compared: int
     tensors_compared: int
     tensors_differing: int
+    tensors_derived: int
     rounding: Rounding | None
+    values_compared: int
+    values_left: Mapping[str, int]
     seconds: float
     peak_rss_bytes: int
 
@@ -91,7 +101,12 @@ class VerifyReport:
         """Whether there is no problem; warnings do not count."""
         return not self.problems
 
+    @property
+    def tensors_healed(self) -> int:
+        """Tensors that shardxform.json says were healed."""
+        return self.values_left.get("healed", 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         paths = {"out": str(self.out), "source": self.source}
-        return {"sound": self.sound, **asdict(self), **paths}
+        return {"sound": self.sound, **asdict(self), "tensors_healed": self.tensors_healed, **paths}

@@ -30,12 +30,12 @@ from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.report import Rounding, WeightError
 from shardxform.verification.values import scale_values
 
-__all__ = ["TILE_WEIGHTS", "Read", "Tally", "examine", "report_tallies"]
+__all__ = ["NUMPY", "TILE_WEIGHTS", "Read", "Tally", "examine", "load", "report_tallies", "turned"]
 
 TILE_WEIGHTS: Final = 1 << 17
 """Weights that are held against their codes at a time: few enough for the cache, unless a row has more."""
 
-_NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "I32": np.int32}
+NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "I32": np.int32}
 _NUMBA: Final = find_spec("numba") is not None
 
 Read = Callable[[TensorRef, NDArray[Any]], object]
@@ -113,7 +113,7 @@ class _Tile:
 def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     """Hold a stored weight against the source's, tile by tile; its packed parts and one tile are in memory."""
     rows, columns = pair.weight.spec.shape
-    words, scales = _load(pair.module, read_out)
+    words, scales = load(pair.module, read_out)
     if rule.packed:
         return _same(pair, rule, (words, scales), read_source)
     limits = Limits.of(rule, columns)
@@ -122,11 +122,11 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = pair.weight.rows(start, stop)
-        bits_OI = np.empty(weight.spec.shape, _NUMPY[weight.spec.dtype])
+        bits_OI = np.empty(weight.spec.shape, NUMPY[weight.spec.dtype])
         read_source(weight, bits_OI)
         layout, first = rule.stored.scheme.layout, pair.first_row + start
-        words_OW = _turned(words, layout, first, first + stop - start)
-        scale_OG = _turned(scales, layout, first, first + stop - start)
+        words_OW = turned(words, layout, first, first + stop - start)
+        scale_OG = turned(scales, layout, first, first + stop - start)
         _examine(_Tile(start, bits_OI, cast(SourceDtype, weight.spec.dtype), words_OW, scale_OG), rule, limits, tally)
     return tally
 
@@ -137,15 +137,15 @@ def _same(pair: Pair, rule: Rule, out: tuple[NDArray[np.int32], NDArray[np.float
     rows, columns = pair.weight.spec.shape
     tally = Tally(pair, weights=rows * columns)
     (module, first, _) = next(rows_of(pair.weight, rule.packed.modules))
-    theirs = _load(module, read_source)
-    ours_OW, ours_OG = (_turned(a, rule.stored.scheme.layout, pair.first_row, pair.first_row + rows) for a in out)
-    their_OW, their_OG = (_turned(a, rule.packed.scheme.layout, first, first + rows) for a in theirs)
+    theirs = load(module, read_source)
+    ours_OW, ours_OG = (turned(a, rule.stored.scheme.layout, pair.first_row, pair.first_row + rows) for a in out)
+    their_OW, their_OG = (turned(a, rule.packed.scheme.layout, first, first + rows) for a in theirs)
     tally.words_equal = np.array_equal(ours_OW, their_OW)
     _compare_scales(0, ours_OG, their_OG, tally)
     return tally
 
 
-def _load(module: StoredModule, read: Read) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def load(module: StoredModule, read: Read) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Words and scales of the whole module as they lie."""
     parts = dict(module.parts)
     words = np.empty(parts["words"].spec.shape, np.int32)
@@ -156,7 +156,7 @@ def _load(module: StoredModule, read: Read) -> tuple[NDArray[np.int32], NDArray[
     return words, scale_values(bits, spec.dtype)
 
 
-def _turned(array: NDArray[Any], layout: Layout, start: int, stop: int) -> NDArray[Any]:
+def turned(array: NDArray[Any], layout: Layout, start: int, stop: int) -> NDArray[Any]:
     """Rows `start`..`stop - 1` of the weight, one after the other."""
     if layout == "row":
         return array[start:stop]

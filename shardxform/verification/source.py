@@ -13,78 +13,33 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from shardxform.checkpoint import CONFIG, Checkpoint
-from shardxform.errors import CheckpointError, ManifestError, SchemeError
-from shardxform.heal_plan import healed_names
-from shardxform.layout import COMPANIONS, Layout, layout_of
+from shardxform.errors import CheckpointError, ManifestError
+from shardxform.layout import Layout, layout_of
 from shardxform.manifest import FORMAT, VERSION, Manifest
-from shardxform.modules import modules_of
 from shardxform.outdir import PROVENANCE
 from shardxform.plan import source_inputs
-from shardxform.quantize.stored import Stored, read_stored
-from shardxform.recipe import HEALED
-from shardxform.tensors import TensorRef
 from shardxform.verification.files import file_bytes, is_document
 from shardxform.verification.findings import Findings, Item
-from shardxform.verification.parts import Pair, Rule, pair_of
+from shardxform.verification.wanted import Known, Wanted
 from shardxform.view import MtpMode, View, pruned_view
 
-__all__ = [
-    "Options",
-    "Wanted",
-    "apart_from_healed",
-    "compare_tables",
-    "packed_source",
-    "rebuild",
-    "record_for",
-    "wanted_of",
-]
+__all__ = ["Options", "compare_tables", "rebuild"]
 
 _MODES: Final = ("auto", "keep", "drop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the output was made with; None where it is to be taken from shardxform.json, or the default."""
+    """What the output was made with, as the caller says; None is for shardxform.json to say, or the default."""
 
     manifest: Manifest | str | os.PathLike[str] | None = None
     text_only: bool | None = None
     mtp: MtpMode | None = None
-
-
-def packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
-    """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other.
-
-    Raises:
-        CheckpointError: the source is not stored as its config says.
-
-    """
-    declared = source.config.get("quantization_config")
-    if declared is None or out is None:
-        return None
-    try:
-        packed = read_stored(source)
-    except SchemeError:
-        return None  # a form that is not understood can only have been copied
-    if "quantization_config" not in out.config:
-        return packed
-    form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
-    return packed if stored and form != other else None
-
-
-def record_for(source: Checkpoint, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Read a record against `source`: that of a converted output also tells how what was converted had been made."""
-    origin, recorded = record.get("origin"), record.get("source")
-    direct = isinstance(recorded, Mapping) and recorded.get("config") == source_inputs(source, {})["config"]
-    return record if direct or not isinstance(origin, Mapping) else {**record, **origin}
+    tolerance: int | None = None
 
 
 def rebuild(
-    source: Checkpoint,
-    out: Checkpoint | None,
-    options: Options,
-    record: Mapping[str, Any],
-    findings: Findings,
-    packed: Stored | None = None,
+    source: Checkpoint, out: Checkpoint | None, options: Options, known: Known, findings: Findings
 ) -> View | None:
     """Give the view of `source` that the output must equal; None when what OUT records does not lead to one.
 
@@ -92,15 +47,15 @@ def rebuild(
         source: the checkpoint that the output was made from.
         out: the output, as far as it could be read.
         options: given by the caller; they go before the record.
-        record: `inputs` of shardxform.json, or empty.
+        known: how it was made.
         findings: added to.
-        packed: see `packed_source`.
 
     Raises:
         ManifestError: the manifest given is malformed or does not fit the source.
         FamilyError, PlanError: the source cannot be pruned.
 
     """
+    record, packed = known.record, known.packed
     _check_origin(source, record, findings)
     if packed:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -122,129 +77,6 @@ def rebuild(
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (--manifest)")
         return None
     return pruned_view(source, manifest, text_only=text_only, mtp=mtp)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the output must hold.
-
-    Attributes:
-        view: of the source.
-        tensors: those of the view as they are stored.
-        parts: names of the parts of quantized weights.
-        pairs: weights with the modules that stand for them.
-        rule: how those were rounded.
-        healed: tensors, and weights that are quantized, whose values do not follow from the source.
-
-    """
-
-    view: View
-    tensors: Mapping[str, TensorRef]
-    parts: frozenset[str] = frozenset()
-    pairs: tuple[Pair, ...] = ()
-    rule: Rule | None = None
-    healed: frozenset[str] = frozenset()
-
-    @property
-    def same_bytes(self) -> dict[str, TensorRef]:
-        """Tensors whose bytes are the source's."""
-        return {name: ref for name, ref in self.tensors.items() if name not in self.healed}
-
-
-def wanted_of(view: View, out: Checkpoint, stored: Stored | None, packed: Stored | None, findings: Findings) -> Wanted:
-    """Take weights that `out` holds quantized out of the view's table, and un-fuse experts that it holds one by one."""
-    tensors = dict(view.checkpoint.tensors)
-    if packed and "quantization_config" not in out.config:
-        return _dequantized(view, out, packed, findings)
-    if out.config.get("quantization_config") is None or "quantization_config" in view.checkpoint.config:
-        return Wanted(view, tensors)
-    parts: set[str] = set()
-    pairs: list[Pair] = []
-    skipped: list[str] = []
-    for module in modules_of(view.layout, view.checkpoint.tensors):
-        if all(name in out.tensors for name in module.sources):
-            continue
-        for name in module.sources:
-            tensors.pop(name, None)
-        name = f"{module.name}.weight"
-        found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
-        if stored and (pair := pair_of(name, module.weight, stored)):
-            found |= {ref.name for _, ref in pair.module.parts}
-            pairs.extend(_comparable(pair, stored, skipped, findings))
-        elif found:
-            skipped.append(module.name)
-        if found:
-            parts |= found
-        else:
-            tensors[name] = module.weight.renamed(name)
-    if skipped:
-        more = f", such as {skipped[0]}"
-        findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
-    if packed:  # what OUT holds in 16 bits has no bytes to compare with
-        tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
-    return Wanted(view, tensors, frozenset(parts), tuple(pairs))
-
-
-def _dequantized(view: View, out: Checkpoint, packed: Stored, findings: Findings) -> Wanted:
-    """A 16-bit output of a quantized source: its weights must be there; their values are not looked at."""
-    layout = layout_of(out.config, out.tensors)
-    parts: set[str] = set()
-    tensors = dict(view.checkpoint.tensors)
-    for module in modules_of(layout, out.tensors):
-        if f"{module.name}.weight" in packed.weights:
-            parts |= set(module.sources)
-            tensors.pop(f"{module.name}.weight", None)
-    findings.warn("dequantized", ".", f"{len(parts)} dequantized tensors are not held against the quantized source")
-    return Wanted(view, tensors, frozenset(parts))
-
-
-def apart_from_healed(wanted: Wanted, record: Mapping[str, Any], facts: object) -> Wanted:
-    """Leave out the values that healing gave, which nothing but the record tells.
-
-    Args:
-        wanted: what the output must hold.
-        record: `inputs` of shardxform.json, or empty.
-        facts: what it says of blocks: how each was healed, if at all. Without it, all that may have been is left out.
-
-    """
-    recipe = record.get("recipe")
-    heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
-    if not isinstance(heal, Mapping):
-        return wanted
-    widest = next((what for what in HEALED if what == heal.get("what")), "all")
-    view, done = wanted.view, dict(_healed_blocks(facts))
-    names: dict[str | None, frozenset[str]] = {
-        what: frozenset(healed_names(view.layout, view.layout.places, what)) for what in HEALED
-    }
-    here = {name for name in names[widest] if name in names.get(done.get(view.layout.places[name].layer, widest), ())}
-    modules = modules_of(view.layout, view.checkpoint.tensors)
-    single = {f"{module.name}.weight" for module in modules if not here.isdisjoint(module.sources)}
-    pairs = tuple(pair for pair in wanted.pairs if pair.name not in single)
-    left = {pair.name for pair in wanted.pairs} & single
-    return replace(wanted, pairs=pairs, healed=frozenset(left | ((here | single) & wanted.tensors.keys())))
-
-
-def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
-    """Layers with what was healed in them, None for those that stayed as they were pruned."""
-    blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
-    for block in blocks if isinstance(blocks, list) else ():
-        healed = block.get("healed") if isinstance(block, Mapping) else None
-        if not isinstance(healed, Mapping):
-            continue
-        what = healed.get("what", "")
-        if type(block.get("layer")) is int and (what is None or what in list(HEALED)):
-            yield block["layer"], what
-
-
-def _comparable(pair: Pair, stored: Stored, skipped: list[str], findings: Findings) -> Iterator[Pair]:
-    spec, found = pair.weight.spec, stored.weights[pair.name].spec.shape
-    if spec.shape != found:
-        text = f"stands for a weight of shape {list(found)}, but {list(spec.shape)} by the source"
-        findings.problem("source-shape", pair.words, text)
-    elif spec.dtype in ("BF16", "F16", "F32") and spec.nbytes:
-        yield pair
-    else:
-        skipped.append(pair.module.name)
 
 
 def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findings: Findings) -> None:

@@ -1,7 +1,8 @@
 """Parameters of a checkpoint, counted from its headers: what every token uses, and what one expert adds.
 
-The decoder with embeddings and output head; MTP layers and the vision tower are left out, so that a source and an
+The decoder with embeddings and output head; MTP layers and the vision tower are counted apart, so that a source and an
 output that dropped them compare. A quantized weight counts as its elements, its scales and zero points not at all.
+Tensors that the family does not know are not counted.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class Parameters:
         shared: parameters that do not depend on the number of experts.
         routed: of one routed expert of every MoE layer.
         router: that the routers have for one expert of every MoE layer.
+        apart: of MTP layers and the vision tower, which are in none of the others.
 
     """
 
     shared: int
     routed: int
     router: int
+    apart: int
 
     def total(self, experts: int) -> int:
         """With so many routed experts per layer."""
@@ -71,17 +74,19 @@ def count_parameters(checkpoint: Checkpoint, stored: Stored | None) -> Parameter
 
 
 def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
-    shared = routed = router = 0
+    shared = routed = router = apart = 0
     for ref in refs:
         place = layout.places.get(ref.name)
-        if place is None or place.scope not in ("root", "block") or place.companion:
+        if place is None or place.companion:
             continue
         size = math.prod(ref.spec.shape)
-        if place.template.variant:
+        if place.scope not in ("root", "block"):
+            apart += size
+        elif place.template.variant:
             routed += size
         elif place.template.sliced:
             router += size
         else:
             shared += size
     experts = layout.num_experts
-    return Parameters(shared=shared, routed=routed // experts, router=router // experts)
+    return Parameters(shared=shared, routed=routed // experts, router=router // experts, apart=apart)

@@ -1,0 +1,373 @@
+"""What the output must hold, tensor by tensor: bytes of the source, roundings of its weights, or values made of them.
+
+Of tensors whose values follow from nothing that is there, it is said why. Names, dtypes and shapes; no tensor data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Final, Literal, cast
+
+from shardxform.checkpoint import Checkpoint
+from shardxform.errors import SchemeError
+from shardxform.heal_plan import healed_names
+from shardxform.layout import COMPANIONS, Layout
+from shardxform.modules import LINEAR_ROLES, modules_of
+from shardxform.plan import source_inputs
+from shardxform.quantize.convert import released
+from shardxform.quantize.grid import Grid
+from shardxform.quantize.stored import Stored, read_stored
+from shardxform.recipe import HEALED
+from shardxform.scheme import ExpertNames, Format, Scheme
+from shardxform.selection import select
+from shardxform.tensors import TensorRef
+from shardxform.verification.findings import Findings
+from shardxform.verification.parts import Pair, Rule, grid_of, pair_of
+from shardxform.view import View
+
+__all__ = ["Derived", "Known", "Reason", "Wanted", "known_of", "wanted_of"]
+
+Reason = Literal["healed", "tuned", "unknown"]
+
+_FLOATS: Final = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """Where the values of a bfloat16 tensor come from: weights [R, I], its rows over all experts one below the other.
+
+    They are rows of the modules of `packed`, or where that is None 16-bit weights of the source, to be rounded to
+    `grid` and dequantized.
+    """
+
+    weight: TensorRef
+    packed: Stored | None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of how the output was made.
+
+    Attributes:
+        stored: its own quantized modules, where it has any.
+        packed: those of the source, where the output holds its weights in another form, as `convert` writes it.
+        record: `inputs` of shardxform.json, as they hold for this source, or empty; `facts` among them.
+
+    """
+
+    stored: Stored | None
+    packed: Stored | None
+    record: Mapping[str, Any]
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether the output was written by `convert --to bf16`."""
+        target = self.record.get("target")
+        named = isinstance(target, Mapping) and target.get("format") == "bf16"
+        return named and self.record.get("command") == "convert"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the output must hold.
+
+    Attributes:
+        view: of the source.
+        tensors: those of the view as they are stored.
+        parts: names of the parts of quantized weights.
+        pairs: weights with the modules that stand for them.
+        rule: how those were rounded.
+        derived: tensors that hold values which follow from the source, though not its bytes.
+        left: tensors of the output, parts among them, whose values are not held against the source, and why.
+
+    """
+
+    view: View
+    tensors: Mapping[str, TensorRef]
+    parts: frozenset[str] = frozenset()
+    pairs: tuple[Pair, ...] = ()
+    rule: Rule | None = None
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    left: Mapping[str, Reason] = field(default_factory=dict)
+
+    @property
+    def same_bytes(self) -> dict[str, TensorRef]:
+        """Tensors whose bytes are the source's."""
+        apart = self.left.keys() | self.derived.keys()
+        return {name: ref for name, ref in self.tensors.items() if name not in apart}
+
+
+# -- how it was made ----------------------------------------------------------------------------------------------
+
+
+def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, record: Mapping[str, Any]) -> Known:
+    """Read a record against `source`.
+
+    Args:
+        source: the checkpoint that is compared with.
+        out: the output, as far as it could be read.
+        stored: its quantized modules.
+        record: shardxform.json, or empty.
+
+    Raises:
+        CheckpointError: a quantized source is not stored as its config says.
+
+    """
+    packed = _packed_source(source, out, stored)
+    inputs = record.get("inputs", {})
+    return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
+
+
+def _inputs_for(source: Checkpoint, inputs: Mapping[str, Any], packed: Stored | None) -> Mapping[str, Any]:
+    """Those of a converted output also tell how what was converted had been made, which counts for another source."""
+    origin, recorded = inputs.get("origin"), inputs.get("source")
+    direct = isinstance(recorded, Mapping) and recorded.get("config") == source_inputs(source, {})["config"]
+    return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
+
+
+def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
+    """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other."""
+    declared = source.config.get("quantization_config")
+    if declared is None or out is None:
+        return None
+    try:
+        packed = read_stored(source)
+    except SchemeError:
+        return None  # a form that is not understood can only have been copied
+    if "quantization_config" not in out.config:
+        return packed
+    form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
+    return packed if stored and form != other else None
+
+
+def _healed(view: View, record: Mapping[str, Any]) -> frozenset[str]:
+    """Tensors of the view that healing changed, by the record; where it does not name blocks, all that it may have."""
+    recipe = record.get("recipe")
+    heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
+    if not isinstance(heal, Mapping):
+        return frozenset()
+    widest = next((what for what in HEALED if what == heal.get("what")), "all")
+    places, done = view.layout.places, dict(_healed_blocks(record.get("facts")))
+    names: dict[str | None, frozenset[str]] = {
+        what: frozenset(healed_names(view.layout, places, what)) for what in HEALED
+    }
+    return frozenset(name for name in names[widest] if name in names.get(done.get(places[name].layer, widest), ()))
+
+
+def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
+    """Layers with what was healed in them, None for those that stayed as they were pruned."""
+    blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
+    for block in blocks if isinstance(blocks, list) else ():
+        healed = block.get("healed") if isinstance(block, Mapping) else None
+        if not isinstance(healed, Mapping):
+            continue
+        what = healed.get("what", "")
+        if type(block.get("layer")) is int and (what is None or what in list(HEALED)):
+            yield block["layer"], what
+
+
+# -- what follows from it -----------------------------------------------------------------------------------------
+
+
+def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
+    """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
+    healed = _healed(view, known.record)
+    if "quantization_config" not in out.config and (known.packed or known.dequantized):
+        return _dequantized(view, out, known, healed, findings)
+    if out.config.get("quantization_config") is None or "quantization_config" in view.checkpoint.config:
+        return _apart(Wanted(view, view.checkpoint.tensors), healed)
+    return _apart(_quantized(view, out, known, findings), healed)
+
+
+def _apart(wanted: Wanted, healed: Collection[str]) -> Wanted:
+    """Leave out the values that healing gave, which nothing but the record tells."""
+    view = wanted.view
+    modules = modules_of(view.layout, view.checkpoint.tensors) if healed else ()
+    single = {f"{module.name}.weight" for module in modules if any(name in healed for name in module.sources)}
+    parts = {ref.name for pair in wanted.pairs if pair.name in single for _, ref in pair.module.parts}
+    names = parts | {name for name in wanted.tensors if name in healed or name in single}
+    left: dict[str, Reason] = {**wanted.left, **dict.fromkeys(names, "healed")}
+    return replace(wanted, pairs=tuple(pair for pair in wanted.pairs if pair.name not in single), left=left)
+
+
+def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
+    """Take weights that `out` holds quantized out of the view's table, and un-fuse experts that it holds one by one."""
+    stored, packed = known.stored, known.packed
+    tensors = dict(view.checkpoint.tensors)
+    parts: set[str] = set()
+    pairs: list[Pair] = []
+    skipped: dict[str, set[str]] = {}
+    for module in modules_of(view.layout, view.checkpoint.tensors):
+        if all(name in out.tensors for name in module.sources):
+            continue
+        for name in module.sources:
+            tensors.pop(name, None)
+        name = f"{module.name}.weight"
+        found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
+        pair = pair_of(name, module.weight, stored) if stored else None
+        if pair:
+            found |= {ref.name for _, ref in pair.module.parts}
+        if pair and stored and not _misshapen(pair, stored, findings) and _is_roundable(module.weight):
+            pairs.append(pair)
+        elif found:
+            skipped[module.name] = found
+        if found:
+            parts |= found
+        else:
+            tensors[name] = module.weight.renamed(name)
+    if skipped:
+        more = f", such as {next(iter(skipped))}"
+        findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
+    if packed:  # what OUT holds in 16 bits has no bytes to compare with
+        tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
+    left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
+    return Wanted(view, tensors, frozenset(parts), tuple(pairs), left=left)
+
+
+def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:
+    spec, found = pair.weight.spec, stored.weights[pair.name].spec.shape
+    if spec.shape != found:
+        text = f"stands for a weight of shape {list(found)}, but {list(spec.shape)} by the source"
+        findings.problem("source-shape", pair.words, text)
+    return spec.shape != found
+
+
+def _is_roundable(weight: TensorRef) -> bool:
+    return weight.spec.dtype in _FLOATS and weight.nbytes > 0
+
+
+# -- dequantized --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounding:
+    """Which tensors of the view were rounded on the way to OUT, and to what grid where values follow from that."""
+
+    names: frozenset[str]
+    packed: Stored | None
+    grid: Grid | None
+    why: Reason
+
+    def derived(self, ref: TensorRef) -> Derived | None:
+        """Where the values of a released tensor come from; None where nothing tells."""
+        rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1]))
+        if self.packed:
+            return Derived(rows, self.packed)
+        return Derived(rows, None, self.grid) if self.grid and _is_roundable(ref) else None
+
+
+def _rounding(view: View, known: Known) -> _Rounding:
+    if known.packed:
+        return _Rounding(frozenset(known.packed.weights), known.packed, None, "unknown")
+    tensors, recorded = view.checkpoint.tensors, known.record.get("scheme")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    try:
+        scheme = _scheme_of(recorded)
+        names = {name for module in select(view.layout, tensors, scheme).quantized for name in module.sources}
+    except (SchemeError, TypeError):  # not recorded, or not ours: then any linear module may have been rounded
+        linear = (m for m in modules_of(view.layout, tensors) if m.place.template.role in LINEAR_ROLES)
+        return _Rounding(frozenset(name for m in linear for name in m.sources), None, None, "unknown")
+    if recorded.get("method") == "rtn":
+        return _Rounding(frozenset(names), None, scheme.grid, "unknown")
+    return _Rounding(frozenset(names), None, None, "tuned")
+
+
+def _scheme_of(recorded: Mapping[str, Any]) -> Scheme:
+    """The scheme of a record.
+
+    Raises:
+        SchemeError, TypeError: it is none, or has more to it than is known here.
+
+    """
+    grid = grid_of(recorded.get("grid"))
+    if grid is None:
+        raise SchemeError("no grid")
+    names: ExpertNames = "fused-indexed" if recorded.get("expert_names") == "fused-indexed" else "split"
+    return Scheme(
+        grid=grid,
+        format=cast(Format, recorded.get("format")),
+        expert_names=names,
+        keep_16bit=_patterns(recorded.get("keep_16bit")),
+        quantize=_patterns(recorded.get("quantize")),
+    )
+
+
+def _patterns(recorded: object) -> tuple[str, ...]:
+    listed = recorded if isinstance(recorded, list) else [None]
+    if not all(isinstance(pattern, str) for pattern in listed):
+        raise SchemeError("no patterns")
+    return tuple(listed)
+
+
+def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[str], findings: Findings) -> Wanted:
+    """A 16-bit output of quantized weights: what they stand for, rounded to bfloat16, in the release's layout."""
+    rounding = _rounding(view, known)
+    table: dict[str, TensorRef] = {}
+    derived: dict[str, Derived] = {}
+    left: dict[str, Reason] = {}
+    dequantized: set[str] = set()
+    for rounded, changed in product((True, False), repeat=2):  # experts of a layer are all of one kind
+        refs = {
+            name: ref
+            for name, ref in view.checkpoint.tensors.items()
+            if (name in rounding.names, name in healed) == (rounded, changed)
+        }
+        for ref in _as_stored(refs, view, out):
+            dequantized |= {ref.name} if rounded else set()
+            dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
+            table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
+            values = rounding.derived(ref) if rounded and dtype == "BF16" else None
+            if changed:
+                left[ref.name] = "healed"
+            elif values:
+                derived[ref.name] = values
+            elif rounded:
+                left[ref.name] = rounding.why
+    _warn_of_left([name for name in left if name in dequantized], known, findings)
+    return Wanted(view, table, derived=derived, left=left)
+
+
+def _warn_of_left(names: Sequence[str], known: Known, findings: Findings) -> None:
+    """Say how the values could be compared."""
+    if not names:
+        return
+    many = f"{len(names)} dequantized tensors are not held against the source, such as {names[0]}"
+    way = "against the quantized checkpoint that OUT was converted from, all are"
+    findings.warn("dequantized", ".", f"{many}; {'they are no bfloat16' if known.packed else way}")
+
+
+def _as_stored(refs: Mapping[str, TensorRef], view: View, out: Checkpoint) -> Iterator[TensorRef]:
+    """Tensors as `convert` writes them for releases of the family, or with experts one by one in layers of OUT that do.
+
+    Experts that are fused in the source are one by one in its quantized form, and stay so in other families.
+    """
+    layers: dict[int | None, dict[str, TensorRef]] = {}
+    for name, ref in refs.items():
+        place = view.layout.places.get(name)
+        layers.setdefault(place.layer if place and place.scope == "block" else None, {})[name] = ref
+    for members in layers.values():
+        fused, single = released(members, view.layout), list(_unfused(members, view.layout))
+        apart = {ref.name for ref in single} - {ref.name for ref in fused}
+        yield from single if any(name in out.tensors for name in apart) else fused
+
+
+def _unfused(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[TensorRef]:
+    """The same tensors with experts one by one."""
+    for name, ref in refs.items():
+        place = layout.places.get(name)
+        if place is None or place.template.variant != "fused":
+            yield ref
+            continue
+        for module in modules_of(layout, {name: ref}):
+            yield module.weight.renamed(f"{module.name}.weight")
+
+
+def _dtype_of(name: str, out: Checkpoint, known: Known) -> str:
+    """bfloat16, which `convert` writes; other tools may have chosen another float."""
+    found = out.tensors.get(name)
+    other = found.spec.dtype if found else "BF16"
+    return other if other in _FLOATS and known.record.get("command") != "convert" else "BF16"
