@@ -47,6 +47,8 @@ def test_outputs_and_gradients_are_those_of_the_whole_batch() -> None:
 def test_without_gradients_the_outputs_are_the_same_too() -> None:
     with torch.no_grad():
         torch.testing.assert_close(run(one_by_one(RULE), inputs()), run(RULE, inputs()))
+    constant = [tensor.detach() for tensor in inputs()]  # as where healing moves nothing before the rule
+    torch.testing.assert_close(run(one_by_one(RULE), constant), run(RULE, constant))
 
 
 def kept_bytes(call: Callable[[], object]) -> int:

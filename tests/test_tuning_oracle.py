@@ -11,6 +11,7 @@ from shardxform.quantize.grid import Grid
 
 torch = pytest.importorskip("torch")
 
+from shardxform.tuning import experts as experts_module  # noqa: E402
 from shardxform.tuning import stacked  # noqa: E402
 from shardxform.tuning.elementwise import ONE, Pace  # noqa: E402
 from shardxform.tuning.experts import TunedExperts  # noqa: E402
@@ -213,3 +214,14 @@ def test_slots_are_sorted_by_expert_and_numbers_beyond_are_no_expert() -> None:
     assert routing.reached == [0, 2]
     np.testing.assert_array_equal(routing.slot_S[routing.of(2)], [0, 4])
     np.testing.assert_array_equal(routing.token_S[routing.of(0)], [0, 1])
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 8), (8, 8), (9, 16), (100, 104), (129, 144), (1000, 1024)])
+def test_few_shapes_of_16_bit_products(tokens: int, size: int) -> None:
+    some = torch.arange(tokens)
+    assert experts_module._size(some, torch.zeros(1, dtype=torch.bfloat16)) == size
+    assert experts_module._size(some, torch.zeros(1)) == tokens
+    rows = torch.arange(2.0, 2 * tokens + 2).view(tokens, 2)
+    padded = experts_module._taken(rows, some, size)
+    assert torch.equal(padded[:tokens], rows)
+    assert torch.equal(padded[tokens:], torch.zeros(size - tokens, 2))

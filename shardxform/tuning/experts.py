@@ -12,12 +12,12 @@ first: the number of threads does not show.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from shardxform.tuning import grouped
-from shardxform.tuning.linear import ROW_TILE, runs
+from shardxform.tuning.linear import runs
 from shardxform.tuning.routing import ExpertWeights, Gate, route
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from shardxform.tuning.workers import Workers
 
 __all__ = ["TunedExperts"]
+
+_ROW_TILE: Final = 1024
+"""Rows of a weight's gradient that exist at a time in one thread: few products of many rows take less time than many of
+few, and an expert's are too few tokens for a tile to stay in a core's own cache."""
 
 
 class TunedExperts(torch.nn.Module):
@@ -61,7 +65,8 @@ class TunedExperts(torch.nn.Module):
         def one(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
             token_n = routing.token_S[routing.of(expert)]
             weight_n1 = flat_S[routing.slot_S[routing.of(expert)], None]
-            y_nH = self._output(expert, _taken(hidden_TH, token_n))[: len(token_n)]
+            x_nH = _taken(hidden_TH, token_n, _size(token_n, hidden_TH))
+            y_nH = self._output(expert, x_nH)[: len(token_n)]
             return token_n, y_nH.float() * weight_n1.float()
 
         for token_n, y_nH in self.workers.ordered(one, routing.reached):
@@ -80,8 +85,9 @@ class TunedExperts(torch.nn.Module):
 
         def one(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
             token_n, slot_n = routing.token_S[routing.of(expert)], routing.slot_S[routing.of(expert)]
-            arriving = _taken(gradient_TH, token_n), _taken(flat_S[:, None], slot_n)
-            gradient_nH, gradient_n = self._pass_back_one(expert, _taken(hidden_TH, token_n), arriving)
+            size = _size(token_n, hidden_TH)
+            arriving = _taken(gradient_TH, token_n, size), _taken(flat_S[:, None], slot_n, size)
+            gradient_nH, gradient_n = self._pass_back_one(expert, _taken(hidden_TH, token_n, size), arriving)
             gradient_S[slot_n] = gradient_n[: len(slot_n)].to(gradient_S.dtype)
             return token_n, gradient_nH[: len(token_n)]
 
@@ -123,28 +129,28 @@ class TunedExperts(torch.nn.Module):
 
     def _update(self, weight: Tunable, expert: int, gradient_nO: torch.Tensor, x_nI: torch.Tensor) -> None:
         _, rows, columns = weight.shape
-        for run in runs(rows, ROW_TILE) if weight.moves else ():
+        for run in runs(rows, _ROW_TILE) if weight.moves else ():
             tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
             weight.update(expert * rows + run.start, torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI))
 
 
-def _taken(x_TH: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
-    """Some rows, and zeros up to a number of rows that has a kernel already; zeros change no other row and no sum.
-
-    Experts are sent any number of tokens, and torch makes a kernel for every shape of a 16-bit product.
-    """
-    rows = len(token_n)
-    if x_TH.dtype == torch.float32:
+def _taken(x_TH: torch.Tensor, token_n: torch.Tensor, size: int) -> torch.Tensor:
+    """Some rows, and zeros up to `size`, which change no other row and no sum."""
+    if len(token_n) == size:
         return x_TH[token_n]
-    out_nH = x_TH.new_zeros(_few_sizes(rows), x_TH.shape[1])
-    torch.index_select(x_TH, 0, token_n, out=out_nH[:rows])
+    out_nH = x_TH.new_zeros(size, x_TH.shape[1])
+    torch.index_select(x_TH, 0, token_n, out=out_nH[: len(token_n)])
     return out_nH
 
 
-def _few_sizes(rows: int) -> int:
-    """At least `rows`, by less than 16 or an eighth more: eight sizes for each power of two."""
-    step = max(8, 1 << max(0, rows.bit_length() - 4))
-    return -(-rows // step) * step
+def _size(token_n: torch.Tensor, hidden_TH: torch.Tensor) -> int:
+    """As how many tokens these are multiplied: by less than 8 or an eighth more, eight sizes for each power of two.
+
+    torch makes a kernel for every shape of a 16-bit product, and experts are sent any number of tokens.
+    """
+    tokens = len(token_n)
+    step = max(8, 1 << max(0, tokens.bit_length() - 4)) if hidden_TH.dtype != torch.float32 else 1
+    return -(-tokens // step) * step
 
 
 class _Experts(torch.autograd.Function):

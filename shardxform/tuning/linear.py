@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW_TILE", "TunedLinear", "runs"]
 
-ROW_TILE: Final = 128
+ROW_TILE: Final = 256
 """Rows of a weight, or of its gradient, that exist at a time in one thread: what a core's own cache holds."""
 
 _TOKEN_TILE: Final = 256

@@ -74,8 +74,9 @@ def one_by_one(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) ->
             result: torch.Tensor = rule(*tensors[: len(batched)], **{**options, **own})[0]
             return result
 
-        samples = _apart((*batched, *(options[name] for name in named)), len(batched[0]), 0)
-        if len(batched[0]) == 1 or not torch.is_grad_enabled():
+        tensors = (*batched, *(options[name] for name in named))
+        samples = _apart(tensors, len(batched[0]), 0)
+        if len(batched[0]) == 1 or not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
             return torch.cat([_sample(out, sample) for sample in samples]), None
         outs = (_sample(_forgotten(out), sample) for sample in samples)
         every = max(1, _TRIM_POSITIONS // batched[0].shape[1])
