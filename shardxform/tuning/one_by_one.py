@@ -25,10 +25,9 @@ from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
 
 __all__ = ["one_by_one", "samples_one_by_one"]
 
-_TRIM_POSITIONS: Final = 2048
 _RULE: Final = "torch_chunk_gated_delta_rule"
 _NOT_OF_HEADS: Final = ("initial_state", "cu_seqlens")
-_COMPUTED_BYTES: Final = 4
+_TRIM_BYTES: Final = 1 << 25
 _WINDOW_BYTES: Final = 1 << 22
 """Of values as they are computed with. From 32 MB on, glibc asks the system for each tensor anew, and every page of it
 costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller windows use less memory."""
@@ -79,8 +78,8 @@ def one_by_one(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) ->
         if len(batched[0]) == 1 or not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
             return torch.cat([_sample(out, sample) for sample in samples]), None
         outs = (_sample(_forgotten(out), sample) for sample in samples)
-        every = max(1, _TRIM_POSITIONS // batched[0].shape[1])
-        return torch.cat([one if at % every else _trimmed(one) for at, one in enumerate(outs)]), None
+        every = 1 + _TRIM_BYTES // _computed_bytes(batched[2][:1])
+        return torch.cat([one if at % every else _trimmed(one) for at, one in enumerate(outs, start=1)]), None
 
     return each
 
@@ -88,9 +87,13 @@ def one_by_one(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) ->
 def _sample(part: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The outputs [1, T, V, ...] of one sample, a window of heads after the other."""
     heads, value = tensors[1].shape[2], tensors[2]
-    wanted = max(1, -(-value.numel() * _COMPUTED_BYTES // _WINDOW_BYTES))
+    wanted = max(1, -(-_computed_bytes(value) // _WINDOW_BYTES))
     windows = next((n for n in range(wanted, heads) if heads % n == 0), heads)
     return torch.cat([part(*window) for window in _apart(tensors, windows, 2)], dim=2)
+
+
+def _computed_bytes(value: torch.Tensor) -> int:
+    return value.numel() * torch.float32.itemsize
 
 
 def _apart(tensors: tuple[torch.Tensor, ...], parts: int, dim: int) -> Iterator[tuple[torch.Tensor, ...]]:
