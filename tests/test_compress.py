@@ -476,6 +476,41 @@ def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Pa
     assert (copied / "README.md").read_text() == "mine"
 
 
+def card(out: Path, *more: str) -> Result:
+    result = CliRunner().invoke(main, ["card", str(out), *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_card_reads_what_lies_beside_the_output(copied: Path) -> None:
+    written = (copied / "README.md").read_text()
+    assert "## Evaluation" in written
+    (copied / "README.md").unlink()
+    result = card(copied, "--write")
+    assert result.stderr == f"note: from {copied}.compress: keep.json, evaluation.json\n"
+    assert (copied / "README.md").read_text() == written
+    (copied.with_name(f"{copied.name}.compress") / "evaluation.json").write_text("{}")
+    result = card(copied)
+    assert result.stderr == f"note: from {copied}.compress: keep.json\n"
+    assert "## Evaluation" not in result.stdout
+
+
+@pytest.mark.parametrize("why", ["another", "foreign"])
+def test_card_leaves_results_that_are_not_of_the_output(copied: Path, why: str) -> None:
+    folder = copied.with_name(f"{copied.name}.compress")
+    if why == "another":
+        record = json.loads((folder / "compress.json").read_text())
+        record["stages"]["quantize"]["facts"]["plan"] = "0" * 64
+        (folder / "compress.json").write_text(json.dumps(record))
+        said = f"not of {copied} as it is"
+    else:
+        (folder / "thesis.tex").write_text("")
+        said = f"{folder}/thesis.tex: not shardxform's; move it away, or name another OUT"
+    result = card(copied)
+    assert result.stderr == f"note: not read: {folder}: {said}\n"
+    assert "## Evaluation" not in result.stdout
+
+
 def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> None:
     source = tmp_path / "model.compress"
     shutil.copytree(small_moe, source)
