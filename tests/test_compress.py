@@ -205,7 +205,7 @@ def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Pa
     done("quantize", small_moe, tmp_path / "separate", "-m", keep, *calib, *heal, "-q")
     shard = "model.safetensors"
     assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "separate" / shard).read_bytes()
-    refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
+    assert "give --keep or --ratio" in refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
 
 
 def test_a_ratio_is_recorded_as_select_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:

@@ -615,7 +615,8 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "0", code=2)
     assert "heal lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
     swallowed = call(command, "--heal", str(SMALL_MOE), str(out), "-m", keep, *DATA, code=2).output
-    assert "is not one of 'auto', 'router', 'shared', 'moe', 'all'" in " ".join(swallowed.split())
+    wanted = "is none of auto, router, shared, moe, all: put --heal after SRC and OUT, or write --heal=auto"
+    assert wanted in " ".join(swallowed.split())
     if command == "prune":
         assert "--device is for --heal" in refused(out, *plain, "--device", "cuda:0")
 
@@ -623,8 +624,14 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
 def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
     out = tmp_path / "out"
     every = str(keep_file(tmp_path, list(range(16)), [0, 1, 2, 3]))
-    for command in (("prune", "--mtp", "drop"), ("quantize",), ("prune", "-m", every), ("quantize", "-m", every)):
+    for command in (("prune", "-m", every), ("quantize", "-m", every)):
         assert "nothing is pruned" in refused(out, *command, "--heal", *DATA)
+    said = "--heal: nothing is pruned, so there is nothing to heal; give --manifest"
+    for command in (("prune", "--mtp", "drop"), ("quantize",)):
+        assert refused(out, *command, "--heal", *DATA, code=2).endswith(f"{said}.")
+        assert refused(out, *command, "--heal", code=2).endswith(f"{said}, and --data or --preset.")
+    said = said.replace("--manifest", "--keep or --ratio")
+    assert refused(out, "compress", "--heal", *DATA, code=2).endswith(f"{said}.")
     assert "nothing to do" in refused(out, "prune", "--heal", *DATA, code=2)
 
 

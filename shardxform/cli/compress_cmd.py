@@ -21,7 +21,7 @@ from shardxform.cli.options import (
     view_options,
 )
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
-from shardxform.cli.tune_options import heal_flags, read_tuning
+from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import SchemeError
 from shardxform.prune import ViewOptions
@@ -161,6 +161,7 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
     tunes = given["method"] == "auto-round" or given["heal"] is not None
     if given["keep"] is not None and given["ratio"] is not None:
         raise click.UsageError("give either --keep or --ratio")
+    refuse_unpruned(given, True if prunes else None, "--keep or --ratio")
     idle: dict[str, tuple[bool, tuple[str, ...]]] = {
         "choosing experts: give --keep or --ratio": (prunes, ("criterion", "protect")),
         "--method auto-round, but the method is rtn": (tunes, _TUNE_KEYS),
