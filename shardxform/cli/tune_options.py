@@ -99,8 +99,8 @@ def heal_flags(function: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=False,
             flag_value="auto",
             help="After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
-            "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.  [alone: auto; then put it after SRC "
-            "and OUT, or write --heal=auto]",
+            "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.  "
+            "[alone: auto; then put it after SRC and OUT, or write --heal=auto]",
         ),
     ):
         function = option(function)
