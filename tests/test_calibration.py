@@ -718,13 +718,13 @@ def test_data_that_cannot_be_read_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": ""}, "data: expected a path or the name of a hub data set, found an empty one"),
-        ({"samples": 0}, "samples: expected at least 1, found 0"),
-        ({"seqlen": 1}, "seqlen: expected at least 2, found 1"),
+        ({"data": ""}, "--data: expected a path or the name of a hub data set, found an empty one"),
+        ({"samples": 0}, "--samples: expected at least 1, found 0"),
+        ({"seqlen": 1}, "--seqlen: expected at least 2, found 1"),
         ({"seed": -1}, "seed: expected at least 0, found -1"),
-        ({"samples": 1 << 20, "seqlen": 2048}, "samples: expected at most 1,073,741,824 tokens in all windows"),
-        ({"sources": ("a", "")}, "sources: expected a name of 1 to 100 characters that can be shown, found ''"),
-        ({"sources": tuple(map(str, range(101)))}, "sources: expected at most 100, found 101"),
+        ({"samples": 1 << 20, "seqlen": 2048}, "--samples: expected at most 1,073,741,824 tokens in all windows"),
+        ({"sources": ("a", "")}, "--sources: expected a name of 1 to 100 characters that can be shown, found ''"),
+        ({"sources": tuple(map(str, range(101)))}, "--sources: expected at most 100, found 101"),
     ],
 )
 def test_options_that_no_data_satisfy_are_refused(options: dict[str, Any], message: str) -> None:

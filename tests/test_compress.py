@@ -342,26 +342,42 @@ def test_an_output_that_is_gone_is_made_again_and_verified_again(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "stage", "difference", "kept"),
     [
-        (["--keep", "4"], "'select' was made from other inputs: keep: was 8, now 4"),
-        (["--criterion", "ean"], "'select' was made from other inputs: criterion: was 'reap', now 'ean'"),
-        (["--samples", "3"], "'score' was made from other inputs: data.samples_asked: was 4, now 3"),
-        (["--format", "gptq"], "'quantize' was made from other inputs: scheme.format: was 'auto-round', now 'gptq'"),
-        (["--iters", "3"], "'quantize' was made from other inputs: recipe.iters: was 2, now 3"),
-        (["--mtp", "drop"], "'quantize' was made from other inputs: options.mtp: was 'auto', now 'drop'"),
-        (["--group-size", "64"], "'quantize' was made from other inputs: scheme.grid.group_size: was 128, now 64"),
-        (["--dtype", "bfloat16"], "'score' was made from other inputs: dtype: was 'float32', now 'bfloat16'"),
-        (["--tune-samples", "2"], "'quantize' was made from other inputs: recipe.windows: was "),
-        (["--eval-samples", "1"], "'evaluate' was made from other inputs: data.samples_asked: was 2, now 1"),
+        (["--keep", "4"], "select", "--keep or --ratio: was 8, now 4", "score"),
+        (["--criterion", "ean"], "select", "--criterion: was 'reap', now 'ean'", "score"),
+        (["--samples", "3"], "score", "--samples: was 4, now 3", ""),
+        (["--format", "gptq"], "quantize", "--format: was 'auto-round', now 'gptq'", "score, select"),
+        (["--iters", "3"], "quantize", "--iters: was 2, now 3", "score, select"),
+        (["--mtp", "drop"], "quantize", "--mtp: was 'auto', now 'drop'", "score, select"),
+        (["--group-size", "64"], "quantize", "--group-size: was 128, now 64", "score, select"),
+        (["--dtype", "bfloat16"], "score", "--dtype: was 'float32', now 'bfloat16'", ""),
+        (["--tune-samples", "2"], "quantize", "--tune-samples or --samples: was 4, now 2", "score, select"),
+        (
+            ["--eval-samples", "1"],
+            "evaluate",
+            "--eval-samples: was 2, now 1",
+            "score, select, quantize, verify",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_other_inputs_are_refused_and_named(
-    small_moe: Path, copied: Path, finished: Path, change: list[str], message: str, dry: list[str]
+    small_moe: Path,
+    copied: Path,
+    finished: Path,
+    change: list[str],
+    stage: str,
+    difference: str,
+    kept: str,
+    dry: list[str],
 ) -> None:
     before = tree(copied)
-    assert message in refused("compress", small_moe, copied, *arguments(small_moe), *change, *dry)
+    spared = f"keeps what {kept} gave" if kept else "makes everything again"
+    assert refused("compress", small_moe, copied, *arguments(small_moe), *change, *dry) == (
+        f"shardxform: {copied}.compress: '{stage}' was made from other inputs: {difference}; name another OUT, or start"
+        f" over with --force, which {spared}\n"
+    )
     assert tree(copied) == before == tree(finished)
 
 
@@ -384,7 +400,7 @@ def test_force_starts_over_what_is_unfinished(small_moe: Path, prepared: Prepare
         compress(at(prepared, tmp_path / "out"), Settings(), on_progress=stop)
     assert (tmp_path / "out.compress/score.work").is_dir()
     other = arguments(small_moe, "--samples", "3", evaluated=False)
-    assert "data.samples_asked" in refused("compress", small_moe, tmp_path / "out", *other)
+    assert "--samples: was" in refused("compress", small_moe, tmp_path / "out", *other)
     done("compress", small_moe, tmp_path / "out", *other, "--force")
     assert not (tmp_path / "out.compress/score.work").exists()
 

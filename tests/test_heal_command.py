@@ -343,7 +343,7 @@ def test_the_record_says_how_and_the_same_command_finds_it_complete(healed: Path
     again = call("prune", str(SMALL_MOE), str(healed), "-m", keep, "-q", *HEAL)
     assert "already complete" in again.output
     other = call("prune", str(SMALL_MOE), str(healed), "-m", keep, "-q", *HEAL, "--heal-iters", "7", code=1)
-    assert "recipe.heal.iters: was 6, now 7" in other.output
+    assert "--heal-iters: was 6, now 7" in other.output
     assert call("prune", str(SMALL_MOE), str(healed), "-m", keep, "-q", code=1)
     assert bytes_of(healed) == before
 
@@ -613,7 +613,7 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
     assert "Missing option '--data'" in refused(out, *plain, "--heal", code=2)
     assert "Invalid value for '--heal'" in refused(out, *plain, *DATA, "--heal", "everything", code=2)
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "0", code=2)
-    assert "heal lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
+    assert "--heal-lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
     swallowed = call(command, "--heal", str(SMALL_MOE), str(out), "-m", keep, *DATA, code=2).output
     wanted = "is none of auto, router, shared, moe, all: put --heal after SRC and OUT, or write --heal=auto"
     assert wanted in " ".join(swallowed.split())
@@ -639,7 +639,7 @@ def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
 def test_a_single_window_is_refused(command: str, keep: str, tmp_path: Path) -> None:
     one = (*DATA[:2], "--samples", "1", "--seqlen", "64")
     said = refused(tmp_path / "out", command, "-m", keep, "--heal", *one)
-    assert "heal: expected at least 2 windows, one of them to judge by, found 1" in said
+    assert "--heal: expected at least 2 windows, one of them to judge by, found 1" in said
     two = (*DATA[:2], "--samples", "2", "--seqlen", "64", "--heal-iters", "1", "--heal-lr", "0.001")
     call(command, str(SMALL_MOE), str(tmp_path / "two"), "-m", keep, "-q", "--heal", "router", *two)
 

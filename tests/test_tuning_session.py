@@ -128,7 +128,7 @@ def test_the_same_command_finds_it_complete(small_moe: Path, tuned: Path) -> Non
     assert "already complete" in tune(small_moe, tuned).output
     assert bytes_of(tuned) == before
     refused = tune(small_moe, tuned, "--iters", "4", code=1)
-    assert "recipe.iters: was 3, now 4" in refused.output
+    assert "--iters: was 3, now 4" in refused.output
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 16])

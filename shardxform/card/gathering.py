@@ -63,7 +63,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     """
     options = options or CardOptions()
     if options.base_model and not is_hub_name(options.base_model):
-        raise PlanError(f"base model: expected a hub name such as owner/name, found {options.base_model!r}")
+        raise PlanError(f"--base-model: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
     checkpoint = Checkpoint.open(out)
     stored = stored_of(checkpoint)

@@ -127,7 +127,8 @@ def command(source: Source, out: Path, **given: Any) -> None:  # noqa: ANN401
 
     A model card, OUT/README.md, says what came of it. What the stages gave lies in OUT.compress, and is kept:
     saliency.safetensors, keep.json, evaluation.json.
-    Interrupted, the same command goes on where it stopped; a stage that is done is not done again.
+    Interrupted, the same command goes on where it stopped; a stage that is done is not done again. With other options
+    it refuses to go on; --force then makes again what depends on them, and keeps what the other stages gave.
     """
     _refuse_idle(given)
     quiet, as_json, verbose = given["quiet"], given["as_json"], given["verbose"]
