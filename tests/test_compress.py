@@ -181,6 +181,8 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
     result = invoke("compress", small_moe, copied, *arguments(small_moe))
     assert result.exit_code == 0, result.output
     assert "already complete, made from the same inputs; nothing written" in result.stdout
+    assert re.search(r"\n  tuned +squared error [\d.]+% of that of rounding, over 4 blocks\n", result.stdout)
+    assert re.search(r"\n  time +[\d.]+ s in this run\n", result.stdout)
     assert [line for line in result.stderr.splitlines() if line.startswith("[")] == [
         f"[{number}/6] {stage}: done already" for number, stage in enumerate(STAGES, 1)
     ]
@@ -189,8 +191,11 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
 
 def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path) -> None:
     rounded = ["--method", "rtn", "--format", "gptq"]
+    unpruned = "experts  all 16 of each layer stay, top-4: nothing is pruned without --keep or --ratio\n"
+    assert unpruned in done("compress", small_moe, tmp_path / "out", *rounded, "--dry-run")
     out = json.loads(done("compress", small_moe, tmp_path / "out", *rounded, "--json", "-q"))
     assert out["made"] == ["quantize", "verify", "card"]
+    assert "all 16 of each layer: nothing was pruned\n" in done("compress", small_moe, tmp_path / "out", *rounded)
     done("quantize", small_moe, tmp_path / "separate", "--format", "gptq")
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
     assert files.pop("out/README.md")
