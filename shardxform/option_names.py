@@ -5,10 +5,11 @@ One table for all commands. What no option gives, such as a source's headers, ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["option_of", "with_option"]
+__all__ = ["in_stage", "option_of", "with_option"]
 
 _OPTIONS: Final[Mapping[str, str]] = {
     "options.text_only": "--text-only",
@@ -85,3 +86,9 @@ def with_option(difference: str, stage: str = "") -> str:
     """Name the option in `path: was one, now other`."""
     path, was, values = difference.partition(": was ")
     return f"{option_of(path, stage)}{was}{values}" if was else difference
+
+
+def in_stage(message: str, stage: str) -> str:
+    """Name the options of a stage of `compress` where a message has those that other commands have for it."""
+    own = _OF_STAGES[stage]
+    return re.sub(r"--[\w-]+", lambda found: own.get(found[0], found[0]), message)

@@ -130,7 +130,10 @@ class Recipe:
         if self.inputs not in ("quantized", "fp"):
             raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
         if self.heal and self.samples < 2:
-            raise SchemeError(f"--heal: expected at least 2 windows, one of them to judge by, found {self.samples}")
+            raise SchemeError(
+                f"--heal: expected at least 2 windows, one of them to judge by, found {self.samples}; give --samples 2"
+                " or more, and text that fills them, or a smaller --seqlen"
+            )
 
     @property
     def block_tokens(self) -> int:

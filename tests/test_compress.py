@@ -583,6 +583,15 @@ def test_options_that_would_do_nothing_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_too_little_text_to_measure_on_names_the_option_of_that_text(small_moe: Path, tmp_path: Path) -> None:
+    little = tmp_path / "little.txt"
+    little.write_text("two words")
+    said = refused("compress", small_moe, tmp_path / "out", *arguments(small_moe), "--eval-data", little)
+    assert re.search(
+        r"little\.txt: expected at least one window of 64 tokens, .*; give more text, or .*: --eval-seqlen \d", said
+    )
+
+
 @pytest.mark.parametrize(("keep", "message"), [("20", "but .* has 16"), ("3", "keep at least 4")])
 def test_a_count_that_cannot_be_is_refused_before_anything_is_run(
     small_moe: Path, tmp_path: Path, keep: str, message: str

@@ -639,7 +639,7 @@ def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
 def test_a_single_window_is_refused(command: str, keep: str, tmp_path: Path) -> None:
     one = (*DATA[:2], "--samples", "1", "--seqlen", "64")
     said = refused(tmp_path / "out", command, "-m", keep, "--heal", *one)
-    assert "--heal: expected at least 2 windows, one of them to judge by, found 1" in said
+    assert "--heal: expected at least 2 windows, one of them to judge by, found 1; give --samples 2 or more" in said
     two = (*DATA[:2], "--samples", "2", "--seqlen", "64", "--heal-iters", "1", "--heal-lr", "0.001")
     call(command, str(SMALL_MOE), str(tmp_path / "two"), "-m", keep, "-q", "--heal", "router", *two)
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from shardxform.option_names import _OF_STAGES, _OPTIONS, option_of, with_option
+from shardxform.option_names import _OF_STAGES, _OPTIONS, in_stage, option_of, with_option
 
 COMMANDS = ("compress", "quantize", "prune", "convert", "select", "evaluate")
 
@@ -43,3 +43,9 @@ def test_an_input_has_the_name_of_its_option(path: str, stage: str, option: str)
 def test_what_is_no_difference_stays_as_it_is() -> None:
     assert with_option("unknown inputs") == "unknown inputs"
     assert with_option("") == ""
+
+
+def test_a_stage_of_compress_has_options_of_its_own() -> None:
+    assert (
+        in_stage("--seqlen 4 or --samples-of 3, --data", "evaluate") == "--eval-seqlen 4 or --samples-of 3, --eval-data"
+    )

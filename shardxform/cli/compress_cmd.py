@@ -23,7 +23,8 @@ from shardxform.cli.options import (
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
 from shardxform.compress.request import Pruning, Request, Settings
-from shardxform.errors import SchemeError
+from shardxform.errors import PlanError, SchemeError
+from shardxform.option_names import in_stage
 from shardxform.prune import ViewOptions
 from shardxform.recipe import BATCH_SIZE
 from shardxform.saliency.criteria import CRITERIA, DEFAULT
@@ -232,7 +233,10 @@ def _eval_windows(source: Checkpoint, given: Mapping[str, Any]) -> Windows:
         tell("note: --eval-data is the text that OUT was made with: the figures will flatter it")
     asked = {"data": given["eval_data"], "samples": given["eval_samples"], "seqlen": given["eval_seqlen"]}
     others = dict.fromkeys(("preset", "seed", "text_key"))
-    return load_data(source, {**asked, **others, "no_pack": False, "chat_template": False})
+    try:
+        return load_data(source, {**asked, **others, "no_pack": False, "chat_template": False})
+    except PlanError as e:
+        raise PlanError(in_stage(str(e), "evaluate")) from e
 
 
 # -- what is said meanwhile -------------------------------------------------------------------------------------------
