@@ -816,3 +816,13 @@ def test_options_are_imported_without_numpy_or_transformers() -> None:
     code = "import sys, shardxform.calibration as c; c.PRESETS; print({'numpy', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+def test_help_and_documentation_list_the_same_kinds_of_files() -> None:
+    from shardxform.cli.score_cmd import command
+
+    told = next(option.help for option in command.params if option.name == "data")
+    described = (ROOT / "docs" / "scoring.md").read_text().split("`--data` is ")[1].partition("file")[0]
+    listed = re.findall(r"\.[a-z]+\b", told.partition("file")[0])
+    assert listed == re.findall(r"\.[a-z]+\b", described) == [".jsonl", ".json", ".txt", ".md", ".parquet"]
+    assert set(listed) <= set(readers.KINDS)

@@ -49,7 +49,7 @@ def hub_files(data: str, whole: bool) -> tuple[str, tuple[DataFile, ...]]:
     try:
         from huggingface_hub import HfApi, hf_hub_download
     except ImportError as e:
-        raise PlanError(f"{data}: hub data sets need huggingface_hub: pip install huggingface_hub") from e
+        raise PlanError(f"{data}: hub data sets need huggingface_hub: pip install 'shardxform[hub]'") from e
     owner, name, *rest = data.split("/", 2)
     repo = f"{owner}/{name}"
     ask = partial(HfApi().dataset_info, repo, files_metadata=True)
