@@ -49,7 +49,7 @@ _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.t
     ("torch", "2.9", "models", "score, evaluate, quantize --method auto-round"),
     ("transformers", "5.0", "models", "the same"),
     ("pyarrow", "15", "models", "text from Parquet files"),
-    ("huggingface_hub", "0.34", "models", "text from data sets of the hub"),
+    ("huggingface_hub", "1.0", "hub", "checkpoints and data sets of the hub, push"),
     ("ray", "2.40", "ray", "--ray: steps on many machines"),
     ("matplotlib", "3.8", "plot", "select --plot, evaluate --plot"),
 )

@@ -113,7 +113,7 @@ class Manifest:
         """
         if not isinstance(value, Mapping):
             raise ManifestError(f"{where}: expected an object, found {show(value)}")
-        form = None if "format" in value else form_of(value)
+        form = form_of(value)
         if form is not None:
             content = form.read(Source(value, where, layout, sort))
             # Later messages speak of keep["12"], which a foreign file does not have: say why.

@@ -1,4 +1,4 @@
-"""Keep manifests of other tools, told apart by their content and read into one shape.
+"""Keep manifests of other tools, and the record of an output, told apart by their content and read into one shape.
 
 Pure: parsed JSON in, `Content` out, or a `ManifestError` that names the place. What needs the checkpoint is checked
 by `Manifest.check` afterwards; here it serves two ends only: to number MTP layers, and to complement a list of pruned
@@ -19,10 +19,25 @@ from typing import Any, Final
 from shardxform.errors import ManifestError
 from shardxform.layout import Layout
 
-__all__ = ["FORMS", "MAX_ID", "Content", "Form", "Source", "form_of", "read_ids", "read_layers", "show", "under"]
+__all__ = [
+    "FORMS",
+    "MAX_ID",
+    "RECORD_FORMAT",
+    "Content",
+    "Form",
+    "Source",
+    "form_of",
+    "read_ids",
+    "read_layers",
+    "show",
+    "under",
+]
 
 MAX_ID: Final = 10**9
 """Beyond any layer or expert number; a larger one is a typo, and absurdly many digits would not even print."""
+
+RECORD_FORMAT: Final = "shardxform.provenance"
+"""What the record of an output calls itself; it holds the keep lists that the output was pruned by."""
 
 _LAYER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _SHORT: Final = reprlib.Repr()
@@ -72,7 +87,9 @@ class Form:
 
 
 def form_of(value: Mapping[str, Any]) -> Form | None:
-    """The foreign form that `value` has, or None."""
+    """The form other than ours that `value` has, or None; what names a format is in that, or in none."""
+    if value.get("format", RECORD_FORMAT) != RECORD_FORMAT:
+        return None
     return next((form for form in FORMS if form.fits(value)), None)
 
 
@@ -303,12 +320,32 @@ def _read_reap_mlx(source: Source) -> Content:
     return Content(keep=keep, mtp_keep=mtp_keep, provenance=_notes(source, "version", "kept", "pruned"))
 
 
+def _read_record(source: Source) -> Content:
+    inputs = _object(source.value.get("inputs"), f"{source.where}: inputs")
+    place = f"{source.where}: inputs"
+    if isinstance(inputs.get("origin"), Mapping):  # of a converted output: what was done before
+        inputs, place = inputs["origin"], f"{place}.origin"
+    lists = inputs.get("manifest")
+    if not isinstance(lists, Mapping) or not lists.get("keep"):
+        raise ManifestError(f"{place}.manifest: no keep lists; this output was not pruned")
+    keep, mtp_keep = (
+        read_layers(lists.get(key, {}), f"{place}.manifest.{key}", sort=source.sort) for key in ("keep", "mtp_keep")
+    )
+    return Content(keep=keep, mtp_keep=mtp_keep)
+
+
 def _numbered(value: Mapping[str, Any]) -> Iterator[object]:
     """What stands under keys that are layer numbers."""
     return (entry for key, entry in value.items() if isinstance(key, str) and _LAYER.fullmatch(key))
 
 
 FORMS: Final = (
+    Form(
+        "shardxform.json",
+        '{"format": "shardxform.provenance", "inputs": {"manifest": {"keep": {"0": [ids]}}}}',
+        lambda v: v.get("format") == RECORD_FORMAT,
+        _read_record,
+    ),
     Form("vLLM profile", '{"pruned_experts": [[layer, expert]]}', lambda v: "pruned_experts" in v, _read_vllm),
     Form("reap-mlx", '{"kept": [{"layer", "expert"}]}', lambda v: isinstance(v.get("kept"), list), _read_reap_mlx),
     Form(
@@ -326,4 +363,4 @@ FORMS: Final = (
     Form("0xSero", '{"0": {"kept": [ids]}}', lambda v: any(isinstance(e, Mapping) for e in _numbered(v)), _read_0xsero),
     Form("oMLX", '{"0": [ids]}', lambda v: any(True for _ in _numbered(v)), _read_omlx),
 )
-"""The foreign forms, in the order in which they are tried."""
+"""All forms but that of a keep manifest, in the order in which they are tried."""

@@ -21,7 +21,7 @@ from shardxform.remote.names import RepoName, parse_source
 from shardxform.remote.repository import Remote
 from shardxform.strictjson import JsonError, parse_object
 
-__all__ = ["open_checkpoint"]
+__all__ = ["asks_hub", "open_checkpoint"]
 
 _LEAST_HEAD: Final = 1 << 12
 _FIRST_HEAD: Final = 1 << 16  # where no index says how many tensors there are
@@ -53,13 +53,22 @@ def open_checkpoint(source: str | os.PathLike[str] | RepoName, downloads: Downlo
     return replace(checkpoint, remote=remote)
 
 
+def asks_hub() -> bool:
+    """Whether a repository would be looked for on the hub: its client is installed, and not told to stay offline."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
 def _remote(name: RepoName, downloads: Downloads) -> Remote:
     """Resolve a revision; offline to what the hub client has in its cache."""
     try:
         from huggingface_hub import constants
     except ImportError as e:
         raise RemoteError(
-            f"{name}: no such directory here, and a repository of the hub needs huggingface_hub 1.0 or later:"
+            f"{name}: {_absent(name)}a repository of the hub needs huggingface_hub 1.0 or later:"
             " pip install 'shardxform[hub]'"
         ) from e
     return _cached(name, downloads) if constants.HF_HUB_OFFLINE else _listed(name, downloads)
@@ -71,10 +80,14 @@ def _cached(name: RepoName, downloads: Downloads) -> Remote:
 
     folder = cached_folder(name)
     if folder is None:
-        raise RemoteError(f"{name}: no such directory here, nothing of it in the cache, and HF_HUB_OFFLINE is set")
+        raise RemoteError(f"{name}: {_absent(name)}nothing of it in the cache, and HF_HUB_OFFLINE is set")
     return Remote(
         repo=name.repo, commit=folder.name, folder=folder, files={}, streamed=frozenset(), downloads=downloads
     )
+
+
+def _absent(name: RepoName) -> str:
+    return "no such folder here; " if name.as_path else ""
 
 
 def _listed(name: RepoName, downloads: Downloads) -> Remote:

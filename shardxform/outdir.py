@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Final, Literal
 
 from shardxform.checkpoint import CONFIG, INDEX
 from shardxform.errors import OutputError, ResumeError
+from shardxform.option_names import with_option
 from shardxform.plan import Plan, ShardPlan
 from shardxform.strictjson import JsonError, parse_object
 
@@ -96,7 +97,7 @@ def refuse_other_plan(root: Path, plan: Plan, state: State) -> None:
     if where.startswith("source.repository: was 'hf://"):
         where = f"{where}; name that commit after @ to go on"
     raise ResumeError(
-        f"{root}: {verb} made from other inputs: {where or 'the plan itself (another version?)'};"
+        f"{root}: {verb} made from other inputs: {with_option(where) or 'the plan itself (another version?)'};"
         " name a new directory, or start over with --force"
     )
 
@@ -213,7 +214,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def difference(old: object, new: object, path: str = "") -> str:
     """Describe the first place where two records differ, or return an empty string."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*new, *(key for key in old if key not in new)]:
+        keys = [*new, *(key for key in old if key not in new)]
+        for key in sorted(
+            keys, key="windows".__eq__
+        ):  # a digest, which says nothing: what it was made from comes first
             if found := difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key)):
                 return found
         return ""

@@ -16,7 +16,7 @@ Unit = Literal["bytes", "tokens", "work"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is; `resumed` of what is done stems from an earlier run.
+    """How far a run is; `resumed` of what is done stems from an earlier run, and `at` is where it goes on, if known.
 
     Tokens are counted once for every block that they went through; work of several kinds is shares of the whole.
     """
@@ -25,6 +25,7 @@ class Progress:
     total: int
     resumed: int
     unit: Unit = "bytes"
+    at: str = ""
 
 
 OnProgress = Callable[[Progress], None]

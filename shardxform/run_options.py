@@ -101,7 +101,8 @@ class Report:
     Attributes:
         already_done: the output stood there complete, and nothing was written.
         left: steps that this run was not asked for and nobody has done yet; the output is complete when there are none.
-        facts: what the steps found worth recording, such as modules whose weights are all zero.
+        facts: what the steps found worth recording, such as modules whose weights are all zero; of an output that was
+            there, what its record says.
 
     """
 

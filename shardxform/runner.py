@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from shardxform.execution import Facts, OpenTargets, executor, written_by
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
 from shardxform.merging import adopt
-from shardxform.outdir import damage, refuse_obstacles, refuse_other_plan, removable, state_of
+from shardxform.outdir import PROVENANCE, damage, read_record, refuse_obstacles, refuse_other_plan, removable, state_of
 from shardxform.output import Output
 from shardxform.plan import Plan, Step, tokens_of
 from shardxform.progress import Progress, peak_rss_bytes
@@ -62,8 +62,14 @@ def run(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
         left=loop.left if loop else 0,
-        facts=loop.facts if loop else {},
+        facts=loop.facts if loop else _recorded_facts(output),
     )
+
+
+def _recorded_facts(output: Output) -> Mapping[str, Any]:
+    """What the steps of a finished output found."""
+    facts = (read_record(output.root / PROVENANCE) or {}).get("facts")
+    return facts if isinstance(facts, dict) else {}
 
 
 def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Loop | None:
@@ -123,6 +129,7 @@ class _Loop:
         self._tuning = {i for i, step in enumerate(self._plan.steps) if tokens_of(step)}
         self._tokens = 0
         self._tokens_resumed = 0
+        self._at = ""
         self.written = 0
         self.resumed = 0
         self.left = 0
@@ -148,6 +155,7 @@ class _Loop:
             self.resumed = sum(written_by(plan.steps[i]) for i in journal.done)
             self._tokens = self._tokens_resumed = sum(tokens_of(plan.steps[i]) for i in journal.done)
             todo = [i for i in sorted(undone) if self._wanted(i)]
+            self._at = self._first_of(todo) if self._tuning & journal.done else ""
             alone: set[int] = set() if self._options.pool else self._tuning
             self._run_steps([i for i in todo if i not in alone], journal, self._options.jobs)
             self._run_steps([i for i in todo if i in alone], journal, 1)
@@ -166,6 +174,11 @@ class _Loop:
             return True
         step: Any = self._plan.steps[number]
         return step.layer in blocks if number in self._tuning else 0 in blocks
+
+    def _first_of(self, todo: list[int]) -> str:
+        """The block that is tuned next."""
+        step: Any = next((self._plan.steps[i] for i in todo if i in self._tuning), None)
+        return f"block {step.layer}" if step else ""
 
     def _forget_what_cannot_go_on(self, journal: Journal) -> None:
         """Tune all blocks again when the hidden states that the next one needs are gone."""
@@ -256,7 +269,7 @@ class _Loop:
             return
         if self._tuning:  # by far the most work, and not in proportion to bytes
             wanted = sum(tokens_of(s) for i, s in enumerate(self._plan.steps) if self._wanted(i))
-            self._options.on_progress(Progress(self._tokens, wanted, self._tokens_resumed, "tokens"))
+            self._options.on_progress(Progress(self._tokens, wanted, self._tokens_resumed, "tokens", self._at))
         else:
             done = self.written + self.resumed
             self._options.on_progress(Progress(done, self._plan.data_bytes, self.resumed))

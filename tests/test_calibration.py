@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -155,7 +156,7 @@ def test_windows_do_not_depend_on_files_pieces_or_batches(
         patch.setattr(documents, "PIECE", piece)
         patch.setattr(tokens, "_BATCH_CHARACTERS", batch)
         if not expected:
-            with pytest.raises(PlanError, match="expected at least one window"):
+            with pytest.raises(PlanError, match=r"expected at least one window|found no (text|document)"):
                 load(bytes_root, folder, samples=samples, seqlen=seqlen)
             return
         windows = load(bytes_root, folder, samples=samples, seqlen=seqlen)
@@ -243,7 +244,7 @@ def test_documents_are_taken_in_the_order_of_the_seed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE", piece)
         if not expected:
-            with pytest.raises(PlanError, match="expected at least one document of 4 tokens"):
+            with pytest.raises(PlanError, match=r"expected at least one document of 4 tokens|found no (text|document)"):
                 load(bytes_root, folder, **options)
             return
         windows = load(bytes_root, folder, **options)
@@ -392,7 +393,7 @@ def test_conversations_are_rendered_with_the_chat_template(tmp_path: Path) -> No
         ({"messages": [{"role": "user"}]}, TEMPLATE, "d.jsonl:1: message 1: expected strings 'role' and 'content'"),
         ({"messages": [*TURNS, None]}, TEMPLATE, "d.jsonl:1: message 3: expected strings 'role' and 'content'"),
         ({"messages": TURNS, "conversations": TURNS}, TEMPLATE, "found both 'messages' and 'conversations'"),
-        ({"text": "hi"}, TEMPLATE, "d.jsonl: expected a field 'messages' or 'conversations', found 'text'"),
+        ({"text": "hi"}, TEMPLATE, "d.jsonl:1: expected a field 'messages' or 'conversations', found 'text'"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path: Path, record: Any, template: str, message: str) -> None:
@@ -425,7 +426,7 @@ def test_sources_are_kept_apart_in_the_order_of_their_names(bytes_root: Path, tm
     assert windows.rows == (("a", range(3)), ("b", range(3, 5)))
     assert windows.notes == (
         "source 'b': asked for 3 windows of 4 tokens, the data give 2",
-        "source 'c': expected at least one window of 4 tokens, found 2 tokens in 1 documents; it is left out",
+        "source 'c': expected at least one window of 4 tokens, found 2 tokens in 1 document; it is left out",
     )
     assert windows.provenance["by_source"] == {"a": 3, "b": 2}
     assert "sources" not in windows.provenance
@@ -485,7 +486,7 @@ def test_windows_of_a_source_are_those_of_data_without_the_others(
         try:
             return load(bytes_root, where, **options, **more)
         except PlanError as e:
-            if "expected at least one" not in str(e):
+            if not re.search("expected at least one|found no (text|document)", str(e)):
                 raise
             return None
 
@@ -602,8 +603,15 @@ def test_windows_of_all_sources_together_are_bounded(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", b"", "expected at least one window of 4 tokens, found 0 tokens in 0 documents"),
-        ("d.jsonl", b'{"text": "a"}', "expected at least one window of 4 tokens, found 2 tokens in 1 documents"),
+        ("d.jsonl", b"", "d.jsonl: found no document"),
+        ("d.txt", b"", "d.txt: found no text in 1 document"),
+        ("d.jsonl", b'{"text": ""}\n{"text": ""}', "d.jsonl: found no text in 2 documents"),
+        (
+            "d.jsonl",
+            b'{"text": "a"}',
+            "expected at least one window of 4 tokens, found 2 tokens in 1 document; give more text, or ask for less:"
+            " --seqlen 2",
+        ),
         ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', "d.jsonl:2: not JSON: "),
         ("d.jsonl", b'{"text": "a"}\n\n["b"]\n', "d.jsonl:3: expected an object, found list"),
         ("d.jsonl", b'{"text": "a"}\n{"txt": "b"}', "d.jsonl:2: expected a field 'text', found 'txt'"),
@@ -613,7 +621,12 @@ def test_windows_of_all_sources_together_are_bounded(
         ("d.jsonl", b'{"text": "\\ud800"}', "d.jsonl:1: '\\ud800' holds half a surrogate pair"),
         ("d.jsonl", b'{"text": "a", "text": "b"}', "d.jsonl:1: duplicate key 'text'"),
         ("d.jsonl", b'{"text": ' + b"[" * 100_000, "d.jsonl:1: nested too deeply"),
-        ("d.jsonl", b"{}", "d.jsonl: expected a field 'text' or 'content', found none"),
+        ("d.jsonl", b"{}", "d.jsonl:1: expected a field 'text' or 'content', found none"),
+        (
+            "d.jsonl",
+            b'\n{"body": "a", "id": 1}',
+            "d.jsonl:2: expected a field 'text' or 'content', found 'body', 'id'; --text-key names another",
+        ),
         ("d.jsonl", b'{"messages": []}', "found 'messages'; conversations need the chat template"),
         ("d.jsonl", b'{"text": "' + b"a" * 2000 + b'"}', "d.jsonl:1: expected a line of at most 64 MiB"),
         ("d.json", b"[" + b" " * 2000 + b"]", "d.json: expected a JSON array of at most 64 MiB"),
@@ -718,13 +731,13 @@ def test_data_that_cannot_be_read_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": ""}, "data: expected a path or the name of a hub data set, found an empty one"),
-        ({"samples": 0}, "samples: expected at least 1, found 0"),
-        ({"seqlen": 1}, "seqlen: expected at least 2, found 1"),
+        ({"data": ""}, "--data: expected a path or the name of a hub data set, found an empty one"),
+        ({"samples": 0}, "--samples: expected at least 1, found 0"),
+        ({"seqlen": 1}, "--seqlen: expected at least 2, found 1"),
         ({"seed": -1}, "seed: expected at least 0, found -1"),
-        ({"samples": 1 << 20, "seqlen": 2048}, "samples: expected at most 1,073,741,824 tokens in all windows"),
-        ({"sources": ("a", "")}, "sources: expected a name of 1 to 100 characters that can be shown, found ''"),
-        ({"sources": tuple(map(str, range(101)))}, "sources: expected at most 100, found 101"),
+        ({"samples": 1 << 20, "seqlen": 2048}, "--samples: expected at most 1,073,741,824 tokens in all windows"),
+        ({"sources": ("a", "")}, "--sources: expected a name of 1 to 100 characters that can be shown, found ''"),
+        ({"sources": tuple(map(str, range(101)))}, "--sources: expected at most 100, found 101"),
     ],
 )
 def test_options_that_no_data_satisfy_are_refused(options: dict[str, Any], message: str) -> None:
@@ -803,3 +816,13 @@ def test_options_are_imported_without_numpy_or_transformers() -> None:
     code = "import sys, shardxform.calibration as c; c.PRESETS; print({'numpy', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+def test_help_and_documentation_list_the_same_kinds_of_files() -> None:
+    from shardxform.cli.score_cmd import command
+
+    told = next(option.help for option in command.params if option.name == "data")
+    described = (ROOT / "docs" / "scoring.md").read_text().split("`--data` is ")[1].partition("file")[0]
+    listed = re.findall(r"\.[a-z]+\b", told.partition("file")[0])
+    assert listed == re.findall(r"\.[a-z]+\b", described) == [".jsonl", ".json", ".txt", ".md", ".parquet"]
+    assert set(listed) <= set(readers.KINDS)

@@ -139,10 +139,12 @@ def test_a_hub_data_set_is_read_from_one_revision_and_no_further_than_needed(
     assert "expected at least one window of 8 tokens, found " in test["error"]
     assert [error["error"] for error in errors[:3]] == [
         "a/none: expected .parquet, .jsonl, .json, .txt files in the data set, found none",
-        "a/missing: no such file or directory, and no such data set on the hub",
+        "a/missing: no such file or directory here; no such data set on the hub",
         "a/gated: access must be asked for on the hub, and a token be set (hf auth login)",
     ]
-    assert errors[3]["error"].startswith("a/broken: the hub gave no answer that can be used: ")
+    assert errors[3]["error"].startswith(
+        "a/broken: no such file or directory here; the hub gave no answer that can be used: "
+    )
     assert errors[4]["error"] == "a/bad/train.jsonl:2: expected a string, found int"
     local = tmp_path / "local.jsonl"
     local.write_bytes(hub.sets["a/packed"]["data/train-00000-of-00002.jsonl"])
@@ -151,7 +153,7 @@ def test_a_hub_data_set_is_read_from_one_revision_and_no_further_than_needed(
         small_moe, tmp_path / "home", hub.port, [{"data": str(local), **small}, cases[0]], HF_HUB_OFFLINE="1"
     )
     assert same["ids"] == packed["ids"]
-    assert offline["error"].startswith("a/packed: the hub cannot be reached: ")
+    assert offline["error"].startswith("a/packed: no such file or directory here; the hub cannot be reached: ")
     assert len(hub.asked) == asked
 
 

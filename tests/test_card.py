@@ -214,9 +214,10 @@ VERBS = (
 )
 
 
-def again(out: Path, source: Path, keep: Path) -> list[Result]:
+def again(out: Path, source: Path) -> list[Result]:
     """Run the commands that OUT's card gives, with the names in their places."""
-    places = {"SRC": str(source), out.name: str(out), f"{out.name}-before": f"{out}-before", "keep.json": str(keep)}
+    places = {"SRC": str(source), out.name: str(out), f"{out.name}-before": f"{out}-before"}
+    places["shardxform.json"] = str(out / "shardxform.json")
     return [shardxform(*(places.get(arg, arg) for arg in args[1:])) for args in gather(out).commands]
 
 
@@ -226,7 +227,7 @@ def test_the_command_on_the_card_makes_the_output_again(verb: str, options: tupl
     keep.write_text(json.dumps(manifest_of(source, mtp=True).to_dict()))
     given = [str(keep) if option == "KEEP" else option for option in options]
     shardxform(verb, source, out, *given, "-q")
-    (result,) = again(out, source, keep)
+    (result,) = again(out, source)
     assert "already complete, made from the same inputs" in result.output
 
 
@@ -236,7 +237,7 @@ def test_the_commands_of_a_converted_output_make_it_again(target: tuple[str, ...
     keep.write_text(json.dumps(manifest_of(source).to_dict()))
     shardxform("quantize", source, f"{out}-before", "-m", keep, "--group-size", 32, "-q")
     shardxform("convert", f"{out}-before", out, "--to", *target, "-q")
-    results = again(out, source, keep)
+    results = again(out, source)
     assert len(results) == 2
     assert all("already complete, made from the same inputs" in result.output for result in results)
     facts = gather(out)
@@ -289,7 +290,12 @@ def test_a_healed_output(command: str, options: tuple[object, ...], tmp_path: Pa
     try:
         shardxform(command, source, out, "-m", KEEP, "--data", text, "--batch-size", 2, *given, "-q")
         facts = gather(out)
-        places = {"SRC": str(source), "out": str(out), "calib.jsonl": str(text), "keep.json": str(KEEP)}
+        places = {
+            "SRC": str(source),
+            "out": str(out),
+            "calib.jsonl": str(text),
+            "shardxform.json": str(out / "shardxform.json"),
+        }
         assert "already complete" in shardxform(*(places.get(arg, arg) for arg in facts.commands[0][1:])).output
     finally:
         torch.set_num_threads(before)

@@ -181,6 +181,8 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
     result = invoke("compress", small_moe, copied, *arguments(small_moe))
     assert result.exit_code == 0, result.output
     assert "already complete, made from the same inputs; nothing written" in result.stdout
+    assert re.search(r"\n  tuned +squared error [\d.]+% of that of rounding, over 4 blocks\n", result.stdout)
+    assert re.search(r"\n  time +[\d.]+ s in this run\n", result.stdout)
     assert [line for line in result.stderr.splitlines() if line.startswith("[")] == [
         f"[{number}/6] {stage}: done already" for number, stage in enumerate(STAGES, 1)
     ]
@@ -189,8 +191,11 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
 
 def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path) -> None:
     rounded = ["--method", "rtn", "--format", "gptq"]
+    unpruned = "experts  all 16 of each layer stay, top-4: nothing is pruned without --keep or --ratio\n"
+    assert unpruned in done("compress", small_moe, tmp_path / "out", *rounded, "--dry-run")
     out = json.loads(done("compress", small_moe, tmp_path / "out", *rounded, "--json", "-q"))
     assert out["made"] == ["quantize", "verify", "card"]
+    assert "all 16 of each layer: nothing was pruned\n" in done("compress", small_moe, tmp_path / "out", *rounded)
     done("quantize", small_moe, tmp_path / "separate", "--format", "gptq")
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
     assert files.pop("out/README.md")
@@ -205,7 +210,7 @@ def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Pa
     done("quantize", small_moe, tmp_path / "separate", "-m", keep, *calib, *heal, "-q")
     shard = "model.safetensors"
     assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "separate" / shard).read_bytes()
-    refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
+    assert "give --keep or --ratio" in refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
 
 
 def test_a_ratio_is_recorded_as_select_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
@@ -342,26 +347,42 @@ def test_an_output_that_is_gone_is_made_again_and_verified_again(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "stage", "difference", "kept"),
     [
-        (["--keep", "4"], "'select' was made from other inputs: keep: was 8, now 4"),
-        (["--criterion", "ean"], "'select' was made from other inputs: criterion: was 'reap', now 'ean'"),
-        (["--samples", "3"], "'score' was made from other inputs: data.samples_asked: was 4, now 3"),
-        (["--format", "gptq"], "'quantize' was made from other inputs: scheme.format: was 'auto-round', now 'gptq'"),
-        (["--iters", "3"], "'quantize' was made from other inputs: recipe.iters: was 2, now 3"),
-        (["--mtp", "drop"], "'quantize' was made from other inputs: options.mtp: was 'auto', now 'drop'"),
-        (["--group-size", "64"], "'quantize' was made from other inputs: scheme.grid.group_size: was 128, now 64"),
-        (["--dtype", "bfloat16"], "'score' was made from other inputs: dtype: was 'float32', now 'bfloat16'"),
-        (["--tune-samples", "2"], "'quantize' was made from other inputs: recipe.windows: was "),
-        (["--eval-samples", "1"], "'evaluate' was made from other inputs: data.samples_asked: was 2, now 1"),
+        (["--keep", "4"], "select", "--keep or --ratio: was 8, now 4", "score"),
+        (["--criterion", "ean"], "select", "--criterion: was 'reap', now 'ean'", "score"),
+        (["--samples", "3"], "score", "--samples: was 4, now 3", ""),
+        (["--format", "gptq"], "quantize", "--format: was 'auto-round', now 'gptq'", "score, select"),
+        (["--iters", "3"], "quantize", "--iters: was 2, now 3", "score, select"),
+        (["--mtp", "drop"], "quantize", "--mtp: was 'auto', now 'drop'", "score, select"),
+        (["--group-size", "64"], "quantize", "--group-size: was 128, now 64", "score, select"),
+        (["--dtype", "bfloat16"], "score", "--dtype: was 'float32', now 'bfloat16'", ""),
+        (["--tune-samples", "2"], "quantize", "--tune-samples or --samples: was 4, now 2", "score, select"),
+        (
+            ["--eval-samples", "1"],
+            "evaluate",
+            "--eval-samples: was 2, now 1",
+            "score, select, quantize, verify",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_other_inputs_are_refused_and_named(
-    small_moe: Path, copied: Path, finished: Path, change: list[str], message: str, dry: list[str]
+    small_moe: Path,
+    copied: Path,
+    finished: Path,
+    change: list[str],
+    stage: str,
+    difference: str,
+    kept: str,
+    dry: list[str],
 ) -> None:
     before = tree(copied)
-    assert message in refused("compress", small_moe, copied, *arguments(small_moe), *change, *dry)
+    spared = f"keeps what {kept} gave" if kept else "makes everything again"
+    assert refused("compress", small_moe, copied, *arguments(small_moe), *change, *dry) == (
+        f"shardxform: {copied}.compress: '{stage}' was made from other inputs: {difference}; name another OUT, or start"
+        f" over with --force, which {spared}\n"
+    )
     assert tree(copied) == before == tree(finished)
 
 
@@ -384,7 +405,7 @@ def test_force_starts_over_what_is_unfinished(small_moe: Path, prepared: Prepare
         compress(at(prepared, tmp_path / "out"), Settings(), on_progress=stop)
     assert (tmp_path / "out.compress/score.work").is_dir()
     other = arguments(small_moe, "--samples", "3", evaluated=False)
-    assert "data.samples_asked" in refused("compress", small_moe, tmp_path / "out", *other)
+    assert "--samples: was" in refused("compress", small_moe, tmp_path / "out", *other)
     done("compress", small_moe, tmp_path / "out", *other, "--force")
     assert not (tmp_path / "out.compress/score.work").exists()
 
@@ -476,6 +497,41 @@ def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Pa
     assert (copied / "README.md").read_text() == "mine"
 
 
+def card(out: Path, *more: str) -> Result:
+    result = CliRunner().invoke(main, ["card", str(out), *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_card_reads_what_lies_beside_the_output(copied: Path) -> None:
+    written = (copied / "README.md").read_text()
+    assert "## Evaluation" in written
+    (copied / "README.md").unlink()
+    result = card(copied, "--write")
+    assert result.stderr == f"note: from {copied}.compress: keep.json, evaluation.json\n"
+    assert (copied / "README.md").read_text() == written
+    (copied.with_name(f"{copied.name}.compress") / "evaluation.json").write_text("{}")
+    result = card(copied)
+    assert result.stderr == f"note: from {copied}.compress: keep.json\n"
+    assert "## Evaluation" not in result.stdout
+
+
+@pytest.mark.parametrize("why", ["another", "foreign"])
+def test_card_leaves_results_that_are_not_of_the_output(copied: Path, why: str) -> None:
+    folder = copied.with_name(f"{copied.name}.compress")
+    if why == "another":
+        record = json.loads((folder / "compress.json").read_text())
+        record["stages"]["quantize"]["facts"]["plan"] = "0" * 64
+        (folder / "compress.json").write_text(json.dumps(record))
+        said = f"not of {copied} as it is"
+    else:
+        (folder / "thesis.tex").write_text("")
+        said = f"{folder}/thesis.tex: not shardxform's; move it away, or name another OUT"
+    result = card(copied)
+    assert result.stderr == f"note: not read: {folder}: {said}\n"
+    assert "## Evaluation" not in result.stdout
+
+
 def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> None:
     source = tmp_path / "model.compress"
     shutil.copytree(small_moe, source)
@@ -525,6 +581,15 @@ def test_options_that_would_do_nothing_are_refused(
 ) -> None:
     assert message in refused("compress", small_moe, tmp_path / "out", *args)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_text_to_measure_on_names_the_option_of_that_text(small_moe: Path, tmp_path: Path) -> None:
+    little = tmp_path / "little.txt"
+    little.write_text("two words")
+    said = refused("compress", small_moe, tmp_path / "out", *arguments(small_moe), "--eval-data", little)
+    assert re.search(
+        r"little\.txt: expected at least one window of 64 tokens, .*; give more text, or .*: --eval-seqlen \d", said
+    )
 
 
 @pytest.mark.parametrize(("keep", "message"), [("20", "but .* has 16"), ("3", "keep at least 4")])

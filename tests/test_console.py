@@ -78,3 +78,21 @@ def test_in_a_pipe_there_are_plain_lines() -> None:
     lines = found.stderr.splitlines()
     assert lines[0].startswith("work: 25 % of all stages, ")
     assert lines[1:] == ["a line", "the end"]
+
+
+RESUMED = """
+from shardxform.cli.console import progress
+from shardxform.progress import Progress
+with progress("work", quiet=False) as update:
+    update(Progress(2, 4, 2, "work"))
+    update(Progress(3, 4, 3, "work", "block 7"))
+    update(Progress(4, 4, 3, "work", "block 7"))
+"""
+
+
+def test_what_an_earlier_run_did_is_said_once_and_where_it_goes_on() -> None:
+    found = subprocess.run([sys.executable, "-c", RESUMED], stderr=subprocess.PIPE, text=True, check=True)
+    assert [line for line in found.stderr.splitlines() if "going on" in line] == [
+        "work: going on: 50 % of all stages done already",
+        "work: going on with block 7: 75 % of all stages done already",
+    ]

@@ -585,7 +585,7 @@ def test_targets_that_cannot_be_are_refused(quantized: Path) -> None:
         plan_of(quantized, "bf16", g_idx=True)
     with pytest.raises(SchemeError, match="fused-indexed exists in auto-round and gptq"):
         plan_of(quantized, "compressed-tensors", "fused-indexed")
-    with pytest.raises(SchemeError, match="g_idx: expected format gptq"):
+    with pytest.raises(SchemeError, match="--g-idx: expected --format gptq"):
         plan_of(quantized, "compressed-tensors", g_idx=True)
 
 

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
 from shardxform.card.evaluations import read_evaluation  # noqa: E402
 from shardxform.checkpoint import Checkpoint  # noqa: E402
-from shardxform.cli import main  # noqa: E402
+from shardxform.cli import evaluate_cmd, main  # noqa: E402
 from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
 from shardxform.evaluation import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.evaluation_plot import draw  # noqa: E402
@@ -339,3 +339,17 @@ def test_no_data_no_device(small_moe: Path) -> None:
     result = runner.invoke(main, ["evaluate", str(small_moe), *data, "--device", "abacus"])
     assert result.exit_code == 1
     assert result.output.startswith("shardxform: --device abacus: ")
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "errors", "lower", "shrinks"), [(9.0, (0.1, 0.05), True, True), (11.0, (0.1, 0.2), False, False)]
+)
+def test_figures_that_go_down_are_explained(
+    capsys: pytest.CaptureFixture[str], perplexity: float, errors: tuple[float, ...], lower: bool, shrinks: bool
+) -> None:
+    against = Comparison(perplexity=10.0, kl=0.1, kl_error=0.01, top1=0.9, block_errors=errors)
+    found = Evaluation(perplexity=perplexity, windows=2, tokens=4, against=against)
+    evaluate_cmd._report(found, Path("a"), None, Path("b"), 1.0)
+    told = capsys.readouterr().out
+    assert ("compare by KL divergence" in told) is lower
+    assert ("negative where" in told) is shrinks

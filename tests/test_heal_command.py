@@ -343,7 +343,7 @@ def test_the_record_says_how_and_the_same_command_finds_it_complete(healed: Path
     again = call("prune", str(SMALL_MOE), str(healed), "-m", keep, "-q", *HEAL)
     assert "already complete" in again.output
     other = call("prune", str(SMALL_MOE), str(healed), "-m", keep, "-q", *HEAL, "--heal-iters", "7", code=1)
-    assert "recipe.heal.iters: was 6, now 7" in other.output
+    assert "--heal-iters: was 6, now 7" in other.output
     assert call("prune", str(SMALL_MOE), str(healed), "-m", keep, "-q", code=1)
     assert bytes_of(healed) == before
 
@@ -635,9 +635,10 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
     assert "Missing option '--data'" in refused(out, *plain, "--heal", code=2)
     assert "Invalid value for '--heal'" in refused(out, *plain, *DATA, "--heal", "everything", code=2)
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "0", code=2)
-    assert "heal lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
+    assert "--heal-lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
     swallowed = call(command, "--heal", str(SMALL_MOE), str(out), "-m", keep, *DATA, code=2).output
-    assert "is not one of 'auto', 'router', 'shared', 'moe', 'all'" in " ".join(swallowed.split())
+    wanted = "is none of auto, router, shared, moe, all: put --heal after SRC and OUT, or write --heal=auto"
+    assert wanted in " ".join(swallowed.split())
     if command == "prune":
         assert "--device is for --heal" in refused(out, *plain, "--device", "cuda:0")
 
@@ -645,8 +646,14 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
 def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
     out = tmp_path / "out"
     every = str(keep_file(tmp_path, list(range(16)), [0, 1, 2, 3]))
-    for command in (("prune", "--mtp", "drop"), ("quantize",), ("prune", "-m", every), ("quantize", "-m", every)):
+    for command in (("prune", "-m", every), ("quantize", "-m", every)):
         assert "nothing is pruned" in refused(out, *command, "--heal", *DATA)
+    said = "--heal: nothing is pruned, so there is nothing to heal; give --manifest"
+    for command in (("prune", "--mtp", "drop"), ("quantize",)):
+        assert refused(out, *command, "--heal", *DATA, code=2).endswith(f"{said}.")
+        assert refused(out, *command, "--heal", code=2).endswith(f"{said}, and --data or --preset.")
+    said = said.replace("--manifest", "--keep or --ratio")
+    assert refused(out, "compress", "--heal", *DATA, code=2).endswith(f"{said}.")
     assert "nothing to do" in refused(out, "prune", "--heal", *DATA, code=2)
 
 
@@ -654,7 +661,7 @@ def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
 def test_a_single_window_is_refused(command: str, keep: str, tmp_path: Path) -> None:
     one = (*DATA[:2], "--samples", "1", "--seqlen", "64")
     said = refused(tmp_path / "out", command, "-m", keep, "--heal", *one)
-    assert "heal: expected at least 2 windows, one of them to judge by, found 1" in said
+    assert "--heal: expected at least 2 windows, one of them to judge by, found 1; give --samples 2 or more" in said
     two = (*DATA[:2], "--samples", "2", "--seqlen", "64", "--heal-iters", "1", "--heal-lr", "0.001")
     call(command, str(SMALL_MOE), str(tmp_path / "two"), "-m", keep, "-q", "--heal", "router", *two)
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shardxform"
 # From bottom to top. A module imports only what stands before it, in its own row or in an earlier one.
 # A pattern stands for modules that do not import each other; list a module by name, before, when they do.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "progress"),
+    ("errors", "dtypes", "progress", "option_names"),
     ("strictjson", "tensors"),
     ("header", "fsio"),
     ("sources", "remote", "remote.names", "remote.repository", "remote.client", "remote.arena", "remote.pieces"),
@@ -46,7 +46,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verification.derived", "verification.jobs", "verification.data", "verification.source", "verification"),
     ("card.facts", "card.record", "card.markdown", "card.frontmatter", "card.reproduction"),
     ("card.evaluations", "card.writing", "card.gathering", "card.loading", "card.render", "card", "doctor"),
-    ("compress.request", "compress.costs", "compress.folder", "compress.overall", "compress.prepared"),
+    ("compress.request", "compress.costs", "compress.folder", "compress.beside", "compress.overall"),
+    ("compress.prepared",),
     ("compress.job", "compress.model_timing", "compress.timing"),
     ("compress.showing", "compress.stages", "compress.forecast", "compress.driver", "compress"),
     ("publishing.contents", "publishing.hub", "publishing.push", "publishing"),

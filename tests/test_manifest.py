@@ -100,6 +100,25 @@ def refused(value: object, message: str, layout: Layout | None = None) -> None:
         read(value, layout)
 
 
+def record(**inputs: Any) -> dict[str, Any]:
+    return {"format": "shardxform.provenance", "version": 1, "inputs": inputs, "files": {}}
+
+
+def test_the_record_of_an_output_has_its_keep_lists() -> None:
+    lists = {"keep": KEEP, "mtp_keep": {"0": [0, 1, 2, 6]}}
+    for value in (record(command="prune", manifest=lists), record(command="convert", origin={"manifest": lists})):
+        manifest = read(value, qwen3_5())
+        assert (manifest.keep, manifest.mtp_keep) == (read(OURS).keep, read(OURS).mtp_keep)
+    place = "keep.json: inputs.manifest: no keep lists; this output was not pruned"
+    refused(record(command="quantize", manifest={}), place)
+    refused(record(origin={}), place.replace("inputs.manifest", "inputs.origin.manifest"))
+    refused(
+        record(manifest={"keep": {"0": [3, 1]}}),
+        'keep.json: inputs.manifest.keep["0"][1]: expert 1 after 3, but '
+        "ids must be ascending; `shardxform manifest convert --sort` sorts them",
+    )
+
+
 # -- our form -----------------------------------------------------------------------------------------------------
 
 
@@ -772,6 +791,7 @@ def test_every_foreign_form_imports_the_same_keep(keep: dict[int, list[int]], ra
             "kept": shuffled([{"layer": layer, "expert": expert} for layer, expert in kept]),
             "pruned": shuffled([{"layer": layer, "expert": expert} for layer, expert in gone]),
         },
+        "shardxform.json": {"format": "shardxform.provenance", "inputs": {"manifest": {"keep": named}}},
     }.items():
         manifest = Manifest.from_dict(value, layout=qwen3_5())
         assert {layer: list(ids) for layer, ids in manifest.keep.items()} == keep

@@ -154,7 +154,7 @@ def test_the_record_names_the_commit(server: HubServer, tmp_path: Path) -> None:
 def test_the_token_goes_to_the_hub_alone(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     server.add_repo("org/private", small_moe, private=True)
-    told = command(server, home, "inspect", "org/private", code=1)
+    told = command(server, home, "inspect", "hf://org/private", code=1)
     assert told.count("\n") == 1
     assert "HF_TOKEN" in told
     token = {"HF_TOKEN": READER, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
@@ -164,7 +164,7 @@ def test_the_token_goes_to_the_hub_alone(server: HubServer, small_moe: Path, tmp
 
 def test_a_gated_repository_says_so(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
     server.add_repo("org/gated", small_moe, gated=True)
-    told = command(server, tmp_path / "home", "inspect", "org/gated", code=1)
+    told = command(server, tmp_path / "home", "inspect", "hf://org/gated", code=1)
     assert told.count("\n") == 1
     assert "ask for access" in told
 
@@ -172,7 +172,7 @@ def test_a_gated_repository_says_so(server: HubServer, small_moe: Path, tmp_path
 @pytest.mark.parametrize("name", ["org/nothing", f"{NAME}@no-such-branch", "no/such", "nosuch", "/no/such/folder"])
 def test_what_is_not_there_is_refused_in_a_line(server: HubServer, tmp_path: Path, name: str) -> None:
     told = command(server, tmp_path / "home", "inspect", name, code=1)
-    assert told.count("\n") == 1
+    assert told.count("\n") == 1 + ("asking the hub" in told)
     assert "no such" in told
 
 
@@ -192,7 +192,7 @@ def test_a_malformed_checkpoint_is_refused_naming_the_repository(
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-4])
     commit = server.add_repo("org/short", folder)
-    told = command(server, tmp_path / "home", "inspect", "org/short", code=1)
+    told = command(server, tmp_path / "home", "inspect", "hf://org/short", code=1)
     assert told.startswith(f"shardxform: hf://org/short@{commit}/{shard.name}: truncated")
 
 
@@ -209,12 +209,41 @@ def test_a_shard_that_the_index_names_and_nobody_has_is_refused(
 # -- what lies here -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_that_name_wins_and_it_is_said(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
+def test_a_folder_of_that_name_wins(server: HubServer, small_moe: Path, tmp_path: Path) -> None:
     shutil.copytree(small_moe, tmp_path / NAME)
-    assert "note: org/small is the folder here" in command(server, tmp_path / "home", "inspect", NAME)
+    assert "note" not in command(server, tmp_path / "home", "inspect", NAME)
     assert not server.requests
     assert "note" not in command(server, tmp_path / "home", "inspect", f"hf://{NAME}")
     assert server.requests
+
+
+def test_a_folder_that_is_no_checkpoint_hides_a_repository_and_it_is_said(server: HubServer, tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir(parents=True)
+    told = command(server, tmp_path / "home", "inspect", NAME, code=1)
+    assert told.endswith(f"; for the repository of the hub of that name, write hf://{NAME}\n")
+    (tmp_path / NAME / "config.json").write_text("{}")
+    assert "hf://" not in command(server, tmp_path / "home", "inspect", NAME, code=1)
+
+
+def test_what_is_no_folder_is_asked_of_the_hub_and_both_are_said(server: HubServer, tmp_path: Path) -> None:
+    asked, home = "note: no folder org/tpyo here; asking the hub\n", tmp_path / "home"
+    told = command(server, home, "inspect", "org/tpyo", code=1)
+    assert told.startswith(f"{asked}shardxform: hf://org/tpyo@main: no such folder here; no such repository on the hub")
+    told = command(server, home, "inspect", "hf://org/tpyo", code=1)
+    assert told.startswith("shardxform: hf://org/tpyo@main: no such repository on the hub")
+
+
+def test_without_a_network_it_is_said_at_once_that_nothing_of_that_name_is_here(
+    server: HubServer, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    nowhere = {"HF_ENDPOINT": "http://hub.invalid"}
+    told = command(server, tmp_path / "home", "inspect", "models/tpyo", code=1, **nowhere)
+    assert time.monotonic() - began < 30
+    note, error = told.splitlines()
+    assert note == "note: no folder models/tpyo here; asking the hub"
+    assert error.startswith("shardxform: hf://models/tpyo@main: no such folder here; the hub cannot be asked: ")
+    assert "run the same command again" not in error
 
 
 def cached(server: HubServer, home: Path, *names: str) -> None:

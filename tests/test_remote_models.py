@@ -87,7 +87,7 @@ def test_a_dry_run_of_the_whole_way_fetches_headers_and_a_sample(
     home, options = tmp_path / "home", ("--keep", 8, "--iters", 2, "--data", CALIB, *DATA, "--dry-run", "--json")
     looked = headers(server, home)
     server.reset_counts()
-    stages = json.loads(command(server, home, "compress", NAME, tmp_path / "out", *options))["stages"]
+    stages = json.loads(command(server, home, "compress", f"hf://{NAME}", tmp_path / "out", *options))["stages"]
     assert [stage["stage"] for stage in stages if stage["state"] == "to do"] == STAGES
     assert looked < server.data_bytes(NAME) <= looked + max(p.stat().st_size for p in small_moe.glob("*.safetensors"))
     assert not (tmp_path / "out").exists()

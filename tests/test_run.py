@@ -164,13 +164,13 @@ def test_a_partial_shard_that_vanished_is_made_again(source: Path, finished: dic
 
 def test_another_manifest_is_refused_naming_the_first_difference(source: Path, tmp_path: Path) -> None:
     out = interrupted(source, tmp_path / "out")
-    with pytest.raises(ResumeError, match=r"unfinished work made from other inputs: manifest\.keep\.0: was \["):
+    with pytest.raises(ResumeError, match=r"unfinished work made from other inputs: --manifest: keep\.0: was \["):
         run(plan_of(source, seed=5), out)
 
 
 def test_other_options_are_refused_naming_them(source: Path, tmp_path: Path) -> None:
     out = interrupted(source, tmp_path / "out")
-    with pytest.raises(ResumeError, match=r"options\.max_shard_bytes: was 20000, now 9000"):
+    with pytest.raises(ResumeError, match=r"--max-shard-size: was 20000, now 9000"):
         run(plan_of(source, ViewOptions(max_shard_bytes=9000)), out)
 
 

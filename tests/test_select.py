@@ -118,7 +118,11 @@ def test_all_may_stay() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "message"),
-    [(5, "keep: 5 experts per layer, but saliency has 4"), (1, "keep: 1 .*picks 2 per token"), (-1, "keep at least 2")],
+    [
+        (5, "--keep: 5 experts per layer, but saliency has 4"),
+        (1, "--ratio: 1 .*picks 2 per token"),
+        (-1, "keep at least 2"),
+    ],
 )
 def test_counts_that_no_router_works_with_are_refused(keep: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
@@ -135,7 +139,7 @@ def test_keep_of_ratio(experts: int, ratio: float, keep: int) -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), 50.0])
 def test_a_ratio_that_is_no_share_is_refused(ratio: float) -> None:
-    with pytest.raises(PlanError, match="ratio: expected the share of experts to remove"):
+    with pytest.raises(PlanError, match="--ratio: expected the share of experts to remove"):
         keep_of_ratio(256, ratio)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -125,10 +126,46 @@ def block_outputs(path: Path, ids_NT: Any) -> list[Any]:
 
 def test_the_same_command_finds_it_complete(small_moe: Path, tuned: Path) -> None:
     before = bytes_of(tuned)
-    assert "already complete" in tune(small_moe, tuned).output
+    told = tune(small_moe, tuned).output
+    assert "already complete" in told
+    assert [line.split()[0] for line in told.splitlines() if "%" in line] == ["0", "1", "2", "3"]
     assert bytes_of(tuned) == before
     refused = tune(small_moe, tuned, "--iters", "4", code=1)
-    assert "recipe.iters: was 3, now 4" in refused.output
+    assert "--iters: was 3, now 4" in refused.output
+
+
+def test_where_it_goes_on_and_whose_time_it_is_are_said(small_moe: Path, tmp_path: Path) -> None:
+    from shardxform.tuning.session import Tuner
+
+    loud = [arg for arg in arguments(small_moe, tmp_path / "out") if arg != "-q"]
+    done, tune_block = [], Tuner.tune
+
+    def stopping(self: Any, step: Any, *rest: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(step.layer)
+        return tune_block(self, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tuner, "tune", stopping)
+        assert CliRunner().invoke(main, loud).exit_code == 130
+    result = CliRunner().invoke(main, loud)
+    assert result.exit_code == 0, result.output
+    assert "quantize: going on with block 2: 1,792 of 3,584 tokens done already\n" in result.stderr
+    assert re.search(r"time +[\d.]+ s in this run, [\d.]+ MB from an earlier one\n", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "blocks", [7, [7], [{"layer": "x"}], [{"layer": 0, "seconds": 1, "peak_rss_bytes": 1, "rtn_error": "x"}]]
+)
+def test_a_record_that_says_odd_things_of_blocks_is_passed_over(
+    small_moe: Path, tuned: Path, tmp_path: Path, blocks: Any
+) -> None:
+    out = Path(shutil.copytree(tuned, tmp_path / "out"))
+    record = json.loads((out / "shardxform.json").read_text())
+    record["facts"]["blocks"] = blocks
+    (out / "shardxform.json").write_text(json.dumps(record))
+    assert tune(small_moe, out).stdout == f"{out}: already complete, made from the same inputs; nothing written\n"
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 16])

@@ -119,8 +119,9 @@ def find_key(corpus: Corpus, options: DataOptions) -> str:
     if plain and options.chat_template:
         raise PlanError(f"{plain.place}: expected conversations, for the chat template, found plain text")
     for file in corpus.files:
-        if (names := fields(file)) is not None:
-            return _key_among(names, file.place, options)
+        if (found := fields(file)) is not None:
+            place, names = found
+            return _key_among(names, place, options)
     if options.text_key:
         raise PlanError(f"{options.data}: expected a field {options.text_key!r}, found nothing that has fields")
     return "text"
@@ -223,7 +224,8 @@ def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
     if not found:
         which = " or ".join(repr(name) for name in expected)
         needs = "; conversations need the chat template" if "messages" in names and not options.chat_template else ""
-        raise PlanError(f"{place}: expected a field {which}, found {listed(names)}{needs}")
+        other = "; --text-key names another" if names and not needs and not options.text_key else ""
+        raise PlanError(f"{place}: expected a field {which}, found {listed(names)}{needs}{other}")
     if options.chat_template and len(found) > 1:
         raise PlanError(f"{place}: expected one field of conversations, found both 'messages' and 'conversations'")
     return found[0]

@@ -49,10 +49,11 @@ def hub_files(data: str, whole: bool) -> tuple[str, tuple[DataFile, ...]]:
     try:
         from huggingface_hub import HfApi, hf_hub_download
     except ImportError as e:
-        raise PlanError(f"{data}: hub data sets need huggingface_hub: pip install huggingface_hub") from e
+        raise PlanError(f"{data}: hub data sets need huggingface_hub: pip install 'shardxform[hub]'") from e
     owner, name, *rest = data.split("/", 2)
     repo = f"{owner}/{name}"
-    info: Any = _asked(repo, partial(HfApi().dataset_info, repo, files_metadata=True))
+    ask = partial(HfApi().dataset_info, repo, files_metadata=True)
+    info: Any = _asked(repo, ask, absent="no such file or directory here; ")
     sizes = {str(sibling.rfilename): int(sibling.size or 0) for sibling in info.siblings or ()}
     names = chosen(data, sizes, rest[0] if rest else "")
     nbytes = sum(sizes[name] for name in names)
@@ -109,8 +110,8 @@ def _file(repo: str, name: str, get: Callable[[], str]) -> DataFile:
     return DataFile(name=name, place=place, kind=kind, fetch=lambda: Path(_asked(place, get)))
 
 
-def _asked(what: str, call: Callable[[], T]) -> T:
-    """Call the hub; whatever its client raises becomes one line."""
+def _asked(what: str, call: Callable[[], T], absent: str = "") -> T:
+    """Call the hub; whatever its client raises becomes one line, which begins with what is `absent` on this machine."""
     from huggingface_hub import errors
 
     try:
@@ -118,11 +119,11 @@ def _asked(what: str, call: Callable[[], T]) -> T:
     except errors.GatedRepoError as e:
         raise PlanError(f"{what}: access must be asked for on the hub, and a token be set (hf auth login)") from e
     except errors.RepositoryNotFoundError as e:
-        raise PlanError(f"{what}: no such file or directory, and no such data set on the hub") from e
+        raise PlanError(f"{what}: {absent}no such data set on the hub") from e
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as e:
-        raise PlanError(f"{what}: the hub cannot be reached: {_line(e)}") from e
+        raise PlanError(f"{what}: {absent}the hub cannot be reached: {_line(e)}") from e
     except Exception as e:  # of any of the libraries below it, which differ by version
-        raise PlanError(f"{what}: the hub gave no answer that can be used: {_line(e)}") from e
+        raise PlanError(f"{what}: {absent}the hub gave no answer that can be used: {_line(e)}") from e
 
 
 def _line(error: Exception) -> str:

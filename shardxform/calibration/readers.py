@@ -97,8 +97,8 @@ def count(file: DataFile) -> int:
     return sum(1 for _ in _entries(file))
 
 
-def fields(file: DataFile) -> tuple[str, ...] | None:
-    """Names of the fields of a file's first record, or its columns; None when it has no record, or no fields.
+def fields(file: DataFile) -> tuple[str, tuple[str, ...]] | None:
+    """Place of a file's first record, and names of its fields, or columns; None when it has no record, or no fields.
 
     Raises:
         PlanError: unreadable.
@@ -108,10 +108,10 @@ def fields(file: DataFile) -> tuple[str, ...] | None:
         return None
     if file.kind == "parquet":
         with _parquet(file) as table:
-            return tuple(table.schema_arrow.names)
+            return file.place, tuple(table.schema_arrow.names)
     with contextlib.closing(_entries(file)) as entries:
         first = next(entries, None)
-    return tuple(_object(first[1], first[0])) if first else None
+    return (first[0], tuple(_object(first[1], first[0]))) if first else None
 
 
 def read(file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = False) -> Iterator[Record | None]:

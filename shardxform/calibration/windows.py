@@ -60,8 +60,16 @@ class _Found:
     files: int
 
 
-_Result = _Found | str
-"""What the documents of a source give; text, that says so, when they do not fill one window."""
+@dataclass(frozen=True, slots=True)
+class _TooLittle:
+    """Why documents do not fill one window, and what to do about it."""
+
+    said: str
+    advice: str = ""
+
+
+_Result = _Found | _TooLittle
+"""What the documents of a source give."""
 
 
 def load_windows(checkpoint_root: Path, options: DataOptions) -> Windows:
@@ -95,14 +103,28 @@ def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str,
     notes: list[str] = []
     for name, result in sorted(results.items()):
         of = f"source {name!r}: " if options.by_source else ""
-        if isinstance(result, str):
+        if isinstance(result, _TooLittle):
             if not found or not options.by_source or name in options.sources:
-                raise PlanError(f"{options.data}: {of}{result}")
-            notes.append(f"{of}{result}; it is left out")
+                raise PlanError(f"{options.data}: {of}{result.said}{result.advice}")
+            notes.append(f"{of}{result.said}; it is left out")
         elif len(result.ids_NT) < options.samples:
             asked, got = f"{options.samples:,} windows of {options.seqlen:,} tokens", f"{len(result.ids_NT):,}"
             notes.append(f"{of}asked for {asked}, the data give {got}")
     return found, notes
+
+
+def _short(what: str, seqlen: int, found: str, longest: int) -> _TooLittle:
+    """Not one window, or document, of `seqlen` tokens, though one of the `longest` there is."""
+    fits = f", or ask for less: --seqlen {longest}" if 2 <= longest < seqlen else ""
+    return _TooLittle(f"expected at least one {what} of {seqlen:,} tokens, found {found}", f"; give more text{fits}")
+
+
+def _no_text(documents: int) -> _TooLittle:
+    return _TooLittle(f"found no text in {_count(documents, 'document')}" if documents else "found no document")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 # -- sources -------------------------------------------------------------------------------------------------------
@@ -139,6 +161,7 @@ class _Stream:
         runs: ids, in order.
         starts: of each document, its first token and its file.
         total: tokens in `runs`.
+        empty: whether all of it is white space.
 
     """
 
@@ -147,15 +170,17 @@ class _Stream:
     runs: list[NDArray[np.int64]] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)
     total: int = 0
+    empty: bool = True
 
     @property
     def full(self) -> bool:
         return self.total >= self.wanted
 
-    def add(self, file: int, new: bool, run: NDArray[np.int64]) -> None:
-        """Append ids; `new` when they begin a document."""
+    def add(self, piece: Piece, new: bool, run: NDArray[np.int64]) -> None:
+        """Append the ids of a piece; `new` when they begin a document."""
         if new:
-            self.starts.append((self.total, file))
+            self.starts.append((self.total, piece.file))
+        self.empty = self.empty and not piece.text.strip()
         self.runs.append(run)
         self.total += len(run)
 
@@ -163,10 +188,8 @@ class _Stream:
         """The windows; what remains is dropped."""
         used = min(self.total, self.wanted) // self.seqlen * self.seqlen
         if not used:
-            return (
-                f"expected at least one window of {self.seqlen:,} tokens, "
-                f"found {self.total:,} tokens in {len(self.starts):,} documents"
-            )
+            found = f"{_count(self.total, 'token')} in {_count(len(self.starts), 'document')}"
+            return _no_text(len(self.starts)) if self.empty else _short("window", self.seqlen, found, self.total)
         documents = bisect_left(self.starts, (used, -1))
         ids_NT = np.concatenate(self.runs)[:used].reshape(-1, self.seqlen)
         return _Found(ids_NT=ids_NT, documents=documents, files=self.starts[documents - 1][1] + 1)
@@ -183,7 +206,7 @@ def _packed(source: _Source) -> dict[str, _Result]:
             present.add(piece.source)
         stream = streams.setdefault(piece.source if options.by_source else "", _stream(options))
         if not stream.full:  # a document goes on, and pieces are read ahead
-            stream.add(piece.file, new, run)
+            stream.add(piece, new, run)
             _refuse_too_much(options, streams)
         if named and all(each.full for each in streams.values()):
             break
@@ -272,10 +295,10 @@ def _first(source: _Source, among: NDArray[np.int64], total: int) -> _Result:
         found += [ids for _, ids in sorted(best, key=lambda each: -each[0])]
         low, high = high, 2 * high
     if not found:
-        return (
-            f"expected at least one document of {options.seqlen:,} tokens, "
-            f"found {len(among):,} documents, the longest of {longest:,} tokens"
-        )
+        if longest <= len(source.tokenizer.begin):
+            return _no_text(len(among))
+        told = f"{_count(len(among), 'document')}, the longest of {_count(longest, 'token')}"
+        return _short("document", options.seqlen, told, longest)
     return _Found(ids_NT=np.stack(found), documents=len(found), files=len(source.corpus.files))
 
 

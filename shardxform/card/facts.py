@@ -59,7 +59,6 @@ class Pruning:
 
     Attributes:
         criterion: what experts were ranked by, such as `reap`; empty when no manifest was given.
-        manifest: name of the manifest's file, or empty.
         tokens: that the ranking was made on.
         data: the text of it.
         saliency_kept: per layer, share of the criterion's sum that the kept experts have.
@@ -68,7 +67,6 @@ class Pruning:
     """
 
     criterion: str = ""
-    manifest: str = ""
     tokens: int | None = None
     data: tuple[Data, ...] = ()
     saliency_kept: tuple[float, ...] = ()

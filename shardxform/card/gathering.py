@@ -63,7 +63,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     """
     options = options or CardOptions()
     if options.base_model and not is_hub_name(options.base_model):
-        raise PlanError(f"base model: expected a hub name such as owner/name, found {options.base_model!r}")
+        raise PlanError(f"--base-model: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
     checkpoint = Checkpoint.open(out)
     stored = stored_of(checkpoint)
@@ -75,7 +75,6 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     top_k = layout.top_k
     origin = _origin(out, checkpoint, options.base_model)
     name = out.resolve().name or "OUT"
-    kept_by = options.manifest.name if options.manifest else "keep.json"
     return Facts(
         name=name,
         command=text(inputs, "command"),
@@ -93,12 +92,12 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         parameters=Change(before and counts.total(before), counts.total(layout.num_experts)),
         active=Change(before and counts.active(before, top_k), counts.active(layout.num_experts, top_k)),
         dropped=tuple(told for key, told in _PARTS.items() if whole(section(summary, "dropped"), key)),
-        pruning=None if before == layout.num_experts else _pruning(inputs, manifest, kept_by if manifest else ""),
+        pruning=None if before == layout.num_experts else _pruning(inputs, manifest),
         healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
         evaluations=tuple(read_evaluation(path, checkpoint) for path in options.evaluations),
         plots=_plots(options.plots),
-        commands=commands(inputs, origin.base_model or "SRC", name, kept_by),
+        commands=commands(inputs, origin.base_model or "SRC", name),
     )
 
 
@@ -156,7 +155,7 @@ def _experts_before(
     return before if before and before >= after else None
 
 
-def _pruning(inputs: Mapping[str, Any], manifest: Manifest | None, name: str) -> Pruning | None:
+def _pruning(inputs: Mapping[str, Any], manifest: Manifest | None) -> Pruning | None:
     if manifest is None:
         return Pruning() if section(_origin_of_inputs(inputs), "manifest", "keep") else None
     told = manifest.provenance
@@ -164,7 +163,6 @@ def _pruning(inputs: Mapping[str, Any], manifest: Manifest | None, name: str) ->
     layers = section(told, "layers")
     return Pruning(
         criterion=manifest.criterion if manifest.criterion.isprintable() else "",
-        manifest=name,
         tokens=whole(told, "tokens"),
         data=tuple(found for run in runs if (found := data_of(section(run)))) if isinstance(runs, list) else (),
         saliency_kept=_shares(layers.get("saliency_kept")),

@@ -125,7 +125,6 @@ def _pruning(facts: Facts) -> Iterator[str]:
 
 def _pruning_lines(pruned: Pruning) -> Iterator[tuple[str, str]]:
     yield "experts ranked by", code(pruned.criterion) if pruned.criterion else ""
-    yield "manifest", code(pruned.manifest) if pruned.manifest else ""
     yield "calibration text", "; ".join(map(_data, pruned.data))
     yield "tokens that the model was run on", "" if pruned.tokens is None else f"{pruned.tokens:,}"
     if pruned.saliency_kept:
@@ -298,6 +297,10 @@ def _limits(facts: Facts) -> Iterator[str]:
 def _calibration(facts: Facts) -> Iterator[Data]:
     if facts.pruning:
         yield from facts.pruning.data
+    yield from _tuned_on(facts)
+
+
+def _tuned_on(facts: Facts) -> Iterator[Data]:
     if facts.healing and facts.healing.data:
         yield facts.healing.data
     if facts.quantization and facts.quantization.data:
@@ -314,9 +317,22 @@ def _again(facts: Facts) -> Iterator[str]:
     if not facts.commands:
         return
     yield fence("\n".join(shell(args) for args in facts.commands), "sh")
+    yield "\n".join(f"- {what}: {told}" for what, told in _ingredients(facts))
+    yield "From these, the same bytes come of it."
+
+
+def _ingredients(facts: Facts) -> Iterator[tuple[str, str]]:
+    """What the commands name, and where a stranger finds it."""
     words = {word for args in facts.commands for word in args}
-    given = [what for option, what in (("--manifest", "the manifest"), ("--data", "the text")) if option in words]
-    yield f"From {' and '.join(['the same source', *given])}, the same bytes come of it."
+    yield (
+        code(facts.origin.base_model or "SRC"),
+        "the checkpoint that this one was made from; sizes of its shards and digests of their headers are in"
+        " `shardxform.json`, under `inputs`",
+    )
+    if "--manifest" in words:
+        yield "`shardxform.json`", "the file beside this card; the experts that stay are listed in it"
+    for name, data in {data.name: data for data in _tuned_on(facts) if data.name in words}.items():
+        yield code(name), "the calibration text" + (f", {_content(data)}" if data.content else "")
 
 
 def _data(data: Data) -> str:
@@ -328,6 +344,11 @@ def _text(data: Data) -> str:
     """What a text is called, and of which sources it is where not of all."""
     of = ", ".join(map(code, data.sources))
     return code(data.name) + (f" (source{'s' * (len(data.sources) != 1)} {of})" if of else "")
+
+
+def _content(data: Data) -> str:
+    """Which text it is, whatever it is called."""
+    return f"whose {'SHA-256' if len(data.content) == 64 else 'revision'} is {code(data.content)}"
 
 
 def _folded(text: str) -> str:

@@ -1,6 +1,7 @@
 """The command lines that make an output again, rebuilt from what its record says was asked for.
 
-Options at their defaults are left out. Given the same source, manifest and data, the commands end with the same bytes.
+Options at their defaults are left out. The experts to keep are read from the record itself, which is published with
+the output. Given the same source and data, the commands end with the same bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from shardxform.card.record import flag, number, section, text, texts, whole
+from shardxform.outdir import PROVENANCE
 from shardxform.prune import DEFAULT_SHARD_BYTES
 from shardxform.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
 
@@ -20,19 +22,18 @@ _SEQLEN: Final = 2048
 _SEED: Final = 42
 
 
-def commands(inputs: Mapping[str, Any], source: str, out: str, manifest: str) -> tuple[Args, ...]:
+def commands(inputs: Mapping[str, Any], source: str, out: str) -> tuple[Args, ...]:
     """Command lines in the order in which to run them; none where the record does not say enough.
 
     Args:
         inputs: of the record.
         source: name of the source.
         out: name of the output.
-        manifest: name of the manifest's file.
 
     """
     command = text(inputs, "command")
     if command in ("prune", "quantize"):
-        return (_planned(command, inputs, (source, out), manifest),)
+        return (_planned(command, inputs, (source, out)),)
     if command != "convert":
         return ()
     origin = section(inputs, "origin")
@@ -40,12 +41,12 @@ def commands(inputs: Mapping[str, Any], source: str, out: str, manifest: str) ->
     if tuned and not section(origin, "recipe"):  # earlier records of converted outputs have none
         return (("shardxform", "convert", source, out, *_target(inputs)),)
     between = f"{out}-before"
-    first = _planned("quantize", origin, (source, between), manifest)
+    first = _planned("quantize", origin, (source, between))
     return (first, ("shardxform", "convert", between, out, *_target(inputs)))
 
 
-def _planned(command: str, inputs: Mapping[str, Any], places: tuple[str, str], manifest: str) -> Args:
-    keep = ("--manifest", manifest) if section(inputs, "manifest", "keep") else ()
+def _planned(command: str, inputs: Mapping[str, Any], places: tuple[str, str]) -> Args:
+    keep = ("--manifest", PROVENANCE) if section(inputs, "manifest", "keep") else ()
     return ("shardxform", command, *places, *keep, *_scheme(inputs), *_recipe(inputs), *_view(inputs))
 
 

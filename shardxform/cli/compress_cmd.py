@@ -21,9 +21,10 @@ from shardxform.cli.options import (
     view_options,
 )
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
-from shardxform.cli.tune_options import heal_flags, read_tuning
+from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
 from shardxform.compress.request import Pruning, Request, Settings
-from shardxform.errors import SchemeError
+from shardxform.errors import PlanError, SchemeError
+from shardxform.option_names import in_stage
 from shardxform.prune import ViewOptions
 from shardxform.recipe import BATCH_SIZE
 from shardxform.saliency.criteria import CRITERIA, DEFAULT
@@ -127,7 +128,8 @@ def command(source: Source, out: Path, **given: Any) -> None:  # noqa: ANN401
 
     A model card, OUT/README.md, says what came of it. What the stages gave lies in OUT.compress, and is kept:
     saliency.safetensors, keep.json, evaluation.json.
-    Interrupted, the same command goes on where it stopped; a stage that is done is not done again.
+    Interrupted, the same command goes on where it stopped; a stage that is done is not done again. With other options
+    it refuses to go on; --force then makes again what depends on them, and keeps what the other stages gave.
     """
     _refuse_idle(given)
     quiet, as_json, verbose = given["quiet"], given["as_json"], given["verbose"]
@@ -161,6 +163,7 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
     tunes = given["method"] == "auto-round" or given["heal"] is not None
     if given["keep"] is not None and given["ratio"] is not None:
         raise click.UsageError("give either --keep or --ratio")
+    refuse_unpruned(given, True if prunes else None, "--keep or --ratio")
     idle: dict[str, tuple[bool, tuple[str, ...]]] = {
         "choosing experts: give --keep or --ratio": (prunes, ("criterion", "protect")),
         "--method auto-round, but the method is rtn": (tunes, _TUNE_KEYS),
@@ -230,7 +233,10 @@ def _eval_windows(source: Checkpoint, given: Mapping[str, Any]) -> Windows:
         tell("note: --eval-data is the text that OUT was made with: the figures will flatter it")
     asked = {"data": given["eval_data"], "samples": given["eval_samples"], "seqlen": given["eval_seqlen"]}
     others = dict.fromkeys(("preset", "seed", "text_key"))
-    return load_data(source, {**asked, **others, "no_pack": False, "chat_template": False})
+    try:
+        return load_data(source, {**asked, **others, "no_pack": False, "chat_template": False})
+    except PlanError as e:
+        raise PlanError(in_stage(str(e), "evaluate")) from e
 
 
 # -- what is said meanwhile -------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardxform.cli.block_report import tell_blocks
-from shardxform.cli.console import count, gb, print_json, rows, short, span, table, tell
+from shardxform.cli.block_report import blocks_of, tell_blocks
+from shardxform.cli.console import LOWER, count, gb, print_json, rows, short, span, table, tell
 
 if TYPE_CHECKING:
     from shardxform.cli.sources import Source
@@ -38,7 +38,7 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     click.echo(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
     rows(
         [
-            ("experts", f"{summary['experts_before']} -> {summary['experts_after']} per layer, top-{summary['top_k']}"),
+            ("experts", _experts(summary, pruned=request.pruning is not None)),
             ("size", _sizes(summary["bytes_before"], prepared.sketch.data_bytes)),
             ("results", str(request.folder)),
         ]
@@ -56,6 +56,13 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
         click.echo(f"  note: {note}")
     if request.eval_windows is None:
         click.echo("  note: OUT is not measured without --eval-data")
+
+
+def _experts(summary: Mapping[str, Any], *, pruned: bool) -> str:
+    before, after = summary["experts_before"], summary["experts_after"]
+    if not pruned:
+        return f"all {before} of each layer stay, top-{summary['top_k']}: nothing is pruned without --keep or --ratio"
+    return f"{before} -> {after} per layer, top-{summary['top_k']}"
 
 
 def _most_disk(stages: list[dict[str, Any]]) -> int:
@@ -110,7 +117,7 @@ def report(outcome: Outcome, source: Source, *, as_json: bool, verbose: bool) ->
         click.echo()
         spent = outcome.spent.items()
         table(("stage", "time", "peak so far"), ((stage, span(took), gb(peak)) for stage, (took, peak) in spent))
-    blocks = outcome.report.facts.get("blocks", [])
+    blocks = blocks_of(outcome.report.facts)
     tell_blocks({"blocks": blocks if verbose else [block for block in blocks if "rounded_to_nearest" in block]})
     if left := outcome.facts["card"].get("left"):
         tell(f"note: no card was written: {left}")
@@ -122,8 +129,10 @@ def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     facts = outcome.facts
     if "select" in facts:
         yield from _choice_lines(facts["select"])
+    else:
+        yield "experts", f"all {facts['quantize']['experts_before']} of each layer: nothing was pruned"
     yield "size", _sizes(facts["quantize"]["bytes_before"], facts["quantize"]["bytes_after"])
-    yield from _block_lines(outcome.report.facts.get("blocks", []))
+    yield from _block_lines(blocks_of(outcome.report.facts))
     checked = facts["verify"]
     depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "headers only"
     if checked["full"] and "values_compared" in checked:
@@ -132,7 +141,8 @@ def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     yield "verified", f"sound: {count(checked['tensors'], 'tensor')}, {depth}{warned}"
     if "evaluate" in facts:
         yield from _evaluation_lines(facts["evaluate"])
-    yield "time", span(outcome.seconds)
+    earlier = len(outcome.made) < len(facts) or outcome.report.resumed_bytes > 0
+    yield "time", span(outcome.seconds) + (" in this run" if earlier else "")
     yield "memory", f"{gb(outcome.peak_rss_bytes)} peak"
     yield "results", f"{outcome.folder}, {outcome.out / 'README.md'}"
     if not checked["full"]:
@@ -167,4 +177,6 @@ def _evaluation_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if found is not None and against["perplexity"]:
         before = against["perplexity"]
         yield "perplexity", f"{found:.4f}, of the source {before:.4f}: {found / before - 1:+.2%}"
+        if found < before:
+            yield "", LOWER
     yield "KL divergence", f"{against['kl']:.6f} nats, same choice at {against['top1_agreement']:.2%} of positions"

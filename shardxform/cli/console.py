@@ -17,6 +17,7 @@ from shardxform.progress import Progress, Unit
 from shardxform.sharding import show_size
 
 __all__ = [
+    "LOWER",
     "Label",
     "amount",
     "count",
@@ -40,6 +41,8 @@ _PACE_STRAYS: Final = 3.0
 
 
 gb = show_size
+LOWER: Final = "lower by chance, or because it suits this text: compare by KL divergence"
+"""What a perplexity below that of the 16-bit model means."""
 
 
 def tell(text: str) -> None:
@@ -117,13 +120,13 @@ def _bar(label: Label) -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[state]}"),
     )
-    pace = _Pace()
+    pace, resumption = _Pace(), _Resumption()
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label.text, total=None, state="")
 
         def update(p: Progress) -> None:
-            if bar.tasks[0].total is None and p.resumed:
-                bar.console.print(f"going on: {_of(p.resumed, p)} done already", highlight=False)
+            if said := resumption.see(p):
+                bar.console.print(said, highlight=False)
             pace.see(p)
             state = _state(p, pace)
             shown = state.partition(" % ")[2] if p.unit == "work" else state  # the bar has the percentage
@@ -133,12 +136,14 @@ def _bar(label: Label) -> Iterator[Callable[[Progress], None]]:
 
 
 def _plain(label: Label) -> Callable[[Progress], None]:
-    pace = _Pace()
+    pace, resumption = _Pace(), _Resumption()
     last = 0.0
     finished = False
 
     def update(p: Progress) -> None:
         nonlocal last, finished
+        if said := resumption.see(p):
+            tell(f"{label.text}: {said}")
         pace.see(p)
         now = time.monotonic()
         complete = p.done == p.total
@@ -150,6 +155,19 @@ def _plain(label: Label) -> Callable[[Progress], None]:
         tell(f"{label.text}: {_state(p, pace)}")
 
     return update
+
+
+class _Resumption:
+    """What an earlier run did, to be said at first, and again where a later stage goes on amid its blocks."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def see(self, p: Progress) -> str:
+        """The line to print, or nothing."""
+        new = p.resumed > 0 and (p.at not in self._said if p.at else not self._said)
+        self._said.add(p.at)
+        return f"going on{f' with {p.at}' if p.at else ''}: {_of(p.resumed, p)} done already" if new else ""
 
 
 class _Pace:

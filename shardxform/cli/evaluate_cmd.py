@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, print_json, progress, rows, short, table
+from shardxform.cli.console import LOWER, count, gb, print_json, progress, rows, short, table
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -178,6 +179,7 @@ def _report(
         change = found.perplexity / found.against.perplexity - 1
         lines += [
             ("reference", f"{found.against.perplexity:.4f} ({against}); this is {change:+.2%}"),
+            *([("", LOWER)] if change < 0 else []),
             ("KL divergence", _divergence(found.against)),
             ("same choice", f"{found.against.top1:.2%} of positions"),
         ]
@@ -188,6 +190,8 @@ def _report(
     if found.against:
         click.echo()
         table(("block", "error of its output", "added"), _block_lines(found.against))
+        if any(after < before for before, after in itertools.pairwise(found.against.block_errors)):
+            click.echo("  added: to the block before; negative where what goes through grows faster than the error")
 
 
 def _divergence(against: Comparison) -> str:

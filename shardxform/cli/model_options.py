@@ -56,7 +56,7 @@ def data_options(*, samples: int, presets: Mapping[str, str]) -> Callable[[Calla
         click.option(
             "--data",
             metavar="D",
-            help="Text: .jsonl, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
+            help="Text: .jsonl, .json, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
         ),
     )
 

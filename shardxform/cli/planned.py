@@ -54,6 +54,7 @@ def execute(
         _say_part(plan, report)
     elif report.already_done:
         click.echo(f"{out}: already complete, made from the same inputs; nothing written")
+        tell_blocks(report.facts)
     else:
         _say_done(plan, report)
 
@@ -154,7 +155,7 @@ def _report_facts(report: Report) -> dict[str, Any]:
 def _say_done(plan: Plan, report: Report) -> None:
     before = plan.summary["bytes_before"]
     rate = "" if report.facts.get("blocks") else _rate(report)
-    resumed = f", {gb(report.resumed_bytes)} from an earlier run" if report.resumed_bytes else ""
+    resumed = f" in this run, {gb(report.resumed_bytes)} from an earlier one" if report.resumed_bytes else ""
     click.echo(f"{report.out}: complete and durable")
     rows(
         [

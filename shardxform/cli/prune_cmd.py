@@ -11,7 +11,7 @@ from shardxform.cli.options import manifest_option, out_argument, run_options, v
 from shardxform.cli.planned import execute, load_manifest
 from shardxform.cli.ray_options import on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
-from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning
+from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, refuse_unpruned
 from shardxform.prune import ViewOptions, plan_prune
 from shardxform.view import MtpMode
 
@@ -48,6 +48,7 @@ def command(
     """
     if manifest is None and not text_only and mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
+    refuse_unpruned(run, manifest, "--manifest")
     ray = on_ray(run, device)
     (checkpoint,) = open_given([source], run, out.parent)
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)

@@ -19,7 +19,7 @@ from shardxform.cli.options import (
 from shardxform.cli.planned import execute, load_manifest
 from shardxform.cli.ray_options import block_tuning, on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
-from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, tune_options
+from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, refuse_unpruned, tune_options
 from shardxform.prune import ViewOptions
 from shardxform.quantize.planner import plan_quantize
 from shardxform.view import MtpMode, pruned_view
@@ -69,6 +69,7 @@ def command(
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
+    refuse_unpruned(run, manifest, "--manifest")
     ray = on_ray(run, device, method)
     (checkpoint,) = open_given([source], run, out.parent)
     tuning = read_tuning(method, checkpoint, device, run, here=ray is None)

@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import click
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.cli.console import tell
 from shardxform.cli.options import SIZE
-from shardxform.errors import ShardxformError
-from shardxform.remote.names import RepoName, is_ambiguous, parse_source
+from shardxform.errors import CheckpointError, ShardxformError
+from shardxform.remote.names import SCHEME, RepoName, is_ambiguous, parse_source
 
 __all__ = ["SOURCE", "Source", "connections_option", "open_given", "source_argument", "transfer_options"]
 
@@ -31,12 +31,9 @@ class _Source(click.ParamType[Source]):
         if not text:
             self.fail("expected a path or owner/name, found an empty one", param, ctx)
         try:
-            found = parse_source(text)
+            return parse_source(text)
         except ShardxformError as e:
             self.fail(str(e), param, ctx)
-        if is_ambiguous(text):
-            tell(f"note: {text} is the folder here; a repository of the hub would be hf://{text}")
-        return found
 
 
 SOURCE: Final = _Source()
@@ -71,8 +68,8 @@ def open_given(sources: Sequence[Source], given: dict[str, Any], folder: Path) -
         for option, value in (("--connections", connections), ("--cache-limit", cache)):
             if value is not None:
                 raise click.UsageError(f"{option} is for repositories of the hub, but {sources[0]} is a folder")
-        return [Checkpoint.open(source) for source in sources if isinstance(source, Path)]
-    from shardxform.opening import open_checkpoint
+        return [_open_folder(source) for source in sources if isinstance(source, Path)]
+    from shardxform.opening import asks_hub, open_checkpoint
     from shardxform.remote.downloads import LEAST_CACHE_BYTES, Downloads, Transfer
 
     if cache is not None and cache < LEAST_CACHE_BYTES:
@@ -81,12 +78,25 @@ def open_given(sources: Sequence[Source], given: dict[str, Any], folder: Path) -
         connections=connections or _CONNECTIONS, cache_bytes=cache or _CACHE_BYTES, folder=_existing(folder)
     )
     downloads = Downloads(transfer)
-    return [open_checkpoint(source, downloads) for source in sources]
+    for source in sources:
+        if isinstance(source, RepoName) and source.as_path and asks_hub():
+            tell(f"note: no folder {source.repo} here; asking the hub")
+    return [_open_folder(s) if isinstance(s, Path) else open_checkpoint(s, downloads) for s in sources]
 
 
 def transfer_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """How a repository is read by a command that runs a model."""
     return connections_option(_cache_option(function))
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    """Open a folder; one that is no checkpoint, but is called as a repository could be, hides that repository."""
+    try:
+        return Checkpoint.open(path)
+    except CheckpointError as e:
+        if not is_ambiguous(str(path)) or (path / CONFIG).exists():
+            raise
+        raise CheckpointError(f"{e}; for the repository of the hub of that name, write {SCHEME}{path}") from e
 
 
 def _existing(folder: Path) -> Path:

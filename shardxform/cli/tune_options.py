@@ -23,13 +23,23 @@ if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
     from shardxform.run_options import StepTuner
 
-__all__ = ["Tuning", "heal_flags", "heal_options", "open_tuner", "read_tuning", "tune_options"]
+__all__ = ["Tuning", "heal_flags", "heal_options", "open_tuner", "read_tuning", "refuse_unpruned", "tune_options"]
 
 _KEYS: Final = ("iters", "batch_size", "inputs", "blocks", "merge", "dtype")
 _HEAL_KEYS: Final = ("heal", "heal_iters", "heal_lr")
 _DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "preset", "no_pack", "chat_template", "text_key")
 _SAMPLES: Final = 128  # auto-round's
 _REFERENCE: Final = DataOptions(data="NeelNanda/pile-10k", samples=64, seqlen=512, seed=42, pack=False)
+
+
+class _Healed(click.Choice[str]):
+    """What to heal; the value may be left out, so a path that follows the option is taken for it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
+        if value not in self.choices:
+            named = ", ".join(map(str, self.choices))
+            self.fail(f"{value!r} is none of {named}: put --heal after SRC and OUT, or write --heal=auto", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _Blocks(click.ParamType[range]):
@@ -85,11 +95,12 @@ def heal_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--heal",
-            type=click.Choice(["auto", *HEALED]),
+            type=_Healed(["auto", *HEALED]),
             is_flag=False,
             flag_value="auto",
             help="After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
-            "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.",
+            "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.  "
+            "[alone: auto; then put it after SRC and OUT, or write --heal=auto]",
         ),
     ):
         function = option(function)
@@ -123,6 +134,19 @@ class Tuning:
         self.precision = precision
         self.blocks: range | None = given.get("blocks")
         self.parts: tuple[Path, ...] = given.get("merge", ())
+
+
+def refuse_unpruned(given: Mapping[str, Any], pruned_by: object, options: str) -> None:
+    """Refuse --heal where nothing is pruned, before data are asked for; `options` say how to prune.
+
+    Raises:
+        UsageError: names what is missing, the data included.
+
+    """
+    if given["heal"] is None or given["heal_iters"] == 0 or pruned_by is not None:
+        return
+    text = "" if given["data"] or given["preset"] else ", and --data or --preset"
+    raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {options}{text}.")
 
 
 def read_tuning(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from shardxform.compress.folder import EVALUATION, Folder, refuse_changed
+from shardxform.compress.folder import EVALUATION, Folder
 from shardxform.compress.job import Job
 from shardxform.compress.overall import Overall
-from shardxform.compress.prepared import Prepared, made_of_others
+from shardxform.compress.prepared import Prepared, made_of_others, refuse_others
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, VERIFY, Settings
 from shardxform.compress.showing import is_card_current, picture
 from shardxform.compress.stages import MAKERS, clean, is_complete, start
@@ -98,10 +98,9 @@ def compress(
 
 def _refuse_or_forget(folder: Folder, prepared: Prepared, settings: Settings) -> None:
     """What was made from other inputs is refused, or by force no longer counts."""
-    found = made_of_others(folder.entries, prepared.inputs)
     if not settings.force:
-        refuse_changed(folder.root, found)
-    if found:
+        refuse_others(folder.root, folder.entries, prepared.inputs)
+    if found := made_of_others(folder.entries, prepared.inputs):
         folder.forget(found)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 from shardxform.compress.request import EVALUATE, SCORE, STAGES
 from shardxform.errors import ExecutionError, OutputError, ResumeError
 from shardxform.fsio import FileSystem
+from shardxform.option_names import with_option
 from shardxform.outdir import difference
 from shardxform.strictjson import JsonError, dumps, parse_object, pretty
 
@@ -227,16 +228,19 @@ def changed(entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]
     return found
 
 
-def refuse_changed(root: Path, found: Mapping[str, str]) -> None:
-    """Refuse to go on with the results of other inputs.
+def refuse_changed(root: Path, found: Mapping[str, str], kept: Iterable[str]) -> None:
+    """Refuse to go on with the results of other inputs; `kept` are stages whose results remain if it is forced.
 
     Raises:
         ResumeError: names the first stage and the first difference.
 
     """
+    listed = list(kept)
+    spared = f"which keeps what {', '.join(listed)} gave" if listed else "which makes everything again"
     for stage, where in found.items():
         raise ResumeError(
-            f"{root}: '{stage}' was made from other inputs: {where}; name another OUT, or start over with --force"
+            f"{root}: '{stage}' was made from other inputs: {with_option(where, stage)}; name another OUT, or start"
+            f" over with --force, {spared}"
         )
 
 

@@ -35,9 +35,9 @@ class Overall:
         weight = self._weights[stage]
         self._done[stage] = weight * min(p.done, p.total) // max(p.total, 1)
         self._resumed[stage] = weight * min(p.resumed, p.total) // max(p.total, 1)
-        self._tell()
+        self._tell(p.at)
 
-    def _tell(self) -> None:
+    def _tell(self, at: str = "") -> None:
         if self._on_progress:
             done, total, resumed = (sum(d.values()) for d in (self._done, self._weights, self._resumed))
-            self._on_progress(Progress(done, total, resumed, "work"))
+            self._on_progress(Progress(done, total, resumed, "work", at))

@@ -34,7 +34,16 @@ from shardxform.strictjson import dumps
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
 
-__all__ = ["Prepared", "following", "hidden_bytes", "made_of_others", "plan_for", "prepare", "tuning_bytes"]
+__all__ = [
+    "Prepared",
+    "following",
+    "hidden_bytes",
+    "made_of_others",
+    "plan_for",
+    "prepare",
+    "refuse_others",
+    "tuning_bytes",
+]
 
 _UNIT_SECONDS: Final = 1e-3
 _MADE_FROM: Final = {SELECT: SCORE, QUANTIZE: SELECT, VERIFY: QUANTIZE, EVALUATE: QUANTIZE}
@@ -77,7 +86,7 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
     state = state_of(request.out, sketch)
     inputs = _inputs(request, sketch)
     if not force:
-        refuse_changed(request.folder, made_of_others(read_entries(request.folder), inputs))
+        refuse_others(request.folder, read_entries(request.folder), inputs)
     if state.name != "finished":
         beside = max(tuning_bytes(request), hidden_bytes(request, request.eval_windows, request.precision))
         Output(request.out, sketch, FileSystem()).refuse_too_little_space(beside)
@@ -88,6 +97,18 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
 def made_of_others(entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Stages whose results are of other inputs, and the first difference; a card is simply written again."""
     return changed(entries, {stage: each for stage, each in inputs.items() if stage != CARD})
+
+
+def refuse_others(root: Path, entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse results of other inputs, and say which results are not of them.
+
+    Raises:
+        ResumeError: names the first difference.
+
+    """
+    found = made_of_others(entries, inputs)
+    gone = {CARD, *found, *(later for stage in found for later in following(stage))}
+    refuse_changed(root, found, [stage for stage, entry in entries.items() if stage not in gone and entry.done])
 
 
 def plan_for(request: Request, manifest: Manifest | None) -> Plan:

@@ -18,7 +18,19 @@ from shardxform.scheme import Scheme
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
 
-__all__ = ["CARD", "EVALUATE", "QUANTIZE", "SCORE", "SELECT", "STAGES", "VERIFY", "Pruning", "Request", "Settings"]
+__all__ = [
+    "CARD",
+    "EVALUATE",
+    "QUANTIZE",
+    "SCORE",
+    "SELECT",
+    "STAGES",
+    "VERIFY",
+    "Pruning",
+    "Request",
+    "Settings",
+    "folder_of",
+]
 
 SCORE: Final = "score"
 SELECT: Final = "select"
@@ -101,7 +113,7 @@ class Request:
     @property
     def folder(self) -> Path:
         """Where results and the record of them lie."""
-        return self.work or self.out.with_name(self.out.name + ".compress")
+        return self.work or folder_of(self.out)
 
     @property
     def tuned_in(self) -> Precision | None:
@@ -136,3 +148,8 @@ class Settings:
     force: bool = False
     full_verify: bool = False
     plot: bool = False
+
+
+def folder_of(out: Path) -> Path:
+    """Where results lie unless another place is named: beside the output."""
+    return out.with_name(out.name + ".compress")

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -30,6 +31,7 @@ Listing = tuple[str, dict[str, RemoteFile]]
 """The commit, and what it holds."""
 
 _TRIES: Final = 10  # in a row without progress: about two minutes
+_FIRST_TRIES: Final = 3  # of the first request, while the hub's name cannot be resolved: about a second
 _FIRST_PAUSE: Final = 0.2
 _LONGEST_PAUSE: Final = 30.0
 _LONGEST_ASKED: Final = 900.0  # of a Retry-After
@@ -41,12 +43,22 @@ _RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class _Again(Exception):
-    """What failed, and may not fail again; `pause` seconds are asked for by the server."""
+    """What failed, and may not fail again.
 
-    def __init__(self, what: str, pause: float | None = None, *, mistaken: bool = False) -> None:
+    Attributes:
+        pause: seconds that the server asks to wait.
+        mistaken: it was an answer, about something else.
+        unresolved: the name of the hub has no address, as without a network.
+
+    """
+
+    def __init__(
+        self, what: str, pause: float | None = None, *, mistaken: bool = False, unresolved: bool = False
+    ) -> None:
         super().__init__(what)
         self.pause = pause
         self.mistaken = mistaken
+        self.unresolved = unresolved
 
 
 class Client:
@@ -161,10 +173,14 @@ class Client:
 
 
 class _Tries:
-    """Counts tries without progress, and says how long to wait for the next."""
+    """Counts tries without progress, and says how long to wait for the next.
 
-    def __init__(self, where: str) -> None:
+    Nothing was reached yet before the `first` request: a name without an address is then no interruption.
+    """
+
+    def __init__(self, where: str, *, first: bool = False) -> None:
         self._where = where
+        self._first = first
         self._failed = self._mistaken = 0
 
     def reset(self) -> None:
@@ -182,6 +198,8 @@ class _Tries:
         self._mistaken = self._mistaken + 1 if failure.mistaken else 0
         if self._mistaken >= _MISTAKES:
             raise RemoteError(f"{self._where}: {failure}")
+        if self._first and failure.unresolved and self._failed >= _FIRST_TRIES:
+            raise RemoteError(f"{self._where}: the hub cannot be asked: {failure}; is there a network?")
         if self._failed >= _TRIES:
             raise RemoteError(
                 f"{self._where}: {failure}, after {self._failed} tries without progress; run the same command again"
@@ -208,7 +226,12 @@ def list_repository(name: RepoName) -> Listing:
     def ask() -> Any:  # noqa: ANN401
         return HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=_TIMEOUT)
 
-    info = _patiently(str(name), ask)
+    try:
+        info = _patiently(str(name), ask, first=True)
+    except RemoteError as e:
+        if not name.as_path:
+            raise
+        raise RemoteError(f"{name}: no such folder here; {str(e).removeprefix(f'{name}: ')}") from e
     files = {str(found.rfilename): _file_of(found) for found in info.siblings or ()}
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         raise RemoteError(f"{name}: expected the id of a commit, found {info.sha!r}")
@@ -274,9 +297,9 @@ def _resolve(remote: Remote, file: RemoteFile) -> str:
     return str(found.location)
 
 
-def _patiently(what: str, call: Callable[[], T]) -> T:
+def _patiently(what: str, call: Callable[[], T], *, first: bool = False) -> T:
     """Call the hub until it answers."""
-    tries = _Tries(what)
+    tries = _Tries(what, first=first)
     while True:
         try:
             return _asked(what, call)
@@ -297,9 +320,7 @@ def _asked(what: str, call: Callable[[], T]) -> T:
     except errors.RevisionNotFoundError as e:
         raise RemoteError(f"{what}: the repository has no such revision") from e
     except errors.RepositoryNotFoundError as e:
-        raise RemoteError(
-            f"{what}: no such directory here, and no such repository on the hub, or it is private: set HF_TOKEN"
-        ) from e
+        raise RemoteError(f"{what}: no such repository on the hub, or it is private: set HF_TOKEN") from e
     except errors.OfflineModeIsEnabled as e:
         raise RemoteError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set") from e
     except errors.HfHubHTTPError as e:
@@ -315,7 +336,15 @@ def _asked(what: str, call: Callable[[], T]) -> T:
     except Exception as e:  # of the HTTP library, which differs by version
         if isinstance(e, OSError) and e.filename:
             raise RemoteError(f"{what}: {e.filename}: {e.strerror}") from e
-        raise _Again(f"no answer: {_line(e)}") from e
+        raise _Again(f"no answer: {_line(e)}", unresolved=_is_unresolved(e)) from e
+
+
+def _is_unresolved(error: BaseException) -> bool:
+    """Whether it began with a name that has no address; the libraries in between wrap that, each in its own way."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, socket.gaierror):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None
 
 
 def _file_of(found: Any) -> RemoteFile:  # noqa: ANN401

@@ -6,7 +6,7 @@ Pure but for looking whether a folder is there. Asks nothing of the hub.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -23,10 +23,11 @@ _FORM: Final = "owner/name[@revision]"
 
 @dataclass(frozen=True, slots=True)
 class RepoName:
-    """A repository of the hub, at a branch, tag or commit."""
+    """A repository of the hub, at a branch, tag or commit; `as_path` when it could have been meant as a path here."""
 
     repo: str
     revision: str = "main"
+    as_path: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.repo}@{self.revision}"
@@ -44,8 +45,8 @@ def parse_source(text: str) -> Path | RepoName:
         if name is None:
             raise CheckpointError(f"{text}: expected {SCHEME}{_FORM}")
         return name
-    path = Path(text)
-    return path if path.exists() else _repo_name(text) or path
+    path, name = Path(text), _repo_name(text)
+    return path if name is None or path.exists() else replace(name, as_path=True)
 
 
 def is_ambiguous(text: str) -> bool:
