@@ -19,7 +19,7 @@ from shardxform.view import View
 
 __all__ = ["BlockSize", "block_sizes", "sizes_of"]
 
-_LIBRARIES: Final = 650_000_000  # python, torch, transformers, and kernels as they are compiled
+_LIBRARIES: Final = 750_000_000  # python, torch, transformers, and kernels as they are compiled
 _SLACK: Final = 0.5  # bytes a byte of the block: tiles, and holes that freed memory leaves
 _TUNED: Final = 1.0  # an offset of two bytes beside each weight of 16 bits
 _HEALED: Final = 0.5  # one byte beside it

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform import header
 from shardxform.errors import CheckpointError
+from shardxform.fsio import not_a_directory
 from shardxform.strictjson import JsonError, dumps, parse_object
 from shardxform.tensors import ByteRange, TensorRef
 
@@ -270,7 +271,7 @@ def is_plain_name(name: object) -> bool:
 
 def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: no such directory")
+        raise CheckpointError(f"{root}: {not_a_directory(root)}")
     try:
         _refuse_irregular(path)
         with path.open("rb") as file:

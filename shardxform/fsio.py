@@ -23,7 +23,7 @@ try:
 except ImportError:  # no flock on this platform: two runs in one directory go unnoticed, nothing else changes
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BUFFER_BYTES", "FileSystem"]
+__all__ = ["BUFFER_BYTES", "FileSystem", "not_a_directory"]
 
 BUFFER_BYTES: Final = 4 << 20
 """Size of the buffer that a copy through memory uses, where the kernel cannot copy by itself."""
@@ -40,6 +40,14 @@ _NO_KERNEL_COPY: Final = {
 _HINT: Final = 1 << 20
 _NO_PREALLOCATE: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _MAC_PREALLOCATE: Final = 42  # F_PREALLOCATE of <sys/fcntl.h>, which the fcntl module does not name everywhere
+
+
+def not_a_directory(path: Path) -> str:
+    """What is wrong with a path that is no directory, in words."""
+    if not os.path.lexists(path):
+        return "no such directory"
+    what = "a file" if path.is_file() else "a broken link" if path.is_symlink() else "something else"
+    return f"expected a directory, found {what}"
 
 
 class FileSystem:
@@ -219,13 +227,16 @@ class FileSystem:
         `scratch` is a directory on the same disk.
         """
         temporary = scratch / (path.name + ".tmp")
-        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            self.write_all(fd, memoryview(data), 0)
-            self.sync(fd)
-        finally:
-            os.close(fd)
-        self.rename(temporary, path)
+            fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                self.write_all(fd, memoryview(data), 0)
+                self.sync(fd)
+            finally:
+                os.close(fd)
+            self.rename(temporary, path)
+        except OSError as e:  # of a file that the user knows
+            raise OSError(e.errno, e.strerror, os.fspath(path)) from e
         self.sync_dir(path.parent)
 
     def remove_if_there(self, path: Path) -> None:

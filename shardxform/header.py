@@ -21,6 +21,7 @@ __all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "Entry", "data_start", "decode", 
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
+_LFS_POINTER: Final = b"version "
 _LIMIT: Final = 1 << 64  # the reference reader computes in 64 bits, and refuses what overflows on the way
 
 
@@ -48,7 +49,10 @@ def data_start(prefix: bytes, file_bytes: int, where: str) -> int:
         raise CheckpointError(f"{where}: {file_bytes} bytes, too short for a safetensors header")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{where}: header claims {length} bytes, the limit is {MAX_HEADER_BYTES}")
+        why = f"header claims {length} bytes, the limit is {MAX_HEADER_BYTES}"
+        if prefix[:LENGTH_BYTES] == _LFS_POINTER:
+            why = "a pointer of Git LFS, which stands for the file; fetch it with: git lfs pull"
+        raise CheckpointError(f"{where}: expected a safetensors file, found none: {why}")
     if LENGTH_BYTES + length > file_bytes:
         raise CheckpointError(f"{where}: header claims {length} bytes, but the file has {file_bytes}")
     return LENGTH_BYTES + length

@@ -191,10 +191,10 @@ def keep_all(layout: Layout) -> Manifest:
 
 def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: bool) -> Manifest:
     if "format" not in value and "keep" not in value:
-        forms = "; ".join(f"{form.name} {form.looks}" for form in FORMS)
+        forms = ", ".join(form.name for form in FORMS)
         raise ManifestError(
-            f'{where}: not a keep manifest in any known form: ours {{"format": "{FORMAT}", "version": {VERSION},'
-            f' "keep": {{"0": [ids]}}}}; {forms}'
+            f'{where}: expected a keep manifest, {{"format": "{FORMAT}", "version": {VERSION}, "keep": {{"0": [ids]}}}}'
+            f" or one of {forms}; found {show(list(value))}"
         )
     if "format" not in value or value["format"] != FORMAT:
         found = f"found {show(value['format'])}" if "format" in value else "but it is missing"

@@ -82,7 +82,7 @@ def test_documents_are_joined_with_the_end_token_and_cut_from_the_start(bytes_ro
     assert text_of(windows) == ["abc|", "|def", "ghi|"]  # jk| does not fill one
     assert windows.ids_NT.dtype == windows.lengths_N.dtype == np.int32
     assert windows.lengths_N.tolist() == [4, 4, 4]
-    assert windows.notes == ("asked for 9 windows of 4 tokens, the data give 3",)
+    assert windows.notes == (f"asked for 9 windows of 4 tokens, {data} gives 3",)
     assert windows.provenance | {"sha256": "", "tokenizer_sha256": ""} == {
         "data": "d.jsonl",
         "files": ["d.jsonl"],
@@ -250,7 +250,9 @@ def test_documents_are_taken_in_the_order_of_the_seed(
         windows = load(bytes_root, folder, **options)
     assert text_of(windows) == expected
     assert windows.notes == (
-        () if len(expected) == samples else (f"asked for {samples} windows of 4 tokens, the data give {len(expected)}",)
+        ()
+        if len(expected) == samples
+        else (f"asked for {samples} windows of 4 tokens, {folder} gives {len(expected)}",)
     )
     assert windows.provenance["files"] == ["1.jsonl", "2.jsonl"]
     assert windows.provenance["documents"] == len(expected)
@@ -425,7 +427,7 @@ def test_sources_are_kept_apart_in_the_order_of_their_names(bytes_root: Path, tm
     assert text_of(windows) == ["1234", "|567", "|89|", "uvw|", "xyzx"]
     assert windows.rows == (("a", range(3)), ("b", range(3, 5)))
     assert windows.notes == (
-        "source 'b': asked for 3 windows of 4 tokens, the data give 2",
+        f"source 'b': asked for 3 windows of 4 tokens, {data} gives 2",
         "source 'c': expected at least one window of 4 tokens, found 2 tokens in 1 document; it is left out",
     )
     assert windows.provenance["by_source"] == {"a": 3, "b": 2}

@@ -218,7 +218,7 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_the_directory_is_refused(root: Path) -> None:
-    refuse(root / ONE, "no such directory")
+    refuse(root / ONE, "expected a directory, found a file")
 
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
@@ -467,7 +467,9 @@ def test_a_shard_longer_than_its_header_says_is_refused(root: Path) -> None:
 
 def test_a_pointer_file_in_place_of_a_shard_is_refused(root: Path) -> None:
     (root / TWO).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    refuse(root, f"{TWO}: header claims .* the limit is")
+    refuse(root, f"{TWO}: expected a safetensors file, found none: a pointer of Git LFS")
+    (root / TWO).write_bytes(bytes(range(200, 250)))
+    refuse(root, f"{TWO}: expected a safetensors file, found none: header claims .* the limit is")
 
 
 @pytest.mark.parametrize("indexed", [True, False])

@@ -301,8 +301,8 @@ def test_a_layer_key_must_be_a_plain_number(key: str) -> None:
 
 @pytest.mark.parametrize("value", [{}, {"experts": 3}, {"Keep": KEEP}, {"model.blocks.0": [1]}, {"kept": {"0": [1]}}])
 def test_an_unknown_form_is_answered_with_the_list_of_forms(value: object) -> None:
-    forms = ["ours", "Dorijan10", "oMLX", "0xSero", "llm-compressor", "vLLM profile", "reap-mlx"]
-    with pytest.raises(ManifestError, match=r"^keep\.json: not a keep manifest in any known form") as caught:
+    forms = ["shardxform.keep", "Dorijan10", "oMLX", "0xSero", "llm-compressor", "vLLM profile", "reap-mlx"]
+    with pytest.raises(ManifestError, match=r"^keep\.json: expected a keep manifest, ") as caught:
         read(value)
     assert all(form in str(caught.value) for form in forms)
 

@@ -41,6 +41,7 @@ __all__ = [
     "cut",
     "document_sources",
     "find_key",
+    "local_files",
     "open_corpus",
     "pieces",
     "sha256",
@@ -97,15 +98,26 @@ def open_corpus(options: DataOptions) -> Corpus:
         PlanError: neither, or no data file among them.
 
     """
-    path = Path(options.data)
-    if _exists(path):
-        names = _listing(path) if path.is_dir() else [path]
-        return Corpus(name=_printable(path.resolve().name), files=tuple(_local(each) for each in names))
-    if not is_hub_name(options.data):
-        raise PlanError(f"{options.data}: no such file or directory, and no name of a hub data set (owner/name)")
+    if files := local_files(options.data):
+        return Corpus(name=_printable(Path(options.data).resolve().name), files=files)
     whole = not options.pack or options.by_source or bool(options.sources)
     revision, files = hub_files(options.data, whole=whole)
     return Corpus(name=options.data, files=files, revision=revision)
+
+
+def local_files(data: str) -> tuple[DataFile, ...]:
+    """Find the files of a path; none where `data` can only be the name of a hub data set. Reads nothing.
+
+    Raises:
+        PlanError: it is neither, or holds no data file.
+
+    """
+    path = Path(data)
+    if _exists(path):
+        return tuple(_local(each) for each in (_listing(path) if path.is_dir() else [path]))
+    if not is_hub_name(data):
+        raise PlanError(f"{data}: no such file or directory, and no name of a hub data set (owner/name)")
+    return ()
 
 
 def find_key(corpus: Corpus, options: DataOptions) -> str:

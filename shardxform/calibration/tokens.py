@@ -15,6 +15,7 @@ from typing import Any, Final
 from shardxform.calibration.documents import Piece
 from shardxform.calibration.readers import Record
 from shardxform.errors import CheckpointError, PlanError
+from shardxform.fsio import not_a_directory
 from shardxform.strictjson import JsonError, parse_object
 
 __all__ = ["Tokenizer", "conversation", "encoded", "load_tokenizer", "plain_text"]
@@ -65,7 +66,7 @@ def load_tokenizer(root: Path) -> Tokenizer:
 
     """
     if not root.is_dir():
-        raise CheckpointError(f"{root}: no such directory")
+        raise CheckpointError(f"{root}: {not_a_directory(root)}")
     config = _json(root / _CONFIG)
     if not any((root / name).is_file() for name in _VOCABULARIES):
         raise CheckpointError(f"{root}: expected a tokenizer, such as tokenizer.json, found none")

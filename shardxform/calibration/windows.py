@@ -109,7 +109,7 @@ def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str,
             notes.append(f"{of}{result.said}; it is left out")
         elif len(result.ids_NT) < options.samples:
             asked, got = f"{options.samples:,} windows of {options.seqlen:,} tokens", f"{len(result.ids_NT):,}"
-            notes.append(f"{of}asked for {asked}, the data give {got}")
+            notes.append(f"{of}asked for {asked}, {options.data} gives {got}")
     return found, notes
 
 

@@ -19,6 +19,7 @@ from shardxform.card.reproduction import commands
 from shardxform.card.writing import is_card, picture_name, read_readme
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ManifestError, OutputError, PlanError
+from shardxform.fsio import not_a_directory
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.outdir import PROVENANCE, WORK, is_ours, read_record
@@ -104,7 +105,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
 def _record(out: Path) -> Mapping[str, Any]:
     """The record of a finished output, held against the headers of its shards."""
     if not out.is_dir():
-        raise OutputError(f"{out}: no such directory; expected an output of shardxform")
+        raise OutputError(f"{out}: {not_a_directory(out)}; expected an output of shardxform")
     if os.path.lexists(out / WORK):
         raise OutputError(f"{out}: unfinished; run the command that writes it again, then make the card")
     record = read_record(out / PROVENANCE)

@@ -97,7 +97,10 @@ def write_card(out: Path, card: str, plots: Sequence[Path] = (), fs: FileSystem 
     fs = fs or FileSystem()
     refuse_foreign(out, plots)
     files: Mapping[str, bytes] = {**{plot.name: _png(plot) for plot in plots}, README: card.encode()}
-    scratch = Path(tempfile.mkdtemp(prefix=".shardxform-card-", dir=out))
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=".shardxform-card-", dir=out))
+    except OSError as e:
+        raise OutputError(f"{out}: cannot be written into: {e.strerror}") from e
     try:
         for name, data in files.items():
             if (out / name).is_symlink() or not (out / name).is_file() or (out / name).read_bytes() != data:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shardxform.calibration.documents import local_files
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.compress_report import report, show
 from shardxform.cli.console import Label, count, progress, short, tell
@@ -179,6 +180,8 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
     if (prunes or tunes) and given["data"] is None and given["preset"] is None:
         less = "" if prunes else "; --method rtn needs no text"
         raise click.UsageError(f"Missing option '--data' or '--preset'{less}.")
+    for text in {given["data"], given["eval_data"]} - {None}:
+        local_files(text)
     if given["plot"]:
         require("matplotlib", extra="plot")
 

@@ -47,7 +47,7 @@ def show(manifest: Path, model: Path | None, sort: bool, as_json: bool) -> None:
     click.echo(f"{manifest}: keeps {read.num_kept} experts in each of {len(read.keep)} layers")
     facts = [
         ("criterion", read.criterion),
-        ("model", str(dict(read.model) or "")),
+        ("model", ", ".join(f"{key} {value}" for key, value in read.model.items())),
         ("mtp_keep", str(len(read.mtp_keep))),
     ]
     rows((label, value) for label, value in facts if value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.calibration import PRESETS, DataOptions, Windows
+from shardxform.calibration.documents import local_files
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import tell
 from shardxform.errors import OutputError, PlanError
@@ -139,9 +140,16 @@ def load_data(
 
 
 def refuse_no_data(given: Mapping[str, Any]) -> None:
-    """Refuse a command line that names no text, before anything takes time."""
+    """Refuse a command line that names no text, or text that is not there, before anything takes time.
+
+    Raises:
+        PlanError: what is there is no data.
+
+    """
     if given["preset"] is None and given["data"] is None:
         raise click.UsageError("Missing option '--data' or '--preset'.")
+    if given["data"] is not None:
+        local_files(given["data"])
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -42,7 +42,9 @@ def execute(
     """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`."""
     if dry_run:
         beside = {"ray": ray_facts(plan, ray)} if ray else {}
-        _show(plan, out, force, as_json, {**_facts(plan, out, jobs), **beside})
+        tuner = options.get("tuner")
+        work = {"work_bytes": tuner.work_bytes} if tuner else {}
+        _show(plan, out, force, as_json, {**_facts(plan, out, jobs), **beside, **work})
         return
     for note in _notes(plan):
         tell(f"note: {note}")
@@ -100,7 +102,9 @@ def _lines(plan: Plan, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "ray", ray_line(facts["ray"])
     else:
         yield "memory", f"about {gb(facts['peak_memory_bytes'])} at {count(facts['jobs'], 'job')}"
-    yield "free disk", f"{gb(facts['free_disk_bytes'])} of {gb(plan.nbytes)} needed"
+    work = facts.get("work_bytes", 0)
+    states = f", {gb(work)} of it for hidden states until OUT is complete" if work else ""
+    yield "free disk", f"{gb(facts['free_disk_bytes'])} of {gb(plan.nbytes + work)} needed{states}"
     yield "sidecars", ", ".join(plan.sidecars) or "none"
 
 

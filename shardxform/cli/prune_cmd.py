@@ -55,7 +55,7 @@ def command(
     kept = load_manifest(manifest, checkpoint)
     tuning = read_tuning(None, checkpoint, device, run)
     plan = plan_prune(checkpoint, kept, options, tuning.recipe if tuning else None)
-    if tuning is None or run["dry_run"]:
+    if tuning is None:
         execute(plan, out, ray=ray, **run)
         return
     with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:

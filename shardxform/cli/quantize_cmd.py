@@ -82,7 +82,7 @@ def command(
         ray = replace(ray, tuning=block_tuning(plan, out, view, tuning))
         execute(plan, out, ray=ray, parts=tuning.parts, **run)
         return
-    if tuning is None or run["dry_run"]:
+    if tuning is None:
         execute(plan, out, device=device, ray=ray, **run)
         return
     with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:

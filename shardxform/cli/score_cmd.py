@@ -94,10 +94,11 @@ def command(
         with progress("score", quiet) as options.on_progress:
             existing = run(checkpoint, windows, options)
         existing.save(output)
-    elif not as_json:
-        click.echo(f"{output}: already complete, made from the same inputs; nothing written")
+        outcome = "complete and durable"
+    else:
+        outcome = "already complete, made from the same inputs; nothing written"
     remove(checkpoint, windows, options)
-    _report(existing, output, as_json)
+    _report(existing, output, outcome, as_json)
 
 
 def _ways(ray: OnRay | None) -> tuple[Callable[..., Saliency], Callable[..., None]]:
@@ -165,7 +166,7 @@ def _show(facts: dict[str, Any], output: Path, work: Path, as_json: bool) -> Non
     )
 
 
-def _report(saliency: Saliency, output: Path, as_json: bool) -> None:
+def _report(saliency: Saliency, output: Path, outcome: str, as_json: bool) -> None:
     layers = [*saliency.layers.values(), *saliency.mtp_layers.values()]
     unreached = [int((stats.count_E == 0).sum()) for stats in layers]
     if as_json:
@@ -182,7 +183,7 @@ def _report(saliency: Saliency, output: Path, as_json: bool) -> None:
             }
         )
         return
-    click.echo(f"{output}: complete and durable")
+    click.echo(f"{output}: {outcome}")
     scored = count(len(saliency.layers), "layer")
     mtp = f" and {count(len(saliency.mtp_layers), 'MTP layer')}" if saliency.mtp_layers else ""
     rows(

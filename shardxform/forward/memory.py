@@ -11,7 +11,7 @@ from typing import Any, Final
 __all__ = ["give_back", "keep_few_kernels"]
 
 _CAPACITIES: Final = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch above it
-_KERNELS: Final = "128"
+_KERNELS: Final = "64"
 
 
 def give_back() -> None:

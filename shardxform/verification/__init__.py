@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
+from shardxform.fsio import not_a_directory
 from shardxform.manifest import Manifest
 from shardxform.progress import Progress, peak_rss_bytes
 from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint, stopped
@@ -68,7 +69,7 @@ def verify(
     started = time.monotonic()
     root, findings = Path(out), Findings()
     if not root.is_dir():
-        raise CheckpointError(f"{root}: no such directory")
+        raise CheckpointError(f"{root}: {not_a_directory(root)}")
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
     if why := stopped(root):
         findings.problem("unfinished", ".", why)
