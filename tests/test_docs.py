@@ -216,3 +216,21 @@ def test_commands_options_and_choices_complete() -> None:
     assert found("shardxform comp") == {"compress"}
     assert {"--keep", "--keep-16bit"} <= found("shardxform compress --kee")
     assert found("shardxform compress --method au") == {"auto-round"}
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("compress exa", "dir,exa"),
+        ("evaluate exa", "dir,exa"),
+        ("evaluate m --against exa", "dir,exa"),
+        ("verify m --source exa", "dir,exa"),
+        ("push m --source exa", "file,exa"),
+        ("score m --data exa", "file,exa"),
+        ("compress m out --eval-data exa", "file,exa"),
+    ],
+)
+def test_names_of_files_and_folders_are_left_to_the_shell(words: str, answer: str) -> None:
+    cword = str(len(words.split(" ")))
+    found = complete("bash_complete", COMP_WORDS=f"shardxform {words}", COMP_CWORD=cword)
+    assert found.split() == [answer]

@@ -13,7 +13,7 @@ from shardxform.calibration.documents import local_files
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.compress_report import report, show
 from shardxform.cli.console import Label, count, progress, short, tell
-from shardxform.cli.model_options import data_options, load_data, make_precision, precision_options, require
+from shardxform.cli.model_options import DATA, data_options, load_data, make_precision, precision_options, require
 from shardxform.cli.options import (
     out_argument,
     read_scheme,
@@ -61,7 +61,12 @@ def _compress_options(function: Any) -> Any:  # noqa: ANN401
         click.option("--full-verify", is_flag=True, help="Verify all data of OUT against SRC, not headers alone."),
         click.option("--eval-seqlen", type=click.IntRange(2), help="Tokens of such a window.  [default: 2048]"),
         click.option("--eval-samples", type=click.IntRange(1), help="Windows of it.  [default: 256]"),
-        click.option("--eval-data", metavar="D", help="Held-out text, as --data: also measure OUT against SRC on it."),
+        click.option(
+            "--eval-data",
+            metavar="D",
+            type=DATA,
+            help="Held-out text, as --data: also measure OUT against SRC on it.",
+        ),
     ):
         function = option(function)
     return function

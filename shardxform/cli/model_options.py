@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from shardxform.calibration import PRESETS, DataOptions, Windows
 from shardxform.calibration.documents import local_files
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
 
 __all__ = [
+    "DATA",
     "SCORE_PRESETS",
     "data_options",
     "device_options",
@@ -37,6 +39,17 @@ __all__ = [
 SCORE_PRESETS: Final = {"reference": "NeelNanda/pile-10k, 256 x 2048, unpacked"}
 _DATA_KEYS: Final = ("data", "samples", "seqlen", "seed", "text_key")
 _SOURCE_KEYS: Final = ("sources", "by_source")  # which not every command has
+
+
+class _Data(click.types.StringParamType):
+    """A file, a folder or a data set of the hub, as it is given; the shell completes the former two."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Have the shell complete names of files and folders."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+DATA: Final = _Data()
 
 
 def data_options(*, samples: int, presets: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -57,6 +70,7 @@ def data_options(*, samples: int, presets: Mapping[str, str]) -> Callable[[Calla
         click.option(
             "--data",
             metavar="D",
+            type=DATA,
             help="Text: .jsonl, .json, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
         ),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.cli.console import tell
@@ -34,6 +35,10 @@ class _Source(click.ParamType[Source]):
             return parse_source(text)
         except ShardxformError as e:
             self.fail(str(e), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Have the shell complete names of folders; of the hub's repositories nothing is known here."""
+        return [CompletionItem(incomplete, type="dir")]
 
 
 SOURCE: Final = _Source()
