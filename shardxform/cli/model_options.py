@@ -44,7 +44,7 @@ _SOURCE_KEYS: Final = ("sources", "by_source")  # which not every command has
 class _Data(click.types.StringParamType):
     """A file, a folder or a data set of the hub, as it is given; the shell completes the former two."""
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Have the shell complete names of files and folders."""
         return [CompletionItem(incomplete, type="file")]
 

@@ -36,7 +36,7 @@ class _Source(click.ParamType[Source]):
         except ShardxformError as e:
             self.fail(str(e), param, ctx)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Have the shell complete names of folders; of the hub's repositories nothing is known here."""
         return [CompletionItem(incomplete, type="dir")]
 
