@@ -83,9 +83,12 @@ def option_of(path: str, stage: str = "") -> str:
 
 
 def with_option(difference: str, stage: str = "") -> str:
-    """Name the option in `path: was one, now other`."""
-    path, was, values = difference.partition(": was ")
-    return f"{option_of(path, stage)}{was}{values}" if was else difference
+    """Name the option in `path: was one, now other`, or in `path: the text of something has changed since`."""
+    for said in (": was ", ": the text of "):
+        path, found, rest = difference.partition(said)
+        if found:
+            return f"{option_of(path, stage)}{found}{rest}"
+    return difference
 
 
 def in_stage(message: str, stage: str) -> str:

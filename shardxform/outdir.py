@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +49,8 @@ LOCK: Final = "lock"
 JOURNAL: Final = "journal"
 PARTIAL: Final = ".partial"
 _MAX_RECORD_BYTES: Final = 64 << 20
+_MOST_SHOWN: Final = 60  # characters of a value in a message
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +218,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def difference(old: object, new: object, path: str = "") -> str:
     """Describe the first place where two records differ, or return an empty string."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if path and _is_other_text(old, new):
+            return f"{path}: the text of {_brief(new['data'])} has changed since"
         keys = [*new, *(key for key in old if key not in new)]
         for key in sorted(
             keys, key="windows".__eq__
@@ -223,6 +229,13 @@ def difference(old: object, new: object, path: str = "") -> str:
         return ""
     plain_old, plain_new = (list(v) if isinstance(v, tuple) else v for v in (old, new))
     return "" if plain_old == plain_new else f"{path}: was {_brief(old)}, now {_brief(new)}"
+
+
+def _is_other_text(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:
+    """Whether two records of calibration data name the same files, and they held something else."""
+    names = all(isinstance(each.get(key), str) for each in (old, new) for key in ("data", "sha256"))
+    same = all(old.get(key) == new.get(key) for key in ("data", "files"))
+    return names and same and old["sha256"] != new["sha256"]
 
 
 def _refuse_overlap(root: Path, plan: Plan) -> None:
@@ -279,5 +292,21 @@ def _digest(record: Mapping[str, Any], name: str) -> object:
 
 
 def _brief(value: object) -> str:
+    """A value as it is written, cut where that is long: a digest after a few digits, all else so that quotes close."""
+    if isinstance(value, str):
+        if _DIGEST.fullmatch(value):
+            return repr(f"{value[:12]}...")
+        return repr(value if len(value) <= _MOST_SHOWN or value.startswith("hf://") else f"{value[:_MOST_SHOWN]}...")
     text = repr(value)
-    return text if len(text) <= 60 or text.startswith("'hf://") else text[:57] + "..."
+    return text if len(text) <= _MOST_SHOWN else _CUT.repr(value)
+
+
+def _cut() -> reprlib.Repr:
+    cut = reprlib.Repr()
+    cut.maxlist = cut.maxtuple = 6
+    cut.maxdict = 2
+    cut.maxlevel = 2
+    return cut
+
+
+_CUT: Final = _cut()

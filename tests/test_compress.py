@@ -386,6 +386,13 @@ def test_other_inputs_are_refused_and_named(
     assert tree(copied) == before == tree(finished)
 
 
+def test_a_text_that_has_changed_is_named(small_moe: Path, copied: Path, tmp_path: Path) -> None:
+    text = tmp_path / "calib.jsonl"
+    text.write_bytes((small_moe / "text/calib.jsonl").read_bytes() + b'{"text": "more"}\n')
+    said = refused("compress", small_moe, copied, *arguments(small_moe), "--data", text)
+    assert "'score' was made from other inputs: --data: the text of 'calib.jsonl' has changed since; name" in said
+
+
 def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared, copied: Path, tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
     done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plot")
@@ -493,8 +500,13 @@ def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Pa
     (copied / "README.md").write_text("mine")
     result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plot")
     assert result.exit_code == 0, result.output
-    assert "no card was written: " in result.stderr
+    why = "neither the source's nor a card of shardxform's; move it away and run the same command again"
+    assert f"no card was written: {copied / 'README.md'}: {why}\n" in result.stderr
+    assert re.search(rf"^  results +{re.escape(str(copied))}\.compress$", result.stdout, re.MULTILINE)
     assert (copied / "README.md").read_text() == "mine"
+    (copied / "README.md").unlink()
+    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plot").stdout
+    assert "experts" in (copied / "README.md").read_text()
 
 
 def card(out: Path, *more: str) -> Result:

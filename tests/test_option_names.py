@@ -40,6 +40,12 @@ def test_an_input_has_the_name_of_its_option(path: str, stage: str, option: str)
     assert with_option(f"{path}: was 1, now 2", stage) == f"{option}: was 1, now 2"
 
 
+def test_a_text_that_has_changed_has_the_name_of_its_option() -> None:
+    said = "the text of 'a.txt' has changed since"
+    assert with_option(f"recipe.data: {said}", "quantize") == f"--data: {said}"
+    assert with_option(f"data: {said}", "evaluate") == f"--eval-data: {said}"
+
+
 def test_what_is_no_difference_stays_as_it_is() -> None:
     assert with_option("unknown inputs") == "unknown inputs"
     assert with_option("") == ""

@@ -18,7 +18,7 @@ from shardxform import plan as plan_module
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError
 from shardxform.fsio import FileSystem
-from shardxform.outdir import state_of
+from shardxform.outdir import difference, state_of
 from shardxform.plan import Plan
 from shardxform.progress import Progress
 from shardxform.prune import ViewOptions, plan_prune
@@ -172,6 +172,29 @@ def test_other_options_are_refused_naming_them(source: Path, tmp_path: Path) -> 
     out = interrupted(source, tmp_path / "out")
     with pytest.raises(ResumeError, match=r"--max-shard-size: was 20000, now 9000"):
         run(plan_of(source, ViewOptions(max_shard_bytes=9000)), out)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("ab" * 32, "cd" * 32, "x: was 'abababababab...', now 'cdcdcdcdcdcd...'"),
+        ("a" * 61, "b", f"x: was '{'a' * 60}...', now 'b'"),
+        ("hf://o/n@" + "a" * 60, None, f"x: was 'hf://o/n@{'a' * 60}', now None"),
+        (list(range(99)), [0], "x: was [0, 1, 2, 3, 4, 5, ...], now [0]"),
+        (["name-of-a-file.txt"] * 3 + ["c" * 90], [], None),
+        (
+            {"data": "a.txt", "files": ["a.txt"], "sha256": "1", "seed": 1},
+            {"data": "a.txt", "files": ["a.txt"], "sha256": "2", "seed": 1},
+            "x: the text of 'a.txt' has changed since",
+        ),
+        ({"data": "a.txt", "sha256": "1"}, {"data": "b.txt", "sha256": "2"}, "x.data: was 'a.txt', now 'b.txt'"),
+    ],
+)
+def test_a_difference_is_cut_so_that_quotes_close(old: object, new: object, said: str | None) -> None:
+    found = difference({"x": old}, {"x": new})
+    assert (
+        found == said if said else len(found) < 200 and found.count("'") % 2 == 0 == found.count("[") - found.count("]")
+    )
 
 
 def test_a_finished_output_of_other_inputs_is_refused(source: Path, tmp_path: Path) -> None:

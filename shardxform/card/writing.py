@@ -67,7 +67,7 @@ def refuse_foreign(out: Path, plots: Sequence[Path] = ()) -> None:
     card = read_readme(out)
     if os.path.lexists(readme) and not is_card(card) and not _is_copied(out):
         raise OutputError(
-            f"{readme}: neither the source's nor a card of shardxform's; move it away, or leave out --write"
+            f"{readme}: neither the source's nor a card of shardxform's; move it away and run the same command again"
         )
     for plot in plots:
         path = out / plot.name

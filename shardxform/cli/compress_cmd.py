@@ -275,7 +275,7 @@ class _Watcher:
         if stage == "verify":
             return f"{request.out} against {request.source.where}"
         if stage == "card":
-            return f"{request.out / 'README.md'}"
+            return f"of {request.out}"  # no README.md: it may be somebody else's, and stay
         return f"{request.out} against {request.source.where} over {_size(request.eval_windows)}"
 
     def _tuned(self) -> str:

@@ -144,7 +144,8 @@ def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     earlier = len(outcome.made) < len(facts) or outcome.report.resumed_bytes > 0
     yield "time", span(outcome.seconds) + (" in this run" if earlier else "")
     yield "memory", f"{gb(outcome.peak_rss_bytes)} peak"
-    yield "results", f"{outcome.folder}, {outcome.out / 'README.md'}"
+    card = "" if facts["card"].get("left") else f", {outcome.out / 'README.md'}"
+    yield "results", f"{outcome.folder}{card}"
     if not checked["full"]:
         yield "prove it", f"shardxform verify {outcome.out} --source {source}"
 
