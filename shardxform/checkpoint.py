@@ -29,6 +29,7 @@ __all__ = [
     "CONFIG",
     "INDEX",
     "MAX_SIDECAR_BYTES",
+    "WORK",
     "Checkpoint",
     "Folder",
     "Head",
@@ -36,10 +37,12 @@ __all__ = [
     "Sidecar",
     "is_plain_name",
     "scan",
+    "stopped",
 ]
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
+WORK: Final = ".shardxform"  # of an output that is still to be written
 _SINGLE: Final = "model.safetensors"
 _MAX_JSON_BYTES: Final = 64 << 20
 MAX_SIDECAR_BYTES: Final = 256 << 20
@@ -177,15 +180,12 @@ class Files(Protocol):
 
     def names(self) -> Iterable[str]:
         """Name every file beside each other; folders end in a slash."""
-        ...
 
     def size(self, name: str) -> int | None:
         """Size in bytes; None of what is no regular file. Raises OSError."""
-        ...
 
     def head(self, name: str) -> Head:
         """Read a shard's header. Raises OSError, CheckpointError."""
-        ...
 
 
 def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -222,6 +222,13 @@ def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, lis
     if not table.shards and not table.errors:
         table.errors.append(CheckpointError(f"{root}: no safetensors shard and no {INDEX}"))
     return checkpoint, table.errors
+
+
+def stopped(root: Path) -> str:
+    """Say of an output that is still to be written that it is, since no other defect means anything; else empty."""
+    if (root / CONFIG).exists() or not (root / WORK).is_dir():
+        return ""
+    return "the run that writes it was stopped, or is not done yet; run the same command again, and it goes on"
 
 
 class Folder:
@@ -280,7 +287,8 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
         return parse_object(data)
     except FileNotFoundError as e:
-        raise CheckpointError(f"{root}: no {path.name}; expected a checkpoint directory") from e
+        unfinished = f"unfinished: {stopped(root)}" if stopped(root) else ""
+        raise CheckpointError(f"{root}: {unfinished or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e
     except JsonError as e:

@@ -21,7 +21,7 @@ from shardxform import __version__
 from shardxform.block_size import sizes_of as sizes_of_blocks
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.fsio import FileSystem
+from shardxform.fsio import FileSystem, nearest
 from shardxform.inspection import inspect_checkpoint
 from shardxform.layout import Layout, layout_of
 from shardxform.quantize.stored import read_stored
@@ -263,7 +263,8 @@ def _seen(checkpoint: Checkpoint) -> tuple[Layout, list[TensorRef], bool]:
         with contextlib.suppress(SchemeError):
             stored = read_stored(checkpoint)
             return stored.layout, [*stored.weights.values(), *stored.plain.values()], True
-    return layout_of(checkpoint.config, checkpoint.tensors), list(checkpoint.tensors.values()), quantized
+    tensors = checkpoint.tensors
+    return layout_of(checkpoint.config, tensors, checkpoint.where), list(tensors.values()), quantized
 
 
 def _needs(sizes: Sizes, machine: Machine, libraries: Mapping[str, Library]) -> Iterator[Need]:
@@ -307,8 +308,8 @@ def _machine(disk: Path, libraries: tuple[Library, ...]) -> Machine:
         python=platform.python_version(),
         memory_bytes=total,
         available_bytes=available,
-        disk=str(disk),
-        free_bytes=FileSystem().free_bytes(disk.absolute()),
+        disk=str(disk if disk.exists() else nearest(disk)),
+        free_bytes=FileSystem().free_bytes(disk),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         devices=devices,
         devices_unknown=unknown,

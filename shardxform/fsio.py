@@ -23,7 +23,7 @@ try:
 except ImportError:  # no flock on this platform: two runs in one directory go unnoticed, nothing else changes
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BUFFER_BYTES", "FileSystem", "not_a_directory"]
+__all__ = ["BUFFER_BYTES", "FileSystem", "nearest", "not_a_directory", "why_not"]
 
 BUFFER_BYTES: Final = 4 << 20
 """Size of the buffer that a copy through memory uses, where the kernel cannot copy by itself."""
@@ -48,6 +48,21 @@ def not_a_directory(path: Path) -> str:
         return "no such directory"
     what = "a file" if path.is_file() else "a broken link" if path.is_symlink() else "something else"
     return f"expected a directory, found {what}"
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or where it is not there, the folder above it that is."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def why_not(path: Path, error: OSError) -> str:
+    """What keeps `path` from being written, in words: a folder that is missing, a file where a folder should be."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        for folder in reversed(path.parents):
+            if not folder.is_dir() and folder != Path():
+                return f"{not_a_directory(folder)}: {folder}"
+    return error.strerror or str(error)
 
 
 class FileSystem:
@@ -246,9 +261,7 @@ class FileSystem:
 
     def free_bytes(self, path: Path) -> int:
         """Bytes an unprivileged writer can still put beside `path`, which need not exist yet."""
-        while not path.exists():
-            path = path.parent
-        return shutil.disk_usage(path).free
+        return shutil.disk_usage(nearest(path)).free
 
     @contextlib.contextmanager
     def locked(self, path: Path) -> Iterator[None]:

@@ -77,7 +77,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         FamilyError: unknown family, or a config that contradicts itself.
 
     """
-    layout = layout_of(source.config, source.tensors)
+    layout = layout_of(source.config, source.tensors, source.where)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()

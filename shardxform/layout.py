@@ -108,13 +108,25 @@ class Layout:
         return tuple(mtp.prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
 
 
-def layout_of(config: Config, names: Iterable[str]) -> Layout:
+def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
     """Recognise the family of `config` and place every name.
+
+    Args:
+        config: the whole config.json.
+        names: of tensors.
+        where: the checkpoint whose config it is, for messages.
 
     Raises:
         FamilyError: unknown family, a count missing from the config, or two counts that disagree.
 
     """
+    try:
+        return _layout_of(config, names)
+    except FamilyError as e:
+        raise FamilyError(f"{where}/{e}" if where else str(e)) from e
+
+
+def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     family, wrapper = family_of(config)
     text = _text_config(config, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""

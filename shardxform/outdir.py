@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final, Literal
 
-from shardxform.checkpoint import CONFIG, INDEX
+from shardxform.checkpoint import CONFIG, INDEX, WORK
 from shardxform.errors import OutputError, ResumeError
+from shardxform.fsio import not_a_directory
 from shardxform.option_names import with_option
 from shardxform.plan import Plan, ShardPlan
 from shardxform.strictjson import JsonError, parse_object
@@ -42,7 +43,6 @@ __all__ = [
     "state_of",
 ]
 
-WORK: Final = ".shardxform"
 PROVENANCE: Final = "shardxform.json"
 PLAN: Final = "plan.json"
 LOCK: Final = "lock"
@@ -68,6 +68,7 @@ def state_of(root: Path, plan: Plan) -> State:
         OutputError: it is foreign, is no directory, or overlaps the source.
 
     """
+    _refuse_file_above(root)
     _refuse_overlap(root, plan)
     if not os.path.lexists(root):
         return State("new", {})
@@ -236,6 +237,13 @@ def _is_other_text(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:
     names = all(isinstance(each.get(key), str) for each in (old, new) for key in ("data", "sha256"))
     same = all(old.get(key) == new.get(key) for key in ("data", "files"))
     return names and same and old["sha256"] != new["sha256"]
+
+
+def _refuse_file_above(root: Path) -> None:
+    """Refuse an output that would lie below a file."""
+    for folder in reversed(root.absolute().parents):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise OutputError(f"{root}: cannot be made: {not_a_directory(folder)}: {folder}")
 
 
 def _refuse_overlap(root: Path, plan: Plan) -> None:

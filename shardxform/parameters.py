@@ -70,7 +70,7 @@ def count_parameters(checkpoint: Checkpoint, stored: Stored | None) -> Parameter
     """
     if stored:
         return _count(stored.layout, [*stored.weights.values(), *stored.plain.values()])
-    return _count(layout_of(checkpoint.config, checkpoint.tensors), checkpoint.tensors.values())
+    return _count(layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where), checkpoint.tensors.values())
 
 
 def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:

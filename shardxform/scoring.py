@@ -109,7 +109,7 @@ def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> 
 
 def model_facts(source: Checkpoint, layout: Layout | None = None) -> dict[str, Any]:
     """What a `Saliency` says of the model that was scored; the fingerprint binds shapes and shards, not their times."""
-    layout = layout or layout_of(source.config, source.tensors)
+    layout = layout or layout_of(source.config, source.tensors, source.where)
     return {
         "model_type": layout.wrapper.model_type,
         "num_layers": layout.num_layers,

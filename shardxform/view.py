@@ -71,7 +71,7 @@ def pruned_view(
         PlanError: a tensor that cannot be pruned safely.
 
     """
-    layout = layout_of(source.config, source.tensors)
+    layout = layout_of(source.config, source.tensors, source.where)
     if manifest is not None:
         manifest.check(layout)
     _check_experts(layout, source.tensors)

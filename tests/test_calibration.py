@@ -390,8 +390,8 @@ def test_conversations_are_rendered_with_the_chat_template(tmp_path: Path) -> No
         ({"messages": TURNS}, "", "model: expected a tokenizer with a chat template, found none"),
         ({"messages": TURNS}, "{{ raise_exception('no users') }}", "d.jsonl:1: the chat template refuses it: no users"),
         ({"messages": TURNS}, "{{ x.y.z }}", "d.jsonl:1: the chat template refuses it: 'x' is undefined"),
-        ({"messages": []}, TEMPLATE, "d.jsonl:1: expected a list of messages, found an empty list"),
-        ({"messages": "hi"}, TEMPLATE, "d.jsonl:1: expected a list of messages, found str"),
+        ({"messages": []}, TEMPLATE, "d.jsonl:1: messages: expected a list of messages, found an empty list"),
+        ({"messages": "hi"}, TEMPLATE, "d.jsonl:1: messages: expected a list of messages, found str"),
         ({"messages": [{"role": "user"}]}, TEMPLATE, "d.jsonl:1: message 1: expected strings 'role' and 'content'"),
         ({"messages": [*TURNS, None]}, TEMPLATE, "d.jsonl:1: message 3: expected strings 'role' and 'content'"),
         ({"messages": TURNS, "conversations": TURNS}, TEMPLATE, "found both 'messages' and 'conversations'"),
@@ -617,8 +617,8 @@ def test_windows_of_all_sources_together_are_bounded(
         ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', "d.jsonl:2: not JSON: "),
         ("d.jsonl", b'{"text": "a"}\n\n["b"]\n', "d.jsonl:3: expected an object, found list"),
         ("d.jsonl", b'{"text": "a"}\n{"txt": "b"}', "d.jsonl:2: expected a field 'text', found 'txt'"),
-        ("d.jsonl", b'{"text": null}', "d.jsonl:1: expected a string, found null"),
-        ("d.jsonl", b'{"text": ["a"]}', "d.jsonl:1: expected a string, found list"),
+        ("d.jsonl", b'{"text": null}', "d.jsonl:1: text: expected a string, found null"),
+        ("d.jsonl", b'{"text": ["a"]}', "d.jsonl:1: text: expected a string, found list"),
         ("d.jsonl", b'{"text": "\xff"}', "d.jsonl:1: not UTF-8 at byte 10"),
         ("d.jsonl", b'{"text": "\\ud800"}', "d.jsonl:1: '\\ud800' holds half a surrogate pair"),
         ("d.jsonl", b'{"text": "a", "text": "b"}', "d.jsonl:1: duplicate key 'text'"),
@@ -667,8 +667,8 @@ def test_malformed_data_are_refused_with_their_place(
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": [1, 2]}, "d.parquet: row 1: expected a string, found int"),
-        ({"text": ["a", None]}, "d.parquet: row 2: expected a string, found null"),
+        ({"text": [1, 2]}, "d.parquet: row 1: text: expected a string, found int"),
+        ({"text": ["a", None]}, "d.parquet: row 2: text: expected a string, found null"),
         ({"x": ["a"]}, "d.parquet: expected a field 'text' or 'content', found 'x'"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_hub_data_set_is_read_from_one_revision_and_no_further_than_needed(
     assert errors[3]["error"].startswith(
         "a/broken: no such file or directory here; the hub gave no answer that can be used: "
     )
-    assert errors[4]["error"] == "a/bad/train.jsonl:2: expected a string, found int"
+    assert errors[4]["error"] == "a/bad/train.jsonl:2: text: expected a string, found int"
     local = tmp_path / "local.jsonl"
     local.write_bytes(hub.sets["a/packed"]["data/train-00000-of-00002.jsonl"])
     asked = len(hub.asked)

@@ -273,3 +273,8 @@ def test_json_and_a_bad_source(small_moe: Path, tmp_path: Path) -> None:
     assert found["problems"] == []
     with pytest.raises(CheckpointError, match="no such directory"):
         diagnose(tmp_path, tmp_path / "gone")
+
+
+def test_the_folder_that_was_looked_at_is_named(tmp_path: Path) -> None:
+    assert f" free in {tmp_path}\n" in shown("--disk", tmp_path / "not/there")
+    assert f" free in {tmp_path}\n" in shown("--disk", tmp_path)

@@ -101,4 +101,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     write_checkpoint(tmp_path, tensors, {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    assert "model_type 'llama' is not a known family; known: deepseek_v3, qwen3_5_moe" in result.stderr
+    assert (
+        f"{tmp_path}/config.json: model_type 'llama' is not a known family; known: deepseek_v3, qwen3_5_moe"
+        in result.stderr
+    )

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from build import read_checkpoint, tiny, write_checkpoint
+from click.testing import CliRunner
 from faults import Counting, Failing, Short, WithoutKernelCopy
 from test_prune import manifest_of
 
 from shardxform import plan as plan_module
 from shardxform.checkpoint import Checkpoint
+from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError
 from shardxform.fsio import FileSystem
 from shardxform.outdir import difference, state_of
@@ -406,3 +408,21 @@ def test_describing_the_state_changes_nothing(source: Path, tmp_path: Path) -> N
     before = sorted(tmp_path.rglob("*"))
     assert state_of(tmp_path / "out", plan_of(source)).name == "new"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unfinished_output_is_called_so_where_a_checkpoint_is_expected(source: Path, tmp_path: Path) -> None:
+    out = interrupted(source, tmp_path / "out")
+    for command in (["inspect", str(out)], ["convert", str(out), str(tmp_path / "other"), "--to", "bf16"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"shardxform: {out}: unfinished: the run that writes it was stopped, or is not")
+        assert result.stderr.endswith("run the same command again, and it goes on\n")
+    run(plan_of(source), out)
+    assert Checkpoint.open(out).tensors
+
+
+def test_an_output_below_a_file_is_refused_naming_the_file(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("mine")
+    with pytest.raises(OutputError, match=rf"afile/x/out: .*: expected a directory, found a file: {tmp_path}/afile$"):
+        run(plan_of(source), tmp_path / "afile/x/out")
+    assert (tmp_path / "afile").read_text() == "mine"

@@ -70,9 +70,10 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The value of one record's field, its place for messages, and its source where sources are read."""
+    """The value of one record's field `key`, its place for messages, and its source where sources are read."""
 
     place: str
+    key: str
     value: object
     source: str = ""
 
@@ -134,7 +135,7 @@ def read(file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = Fa
         record = _object(raw, place)
         if key not in record:
             raise PlanError(f"{place}: expected a field {key!r}, found {listed(record)}")
-        yield Record(place, record[key], _source(record, place) if sources else "")
+        yield Record(place, key, record[key], _source(record, place) if sources else "")
 
 
 def sources_of(file: DataFile) -> Iterator[str]:
@@ -268,7 +269,7 @@ def _rows(file: DataFile, key: str, wanted: Iterator[bool], sources: bool) -> It
 def _record(place: str, columns: Sequence[str], cells: Sequence[Any], sources: bool) -> Record:
     """A row of which the first cell is the field that was asked for."""
     row = {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}
-    return Record(place, row[columns[0]], _source(row, place) if sources else "")
+    return Record(place, columns[0], row[columns[0]], _source(row, place) if sources else "")
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------------

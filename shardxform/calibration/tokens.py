@@ -96,8 +96,13 @@ def plain_text(record: Record) -> str:
 
     """
     if not isinstance(record.value, str):
-        raise PlanError(f"{record.place}: expected a string, found {_type(record.value)}")
+        raise PlanError(f"{record.place}: {_field(record)}: expected a string, found {_type(record.value)}")
     return record.value
+
+
+def _field(record: Record) -> str:
+    """The name of a record's field, which may be a stranger's."""
+    return record.key if record.key.isprintable() else ascii(record.key)
 
 
 def conversation(tokenizer: Tokenizer, record: Record) -> str:
@@ -109,7 +114,7 @@ def conversation(tokenizer: Tokenizer, record: Record) -> str:
     """
     messages = record.value
     if not isinstance(messages, list) or not messages:
-        raise PlanError(f"{record.place}: expected a list of messages, found {_type(messages)}")
+        raise PlanError(f"{record.place}: {_field(record)}: expected a list of messages, found {_type(messages)}")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise PlanError(f"{record.place}: message {number}: expected strings 'role' and 'content'")

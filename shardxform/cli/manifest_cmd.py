@@ -12,6 +12,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.cli.console import print_json, rows, table
 from shardxform.cli.options import json_option
 from shardxform.errors import OutputError
+from shardxform.fsio import why_not
 from shardxform.layout import Layout, layout_of
 from shardxform.manifest import Manifest
 from shardxform.strictjson import pretty
@@ -83,8 +84,10 @@ def convert(manifest: Path, target: Path, model: Path | None, sort: bool) -> Non
             file.write(pretty(read.to_dict()))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as e:
+    except FileExistsError as e:
         raise OutputError(f"{target}: {e.strerror}; name a file that does not exist yet") from e
+    except OSError as e:
+        raise OutputError(f"{target}: {why_not(target, e)}") from e
     click.echo(f"{target}: keeps {read.num_kept} experts in each of {len(read.keep)} layers")
 
 
@@ -92,7 +95,7 @@ def _layout(model: Path | None) -> Layout | None:
     if model is None:
         return None
     checkpoint = Checkpoint.open(model)
-    return layout_of(checkpoint.config, checkpoint.tensors)
+    return layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
 
 
 def _lines(manifest: Manifest) -> list[tuple[str, ...]]:

@@ -24,7 +24,7 @@ __all__ = ["execute", "load_manifest"]
 
 def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
     """Read the manifest given on the command line, if any."""
-    return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors)) if path else None
+    return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)) if path else None
 
 
 def execute(

@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
-from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.checkpoint import CONFIG, Checkpoint, stopped
 from shardxform.cli.console import tell
 from shardxform.cli.options import SIZE
 from shardxform.errors import CheckpointError, ShardxformError
@@ -99,7 +99,7 @@ def _open_folder(path: Path) -> Checkpoint:
     try:
         return Checkpoint.open(path)
     except CheckpointError as e:
-        if not is_ambiguous(str(path)) or (path / CONFIG).exists():
+        if not is_ambiguous(str(path)) or (path / CONFIG).exists() or stopped(path):
             raise
         raise CheckpointError(f"{e}; for the repository of the hub of that name, write {SCHEME}{path}") from e
 

@@ -118,7 +118,7 @@ def reached(experts: int, top_k: int, tokens: float) -> float:
 
 def shape_of(source: Checkpoint, kept: int) -> Shape:
     """Look at the headers; a multi-token-prediction layer counts as a block."""
-    layout = layout_of(source.config, source.tensors)
+    layout = layout_of(source.config, source.tensors, source.where)
     around = expert = head = nbytes = 0
     for name, place in layout.places.items():
         ref = source.tensors[name]

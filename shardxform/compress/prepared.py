@@ -147,7 +147,7 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
     """A choice of as many experts as there will be, among experts that are all alike."""
     if pruning is None:
         return None
-    layout = layout_of(source.config, source.tensors)
+    layout = layout_of(source.config, source.tensors, source.where)
     if not layout.moe_layers:
         raise FamilyError(f"{source.where}: no layer has experts; there is nothing to prune")
     from shardxform.scoring import model_facts

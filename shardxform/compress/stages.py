@@ -121,7 +121,7 @@ def _manifest(job: Job) -> Manifest | None:
         return None
     job.folder.read(SELECT, KEEP)
     source = job.request.source
-    return Manifest.load(job.folder.root / KEEP, layout_of(source.config, source.tensors))
+    return Manifest.load(job.folder.root / KEEP, layout_of(source.config, source.tensors, source.where))
 
 
 @contextlib.contextmanager

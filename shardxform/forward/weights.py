@@ -120,7 +120,10 @@ class Weights:
             self._stored = read_stored(checkpoint)
             if self._stored.contradictions:
                 raise SchemeError(f"{checkpoint.where}: {self._stored.contradictions[0]}; see `shardxform verify`")
-        self.layout: Layout = self._stored.layout if self._stored else layout_of(checkpoint.config, checkpoint.tensors)
+        stored = self._stored
+        self.layout: Layout = (
+            stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
+        )
         self._tensors = {**self._stored.plain, **self._stored.weights} if self._stored else checkpoint.tensors
         self._experts = _expert_table(self.layout, self._tensors)
         self._source = open_source(checkpoint.root, checkpoint.remote, fs or FileSystem(), ahead=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.expectation import Expected, expected
 from shardxform.layout import COMPANIONS, Layout, layout_of, variants_found
@@ -119,15 +119,15 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
         FamilyError: see `layout.layout_of`.
 
     """
-    resolved = _resolved(source.config)
+    resolved = _resolved(source)
     groups, plain = _grouped(source.tensors)
     if not groups:
-        raise SchemeError("config.json: quantization_config, but no tensor is quantized")
+        raise SchemeError(f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized")
     grid = Grid(
         bits=cast(Bits, resolved.bits), group_size=resolved.group_size, scale_grid=_scale_grid(source, resolved, groups)
     )
     names = [name for stem in groups for name in _weight_names(stem)]
-    layout = layout_of(source.config, [*names, *plain])
+    layout = layout_of(source.config, [*names, *plain], source.where)
     promised = dict(expected(layout, variants_found(layout)))
     errors: list[CheckpointError] = []
     modules: dict[str, StoredModule] = {}
@@ -156,20 +156,21 @@ def rows_of(weight: TensorRef, modules: Mapping[str, StoredModule]) -> Iterator[
 # -- the config ---------------------------------------------------------------------------------------------------
 
 
-def _resolved(config: Mapping[str, Any]) -> Resolved:
+def _resolved(source: Checkpoint) -> Resolved:
+    config, where = source.config, f"{source.where}/{CONFIG}"
     declared = config.get("quantization_config")
     for key, value in config.items():
         if isinstance(value, Mapping) and value.get("quantization_config"):
-            raise SchemeError(f"config.json: {key}.quantization_config, expected it at the top level alone")
+            raise SchemeError(f"{where}: {key}.quantization_config, expected it at the top level alone")
     if declared is None:
-        raise SchemeError("config.json: no quantization_config: the source is not quantized; see `shardxform quantize`")
+        raise SchemeError(f"{where}: no quantization_config: the source is not quantized; see `shardxform quantize`")
     if not isinstance(declared, Mapping):
-        raise SchemeError(f"config.json: quantization_config: expected an object, found {declared!r}")
+        raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")
     try:
         resolved = resolve(declared)
         _refuse_beyond(declared, resolved)
     except (AttributeError, TypeError, ValueError) as e:
-        raise SchemeError(f"config.json: quantization_config is malformed: {e}") from e
+        raise SchemeError(f"{where}: quantization_config is malformed: {e}") from e
     return resolved
 
 

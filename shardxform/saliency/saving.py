@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from shardxform.errors import OutputError
-from shardxform.fsio import FileSystem
+from shardxform.fsio import FileSystem, why_not
 
 __all__ = ["refuse_other", "write_new"]
 
@@ -58,7 +58,7 @@ def write_new(path: Path, data: bytes, kind: str = "file") -> None:
             fs.remove_if_there(temporary)
         fs.sync_dir(path.parent)
     except OSError as e:
-        raise OutputError(f"{path}: {e.strerror or e}") from e
+        raise OutputError(f"{path}: {why_not(path, e)}") from e
     if appeared:  # between the look and the link
         refuse_other(path, data, kind)
 

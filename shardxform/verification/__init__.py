@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint import Checkpoint, stopped
 from shardxform.errors import CheckpointError
 from shardxform.fsio import not_a_directory
 from shardxform.manifest import Manifest
 from shardxform.progress import Progress, peak_rss_bytes
-from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint, stopped
+from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of
 from shardxform.verification.report import Rounding, VerifyReport, WeightError

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from shardxform.checkpoint import CONFIG, INDEX, Checkpoint, scan
+from shardxform.checkpoint import CONFIG, INDEX, WORK, Checkpoint, scan
 from shardxform.families.base import Wrapper
-from shardxform.outdir import PROVENANCE, WORK
+from shardxform.outdir import PROVENANCE
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.verification.findings import Findings
 
@@ -22,7 +22,6 @@ __all__ = [
     "file_bytes",
     "is_document",
     "read_checkpoint",
-    "stopped",
 ]
 
 _TOKENIZERS: Final = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
@@ -50,13 +49,6 @@ def read_checkpoint(root: Path, findings: Findings) -> tuple[Checkpoint | None, 
     if not errors:
         _check_total_size(index, checkpoint, findings)
     return checkpoint, lost
-
-
-def stopped(root: Path) -> str:
-    """Say of an output that is still to be written that it is, since no other defect means anything; else empty."""
-    if (root / CONFIG).exists() or not (root / WORK).is_dir():
-        return ""
-    return "the run that writes it was stopped, or is not done yet; run the same command again, and it goes on"
 
 
 def check_files(root: Path, checkpoint: Checkpoint | None, findings: Findings) -> None:

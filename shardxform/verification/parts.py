@@ -84,7 +84,7 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
         stored, errors = scan_stored(checkpoint)
     except (FamilyError, SchemeError) as e:
         if not any(problem.code == "quantization-config" for problem in findings.problems):
-            text = str(e).removeprefix(f"{CONFIG}: ")
+            text = str(e).removeprefix(f"{checkpoint.where}/").removeprefix(f"{CONFIG}: ")
             findings.warn("not-understood", CONFIG, f"quantized weights are not looked into: {text}")
         _check_merged_rows(checkpoint, layout, findings)
         return None
