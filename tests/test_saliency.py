@@ -382,6 +382,20 @@ def test_saliency_show(tmp_path: Path) -> None:
     assert shown["mtp_layers"]["0"]["mean_tokens"] == 2.5
 
 
+def test_a_run_is_shown_whole_and_its_digests_short(tmp_path: Path) -> None:
+    run = {"tool": "t 1", "data": "a.txt", "files": ["a.txt"], "sha256": "ab" * 32, "pack": False, "more": "x" * 70}
+    saliency(runs=(run, {"data": "d", "files": ["b", "c"]}, {str(key): "y" * 60 for key in range(50)})).save(
+        tmp_path / "s"
+    )
+    shown = CliRunner().invoke(command, ["show", str(tmp_path / "s")], catch_exceptions=False).stdout.splitlines()
+    assert shown[4:7] == [
+        "  run 1          tool t 1, data a.txt, sha256 abababababab, pack no",
+        f"                 more {'x' * 70}",
+        "  run 2          data d, files b, c",
+    ]
+    assert shown[7:16].count(f"                 {'...'}") == 1
+
+
 def test_what_a_run_says_of_itself_cannot_move_the_cursor(tmp_path: Path) -> None:
     saliency(runs=({"data": "\x1b[2J" + "x" * 300},)).save(tmp_path / "s")
     result = CliRunner().invoke(command, ["show", str(tmp_path / "s")], catch_exceptions=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -14,6 +16,11 @@ from shardxform.saliency.choosing import super_experts
 from shardxform.saliency.statistics import ExpertStats, Saliency
 
 __all__ = ["command"]
+
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
+_LINE: Final = 90  # characters of what a run says of itself, about
+_MOST_LINES: Final = 8
+_MOST_SHOWN: Final = 80  # characters of one thing of it
 
 
 @click.group("saliency")
@@ -40,9 +47,9 @@ def show(file: Path, as_json: bool) -> None:
                 "model",
                 f"{model['model_type']}, {model['num_layers']} layers, top-{model['num_experts_per_tok']}{groups}",
             ),
-            ("source", model["source_fingerprint"]),
+            ("source", _value(model["source_fingerprint"])),
             ("tokens", f"{read.tokens:,} in {count(len(read.runs), 'run')}"),
-            *((f"run {number}", _run(run)) for number, run in enumerate(read.runs, 1)),
+            *(line for number, run in enumerate(read.runs, 1) for line in _run_lines(f"run {number}", run)),
             ("super experts", "; ".join(supers) or "none"),
         ]
     )
@@ -72,10 +79,27 @@ def add(files: tuple[Path, ...], out: Path) -> None:
         tell(f"note: {count(twice, 'run')} with the provenance of another: the same data may count twice")
 
 
-def _run(run: Any) -> str:  # noqa: ANN401
-    text = ", ".join(f"{key} {value}" for key, value in run.items())
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _run_lines(label: str, run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a run says of itself, over as many lines as it takes; what a stranger's file says, over a few at most."""
+    lines = [""]
+    for key, value in run.items():
+        if key != "files" or value != [run.get("data")]:
+            item = f"{key} {_value(value)}"
+            item = item if len(item) <= _MOST_SHOWN else item[: _MOST_SHOWN - 3] + "..."
+            if lines[-1] and len(lines[-1]) + len(item) > _LINE:
+                lines.append("")
+            lines[-1] += f"{', ' if lines[-1] else ''}{item}"
+    shown = lines[:_MOST_LINES] + (["..."] if len(lines) > _MOST_LINES else [])
+    yield from zip([label, *[""] * len(lines)], shown, strict=False)
+
+
+def _value(value: object) -> str:
+    """A value as people read it: a digest by its first 12 characters, a list without brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = text[:12] if _DIGEST.fullmatch(text) else text
+    return text if text.isprintable() else ascii(text)
 
 
 def _layers(saliency: Saliency) -> list[tuple[str, ExpertStats]]:
