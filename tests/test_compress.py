@@ -572,6 +572,15 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Pat
     assert needs["quantize"]["written_bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     again = json.loads(done(*args, "--json"))
     assert {stage["state"] for stage in again["stages"]} == {"done"}
+    assert (again["disk_bytes"], again["seconds"]) == (0, 0)
+    text = done(*args)
+    assert "  to do  nothing: all of it is there, made from these inputs\n" in text
+    assert "needed" not in text
+    assert "estimate" not in text
+    left = {stage["stage"]: stage["state"] for stage in json.loads(done(*args, "--full-verify", "--json"))["stages"]}
+    assert [stage for stage, state in left.items() if state != "done"] == ["verify"]
+    (tmp_path / "out/README.md").unlink()
+    assert re.search(r"card +to do", done(*args))
 
 
 @pytest.mark.parametrize(

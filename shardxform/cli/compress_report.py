@@ -22,7 +22,13 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     from shardxform.compress.forecast import forecast, free_bytes
     from shardxform.compress.timing import measure
 
-    request, stages = prepared.request, forecast(prepared, settings, measure(prepared, settings))
+    request, stages = prepared.request, forecast(prepared, settings)
+    to_do = any(stage["state"] != "done" for stage in stages)
+    stages = (
+        forecast(prepared, settings, measure(prepared, settings))
+        if to_do
+        else [{**stage, "seconds": 0.0} for stage in stages]
+    )
     totals = {
         "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages),
         "disk_bytes": _most_disk(stages),
@@ -45,17 +51,18 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     )
     header = ("stage", "state", "time", "memory", "written", "disk meanwhile", "tokens x blocks")
     table(header, map(_stage_line, stages))
-    rows(
-        [
-            ("memory", f"about {gb(totals['peak_memory_bytes'])} at most"),
-            ("free disk", f"{gb(totals['free_disk_bytes'])} of {gb(totals['disk_bytes'])} needed"),
-            ("time", f"about {span(totals['seconds'])}: an estimate, {_basis(request)}"),
-        ]
-    )
+    rows(_total_lines(request, totals) if to_do else [("to do", "nothing: all of it is there, made from these inputs")])
     for note in prepared.sketch.notes:
         click.echo(f"  note: {note}")
     if request.eval_windows is None:
         click.echo("  note: OUT is not measured without --eval-data")
+
+
+def _total_lines(request: Request, totals: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What all stages together would take."""
+    yield "memory", f"about {gb(totals['peak_memory_bytes'])} at most"
+    yield "free disk", f"{gb(totals['free_disk_bytes'])} of {gb(totals['disk_bytes'])} needed"
+    yield "time", f"about {span(totals['seconds'])}: an estimate, {_basis(request)}"
 
 
 def _experts(summary: Mapping[str, Any], *, pruned: bool) -> str:
@@ -66,9 +73,11 @@ def _experts(summary: Mapping[str, Any], *, pruned: bool) -> str:
 
 
 def _most_disk(stages: list[dict[str, Any]]) -> int:
-    """Disk at the fullest moment: what stays so far, and what lies there meanwhile."""
+    """Disk at the fullest moment: what stays so far, and what lies there meanwhile; what is done takes no more."""
     most = written = 0
     for stage in stages:
+        if stage["state"] == "done":
+            continue
         written += stage["written_bytes"]
         most = max(most, written + stage["work_bytes"])
     return most

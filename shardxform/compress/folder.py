@@ -35,6 +35,7 @@ __all__ = [
     "Folder",
     "changed",
     "file_sha256",
+    "plain",
     "read_entries",
     "refuse_changed",
     "work_of",

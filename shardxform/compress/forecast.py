@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.compress.costs import Costs, amounts, seconds, shape_of
-from shardxform.compress.folder import Entry, read_entries
+from shardxform.compress.folder import Entry, plain, read_entries
 from shardxform.compress.prepared import Prepared, tuning_bytes
-from shardxform.compress.request import EVALUATE, QUANTIZE, SCORE, Request, Settings
+from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Request, Settings
 from shardxform.fsio import FileSystem
 from shardxform.outdir import state_of
 from shardxform.plan import tokens_of
@@ -45,7 +45,7 @@ def forecast(prepared: Prepared, settings: Settings, costs: Costs | None = None)
     }
     nothing = {"peak_memory_bytes": base, "work_bytes": 0, "written_bytes": 0, "tokens": 0}
     stages = [
-        {"stage": stage, "state": _state(prepared, entries, stage), **nothing, **needs.get(stage, {})}
+        {"stage": stage, "state": _state(prepared, settings, entries, stage), **nothing, **needs.get(stage, {})}
         for stage in prepared.inputs
     ]
     return stages if costs is None else _with_seconds(stages, prepared, settings, costs)
@@ -67,12 +67,29 @@ def free_bytes(request: Request) -> int:
     return FileSystem().free_bytes(request.out.absolute())
 
 
-def _state(prepared: Prepared, entries: Mapping[str, Entry], stage: str) -> str:
+def _state(prepared: Prepared, settings: Settings, entries: Mapping[str, Entry], stage: str) -> str:
     entry = entries.get(stage)
     if entry is None:
         begun = stage == QUANTIZE and state_of(prepared.request.out, prepared.sketch).name != "new"
         return "begun" if begun else "to do"
-    return "done" if entry.done else "begun"
+    if not entry.done:
+        return "begun"
+    return "done" if _still_holds(prepared, settings, entry, stage) else "to do"
+
+
+def _still_holds(prepared: Prepared, settings: Settings, entry: Entry, stage: str) -> bool:
+    """Whether a stage that is recorded as done is not done again, as far as a look at files' names tells."""
+    request, inputs = prepared.request, prepared.inputs
+    if stage == QUANTIZE:
+        return state_of(request.out, prepared.sketch).name == "finished"
+    if stage == VERIFY:
+        return bool(entry.facts.get("full")) >= settings.full_verify
+    if stage == CARD:
+        drawn = entry.facts.get("pictures")
+        wanted = sum(each in inputs for each in (SELECT, EVALUATE)) if settings.plot else 0
+        shown = isinstance(drawn, list) and len(drawn) >= wanted
+        return shown and entry.inputs == plain(inputs[CARD]) and (request.out / "README.md").is_file()
+    return all((request.folder / name).is_file() for name in entry.files if not name.endswith(".png"))
 
 
 def _pass(request: Request, windows: Windows, *, against: bool) -> dict[str, int]:
