@@ -42,6 +42,7 @@ STEP_BYTES: Final = 256 << 20
 """Most bytes one step writes: the unit of resume. Part of the plan, since the journal counts steps."""
 
 _BASE_MEMORY: Final = 48 << 20  # interpreter, modules, and the plan of a 72 GB checkpoint
+_KERNEL_MEMORY: Final = 100_000_000  # numpy, numba and LLVM, where weights are rounded
 _REMOTE_MEMORY: Final = 128 << 20  # the hub's client, and what was fetched and not yet written
 
 
@@ -193,7 +194,8 @@ class Plan:
         beside = max((step.peak_bytes for step in self.steps if not tokens_of(step)), default=0)
         alone = max((step.peak_bytes for step in self.steps if tokens_of(step)), default=0)
         base = _BASE_MEMORY + (_REMOTE_MEMORY if self.remote else 0)
-        return base + 12 * headers + max(jobs * beside, alone)
+        kernels = _KERNEL_MEMORY if "scheme" in self.summary else 0
+        return base + 12 * headers + max(kernels + jobs * beside, alone)
 
     def check(self) -> None:
         """Assert that the steps write every byte of every shard exactly once.

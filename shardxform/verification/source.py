@@ -62,7 +62,11 @@ def rebuild(
         source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
     layout = layout_of(source.config, source.tensors)
     manifest = _given_manifest(options, layout)
-    if options.manifest is None and record.get("manifest"):
+    if manifest and record.get("manifest"):
+        made_with = _recorded_manifest(record["manifest"], layout, Findings())
+        if made_with and (made_with.keep, made_with.mtp_keep) != (manifest.keep, manifest.mtp_keep):
+            findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given (--manifest)")
+    elif record.get("manifest"):
         manifest = _recorded_manifest(record["manifest"], layout, findings)
         if manifest is None:
             return None
