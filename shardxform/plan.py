@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from shardxform import header
 from shardxform.checkpoint import INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
+from shardxform.sampling import sampled
 from shardxform.sharding import natural_key, shard_names, split
 from shardxform.strictjson import dumps, pretty
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec
@@ -273,9 +274,13 @@ def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
 
 
 def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:
-    """What a plan depends on in its source: config, headers, sizes and sidecars, by name; its commit on the hub."""
+    """What a plan depends on in its source: config, headers, sizes and sidecars, by name; its commit on the hub.
+
+    Of a folder, a mark of the values too, by which one fine-tune is told from another.
+    """
+    here = {"repository": str(source.remote)} if source.remote else {"values": sampled(source.root, source.shards)}
     return {
-        **({"repository": str(source.remote)} if source.remote else {}),
+        **here,
         "config": hashlib.sha256(dumps(source.config).encode()).hexdigest(),
         "shards": {shard.name: [shard.nbytes, shard.header_sha256] for shard in source.shards},
         "sidecars": dict(sidecars),
