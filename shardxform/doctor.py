@@ -175,7 +175,7 @@ REFERENCE: Final = Sizes(
     nbytes=71_903_655_008,
     block=1_685_402_304,
     head=1_017_118_720,
-    tuning=11_280_790_880,
+    tuning=11_380_790_880,
     hidden=2048,
     outlook={
         "quantize to W4A16": 22_134_223_968,

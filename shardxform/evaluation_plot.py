@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,9 +12,13 @@ from typing import Any, Final
 
 from shardxform.errors import OutputError
 from shardxform.evaluation import Comparison, Evaluation
+from shardxform.saliency.saving import write_over
 
-__all__ = ["draw"]
+__all__ = ["draw", "refuse_foreign"]
 
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+_MAKER: Final = "shardxform"
+_MARK: Final = b"tEXtSoftware\0" + _MAKER.encode()
 _BLUE: Final = "#31688e"
 _MAX_NAME: Final = 30  # characters
 _NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
@@ -21,8 +27,10 @@ _NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
 def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, Evaluation] = _NO_SOURCES) -> None:
     """Draw the relative error of every block's output as a PNG, and beside it the divergence on each of `sources`.
 
+    A picture of an earlier evaluation is replaced.
+
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: another file is there, or it cannot be written.
 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,10 +45,30 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     places[0].set_title(f"{title}\nKL {against.kl:.4g} nats, same choice {against.top1:.1%}", fontsize=11)
     if sources:
         _draw_sources(places[1], sources)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": _MAKER})
+    refuse_foreign(path)
+    write_over(path, picture.getvalue())
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a name that anything but a picture of an earlier evaluation has.
+
+    Raises:
+        OutputError: says what to do.
+
+    """
+    if not os.path.lexists(path):
+        return
     try:
-        figure.savefig(path, dpi=120, metadata={"Software": None})
-    except (OSError, ValueError) as e:
-        raise OutputError(f"{path}: {getattr(e, 'strerror', None) or e}") from e
+        with path.open("rb") as file:
+            head = file.read(4096) if path.is_file() and not path.is_symlink() else b""
+    except OSError as e:
+        raise OutputError(f"{path}: {e.strerror}") from e
+    if not head.startswith(_PNG) or _MARK not in head:
+        raise OutputError(
+            f"{path}: another file is there, and nothing is overwritten; name one that does not exist yet"
+        )
 
 
 def _draw_blocks(axes: Any, against: Comparison) -> None:  # noqa: ANN401

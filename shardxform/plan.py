@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from shardxform import header
 from shardxform.checkpoint import INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
+from shardxform.sampling import sampled
 from shardxform.sharding import natural_key, shard_names, split
 from shardxform.strictjson import dumps, pretty
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec
@@ -42,6 +43,7 @@ STEP_BYTES: Final = 256 << 20
 """Most bytes one step writes: the unit of resume. Part of the plan, since the journal counts steps."""
 
 _BASE_MEMORY: Final = 48 << 20  # interpreter, modules, and the plan of a 72 GB checkpoint
+_KERNEL_MEMORY: Final = 100_000_000  # numpy, numba and LLVM, where weights are rounded
 _REMOTE_MEMORY: Final = 128 << 20  # the hub's client, and what was fetched and not yet written
 
 
@@ -193,7 +195,8 @@ class Plan:
         beside = max((step.peak_bytes for step in self.steps if not tokens_of(step)), default=0)
         alone = max((step.peak_bytes for step in self.steps if tokens_of(step)), default=0)
         base = _BASE_MEMORY + (_REMOTE_MEMORY if self.remote else 0)
-        return base + 12 * headers + max(jobs * beside, alone)
+        kernels = _KERNEL_MEMORY if "scheme" in self.summary else 0
+        return base + 12 * headers + max(kernels + jobs * beside, alone)
 
     def check(self) -> None:
         """Assert that the steps write every byte of every shard exactly once.
@@ -271,9 +274,13 @@ def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
 
 
 def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:
-    """What a plan depends on in its source: config, headers, sizes and sidecars, by name; its commit on the hub."""
+    """What a plan depends on in its source: config, headers, sizes and sidecars, by name; its commit on the hub.
+
+    Of a folder, a mark of the values too, by which one fine-tune is told from another.
+    """
+    here = {"repository": str(source.remote)} if source.remote else {"values": sampled(source.root, source.shards)}
     return {
-        **({"repository": str(source.remote)} if source.remote else {}),
+        **here,
         "config": hashlib.sha256(dumps(source.config).encode()).hexdigest(),
         "shards": {shard.name: [shard.nbytes, shard.header_sha256] for shard in source.shards},
         "sidecars": dict(sidecars),

@@ -220,6 +220,17 @@ def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_pat
     assert "sources  code 2, kjv 2 windows" in runner.invoke(main, [*base, "--dry-run"]).output
     shown = runner.invoke(main, [*base, "--against", str(small_moe), "--plot", str(plot)]).output
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    again = [*base, "--against", str(small_moe), "--plot"]
+    assert runner.invoke(main, [*again, str(plot)]).exit_code == 0  # its own picture
+    for name, content in (
+        ("text.png", b"mine"),
+        ("photo.png", plot.read_bytes().replace(b"shardxform", b"GIMP 2.10_")),
+    ):
+        (tmp_path / name).write_bytes(content)
+        done = runner.invoke(main, [*again, str(tmp_path / name)])
+        assert done.exit_code == 1
+        assert f"{tmp_path / name}: another file is there, and nothing is overwritten" in done.output
+        assert (tmp_path / name).read_bytes() == content
     result = runner.invoke(main, [*base, "--against", str(small_moe), "--json"])
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saliency.choosing", "saliency.plotting", "saliency"),
     ("calibration.options", "calibration.readers", "calibration.hub", "calibration.documents"),
     ("calibration.tokens", "calibration.windows", "calibration"),
-    ("view", "sharding", "plan", "copying", "block_size", "quantize.steps", "heal_plan", "prune"),
+    ("view", "sharding", "sampling", "plan", "copying", "block_size", "quantize.steps", "heal_plan", "prune"),
     ("quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
     ("parameters", "inspection"),

@@ -499,12 +499,12 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path) -> None:
 
 
 def test_quick_needs_no_numpy(tmp_path: Path) -> None:
-    root = write(tmp_path / "out")
+    root, source = write(tmp_path / "out"), write(tmp_path / "source")
     code = (
         "import sys; import shardxform.cli.verify_cmd; from shardxform.verification import verify\n"
-        "assert verify(sys.argv[1], source=sys.argv[1], quick=True).sound; assert 'numpy' not in sys.modules"
+        "assert verify(sys.argv[1], source=sys.argv[2], quick=True).sound; assert 'numpy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, root], check=True)
+    subprocess.run([sys.executable, "-c", code, root, source], check=True)
 
 
 # -- the command --------------------------------------------------------------------------------------------------
@@ -587,3 +587,25 @@ def test_the_command_tells_the_caller_what_is_missing(pair: tuple[Path, Path], t
     result = invoke(tmp_path / "nowhere")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "no such directory" in result.stderr
+
+
+def test_a_checkpoint_does_not_prove_itself(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    _, out = pair
+    (tmp_path / "link").symlink_to(out)
+    for source in (out, tmp_path / "link"):
+        with pytest.raises(CheckpointError, match="as source, found itself"):
+            verify(out, source=source)
+
+
+def test_a_manifest_other_than_the_recorded_one_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    out = pruned(source, tmp_path / "out")
+    used = halved(source)
+    assert not verify(out, source=source, manifest=used).warnings
+    layers = {
+        layer: tuple(reversed([e for e in range(8) if e not in keep]))[: len(keep)] for layer, keep in used.keep.items()
+    }
+    other = Manifest(keep={layer: tuple(sorted(keep)) for layer, keep in layers.items()})
+    report = verify(out, source=source, manifest=other)
+    assert not report.sound
+    assert [each.message for each in report.warnings] == ["records another manifest than the one given (--manifest)"]

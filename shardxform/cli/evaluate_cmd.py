@@ -118,6 +118,9 @@ def _refuse_plot(plot: Path, against: Source | None) -> None:
     if plot.suffix.lower() != ".png":
         raise OutputError(f"{plot}: expected a name that ends in .png")
     refuse_unwritable(plot)
+    from shardxform.evaluation_plot import refuse_foreign
+
+    refuse_foreign(plot)
 
 
 def _view(checkpoint: Checkpoint, manifest: Path | None) -> Checkpoint:

@@ -38,7 +38,7 @@ def forecast(prepared: Prepared, settings: Settings, costs: Costs | None = None)
     if request.eval_windows is not None:
         needs[EVALUATE] = _pass(request, request.eval_windows, against=True)
     needs[QUANTIZE] = {
-        "peak_memory_bytes": prepared.sketch.peak_bytes(settings.jobs) + (0 if request.recipe else base),
+        "peak_memory_bytes": prepared.sketch.peak_bytes(settings.jobs) + (0 if request.recipe else base - _PLAIN),
         "work_bytes": tuning_bytes(request),
         "written_bytes": prepared.sketch.nbytes,
         "tokens": sum(map(tokens_of, prepared.sketch.steps)),

@@ -82,6 +82,7 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
 
     """
     _refuse_inside(request.folder, request.source.root)
+    _refuse_overlap(request.folder, request.out)
     sketch = plan_for(request, _stand_in(request.source, request.pruning))
     state = state_of(request.out, sketch)
     inputs = _inputs(request, sketch)
@@ -141,6 +142,12 @@ def _refuse_inside(folder: Path, source: Path) -> None:
     real, root = Path(os.path.realpath(folder)), Path(os.path.realpath(source))
     if root in (real, *real.parents):
         raise OutputError(f"{folder}: lies in the checkpoint {source}, which is only read; name another OUT")
+
+
+def _refuse_overlap(folder: Path, out: Path) -> None:
+    real, other = (Path(os.path.realpath(path)) for path in (folder, out))
+    if real == other or real in other.parents or other in real.parents:
+        raise OutputError(f"{folder}: what stages give cannot lie in OUT, {out}, nor OUT in it; name another --work")
 
 
 def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:

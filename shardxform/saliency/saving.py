@@ -1,7 +1,7 @@
 """Writing a small result file: all of it, durably, or nothing; and never over another file.
 
 A file that is there already is fine when it holds the very same bytes, so that a command can be run again. Nothing is
-overwritten, whoever wrote it.
+overwritten, whoever wrote it, unless the caller knows that it is its own.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from shardxform.errors import OutputError
 from shardxform.fsio import FileSystem, why_not
 
-__all__ = ["refuse_other", "write_new"]
+__all__ = ["refuse_other", "write_new", "write_over"]
 
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK}
 
@@ -46,21 +47,39 @@ def write_new(path: Path, data: bytes, kind: str = "file") -> None:
         OutputError: another file is there, or it cannot be written.
 
     """
-    if refuse_other(path, data, kind):
-        return
+    if not refuse_other(path, data, kind) and not _put(path, data, _publish):  # between the look and the link
+        refuse_other(path, data, kind)
+
+
+def write_over(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, durably and in one step, in place of what the caller found to be its own.
+
+    Raises:
+        OutputError: it cannot be written.
+
+    """
+
+    def replace(fs: FileSystem, temporary: Path, path: Path) -> bool:
+        fs.rename(temporary, path)
+        return True
+
+    _put(path, data, replace)
+
+
+def _put(path: Path, data: bytes, publish: Callable[[FileSystem, Path, Path], bool]) -> bool:
+    """Write a file of another name and give it its own; what `publish` says of that."""
     fs = FileSystem()
     temporary = path.parent / f".shardxform-{secrets.token_hex(8)}.tmp"
     try:
         try:
             _write(fs, temporary, data)
-            appeared = not _publish(fs, temporary, path)
+            published = publish(fs, temporary, path)
         finally:
             fs.remove_if_there(temporary)
         fs.sync_dir(path.parent)
     except OSError as e:
         raise OutputError(f"{path}: {why_not(path, e)}") from e
-    if appeared:  # between the look and the link
-        refuse_other(path, data, kind)
+    return published
 
 
 def _write(fs: FileSystem, path: Path, data: bytes) -> None:

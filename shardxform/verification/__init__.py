@@ -71,6 +71,8 @@ def verify(
     if not root.is_dir():
         raise CheckpointError(f"{root}: {not_a_directory(root)}")
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
+    if origin and os.path.realpath(origin.root) == os.path.realpath(root):
+        raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
     if why := stopped(root):
         findings.problem("unfinished", ".", why)
         seen = _Seen(unfinished=True)

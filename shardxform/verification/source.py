@@ -62,7 +62,11 @@ def rebuild(
         source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
     layout = layout_of(source.config, source.tensors)
     manifest = _given_manifest(options, layout)
-    if options.manifest is None and record.get("manifest"):
+    if manifest and record.get("manifest"):
+        made_with = _recorded_manifest(record["manifest"], layout, Findings())
+        if made_with and (made_with.keep, made_with.mtp_keep) != (manifest.keep, manifest.mtp_keep):
+            findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given (--manifest)")
+    elif record.get("manifest"):
         manifest = _recorded_manifest(record["manifest"], layout, findings)
         if manifest is None:
             return None
@@ -143,9 +147,12 @@ def _check_origin(source: Checkpoint, record: Mapping[str, Any], findings: Findi
     if not isinstance(recorded, Mapping):
         return
     actual = source_inputs(source, {})
-    for key, what in (("config", "another config.json"), ("shards", "other shards")):
-        if recorded.get(key) != actual[key]:
+    kinds = {"config": "another config.json", "shards": "other shards", "values": "other values"}
+    for key, what in kinds.items():
+        if key in recorded and key in actual and recorded[key] != actual[key]:
             findings.warn("other-source", PROVENANCE, f"made from a source with {what} than {source.where}")
+            if key == "shards":  # which have other values by their nature
+                break
 
 
 def _compare_configs(source: Mapping[str, Any], out: Mapping[str, Any], findings: Findings) -> None:
