@@ -216,18 +216,21 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record if record.get("format") == "shardxform.provenance" else None
 
 
+_DIGESTS: Final = ("windows", "values")
+
+
 def difference(old: object, new: object, path: str = "") -> str:
     """Describe the first place where two records differ, or return an empty string."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         if path and _is_other_text(old, new):
             return f"{path}: the text of {_brief(new['data'])} has changed since"
         keys = [*new, *(key for key in old if key not in new)]
-        for key in sorted(
-            keys, key="windows".__eq__
-        ):  # a digest, which says nothing: what it was made from comes first
+        for key in sorted(keys, key=_DIGESTS.__contains__):  # they say nothing: what they were made from comes first
             if found := difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key)):
                 return found
         return ""
+    if path.endswith("source.values") and old != new:
+        return f"{path}: other weights of the same names and shapes"
     plain_old, plain_new = (list(v) if isinstance(v, tuple) else v for v in (old, new))
     return "" if plain_old == plain_new else f"{path}: was {_brief(old)}, now {_brief(new)}"
 

@@ -73,4 +73,4 @@ def test_what_was_made_of_another_fine_tune_is_not_complete(command: str, small_
     twin = other(source, tmp_path / "twin")
     refused = CliRunner().invoke(main, [arg.replace("SRC", str(twin)) for arg in run])
     assert refused.exit_code == 1
-    assert "made from other inputs: source.values: was" in refused.output
+    assert "made from other inputs: source.values: other weights of the same names and shapes" in refused.output
