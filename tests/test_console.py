@@ -7,6 +7,9 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+from shardxform.cli.console import pasteable
 
 SCRIPT = """
 from shardxform.cli.console import progress, tell
@@ -96,3 +99,8 @@ def test_what_an_earlier_run_did_is_said_once_and_where_it_goes_on() -> None:
         "work: going on: 50 % of all stages done already",
         "work: going on with block 7: 75 % of all stages done already",
     ]
+
+
+def test_a_command_to_paste_is_quoted_where_a_shell_needs_it() -> None:
+    line = pasteable("shardxform", "verify", Path("my models/a b"), "--source", "hf://owner/name@main")
+    assert line == "shardxform verify 'my models/a b' --source hf://owner/name@main"

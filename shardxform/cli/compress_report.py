@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardxform.cli.block_report import blocks_of, tell_blocks
-from shardxform.cli.console import LOWER, count, gb, print_json, rows, short, span, table, tell
+from shardxform.cli.console import LOWER, count, gb, pasteable, print_json, rows, short, span, table, tell
 
 if TYPE_CHECKING:
     from shardxform.cli.sources import Source
@@ -156,7 +156,7 @@ def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     card = "" if facts["card"].get("left") else f", {outcome.out / 'README.md'}"
     yield "results", f"{outcome.folder}{card}"
     if not checked["full"]:
-        yield "prove it", f"shardxform verify {outcome.out} --source {source}"
+        yield "prove it", pasteable("shardxform", "verify", outcome.out, "--source", source)
 
 
 def _block_lines(blocks: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

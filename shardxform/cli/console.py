@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections import deque
@@ -22,6 +23,7 @@ __all__ = [
     "amount",
     "count",
     "gb",
+    "pasteable",
     "print_json",
     "progress",
     "rows",
@@ -43,6 +45,11 @@ _PACE_STRAYS: Final = 3.0
 gb = show_size
 LOWER: Final = "lower by chance, or because it suits this text: compare by KL divergence"
 """What a perplexity below that of the 16-bit model means."""
+
+
+def pasteable(*words: object) -> str:
+    """A command line of these words, quoted where a shell needs it."""
+    return shlex.join(map(str, words))
 
 
 def tell(text: str) -> None:

@@ -10,7 +10,7 @@ import click
 
 from shardxform.checkpoint import Checkpoint
 from shardxform.cli.block_report import tell_blocks
-from shardxform.cli.console import count, gb, print_json, progress, rows, tell
+from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, tell
 from shardxform.cli.ray_options import OnRay, open_pool, ray_facts, ray_line
 from shardxform.fsio import FileSystem
 from shardxform.layout import layout_of
@@ -167,7 +167,7 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("time", f"{report.seconds:.1f} s{rate}{resumed}"),
             ("memory", f"{gb(report.peak_rss_bytes)} peak"),
             *_zero_lines(report),
-            ("check it", f"shardxform verify {report.out} --source {plan.origin}"),
+            ("check it", pasteable("shardxform", "verify", report.out, "--source", plan.origin)),
         ]
     )
     tell_blocks(report.facts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import count, gb, print_json, progress, rows, short
+from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -184,6 +184,7 @@ def _report(saliency: Saliency, output: Path, outcome: str, as_json: bool) -> No
         )
         return
     click.echo(f"{output}: {outcome}")
+    half = saliency.num_experts // 2
     scored = count(len(saliency.layers), "layer")
     mtp = f" and {count(len(saliency.mtp_layers), 'MTP layer')}" if saliency.mtp_layers else ""
     rows(
@@ -191,6 +192,9 @@ def _report(saliency: Saliency, output: Path, outcome: str, as_json: bool) -> No
             ("scored", f"{scored}{mtp} of {saliency.num_experts} experts, {saliency.tokens:,} tokens"),
             ("never reached", f"{sum(unreached)} experts" if any(unreached) else "no expert"),
             ("memory", f"{gb(peak_rss_bytes())} peak"),
-            ("go on", f"shardxform select {output} --keep {saliency.num_experts // 2} -o keep.json"),
+            (
+                "go on",
+                pasteable("shardxform", "select", output, "--keep", half, "-o", "keep.json"),
+            ),
         ]
     )
