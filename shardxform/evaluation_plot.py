@@ -60,9 +60,11 @@ def refuse_foreign(path: Path) -> None:
     """
     if not os.path.lexists(path):
         return
+    head = b""
     try:
-        with path.open("rb") as file:
-            head = file.read(4096) if path.is_file() and not path.is_symlink() else b""
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                head = file.read(4096)
     except OSError as e:
         raise OutputError(f"{path}: {e.strerror}") from e
     if not head.startswith(_PNG) or _MARK not in head:

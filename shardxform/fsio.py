@@ -236,6 +236,15 @@ class FileSystem:
                     raise
         self.truncate(fd, size)
 
+    def write_synced(self, path: Path, data: bytes, how: int) -> None:
+        """Write a small file and make it durable, though not yet its name; `how` is O_TRUNC or O_EXCL."""
+        fd = self.open(path, os.O_WRONLY | os.O_CREAT | how)
+        try:
+            self.write_all(fd, memoryview(data), 0)
+            self.sync(fd)
+        finally:
+            os.close(fd)
+
     def write_atomic(self, path: Path, data: bytes, scratch: Path) -> None:
         """Write a small file so that `path` holds all of it, durably, or is untouched.
 
@@ -243,12 +252,7 @@ class FileSystem:
         """
         temporary = scratch / (path.name + ".tmp")
         try:
-            fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            try:
-                self.write_all(fd, memoryview(data), 0)
-                self.sync(fd)
-            finally:
-                os.close(fd)
+            self.write_synced(temporary, data, os.O_TRUNC)
             self.rename(temporary, path)
         except OSError as e:  # of a file that the user knows
             raise OSError(e.errno, e.strerror, os.fspath(path)) from e

@@ -78,10 +78,9 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One foreign form: its name, how it looks in a word, how it is recognised, how it is read."""
+    """One form: its name, how it is recognised, how it is read."""
 
     name: str
-    looks: str
     fits: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Source], Content]
 
@@ -342,25 +341,22 @@ def _numbered(value: Mapping[str, Any]) -> Iterator[object]:
 FORMS: Final = (
     Form(
         "shardxform.json",
-        '{"format": "shardxform.provenance", "inputs": {"manifest": {"keep": {"0": [ids]}}}}',
         lambda v: v.get("format") == RECORD_FORMAT,
         _read_record,
     ),
-    Form("vLLM profile", '{"pruned_experts": [[layer, expert]]}', lambda v: "pruned_experts" in v, _read_vllm),
-    Form("reap-mlx", '{"kept": [{"layer", "expert"}]}', lambda v: isinstance(v.get("kept"), list), _read_reap_mlx),
+    Form("vLLM profile", lambda v: "pruned_experts" in v, _read_vllm),
+    Form("reap-mlx", lambda v: isinstance(v.get("kept"), list), _read_reap_mlx),
     Form(
         "Dorijan10",
-        '{"n_expert", "metric", "keep": {"0": [ids]}}',
         lambda v: "keep" in v and ("n_expert" in v or "metric" in v),
         _read_dorijan,
     ),
     Form(
         "llm-compressor",
-        '{"model.layers.0.mlp": [ids]}',
         lambda v: "retained_experts" in v or any(_path_layer(key) is not None for key in v),
         _read_modules,
     ),
-    Form("0xSero", '{"0": {"kept": [ids]}}', lambda v: any(isinstance(e, Mapping) for e in _numbered(v)), _read_0xsero),
-    Form("oMLX", '{"0": [ids]}', lambda v: any(True for _ in _numbered(v)), _read_omlx),
+    Form("0xSero", lambda v: any(isinstance(e, Mapping) for e in _numbered(v)), _read_0xsero),
+    Form("oMLX", lambda v: any(True for _ in _numbered(v)), _read_omlx),
 )
 """All forms but that of a keep manifest, in the order in which they are tried."""

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Final, Literal
 from shardxform.checkpoint import CONFIG, INDEX, WORK
 from shardxform.errors import OutputError, ResumeError
 from shardxform.fsio import not_a_directory
+from shardxform.manifest_import import RECORD_FORMAT
 from shardxform.option_names import with_option
 from shardxform.plan import Plan, ShardPlan
 from shardxform.strictjson import JsonError, parse_object
@@ -51,6 +52,7 @@ PARTIAL: Final = ".partial"
 _MAX_RECORD_BYTES: Final = 64 << 20
 _MOST_SHOWN: Final = 60  # characters of a value in a message
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
+_DIGESTS: Final = ("windows", "values")  # keys of digests, which say nothing of what they are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def record_of(plan: Plan) -> dict[str, Any]:
     if plan.index:
         small[INDEX] = hashlib.sha256(plan.index).hexdigest()
     return {
-        "format": "shardxform.provenance",
+        "format": RECORD_FORMAT,
         "version": 1,
         "fingerprint": plan.fingerprint,
         "inputs": plan.inputs,
@@ -213,10 +215,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
             record = parse_object(file.read())
         except (OSError, JsonError):
             return None
-    return record if record.get("format") == "shardxform.provenance" else None
-
-
-_DIGESTS: Final = ("windows", "values")
+    return record if record.get("format") == RECORD_FORMAT else None
 
 
 def difference(old: object, new: object, path: str = "") -> str:
@@ -225,7 +224,7 @@ def difference(old: object, new: object, path: str = "") -> str:
         if path and _is_other_text(old, new):
             return f"{path}: the text of {_brief(new['data'])} has changed since"
         keys = [*new, *(key for key in old if key not in new)]
-        for key in sorted(keys, key=_DIGESTS.__contains__):  # they say nothing: what they were made from comes first
+        for key in sorted(keys, key=_DIGESTS.__contains__):  # what they were made from comes first
             if found := difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key)):
                 return found
         return ""

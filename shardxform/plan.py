@@ -33,6 +33,7 @@ __all__ = [
     "Segment",
     "ShardPlan",
     "Step",
+    "config_sha256",
     "copy_steps",
     "extents_of",
     "lay_out",
@@ -281,10 +282,15 @@ def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, 
     here = {"repository": str(source.remote)} if source.remote else {"values": sampled(source.root, source.shards)}
     return {
         **here,
-        "config": hashlib.sha256(dumps(source.config).encode()).hexdigest(),
+        "config": config_sha256(source.config),
         "shards": {shard.name: [shard.nbytes, shard.header_sha256] for shard in source.shards},
         "sidecars": dict(sidecars),
     }
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """What identifies a config, whatever its formatting."""
+    return hashlib.sha256(dumps(config).encode()).hexdigest()
 
 
 def _segments(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[Segment]:

@@ -553,6 +553,14 @@ def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> No
     assert tree(source) == before
 
 
+@pytest.mark.parametrize("work", ["model", "model/work", "."])
+def test_results_and_output_do_not_lie_in_each_other(work: str, small_moe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "model"
+    said = refused("compress", small_moe, out, "--method", "rtn", "--work", tmp_path / "made" / work)
+    assert "cannot lie in OUT" in said
+    assert not out.exists()
+
+
 # -- asked for --------------------------------------------------------------------------------------------------------
 
 

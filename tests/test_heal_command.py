@@ -351,6 +351,7 @@ def test_the_record_says_how_and_the_same_command_finds_it_complete(healed: Path
 def test_a_report_for_machines_has_every_block(keep: str, tmp_path: Path) -> None:
     dry = call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", keep, "--dry-run", "--json", "-q", *HEAL)
     assert json.loads(dry.stdout)["summary"]["healed"] == sum(PARTS["all"](n) for n in read_checkpoint(SMALL_MOE))
+    assert json.loads(dry.stdout)["work_bytes"] == 4 * SAMPLES * SEQLEN * 128 * 4  # two chains, two states of each
     assert not (tmp_path / "out").exists()
     found = json.loads(call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", keep, "--json", "-q", *HEAL).stdout)
     assert found["fingerprint"] == json.loads(dry.stdout)["fingerprint"]

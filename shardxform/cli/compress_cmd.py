@@ -185,7 +185,7 @@ def _refuse_idle(given: Mapping[str, Any]) -> None:
     if (prunes or tunes) and given["data"] is None and given["preset"] is None:
         less = "" if prunes else "; --method rtn needs no text"
         raise click.UsageError(f"Missing option '--data' or '--preset'{less}.")
-    for text in {given["data"], given["eval_data"]} - {None}:
+    for text in filter(None, (given["data"], given["eval_data"])):
         local_files(text)
     if given["plot"]:
         require("matplotlib", extra="plot")

@@ -72,7 +72,7 @@ def _put(path: Path, data: bytes, publish: Callable[[FileSystem, Path, Path], bo
     temporary = path.parent / f".shardxform-{secrets.token_hex(8)}.tmp"
     try:
         try:
-            _write(fs, temporary, data)
+            fs.write_synced(temporary, data, os.O_EXCL)
             published = publish(fs, temporary, path)
         finally:
             fs.remove_if_there(temporary)
@@ -80,15 +80,6 @@ def _put(path: Path, data: bytes, publish: Callable[[FileSystem, Path, Path], bo
     except OSError as e:
         raise OutputError(f"{path}: {why_not(path, e)}") from e
     return published
-
-
-def _write(fs: FileSystem, path: Path, data: bytes) -> None:
-    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    try:
-        fs.write_all(fd, memoryview(data), 0)
-        fs.sync(fd)
-    finally:
-        os.close(fd)
 
 
 def _publish(fs: FileSystem, temporary: Path, path: Path) -> bool:

@@ -1,9 +1,10 @@
 """The gated delta rule in chunks, with a backward pass whose cost grows with the length and not with its square.
 
-The numbers of transformers' own torch version, gradients included, and in the same order: Yang et al., "Gated Delta
-Networks" (2024), in the form of Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (2024). That
-version takes each chunk by its index from tensors of all chunks, so each chunk's gradient is a tensor of all chunks,
-nearly all of it zero: here they are taken apart and put together once. Carries no state from call to call.
+The numbers of transformers' own torch version, bit for bit but in the gradient of the decays, where sums are rounded
+otherwise: Yang et al., "Gated Delta Networks" (2024), in the form of Yang et al., "Parallelizing Linear Transformers
+with the Delta Rule" (2024). That version takes each chunk by its index from tensors of all chunks, so each chunk's
+gradient is a tensor of all chunks, nearly all of it zero: here they are taken apart and put together once. Carries no
+state from call to call.
 """
 
 # B: samples, T: positions, G: query and key heads, V: value heads, D: a key's width, W: a value's width; N: chunks,

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, INDEX, WORK, Checkpoint, scan
 from shardxform.families.base import Wrapper
+from shardxform.manifest_import import RECORD_FORMAT
 from shardxform.outdir import PROVENANCE
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.verification.findings import Findings
@@ -88,11 +89,7 @@ def check_record(root: Path, findings: Findings) -> Mapping[str, Any]:
         return {}
     record = _json(root / PROVENANCE)
     files, inputs = record.get("files"), record.get("inputs")
-    if (
-        record.get("format") != "shardxform.provenance"
-        or not isinstance(files, Mapping)
-        or not isinstance(inputs, Mapping)
-    ):
+    if record.get("format") != RECORD_FORMAT or not isinstance(files, Mapping) or not isinstance(inputs, Mapping):
         findings.problem("record", PROVENANCE, "damaged: not a record as shardxform writes it")
         return {}
     for name, digest in files.items():

@@ -16,7 +16,7 @@ from shardxform.errors import SchemeError
 from shardxform.heal_plan import healed_names
 from shardxform.layout import COMPANIONS, Layout
 from shardxform.modules import LINEAR_ROLES, modules_of
-from shardxform.plan import source_inputs
+from shardxform.plan import config_sha256
 from shardxform.quantize.convert import released
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.stored import Stored, read_stored
@@ -125,7 +125,7 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
 def _inputs_for(source: Checkpoint, inputs: Mapping[str, Any], packed: Stored | None) -> Mapping[str, Any]:
     """Those of a converted output also tell how what was converted had been made, which counts for another source."""
     origin, recorded = inputs.get("origin"), inputs.get("source")
-    direct = isinstance(recorded, Mapping) and recorded.get("config") == source_inputs(source, {})["config"]
+    direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
     return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
 
 
