@@ -80,7 +80,15 @@ def test_a_rule_of_other_numbers_is_told_apart() -> None:
     def unnormed(*args: Any, **kwargs: Any) -> tuple[Any, None]:
         return RULE(*args, **{**kwargs, "use_qk_l2norm_in_kernel": False})[0], None
 
+    def as_many_heads(query: Any, key: Any, value: Any, **kwargs: Any) -> tuple[Any, None]:
+        return RULE(query, key, value + 0 * key[..., :1], **kwargs)[0], None
+
+    def unnamed(query: Any, key: Any, value: Any, decay: Any, beta: Any) -> Any:
+        return RULE(query, key, value, decay, beta)
+
     assert computes_the_same(RULE)
+    assert not computes_the_same(as_many_heads)
+    assert not computes_the_same(unnamed)
     assert not computes_the_same(other)
     assert not computes_the_same(unnormed)
 
