@@ -39,21 +39,24 @@ SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 KEEP = '{"0": [0,2,4,6], "1": [1,3,5,7], "2": [8,9,10,11], "3": [0,5,10,15]}'
 
 
+CLUSTER = """
+import ray, sys
+ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, logging_level="ERROR")
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Address of a cluster that this process is connected to."""
-    before = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        "local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    signal.signal(signal.SIGTERM, before)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    """Address of a cluster that a process of its own runs, and that wants no token."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    words = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdin
+        assert process.stdout
+        yield process.stdout.readline().strip()
+        process.stdin.close()
 
 
 @pytest.fixture
@@ -82,6 +85,14 @@ def bytes_of(out: Path) -> dict[str, bytes]:
     for block in record["facts"]["blocks"]:
         del block["seconds"], block["peak_rss_bytes"]
     return {**tree(out), "shardxform.json": json.dumps(record).encode()}
+
+
+def before(seconds: float, wanted: Callable[[], bool]) -> bool:
+    """Wait for it."""
+    deadline = time.monotonic() + seconds
+    while not wanted() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return wanted()
 
 
 def told(text: str) -> list[str]:
@@ -375,20 +386,47 @@ def test_a_cluster_of_this_machine_alone_is_started_and_ended(tmp_path: Path) ->
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_futures_fail_when_they_are_given_up(cluster: str) -> None:
-    def sleepy() -> Any:
+def test_what_is_given_up_fails_at_once_and_its_workers_end(cluster: str, tmp_path: Path) -> None:
+    def sleepy(folder: Path) -> Any:
+        import os
         import time
 
-        for _ in range(6000):
-            time.sleep(0.01)
+        (folder / str(os.getpid())).touch()
+        time.sleep(600)
 
     one = session.Session(cluster)
     one.open()
-    futures = [one.future(one.submit(sleepy, session.Needs(memory=1))) for _ in range(4)]
-    time.sleep(0.5)
+    futures = [one.future(one.submit(sleepy, session.Needs(memory=1), tmp_path)) for _ in range(4)]
+    assert before(30, lambda: len(list(tmp_path.iterdir())) == 2)
     assert not any(future.done() for future in futures)
-    one.stop()  # long before they would be done by themselves
-    assert all(isinstance(future.exception(timeout=1), Exception) for future in futures)
+    one.stop()
+    assert all(str(future.exception(timeout=1)) == "stopped" for future in futures)
+    assert before(30, lambda: not any(Path(f"/proc/{path.name}").exists() for path in tmp_path.iterdir()))
+
+
+def test_stopping_while_tasks_end_does_not_end_the_driver(cluster: str) -> None:
+    """As cancelling them does, now and then, in Ray: https://github.com/ray-project/ray/pull/54738."""
+
+    def failing() -> Any:
+        return None, ValueError("no")
+
+    for number in range(6):
+        with session.Session(cluster) as one:
+            one.open()
+            futures = [one.future(one.submit(failing, session.Needs(memory=1))) for _ in range(4)]
+            with pytest.raises(ValueError, match="no"):
+                futures[number % 4].result(timeout=30)
+        assert all(future.exception(timeout=1) for future in futures)
+
+
+def test_a_connection_of_somebody_else_is_left_alone(cluster: str, tmp_path: Path) -> None:
+    with session.Session(cluster) as other:
+        other.open()
+        result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
+        assert told(result.output) == [
+            "shardxform: --ray: this process is connected to Ray already: run ray.shutdown() first"
+        ]
+        assert ray.is_initialized()
 
 
 def test_a_hub_source_is_refused() -> None:

@@ -32,7 +32,6 @@ _TRIES: Final = 8  # workers and machines that may die under one task
 _GRAIN: Final = 64 << 20  # memory is asked for in multiples of it: Ray keeps workers apart by what they asked for
 _LOOK_AGAIN: Final = 5.0  # seconds after which the machines are counted anew
 _UNIMPORTED: Final = "failed to import on the worker"  # what Ray says of a function whose module a worker lacks
-_STOPPED_WITHIN: Final = 15.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,21 +76,20 @@ class Session:
         self._functions: dict[Callable[..., Any], Any] = {}
         self._nodes: list[Mapping[str, float]] = []
         self._looked = -math.inf
-        self._ours = False
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ray is not None and self._ours:
-            self._ray.shutdown()
+        self.stop()
 
     def open(self) -> None:
         """Connect, or start a cluster of this machine.
 
         Raises:
             PlanError: ray is not installed.
-            ExecutionError: no cluster answers there, or none could be started.
+            ExecutionError: no cluster answers there, or none could be started; or this process has a connection, whose
+                end would end the work of others.
 
         """
         if self._ray is not None:
@@ -105,9 +103,9 @@ class Session:
         private: Any = ray
         with contextlib.suppress(AttributeError):
             private._private.worker._worker_logs_enabled = False
-        if not ray.is_initialized():
-            self._init(ray)
-            self._ours = True
+        if ray.is_initialized():
+            raise ExecutionError("--ray: this process is connected to Ray already: run ray.shutdown() first")
+        self._init(ray)
         self._ray = ray
 
     def _init(self, ray: Any) -> None:  # noqa: ANN401
@@ -118,8 +116,12 @@ class Session:
             with _own_signals():
                 ray.init(self.address, **options)
         except Exception as e:  # whatever it is: no address, no right, another version of Ray or of Python
-            what = "cannot start Ray here" if self.address == LOCAL else f"no Ray cluster answers at {self.address}"
-            raise ExecutionError(f"--ray: {what}: {_first_line(e)}") from e
+            if self.address == LOCAL:
+                raise ExecutionError(f"--ray: cannot start Ray here: {_first_line(e)}") from e
+            raise ExecutionError(
+                f"--ray: no Ray cluster answers at {self.address}, or it wants a token (RAY_AUTH_MODE=token):"
+                f" {_first_line(e)}"
+            ) from e
 
     # -- machines -----------------------------------------------------------------------------------------------
 
@@ -174,17 +176,16 @@ class Session:
         return future
 
     def stop(self) -> None:
-        """Cancel everything that is not done; its futures fail."""
-        waiting = dict(self._refs)
-        for ref in waiting.values():
-            with contextlib.suppress(Exception):  # it may be done by now, or its owner gone
-                self._ray.cancel(ref, recursive=False)
-        deadline = time.monotonic() + _STOPPED_WITHIN
-        while self._refs and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for future in waiting:
-            with contextlib.suppress(InvalidStateError):
+        """Give up everything that is not done, and disconnect: futures fail, and the cluster ends their workers.
+
+        `ray.cancel` is not used: when a task ends just then, it aborts this process (ray-project/ray#54738; seen in
+        2.60).
+        """
+        for future in list(self._refs):
+            with contextlib.suppress(InvalidStateError):  # done meanwhile
                 future.set_exception(ExecutionError("stopped"))
+        if self._ray is not None and self._ray.is_initialized():
+            self._ray.shutdown()
 
     def _settle(self, future: Future[Any], theirs: Future[Any]) -> None:
         error = theirs.exception()
