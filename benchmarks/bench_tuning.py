@@ -94,9 +94,10 @@ def import_everything() -> None:
 
     importlib.import_module("torch.utils.checkpoint")
 
-    kernels.valuer(wide=False, wide_out=True)
-    kernels.stepper(wide=False, wide_gradient=True)
-    kernels.keeper(wide=False)
+    for dtype in ("BF16", "F32"):
+        kernels.valuer("BF16", dtype)
+        kernels.stepper("BF16", dtype)
+    kernels.keeper("BF16")
 
 
 def one(args: argparse.Namespace) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 Bit-equal to `elementwise`, which says what the numbers mean. The global interpreter lock is released while a kernel
 runs; rows are independent. Importing this module needs numba; compiled code is cached as in `quantize.kernels`.
+
+BF16 is widened and narrowed inside the loops, by way of integers: rows that are widened first wait for memory twice.
 """
 
 # O: output rows, I: input columns, G: groups of a row; 32 lanes: every group is a multiple of 32 columns.
@@ -16,8 +18,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numba import types
+from numba.extending import overload
 
-from shardxform.quantize.kernels import SMALLEST_SCALE, _decode, _round_to_grid, jit
+from shardxform.quantize.kernels import SMALLEST_SCALE, _half_value, _round_to_grid, jit
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
 
@@ -31,7 +34,7 @@ U32: Final = np.uint32
 U64: Final = np.uint64
 LANES: Final = 32
 UNIT: Final = np.float32(1 / ONE)
-LIMIT: Final = np.float32(elementwise.LIMIT)
+LIMIT: Final = np.int32(elementwise.LIMIT)
 OFFSET_BITS: Final = np.int32(-UNITS_PER_STEP)  # the other two bits of v hold what was kept
 
 
@@ -39,14 +42,12 @@ class Settings(NamedTuple):
     """What a kernel is told of the grid; plain integers.
 
     Attributes:
-        kind: Type of the weights: 0 BF16, 1 F16, 2 F32.
         zero: The code of 0.
         span: Columns of a full group.
         bf16: Scales on the bf16 grid.
         kept: Take the codes that were kept, rather than those of the present offsets.
     """
 
-    kind: int
     zero: int
     span: int
     bf16: int
@@ -76,21 +77,49 @@ def _round(ratio: Any, held: Any, kept: Any) -> Any:
     return np.rint(ratio + F32(I32(held) & OFFSET_BITS) * UNIT)
 
 
+def _wide(x: Any) -> Any:
+    """-> float32: of the bits of BF16 (uint16), of those of float16 (int16), or of float32 itself."""
+    raise NotImplementedError  # compiled below
+
+
+@overload(_wide)
+def _compiled_wide(x: Any) -> Any:
+    def from_bf16(x: Any) -> Any:
+        return U32(U32(x) << U32(16)).view(F32)
+
+    def from_half(x: Any) -> Any:
+        return _half_value(U32(U16(x)))
+
+    def itself(x: Any) -> Any:
+        return x
+
+    return {types.uint16: from_bf16, types.int16: from_half, types.float32: itself}[x]
+
+
+def _put(out_I: Any, i: Any, x: Any) -> None:
+    """Store float32, as the nearest BF16, ties to even, where `out_I` is of BF16 bits."""
+    raise NotImplementedError  # compiled below
+
+
+@overload(_put)
+def _compiled_put(out_I: Any, i: Any, x: Any) -> Any:  # noqa: ARG001
+    def narrow(out_I: Any, i: Any, x: Any) -> None:
+        bits = F32(x).view(U32)
+        out_I[i] = U16(U32(bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16))
+
+    def as_is(out_I: Any, i: Any, x: Any) -> None:
+        out_I[i] = x
+
+    return {types.uint16: narrow, types.float32: as_is}[out_I.dtype]
+
+
 @jit
 def _values_group(w_I: Any, v_I: Any, at: Any, p: Any, out_I: Any) -> None:
     base, columns, scale = at
     low, high = F32(-p.zero), F32(p.zero - 1)
     for k in range(columns):
         i = base + U64(k)
-        out_I[i] = scale * min(max(_round(F32(w_I[i] / scale), v_I[i], p.kept), low), high)
-
-
-@jit
-def _narrow(value_I: Any, out_I: Any) -> None:
-    """float32 bits -> bits of the nearest BF16, ties to even."""
-    for k in range(out_I.size):
-        bits = value_I[k]
-        out_I[k] = U16(U32(bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16))
+        _put(out_I, i, F32(scale * min(max(_round(F32(_wide(w_I[i]) / scale), v_I[i], p.kept), low), high)))
 
 
 @jit
@@ -98,7 +127,7 @@ def _keep_group(w_I: Any, v_I: Any, at: Any) -> None:
     base, columns, scale = at
     for k in range(columns):
         i = base + U64(k)
-        ratio = F32(w_I[i] / scale)
+        ratio = F32(_wide(w_I[i]) / scale)
         more = I32(_round(ratio, v_I[i], 0) - np.rint(ratio))
         v_I[i] = I16(I32(I32(v_I[i]) & OFFSET_BITS) | I32(more & I32(3)))
 
@@ -119,23 +148,22 @@ def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
     w_I, v_I, gradient_I = row
     base, columns, scale, zero = at
     low, high = F32(-zero), F32(zero - 1)
-    toward = F32(-pace.offset) if scale < F32(0) else F32(pace.offset)
+    toward = I32(-pace.offset) if scale < F32(0) else I32(pace.offset)
     for j in range(LANES):
         acc_L[j] = F32(0)
     for b in range(0, columns, LANES):
         for j in range(LANES):
             i = base + U64(b) + U64(j)
-            held = I32(v_I[i])
-            offset = F32(I32(held & OFFSET_BITS))
-            ratio = F32(w_I[i] / scale)
-            rounded = np.rint(ratio + offset * UNIT)
+            held, g = I32(v_I[i]), _wide(gradient_I[i])
+            offset = I32(held & OFFSET_BITS)
+            ratio = F32(_wide(w_I[i]) / scale)
+            rounded = np.rint(ratio + F32(offset) * UNIT)
             q = min(max(rounded, low), high)
             inside = q == rounded
-            g = gradient_I[i]
             acc_L[j] += F32(g * F32(q - (ratio if inside else F32(0))))
-            move = toward if g > F32(0) else (-toward if g < F32(0) else F32(0))
-            moved = min(max(F32(offset - (move if inside else F32(0))), -LIMIT), LIMIT)
-            v_I[i] = I16(I32(moved) | I32(held & I32(3)))
+            move = toward if g > F32(0) else (I32(-toward) if g < F32(0) else I32(0))
+            moved = min(max(I32(offset - (move if inside else I32(0))), I32(-LIMIT)), I32(LIMIT))
+            v_I[i] = I16(moved | I32(held & I32(3)))
     return _sum_lanes(acc_L)
 
 
@@ -148,38 +176,18 @@ def _move_clip(clip: Any, slope: Any, pace: Any) -> Any:
 def _values(w_RI: Any, v_RI: Any, scales: Any, p: Any, out_RI: Any) -> None:
     start_RG, clip_RG = scales
     columns = w_RI.shape[1]
-    bits_I = np.empty(columns, U32)
-    w_I = bits_I.view(F32)
     for r in range(w_RI.shape[0]):
-        _decode(w_RI[r], p.kind, bits_I)
-        v_I, out_I = v_RI[r], out_RI[r]
+        w_I, v_I, out_I = w_RI[r], v_RI[r], out_RI[r]
         for g in range(start_RG.shape[1]):
             at = U64(g * p.span), min(p.span, columns - g * p.span), _scale(start_RG[r, g], clip_RG[r, g], p.bf16)
             _values_group(w_I, v_I, at, p, out_I)
 
 
-def _values_16(w_RI: Any, v_RI: Any, scales: Any, p: Any, out_RI: Any) -> None:
-    start_RG, clip_RG = scales
-    columns = w_RI.shape[1]
-    bits_I, value_I = np.empty(columns, U32), np.empty(columns, U32)
-    w_I, wide_I = bits_I.view(F32), value_I.view(F32)
-    for r in range(w_RI.shape[0]):
-        _decode(w_RI[r], p.kind, bits_I)
-        v_I = v_RI[r]
-        for g in range(start_RG.shape[1]):
-            at = U64(g * p.span), min(p.span, columns - g * p.span), _scale(start_RG[r, g], clip_RG[r, g], p.bf16)
-            _values_group(w_I, v_I, at, p, wide_I)
-        _narrow(value_I, out_RI[r])
-
-
 def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
     start_RG, clip_RG = scales
     columns = w_RI.shape[1]
-    bits_I = np.empty(columns, U32)
-    w_I = bits_I.view(F32)
     for r in range(w_RI.shape[0]):
-        _decode(w_RI[r], p.kind, bits_I)
-        v_I = v_RI[r]
+        w_I, v_I = w_RI[r], v_RI[r]
         for g in range(start_RG.shape[1]):
             at = U64(g * p.span), min(p.span, columns - g * p.span), _scale(start_RG[r, g], clip_RG[r, g], p.bf16)
             _keep_group(w_I, v_I, at)
@@ -187,14 +195,9 @@ def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
 
 def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any) -> None:
     start_RG, clip_RG = scales
-    columns = w_RI.shape[1]
-    bits_I, gradient_bits_I, acc_L = np.empty(columns, U32), np.empty(columns, U32), np.empty(LANES, F32)
-    row_of = bits_I.view(F32), gradient_bits_I.view(F32)
-    gradient_kind = 0 if gradient_RI.itemsize == 2 else 2
+    columns, acc_L = w_RI.shape[1], np.empty(LANES, F32)
     for r in range(w_RI.shape[0]):
-        _decode(w_RI[r], p.kind, bits_I)
-        _decode(gradient_RI[r], gradient_kind, gradient_bits_I)
-        row = row_of[0], v_RI[r], row_of[1]
+        row = w_RI[r], v_RI[r], gradient_RI[r]
         for g in range(start_RG.shape[1]):
             start, clip = start_RG[r, g], clip_RG[r, g]
             scale = _scale(start, clip, p.bf16)
@@ -203,29 +206,32 @@ def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any
             clip_RG[r, g] = _move_clip(clip, -slope if start < F32(0) else slope, pace)
 
 
-def _bits(wide: bool) -> Any:
-    return types.Array(types.uint32 if wide else types.uint16, 2, "C", readonly=True)
-
-
+_ELEMENTS: Final = {"BF16": types.uint16, "F16": types.int16, "F32": types.float32}
 _SCALES: Final = types.UniTuple(types.float32[:, ::1], 2)  # type: ignore[no-untyped-call]
 _SETTINGS: Final = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
 _PACE: Final = types.NamedUniTuple(types.float64, len(Pace._fields), Pace)  # type: ignore[no-untyped-call]
 
 
-@cache
-def valuer(wide: bool, wide_out: bool) -> Callable[..., None]:
-    """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings, out_RI)`; out is float32, or BF16 bits unless `wide_out`."""
-    out = types.float32[:, ::1] if wide_out else types.uint16[:, ::1]
-    return jit(_values if wide_out else _values_16, (_bits(wide), types.int16[:, ::1], _SCALES, _SETTINGS, out))
+def _read(dtype: str) -> Any:
+    return types.Array(_ELEMENTS[dtype], 2, "C", readonly=True)
 
 
 @cache
-def keeper(wide: bool) -> Callable[..., None]:
+def valuer(dtype: str, out: str) -> Callable[..., None]:
+    """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings, out_RI)` for weights and outputs of these types.
+
+    BF16 is passed as uint16, F16 (weights only) as int16, F32 as float32.
+    """
+    return jit(_values, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS, _ELEMENTS[out][:, ::1]))
+
+
+@cache
+def keeper(dtype: str) -> Callable[..., None]:
     """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings)`; changes the tags in v."""
-    return jit(_keep, (_bits(wide), types.int16[:, ::1], _SCALES, _SETTINGS))
+    return jit(_keep, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS))
 
 
 @cache
-def stepper(wide: bool, wide_gradient: bool) -> Callable[..., None]:
-    """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings, pace, gradient bits)`; changes v and clip in place."""
-    return jit(_step, (_bits(wide), types.int16[:, ::1], _SCALES, _SETTINGS, _PACE, _bits(wide_gradient)))
+def stepper(dtype: str, gradient: str) -> Callable[..., None]:
+    """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings, pace, gradient_RI)`; changes v and clip in place."""
+    return jit(_step, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS, _PACE, _read(gradient)))

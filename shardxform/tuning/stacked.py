@@ -35,6 +35,7 @@ _KINDS: Final[dict[torch.dtype, rtn.SourceDtype]] = {
     torch.float32: "F32",
 }
 _BITS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+_ARRAYS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 _START_ROWS: Final = 512
 _AT_REST: Final = Pace(0.0, 0.0, 0.0, 1.2)
 
@@ -119,9 +120,8 @@ class StackedWeight:
         if self._compiled:
             from shardxform.tuning import kernels
 
-            kernel = kernels.valuer(self._w_RI.dtype == torch.float32, out_RI.dtype == torch.float32)
-            out = out_RI.numpy() if out_RI.dtype == torch.float32 else out_RI.view(torch.uint16).numpy()
-            kernel(*self._arrays(rows, clip_RG), self._settings(kept=self.settled), out)
+            kernel = kernels.valuer(_KINDS[self._w_RI.dtype], _KINDS[out_RI.dtype])
+            kernel(*self._arrays(rows, clip_RG), self._settings(kept=self.settled), _array(out_RI))
             return
         scale_RG = elementwise.scales(self._start_RG[rows], clip_RG[rows], self.grid)
         out_RI.copy_(elementwise.values(self._w_RI[rows], self._v_RI[rows], scale_RG, self.grid, kept=self.settled))
@@ -132,9 +132,8 @@ class StackedWeight:
         if self._compiled:
             from shardxform.tuning import kernels
 
-            gradient = gradient_RI.view(_BITS[gradient_RI.dtype]).numpy()
-            kernel = kernels.stepper(self._w_RI.dtype == torch.float32, gradient_RI.dtype == torch.float32)
-            kernel(*self._arrays(rows, self._clip_RG), self._settings(), self.pace, gradient)
+            kernel = kernels.stepper(_KINDS[self._w_RI.dtype], _KINDS[gradient_RI.dtype])
+            kernel(*self._arrays(rows, self._clip_RG), self._settings(), self.pace, _array(gradient_RI))
             return
         scale = self._start_RG[rows], self._clip_RG[rows], self.grid
         elementwise.step(self._w_RI[rows], self._v_RI[rows], scale, self.pace, gradient_RI)
@@ -146,7 +145,7 @@ class StackedWeight:
         if self._compiled:
             from shardxform.tuning import kernels
 
-            kernels.keeper(self._w_RI.dtype == torch.float32)(*self._arrays(rows, self._clip_RG), self._settings())
+            kernels.keeper(_KINDS[self._w_RI.dtype])(*self._arrays(rows, self._clip_RG), self._settings())
             return
         scale_RG = elementwise.scales(self._start_RG[rows], self._clip_RG[rows], self.grid)
         elementwise.keep(self._w_RI[rows], self._v_RI[rows], scale_RG, self.grid)
@@ -168,15 +167,19 @@ class StackedWeight:
         return Codes(codes_OI=codes_OI.cpu().numpy(), scale_OG=half_OG.view(np.uint16))
 
     def _arrays(self, rows: slice, clip_RG: torch.Tensor) -> tuple[Any, Any, tuple[Any, Any]]:
-        bits_RI = self._w_RI[rows].view(_BITS[self._w_RI.dtype]).numpy()
-        return bits_RI, self._v_RI[rows].numpy(), (self._start_RG[rows].numpy(), clip_RG[rows].numpy())
+        scales = self._start_RG[rows].numpy(), clip_RG[rows].numpy()
+        return _array(self._w_RI[rows]), self._v_RI[rows].numpy(), scales
 
     def _settings(self, *, kept: bool = False) -> Any:  # noqa: ANN401
         from shardxform.tuning.kernels import Settings
 
-        kind = ("BF16", "F16", "F32").index(_KINDS[self._w_RI.dtype])
         span = self.grid.span(self._shape[2])
-        return Settings(kind, self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
+        return Settings(self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
+
+
+def _array(x: torch.Tensor) -> NDArray[Any]:
+    """The same memory, of the types that kernels are compiled for."""
+    return x.view(_ARRAYS[x.dtype]).numpy()
 
 
 def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> StackedWeight:
