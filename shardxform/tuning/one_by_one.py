@@ -28,7 +28,7 @@ __all__ = ["one_by_one", "samples_one_by_one"]
 _RULE: Final = "torch_chunk_gated_delta_rule"
 _NOT_OF_HEADS: Final = ("initial_state", "cu_seqlens")
 _TRIM_BYTES: Final = 1 << 25
-_WINDOW_BYTES: Final = 1 << 22
+_WINDOW_BYTES: Final = 1 << 21
 """Of values as they are computed with. From 32 MB on, glibc asks the system for each tensor anew, and every page of it
 costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller windows use less memory."""
 
