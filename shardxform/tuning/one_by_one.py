@@ -1,10 +1,9 @@
 """The gated delta rule for one sample and some heads at a time: what it needs for a whole batch is gigabytes.
 
 As transformers writes it in torch it keeps 255 KB a token for the backward pass, at the shapes of Qwen3.5-35B-A3B; the
-rule of `delta_rule` needs much the same while that pass is in it. Neither samples
+rule of `delta_rule`, taken where it agrees with transformers' own, makes most of that during the pass. Neither samples
 nor heads depend on each other, so in a batch of several samples each part is forgotten as soon as it is done, and made
-again when its gradient arrives. The rule is that of `delta_rule` where it agrees with transformers' own. Where fla is
-installed, transformers calls its kernel instead, and that is left alone.
+again when its gradient arrives. Where fla is installed, transformers calls its kernel instead, and that is left alone.
 """
 
 # B: samples of a batch, T: positions, G: key heads, V: value heads.
@@ -31,8 +30,8 @@ _NOT_OF_HEADS: Final = ("initial_state", "cu_seqlens")
 _TRIM_BYTES: Final = 1 << 25
 _WINDOW_BYTES: Final = 1 << 21
 """Of values as they are computed with. From 32 MB on, glibc asks the system for each tensor anew, and every page of it
-costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller windows use less memory: 139 MB at 512
-positions, where twice the size takes 220 MB and 7 % less time."""
+costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller windows use less memory: 139 MB at
+512 positions, where windows of twice the size take 220 MB and 7 % less time."""
 
 
 @contextlib.contextmanager
