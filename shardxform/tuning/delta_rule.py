@@ -3,9 +3,8 @@
 The outputs of transformers' own torch version, bit for bit, and its gradients up to rounding: Yang et al., "Gated Delta
 Networks" (2024), in the form of Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (2024). That
 version takes each chunk by its index from tensors of all chunks, so each chunk's gradient is a tensor of all chunks,
-nearly all of it zero; and it stores thirty tensors of the size of the values. This one stores the states between
-chunks. Its backward pass makes what is within chunks again, with the inverse of their systems, which costs less than
-solving them for one side after the other. Carries no state from call to call.
+nearly all of it zero; and it stores all that is within chunks. This one stores the states between them. Its backward
+pass makes what is within chunks again, by the inverse of their systems. Carries no state from call to call.
 """
 
 # B: samples, T: positions, G: query and key heads, V: value heads, D: a key's width, W: a value's width; N: chunks,

@@ -32,7 +32,7 @@ few, and an expert's are too few tokens for a tile to stay in a core's own cache
 
 _KEPT_BYTES: Final = 1 << 25
 """What the first products of all experts may take until the backward pass, which makes larger ones again: at the shape
-of Qwen3.5-35B-A3B 2,048 tokens in 16 bits, and a twentieth of the time."""
+of Qwen3.5-35B-A3B those of 2,048 tokens in 16 bits."""
 
 
 class TunedExperts(torch.nn.Module):
