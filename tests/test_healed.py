@@ -196,9 +196,11 @@ def test_cut_into_tiles_in_any_order_it_is_the_same_step(dtype: Any) -> None:
     whole, tiled = (HealedStack(random_w((3, 8, 32), dtype=dtype), moves=True) for _ in range(2))
     for lr in (0.02, 0.013, 0.001):
         whole.lr = tiled.lr = lr
+        expected_RI, before_RI = values_of(whole).view(24, 32), torch.full((24, 32), torch.nan)
         whole.update(0, gradient_RI)
         for first in (15, 0, 5, 10, 20):  # across experts too
-            tiled.update(first, gradient_RI[first : first + 5])
+            tiled.update(first, gradient_RI[first : first + 5], before_RI[first : first + 5])
+        assert torch.equal(before_RI, expected_RI)
     assert torch.equal(values_of(whole), values_of(tiled))
     assert torch.equal(whole.stored(slice(None)), tiled.stored(slice(None)))
     part = torch.empty(7, 32)

@@ -132,24 +132,29 @@ class TunedExperts(torch.nn.Module):
         """Gradients of the expert's inputs [n, H], and of its router weights [n], both float32; tunes the expert."""
         x_nH, between_nJ = forth
         gradient_nH, weight_n1 = arriving[0], arriving[1].to(x_nH.dtype)
-        up_JH = self._values(self.gate_up, expert, "gate_up", x_nH.dtype)
-        down_HJ = self._values(self.down, expert, "down", x_nH.dtype)
+        between_nJ = self._between(expert, x_nH) if between_nJ is None else between_nJ
         with torch.enable_grad():
-            between_nJ = (x_nH @ up_JH.T if between_nJ is None else between_nJ).detach().requires_grad_()
+            between_nJ = between_nJ.detach().requires_grad_()
             inner_nJ = self.gate(between_nJ)
+        down_HJ = self._update(self.down, "down", expert, (gradient_nH * weight_n1, inner_nJ.detach()))
         back_nJ = gradient_nH @ down_HJ
         router_n = (back_nJ.float() * inner_nJ.detach().float()).sum(1)
         (pre_nJ,) = torch.autograd.grad(inner_nJ, between_nJ, back_nJ * weight_n1)
-        out_nH = (pre_nJ @ up_JH).float()
-        self._update(self.down, expert, gradient_nH * weight_n1, inner_nJ.detach())
-        self._update(self.gate_up, expert, pre_nJ, x_nH)
-        return out_nH, router_n
+        up_JH = self._update(self.gate_up, "gate_up", expert, (pre_nJ, x_nH))
+        return (pre_nJ @ up_JH).float(), router_n
 
-    def _update(self, weight: Tunable, expert: int, gradient_nO: torch.Tensor, x_nI: torch.Tensor) -> None:
+    def _update(self, weight: Tunable, name: str, expert: int, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Move a weight against the product of the gradients that arrived and its inputs; the values it had before."""
+        gradient_nO, x_nI = pair
         _, rows, columns = weight.shape
-        for run in runs(rows, _ROW_TILE) if weight.moves else ():
+        if not weight.moves:
+            return self._values(weight, expert, name, x_nI.dtype)
+        w_OI = self.workers.scratch(name, (rows, columns), x_nI.dtype)
+        for run in runs(rows, _ROW_TILE):
             tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
-            weight.update(expert * rows + run.start, torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI))
+            torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI)
+            weight.update(expert * rows + run.start, tile_RI, w_OI[run])
+        return w_OI
 
 
 def _taken(x_TH: torch.Tensor, token_n: torch.Tensor, size: int) -> torch.Tensor:

@@ -133,8 +133,10 @@ class HealedStack:
             self._w_RI.copy_(self._w_RI.to(self._stored))
             self._values = None
 
-    def update(self, first: int, gradient_RI: torch.Tensor) -> None:
-        """Take one signed step in the rows from `first` on."""
+    def update(self, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
+        """Take one signed step in the rows from `first` on; their values as they were into `before_RI`."""
+        if before_RI is not None:
+            self.values_into(first, before_RI)
         if self._values is None or self._rms_E is None:
             return
         count, rows = gradient_RI.shape[0], self._shape[1]

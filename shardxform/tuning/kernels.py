@@ -110,7 +110,28 @@ def _compiled_put(out_I: Any, i: Any, x: Any) -> Any:  # noqa: ARG001
     def as_is(out_I: Any, i: Any, x: Any) -> None:
         out_I[i] = x
 
+    def nowhere(out_I: Any, i: Any, x: Any) -> None:
+        pass
+
+    if isinstance(out_I, types.NoneType):
+        return nowhere
     return {types.uint16: narrow, types.float32: as_is}[out_I.dtype]
+
+
+def _row(x_RI: Any, r: Any) -> Any:
+    """Row r, or None of None."""
+    raise NotImplementedError  # compiled below
+
+
+@overload(_row)
+def _compiled_row(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
+    def nothing(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
+        return None
+
+    def row(x_RI: Any, r: Any) -> Any:
+        return x_RI[r]
+
+    return nothing if isinstance(x_RI, types.NoneType) else row
 
 
 @jit
@@ -144,8 +165,8 @@ def _sum_lanes(acc_L: Any) -> Any:
 
 @jit
 def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
-    """Move the offsets of a group against the gradient; return the gradient of its scale."""
-    w_I, v_I, gradient_I = row
+    """Move the offsets of a group against the gradient, values as they were into `before_I`; gradient of its scale."""
+    w_I, v_I, gradient_I, before_I = row
     base, columns, scale, zero = at
     low, high = F32(-zero), F32(zero - 1)
     toward = I32(-pace.offset) if scale < F32(0) else I32(pace.offset)
@@ -160,6 +181,7 @@ def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
             rounded = np.rint(ratio + F32(offset) * UNIT)
             q = min(max(rounded, low), high)
             inside = q == rounded
+            _put(before_I, i, F32(scale * q))
             acc_L[j] += F32(g * F32(q - (ratio if inside else F32(0))))
             move = toward if g > F32(0) else (I32(-toward) if g < F32(0) else I32(0))
             moved = min(max(I32(offset - (move if inside else I32(0))), I32(-LIMIT)), I32(LIMIT))
@@ -193,11 +215,11 @@ def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
             _keep_group(w_I, v_I, at)
 
 
-def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any) -> None:
+def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any, before_RI: Any) -> None:
     start_RG, clip_RG = scales
     columns, acc_L = w_RI.shape[1], np.empty(LANES, F32)
     for r in range(w_RI.shape[0]):
-        row = w_RI[r], v_RI[r], gradient_RI[r]
+        row = w_RI[r], v_RI[r], gradient_RI[r], _row(before_RI, r)
         for g in range(start_RG.shape[1]):
             start, clip = start_RG[r, g], clip_RG[r, g]
             scale = _scale(start, clip, p.bf16)
@@ -232,6 +254,10 @@ def keeper(dtype: str) -> Callable[..., None]:
 
 
 @cache
-def stepper(dtype: str, gradient: str) -> Callable[..., None]:
-    """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings, pace, gradient_RI)`; changes v and clip in place."""
-    return jit(_step, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS, _PACE, _read(gradient)))
+def stepper(dtype: str, gradient: str, before: str | None = None) -> Callable[..., None]:
+    """Kernel `(w_RI, v_RI, (start_RG, clip_RG), settings, pace, gradient_RI, before_RI)`; changes v and clip in place.
+
+    `before_RI`, of type `before` or None, takes the values as they were.
+    """
+    out = types.none if before is None else _ELEMENTS[before][:, ::1]
+    return jit(_step, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS, _PACE, _read(gradient), out))

@@ -53,12 +53,12 @@ class TunedLinear(torch.nn.Module):
 
     def pass_back(self, x_NI: torch.Tensor, gradient_NO: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         """Tune the weight, and return the gradient of the input if `wanted`."""
-        gradient_NI = torch.empty_like(x_NI) if wanted else None
-        if gradient_NI is not None:
-            w_OI = self._scratch("whole", (self.out_features, self.in_features), x_NI.dtype)
-            self._each(lambda run: self.tuned.values_into(run.start, w_OI[run]), self.out_features, ROW_TILE)
-            self._each(lambda run: torch.mm(gradient_NO[run], w_OI, out=gradient_NI[run]), len(x_NI), _TOKEN_TILE)
-        self._each(lambda run: self._update(x_NI, gradient_NO[:, run], run.start), self.out_features, ROW_TILE)
+        w_OI = self._scratch("whole", (self.out_features, self.in_features), x_NI.dtype) if wanted else None
+        self._each(lambda run: self._update(x_NI, gradient_NO, run, w_OI), self.out_features, ROW_TILE)
+        if w_OI is None:
+            return None
+        gradient_NI = torch.empty_like(x_NI)
+        self._each(lambda run: torch.mm(gradient_NO[run], w_OI, out=gradient_NI[run]), len(x_NI), _TOKEN_TILE)
         return gradient_NI
 
     def _multiply(self, x_NI: torch.Tensor, y_NR: torch.Tensor, first: int) -> None:
@@ -66,9 +66,11 @@ class TunedLinear(torch.nn.Module):
         self.tuned.values_into(first, w_RI)
         torch.mm(x_NI, w_RI.T, out=y_NR)
 
-    def _update(self, x_NI: torch.Tensor, gradient_NR: torch.Tensor, first: int) -> None:
-        tile_RI = self._scratch("rows", (gradient_NR.shape[1], self.in_features), x_NI.dtype)
-        self.tuned.update(first, torch.mm(gradient_NR.T, x_NI, out=tile_RI))
+    def _update(self, x_NI: torch.Tensor, gradient_NO: torch.Tensor, run: slice, old_OI: torch.Tensor | None) -> None:
+        """Move some rows; the values that they had go into `old_OI`."""
+        tile_RI = self._scratch("rows", (run.stop - run.start, self.in_features), x_NI.dtype)
+        torch.mm(gradient_NO[:, run].T, x_NI, out=tile_RI)
+        self.tuned.update(run.start, tile_RI, None if old_OI is None else old_OI[run])
 
     def _scratch(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         if self.tuned.device.type == "cpu":

@@ -60,8 +60,11 @@ class Tunable(Protocol):
         """Write the rows from `first` on as the block shall multiply with them; float32 or bfloat16."""
         ...
 
-    def update(self, first: int, gradient_RI: torch.Tensor) -> None:
-        """Move the rows from `first` on against their gradient, float32 or bfloat16."""
+    def update(self, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
+        """Move the rows from `first` on against their gradient, float32 or bfloat16.
+
+        `before_RI` takes their values as they were, as from `values_into`: both together are one sweep over memory.
+        """
         ...
 
 
@@ -126,15 +129,18 @@ class StackedWeight:
         scale_RG = elementwise.scales(self._start_RG[rows], clip_RG[rows], self.grid)
         out_RI.copy_(elementwise.values(self._w_RI[rows], self._v_RI[rows], scale_RG, self.grid, kept=self.settled))
 
-    def update(self, first: int, gradient_RI: torch.Tensor) -> None:
-        """Take one signed step of `pace` in the rows from `first` on."""
+    def update(self, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
+        """Take one signed step of `pace` in the rows from `first` on; their values as they were into `before_RI`."""
         rows = slice(first, first + gradient_RI.shape[0])
         if self._compiled:
             from shardxform.tuning import kernels
 
-            kernel = kernels.stepper(_KINDS[self._w_RI.dtype], _KINDS[gradient_RI.dtype])
-            kernel(*self._arrays(rows, self._clip_RG), self._settings(), self.pace, _array(gradient_RI))
+            out, before = (None, None) if before_RI is None else (_KINDS[before_RI.dtype], _array(before_RI))
+            kernel = kernels.stepper(_KINDS[self._w_RI.dtype], _KINDS[gradient_RI.dtype], out)
+            kernel(*self._arrays(rows, self._clip_RG), self._settings(), self.pace, _array(gradient_RI), before)
             return
+        if before_RI is not None:
+            self.values_into(first, before_RI)
         scale = self._start_RG[rows], self._clip_RG[rows], self.grid
         elementwise.step(self._w_RI[rows], self._v_RI[rows], scale, self.pace, gradient_RI)
 
