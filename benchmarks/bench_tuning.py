@@ -1,13 +1,13 @@
 """Time and memory of tuning one decoder block of the real shape, with random weights, on the CPU.
 
     python benchmarks/bench_tuning.py --one [--threads 1] [--experts 128] [--tokens 512] [--dtype float32] [--json]
-    python benchmarks/bench_tuning.py --upstream [--experts 128] [--tokens 512]
+    python benchmarks/bench_tuning.py --upstream [--threads 1] [--experts 128] [--tokens 512]
 
 `--one` tunes a linear-attention layer of Qwen3.5-35B-A3B's shape on one sequence. An iteration is the median time from
 one forward pass that is followed by a backward pass to the next; on a busy machine look at the CPU seconds. Memory is
 what the process held at most, less what it held after one forward pass of the 16-bit layer: the tuner's state, scratch
 memory, and the activations of the backward pass. `--upstream` gives the same layer to auto-round in processes of its
-own, one thread, and takes the time of an iteration from two runs of different length; at 128 experts it wants 19 GB.
+own, and takes the time of an iteration from two runs of different length; at 128 experts it wants 19 GB.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from shardxform.forward.memory import keep_few_kernels
+    from shardxform.forward.memory import give_back, keep_few_kernels
     from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
-    from shardxform.tuning.one_by_one import samples_one_by_one
+    from shardxform.tuning.linear_attention import frugal_linear_attention
     from shardxform.tuning.samples import Samples
     from shardxform.tuning.tune import TuneOptions, tune_block
     from shardxform.tuning.workers import Workers
@@ -129,11 +129,12 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         layer(torch.zeros(1, args.tokens, args.hidden, dtype=torch.bfloat16), position_embeddings=None)
     before = memory("VmRSS")
     forget_peak()
-    with Workers(args.threads) as workers, samples_one_by_one(layer):
+    with Workers(args.threads) as workers, frugal_linear_attention(layer):
         began = time.monotonic()
         grid = Grid(search=not args.plain)
         block = install(layer, [*names, "mlp.experts"], grid, workers, recompute=args.tokens > 1024)
         layer.to(dtype)
+        give_back()
         installed = time.monotonic() - began
         starts: list[tuple[float, float]] = []
 
@@ -170,7 +171,8 @@ def upstream(args: argparse.Namespace) -> dict[str, float]:
         command = [sys.executable, __file__, "--upstream-run", str(iterations), "--experts", str(args.experts)]
         command += ["--tokens", str(args.tokens), "--hidden", str(args.hidden)]
         command += ["--compile"] if args.compile else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command += ["--threads", str(args.threads)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
         out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         runs.append(json.loads(out.splitlines()[-1]))
     few, many = UPSTREAM_ITERATIONS
@@ -187,7 +189,7 @@ def upstream_run(args: argparse.Namespace) -> dict[str, float]:
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     model = random_model(args)
     tokenizer = AutoTokenizer.from_pretrained(SMALL_MOE)
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +224,7 @@ def main() -> None:
     what.add_argument("--one", action="store_true", help="tune one layer with this package")
     what.add_argument("--upstream", action="store_true", help="tune one layer with auto-round")
     what.add_argument("--upstream-run", type=int, metavar="ITERATIONS", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=1, help="threads (default 1; auto-round always has 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     parser.add_argument("--experts", type=int, default=128, help="routed experts (default 128)")
     parser.add_argument("--hidden", type=int, default=2048, help="hidden size; a fourth inside experts (default 2048)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the sequence (default 512)")

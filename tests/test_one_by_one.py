@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
-from shardxform.tuning import one_by_one as module  # noqa: E402
-from shardxform.tuning.one_by_one import one_by_one, samples_one_by_one  # noqa: E402
+from shardxform.tuning.one_by_one import one_by_one  # noqa: E402
 
 RULE = modeling.torch_chunk_gated_delta_rule
 SAMPLES, TOKENS, HEADS, WIDTH = 4, 96, 2, 16
@@ -80,22 +77,3 @@ def test_a_rule_that_carries_a_state_is_called_as_it_is() -> None:
 
     one_by_one(rule)(inputs()[0], output_final_state=True)
     assert calls == [SAMPLES]
-
-
-def test_the_kernel_of_fla_is_left_alone(monkeypatch: pytest.MonkeyPatch, small_moe: Path) -> None:
-    monkeypatch.setattr(module, "find_spec", {"fla": object()}.get)
-    layer = modeling.Qwen3_5MoeGatedDeltaNet(AutoConfig.from_pretrained(small_moe).get_text_config(), 0)
-    with samples_one_by_one(layer):
-        assert modeling.torch_chunk_gated_delta_rule is RULE
-
-
-def test_a_layer_of_the_model_calls_it_sample_by_sample_and_no_longer(small_moe: Path) -> None:
-    config = AutoConfig.from_pretrained(small_moe).get_text_config()
-    layer = modeling.Qwen3_5MoeGatedDeltaNet(config, 0).eval()
-    hidden_BTH = torch.randn(SAMPLES, TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(6))
-    expected, whole = layer(hidden_BTH), kept_bytes(lambda: layer(hidden_BTH))
-    with samples_one_by_one(layer):
-        assert modeling.torch_chunk_gated_delta_rule is not RULE
-        assert 2 * kept_bytes(lambda: layer(hidden_BTH)) < whole
-        torch.testing.assert_close(layer(hidden_BTH), expected)
-    assert modeling.torch_chunk_gated_delta_rule is RULE

@@ -3,55 +3,30 @@
 As transformers writes it in torch it keeps 255 KB a token for the backward pass, at the shapes of Qwen3.5-35B-A3B; the
 rule of `delta_rule`, taken where it agrees with transformers' own, makes most of that during the pass. Neither samples
 nor heads depend on each other, so in a batch of several samples each part is forgotten as soon as it is done, and made
-again when its gradient arrives. Where fla is installed, transformers calls its kernel instead, and that is left alone.
+again when its gradient arrives.
 """
 
 # B: samples of a batch, T: positions, G: key heads, V: value heads.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from shardxform.forward.memory import give_back
-from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
 
-__all__ = ["one_by_one", "samples_one_by_one"]
+__all__ = ["one_by_one"]
 
-_RULE: Final = "torch_chunk_gated_delta_rule"
 _NOT_OF_HEADS: Final = ("initial_state", "cu_seqlens")
 _TRIM_BYTES: Final = 1 << 25
 _WINDOW_BYTES: Final = 1 << 21
 """Of values as they are computed with. From 32 MB on, glibc asks the system for each tensor anew, and every page of it
 costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller windows use less memory: 139 MB at
 512 positions, where windows of twice the size take 220 MB and 7 % less time."""
-
-
-@contextlib.contextmanager
-def samples_one_by_one(layer: torch.nn.Module) -> Iterator[None]:
-    """Have the delta rule of a layer work sample by sample, and faster; other layers are not affected by it.
-
-    Transformers calls the rule by a name of the module that defines the layer, so that is where it is replaced.
-    """
-    if find_spec("fla") is not None:
-        yield
-        return
-    homes = {sys.modules[type(module).__module__] for module in layer.modules()}
-    rules = {home: rule for home in homes if (rule := getattr(home, _RULE, None)) is not None}
-    for home, rule in rules.items():
-        setattr(home, _RULE, one_by_one(gated_delta_rule if computes_the_same(rule) else rule))
-    try:
-        yield
-    finally:
-        for home, rule in rules.items():
-            setattr(home, _RULE, rule)
 
 
 def one_by_one(rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ from shardxform.tuning.block import TunedBlock, install
 from shardxform.tuning.chains import ORIGINAL, TUNED, Chains
 from shardxform.tuning.heal import HealResult
 from shardxform.tuning.healing import BlockHealer
-from shardxform.tuning.one_by_one import samples_one_by_one
+from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import NonFiniteLoss
 from shardxform.tuning.stacked import packed
 from shardxform.tuning.tune import BlockResult, TuneOptions, tune_block
@@ -185,7 +185,7 @@ class _BlockRun:
                 self._forward(block, ORIGINAL)
         heals = self._step.recipe.heal is not None and layer in self._skeleton.layout.moe_layers
         names = self._local_names()
-        with self._skeleton.tunable(layer, () if heals else names) as block, samples_one_by_one(block.module):
+        with self._skeleton.tunable(layer, () if heals else names) as block, frugal_linear_attention(block.module):
             if heals:
                 self._heal(block, names, target, fs)
             if names:

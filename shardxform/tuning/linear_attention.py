@@ -1,0 +1,77 @@
+"""Linear attention while its layer is tuned: the same outputs, and little kept for the backward pass.
+
+Between the projections, which store their inputs, transformers' torch code keeps hundreds of kilobytes a token. The
+delta rule, the convolution before it and the gated norm behind it are replaced here by others that keep their inputs
+alone, or little more. Where fla is installed, transformers calls its kernel for the rule, and that is left alone; so
+are convolution and norm on other devices than the CPU.
+"""
+
+# R: rows, positions times heads; W: a value's width.
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, Final
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from shardxform.tuning.causal_conv import storing_the_input
+from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
+from shardxform.tuning.one_by_one import one_by_one
+
+__all__ = ["frugal_linear_attention", "row_by_row"]
+
+_RULE: Final = "torch_chunk_gated_delta_rule"
+_CONVOLUTION: Final = "causal_conv1d_fn"
+_NORM: Final = "RMSNormGated"
+_PIECE_BYTES: Final = 1 << 20
+"""Of rows as they are computed with, in float32."""
+
+
+@contextlib.contextmanager
+def frugal_linear_attention(layer: torch.nn.Module) -> Iterator[None]:
+    """Have the linear attention of a layer keep little; other layers are not affected by it."""
+    with contextlib.ExitStack() as stack:
+        if find_spec("fla") is None:
+            _replace(stack, layer, _RULE, _rule)
+        _replace(stack, layer, _CONVOLUTION, storing_the_input)
+        for module in layer.modules():
+            if type(module).__name__.endswith(_NORM):
+                module.forward = row_by_row(module.forward)
+                stack.callback(delattr, module, "forward")
+        yield
+
+
+def _rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    return one_by_one(gated_delta_rule if computes_the_same(rule) else rule)
+
+
+def _replace(
+    stack: contextlib.ExitStack, layer: torch.nn.Module, name: str, by: Callable[[Callable[..., Any]], Any]
+) -> None:
+    """Where the layer's modules are defined, since transformers calls its functions by their names there."""
+    for home in {sys.modules[type(module).__module__] for module in layer.modules()}:
+        former = getattr(home, name, None)
+        if former is not None:
+            setattr(home, name, by(former))
+            stack.callback(setattr, home, name, former)
+
+
+def row_by_row(norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`norm(hidden_RW, gate_RW)` of some rows at a time, each made again when its gradient arrives."""
+
+    @functools.wraps(norm)
+    def pieces(hidden_RW: torch.Tensor, gate_RW: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() or hidden_RW.device.type != "cpu":
+            return norm(hidden_RW, gate_RW)
+        rows = max(1, _PIECE_BYTES // (torch.float32.itemsize * hidden_RW.shape[1]))
+        pairs = zip(torch.split(hidden_RW, rows), torch.split(gate_RW, rows), strict=True)
+        forgotten = functools.partial(checkpoint, norm, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([forgotten(*pair) for pair in pairs])
+
+    return pieces
