@@ -132,7 +132,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     with Workers(args.threads) as workers, frugal_linear_attention(layer):
         began = time.monotonic()
         grid = Grid(search=not args.plain)
-        block = install(layer, [*names, "mlp.experts"], grid, workers, recompute=args.tokens > 1024)
+        block = install(layer, [*names, "mlp.experts"], grid, workers, recompute=args.tokens > 4096)
         layer.to(dtype)
         give_back()
         installed = time.monotonic() - began

@@ -39,9 +39,9 @@ from shardxform.tuning.workers import Workers
 __all__ = ["Tuner", "TunerOptions"]
 
 _FINITE_TILE: Final = 1 << 20
-_STORED_TOKENS: Final = (
-    1024  # of a step, whose attention is kept until the backward pass: a tenth faster, no more memory
-)
+_STORED_TOKENS: Final = 4096
+"""Of a step whose attention is kept until the backward pass, rather than made again: with blocks of Qwen3.5-35B-A3B, in
+bfloat16, a sixth less time and no more memory at 8 x 512; at 8 x 2,048 a tenth less, for half a gigabyte more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
