@@ -40,7 +40,8 @@ def storing_the_input(convolve: Callable[..., torch.Tensor]) -> Callable[..., to
             return convolve(x_BCT, weight_CK, bias_C, activation=activation, **options)
 
         frozen = not weight_CK.requires_grad and (bias_C is None or not bias_C.requires_grad)
-        special = any(value is not None for value in options.values()) or activation != _ACTIVATION
+        asked = [name for name, value in options.items() if value is not None and value is not False]
+        special = bool(asked) or activation != _ACTIVATION
         if special or not frozen or not hidden_BCT.requires_grad or hidden_BCT.device.type != "cpu":
             return forth(hidden_BCT)
         out: torch.Tensor = _Convolution.apply(hidden_BCT, weight_CK, bias_C, forth)  # type: ignore[no-untyped-call]
