@@ -13,6 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
+from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.forward.skeleton import Skeleton  # noqa: E402
+from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.tuning import causal_conv  # noqa: E402
 from shardxform.tuning import linear_attention as module  # noqa: E402
 from shardxform.tuning.causal_conv import storing_the_input  # noqa: E402
@@ -68,6 +71,30 @@ def test_outputs_and_gradients_are_those_of_transformers_and_little_is_kept(smal
     torch.testing.assert_close(found, expected)
     scale = theirs_BTH.grad.float().abs().max()
     torch.testing.assert_close(ours_BTH.grad / scale, theirs_BTH.grad / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_that_the_model_calls_goes_through_all_three(
+    small_moe: Path, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        return lambda *args, **kwargs: (calls.append(name), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(module, "gated_delta_rule", counted("rule", gated_delta_rule))
+    monkeypatch.setattr(module, "checkpoint", counted("norm", module.checkpoint))
+    monkeypatch.setattr(
+        causal_conv._Convolution, "backward", staticmethod(counted("conv", causal_conv._Convolution.backward))
+    )
+    mask_BT = (torch.arange(9) < torch.tensor([[9], [4]])).long() if masked else None
+    with Weights(Checkpoint.open(small_moe), Precision(torch.device("cpu"), torch.float32)) as weights:
+        skeleton = Skeleton(weights)
+        hidden_BTH = skeleton.embed(torch.arange(18).view(2, 9)).detach().requires_grad_()
+        with skeleton.tunable(0, ()) as block, frugal_linear_attention(block.module):
+            block.module.requires_grad_(False)
+            block(hidden_BTH, mask_BT).sum().backward()
+    assert {"conv", "rule", "norm"} == set(calls)
 
 
 def test_afterwards_and_after_errors_all_is_as_it_was(small_moe: Path) -> None:
