@@ -52,8 +52,9 @@ def ours() -> Callable[..., Any]:
     """The rule as tuning calls it."""
     from shardxform.tuning.delta_rule import gated_delta_rule
     from shardxform.tuning.one_by_one import one_by_one
+    from shardxform.tuning.workers import Workers
 
-    rule = one_by_one(gated_delta_rule)
+    rule = one_by_one(gated_delta_rule, Workers(1))
     return lambda q, k, v, g, beta: rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
 

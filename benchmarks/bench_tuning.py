@@ -129,7 +129,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         layer(torch.zeros(1, args.tokens, args.hidden, dtype=torch.bfloat16), position_embeddings=None)
     before = memory("VmRSS")
     forget_peak()
-    with Workers(args.threads) as workers, frugal_linear_attention(layer):
+    with Workers(args.threads) as workers, frugal_linear_attention(layer, workers):
         began = time.monotonic()
         grid = Grid(search=not args.plain)
         block = install(layer, [*names, "mlp.experts"], grid, workers, recompute=args.tokens > 4096)

@@ -14,6 +14,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # 
 from shardxform.tuning import one_by_one as module  # noqa: E402
 from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule  # noqa: E402
 from shardxform.tuning.one_by_one import one_by_one  # noqa: E402
+from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE = modeling.torch_chunk_gated_delta_rule
 
@@ -102,7 +103,7 @@ def test_windows_of_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         calls.append(query.shape[2])
         return gated_delta_rule(query, *args, **kwargs)
 
-    expected, found = run(RULE, whole), run(one_by_one(counted), apart)
+    expected, found = run(RULE, whole), run(one_by_one(counted, Workers(1)), apart)
     assert calls == [1, 1, 1, 1]  # two samples of two key heads, each with its three value heads
     assert torch.equal(found, expected)
     for out in (expected, found):

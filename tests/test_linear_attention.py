@@ -21,8 +21,10 @@ from shardxform.tuning import linear_attention as module  # noqa: E402
 from shardxform.tuning.causal_conv import storing_the_input  # noqa: E402
 from shardxform.tuning.delta_rule import gated_delta_rule  # noqa: E402
 from shardxform.tuning.linear_attention import frugal_linear_attention, row_by_row  # noqa: E402
+from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE, CONVOLUTION = modeling.torch_chunk_gated_delta_rule, modeling.causal_conv1d_fn
+WORKERS = Workers(2)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
@@ -60,7 +62,7 @@ def test_outputs_and_gradients_are_those_of_transformers_and_little_is_kept(smal
     layer = layer_of(small_moe, dtype)
     theirs_BTH, ours_BTH = hidden_for(layer), hidden_for(layer)
     expected, whole = layer(theirs_BTH), kept_bytes(lambda: layer(theirs_BTH))
-    with frugal_linear_attention(layer):
+    with frugal_linear_attention(layer, WORKERS):
         assert modeling.torch_chunk_gated_delta_rule is not RULE
         assert modeling.causal_conv1d_fn is not CONVOLUTION
         assert "forward" in layer.norm.__dict__
@@ -91,7 +93,7 @@ def test_a_block_that_the_model_calls_goes_through_all_three(
     with Weights(Checkpoint.open(small_moe), Precision(torch.device("cpu"), torch.float32)) as weights:
         skeleton = Skeleton(weights)
         hidden_BTH = skeleton.embed(torch.arange(18).view(2, 9)).detach().requires_grad_()
-        with skeleton.tunable(0, ()) as block, frugal_linear_attention(block.module):
+        with skeleton.tunable(0, ()) as block, frugal_linear_attention(block.module, WORKERS):
             block.module.requires_grad_(False)
             block(hidden_BTH, mask_BT).sum().backward()
     assert {"conv", "rule", "norm"} == set(calls)
@@ -100,9 +102,9 @@ def test_a_block_that_the_model_calls_goes_through_all_three(
 def test_afterwards_and_after_errors_all_is_as_it_was(small_moe: Path) -> None:
     layer = layer_of(small_moe)
     for error in (False, True):
-        with pytest.raises(KeyError) if error else frugal_linear_attention(layer):
+        with pytest.raises(KeyError) if error else frugal_linear_attention(layer, WORKERS):
             if error:
-                with frugal_linear_attention(layer):
+                with frugal_linear_attention(layer, WORKERS):
                     raise KeyError
         assert modeling.torch_chunk_gated_delta_rule is RULE
         assert modeling.causal_conv1d_fn is CONVOLUTION
@@ -110,13 +112,13 @@ def test_afterwards_and_after_errors_all_is_as_it_was(small_moe: Path) -> None:
 
 
 def test_a_layer_of_other_attention_changes_nothing() -> None:
-    with frugal_linear_attention(torch.nn.Linear(2, 2)):
+    with frugal_linear_attention(torch.nn.Linear(2, 2), WORKERS):
         assert modeling.torch_chunk_gated_delta_rule is RULE
 
 
 def test_the_kernel_of_fla_is_left_alone(monkeypatch: pytest.MonkeyPatch, small_moe: Path) -> None:
     monkeypatch.setattr(module, "find_spec", {"fla": object()}.get)
-    with frugal_linear_attention(layer_of(small_moe)):
+    with frugal_linear_attention(layer_of(small_moe), WORKERS):
         assert modeling.torch_chunk_gated_delta_rule is RULE
 
 
@@ -130,7 +132,7 @@ def test_a_layer_is_given_our_rule_only_if_it_agrees(
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", theirs)
     layer = layer_of(small_moe)
     expected = layer(hidden_for(layer))
-    with frugal_linear_attention(layer):
+    with frugal_linear_attention(layer, WORKERS):
         used = modeling.torch_chunk_gated_delta_rule.__wrapped__  # type: ignore[attr-defined]
         torch.testing.assert_close(layer(hidden_for(layer)), expected)
     assert used is (gated_delta_rule if factor == 1 else theirs)

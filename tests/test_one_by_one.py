@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ torch = pytest.importorskip("torch")
 from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
+from shardxform.tuning import one_by_one as module  # noqa: E402
 from shardxform.tuning.one_by_one import one_by_one  # noqa: E402
+from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE = modeling.torch_chunk_gated_delta_rule
 SAMPLES, TOKENS, HEADS, WIDTH = 4, 96, 2, 16
+WORKERS = Workers(2)
 
 
 def inputs() -> list[Any]:
@@ -33,7 +37,7 @@ def run(rule: Callable[..., Any], tensors: list[Any]) -> Any:
 
 def test_outputs_and_gradients_are_those_of_the_whole_batch() -> None:
     whole, apart = inputs(), inputs()
-    expected, found = run(RULE, whole), run(one_by_one(RULE), apart)
+    expected, found = run(RULE, whole), run(one_by_one(RULE, WORKERS), apart)
     torch.testing.assert_close(found, expected)
     for out in (expected, found):
         out.square().sum().backward()
@@ -43,9 +47,9 @@ def test_outputs_and_gradients_are_those_of_the_whole_batch() -> None:
 
 def test_without_gradients_the_outputs_are_the_same_too() -> None:
     with torch.no_grad():
-        torch.testing.assert_close(run(one_by_one(RULE), inputs()), run(RULE, inputs()))
+        torch.testing.assert_close(run(one_by_one(RULE, WORKERS), inputs()), run(RULE, inputs()))
     constant = [tensor.detach() for tensor in inputs()]  # as where healing moves nothing before the rule
-    torch.testing.assert_close(run(one_by_one(RULE), constant), run(RULE, constant))
+    torch.testing.assert_close(run(one_by_one(RULE, WORKERS), constant), run(RULE, constant))
 
 
 def kept_bytes(call: Callable[[], object]) -> int:
@@ -64,7 +68,7 @@ def kept_bytes(call: Callable[[], object]) -> int:
 def test_only_the_inputs_are_kept_until_the_gradient_arrives() -> None:
     tensors = inputs()
     nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    assert kept_bytes(lambda: run(one_by_one(RULE), tensors)) <= 2 * nbytes
+    assert kept_bytes(lambda: run(one_by_one(RULE, WORKERS), tensors)) <= 2 * nbytes
     assert kept_bytes(lambda: run(RULE, tensors)) > 5 * nbytes
 
 
@@ -75,5 +79,36 @@ def test_a_rule_that_carries_a_state_is_called_as_it_is() -> None:
         calls.append(len(q))
         return q, q
 
-    one_by_one(rule)(inputs()[0], output_final_state=True)
+    one_by_one(rule, WORKERS)(inputs()[0], output_final_state=True)
     assert calls == [SAMPLES]
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_number_of_threads_changes_no_bit(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WINDOW_BYTES", 1)
+    found = []
+    for threads in (1, 3):
+        tensors = [tensor.detach()[:samples].requires_grad_() for tensor in inputs()]
+        tensors[1].requires_grad_(False)
+        with Workers(threads) as workers:
+            out = run(one_by_one(RULE, workers), tensors)
+            out.square().sum().backward()
+        assert tensors[1].grad is None
+        found.append([out, *(tensor.grad for tensor in tensors if tensor.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_threads_work_on_different_parts_and_errors_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WINDOW_BYTES", 1)
+    together = threading.Barrier(2, timeout=30)
+
+    def rule(*tensors: Any, **named: Any) -> Any:
+        together.wait()
+        return RULE(*tensors, **named)
+
+    with Workers(2) as workers:
+        out = run(one_by_one(rule, workers), inputs())
+        out.sum().backward()  # forgotten parts are made again, two at a time as well
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            run(one_by_one(lambda *_, **__: (1 / 0, None), workers), inputs())

@@ -1,4 +1,4 @@
-"""Memory that libraries keep: what the C library does not give back, and kernels that oneDNN keeps for every shape."""
+"""Memory that libraries keep: what the C library does not give back or holds for each thread, and oneDNN's kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from functools import cache
 from typing import Any, Final
 
-__all__ = ["give_back", "keep_few_kernels"]
+__all__ = ["give_back", "keep_few_kernels", "share_one_heap"]
 
 _CAPACITIES: Final = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch above it
 _KERNELS: Final = "64"
+_ARENA_MAX: Final = -8  # M_ARENA_MAX of glibc's malloc.h
 
 
 def give_back() -> None:
@@ -20,9 +21,20 @@ def give_back() -> None:
     A block's experts are thousands of pieces of a few megabytes, which glibc keeps when they are freed, in holes that
     the next block's pieces do not quite fit.
     """
-    trim = _malloc_trim()
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def share_one_heap() -> None:
+    """Have threads that start from now on allocate from one heap, unless the environment says otherwise.
+
+    glibc gives every thread a heap of its own, and what one has freed no other uses. Threads that allocate megabytes
+    and compute with them for long do not wait for each other.
+    """
+    option = _of_glibc("mallopt")
+    if option is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        option(_ARENA_MAX, 1)
 
 
 def keep_few_kernels() -> None:
@@ -38,10 +50,10 @@ def keep_few_kernels() -> None:
 
 
 @cache
-def _malloc_trim() -> Any:  # noqa: ANN401
+def _of_glibc(name: str) -> Any:  # noqa: ANN401
     if not sys.platform.startswith("linux"):
         return None
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):  # another C library
         return None

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from shardxform.tuning.causal_conv import storing_the_input
 from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
 from shardxform.tuning.one_by_one import one_by_one
+from shardxform.tuning.workers import Workers
 
 __all__ = ["frugal_linear_attention", "row_by_row"]
 
@@ -34,11 +35,11 @@ _PIECE_BYTES: Final = 1 << 20
 
 
 @contextlib.contextmanager
-def frugal_linear_attention(layer: torch.nn.Module) -> Iterator[None]:
-    """Have the linear attention of a layer keep little; other layers are not affected by it."""
+def frugal_linear_attention(layer: torch.nn.Module, workers: Workers) -> Iterator[None]:
+    """Have the linear attention of a layer keep little, its rule on threads; other layers are not affected by it."""
     with contextlib.ExitStack() as stack:
         if find_spec("fla") is None:
-            _replace(stack, layer, _RULE, _rule)
+            _replace(stack, layer, _RULE, functools.partial(_rule, workers=workers))
         _replace(stack, layer, _CONVOLUTION, storing_the_input)
         for module in layer.modules():
             if type(module).__name__.endswith(_NORM):
@@ -47,8 +48,8 @@ def frugal_linear_attention(layer: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def _rule(rule: Callable[..., Any]) -> Callable[..., Any]:
-    return one_by_one(gated_delta_rule if computes_the_same(rule) else rule)
+def _rule(rule: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
+    return one_by_one(gated_delta_rule if computes_the_same(rule) else rule, workers)
 
 
 def _replace(

@@ -185,7 +185,8 @@ class _BlockRun:
                 self._forward(block, ORIGINAL)
         heals = self._step.recipe.heal is not None and layer in self._skeleton.layout.moe_layers
         names = self._local_names()
-        with self._skeleton.tunable(layer, () if heals else names) as block, frugal_linear_attention(block.module):
+        at_rest, workers = () if heals else names, self._tuner._workers
+        with self._skeleton.tunable(layer, at_rest) as block, frugal_linear_attention(block.module, workers):
             if heals:
                 self._heal(block, names, target, fs)
             if names:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from shardxform.errors import SchemeError
+from shardxform.forward.memory import share_one_heap
 
 __all__ = ["Workers"]
 
@@ -29,6 +30,7 @@ class Workers:
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise SchemeError(f"threads: expected at least 1, found {threads}")
+        share_one_heap()
         self.threads = threads
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, "tune", torch.set_num_threads, (1,))
@@ -46,7 +48,13 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def ordered(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-        """Yield `function(item)` for every item, in order; at most two results a thread wait to be taken."""
+        """Yield `function(item)` for every item, in order; at most two results a thread wait to be taken.
+
+        One thread is the caller's own, where that has one torch thread as well: memory that it freed is used again.
+        """
+        if self.threads == 1 and torch.get_num_threads() == 1:
+            yield from (_quietly(function, item) for item in items)
+            return
         waiting: deque[Future[B]] = deque()
         for item in items:
             waiting.append(self._pool.submit(_quietly, function, item))
