@@ -112,3 +112,12 @@ def test_threads_work_on_different_parts_and_errors_come_out(monkeypatch: pytest
         out.sum().backward()  # forgotten parts are made again, two at a time as well
         with pytest.raises(ZeroDivisionError), torch.no_grad():
             run(one_by_one(lambda *_, **__: (1 / 0, None), workers), inputs())
+
+
+@pytest.mark.parametrize(
+    ("positions", "cpu", "device"), [(1, 1, 1), (64, 1, 1), (65, 2, 1), (512, 8, 1), (1000, 16, 1), (9000, 16, 4)]
+)
+def test_windows_are_as_many_as_memory_asks_for_and_divide_the_key_heads(positions: int, cpu: int, device: int) -> None:
+    for where, expected in (("cpu", cpu), ("meta", device)):
+        key_BTGD, value_BTVW = (torch.empty(8, positions, heads, 128, device=where) for heads in (16, 32))
+        assert module._windows(key_BTGD, value_BTVW) == expected
