@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
+from test_one_by_one import kept_bytes  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
@@ -39,19 +39,6 @@ def hidden_for(layer: Any, samples: int = 4, positions: int = 96) -> Any:
     random = torch.Generator().manual_seed(6)
     hidden_BTH = torch.randn(samples, positions, layer.hidden_size, generator=random)
     return hidden_BTH.to(layer.out_proj.weight.dtype).requires_grad_()
-
-
-def kept_bytes(call: Callable[[], object]) -> int:
-    """What autograd holds after a call, each piece of memory counted once."""
-    kept: list[Any] = []
-
-    def keep(tensor: Any) -> Any:
-        kept.append(tensor.untyped_storage())
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        call()
-    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
 
 
 # -- a layer ----------------------------------------------------------------------------------------------------------
