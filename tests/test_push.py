@@ -246,6 +246,23 @@ def test_an_interrupt_ends_a_stalled_upload_at_once(server: HubServer, pusher: P
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_the_client_is_kept_silent_after_uploads_that_nobody_waits_for(
+    abandoned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import logging
+
+    from shardxform.publishing.hub import silenced
+
+    monkeypatch.setattr(logging.get_logger("huggingface_hub"), "level", logging.WARNING)
+    stop = threading.Event()
+    with silenced(shows_itself=True, abandoned=stop):
+        assert logging.get_verbosity() == logging.ERROR
+        if abandoned:
+            stop.set()
+    assert logging.get_verbosity() == (logging.ERROR if abandoned else logging.WARNING)
+
+
 def test_passing_faults_cost_only_time(server: HubServer, pusher: Pusher, made: Path) -> None:
     shards = sorted(made.glob("*.safetensors"))
     server.faults += [

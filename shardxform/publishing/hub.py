@@ -182,8 +182,11 @@ class Hub:
 
 
 @contextlib.contextmanager
-def silenced(shows_itself: bool) -> Iterator[None]:
-    """Keep the client's own warnings, and its bars unless wanted, from stderr; put both back at the end."""
+def silenced(shows_itself: bool, abandoned: threading.Event) -> Iterator[None]:
+    """Keep the client's own warnings, and its bars unless wanted, from stderr; put both back at the end.
+
+    Not when work was `abandoned`: its threads, which nobody waits for, may still have warnings to give.
+    """
     client: Any = utils  # does not say what it exports
     verbosity, hidden = client.logging.get_verbosity(), client.are_progress_bars_disabled()
     client.logging.set_verbosity_error()
@@ -192,9 +195,10 @@ def silenced(shows_itself: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        client.logging.set_verbosity(verbosity)
-        if not hidden and not shows_itself:
-            client.enable_progress_bars()
+        if not abandoned.is_set():
+            client.logging.set_verbosity(verbosity)
+            if not hidden and not shows_itself:
+                client.enable_progress_bars()
 
 
 def uses_xet() -> bool:

@@ -108,8 +108,8 @@ def push(contents: Contents, target: Target, watch: Watch | None = None) -> Push
         raise PlanError(f"{target.repo!r}: expected a repository of the hub, owner/name")
     client = _client()
     xet = client.uses_xet()
-    with client.silenced(watch.client_bars and xet):
-        hub: Hub = client.Hub(repo=target.repo, branch=target.branch, tell=watch.tell)
+    hub: Hub = client.Hub(repo=target.repo, branch=target.branch, tell=watch.tell)
+    with client.silenced(watch.client_bars and xet, hub.stop):
         there = _refuse_early(hub, contents, target)
         for warning in verified(contents.root, watch.stage, source=target.source).warnings:
             watch.tell(f"note: {'' if warning.where == '.' else f'{warning.where}: '}{warning.message}")
