@@ -1,0 +1,65 @@
+"""LLVM's operations in the kernels of tuning: the same bits as numpy and torch give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+pytest.importorskip("numba")
+torch = pytest.importorskip("torch")
+from numba import njit  # noqa: E402
+
+from shardxform.tuning import intrinsics  # noqa: E402
+
+SIZES = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@njit
+def multiply_add(x: Any, y: Any, z: Any) -> Any:
+    return intrinsics.multiply_add(x, y, z)
+
+
+@njit
+def sum_lanes(x_L: Any) -> Any:
+    return intrinsics.sum_lanes(x_L)
+
+
+@given(st.integers(-(2**15), 2**15 - 1), st.floats(-16, 16, width=32))
+def test_multiply_add_of_an_exact_product_is_both_operations(offset: int, ratio: float) -> None:
+    x, y, z = np.float32(offset), np.float32(2.0**-15), np.float32(ratio)
+    assert multiply_add(x, y, z) == x * y + z
+
+
+@given(arrays.arrays(np.float32, intrinsics.LANES, elements=SIZES))
+def test_lanes_are_added_half_to_half(x_L: Any) -> None:
+    expected = x_L
+    while len(expected) > 1:
+        expected = expected[: len(expected) // 2] + expected[len(expected) // 2 :]
+    assert sum_lanes(x_L) == expected[0]
+
+
+def test_lanes_may_lie_anywhere() -> None:
+    x = np.arange(40, dtype=np.float32)
+    assert sum_lanes(x[3:35]) == sum(range(3, 35))
+
+
+@pytest.mark.skipif(not intrinsics.HAS_BF16, reason="this CPU has no such instruction")
+def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
+    @njit
+    def narrow(x_I: Any, out_I: Any) -> None:
+        for i in range(len(x_I)):
+            out_I[i] = intrinsics.narrow(x_I[i])
+
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint64).astype(np.uint32)
+    ties = (np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(0x8000)
+    x = np.concatenate([bits, ties, [np.uint32(0), np.uint32(1 << 31)]]).view(np.float32)
+    x = x[np.isfinite(x) & ((np.abs(x) >= np.finfo(np.float32).tiny) | (x == 0))]
+    out = np.empty(len(x), np.uint16)
+    narrow(x, out)
+    expected = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(out, expected)
