@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from llvmlite import binding, ir
-from numba import types
-from numba.extending import intrinsic
+from numba import extending, types
 
 __all__ = ["HAS_BF16", "LANES", "multiply_add", "narrow", "sum_lanes"]
 
@@ -16,6 +16,8 @@ LANES: Final = 32
 
 HAS_BF16: Final = bool(binding.get_host_cpu_features().get("avx512bf16")) and binding.llvm_version_info >= (20,)
 """Whether `narrow` may be compiled: others call a function of a runtime library that numba does not link."""
+
+_intrinsic: Final[Callable[[Any], Any]] = extending.intrinsic  # whose own type asks for the first parameter
 
 
 class _BF16(ir.Type):
@@ -31,7 +33,7 @@ class _BF16(ir.Type):
         return hash(_BF16)
 
 
-@intrinsic
+@_intrinsic
 def multiply_add(_typing: Any, x: Any, y: Any, z: Any) -> Any:
     """`x * y + z` in float32, rounded once or twice as is faster: for products that are exact."""
 
@@ -43,7 +45,7 @@ def multiply_add(_typing: Any, x: Any, y: Any, z: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), generate
 
 
-@intrinsic
+@_intrinsic
 def narrow(_typing: Any, x: Any) -> Any:
     """The bits of the BF16 that is nearest to a float32, ties to even; subnormal ones may become 0."""
 
@@ -53,7 +55,7 @@ def narrow(_typing: Any, x: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
-@intrinsic
+@_intrinsic
 def sum_lanes(_typing: Any, x_L: Any) -> Any:
     """The sum of the LANES elements of a contiguous float32 array: upper half to lower half, as often as there are any.
 
