@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tuning.linear",
     ),
     ("tuning.grouped", "tuning.experts", "tuning", "tuning.block", "tuning.samples", "tuning.tune"),
-    ("tuning.causal_conv", "tuning.delta_rule", "tuning.one_by_one", "tuning.linear_attention"),
+    ("tuning.causal_conv", "tuning.gated_norm", "tuning.delta_rule", "tuning.one_by_one", "tuning.linear_attention"),
     ("tuning.chains", "tuning.heal_kernels", "tuning.healed", "tuning.heal", "tuning.healing", "tuning.session"),
     ("execution", "run_options", "merging", "runner"),
     ("cluster", "cluster.session", "cluster.worker", "cluster.blocks", "cluster.pool", "cluster.scoring"),

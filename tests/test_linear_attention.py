@@ -16,11 +16,12 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # 
 from shardxform.checkpoint import Checkpoint  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
-from shardxform.tuning import causal_conv  # noqa: E402
+from shardxform.tuning import causal_conv, gated_norm  # noqa: E402
 from shardxform.tuning import linear_attention as module  # noqa: E402
 from shardxform.tuning.causal_conv import storing_the_input  # noqa: E402
 from shardxform.tuning.delta_rule import gated_delta_rule  # noqa: E402
-from shardxform.tuning.linear_attention import frugal_linear_attention, row_by_row  # noqa: E402
+from shardxform.tuning.gated_norm import row_by_row  # noqa: E402
+from shardxform.tuning.linear_attention import frugal_linear_attention  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE, CONVOLUTION = modeling.torch_chunk_gated_delta_rule, modeling.causal_conv1d_fn
@@ -72,10 +73,8 @@ def test_a_block_that_the_model_calls_goes_through_all_three(
         return lambda *args, **kwargs: (calls.append(name), function(*args, **kwargs))[1]
 
     monkeypatch.setattr(module, "gated_delta_rule", counted("rule", gated_delta_rule))
-    monkeypatch.setattr(module, "checkpoint", counted("norm", module.checkpoint))
-    monkeypatch.setattr(
-        causal_conv._Convolution, "backward", staticmethod(counted("conv", causal_conv._Convolution.backward))
-    )
+    for name, function in {"conv": causal_conv._Convolution, "norm": gated_norm._RowByRow}.items():
+        monkeypatch.setattr(function, "backward", staticmethod(counted(name, function.backward)))
     mask_BT = (torch.arange(9) < torch.tensor([[9], [4]])).long() if masked else None
     with Weights(Checkpoint.open(small_moe), Precision(torch.device("cpu"), torch.float32)) as weights:
         skeleton = Skeleton(weights)
@@ -145,7 +144,7 @@ def test_the_convolutions_gradient_is_that_of_torch(
     random = torch.Generator().manual_seed(positions)
     x_BTC, g_BCT = (torch.randn(2, *size, generator=random).to(dtype) for size in ((positions, 12), (12, positions)))
     gradients = []
-    for convolve in (CONVOLUTION, storing_the_input(CONVOLUTION)):
+    for convolve in (CONVOLUTION, storing_the_input(CONVOLUTION, WORKERS)):
         x_BTC = x_BTC.detach().requires_grad_()
         out_BCT = convolve(x_BTC.transpose(1, 2), weight_CK, bias_C, activation="silu")
         out_BCT.backward(g_BCT)
@@ -164,8 +163,8 @@ def test_only_the_input_of_the_convolution_is_kept() -> None:
     def kept(convolve: Callable[..., Any]) -> int:
         return kept_bytes(lambda: convolve(x_BCT, weight_CK, activation="silu", use_cache=False, seq_idx=None))
 
-    assert kept(storing_the_input(CONVOLUTION)) == (x_BCT.numel() + weight_CK.numel()) * 4
-    assert kept(CONVOLUTION) > 1.9 * kept(storing_the_input(CONVOLUTION))
+    assert kept(storing_the_input(CONVOLUTION, WORKERS)) == (x_BCT.numel() + weight_CK.numel()) * 4
+    assert kept(CONVOLUTION) > 1.9 * kept(storing_the_input(CONVOLUTION, WORKERS))
 
 
 @pytest.mark.parametrize("what", ["no activation", "another", "weight", "bias", "no gradient", "a tensor", "a wish"])
@@ -183,7 +182,7 @@ def test_other_convolutions_are_called_as_they_are(what: str) -> None:
     bias_C.requires_grad_(what == "bias")
     activation = {"no activation": None, "another": "gelu"}.get(what, "silu")
     more = {"a tensor": {"seq_idx": torch.zeros(2, 9)}, "a wish": {"return_final_states": True}}.get(what, {})
-    storing_the_input(convolve)(x_BCT, weight_CK, bias_C, activation=activation, **more)
+    storing_the_input(convolve, WORKERS)(x_BCT, weight_CK, bias_C, activation=activation, **more)
     ((wants, options),) = calls
     assert options == {"activation": activation, **more}
     assert wants == (what != "no gradient")  # by autograd itself, not by a function of ours
@@ -194,14 +193,14 @@ def test_other_convolutions_are_called_as_they_are(what: str) -> None:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_norm_of_pieces_is_the_norm(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE_BYTES", 4 * 16 * 7)  # seven rows
+    monkeypatch.setattr(gated_norm, "_PIECE_BYTES", 4 * 16 * 7)  # seven rows
     norm = modeling.Qwen3_5MoeRMSNormGated(16)
     torch.nn.init.normal_(norm.weight)
     norm.weight.requires_grad_(trained)
     random = torch.Generator().manual_seed(1)
     hidden_RW, gate_RW, g_RW = (torch.randn(30, 16, generator=random) for _ in range(3))
     found = []
-    for forward in (norm.forward, row_by_row(norm.forward)):
+    for forward in (norm, row_by_row(norm, WORKERS)):
         inputs = [x.detach().requires_grad_() for x in (hidden_RW, gate_RW)]
         wanted = [*inputs, norm.weight] if trained else inputs
         out_RW = forward(*inputs)
@@ -209,11 +208,11 @@ def test_the_norm_of_pieces_is_the_norm(trained: bool, monkeypatch: pytest.Monke
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
-        assert torch.equal(row_by_row(norm.forward)(hidden_RW, gate_RW), norm(hidden_RW, gate_RW))
+        assert torch.equal(row_by_row(norm, WORKERS)(hidden_RW, gate_RW), norm(hidden_RW, gate_RW))
 
 
 def test_only_the_inputs_of_the_norm_are_kept() -> None:
     norm = modeling.Qwen3_5MoeRMSNormGated(16).requires_grad_(False)
     inputs = [torch.randn(3000, 16, requires_grad=True) for _ in range(2)]
-    assert kept_bytes(lambda: row_by_row(norm.forward)(*inputs)) == 2 * 4 * 3000 * 16
+    assert kept_bytes(lambda: row_by_row(norm, WORKERS)(*inputs)) == 2 * 4 * 3000 * 16
     assert kept_bytes(lambda: norm(*inputs)) > 3 * 4 * 3000 * 16

@@ -93,8 +93,7 @@ class TunedBlock:
         for weight in self.weights:
             rows = weight.shape[0] * weight.shape[1]
             runs = [(first, min(first + _KEEP_ROWS, rows)) for first in range(0, rows, _KEEP_ROWS)]
-            for _ in self.workers.ordered(lambda run, weight=weight: weight.keep(*run), runs):  # type: ignore[misc]
-                pass
+            self.workers.each(lambda run, weight=weight: weight.keep(*run), runs)  # type: ignore[misc]
 
     def restart(self) -> None:
         """Go back to the start: plain rounding, with the searched scales if the grid asks for them."""

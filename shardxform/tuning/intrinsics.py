@@ -20,7 +20,7 @@ HAS_BF16: Final = bool(binding.get_host_cpu_features().get("avx512bf16")) and bi
 _intrinsic: Final[Callable[[Any], Any]] = extending.intrinsic  # whose own type asks for the first parameter
 
 
-class _BF16(ir.Type):
+class _BF16(ir.Type):  # type: ignore[misc]
     """BF16, which LLVM knows and llvmlite does not."""
 
     def _to_string(self) -> str:

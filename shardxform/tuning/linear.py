@@ -80,8 +80,7 @@ class TunedLinear(torch.nn.Module):
     def _each(self, work: Any, size: int, tile: int) -> None:  # noqa: ANN401
         """Do `work` for tiles of `size`: on the threads, or at once where a device has threads of its own."""
         if self.tuned.device.type == "cpu":
-            for _ in self.workers.ordered(work, runs(size, tile)):
-                pass
+            self.workers.each(work, runs(size, tile))
         else:
             work(slice(0, size))
 

@@ -6,8 +6,6 @@ alone, or little more. Where fla is installed, transformers calls its kernel for
 are convolution and norm on other devices than the CPU.
 """
 
-# R: rows, positions times heads; W: a value's width.
-
 from __future__ import annotations
 
 import contextlib
@@ -18,32 +16,30 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from shardxform.tuning.causal_conv import storing_the_input
 from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
+from shardxform.tuning.gated_norm import row_by_row
 from shardxform.tuning.one_by_one import one_by_one
 from shardxform.tuning.workers import Workers
 
-__all__ = ["frugal_linear_attention", "row_by_row"]
+__all__ = ["frugal_linear_attention"]
 
 _RULE: Final = "torch_chunk_gated_delta_rule"
 _CONVOLUTION: Final = "causal_conv1d_fn"
 _NORM: Final = "RMSNormGated"
-_PIECE_BYTES: Final = 1 << 20
-"""Of rows as they are computed with, in float32."""
 
 
 @contextlib.contextmanager
 def frugal_linear_attention(layer: torch.nn.Module, workers: Workers) -> Iterator[None]:
-    """Have the linear attention of a layer keep little, its rule on threads; other layers are not affected by it."""
+    """Have the linear attention of a layer keep little, and use all threads; other layers are not affected by it."""
     with contextlib.ExitStack() as stack:
         if find_spec("fla") is None:
             _replace(stack, layer, _RULE, functools.partial(_rule, workers=workers))
-        _replace(stack, layer, _CONVOLUTION, storing_the_input)
+        _replace(stack, layer, _CONVOLUTION, functools.partial(storing_the_input, workers=workers))
         for module in layer.modules():
             if type(module).__name__.endswith(_NORM):
-                module.forward = row_by_row(module.forward)
+                module.forward = row_by_row(module, workers)
                 stack.callback(delattr, module, "forward")
         yield
 
@@ -61,18 +57,3 @@ def _replace(
         if former is not None:
             setattr(home, name, by(former))
             stack.callback(setattr, home, name, former)
-
-
-def row_by_row(norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`norm(hidden_RW, gate_RW)` of some rows at a time, each made again when its gradient arrives."""
-
-    @functools.wraps(norm)
-    def pieces(hidden_RW: torch.Tensor, gate_RW: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or hidden_RW.device.type != "cpu":
-            return norm(hidden_RW, gate_RW)
-        rows = max(1, _PIECE_BYTES // (torch.float32.itemsize * hidden_RW.shape[1]))
-        pairs = zip(torch.split(hidden_RW, rows), torch.split(gate_RW, rows), strict=True)
-        forgotten = functools.partial(checkpoint, norm, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([forgotten(*pair) for pair in pairs])
-
-    return pieces

@@ -116,7 +116,8 @@ class _Parts:
     def together(self, outs: Iterable[torch.Tensor]) -> torch.Tensor:
         """[B, T, V, W] of the outputs of all parts."""
         held = list(outs)
-        return torch.cat([torch.cat(held[at : at + self.windows], 2) for at in range(0, len(held), self.windows)])
+        samples = [torch.cat(held[at : at + self.windows], 2) for at in range(0, len(held), self.windows)]
+        return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
 class _Apart(torch.autograd.Function):

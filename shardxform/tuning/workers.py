@@ -63,6 +63,11 @@ class Workers:
         while waiting:
             yield waiting.popleft().result()
 
+    def each(self, function: Callable[[A], object], items: Iterable[A]) -> None:
+        """Call `function(item)` for every item."""
+        for _ in self.ordered(function, items):
+            pass
+
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised memory of this thread on the host, the same again for the same name."""
         held: dict[str, torch.Tensor] = self._local.__dict__
