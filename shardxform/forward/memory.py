@@ -8,11 +8,15 @@ import sys
 from functools import cache
 from typing import Any, Final
 
-__all__ = ["give_back", "keep_few_kernels", "share_one_heap"]
+__all__ = ["give_back", "keep_few_kernels", "keep_one_heap"]
 
 _CAPACITIES: Final = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch above it
 _KERNELS: Final = "64"
-_ARENA_MAX: Final = -8  # M_ARENA_MAX of glibc's malloc.h
+_HEAP: Final = {  # by the names that the environment has for them: number in glibc's malloc.h, value
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 25),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 1 << 26),
+}
 
 
 def give_back() -> None:
@@ -26,15 +30,19 @@ def give_back() -> None:
         trim(0)
 
 
-def share_one_heap() -> None:
-    """Have threads that start from now on allocate from one heap, unless the environment says otherwise.
+def keep_one_heap() -> None:
+    """Have threads that start from now on allocate from one heap, which keeps 64 MB; not what the environment sets.
 
     glibc gives every thread a heap of its own, and what one has freed no other uses. Threads that allocate megabytes
-    and compute with them for long do not wait for each other.
+    and compute with them for long do not wait for each other. Pieces of less than 32 MB come from the heap, and its
+    free end is given back from 64 MB on: where glibc itself arrives in steps. Until then it asks the system for every
+    tensor anew, and each page of it costs: tuning's delta rule took half as much time again.
     """
     option = _of_glibc("mallopt")
-    if option is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        option(_ARENA_MAX, 1)
+    if option is not None:
+        for name, (parameter, value) in _HEAP.items():
+            if name not in os.environ:
+                option(parameter, value)
 
 
 def keep_few_kernels() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch.autograd.function import once_differentiable
 
+from shardxform.tuning.linear import runs
 from shardxform.tuning.workers import Workers
 
 __all__ = ["storing_the_input"]
@@ -120,5 +121,5 @@ def _places(x_BCT: torch.Tensor) -> Iterator[_Place]:
     samples, channels, positions = x_BCT.shape
     width = max(1, _WINDOW_BYTES // (torch.float32.itemsize * positions))
     for b in range(samples):
-        for first in range(0, channels, width):
-            yield b, slice(first, min(first + width, channels))
+        for run in runs(channels, width):
+            yield b, run

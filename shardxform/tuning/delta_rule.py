@@ -1,19 +1,27 @@
 """The gated delta rule in chunks, with a backward pass of its own: linear in the length, and little is stored for it.
 
-The outputs of transformers' own torch version, bit for bit, and its gradients up to rounding: Yang et al., "Gated Delta
-Networks" (2024), in the form of Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (2024). That
-version takes each chunk by its index from tensors of all chunks, so each chunk's gradient is a tensor of all chunks,
-nearly all of it zero; and it stores all that is within chunks. This one stores the states between them. Its backward
-pass makes what is within chunks again, by the inverse of their systems. Carries no state from call to call.
+The numbers of transformers' own torch version up to rounding: Yang et al., "Gated Delta Networks" (2024), in the form
+of Yang et al., "Parallelizing Linear Transformers with the Delta Rule" (2024). That version takes each chunk by its
+index from tensors of all chunks, so each chunk's gradient is a tensor of all chunks, nearly all of it zero; and it
+stores all that is within chunks. This one stores a chunk's inverted system, its attention, and how far its values are
+from what the state says; its backward pass makes the states again. Carries no state from call to call.
+
+Within a chunk, with the state S before it, decays d since its start, and P the decays between its positions:
+
+    z = value - d (key S)                   what the state does not know
+    y = inverse(1 + tril(beta key key' P, -1)) (beta z)
+    out = d (query S) + tril(query key' P) y
+    S' = S d_last + (key d_last / d)' y
 """
 
-# B: samples, T: positions, G: query and key heads, V: value heads, D: a key's width, W: a value's width; N: chunks,
-# C: positions of a chunk.
+# B: samples, T: positions, G: query and key heads, V: value heads, D: a key's width, W: a value's width; H: value heads
+# of all samples, N: chunks, C: positions of a chunk, P: 2 C rows, those of keys above those of queries.
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -56,140 +64,235 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # noqa: ANN401
         *tensors, norm = inputs
-        out_BVTW, states = _scan(_within_chunks(*_in_chunks(*tensors, norm=norm), _solved))
-        ctx.save_for_backward(*tensors, *states)
+        chunks = _Chunks.of(*tensors[:2], *tensors[3:], norm=norm)
+        inverse, attention = _within(chunks)
+        out, z = _scan(chunks, inverse, attention, _in_chunks(tensors[2]))
+        ctx.save_for_backward(*tensors, inverse, attention, z)
         ctx.norm = norm
-        out_BTVW = out_BVTW[:, :, : tensors[0].shape[1]].transpose(1, 2)
-        return out_BTVW.to(tensors[0].dtype, memory_format=torch.contiguous_format)
+        return _positions_first(out, tensors[2].shape).to(tensors[0].dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        saved = ctx.saved_tensors
-        tensors, states = saved[:5], saved[5:]
-        wanted = ctx.needs_input_grad[:5]
-        inputs = [x.detach().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
-        with torch.enable_grad():
-            parts = _within_chunks(*_in_chunks(*inputs, norm=ctx.norm), _inverted)
-        with torch.no_grad():
-            gradients = _scan_back(parts, states, _chunks(_heads_first(gradient_BTVW)))
-        reached = [(part, gradient) for part, gradient in zip(parts, gradients, strict=True) if part.requires_grad]
-        outs, arriving = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], arriving))
-        return (*(next(found) if w else None for w in wanted), None)
+        query, key, value, beta, g, inverse, attention, z = ctx.saved_tensors
+        chunks = _Chunks.of(query, key, beta, g, norm=ctx.norm)
+        gradient = _scan_back(chunks, inverse, attention, z, _in_chunks(gradient_BTVW))
+        found = (
+            *chunks.of_queries_and_keys(gradient.rows, query, key),
+            _positions_first(gradient.value, value.shape),
+            _positions_first(gradient.beta, beta.shape),
+            _positions_first(gradient.decay.flip(2).cumsum(2).flip(2), g.shape),
+        )
+        inputs = query, key, value, beta, g
+        return (*(gradient.to(x.dtype) for gradient, x in zip(found, inputs, strict=True)), None)
 
 
-def _in_chunks(
-    query_BTGD: torch.Tensor,
-    key_BTGD: torch.Tensor,
-    value_BTVW: torch.Tensor,
-    beta_BTV: torch.Tensor,
-    g_BTV: torch.Tensor,
-    *,
-    norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys, values, betas and decays, the last [B, V, N, C] and summed from the start of their chunks."""
-    served = value_BTVW.shape[2] // key_BTGD.shape[2]
-    q, k = (_heads_first(x.repeat_interleave(served, dim=2)) for x in (query_BTGD, key_BTGD))
-    if norm:
-        q, k = (x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + _EPSILON) for x in (q, k))
-    beta_BVNC1, decay_BVNC1 = (_chunks(_heads_first(x)[..., None]) for x in (beta_BTV, g_BTV))
-    q = q * q.shape[-1] ** -0.5
-    return _chunks(q), _chunks(k), _chunks(_heads_first(value_BTVW)), beta_BVNC1, decay_BVNC1.squeeze(-1).cumsum(dim=3)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunks:
+    """Keys and queries in chunks, and what their decays make of them.
+
+    Attributes:
+        rows: keys, and below them queries, both as the rule multiplies with them [N, H, P, D].
+        beta: [N, H, C, 1].
+        decay: logarithms, summed from the start of each chunk [N, H, C, 1].
+    """
+
+    rows: torch.Tensor
+    beta: torch.Tensor
+    decay: torch.Tensor
+    norm: bool
+
+    @classmethod
+    def of(
+        cls,
+        query_BTGD: torch.Tensor,
+        key_BTGD: torch.Tensor,
+        beta_BTV: torch.Tensor,
+        g_BTV: torch.Tensor,
+        *,
+        norm: bool,
+    ) -> _Chunks:
+        """Keys and queries of each head, for all the value heads that it serves."""
+        served = beta_BTV.shape[2] // key_BTGD.shape[2]
+        pair = []
+        for x_BTGD, scale in ((key_BTGD, 1.0), (query_BTGD, key_BTGD.shape[3] ** -0.5)):
+            x_NHCD = _in_chunks(x_BTGD)
+            x_NHCD = x_NHCD * _inverse_length(x_NHCD) if norm else x_NHCD
+            pair.append((x_NHCD * scale)[:, :, None].expand(-1, -1, served, -1, -1))
+        rows = torch.cat(pair, 3).flatten(1, 2)
+        return cls(rows, _in_chunks(beta_BTV[..., None]), _in_chunks(g_BTV[..., None]).cumsum(2), norm)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[N, H, C, D]."""
+        return self.rows[:, :, :_CHUNK]
+
+    def between(self) -> torch.Tensor:
+        """Decays from each position of a chunk [N, H, 1, C, C], to it and those after it; 0 elsewhere."""
+        future = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=self.rows.device).triu(1)
+        return (self.decay - self.decay.mT).masked_fill_(future, float("-inf")).exp_()[:, :, None]
+
+    def to_end(self) -> torch.Tensor:
+        """Decays from each position to the last one of its chunk [N, H, C, 1]."""
+        return (self.decay[:, :, -1:] - self.decay).exp()
+
+    def whole(self) -> torch.Tensor:
+        """Decays over a chunk [N, H, 1, 1]."""
+        return self.decay[:, :, -1:].exp()
+
+    def since_start(self) -> torch.Tensor:
+        """Decays from before a chunk to each row's position [N, H, P, 1]."""
+        return self.decay.exp().repeat(1, 1, 2, 1)
+
+    def factors(self) -> torch.Tensor:
+        """Beta for the rows of keys, 1 for those of queries [N, H, P, 1]."""
+        return torch.cat((self.beta, torch.ones_like(self.beta)), 2)
+
+    def of_queries_and_keys(
+        self, gradient_NHPD: torch.Tensor, query_BTGD: torch.Tensor, key_BTGD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of queries and keys, from those of their rows."""
+        samples, _, heads, width = key_BTGD.shape
+        summed = gradient_NHPD.view(len(gradient_NHPD), samples * heads, -1, *gradient_NHPD.shape[2:]).sum(2)
+        found = []
+        for x_BTGD, own, scale in (
+            (query_BTGD, summed[:, :, _CHUNK:], width**-0.5),
+            (key_BTGD, summed[:, :, :_CHUNK], 1.0),
+        ):
+            gradient_NHCD = own * scale
+            if self.norm:
+                x_NHCD = _in_chunks(x_BTGD)
+                inverse = _inverse_length(x_NHCD)
+                unit = x_NHCD * inverse
+                along = (unit * gradient_NHCD).sum(-1, keepdim=True)
+                gradient_NHCD = torch.addcmul(gradient_NHCD, unit, along, value=-1).mul_(inverse)
+            found.append(_positions_first(gradient_NHCD, x_BTGD.shape))
+        return found[0], found[1]
 
 
-def _heads_first(x_BTV: torch.Tensor) -> torch.Tensor:
-    return x_BTV.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """Of the rows [N, H, P, D], the values [N, H, C, W], betas and summed decays [N, H, C, 1]."""
+
+    rows: torch.Tensor
+    value: torch.Tensor
+    beta: torch.Tensor
+    decay: torch.Tensor
 
 
-def _chunks(x_BVTD: torch.Tensor) -> torch.Tensor:
-    """[B, V, T, D] -> [B, V, N, C, D], zeros at the end."""
-    padded = functional.pad(x_BVTD, (0, 0, 0, -x_BVTD.shape[2] % _CHUNK))
-    return padded.reshape(*x_BVTD.shape[:2], -1, _CHUNK, x_BVTD.shape[3])
+def _within(chunks: _Chunks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of each chunk's system, and its attention, both [N, H, C, C]."""
+    products = (chunks.rows * chunks.factors()) @ chunks.keys.mT
+    _halves(products).mul_(chunks.between())
+    one = torch.eye(_CHUNK, device=products.device)
+    inverse = torch.linalg.solve_triangular(products[:, :, :_CHUNK], one, upper=False, unitriangular=True)
+    return inverse, products[:, :, _CHUNK:].contiguous()
 
 
-def _within_chunks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta_BVNC1: torch.Tensor,
-    decay_BVNC: torch.Tensor,
-    solver: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]],
-) -> tuple[torch.Tensor, ...]:
-    """What each chunk has of its own, with its decays in it; `solver(system)(x)` is the y of `system @ y = x`."""
-    future = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    pairwise = (decay_BVNC.unsqueeze(4) - decay_BVNC.unsqueeze(3)).masked_fill(future, float("-inf")).exp()
-    v_beta, k_beta = v * beta_BVNC1, k * beta_BVNC1
-    solved = solver((k_beta @ k.transpose(-1, -2)) * pairwise)
-    attention = (q @ k.transpose(-1, -2)) * pairwise
-    since_start = decay_BVNC.exp().unsqueeze(-1)
-    new_values, old_keys = solved(v_beta), solved(k_beta * since_start)
-    until_end = (decay_BVNC[..., -1:] - decay_BVNC).exp().unsqueeze(-1)
-    whole = decay_BVNC[..., -1].exp()[..., None, None]
-    return new_values, old_keys, q * since_start, attention, k * until_end, whole
-
-
-def _solved(system: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """As transformers does it: below the diagonal the system, on it ones."""
-    return partial(torch.linalg.solve_triangular, system, upper=False, unitriangular=True)
-
-
-def _inverted(system: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    inverse: torch.Tensor = _Inverse.apply(system)  # type: ignore[no-untyped-call]
-    return inverse.matmul
-
-
-class _Inverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, system: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-        inverse = _solved(system)(torch.eye(_CHUNK, device=system.device).expand_as(system))
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-        (inverse,) = ctx.saved_tensors
-        transposed: torch.Tensor = inverse.transpose(-1, -2)
-        return (transposed @ gradient @ transposed).tril_(-1).neg_()
-
-
-def _scan(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Go from chunk to chunk with a state; outputs [B, V, N * C, W], and the state [B, V, D, W] before each chunk."""
-    outs, states = [], []
-    state = parts[0].new_zeros(*parts[0].shape[:2], parts[1].shape[-1], parts[0].shape[-1])
-    for new_values, old_keys, q, attention, k, whole in zip(*(part.unbind(2) for part in parts), strict=True):
-        states.append(state)
-        corrected = new_values - old_keys @ state
-        outs.append(q @ state + attention @ corrected)
-        state = state * whole + k.transpose(-1, -2) @ corrected
-    return torch.stack(outs, 2).flatten(2, 3), states
+def _scan(
+    chunks: _Chunks, inverse: torch.Tensor, attention: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Go from chunk to chunk with a state; outputs, and values less what the state says, both [N, H, C, W]."""
+    since_start = chunks.since_start()
+    moving, whole = chunks.keys * chunks.to_end(), chunks.whole()
+    out, z = torch.empty_like(value), torch.empty_like(value)
+    state = value.new_zeros(value.shape[1], chunks.rows.shape[3], value.shape[3])
+    for n in range(len(value)):
+        known = torch.bmm(chunks.rows[n], state).mul_(since_start[n])
+        torch.sub(value[n], known[:, :_CHUNK], out=z[n])
+        y = torch.bmm(inverse[n], z[n] * chunks.beta[n])
+        out[n] = torch.baddbmm(known[:, _CHUNK:], attention[n], y)
+        state = torch.baddbmm(state * whole[n], moving[n].mT, y)
+    return out, z
 
 
 def _scan_back(
-    parts: tuple[torch.Tensor, ...], states: tuple[torch.Tensor, ...], gradient_BVNCW: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of the parts, from the last chunk to the first."""
-    gradients = tuple(torch.empty_like(part) for part in parts)
-    later = torch.zeros_like(states[0])  # the gradient of the state after the chunk
-    for n in reversed(range(len(states))):
-        new_values, old_keys, q, attention, k, whole = (part[:, :, n] for part in parts)
-        state, gradient = states[n], gradient_BVNCW[:, :, n]
-        corrected = new_values - old_keys @ state
-        of_corrected = attention.transpose(-1, -2) @ gradient + k @ later
-        state_WD = state.transpose(-1, -2)
-        found = (
-            of_corrected,
-            -(of_corrected @ state_WD),
-            gradient @ state_WD,
-            gradient @ corrected.transpose(-1, -2),
-            corrected @ later.transpose(-1, -2),
-            (state * later).sum((-1, -2), keepdim=True),
-        )
-        for out, one in zip(gradients, found, strict=True):
-            out[:, :, n] = one
-        later = later * whole + q.transpose(-1, -2) @ gradient - old_keys.transpose(-1, -2) @ of_corrected
-    return gradients
+    chunks: _Chunks, inverse: torch.Tensor, attention: torch.Tensor, z: torch.Tensor, gradient: torch.Tensor
+) -> _Gradients:
+    """Gradients, from the last chunk to the first, of what `gradient` [N, H, C, W] is that of the outputs of.
+
+    A decay multiplies a row, or divides it, wherever the row is: so the products of rows with their gradients are the
+    gradients of the decays' logarithms (Yang et al., "Gated Linear Attention Transformers", 2024).
+    """
+    moving, whole, to_end = chunks.keys * chunks.to_end(), chunks.whole(), chunks.to_end()
+    y = inverse @ (z * chunks.beta)
+    states = _states(moving, whole, y)
+    apart, of_states, laters = _down(chunks, inverse, attention, moving, gradient)
+    plus = of_states @ states.mT
+    of_products = apart @ y.mT
+    _halves(of_products).mul_(chunks.between())
+    of_products[:, :, :_CHUNK].tril_(-1)
+    factors = chunks.factors()
+    of_moving = y @ laters.mT
+    minus = (of_products.mT @ (chunks.rows * factors)).addcmul_(of_moving, to_end)
+    multiplied = of_products @ chunks.keys
+    plus.addcmul_(multiplied, factors)
+    beta = _sum(chunks.keys * multiplied[:, :, :_CHUNK]) - _sum(apart[:, :, :_CHUNK] * z)
+    decay = _halves(_sum(chunks.rows * plus)).sum(2) - _sum(chunks.keys * minus)
+    decay[:, :, -1:] += whole * (states * laters).sum((2, 3), True) + (moving * of_moving).sum((2, 3), True)
+    plus[:, :, :_CHUNK] += minus
+    return _Gradients(plus, apart[:, :, :_CHUNK] * -chunks.beta, beta, decay)
+
+
+def _states(moving: torch.Tensor, whole: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The state before each chunk [N, H, D, W]."""
+    states = y.new_zeros(*y.shape[:2], moving.shape[3], y.shape[3])
+    for n in range(1, len(y)):
+        torch.baddbmm(states[n - 1] * whole[n - 1], moving[n - 1].mT, y[n - 1], out=states[n])
+    return states
+
+
+def _down(
+    chunks: _Chunks, inverse: torch.Tensor, attention: torch.Tensor, moving: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The part of the backward pass that goes from chunk to chunk.
+
+    Gradients of `-beta z` above those of the outputs, of the rows' products with the states, both [N, H, P, W], and of
+    the states after each chunk [N, H, D, W].
+    """
+    whole = chunks.whole()
+    factors = chunks.factors().mul_(chunks.since_start())
+    apart = torch.cat((gradient, gradient), 2)
+    of_states, of_y = torch.empty_like(apart), attention.mT @ gradient
+    laters = gradient.new_zeros(*gradient.shape[:2], moving.shape[3], gradient.shape[3])
+    for n in reversed(range(len(gradient))):
+        arrived = torch.baddbmm(of_y[n], moving[n], laters[n])
+        torch.neg(torch.bmm(inverse[n].mT, arrived), out=apart[n, :, :_CHUNK])
+        torch.mul(apart[n], factors[n], out=of_states[n])
+        if n:
+            torch.baddbmm(laters[n] * whole[n], chunks.rows[n].mT, of_states[n], out=laters[n - 1])
+    return apart, of_states, laters
+
+
+def _halves(x_NHPD: torch.Tensor) -> torch.Tensor:
+    """Those of keys and those of queries [N, H, 2, C, D]."""
+    return x_NHPD.view(*x_NHPD.shape[:2], 2, _CHUNK, x_NHPD.shape[3])
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1, keepdim=True)
+
+
+def _inverse_length(x: torch.Tensor) -> torch.Tensor:
+    return torch.rsqrt_(_sum(x * x).add_(_EPSILON))
+
+
+def _in_chunks(x_BTVD: torch.Tensor) -> torch.Tensor:
+    """[B, T, V, D] -> float32 [N, B * V, C, D], zeros at the end."""
+    samples, positions, heads, width = x_BTVD.shape
+    padded = functional.pad(x_BTVD, (0, 0, 0, 0, 0, -positions % _CHUNK))
+    chunks = padded.reshape(samples, -1, _CHUNK, heads, width).permute(1, 0, 3, 2, 4)
+    wide = chunks.to(
+        torch.float32, memory_format=torch.contiguous_format
+    ).contiguous()  # the first of another type only
+    return wide.flatten(1, 2)
+
+
+def _positions_first(x_NHCD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[N, B * V, C, D] -> [B, T, V, D], or [B, T, V] for a D of one."""
+    samples, positions, heads, *_ = shape
+    apart = x_NHCD.view(len(x_NHCD), samples, heads, *x_NHCD.shape[2:]).permute(1, 0, 3, 2, 4)
+    return apart.reshape(samples, -1, heads, x_NHCD.shape[3])[:, :positions].reshape(shape)
 
 
 @cache

@@ -8,12 +8,13 @@ Transformers' own module computes, forth and back; of a whole sample it would ke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from shardxform.tuning.linear import runs
 from shardxform.tuning.workers import Workers
 
 __all__ = ["row_by_row"]
@@ -50,24 +51,31 @@ class _RowByRow(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_RW, gate_RW)
         ctx.norm, ctx.workers = norm, workers
-        return torch.cat(list(workers.ordered(lambda piece: norm(*piece), _cut(hidden_RW, gate_RW))))
+        out_RW = torch.empty_like(hidden_RW)
+
+        def one(rows: slice) -> None:
+            out_RW[rows] = norm(hidden_RW[rows], gate_RW[rows])
+
+        workers.each(one, _pieces(hidden_RW))
+        return out_RW
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # noqa: ANN401
-        def one(piece: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            gradient, *inputs = piece
-            inputs = [x.detach().requires_grad_() for x in inputs]
-            with torch.enable_grad():
-                out = ctx.norm(*inputs)
-            return torch.autograd.grad(out, inputs, gradient)
+        inputs = ctx.saved_tensors
+        hidden_RW, gate_RW = (torch.empty_like(x) for x in inputs)
 
-        found = ctx.workers.ordered(one, _cut(gradient_RW, *ctx.saved_tensors))
-        hidden_RW, gate_RW = (torch.cat(parts) for parts in zip(*found, strict=True))
+        def one(rows: slice) -> None:
+            piece = [x[rows].detach().requires_grad_() for x in inputs]
+            with torch.enable_grad():
+                out = ctx.norm(*piece)
+            hidden_RW[rows], gate_RW[rows] = torch.autograd.grad(out, piece, gradient_RW[rows])
+
+        ctx.workers.each(one, _pieces(gradient_RW))
         return hidden_RW, gate_RW, None, None
 
 
-def _cut(*tensors_RW: torch.Tensor) -> Any:  # noqa: ANN401
-    """The same rows of all tensors, one piece after the other."""
-    rows = max(1, _PIECE_BYTES // (torch.float32.itemsize * tensors_RW[0].shape[1]))
-    return zip(*(torch.split(x, rows) for x in tensors_RW), strict=True)
+def _pieces(x_RW: torch.Tensor) -> Iterator[slice]:
+    """Some rows, one piece after the other."""
+    rows = max(1, _PIECE_BYTES // (torch.float32.itemsize * x_RW.shape[1]))
+    return runs(len(x_RW), rows)

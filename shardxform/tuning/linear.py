@@ -53,7 +53,7 @@ class TunedLinear(torch.nn.Module):
 
     def pass_back(self, x_NI: torch.Tensor, gradient_NO: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         """Tune the weight, and return the gradient of the input if `wanted`."""
-        w_OI = self._scratch("whole", (self.out_features, self.in_features), x_NI.dtype) if wanted else None
+        w_OI = x_NI.new_empty(self.out_features, self.in_features) if wanted else None
         self._each(lambda run: self._update(x_NI, gradient_NO, run, w_OI), self.out_features, ROW_TILE)
         if w_OI is None:
             return None

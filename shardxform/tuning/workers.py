@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from shardxform.errors import SchemeError
-from shardxform.forward.memory import share_one_heap
+from shardxform.forward.memory import keep_one_heap
 
 __all__ = ["Workers"]
 
@@ -30,7 +30,7 @@ class Workers:
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise SchemeError(f"threads: expected at least 1, found {threads}")
-        share_one_heap()
+        keep_one_heap()
         self.threads = threads
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, "tune", torch.set_num_threads, (1,))
