@@ -80,7 +80,9 @@ def descend(forward: Forward, samples: Samples, rows_B: NDArray[np.int64], dtype
     error_BTH, weight_BT1 = _errors(out_BTH.detach(), samples, rows_B)
     _finite(_sum(error_BTH, weight_BT1), samples)
     # The derivative of the loss but for a factor, which signs do not see.
-    out_BTH.backward((error_BTH * weight_BT1).to(out_BTH.dtype))  # type: ignore[no-untyped-call]
+    gradient_BTH = error_BTH.mul_(weight_BT1).to(out_BTH.dtype)
+    del error_BTH, weight_BT1
+    out_BTH.backward(gradient_BTH)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
