@@ -64,10 +64,11 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # noqa: ANN401
         *tensors, norm = inputs
+        kept = _Kept.empty(tensors[2])
         chunks = _Chunks.of(*tensors[:2], *tensors[3:], norm=norm)
-        inverse, attention = _within(chunks)
-        out, z = _scan(chunks, inverse, attention, _in_chunks(tensors[2]))
-        ctx.save_for_backward(*tensors, inverse, attention, z)
+        _within(chunks, kept)
+        out = _scan(chunks, kept, _in_chunks(tensors[2]))
+        ctx.save_for_backward(*tensors, kept.inverse, kept.attention, kept.z)
         ctx.norm = norm
         return _positions_first(out, tensors[2].shape).to(tensors[0].dtype)
 
@@ -76,7 +77,7 @@ class _Rule(torch.autograd.Function):
     def backward(ctx: Any, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         query, key, value, beta, g, inverse, attention, z = ctx.saved_tensors
         chunks = _Chunks.of(query, key, beta, g, norm=ctx.norm)
-        gradient = _scan_back(chunks, inverse, attention, z, _in_chunks(gradient_BTVW))
+        gradient = _scan_back(chunks, _Kept(inverse, attention, z), _in_chunks(gradient_BTVW))
         found = (
             *chunks.of_queries_and_keys(gradient.rows, query, key),
             _positions_first(gradient.value, value.shape),
@@ -171,6 +172,29 @@ class _Chunks:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """What the backward pass needs.
+
+    Attributes:
+        inverse: of each chunk's system [N, H, C, C].
+        attention: within each chunk [N, H, C, C].
+        z: values less what the state says [N, H, C, W].
+    """
+
+    inverse: torch.Tensor
+    attention: torch.Tensor
+    z: torch.Tensor
+
+    @classmethod
+    def empty(cls, value_BTVW: torch.Tensor) -> _Kept:
+        """Uninitialised, before what is forgotten soon: else that would leave holes between them."""
+        samples, positions, heads, width = value_BTVW.shape
+        sizes = [-(-positions // _CHUNK), samples * heads, _CHUNK]
+        empty = [value_BTVW.new_empty(*sizes, last, dtype=torch.float32) for last in (_CHUNK, _CHUNK, width)]
+        return cls(*empty)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Gradients:
     """Of the rows [N, H, P, D], the values [N, H, C, W], betas and summed decays [N, H, C, 1]."""
 
@@ -180,44 +204,40 @@ class _Gradients:
     decay: torch.Tensor
 
 
-def _within(chunks: _Chunks) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of each chunk's system, and its attention, both [N, H, C, C]."""
+def _within(chunks: _Chunks, kept: _Kept) -> None:
+    """Make the inverses and the attention."""
     products = (chunks.rows * chunks.factors()) @ chunks.keys.mT
     _halves(products).mul_(chunks.between())
     one = torch.eye(_CHUNK, device=products.device)
-    inverse = torch.linalg.solve_triangular(products[:, :, :_CHUNK], one, upper=False, unitriangular=True)
-    return inverse, products[:, :, _CHUNK:].contiguous()
+    kept.attention.copy_(products[:, :, _CHUNK:])
+    torch.linalg.solve_triangular(products[:, :, :_CHUNK], one, upper=False, unitriangular=True, out=kept.inverse)
 
 
-def _scan(
-    chunks: _Chunks, inverse: torch.Tensor, attention: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Go from chunk to chunk with a state; outputs, and values less what the state says, both [N, H, C, W]."""
+def _scan(chunks: _Chunks, kept: _Kept, value: torch.Tensor) -> torch.Tensor:
+    """Go from chunk to chunk with a state; outputs [N, H, C, W], for values of that shape."""
     since_start = chunks.since_start()
     moving, whole = chunks.keys * chunks.to_end(), chunks.whole()
-    out, z = torch.empty_like(value), torch.empty_like(value)
+    out = torch.empty_like(value)
     state = value.new_zeros(value.shape[1], chunks.rows.shape[3], value.shape[3])
     for n in range(len(value)):
         known = torch.bmm(chunks.rows[n], state).mul_(since_start[n])
-        torch.sub(value[n], known[:, :_CHUNK], out=z[n])
-        y = torch.bmm(inverse[n], z[n] * chunks.beta[n])
-        out[n] = torch.baddbmm(known[:, _CHUNK:], attention[n], y)
+        torch.sub(value[n], known[:, :_CHUNK], out=kept.z[n])
+        y = torch.bmm(kept.inverse[n], kept.z[n] * chunks.beta[n])
+        torch.baddbmm(known[:, _CHUNK:], kept.attention[n], y, out=out[n])
         state = torch.baddbmm(state * whole[n], moving[n].mT, y)
-    return out, z
+    return out
 
 
-def _scan_back(
-    chunks: _Chunks, inverse: torch.Tensor, attention: torch.Tensor, z: torch.Tensor, gradient: torch.Tensor
-) -> _Gradients:
+def _scan_back(chunks: _Chunks, kept: _Kept, gradient: torch.Tensor) -> _Gradients:
     """Gradients, from the last chunk to the first, of what `gradient` [N, H, C, W] is that of the outputs of.
 
     A decay multiplies a row, or divides it, wherever the row is: so the products of rows with their gradients are the
     gradients of the decays' logarithms (Yang et al., "Gated Linear Attention Transformers", 2024).
     """
     moving, whole, to_end = chunks.keys * chunks.to_end(), chunks.whole(), chunks.to_end()
-    y = inverse @ (z * chunks.beta)
+    y = kept.inverse @ (kept.z * chunks.beta)
     states = _states(moving, whole, y)
-    apart, of_states, laters = _down(chunks, inverse, attention, moving, gradient)
+    apart, of_states, laters = _down(chunks, kept, moving, gradient)
     plus = of_states @ states.mT
     of_products = apart @ y.mT
     _halves(of_products).mul_(chunks.between())
@@ -227,7 +247,7 @@ def _scan_back(
     minus = (of_products.mT @ (chunks.rows * factors)).addcmul_(of_moving, to_end)
     multiplied = of_products @ chunks.keys
     plus.addcmul_(multiplied, factors)
-    beta = _sum(chunks.keys * multiplied[:, :, :_CHUNK]) - _sum(apart[:, :, :_CHUNK] * z)
+    beta = _sum(chunks.keys * multiplied[:, :, :_CHUNK]) - _sum(apart[:, :, :_CHUNK] * kept.z)
     decay = _halves(_sum(chunks.rows * plus)).sum(2) - _sum(chunks.keys * minus)
     decay[:, :, -1:] += whole * (states * laters).sum((2, 3), True) + (moving * of_moving).sum((2, 3), True)
     plus[:, :, :_CHUNK] += minus
@@ -243,7 +263,7 @@ def _states(moving: torch.Tensor, whole: torch.Tensor, y: torch.Tensor) -> torch
 
 
 def _down(
-    chunks: _Chunks, inverse: torch.Tensor, attention: torch.Tensor, moving: torch.Tensor, gradient: torch.Tensor
+    chunks: _Chunks, kept: _Kept, moving: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The part of the backward pass that goes from chunk to chunk.
 
@@ -253,11 +273,11 @@ def _down(
     whole = chunks.whole()
     factors = chunks.factors().mul_(chunks.since_start())
     apart = torch.cat((gradient, gradient), 2)
-    of_states, of_y = torch.empty_like(apart), attention.mT @ gradient
+    of_states, of_y = torch.empty_like(apart), kept.attention.mT @ gradient
     laters = gradient.new_zeros(*gradient.shape[:2], moving.shape[3], gradient.shape[3])
     for n in reversed(range(len(gradient))):
         arrived = torch.baddbmm(of_y[n], moving[n], laters[n])
-        torch.neg(torch.bmm(inverse[n].mT, arrived), out=apart[n, :, :_CHUNK])
+        torch.neg(torch.bmm(kept.inverse[n].mT, arrived), out=apart[n, :, :_CHUNK])
         torch.mul(apart[n], factors[n], out=of_states[n])
         if n:
             torch.baddbmm(laters[n] * whole[n], chunks.rows[n].mT, of_states[n], out=laters[n - 1])
