@@ -115,7 +115,7 @@ def test_threads_work_on_different_parts_and_errors_come_out(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("positions", "cpu", "device"), [(1, 1, 1), (64, 1, 1), (65, 2, 1), (512, 8, 1), (1000, 16, 1), (9000, 16, 4)]
+    ("positions", "cpu", "device"), [(1, 1, 1), (32, 1, 1), (33, 2, 1), (65, 4, 1), (512, 16, 1), (9000, 16, 4)]
 )
 def test_windows_are_as_many_as_memory_asks_for_and_divide_the_key_heads(positions: int, cpu: int, device: int) -> None:
     for where, expected in (("cpu", cpu), ("meta", device)):
