@@ -22,7 +22,7 @@ from shardxform.tuning.workers import Workers
 
 __all__ = ["storing_the_input"]
 
-_WINDOW_BYTES: Final = 1 << 19
+_WINDOW_BYTES: Final = 1 << 20
 _ACTIVATION: Final = "silu"
 
 _Place = tuple[int, slice]

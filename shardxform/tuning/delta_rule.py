@@ -234,22 +234,25 @@ def _scan_back(chunks: _Chunks, kept: _Kept, gradient: torch.Tensor) -> _Gradien
     A decay multiplies a row, or divides it, wherever the row is: so the products of rows with their gradients are the
     gradients of the decays' logarithms (Yang et al., "Gated Linear Attention Transformers", 2024).
     """
-    moving, whole, to_end = chunks.keys * chunks.to_end(), chunks.whole(), chunks.to_end()
+    whole, to_end, factors = chunks.whole(), chunks.to_end(), chunks.factors()
+    moving = chunks.keys * to_end
     y = kept.inverse @ (kept.z * chunks.beta)
-    states = _states(moving, whole, y)
     apart, of_states, laters = _down(chunks, kept, moving, gradient)
+    states = _states(moving, whole, y)
     plus = of_states @ states.mT
+    of_moving = y @ laters.mT
+    of_whole = whole * states.mul_(laters).sum((2, 3), keepdim=True) + (moving * of_moving).sum((2, 3), keepdim=True)
+    del of_states, states, laters, moving  # a window's temporaries are what threads need most memory for
     of_products = apart @ y.mT
     _halves(of_products).mul_(chunks.between())
     of_products[:, :, :_CHUNK].tril_(-1)
-    factors = chunks.factors()
-    of_moving = y @ laters.mT
     minus = (of_products.mT @ (chunks.rows * factors)).addcmul_(of_moving, to_end)
     multiplied = of_products @ chunks.keys
     plus.addcmul_(multiplied, factors)
     beta = _sum(chunks.keys * multiplied[:, :, :_CHUNK]) - _sum(apart[:, :, :_CHUNK] * kept.z)
+    del multiplied
     decay = _halves(_sum(chunks.rows * plus)).sum(2) - _sum(chunks.keys * minus)
-    decay[:, :, -1:] += whole * (states * laters).sum((2, 3), True) + (moving * of_moving).sum((2, 3), True)
+    decay[:, :, -1:] += of_whole
     plus[:, :, :_CHUNK] += minus
     return _Gradients(plus, apart[:, :, :_CHUNK] * -chunks.beta, beta, decay)
 

@@ -19,7 +19,7 @@ from shardxform.tuning.workers import Workers
 
 __all__ = ["row_by_row"]
 
-_PIECE_BYTES: Final = 1 << 18
+_PIECE_BYTES: Final = 1 << 19
 """Of rows as they are computed with, in float32."""
 
 _Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
