@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,3 +67,28 @@ def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
     narrow(x, out)
     expected = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(out, expected)
+
+
+ELSEWHERE = """
+import torch
+from shardxform.quantize.grid import Grid
+from shardxform.tuning import intrinsics
+from shardxform.tuning.stacked import prepare
+from shardxform.tuning.workers import Workers
+
+assert not intrinsics.HAS_BF16
+w_EOI = torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+with Workers(1) as workers:
+    weight = prepare(w_EOI, Grid(), workers, "w")
+wide, narrow = torch.empty(64, 256), torch.empty(64, 256, dtype=torch.bfloat16)
+weight.values_into(0, wide)
+weight.values_into(0, narrow)
+assert torch.equal(wide.bfloat16(), narrow)
+weight.update(0, narrow, narrow.clone())
+"""
+
+
+def test_a_cpu_without_the_instruction_needs_none_of_it(tmp_path: Path) -> None:
+    """As the environment has numba compile for one."""
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", ELSEWHERE], env=env, check=True)

@@ -9,13 +9,21 @@ from typing import Any, Final
 
 from llvmlite import binding, ir
 from numba import extending, types
+from numba.core.registry import cpu_target
 
 __all__ = ["HAS_BF16", "LANES", "multiply_add", "narrow", "sum_lanes"]
 
 LANES: Final = 32
 
-HAS_BF16: Final = bool(binding.get_host_cpu_features().get("avx512bf16")) and binding.llvm_version_info >= (20,)
-"""Whether `narrow` may be compiled: others call a function of a runtime library that numba does not link."""
+
+def _target_features() -> str:
+    """Of the CPU that numba compiles for, which is the host's unless the environment says otherwise."""
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return str(features)
+
+
+HAS_BF16: Final = "+avx512bf16" in _target_features() and binding.llvm_version_info >= (20,)
+"""Whether `narrow` may be compiled: for other CPUs, LLVM calls a function of a library that numba does not link."""
 
 _intrinsic: Final[Callable[[Any], Any]] = extending.intrinsic  # whose own type asks for the first parameter
 
