@@ -232,7 +232,8 @@ def _scan_back(chunks: _Chunks, kept: _Kept, gradient: torch.Tensor) -> _Gradien
     """Gradients, from the last chunk to the first, of what `gradient` [N, H, C, W] is that of the outputs of.
 
     A decay multiplies a row, or divides it, wherever the row is: so the products of rows with their gradients are the
-    gradients of the decays' logarithms (Yang et al., "Gated Linear Attention Transformers", 2024).
+    gradients of the decays' logarithms (Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient
+    Training", 2024).
     """
     whole, to_end, factors = chunks.whole(), chunks.to_end(), chunks.factors()
     moving = chunks.keys * to_end
