@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from shardxform.forward import memory
+
 pytestmark = pytest.mark.slow
 
 PRUNE_LIMIT = 150e6
@@ -48,6 +50,19 @@ def test_quantize_stays_small(real_shape: Path, tmp_path: Path) -> None:
     dry = [sys.executable, "-m", "shardxform", *map(str, command), "-q", "--json", "--dry-run"]
     planned = json.loads(subprocess.run(dry, check=True, capture_output=True, text=True).stdout)["peak_memory_bytes"]
     assert peak(*command) <= min(planned, QUANTIZE_LIMIT)
+
+
+def test_one_heap_keeps_what_the_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "_of_glibc", {"mallopt": lambda *call: calls.append(call)}.get)
+    for name in memory._HEAP:
+        monkeypatch.delenv(name, raising=False)
+    memory.keep_one_heap()
+    assert calls == [(-8, 1), (-3, 32 << 20), (-1, 64 << 20)]
+    calls.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    memory.keep_one_heap()
+    assert calls == [(-8, 1), (-3, 32 << 20)]
 
 
 PRODUCTS = """

@@ -36,7 +36,7 @@ def keep_one_heap() -> None:
     glibc gives every thread a heap of its own, and what one has freed no other uses. Threads that allocate megabytes
     and compute with them for long do not wait for each other. Pieces of less than 32 MB come from the heap, and its
     free end is given back from 64 MB on: where glibc itself arrives in steps. Until then it asks the system for every
-    tensor anew, and each page of it costs: tuning's delta rule took half as much time again.
+    tensor anew, and each page of it costs: the backward pass of tuning's delta rule took half as much time again.
     """
     option = _of_glibc("mallopt")
     if option is not None:

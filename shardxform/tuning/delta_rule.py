@@ -306,10 +306,8 @@ def _in_chunks(x_BTVD: torch.Tensor) -> torch.Tensor:
     samples, positions, heads, width = x_BTVD.shape
     padded = functional.pad(x_BTVD, (0, 0, 0, 0, 0, -positions % _CHUNK))
     chunks = padded.reshape(samples, -1, _CHUNK, heads, width).permute(1, 0, 3, 2, 4)
-    wide = chunks.to(
-        torch.float32, memory_format=torch.contiguous_format
-    ).contiguous()  # the first of another type only
-    return wide.flatten(1, 2)
+    wide = chunks.to(torch.float32, memory_format=torch.contiguous_format)  # as it is, if it is float32 already
+    return wide.contiguous().flatten(1, 2)
 
 
 def _positions_first(x_NHCD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
