@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shardxform import computing
 from shardxform.block_size import block_sizes
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError
@@ -69,7 +70,7 @@ def plan_prune(
         sidecars=sidecars,
         inputs={
             **view_inputs("prune", source, manifest, options, sidecars),
-            **({"recipe": recipe.facts()} if recipe else {}),
+            **({"recipe": recipe.facts(), computing.KEY: computing.of_model(recipe.device)} if recipe else {}),
         },
         summary={**view_summary(source, view), **({"healed": len(healed)} if recipe else {})},
         notes=view.notes,

@@ -27,6 +27,7 @@ from shardxform.cli.options import json_option, manifest_option
 from shardxform.cli.planned import load_manifest
 from shardxform.cli.sources import SOURCE, Source, open_given, transfer_options
 from shardxform.errors import OutputError, SchemeError
+from shardxform.identity import identify
 from shardxform.progress import peak_rss_bytes
 from shardxform.view import pruned_view
 
@@ -169,7 +170,7 @@ def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: flo
     from shardxform.evaluation import evaluation_facts
 
     spent = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return {"fingerprint": tested.fingerprint, **evaluation_facts(found, windows), **spent}
+    return {"identity": identify(tested).described(), **evaluation_facts(found, windows), **spent}
 
 
 def _report(

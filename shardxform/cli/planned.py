@@ -55,7 +55,8 @@ def execute(
     elif report.left:
         _say_part(plan, report)
     elif report.already_done:
-        click.echo(f"{out}: already complete, made from the same inputs; nothing written")
+        by = f" by other versions or another machine ({report.made_by_others})" if report.made_by_others else ""
+        click.echo(f"{out}: already complete, made from the same inputs{by}; nothing written")
         tell_blocks(report.facts)
     else:
         _say_done(plan, report)
