@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from blake3 import blake3
+
 from shardxform.digests import ALGORITHM, CHUNK_BYTES
 from shardxform.strictjson import JsonError, parse_object, pretty
 
-__all__ = ["FORMAT", "PROVENANCE", "VERSION", "Record", "RecordError", "ShardRecord", "read_record"]
+__all__ = ["FORMAT", "PROVENANCE", "VERSION", "Record", "RecordError", "ShardRecord", "is_as_written", "read_record"]
 
 PROVENANCE: Final = "shardxform.json"
 FORMAT: Final = "shardxform.provenance"
@@ -98,7 +100,7 @@ class Record:
         )
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """The file; with digests it is a finished one, and ends with a checksum of all before it."""
         shards = {name: [each.nbytes, each.head_bytes, each.head_sha256] for name, each in self.shards.items()}
         out: dict[str, Any] = {
             "format": FORMAT,
@@ -117,7 +119,16 @@ class Record:
                 "chunk_bytes": CHUNK_BYTES,
                 "tensors": dict(sorted(self.digests.items())),
             }
+            out["checksum"] = blake3(pretty(out).encode()).hexdigest()
         return pretty(out).encode()
+
+
+def is_as_written(data: bytes) -> bool:
+    """Whether a finished record of this version is, byte for byte, one that was written: any flipped bit shows."""
+    try:
+        return Record.parse(parse_object(data)).to_bytes() == data
+    except (JsonError, RecordError):
+        return False
 
 
 def read_record(path: Path) -> Record | None:
