@@ -108,7 +108,7 @@ class Identity:
         if not isinstance(value, Mapping):
             return None
         config, repository = value.get("config"), value.get("repository", "")
-        shards, values, files = (_mapping(value.get(key, {})) for key in ("shards", "values", "files"))
+        shards, values, files = map(_mapping, (value.get("shards"), value.get("values"), value.get("files", {})))
         if not isinstance(config, str) or shards is None or values is None or files is None:
             return None
         read = {str(name): _read(shard, values.get(name, ""), files.get(name, "")) for name, shard in shards.items()}
