@@ -53,7 +53,7 @@ class Record:
         files: every file -> SHA-256 of a small one; None for shards.
         shards: shard -> what it is.
         digests: tensor -> digest, see `digests`; None while it is made, and in records of version 1.
-        summary, notes, facts: what was planned and found, for people.
+        summary, notes, facts: what was planned and found, for people; of a finished output.
         version: of the form that it was read in.
 
     """
@@ -110,10 +110,8 @@ class Record:
             "files": dict(self.files),
             "shards": shards,
         }
-        for key in ("summary", "notes", "facts"):
-            if value := getattr(self, key):
-                out[key] = list(value) if key == "notes" else dict(value)
         if self.digests is not None:
+            out |= {"summary": dict(self.summary), "notes": list(self.notes), "facts": dict(self.facts)}
             out["digests"] = {
                 "algorithm": ALGORITHM,
                 "chunk_bytes": CHUNK_BYTES,

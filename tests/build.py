@@ -180,6 +180,16 @@ def write_checkpoint(
     return root
 
 
+def forget_digests(out: Path) -> Path:
+    """Make the record of an output one without digests, as of earlier versions: other checks are to find defects."""
+    path = out / "shardxform.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("digests", "checksum"):
+        record.pop(key, None)
+    write_json(path, record)
+    return out
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -287,15 +287,15 @@ def test_a_stored_part_beside_its_weight_is_refused_by_name(tmp_path: Path) -> N
 # -- what stands half done can be gone on with, or started over -----------------------------------------------------
 
 
-def test_force_starts_over_when_the_source_was_downloaded_again(
+def test_a_source_that_was_downloaded_again_is_the_same_source(
     source: Path, finished: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The refusal says to use --force, which did nothing, since the plan is the same."""
     out = interrupted(source, tmp_path / "out")
-    os.utime(sorted(source.glob("*.safetensors"))[0])
-    with pytest.raises(ResumeError, match="--force"):
-        run(plan_of(source), out)
-    run(plan_of(source), out, FORCE)
+    for path in source.glob("*.safetensors"):
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    assert run(plan_of(source), out).resumed_bytes
     assert tree(out) == finished
 
 
@@ -383,11 +383,11 @@ def test_a_sidecar_with_a_line_break_in_its_name_can_be_started_over(source: Pat
     run(plan_of(source, seed=5), out, FORCE)
 
 
-@pytest.mark.parametrize("stamps", [None, 3, []])
-def test_a_plan_record_edited_by_hand_is_an_error_of_one_line(stamps: Any, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"fingerprint": 3}, {"inputs": []}, {"version": 9}, {"shards": {"a": [1]}}])
+def test_a_plan_record_edited_by_hand_is_an_error_of_one_line(change: Any, source: Path, tmp_path: Path) -> None:
     out = interrupted(source, tmp_path / "out")
     record = json.loads((out / ".shardxform" / "plan.json").read_text())
-    (out / ".shardxform" / "plan.json").write_text(json.dumps({**record, "source_mtime_ns": stamps}))
+    (out / ".shardxform" / "plan.json").write_text(json.dumps({**record, **change}))
     with pytest.raises(ShardxformError):
         run(plan_of(source), out)
 

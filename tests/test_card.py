@@ -26,6 +26,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.cli import main
 from shardxform.cli.card_cmd import command
 from shardxform.errors import ManifestError, OutputError, PlanError, ShardxformError
+from shardxform.identity import identify
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"
@@ -81,8 +82,11 @@ def out(quantized: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(quantized, tmp_path / quantized.name))
 
 
-def evaluation(folder: Path, value: Any = EVALUATION, name: str = "eval.json") -> Path:
+def evaluation(folder: Path, value: Any = EVALUATION, name: str = "eval.json", of: Path | None = None) -> Path:
+    """An evaluation as a file; with `of`, one of that checkpoint."""
     path = folder / name
+    if of:
+        value = {**value, "identity": identify(Checkpoint.open(of)).described()}
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
 
@@ -163,7 +167,7 @@ def test_what_is_not_known_is_left_out(quantized: Path) -> None:
 
 def test_the_card_has_the_evaluation(quantized: Path, tmp_path: Path) -> None:
     other = {**EVALUATION, "perplexity": None, "against": None, "data": {"data": "wiki"}}
-    paths = [evaluation(tmp_path), evaluation(tmp_path, other, "other.json")]
+    paths = [evaluation(tmp_path, of=quantized), evaluation(tmp_path, other, "other.json", quantized)]
     text = render(gather(quantized, CardOptions(evaluations=paths)))
     assert "| `heldout.jsonl` | 8,192 | 32 | 36.256 | 27.455 | 0.2628 ± 0.0098 | 73.6% |" in text
     assert "| `wiki` | 8,192 | 32 |  |  |  |  |" in text
@@ -176,7 +180,7 @@ def test_calibration_text_that_was_also_evaluated_on_is_said(quantized: Path, tm
     content = json.loads(KEEP.read_text())["provenance"]["runs"][0]["sha256"]
     for digest, told in ((content, True), ("other", False)):
         data = {**EVALUATION["data"], "data": "calib.jsonl", "sha256": digest}  # type: ignore[dict-item]
-        path = evaluation(tmp_path, {**EVALUATION, "data": data})
+        path = evaluation(tmp_path, {**EVALUATION, "data": data}, of=out)
         text = render(gather(quantized, CardOptions(manifest=KEEP, evaluations=[path])))
         assert ("its figures flatter" in text) is told
 
@@ -461,7 +465,7 @@ def test_text_from_strangers_stays_text(out: Path, tmp_path: Path) -> None:
         record["summary"] = 5
 
     change_record(out, change)
-    path = evaluation(tmp_path, {**EVALUATION, "data": {"data": "x | <b>`y`"}})
+    path = evaluation(tmp_path, {**EVALUATION, "data": {"data": "x | <b>`y`"}}, of=out)
     text = render(gather(out, CardOptions(evaluations=[path])))
     assert "| `x ' <b>'y'` | 8,192 |" in text
     outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -602,7 +606,8 @@ def test_other_inputs_are_refused(out: Path, tmp_path: Path) -> None:
         ({"against": {"top1_agreement": 73}}, "a share from 0 to 1"),
         ({"against": {"block_errors": 5}}, "block_errors: expected a list"),
         ({"against": {"block_errors": ["x"]}}, "block_errors: expected a number"),
-        ({"fingerprint": "of another"}, "of another checkpoint"),
+        ({"fingerprint": "of another"}, "says nothing of the values that it is of"),
+        ({}, "identity: missing"),
     ],
 )
 def test_a_malformed_evaluation_is_refused(change: Any, told: str, out: Path, tmp_path: Path) -> None:
@@ -614,7 +619,7 @@ def test_a_malformed_evaluation_is_refused(change: Any, told: str, out: Path, tm
 
 
 def test_an_evaluation_that_names_this_checkpoint_is_taken(out: Path, tmp_path: Path) -> None:
-    path = evaluation(tmp_path, {**EVALUATION, "fingerprint": Checkpoint.open(out).fingerprint})
+    path = evaluation(tmp_path, of=out)
     found = gather(out, CardOptions(evaluations=[path])).evaluations[0]
     assert isinstance(found, Evaluation)
     assert found.data == Data(name="heldout.jsonl", samples=32, seqlen=256, content="ab")

@@ -23,6 +23,7 @@ from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
 from shardxform.evaluation import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.evaluation_plot import draw  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
+from shardxform.identity import identify  # noqa: E402
 from shardxform.manifest import Manifest  # noqa: E402
 from shardxform.progress import Progress  # noqa: E402
 from shardxform.prune import plan_prune  # noqa: E402
@@ -206,7 +207,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
     options = EvaluateOptions(precision=FLOAT32, work=tmp_path / "w", on_progress=stop)
     with pytest.raises(Interrupted):
         evaluate(source, windows, options)
-    with pytest.raises(ResumeError, match="other data"):
+    with pytest.raises(ResumeError, match="windows of --data: was"):
         run_evaluate(source, held_out(), tmp_path / "w")
     assert run_evaluate(source, windows, tmp_path / "w") == whole
 
@@ -271,7 +272,8 @@ def test_the_card_says_which_sources_were_calibrated_on(small_moe: Path, tmp_pat
     run(plan_prune(Checkpoint.open(small_moe), Manifest.load(manifest)), out)
     for sources, flatters in (([], True), (["code"], True), (["kjv"], False)):
         data = {"data": "calib.jsonl", "sha256": digest, "sources": sources}
-        path.write_text(json.dumps({"data": data, "windows": 1, "tokens": 8, "perplexity": 2.5}))
+        identity = identify(Checkpoint.open(out)).described()
+        path.write_text(json.dumps({"identity": identity, "data": data, "windows": 1, "tokens": 8, "perplexity": 2.5}))
         args = ["card", str(out), "--manifest", str(manifest), "--evaluation", str(path)]
         card = CliRunner().invoke(main, args, catch_exceptions=False).output
         assert "calibration text: `calib.jsonl` (source `code`)" in card

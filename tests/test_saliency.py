@@ -220,11 +220,11 @@ PARTS = ("model", "layers", "mtp_layers", "tokens")
     [
         (
             {"model": MODEL | {"model_type": "deepseek_v3", "num_layers": 9}},
-            "b: model.model_type: 'deepseek_v3', but a",
+            "b: model.model_type: 'deepseek_v3', not",
         ),
-        ({"model": MODEL | {"num_experts_per_tok": 3}}, "b: model.num_experts_per_tok: 3, but a has 2"),
-        ({"model": MODEL | {"source_fingerprint": "cd"}}, "b: model.source_fingerprint: 'cd', but a has 'ab12'"),
-        ({"model": MODEL | {"dtype": "bf16"}}, "b: model.dtype: 'bf16', but a has None"),
+        ({"model": MODEL | {"num_experts_per_tok": 3}}, "b: model.num_experts_per_tok: 3, not 2"),
+        ({"model": MODEL | {"source_fingerprint": "cd"}}, "b: model.source_fingerprint: 'cd', not 'ab12', as a has it"),
+        ({"model": MODEL | {"dtype": "bf16"}}, "b: model.dtype: 'bf16', not None, as a has it"),
         ({"mtp_layers": {}}, "b: mtp_layers.0: missing here, but the other file has it"),
         ({"layers": {0: stats([1, 1, 1, 1]), 1: stats([1, 1, 1, 1]), 2: stats([1, 1, 1, 1])}}, "a: layers.1: missing"),
     ],
@@ -429,5 +429,7 @@ def test_adding_needs_two_of_the_same_checkpoint(tmp_path: Path) -> None:
     assert CliRunner().invoke(command, ["add", files[0], "-o", files[2]]).exit_code == 2
     result = CliRunner().invoke(command, ["add", *files[:2], "-o", files[2]])
     assert isinstance(result.exception, PlanError)
-    assert str(result.exception).startswith(f"{files[1]}: model.source_fingerprint: 'cd', but {files[0]} has 'ab12'")
+    assert str(result.exception).startswith(
+        f"{files[1]}: model.source_fingerprint: 'cd', not 'ab12', as {files[0]} has it"
+    )
     assert not (tmp_path / "out").exists()

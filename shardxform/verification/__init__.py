@@ -29,9 +29,9 @@ from shardxform.verification.structure import Structure, check_structure
 from shardxform.verification.wanted import Wanted, known_of, wanted_of
 from shardxform.view import MtpMode
 
-__all__ = ["Problem", "Rounding", "VerifyReport", "WeightError", "verify"]
+__all__ = ["DEFAULT_JOBS", "Problem", "Rounding", "VerifyReport", "WeightError", "verify"]
 
-_DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
+DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
 
 
 def verify(
@@ -40,7 +40,8 @@ def verify(
     source: str | os.PathLike[str] | Checkpoint | None = None,
     manifest: Manifest | str | os.PathLike[str] | None = None,
     quick: bool = False,
-    jobs: int = _DEFAULT_JOBS,
+    written: bool = False,
+    jobs: int = DEFAULT_JOBS,
     on_progress: Callable[[Progress], None] | None = None,
     text_only: bool | None = None,
     mtp: MtpMode | None = None,
@@ -54,6 +55,7 @@ def verify(
             follow from it.
         manifest: the keep manifest that it was made with; from OUT's shardxform.json where None.
         quick: read headers and small files only, no tensor data.
+        written: although `quick`, hold every tensor against the digest that was taken when it was written.
         jobs: threads that read data.
         on_progress: called after every few dozen MB.
         text_only: made without the vision tower; from shardxform.json where None.
@@ -82,8 +84,8 @@ def verify(
         seen = _look(root, origin, given, findings)
     figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None, "values_compared": 0}
     compared: frozenset[str] = frozenset()
-    if seen.checkpoint and not quick:
-        figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress)
+    if seen.checkpoint and (not quick or written):
+        figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress, only_written=quick)
     return VerifyReport(
         out=root,
         source=origin.where if origin else None,
@@ -161,6 +163,8 @@ def _check_data(
     findings: Findings,
     jobs: int,
     on_progress: Callable[[Progress], None] | None,
+    *,
+    only_written: bool,
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """Everything that needs tensor data, and with it numpy; figures of the report, and the tensors compared."""
     from shardxform.verification.data import Comparison, check_data
@@ -170,7 +174,7 @@ def _check_data(
     layout, stored = (structure.layout, structure.stored) if structure else (None, None)
     rule = wanted.rule if wanted else None
     comparison = None
-    if wanted:
+    if wanted and not only_written:
         source = wanted.view.checkpoint
         comparison = Comparison(source.root, wanted.same_bytes, wanted.derived, wanted.pairs, rule, source.remote)
     figures = check_data(
@@ -180,9 +184,10 @@ def _check_data(
         findings,
         stored=stored,
         digests=seen.digests,
+        only_written=only_written,
         jobs=jobs,
         on_progress=on_progress,
     )
-    rounding = report_tallies(figures.tallies, rule, findings) if rule else None
+    rounding = report_tallies(figures.tallies, rule, findings) if rule and comparison else None
     told = {key: getattr(figures, key) for key in _FIGURES}
     return {**told, "rounding": rounding, "values_compared": len(figures.compared)}, figures.compared
