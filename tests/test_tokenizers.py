@@ -136,9 +136,9 @@ def test_ids_other_than_those_of_the_file_are_told_of(tmp_path: Path) -> None:
     windows = load(model(tmp_path / "m", backend, "qwen3_5_moe_text", vocab_size=260), data(tmp_path, TEXT))
     (note,) = windows.notes
     assert note == (
-        f"{file}: read as Qwen3_5Tokenizer, it gives other ids than the file says, for 2 of 5 texts looked at, of the "
-        "data and of a fixed sample: 16 ('1') instead of 256 ('12') in \"t me see: 1234 houses, isn't i\"; clients that "
-        "take the file alone see other text"
+        f"{file}: read as Qwen3_5Tokenizer, it gives other ids than the file says, for 2 of 5 texts looked at, of "
+        "the data and of a fixed sample: 16 ('1') instead of 256 ('12') in \"t me see: 1234 houses, isn't i\"; clients "
+        "that take the file alone see other text"
     )
     assert load(model(tmp_path / "m", backend), data(tmp_path, TEXT)).notes == ()  # a class that leaves the file alone
     far = load(
@@ -189,15 +189,15 @@ def test_the_first_token_that_two_models_read_otherwise_is_named(tmp_path: Path,
     with pytest.raises(PlanError) as caught:
         load(tested, path, reference, pack=pack, samples=9)
     assert str(caught.value) == (
-        f"{reference}: its tokenizer is another than that of {tested}: d.jsonl: document 2: token 13 is 256 ('12'), "
-        "expected 16 ('1'); models are compared on the same ids"
+        f"{reference}: its tokenizer is another than that of {tested}: document 2 of the data, in d.jsonl: token 13 is "
+        "256 ('12'), expected 16 ('1'); models are compared on the same ids"
     )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: model(root, permuted()), "d.jsonl: document 1: token 1 is "),
+        (lambda root: model(root, permuted()), "document 1 of the data, in d.jsonl: token 1 is "),
         (lambda root: model(root, byte_level(), tokenizer={"eos_token": "a"}), "the end of a text is 64, expected 256"),
     ],
 )
@@ -230,7 +230,10 @@ def test_evaluate_does_not_compare_models_of_different_tokenizers(small_moe: Pat
     result = CliRunner().invoke(main, ["evaluate", str(other), "--against", str(small_moe), *asked])
     told = str(result.exception) + result.output
     assert result.exit_code != 0
-    assert f"{small_moe}: its tokenizer is another than that of {other}: heldout.jsonl: document 1: token 1 is" in told
+    assert (
+        f"{small_moe}: its tokenizer is another than that of {other}: document 1 of the data, in heldout.jsonl: token 1"
+        in told
+    )
     (other / "tokenizer.json").unlink()
     given = ["evaluate", str(small_moe), "--against", str(other), *asked, "--json"]
     result = CliRunner().invoke(main, given)

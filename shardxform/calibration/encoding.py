@@ -136,10 +136,10 @@ class Encoder:
             at = _first_difference(ids, other)
             mine, theirs = (_token(of, each[at : at + 1]) for of, each in ((self.tokenizer, ids), (self.twin, other)))
             file = self.files[piece.file] if piece.file < len(self.files) else "the data"
+            number, token = piece.document + 1, self._before + at + 1
             raise PlanError(
-                f"{self.twin.root}: its tokenizer is another than that of {self.tokenizer.root}: {file}: document "
-                f"{piece.document + 1}: token {self._before + at + 1} is {theirs}, expected {mine}; models are compared"
-                " on the same ids"
+                f"{self.twin.root}: its tokenizer is another than that of {self.tokenizer.root}: document {number} of "
+                f"the data, in {file}: token {token} is {theirs}, expected {mine}; models are compared on the same ids"
             )
         self._before += len(ids)
 
