@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from shardxform import header
 from shardxform.errors import CheckpointError
 from shardxform.fsio import not_a_directory
-from shardxform.strictjson import JsonError, dumps, parse_object
+from shardxform.strictjson import JsonError, parse_object
 from shardxform.tensors import ByteRange, TensorRef
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ _SIDECARS: Final = (
 class Shard:
     """One `.safetensors` file as it was when opened; `mtime_ns` is 0 where a commit stands for what it holds.
 
-    `header_sha256` covers length prefix and JSON.
+    `header_sha256` covers length prefix and JSON. `entries` are all its tensors, in the order of their data.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Shard:
     data_start: int
     header_sha256: str
     mtime_ns: int
+    entries: tuple[header.Entry, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +149,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(ref.nbytes for ref in self.tensors.values())
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the config and the size and header of every shard: what it is, wherever it lies."""
-        shards = {shard.name: [shard.nbytes, shard.header_sha256] for shard in self.shards}
-        return hashlib.sha256(dumps({"config": dict(self.config), "shards": shards}).encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -337,7 +332,8 @@ def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
         raise CheckpointError(f"{path}: {detail}") from e
     start = len(head.data)
     entries = header.decode(head.data[header.LENGTH_BYTES :], head.nbytes - start, str(path))
-    table.shards.append(Shard(name, head.nbytes, start, hashlib.sha256(head.data).hexdigest(), head.mtime_ns))
+    digest = hashlib.sha256(head.data).hexdigest()
+    table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, tuple(entries)))
     for entry in entries:
         spec = entry.spec
         ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()

@@ -23,7 +23,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
 from shardxform.forward.experts import Observer
-from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
+from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
 from shardxform.forward.skeleton import Head, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
@@ -112,7 +112,7 @@ def evaluate(
     """
     sources = {_TESTED: checkpoint} | ({_REFERENCE: against} if against else {})
     refuse_inside(options.work, [each.root for each in sources.values()])
-    mark = work_mark(fingerprint("evaluate", sources, windows, options.precision), sources)
+    inputs = pass_inputs("evaluate", sources, windows, options.precision)
     with contextlib.ExitStack() as stack:
         chains = {
             name: Skeleton(stack.enter_context(Weights(each, options.precision))) for name, each in sources.items()
@@ -120,7 +120,7 @@ def evaluate(
         _refuse_other_shapes(chains)
         for skeleton in chains.values():
             skeleton.weights.check()
-        work = stack.enter_context(WorkDir(options.work, mark))
+        work = stack.enter_context(WorkDir(options.work, inputs))
         head_tokens = int(windows.lengths_N.sum()) * len(chains)
         job = Pass(windows, chains, work, options.on_progress, head_tokens)
         blocks = run_pass(job, _Differences())

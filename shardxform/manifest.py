@@ -10,12 +10,13 @@ import copy
 import os
 import stat
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
 
 from shardxform.errors import ManifestError
+from shardxform.identity import Identity
 from shardxform.layout import Layout
 from shardxform.manifest_import import FORMS, MAX_ID, Source, form_of, read_ids, read_layers, show
 from shardxform.strictjson import JsonError, parse_object
@@ -26,6 +27,7 @@ FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
 _KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep")
 _MAX_BYTES: Final = 64 << 20  # a manifest of 100 layers of 512 experts is 300 kB; this is a shard given by mistake
+_OF_SOURCE: Final = ("identity", "source_fingerprint")
 _TOP_GROUP_KEY: Final = "topk_group"
 
 
@@ -167,6 +169,29 @@ class Manifest:
         _check_range(self, layout.num_experts)
         if layout.groups > 1:
             _check_groups(self, layout)
+
+    def refuse_other_source(self, identity: Identity, names: Mapping[str, Sequence[str]]) -> None:
+        """Refuse a manifest that says it was chosen on another checkpoint, or on other values; most say nothing of it.
+
+        Args:
+            identity: of the checkpoint at hand.
+            names: shard -> its tensors.
+
+        Raises:
+            ManifestError: names the first difference.
+
+        """
+        chosen = Identity.from_dict(self.model.get("identity"))
+        where = chosen.difference(identity, names) if chosen else ""
+        if where:
+            raise ManifestError(
+                f"{self.where}: chosen on another checkpoint: {where}; score and select on this one, or give"
+                " --any-source to prune by it all the same"
+            )
+
+    def of_any_source(self) -> Manifest:
+        """The same choice without a word on the checkpoint that it was made on."""
+        return replace(self, model={key: value for key, value in self.model.items() if key not in _OF_SOURCE})
 
 
 def keep_all(layout: Layout) -> Manifest:

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from shardxform.errors import ManifestError
 from shardxform.layout import Layout
+from shardxform.record import FORMAT as RECORD_FORMAT
 
 __all__ = [
     "FORMS",
     "MAX_ID",
-    "RECORD_FORMAT",
     "Content",
     "Form",
     "Source",
@@ -35,9 +35,6 @@ __all__ = [
 
 MAX_ID: Final = 10**9
 """Beyond any layer or expert number; a larger one is a typo, and absurdly many digits would not even print."""
-
-RECORD_FORMAT: Final = "shardxform.provenance"
-"""What the record of an output calls itself; it holds the keep lists that the output was pruned by."""
 
 _LAYER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _SHORT: Final = reprlib.Repr()

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+from shardxform.digests import FACT, digest_chunks
 from shardxform.errors import OutputError, ResumeError
+from shardxform.identity import names_of
 from shardxform.journal import Journal
-from shardxform.outdir import JOURNAL, PARTIAL, PLAN, WORK, holds, read_record
+from shardxform.option_names import with_option
+from shardxform.outdir import JOURNAL, PARTIAL, PLAN, WORK, difference, holds
 from shardxform.output import Output
 from shardxform.plan import Step
+from shardxform.record import read_record
 
 __all__ = ["adopt"]
 
@@ -33,12 +40,14 @@ def adopt(output: Output, journal: Journal, part: Path) -> int:
     record = read_record(part / WORK / PLAN)
     if record is None:
         raise OutputError(f"{part}: expected unfinished work of shardxform's, as `quantize --blocks` leaves it")
-    if record.get("fingerprint") != output.plan.fingerprint:
-        raise ResumeError(f"{part}: made from other inputs than {output.root}; parts must share all options")
+    if record.fingerprint != output.plan.fingerprint:
+        where = with_option(difference(record.inputs, output.plan.inputs, names_of(output.plan.source_shards)))
+        raise ResumeError(f"{part}: made from other inputs than {output.root}: {where or 'another plan'}")
     copied = 0
     facts = Journal.read(part / WORK / JOURNAL, output.plan.fingerprint, len(output.plan.steps))
     for number in sorted(facts.keys() - journal.done):
         copied += _copy(output, output.plan.steps[number], part)
+        _refuse_damaged(output, output.plan.steps[number], facts[number], part)
         journal.record({number: facts[number]})
     return copied
 
@@ -62,6 +71,16 @@ def _copy(output: Output, step: Step, part: Path) -> int:
         for _, target in opened.values():
             fs.sync(target)
     return copied
+
+
+def _refuse_damaged(output: Output, step: Step, facts: Mapping[str, Any], part: Path) -> None:
+    """Hold what was copied against the digests that were taken when it was written."""
+    chunks = output.plan.chunks.of(step.writes)
+    found = digest_chunks(chunks, output.partial, output.fs)
+    for chunk, digest, recorded in zip_longest(chunks, found, facts.get(FACT, [])):
+        if digest != recorded or chunk is None:
+            name = f"tensor '{chunk.tensor}'" if chunk else "a step"
+            raise OutputError(f"{part}: {name} is not as it was written: its digest differs; tune that part again")
 
 
 def _shard(output: Output, part: Path, number: int) -> Path:

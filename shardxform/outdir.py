@@ -11,47 +11,51 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final, Literal
 
+from shardxform import computing
 from shardxform.checkpoint import CONFIG, INDEX, WORK
 from shardxform.errors import OutputError, ResumeError
 from shardxform.fsio import not_a_directory
-from shardxform.manifest_import import RECORD_FORMAT
+from shardxform.identity import names_of, values_difference
 from shardxform.option_names import with_option
 from shardxform.plan import Plan, ShardPlan
-from shardxform.strictjson import JsonError, parse_object
+from shardxform.record import PROVENANCE, Record, ShardRecord, read_record
 
 __all__ = [
     "JOURNAL",
     "LOCK",
     "PARTIAL",
     "PLAN",
-    "PROVENANCE",
+    "STATES",
     "WORK",
     "State",
     "damage",
     "difference",
     "holds",
+    "is_of",
     "is_ours",
-    "read_record",
+    "made_by_others",
     "record_of",
     "refuse_obstacles",
     "refuse_other_plan",
     "removable",
     "state_of",
+    "states_of",
 ]
 
-PROVENANCE: Final = "shardxform.json"
 PLAN: Final = "plan.json"
 LOCK: Final = "lock"
 JOURNAL: Final = "journal"
 PARTIAL: Final = ".partial"
-_MAX_RECORD_BYTES: Final = 64 << 20
+STATES: Final = "states-"  # begins the name of a directory of hidden states, and a fingerprint's first digits end it
+_STATE_FILES: Final = (".hidden", ".tmp")
 _MOST_SHOWN: Final = 60  # characters of a value in a message
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
+_STATES: Final = re.compile(STATES + "[0-9a-f]{16}")
 _DIGESTS: Final = ("windows", "values")  # keys of digests, which say nothing of what they are of
 
 
@@ -60,7 +64,7 @@ class State:
     """What stands in the output directory, and the record it was made from."""
 
     name: Literal["new", "unfinished", "finished"]
-    record: Mapping[str, Any]
+    record: Record | None = None
 
 
 def state_of(root: Path, plan: Plan) -> State:
@@ -73,19 +77,19 @@ def state_of(root: Path, plan: Plan) -> State:
     _refuse_file_above(root)
     _refuse_overlap(root, plan)
     if not os.path.lexists(root):
-        return State("new", {})
+        return State("new")
     if not root.is_dir():
         raise OutputError(f"{root}: expected a directory or nothing, found something else")
     names = {entry.name for entry in os.scandir(root)}
     _refuse_foreign_work(root / WORK)
     committed = read_record(root / PROVENANCE) if CONFIG in names else None
-    if committed is not None and (WORK not in names or _sha256(root / CONFIG) == _digest(committed, CONFIG)):
+    if committed is not None and (WORK not in names or _sha256(root / CONFIG) == committed.files.get(CONFIG)):
         return State("finished", committed)  # a crash may have left the work directory behind
     begun = read_record(root / WORK / PLAN)
     if begun is not None:
         return State("unfinished", begun)
     if names <= {WORK}:
-        return State("new", {})
+        return State("new")
     raise OutputError(f"{root}: not empty, and not an output of shardxform; name a new directory")
 
 
@@ -96,10 +100,9 @@ def refuse_other_plan(root: Path, plan: Plan, state: State) -> None:
         ResumeError: names the first difference.
 
     """
-    if state.name == "new" or state.record.get("fingerprint") == plan.fingerprint:
+    if state.record is None or is_of(state, plan):
         return
-    inputs = state.record.get("inputs")
-    where = difference(inputs, plan.inputs) if isinstance(inputs, dict) else "unknown inputs"
+    where = difference(state.record.inputs, plan.inputs, names_of(plan.source_shards))
     verb = "holds unfinished work" if state.name == "unfinished" else "holds an output"
     if where.startswith("source.repository: was 'hf://"):
         where = f"{where}; name that commit after @ to go on"
@@ -109,6 +112,21 @@ def refuse_other_plan(root: Path, plan: Plan, state: State) -> None:
     )
 
 
+def is_of(state: State, plan: Plan) -> bool:
+    """Whether what stands there is of this plan; what computed it does not count once it is finished."""
+    record, wanted = state.record, record_of(plan)
+    if record is None or record.fingerprint == plan.fingerprint:
+        return record is not None
+    same = (record.files, record.shards) == (wanted.files, wanted.shards) and state.name == "finished"
+    return same and not difference(computing.without(record.inputs), computing.without(plan.inputs))
+
+
+def made_by_others(state: State, plan: Plan) -> str:
+    """Say what else computed a finished output than would compute it now; empty where nothing did."""
+    found = state.record.inputs.get(computing.KEY, {}) if state.record else {}
+    return difference(found, plan.inputs.get(computing.KEY, {}))
+
+
 def refuse_obstacles(root: Path, plan: Plan) -> None:
     """Refuse when a file that shardxform did not write stands under a name that it is going to write.
 
@@ -116,7 +134,7 @@ def refuse_obstacles(root: Path, plan: Plan) -> None:
         OutputError: names the file.
 
     """
-    small = record_of(plan)["files"]
+    small = record_of(plan).files
     for shard in plan.shards:
         path = root / shard.name
         if os.path.lexists(path) and not holds(path, shard):
@@ -135,9 +153,9 @@ def damage(root: Path, plan: Plan) -> str:
     for shard in plan.shards:
         if not holds(root / shard.name, shard):
             return shard.name
-    for name, digest in record_of(plan)["files"].items():
+    for name, digest in record_of(plan).files.items():
         if digest and _sha256(root / name) != digest and not name.lower().startswith("readme"):
-            return str(name)
+            return name
     return ""
 
 
@@ -148,9 +166,8 @@ def removable(root: Path, state: State) -> list[Path]:
         OutputError: a file was changed since shardxform wrote it, or the record is not to be believed.
 
     """
-    files, shards = state.record.get("files"), state.record.get("shards")
-    if not isinstance(files, dict) or not isinstance(shards, dict):
-        raise OutputError(f"{root}: its record names no files; remove the directory yourself")
+    assert state.record is not None
+    files, shards = state.record.files, state.record.shards
     out: list[Path] = []
     for name, digest in sorted({**files, PROVENANCE: None}.items(), key=lambda item: item[0] != CONFIG):
         path = root / name
@@ -164,17 +181,16 @@ def removable(root: Path, state: State) -> list[Path]:
     return out
 
 
-def is_ours(path: Path, digest: object, shard: object) -> bool:
+def is_ours(path: Path, digest: str | None, shard: ShardRecord | None) -> bool:
     """Whether a file is as a record has it: a small one by SHA-256, a shard by its size and its header's SHA-256."""
-    if isinstance(digest, str):
+    if digest is not None:
         return _sha256(path) == digest
-    if not isinstance(shard, list) or len(shard) != 3 or not all(type(n) is int and n >= 0 for n in shard[:2]):
+    if shard is None:
         return False
-    nbytes, head_bytes, head_sha256 = shard
     with _opened(path) as file:
-        if file is None or os.fstat(file.fileno()).st_size != nbytes or head_bytes > nbytes:
+        if file is None or os.fstat(file.fileno()).st_size != shard.nbytes:
             return False
-        return bool(hashlib.sha256(file.read(head_bytes)).hexdigest() == head_sha256)
+        return hashlib.sha256(file.read(shard.head_bytes)).hexdigest() == shard.head_sha256
 
 
 def holds(path: Path, shard: ShardPlan) -> bool:
@@ -187,49 +203,41 @@ def holds(path: Path, shard: ShardPlan) -> bool:
         )
 
 
-def record_of(plan: Plan) -> dict[str, Any]:
-    """What binds a directory to a plan.
-
-    `files` gives small files their SHA-256 and shards none; `shards` gives those size, header size, header SHA-256.
-    """
+def record_of(plan: Plan) -> Record:
+    """What binds a directory to a plan; no facts and no digests yet."""
     small = dict(plan.sidecars)
     small[CONFIG] = hashlib.sha256(plan.config).hexdigest()
     if plan.index:
         small[INDEX] = hashlib.sha256(plan.index).hexdigest()
-    return {
-        "format": RECORD_FORMAT,
-        "version": 1,
-        "fingerprint": plan.fingerprint,
-        "inputs": plan.inputs,
-        "files": {name: small.get(name) for name in plan.files()},
-        "shards": {s.name: [s.nbytes, len(s.head), hashlib.sha256(s.head).hexdigest()] for s in plan.shards},
-    }
+    return Record(
+        fingerprint=plan.fingerprint,
+        inputs=plan.inputs,
+        files={name: small.get(name) for name in plan.files()},
+        shards={s.name: ShardRecord(s.nbytes, len(s.head), hashlib.sha256(s.head).hexdigest()) for s in plan.shards},
+    )
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Read a record of ours; None when it is none."""
-    with _opened(path) as file:
-        if file is None or os.fstat(file.fileno()).st_size > _MAX_RECORD_BYTES:
-            return None
-        try:
-            record = parse_object(file.read())
-        except (OSError, JsonError):
-            return None
-    return record if record.get("format") == RECORD_FORMAT else None
+def difference(old: object, new: object, names: Mapping[str, Sequence[str]] | None = None, path: str = "") -> str:
+    """Describe the first place where two records differ, or return an empty string.
 
+    Args:
+        old: what was recorded.
+        new: what is asked for now.
+        names: shard of the source -> its tensors, by which other values are named.
+        path: where both stand, for the description.
 
-def difference(old: object, new: object, path: str = "") -> str:
-    """Describe the first place where two records differ, or return an empty string."""
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         if path and _is_other_text(old, new):
             return f"{path}: the text of {_brief(new['data'])} has changed since"
         keys = [*new, *(key for key in old if key not in new)]
         for key in sorted(keys, key=_DIGESTS.__contains__):  # what they were made from comes first
-            if found := difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key)):
+            inner = f"{path}.{key}" if path else str(key)
+            if inner.endswith("source.values") and old.get(key) != new.get(key):
+                return f"{inner}: {values_difference(old.get(key), new.get(key), names or {})}"
+            if found := difference(old.get(key), new.get(key), names, inner):
                 return found
         return ""
-    if path.endswith("source.values") and old != new:
-        return f"{path}: other weights of the same names and shapes"
     plain_old, plain_new = (list(v) if isinstance(v, tuple) else v for v in (old, new))
     return "" if plain_old == plain_new else f"{path}: was {_brief(old)}, now {_brief(new)}"
 
@@ -265,9 +273,22 @@ def _refuse_foreign_work(work: Path) -> None:
     if not stat.S_ISDIR(os.lstat(work).st_mode):
         raise OutputError(f"{work}: expected shardxform's own directory, found something else; move it away")
     for entry in os.scandir(work):
-        ours = entry.name in (LOCK, JOURNAL, PLAN) or entry.name.endswith((".hidden", ".tmp"))
-        if not ours or not entry.is_file(follow_symlinks=False):
-            raise OutputError(f"{entry.path}: not shardxform's; move it away")
+        if _STATES.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            foreign = [each for each in os.scandir(entry.path) if not _is_plain(each, _STATE_FILES)]
+        else:
+            foreign = [entry] if not _is_plain(entry, (LOCK, JOURNAL, PLAN, ".hidden", ".tmp")) else []
+        if foreign:
+            raise OutputError(f"{foreign[0].path}: not shardxform's; move it away")
+
+
+def _is_plain(entry: os.DirEntry[str], endings: tuple[str, ...]) -> bool:
+    """Whether an entry is a file of its own whose name ends like one of ours."""
+    return entry.name.endswith(endings) and entry.is_file(follow_symlinks=False)
+
+
+def states_of(work: Path, fingerprint: str) -> Path:
+    """Where the hidden states of a plan lie, in the work directory of its output."""
+    return work / f"{STATES}{fingerprint[:16]}"
 
 
 def _is_inside(root: Path, name: object) -> bool:
@@ -294,11 +315,6 @@ def _opened(path: Path) -> Iterator[BinaryIO | None]:
 def _sha256(path: Path) -> str:
     with _opened(path) as file:
         return hashlib.sha256(file.read()).hexdigest() if file is not None else ""
-
-
-def _digest(record: Mapping[str, Any], name: str) -> object:
-    files = record.get("files")
-    return files.get(name) if isinstance(files, dict) else None
 
 
 def _brief(value: object) -> str:

@@ -2,6 +2,7 @@
 
     OUT/.shardxform/plan.json   what this work is bound to          written first
     OUT/.shardxform/journal     steps durably done
+    OUT/.shardxform/states-*/   hidden states of the plan with these digits: no other plan takes them for its own
     OUT/*.safetensors.partial   final header, preallocated          filled in any order
     OUT/*.safetensors           published: renamed when complete
     OUT/<sidecars>, index, shardxform.json
@@ -17,19 +18,31 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shardxform.checkpoint import CONFIG, INDEX
-from shardxform.errors import ExecutionError, OutputError, ResumeError
+from shardxform.digests import tensor_digest
+from shardxform.errors import ExecutionError, OutputError
 from shardxform.fsio import FileSystem
-from shardxform.outdir import JOURNAL, LOCK, PARTIAL, PLAN, PROVENANCE, WORK, State, holds, read_record, record_of
+from shardxform.outdir import (
+    JOURNAL,
+    LOCK,
+    PARTIAL,
+    PLAN,
+    STATES,
+    WORK,
+    State,
+    holds,
+    record_of,
+    states_of,
+)
 from shardxform.plan import Plan, ShardPlan
+from shardxform.record import PROVENANCE, Record, read_record
 from shardxform.remote.reading import open_source
 from shardxform.sharding import show_size
 from shardxform.sources import SourceReader
-from shardxform.strictjson import pretty
 
 __all__ = ["Output"]
 
@@ -46,6 +59,11 @@ class Output:
     def work(self) -> Path:
         """The work directory."""
         return self.root / WORK
+
+    @property
+    def states(self) -> Path:
+        """The directory of the hidden states that the plan's blocks are tuned by; no other plan has it."""
+        return states_of(self.work, self.plan.fingerprint)
 
     @property
     def journal(self) -> Path:
@@ -86,27 +104,11 @@ class Output:
             yield
 
     def bind(self) -> None:
-        """Write plan.json, unless this plan is bound already."""
-        bound = read_record(self.work / PLAN) or {}
-        if bound.get("fingerprint") != self.plan.fingerprint or "source_mtime_ns" not in bound:
-            stamps = {shard.name: shard.mtime_ns for shard in self.plan.source_shards}
-            record = {**record_of(self.plan), "source_mtime_ns": stamps}
-            self.fs.write_atomic(self.work / PLAN, pretty(record).encode(), self.work)
-
-    def refuse_changed_source(self) -> None:
-        """Compare the source with what plan.json recorded when the work began.
-
-        Raises:
-            ResumeError: a shard was modified since.
-
-        """
-        stamps = (read_record(self.work / PLAN) or {}).get("source_mtime_ns")
-        for shard in self.plan.source_shards:
-            if not isinstance(stamps, dict) or stamps.get(shard.name) != shard.mtime_ns:
-                raise ResumeError(
-                    f"{self.plan.source / shard.name}: modified since the work in {self.root} began;"
-                    " start over with --force"
-                )
+        """Write plan.json, unless this plan is bound already, and remove the hidden states of any other."""
+        bound = read_record(self.work / PLAN)
+        if bound is None or bound.fingerprint != self.plan.fingerprint:
+            self.fs.write_atomic(self.work / PLAN, record_of(self.plan).to_bytes(), self.work)
+        self._remove_states(but=self.states)
 
     def bring_sidecars(self) -> None:
         """Fetch the sidecars of a repository now, rather than when hours of work are to be committed.
@@ -155,11 +157,12 @@ class Output:
                 self.fs.rename(self.partial(number), self.root / shard.name)
         self.fs.sync_dir(self.root)
 
-    def commit(self, facts: Mapping[str, Any]) -> None:
+    def commit(self, facts: Mapping[str, Any], digests: Mapping[str, str]) -> None:
         """Write sidecars, index and provenance, and config.json last; then remove the work directory.
 
         Args:
-            facts: what the steps found, for the provenance.
+            facts: what the steps found, for the record.
+            digests: of every tensor, for the record.
 
         Raises:
             ExecutionError: a sidecar of the source changed since it was planned.
@@ -175,12 +178,13 @@ class Output:
             self._put(name, data)
         if self.plan.index:
             self._put(INDEX, self.plan.index)
-        self._put(PROVENANCE, self._provenance(facts))
+        self._put(PROVENANCE, self._record(facts, digests).to_bytes())
         self._put(CONFIG, self.plan.config)
         self.clean()
 
     def clean(self) -> None:
         """Remove the work directory; the lock goes last."""
+        self._remove_states()
         names = sorted((path.name for path in self.work.iterdir()), key=lambda name: name == LOCK)
         for name in names:
             self.fs.remove_if_there(self.work / name)
@@ -193,17 +197,35 @@ class Output:
         Its record goes to plan.json, so that a crash leaves an unfinished output of ours rather than a foreign one, and
         config.json goes first, so that no moment shows a damaged checkpoint as a whole one.
         """
-        record = {key: value for key, value in state.record.items() if key != "source_mtime_ns"}
-        self.fs.write_atomic(self.work / PLAN, pretty(record).encode(), self.work)
+        assert state.record is not None
+        begun = replace(state.record, digests=None, summary={}, notes=(), facts={})
+        self.fs.write_atomic(self.work / PLAN, begun.to_bytes(), self.work)
         self.fs.remove_if_there(self.journal)
+        self._remove_states()
         for path in files:
             self.fs.remove_if_there(path)
         self.fs.sync_dir(self.root)
 
-    def _provenance(self, facts: Mapping[str, Any]) -> bytes:
-        """Bytes of shardxform.json: what the output was made from. No clock, no host: same inputs, same bytes."""
-        told = {"summary": dict(self.plan.summary), "notes": list(self.plan.notes), "facts": dict(facts)}
-        return pretty({**record_of(self.plan), **told}).encode()
+    def _remove_states(self, but: Path | None = None) -> None:
+        """Remove hidden states, but for those in `but`; some of earlier versions lie in the work directory itself."""
+        for path in self.work.iterdir():
+            if path.name.endswith(".hidden"):
+                self.fs.remove_if_there(path)
+            elif path.name.startswith(STATES) and path != but:
+                for state in path.iterdir():
+                    self.fs.remove_if_there(state)
+                self.fs.rmdir(path)
+
+    def _record(self, facts: Mapping[str, Any], digests: Mapping[str, str]) -> Record:
+        """What shardxform.json says: how the output was made, and what it holds."""
+        empty = {entry.spec.name: tensor_digest(()) for shard in self.plan.shards for entry in shard.entries}
+        return replace(
+            record_of(self.plan),
+            digests={**empty, **digests},
+            summary=self.plan.summary,
+            notes=self.plan.notes,
+            facts=facts,
+        )
 
     def _allocated(self) -> int:
         total = 0
@@ -229,7 +251,7 @@ class Output:
         if os.path.lexists(path):
             if not path.is_symlink() and path.read_bytes() == data:
                 return
-            ours = name == PROVENANCE and (read_record(path) or {}).get("fingerprint") == self.plan.fingerprint
-            if not ours:
+            record = read_record(path) if name == PROVENANCE else None
+            if record is None or record.fingerprint != self.plan.fingerprint:
                 raise OutputError(f"{path}: stands in the way and is not shardxform's; move it away and run again")
         self.fs.write_atomic(path, data, self.work)

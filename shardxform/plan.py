@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform import header
 from shardxform.checkpoint import INDEX, Checkpoint, Shard
+from shardxform.digests import CHUNK_BYTES, Chunks
 from shardxform.errors import PlanError
-from shardxform.sampling import sampled
+from shardxform.identity import identify
 from shardxform.sharding import natural_key, shard_names, split
 from shardxform.strictjson import dumps, pretty
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec
@@ -33,7 +34,6 @@ __all__ = [
     "Segment",
     "ShardPlan",
     "Step",
-    "config_sha256",
     "copy_steps",
     "extents_of",
     "lay_out",
@@ -178,6 +178,11 @@ class Plan:
         return digest.hexdigest()
 
     @cached_property
+    def chunks(self) -> Chunks:
+        """Finds what digests are taken of."""
+        return Chunks(self.shards)
+
+    @cached_property
     def index(self) -> bytes | None:
         """Bytes of the index, or None for a single shard, which needs none."""
         if len(self.shards) == 1:
@@ -200,10 +205,10 @@ class Plan:
         return base + 12 * headers + max(kernels + jobs * beside, alone)
 
     def check(self) -> None:
-        """Assert that the steps write every byte of every shard exactly once.
+        """Assert that the steps write every byte of every shard exactly once, and every chunk of a tensor in one step.
 
         Raises:
-            PlanError: a hole or an overlap; a bug in the planner, caught before anything is written.
+            PlanError: a hole, an overlap or a part of a chunk; a bug in the planner, caught before anything is written.
 
         """
         extents = sorted((e.shard, e.offset, e.length) for step in self.steps for e in step.writes if e.length)
@@ -215,6 +220,8 @@ class Plan:
         for i, shard_plan in enumerate(self.shards):
             if position[i] != shard_plan.nbytes:
                 raise PlanError(f"internal: steps leave {shard_plan.name} unfilled from byte {position[i]}")
+        for step in self.steps:
+            self.chunks.of(step.writes)
 
 
 def tokens_of(step: Step) -> int:
@@ -250,19 +257,21 @@ def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPla
 
 
 def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
-    """Steps that fill `shards` by copying every tensor found in `tensors`, in file order, `STEP_BYTES` at a time."""
+    """Steps that fill `shards` by copying every tensor found in `tensors`, in file order.
+
+    A step writes whole chunks, of which digests are taken, and at most `STEP_BYTES`.
+    """
     for number, shard in enumerate(shards):
         pending: list[Segment] = []
         room = STEP_BYTES
-        for segment in _joined(_segments(number, shard, tensors)):
-            for piece in _pieces(segment, room):
-                pending.append(piece)
-                room -= piece.source.length
-                if room == 0:
-                    yield Copy(tuple(pending))
-                    pending, room = [], STEP_BYTES
+        for chunk, nbytes in _chunks(number, shard, tensors):
+            if pending and nbytes > room:
+                yield Copy(tuple(_joined(pending)))
+                pending, room = [], STEP_BYTES
+            pending += chunk
+            room -= nbytes
         if pending:
-            yield Copy(tuple(pending))
+            yield Copy(tuple(_joined(pending)))
 
 
 def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
@@ -275,31 +284,30 @@ def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
 
 
 def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:
-    """What a plan depends on in its source: config, headers, sizes and sidecars, by name; its commit on the hub.
+    """What a plan depends on in its source: its identity, and its sidecars by name.
 
-    Of a folder, a mark of the values too, by which one fine-tune is told from another.
+    Raises:
+        CheckpointError: a shard cannot be read.
+
     """
-    here = {"repository": str(source.remote)} if source.remote else {"values": sampled(source.root, source.shards)}
-    return {
-        **here,
-        "config": config_sha256(source.config),
-        "shards": {shard.name: [shard.nbytes, shard.header_sha256] for shard in source.shards},
-        "sidecars": dict(sidecars),
-    }
+    return {**identify(source).to_dict(), "sidecars": dict(sidecars)}
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
-    """What identifies a config, whatever its formatting."""
-    return hashlib.sha256(dumps(config).encode()).hexdigest()
-
-
-def _segments(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[Segment]:
+def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[list[Segment], int]]:
+    """Segments of every chunk of a shard's tensors, and their bytes."""
     for entry in shard.entries:
         ref = tensors.get(entry.spec.name)
-        offset = len(shard.head) + entry.begin
-        for piece in ref.ranges if ref else ():
-            yield Segment(piece, number, offset)
-            offset += piece.length
+        offset, chunk, room = len(shard.head) + entry.begin, [], CHUNK_BYTES
+        for place in ref.ranges if ref else ():
+            for piece in _pieces(place, room):
+                chunk.append(Segment(piece, number, offset))
+                offset += piece.length
+                room -= piece.length
+                if not room:
+                    yield chunk, CHUNK_BYTES
+                    chunk, room = [], CHUNK_BYTES
+        if chunk:
+            yield chunk, CHUNK_BYTES - room
 
 
 def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
@@ -322,12 +330,11 @@ def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
         yield last
 
 
-def _pieces(segment: Segment, room: int) -> Iterator[Segment]:
-    """Cut a segment so that the first piece fits into `room` and each further one into a step."""
-    source, offset = segment.source, segment.offset
+def _pieces(place: ByteRange, room: int) -> Iterator[ByteRange]:
+    """Cut a range so that the first piece fits into `room` and each further one into a chunk."""
     done = 0
-    while done < source.length:
-        take = min(room, source.length - done)
-        yield Segment(ByteRange(source.file, source.offset + done, take), segment.shard, offset + done)
+    while done < place.length:
+        take = min(room, place.length - done)
+        yield ByteRange(place.file, place.offset + done, take)
         done += take
-        room = STEP_BYTES
+        room = CHUNK_BYTES

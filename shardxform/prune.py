@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shardxform import computing
 from shardxform.block_size import block_sizes
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.heal_plan import healed_names, kept_items, refuse_unpruned
+from shardxform.identity import identify, names_of
 from shardxform.manifest import Manifest
-from shardxform.plan import Plan, ShardPlan, copy_steps, extents_of, lay_out, source_inputs
+from shardxform.plan import Plan, ShardPlan, copy_steps, extents_of, lay_out
 from shardxform.quantize.steps import TuneBlock
 from shardxform.recipe import Recipe
 from shardxform.strictjson import pretty
@@ -69,7 +71,7 @@ def plan_prune(
         sidecars=sidecars,
         inputs={
             **view_inputs("prune", source, manifest, options, sidecars),
-            **({"recipe": recipe.facts()} if recipe else {}),
+            **({"recipe": recipe.facts(), computing.KEY: computing.of_model(recipe.device)} if recipe else {}),
         },
         summary={**view_summary(source, view), **({"healed": len(healed)} if recipe else {})},
         notes=view.notes,
@@ -92,13 +94,22 @@ def _heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], rec
 def view_inputs(
     command: str, source: Checkpoint, manifest: Manifest | None, options: ViewOptions, sidecars: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the bytes of an output made from a view depend on, by name."""
+    """What the bytes of an output made from a view depend on, by name.
+
+    Raises:
+        ManifestError: the manifest says that it was chosen on another checkpoint, or on other values of this one.
+        CheckpointError: a shard cannot be read.
+
+    """
+    identity = identify(source)
+    if manifest is not None:
+        manifest.refuse_other_source(identity, names_of(source.shards))
     keep = manifest.to_dict() if manifest else {}
     return {
         "command": command,
         "options": {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes},
         "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
-        "source": source_inputs(source, sidecars),
+        "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
     }
 
 

@@ -101,6 +101,7 @@ class Report:
     Attributes:
         already_done: the output stood there complete, and nothing was written.
         left: steps that this run was not asked for and nobody has done yet; the output is complete when there are none.
+        made_by_others: what else computed an output that was there than would compute it now; empty where nothing did.
         facts: what the steps found worth recording, such as modules whose weights are all zero; of an output that was
             there, what its record says.
 
@@ -113,4 +114,5 @@ class Report:
     seconds: float
     peak_rss_bytes: int
     left: int = 0
+    made_by_others: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)

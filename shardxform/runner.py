@@ -15,16 +15,25 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from shardxform.checkpoint import CONFIG
+from shardxform.digests import FACT, digest_chunks
 from shardxform.errors import ExecutionError, Interrupted, ResumeError
 from shardxform.execution import Facts, OpenTargets, executor, written_by
 from shardxform.fsio import FileSystem
+from shardxform.identity import changed_values
 from shardxform.journal import Journal
 from shardxform.merging import adopt
-from shardxform.outdir import PROVENANCE, damage, read_record, refuse_obstacles, refuse_other_plan, removable, state_of
+from shardxform.outdir import (
+    damage,
+    made_by_others,
+    refuse_obstacles,
+    refuse_other_plan,
+    removable,
+    state_of,
+)
 from shardxform.output import Output
 from shardxform.plan import Plan, Step, tokens_of
 from shardxform.progress import Progress, peak_rss_bytes
+from shardxform.record import PROVENANCE, read_record
 from shardxform.run_options import Report, RunOptions
 from shardxform.sharding import show_size
 
@@ -62,14 +71,15 @@ def run(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
         left=loop.left if loop else 0,
+        made_by_others="" if loop else made_by_others(state_of(output.root, plan), plan),
         facts=loop.facts if loop else _recorded_facts(output),
     )
 
 
 def _recorded_facts(output: Output) -> Mapping[str, Any]:
     """What the steps of a finished output found."""
-    facts = (read_record(output.root / PROVENANCE) or {}).get("facts")
-    return facts if isinstance(facts, dict) else {}
+    record = read_record(output.root / PROVENANCE)
+    return record.facts if record else {}
 
 
 def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Loop | None:
@@ -139,7 +149,6 @@ class _Loop:
         """Do what is left to do, and commit when nothing is."""
         output, plan = self._output, self._plan
         output.bind()
-        output.refuse_changed_source()
         output.bring_sidecars()
         with Journal(self._fs, output.journal, plan.fingerprint, len(plan.steps)) as journal:
             missing = output.missing()
@@ -161,11 +170,12 @@ class _Loop:
             self._run_steps([i for i in todo if i in alone], journal, 1)
             self.left = len(plan.steps) - len(journal.done)
             self.facts = _merged(journal.facts[i] for i in sorted(journal.facts))
-        if self.left:
-            return
+            if self.left:
+                return
+            digests = plan.chunks.digests(journal.facts, plan.steps)
         _refuse_source_changed_meanwhile(plan)
         output.publish()
-        output.commit(self.facts)
+        output.commit(self.facts, digests)
 
     def _wanted(self, number: int) -> bool:
         """Whether this run is to do a step; what is not tuned goes with the first block."""
@@ -184,7 +194,7 @@ class _Loop:
         """Tune all blocks again when the hidden states that the next one needs are gone."""
         undone = sorted(self._tuning - journal.done)
         tuner = self._options.tuner
-        if undone and tuner and not tuner.can_start(self._plan.steps[undone[0]], self._output.work):
+        if undone and tuner and not tuner.can_start(self._plan.steps[undone[0]], self._output.states):
             journal.forget(self._tuning & journal.done)
 
     def _run_steps(self, todo: list[int], journal: Journal, jobs: int) -> None:
@@ -241,14 +251,18 @@ class _Loop:
             else:
                 do = executor(step, self._options.device)
                 facts = do((source, files.target), self._fs, self._count, self._refuse_if_stopped)
+            digests = digest_chunks(self._plan.chunks.of(step.writes), self._output.partial, self._fs)
             files.sync()
-        return facts
+        return {**facts, FACT: digests}
 
     def _tune(self, step: Step, files: OpenTargets) -> Facts:
         tuner = self._options.tuner
         if tuner is None:
             raise ExecutionError("the plan tunes blocks, but the run has no tuner: give RunOptions(tuner=...)")
-        facts = tuner.tune(step, self._output.work, files.target, self._fs, self._count_tokens, self._refuse_if_stopped)
+        self._fs.mkdir(self._output.states)
+        facts = tuner.tune(
+            step, self._output.states, files.target, self._fs, self._count_tokens, self._refuse_if_stopped
+        )
         self._count(written_by(step))
         return facts
 
@@ -304,33 +318,33 @@ class _StoppedError(Exception):
 
 
 def _check_finished(output: Output) -> None:
-    """Refuse to call an output complete that was damaged since, or whose source was changed since."""
+    """Refuse to call an output complete that was damaged since."""
     if damaged := damage(output.root, output.plan):
         raise ResumeError(
             f"{output.root / damaged}: missing or damaged in a finished output; run `shardxform verify`,"
             " or start over with --force"
         )
-    committed = (output.root / CONFIG).stat().st_mtime_ns
-    for shard in output.plan.source_shards:
-        if shard.mtime_ns > committed:
-            raise ResumeError(
-                f"{output.plan.source / shard.name}: modified after {output.root} was finished; check with"
-                " `shardxform verify --source`, or start over with --force"
-            )
 
 
 def _refuse_source_changed_meanwhile(plan: Plan) -> None:
+    """Refuse to commit what was made from a source that changed under way; one that was merely touched is the same."""
+    touched = False
     for shard in () if plan.remote else plan.source_shards:  # a commit does not change
         info = (plan.source / shard.name).stat()
-        if (info.st_size, info.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
+        if info.st_size != shard.nbytes:
             raise ExecutionError(f"{plan.source / shard.name}: changed while shardxform was running; nothing committed")
+        touched |= info.st_mtime_ns != shard.mtime_ns
+    if touched and (where := changed_values(plan.source, plan.source_shards, plan.inputs.get("source"))):
+        raise ExecutionError(f"{plan.origin}: changed while shardxform was running: {where}; nothing committed")
 
 
 def _merged(facts: Iterable[Facts]) -> Facts:
-    """Add up counts and join lists, in step order."""
+    """Add up counts and join lists, in step order; digests go to the record by themselves."""
     out: dict[str, Any] = {}
     for found in facts:
         for key, value in found.items():
+            if key == FACT:
+                continue
             if key in out and type(out[key]) is not type(value):
                 raise ResumeError(f"the journal's facts disagree on {key!r}; start over with --force")
             out[key] = out[key] + value if key in out else value

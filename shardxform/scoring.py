@@ -19,21 +19,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardxform import __version__
+from shardxform import __version__, computing
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
 from shardxform.forward.experts import Observer
 from shardxform.forward.mtp import mtp_layer, mtp_numbers
-from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
+from shardxform.forward.passes import Batch, Pass, batches, fingerprint, pass_inputs, run_pass
 from shardxform.forward.skeleton import Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import WorkDir, refuse_inside
+from shardxform.identity import identify, names_of
 from shardxform.layout import Layout, layout_of
+from shardxform.option_names import with_option
+from shardxform.outdir import difference
 from shardxform.progress import OnProgress
-from shardxform.saliency import ExpertStats, Saliency
+from shardxform.saliency import ExpertStats, Saliency, difference_of_models
 
-__all__ = ["ScoreOptions", "Scorer", "model_facts", "remove_work", "run_facts", "score", "score_fingerprint"]
+__all__ = [
+    "ScoreOptions",
+    "Scorer",
+    "difference_of_runs",
+    "model_facts",
+    "remove_work",
+    "run_facts",
+    "score",
+    "score_inputs",
+]
 
 _CHAIN: Final = "scored"
 _STATS: Final = ("count", "reap", "ean", "gate", "peak")
@@ -67,7 +79,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
 
     """
     refuse_inside(options.work, [source.root])
-    identity = score_fingerprint(source, windows, options)
+    inputs = score_inputs(source, windows, options)
     with Weights(source, options.precision) as weights:
         skeleton = Skeleton(weights)
         layout = skeleton.layout
@@ -75,7 +87,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
             raise FamilyError(f"{source.where}: no layer has experts; there is nothing to score")
         numbers = mtp_numbers(skeleton)
         weights.check(numbers)
-        with WorkDir(options.work, work_mark(identity, {_CHAIN: source})) as work:
+        with WorkDir(options.work, inputs) as work:
             extra = int(windows.lengths_N.sum()) * len(numbers)
             job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
             facts = run_pass(job, Scorer(layout.num_experts))
@@ -85,38 +97,72 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
         mtp_layers=dict(enumerate(map(_stats, mtp))),
         tokens=int(windows.lengths_N.sum()),
-        runs=(run_facts(windows, identity),),
+        runs=(run_facts(windows, inputs),),
     )
 
 
-def run_facts(windows: Windows, identity: str) -> dict[str, Any]:
-    """What a `Saliency` says of a run over `windows` with this fingerprint."""
-    return {"tool": f"shardxform {__version__}", **windows.provenance, "fingerprint": identity}
+def run_facts(windows: Windows, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `Saliency` says of a run over `windows` with these inputs."""
+    computed = {key: inputs[key] for key in ("windows", "dtype", "device", computing.KEY)}
+    made = {"tool": f"shardxform {__version__}", **windows.provenance}
+    return {**made, **computed, "fingerprint": fingerprint(inputs)}
 
 
-def score_fingerprint(source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:
-    """What decides the numbers of a scoring run."""
-    return fingerprint("score", {_CHAIN: source}, windows, options.precision)
+def score_inputs(source: Checkpoint, windows: Windows, options: ScoreOptions) -> dict[str, Any]:
+    """What decides the numbers of a scoring run, by name.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    return pass_inputs("score", {_CHAIN: source}, windows, options.precision)
+
+
+def difference_of_runs(found: Saliency, source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:
+    """Say in what a finished scoring differs from the run that is asked for; empty where it is that run's.
+
+    What computed it does not count: it is finished.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    inputs = score_inputs(source, windows, options)
+    if [run.get("fingerprint") for run in found.runs] == [fingerprint(inputs)]:
+        return ""
+    if len(found.runs) != 1:
+        return f"it adds up {len(found.runs)} runs"
+    if where := difference_of_models(found.model, model_facts(source), names_of(source.shards)):
+        return where
+    now = {key: inputs[key] for key in ("windows", "dtype", "device")}
+    return with_option(difference({key: found.runs[0].get(key) for key in now}, now)) or "of an earlier version"
 
 
 def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:
     """Remove what this run, or one that was killed when it had its result, left; what is of others stays."""
     if options.work.is_dir():
-        mark = work_mark(score_fingerprint(source, windows, options), {_CHAIN: source})
-        with contextlib.suppress(OutputError), WorkDir(options.work, mark) as work:
+        inputs = score_inputs(source, windows, options)
+        with contextlib.suppress(OutputError), WorkDir(options.work, inputs) as work:
             work.remove()
 
 
 def model_facts(source: Checkpoint, layout: Layout | None = None) -> dict[str, Any]:
-    """What a `Saliency` says of the model that was scored; the fingerprint binds shapes and shards, not their times."""
+    """What a `Saliency` says of the model that was scored; it binds its values, and not their times.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
     layout = layout or layout_of(source.config, source.tensors, source.where)
+    identity = identify(source)
     return {
         "model_type": layout.wrapper.model_type,
         "num_layers": layout.num_layers,
         "num_experts": layout.num_experts,
         "num_experts_per_tok": layout.top_k,
         "num_groups": layout.groups,
-        "source_fingerprint": source.fingerprint,
+        "source_fingerprint": identity.fingerprint,
+        "identity": identity.described(),
     }
 
 

@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shardxform"
 # From bottom to top. A module imports only what stands before it, in its own row or in an earlier one.
 # A pattern stands for modules that do not import each other; list a module by name, before, when they do.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "progress", "option_names"),
+    ("errors", "dtypes", "progress", "option_names", "computing"),
     ("strictjson", "tensors"),
-    ("header", "fsio"),
+    ("header", "fsio", "digests", "record"),
     ("sources", "remote", "remote.names", "remote.repository", "remote.client", "remote.arena", "remote.pieces"),
-    ("remote.downloads", "remote.reading", "checkpoint", "opening"),
+    ("remote.downloads", "remote.reading", "checkpoint", "identity", "opening"),
     ("families.base", "families.parts", "families.*", "families", "layout", "expectation"),
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
     ("manifest_import", "manifest", "scheme", "recipe", "modules", "selection", "quantization_config"),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saliency.choosing", "saliency.plotting", "saliency"),
     ("calibration.options", "calibration.readers", "calibration.hub", "calibration.documents"),
     ("calibration.tokens", "calibration.encoding", "calibration.conversations", "calibration.windows", "calibration"),
-    ("view", "sharding", "sampling", "plan", "copying", "block_size", "quantize.steps", "heal_plan", "prune"),
+    ("view", "sharding", "plan", "copying", "block_size", "quantize.steps", "heal_plan", "prune"),
     ("quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
     ("parameters", "inspection"),
@@ -48,7 +48,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("execution", "run_options", "merging", "runner"),
     ("cluster", "cluster.session", "cluster.worker", "cluster.blocks", "cluster.pool", "cluster.scoring"),
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
-    ("verification.structure", "verification.files", "verification.reading", "verification.report"),
+    (
+        "verification.structure",
+        "verification.files",
+        "verification.digests",
+        "verification.reading",
+        "verification.report",
+    ),
     ("verification.wanted", "verification.values", "verification.kernels", "verification.rounding"),
     ("verification.derived", "verification.jobs", "verification.data", "verification.source", "verification"),
     ("card.facts", "card.record", "card.markdown", "card.frontmatter", "card.reproduction"),

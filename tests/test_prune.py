@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -146,9 +146,10 @@ def test_bytes_depend_on_neither_jobs_nor_step_size(
     root, folder = tiny_checkpoints["qwen3_5_moe"], tmp_path_factory.mktemp("jobs")
     manifest, options = manifest_of(root, seed=seed), ViewOptions(max_shard_bytes=size)
     first = prune(root, folder / "a", manifest, options, jobs=1)
-    plan = plan_prune(Checkpoint.open(root), manifest, options)
-    steps = tuple(plan_module.Copy((segment,)) for step in plan.steps for segment in step.segments)  # type: ignore[attr-defined]
-    run(replace(plan, steps=steps), folder / "b", RunOptions(jobs=jobs))
+    with patch.object(plan_module, "STEP_BYTES", 1):
+        plan = plan_prune(Checkpoint.open(root), manifest, options)
+    assert len(plan.steps) == sum(len(shard.entries) for shard in plan.shards)
+    run(plan, folder / "b", RunOptions(jobs=jobs))
     a, b = (
         {p.name: p.read_bytes() for p in path.iterdir() if p.name != "shardxform.json"}
         for path in (first, folder / "b")

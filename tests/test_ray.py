@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from test_run import tree
 
-from shardxform import Checkpoint, Manifest, plan_prune
+from shardxform import Checkpoint, Manifest, computing, plan_prune
 from shardxform.calibration import Windows
 from shardxform.cli import main
 from shardxform.cluster import blocks, pool, session, worker
@@ -303,7 +303,7 @@ def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
 
 
 def done(place: worker.Place, step: Any) -> Any:
-    return worker.do_step(worker.versions(), pickle.dumps(place), pickle.dumps(step))
+    return worker.do_step(computing.of_rounding(), pickle.dumps(place), pickle.dumps(step))
 
 
 def test_a_worker_refuses_another_plan_and_another_source(

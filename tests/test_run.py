@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -206,31 +207,50 @@ def test_a_finished_output_of_other_inputs_is_refused(source: Path, tmp_path: Pa
         run(plan_of(source, seed=5), out)
 
 
-def test_a_source_touched_since_the_work_began_is_refused(source: Path, tmp_path: Path) -> None:
+def touch(source: Path) -> None:
+    for shard in source.glob("*.safetensors"):
+        os.utime(shard, ns=(1, 1))
+
+
+def change(source: Path) -> str:
+    """Change one byte of one tensor in the middle of a shard, and nothing that a directory shows of it."""
+    path = sorted(source.glob("*.safetensors"))[0]
+    (shard,) = (each for each in Checkpoint.open(source).shards if each.name == path.name)
+    entry, times = shard.entries[len(shard.entries) // 2], path.stat()
+    data = bytearray(path.read_bytes())
+    data[shard.data_start + entry.end - 1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return entry.spec.name
+
+
+def test_a_source_that_was_touched_is_the_same_source(source: Path, tmp_path: Path) -> None:
     out = interrupted(source, tmp_path / "out")
-    shard = sorted(source.glob("*.safetensors"))[0]
-    os.utime(shard, ns=(1, 1))
-    with pytest.raises(ResumeError, match=f"{shard.name}: modified since the work"):
-        run(plan_of(source), out)
+    touch(source)
+    assert not run(plan_of(source), out, RunOptions(on_progress=lambda _: touch(source))).already_done
+    touch(source)
+    assert run(plan_of(source), out).already_done
 
 
-def test_a_source_modified_after_the_end_is_not_called_complete(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_other_values_in_the_source_are_named_though_nothing_else_shows_them(source: Path, tmp_path: Path) -> None:
+    begun, out = interrupted(source, tmp_path / "begun"), tmp_path / "out"
     run(plan_of(source), out)
-    future = (out / "config.json").stat().st_mtime_ns + 10**9
-    os.utime(sorted(source.glob("*.safetensors"))[0], ns=(future, future))
-    with pytest.raises(ResumeError, match="modified after"):
-        run(plan_of(source), out)
+    name = change(source)
+    for path in (begun, out):
+        with pytest.raises(ResumeError, match=f"source.values: other values in tensor '{re.escape(name)}'; name"):
+            run(plan_of(source), path)
 
 
 def test_a_source_that_changes_while_running_is_not_committed(source: Path, tmp_path: Path) -> None:
-    shard = sorted(source.glob("*.safetensors"))[0]
+    changed: list[str] = []
 
-    def touch(_: Progress) -> None:
-        os.utime(shard, ns=(1, 1))
+    def on_progress(_: Progress) -> None:
+        if not changed:
+            changed.append(change(source))
+        touch(source)
 
-    with pytest.raises(ExecutionError, match="changed while shardxform was running"):
-        run(plan_of(source), tmp_path / "out", RunOptions(on_progress=touch))
+    with pytest.raises(ExecutionError, match="changed while shardxform was running: other values in tensor '"):
+        run(plan_of(source), tmp_path / "out", RunOptions(on_progress=on_progress))
     assert not looks_complete(tmp_path / "out")
 
 

@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from shardxform.calibration.options import MAX_SOURCES, is_source
 from shardxform.card.facts import Data, Evaluation
-from shardxform.card.record import data_of, number, section, text, whole
+from shardxform.card.record import data_of, number, section, whole
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import PlanError
+from shardxform.identity import Identity, identify, names_of
 from shardxform.strictjson import JsonError, parse_object
 
 __all__ = ["read_evaluation"]
@@ -24,17 +25,31 @@ def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
     """Read one evaluation.
 
     Raises:
-        PlanError: it cannot be read, is no evaluation, or says that it is one of another checkpoint.
+        PlanError: it cannot be read, is no evaluation, or not one of this checkpoint with these values.
+        CheckpointError: a shard cannot be read.
 
     """
     value = _object(path)
-    if (measured := text(value, "fingerprint")) and measured != checkpoint.fingerprint:
-        raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.root}")
+    _refuse_other(path, value, checkpoint)
     data = data_of(section(value, "data"))
     if data is None:
         raise _malformed(path, "data")
     found = _figures(path, value, data)
     return replace(found, block_errors=_errors(path, section(value, "against")), sources=_sources(path, value, data))
+
+
+def _refuse_other(path: Path, value: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse figures of another checkpoint, or that do not say of which values they are."""
+    measured = Identity.from_dict(value.get("identity"))
+    if measured is None:
+        why = "says nothing of the values that it is of, as earlier versions did not" if "fingerprint" in value else ""
+        raise PlanError(f"{path}: {why or 'identity: missing or malformed'}; evaluate {checkpoint.where} again")
+    here = identify(checkpoint)
+    where = measured.difference(here, names_of(checkpoint.shards))
+    if not where and not measured.is_comparable(here):
+        where = "it was read in another way, so that its values cannot be compared"
+    if where:
+        raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.where}: {where}")
 
 
 def _figures(path: Path, value: Mapping[str, Any], data: Data, source: str = "") -> Evaluation:

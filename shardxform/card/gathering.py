@@ -22,9 +22,10 @@ from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.fsio import not_a_directory
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
-from shardxform.outdir import PROVENANCE, WORK, is_ours, read_record
+from shardxform.outdir import WORK, is_ours
 from shardxform.parameters import count_parameters, stored_of
 from shardxform.quantize.stored import Stored
+from shardxform.record import PROVENANCE, Record, read_record
 
 __all__ = ["CardOptions", "gather"]
 
@@ -69,7 +70,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     checkpoint = Checkpoint.open(out)
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
-    inputs, summary = section(record, "inputs"), section(record, "summary")
+    inputs, summary = record.inputs, record.summary
     manifest = _manifest(options.manifest, inputs, out)
     before = _experts_before(inputs, summary, manifest, layout.num_experts)
     counts = count_parameters(checkpoint, stored)
@@ -102,7 +103,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     )
 
 
-def _record(out: Path) -> Mapping[str, Any]:
+def _record(out: Path) -> Record:
     """The record of a finished output, held against the headers of its shards."""
     if not out.is_dir():
         raise OutputError(f"{out}: {not_a_directory(out)}; expected an output of shardxform")
@@ -111,9 +112,8 @@ def _record(out: Path) -> Mapping[str, Any]:
     record = read_record(out / PROVENANCE)
     if record is None:
         raise OutputError(f"{out}: no {PROVENANCE}; expected an output of shardxform, which says how it was made")
-    files = section(record, "files")
-    for name, shard in section(record, "shards").items():
-        if name not in files or "/" in name or not is_ours(out / name, None, shard):
+    for name, shard in record.shards.items():
+        if name not in record.files or "/" in name or not is_ours(out / name, None, shard):
             raise OutputError(f"{out / name}: not as {PROVENANCE} has it; see `shardxform verify`")
     return record
 
@@ -123,10 +123,10 @@ def _origin_of_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return section(inputs, "origin") or inputs
 
 
-def _source_bytes(record: Mapping[str, Any]) -> int | None:
+def _source_bytes(record: Record) -> int | None:
     """Bytes of all tensors of the checkpoint that was pruned or quantized first, as every command counts them."""
-    origin = section(record, "inputs", "origin")
-    return whole(section(origin or record, "summary"), "bytes_before")
+    origin = section(record.inputs, "origin")
+    return whole(section(origin, "summary") if origin else record.summary, "bytes_before")
 
 
 def _manifest(path: Path | None, inputs: Mapping[str, Any], out: Path) -> Manifest | None:
@@ -182,9 +182,9 @@ def _sum(values: object) -> int | None:
     return sum(values) if known and isinstance(values, list) else None
 
 
-def _healing(record: Mapping[str, Any]) -> Healing | None:
+def _healing(record: Record) -> Healing | None:
     """How pruned blocks were healed, as the record has it."""
-    recipe = section(_origin_of_inputs(section(record, "inputs")), "recipe")
+    recipe = section(_origin_of_inputs(record.inputs), "recipe")
     heal = section(recipe, "heal")
     if not heal:
         return None
@@ -193,13 +193,13 @@ def _healing(record: Mapping[str, Any]) -> Healing | None:
         iters=whole(heal, "iters"),
         batch_size=whole(heal, "batch_size"),
         data=data_of(section(recipe, "data")),
-        blocks=healed_blocks(section(record, "facts")),
+        blocks=healed_blocks(record.facts),
     )
 
 
-def _quantization(record: Mapping[str, Any], stored: Stored) -> Quantization:
+def _quantization(record: Record, stored: Stored) -> Quantization:
     """How weights are stored, as the headers have it, and how they came about, as the record has it."""
-    inputs = section(record, "inputs")
+    inputs = record.inputs
     scheme = section(_origin_of_inputs(inputs), "scheme")
     recipe = section(_origin_of_inputs(inputs), "recipe") if text(scheme, "method") == "auto-round" else {}
     return Quantization(
@@ -212,7 +212,7 @@ def _quantization(record: Mapping[str, Any], stored: Stored) -> Quantization:
         search=flag(section(scheme, "grid"), "search"),
         data=data_of(section(recipe, "data")),
         recipe={key: recipe[key] for key in _RECIPE if type(recipe.get(key)) is int or text(recipe, key)},
-        blocks=block_errors(section(record, "facts")),
+        blocks=block_errors(record.facts),
     )
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from shardxform.card.record import flag, number, section, text, texts, whole
-from shardxform.outdir import PROVENANCE
 from shardxform.prune import DEFAULT_SHARD_BYTES
 from shardxform.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
+from shardxform.record import PROVENANCE
 
 __all__ = ["commands"]
 

@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from shardxform.card.record import section
 from shardxform.errors import OutputError
 from shardxform.fsio import FileSystem
-from shardxform.outdir import PROVENANCE, read_record
+from shardxform.record import PROVENANCE, read_record
 
 __all__ = ["MARK", "README", "is_card", "picture_name", "read_readme", "refuse_foreign", "write_card"]
 
@@ -115,7 +114,8 @@ def write_card(out: Path, card: str, plots: Sequence[Path] = (), fs: FileSystem 
 def _is_copied(out: Path) -> bool:
     """Whether README.md is, byte for byte, the one that was copied from the source."""
     readme = out / README
-    digest = section(read_record(out / PROVENANCE), "files").get(README)
+    record = read_record(out / PROVENANCE)
+    digest = record.files.get(README) if record else None
     if readme.is_symlink() or not readme.is_file() or not isinstance(digest, str):
         return False
     return hashlib.sha256(readme.read_bytes()).hexdigest() == digest

@@ -23,10 +23,11 @@ from shardxform.cli.model_options import (
     require,
     sources_option,
 )
-from shardxform.cli.options import json_option, manifest_option
+from shardxform.cli.options import any_source_option, json_option, manifest_option
 from shardxform.cli.planned import load_manifest
 from shardxform.cli.sources import SOURCE, Source, open_given, transfer_options
 from shardxform.errors import OutputError, SchemeError
+from shardxform.identity import identify
 from shardxform.progress import peak_rss_bytes
 from shardxform.view import pruned_view
 
@@ -42,6 +43,7 @@ _WORK: Final = "shardxform-evaluate.work"
 @click.command("evaluate")
 @click.argument("checkpoint", metavar="CKPT", type=SOURCE)
 @manifest_option
+@any_source_option
 @click.option("--against", metavar="REF", type=SOURCE, help="Reference, such as the 16-bit source: compare.")
 @data_options(samples=256, presets=SCORE_PRESETS)
 @sources_option
@@ -65,6 +67,7 @@ _WORK: Final = "shardxform-evaluate.work"
 def command(
     checkpoint: Source,
     manifest: Path | None,
+    any_source: bool,
     against: Source | None,
     device: str,
     dtype: str | None,
@@ -85,7 +88,7 @@ def command(
         _refuse_plot(plot, against)
     work = work or Path(_WORK)
     source, *others = open_given([checkpoint, *([against] if against else [])], data, work.parent)
-    tested, reference = _view(source, manifest), next(iter(others), None)
+    tested, reference = _view(source, manifest, any_source=any_source), next(iter(others), None)
     precision = make_precision(device, dtype)
     from shardxform.evaluation import EvaluateOptions, evaluate
     from shardxform.forward.work import refuse_inside
@@ -123,12 +126,12 @@ def _refuse_plot(plot: Path, against: Source | None) -> None:
     refuse_foreign(plot)
 
 
-def _view(checkpoint: Checkpoint, manifest: Path | None) -> Checkpoint:
+def _view(checkpoint: Checkpoint, manifest: Path | None, *, any_source: bool) -> Checkpoint:
     if manifest is None:
         return checkpoint
     if checkpoint.config.get("quantization_config"):
         raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
-    return pruned_view(checkpoint, load_manifest(manifest, checkpoint)).checkpoint
+    return pruned_view(checkpoint, load_manifest(manifest, checkpoint, any_source=any_source)).checkpoint
 
 
 def _show(
@@ -170,7 +173,7 @@ def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: flo
     from shardxform.evaluation import evaluation_facts
 
     spent = {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return {"fingerprint": tested.fingerprint, **evaluation_facts(found, windows), **spent}
+    return {"identity": identify(tested).described(), **evaluation_facts(found, windows), **spent}
 
 
 def _report(

@@ -16,6 +16,7 @@ from shardxform.sharding import parse_size
 
 __all__ = [
     "SIZE",
+    "any_source_option",
     "expert_names_option",
     "g_idx_option",
     "json_option",
@@ -61,6 +62,11 @@ out_argument = click.argument("out", metavar="OUT", type=_PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 manifest_option = click.option(
     "--manifest", "-m", metavar="FILE", type=_PATH, help="Experts to keep, in any of the forms that manifests/ lists."
+)
+any_source_option = click.option(
+    "--any-source",
+    is_flag=True,
+    help="Prune by a manifest that was chosen on another checkpoint, such as the model that SRC was tuned from.",
 )
 
 

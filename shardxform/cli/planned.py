@@ -13,6 +13,7 @@ from shardxform.cli.block_report import tell_blocks
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, tell
 from shardxform.cli.ray_options import OnRay, open_pool, ray_facts, ray_line
 from shardxform.fsio import FileSystem
+from shardxform.identity import identify, names_of
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.outdir import refuse_obstacles, refuse_other_plan, state_of
@@ -22,9 +23,16 @@ from shardxform.runner import Report, RunOptions, run
 __all__ = ["execute", "load_manifest"]
 
 
-def load_manifest(path: Path | None, checkpoint: Checkpoint) -> Manifest | None:
-    """Read the manifest given on the command line, if any."""
-    return Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)) if path else None
+def load_manifest(path: Path | None, checkpoint: Checkpoint, *, any_source: bool) -> Manifest | None:
+    """Read the manifest given on the command line, if any; it must be this checkpoint's unless `any_source`."""
+    if path is None:
+        return None
+    manifest = Manifest.load(path, layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where))
+    if any_source:
+        return manifest.of_any_source()
+    if "identity" in manifest.model:
+        manifest.refuse_other_source(identify(checkpoint), names_of(checkpoint.shards))
+    return manifest
 
 
 def execute(
@@ -55,7 +63,8 @@ def execute(
     elif report.left:
         _say_part(plan, report)
     elif report.already_done:
-        click.echo(f"{out}: already complete, made from the same inputs; nothing written")
+        by = f" by other versions or another machine ({report.made_by_others})" if report.made_by_others else ""
+        click.echo(f"{out}: already complete, made from the same inputs{by}; nothing written")
         tell_blocks(report.facts)
     else:
         _say_done(plan, report)

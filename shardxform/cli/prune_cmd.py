@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shardxform.cli.options import manifest_option, out_argument, run_options, view_options
+from shardxform.cli.options import any_source_option, manifest_option, out_argument, run_options, view_options
 from shardxform.cli.planned import execute, load_manifest
 from shardxform.cli.ray_options import on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
@@ -22,6 +22,7 @@ __all__ = ["command"]
 @source_argument
 @out_argument
 @manifest_option
+@any_source_option
 @click.option(
     "--device", default="cpu", show_default=True, help="Where to heal: cpu, or a torch device such as cuda:0."
 )
@@ -34,6 +35,7 @@ def command(
     source: Source,
     out: Path,
     manifest: Path | None,
+    any_source: bool,
     text_only: bool,
     mtp: MtpMode,
     max_shard_size: int,
@@ -52,7 +54,7 @@ def command(
     ray = on_ray(run, device)
     (checkpoint,) = open_given([source], run, out.parent)
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
-    kept = load_manifest(manifest, checkpoint)
+    kept = load_manifest(manifest, checkpoint, any_source=any_source)
     tuning = read_tuning(None, checkpoint, device, run)
     plan = plan_prune(checkpoint, kept, options, tuning.recipe if tuning else None)
     if tuning is None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shardxform.cli.options import (
+    any_source_option,
     manifest_option,
     out_argument,
     read_scheme,
@@ -31,6 +32,7 @@ __all__ = ["command"]
 @source_argument
 @out_argument
 @manifest_option
+@any_source_option
 @click.option(
     "--method",
     type=click.Choice(["rtn", "auto-round"]),
@@ -57,6 +59,7 @@ def command(
     source: Source,
     out: Path,
     manifest: Path | None,
+    any_source: bool,
     method: str,
     text_only: bool,
     mtp: MtpMode,
@@ -75,7 +78,7 @@ def command(
     tuning = read_tuning(method, checkpoint, device, run, here=ray is None)
     chosen = read_scheme(run, tuned=method == "auto-round")
     options = ViewOptions(text_only=text_only, mtp=mtp, max_shard_bytes=max_shard_size)
-    kept = load_manifest(manifest, checkpoint)
+    kept = load_manifest(manifest, checkpoint, any_source=any_source)
     plan = plan_quantize(checkpoint, chosen, kept, options, tuning.recipe if tuning else None)
     if ray and tuning:
         view = pruned_view(checkpoint, kept, text_only=text_only, mtp=mtp).checkpoint

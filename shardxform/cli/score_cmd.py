@@ -122,14 +122,13 @@ def _refuse_overlap(output: Path, work: Path) -> None:
 def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency | None:
     """What an earlier run of the same command wrote; refuses any other file."""
     from shardxform.saliency import Saliency
-    from shardxform.scoring import score_fingerprint
+    from shardxform.scoring import difference_of_runs
 
     if not os.path.lexists(output):
         return None
     found = Saliency.load(output)
-    marks = [run.get("fingerprint") for run in found.runs]
-    if marks != [score_fingerprint(checkpoint, windows, options)]:
-        raise OutputError(f"{output}: holds a saliency of another run; name a file that does not exist yet")
+    if where := difference_of_runs(found, checkpoint, windows, options):
+        raise OutputError(f"{output}: holds a saliency of another run: {where}; name a file that does not exist yet")
     return found
 
 

@@ -131,6 +131,9 @@ def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
         yield f"not sound: {count(len(report.problems), 'problem')} in {count(report.tensors, 'tensor')}"
     yield count(report.experts, "expert")
     yield "headers only" if quick else f"{gb(report.bytes_scanned)} scanned"
+    if report.tensors_digested:
+        same = "all" if report.tensors_digested == report.tensors else f"{report.tensors_digested:,}"
+        yield f"{same} bit for bit as written"
     if report.warnings:
         yield count(len(report.warnings), "warning")
 

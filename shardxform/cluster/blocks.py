@@ -24,6 +24,7 @@ from shardxform.cluster.worker import (
     refuse_other_source,
     refuse_other_version,
     reporting,
+    with_digests,
 )
 from shardxform.errors import ExecutionError
 from shardxform.execution import Facts
@@ -75,7 +76,7 @@ class BlockTuning:
         """Whether the states that enter block `number` are on disk."""
         from shardxform.tuning.chains import states_file
 
-        path = states_file(self.place.work, number)
+        path = states_file(self.place.states, number)
         return path.is_file() and path.stat().st_size == self.state_bytes
 
 
@@ -96,10 +97,11 @@ def make_states(wanted: Mapping[str, str], tuning: bytes, number: int, before: O
     refuse_other_version(wanted)
     _refuse_failed(before)
     given: BlockTuning = pickle.loads(tuning)  # noqa: S301 - the driver's own
-    planned = given.place.record()["inputs"]["source"]["shards"]
+    planned = given.place.record().inputs["source"]["shards"]
     refuse_other_source(given.place.source, planned, planned)
     with _tuner(given) as tuner:
-        tuner.make_states(number, given.place.work)
+        FileSystem().mkdir(given.place.states)
+        tuner.make_states(number, given.place.states)
 
 
 @reporting
@@ -114,9 +116,10 @@ def tune_block(
     refuse_other_version(wanted)
     _refuse_failed(entering, leaving)
     given: BlockTuning = pickle.loads(tuning)  # noqa: S301 - the driver's own
-    todo, fs = pickle.loads(step), FileSystem()  # noqa: S301
+    (todo, chunks), fs = pickle.loads(step), FileSystem()  # noqa: S301
     with opened_targets(given.place, todo, fs) as targets, _tuner(given) as tuner:
-        return tuner.tune(todo, given.place.work, targets.target, fs, ignore, ignore)
+        facts = tuner.tune(todo, given.place.states, targets.target, fs, ignore, ignore)
+    return with_digests(facts, given.place, chunks, fs)
 
 
 def _refuse_failed(*outcomes: Outcome[None] | None) -> None:

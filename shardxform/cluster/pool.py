@@ -10,8 +10,10 @@ import pickle
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform import computing
 from shardxform.cluster.session import Needs, Session
-from shardxform.cluster.worker import Place, do_step, versions
+from shardxform.cluster.worker import Place, do_step
+from shardxform.digests import Chunks
 from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution import Facts
 from shardxform.output import Output
@@ -48,8 +50,9 @@ class RayPool:
     def __init__(self, address: str, device: str = "cpu", tuning: BlockTuning | None = None) -> None:
         self._session = Session(address)
         self._device, self._tuning = device, tuning
-        self._wanted = versions()
+        self._wanted = computing.of_rounding()
         self._place = b""
+        self._chunks: Chunks | None = None
         self._largest = Needs(memory=0)
         self._tuned_with: Any = None
         self._states: dict[int, Any] = {}
@@ -69,11 +72,12 @@ class RayPool:
         """Connect, and refuse what no machine of the cluster can do."""
         refuse_remote(output.plan.origin, output.plan.remote)
         self._session.open()
+        self._chunks = output.plan.chunks
         self._place = pickle.dumps(Place.of(output.plan, output.root, self._device))
         self._largest = largest_of(output.plan, self._device)
         self._session.refuse_too_large(self._largest)
         if self._tuning:
-            self._wanted = versions("torch", "transformers")
+            self._wanted = computing.shared(self._tuning.device)
             self._tuned_with = self._session.put(pickle.dumps(self._tuning))
 
     @property
@@ -86,7 +90,7 @@ class RayPool:
         needs = needs_of(step, self._device)
         if tokens_of(step):
             return self._session.future(self._submit_block(step, needs))
-        return self._session.future(self._session.submit(do_step, needs, self._wanted, self._place, pickle.dumps(step)))
+        return self._session.future(self._session.submit(do_step, needs, self._wanted, self._place, self._packed(step)))
 
     def stop(self) -> None:
         """Cancel what is not done."""
@@ -98,7 +102,12 @@ class RayPool:
         if self._tuning is None:
             raise ExecutionError("the plan tunes blocks, but the pool has nothing to tune them with")
         states = (self._made(number, needs) for number in (step.layer, step.layer + 1))
-        return self._session.submit(tune_block, needs, self._wanted, self._tuned_with, pickle.dumps(step), *states)
+        return self._session.submit(tune_block, needs, self._wanted, self._tuned_with, self._packed(step), *states)
+
+    def _packed(self, step: Step) -> bytes:
+        """A step as it is handed over, with the chunks that it writes."""
+        assert self._chunks is not None
+        return pickle.dumps((step, self._chunks.of(step.writes)))
 
     def _made(self, number: int, needs: Needs) -> Any:  # noqa: ANN401
         """What the states that enter block `number` come of: a task, after the one of the block before, or None."""

@@ -23,22 +23,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform import computing
 from shardxform.calibration.options import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.cluster.blocks import precision_of
 from shardxform.cluster.pool import refuse_remote
 from shardxform.cluster.session import Needs, Session
-from shardxform.cluster.worker import refuse_other_source, refuse_other_version, reporting, versions
+from shardxform.cluster.worker import refuse_other_source, refuse_other_version, reporting
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
 from shardxform.forward.estimate import estimate
-from shardxform.forward.passes import BATCH_TOKENS, work_mark
-from shardxform.forward.work import refuse_inside
+from shardxform.forward.passes import BATCH_TOKENS
+from shardxform.forward.work import refuse_inside, refuse_other_work
 from shardxform.fsio import FileSystem
-from shardxform.plan import source_inputs
 from shardxform.progress import Progress
 from shardxform.saliency import Saliency
 from shardxform.saliency.saving import write_new
-from shardxform.scoring import ScoreOptions, remove_work, run_facts, score, score_fingerprint
+from shardxform.scoring import ScoreOptions, remove_work, run_facts, score, score_inputs
 from shardxform.sharding import show_size
 from shardxform.strictjson import JsonError, dumps, parse_object
 
@@ -60,7 +60,7 @@ class Part:
         source: what; its root is absolute.
         windows: of this part.
         work: directory of the part, absolute.
-        mark: of the whole, as WORK/split.json has it.
+        mark: of the inputs of the whole, as WORK/split.json has it.
         device, dtype: of the computation, as torch names them.
 
     """
@@ -97,9 +97,9 @@ def score_part(wanted: Mapping[str, str], part: bytes) -> bytes:
     """
     refuse_other_version(wanted)
     given: Part = pickle.loads(part)  # noqa: S301 - the driver's own
-    if _split(given.work.parent).get("mark") != given.mark:
+    if _mark(_split(given.work.parent).get("inputs", {})) != given.mark:
         raise ExecutionError(f"{given.work.parent}: not there; it must lie on a file system that all machines share")
-    planned = source_inputs(given.source, {})["shards"]
+    planned = {shard.name: [shard.nbytes, shard.header_sha256] for shard in given.source.shards}
     refuse_other_source(given.source.root, planned, planned)
     options = ScoreOptions(precision=precision_of(given.device, given.dtype), work=given.work)
     deadline = time.monotonic() + _LOCK_WAIT
@@ -140,12 +140,12 @@ def score_split(source: Checkpoint, windows: Windows, options: ScoreOptions, add
             parts = _parts(source, windows, options, session.slots(needs))
             found = _Split(session, options, parts, taken["blocks"]).run(needs)
     total = functools.reduce(Saliency.added, found)
-    return replace(total, runs=(run_facts(windows, score_fingerprint(source, windows, options)),))
+    return replace(total, runs=(run_facts(windows, score_inputs(source, windows, options)),))
 
 
 def remove_split(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:
     """Remove what `score_split` left when its result is safe; what is of others stays."""
-    if _split(options.work).get("mark") != _mark(source, windows, options):
+    if _split(options.work).get("inputs") != score_inputs(source, windows, options):
         return
     fs = FileSystem()
     with _entered(options.work):
@@ -170,7 +170,7 @@ class _Split:
         self._looked = 0.0
 
     def run(self, needs: Needs) -> list[Saliency]:
-        wanted = versions("torch", "transformers")
+        wanted = computing.shared(str(self._options.precision.device))
         todo = [part for part in self._parts if not part.result.exists()]
         refs = [self._session.submit(score_part, needs, wanted, pickle.dumps(part)) for part in todo]
         pending = {self._session.future(ref): part for ref, part in zip(refs, todo, strict=True)}
@@ -216,8 +216,8 @@ def _blocks_done(part: Part, blocks: int) -> int:
     return sum(name.startswith("block ") for name in steps)
 
 
-def _mark(source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:
-    return work_mark(score_fingerprint(source, windows, options), {"scored": source})
+def _mark(inputs: Mapping[str, Any]) -> str:
+    return hashlib.sha256(dumps(inputs).encode()).hexdigest()
 
 
 def _split(work: Path) -> dict[str, Any]:
@@ -231,22 +231,18 @@ def _split(work: Path) -> dict[str, Any]:
 
 def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: int) -> list[Part]:
     """Cut the windows, or find how they were cut when the work began."""
-    mark, record = _mark(source, windows, options), _split(options.work)
+    inputs, record = score_inputs(source, windows, options), _split(options.work)
     if not record:
-        record = {"format": _FORMAT, "mark": mark, "parts": [[r.start, r.stop] for r in _cut(windows, slots)]}
+        record = {"format": _FORMAT, "inputs": inputs, "parts": [[r.start, r.stop] for r in _cut(windows, slots)]}
         FileSystem().write_atomic(options.work / _SPLIT, dumps(record).encode(), options.work)
-    if record.get("mark") != mark:
-        raise ResumeError(
-            f"{options.work}: holds unfinished work on another source, other data or other options;"
-            " remove it, or name another with --work"
-        )
+    refuse_other_work(options.work, record.get("inputs"), inputs)
     root, work = (Path(os.path.abspath(path)) for path in (source.root, options.work))
     return [
         Part(
             source=replace(source, root=root),
             windows=_slice(windows, start, stop),
             work=work / f"part-{number:04d}",
-            mark=mark,
+            mark=_mark(inputs),
             device=str(options.precision.device),
             dtype=str(options.precision.dtype).removeprefix("torch."),
         )

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from shardxform import __version__
+from shardxform import computing
 from shardxform.checkpoint import Folder
+from shardxform.digests import FACT, Chunk, digest_chunks
 from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
 from shardxform.execution import Facts, OpenTargets, executor
 from shardxform.fsio import FileSystem
-from shardxform.outdir import PARTIAL, PLAN, WORK, read_record
+from shardxform.outdir import PARTIAL, PLAN, WORK, states_of
 from shardxform.plan import Plan, Step
+from shardxform.record import Record, read_record
 from shardxform.sources import FolderReader
 
 __all__ = [
@@ -36,7 +38,7 @@ __all__ = [
     "refuse_other_source",
     "refuse_other_version",
     "reporting",
-    "versions",
+    "with_digests",
 ]
 
 _P = ParamSpec("_P")
@@ -59,27 +61,19 @@ def reporting(function: Callable[_P, _R]) -> Callable[_P, Outcome[_R]]:
     return task
 
 
-def versions(*libraries: str) -> dict[str, str]:
-    """What driver and workers must agree on: shardxform, and libraries that decide bits."""
-    found = {"shardxform": __version__}
-    for name in libraries:
-        found[name] = str(__import__(name).__version__)
-    return found
-
-
 def refuse_other_version(wanted: Mapping[str, str]) -> None:
-    """Refuse to work for a driver of another version.
+    """Refuse to work for a driver that computes with something else; see `computing.shared`.
 
     Raises:
-        ExecutionError: names the library, both versions and this machine.
+        ExecutionError: names the library or the instructions, both versions and this machine.
 
     """
-    found = versions(*(name for name in wanted if name != "shardxform"))
+    found = computing.here(wanted)
     for name, version in wanted.items():
         if found[name] != version:
             raise ExecutionError(
                 f"worker on {socket.gethostname()}: {name} {found[name]}, but the driver has {version};"
-                " install the same on every machine"
+                " install the same on machines of one kind"
             )
 
 
@@ -90,6 +84,7 @@ class Place:
     Attributes:
         fingerprint: of the plan.
         source, out: directories, absolute.
+        shards: names of the output's, by their numbers.
         device: where weights are rounded.
 
     """
@@ -97,20 +92,32 @@ class Place:
     fingerprint: str
     source: Path
     out: Path
+    shards: tuple[str, ...]
     device: str = "cpu"
 
     @classmethod
     def of(cls, plan: Plan, out: Path, device: str) -> Place:
         """Where the steps of a plan are done."""
         source = Path(os.path.abspath(plan.source))
-        return cls(fingerprint=plan.fingerprint, source=source, out=Path(os.path.abspath(out)), device=device)
+        shards = tuple(shard.name for shard in plan.shards)
+        out = Path(os.path.abspath(out))
+        return cls(fingerprint=plan.fingerprint, source=source, out=out, shards=shards, device=device)
+
+    def partial(self, shard: int) -> Path:
+        """Path of a shard of the output while it is being filled, by its number."""
+        return self.out / (self.shards[shard] + PARTIAL)
 
     @property
     def work(self) -> Path:
         """The work directory of the output."""
         return self.out / WORK
 
-    def record(self) -> dict[str, Any]:
+    @property
+    def states(self) -> Path:
+        """The directory of the hidden states of this plan."""
+        return states_of(self.work, self.fingerprint)
+
+    def record(self) -> Record:
         """What OUT is bound to.
 
         Raises:
@@ -118,7 +125,7 @@ class Place:
 
         """
         record = read_record(self.work / PLAN)
-        if record is None or record.get("fingerprint") != self.fingerprint:
+        if record is None or record.fingerprint != self.fingerprint:
             found = "no such plan" if record is None else "another plan"
             raise ExecutionError(
                 f"{self.work / PLAN}: {found} on {socket.gethostname()}; source and output must lie on a file"
@@ -134,7 +141,7 @@ def do_step(wanted: Mapping[str, str], place: bytes, step: bytes) -> Facts:
     Args:
         wanted: see `refuse_other_version`.
         place: a pickled `Place`.
-        step: a pickled step.
+        step: a pickled step, and the chunks that it writes.
 
     Raises:
         ExecutionError: another version, plan or source, or weights that cannot be rounded.
@@ -142,17 +149,22 @@ def do_step(wanted: Mapping[str, str], place: bytes, step: bytes) -> Facts:
 
     """
     refuse_other_version(wanted)
-    return _do(pickle.loads(place), pickle.loads(step))  # noqa: S301 - the driver's own
+    return _do(pickle.loads(place), *pickle.loads(step))  # noqa: S301 - the driver's own
 
 
-def _do(place: Place, step: Step) -> Facts:
+def _do(place: Place, step: Step, chunks: Sequence[Chunk]) -> Facts:
     fs = FileSystem()
     with (
         opened_targets(place, step, fs) as targets,
         contextlib.closing(FolderReader(place.source, fs)) as source,
     ):
         facts: Facts = executor(step, place.device)((source, targets.target), fs, ignore, ignore)
-    return facts
+    return with_digests(facts, place, chunks, fs)
+
+
+def with_digests(facts: Facts, place: Place, chunks: Sequence[Chunk], fs: FileSystem) -> Facts:
+    """Facts of a step that is durable, and the digests of what it wrote, read past the page cache."""
+    return {**facts, FACT: digest_chunks(chunks, place.partial, fs, direct=True)}
 
 
 @contextlib.contextmanager
@@ -163,12 +175,12 @@ def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTar
         ExecutionError: see `Place.record` and `refuse_other_source`.
 
     """
-    names = list(place.record()["shards"])
-    with OpenTargets(lambda shard: place.out / (names[shard] + PARTIAL), fs) as targets:
+    place.record()
+    with OpenTargets(place.partial, fs) as targets:
         for shard in sorted({extent.shard for extent in step.writes}):
             targets.target(shard)
         # Only now: shards of another plan are made after that plan is bound, so these are not of another.
-        planned = place.record()["inputs"]["source"]["shards"]
+        planned = place.record().inputs["source"]["shards"]
         refuse_other_source(place.source, planned, {piece.file for piece in step.reads})
         yield targets
         targets.sync()

@@ -14,7 +14,7 @@ from typing import Final
 from shardxform.compress.folder import EVALUATION, KEEP, Entry, file_sha256, read_entries
 from shardxform.compress.request import EVALUATE, QUANTIZE, SELECT, folder_of
 from shardxform.errors import OutputError
-from shardxform.outdir import PROVENANCE, read_record
+from shardxform.record import PROVENANCE, read_record
 
 __all__ = ["Results", "results_of"]
 
@@ -62,13 +62,13 @@ def results_of(out: Path) -> Results | None:
     folder = folder_of(Path(os.path.abspath(out)) if out.name in ("", "..") else out)
     if not folder.is_dir():
         return None
-    record = read_record(out / PROVENANCE) or {}
+    record = read_record(out / PROVENANCE)
     try:
         entries = read_entries(folder)
     except OutputError as e:
         return Results(folder=folder, why_not=str(e))
     made = entries.get(QUANTIZE)
-    if made is None or not made.done or made.facts.get("plan") != record.get("fingerprint"):
+    if made is None or not made.done or record is None or made.facts.get("plan") != record.fingerprint:
         return Results(folder=folder, why_not=f"not of {out} as it is")
     files = tuple(folder / name for stage, name in _FILES if _is_whole(folder / name, entries.get(stage)))
     return Results(folder=folder, files=files, why_not="" if files else "no result as it was written")

@@ -99,8 +99,8 @@ def compress(
 def _refuse_or_forget(folder: Folder, prepared: Prepared, settings: Settings) -> None:
     """What was made from other inputs is refused, or by force no longer counts."""
     if not settings.force:
-        refuse_others(folder.root, folder.entries, prepared.inputs)
-    if found := made_of_others(folder.entries, prepared.inputs):
+        refuse_others(prepared.request, folder.entries, prepared.inputs)
+    if found := made_of_others(prepared.request, folder.entries, prepared.inputs):
         folder.forget(found)
 
 

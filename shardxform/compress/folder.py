@@ -14,11 +14,12 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform import computing
 from shardxform.compress.request import EVALUATE, SCORE, STAGES
 from shardxform.errors import ExecutionError, OutputError, ResumeError
 from shardxform.fsio import FileSystem
@@ -220,11 +221,22 @@ def work_of(root: Path, stage: str) -> Path:
     return root / f"{stage}.work"
 
 
-def changed(entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Stages that were made, or begun, with other inputs than these, and the first difference of each."""
+def changed(
+    entries: Mapping[str, Entry],
+    inputs: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, str]:
+    """Stages that were made, or begun, with other inputs than these, and the first difference of each.
+
+    What computed a stage counts as long as it is under way. `names` are the tensors of the source's shards.
+    """
     found: dict[str, str] = {}
     for stage, new in inputs.items():
-        if stage in entries and (where := difference(entries[stage].inputs, plain(new))):
+        if stage not in entries:
+            continue
+        pair = entries[stage].inputs, plain(new)
+        old, now = map(computing.without, pair) if entries[stage].done else pair
+        if where := difference(old, now, names):
             found[stage] = where
     return found
 

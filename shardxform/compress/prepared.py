@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from shardxform import computing
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.compress.costs import amounts, seconds, shape_of, usual
@@ -22,6 +23,7 @@ from shardxform.compress.folder import Entry, changed, read_entries, refuse_chan
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Pruning, Request
 from shardxform.errors import FamilyError, OutputError
 from shardxform.fsio import FileSystem
+from shardxform.identity import names_of
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.outdir import state_of
@@ -87,7 +89,7 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
     state = state_of(request.out, sketch)
     inputs = _inputs(request, sketch)
     if not force:
-        refuse_others(request.folder, read_entries(request.folder), inputs)
+        refuse_others(request, read_entries(request.folder), inputs)
     if state.name != "finished":
         beside = max(tuning_bytes(request), hidden_bytes(request, request.eval_windows, request.precision))
         Output(request.out, sketch, FileSystem()).refuse_too_little_space(beside)
@@ -95,21 +97,26 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
     return Prepared(request=request, sketch=sketch, inputs=inputs, weights={stage: weights[stage] for stage in inputs})
 
 
-def made_of_others(entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def made_of_others(
+    request: Request, entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
     """Stages whose results are of other inputs, and the first difference; a card is simply written again."""
-    return changed(entries, {stage: each for stage, each in inputs.items() if stage != CARD})
+    names = names_of(request.source.shards)
+    return changed(entries, {stage: each for stage, each in inputs.items() if stage != CARD}, names)
 
 
-def refuse_others(root: Path, entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_others(request: Request, entries: Mapping[str, Entry], inputs: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse results of other inputs, and say which results are not of them.
 
     Raises:
         ResumeError: names the first difference.
 
     """
-    found = made_of_others(entries, inputs)
+    found = made_of_others(request, entries, inputs)
     gone = {CARD, *found, *(later for stage in found for later in following(stage))}
-    refuse_changed(root, found, [stage for stage, entry in entries.items() if stage not in gone and entry.done])
+    refuse_changed(
+        request.folder, found, [stage for stage, entry in entries.items() if stage not in gone and entry.done]
+    )
 
 
 def plan_for(request: Request, manifest: Manifest | None) -> Plan:
@@ -207,9 +214,10 @@ def _inputs(request: Request, sketch: Plan) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _computed(request: Request) -> dict[str, str]:
+def _computed(request: Request) -> dict[str, Any]:
     assert request.precision is not None
     return {
+        computing.KEY: computing.of_model(str(request.precision.device)),
         "device": request.precision.device.type,
         "dtype": str(request.precision.dtype).removeprefix("torch."),
     }
@@ -223,4 +231,4 @@ def _weights(request: Request, sketch: Plan) -> dict[str, int]:
 
 
 def _hash(inputs: Mapping[str, Any]) -> str:
-    return hashlib.sha256(dumps(inputs).encode()).hexdigest()
+    return hashlib.sha256(dumps(computing.without(inputs)).encode()).hexdigest()

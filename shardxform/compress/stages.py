@@ -19,10 +19,11 @@ from shardxform.compress.prepared import following, plan_for
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY
 from shardxform.compress.showing import make_card, remove_card
 from shardxform.errors import ExecutionError, ResumeError
+from shardxform.identity import identify
 from shardxform.layout import layout_of
 from shardxform.manifest import Manifest
 from shardxform.manifest_text import manifest_text
-from shardxform.outdir import state_of
+from shardxform.outdir import is_of, state_of
 from shardxform.plan import Plan
 from shardxform.progress import OnProgress
 from shardxform.runner import Report, RunOptions, run
@@ -113,7 +114,7 @@ def is_complete(job: Job) -> bool:
     """Whether the output is there, of this plan; the run looks at its files."""
     plan = _plan(job)
     state = state_of(job.request.out, plan)
-    return state.name == "finished" and state.record.get("fingerprint") == plan.fingerprint
+    return state.name == "finished" and is_of(state, plan)
 
 
 def _manifest(job: Job) -> Manifest | None:
@@ -180,7 +181,7 @@ def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
     options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
     tested = Checkpoint.open(request.out)
     found = _going_on(job, work, lambda: evaluate(tested, windows, options, request.source))
-    facts = {"fingerprint": tested.fingerprint, **evaluation_facts(found, windows)}
+    facts = {"identity": identify(tested).described(), **evaluation_facts(found, windows)}
     job.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
 
 
@@ -193,10 +194,7 @@ def _going_on(job: Job, work: Path, call: Callable[[], _Result]) -> _Result:
         return call()
     except ResumeError as e:
         if not job.settings.force:
-            raise ResumeError(
-                f"{work}: holds unfinished work on a source that was changed since, or of another version;"
-                " start over with --force"
-            ) from e
+            raise ResumeError(f"{str(e).partition('; remove it')[0]}; start over with --force") from e
         _discard(work)
         return call()
 
@@ -206,12 +204,12 @@ def _discard(work: Path) -> None:
     from shardxform.forward.work import WorkDir
 
     try:
-        mark = str(parse_object((work / "progress.json").read_bytes()).get("fingerprint"))
+        bound = parse_object((work / "progress.json").read_bytes()).get("inputs")
     except FileNotFoundError:
-        mark = ""
+        bound = None
     except (OSError, JsonError) as e:
         raise ResumeError(f"{work}: damaged; remove it and run the same command again") from e
-    with WorkDir(work, mark) as found:
+    with WorkDir(work, bound if isinstance(bound, dict) else {}) as found:
         found.remove()
 
 

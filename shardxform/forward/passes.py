@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from shardxform import __version__
+from shardxform import computing
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted
@@ -26,11 +26,11 @@ from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision
 from shardxform.forward.work import HiddenFile, WorkDir
-from shardxform.plan import source_inputs
+from shardxform.identity import identify
 from shardxform.progress import OnProgress, Progress
 from shardxform.strictjson import dumps
 
-__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "run_pass", "work_mark"]
+__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "pass_inputs", "run_pass"]
 
 BATCH_TOKENS: Final = 2048
 """Tokens that go through a block at once; whole sequences, at least one. Part of what decides the last bits."""
@@ -173,25 +173,35 @@ def batches(windows: Windows) -> Iterator[Batch]:
         yield Batch(start, stop, ids_BT, positions < lengths_B[:, None])
 
 
-def fingerprint(purpose: str, checkpoints: Mapping[str, Checkpoint], windows: Windows, precision: Precision) -> str:
-    """What decides the numbers of a pass: sources, tokens, and the type of computation. The same on every machine."""
+def pass_inputs(
+    purpose: str, checkpoints: Mapping[str, Checkpoint], windows: Windows, precision: Precision
+) -> dict[str, Any]:
+    """What decides the numbers of a pass, by name: sources with their values, tokens, type, and what computes.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
     sources = {
         name: {
-            **source_inputs(checkpoint, {}),
+            "source": identify(checkpoint).to_dict(),
             "tensors": hashlib.sha256(repr(list(checkpoint.tensors.values())).encode()).hexdigest(),
         }
         for name, checkpoint in checkpoints.items()
     }
-    dtype, device = str(precision.dtype).removeprefix("torch."), precision.device.type
-    facts = {"purpose": purpose, "sources": sources, "windows": windows.fingerprint, "dtype": dtype, "device": device}
-    return hashlib.sha256(dumps(facts).encode()).hexdigest()
+    return {
+        "purpose": purpose,
+        "sources": sources,
+        "windows": windows.fingerprint,
+        "dtype": str(precision.dtype).removeprefix("torch."),
+        "device": precision.device.type,
+        computing.KEY: {**computing.of_model(str(precision.device)), "batch": BATCH_TOKENS},
+    }
 
 
-def work_mark(identity: str, checkpoints: Mapping[str, Checkpoint]) -> str:
-    """What binds a work directory: the `fingerprint`, who computes, and when the sources were last changed."""
-    times = {name: [shard.mtime_ns for shard in each.shards] for name, each in checkpoints.items()}
-    made_by = {"shardxform": __version__, "torch": torch.__version__, "batch": BATCH_TOKENS}
-    return hashlib.sha256(dumps({"of": identity, "times": times, "made_by": made_by}).encode()).hexdigest()
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides the numbers of a pass but for what computes: the same on every machine."""
+    return hashlib.sha256(dumps(computing.without(inputs)).encode()).hexdigest()
 
 
 def _name(layer: int) -> str:

@@ -1,6 +1,6 @@
 """The work directory of a forward pass: hidden states between blocks, and what every step gave.
 
-    WORK/progress.json          fingerprint, and the facts of every step that is durably done
+    WORK/progress.json          what it is bound to, and the facts of every step that is durably done
     WORK/<chain>-0003.hidden    hidden states [N, T, H] that enter block 3
     WORK/lock                   held as long as a process works here
 
@@ -26,10 +26,12 @@ import torch
 
 from shardxform.errors import ExecutionError, OutputError, ResumeError
 from shardxform.fsio import FileSystem
+from shardxform.option_names import with_option
+from shardxform.outdir import difference
 from shardxform.sharding import show_size
 from shardxform.strictjson import JsonError, dumps, parse_object
 
-__all__ = ["HiddenFile", "WorkDir", "refuse_inside"]
+__all__ = ["HiddenFile", "WorkDir", "refuse_inside", "refuse_other_work"]
 
 _FORMAT: Final = "shardxform.work"
 _PROGRESS: Final = "progress.json"
@@ -41,10 +43,11 @@ _OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.
 class WorkDir:
     """Owns a work directory; use as a context manager, which holds its lock."""
 
-    def __init__(self, root: Path, fingerprint: str, fs: FileSystem | None = None) -> None:
+    def __init__(self, root: Path, inputs: Mapping[str, Any], fs: FileSystem | None = None) -> None:
+        """Name it; `inputs` is plain JSON that says what decides its content, all of which must be equal to go on."""
         self.root = root
         self.fs = fs or FileSystem()
-        self._fingerprint = fingerprint
+        self._inputs = inputs
         self._done: dict[str, Mapping[str, Any]] = {}
         self._stack = contextlib.ExitStack()
 
@@ -155,16 +158,27 @@ class WorkDir:
         whole = isinstance(steps, dict) and all(isinstance(facts, dict) for facts in steps.values())
         if record.get("format") != _FORMAT or not isinstance(steps, dict) or not whole:
             raise ResumeError(f"{path}: not a record of shardxform's; name another work directory")
-        if record.get("fingerprint") != self._fingerprint:
-            raise ResumeError(
-                f"{self.root}: holds unfinished work on another source, other data or other options;"
-                " remove it, or name another with --work"
-            )
+        refuse_other_work(self.root, record.get("inputs"), self._inputs)
         return steps
 
     def _write(self) -> None:
-        record = {"format": _FORMAT, "fingerprint": self._fingerprint, "steps": self._done}
+        record = {"format": _FORMAT, "inputs": self._inputs, "steps": self._done}
         self.fs.write_atomic(self.root / _PROGRESS, dumps(record).encode(), self.root)
+
+
+def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, Any]) -> None:
+    """Refuse to go on with unfinished work of other inputs.
+
+    Raises:
+        ResumeError: names the first difference.
+
+    """
+    if bound == inputs:
+        return
+    where = difference(bound, inputs) if isinstance(bound, dict) else "of another version"
+    raise ResumeError(
+        f"{root}: holds unfinished work of other inputs: {with_option(where)}; remove it, or name another with --work"
+    )
 
 
 def refuse_inside(path: Path, roots: Iterable[Path]) -> None:

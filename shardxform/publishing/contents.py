@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from shardxform.card.record import section
 from shardxform.card.writing import read_readme
 from shardxform.checkpoint import CONFIG
 from shardxform.errors import CheckpointError, OutputError
-from shardxform.outdir import PARTIAL, PROVENANCE, WORK, read_record
+from shardxform.outdir import PARTIAL, WORK
 from shardxform.progress import OnProgress, Progress
+from shardxform.record import PROVENANCE, read_record
 from shardxform.verification.files import is_document
 
 __all__ = ["Contents", "Digests", "Item", "contents_of", "git_blob_id", "is_repo_name", "sha256_of_all"]
@@ -95,7 +95,7 @@ def contents_of(out: Path) -> Contents:
     record = read_record(out / PROVENANCE) if CONFIG in names else None
     if record is None:
         raise OutputError(f"{out}: expected an output of shardxform with its {PROVENANCE} and {CONFIG}; not uploaded")
-    wanted = {*section(record, "files"), PROVENANCE, *_documents(out, names)}
+    wanted = {*record.files, PROVENANCE, *_documents(out, names)}
     items = tuple(_item(out, name) for name in sorted(wanted))
     folders = {name.split("/")[0] for name in wanted if "/" in name}
     return Contents(root=out, items=items, left_out=tuple(_left_out(out, names, wanted, folders)))

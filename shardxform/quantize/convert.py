@@ -11,17 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
+from shardxform import computing
 from shardxform import plan as plans
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.layout import Layout
 from shardxform.modules import modules_of
-from shardxform.outdir import PROVENANCE, read_record
 from shardxform.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
 from shardxform.quantization_config import build
 from shardxform.quantize.planner import kept_tensors
 from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of
+from shardxform.record import PROVENANCE, Record, read_record
 from shardxform.scheme import ExpertNames, Format, Part, Role, Scheme
 from shardxform.selection import Selection, reasons_summary
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec, coalesce
@@ -311,14 +312,16 @@ def _inputs(
         "source": source_inputs(source, sidecars),
         **({"scheme": asdict(scheme)} if scheme else {}),
         **({"origin": origin} if origin else {}),
+        computing.KEY: computing.of_rounding(),
     }
 
 
 def _origin(source: Checkpoint) -> dict[str, Any]:
     """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
-    record = read_record(source.file(PROVENANCE)) or {}
-    inputs = record.get("inputs")
-    found = inputs if isinstance(inputs, dict) else {}
+    record = read_record(source.file(PROVENANCE))
+    if record is None:
+        return {}
+    found = record.inputs
     if isinstance(found.get("origin"), dict):
         found = found["origin"]
     elif found:
@@ -327,10 +330,9 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
 
 
-def _told(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _told(record: Record) -> Iterator[tuple[str, Any]]:
     """What of a record must not be lost beside its inputs: blocks that were healed, and how large the source was."""
-    facts, summary = record.get("facts"), record.get("summary")
-    blocks = facts.get("blocks") if isinstance(facts, dict) else None
+    blocks, summary = record.facts.get("blocks"), record.summary
     listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
     if healed := [
         {"layer": block["layer"], "healed": {"what": block["healed"].get("what")}}
@@ -338,7 +340,7 @@ def _told(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
     ]:
         yield "facts", {"blocks": healed}
-    if isinstance(summary, dict) and type(summary.get("bytes_before")) is int:
+    if type(summary.get("bytes_before")) is int:
         yield "summary", {"bytes_before": summary["bytes_before"]}
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from shardxform import computing
 from shardxform import plan as plans
 from shardxform.block_size import BlockSize, block_sizes
 from shardxform.checkpoint import Checkpoint
@@ -93,6 +94,7 @@ def plan_quantize(
             **view_inputs("quantize", source, manifest, options, sidecars),
             "scheme": scheme_inputs(scheme, recipe),
             **({"recipe": recipe.facts()} if recipe else {}),
+            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
         notes=(*view.notes, *_misfit_notes(selection)),

@@ -17,9 +17,9 @@ from shardxform.errors import CheckpointError, SchemeError
 from shardxform.expectation import Expected, expected
 from shardxform.layout import COMPANIONS, Layout, layout_of, variants_found
 from shardxform.modules import LINEAR_ROLES, modules_of
-from shardxform.outdir import PROVENANCE
 from shardxform.quantization_config import Resolved, resolve
 from shardxform.quantize.grid import Bits, Grid, ScaleGrid
+from shardxform.record import PROVENANCE
 from shardxform.scheme import ExpertNames, Format, Role, Scheme
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.tensors import ByteRange, TensorRef, TensorSpec

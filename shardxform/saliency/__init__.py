@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from shardxform.saliency.choosing import Choice, LayerChoice, choose, decide, keep_of_ratio, super_experts
 from shardxform.saliency.criteria import CRITERIA
-from shardxform.saliency.statistics import ExpertStats, Saliency
+from shardxform.saliency.statistics import ExpertStats, Saliency, difference_of_models
 
 __all__ = [
     "CRITERIA",
@@ -22,6 +22,7 @@ __all__ = [
     "Saliency",
     "choose",
     "decide",
+    "difference_of_models",
     "keep_of_ratio",
     "super_experts",
 ]

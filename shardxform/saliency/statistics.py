@@ -8,7 +8,7 @@ model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.errors import CheckpointError, PlanError
+from shardxform.identity import Identity
 from shardxform.manifest_import import show
 from shardxform.saliency.saving import write_new
 from shardxform.saliency.storage import FIELDS, Arrays, decode, encode, read
 
-__all__ = ["ExpertStats", "Saliency"]
+__all__ = ["ExpertStats", "Saliency", "difference_of_models"]
 
 _COUNTS: Final = ("num_layers", "num_experts", "num_experts_per_tok", "num_groups")
 _TEXTS: Final = ("model_type", "source_fingerprint")
@@ -78,7 +79,7 @@ class Saliency:
 
     Attributes:
         model: what was scored: `model_type`, `num_layers`, `num_experts`, `num_experts_per_tok`, `num_groups` (of the
-            router, 1 if it has none), `source_fingerprint`; may hold more.
+            router, 1 if it has none), `source_fingerprint`, `identity` (see `identity.Identity`); may hold more.
         layers: decoder block -> statistics.
         mtp_layers: MTP layer, counted from 0 -> statistics.
         tokens: calibration tokens that every layer has seen.
@@ -245,15 +246,39 @@ def _check_numbers(array: NDArray[Any], limit: float, at: str) -> None:
         raise CheckpointError(f"{at}[{bad[0]}]: expected a number from 0 to {limit}, found {array[bad[0]]}")
 
 
-def _check_same(one: Saliency, other: Saliency) -> None:
-    """Refuse to add what was measured on different checkpoints."""
+def difference_of_models(
+    one: Mapping[str, Any], other: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """Say in what two models that were scored differ, values included; empty where they are one.
+
+    Args:
+        one: `Saliency.model`, or that of a manifest.
+        other: another one.
+        names: shard -> tensors of the other one, by which other values are named.
+
+    """
+    identities = Identity.from_dict(one.get("identity")), Identity.from_dict(other.get("identity"))
+    known = identities[0] is not None and identities[1] is not None
     keys = (*_TEXTS[:1], *_COUNTS, *_TEXTS[1:])
-    for key in (*keys, *sorted({*one.model, *other.model} - set(keys))):
-        if one.model.get(key) != other.model.get(key):
-            raise PlanError(
-                f"{other.where}: model.{key}: {show(other.model.get(key))}, but {one.where} has"
-                f" {show(one.model.get(key))}; only runs over the same checkpoint add up"
-            )
+    for key in (*keys, *sorted({*one, *other} - {*keys, "identity"})):
+        if one.get(key) != other.get(key) and not (known and key == "source_fingerprint"):
+            return f"model.{key}: {show(other.get(key))}, not {show(one.get(key))}"
+    if identities[0] is None or identities[1] is None:
+        return ""
+    if where := identities[0].difference(identities[1], names):
+        return f"model.identity: {where}"
+    if not identities[0].is_comparable(identities[1]):
+        return "model.identity: read in other ways, from the hub and from a folder, so that values cannot be compared"
+    return ""
+
+
+def _check_same(one: Saliency, other: Saliency) -> None:
+    """Refuse to add what was measured on different checkpoints, or with different tokenizers."""
+    if where := difference_of_models(one.model, other.model):
+        raise PlanError(f"{other.where}: {where}, as {one.where} has it; only runs over the same checkpoint add up")
+    tokenizers = {str(run["tokenizer"]) for run in (*one.runs, *other.runs) if "tokenizer" in run}
+    if len(tokenizers) > 1:
+        raise PlanError(f"{other.where}: another tokenizer than {one.where}; only runs over the same text's ids add up")
     for scope in ("layers", "mtp_layers"):
         if odd := sorted(set(getattr(one, scope)) ^ set(getattr(other, scope))):
             lacks = one.where if odd[0] in getattr(other, scope) else other.where

@@ -19,6 +19,7 @@ from shardxform.errors import CheckpointError
 from shardxform.fsio import not_a_directory
 from shardxform.manifest import Manifest
 from shardxform.progress import Progress, peak_rss_bytes
+from shardxform.verification.digests import check_digests
 from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of
@@ -100,12 +101,16 @@ def verify(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """What headers and small files show: OUT as far as it could be read, and what it must hold by the source."""
+    """What headers and small files show: OUT as far as it could be read, and what it must hold.
+
+    `wanted` is by the source, `digests` by the record.
+    """
 
     checkpoint: Checkpoint | None = None
     structure: Structure | None = None
     wanted: Wanted | None = None
     unfinished: bool = False
+    digests: Mapping[str, str] | None = None
 
     def left(self, compared: frozenset[str]) -> dict[str, int]:
         """How many tensors were not compared, by the reason."""
@@ -124,10 +129,11 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
         if origin:
             rebuild(origin, None, given, known_of(origin, None, None, record), findings)
         return _Seen()
+    digests = check_digests(record, checkpoint, findings)
     structure = check_structure(checkpoint, lost, findings)
     check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
     if origin is None:
-        return _Seen(checkpoint=checkpoint, structure=structure)
+        return _Seen(checkpoint=checkpoint, structure=structure, digests=digests)
     known = known_of(origin, checkpoint if structure else None, structure.stored if structure else None, record)
     wanted: Wanted | None = None
     if view := rebuild(origin, checkpoint, given, known, findings):
@@ -136,10 +142,17 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
             rule = rule_of(known.stored, known.record, given.tolerance, findings, known.packed)
             wanted = replace(wanted, rule=rule)
         compare_tables(wanted, checkpoint, lost, findings)
-    return _Seen(checkpoint=checkpoint, structure=structure, wanted=wanted)
+    return _Seen(checkpoint=checkpoint, structure=structure, wanted=wanted, digests=digests)
 
 
-_FIGURES: Final = ("bytes_scanned", "bytes_compared", "tensors_compared", "tensors_differing", "tensors_derived")
+_FIGURES: Final = (
+    "bytes_scanned",
+    "bytes_compared",
+    "tensors_compared",
+    "tensors_differing",
+    "tensors_derived",
+    "tensors_digested",
+)
 
 
 def _check_data(
@@ -160,7 +173,16 @@ def _check_data(
     if wanted:
         source = wanted.view.checkpoint
         comparison = Comparison(source.root, wanted.same_bytes, wanted.derived, wanted.pairs, rule, source.remote)
-    figures = check_data(checkpoint, layout, comparison, findings, stored=stored, jobs=jobs, on_progress=on_progress)
+    figures = check_data(
+        checkpoint,
+        layout,
+        comparison,
+        findings,
+        stored=stored,
+        digests=seen.digests,
+        jobs=jobs,
+        on_progress=on_progress,
+    )
     rounding = report_tallies(figures.tallies, rule, findings) if rule else None
     told = {key: getattr(figures, key) for key in _FIGURES}
     return {**told, "rounding": rounding, "values_compared": len(figures.compared)}, figures.compared

@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from shardxform import digests as digesting
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.fsio import FileSystem
@@ -27,7 +27,20 @@ from shardxform.remote.reading import open_source
 from shardxform.tensors import TensorRef
 from shardxform.verification.derived import Deriver
 from shardxform.verification.findings import Findings
-from shardxform.verification.jobs import Job, Piece, Result, Seen, Task, Weight, merge, report, report_faults
+from shardxform.verification.jobs import (
+    Digest,
+    Job,
+    Piece,
+    Result,
+    Seen,
+    Task,
+    Weight,
+    Written,
+    merge,
+    report,
+    report_digests,
+    report_faults,
+)
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
 from shardxform.verification.rounding import Read, Tally, examine
@@ -70,6 +83,7 @@ class Figures:
 
     Attributes:
         tallies: one for every weight that was held against the source's.
+        tensors_digested: tensors whose digest is the record's.
         compared: tensors of the output whose values were held against the source, in whatever way.
 
     """
@@ -79,6 +93,7 @@ class Figures:
     tensors_compared: int = 0
     tensors_differing: int = 0
     tensors_derived: int = 0
+    tensors_digested: int = 0
     tallies: tuple[Tally, ...] = ()
     compared: frozenset[str] = frozenset()
 
@@ -90,10 +105,13 @@ def check_data(
     findings: Findings,
     *,
     stored: Stored | None = None,
+    digests: Mapping[str, str] | None = None,
     jobs: int = 1,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Figures:
     """Scan every tensor of `out`, and compare with the source what `comparison` has in the same dtype and shape.
+
+    With `digests`, those of the record, every tensor that has one is held against it.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -101,15 +119,20 @@ def check_data(
     """
     table = list(_jobs(out, layout, comparison, stored))
     weights = [Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
-    total = sum(job.ref.nbytes for job in table) + sum(weight.nbytes for weight in weights)
+    items = list(_items(out, table, weights, digests or {}))
+    total = sum(item.nbytes for item in items)
     reader = _Reader(out.root, comparison)
     tallies: list[Tally] = []
+    written: list[Digest] = []
     errors: dict[str, None] = {}
     done = 0
     with reader:
-        for result in _in_parallel(reader.examine, _tasks(table, weights), jobs, reader.stop):
+        for result in _in_parallel(reader.examine, _tasks(items), jobs, reader.stop):
             for seen in result.seen:
-                tallies.append(seen) if isinstance(seen, Tally) else merge(seen)
+                if isinstance(seen, Seen):
+                    merge(seen)
+                else:
+                    tallies.append(seen) if isinstance(seen, Tally) else written.append(seen)
             if result.error:
                 errors[result.error] = None
             done += result.nbytes
@@ -118,6 +141,7 @@ def check_data(
     for error in errors:
         where, _, message = error.partition(": ")
         findings.problem("unreadable", where, message)
+    same = report_digests(digests or {}, written, findings)
     for job in table:
         report(job, findings)
     report_faults(table, layout, findings)
@@ -129,6 +153,7 @@ def check_data(
         tensors_compared=len(compared),
         tensors_differing=sum(job.differing > 0 for job in compared),
         tensors_derived=sum(job.derived is not None for job in compared),
+        tensors_digested=len(same),
         tallies=tuple(sorted(tallies, key=lambda tally: order[tally.pair.name])),
         compared=frozenset(job.ref.name for job in compared)
         | {ref.name for tally in tallies for _, ref in tally.pair.module.parts}
@@ -182,11 +207,34 @@ def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
             yield ref.name, PartRule(role, ref.spec.dtype, module.shape, grid, grid.scale_grid == "bf16")
 
 
-def _tasks(jobs: Iterable[Job], weights: Iterable[Weight]) -> Iterator[Task]:
-    """Pieces and weights in runs of about `_TASK_BYTES`."""
-    task: list[Piece | Weight] = []
+def _items(
+    out: Checkpoint, table: Iterable[Job], weights: Iterable[Weight], digests: Mapping[str, str]
+) -> Iterator[Piece | Weight | Written]:
+    """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
+    jobs = {job.ref.name: job for job in table}
+    apart = {ref.name for weight in weights for _, ref in weight.pair.module.parts}
+    for name, ref in out.tensors.items():
+        if name in digests and name not in apart:
+            yield from _chunks(ref)
+        if name in jobs:
+            yield from _pieces(jobs[name])
+    for weight in weights:
+        for _, ref in weight.pair.module.parts:
+            if ref.name in digests:
+                yield from _chunks(ref)
+        yield weight
+
+
+def _chunks(ref: TensorRef) -> Iterator[Written]:
+    """Chunks of a tensor, as digests are taken of; one of an empty tensor, so that it counts."""
+    for number, start in enumerate(range(0, max(ref.nbytes, 1), digesting.CHUNK_BYTES)):
+        yield Written(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
+
+
+def _tasks(items: Iterable[Piece | Weight | Written]) -> Iterator[Task]:
+    """Items in runs of about `_TASK_BYTES`."""
+    task: list[Piece | Weight | Written] = []
     room = _TASK_BYTES
-    items: Iterator[Piece | Weight] = chain((piece for job in jobs for piece in _pieces(job)), weights)
     for item in items:
         task.append(item)
         room -= item.nbytes
@@ -258,8 +306,7 @@ class _Reader:
                 for item in task:
                     if self.stop.is_set():
                         break
-                    seen = self._piece(item, shards) if isinstance(item, Piece) else self._weight(item, shards)
-                    result.seen.append(seen)
+                    result.seen.append(self._item(item, shards))
             except UnreadableError as e:
                 if e.root != self._out:
                     raise CheckpointError(f"{e.root / e.file}: {e}") from e
@@ -271,6 +318,23 @@ class _Reader:
         for item in task:
             if isinstance(item, Piece) and item.job.other and self._source:
                 shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
+
+    def _item(self, item: Piece | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
+        if isinstance(item, Piece):
+            return self._piece(item, shards)
+        return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
+
+    def _written(self, chunk: Written, shards: Shards) -> Digest:
+        """Digest a chunk, a buffer at a time."""
+
+        def pieces() -> Iterator[memoryview]:
+            buffer, _ = self._buffers()
+            for start in range(chunk.start, chunk.stop, CHUNK_BYTES):
+                data = buffer[: min(CHUNK_BYTES, chunk.stop - start)].data
+                shards.read(self._out, window(chunk.ref.ranges, start, start + len(data)), data)
+                yield data
+
+        return Digest(chunk.ref.name, chunk.number, digesting.chunk_digest(pieces()))
 
     def _piece(self, piece: Piece, shards: Shards) -> Seen:
         ours, theirs = self._buffers()

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, INDEX, WORK, Checkpoint, scan
 from shardxform.families.base import Wrapper
-from shardxform.manifest_import import RECORD_FORMAT
-from shardxform.outdir import PROVENANCE
+from shardxform.record import FORMAT as RECORD_FORMAT
+from shardxform.record import PROVENANCE
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.verification.findings import Findings
 

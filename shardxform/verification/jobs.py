@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.digests import tensor_digest
 from shardxform.layout import Layout, Place
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item, spans
@@ -19,7 +20,20 @@ from shardxform.verification.rounding import Tally
 from shardxform.verification.values import Fault, FloatBits, PartRule, merged
 from shardxform.verification.wanted import Derived
 
-__all__ = ["Job", "Piece", "Result", "Seen", "Task", "Weight", "merge", "report", "report_faults"]
+__all__ = [
+    "Digest",
+    "Job",
+    "Piece",
+    "Result",
+    "Seen",
+    "Task",
+    "Weight",
+    "Written",
+    "merge",
+    "report",
+    "report_digests",
+    "report_faults",
+]
 
 
 @dataclass(slots=True)
@@ -60,6 +74,21 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes `start`..`stop` of a tensor, a chunk of which the record has a digest; `number` counts the chunks."""
+
+    ref: TensorRef
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many they are."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
     """A quantized weight to hold against the source's."""
 
@@ -72,7 +101,16 @@ class Weight:
         return self.pair.weight.nbytes
 
 
-Task = Sequence[Piece | Weight]
+Task = Sequence[Piece | Weight | Written]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a chunk's digest is now, 32 bytes."""
+
+    tensor: str
+    number: int
+    digest: bytes
 
 
 @dataclass(slots=True)
@@ -93,7 +131,7 @@ class Result:
     """What one task showed; `error` when the output could not be read on."""
 
     nbytes: int
-    seen: list[Seen | Tally] = field(default_factory=list)
+    seen: list[Seen | Tally | Digest] = field(default_factory=list)
     error: str = ""
 
 
@@ -136,6 +174,20 @@ def report(job: Job, findings: Findings) -> None:
     some = len(job.nonzero) > 1 and len(zeros) < len(job.nonzero)
     what = f"expert{'s' * (len(zeros) > 1)} {spans(zeros)}: " if some else ""
     findings.warn("zero", name, f"{what}every value is zero, as in a hole that was never written")
+
+
+def report_digests(recorded: Mapping[str, str], found: Iterable[Digest], findings: Findings) -> frozenset[str]:
+    """Name tensors that are not, to the bit, what was written; the others were digested and are."""
+    parts: dict[str, dict[int, bytes]] = {}
+    for each in found:
+        parts.setdefault(each.tensor, {})[each.number] = each.digest
+    same: set[str] = set()
+    for name, chunks in parts.items():
+        if tensor_digest([chunks[number] for number in sorted(chunks)]) == recorded[name]:
+            same.add(name)
+        else:
+            findings.problem("digest", name, "not the bytes that were written: its digest is not the record's")
+    return frozenset(same)
 
 
 def report_faults(table: Iterable[Job], layout: Layout | None, findings: Findings) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Final
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.layout import COMPANIONS, Layout
-from shardxform.outdir import PROVENANCE
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.stored import Stored, StoredModule, rows_of, scan_stored
+from shardxform.record import PROVENANCE
 from shardxform.scheme import FORMATS
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item

@@ -69,6 +69,7 @@ class VerifyReport:
         bytes_compared, tensors_compared, tensors_differing: against the source, byte for byte.
         tensors_derived: those among them that hold no bytes of the source, but what its packed weights dequantize to,
             or its weights rounded again and dequantized.
+        tensors_digested: tensors that are, by their digests, the very bytes that shardxform wrote.
         rounding: quantized weights against the source; None when there were none to compare.
         values_compared: tensors of OUT whose values were held against the source in any of these ways, all parts of
             quantized weights counted.
@@ -90,6 +91,7 @@ class VerifyReport:
     tensors_compared: int
     tensors_differing: int
     tensors_derived: int
+    tensors_digested: int
     rounding: Rounding | None
     values_compared: int
     values_left: Mapping[str, int]

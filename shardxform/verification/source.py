@@ -16,8 +16,8 @@ from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
 from shardxform.layout import Layout, layout_of
 from shardxform.manifest import FORMAT, VERSION, Manifest
-from shardxform.outdir import PROVENANCE
 from shardxform.plan import source_inputs
+from shardxform.record import PROVENANCE
 from shardxform.verification.files import file_bytes, is_document
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.wanted import Known, Wanted

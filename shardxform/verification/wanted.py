@@ -14,9 +14,9 @@ from typing import Any, Final, Literal, cast
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.heal_plan import healed_names
+from shardxform.identity import config_sha256
 from shardxform.layout import COMPANIONS, Layout
 from shardxform.modules import LINEAR_ROLES, modules_of
-from shardxform.plan import config_sha256
 from shardxform.quantize.convert import released
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.stored import Stored, read_stored
