@@ -83,7 +83,7 @@ def test_documents_are_joined_with_the_end_token_and_cut_from_the_start(bytes_ro
     assert windows.ids_NT.dtype == windows.lengths_N.dtype == np.int32
     assert windows.lengths_N.tolist() == [4, 4, 4]
     assert windows.notes == (f"asked for 9 windows of 4 tokens, {data} gives 3",)
-    assert windows.provenance | {"sha256": "", "tokenizer_sha256": ""} == {
+    assert windows.provenance | {"sha256": "", "tokenizer": "", "tokenizer_sha256": ""} == {
         "data": "d.jsonl",
         "files": ["d.jsonl"],
         "sha256": "",
@@ -96,6 +96,7 @@ def test_documents_are_joined_with_the_end_token_and_cut_from_the_start(bytes_ro
         "text_key": "text",
         "documents": 3,
         "tokens": 12,
+        "tokenizer": "",
         "tokenizer_sha256": "",
     }
     assert text_of(load(bytes_root, data, samples=2, seqlen=4)) == ["abc|", "|def"]
@@ -392,10 +393,14 @@ def test_conversations_are_rendered_with_the_chat_template(tmp_path: Path) -> No
         ({"messages": TURNS}, "{{ x.y.z }}", "d.jsonl:1: the chat template refuses it: 'x' is undefined"),
         ({"messages": []}, TEMPLATE, "d.jsonl:1: messages: expected a list of messages, found an empty list"),
         ({"messages": "hi"}, TEMPLATE, "d.jsonl:1: messages: expected a list of messages, found str"),
-        ({"messages": [{"role": "user"}]}, TEMPLATE, "d.jsonl:1: message 1: expected strings 'role' and 'content'"),
-        ({"messages": [*TURNS, None]}, TEMPLATE, "d.jsonl:1: message 3: expected strings 'role' and 'content'"),
+        (
+            {"messages": [{"role": "user"}]},
+            TEMPLATE,
+            "d.jsonl:1: message 1: expected 'content' or 'tool_calls', found 'role'",
+        ),
+        ({"messages": [*TURNS, None]}, TEMPLATE, "d.jsonl:1: message 3: expected an object, found null"),
         ({"messages": TURNS, "conversations": TURNS}, TEMPLATE, "found both 'messages' and 'conversations'"),
-        ({"text": "hi"}, TEMPLATE, "d.jsonl:1: expected a field 'messages' or 'conversations', found 'text'"),
+        ({"text": "hi"}, TEMPLATE, "expected a field 'messages', 'conversations' or 'conversation', found 'text'"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path: Path, record: Any, template: str, message: str) -> None:

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("manifest_text", "saliency.storage", "saliency.saving", "saliency.statistics", "saliency.criteria"),
     ("saliency.choosing", "saliency.plotting", "saliency"),
     ("calibration.options", "calibration.readers", "calibration.hub", "calibration.documents"),
-    ("calibration.tokens", "calibration.windows", "calibration"),
+    ("calibration.tokens", "calibration.encoding", "calibration.conversations", "calibration.windows", "calibration"),
     ("view", "sharding", "plan", "copying", "block_size", "quantize.steps", "heal_plan", "prune"),
     ("quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),

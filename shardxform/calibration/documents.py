@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shardxform.calibration.hub import hub_files, is_hub_name
+from shardxform.calibration.hub import SUFFIXES, chosen, hub_files, is_hub_name
 from shardxform.calibration.options import DataOptions
 from shardxform.calibration.readers import (
+    COMPLETION,
     KINDS,
+    PROMPT,
     DataFile,
     Record,
+    about_data,
     count,
     fields,
     kind_of,
@@ -50,6 +53,10 @@ __all__ = [
 PIECE: Final = 1 << 18
 """Characters after which a piece ends at the next seam of the text; at twice as many it ends anywhere."""
 
+_FOLDERS: Final = 1000  # in a data set, that are looked into
+_DEPTH: Final = 3
+_CHATS: Final = ("messages", "conversations", "conversation")
+
 # Between two lines, or before the one space between two words: the tokenizers' patterns split there anyway.
 _SEAM: Final = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
@@ -70,6 +77,7 @@ class Form:
     Attributes:
         key: the field it stands in.
         render: turns the field's value into text, or refuses it.
+        beside: further fields that it is given where a record has them.
         takes: whether a document of this source is wanted at this point of the data; None where sources have no say,
             and are not read.
 
@@ -77,6 +85,7 @@ class Form:
 
     key: str
     render: Callable[[Record], str]
+    beside: tuple[str, ...] = ()
     takes: Callable[[str], bool] | None = None
 
 
@@ -114,7 +123,9 @@ def local_files(data: str) -> tuple[DataFile, ...]:
     """
     path = Path(data)
     if _exists(path):
-        return tuple(_local(each) for each in (_listing(path) if path.is_dir() else [path]))
+        if not path.is_dir():
+            return (_local(path, path.name),)
+        return tuple(_local(path / name, name) for name in _listing(path))
     if not is_hub_name(data):
         raise PlanError(f"{data}: no such file or directory, and no name of a hub data set (owner/name)")
     return ()
@@ -203,25 +214,43 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _listing(folder: Path) -> list[Path]:
-    """The data files in a folder, by name; folders in it and hidden files are not looked at."""
+def _listing(folder: Path) -> list[str]:
+    """Names of the data files in a folder, in order; hidden files, and those about the data, are none.
+
+    A folder that holds no others is looked at as a data set of the hub is, with the folders in it: clones of these
+    have their data there. A folder of files about data is data all the same.
+    """
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        found = sorted(name for name in os.listdir(folder) if kind_of(name) and not name.startswith("."))
     except OSError as e:
         raise PlanError(f"{folder}: {e.strerror or e}") from e
-    found = [folder / name for name in names if kind_of(name) and (folder / name).is_file()]
+    found = [name for name in found if (folder / name).is_file()]
+    records = any(kind_of(name) != "text" and not about_data(name) for name in found)
+    data = [name for name in found if not (about_data(name) or (records and name.lower().endswith(".md")))]
+    if not data and (below := [path for path in _below(folder) if not about_data(path)]):
+        return list(chosen(str(folder), below, "", "by the path of its folder or file"))
     if not found:
         raise PlanError(f"{folder}: expected {', '.join(KINDS)} files in it, found none")
-    return found
+    return data or found
 
 
-def _local(path: Path) -> DataFile:
+def _below(folder: Path) -> Iterator[str]:
+    """Yield the paths of data files in the folders of a folder, not too deep, nor too many of them."""
+    walk = ((Path(root).relative_to(folder), dirs, files) for root, dirs, files in os.walk(folder))
+    for at, dirs, files in itertools.islice(walk, _FOLDERS):
+        dirs[:] = sorted(name for name in dirs if not name.startswith((".", "_"))) if len(at.parts) < _DEPTH else []
+        if at.parts:
+            paths = (at / name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+            yield from (str(path) for path in paths if (folder / path).is_file())
+
+
+def _local(path: Path, name: str) -> DataFile:
     kind = kind_of(path.name)
     if kind is None:
         raise PlanError(f"{path}: expected a file whose name ends in one of {', '.join(KINDS)}")
     if not path.is_file():
         raise PlanError(f"{path}: expected a regular file")
-    return DataFile(name=_printable(path.name), place=str(path), kind=kind, fetch=lambda: path)
+    return DataFile(name=_printable(name), place=str(path), kind=kind, fetch=lambda: path)
 
 
 def _printable(name: str) -> str:
@@ -230,16 +259,19 @@ def _printable(name: str) -> str:
 
 
 def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
-    usual = ("messages", "conversations") if options.chat_template else ("text", "content")
+    usual = _CHATS if options.chat_template else ("text", "content")
     expected = (options.text_key,) if options.text_key else usual
     found = [name for name in expected if name in names]
+    if not found and options.chat_template and not options.text_key and {PROMPT, COMPLETION} <= {*names}:
+        return PROMPT
     if not found:
-        which = " or ".join(repr(name) for name in expected)
-        needs = "; conversations need the chat template" if "messages" in names and not options.chat_template else ""
+        which = " or ".join(filter(None, (", ".join(map(repr, expected[:-1])), repr(expected[-1]))))
+        chats = not options.chat_template and any(name in names for name in _CHATS)
+        needs = "; conversations need the chat template" if chats else ""
         other = "; --text-key names another" if names and not needs and not options.text_key else ""
         raise PlanError(f"{place}: expected a field {which}, found {listed(names)}{needs}{other}")
     if options.chat_template and len(found) > 1:
-        raise PlanError(f"{place}: expected one field of conversations, found both 'messages' and 'conversations'")
+        raise PlanError(f"{place}: expected one field of conversations, found both {found[0]!r} and {found[1]!r}")
     return found[0]
 
 
@@ -253,7 +285,7 @@ def _texts(file: DataFile, form: Form, wanted: Iterator[bool]) -> Iterator[tuple
             raise no_sources(file)
         yield ("", runs(file)) if next(wanted, False) else None
         return
-    for record in read(file, form.key, wanted, sources=form.takes is not None):
+    for record in read(file, form.key, wanted, sources=form.takes is not None, beside=form.beside):
         taken = record is not None and (form.takes is None or form.takes(record.source))
         yield (record.source, (form.render(record),)) if record is not None and taken else None
 

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from shardxform.calibration.readers import DataFile, kind_of
+from shardxform.calibration.readers import DataFile, about_data, kind_of
 from shardxform.errors import PlanError
 
-__all__ = ["MAX_WHOLE_BYTES", "chosen", "hub_files", "is_hub_name"]
+__all__ = ["MAX_WHOLE_BYTES", "SUFFIXES", "chosen", "hub_files", "is_hub_name"]
 
 T = TypeVar("T")
 
@@ -26,8 +26,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^/\x00-\x1f\
 _TRAIN: Final = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)", re.IGNORECASE)
 _HELD_OUT: Final = re.compile(r"(^|[/_.-])(test|testing|valid|validation|dev|eval)([/_.-]|$)", re.IGNORECASE)
 _SHARD: Final = re.compile(r"-\d+-of-\d+[^/]*$")
-_ABOUT_THE_DATA: Final = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SUFFIXES: Final = (".parquet", ".jsonl", ".json", ".txt")  # the first that there is: the others hold the same again
+SUFFIXES: Final = (".parquet", ".jsonl", ".json", ".txt")  # the first that there is: the others hold the same again
 
 
 def is_hub_name(data: str) -> bool:
@@ -67,30 +66,32 @@ def hub_files(data: str, whole: bool) -> tuple[str, tuple[DataFile, ...]]:
     return str(info.sha), tuple(_file(repo, name, partial(get, name)) for name in names)
 
 
-def chosen(data: str, paths: Iterable[str], prefix: str) -> tuple[str, ...]:
+def chosen(data: str, paths: Iterable[str], prefix: str, one: str = "as owner/name/PREFIX") -> tuple[str, ...]:
     """Choose the data files among the paths of a data set: of one kind, of the split `train` where there is one.
+
+    Where they are several sets of files, the refusal asks to name `one`.
 
     Raises:
         PlanError: there are none, or they belong to several configurations or splits.
 
     """
     files = sorted(path for path in paths if path.startswith(prefix) and _is_data(path))
-    found: Sequence[str] = next((of for suffix in _SUFFIXES if (of := _ending(files, suffix))), ())
+    found: Sequence[str] = next((of for suffix in SUFFIXES if (of := _ending(files, suffix))), ())
     if not found:
         where = f" below {prefix!r}" if prefix else ""
-        raise PlanError(f"{data}: expected {', '.join(_SUFFIXES)} files in the data set{where}, found none")
+        raise PlanError(f"{data}: expected {', '.join(SUFFIXES)} files in the data set{where}, found none")
     train = [path for path in found if _TRAIN.search(path)]
     found = train or [path for path in found if not _HELD_OUT.search(path)] or found
     groups = sorted({_group(path) for path in found})
     if len(groups) > 1:
         some = ", ".join(repr(group) for group in groups[:6]) + (", ..." if len(groups) > 6 else "")
-        raise PlanError(f"{data}: expected files of one kind, found {some}: name one as owner/name/PREFIX")
+        raise PlanError(f"{data}: expected files of one kind, found {some}: name one {one}")
     return tuple(found)
 
 
 def _is_data(path: str) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.split("/"))
-    return not hidden and path.rpartition("/")[2] not in _ABOUT_THE_DATA
+    return not hidden and not about_data(path)
 
 
 def _ending(paths: Sequence[str], suffix: str) -> list[str]:

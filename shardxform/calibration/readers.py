@@ -9,8 +9,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
@@ -19,11 +20,16 @@ from shardxform.errors import PlanError
 from shardxform.strictjson import JsonError, parse_object
 
 __all__ = [
+    "COMPLETION",
     "KINDS",
     "MAX_RECORD_BYTES",
+    "PROMPT",
+    "SYSTEM",
+    "TOOLS",
     "DataFile",
     "Kind",
     "Record",
+    "about_data",
     "count",
     "fields",
     "kind_of",
@@ -46,8 +52,16 @@ KINDS: Final[dict[str, Kind]] = {
     ".md": "text",
 }
 MAX_RECORD_BYTES: Final = 64 << 20
+PROMPT, COMPLETION, SYSTEM, TOOLS = "prompt", "completion", "system", "tools"
+"""Fields of a conversation that is not all in one: its halves, and what stands beside its messages."""
 _RUN_BYTES: Final = 1 << 18
 _ROWS: Final = 64
+_ABOUT: Final = re.compile(
+    r"((read_?me|licen[cs]e|copying|notice)([-_.][\w.-]{1,20})?|copyright|changelog|changes|citation|authors|contributing"
+    r"|contributors|code_of_conduct|security|datasheet|data_?card|requirements)\.(md|txt)"
+    r"|(dataset_infos?|dataset_dict|state|croissant)\.json",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +84,24 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The value of one record's field `key`, its place for messages, and its source where sources are read."""
+    """The value of one record's field `key`, its place for messages, its source, and fields beside it, where asked."""
 
     place: str
     key: str
     value: object
     source: str = ""
+    beside: Mapping[str, object] = field(default_factory=dict)
 
 
 def kind_of(name: str) -> Kind | None:
     """How a file of this name is read; None when it is no data file."""
     return KINDS.get(Path(name).suffix.lower())
+
+
+def about_data(path: str) -> bool:
+    """Whether a file of this name tells of the data rather than being some: a read-me, a licence, a table of facts."""
+    name = path.rpartition("/")[2]
+    return name.startswith((".", "_")) or _ABOUT.fullmatch(name) is not None
 
 
 def count(file: DataFile) -> int:
@@ -115,18 +136,20 @@ def fields(file: DataFile) -> tuple[str, tuple[str, ...]] | None:
     return (first[0], tuple(_object(first[1], first[0]))) if first else None
 
 
-def read(file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = False) -> Iterator[Record | None]:
+def read(
+    file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = False, beside: Collection[str] = ()
+) -> Iterator[Record | None]:
     """Yield the field `key` of every record, or None for one that is not wanted, which is not parsed either.
 
     Takes one item of `wanted` a record, so that one iterator serves several files. With `sources`, every wanted record
-    must name its source.
+    must name its source. The fields of `beside` are given where a record has them.
 
     Raises:
         PlanError: unreadable or malformed, or a wanted record without the field, or without a source.
 
     """
     if file.kind == "parquet":
-        yield from _rows(file, key, wanted, sources)
+        yield from _rows(file, key, wanted, sources, beside)
         return
     for place, raw in _entries(file):
         if not next(wanted, False):
@@ -135,7 +158,8 @@ def read(file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = Fa
         record = _object(raw, place)
         if key not in record:
             raise PlanError(f"{place}: expected a field {key!r}, found {listed(record)}")
-        yield Record(place, key, record[key], _source(record, place) if sources else "")
+        others = {name: record[name] for name in beside if name in record}
+        yield Record(place, key, record[key], _source(record, place) if sources else "", others)
 
 
 def sources_of(file: DataFile) -> Iterator[str]:
@@ -253,23 +277,38 @@ def _parquet(file: DataFile) -> Iterator[Any]:
         raise PlanError(f"{file.place}: not readable as parquet: {str(e).splitlines()[0][:200]}") from e
 
 
-def _rows(file: DataFile, key: str, wanted: Iterator[bool], sources: bool) -> Iterator[Record | None]:
-    columns = list(dict.fromkeys([key, SOURCE] if sources else [key]))
+def _rows(
+    file: DataFile, key: str, wanted: Iterator[bool], sources: bool, beside: Collection[str]
+) -> Iterator[Record | None]:
     with _parquet(file) as table:
         names = table.schema_arrow.names
+        others = [name for name in beside if name in names]
+        columns = list(dict.fromkeys([key, *([SOURCE] if sources else []), *others]))
         for column in columns:
             if names.count(column) != 1:
                 raise PlanError(f"{file.place}: expected one column {column!r}, found {listed(names)}")
         batches = table.iter_batches(batch_size=_ROWS, columns=columns)
         rows = (cells for batch in batches for cells in zip(*map(batch.column, columns), strict=True))
         for number, cells in enumerate(rows, start=1):
-            yield _record(f"{file.place}: row {number}", columns, cells, sources) if next(wanted, False) else None
+            if not next(wanted, False):
+                yield None
+                continue
+            place = f"{file.place}: row {number}"
+            row = {column: _without_nulls(cell.as_py()) for column, cell in zip(columns, cells, strict=True)}
+            found = {name: row[name] for name in others}
+            yield Record(place, key, row[key], _source(row, place) if sources else "", found)
 
 
-def _record(place: str, columns: Sequence[str], cells: Sequence[Any], sources: bool) -> Record:
-    """A row of which the first cell is the field that was asked for."""
-    row = {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}
-    return Record(place, columns[0], row[columns[0]], _source(row, place) if sources else "")
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401
+    """A cell without the fields that are null in it: a table gives every struct the fields of all its structs.
+
+    `content` stays, which messages that call tools set to null.
+    """
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None or key == "content"}
+    return value
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from shardxform.errors import CheckpointError, PlanError
 from shardxform.fsio import not_a_directory
 from shardxform.strictjson import JsonError, parse_object
 
-__all__ = ["Tokenizer", "conversation", "encoded", "load_tokenizer", "plain_text"]
+__all__ = ["Tokenizer", "batches", "ids_of", "line_of", "load_tokenizer", "plain_text", "type_name"]
 
 _CONFIG: Final = "config.json"
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
@@ -77,15 +77,9 @@ def load_tokenizer(root: Path) -> Tokenizer:
     end = _end_of_text(inner, config, root)
     if not 0 <= end < vocab_size:
         raise CheckpointError(f"{root}: the end-of-text token has id {end}, but vocab_size is {vocab_size}")
-    first = _ids(inner, [""], special=True)[0][:1]
+    first = ids_of(inner, [""], special=True)[0][:1]
     begin = tuple(first) if first == [inner.bos_token_id] else ()
     return Tokenizer(inner=inner, root=root, end=end, begin=begin, vocab_size=vocab_size, sha256=_digest(root))
-
-
-def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, list[int]]]:
-    """Yield every piece with its ids; a bounded number of pieces is read ahead."""
-    for batch in _batches(pieces):
-        yield from zip(batch, _ids(tokenizer.inner, [piece.text for piece in batch], special=False), strict=True)
 
 
 def plain_text(record: Record) -> str:
@@ -96,35 +90,13 @@ def plain_text(record: Record) -> str:
 
     """
     if not isinstance(record.value, str):
-        raise PlanError(f"{record.place}: {_field(record)}: expected a string, found {_type(record.value)}")
+        raise PlanError(f"{record.place}: {_field(record)}: expected a string, found {type_name(record.value)}")
     return record.value
 
 
 def _field(record: Record) -> str:
     """The name of a record's field, which may be a stranger's."""
     return record.key if record.key.isprintable() else ascii(record.key)
-
-
-def conversation(tokenizer: Tokenizer, record: Record) -> str:
-    """Text of a record whose value is a list of messages, as the checkpoint's chat template renders it.
-
-    Raises:
-        PlanError: no such list, no template, or the template refuses it.
-
-    """
-    messages = record.value
-    if not isinstance(messages, list) or not messages:
-        raise PlanError(f"{record.place}: {_field(record)}: expected a list of messages, found {_type(messages)}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise PlanError(f"{record.place}: message {number}: expected strings 'role' and 'content'")
-    if not tokenizer.inner.chat_template:
-        raise PlanError(f"{tokenizer.root}: expected a tokenizer with a chat template, found none")
-    try:
-        text = tokenizer.inner.apply_chat_template(messages, tokenize=False)
-    except Exception as e:  # whatever a stranger's template raises
-        raise PlanError(f"{record.place}: the chat template refuses it: {_line(e)}") from e
-    return str(text)
 
 
 # -- loading -------------------------------------------------------------------------------------------------------
@@ -141,7 +113,7 @@ def _loaded(root: Path) -> Any:  # noqa: ANN401
     except Exception as e:  # of transformers, tokenizers and what they use
         if "trust_remote_code" in str(e):
             raise CheckpointError(f"{root}: its tokenizer is code in the checkpoint, which is not run") from e
-        raise CheckpointError(f"{root}: its tokenizer cannot be loaded: {_line(e)}") from e
+        raise CheckpointError(f"{root}: its tokenizer cannot be loaded: {line_of(e)}") from e
 
 
 def _end_of_text(inner: Any, config: Mapping[str, Any], root: Path) -> int:  # noqa: ANN401
@@ -194,7 +166,7 @@ def _digest(root: Path) -> str:
 # -- encoding ------------------------------------------------------------------------------------------------------
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Group pieces so that the encodings of a group, about 150 bytes a token, stay small."""
     batch: list[Piece] = []
     characters = 0
@@ -208,7 +180,8 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _ids(inner: Any, texts: Sequence[str], special: bool) -> list[list[int]]:  # noqa: ANN401
+def ids_of(inner: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:  # noqa: ANN401
+    """Ids of texts, with the tokens that the tokenizer puts around them if `special`."""
     encoding = inner(
         list(texts),
         add_special_tokens=special,
@@ -220,9 +193,11 @@ def _ids(inner: Any, texts: Sequence[str], special: bool) -> list[list[int]]:  #
     return ids
 
 
-def _type(value: object) -> str:
+def type_name(value: object) -> str:
+    """What a value is, for messages."""
     return "null" if value is None else "an empty list" if value == [] else type(value).__name__
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
+    """The first line of a stranger's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

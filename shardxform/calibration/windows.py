@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.calibration.conversations import conversation
 from shardxform.calibration.documents import (
     Corpus,
     Form,
@@ -30,9 +31,10 @@ from shardxform.calibration.documents import (
     pieces,
     sha256,
 )
+from shardxform.calibration.encoding import Encoder, load_twin, tokenizer_digest
 from shardxform.calibration.options import MAX_SOURCES, MAX_TOKENS, DataOptions, Windows
-from shardxform.calibration.readers import listed
-from shardxform.calibration.tokens import Tokenizer, conversation, encoded, load_tokenizer, plain_text
+from shardxform.calibration.readers import COMPLETION, SYSTEM, TOOLS, listed
+from shardxform.calibration.tokens import Tokenizer, load_tokenizer, plain_text
 from shardxform.errors import CheckpointError, PlanError
 from shardxform.strictjson import dumps
 
@@ -47,8 +49,12 @@ class _Source:
 
     corpus: Corpus
     form: Form
-    tokenizer: Tokenizer
+    encoder: Encoder
     options: DataOptions
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.encoder.tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +78,29 @@ _Result = _Found | _TooLittle
 """What the documents of a source give."""
 
 
-def load_windows(checkpoint_root: Path, options: DataOptions) -> Windows:
+def load_windows(checkpoint_root: Path, options: DataOptions, against: Path | None = None) -> Windows:
     """Read the data and cut them into windows.
 
+    Args:
+        checkpoint_root: the model's, for its tokenizer.
+        options: which data.
+        against: of a model that is run on the same windows, and must read the same ids in the text.
+
     Raises:
-        CheckpointError: the checkpoint's tokenizer is missing, needs code, or does not fit its config.json.
-        PlanError: the data are missing, malformed, out of reach, or do not fill one window.
+        CheckpointError: the checkpoint's tokenizer is missing, needs code, or does not fit its config.json or the text.
+        PlanError: the data are missing, malformed, out of reach, or do not fill one window, or are other ids for the
+            model that it is compared with.
 
     """
     tokenizer = load_tokenizer(checkpoint_root)
+    twin, unknown = load_twin(against) if against else (None, "")
     corpus = open_corpus(options)
-    render = partial(conversation, tokenizer) if options.chat_template else plain_text
-    form = Form(key=find_key(corpus, options), render=render)
-    source = _Source(corpus=corpus, form=form, tokenizer=tokenizer, options=options)
+    encoder = Encoder(tokenizer=tokenizer, twin=twin, files=[file.name for file in corpus.files])
+    form = Form(key=find_key(corpus, options), render=plain_text)
+    if options.chat_template:
+        render, beside = partial(conversation, tokenizer), (TOOLS, SYSTEM, COMPLETION)
+        form = replace(form, render=render, beside=tuple(name for name in beside if name != form.key))
+    source = _Source(corpus=corpus, form=form, encoder=encoder, options=options)
     results = _packed(source) if options.pack else _sampled(source)
     found, notes = _settled(source, results)
     highest = max(int(each.ids_NT.max()) for each in found.values())
@@ -93,7 +109,8 @@ def load_windows(checkpoint_root: Path, options: DataOptions) -> Windows:
             f"{checkpoint_root}: the tokenizer gives id {highest}, but vocab_size in config.json is "
             f"{tokenizer.vocab_size}"
         )
-    return _windows(source, found, notes)
+    told = [*([unknown] if unknown else []), *encoder.notes(), *notes]
+    return _windows(source, found, told)
 
 
 def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str, _Found], list[str]]:
@@ -240,7 +257,7 @@ def _runs(source: _Source, takes: Callable[[str], bool] | None) -> Iterator[tupl
     """Yield (piece, whether it begins a document, its ids) in order; the last ids of a document end it."""
     new = True
     files = pieces(source.corpus, replace(source.form, takes=takes), itertools.repeat(True))
-    for piece, ids in itertools.chain.from_iterable(encoded(source.tokenizer, file) for file in files):
+    for piece, ids in itertools.chain.from_iterable(source.encoder.encoded(file) for file in files):
         if piece.last:
             ids.append(source.tokenizer.end)
         yield piece, new, np.array(ids, dtype=np.int64)
@@ -314,7 +331,7 @@ def _heads(source: _Source, wanted: Iterator[bool]) -> Iterator[tuple[int, NDArr
         return (piece for piece in file if piece.last or piece.document != current or len(head) < seqlen)
 
     files = pieces(source.corpus, source.form, wanted)
-    for piece, ids in itertools.chain.from_iterable(encoded(source.tokenizer, short(file)) for file in files):
+    for piece, ids in itertools.chain.from_iterable(source.encoder.encoded(short(file)) for file in files):
         if piece.document != current:
             head, current = list(begin), piece.document
         head += ids[: seqlen - len(head)]
@@ -386,5 +403,6 @@ def _provenance(source: _Source, found: Mapping[str, _Found]) -> dict[str, Any]:
         "text_key": source.form.key,
         "documents": sum(each.documents for each in found.values()),
         "tokens": samples * options.seqlen,
+        "tokenizer": tokenizer_digest(source.tokenizer),
         "tokenizer_sha256": source.tokenizer.sha256,
     }

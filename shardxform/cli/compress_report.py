@@ -37,7 +37,9 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     }
     if as_json:
         paths = {"source": request.source.where, "out": str(request.out), "folder": str(request.folder)}
-        known = {"summary": dict(prepared.sketch.summary), "notes": list(prepared.sketch.notes)}
+        texts = (request.score_windows, request.tune_windows, request.eval_windows)
+        of_text = [note for windows in texts if windows for note in windows.notes]
+        known = {"summary": dict(prepared.sketch.summary), "notes": [*prepared.sketch.notes, *dict.fromkeys(of_text)]}
         print_json({**paths, "stages": stages, **totals, **known})
         return
     summary = prepared.sketch.summary

@@ -96,7 +96,7 @@ def command(
     options = EvaluateOptions(precision=precision, work=work)
     for path in (options.work, *([plot] if plot else [])):
         refuse_inside(path, [each.root for each in (source, *others)])
-    windows = load_data(source, data)
+    windows = load_data(source, data, against=reference)
     if dry_run:
         _show(tested, reference, windows, options, as_json)
         return
@@ -142,7 +142,8 @@ def _show(
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
     needs = estimate(chains, windows, options.precision, options.work)
     if as_json:
-        print_json({"checkpoint": tested.where, "data": dict(windows.provenance), **needs})
+        told = {"data": dict(windows.provenance), "notes": list(windows.notes)}
+        print_json({"checkpoint": tested.where, **told, **needs})
         return
     click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
     rows(
@@ -171,7 +172,7 @@ def _title(checkpoint: Source, manifest: Path | None, against: Source | None) ->
 def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
     from shardxform.evaluation import evaluation_facts
 
-    spent = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
+    spent = {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
     return {"identity": identify(tested).described(), **evaluation_facts(found, windows), **spent}
 
 

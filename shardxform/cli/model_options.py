@@ -127,12 +127,16 @@ def load_data(
     *,
     samples: int = 256,
     presets: Mapping[str, DataOptions] = PRESETS,
+    against: Checkpoint | None = None,
 ) -> Windows:
     """Take the data options out of `given`, and read what they name with the tokenizer of the checkpoint.
 
+    A model that is run on the same windows, `against`, must read the same ids in the text.
+
     Raises:
         RemoteError: the tokenizer is on the hub, which does not give it.
-        PlanError: no data named, or none found; see `calibration.load_windows`.
+        CheckpointError: the tokenizer is none, or not the model's; see `calibration.load_windows`.
+        PlanError: no data named, or none found, or two models that read it otherwise; see there too.
 
     """
     refuse_no_data(given)
@@ -144,10 +148,11 @@ def load_data(
     options = replace(base, **chosen, pack=base.pack and not no_pack, chat_template=base.chat_template or chat)
     from shardxform.calibration import load_windows
 
-    if isinstance(source, Checkpoint):
-        source.bring()
-        source = source.root
-    windows = load_windows(source, options)
+    for checkpoint in (source, against):
+        if isinstance(checkpoint, Checkpoint):
+            checkpoint.bring()
+    root = source.root if isinstance(source, Checkpoint) else source
+    windows = load_windows(root, options, against.root if against else None)
     for note in windows.notes:
         tell(f"note: {note}")
     return windows

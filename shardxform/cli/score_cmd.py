@@ -98,7 +98,7 @@ def command(
     else:
         outcome = "already complete, made from the same inputs; nothing written"
     remove(checkpoint, windows, options)
-    _report(existing, output, outcome, as_json)
+    _report(existing, windows, output, outcome, as_json)
 
 
 def _ways(ray: OnRay | None) -> tuple[Callable[..., Saliency], Callable[..., None]]:
@@ -137,7 +137,8 @@ def _facts(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, ray:
     from shardxform.forward.estimate import estimate
 
     needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
-    facts = {"source": checkpoint.where, "data": dict(windows.provenance), "windows": len(windows.lengths_N), **needs}
+    told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.lengths_N)}
+    facts = {"source": checkpoint.where, **told, **needs}
     if ray:
         from shardxform.cluster.pool import refuse_remote
 
@@ -165,7 +166,7 @@ def _show(facts: dict[str, Any], output: Path, work: Path, as_json: bool) -> Non
     )
 
 
-def _report(saliency: Saliency, output: Path, outcome: str, as_json: bool) -> None:
+def _report(saliency: Saliency, windows: Windows, output: Path, outcome: str, as_json: bool) -> None:
     layers = [*saliency.layers.values(), *saliency.mtp_layers.values()]
     unreached = [int((stats.count_E == 0).sum()) for stats in layers]
     if as_json:
@@ -178,6 +179,7 @@ def _report(saliency: Saliency, output: Path, outcome: str, as_json: bool) -> No
                 "mtp_layers": len(saliency.mtp_layers),
                 "never_reached": unreached,
                 "runs": [dict(run) for run in saliency.runs],
+                "notes": list(windows.notes),
                 "peak_rss_bytes": peak_rss_bytes(),
             }
         )
