@@ -103,6 +103,7 @@ class Report:
         left: steps that this run was not asked for and nobody has done yet; the output is complete when there are none.
         facts: what the steps found worth recording, such as modules whose weights are all zero; of an output that was
             there, what its record says.
+        measured: by blocks, their time and memory in whichever run did them; nothing where all was there.
 
     """
 
@@ -114,3 +115,4 @@ class Report:
     peak_rss_bytes: int
     left: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    measured: tuple[Mapping[str, Any], ...] = ()

@@ -20,6 +20,7 @@ from shardxform.errors import ExecutionError, Interrupted, ResumeError
 from shardxform.execution import Facts, OpenTargets, executor, written_by
 from shardxform.fsio import FileSystem
 from shardxform.journal import Journal
+from shardxform.measured import measured, recorded
 from shardxform.merging import adopt
 from shardxform.outdir import PROVENANCE, damage, read_record, refuse_obstacles, refuse_other_plan, removable, state_of
 from shardxform.output import Output
@@ -62,7 +63,8 @@ def run(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
         left=loop.left if loop else 0,
-        facts=loop.facts if loop else _recorded_facts(output),
+        facts=recorded(loop.facts) if loop else _recorded_facts(output),
+        measured=measured(loop.facts) if loop else (),
     )
 
 
@@ -165,7 +167,7 @@ class _Loop:
             return
         _refuse_source_changed_meanwhile(plan)
         output.publish()
-        output.commit(self.facts)
+        output.commit(recorded(self.facts))
 
     def _wanted(self, number: int) -> bool:
         """Whether this run is to do a step; what is not tuned goes with the first block."""

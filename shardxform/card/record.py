@@ -9,7 +9,18 @@ from typing import Any
 from shardxform.calibration.options import is_source
 from shardxform.card.facts import BlockError, Data, HealedBlock
 
-__all__ = ["block_errors", "data_of", "flag", "healed_blocks", "number", "section", "text", "texts", "whole"]
+__all__ = [
+    "block_errors",
+    "data_of",
+    "flag",
+    "healed_blocks",
+    "judged_apart",
+    "number",
+    "section",
+    "text",
+    "texts",
+    "whole",
+]
 
 
 def section(value: object, *path: str) -> Mapping[str, Any]:
@@ -81,6 +92,12 @@ def block_errors(facts: Mapping[str, Any]) -> tuple[BlockError, ...]:
             never_reached=len(unreached) if isinstance(unreached, list) else 0,
         )
     return tuple(out[layer] for layer in sorted(out))
+
+
+def judged_apart(facts: Mapping[str, Any]) -> bool | None:
+    """Whether errors of tuned blocks are those on text that was not tuned on; None where one of them does not say."""
+    found = [section(block, "judged_on").get("held_out") for _, block in _blocks(facts) if "tuned_error" in block]
+    return all(found) if found and all(isinstance(each, bool) for each in found) else None
 
 
 def healed_blocks(facts: Mapping[str, Any]) -> tuple[HealedBlock, ...]:

@@ -171,7 +171,10 @@ def _quantization(facts: Facts) -> Iterator[str]:
     yield listing(_quantization_lines(made))
     tuned = [block for block in made.blocks if block.rounded is not None and block.tuned is not None]
     if tuned:
-        yield "Squared error of each block's output, relative to every token's own size:"
+        judged = made.judged_apart
+        where = ", on windows of the calibration text that were not tuned on" if judged else ""
+        flatters = ", on a window that was tuned on as well, which flatters" if judged is False else ""
+        yield f"Squared error of each block's output, relative to every token's own size{where}{flatters}:"
         yield _folded(
             table(
                 ("block", "rounded", "tuned", "ratio", "experts never reached"),
@@ -230,8 +233,13 @@ def _evaluation(facts: Facts) -> Iterator[str]:
     if any(found.reference is not None for found in facts.evaluations):
         yield (
             "The reference is the checkpoint that this one was held against, on the same windows. KL divergence is"
-            " KL(reference ‖ this) of the next token's distribution, in nats, ± its standard error over windows; same"
+            " KL(reference ‖ this) of the next token's distribution, in nats; ratio is that of the perplexities; same"
             " choice is the share of positions where both find the same token likeliest."
+        )
+    if any(found.perplexity_error is not None for found in lines):
+        yield (
+            "± is a standard error over windows, of a comparison from differences window by window: how far a figure"
+            " might be off on other text of the same kind."
         )
     if any(found.sources for found in facts.evaluations):
         yield "A source of text is measured on windows of its documents alone; the line without one is of all windows."
@@ -245,9 +253,14 @@ def _evaluation(facts: Facts) -> Iterator[str]:
 
 
 def _divergence(found: Evaluation) -> str:
-    if found.kl is None:
+    return "" if found.kl is None else _figure(found.kl, found.kl_error, ".4f")
+
+
+def _figure(value: float | None, error: float | None, form: str) -> str:
+    """A figure and its standard error, as far as they are known."""
+    if value is None:
         return ""
-    return f"{found.kl:.4f}" + ("" if found.kl_error is None else f" ± {found.kl_error:.4f}")
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 _COLUMNS = (
@@ -255,11 +268,11 @@ _COLUMNS = (
     ("source", lambda found: code(found.source) if found.source else ""),
     ("tokens", lambda found: f"{found.tokens:,}"),
     ("windows", lambda found: f"{found.windows:,}"),
-    ("perplexity", lambda found: "" if found.perplexity is None else f"{found.perplexity:.3f}"),
+    ("perplexity", lambda found: _figure(found.perplexity, found.perplexity_error, ".3f")),
     ("reference", lambda found: "" if found.reference is None else f"{found.reference:.3f}"),
-    ("ratio", lambda found: f"{found.ratio:.4f}" if found.ratio and (found.source or found.sources) else ""),
+    ("ratio", lambda found: _figure(found.ratio, found.ratio_error, ".4f")),
     ("KL divergence", _divergence),
-    ("same choice", lambda found: "" if found.top1 is None else f"{found.top1:.1%}"),
+    ("same choice", lambda found: _figure(found.top1, found.top1_error, ".1%")),
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import LOWER, count, gb, print_json, progress, rows, short, table
+from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -177,14 +176,15 @@ def _report(
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
     click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
-    lines = [("perplexity", f"{found.perplexity:.4f}")]
+    lines = [("perplexity", f"{found.perplexity:.4f}{give_or_take(found.perplexity_error)}")]
     if found.against:
-        change = found.perplexity / found.against.perplexity - 1
+        change = found.ratio - 1
+        changed = f"{change:+.2%}{give_or_take(found.against.ratio_error, '{:.2%}')}"
         lines += [
-            ("reference", f"{found.against.perplexity:.4f} ({against}); this is {change:+.2%}"),
+            ("reference", f"{found.against.perplexity:.4f} ({against}); this is {changed}"),
             *([("", LOWER)] if change < 0 else []),
-            ("KL divergence", _divergence(found.against)),
-            ("same choice", f"{found.against.top1:.2%} of positions"),
+            ("KL divergence", f"{_divergence(found.against)} nats"),
+            ("same choice", f"{_agreement(found.against)} of positions"),
         ]
     rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
     if found.sources:
@@ -198,8 +198,11 @@ def _report(
 
 
 def _divergence(against: Comparison) -> str:
-    error = f" +- {against.kl_error:.6f}" if math.isfinite(against.kl_error) else ""
-    return f"{against.kl:.6f}{error} nats"
+    return f"{against.kl:.6f}{give_or_take(against.kl_error, '{:.6f}')}"
+
+
+def _agreement(against: Comparison) -> str:
+    return f"{against.top1:.2%}{give_or_take(against.top1_error, '{:.2%}')}"
 
 
 def _source_lines(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -214,8 +217,9 @@ def _source_line(name: str, found: Evaluation) -> tuple[str, ...]:
     line = (name, f"{found.windows:,}", f"{found.perplexity:.4f}")
     if found.against is None:
         return line
-    divergence = _divergence(found.against).removesuffix(" nats")
-    return (*line, f"{found.against.perplexity:.4f}", f"{found.ratio:.4f}", divergence, f"{found.against.top1:.2%}")
+    against = found.against
+    ratio = f"{found.ratio:.4f}{give_or_take(against.ratio_error)}"
+    return (*line, f"{against.perplexity:.4f}", ratio, _divergence(against), _agreement(against))
 
 
 def _block_lines(against: Comparison) -> list[tuple[str, ...]]:

@@ -56,7 +56,7 @@ def execute(
         _say_part(plan, report)
     elif report.already_done:
         click.echo(f"{out}: already complete, made from the same inputs; nothing written")
-        tell_blocks(report.facts)
+        tell_blocks(report.facts, report.measured)
     else:
         _say_done(plan, report)
 
@@ -153,6 +153,7 @@ def _report_facts(report: Report) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "peak_rss_bytes": report.peak_rss_bytes,
         "facts": dict(report.facts),
+        "measured": list(report.measured),
     }
 
 
@@ -170,7 +171,7 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("check it", pasteable("shardxform", "verify", report.out, "--source", plan.origin)),
         ]
     )
-    tell_blocks(report.facts)
+    tell_blocks(report.facts, report.measured)
 
 
 def _rate(report: Report) -> str:
@@ -180,7 +181,7 @@ def _rate(report: Report) -> str:
 def _say_part(plan: Plan, report: Report) -> None:
     click.echo(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
     rows([("time", f"{report.seconds:.1f} s"), ("memory", f"{gb(report.peak_rss_bytes)} peak")])
-    tell_blocks(report.facts)
+    tell_blocks(report.facts, report.measured)
     click.echo(f"  put together with: shardxform {plan.command} ... --merge {report.out}")
 
 

@@ -14,13 +14,14 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from shardxform import __version__
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
+from shardxform.deciding import BATCH_TOKENS
 from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
@@ -31,9 +32,6 @@ from shardxform.progress import OnProgress, Progress
 from shardxform.strictjson import dumps
 
 __all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "run_pass", "work_mark"]
-
-BATCH_TOKENS: Final = 2048
-"""Tokens that go through a block at once; whole sequences, at least one. Part of what decides the last bits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,22 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from shardxform.deciding import JUDGES, LEAST_SQUARE
 from shardxform.errors import ExecutionError, SchemeError
+from shardxform.recipe import held_out
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Forward", "NonFiniteLoss", "Samples", "batches", "descend", "judge"]
+__all__ = ["Forward", "Judged", "NonFiniteLoss", "Samples", "Split", "batches", "descend", "judge", "split"]
 
 Forward = Callable[[torch.Tensor, "NDArray[np.int64]"], torch.Tensor]
 """(hidden_BTD, sample numbers) -> hidden_BTD: the tuned layer, with the masks and rotary inputs of those samples."""
-
-_LEAST_SQUARE: Final = 1e-12
 
 
 class NonFiniteLoss(ExecutionError):
@@ -57,6 +57,45 @@ class Samples:
         if self.length_N.min() < 2 or self.length_N.max() > shape[1]:
             found = f"{self.length_N.min()} to {self.length_N.max()}"
             raise SchemeError(f"samples: expected lengths of 2 to {shape[1]} positions, found {found}")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a block was judged on.
+
+    Attributes:
+        windows, tokens: how many; the last token of a window does not count.
+        held_out: whether none of it was learned from: only a single window is both.
+    """
+
+    windows: int
+    tokens: int
+    held_out: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Numbers of the samples that a block learns from, and of those that judge it, each in order."""
+
+    learned_N: NDArray[np.int64]
+    judges_N: NDArray[np.int64]
+
+    def judged(self, samples: Samples) -> Judged:
+        """What the judges are."""
+        tokens = int((samples.length_N[self.judges_N] - 1).sum())
+        return Judged(len(self.judges_N), tokens, held_out=np.intersect1d(self.learned_N, self.judges_N).size == 0)
+
+
+def split(samples: Samples, seed: int) -> Split:
+    """Choose the judges: `recipe.held_out` of the samples, the same for every block, healed or tuned.
+
+    What enters a block comes from the blocks before it, which were fitted to the samples that they learned from: judges
+    that differed from block to block would have been seen. A single sample is learned from and judges.
+    """
+    count = len(samples.length_N)
+    order_N = np.random.Generator(np.random.PCG64([seed, JUDGES])).permutation(count)
+    judges = held_out(count)
+    return Split(np.sort(order_N[judges:]), np.sort(order_N[: judges or 1]))
 
 
 def batches(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
@@ -116,7 +155,7 @@ def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) 
     length_B1 = torch.from_numpy(samples.length_N[rows_B]).to(out_BTH.device)[:, None]
     counts_BT = torch.arange(out_BTH.shape[1], device=out_BTH.device) < length_B1 - 1
     error_BTH = torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
-    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
+    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
     return error_BTH, torch.where(counts_BT[..., None], 1 / square_BT1, 0.0)
 
 
