@@ -45,6 +45,8 @@ class EvaluateOptions:
 
     Attributes:
         precision: device and dtype of the computation.
+        against_dtype: that of the reference's, if it is another. A checkpoint in bfloat16 held against itself in
+            float32 shows what bfloat16 alone does to the figures: the floor below which they say nothing of weights.
         work: directory for hidden states; removed when the evaluation ends.
         on_progress: called after every batch.
 
@@ -52,7 +54,13 @@ class EvaluateOptions:
 
     precision: Precision
     work: Path
+    against_dtype: torch.dtype | None = None
     on_progress: OnProgress | None = None
+
+    @property
+    def against(self) -> Precision:
+        """Device and dtype of the reference's computation."""
+        return replace(self.precision, dtype=self.against_dtype or self.precision.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,7 @@ class Comparison:
         top1: share of positions where both choose the same token.
         perplexity_error, kl_error, top1_error: their standard errors; NaN for a single window.
         ratio_error: standard error of `Evaluation.ratio`, from the windows' differences in loss.
+        dtype: that the reference was computed in.
         block_errors: per decoder block, ||output - reference's|| / ||reference's|| over all positions; infinite when
             the reference puts out zeros and the checkpoint does not. Empty for a single source of text.
 
@@ -78,6 +87,7 @@ class Comparison:
     perplexity_error: float = math.nan
     ratio_error: float = math.nan
     top1_error: float = math.nan
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +99,7 @@ class Evaluation:
         perplexity_error: its standard error; NaN for a single window.
         windows, tokens: how much text that is of.
         against: the reference, where there is one.
+        dtype: that the checkpoint was computed in.
         sources: the same figures for the windows of every source of text, where these were kept apart.
 
     """
@@ -98,6 +109,7 @@ class Evaluation:
     tokens: int
     against: Comparison | None
     perplexity_error: float = math.nan
+    dtype: str = ""
     sources: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @property
@@ -121,10 +133,12 @@ def evaluate(
     """
     sources = {_TESTED: checkpoint} | ({_REFERENCE: against} if against else {})
     refuse_inside(options.work, [each.root for each in sources.values()])
-    mark = work_mark(fingerprint("evaluate", sources, windows, options.precision), sources)
+    precisions = {_TESTED: options.precision, _REFERENCE: options.against}
+    purpose = "evaluate" + ("" if options.against == options.precision else f" against {_name(options.against)}")
+    mark = work_mark(fingerprint(purpose, sources, windows, options.precision), sources)
     with contextlib.ExitStack() as stack:
         chains = {
-            name: Skeleton(stack.enter_context(Weights(each, options.precision))) for name, each in sources.items()
+            name: Skeleton(stack.enter_context(Weights(each, precisions[name]))) for name, each in sources.items()
         }
         _refuse_other_shapes(chains)
         for skeleton in chains.values():
@@ -135,7 +149,13 @@ def evaluate(
         blocks = run_pass(job, _Differences())
         heads = _run_heads(job)
         work.remove()
-    return _evaluation(windows, blocks, heads)
+    found = _evaluation(windows, blocks, heads)
+    compared = found.against and replace(found.against, dtype=_name(options.against))
+    return replace(found, dtype=_name(options.precision), against=compared)
+
+
+def _name(precision: Precision) -> str:
+    return str(precision.dtype).removeprefix("torch.")
 
 
 def _refuse_other_shapes(chains: Mapping[str, Skeleton]) -> None:
@@ -328,12 +348,10 @@ def _relative(error: float, norm: float) -> float:
 def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
     """An evaluation as plain data: the same for the same inputs; None for what is infinite or not known."""
     against = found.against
-    facts = {
-        **_measured(found),
-        "data": dict(windows.provenance),
-        "against": against
-        and {**_compared(found, against), "block_errors": [_number(error) for error in against.block_errors]},
-    }
+    facts = {**_measured(found), "dtype": found.dtype, "data": dict(windows.provenance), "against": None}
+    if against:
+        errors = [_number(error) for error in against.block_errors]
+        facts["against"] = {**_compared(found, against), "dtype": against.dtype, "block_errors": errors}
     if found.sources:
         facts["sources"] = {
             name: {**_measured(each), "against": each.against and _compared(each, each.against)}

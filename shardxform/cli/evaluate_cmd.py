@@ -51,6 +51,11 @@ _WORK: Final = "shardxform-evaluate.work"
     "figures beside those of all.",
 )
 @device_options
+@click.option(
+    "--against-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Type in which REF is computed.  [default: as --dtype]",
+)
 @transfer_options
 @click.option(
     "--plot",
@@ -67,6 +72,7 @@ def command(
     against: Source | None,
     device: str,
     dtype: str | None,
+    against_dtype: str | None,
     work: Path | None,
     plot: Path | None,
     dry_run: bool,
@@ -80,6 +86,8 @@ def command(
     in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
     refuse_no_data(data)
+    if against_dtype and not against:
+        raise click.UsageError("--against-dtype is the type of a reference: give --against")
     if plot:
         _refuse_plot(plot, against)
     work = work or Path(_WORK)
@@ -89,7 +97,8 @@ def command(
     from shardxform.evaluation import EvaluateOptions, evaluate
     from shardxform.forward.work import refuse_inside
 
-    options = EvaluateOptions(precision=precision, work=work)
+    reference_dtype = make_precision(device, against_dtype).dtype if against_dtype else None
+    options = EvaluateOptions(precision=precision, work=work, against_dtype=reference_dtype)
     for path in (options.work, *([plot] if plot else [])):
         refuse_inside(path, [each.root for each in (source, *others)])
     windows = load_data(source, data)
@@ -136,7 +145,8 @@ def _show(
     from shardxform.forward.estimate import estimate
 
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
-    needs = estimate(chains, windows, options.precision, options.work)
+    widest = max(options.precision, options.against, key=lambda precision: precision.dtype.itemsize)
+    needs = estimate(chains, windows, widest if reference else options.precision, options.work)
     if as_json:
         print_json({"checkpoint": tested.where, "data": dict(windows.provenance), **needs})
         return
@@ -186,6 +196,7 @@ def _report(
             ("KL divergence", f"{_divergence(found.against)} nats"),
             ("same choice", f"{_agreement(found.against)} of positions"),
         ]
+        lines += [("computed in", told)] if (told := _computed(found)) else []
     rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
     if found.sources:
         click.echo()
@@ -195,6 +206,19 @@ def _report(
         table(("block", "error of its output", "added"), _block_lines(found.against))
         if any(after < before for before, after in itertools.pairwise(found.against.block_errors)):
             click.echo("  added: to the block before; negative where what goes through grows faster than the error")
+
+
+def _computed(found: Evaluation) -> str:
+    """What the type of the computation does to the figures; nothing of float32, whose rounding is far below them."""
+    against = found.against
+    if against is None or {found.dtype, against.dtype} <= {"float32", ""}:
+        return ""
+    if found.dtype != against.dtype:
+        return f"{found.dtype}, the reference in {against.dtype}: what that does is in these figures"
+    return (
+        f"{found.dtype}, whose own rounding is in these figures: with --against-dtype float32, the reference against"
+        " itself shows how much of them"
+    )
 
 
 def _divergence(against: Comparison) -> str:
