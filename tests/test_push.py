@@ -315,7 +315,7 @@ def test_a_file_that_does_not_arrive_is_noticed(server: HubServer, pusher: Pushe
     server.ignored = {"tokenizer_config.json"}
     code, stdout, stderr = pusher(made, "org/new", "--create")
     assert (code, stdout) == (1, "")
-    assert "shardxform: org/new/tokenizer_config.json: expected the 191 bytes of" in stderr
+    assert "shardxform: org/new/tokenizer_config.json: expected the 197 bytes of" in stderr
     assert stderr.endswith("found no such file; run the same command again\n")
 
 
