@@ -241,9 +241,11 @@ def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_pat
         ratio = of["perplexity"] / of["against"]["perplexity"]
         figures = [f"{of['perplexity']:.4f}", f"{of['against']['perplexity']:.4f}", f"{ratio:.4f}"]
         assert row(shown, name or "all")[:5] == [name or "all", str(of["windows"]), *figures]
-        cells = f"| {f'`{name}`' if name else ''} | {of['tokens']} | {of['windows']} | {of['perplexity']:.3f} |"
+        cells = f"| {f'`{name}`' if name else ''} | {of['tokens']} | {of['windows']} | {of['perplexity']:.3f} ± "
         line = next(line for line in card.splitlines() if line.startswith(f"| `heldout.jsonl` {cells}"))
-        assert f"| {ratio:.4f} | {of['against']['kl']:.4f} ± " in line
+        error = of["against"]["perplexity_ratio_standard_error"]
+        assert f"| {ratio:.4f} ± {error:.4f} | {of['against']['kl']:.4f} ± " in line
+        assert of["against"]["perplexity_ratio"] == ratio
     assert "A source of text is measured on windows of its documents alone" in card
     alone = runner.invoke(main, base).output
     assert row(alone, "kjv") == ["kjv", "2", row(shown, "kjv")[2]]

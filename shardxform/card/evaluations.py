@@ -58,6 +58,7 @@ def _figures(path: Path, value: Mapping[str, Any], data: Data, source: str = "")
         kl_error=_error(path, against, "kl_standard_error"),
         top1=top1,
         top1_error=_error(path, against, "top1_standard_error"),
+        dtype=text(value, "dtype"),
         source=source,
     )
 

@@ -149,6 +149,7 @@ class Evaluation:
         perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
         reference, kl, top1: None without a reference, or where they are not finite.
         ratio_error: of `ratio`.
+        dtype: that it was computed in; empty where that is not known.
         block_errors: likewise, per block.
         source: the one source of text that the figures are of; empty for all of the text.
         sources: the figures of each, where they were kept apart.
@@ -166,6 +167,7 @@ class Evaluation:
     kl_error: float | None = None
     top1: float | None = None
     top1_error: float | None = None
+    dtype: str = ""
     block_errors: tuple[float | None, ...] = ()
     source: str = ""
     sources: tuple[Evaluation, ...] = ()

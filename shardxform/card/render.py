@@ -241,6 +241,9 @@ def _evaluation(facts: Facts) -> Iterator[str]:
             "± is a standard error over windows, of a comparison from differences window by window: how far a figure"
             " might be off on other text of the same kind."
         )
+    for dtype in dict.fromkeys(found.dtype for found in facts.evaluations):
+        if dtype not in ("", "float32"):
+            yield f"These were computed in {dtype}, whose own rounding is in the figures."
     if any(found.sources for found in facts.evaluations):
         yield "A source of text is measured on windows of its documents alone; the line without one is of all windows."
     for found in facts.evaluations:
