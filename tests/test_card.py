@@ -199,10 +199,12 @@ def test_the_card_says_whose_windows_judged(quantized: Path, tmp_path: Path) -> 
     told = {True: "on windows of the calibration text that were not tuned on", False: "which flatters"}
     for held_out in (True, False, None):
         block = {"layer": 0, "rtn_error": 2e-3, "tuned_error": 1e-3, "experts_never_reached": []}
+        block["ratio_standard_error"] = 0.021
         judged = {} if held_out is None else {"judged_on": {"windows": 8, "tokens": 4088, "held_out": held_out}}
         change_record(out, lambda record, block={**block, **judged}: record.update(facts={"blocks": [block]}))
         text = render(gather(out))
         assert "Squared error of each block's output" in text
+        assert "| 2.000e-03 | 1.000e-03 | 50.0% ± 2.1% |" in text
         assert {apart for apart, words in told.items() if words in text} == ({held_out} - {None})
 
 

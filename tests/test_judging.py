@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from shardxform.measured import measured, recorded  # noqa: E402
 from shardxform.quantize import packing, rtn  # noqa: E402
 from shardxform.recipe import Heal, Recipe, held_out  # noqa: E402
 from shardxform.tuning.block import install  # noqa: E402
-from shardxform.tuning.samples import Samples, split  # noqa: E402
+from shardxform.tuning.samples import Loss, Samples, split  # noqa: E402
 from shardxform.tuning.tune import tune_block  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
@@ -111,6 +112,17 @@ def test_rounding_is_kept_where_tuning_helps_the_windows_it_learns_from_alone() 
     assert not same(codes, tuned()[2])  # which the others alone would have moved
 
 
+def test_how_far_a_ratio_may_be_off_is_of_the_windows_together() -> None:
+    """Windows that lose alike in both say much of the ratio, however far they are from each other."""
+    start = Loss((2.0, 8.0, 20.0), values=3)
+    assert start.mean == 10.0
+    assert Loss((1.0, 4.0, 10.0), values=3).ratio_error(start) == 0.0
+    # ratio 0.5; residuals 1, 0, -1; 3 / 2 * 2 / 30^2; lag floor(4 * 0.03^(2/9)) = 1 adds 2 * 1/2 * 0
+    assert Loss((2.0, 4.0, 9.0), values=3).ratio_error(start) == pytest.approx(3**0.5 / 30)
+    assert math.isnan(Loss((1.0,), values=1).ratio_error(Loss((2.0,), values=1)))
+    assert math.isnan(Loss((0.0, 0.0), values=1).ratio_error(Loss((0.0, 0.0), values=1)))
+
+
 # -- what is said -----------------------------------------------------------------------------------------------------
 
 BLOCK = {"layer": 0, "rtn_error": 0.5, "tuned_error": 0.25, "experts_never_reached": []}
@@ -123,6 +135,11 @@ def test_a_table_says_what_it_was_judged_on(capsys: pytest.CaptureFixture[str]) 
     assert "errors: on 8 windows of 4,088 tokens that no block learned from" in told
     assert "flatter" not in told
     assert "time" not in told
+    assert "50.0% " in told
+    tell_blocks({"blocks": [{**BLOCK, "judged_on": APART, "ratio_standard_error": 0.021}]})
+    assert "50.0% +- 2.1% " in capsys.readouterr().out
+    tell_blocks({"blocks": [{**BLOCK, "judged_on": {**APART, "windows": 1}, "ratio_standard_error": None}]})
+    assert "one window tells little" in capsys.readouterr().out
     tell_blocks({"blocks": [{**BLOCK, "judged_on": {"windows": 1, "tokens": 63, "held_out": False}}]})
     told = capsys.readouterr().out
     assert "errors: on 1 window of 63 tokens that the blocks also learned from" in told
@@ -175,3 +192,4 @@ def test_few_windows_are_enough_and_two_runs_write_the_same_record(tmp_path: Pat
     blocks = json.loads(record)["facts"]["blocks"]
     assert all(block["judged_on"] == {"windows": 1, "tokens": 15, "held_out": samples > 1} for block in blocks)
     assert all(block["tuned_error"] <= block["rtn_error"] for block in blocks)
+    assert all(block["ratio_standard_error"] is None for block in blocks)

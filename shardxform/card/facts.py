@@ -75,11 +75,15 @@ class Pruning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockError:
-    """Squared error of a block's output, rounded to nearest and tuned; None where it was not tuned."""
+    """Squared error of a block's output, rounded to nearest and tuned; None where it was not tuned.
+
+    `ratio_error` is the standard error of tuned / rounded; None where it is not known.
+    """
 
     layer: int
     rounded: float | None
     tuned: float | None
+    ratio_error: float | None = None
     never_reached: int = 0
 
 
@@ -91,6 +95,7 @@ class HealedBlock:
     pruned: float | None
     healed: float | None
     what: str
+    ratio_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

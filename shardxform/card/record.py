@@ -89,6 +89,7 @@ def block_errors(facts: Mapping[str, Any]) -> tuple[BlockError, ...]:
             layer=layer,
             rounded=number(found, "rtn_error"),
             tuned=number(found, "tuned_error"),
+            ratio_error=number(found, "ratio_standard_error"),
             never_reached=len(unreached) if isinstance(unreached, list) else 0,
         )
     return tuple(out[layer] for layer in sorted(out))
@@ -106,7 +107,10 @@ def healed_blocks(facts: Mapping[str, Any]) -> tuple[HealedBlock, ...]:
     for layer, found in _blocks(facts):
         if healed := section(found, "healed"):
             before, after = number(healed, "pruned_error"), number(healed, "healed_error")
-            out[layer] = HealedBlock(layer=layer, pruned=before, healed=after, what=text(healed, "what"))
+            error = number(healed, "ratio_standard_error")
+            out[layer] = HealedBlock(
+                layer=layer, pruned=before, healed=after, what=text(healed, "what"), ratio_error=error
+            )
     return tuple(out[layer] for layer in sorted(out))
 
 

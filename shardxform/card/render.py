@@ -161,7 +161,8 @@ def _healed_block(block: HealedBlock) -> tuple[str, ...]:
     before, after = block.pruned, block.healed
     if not block.what or before is None or after is None:
         return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "")
-    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", f"{after / before:.1%}" if before else "", block.what)
+    ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
+    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, block.what)
 
 
 def _quantization(facts: Facts) -> Iterator[str]:
@@ -219,7 +220,7 @@ def _method(made: Quantization) -> str:
 def _block(block: BlockError) -> tuple[str, ...]:
     if block.rounded is None or block.tuned is None:
         return (str(block.layer), "", "rounded to nearest", "", "")
-    ratio = f"{block.tuned / block.rounded:.1%}" if block.rounded else ""
+    ratio = _figure(block.tuned / block.rounded, block.ratio_error, ".1%") if block.rounded else ""
     return (str(block.layer), f"{block.rounded:.3e}", f"{block.tuned:.3e}", ratio, str(block.never_reached))
 
 

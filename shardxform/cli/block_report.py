@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from shardxform.cli.console import count, gb, short, table, tell
+from shardxform.cli.console import count, gb, give_or_take, short, table, tell
 
 __all__ = ["blocks_of", "judged_on", "tell_blocks"]
 
@@ -85,6 +85,8 @@ def _tell_judges(blocks: Sequence[Block]) -> None:
         click.echo(f"  errors: on {text}")
     if "also learned" in text:
         click.echo("  they flatter: give two windows or more, and some are kept to judge by")
+    elif text.startswith("1 window "):
+        click.echo("  one window tells little: with 16 or more, two judge, and how far the ratios may be off is known")
 
 
 def _healed_line(block: Block) -> tuple[str, ...]:
@@ -92,7 +94,8 @@ def _healed_line(block: Block) -> tuple[str, ...]:
     before, after, layer = healed["pruned_error"], healed["healed_error"], str(block["layer"])
     if healed["what"] is None:
         return (layer, f"{before:.3e}", "-", "-", "as pruned", "-")
-    return (layer, f"{before:.3e}", f"{after:.3e}", f"{after / before:.1%}", healed["what"], f"{healed['lr']:.2g}")
+    ratio = _ratio(healed, before, after)
+    return (layer, f"{before:.3e}", f"{after:.3e}", ratio, healed["what"], f"{healed['lr']:.2g}")
 
 
 def _tuned_line(block: Block) -> tuple[str, ...]:
@@ -100,8 +103,15 @@ def _tuned_line(block: Block) -> tuple[str, ...]:
     if "rounded_to_nearest" in block:
         return (layer, "-", "-", "-", "-")
     before, after = block["rtn_error"], block["tuned_error"]
-    ratio = f"{after / before:.1%}" if before else "-"
+    ratio = _ratio(block, before, after)
     return (layer, f"{before:.3e}", f"{after:.3e}", ratio, str(len(block["experts_never_reached"])))
+
+
+def _ratio(told: Mapping[str, Any], before: float, after: float) -> str:
+    if not before:
+        return "-"
+    error = told["ratio_standard_error"] if _has(told, "ratio_standard_error") else None
+    return f"{after / before:.1%}{give_or_take(error, '{:.1%}')}"
 
 
 def _endings(blocks: Sequence[Block]) -> list[tuple[str, str]]:

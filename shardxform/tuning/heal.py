@@ -20,7 +20,7 @@ import torch
 
 from shardxform.deciding import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
 from shardxform.tuning.healed import HealedStack, signs
-from shardxform.tuning.samples import Forward, Judged, NonFiniteLoss, Samples, batches, descend, judge, split
+from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split
 
 if TYPE_CHECKING:
     from shardxform.recipe import Heal, Trial
@@ -109,6 +109,7 @@ class HealResult:
             the held-out samples.
         loss: of what was kept; the same when nothing was better.
         judged: what the held-out samples were.
+        ratio_error: standard error of loss / start_loss over them; NaN for a single one.
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
@@ -118,6 +119,7 @@ class HealResult:
     start_loss: float
     loss: float
     judged: Judged
+    ratio_error: float
     what: str | None
     lr: float
     tried: tuple[tuple[str, float, float], ...]
@@ -161,6 +163,7 @@ class _Run:
         self._load, self._samples, self._heal, self._seed, self._dtype = load, samples, heal, seed, dtype
         self._split = split(samples, seed)
         self._diverged = False
+        self._ratio_error = math.nan  # of the last descent
 
     def execute(self, began: float) -> tuple[HealResult, Healing]:
         trials, tried = self._heal.trials, []
@@ -181,6 +184,7 @@ class _Run:
             start_loss=start,
             loss=loss if healed else start,
             judged=self._split.judged(self._samples),
+            ratio_error=self._ratio_error if healed else 0.0,
             what=trials[best].what if healed else None,
             lr=lr if healed else 0.0,
             tried=tuple((what, rate, loss if math.isfinite(loss) else -1.0) for what, rate, loss in tried),
@@ -202,13 +206,15 @@ class _Run:
                 healing.set_lr(lr * (1 - done / iters))
                 descend(healing.forward, self._samples, learned_N[next(rows)], self._dtype)
             healing.settle()
-            return start, self._judge(healing), lr, healing
+            loss = self._judge(healing)
+            self._ratio_error = loss.ratio_error(start)
+            return start.mean, loss.mean, lr, healing
         except NonFiniteLoss:
             self._diverged = True
             healing.settle()
-            return start, math.inf, lr, healing
+            return start.mean, math.inf, lr, healing
 
-    def _judge(self, healing: Healing) -> float:
+    def _judge(self, healing: Healing) -> Loss:
         return judge(healing.forward, self._samples, self._split.judges_N, self._heal.batch_size, self._dtype)
 
 

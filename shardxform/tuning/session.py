@@ -7,6 +7,7 @@ then their rounding is tuned against the same reference, so that what is written
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -286,6 +287,7 @@ class _BlockRun:
         facts |= {
             "rtn_error": self._tuned.start_loss,
             "tuned_error": self._tuned.loss,
+            "ratio_standard_error": _number(self._tuned.ratio_error),
             "judged_on": asdict(self._tuned.judged),
             "kept_iteration": self._tuned.iteration,
             "experts_never_reached": [e for experts in self._tuned.unreached.values() for e in experts],
@@ -305,11 +307,16 @@ def _finite(value: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in torch.split(value.flatten(), _FINITE_TILE))
 
 
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _heal_facts(result: HealResult) -> dict[str, Any]:
     tried = [{"what": what, "lr": lr, "error": error} for what, lr, error in result.tried]
     return {
         "pruned_error": result.start_loss,
         "healed_error": result.loss,
+        "ratio_standard_error": _number(result.ratio_error),
         "what": result.what,
         "lr": result.lr,
         "tried": tried,

@@ -21,7 +21,7 @@ import torch
 from shardxform.deciding import CLIP_RANGE, JUDGED_AT
 from shardxform.errors import SchemeError
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
-from shardxform.tuning.samples import Forward, Judged, NonFiniteLoss, Samples, batches, descend, judge, split
+from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split
 
 if TYPE_CHECKING:
     from shardxform.tuning.block import TunedBlock
@@ -66,6 +66,7 @@ class BlockResult:
             judges, as it began.
         loss: of what was kept.
         judged: what the judges were.
+        ratio_error: standard error of loss / start_loss over the judges; NaN for a single one.
         iteration: after how many steps that was; 0 if nothing was better than the start.
         iterations: steps done.
         unreached: by local name, experts that no token ever reached: they stay as they began.
@@ -75,6 +76,7 @@ class BlockResult:
     start_loss: float
     loss: float
     judged: Judged
+    ratio_error: float
     iteration: int
     iterations: int
     unreached: dict[str, list[int]]
@@ -108,8 +110,9 @@ def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: T
         block.settle()
     seconds = time.monotonic() - began
     return BlockResult(
-        start_loss=start,
-        loss=best,
+        start_loss=start.mean,
+        loss=best.mean,
+        ratio_error=best.ratio_error(start),
         judged=split(samples, options.seed).judged(samples),
         iteration=at,
         iterations=options.iters,
@@ -118,7 +121,7 @@ def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: T
     )
 
 
-def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> tuple[float, float, int]:
+def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> tuple[Loss, Loss, int]:
     """Loss at the start, loss of the best, and the step after which it was kept."""
     random = np.random.Generator(np.random.PCG64([options.seed, samples.block]))
     apart = split(samples, options.seed)
@@ -130,7 +133,7 @@ def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: Tun
         descend(forward, samples, apart.learned_N[next(rows)], options.dtype)
         if done in judged_at:
             loss = judge(forward, samples, apart.judges_N, options.batch_size, options.dtype)
-            if loss < best:
+            if loss.mean < best.mean:
                 block.keep()
                 best, kept_at = loss, done
     return start, best, kept_at
