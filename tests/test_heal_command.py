@@ -369,6 +369,7 @@ def test_a_divergence_is_told_aloud(plain: Path, keep: str, tmp_path: Path, monk
     assert blocks_of(tmp_path / "out")[2]["healed"] | {"pruned_error": 0, "healed_error": 0} == {
         "pruned_error": 0,
         "healed_error": 0,
+        "ratio_standard_error": 0.0,
         "what": None,
         "lr": 0.0,
         "tried": [],
