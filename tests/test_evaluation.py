@@ -345,6 +345,22 @@ def test_the_command(small_moe: Path, tmp_path: Path) -> None:
     assert runner.invoke(main, [*base, "--plot", str(plot)]).exit_code == 2  # nothing to draw without a reference
 
 
+def test_a_reference_in_another_type_shows_what_the_type_does(small_moe: Path, tmp_path: Path) -> None:
+    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64"]
+    base = ["evaluate", str(small_moe), *data, "--work", str(tmp_path / "w"), "-q", "--dtype", "bfloat16"]
+    both = [*base, "--against", str(small_moe)]
+    same = CliRunner().invoke(main, both)
+    assert same.exit_code == 0, same.output
+    assert "KL divergence  0.000000" in same.output
+    assert "computed in    bfloat16, whose own rounding is in these figures" in same.output
+    shown = CliRunner().invoke(main, [*both, "--against-dtype", "float32", "--json"])
+    assert shown.exit_code == 0, shown.output
+    facts = json.loads(shown.stdout)
+    assert (facts["dtype"], facts["against"]["dtype"]) == ("bfloat16", "float32")
+    assert 1e-6 < facts["against"]["kl"] < 1e-2
+    assert CliRunner().invoke(main, [*base, "--against-dtype", "float32"]).exit_code == 2  # of which reference?
+
+
 def test_no_data_no_device(small_moe: Path) -> None:
     runner = CliRunner()
     assert "'--data' or '--preset'" in runner.invoke(main, ["evaluate", str(small_moe)]).output

@@ -137,3 +137,63 @@ def test_windows_of_one_stream_err_about_as_much_as_they_say(hold: float, least:
     naive = math.sqrt(np.mean([standard_error(list(row), [1.0] * 128, apart(128)) ** 2 for row in drawn]))
     assert least < told / truth < most
     assert told >= naive
+
+
+# -- an evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_an_evaluation_has_the_error_of_its_windows() -> None:
+    """Sums of windows as the heads give them; errors against a jackknife of the figures themselves."""
+    pytest.importorskip("torch")
+    from shardxform import evaluation
+
+    count, random = 60, np.random.default_rng(5)
+    tested, reference, predicted = losses(count, seed=5)
+    positions = predicted + 1
+    columns = {
+        "loss tested": tested,
+        "loss reference": reference,
+        "kl": positions * random.gamma(2.0, 0.01, count),
+        "agree": np.floor(positions * random.uniform(0.8, 1.0, count)),
+        "positions": positions,
+    }
+
+    def figures(rows: Any) -> np.ndarray:
+        sums = {name: column[rows].sum() for name, column in columns.items()}
+        ours, theirs = (math.exp(sums[f"loss {name}"] / predicted[rows].sum()) for name in ("tested", "reference"))
+        shares = (sums[name] / sums["positions"] for name in ("kl", "agree"))
+        return np.array([ours, theirs, ours / theirs, *shares])
+
+    def found(windows: Any) -> Any:
+        cuts = range(0, count, 7)
+        batches = [{name: column[at : at + 7].tolist() for name, column in columns.items()} for at in cuts]
+        return evaluation._evaluation(windows, [], batches)
+
+    whole = found(windows_of(count, pack=False))
+    against = whole.against
+    told = (whole.perplexity, against.perplexity, whole.ratio, against.kl, against.top1)
+    assert told == pytest.approx(figures(slice(None)), rel=1e-12)
+    errors = (whole.perplexity_error, against.perplexity_error, against.ratio_error)
+    errors = (*errors, against.kl_error, against.top1_error)
+    for n, error in enumerate(errors):
+        assert error == pytest.approx(jackknife(lambda rows, n=n: figures(rows)[n], count), rel=0.03)
+    facts = evaluation.evaluation_facts(whole, windows_of(count, pack=False))
+    assert facts["perplexity_standard_error"] == errors[0]
+    compared = facts["against"]
+    assert compared["perplexity_ratio"] == whole.ratio
+    names = ("perplexity", "perplexity_ratio", "kl", "top1")
+    assert tuple(compared[f"{name}_standard_error"] for name in names) == errors[1:]
+    apart = found(windows_of(count, pack=False, rows=(("a", range(20)), ("b", range(20, 60)))))
+    parts = {name: each.against for name, each in apart.sources.items()}
+    share = {name: positions[rows].sum() / positions.sum() for name, rows in (("a", slice(20)), ("b", slice(20, 60)))}
+    together = math.sqrt(sum((share[name] * part.kl_error) ** 2 for name, part in parts.items()))
+    assert apart.against.kl_error == pytest.approx(together, rel=0.02)
+
+
+def windows_of(count: int, *, pack: bool, rows: tuple[tuple[str, range], ...] = ()) -> Any:
+    from shardxform.calibration import Windows
+
+    ids_NT = np.zeros((count, 2), np.int32)
+    lengths_N = np.full(count, 2, np.int32)
+    provenance = {"pack": pack}
+    return Windows(ids_NT=ids_NT, lengths_N=lengths_N, fingerprint="", provenance=provenance, notes=(), rows=rows)
