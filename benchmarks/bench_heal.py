@@ -227,13 +227,14 @@ def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common = (*data, "--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004", "--json", "-q")
     for what in args.what:
         seconds, rss, printed = bench.call("prune", str(source), str(out), "-m", str(manifest), "--heal", what, *common)
-        blocks = json.loads(printed)["report"]["facts"]["blocks"]
+        report = json.loads(printed)["report"]
+        blocks = report["facts"]["blocks"]
         shutil.rmtree(out)
         yield {
             "case": f"{what}, {args.layers} block(s)",
             "seconds": seconds,
             "peak_rss_bytes": rss,
-            "block_seconds": [block["seconds"] for block in blocks],
+            "block_seconds": [block["seconds"] for block in report["measured"]],
             "errors": [(block["healed"]["pruned_error"], block["healed"]["healed_error"]) for block in blocks],
         }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from shardxform.checkpoint import Checkpoint
+from shardxform.deciding import BATCH_TOKENS
 from shardxform.layout import Place
 from shardxform.recipe import Recipe
 from shardxform.tensors import TensorRef
@@ -24,7 +25,6 @@ _SLACK: Final = 0.5  # bytes a byte of the block: tiles, and holes that freed me
 _TUNED: Final = 1.0  # an offset of two bytes beside each weight of 16 bits
 _HEALED: Final = 0.5  # one byte beside it
 _PER_FEATURE: Final = 34  # bytes that a token leaves behind for each row and column of the block's widest linear layer
-_PASS_TOKENS: Final = 2048  # that go through a block at a time when nothing is learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class BlockSize:
         """Of the process that does the step: the original block puts out its states first, then the block is tuned."""
         beside = _TUNED if recipe.iters else _HEALED
         resting = max(self.original_nbytes, int((1 + beside) * self.nbytes)) + int(_SLACK * self.nbytes)
-        return _LIBRARIES + resting + _PER_FEATURE * self.features * (_PASS_TOKENS + recipe.batch_tokens)
+        return _LIBRARIES + resting + _PER_FEATURE * self.features * (BATCH_TOKENS + recipe.batch_tokens)
 
 
 def sizes_of(tensors: Mapping[str, TensorRef], places: Mapping[str, Place]) -> dict[int, BlockSize]:

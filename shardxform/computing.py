@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from shardxform import __version__
+from shardxform.deciding import constants
 
 __all__ = ["KEY", "here", "of_model", "of_rounding", "shared", "without"]
 
@@ -30,15 +31,20 @@ def of_rounding() -> dict[str, str]:
 
 
 def of_model(device: str) -> dict[str, str]:
-    """What decides the numbers of a model that is run on `device`, such as `cpu` or `cuda:0`."""
+    """What decides the numbers of a model that is run on `device`, such as `cpu` or `cuda:0`.
+
+    Constants of the code stand for themselves: a version under development may have others.
+    """
     libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return {**of_rounding(), **libraries, **_device(device.partition(":")[0], device)}
+    return {**of_rounding(), **libraries, **_device(device.partition(":")[0], device), "constants": _constants()}
 
 
 def shared(device: str) -> dict[str, str]:
     """What driver and workers must agree on; the driver may lack the GPU that they have."""
     found = of_model(device)
-    return found if "instructions" in found else {name: found[name] for name in ("shardxform", *_LIBRARIES)}
+    return (
+        found if "instructions" in found else {name: found[name] for name in ("shardxform", *_LIBRARIES, "constants")}
+    )
 
 
 def here(names: Iterable[str]) -> dict[str, str]:
@@ -61,6 +67,11 @@ def _device(kind: str, device: str) -> dict[str, str]:
 
         return {"device": torch.cuda.get_device_name(device) if torch.cuda.is_available() else kind}
     return {"device": kind}
+
+
+def _constants() -> str:
+    """First digits of a digest of the constants that decide bytes."""
+    return hashlib.sha256(repr(sorted(constants().items())).encode()).hexdigest()[:12]
 
 
 def _instructions() -> str:

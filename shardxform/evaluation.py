@@ -3,7 +3,8 @@
 Perplexity is taken over all positions of a window but its first. Against a reference: the Kullback-Leibler divergence
 of the next-token distributions, KL(reference || checkpoint), the share of positions where both choose the same token,
 and for every block how far its output is from the reference's, each on its own chain. Sums are in float64. Where the
-windows keep sources of text apart, all but the blocks' errors are also given for each.
+windows keep sources of text apart, all but the blocks' errors are also given for each. Figures have standard errors,
+those of comparisons from differences window by window: see `standard_errors`.
 """
 
 # B: sequences, T: positions, N: positions of a piece, H: hidden size, V: vocabulary.
@@ -28,12 +29,14 @@ from shardxform.forward.skeleton import Head, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 from shardxform.progress import OnProgress
+from shardxform.standard_errors import Sampling, mean, standard_error
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts"]
 
 _TESTED: Final = "tested"
 _REFERENCE: Final = "reference"
 _PIECE_LOGITS: Final = 1 << 24  # logits that are held at once, per model and copy
+_LARGEST: Final = 700.0  # loss whose exponential is a number
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +45,8 @@ class EvaluateOptions:
 
     Attributes:
         precision: device and dtype of the computation.
+        against_dtype: that of the reference's, if it is another. A checkpoint in bfloat16 held against itself in
+            float32 shows what bfloat16 alone does to the figures: the floor below which they say nothing of weights.
         work: directory for hidden states; removed when the evaluation ends.
         on_progress: called after every batch.
 
@@ -49,7 +54,13 @@ class EvaluateOptions:
 
     precision: Precision
     work: Path
+    against_dtype: torch.dtype | None = None
     on_progress: OnProgress | None = None
+
+    @property
+    def against(self) -> Precision:
+        """Device and dtype of the reference's computation."""
+        return replace(self.precision, dtype=self.against_dtype or self.precision.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +70,10 @@ class Comparison:
     Attributes:
         perplexity: of the reference.
         kl: mean divergence over all positions, in nats.
-        kl_error: its standard error over the windows; NaN for a single one.
         top1: share of positions where both choose the same token.
+        perplexity_error, kl_error, top1_error: their standard errors; NaN for a single window.
+        ratio_error: standard error of `Evaluation.ratio`, from the windows' differences in loss.
+        dtype: that the reference was computed in.
         block_errors: per decoder block, ||output - reference's|| / ||reference's|| over all positions; infinite when
             the reference puts out zeros and the checkpoint does not. Empty for a single source of text.
 
@@ -71,6 +84,10 @@ class Comparison:
     kl_error: float
     top1: float
     block_errors: tuple[float, ...]
+    perplexity_error: float = math.nan
+    ratio_error: float = math.nan
+    top1_error: float = math.nan
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +96,10 @@ class Evaluation:
 
     Attributes:
         perplexity: of the checkpoint.
+        perplexity_error: its standard error; NaN for a single window.
         windows, tokens: how much text that is of.
         against: the reference, where there is one.
+        dtype: that the checkpoint was computed in.
         sources: the same figures for the windows of every source of text, where these were kept apart.
 
     """
@@ -89,6 +108,8 @@ class Evaluation:
     windows: int
     tokens: int
     against: Comparison | None
+    perplexity_error: float = math.nan
+    dtype: str = ""
     sources: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @property
@@ -112,10 +133,12 @@ def evaluate(
     """
     sources = {_TESTED: checkpoint} | ({_REFERENCE: against} if against else {})
     refuse_inside(options.work, [each.root for each in sources.values()])
-    inputs = pass_inputs("evaluate", sources, windows, options.precision)
+    precisions = {_TESTED: options.precision, _REFERENCE: options.against}
+    purpose = "evaluate" + ("" if options.against == options.precision else f" against {_name(options.against)}")
+    inputs = pass_inputs(purpose, sources, windows, options.precision)
     with contextlib.ExitStack() as stack:
         chains = {
-            name: Skeleton(stack.enter_context(Weights(each, options.precision))) for name, each in sources.items()
+            name: Skeleton(stack.enter_context(Weights(each, precisions[name]))) for name, each in sources.items()
         }
         _refuse_other_shapes(chains)
         for skeleton in chains.values():
@@ -126,7 +149,13 @@ def evaluate(
         blocks = run_pass(job, _Differences())
         heads = _run_heads(job)
         work.remove()
-    return _evaluation(windows, blocks, heads)
+    found = _evaluation(windows, blocks, heads)
+    compared = found.against and replace(found.against, dtype=_name(options.against))
+    return replace(found, dtype=_name(options.precision), against=compared)
+
+
+def _name(precision: Precision) -> str:
+    return str(precision.dtype).removeprefix("torch.")
 
 
 def _refuse_other_shapes(chains: Mapping[str, Skeleton]) -> None:
@@ -251,79 +280,105 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
         for key, values in facts.items():
             columns.setdefault(key, []).extend(values)
     errors = tuple(_relative(facts["error"], facts["norm"]) for facts in blocks)
-    return replace(
-        _figures(columns, errors),
-        sources={
-            name: _figures({key: values[rows.start : rows.stop] for key, values in columns.items()}, ())
-            for name, rows in windows.rows
-        },
-    )
+    joined = bool(windows.provenance.get("pack", True))
+    every = tuple(rows for _, rows in windows.rows) or (range(len(windows.lengths_N)),)
+    figures = _Figures(columns, Sampling(every, joined))
+    apart = {name: _Figures(_rows(columns, rows), Sampling((range(len(rows)),), joined)) for name, rows in windows.rows}
+    return replace(figures.evaluation(errors), sources={name: each.evaluation(()) for name, each in apart.items()})
 
 
-def _figures(columns: Mapping[str, list[float]], block_errors: tuple[float, ...]) -> Evaluation:
+def _rows(columns: Mapping[str, list[float]], rows: range) -> Mapping[str, list[float]]:
+    return {key: values[rows.start : rows.stop] for key, values in columns.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
     """What sums over each of some windows come to."""
-    windows, tokens = len(columns["positions"]), sum(columns["positions"])
-    predicted = tokens - windows
-    comparison = None
-    if "kl" in columns:
-        comparison = Comparison(
-            perplexity=_perplexity(columns[f"loss {_REFERENCE}"], predicted),
-            kl=sum(columns["kl"]) / tokens,
-            kl_error=_standard_error([kl / n for kl, n in zip(columns["kl"], columns["positions"], strict=True)]),
-            top1=sum(columns["agree"]) / tokens,
+
+    columns: Mapping[str, list[float]]
+    sampling: Sampling
+
+    def evaluation(self, block_errors: tuple[float, ...]) -> Evaluation:
+        """All figures; those of the blocks are known already."""
+        perplexity, error = self._perplexity(self.columns[f"loss {_TESTED}"])
+        return Evaluation(
+            perplexity=perplexity,
+            perplexity_error=error,
+            windows=len(self._positions),
+            tokens=int(math.fsum(self._positions)),
+            against=self._comparison(block_errors) if "kl" in self.columns else None,
+        )
+
+    def _comparison(self, block_errors: tuple[float, ...]) -> Comparison:
+        tested, reference = (self.columns[f"loss {name}"] for name in (_TESTED, _REFERENCE))
+        perplexity, error = self._perplexity(reference)
+        return Comparison(
+            perplexity=perplexity,
+            perplexity_error=error,
+            ratio_error=self._perplexity([a - b for a, b in zip(tested, reference, strict=True)])[1],
+            kl=mean(self.columns["kl"], self._positions),
+            kl_error=self._error(self.columns["kl"], self._positions),
+            top1=mean(self.columns["agree"], self._positions),
+            top1_error=self._error(self.columns["agree"], self._positions),
             block_errors=block_errors,
         )
-    return Evaluation(
-        perplexity=_perplexity(columns[f"loss {_TESTED}"], predicted),
-        windows=windows,
-        tokens=int(tokens),
-        against=comparison,
-    )
+
+    @property
+    def _positions(self) -> list[float]:
+        return self.columns["positions"]
+
+    def _perplexity(self, losses: list[float]) -> tuple[float, float]:
+        """The exponential of a mean loss, and its standard error: its own size times that of the mean (delta method).
+
+        Of differences of losses it is the ratio of two perplexities.
+        """
+        predicted = [positions - 1 for positions in self._positions]
+        loss = mean(losses, predicted)
+        found = math.exp(loss) if loss < _LARGEST else math.inf
+        return found, found * self._error(losses, predicted)
+
+    def _error(self, sums: list[float], counts: list[float]) -> float:
+        return standard_error(sums, counts, self.sampling)
 
 
 def _relative(error: float, norm: float) -> float:
     return math.sqrt(error / norm) if norm else math.inf if error else 0.0
 
 
-def _perplexity(losses: list[float], predicted: float) -> float:
-    mean = math.fsum(losses) / predicted
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def _standard_error(values: list[float]) -> float:
-    if len(values) < 2:
-        return math.nan
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
 def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
     """An evaluation as plain data: the same for the same inputs; None for what is infinite or not known."""
     against = found.against
-    facts = {
-        **_measured(found),
-        "data": dict(windows.provenance),
-        "against": against
-        and {**_compared(against), "block_errors": [_number(error) for error in against.block_errors]},
-    }
+    facts = {**_measured(found), "dtype": found.dtype, "data": dict(windows.provenance), "against": None}
+    if against:
+        errors = [_number(error) for error in against.block_errors]
+        facts["against"] = {**_compared(found, against), "dtype": against.dtype, "block_errors": errors}
     if found.sources:
         facts["sources"] = {
-            name: {**_measured(each), "against": each.against and _compared(each.against)}
+            name: {**_measured(each), "against": each.against and _compared(each, each.against)}
             for name, each in found.sources.items()
         }
     return facts
 
 
 def _measured(found: Evaluation) -> dict[str, Any]:
-    return {"perplexity": _number(found.perplexity), "windows": found.windows, "tokens": found.tokens}
+    return {
+        "perplexity": _number(found.perplexity),
+        "perplexity_standard_error": _number(found.perplexity_error),
+        "windows": found.windows,
+        "tokens": found.tokens,
+    }
 
 
-def _compared(against: Comparison) -> dict[str, Any]:
+def _compared(found: Evaluation, against: Comparison) -> dict[str, Any]:
     return {
         "perplexity": _number(against.perplexity),
+        "perplexity_standard_error": _number(against.perplexity_error),
+        "perplexity_ratio": _number(found.ratio),
+        "perplexity_ratio_standard_error": _number(against.ratio_error),
         "kl": against.kl,
         "kl_standard_error": _number(against.kl_error),
         "top1_agreement": against.top1,
+        "top1_standard_error": _number(against.top1_error),
     }
 
 

@@ -42,7 +42,9 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     FigureCanvasAgg(figure)
     places: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     _draw_blocks(places[0], against)
-    places[0].set_title(f"{title}\nKL {against.kl:.4g} nats, same choice {against.top1:.1%}", fontsize=11)
+    divergence = f"{against.kl:.4g}{_give_or_take(against.kl_error, '{:.2g}')}"
+    agreement = f"{against.top1:.1%}{_give_or_take(against.top1_error, '{:.1%}')}"
+    places[0].set_title(f"{title}\nKL {divergence} nats, same choice {agreement}", fontsize=11)
     if sources:
         _draw_sources(places[1], sources)
     picture = io.BytesIO()
@@ -90,7 +92,7 @@ def _draw_sources(axes: Any, sources: Mapping[str, Evaluation]) -> None:  # noqa
     errors = [against.kl_error if math.isfinite(against.kl_error) else 0.0 for _, _, against in found]
     places, divergences = range(len(found)), [against.kl for _, _, against in found]
     axes.barh(places, divergences, xerr=errors, color=_BLUE, height=0.7, error_kw={"linewidth": 1})
-    names = [_shortened(name) + (f"\nx {ratio:.3f}" if math.isfinite(ratio) else "") for name, ratio, _ in found]
+    names = [_shortened(name) + _ratio(ratio, against.ratio_error) for name, ratio, against in found]
     axes.set_yticks(places, names, parse_math=False)  # they are a stranger's
     axes.invert_yaxis()
     axes.set_xlabel("KL divergence, nats")
@@ -98,6 +100,14 @@ def _draw_sources(axes: Any, sources: Mapping[str, Evaluation]) -> None:  # noqa
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
+
+
+def _ratio(ratio: float, error: float) -> str:
+    return f"\nx {ratio:.3f}{_give_or_take(error, '{:.3f}')}" if math.isfinite(ratio) else ""
+
+
+def _give_or_take(error: float, text: str) -> str:
+    return f" \N{PLUS-MINUS SIGN} {text.format(error)}" if math.isfinite(error) else ""
 
 
 def _shortened(name: str) -> str:

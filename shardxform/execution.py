@@ -19,7 +19,8 @@ from shardxform.plan import Copy, Step
 __all__ = ["Facts", "OpenTargets", "executor", "written_by"]
 
 Facts = Mapping[str, Any]
-"""What a step found: counts and lists of names, deterministic, kept in the journal and in the provenance."""
+"""What a step found: counts and lists of names, kept in the journal and in the provenance. Deterministic, but for what
+is under `measured.MEASURED`, which the journal alone keeps."""
 
 
 def executor(step: Step, device: str) -> Callable[..., Facts]:

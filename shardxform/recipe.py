@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
+from shardxform.deciding import HELD_OUT, PROBE
 from shardxform.errors import SchemeError
 from shardxform.families.base import Role
 
@@ -25,8 +26,6 @@ HEALED: Final[Mapping[str, frozenset[str]]] = {
     "all": frozenset(get_args(Role)),
 }
 """Roles of the weights that healing changes; `shared` and more change the norm before the experts too."""
-
-_PROBE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ class Heal:
     @property
     def probe_iters(self) -> int:
         """Steps of a trial."""
-        return max(1, self.iters // _PROBE)
+        return max(1, self.iters // PROBE)
 
     @property
     def steps(self) -> int:
@@ -136,12 +135,17 @@ class Recipe:
             )
 
     @property
+    def learned(self) -> int:
+        """Windows that blocks are healed and tuned on; the others judge."""
+        return self.samples - held_out(self.samples)
+
+    @property
     def block_tokens(self) -> int:
         """Tokens that go through a block on the way to its tuned weights: its share of the work."""
         windows = self.samples * (1 if self.inputs == "fp" else 2)
-        windows += self.iters * min(self.batch_size, self.samples)
+        windows += self.iters * min(self.batch_size, self.learned)
         if self.heal:
-            windows += self.heal.steps * min(self.heal.batch_size, self.samples - held_out(self.samples))
+            windows += self.heal.steps * min(self.heal.batch_size, self.learned)
         return windows * self.seqlen
 
     @property
@@ -149,7 +153,7 @@ class Recipe:
         """Most tokens of a step."""
         sizes = [self.batch_size] if self.iters else []
         sizes += [self.heal.batch_size] if self.heal else []
-        return min(max(sizes), self.samples) * self.seqlen
+        return min(max(sizes), self.learned) * self.seqlen
 
     def facts(self) -> dict[str, Any]:
         """Plain data, for the record and for comparison."""
@@ -160,5 +164,5 @@ class Recipe:
 
 
 def held_out(samples: int) -> int:
-    """How many windows healing is judged by, and never tuned on: an eighth, at least one."""
-    return max(1, samples // 8)
+    """How many windows judge a block, and are never learned from: an eighth, at least one; of a single window, none."""
+    return max(1, samples // HELD_OUT) if samples > 1 else 0

@@ -104,6 +104,7 @@ class Report:
         made_by_others: what else computed an output that was there than would compute it now; empty where nothing did.
         facts: what the steps found worth recording, such as modules whose weights are all zero; of an output that was
             there, what its record says.
+        measured: by blocks, their time and memory in whichever run did them; nothing where all was there.
 
     """
 
@@ -116,3 +117,4 @@ class Report:
     left: int = 0
     made_by_others: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    measured: tuple[Mapping[str, Any], ...] = ()

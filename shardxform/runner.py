@@ -21,6 +21,7 @@ from shardxform.execution import Facts, OpenTargets, executor, written_by
 from shardxform.fsio import FileSystem
 from shardxform.identity import changed_values
 from shardxform.journal import Journal
+from shardxform.measured import measured, recorded
 from shardxform.merging import adopt
 from shardxform.outdir import (
     damage,
@@ -72,7 +73,8 @@ def run(
         peak_rss_bytes=peak_rss_bytes(),
         left=loop.left if loop else 0,
         made_by_others="" if loop else made_by_others(state_of(output.root, plan), plan),
-        facts=loop.facts if loop else _recorded_facts(output),
+        facts=recorded(loop.facts) if loop else _recorded_facts(output),
+        measured=measured(loop.facts) if loop else (),
     )
 
 
@@ -175,7 +177,7 @@ class _Loop:
             digests = plan.chunks.digests(journal.facts, plan.steps)
         _refuse_source_changed_meanwhile(plan)
         output.publish()
-        output.commit(self.facts, digests)
+        output.commit(recorded(self.facts), digests)
 
     def _wanted(self, number: int) -> bool:
         """Whether this run is to do a step; what is not tuned goes with the first block."""

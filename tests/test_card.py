@@ -33,17 +33,23 @@ KEEP = ROOT / "manifests" / "small-moe-keep8.json"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 EVALUATION = {
     "perplexity": 36.2561,
+    "perplexity_standard_error": 1.25,
+    "dtype": "bfloat16",
     "windows": 32,
     "tokens": 8192,
     "data": {"data": "heldout.jsonl", "samples": 32, "seqlen": 256, "sha256": "ab"},
     "against": {
         "perplexity": 27.4551,
+        "perplexity_ratio_standard_error": 0.0111,
         "kl": 0.262763,
         "kl_standard_error": 0.009813,
         "top1_agreement": 0.7361,
+        "top1_standard_error": 0.0042,
+        "dtype": "bfloat16",
         "block_errors": [0.11, 0.22, None, 0.44],
     },
 }
+OLD = ("perplexity", "kl", "kl_standard_error", "top1_agreement", "block_errors")  # without errors of the others
 CARD = """---
 language:
 - en
@@ -166,14 +172,44 @@ def test_what_is_not_known_is_left_out(quantized: Path) -> None:
 
 
 def test_the_card_has_the_evaluation(quantized: Path, tmp_path: Path) -> None:
-    other = {**EVALUATION, "perplexity": None, "against": None, "data": {"data": "wiki"}}
+    other = {**EVALUATION, "perplexity": None, "perplexity_standard_error": None, "against": None}
+    other["data"] = {"data": "wiki"}
     paths = [evaluation(tmp_path, of=quantized), evaluation(tmp_path, other, "other.json", quantized)]
     text = render(gather(quantized, CardOptions(evaluations=paths)))
-    assert "| `heldout.jsonl` | 8,192 | 32 | 36.256 | 27.455 | 0.2628 ± 0.0098 | 73.6% |" in text
-    assert "| `wiki` | 8,192 | 32 |  |  |  |  |" in text
+    figures = "36.256 ± 1.250 | 27.455 | 1.3206 ± 0.0111 | 0.2628 ± 0.0098 | 73.6% ± 0.4%"
+    assert f"| `heldout.jsonl` | 8,192 | 32 | {figures} |" in text
+    assert "| `wiki` | 8,192 | 32 |  |  |  |  |  |" in text
+    assert "± is a standard error over windows" in text
+    assert "computed in bfloat16, whose own rounding is in the figures" in text
     assert "| 1 | 22.00% |" in text
     assert "| 2 |  |" in text
     assert "Only the figures above were measured" in text
+
+
+def test_an_evaluation_of_an_earlier_version_has_fewer_errors(quantized: Path, tmp_path: Path) -> None:
+    old = {key: value for key, value in EVALUATION.items() if key not in ("dtype", "perplexity_standard_error")}
+    reference = {key: value for key, value in EVALUATION["against"].items() if key in OLD}  # type: ignore[attr-defined]
+    path = evaluation(tmp_path, {**old, "against": reference})
+    text = render(gather(quantized, CardOptions(evaluations=[path])))
+    assert "| 36.256 | 27.455 | 1.3206 | 0.2628 ± 0.0098 | 73.6% |" in text
+    assert "computed in" not in text
+    bad = evaluation(tmp_path, {**EVALUATION, "perplexity_standard_error": -1.0})
+    with pytest.raises(PlanError, match="perplexity_standard_error: expected no negative number"):
+        gather(quantized, CardOptions(evaluations=[bad]))
+
+
+def test_the_card_says_whose_windows_judged(quantized: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(quantized, tmp_path / "out"))
+    told = {True: "on windows of the calibration text that were not tuned on", False: "which flatters"}
+    for held_out in (True, False, None):
+        block = {"layer": 0, "rtn_error": 2e-3, "tuned_error": 1e-3, "experts_never_reached": []}
+        block["ratio_standard_error"] = 0.021
+        judged = {} if held_out is None else {"judged_on": {"windows": 8, "tokens": 4088, "held_out": held_out}}
+        change_record(out, lambda record, block={**block, **judged}: record.update(facts={"blocks": [block]}))
+        text = render(gather(out))
+        assert "Squared error of each block's output" in text
+        assert "| 2.000e-03 | 1.000e-03 | 50.0% ± 2.1% |" in text
+        assert {apart for apart, words in told.items() if words in text} == ({held_out} - {None})
 
 
 def test_calibration_text_that_was_also_evaluated_on_is_said(quantized: Path, tmp_path: Path) -> None:

@@ -242,9 +242,11 @@ def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_pat
         ratio = of["perplexity"] / of["against"]["perplexity"]
         figures = [f"{of['perplexity']:.4f}", f"{of['against']['perplexity']:.4f}", f"{ratio:.4f}"]
         assert row(shown, name or "all")[:5] == [name or "all", str(of["windows"]), *figures]
-        cells = f"| {f'`{name}`' if name else ''} | {of['tokens']} | {of['windows']} | {of['perplexity']:.3f} |"
+        cells = f"| {f'`{name}`' if name else ''} | {of['tokens']} | {of['windows']} | {of['perplexity']:.3f} ± "
         line = next(line for line in card.splitlines() if line.startswith(f"| `heldout.jsonl` {cells}"))
-        assert f"| {ratio:.4f} | {of['against']['kl']:.4f} ± " in line
+        error = of["against"]["perplexity_ratio_standard_error"]
+        assert f"| {ratio:.4f} ± {error:.4f} | {of['against']['kl']:.4f} ± " in line
+        assert of["against"]["perplexity_ratio"] == ratio
     assert "A source of text is measured on windows of its documents alone" in card
     alone = runner.invoke(main, base).output
     assert row(alone, "kjv") == ["kjv", "2", row(shown, "kjv")[2]]
@@ -343,6 +345,22 @@ def test_the_command(small_moe: Path, tmp_path: Path) -> None:
     text = runner.invoke(main, [*base, "-m", str(manifest), "--against", str(small_moe)])
     assert "KL divergence" in text.output
     assert runner.invoke(main, [*base, "--plot", str(plot)]).exit_code == 2  # nothing to draw without a reference
+
+
+def test_a_reference_in_another_type_shows_what_the_type_does(small_moe: Path, tmp_path: Path) -> None:
+    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64"]
+    base = ["evaluate", str(small_moe), *data, "--work", str(tmp_path / "w"), "-q", "--dtype", "bfloat16"]
+    both = [*base, "--against", str(small_moe)]
+    same = CliRunner().invoke(main, both)
+    assert same.exit_code == 0, same.output
+    assert "KL divergence  0.000000" in same.output
+    assert "computed in    bfloat16, whose own rounding is in these figures" in same.output
+    shown = CliRunner().invoke(main, [*both, "--against-dtype", "float32", "--json"])
+    assert shown.exit_code == 0, shown.output
+    facts = json.loads(shown.stdout)
+    assert (facts["dtype"], facts["against"]["dtype"]) == ("bfloat16", "float32")
+    assert 1e-6 < facts["against"]["kl"] < 1e-2
+    assert CliRunner().invoke(main, [*base, "--against-dtype", "float32"]).exit_code == 2  # of which reference?
 
 
 def test_no_data_no_device(small_moe: Path) -> None:

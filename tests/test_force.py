@@ -203,7 +203,7 @@ def test_tuning_of_other_versions_or_instructions_is_refused_naming_them(
     data, out = small_moe / "text/calib.jsonl", tmp_path / "out"
     stopped_after_a_block(small_moe, out, data)
     made_by = computing.of_model("cpu")
-    assert made_by.keys() == {"shardxform", "torch", "transformers", "instructions", "arithmetic"}
+    assert made_by.keys() == {"shardxform", "torch", "transformers", "instructions", "arithmetic", "constants"}
     for name in made_by:
         monkeypatch.setattr(computing, "of_model", lambda _, name=name: replace_in(made_by, name))
         assert f"made_by.{name}: was '{made_by[name]}', now 'other'" in tuned(small_moe, out, data)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from shardxform.calibration.options import MAX_SOURCES, is_source
 from shardxform.card.facts import Data, Evaluation
-from shardxform.card.record import data_of, number, section, whole
+from shardxform.card.record import data_of, number, section, text, whole
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import PlanError
 from shardxform.identity import Identity, identify, names_of
@@ -67,10 +67,14 @@ def _figures(path: Path, value: Mapping[str, Any], data: Data, source: str = "")
         windows=windows,
         tokens=tokens,
         perplexity=_known(path, value, "perplexity"),
+        perplexity_error=_error(path, value, "perplexity_standard_error"),
         reference=_known(path, against, "perplexity") if against else None,
+        ratio_error=_error(path, against, "perplexity_ratio_standard_error"),
         kl=_known(path, against, "kl"),
-        kl_error=_known(path, against, "kl_standard_error"),
+        kl_error=_error(path, against, "kl_standard_error"),
         top1=top1,
+        top1_error=_error(path, against, "top1_standard_error"),
+        dtype=text(value, "dtype"),
         source=source,
     )
 
@@ -109,6 +113,14 @@ def _known(path: Path, value: Mapping[str, Any], key: str) -> float | None:
     found = number(value, key)
     if found is None:
         raise PlanError(f"{path}: {key}: expected a number, found {str(value[key])[:60]!r}")
+    return found
+
+
+def _error(path: Path, value: Mapping[str, Any], key: str) -> float | None:
+    """A standard error; None of a single window, and in evaluations of earlier versions."""
+    found = _known(path, value, key)
+    if found is not None and found < 0:
+        raise PlanError(f"{path}: {key}: expected no negative number, found {found}")
     return found
 
 

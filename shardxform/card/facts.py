@@ -75,11 +75,15 @@ class Pruning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockError:
-    """Squared error of a block's output, rounded to nearest and tuned; None where it was not tuned."""
+    """Squared error of a block's output, rounded to nearest and tuned; None where it was not tuned.
+
+    `ratio_error` is the standard error of tuned / rounded; None where it is not known.
+    """
 
     layer: int
     rounded: float | None
     tuned: float | None
+    ratio_error: float | None = None
     never_reached: int = 0
 
 
@@ -91,6 +95,7 @@ class HealedBlock:
     pruned: float | None
     healed: float | None
     what: str
+    ratio_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +129,7 @@ class Quantization:
         search: whether scales were searched.
         data, recipe: calibration text and settings of tuned rounding.
         blocks: errors of tuned blocks.
+        judged_apart: whether these are on windows that were not tuned on; None where the record does not say.
 
     """
 
@@ -137,6 +143,7 @@ class Quantization:
     data: Data | None = None
     recipe: Mapping[str, int | str]
     blocks: tuple[BlockError, ...] = ()
+    judged_apart: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +151,10 @@ class Evaluation:
     """What `evaluate --json` measured.
 
     Attributes:
-        reference, kl, kl_error, top1: None without a reference, or where they are not finite.
+        perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
+        reference, kl, top1: None without a reference, or where they are not finite.
+        ratio_error: of `ratio`.
+        dtype: that it was computed in; empty where that is not known.
         block_errors: likewise, per block.
         source: the one source of text that the figures are of; empty for all of the text.
         sources: the figures of each, where they were kept apart.
@@ -155,10 +165,14 @@ class Evaluation:
     windows: int
     tokens: int
     perplexity: float | None
+    perplexity_error: float | None = None
     reference: float | None = None
+    ratio_error: float | None = None
     kl: float | None = None
     kl_error: float | None = None
     top1: float | None = None
+    top1_error: float | None = None
+    dtype: str = ""
     block_errors: tuple[float | None, ...] = ()
     source: str = ""
     sources: tuple[Evaluation, ...] = ()

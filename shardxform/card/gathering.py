@@ -14,7 +14,7 @@ from typing import Any, Final
 from shardxform.card.evaluations import read_evaluation
 from shardxform.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
 from shardxform.card.frontmatter import is_hub_name, origin_of
-from shardxform.card.record import block_errors, data_of, flag, healed_blocks, section, text, whole
+from shardxform.card.record import block_errors, data_of, flag, healed_blocks, judged_apart, section, text, whole
 from shardxform.card.reproduction import commands
 from shardxform.card.writing import is_card, picture_name, read_readme
 from shardxform.checkpoint import Checkpoint
@@ -213,6 +213,7 @@ def _quantization(record: Record, stored: Stored) -> Quantization:
         data=data_of(section(recipe, "data")),
         recipe={key: recipe[key] for key in _RECIPE if type(recipe.get(key)) is int or text(recipe, key)},
         blocks=block_errors(record.facts),
+        judged_apart=judged_apart(record.facts),
     )
 
 

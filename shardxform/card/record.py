@@ -9,7 +9,18 @@ from typing import Any
 from shardxform.calibration.options import is_source
 from shardxform.card.facts import BlockError, Data, HealedBlock
 
-__all__ = ["block_errors", "data_of", "flag", "healed_blocks", "number", "section", "text", "texts", "whole"]
+__all__ = [
+    "block_errors",
+    "data_of",
+    "flag",
+    "healed_blocks",
+    "judged_apart",
+    "number",
+    "section",
+    "text",
+    "texts",
+    "whole",
+]
 
 
 def section(value: object, *path: str) -> Mapping[str, Any]:
@@ -78,9 +89,16 @@ def block_errors(facts: Mapping[str, Any]) -> tuple[BlockError, ...]:
             layer=layer,
             rounded=number(found, "rtn_error"),
             tuned=number(found, "tuned_error"),
+            ratio_error=number(found, "ratio_standard_error"),
             never_reached=len(unreached) if isinstance(unreached, list) else 0,
         )
     return tuple(out[layer] for layer in sorted(out))
+
+
+def judged_apart(facts: Mapping[str, Any]) -> bool | None:
+    """Whether errors of tuned blocks are those on text that was not tuned on; None where one of them does not say."""
+    found = [section(block, "judged_on").get("held_out") for _, block in _blocks(facts) if "tuned_error" in block]
+    return all(found) if found and all(isinstance(each, bool) for each in found) else None
 
 
 def healed_blocks(facts: Mapping[str, Any]) -> tuple[HealedBlock, ...]:
@@ -89,7 +107,10 @@ def healed_blocks(facts: Mapping[str, Any]) -> tuple[HealedBlock, ...]:
     for layer, found in _blocks(facts):
         if healed := section(found, "healed"):
             before, after = number(healed, "pruned_error"), number(healed, "healed_error")
-            out[layer] = HealedBlock(layer=layer, pruned=before, healed=after, what=text(healed, "what"))
+            error = number(healed, "ratio_standard_error")
+            out[layer] = HealedBlock(
+                layer=layer, pruned=before, healed=after, what=text(healed, "what"), ratio_error=error
+            )
     return tuple(out[layer] for layer in sorted(out))
 
 

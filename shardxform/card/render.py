@@ -161,7 +161,8 @@ def _healed_block(block: HealedBlock) -> tuple[str, ...]:
     before, after = block.pruned, block.healed
     if not block.what or before is None or after is None:
         return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "")
-    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", f"{after / before:.1%}" if before else "", block.what)
+    ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
+    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, block.what)
 
 
 def _quantization(facts: Facts) -> Iterator[str]:
@@ -171,7 +172,10 @@ def _quantization(facts: Facts) -> Iterator[str]:
     yield listing(_quantization_lines(made))
     tuned = [block for block in made.blocks if block.rounded is not None and block.tuned is not None]
     if tuned:
-        yield "Squared error of each block's output, relative to every token's own size:"
+        judged = made.judged_apart
+        where = ", on windows of the calibration text that were not tuned on" if judged else ""
+        flatters = ", on a window that was tuned on as well, which flatters" if judged is False else ""
+        yield f"Squared error of each block's output, relative to every token's own size{where}{flatters}:"
         yield _folded(
             table(
                 ("block", "rounded", "tuned", "ratio", "experts never reached"),
@@ -216,7 +220,7 @@ def _method(made: Quantization) -> str:
 def _block(block: BlockError) -> tuple[str, ...]:
     if block.rounded is None or block.tuned is None:
         return (str(block.layer), "", "rounded to nearest", "", "")
-    ratio = f"{block.tuned / block.rounded:.1%}" if block.rounded else ""
+    ratio = _figure(block.tuned / block.rounded, block.ratio_error, ".1%") if block.rounded else ""
     return (str(block.layer), f"{block.rounded:.3e}", f"{block.tuned:.3e}", ratio, str(block.never_reached))
 
 
@@ -230,9 +234,17 @@ def _evaluation(facts: Facts) -> Iterator[str]:
     if any(found.reference is not None for found in facts.evaluations):
         yield (
             "The reference is the checkpoint that this one was held against, on the same windows. KL divergence is"
-            " KL(reference ‖ this) of the next token's distribution, in nats, ± its standard error over windows; same"
+            " KL(reference ‖ this) of the next token's distribution, in nats; ratio is that of the perplexities; same"
             " choice is the share of positions where both find the same token likeliest."
         )
+    if any(found.perplexity_error is not None for found in lines):
+        yield (
+            "± is a standard error over windows, of a comparison from differences window by window: how far a figure"
+            " might be off on other text of the same kind."
+        )
+    for dtype in dict.fromkeys(found.dtype for found in facts.evaluations):
+        if dtype not in ("", "float32"):
+            yield f"These were computed in {dtype}, whose own rounding is in the figures."
     if any(found.sources for found in facts.evaluations):
         yield "A source of text is measured on windows of its documents alone; the line without one is of all windows."
     for found in facts.evaluations:
@@ -245,9 +257,14 @@ def _evaluation(facts: Facts) -> Iterator[str]:
 
 
 def _divergence(found: Evaluation) -> str:
-    if found.kl is None:
+    return "" if found.kl is None else _figure(found.kl, found.kl_error, ".4f")
+
+
+def _figure(value: float | None, error: float | None, form: str) -> str:
+    """A figure and its standard error, as far as they are known."""
+    if value is None:
         return ""
-    return f"{found.kl:.4f}" + ("" if found.kl_error is None else f" ± {found.kl_error:.4f}")
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 _COLUMNS = (
@@ -255,11 +272,11 @@ _COLUMNS = (
     ("source", lambda found: code(found.source) if found.source else ""),
     ("tokens", lambda found: f"{found.tokens:,}"),
     ("windows", lambda found: f"{found.windows:,}"),
-    ("perplexity", lambda found: "" if found.perplexity is None else f"{found.perplexity:.3f}"),
+    ("perplexity", lambda found: _figure(found.perplexity, found.perplexity_error, ".3f")),
     ("reference", lambda found: "" if found.reference is None else f"{found.reference:.3f}"),
-    ("ratio", lambda found: f"{found.ratio:.4f}" if found.ratio and (found.source or found.sources) else ""),
+    ("ratio", lambda found: _figure(found.ratio, found.ratio_error, ".4f")),
     ("KL divergence", _divergence),
-    ("same choice", lambda found: "" if found.top1 is None else f"{found.top1:.1%}"),
+    ("same choice", lambda found: _figure(found.top1, found.top1_error, ".1%")),
 )
 
 

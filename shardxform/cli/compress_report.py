@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardxform.cli.block_report import blocks_of, tell_blocks
-from shardxform.cli.console import LOWER, count, gb, pasteable, print_json, rows, short, span, table, tell
+from shardxform.cli.block_report import blocks_of, judged_on, tell_blocks
+from shardxform.cli.console import LOWER, count, gb, give_or_take, pasteable, print_json, rows, short, span, table, tell
 
 if TYPE_CHECKING:
     from shardxform.cli.sources import Source
@@ -108,6 +108,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "stages": {stage: dict(facts) for stage, facts in outcome.facts.items()},
         "written_bytes": outcome.report.written_bytes,
         "facts": dict(outcome.report.facts),
+        "measured": list(outcome.report.measured),
         "spent": {stage: {"seconds": round(s, 3), "peak_rss_bytes": m} for stage, (s, m) in outcome.spent.items()},
         "seconds": round(outcome.seconds, 3),
         "peak_rss_bytes": outcome.peak_rss_bytes,
@@ -129,7 +130,8 @@ def report(outcome: Outcome, source: Source, *, as_json: bool, verbose: bool) ->
         spent = outcome.spent.items()
         table(("stage", "time", "peak so far"), ((stage, span(took), gb(peak)) for stage, (took, peak) in spent))
     blocks = blocks_of(outcome.report.facts)
-    tell_blocks({"blocks": blocks if verbose else [block for block in blocks if "rounded_to_nearest" in block]})
+    told = blocks if verbose else [block for block in blocks if "rounded_to_nearest" in block]
+    tell_blocks({"blocks": told}, outcome.report.measured)
     if left := outcome.facts["card"].get("left"):
         tell(f"note: no card was written: {left}")
     if "evaluate" not in outcome.facts:
@@ -174,6 +176,8 @@ def _block_lines(blocks: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             share = sum(block[after] for block in found) / total
             what = "pruning" if label == "healed" else "rounding"
             yield label, f"squared error {share:.1%} of that of {what}, over {count(len(found), 'block')}"
+    if (healed or tuned) and (text := judged_on(blocks)):
+        yield "", f"on {text}"
 
 
 def _choice_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -188,7 +192,15 @@ def _evaluation_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     found, against = facts["perplexity"], facts["against"]
     if found is not None and against["perplexity"]:
         before = against["perplexity"]
-        yield "perplexity", f"{found:.4f}, of the source {before:.4f}: {found / before - 1:+.2%}"
+        changed = f"{found / before - 1:+.2%}{_error(against, 'perplexity_ratio', '{:.2%}')}"
+        yield "perplexity", f"{found:.4f}, of the source {before:.4f}: {changed}"
         if found < before:
             yield "", LOWER
-    yield "KL divergence", f"{against['kl']:.6f} nats, same choice at {against['top1_agreement']:.2%} of positions"
+    divergence = f"{against['kl']:.6f}{_error(against, 'kl', '{:.6f}')} nats"
+    agreement = f"{against['top1_agreement']:.2%}{_error(against, 'top1', '{:.2%}')}"
+    yield "KL divergence", f"{divergence}, same choice at {agreement} of positions"
+
+
+def _error(against: Mapping[str, Any], figure: str, text: str) -> str:
+    """The standard error of a figure; nothing in results of earlier versions, which have none."""
+    return give_or_take(against.get(f"{figure}_standard_error"), text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ __all__ = [
     "amount",
     "count",
     "gb",
+    "give_or_take",
     "pasteable",
     "print_json",
     "progress",
@@ -45,6 +47,11 @@ _PACE_STRAYS: Final = 3.0
 gb = show_size
 LOWER: Final = "lower by chance, or because it suits this text: compare by KL divergence"
 """What a perplexity below that of the 16-bit model means."""
+
+
+def give_or_take(error: float | None, text: str = "{:.4f}") -> str:
+    """` +- 0.0012` behind a figure, or nothing where its standard error is not known."""
+    return f" +- {text.format(error)}" if error is not None and math.isfinite(error) else ""
 
 
 def pasteable(*words: object) -> str:

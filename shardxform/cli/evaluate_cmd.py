@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import LOWER, count, gb, print_json, progress, rows, short, table
+from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -54,6 +53,11 @@ _WORK: Final = "shardxform-evaluate.work"
     "figures beside those of all.",
 )
 @device_options
+@click.option(
+    "--against-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Type in which REF is computed.  [default: as --dtype]",
+)
 @transfer_options
 @click.option(
     "--plot",
@@ -71,6 +75,7 @@ def command(
     against: Source | None,
     device: str,
     dtype: str | None,
+    against_dtype: str | None,
     work: Path | None,
     plot: Path | None,
     dry_run: bool,
@@ -84,6 +89,8 @@ def command(
     in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
     refuse_no_data(data)
+    if against_dtype and not against:
+        raise click.UsageError("--against-dtype is the type of a reference: give --against")
     if plot:
         _refuse_plot(plot, against)
     work = work or Path(_WORK)
@@ -93,7 +100,8 @@ def command(
     from shardxform.evaluation import EvaluateOptions, evaluate
     from shardxform.forward.work import refuse_inside
 
-    options = EvaluateOptions(precision=precision, work=work)
+    reference_dtype = make_precision(device, against_dtype).dtype if against_dtype else None
+    options = EvaluateOptions(precision=precision, work=work, against_dtype=reference_dtype)
     for path in (options.work, *([plot] if plot else [])):
         refuse_inside(path, [each.root for each in (source, *others)])
     windows = load_data(source, data, against=reference)
@@ -140,7 +148,8 @@ def _show(
     from shardxform.forward.estimate import estimate
 
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
-    needs = estimate(chains, windows, options.precision, options.work)
+    widest = max(options.precision, options.against, key=lambda precision: precision.dtype.itemsize)
+    needs = estimate(chains, windows, widest if reference else options.precision, options.work)
     if as_json:
         told = {"data": dict(windows.provenance), "notes": list(windows.notes)}
         print_json({"checkpoint": tested.where, **told, **needs})
@@ -181,15 +190,17 @@ def _report(
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
     click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
-    lines = [("perplexity", f"{found.perplexity:.4f}")]
+    lines = [("perplexity", f"{found.perplexity:.4f}{give_or_take(found.perplexity_error)}")]
     if found.against:
-        change = found.perplexity / found.against.perplexity - 1
+        change = found.ratio - 1
+        changed = f"{change:+.2%}{give_or_take(found.against.ratio_error, '{:.2%}')}"
         lines += [
-            ("reference", f"{found.against.perplexity:.4f} ({against}); this is {change:+.2%}"),
+            ("reference", f"{found.against.perplexity:.4f} ({against}); this is {changed}"),
             *([("", LOWER)] if change < 0 else []),
-            ("KL divergence", _divergence(found.against)),
-            ("same choice", f"{found.against.top1:.2%} of positions"),
+            ("KL divergence", f"{_divergence(found.against)} nats"),
+            ("same choice", f"{_agreement(found.against)} of positions"),
         ]
+        lines += [("computed in", told)] if (told := _computed(found)) else []
     rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
     if found.sources:
         click.echo()
@@ -201,9 +212,25 @@ def _report(
             click.echo("  added: to the block before; negative where what goes through grows faster than the error")
 
 
+def _computed(found: Evaluation) -> str:
+    """What the type of the computation does to the figures; nothing of float32, whose rounding is far below them."""
+    against = found.against
+    if against is None or {found.dtype, against.dtype} <= {"float32", ""}:
+        return ""
+    if found.dtype != against.dtype:
+        return f"{found.dtype}, the reference in {against.dtype}: what that does is in these figures"
+    return (
+        f"{found.dtype}, whose own rounding is in these figures: with --against-dtype float32, the reference against"
+        " itself shows how much of them"
+    )
+
+
 def _divergence(against: Comparison) -> str:
-    error = f" +- {against.kl_error:.6f}" if math.isfinite(against.kl_error) else ""
-    return f"{against.kl:.6f}{error} nats"
+    return f"{against.kl:.6f}{give_or_take(against.kl_error, '{:.6f}')}"
+
+
+def _agreement(against: Comparison) -> str:
+    return f"{against.top1:.2%}{give_or_take(against.top1_error, '{:.2%}')}"
 
 
 def _source_lines(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -218,8 +245,9 @@ def _source_line(name: str, found: Evaluation) -> tuple[str, ...]:
     line = (name, f"{found.windows:,}", f"{found.perplexity:.4f}")
     if found.against is None:
         return line
-    divergence = _divergence(found.against).removesuffix(" nats")
-    return (*line, f"{found.against.perplexity:.4f}", f"{found.ratio:.4f}", divergence, f"{found.against.top1:.2%}")
+    against = found.against
+    ratio = f"{found.ratio:.4f}{give_or_take(against.ratio_error)}"
+    return (*line, f"{against.perplexity:.4f}", ratio, _divergence(against), _agreement(against))
 
 
 def _block_lines(against: Comparison) -> list[tuple[str, ...]]:

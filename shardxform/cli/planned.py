@@ -65,7 +65,7 @@ def execute(
     elif report.already_done:
         by = f" by other versions or another machine ({report.made_by_others})" if report.made_by_others else ""
         click.echo(f"{out}: already complete, made from the same inputs{by}; nothing written")
-        tell_blocks(report.facts)
+        tell_blocks(report.facts, report.measured)
     else:
         _say_done(plan, report)
 
@@ -162,6 +162,7 @@ def _report_facts(report: Report) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "peak_rss_bytes": report.peak_rss_bytes,
         "facts": dict(report.facts),
+        "measured": list(report.measured),
     }
 
 
@@ -179,7 +180,7 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("check it", pasteable("shardxform", "verify", report.out, "--source", plan.origin)),
         ]
     )
-    tell_blocks(report.facts)
+    tell_blocks(report.facts, report.measured)
 
 
 def _rate(report: Report) -> str:
@@ -189,7 +190,7 @@ def _rate(report: Report) -> str:
 def _say_part(plan: Plan, report: Report) -> None:
     click.echo(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
     rows([("time", f"{report.seconds:.1f} s"), ("memory", f"{gb(report.peak_rss_bytes)} peak")])
-    tell_blocks(report.facts)
+    tell_blocks(report.facts, report.measured)
     click.echo(f"  put together with: shardxform {plan.command} ... --merge {report.out}")
 
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final
 
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Request
+from shardxform.deciding import BATCH_TOKENS, JUDGED_AT
 from shardxform.layout import layout_of
+from shardxform.recipe import held_out
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.checkpoint import Checkpoint
 
-__all__ = ["BATCH_TOKENS", "Amounts", "Costs", "Shape", "amounts", "reached", "seconds", "shape_of", "usual"]
+__all__ = ["Amounts", "Costs", "Shape", "amounts", "reached", "seconds", "shape_of", "usual"]
 
-BATCH_TOKENS: Final = 2048  # as `forward.passes` has it, and a test compares
-_JUDGED: Final = 4 * 8  # windows that tuning a block is judged on: eight, at the start and three times later
 _FLOPS: Final = 80e9  # of one thread
 _MOVED: Final = 1e9  # bytes a second
 
@@ -184,9 +184,9 @@ def _tuning(request: Request, shape: Shape, weights: int, moved: int) -> Amounts
     assert windows is not None
     chains = 1 if recipe.inputs == "fp" else 2
     length = windows.ids_NT.shape[1]
-    judged = min(_JUDGED, 4 * len(windows.lengths_N)) * length
+    judged = (1 + len(JUDGED_AT)) * max(1, held_out(len(windows.lengths_N))) * length  # at the start, and later
     tokens = recipe.block_tokens - chains * recipe.samples * recipe.seqlen
-    batch = min(recipe.batch_size, len(windows.lengths_N)) * length
+    batch = min(recipe.batch_size, recipe.learned) * length
     calls = tokens / batch * shape.moe_blocks * reached(shape.kept, shape.top_k, batch)
     once = _forward(shape, shape.kept, windows)
     steps = Amounts(

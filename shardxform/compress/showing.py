@@ -66,6 +66,7 @@ def _comparison(facts: Mapping[str, Any]) -> Comparison:
         kl=facts["kl"],
         kl_error=number(facts["kl_standard_error"]),
         top1=facts["top1_agreement"],
+        top1_error=number(facts.get("top1_standard_error")),
         block_errors=tuple(map(number, facts["block_errors"])),
     )
 

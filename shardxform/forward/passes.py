@@ -14,13 +14,14 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from shardxform import computing
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
+from shardxform.deciding import BATCH_TOKENS
 from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
@@ -31,9 +32,6 @@ from shardxform.progress import OnProgress, Progress
 from shardxform.strictjson import dumps
 
 __all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "pass_inputs", "run_pass"]
-
-BATCH_TOKENS: Final = 2048
-"""Tokens that go through a block at once; whole sequences, at least one. Part of what decides the last bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +193,7 @@ def pass_inputs(
         "windows": windows.fingerprint,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "device": precision.device.type,
-        computing.KEY: {**computing.of_model(str(precision.device)), "batch": BATCH_TOKENS},
+        computing.KEY: computing.of_model(str(precision.device)),
     }
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from shardxform.deciding import SEARCH_MARGIN
 from shardxform.errors import SchemeError
 from shardxform.quantize import packing
 from shardxform.quantize.grid import COLUMN_MULTIPLE, Grid, Layout
@@ -46,9 +47,6 @@ TILE_ROWS: Final = 32
 CHUNK: Final = 128
 SMALLEST_SCALE: Final = np.float32(np.float16(1e-5))  # 168 * 2^-24, exact in bf16 too
 LARGEST_SCALE: Final = {"fp16": np.float32(65504.0), "bf16": np.float32(65280.0)}
-
-# float32 sums of 128 squares err by at most 128 * 2^-24 = 2^-17 each way: a candidate has to win by more.
-SEARCH_MARGIN: Final = 1.0 - 2.0**-15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from shardxform.deciding import DELTA_CHUNK as _CHUNK
+
 __all__ = ["computes_the_same", "gated_delta_rule"]
 
-_CHUNK: Final = 64
 _EPSILON: Final = 1e-6
 
 

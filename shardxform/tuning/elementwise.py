@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from shardxform.deciding import LANES, OFFSET_STEP, OFFSET_UNITS
 from shardxform.quantize.rtn import LARGEST_SCALE, SMALLEST_SCALE
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["LIMIT", "ONE", "UNITS_PER_STEP", "Pace", "codes", "keep", "scales", "step", "values"]
 
-ONE: Final = 1 << 15
+ONE: Final = OFFSET_UNITS
 """Offsets are int16 in units of 1 / ONE."""
 
-UNITS_PER_STEP: Final = 4
+UNITS_PER_STEP: Final = OFFSET_STEP
 """Offsets are multiples of this; the two bits below hold a tag, the kept code's distance from plain rounding."""
 
 LIMIT: Final = ONE - UNITS_PER_STEP
-LANES: Final = 32
 
 
 class Pace(NamedTuple):

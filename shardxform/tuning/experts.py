@@ -12,10 +12,11 @@ Sums over experts go by expert number, whoever was first: the number of threads 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardxform.deciding import EXPERT_ROWS, KEPT_BYTES
 from shardxform.tuning import grouped
 from shardxform.tuning.linear import runs
 from shardxform.tuning.routing import ExpertWeights, Gate, route
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
     from shardxform.tuning.workers import Workers
 
 __all__ = ["TunedExperts"]
-
-_ROW_TILE: Final = 1024
-"""Rows of a weight's gradient that exist at a time in one thread: few products of many rows take less time than many of
-few, and an expert's are too few tokens for a tile to stay in a core's own cache."""
-
-_KEPT_BYTES: Final = 1 << 25
-"""What the first products of all experts may take until the backward pass, which makes larger ones again: at the shape
-of Qwen3.5-35B-A3B those of 2,048 tokens in 16 bits."""
 
 
 class TunedExperts(torch.nn.Module):
@@ -60,7 +53,7 @@ class TunedExperts(torch.nn.Module):
         self, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor, kept: dict[int, torch.Tensor]
     ) -> torch.Tensor:
         """Outputs [T, H]; what is worth it for `pass_back` is put into `kept`."""
-        keeps = index_TK.numel() * self.gate_up.shape[1] * hidden_TH.element_size() <= _KEPT_BYTES
+        keeps = index_TK.numel() * self.gate_up.shape[1] * hidden_TH.element_size() <= KEPT_BYTES
         routing = route(index_TK, self.gate_up.shape[0])
         for expert in routing.reached:
             self.reached_E[expert] = True
@@ -150,7 +143,7 @@ class TunedExperts(torch.nn.Module):
         if not weight.moves:
             return self._values(weight, expert, name, x_nI.dtype)
         w_OI = self.workers.scratch(name, (rows, columns), x_nI.dtype)
-        for run in runs(rows, _ROW_TILE):
+        for run in runs(rows, EXPERT_ROWS):
             tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
             torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI)
             weight.update(expert * rows + run.start, tile_RI, w_OI[run])

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import grouped_mm
+
+from shardxform.deciding import GROUPED_WEIGHTS
 
 if TYPE_CHECKING:
     from shardxform.tuning.routing import ExpertWeights, Routing
     from shardxform.tuning.stacked import Tunable
 
 __all__ = ["multiply", "pass_back"]
-
-_CHUNK_WEIGHTS: Final = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +88,7 @@ def _pass_back_chunk(
 def _chunks(experts: ExpertWeights, routing: Routing, device: torch.device) -> Iterator[_Chunk]:
     """Runs of experts of bounded size, those without tokens left out."""
     count, rows, columns = experts.gate_up.shape
-    step = max(1, _CHUNK_WEIGHTS // (rows * columns))
+    step = max(1, GROUPED_WEIGHTS // (rows * columns))
     for first in range(0, count, step):
         last = min(first + step, count)
         slots = slice(routing.bounds[first], routing.bounds[last])

@@ -13,24 +13,19 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from shardxform.recipe import held_out
+from shardxform.deciding import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
 from shardxform.tuning.healed import HealedStack, signs
-from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples, batches, descend, judge
+from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split
 
 if TYPE_CHECKING:
     from shardxform.recipe import Heal, Trial
 
 __all__ = ["HealResult", "Healing", "Load", "Wide", "heal_block", "suggested_lr"]
-
-_FULL_STEP: Final = 0.02
-_TOKENS_PER_WEIGHT: Final = 0.04
-_SMALLEST_STEP: Final = 1e-3
-_SPLIT: Final = 7  # tells the choice of held-out samples from the order of a block
 
 
 class Wide:
@@ -113,6 +108,8 @@ class HealResult:
         start_loss: squared error of the pruned block's output relative to the original's, the mean over the tokens of
             the held-out samples.
         loss: of what was kept; the same when nothing was better.
+        judged: what the held-out samples were.
+        ratio_error: standard error of loss / start_loss over them; NaN for a single one.
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
@@ -121,6 +118,8 @@ class HealResult:
 
     start_loss: float
     loss: float
+    judged: Judged
+    ratio_error: float
     what: str | None
     lr: float
     tried: tuple[tuple[str, float, float], ...]
@@ -162,11 +161,9 @@ class _Run:
 
     def __init__(self, load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype) -> None:
         self._load, self._samples, self._heal, self._seed, self._dtype = load, samples, heal, seed, dtype
-        count = len(samples.length_N)
-        order_N = np.random.Generator(np.random.PCG64([seed, _SPLIT])).permutation(count)
-        self._judges_N = np.sort(order_N[: held_out(count)])
-        self._tuned_N = np.sort(order_N[held_out(count) :])
+        self._split = split(samples, seed)
         self._diverged = False
+        self._ratio_error = math.nan  # of the last descent
 
     def execute(self, began: float) -> tuple[HealResult, Healing]:
         trials, tried = self._heal.trials, []
@@ -186,6 +183,8 @@ class _Run:
         result = HealResult(
             start_loss=start,
             loss=loss if healed else start,
+            judged=self._split.judged(self._samples),
+            ratio_error=self._ratio_error if healed else 0.0,
             what=trials[best].what if healed else None,
             lr=lr if healed else 0.0,
             tried=tuple((what, rate, loss if math.isfinite(loss) else -1.0) for what, rate, loss in tried),
@@ -198,22 +197,25 @@ class _Run:
         """Loss before and after, the step size, and the block; infinite when the loss was no number on the way."""
         healing = self._load(trial.what)
         start = self._judge(healing)
-        lr = trial.lr or trial.factor * suggested_lr(int(self._samples.length_N[self._tuned_N].sum()), healing.weights)
+        learned_N = self._split.learned_N
+        lr = trial.lr or trial.factor * suggested_lr(int(self._samples.length_N[learned_N].sum()), healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
-        rows = batches(len(self._tuned_N), self._heal.batch_size, random)
+        rows = batches(len(learned_N), self._heal.batch_size, random)
         try:
             for done in range(iters):
                 healing.set_lr(lr * (1 - done / iters))
-                descend(healing.forward, self._samples, self._tuned_N[next(rows)], self._dtype)
+                descend(healing.forward, self._samples, learned_N[next(rows)], self._dtype)
             healing.settle()
-            return start, self._judge(healing), lr, healing
+            loss = self._judge(healing)
+            self._ratio_error = loss.ratio_error(start)
+            return start.mean, loss.mean, lr, healing
         except NonFiniteLoss:
             self._diverged = True
             healing.settle()
-            return start, math.inf, lr, healing
+            return start.mean, math.inf, lr, healing
 
-    def _judge(self, healing: Healing) -> float:
-        return judge(healing.forward, self._samples, self._judges_N, self._heal.batch_size, self._dtype)
+    def _judge(self, healing: Healing) -> Loss:
+        return judge(healing.forward, self._samples, self._split.judges_N, self._heal.batch_size, self._dtype)
 
 
 def suggested_lr(tokens: int, weights: int) -> float:
@@ -221,4 +223,4 @@ def suggested_lr(tokens: int, weights: int) -> float:
 
     Measured on examples/small-moe, as docs/healing.md tells: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
     """
-    return max(_SMALLEST_STEP, _FULL_STEP * min(1.0, math.sqrt(tokens / weights / _TOKENS_PER_WEIGHT)))
+    return max(SMALLEST_STEP, FULL_STEP * min(1.0, math.sqrt(tokens / weights / TOKENS_PER_WEIGHT)))

@@ -11,9 +11,9 @@ from llvmlite import binding, ir
 from numba import extending, types
 from numba.core.registry import cpu_target
 
-__all__ = ["HAS_BF16", "LANES", "multiply_add", "narrow", "sum_lanes"]
+from shardxform.deciding import LANES
 
-LANES: Final = 32
+__all__ = ["HAS_BF16", "LANES", "multiply_add", "narrow", "sum_lanes"]
 
 
 def _target_features() -> str:

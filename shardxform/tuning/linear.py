@@ -9,9 +9,11 @@ the number of threads, so the results are the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from shardxform.deciding import LINEAR_ROWS, LINEAR_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,12 +21,7 @@ if TYPE_CHECKING:
     from shardxform.tuning.stacked import Tunable
     from shardxform.tuning.workers import Workers
 
-__all__ = ["ROW_TILE", "TunedLinear", "runs"]
-
-ROW_TILE: Final = 256
-"""Rows of a weight, or of its gradient, that exist at a time in one thread: what a core's own cache holds."""
-
-_TOKEN_TILE: Final = 256
+__all__ = ["TunedLinear", "runs"]
 
 
 class TunedLinear(torch.nn.Module):
@@ -48,17 +45,17 @@ class TunedLinear(torch.nn.Module):
     def multiply(self, x_NI: torch.Tensor) -> torch.Tensor:
         """Outputs [N, O]."""
         y_NO = x_NI.new_empty(x_NI.shape[0], self.out_features)
-        self._each(lambda run: self._multiply(x_NI, y_NO[:, run], run.start), self.out_features, ROW_TILE)
+        self._each(lambda run: self._multiply(x_NI, y_NO[:, run], run.start), self.out_features, LINEAR_ROWS)
         return y_NO
 
     def pass_back(self, x_NI: torch.Tensor, gradient_NO: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         """Tune the weight, and return the gradient of the input if `wanted`."""
         w_OI = x_NI.new_empty(self.out_features, self.in_features) if wanted else None
-        self._each(lambda run: self._update(x_NI, gradient_NO, run, w_OI), self.out_features, ROW_TILE)
+        self._each(lambda run: self._update(x_NI, gradient_NO, run, w_OI), self.out_features, LINEAR_ROWS)
         if w_OI is None:
             return None
         gradient_NI = torch.empty_like(x_NI)
-        self._each(lambda run: torch.mm(gradient_NO[run], w_OI, out=gradient_NI[run]), len(x_NI), _TOKEN_TILE)
+        self._each(lambda run: torch.mm(gradient_NO[run], w_OI, out=gradient_NI[run]), len(x_NI), LINEAR_TOKENS)
         return gradient_NI
 
     def _multiply(self, x_NI: torch.Tensor, y_NR: torch.Tensor, first: int) -> None:

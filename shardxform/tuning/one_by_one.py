@@ -19,6 +19,8 @@ from typing import Any, Final, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
+from shardxform.deciding import DEVICE_HEADS_BYTES as _DEVICE_WINDOW_BYTES
+from shardxform.deciding import HEADS_BYTES as _WINDOW_BYTES
 from shardxform.forward.memory import give_back
 from shardxform.tuning.workers import Workers
 
@@ -26,13 +28,6 @@ __all__ = ["one_by_one"]
 
 _NOT_OF_HEADS: Final = ("initial_state", "cu_seqlens")
 _TRIM_BYTES: Final = 1 << 25
-_WINDOW_BYTES: Final = 1 << 19
-"""Of values as they are computed with. From 32 MB on, glibc asks the system for each tensor anew, and every page of it
-costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller windows take less memory, which every
-thread needs; a single key head is the smallest."""
-
-_DEVICE_WINDOW_BYTES: Final = 1 << 26
-"""The same on other devices, which are asked for each operation and want more work at a time."""
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -11,22 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from shardxform.deciding import JUDGES, LEAST_SQUARE
 from shardxform.errors import ExecutionError, SchemeError
+from shardxform.recipe import held_out
+from shardxform.standard_errors import Sampling, standard_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Forward", "NonFiniteLoss", "Samples", "batches", "descend", "judge"]
+__all__ = ["Forward", "Judged", "Loss", "NonFiniteLoss", "Samples", "Split", "batches", "descend", "judge", "split"]
 
 Forward = Callable[[torch.Tensor, "NDArray[np.int64]"], torch.Tensor]
 """(hidden_BTD, sample numbers) -> hidden_BTD: the tuned layer, with the masks and rotary inputs of those samples."""
-
-_LEAST_SQUARE: Final = 1e-12
 
 
 class NonFiniteLoss(ExecutionError):
@@ -59,6 +60,45 @@ class Samples:
             raise SchemeError(f"samples: expected lengths of 2 to {shape[1]} positions, found {found}")
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a block was judged on.
+
+    Attributes:
+        windows, tokens: how many; the last token of a window does not count.
+        held_out: whether none of it was learned from: only a single window is both.
+    """
+
+    windows: int
+    tokens: int
+    held_out: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Numbers of the samples that a block learns from, and of those that judge it, each in order."""
+
+    learned_N: NDArray[np.int64]
+    judges_N: NDArray[np.int64]
+
+    def judged(self, samples: Samples) -> Judged:
+        """What the judges are."""
+        tokens = int((samples.length_N[self.judges_N] - 1).sum())
+        return Judged(len(self.judges_N), tokens, held_out=np.intersect1d(self.learned_N, self.judges_N).size == 0)
+
+
+def split(samples: Samples, seed: int) -> Split:
+    """Choose the judges: `recipe.held_out` of the samples, the same for every block, healed or tuned.
+
+    What enters a block comes from the blocks before it, which were fitted to the samples that they learned from: judges
+    that differed from block to block would have been seen. A single sample is learned from and judges.
+    """
+    count = len(samples.length_N)
+    order_N = np.random.Generator(np.random.PCG64([seed, JUDGES])).permutation(count)
+    judges = held_out(count)
+    return Split(np.sort(order_N[judges:]), np.sort(order_N[: judges or 1]))
+
+
 def batches(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Sample numbers of one batch after the other; no sample twice before (almost) all came once."""
     size = min(size, samples)
@@ -85,25 +125,50 @@ def descend(forward: Forward, samples: Samples, rows_B: NDArray[np.int64], dtype
     out_BTH.backward(gradient_BTH)  # type: ignore[no-untyped-call]
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Relative squared errors of some samples, summed for each, and the number of values that they are of."""
+
+    sums: tuple[float, ...]
+    values: int
+
+    @property
+    def mean(self) -> float:
+        """Over all values."""
+        return math.fsum(self.sums) / self.values
+
+    def ratio_error(self, start: Loss) -> float:
+        """Standard error of this loss relative to `start`, on the same samples; NaN for a single one."""
+        every = Sampling((range(len(self.sums)),), joined=True)
+        return standard_error(self.sums, start.sums, every) if start.mean else math.nan
+
+
 @torch.no_grad()
-def judge(forward: Forward, samples: Samples, rows_N: NDArray[np.int64], batch_size: int, dtype: torch.dtype) -> float:
-    """Mean relative squared error over the valid positions of some samples.
+def judge(forward: Forward, samples: Samples, rows_N: NDArray[np.int64], batch_size: int, dtype: torch.dtype) -> Loss:
+    """Relative squared errors over the valid positions of some samples.
 
     Raises:
         NonFiniteLoss: it is no number.
 
     """
-    total, values = 0.0, 0
+    sums, values = list[float](), 0
     for first in range(0, len(rows_N), batch_size):
         rows_B = rows_N[first : first + batch_size]
         out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype), rows_B)
-        total += _sum(*_errors(out_BTH, samples, rows_B))
+        sums += _sums(*_errors(out_BTH, samples, rows_B)).tolist()
         values += int((samples.length_N[rows_B] - 1).sum()) * out_BTH.shape[-1]
-    return _finite(total / values, samples)
+    loss = Loss(tuple(sums), values)
+    _finite(loss.mean, samples)
+    return loss
 
 
 def _sum(error_BTH: torch.Tensor, weight_BT1: torch.Tensor) -> float:
-    return float((error_BTH.square().sum(-1, dtype=torch.float64) * weight_BT1[..., 0]).sum())
+    return float(_sums(error_BTH, weight_BT1).sum())
+
+
+def _sums(error_BTH: torch.Tensor, weight_BT1: torch.Tensor) -> torch.Tensor:
+    """[B], float64."""
+    return (error_BTH.square().sum(-1, dtype=torch.float64) * weight_BT1[..., 0]).sum(-1)
 
 
 def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +181,7 @@ def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) 
     length_B1 = torch.from_numpy(samples.length_N[rows_B]).to(out_BTH.device)[:, None]
     counts_BT = torch.arange(out_BTH.shape[1], device=out_BTH.device) < length_B1 - 1
     error_BTH = torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
-    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
+    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
     return error_BTH, torch.where(counts_BT[..., None], 1 / square_BT1, 0.0)
 
 
@@ -126,7 +191,6 @@ def _tensor(values_NTH: NDArray[Any], rows_B: NDArray[np.int64]) -> torch.Tensor
     return rows.view(torch.bfloat16).float() if rows.dtype == torch.uint16 else rows
 
 
-def _finite(loss: float, samples: Samples) -> float:
+def _finite(loss: float, samples: Samples) -> None:
     if not math.isfinite(loss):
         raise NonFiniteLoss(f"block {samples.block}: expected a finite loss, found {loss}")
-    return loss

@@ -7,9 +7,10 @@ then their rounding is tuned against the same reference, so that what is written
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +19,13 @@ import torch
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.copying import OpenTarget
+from shardxform.deciding import STORED_TOKENS
 from shardxform.errors import ExecutionError
 from shardxform.forward.memory import give_back
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.fsio import FileSystem
+from shardxform.measured import MEASURED
 from shardxform.progress import peak_rss_bytes
 from shardxform.quantize.execute import part_of, write_part
 from shardxform.quantize.steps import RoundItem, TuneBlock
@@ -39,9 +42,6 @@ from shardxform.tuning.workers import Workers
 __all__ = ["Tuner", "TunerOptions"]
 
 _FINITE_TILE: Final = 1 << 20
-_STORED_TOKENS: Final = 4096
-"""Of a step whose attention is kept until the backward pass, rather than made again: with blocks of Qwen3.5-35B-A3B, in
-bfloat16, a sixth less time and no more memory at 8 x 512; at 8 x 2,048 a tenth less, for half a gigabyte more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ class Tuner:
             stopped: raises when the run is to stop.
 
         Returns:
-            facts for the record: one entry under `blocks`, and what was not tuned.
+            facts for the record: one entry under `blocks`, and what was not tuned; under `measured`, time and memory.
 
         Raises:
             ExecutionError: weights or activations that are not finite.
@@ -225,7 +225,7 @@ class _BlockRun:
         """Tune the rounding of the block, or round to nearest, and write what is packed."""
         scheme = self._step.scheme
         assert scheme is not None
-        recompute = self._step.recipe.batch_tokens > _STORED_TOKENS
+        recompute = self._step.recipe.batch_tokens > STORED_TOKENS
         tuned = install(block.module, names, scheme.grid, self._tuner._workers, recompute=recompute)
         give_back()
         if self._step.recipe.iters:
@@ -275,23 +275,31 @@ class _BlockRun:
             raise ExecutionError(f"internal: {next(iter(items))} was not tuned")
 
     def _facts(self, seconds: float) -> dict[str, Any]:
-        facts: dict[str, Any] = {"layer": self._step.layer, "seconds": round(seconds, 3)}
-        facts["peak_rss_bytes"] = peak_rss_bytes()
-        if self._device.type == "cuda":
-            facts["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        facts: dict[str, Any] = {"layer": self._step.layer}
+        told = {"blocks": [facts], MEASURED: [self._measured(seconds)]}
         if self._healed is not None:
-            facts["healed"] = _heal_facts(self._healed)
+            facts |= {"healed": _heal_facts(self._healed), "judged_on": asdict(self._healed.judged)}
         if not (self._step.items and self._step.recipe.iters):
-            return {"blocks": [facts]}
+            return told
         if self._tuned is None:
-            return {"blocks": [{**facts, "rounded_to_nearest": "loss not finite"}], "blocks_not_tuned": 1}
+            facts["rounded_to_nearest"] = "loss not finite"
+            return {**told, "blocks_not_tuned": 1}
         facts |= {
             "rtn_error": self._tuned.start_loss,
             "tuned_error": self._tuned.loss,
+            "ratio_standard_error": _number(self._tuned.ratio_error),
+            "judged_on": asdict(self._tuned.judged),
             "kept_iteration": self._tuned.iteration,
             "experts_never_reached": [e for experts in self._tuned.unreached.values() for e in experts],
         }
-        return {"blocks": [facts]}
+        return told
+
+    def _measured(self, seconds: float) -> dict[str, Any]:
+        """What a clock and the machine say of the step."""
+        found = {"layer": self._step.layer, "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
+        if self._device.type == "cuda":
+            found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        return found
 
 
 def _finite(value: torch.Tensor) -> bool:
@@ -299,11 +307,16 @@ def _finite(value: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in torch.split(value.flatten(), _FINITE_TILE))
 
 
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _heal_facts(result: HealResult) -> dict[str, Any]:
     tried = [{"what": what, "lr": lr, "error": error} for what, lr, error in result.tried]
     return {
         "pruned_error": result.start_loss,
         "healed_error": result.loss,
+        "ratio_standard_error": _number(result.ratio_error),
         "what": result.what,
         "lr": result.lr,
         "tried": tried,

@@ -2,7 +2,8 @@
 
 The loop, the batches, the loss and the choice of the best; the numbers are made elsewhere. The same inputs, seed and
 options give the same codes whatever the number of threads. Reads samples a batch at a time, so they may be mapped from
-a file. Starts from plain rounding and never ends with anything that is worse on the samples it is judged by.
+a file. Starts from plain rounding and never ends with anything that is worse on the samples it is judged by, which it
+is not tuned on.
 """
 
 # N: samples, B: samples of a batch, T: positions, H: hidden size.
@@ -12,21 +13,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from shardxform.deciding import CLIP_RANGE, JUDGED_AT
 from shardxform.errors import SchemeError
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
-from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples, batches, descend, judge
+from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split
 
 if TYPE_CHECKING:
     from shardxform.tuning.block import TunedBlock
 
 __all__ = ["BlockResult", "TuneOptions", "tune_block"]
-
-_JUDGED_AT: Final = (0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +34,9 @@ class TuneOptions:
     """What to do; everything here changes the result.
 
     Attributes:
-        seed: of the order of samples, together with the block's number.
+        seed: of the choice of the samples that judge, and with the block's number of the order of the others.
         iters: steps.
         batch_size: samples of a step.
-        judges: samples, fixed at the start, on which states are compared.
         offset_rate: first step of the offsets in scales; 1 / iters if None. Falls to zero linearly.
         clip_rate: first step of the clips as a factor; 1 / iters if None. Likewise.
         clip_range: smallest and largest clip.
@@ -47,14 +46,13 @@ class TuneOptions:
     seed: int
     iters: int = 200
     batch_size: int = 8
-    judges: int = 8
     offset_rate: float | None = None
     clip_rate: float | None = None
-    clip_range: tuple[float, float] = (0.0, 1.2)
+    clip_range: tuple[float, float] = CLIP_RANGE
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size", "judges"):
+        for name in ("iters", "batch_size"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"{name}: expected at least 1, found {getattr(self, name)}")
 
@@ -67,6 +65,8 @@ class BlockResult:
         start_loss: squared error of the block's output relative to the original's, the mean over the tokens of the
             judges, as it began.
         loss: of what was kept.
+        judged: what the judges were.
+        ratio_error: standard error of loss / start_loss over the judges; NaN for a single one.
         iteration: after how many steps that was; 0 if nothing was better than the start.
         iterations: steps done.
         unreached: by local name, experts that no token ever reached: they stay as they began.
@@ -75,6 +75,8 @@ class BlockResult:
 
     start_loss: float
     loss: float
+    judged: Judged
+    ratio_error: float
     iteration: int
     iterations: int
     unreached: dict[str, list[int]]
@@ -108,8 +110,10 @@ def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: T
         block.settle()
     seconds = time.monotonic() - began
     return BlockResult(
-        start_loss=start,
-        loss=best,
+        start_loss=start.mean,
+        loss=best.mean,
+        ratio_error=best.ratio_error(start),
+        judged=split(samples, options.seed).judged(samples),
         iteration=at,
         iterations=options.iters,
         unreached=block.unreached,
@@ -117,19 +121,19 @@ def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: T
     )
 
 
-def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> tuple[float, float, int]:
+def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> tuple[Loss, Loss, int]:
     """Loss at the start, loss of the best, and the step after which it was kept."""
     random = np.random.Generator(np.random.PCG64([options.seed, samples.block]))
-    judges_N = np.sort(random.permutation(len(samples.length_N))[: options.judges])
-    judged_at = {max(1, round(part * options.iters)) for part in _JUDGED_AT}
-    start = best = judge(forward, samples, judges_N, options.batch_size, options.dtype)
-    kept_at, rows = 0, batches(len(samples.length_N), options.batch_size, random)
+    apart = split(samples, options.seed)
+    judged_at = {max(1, round(part * options.iters)) for part in JUDGED_AT}
+    start = best = judge(forward, samples, apart.judges_N, options.batch_size, options.dtype)
+    kept_at, rows = 0, batches(len(apart.learned_N), options.batch_size, random)
     for done, pace in enumerate(_paces(options), start=1):
         block.set_pace(pace)
-        descend(forward, samples, next(rows), options.dtype)
+        descend(forward, samples, apart.learned_N[next(rows)], options.dtype)
         if done in judged_at:
-            loss = judge(forward, samples, judges_N, options.batch_size, options.dtype)
-            if loss < best:
+            loss = judge(forward, samples, apart.judges_N, options.batch_size, options.dtype)
+            if loss.mean < best.mean:
                 block.keep()
                 best, kept_at = loss, done
     return start, best, kept_at

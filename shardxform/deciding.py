@@ -1,0 +1,96 @@
+"""Constants that decide bytes: of what is healed and tuned, and of scores. In one place, for a record to name them.
+
+No setting asks for them and no input shows them, so work of a version that has others must not be gone on with. Some
+say what is computed. Others say how much goes through one product at a time, and a product of another shape may differ
+in its last bits. Imports nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["constants"]
+
+# -- what is computed -------------------------------------------------------------------------------------------------
+
+HELD_OUT: Final = 8
+"""One of so many windows judges a block and is not learned from."""
+
+JUDGES: Final = 7
+"""Tells the choice of the windows that judge, which the seed makes, from the order of the others."""
+
+JUDGED_AT: Final = (0.8, 0.9, 1.0)
+"""Shares of the steps of tuning after which the state is judged."""
+
+CLIP_RANGE: Final = (0.0, 1.2)
+"""Smallest and largest clip of a tuned scale."""
+
+LEAST_SQUARE: Final = 1e-12
+"""Smallest mean square that a token's error is relative to."""
+
+OFFSET_UNITS: Final = 1 << 15
+"""A tuned offset is a multiple of one part in so many of a scale."""
+
+OFFSET_STEP: Final = 4
+"""Units that an offset moves by."""
+
+SEARCH_MARGIN: Final = 1.0 - 2.0**-15
+"""How much better a searched scale must be. Float32 sums of 128 squares err by at most 128 * 2^-24 = 2^-17 each way."""
+
+PROBE: Final = 4
+"""A trial of healing has one in so many of the steps."""
+
+FULL_STEP: Final = 0.02
+TOKENS_PER_WEIGHT: Final = 0.04
+SMALLEST_STEP: Final = 1e-3
+"""The first step of healing: the full one from so many tokens a weight on, less for fewer, at least the smallest."""
+
+# -- how much at a time -----------------------------------------------------------------------------------------------
+
+BATCH_TOKENS: Final = 2048
+"""Tokens that go through a block at once where nothing is learned; whole windows, at least one."""
+
+STORED_TOKENS: Final = 4096
+"""Of a step whose attention is kept until the backward pass, rather than made again: with blocks of Qwen3.5-35B-A3B, in
+bfloat16, a sixth less time and no more memory at 8 x 512; at 8 x 2,048 a tenth less, for half a gigabyte more."""
+
+KEPT_BYTES: Final = 1 << 25
+"""What the first products of all experts may take until the backward pass, which makes larger ones again: at the shape
+of Qwen3.5-35B-A3B those of 2,048 tokens in 16 bits."""
+
+LINEAR_ROWS: Final = 256
+"""Rows of a linear layer's weight, or of its gradient, that exist at a time in one thread: what a core's own cache
+holds."""
+
+LINEAR_TOKENS: Final = 256
+"""Tokens whose gradient a thread makes at a time."""
+
+EXPERT_ROWS: Final = 1024
+"""Rows of the gradient of an expert's weight that exist at a time in one thread: few products of many rows take less
+time than many of few, and an expert's are too few tokens for a tile to stay in a core's own cache."""
+
+GROUPED_WEIGHTS: Final = 1 << 26
+"""Weights of experts that a device multiplies in one call."""
+
+DELTA_CHUNK: Final = 64
+"""Positions of a chunk of the gated delta rule."""
+
+HEADS_BYTES: Final = 1 << 19
+"""Of a linear attention's values as they are computed with, at a time. From 32 MB on, glibc asks the system for each
+tensor anew, and every page of it costs: at 2,048 positions of Qwen3.5-35B-A3B that was a third of the time. Smaller
+windows take less memory, which every thread needs; a single key head is the smallest."""
+
+DEVICE_HEADS_BYTES: Final = 1 << 26
+"""The same on other devices, which are asked for each operation and want more work at a time."""
+
+LANES: Final = 32
+"""Sums that compiled kernels keep side by side."""
+
+
+def constants() -> dict[str, int | float | list[float]]:
+    """Return all of them by name, as JSON can hold them."""
+    return {
+        name.lower(): list(value) if isinstance(value, tuple) else value
+        for name, value in globals().items()
+        if name.isupper()
+    }
