@@ -28,6 +28,7 @@ from shardxform.outdir import JOURNAL, LOCK, PARTIAL, PLAN, PROVENANCE, WORK, St
 from shardxform.plan import Plan, ShardPlan
 from shardxform.remote.reading import open_source
 from shardxform.sharding import show_size
+from shardxform.sidecars import refuse_faulty_file
 from shardxform.sources import SourceReader
 from shardxform.strictjson import pretty
 
@@ -113,11 +114,12 @@ class Output:
 
         Raises:
             RemoteError: the hub does not give them.
+            CheckpointError: it gives one that no client can read.
 
         """
         if self.plan.remote:
             for name in self.plan.sidecars:
-                self.plan.remote.fetch(name)
+                refuse_faulty_file(self.plan.remote.fetch(name), name)
 
     @contextlib.contextmanager
     def open_source(self) -> Iterator[SourceReader]:

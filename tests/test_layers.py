@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strictjson", "tensors"),
     ("header", "fsio"),
     ("sources", "remote", "remote.names", "remote.repository", "remote.client", "remote.arena", "remote.pieces"),
-    ("remote.downloads", "remote.reading", "checkpoint", "opening"),
+    ("remote.downloads", "remote.reading", "checkpoint", "sidecars", "opening"),
     ("families.base", "families.parts", "families.*", "families", "layout", "expectation"),
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
     ("manifest_import", "manifest", "scheme", "recipe", "modules", "selection", "quantization_config"),
