@@ -114,7 +114,7 @@ def test_a_tied_checkpoint_may_hold_its_head_or_not(tmp_path: Path) -> None:
 
 def test_a_release_in_fp8_with_its_scales_is_sound(tmp_path: Path) -> None:
     config, tensors = tiny("deepseek_v3")
-    for name in [n for n in tensors if n.endswith("_proj.weight") and ".mlp." in n]:
+    for name in [n for n in tensors if n.endswith(("_proj.weight", "_proj_with_mqa.weight")) and "eh_proj" not in n]:
         shape = tensors[name].shape
         tensors[name] = Raw("F8_E4M3", shape, np.full(shape, 0x38, "u1").tobytes())
         tensors[f"{name}_scale_inv"] = random_tensor(name, "F32", (1, 1))

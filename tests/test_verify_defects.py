@@ -448,7 +448,7 @@ DEFECTS = {
         method="gptq",
     ),
     "quantized but ignored": Defect(
-        set_quantization(ignore=[f"re:{LEFT_OUT}", "model.layers.2.mlp.experts"]),
+        set_quantization(ignore=[f"re:{LEFT_OUT}", r"re:.*\.layers\.2\.mlp\.experts\..*"]),
         "undeclared",
         "layer 2, all experts",
         method="compressed-tensors",
