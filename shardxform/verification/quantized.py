@@ -18,6 +18,7 @@ from shardxform.families.base import Scope
 from shardxform.layout import Layout, Place
 from shardxform.modules import LINEAR_ROLES
 from shardxform.tensors import TensorRef, TensorSpec
+from shardxform.tied_head import is_tied
 from shardxform.verification.declared import Asked, Reader, blocks_of, readers_of
 from shardxform.verification.findings import Findings, Item, place_of, spans
 from shardxform.verification.fp8 import FP8, check_scales
@@ -131,7 +132,8 @@ def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings)
     items: list[Item] = []
     for m in modules:
         patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
-        float_only = m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, each) for each in patterns)
+        tied = m.place.template.role == "lm head" and is_tied(layout)
+        float_only = tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
         if m.kind != _PLAIN and float_only:
             items.append(Item("quantized", m.tensor, m.place, f"stored as {m.kind}, but clients need it in 16 bits"))
     findings.items(items, layout.num_experts)
