@@ -141,7 +141,20 @@ def _loaded(root: Path) -> Any:  # noqa: ANN401
     except Exception as e:  # of transformers, tokenizers and what they use
         if "trust_remote_code" in str(e):
             raise CheckpointError(f"{root}: its tokenizer is code in the checkpoint, which is not run") from e
+        if fault := _config_fault(root):
+            raise CheckpointError(f"{root / _CONFIG}: transformers refuses it: {fault}") from e
         raise CheckpointError(f"{root}: its tokenizer cannot be loaded: {_line(e)}") from e
+
+
+def _config_fault(root: Path) -> str:
+    """What transformers says against config.json, which it reads before any tokenizer; empty for nothing."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # of transformers and what checks its configs
+        return _line(e)
+    return ""
 
 
 def _end_of_text(inner: Any, config: Mapping[str, Any], root: Path) -> int:  # noqa: ANN401
@@ -225,4 +238,5 @@ def _type(value: object) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """All that an error of a library says, in a line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

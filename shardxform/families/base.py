@@ -143,6 +143,9 @@ class Family:
         vision_sidecars: files that only a multimodal class needs; left out by `--text-only`.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         vision_symbols: the same, of `vision_config`.
+        types: what clients take as values of the keys of the text config, in the words of `config_values`.
+        vision_types: the same, of `vision_config`.
+        wrapper_types: the same, of the top level of a config that nests its text config.
         conditions: named predicates on (text config, layer); layer is -1 in the root scope.
         moe: name of the condition that makes a block a MoE block, or empty when all are.
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
@@ -169,6 +172,9 @@ class Family:
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
     vision_symbols: Mapping[str, Symbol] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    vision_types: Mapping[str, str] = field(default_factory=dict)
+    wrapper_types: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()

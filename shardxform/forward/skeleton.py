@@ -292,9 +292,8 @@ def _told() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """What an error of a library says, in a line; checks of configs say what they checked in the first of two."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__
+    """All that an error of a library says, in a line; checks of configs say what they checked in the first of two."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Head:

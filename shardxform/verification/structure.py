@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.config_values import config_faults
 from shardxform.errors import FamilyError
 from shardxform.expectation import Expected, expected
 from shardxform.families import family_of
@@ -77,6 +78,8 @@ def check_structure(checkpoint: Checkpoint, lost: frozenset[str], findings: Find
         return None
     _check_groups(layout, findings)
     _check_dtype(layout, findings)
+    for fault in config_faults(layout):
+        findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
