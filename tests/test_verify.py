@@ -533,7 +533,7 @@ def test_the_command_lists_what_is_wrong_and_exits_with_one(tmp_path: Path) -> N
     for name in [n for n in tensors if ".experts.5." in n]:
         del tensors[name]
     for number in range(30):
-        tensors[f"model.odd{number}.{chr(0x1B)}[2J"] = random_tensor("x", "BF16", (2, 2))
+        tensors[f"model.router{number}.{chr(0x1B)}[2J"] = random_tensor("x", "BF16", (2, 2))
     root = write_checkpoint(tmp_path / "out", tensors, config)
     result = invoke(root)
     assert result.exit_code == 1
