@@ -27,7 +27,7 @@ def refuse_unsound(plan: Plan) -> None:
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
     planned = Checkpoint(plan.source, parse_object(plan.config), tensors, ())
     findings = Findings()
-    check_structure(planned, frozenset(), findings)
+    check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     if findings.problems:
         first, more = findings.problems[0], len(findings.problems) - 1
         others = f" (and {more} more)" if more else ""

@@ -131,10 +131,12 @@ def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings)
     """
     items: list[Item] = []
     for m in modules:
+        if m.kind == _PLAIN:
+            continue
         patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
         tied = m.place.template.role == "lm head" and is_tied(layout)
         float_only = tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
-        if m.kind != _PLAIN and float_only:
+        if float_only:
             items.append(Item("quantized", m.tensor, m.place, f"stored as {m.kind}, but clients need it in 16 bits"))
     findings.items(items, layout.num_experts)
 
