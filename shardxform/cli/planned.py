@@ -46,7 +46,7 @@ def execute(
         PlanError: what it would write is not sound.
 
     """
-    refuse_unsound(plan)
+    refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if dry_run:
         beside = {"ray": ray_facts(plan, ray)} if ray else {}
         tuner = options.get("tuner")

@@ -5,6 +5,8 @@ What a command would write and then call unsound is refused before its first byt
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import PlanError
 from shardxform.plan import Plan
@@ -16,8 +18,12 @@ from shardxform.verification.structure import check_structure
 __all__ = ["refuse_unsound"]
 
 
-def refuse_unsound(plan: Plan) -> None:
+def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """Refuse a plan whose output would not be sound, by what headers and config tell.
+
+    Args:
+        plan: of any command.
+        but: codes of problems that are wanted, such as a spelling for old clients.
 
     Raises:
         PlanError: says what verification would find first, and how much more.
@@ -28,8 +34,9 @@ def refuse_unsound(plan: Plan) -> None:
     planned = Checkpoint(plan.source, parse_object(plan.config), tensors, ())
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
-    if findings.problems:
-        first, more = findings.problems[0], len(findings.problems) - 1
+    found = [problem for problem in findings.problems if problem.code not in but]
+    if found:
+        first, more = found[0], len(found) - 1
         others = f" (and {more} more)" if more else ""
         raise PlanError(
             f"{plan.origin}: its output would not be sound: {first.where}: {first.message}{others};"
