@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from shardxform.errors import FamilyError
@@ -78,6 +79,7 @@ class Layout:
         has_mtp, has_vision: whether any tensor of an MTP layer, of a vision tower is there.
         places: every tensor whose name the family knows.
         unknown: names the family does not know, in source order.
+        harmless: names of tensors that are no part of the model, and that no client minds.
 
     """
 
@@ -95,6 +97,7 @@ class Layout:
     has_vision: bool
     places: Mapping[str, Place]
     unknown: tuple[str, ...]
+    harmless: tuple[str, ...] = ()
 
     @property
     def mtp_prefixes(self) -> tuple[str, ...]:
@@ -145,6 +148,8 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     finder = _Finder(family, wrapper, num_layers, mtp_layers)
     placed = {name: finder.place(name) for name in names}
     scopes = {place.scope for place in placed.values() if place}
+    apart = [name for name, place in placed.items() if not place]
+    harmless = tuple(name for name in apart if any(fnmatchcase(name, pattern) for pattern in family.harmless))
     return Layout(
         family=family,
         wrapper=wrapper,
@@ -159,7 +164,8 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         has_mtp="mtp" in scopes,
         has_vision="vision" in scopes,
         places={name: place for name, place in placed.items() if place},
-        unknown=tuple(name for name, place in placed.items() if not place),
+        unknown=tuple(name for name in apart if name not in harmless),
+        harmless=harmless,
     )
 
 

@@ -42,6 +42,7 @@ from shardxform.plan import Plan, ShardPlan
 from shardxform.record import PROVENANCE, Record, read_record
 from shardxform.remote.reading import open_source
 from shardxform.sharding import show_size
+from shardxform.sidecars import refuse_faulty_file
 from shardxform.sources import SourceReader
 
 __all__ = ["Output"]
@@ -115,11 +116,12 @@ class Output:
 
         Raises:
             RemoteError: the hub does not give them.
+            CheckpointError: it gives one that no client can read.
 
         """
         if self.plan.remote:
             for name in self.plan.sidecars:
-                self.plan.remote.fetch(name)
+                refuse_faulty_file(self.plan.remote.fetch(name), name)
 
     @contextlib.contextmanager
     def open_source(self) -> Iterator[SourceReader]:

@@ -18,6 +18,7 @@ from shardxform.manifest import Manifest
 from shardxform.plan import Plan, ShardPlan, copy_steps, extents_of, lay_out
 from shardxform.quantize.steps import TuneBlock
 from shardxform.recipe import Recipe
+from shardxform.sidecars import refuse_faulty
 from shardxform.strictjson import pretty
 from shardxform.view import MtpMode, View, pruned_view
 
@@ -153,9 +154,10 @@ def sidecar_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of every sidecar, by name.
 
     Raises:
-        CheckpointError: one cannot be read.
+        CheckpointError: one cannot be read, here or by any client.
 
     """
+    refuse_faulty(checkpoint)
     return {sidecar.name: _digest(checkpoint, sidecar.name) for sidecar in checkpoint.sidecars}
 
 

@@ -16,6 +16,7 @@ from shardxform.layout import Layout
 from shardxform.modules import LINEAR_ROLES, Module, modules_of
 from shardxform.scheme import Scheme
 from shardxform.tensors import TensorRef
+from shardxform.tied_head import is_tied
 
 __all__ = ["Selection", "select"]
 
@@ -75,7 +76,7 @@ def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
     if module.weight.spec.dtype not in FLOATS - {"F64"}:
         return f"dtype {module.weight.spec.dtype}"
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
-        _refuse_unrunnable(module, scheme)
+        _refuse_unrunnable(module, scheme, layout)
         return ""
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
         return "--keep-16bit"
@@ -86,11 +87,16 @@ def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
     return ""
 
 
-def _refuse_unrunnable(module: Module, scheme: Scheme) -> None:
+def _refuse_unrunnable(module: Module, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
     if role in ("router", "embeddings", "vision", "mtp"):
         raise SchemeError(f"--quantize selects {module.name}, but no client runs {role} weights as integers")
+    if role == "lm head" and is_tied(layout):
+        raise SchemeError(
+            f"--quantize selects {module.name}, but config.json ties it to the embeddings (tie_word_embeddings),"
+            " which no client runs as integers"
+        )
     if role == "lm head" and scheme.format == "compressed-tensors":
         raise SchemeError(f"--quantize selects {module.name}, which vLLM cannot run in format compressed-tensors")
 

@@ -19,7 +19,9 @@ from shardxform.expectation import expected
 from shardxform.families.base import Wrapper
 from shardxform.layout import Layout, Place, count_paths, layout_of, variants_found
 from shardxform.manifest import Manifest
+from shardxform.strays import refuse_strays
 from shardxform.tensors import TensorRef
+from shardxform.tied_head import tied_notes
 
 __all__ = ["MtpMode", "View", "pruned_view"]
 
@@ -81,6 +83,7 @@ def pruned_view(
     drop_mtp = _drops_mtp(layout, manifest, mtp, prunes, notes)
     if prunes:
         _refuse_unsafe(layout, source, drop_mtp)
+    refuse_strays(layout, source.tensors, but=layout.mtp_prefixes if drop_mtp else ())
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
     builder = _Builder(layout, manifest, drop_mtp, wrapper)
     tensors = _unique(builder.tensors(source.tensors))
@@ -252,6 +255,7 @@ def _notes(source: Checkpoint, layout: Layout) -> Iterator[str]:
     ]
     if missing:
         yield f"the source lacks {len(missing)} tensors that family {layout.family.name} expects, such as {missing[0]}"
+    yield from tied_notes(source, layout)
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:

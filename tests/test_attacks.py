@@ -142,7 +142,7 @@ def test_force_removes_no_file_of_a_kind_that_shardxform_never_writes(source: Pa
 
 def test_force_does_not_follow_a_linked_folder(source: Path, tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates" / "a.jinja").write_text("x")
+    (source / "additional_chat_templates" / "a.jinja").write_text("{{ messages }}")
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     run(plan_of(source), out)
     (out / "additional_chat_templates").rename(elsewhere)

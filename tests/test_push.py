@@ -447,10 +447,10 @@ def test_files_of_a_folder_are_published_and_its_links_are_not(
     out = writable(made)
     folder = out / "additional_chat_templates"
     folder.mkdir()
-    (folder / "tool.jinja").write_text("x")
+    (folder / "tool.jinja").write_text("{{ messages }}")
     (folder / "notes.txt").write_text("x")
     record = json.loads((out / "shardxform.json").read_text())
-    record["files"]["additional_chat_templates/tool.jinja"] = hashlib.sha256(b"x").hexdigest()
+    record["files"]["additional_chat_templates/tool.jinja"] = hashlib.sha256(b"{{ messages }}").hexdigest()
     (out / "shardxform.json").write_text(json.dumps(record))
     found = contents_of(out)
     assert "additional_chat_templates/tool.jinja" in [item.name for item in found.items]

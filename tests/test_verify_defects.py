@@ -304,7 +304,18 @@ DEFECTS = {
         drop("layers.1.", "e_score"), "missing", f"{L}.1.mlp.gate.e_score_correction_bias", kind="deepseek_v3"
     ),
     # unexpected (#10)
-    "an unknown tensor": Defect(add("model.extra.weight", (4, 4)), "stray", "model.extra.weight", "unknown"),
+    "an unknown tensor": Defect(
+        add("model.extra.weight", (4, 4)), "unknown", "model.extra.weight", "unknown", warning=True
+    ),
+    "an unknown tensor of experts": Defect(
+        add(f"{L}.1.mlp.experts.down_bias", (8, 16)), "stray", "experts.down_bias", "looks like a part of experts"
+    ),
+    "an unknown bias of the router": Defect(
+        add(f"{L}.1.mlp.gate.bias", (8,)), "stray", "mlp.gate.bias", "looks like a part of a router"
+    ),
+    "an unknown part of a quantized weight": Defect(
+        add(f"{L}.3.self_attn.q_proj.weight.absmax", (8,)), "stray", "absmax", "looks like a part of a quantized weight"
+    ),
     "a nested prefix": Defect(  # (#2)
         add("model.language_model.language_model.layers.0.mlp.gate.weight", (8, 16)),
         "stray",
@@ -448,7 +459,7 @@ DEFECTS = {
         method="gptq",
     ),
     "quantized but ignored": Defect(
-        set_quantization(ignore=[f"re:{LEFT_OUT}", "model.layers.2.mlp.experts"]),
+        set_quantization(ignore=[f"re:{LEFT_OUT}", r"re:.*\.layers\.2\.mlp\.experts\..*"]),
         "undeclared",
         "layer 2, all experts",
         method="compressed-tensors",
@@ -714,8 +725,8 @@ def test_names_everything_that_is_wrong_at_once(tmp_path: Path) -> None:
     poke("model.layers.0.mlp.experts.5.up_proj.weight", 7, 0xFF80)(config, tensors)
     root = write_checkpoint(tmp_path / "out", tensors, {**config, "dtype": "float16"}, files={})
     report = verify(root)
-    assert {p.code for p in report.problems} == {"missing", "stray", "not-finite"}
-    assert [p.code for p in report.warnings] == ["tokenizer"]
+    assert {p.code for p in report.problems} == {"missing", "not-finite"}
+    assert [p.code for p in report.warnings] == ["unknown", "tokenizer"]
 
 
 @pytest.mark.parametrize("method", METHODS)

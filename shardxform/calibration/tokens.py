@@ -113,7 +113,20 @@ def _loaded(root: Path) -> Any:  # noqa: ANN401
     except Exception as e:  # of transformers, tokenizers and what they use
         if "trust_remote_code" in str(e):
             raise CheckpointError(f"{root}: its tokenizer is code in the checkpoint, which is not run") from e
+        if fault := _config_fault(root):
+            raise CheckpointError(f"{root / _CONFIG}: transformers refuses it: {fault}") from e
         raise CheckpointError(f"{root}: its tokenizer cannot be loaded: {line_of(e)}") from e
+
+
+def _config_fault(root: Path) -> str:
+    """What transformers says against config.json, which it reads before any tokenizer; empty for nothing."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # of transformers and what checks its configs
+        return line_of(e)
+    return ""
 
 
 def _end_of_text(inner: Any, config: Mapping[str, Any], root: Path) -> int:  # noqa: ANN401
@@ -199,5 +212,5 @@ def type_name(value: object) -> str:
 
 
 def line_of(error: Exception) -> str:
-    """The first line of a stranger's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """All that a stranger's error says, in a line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table
+from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
     data_options,
@@ -27,7 +27,9 @@ from shardxform.cli.planned import load_manifest
 from shardxform.cli.sources import SOURCE, Source, open_given, transfer_options
 from shardxform.errors import OutputError, SchemeError
 from shardxform.identity import identify
+from shardxform.layout import layout_of
 from shardxform.progress import peak_rss_bytes
+from shardxform.tied_head import tied_notes
 from shardxform.view import pruned_view
 
 if TYPE_CHECKING:
@@ -108,6 +110,9 @@ def command(
     if dry_run:
         _show(tested, reference, windows, options, as_json)
         return
+    for each in (tested, *([reference] if reference else [])):
+        for note in tied_notes(each, layout_of(each.config, each.tensors, each.where)):
+            tell(f"note: {each.where}: {note}")
     started = time.monotonic()
     with progress("evaluate", quiet) as options.on_progress:
         found = evaluate(tested, windows, options, reference)

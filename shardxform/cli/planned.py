@@ -19,6 +19,7 @@ from shardxform.manifest import Manifest
 from shardxform.outdir import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.plan import Plan
 from shardxform.runner import Report, RunOptions, run
+from shardxform.verification.planned import refuse_unsound
 
 __all__ = ["execute", "load_manifest"]
 
@@ -47,7 +48,13 @@ def execute(
     ray: OnRay | None = None,
     **options: Any,  # noqa: ANN401
 ) -> None:
-    """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`."""
+    """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`.
+
+    Raises:
+        PlanError: what it would write is not sound.
+
+    """
+    refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if dry_run:
         beside = {"ray": ray_facts(plan, ray)} if ray else {}
         tuner = options.get("tuner")

@@ -32,6 +32,7 @@ from shardxform.plan import Plan, source_inputs
 from shardxform.quantize.planner import plan_quantize
 from shardxform.saliency import ExpertStats, Saliency, choose
 from shardxform.strictjson import dumps
+from shardxform.verification.planned import refuse_unsound
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
@@ -78,7 +79,8 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
     """Plan everything; with `force`, what was made from other inputs is no obstacle.
 
     Raises:
-        PlanError, SchemeError, FamilyError, ManifestError: the request does not fit the source.
+        PlanError, SchemeError, FamilyError, ManifestError: the request does not fit the source, or what verification
+            will call unsound in the end would be made.
         OutputError: OUT, or the directory beside it, is foreign, overlaps the source, or is on too small a disk.
         ResumeError: one of them was made from other inputs; names the first difference.
 
@@ -86,6 +88,7 @@ def prepare(request: Request, *, force: bool = False) -> Prepared:
     _refuse_inside(request.folder, request.source.root)
     _refuse_overlap(request.folder, request.out)
     sketch = plan_for(request, _stand_in(request.source, request.pruning))
+    refuse_unsound(sketch)
     state = state_of(request.out, sketch)
     inputs = _inputs(request, sketch)
     if not force:

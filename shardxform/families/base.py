@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-__all__ = ["COUNT_KEYS", "Config", "Family", "Mtp", "Role", "Scope", "Template", "Wrapper"]
+__all__ = ["COUNT_KEYS", "HARMLESS", "Config", "Family", "Mtp", "Role", "Scope", "Template", "Wrapper"]
 
 Config = Mapping[str, Any]
 Condition = Callable[[Config, int], bool]
@@ -36,6 +36,15 @@ COUNT_KEYS: Final = frozenset(
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
 )
 """Every config key known to count routed experts; one that a family does not name is refused, never left stale."""
+
+HARMLESS: Final = (
+    "*rotary_emb.cos_cached",
+    "*rotary_emb.inv_freq",
+    "*rotary_emb.original_inv_freq",
+    "*rotary_emb.sin_cached",
+    "*rotary_pos_emb.inv_freq",
+)
+"""What old versions of many models saved though it follows from the config: every client passes over it in silence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +143,16 @@ class Family:
         vision_sidecars: files that only a multimodal class needs; left out by `--text-only`.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         vision_symbols: the same, of `vision_config`.
+        types: what clients take as values of the keys of the text config, in the words of `config_values`.
+        vision_types: the same, of `vision_config`.
+        wrapper_types: the same, of the top level of a config that nests its text config.
         conditions: named predicates on (text config, layer); layer is -1 in the root scope.
         moe: name of the condition that makes a block a MoE block, or empty when all are.
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
+        harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
+            client minds; copied without a word.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
@@ -158,10 +172,14 @@ class Family:
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
     vision_symbols: Mapping[str, Symbol] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    vision_types: Mapping[str, str] = field(default_factory=dict)
+    wrapper_types: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    harmless: tuple[str, ...] = HARMLESS
     fused_release: bool = False
     bfloat16_only: bool = False
 

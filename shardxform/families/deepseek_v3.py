@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.families.base import Config, Family, Mtp, Template, Wrapper
-from shardxform.families.parts import EMBEDDINGS, NORMS, experts, mlp, size, tied, untied
+from shardxform.families.parts import EMBEDDINGS, NORMS, TYPES, experts, mlp, size, tied, untied
 
 __all__ = ["FAMILY"]
 
@@ -85,6 +85,28 @@ FAMILY: Final = Family(
         "R": "qk_rope_head_dim",
         "V": "vocab_size",
         "VD": "v_head_dim",
+    },
+    types={
+        **TYPES,
+        "attention_dropout": "float or int or null",
+        "first_k_dense_replace": "int or null",
+        "intermediate_size": "int",
+        "kv_lora_rank": "int",
+        "n_group": "int or null",
+        "n_routed_experts": "int",
+        "n_shared_experts": "int",
+        "norm_topk_prob": "bool or null",
+        "num_experts_per_tok": "int or null",
+        "num_key_value_heads": "int or null",
+        "num_nextn_predict_layers": "int",
+        "pretraining_tp": "int or null",
+        "q_lora_rank": "int or null",
+        "qk_nope_head_dim": "int",
+        "qk_rope_head_dim": "int",
+        "rope_interleave": "bool or null",
+        "routed_scaling_factor": "float",
+        "topk_group": "int or null",
+        "v_head_dim": "int or null",
     },
     conditions={
         "dense": lambda config, layer: not _is_moe(config, layer),

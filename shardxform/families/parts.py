@@ -6,7 +6,7 @@ from typing import Final
 
 from shardxform.families.base import Config, Role, Template
 
-__all__ = ["EMBEDDINGS", "GROUPED_ATTENTION", "NORMS", "experts", "mlp", "size", "tied", "untied"]
+__all__ = ["EMBEDDINGS", "GROUPED_ATTENTION", "NORMS", "TYPES", "experts", "mlp", "size", "tied", "untied"]
 
 
 def mlp(prefix: str, width: str, role: Role, when: str = "") -> tuple[Template, ...]:
@@ -51,6 +51,31 @@ def untied(config: Config, _layer: int) -> bool:
 def tied(config: Config, layer: int) -> bool:
     """The output head is the embeddings."""
     return not untied(config, layer)
+
+
+TYPES: Final = {
+    "attention_bias": "bool",
+    "attention_dropout": "float or int",
+    "bos_token_id": "int or null",
+    "eos_token_id": "int or list of int or null",
+    "hidden_act": "str",
+    "hidden_size": "int",
+    "initializer_range": "float",
+    "max_position_embeddings": "int",
+    "moe_intermediate_size": "int",
+    "num_attention_heads": "int",
+    "num_experts_per_tok": "int",
+    "num_hidden_layers": "int",
+    "num_key_value_heads": "int",
+    "output_router_logits": "bool",
+    "pad_token_id": "int or null",
+    "rms_norm_eps": "float",
+    "rope_parameters": "object or null",
+    "tie_word_embeddings": "bool",
+    "use_cache": "bool",
+    "vocab_size": "int",
+}
+"""Values that transformers takes in every family here; a test compares."""
 
 
 EMBEDDINGS: Final = (

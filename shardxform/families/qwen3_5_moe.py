@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.families.base import Config, Family, Mtp, Template, Wrapper
-from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, experts, mlp, size, tied, untied
+from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, TYPES, experts, mlp, size, tied, untied
 
 __all__ = ["FAMILY"]
 
@@ -137,6 +137,43 @@ FAMILY: Final = Family(
         "VI": "intermediate_size",
         "VO": "out_hidden_size",
         "VP": "num_position_embeddings",
+    },
+    types={
+        **TYPES,
+        "head_dim": "int",
+        "layer_types": "list of str or null",
+        "linear_conv_kernel_dim": "int",
+        "linear_key_head_dim": "int",
+        "linear_num_key_heads": "int",
+        "linear_num_value_heads": "int",
+        "linear_value_head_dim": "int",
+        "num_experts": "int",
+        "router_aux_loss_coef": "float",
+        "shared_expert_intermediate_size": "int",
+    },
+    vision_types={
+        "depth": "int",
+        "hidden_act": "str",
+        "hidden_size": "int",
+        "in_channels": "int",
+        "initializer_range": "float",
+        "intermediate_size": "int",
+        "num_heads": "int",
+        "num_position_embeddings": "int",
+        "out_hidden_size": "int",
+        "patch_size": "int or list of int",
+        "rope_parameters": "object or null",
+        "spatial_merge_size": "int",
+        "temporal_patch_size": "int or list of int",
+    },
+    wrapper_types={
+        "image_token_id": "int",
+        "text_config": "object or null",
+        "tie_word_embeddings": "bool",
+        "video_token_id": "int",
+        "vision_config": "object or null",
+        "vision_end_token_id": "int",
+        "vision_start_token_id": "int",
     },
     conditions={
         "attention": lambda config, layer: _kind(config, layer) == "full_attention",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.families.base import Config, Family, Template, Wrapper
-from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, experts, mlp, size, tied, untied
+from shardxform.families.parts import EMBEDDINGS, GROUPED_ATTENTION, NORMS, TYPES, experts, mlp, size, tied, untied
 
 __all__ = ["FAMILY"]
 
@@ -45,6 +45,17 @@ FAMILY: Final = Family(
         "KV": "num_key_value_heads",
         "Q": "num_attention_heads",
         "V": "vocab_size",
+    },
+    types={
+        **TYPES,
+        "decoder_sparse_step": "int",
+        "intermediate_size": "int",
+        "mlp_only_layers": "list of int or null",
+        "norm_topk_prob": "bool",
+        "num_experts": "int",
+        "router_aux_loss_coef": "float",
+        "sliding_window": "int or null",
+        "use_sliding_window": "bool",
     },
     conditions={
         "attention": lambda _config, _layer: True,

@@ -24,6 +24,7 @@ from shardxform.forward.memory import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
 from shardxform.layout import Layout
 from shardxform.tensors import TensorRef
+from shardxform.tied_head import HEAD, is_tied
 
 __all__ = ["Skeleton"]
 
@@ -118,9 +119,12 @@ class Skeleton:
 
     @property
     def head_ref(self) -> TensorRef:
-        """Where the output head lies: a tensor of its own, or the embeddings."""
-        tied = self.layout.family.holds("tied", self.layout.text, -1)
-        return self.weights.ref(self._embeddings if tied else "lm_head.weight")
+        """Where the output head lies: a tensor of its own, or the embeddings.
+
+        A tied head that is stored all the same is run as transformers runs it: as it is stored.
+        """
+        embeddings = is_tied(self.layout) and not self.weights.has(HEAD)
+        return self.weights.ref(self._embeddings if embeddings else HEAD)
 
     @property
     def _embeddings(self) -> str:
@@ -288,9 +292,8 @@ def _told() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """What an error of a library says, in a line; checks of configs say what they checked in the first of two."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__
+    """All that an error of a library says, in a line; checks of configs say what they checked in the first of two."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Head:

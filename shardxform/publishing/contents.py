@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from shardxform.card.writing import read_readme
-from shardxform.checkpoint import CONFIG
+from shardxform.checkpoint import CONFIG, INDEX
 from shardxform.errors import CheckpointError, OutputError
 from shardxform.outdir import PARTIAL, WORK
 from shardxform.progress import OnProgress, Progress
 from shardxform.record import PROVENANCE, read_record
-from shardxform.verification.files import is_document
+from shardxform.sidecars import fault_of, is_document
 
 __all__ = ["Contents", "Digests", "Item", "contents_of", "git_blob_id", "is_repo_name", "sha256_of_all"]
 
@@ -84,7 +84,8 @@ def contents_of(out: Path) -> Contents:
 
     Raises:
         CheckpointError: there is no such directory.
-        OutputError: it is unfinished, no output of shardxform, or a file of it is missing or no plain file.
+        OutputError: it is unfinished, no output of shardxform, or a file of it is missing, no plain file, or one that
+            no client can read.
 
     """
     try:
@@ -97,6 +98,7 @@ def contents_of(out: Path) -> Contents:
         raise OutputError(f"{out}: expected an output of shardxform with its {PROVENANCE} and {CONFIG}; not uploaded")
     wanted = {*record.files, PROVENANCE, *_documents(out, names)}
     items = tuple(_item(out, name) for name in sorted(wanted))
+    _refuse_faulty(items)
     folders = {name.split("/")[0] for name in wanted if "/" in name}
     return Contents(root=out, items=items, left_out=tuple(_left_out(out, names, wanted, folders)))
 
@@ -156,6 +158,19 @@ def _item(out: Path, name: object) -> Item:
     if not _is_plain(path) or (len(pure.parts) > 1 and path.parent.is_symlink()):
         raise OutputError(f"{path}: expected a file of the output, found {_found(path)}; not uploaded")
     return Item(name=str(pure), path=path, nbytes=path.stat().st_size)
+
+
+def _refuse_faulty(items: tuple[Item, ...]) -> None:
+    """Refuse small files that no client can read; shards, index and config are verified as a whole."""
+    for item in items:
+        if item.is_shard or item.name in (CONFIG, INDEX, PROVENANCE) or item.name.endswith(".png"):
+            continue
+        try:
+            fault = fault_of(item.path, item.name)
+        except OSError as e:
+            fault = e.strerror or str(e)
+        if fault:
+            raise OutputError(f"{item.path}: {fault}; not uploaded")
 
 
 def _left_out(out: Path, names: list[str], wanted: set[Any], folders: set[str]) -> Iterator[str]:

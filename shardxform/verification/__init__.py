@@ -19,6 +19,7 @@ from shardxform.errors import CheckpointError
 from shardxform.fsio import not_a_directory
 from shardxform.manifest import Manifest
 from shardxform.progress import Progress, peak_rss_bytes
+from shardxform.tied_head import HEAD, tied_notes
 from shardxform.verification.digests import check_digests
 from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
@@ -54,7 +55,8 @@ def verify(
         source: what it was made from, a directory or an open checkpoint. Every tensor, the config and the sidecars must
             follow from it.
         manifest: the keep manifest that it was made with; from OUT's shardxform.json where None.
-        quick: read headers and small files only, no tensor data.
+        quick: read headers and small files only, no tensor data but a few bytes of an output head that is tied and
+            stored all the same.
         written: although `quick`, hold every tensor against the digest that was taken when it was written.
         jobs: threads that read data.
         on_progress: called after every few dozen MB.
@@ -84,6 +86,9 @@ def verify(
         seen = _look(root, origin, given, findings)
     figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None, "values_compared": 0}
     compared: frozenset[str] = frozenset()
+    if seen.checkpoint and seen.structure:
+        for note in tied_notes(seen.checkpoint, seen.structure.layout, whole=not quick):
+            findings.warn("tied-head", HEAD, note)
     if seen.checkpoint and (not quick or written):
         figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress, only_written=quick)
     return VerifyReport(

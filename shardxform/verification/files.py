@@ -13,6 +13,7 @@ from shardxform.checkpoint import CONFIG, INDEX, WORK, Checkpoint, scan
 from shardxform.families.base import Wrapper
 from shardxform.record import FORMAT as RECORD_FORMAT
 from shardxform.record import PROVENANCE
+from shardxform.sidecars import fault_of, is_document
 from shardxform.strictjson import JsonError, parse_object
 from shardxform.verification.findings import Findings
 
@@ -21,12 +22,10 @@ __all__ = [
     "check_record",
     "check_sidecars",
     "file_bytes",
-    "is_document",
     "read_checkpoint",
 ]
 
 _TOKENIZERS: Final = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
-_DOCUMENTS: Final = ("readme*", "license*", "licence*", "notice*", "use_policy*", "usage_policy*")
 
 
 def read_checkpoint(root: Path, findings: Findings) -> tuple[Checkpoint | None, frozenset[str]]:
@@ -70,7 +69,14 @@ def check_files(root: Path, checkpoint: Checkpoint | None, findings: Findings) -
 
 
 def check_sidecars(checkpoint: Checkpoint, wrapper: Wrapper | None, findings: Findings) -> None:
-    """Warn of small files without which clients do not start."""
+    """Report small files that no client can read, and warn of those without which clients do not start."""
+    for sidecar in checkpoint.sidecars:
+        try:
+            fault = fault_of(checkpoint.root / sidecar.name, sidecar.name)
+        except OSError as e:
+            fault = f"cannot be read: {e.strerror}"
+        if fault:
+            findings.problem("sidecar", sidecar.name, fault)
     names = [sidecar.name.lower() for sidecar in checkpoint.sidecars]
     if not any(fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZERS):
         findings.warn("tokenizer", ".", "no tokenizer; clients need one beside the shards")
@@ -102,11 +108,6 @@ def check_record(root: Path, findings: Findings) -> Mapping[str, Any]:
             report = findings.warn if is_document(name) else findings.problem
             report("record", name, "changed since shardxform wrote it")
     return record
-
-
-def is_document(name: str) -> bool:
-    """Whether a sidecar is for people: publishers rewrite model cards, and no client reads them."""
-    return any(fnmatchcase(name.lower(), pattern) for pattern in _DOCUMENTS)
 
 
 def file_bytes(path: Path) -> Iterator[bytes]:

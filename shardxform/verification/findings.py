@@ -55,6 +55,11 @@ class Findings:
         for group in collapse(items, num_experts):
             self.problem(code or group.code, group.where, group.message)
 
+    def warn_items(self, items: Collection[Item], num_experts: int) -> None:
+        """Add one warning for every group of `items` that one line can tell."""
+        for group in collapse(items, num_experts):
+            self.warn(group.code, group.where, group.message)
+
 
 @dataclass(frozen=True, slots=True)
 class Item:

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG
 from shardxform.dtypes import FLOATS
-from shardxform.errors import SchemeError
 from shardxform.families.base import Scope
 from shardxform.layout import Layout, Place
 from shardxform.modules import LINEAR_ROLES
-from shardxform.quantization_config import Resolved, resolve
-from shardxform.tensors import TensorRef
+from shardxform.tensors import TensorRef, TensorSpec
+from shardxform.tied_head import is_tied
+from shardxform.verification.declared import Asked, Reader, blocks_of, readers_of
 from shardxform.verification.findings import Findings, Item, place_of, spans
+from shardxform.verification.fp8 import FP8, check_scales
 
 __all__ = ["check_quantization"]
 
@@ -37,11 +38,11 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "compressed-tensors": ("config_groups", "format"),
     "gptq": ("bits", "group_size", "desc_act", "sym"),
 }
-_STORED_AS: Final = {"auto-round": "gptq", "gptq": "gptq", "compressed-tensors": "compressed-tensors"}
+_INTEGERS: Final = frozenset(_KINDS.values())
 _PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor")  # vLLM's list
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms"})
 _FLOAT_MODULES: Final = ("*conv1d", "*shared_expert_gate", "*.A_log", "*.dt_bias")
-_SPECIAL: Final = re.compile(r"[*+?^$()\[\]{}|\\]")  # without one of these, a name in extra_config is no pattern
+_NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells experts of a layer apart
 
 _Block = tuple[Scope, int]
 
@@ -50,7 +51,8 @@ _Block = tuple[Scope, int]
 class _Module:
     """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors or a dtype.
 
-    `linear` is for 2-D weights of decoder blocks that clients run quantized unless the config leaves them out.
+    `linear` is for what clients run quantized unless the config leaves it out: linear layers of blocks, of the vision
+    tower, the output head, and experts; and for embeddings, which a config may name.
     """
 
     name: str
@@ -64,6 +66,17 @@ class _Module:
         """Name within its block."""
         return self.place.template.name.removesuffix(".weight")
 
+    @property
+    def asked(self) -> Asked:
+        """The module as clients ask about it: experts one by one, the first of them for a stack of all."""
+        kind = "Embedding" if self.place.template.role == "embeddings" else "Linear"
+        if not self.place.template.variant:
+            return Asked(self.name, kind=kind)
+        home, _, rest = self.name.rpartition(".experts.")
+        home += ".experts"
+        projection = "gate_proj" if rest == "gate_up_proj" else rest
+        return Asked(f"{home}.0.{projection}" if self.place.expert is None else self.name, home)
+
     def is_expert_of(self, blocks: Set[_Block]) -> bool:
         """Whether it belongs to a routed expert of one of `blocks`."""
         return bool(self.place.template.variant) and (self.place.scope, self.place.layer) in blocks
@@ -74,14 +87,18 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     modules = list(_modules(layout, tensors))
     declared = layout.config.get("quantization_config", layout.text.get("quantization_config"))
     _check_float(layout, modules, findings)
+    check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
     if declared is None:
         _check_undeclared(modules, findings)
     elif not isinstance(declared, Mapping):
         findings.problem("quantization-config", CONFIG, f"quantization_config: expected an object, found {declared!r}")
     else:
+        known = len(findings.problems)
         _check_config(layout, declared, findings)
-        _check_declared(layout, declared, [m for m in modules if not m.is_expert_of(mixed)], findings)
+        if len(findings.problems) == known:  # or clients stop before they look at a module
+            untold = [m for m in modules if not (m.is_expert_of(mixed) or m.tensor in findings.named)]
+            _check_declared(layout, declared, untold, findings)
 
 
 def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Module]:
@@ -89,26 +106,38 @@ def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Modu
     for name, place in layout.places.items():
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:
-            dtype = tensors[name].spec.dtype
-            linear = place.scope == "block" and place.template.role in LINEAR_ROLES and name.endswith(".weight")
-            linear = linear and len(tensors[name].spec.shape) == 2
-            found.setdefault(stem, _Module(stem, name, place, _PLAIN if dtype in FLOATS else dtype, linear))
-        elif (kind := _KINDS.get(place.companion)) and (
-            stem not in found or found[stem].kind not in _STORED_AS.values()
-        ):
+            spec = tensors[name].spec
+            kind_of = _PLAIN if spec.dtype in FLOATS else spec.dtype
+            found.setdefault(stem, _Module(stem, name, place, kind_of, _is_linear(name, spec, place)))
+        elif (kind := _KINDS.get(place.companion)) and (stem not in found or found[stem].kind not in _INTEGERS):
             found[stem] = _Module(stem, name, place, kind, linear=True)
     return iter(found.values())
 
 
+def _is_linear(name: str, spec: TensorSpec, place: Place) -> bool:
+    """Whether a plain tensor is the weight of a linear layer, or of an embedding, that a config may call quantized."""
+    role = place.template.role
+    if place.template.variant == "fused":
+        return True
+    if not name.endswith(".weight") or len(spec.shape) != 2:
+        return False
+    return role in LINEAR_ROLES | {"embeddings", "lm head"} or (role == "vision" and "embed" not in name)
+
+
 def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings) -> None:
-    """Routers, embeddings, norms, convolutions and the family's own exceptions: no client runs them quantized."""
-    patterns = (*layout.family.keep_16bit, *_FLOAT_MODULES)
-    items = [
-        Item("quantized", m.tensor, m.place, f"stored as {m.kind}, but clients need it in 16 bits")
-        for m in modules
-        if m.kind != _PLAIN
-        and (m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, pattern) for pattern in patterns))
-    ]
+    """Routers, embeddings, norms, convolutions and the family's own exceptions: no client runs them quantized.
+
+    The family's are about integers: releases in FP8 hold some of them so.
+    """
+    items: list[Item] = []
+    for m in modules:
+        if m.kind == _PLAIN:
+            continue
+        patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
+        tied = m.place.template.role == "lm head" and is_tied(layout)
+        float_only = tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
+        if float_only:
+            items.append(Item("quantized", m.tensor, m.place, f"stored as {m.kind}, but clients need it in 16 bits"))
     findings.items(items, layout.num_experts)
 
 
@@ -182,7 +211,7 @@ def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Finding
         report(f"sym: false, which vLLM and SGLang refuse for experts (bits={bits}, sym=False)")
     if method == "auto-round" and packing is not None and packing not in _PACKINGS:
         report(f"packing_format: {packing!r}, clients take {' or '.join(_PACKINGS)}")
-    blocks = _blocks(declared)
+    blocks = blocks_of(declared)
     here = layout.wrapper.prefix + "layers"
     if method == "auto-round" and blocks and here not in blocks:
         report(f"block_name_to_quantize: {', '.join(blocks)}; without {here} clients take everything for 16-bit")
@@ -191,98 +220,78 @@ def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Finding
 def _check_declared(
     layout: Layout, declared: Mapping[str, Any], modules: Sequence[_Module], findings: Findings
 ) -> None:
-    """Hold linear modules, and whatever is stored quantized, against what the config says of them.
-
-    A module that is stored plain is left out when any client takes it so: names in `extra_config` and `ignore` cover
-    what is below them for some, and patterns may have to match all of a name or a part of it.
-    """
+    """Hold every module that clients ask about against what each of them reads in the config."""
     method = str(declared.get("quant_method"))
-    left_out = _resolver(declared)
-    strict = _as_clients_read(declared)
-    decided: dict[tuple[Scope, int | None, str, str], tuple[bool, int | None]] = {}
+    readers = readers_of(declared, layout.text)
+    by_name = _NAMES_EXPERTS.search(repr(declared)) is not None
+    kinds = _kinds_of(declared)
+    decided: dict[object, frozenset[bool]] = {}
     items: list[Item] = []
+    doubtful: list[Item] = []
     for m in modules:
-        key = (m.place.scope, m.place.layer, m.local, m.kind)
-        if key not in decided:  # experts of a layer have one scheme: a look at the first is enough
-            decided[key] = left_out(m.name), strict.bits_of(m.name) if strict else None
-        plain, bits = decided[key]
-        if m.kind == _PLAIN and not plain and (m.place.template.variant or (m.linear and bits not in (None, 16))):
-            detail = f"stored in 16 bits, but config.json declares it quantized ({method})"
-            items.append(Item("not-quantized", m.tensor, m.place, detail))
-        elif m.kind != _PLAIN and (plain or bits == 16):
-            detail = f"stored as {m.kind}, but config.json declares it 16-bit"
-            items.append(Item("undeclared", m.tensor, m.place, detail))
-        elif m.kind in _STORED_AS.values() and _STORED_AS.get(method, m.kind) != m.kind:
+        inside = m.place.layer is not None and not by_name
+        key = (m.place.scope, m.place.layer, m.local, m.kind) if inside else m.name
+        if key not in decided:  # as a rule experts of a layer have one scheme: a look at the first is enough
+            decided[key] = _verdicts(m, declared, readers)
+        stored, said = m.kind != _PLAIN, decided[key]
+        if stored and kinds and m.kind not in kinds:
             detail = f"stored as {m.kind}, but config.json declares {method}"
             items.append(Item("quantization-kind", m.tensor, m.place, detail))
+        elif said and stored not in said:
+            code = "undeclared" if stored else "not-quantized"
+            items.append(Item(code, m.tensor, m.place, _contradiction(m, method)))
+        elif len(said) > 1 and m.place.scope != "mtp":
+            doubtful.append(Item("quantization-clients", m.tensor, m.place, _disagreement(m, method)))
     findings.items(items, layout.num_experts)
+    findings.warn_items(doubtful, layout.num_experts)
 
 
-def _as_clients_read(declared: Mapping[str, Any]) -> Resolved | None:
-    """The reading that all clients share; None for other methods, and for what some of them refuse."""
+def _kinds_of(declared: Mapping[str, Any]) -> Set[str]:
+    """How a method stores quantized weights; nothing where that is left open."""
+    method, packing = declared.get("quant_method"), str(declared.get("packing_format"))
+    if method in ("awq", "gptq") or (method == "auto-round" and "llm_compressor" not in packing):
+        return {"gptq"}
+    if method in ("fp8", "fbgemm_fp8"):
+        return FP8
+    return {"compressed-tensors"} if declared.get("format") == "pack-quantized" else frozenset()
+
+
+def _verdicts(m: _Module, declared: Mapping[str, Any], readers: Sequence[Reader]) -> frozenset[bool]:
+    """What clients say of a module; nothing of what no client runs quantized, and of routed experts alone elsewhere."""
+    if not m.linear and m.kind == _PLAIN:
+        return frozenset()
+    if not readers:
+        lenient = m.place.template.variant or m.kind != _PLAIN
+        return frozenset({not _left_out(declared, m.name)} if lenient else ())
+    return frozenset(reader(m.asked) for reader in readers)
+
+
+def _contradiction(m: _Module, method: str) -> str:
+    if m.kind != _PLAIN:
+        return f"stored as {m.kind}, but config.json declares it 16-bit ({method}): clients drop it"
+    return f"stored in 16 bits, but config.json declares it quantized ({method}): clients leave it random, or fail"
+
+
+def _disagreement(m: _Module, method: str) -> str:
+    stored = "in 16 bits" if m.kind == _PLAIN else f"as {m.kind}"
+    return f"stored {stored}, which some clients do not read in what config.json declares ({method})"
+
+
+def _left_out(declared: Mapping[str, Any], module: str) -> bool:
+    """Whether lists of a method whose readers are not known name a module, or what it is part of."""
+    parts = module.split(".")
+    homes = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return any(name in homes or fnmatchcase(module, name) or _matches(name, module) for name in _ignored(declared))
+
+
+def _matches(name: str, module: str) -> bool:
     try:
-        return resolve(declared)
-    except (SchemeError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return None
-
-
-def _resolver(declared: Mapping[str, Any]) -> Callable[[str], bool]:
-    """A predicate: whether `quantization_config` leaves a module in 16 bits."""
-    names = set(_plain_names(declared))
-    quantized = {name for name, bits in _extra_bits(declared) if bits < 16}
-    patterns: list[Callable[[str], object]] = []
-    for text, anchored in _patterns(declared):
-        try:
-            pattern = re.compile(text)
-        except (re.error, OverflowError, RecursionError):
-            continue
-        patterns.append(pattern.match if anchored else pattern.search)
-    blocks = _blocks(declared) if declared.get("quant_method") == "auto-round" else []
-
-    def left_out(module: str) -> bool:
-        if module in quantized:
-            return False
-        if blocks and not any(block in module for block in blocks):
-            return True
-        parts = module.split(".")
-        homes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        return any(home in names for home in homes) or any(pattern(module) for pattern in patterns)
-
-    return left_out
-
-
-def _plain_names(declared: Mapping[str, Any]) -> Iterator[str]:
-    """Modules that are left out by their names."""
-    yield from (name for name, bits in _extra_bits(declared) if bits >= 16 and not _SPECIAL.search(name))
-    yield from (name for name in _ignored(declared) if not name.startswith("re:"))
-
-
-def _patterns(declared: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Patterns of modules that are left out, each with whether it must match from the start."""
-    yield from ((name, False) for name, bits in _extra_bits(declared) if bits >= 16 and _SPECIAL.search(name))
-    yield from ((name[2:], True) for name in _mapping(declared.get("dynamic")) if name.startswith("-:"))
-    yield from ((name[3:], True) for name in _ignored(declared) if name.startswith("re:"))
-
-
-def _extra_bits(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Names and patterns in auto-round's `extra_config`, with the width that they say."""
-    for name, scheme in _mapping(declared.get("extra_config")).items():
-        bits = scheme.get("bits") if isinstance(scheme, Mapping) else None
-        if type(bits) is int:
-            yield name, bits
+        return name.startswith("re:") and re.match(name[3:], module) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def _ignored(declared: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("ignore", "modules_to_not_convert", "ignored_layers"):
+    for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
         listed = declared.get(key)
         yield from (name for name in (listed if isinstance(listed, list) else ()) if isinstance(name, str))
-
-
-def _blocks(declared: Mapping[str, Any]) -> list[str]:
-    value = declared.get("block_name_to_quantize")
-    listed = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
-    return [name.strip() for name in listed if isinstance(name, str) and name.strip()]
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

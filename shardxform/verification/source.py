@@ -18,7 +18,8 @@ from shardxform.layout import Layout, layout_of
 from shardxform.manifest import FORMAT, VERSION, Manifest
 from shardxform.plan import source_inputs
 from shardxform.record import PROVENANCE
-from shardxform.verification.files import file_bytes, is_document
+from shardxform.sidecars import is_document
+from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.wanted import Known, Wanted
 from shardxform.view import MtpMode, View, pruned_view

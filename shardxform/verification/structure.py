@@ -6,11 +6,12 @@ vLLM loads a quantized checkpoint without an expert, and SGLang any, without a w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
 from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.config_values import config_faults
 from shardxform.errors import FamilyError
 from shardxform.expectation import Expected, expected
 from shardxform.families import family_of
@@ -63,13 +64,16 @@ class Structure:
     stored: Stored | None
 
 
-def check_structure(checkpoint: Checkpoint, lost: frozenset[str], findings: Findings) -> Structure | None:
+def check_structure(
+    checkpoint: Checkpoint, lost: frozenset[str], findings: Findings, *, parts_too: bool = True
+) -> Structure | None:
     """Report every tensor that is missing, misshapen or unexpected, and every contradiction of the config.
 
     Args:
         checkpoint: to look at.
         lost: tensors that the index names in shards that cannot be read; reported elsewhere.
         findings: added to.
+        parts_too: look at dtypes and shapes of the parts of quantized weights.
 
     """
     layout = _layout(checkpoint, findings)
@@ -77,6 +81,8 @@ def check_structure(checkpoint: Checkpoint, lost: frozenset[str], findings: Find
         return None
     _check_groups(layout, findings)
     _check_dtype(layout, findings)
+    for fault in config_faults(layout):
+        findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
@@ -91,7 +97,7 @@ def check_structure(checkpoint: Checkpoint, lost: frozenset[str], findings: Find
             _check_unexpected(layout, table, variants, findings)
             outside = {name: place for name, place in seed.items() if (place.expert or 0) >= layout.num_experts}
             findings.items([_beyond(layout, *each) for each in outside.items()], layout.num_experts)
-            parts = check_parts(checkpoint, layout, findings)
+            parts = check_parts(checkpoint, layout, findings) if parts_too else None
     return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
 
 
@@ -113,7 +119,9 @@ def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
             continue
         stem = name.removesuffix("weight")
         for part in PARTS[form]:
-            out[stem + part] = Expected(replace(item.place, companion=part), None, item.optional)
+            place = item.place
+            place = Place(place.template, place.scope, place.layer, place.expert, place.expert_at, part)
+            out[stem + part] = Expected(place, None, item.optional)
     return out
 
 

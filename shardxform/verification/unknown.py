@@ -9,6 +9,7 @@ from typing import Final
 from shardxform.families.base import Scope
 from shardxform.layout import Layout, layout_of
 from shardxform.scheme import FORMATS
+from shardxform.strays import looks_like
 from shardxform.verification.findings import Findings, place_of
 
 __all__ = ["check_unknown", "seed_weights"]
@@ -21,6 +22,8 @@ _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 def check_unknown(layout: Layout, findings: Findings) -> set[str]:
     """Report names that the family does not know, those that mean the same in one problem.
 
+    What means nothing to any client, and looks like no part of an expert, a router or a quantized weight, is a warning.
+
     Returns:
         tensors that are there under a name of another wrapper class, and so are not missing.
 
@@ -29,11 +32,12 @@ def check_unknown(layout: Layout, findings: Findings) -> set[str]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name in layout.unknown:
         code, detail = ("prefix", _prefix_detail(layout)) if name in renamed else _meaning(layout, name)
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name) if code == "stray" else ""
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name) if code in ("stray", "unknown") else ""
         groups.setdefault((code, detail, pattern), []).append(name)
     for (code, detail, pattern), names in groups.items():
         count = f" ({len(names)} tensors: {pattern or 'such as ' + names[0]})" if len(names) > 1 else ""
-        findings.problem(code, _where(layout, names), detail + count)
+        report = findings.warn if code == "unknown" else findings.problem
+        report(code, _where(layout, names), detail + count)
     findings.named.update(layout.unknown)
     return set(renamed.values())
 
@@ -70,7 +74,9 @@ def _meaning(layout: Layout, name: str) -> tuple[str, str]:
         mtp = layout.family.mtp
         declared = f" and {layout.mtp_layers} MTP layers" if mtp and mtp.follows_blocks else ""
         return "layer-range", f"beyond the {layout.num_layers} layers{declared} of config.json"
-    return "stray", f"unknown to family {layout.family.name}"
+    if what := looks_like(layout, name):
+        return "stray", f"unknown to family {layout.family.name}, and looks like {what}, which clients would drop"
+    return "unknown", f"unknown to family {layout.family.name}: clients pass over it, or refuse it"
 
 
 def _way_out(layout: Layout) -> str:
