@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("header", "fsio"),
     ("sources", "remote", "remote.names", "remote.repository", "remote.client", "remote.arena", "remote.pieces"),
     ("remote.downloads", "remote.reading", "checkpoint", "opening"),
-    ("families.base", "families.parts", "families.*", "families", "layout", "expectation"),
+    ("families.base", "families.parts", "families.*", "families", "layout", "expectation", "config_names"),
     ("quantize", "quantize.grid", "quantize.packing", "quantize.kernels", "quantize.rtn", "quantize.rtn_torch"),
     ("manifest_import", "manifest", "scheme", "recipe", "modules", "selection", "quantization_config"),
     ("manifest_text", "saliency.storage", "saliency.saving", "saliency.statistics", "saliency.criteria"),
