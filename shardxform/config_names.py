@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from shardxform.errors import PlanError
 from shardxform.layout import Layout
 
-__all__ = ["DECLARATIONS", "Changes", "declarations", "modules_moved", "with_renamed"]
+__all__ = ["DECLARATIONS", "Changes", "declarations", "modules_moved", "with_renamed", "without_empty"]
 
 DECLARATIONS: Final = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json under which a quantization is declared, at any depth; the last one is MLX's."""
@@ -94,6 +94,15 @@ def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Itera
                 yield (*path, key), value
         elif isinstance(value, Mapping):
             yield from declarations(value, (*path, key))
+
+
+def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out declarations that are `{}`: they declare nothing, and transformers refuses to load what has one."""
+    return {
+        key: without_empty(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in DECLARATIONS or value != {}
+    }
 
 
 def with_renamed(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from shardxform.dtypes import FLOATS
 from shardxform.errors import SchemeError
 from shardxform.layout import Layout
 from shardxform.modules import LINEAR_ROLES, Module, modules_of
-from shardxform.quantize.grid import GROUP_SIZES
 from shardxform.scheme import Scheme
 from shardxform.tensors import TensorRef
 
@@ -49,7 +48,7 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
 
     Raises:
         SchemeError: patterns that split a merged module or match nothing; a module that is quantized already; nothing
-            left to quantize, or no routed expert although another group size would fit.
+            left to quantize.
 
     """
     modules = list(modules_of(layout, tensors, scheme.expert_names))
@@ -64,7 +63,6 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
                 misfits.setdefault(name, f"merged with {blocked[0]}")
     reasons.update(misfits)
     _refuse_split(groups, reasons)
-    _refuse_no_expert(modules, misfits, scheme)
     quantized = tuple(module for module in modules if not reasons[module.name])
     if not quantized:
         raise SchemeError("nothing to quantize: no module is selected and fits")
@@ -120,25 +118,6 @@ def _refuse_split(groups: Iterable[list[str]], reasons: Mapping[str, str]) -> No
                 f"clients merge {kept[0]} with {other}, so both need one scheme,"
                 f" but the first stays 16-bit ({reasons[kept[0]]})"
             )
-
-
-def _refuse_no_expert(modules: Iterable[Module], misfits: Mapping[str, str], scheme: Scheme) -> None:
-    """Refuse to leave all routed experts, most of the model, in 16 bits where another group size would fit them."""
-    experts = [module for module in modules if module.expert is not None and module.place.scope == "block"]
-    first = next((module for module in experts if module.name in misfits), None)
-    if first is None or any(module.name not in misfits for module in experts):
-        return
-    shapes = {module.weight.spec.shape for module in experts}
-    fitting = next((size for size in GROUP_SIZES if all(_fits(scheme, size, shape) for shape in shapes)), None)
-    if fitting is not None:
-        odd = next(module for module in experts if scheme.misfit(*module.weight.spec.shape))
-        raise SchemeError(
-            f"no routed expert can be quantized: {odd.name}: {misfits[odd.name]}; --group-size {fitting} fits"
-        )
-
-
-def _fits(scheme: Scheme, group_size: int, shape: tuple[int, ...]) -> bool:
-    return not replace(scheme, grid=replace(scheme.grid, group_size=group_size)).misfit(*shape)
 
 
 def _refuse_idle_patterns(scheme: Scheme, modules: Iterable[Module]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from shardxform.checkpoint import Checkpoint
-from shardxform.config_names import DECLARATIONS, Changes, declarations, modules_moved, with_renamed
+from shardxform.config_names import DECLARATIONS, Changes, declarations, modules_moved, with_renamed, without_empty
 from shardxform.errors import FamilyError, ManifestError, PlanError
 from shardxform.expectation import expected
 from shardxform.families.base import Wrapper
@@ -22,6 +22,7 @@ from shardxform.layout import (
     Layout,
     Place,
     count_paths,
+    is_quantized,
     layout_of,
     refuse_two_spellings,
     variants_found,
@@ -95,7 +96,7 @@ def pruned_view(
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
     builder = _Builder(layout, manifest, dropped, wrapper)
     tensors = _unique(builder.tensors(source.tensors))
-    config = _config(layout, wrapper, kept, bool(dropped))
+    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
     if any(declarations(config)):
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
@@ -330,8 +331,24 @@ def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iter
         and (item.place.scope != "mtp" or layout.has_mtp)
         and not name.startswith(dropped)
     ]
+    yield from _undeclared(source)
     if missing:
         yield f"the source lacks {len(missing)} tensors that family {layout.family.name} expects, such as {missing[0]}"
+
+
+def _undeclared(source: Checkpoint) -> Iterator[str]:
+    """Say where config.json declares quantized weights that are not there, or none although some are."""
+    declared = next(declarations(source.config), None)
+    quantized = [ref.spec for ref in source.tensors.values() if is_quantized(ref.spec)]
+    if declared and not quantized:
+        where = ".".join(declared[0])
+        yield f"config.json: {where} declares quantized weights, but the shards hold none: remove it, or clients refuse"
+    elif quantized and not declared:
+        first = quantized[0]
+        yield (
+            f"{len(quantized)} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
+            " no quantization_config, without which clients take them for something else"
+        )
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:

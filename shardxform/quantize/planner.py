@@ -23,6 +23,7 @@ from shardxform.modules import Module
 from shardxform.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.quantization_config import build
+from shardxform.quantize.grid import GROUP_SIZES
 from shardxform.quantize.steps import KeptItem, Round, RoundItem, TuneBlock
 from shardxform.recipe import Recipe
 from shardxform.scheme import FORMATS, Part, Scheme
@@ -65,6 +66,7 @@ def plan_quantize(
     tensors = view.checkpoint.tensors
     _refuse_unscaled(view)
     selection = select(view.layout, tensors, scheme)
+    _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, tensors, recipe.iters if recipe else 0)
     copied = kept_tensors(tensors, selection, scheme)
     parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
@@ -144,6 +146,28 @@ def _refuse_unscaled(view: View) -> None:
             f"tensor '{found[0].name}' is {found[0].dtype}{more}: quantized weights, which mean nothing without the"
             " quantization_config that config.json lacks; start from a 16-bit checkpoint of the model"
         )
+
+
+def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
+    """Refuse to leave all routed experts, most of the model, in 16 bits where another group size would fit them.
+
+    Raises:
+        SchemeError: names the group size.
+
+    """
+    kept = [module for module in selection.kept_modules if module.expert is not None and module.place.scope == "block"]
+    misfits = [module for module in kept if module.name in selection.misfits]
+    if not misfits or any(module.expert is not None for module in selection.quantized):
+        return
+    shapes = {module.weight.spec.shape for module in misfits}
+    for size in GROUP_SIZES:
+        other = replace(scheme, grid=replace(scheme.grid, group_size=size))
+        if not any(other.misfit(*shape) for shape in shapes):
+            odd = next(module for module in misfits if scheme.misfit(*module.weight.spec.shape))
+            raise SchemeError(
+                f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
+                f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
+            )
 
 
 def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
