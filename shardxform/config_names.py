@@ -12,7 +12,7 @@ auto-round's `get_layer_config`, the `dynamic` of GPTQModel, and vLLM's `is_laye
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
@@ -30,6 +30,7 @@ Reading = Callable[[str], bool]
 
 _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
 _SIGNED: Final = ("-:", "+:")
+_SIGNS: Final = (*"*[(|?+^$\\.", "re:", *_SIGNED)
 _BOUNDARY: Final = r"(?:(?<=\.)|(?=\.|$))"  # after which transformers lets a pattern end
 _EXPERT_PARTS: Final = ("gate_proj", "up_proj", "down_proj")
 _SELECTS: Final = frozenset(
@@ -39,11 +40,15 @@ _SELECTS: Final = frozenset(
 
 
 class _Entry(NamedTuple):
-    """A string before and after, None when it is dropped, and what it says of the modules that it matches."""
+    """A string before and after, None when it is dropped.
+
+    `says` is what it says of the modules that it matches; `selects` whether it may match any.
+    """
 
     old: str
     new: str | None
     says: object
+    selects: bool
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,16 @@ class Changes:
 
     @cached_property
     def dropped(self) -> list[str]:
-        """Names of modules that are dropped."""
-        return [old for old, new in self.modules.items() if not new]
+        """Names of modules that are dropped, but for the pruned experts of a layer that keeps others."""
+        at = ".experts."
+        return [
+            old for old, new in self.modules.items() if not (new or self.modules.get(old.partition(at)[0] + at[:-1]))
+        ]
 
     @cached_property
-    def words(self) -> str:
-        """Every part of a name that is no number, one a line."""
-        return "\n".join({part for name in self.modules for part in name.split(".") if not part.isdigit()})
+    def words(self) -> frozenset[str]:
+        """Every part of a name that is no number."""
+        return frozenset(part for name in self.modules for part in name.split(".") if not part.isdigit())
 
     @property
     def renumbers_only(self) -> bool:
@@ -151,6 +159,8 @@ def modules_moved(
                 gone[old] = None
             ids = keeps.get((place.scope, place.layer), range(layout.num_experts))
             out.update(_unfused(old, new, layout.num_experts, ids))
+        elif not old.endswith((".weight", ".bias")):
+            out[old] = new
         inner, outer = old.rpartition(".")[0], new.rpartition(".")[0]
         while inner and out.get(inner, "") != outer:
             if not new:
@@ -209,10 +219,7 @@ class _Renamer:
         return self._text(value, path) if isinstance(value, str) else value
 
     def _object(self, value: Mapping[str, Any], path: str) -> dict[str, Any]:
-        entries = [
-            _Entry(key, self._renamed(key, by_part=False), (key.startswith("-:"), repr(item)))
-            for key, item in value.items()
-        ]
+        entries = [self._entry(key, (key.startswith("-:"), repr(item)), by_part=False) for key, item in value.items()]
         self._check(entries, path)
         out: dict[str, Any] = {}
         for entry in entries:
@@ -226,7 +233,7 @@ class _Renamer:
         return out
 
     def _list(self, value: Sequence[Any], path: str) -> list[Any]:
-        entries = [_Entry(item, self._renamed(item), True) for item in value if isinstance(item, str)]
+        entries = [self._entry(item) for item in value if isinstance(item, str)]
         self._check(entries, path)
         names = iter(entries)
         out: list[Any] = []
@@ -244,22 +251,26 @@ class _Renamer:
     def _text(self, value: str, path: str) -> str:
         """Rewrite a plain value, or names that are joined by commas."""
         parts = value.split(",") if all(_PLAIN.fullmatch(part.strip()) for part in value.split(",")) else [value]
-        entries = [_Entry(part, self._renamed(part, by_part=False), True) for part in parts]
+        entries = [self._entry(part, by_part=False) for part in parts]
         self._check(entries, path)
         kept = list(dict.fromkeys(entry.new for entry in entries if entry.new is not None))
         if not kept:
             raise PlanError(f"config.json: {path}: {value!r} names only what is dropped")
         return ",".join(kept) if [entry.new for entry in entries] != parts else value
 
-    def _renamed(self, text: str, *, by_part: bool = True) -> str | None:
-        """What `text` is in the output, None when it names only what is dropped; not proven yet.
+    def _entry(self, text: str, says: object = True, *, by_part: bool = True) -> _Entry:
+        """Rewrite a string, unproven yet.
 
-        Without `by_part`, a part of a name drops nothing: a key or a value may be a word that means no module at all.
+        Without `by_part`, pieces of words select nothing, and single words drop nothing: most keys and plain values
+        mean no module at all.
         """
+        selects = self._selects(text, by_part)
+        return _Entry(text, self._renamed(text, by_part) if selects else text, says, selects)
+
+    def _renamed(self, text: str, by_part: bool) -> str | None:
+        """What `text` is in the output, None when it names only what is dropped."""
         if (full := self._full(text)) is not None:
             return full or None
-        if not self._is_about_names(text):
-            return text
         tried = [text, *self._under_new_prefix(text)]
         if len(tried) > 1 and (text.startswith(self._changes.prefix[0]) or not self._matches(text)):
             tried = [*tried[1:], text]
@@ -273,17 +284,21 @@ class _Renamer:
         new = self._changes.modules.get(bare)
         return new and new + text.removeprefix(bare)
 
-    def _is_about_names(self, text: str) -> bool:
+    def _selects(self, text: str, by_part: bool) -> bool:
         """Whether a string may select modules: it is a pattern, or has a word in common with their names."""
         if not _PLAIN.fullmatch(text):
-            return any(sign in text for sign in ("*", "[", "(", "|", "?", "+", "^", "$", "\\", "re:", "."))
-        return any(word in self._changes.words for word in re.findall(r"[^\W\d][\w-]*", text))
+            return any(sign in text for sign in _SIGNS)
+        words = re.findall(r"[^\W\d][\w-]*", text)
+        if by_part:
+            return any(word in whole for word in words for whole in self._changes.words)
+        return any(word in self._changes.words for word in words)
 
     def _under_new_prefix(self, text: str) -> list[str]:
         """Ways to write a string for another decoder prefix, the likeliest first."""
         old, new = self._changes.prefix
         more = old.removeprefix(new)
-        ways = [(old, new), (more, ""), ("." + more.removesuffix("."), "")]
+        name = more.removesuffix(".")
+        ways = [(old, new), (more, ""), (f".{name}", ""), (name, "")]
         found = []
         for before, after in ways if old != new and old.startswith(new) else ():
             for one, other in ((before, after), (re.escape(before), re.escape(after))):
@@ -300,15 +315,14 @@ class _Renamer:
             PlanError: names the string, and a module of which it would say something else.
 
         """
-        odd = [entry for entry in entries if self._is_about_names(entry.old) and self._is_unfaithful(entry)]
-        if not odd:
-            return
-        if other := self._changes_together([entry for entry in entries if self._is_about_names(entry.old)]):
+        selecting = [entry for entry in entries if entry.selects]
+        odd = next((entry for entry in selecting if self._is_unfaithful(entry)), None)
+        if odd and (other := self._changes_together(selecting)):
             old, new = other
-            named = f"{old}, which becomes {new}" if old != new else old
+            moved = f"{old} becomes {new}" if old != new else f"such as {old}"
             raise PlanError(
-                f"config.json: {path}: {odd[0].old!r} would say of {named}, what it does not say now;"
-                " write out the full names of the modules there, which are renamed with them"
+                f"config.json: {path}: {odd.old!r} would not mean the same modules in the output: {moved};"
+                " write out their full names there, which are renamed with them"
             )
 
     def _is_unfaithful(self, entry: _Entry) -> bool:
@@ -324,8 +338,10 @@ class _Renamer:
             return None  # the same text between the same numbers
         pairs = self._changes.moved if old == new else self._changes.kept
         for before, after in zip(_readings(old), _readings(new), strict=True):
+            said = {one: before(one) for one, _ in pairs}
             for one, other in pairs:
-                if before(one) != after(other):
+                known = said.get(other) if old == new else None
+                if said[one] != (after(other) if known is None else known):
                     return one, other
         return None
 
@@ -364,23 +380,30 @@ def _readings(text: str) -> tuple[Reading, ...]:
         return (_pattern(text[3:], "match"),)
     if text.startswith(_SIGNED):
         return _pattern(text[2:], "match"), _pattern(text[2:], "search")
-    whole = text + "."
-    literal: tuple[Reading, ...] = (
-        lambda name: name == text or name.startswith(whole),
-        lambda name: name.startswith(text),
-        lambda name: name.endswith(text),
-        lambda name: text in name,
-    )
     if _PLAIN.fullmatch(text):  # of which a regular expression selects the same
-        return (*literal, *literal)
+        whole = text + "."
+        return (
+            lambda name: name == text or name.startswith(whole),
+            lambda name: name.startswith(text),
+            lambda name: name.endswith(text),
+            lambda name: text in name,
+        )
     ends = _pattern(f"(?:{text}){_BOUNDARY}", "match")
-    patterns: Iterable[Reading] = (
+    anywhere = _pattern(text, "match" if _begins_anywhere(text) else "search")
+    return (
         lambda name: name.endswith(text) or ends(name),
-        _pattern(text, "search"),
+        lambda name: text in name or anywhere(name),
         _pattern(text, "fullmatch"),
         _pattern(translate(text), "match"),
     )
-    return (*literal, *patterns)
+
+
+def _begins_anywhere(text: str) -> bool:
+    """Whether a pattern begins with `.*` whichever of its alternatives holds, so that a match is what a search finds."""
+    bare, before = re.sub(r"\\.|\[[^\]]*\]", "", text), ""
+    while bare != before:
+        bare, before = re.sub(r"\([^()]*\)", "", bare), bare
+    return text.startswith(".*") and "|" not in bare
 
 
 def _padded(readings: tuple[Reading, ...], count: int) -> tuple[Reading, ...]:
