@@ -399,7 +399,7 @@ def _readings(text: str) -> tuple[Reading, ...]:
 
 
 def _begins_anywhere(text: str) -> bool:
-    """Whether a pattern begins with `.*` whichever of its alternatives holds, so that a match is what a search finds."""
+    """Whether a pattern begins with `.*` in each of its alternatives, so that a match is what a search finds."""
     bare, before = re.sub(r"\\.|\[[^\]]*\]", "", text), ""
     while bare != before:
         bare, before = re.sub(r"\([^()]*\)", "", bare), bare
