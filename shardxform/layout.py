@@ -226,12 +226,13 @@ def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
     return out
 
 
-def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = ()) -> None:
+def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_out: str = "") -> None:
     """Refuse a block whose experts are there fused and one by one: no client says which of them it takes.
 
     Args:
         layout: of the checkpoint.
         without: what names begin with that are not looked at.
+        mtp_way_out: added to what is said of an MTP layer.
 
     Raises:
         FamilyError: names a tensor of each spelling.
@@ -244,10 +245,10 @@ def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = ()) -> None:
         block = seen.setdefault((place.scope, place.layer), {})
         block.setdefault(place.template.variant, name)
         if len(block) > 1:
-            what = "MTP layer" if place.scope == "mtp" else "layer"
+            what, way_out = ("MTP layer", mtp_way_out) if place.scope == "mtp" else ("layer", "")
             raise FamilyError(
                 f"{what} {place.layer} holds its experts twice, fused ('{block['fused']}') and one by one"
-                f" ('{block['per-expert']}'): remove the tensors of one spelling"
+                f" ('{block['per-expert']}'): remove the tensors of one spelling{way_out}"
             )
 
 

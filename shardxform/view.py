@@ -89,8 +89,9 @@ def pruned_view(
     prunes = kept < layout.num_experts
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
-    _check_experts(layout, source.tensors, dropped)
-    notes[:0] = _notes(source, layout, dropped)
+    wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
+    _check_experts(wanted, source.tensors, dropped)
+    notes[:0] = _notes(source, wanted, dropped)
     if prunes:
         _refuse_unsafe(layout, source, dropped)
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
@@ -232,7 +233,7 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
 
     MTP layers that are dropped, whose names begin with `dropped`, are not looked at.
     """
-    refuse_two_spellings(layout, dropped)
+    refuse_two_spellings(layout, dropped, _MTP_WAY_OUT)
     wanted: set[str] = set()
     for name, item in expected(layout, variants_found(layout)):
         template = item.place.template
