@@ -123,8 +123,8 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     groups, plain = _grouped(source.tensors)
     if source.config.get("quantization_config") and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
         raise SchemeError(
-            f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized: remove it from config.json;"
-            " the checkpoint is then one for `shardxform quantize`"
+            f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized: remove it from config.json,"
+            " and the checkpoint is the 16-bit one that the shards hold"
         )
     resolved = _resolved(source)
     if not groups:
