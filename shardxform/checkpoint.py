@@ -304,6 +304,11 @@ def _weight_map(root: Path) -> dict[str, str]:
     where = root / INDEX
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected a non-empty object 'weight_map'")
+    if (root / _SINGLE).exists() and set(weight_map.values()) != {_SINGLE}:
+        raise CheckpointError(
+            f"{root}: {_SINGLE} lies beside an index of other shards: transformers reads the one, vLLM what the index"
+            " lists; remove the one that is not meant"
+        )
     for tensor, shard in weight_map.items():
         if not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(

@@ -8,33 +8,58 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from shardxform.dtypes import BITS
 from shardxform.errors import FamilyError
 from shardxform.families import family_of
 from shardxform.families.base import COUNT_KEYS, Config, Family, Scope, Template, Wrapper
+from shardxform.tensors import TensorSpec
 
 MAX_LAYERS: Final = 10_000
 _MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
 
-__all__ = ["COMPANIONS", "MAX_LAYERS", "Layout", "Place", "count_paths", "layout_of", "read_count", "variants_found"]
+__all__ = [
+    "COMPANIONS",
+    "MAX_LAYERS",
+    "Layout",
+    "Place",
+    "count_paths",
+    "is_quantized",
+    "layout_of",
+    "read_count",
+    "refuse_two_spellings",
+    "variants_found",
+]
 
-COMPANIONS: Final = frozenset(
-    {
-        "g_idx",
-        "input_scale",
-        "qweight",
-        "qzeros",
-        "scales",
-        "weight_g_idx",
-        "weight_packed",
-        "weight_scale",
-        "weight_scale_inv",
-        "weight_shape",
-        "weight_zero_point",
-    }
-)
-"""Last name parts that stand for, or beside, a quantized `weight`; they share its place."""
+Rows = Literal["rows", "blocks", "none", "inside"]
+
+COMPANIONS: Final[Mapping[str, Rows]] = {
+    "g_idx": "none",
+    "input_scale": "none",
+    "qweight": "inside",
+    "qzeros": "inside",
+    "scales": "inside",
+    "weight_g_idx": "none",
+    "weight_packed": "rows",
+    "weight_scale": "blocks",
+    "weight_scale_inv": "blocks",
+    "weight_shape": "inside",
+    "weight_zero_point": "inside",
+}
+"""Last name parts that stand for, or beside, a quantized `weight`, and share its place; and what its axis 0 counts.
+
+`rows`: the rows of the weight. `blocks`: blocks of them, of one row, some, or all. `none`: not the rows. `inside`: the
+rows are counted on another axis, packed into words, or said by the values, so that taking some out needs the data.
+"""
+
+
+_QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and dtype != "BOOL"} | {"U32"})
+
+
+def is_quantized(spec: TensorSpec) -> bool:
+    """Whether a tensor is of a quantized weight, by its name or by a dtype that no other tensor has."""
+    return spec.name.rpartition(".")[2] in COMPANIONS or spec.dtype in _QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +126,27 @@ class Layout:
 
     @property
     def mtp_prefixes(self) -> tuple[str, ...]:
-        """What every name of an MTP layer begins with, known to the family or not."""
+        """What every name of an MTP layer that the config declares begins with, known to the family or not."""
         mtp = self.family.mtp
         if mtp is None:
             return ()
         if not mtp.follows_blocks:
             return (mtp.prefix.split(".")[0] + ".",)
-        numbers = range(self.num_layers, self.num_layers + self.mtp_layers)
-        return tuple(mtp.prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
+        return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers))
+
+    def undeclared_mtp_prefixes(self) -> tuple[str, ...]:
+        """Give what names of layers beyond those of the config begin with, where the family has MTP layers there."""
+        mtp = self.family.mtp
+        if mtp is None or not mtp.follows_blocks:
+            return ()
+        blocks, end = self.wrapper.prefix + "layers.", self.num_layers + self.mtp_layers
+        beyond = {name[len(blocks) :].partition(".")[0] for name in self.unknown if name.startswith(blocks)}
+        return self._mtp_prefixes(sorted(int(number) for number in beyond if _is_id(number) and int(number) >= end))
+
+    def _mtp_prefixes(self, numbers: Iterable[int]) -> tuple[str, ...]:
+        assert self.family.mtp is not None
+        prefix = self.family.mtp.prefix
+        return tuple(prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
 
 
 def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
@@ -192,6 +230,32 @@ def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
         if place.template.variant and place.layer is not None:
             out.setdefault((place.scope, place.layer), place.template.variant)
     return out
+
+
+def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_out: str = "") -> None:
+    """Refuse a block whose experts are there fused and one by one: no client says which of them it takes.
+
+    Args:
+        layout: of the checkpoint.
+        without: what names begin with that are not looked at.
+        mtp_way_out: added to what is said of an MTP layer.
+
+    Raises:
+        FamilyError: names a tensor of each spelling.
+
+    """
+    seen: dict[tuple[Scope, int | None], dict[str, str]] = {}
+    for name, place in layout.places.items():
+        if not place.template.variant or name.startswith(without):
+            continue
+        block = seen.setdefault((place.scope, place.layer), {})
+        block.setdefault(place.template.variant, name)
+        if len(block) > 1:
+            what, way_out = ("MTP layer", mtp_way_out) if place.scope == "mtp" else ("layer", "")
+            raise FamilyError(
+                f"{what} {place.layer} holds its experts twice, fused ('{block['fused']}') and one by one"
+                f" ('{block['per-expert']}'): remove the tensors of one spelling{way_out}"
+            )
 
 
 class _Finder:

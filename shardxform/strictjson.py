@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from typing import Any, Final, NoReturn
@@ -27,6 +28,10 @@ def parse_object(data: bytes) -> dict[str, Any]:
         JsonError: not UTF-8, not JSON, not an object, a duplicate key, a non-finite number, nested too deeply.
 
     """
+    if data.startswith(codecs.BOM_UTF8):
+        raise JsonError(
+            "not JSON: it begins with a byte-order mark, which no client takes; save it as UTF-8 without BOM"
+        )
     try:
         value = json.loads(
             data.decode("utf-8"),

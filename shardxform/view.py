@@ -6,7 +6,6 @@ output against; all three call `pruned_view`.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,10 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from shardxform.checkpoint import Checkpoint
+from shardxform.config_names import DECLARATIONS, Changes, declarations, modules_moved, with_renamed, without_empty
 from shardxform.errors import FamilyError, ManifestError, PlanError
 from shardxform.expectation import expected
 from shardxform.families.base import Wrapper
-from shardxform.layout import Layout, Place, count_paths, layout_of, variants_found
+from shardxform.layout import (
+    COMPANIONS,
+    Layout,
+    Place,
+    count_paths,
+    is_quantized,
+    layout_of,
+    refuse_two_spellings,
+    variants_found,
+)
 from shardxform.manifest import Manifest
 from shardxform.strays import refuse_strays
 from shardxform.tensors import TensorRef
@@ -28,7 +37,9 @@ __all__ = ["MtpMode", "View", "pruned_view"]
 MtpMode = Literal["auto", "keep", "drop"]
 
 # Top-level keys of a multimodal config that still mean something once the text config is promoted.
-_CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version", "quantization_config")
+_CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
+
+_MTP_WAY_OUT = "; or leave the MTP layers out with --mtp drop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +87,23 @@ def pruned_view(
     layout = layout_of(source.config, source.tensors, source.where)
     if manifest is not None:
         manifest.check(layout)
-    _check_experts(layout, source.tensors)
     kept = manifest.num_kept if manifest else layout.num_experts
     prunes = kept < layout.num_experts
-    notes = list(_notes(source, layout))
-    drop_mtp = _drops_mtp(layout, manifest, mtp, prunes, notes)
+    notes: list[str] = []
+    dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
+    wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
+    _check_experts(wanted, source.tensors, dropped)
+    notes[:0] = _notes(source, wanted, dropped)
     if prunes:
-        _refuse_unsafe(layout, source, drop_mtp)
-    refuse_strays(layout, source.tensors, but=layout.mtp_prefixes if drop_mtp else ())
+        _refuse_unsafe(layout, source, dropped)
+    refuse_strays(layout, source.tensors, but=dropped)
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
-    builder = _Builder(layout, manifest, drop_mtp, wrapper)
+    builder = _Builder(layout, manifest, dropped, wrapper)
     tensors = _unique(builder.tensors(source.tensors))
-    config = _config(layout, wrapper, kept, drop_mtp)
+    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    if any(declarations(config)):
+        modules = modules_moved(layout, builder.moved, builder.keeps)
+        config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
     checkpoint = replace(source, tensors=tensors, config=config)
     if wrapper is not layout.wrapper:
         left_out = layout.family.vision_sidecars
@@ -117,32 +133,46 @@ def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
 class _Builder:
     """Walks the source's table once, in source order, counting what it does."""
 
-    def __init__(self, layout: Layout, manifest: Manifest | None, drop_mtp: bool, wrapper: Wrapper) -> None:
+    def __init__(
+        self, layout: Layout, manifest: Manifest | None, dropped_mtp: tuple[str, ...], wrapper: Wrapper
+    ) -> None:
         self._layout = layout
         self._manifest = manifest
-        self._drop_mtp = drop_mtp
+        self._dropped_mtp = dropped_mtp
         self._wrapper = wrapper
         self.sliced = 0
         self.renamed = 0
         self.dropped: Counter[str] = Counter()
+        self.moved: dict[str, str] = {}
+
+    @property
+    def keeps(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """Ids of the experts that stay, by scope and layer."""
+        if self._manifest is None:
+            return {}
+        both = {"block": self._manifest.keep, "mtp": self._manifest.mtp_keep}
+        return {(scope, layer): ids for scope, keep in both.items() for layer, ids in keep.items()}
 
     def tensors(self, source: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
         for name, ref in source.items():
             reason = self._reason_to_drop(name)
             if reason:
                 self.dropped[reason] += 1
+                self.moved[name] = ""
                 continue
             place = self._layout.places.get(name)
             out = self._pruned(ref, place) if place else ref
             if out is None:
                 self.dropped["pruned experts"] += 1
+                self.moved[name] = ""
                 continue
             out = self._rename(out)
             self.renamed += out.name != name
+            self.moved[name] = out.name
             yield out.name, out
 
     def _reason_to_drop(self, name: str) -> str:
-        if self._drop_mtp and name.startswith(self._layout.mtp_prefixes):
+        if self._dropped_mtp and name.startswith(self._dropped_mtp):
             return "MTP layers"
         vision = self._layout.family.vision_prefix
         if self._wrapper is not self._layout.wrapper and vision and name.startswith(vision):
@@ -154,6 +184,8 @@ class _Builder:
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
         if place.template.sliced:
+            if place.companion and not _has_rows(ref, place.companion, self._layout.num_experts):
+                return ref
             self.sliced += 1
             return ref.select(keep)
         if place.expert is None:
@@ -176,28 +208,68 @@ class _Builder:
         return ref.renamed(new + ref.name[len(old) :]) if old != new and ref.name.startswith(old) else ref
 
 
-def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef]) -> None:
-    """Every MoE block has its router and every expert, in the shapes that the config promises, and no more."""
+def _has_rows(ref: TensorRef, companion: str, rows: int) -> bool:
+    """Whether axis 0 of what stands for, or beside, a router's weight counts its rows, so that pruning slices it.
+
+    Raises:
+        PlanError: neither that, nor a tensor that stays as it is whichever rows are taken out.
+
+    """
+    counts, shape = COMPANIONS[companion], ref.spec.shape
+    if counts in ("rows", "blocks") and shape and shape[0] == rows:
+        return True
+    if counts == "none" or (counts == "blocks" and (not shape or shape[0] == 1)):  # one block that holds every row
+        return False
+    why = {
+        "rows": f"expected {rows} rows, one per expert",
+        "blocks": f"its scales are for blocks of the router's {rows} rows, which pruning would take apart",
+        "inside": "it counts the router's rows within its words or on another axis, where they cannot be taken out",
+    }
+    raise PlanError(
+        f"tensor '{ref.name}' {list(shape)} of a quantized router cannot be pruned: {why[counts]};"
+        " prune a checkpoint whose routers are in 16 bits"
+    )
+
+
+def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tuple[str, ...]) -> None:
+    """Every MoE block has its router and every expert, in the shapes that the config promises, and no more.
+
+    MTP layers that are dropped, whose names begin with `dropped`, are not looked at.
+    """
+    refuse_two_spellings(layout, dropped, _MTP_WAY_OUT)
     wanted: set[str] = set()
     for name, item in expected(layout, variants_found(layout)):
         template = item.place.template
         if not (template.sliced or template.numbered) or (item.place.scope == "mtp" and not layout.has_mtp):
+            continue
+        if name.startswith(dropped):
             continue
         wanted.add(name)
         ref = tensors.get(name)
         if ref is None and _has_companion(name, layout):
             continue
         shape = list(item.shape or ())
+        way_out = _MTP_WAY_OUT if item.place.scope == "mtp" else ""
         if ref is None:
-            raise FamilyError(f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer")
+            raise FamilyError(
+                f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
+            )
         if item.shape is not None and ref.spec.shape != item.shape:
-            raise FamilyError(f"tensor '{name}': shape {list(ref.spec.shape)}, but the config promises {shape}")
+            found = list(ref.spec.shape)
+            raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():
-        if (place.template.sliced or place.template.numbered) and not place.companion and name not in wanted:
-            if place.scope == "mtp" and not layout.mtp_layers:
-                key = layout.family.mtp.count_key if layout.family.mtp else ""
-                raise FamilyError(f"tensor '{name}' belongs to an MTP layer, but config.json has no {key}")
-            raise FamilyError(f"tensor '{name}' is one the config does not allow for ({layout.num_experts} experts)")
+        counted = (place.template.sliced or place.template.numbered) and not place.companion
+        if counted and name not in wanted and not name.startswith(dropped):
+            _refuse_uncounted(layout, name, place)
+
+
+def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
+    way_out = _MTP_WAY_OUT if place.scope == "mtp" else ""
+    if place.scope == "mtp" and not layout.mtp_layers:
+        key = layout.family.mtp.count_key if layout.family.mtp else ""
+        raise FamilyError(f"tensor '{name}' belongs to an MTP layer, but config.json has no {key}{way_out}")
+    count = layout.num_experts
+    raise FamilyError(f"tensor '{name}' is one the config does not allow for ({count} experts){way_out}")
 
 
 def _has_companion(name: str, layout: Layout) -> bool:
@@ -205,10 +277,19 @@ def _has_companion(name: str, layout: Layout) -> bool:
     return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed"))
 
 
+def _dropped_mtp(
+    layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: bool, notes: list[str]
+) -> tuple[str, ...]:
+    """What the names of dropped MTP layers begin with; nothing where none is dropped."""
+    if mtp == "drop":
+        prefixes = (*layout.mtp_prefixes, *layout.undeclared_mtp_prefixes())
+        found = layout.has_mtp or layout.mtp_layers > 0 or any(name.startswith(prefixes) for name in layout.unknown)
+        return prefixes if found else ()
+    return layout.mtp_prefixes if _drops_mtp(layout, manifest, mtp, prunes, notes) else ()
+
+
 def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: bool, notes: list[str]) -> bool:
     declared = layout.mtp_layers > 0
-    if mtp == "drop":
-        return layout.has_mtp or declared
     if not layout.has_mtp:
         if declared and prunes:
             notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
@@ -224,27 +305,27 @@ def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: 
     return True
 
 
-def _refuse_unsafe(layout: Layout, source: Checkpoint, drop_mtp: bool) -> None:
+def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...]) -> None:
     """Refuse what slicing could leave inconsistent without anyone noticing."""
     blocks = (layout.wrapper.prefix + "layers.", *layout.mtp_prefixes)
+    undeclared = layout.undeclared_mtp_prefixes()
     for name in layout.unknown:
-        if drop_mtp and name.startswith(layout.mtp_prefixes):
+        if name.startswith(dropped):
             continue
         shape = source.tensors[name].spec.shape
         if name.startswith(blocks) and ("expert" in name or "router" in name or layout.num_experts in shape):
+            way_out = _MTP_WAY_OUT if name.startswith(undeclared) else ""
             raise PlanError(
                 f"tensor '{name}' {list(shape)} is unknown to family {layout.family.name},"
-                " and looks as if it had to be pruned too"
+                f" and looks as if it had to be pruned too{way_out}"
             )
-    quantization = source.config.get("quantization_config")
-    if quantization and re.search(r"experts\.\d", repr(quantization)):
-        raise PlanError("config.json: quantization_config names single experts, which pruning renumbers")
 
 
-def _notes(source: Checkpoint, layout: Layout) -> Iterator[str]:
-    if layout.unknown:
-        names = ", ".join(layout.unknown[:3]) + (", ..." if len(layout.unknown) > 3 else "")
-        yield f"{len(layout.unknown)} tensors unknown to family {layout.family.name} are copied as they are: {names}"
+def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iterator[str]:
+    unknown = [name for name in layout.unknown if not name.startswith(dropped)]
+    if unknown:
+        names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        yield f"{len(unknown)} tensors unknown to family {layout.family.name} are copied as they are: {names}"
     missing = [
         name
         for name, item in expected(layout, variants_found(layout))
@@ -252,10 +333,27 @@ def _notes(source: Checkpoint, layout: Layout) -> Iterator[str]:
         and name not in source.tensors
         and not _has_companion(name, layout)
         and (item.place.scope != "mtp" or layout.has_mtp)
+        and not name.startswith(dropped)
     ]
+    yield from _undeclared(source)
     if missing:
         yield f"the source lacks {len(missing)} tensors that family {layout.family.name} expects, such as {missing[0]}"
     yield from tied_notes(source, layout)
+
+
+def _undeclared(source: Checkpoint) -> Iterator[str]:
+    """Say where config.json declares quantized weights that are not there, or none although some are."""
+    declared = next(declarations(source.config), None)
+    quantized = [ref.spec for ref in source.tensors.values() if is_quantized(ref.spec)]
+    if declared and not quantized:
+        where = ".".join(declared[0])
+        yield f"config.json: {where} declares quantized weights, but the shards hold none: remove it, or clients refuse"
+    elif quantized and not declared:
+        first = quantized[0]
+        yield (
+            f"{len(quantized)} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
+            " no quantization_config, without which clients take them for something else"
+        )
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
@@ -282,10 +380,26 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
         return config
     text = {**config[layout.wrapper.text_key], "model_type": wrapper.model_type}
     carried = {key: config[key] for key in _CARRIED if key in config}
+    carried.update(_carried_declarations(config, text))
     if "tie_word_embeddings" in text:  # the text-only class reads it here, the multimodal one read its own level
         carried["tie_word_embeddings"] = layout.text["tie_word_embeddings"]
     named = {"architectures": [wrapper.architecture]}
     return {**named, **text, **carried, **named}  # first, and whatever the text config says of it
+
+
+def _carried_declarations(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the top level says of quantization; where the text config says it too, both must say the same.
+
+    Raises:
+        PlanError: they do not.
+
+    """
+    for key in DECLARATIONS:
+        above, below = config.get(key), text.get(key)
+        if above and below and above != below:
+            raise PlanError(f"config.json: {key} and that of the text config differ; expected one")
+        if key in config and (above or not below):
+            yield key, above
 
 
 def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "families",
         "layout",
         "expectation",
+        "config_names",
         "tied_head",
         "strays",
         "config_values",

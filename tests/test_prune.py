@@ -248,11 +248,3 @@ def test_float8_experts_keep_their_scales(tmp_path: Path) -> None:
         for new, old in enumerate(manifest.keep[layer]):
             name = "model.layers.{}.mlp.experts.{}.up_proj.weight_scale_inv"
             assert out[name.format(layer, new)] == scales[name.format(layer, old)]
-
-
-def test_a_config_that_names_single_experts_is_refused(tmp_path: Path) -> None:
-    config, tensors = tiny("qwen3_moe")
-    config["quantization_config"] = {"modules_to_not_convert": ["model.layers.0.mlp.experts.3.up_proj"]}
-    root = write_checkpoint(tmp_path / "s", tensors, config)
-    with pytest.raises(PlanError, match="names single experts"):
-        plan_prune(Checkpoint.open(root), manifest_of(root))

@@ -542,7 +542,11 @@ OPTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen3_5_moe", {"mtp": "drop"}, {"grid": Grid(bits=8, group_size=32)}),
     ("qwen3_6_moe", {}, {"keep_16bit": ("*.layers.1.mlp.experts.*", "*.self_attn.*")}),
     ("qwen3_6_moe", {"text_only": True}, {"keep_16bit": ("*.linear_attn.in_proj_qkv", "*.linear_attn.in_proj_z")}),
-    ("qwen3_5_moe_text", {}, {"grid": Grid(group_size=64)}),  # experts do not fit
+    (
+        "qwen3_5_moe_text",
+        {},
+        {"grid": Grid(group_size=64), "keep_16bit": ("*.mlp.experts.*",)},
+    ),  # other modules do not fit
     ("qwen3_5_moe_text", {}, {"grid": Grid(group_size=-1), "keep_16bit": ("*.3.mlp.shared_expert.*",)}),
     ("qwen3_moe_mixed", {}, {"keep_16bit": ("*.layers.2.mlp.*_proj", "*.layers.4.mlp.*_proj")}),
     ("deepseek_v3", {}, {"keep_16bit": ("*.kv_b_proj", "model.layers.1.mlp.shared_experts.*")}),

@@ -22,7 +22,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.expectation import expected
 from shardxform.fsio import FileSystem
-from shardxform.layout import Layout, Place, layout_of, variants_found
+from shardxform.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.loading import Loaded, StoredReader, turned
 from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of
@@ -124,6 +124,7 @@ class Weights:
         self.layout: Layout = (
             stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
         )
+        refuse_two_spellings(self.layout)
         self._tensors = {**self._stored.plain, **self._stored.weights} if self._stored else checkpoint.tensors
         self._experts = _expert_table(self.layout, self._tensors)
         self._source = open_source(checkpoint.root, checkpoint.remote, fs or FileSystem(), ahead=True)

@@ -10,11 +10,14 @@ from typing import Final, Literal
 
 from shardxform.errors import SchemeError
 
-__all__ = ["COLUMN_MULTIPLE", "Bits", "Grid", "Layout", "ScaleGrid"]
+__all__ = ["COLUMN_MULTIPLE", "GROUP_SIZES", "Bits", "Grid", "Layout", "ScaleGrid"]
 
 Bits = Literal[4, 8]
 Layout = Literal["gptq", "row"]
 ScaleGrid = Literal["fp16", "bf16"]
+
+GROUP_SIZES: Final = (128, 64, 32, -1)
+"""Input columns that may share a scale, the usual number first; -1 for a whole row."""
 
 COLUMN_MULTIPLE: Final = 32
 """Input channels of a weight that can be packed: a multiple of this, so that groups fill whole words."""
@@ -39,7 +42,7 @@ class Grid:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise SchemeError(f"bits: expected 4 or 8, found {self.bits}")
-        if self.group_size not in (128, 64, 32, -1):
+        if self.group_size not in GROUP_SIZES:
             raise SchemeError(f"group size: expected 128, 64, 32 or -1, found {self.group_size}")
         if self.scale_grid not in ("fp16", "bf16"):
             raise SchemeError(f"scale grid: expected fp16 or bf16, found {self.scale_grid}")

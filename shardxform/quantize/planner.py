@@ -14,17 +14,20 @@ from typing import Any
 from shardxform import computing
 from shardxform import plan as plans
 from shardxform.block_size import BlockSize, block_sizes
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.config_names import declarations
 from shardxform.errors import SchemeError
 from shardxform.heal_plan import healed_names, kept_items, refuse_unpruned
+from shardxform.layout import is_quantized
 from shardxform.manifest import Manifest
 from shardxform.modules import Module
 from shardxform.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.quantization_config import build
+from shardxform.quantize.grid import GROUP_SIZES
 from shardxform.quantize.steps import KeptItem, Round, RoundItem, TuneBlock
 from shardxform.recipe import Recipe
-from shardxform.scheme import Part, Scheme
+from shardxform.scheme import FORMATS, Part, Scheme
 from shardxform.selection import Selection, reasons_summary, select
 from shardxform.tensors import TensorRef
 from shardxform.view import View, pruned_view
@@ -62,7 +65,9 @@ def plan_quantize(
     if recipe and recipe.heal:
         refuse_unpruned(view)
     tensors = view.checkpoint.tensors
+    _refuse_unscaled(view)
     selection = select(view.layout, tensors, scheme)
+    _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, tensors, recipe.iters if recipe else 0)
     copied = kept_tensors(tensors, selection, scheme)
     parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
@@ -105,26 +110,78 @@ def plan_quantize(
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
-    text = source.config.get("text_config")
-    for where, config in (("", source.config), ("text_config.", text if isinstance(text, Mapping) else {})):
-        for key in ("quantization_config", "compression_config"):
-            if config.get(key):
-                raise SchemeError(
-                    f"config.json: {where}{key}: the source is quantized already; see `shardxform convert`"
-                )
+    """Refuse a source that is quantized, or whose config says so.
+
+    Raises:
+        SchemeError: says which, and what to do.
+
+    """
+    for path, declared in declarations(source.config):
+        where = ".".join(path)
+        method = declared.get("quant_method") if isinstance(declared, Mapping) else None
+        if not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+            raise SchemeError(
+                f"{source.where}/{CONFIG}: {where} declares quantized weights, but the shards hold none;"
+                f" remove {where} from config.json, and run the same command again"
+            )
+        if method in FORMATS and path == ("quantization_config",):
+            raise SchemeError(f"config.json: {where}: the source is quantized already; see `shardxform convert`")
+        named = f"by method {method!r}" if method else f"as {where} says"
+        raise SchemeError(
+            f"config.json: {where}: the source is quantized already, {named}, which is neither rounded again nor"
+            " converted; start from a 16-bit checkpoint of the model"
+        )
+
+
+def _refuse_unscaled(view: View) -> None:
+    """Refuse weights that are stored quantized although the config declares nothing: their values are not theirs.
+
+    Raises:
+        SchemeError: names one of them.
+
+    """
+    tensors, places = view.checkpoint.tensors, view.layout.places
+    found = [ref.spec for name, ref in tensors.items() if name in places and is_quantized(ref.spec)]
+    if found:
+        more = f", and {len(found) - 1} tensors more" if len(found) > 1 else ""
+        raise SchemeError(
+            f"tensor '{found[0].name}' is {found[0].dtype}{more}: quantized weights, which mean nothing without the"
+            " quantization_config that config.json lacks; start from a 16-bit checkpoint of the model"
+        )
+
+
+def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
+    """Refuse to leave all routed experts, most of the model, in 16 bits where another group size would fit them.
+
+    Raises:
+        SchemeError: names the group size.
+
+    """
+    kept = [module for module in selection.kept_modules if module.expert is not None and module.place.scope == "block"]
+    misfits = [module for module in kept if module.name in selection.misfits]
+    if not misfits or any(module.expert is not None for module in selection.quantized):
+        return
+    shapes = {module.weight.spec.shape for module in misfits}
+    for size in GROUP_SIZES:
+        other = replace(scheme, grid=replace(scheme.grid, group_size=size))
+        if not any(other.misfit(*shape) for shape in shapes):
+            odd = next(module for module in misfits if scheme.misfit(*module.weight.spec.shape))
+            raise SchemeError(
+                f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
+                f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
+            )
 
 
 def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
     """Tensors that stay as they are.
 
-    Experts that stay 16-bit in some blocks while others are quantized are un-fused too: the loader of auto-round and
-    gptq un-fuses every block or none, and would leave fused ones at their random initial values with only a warning.
+    Experts that stay 16-bit are un-fused too: the loader of auto-round and gptq un-fuses every block, whether any of
+    its experts is quantized or not, and would leave fused ones at their random initial values with only a warning.
     That of compressed-tensors looks at each block, and wants 16-bit experts as the release has them.
     """
     replaced = {name for module in selection.quantized for name in module.sources}
     unfused: dict[str, TensorRef] = {}
-    mixed = any(module.expert is not None for module in selection.quantized)
-    if mixed and scheme.expert_names == "split" and scheme.format != "compressed-tensors":
+    if scheme.expert_names == "split" and scheme.format != "compressed-tensors":
         for module in selection.kept_modules:
             if module.place.template.variant == "fused" and module.place.scope == "block":
                 replaced.update(module.sources)
@@ -207,7 +264,10 @@ def _summary(
 
 
 def _misfit_notes(selection: Selection) -> Iterator[str]:
-    """Say which wanted modules stay 16-bit, a line per reason."""
+    """Say which wanted modules stay 16-bit, a line per reason; and loudly when they are all the routed experts."""
+    experts = {module.name for module in selection.kept_modules if module.expert is not None}
+    if experts & selection.misfits.keys() and not any(module.expert is not None for module in selection.quantized):
+        yield "no routed expert is quantized, since no group size fits their shapes: most of the model stays 16-bit"
     by_reason: dict[str, list[str]] = {}
     for name, why in selection.misfits.items():
         by_reason.setdefault(why, []).append(name)

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 from shardxform.checkpoint import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.expectation import Expected, expected
-from shardxform.layout import COMPANIONS, Layout, layout_of, variants_found
+from shardxform.layout import COMPANIONS, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
 from shardxform.modules import LINEAR_ROLES, modules_of
 from shardxform.quantization_config import Resolved, resolve
 from shardxform.quantize.grid import Bits, Grid, ScaleGrid
@@ -106,6 +106,7 @@ def read_stored(source: Checkpoint) -> Stored:
 
     """
     stored, errors = scan_stored(source)
+    refuse_two_spellings(stored.layout)
     if errors:
         raise errors[0]
     return stored
@@ -119,10 +120,15 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
         FamilyError: see `layout.layout_of`.
 
     """
-    resolved = _resolved(source)
     groups, plain = _grouped(source.tensors)
+    if source.config.get("quantization_config") and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+        raise SchemeError(
+            f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized: remove it from config.json,"
+            " and the checkpoint is the 16-bit one that the shards hold"
+        )
+    resolved = _resolved(source)
     if not groups:
-        raise SchemeError(f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized")
+        raise SchemeError(f"{source.where}/{CONFIG}: quantization_config, but no tensor is a part of such a weight")
     grid = Grid(
         bits=cast(Bits, resolved.bits), group_size=resolved.group_size, scale_grid=_scale_grid(source, resolved, groups)
     )
@@ -162,7 +168,7 @@ def _resolved(source: Checkpoint) -> Resolved:
     for key, value in config.items():
         if isinstance(value, Mapping) and value.get("quantization_config"):
             raise SchemeError(f"{where}: {key}.quantization_config, expected it at the top level alone")
-    if declared is None:
+    if declared in (None, {}):
         raise SchemeError(f"{where}: no quantization_config: the source is not quantized; see `shardxform quantize`")
     if not isinstance(declared, Mapping):
         raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")

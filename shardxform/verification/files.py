@@ -143,6 +143,10 @@ def _lost(index: Mapping[str, Any], checkpoint: Checkpoint, findings: Findings) 
 
 def _check_total_size(index: Mapping[str, Any], checkpoint: Checkpoint, findings: Findings) -> None:
     metadata = index.get("metadata")
+    if index and not isinstance(metadata, Mapping):
+        found = "null" if metadata is None else repr(metadata)
+        findings.problem("index", INDEX, f"metadata: expected an object, found {found}, which transformers refuses")
+        return
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     if index and total != checkpoint.nbytes:
         findings.warn("total-size", INDEX, f"metadata.total_size is {total}, the tensors have {checkpoint.nbytes}")

@@ -85,11 +85,11 @@ class _Module:
 def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], findings: Findings) -> None:
     """Report contradictions between `quantization_config` and the kinds of tensors, and between merged modules."""
     modules = list(_modules(layout, tensors))
-    declared = layout.config.get("quantization_config", layout.text.get("quantization_config"))
+    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     _check_float(layout, modules, findings)
     check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
-    if declared is None:
+    if declared in (None, {}):
         _check_undeclared(modules, findings)
     elif not isinstance(declared, Mapping):
         findings.problem("quantization-config", CONFIG, f"quantization_config: expected an object, found {declared!r}")

@@ -131,14 +131,13 @@ def _inputs_for(source: Checkpoint, inputs: Mapping[str, Any], packed: Stored | 
 
 def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
     """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other."""
-    declared = source.config.get("quantization_config")
-    if declared is None or out is None:
+    if not source.config.get("quantization_config") or out is None:
         return None
     try:
         packed = read_stored(source)
     except SchemeError:
         return None  # a form that is not understood can only have been copied
-    if "quantization_config" not in out.config:
+    if not out.config.get("quantization_config"):
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
     return packed if stored and form != other else None
@@ -176,9 +175,9 @@ def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
 def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
     """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
     healed = _healed(view, known.record)
-    if "quantization_config" not in out.config and (known.packed or known.dequantized):
+    if not out.config.get("quantization_config") and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
-    if out.config.get("quantization_config") is None or "quantization_config" in view.checkpoint.config:
+    if not out.config.get("quantization_config") or view.checkpoint.config.get("quantization_config"):
         return _apart(Wanted(view, view.checkpoint.tensors), healed)
     return _apart(_quantized(view, out, known, findings), healed)
 
