@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verification.findings", "verification.unknown", "verification.quantized", "verification.parts"),
     ("verification.structure", "verification.files", "verification.reading", "verification.report"),
     ("verification.wanted", "verification.values", "verification.kernels"),
-    ("verification.systematic", "verification.rounding"),
+    ("verification.systematic", "verification.rounding", "verification.independent"),
     ("verification.derived", "verification.jobs", "verification.data", "verification.source", "verification"),
     ("card.facts", "card.record", "card.markdown", "card.frontmatter", "card.reproduction"),
     ("card.evaluations", "card.writing", "card.gathering", "card.loading", "card.render", "card", "doctor"),
