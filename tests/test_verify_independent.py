@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,13 @@ def manifest_of(root: Path, first: int = 0) -> Manifest:
     """Other experts in every layer, four of each, as many of each router group; MTP layers too."""
     checkpoint = Checkpoint.open(root)
     layout = layout_of(checkpoint.config, checkpoint.tensors)
-    size = layout.num_experts // layout.groups
-    lists = [
-        tuple(
-            sorted(
-                group * size + (first + layer + step) % size
-                for group in range(layout.groups)
-                for step in range(4 // layout.groups)
-            )
-        )
-        for layer in range(layout.num_layers + layout.mtp_layers)
-    ]
+    size, each = layout.num_experts // layout.groups, 4 // layout.groups
+
+    def ids(layer: int) -> tuple[int, ...]:
+        starts = range(0, layout.num_experts, size)
+        return tuple(sorted(start + (first + layer + step) % size for start in starts for step in range(each)))
+
+    lists = [ids(layer) for layer in range(layout.num_layers + layout.mtp_layers)]
     return Manifest(
         keep={layer: lists[layer] for layer in layout.moe_layers},
         mtp_keep={at: lists[layout.num_layers + at] for at in range(layout.mtp_layers)},
@@ -66,7 +63,7 @@ def manifest_of(root: Path, first: int = 0) -> Manifest:
 def found(out: Path, source: Path, **given: Any) -> list[Problem]:
     """What it says, alone."""
     findings = Findings()
-    assert check_independently(out, source, findings, **given) > 50
+    assert check_independently(out, source, findings, **given) > 20
     assert not findings.warnings
     assert {p.code for p in findings.problems} <= {CODE}
     return findings.problems
@@ -124,23 +121,17 @@ def test_quantized_and_converted_outputs_of_every_family(kind: str, format_: Any
         converted = convert(out, tmp_path / to, format=to)
         assert found(converted, out) == []
         assert found(converted, source) == []
-    run(
-        plan_prune(
-            Checkpoint.open(out),
-            Manifest(keep=dict.fromkeys(manifest_of(source).keep, (0, 2) if "deepseek" in kind else (1, 2))),
-            ViewOptions(mtp="drop"),
-        ),
-        tmp_path / "again",
-    )
-    assert found(tmp_path / "again", out) == []
+    fewer = Manifest(keep=dict.fromkeys(manifest_of(source).keep, (0, 2) if kind == "deepseek_v3" else (1, 2)))
+    run(plan_prune(Checkpoint.open(out), fewer, ViewOptions(mtp="drop")), tmp_path / "fewer")
+    assert found(tmp_path / "fewer", out) == []
 
 
 @pytest.mark.parametrize(
     "grid",
     [
         *(
-            Grid(bits=bits, group_size=size, scale_grid=grid)
-            for bits, size, grid in product((4, 8), (64, -1), ("fp16", "bf16"))
+            Grid(bits=b, group_size=size, scale_grid=grid)
+            for b, size, grid in product((4, 8), (64, -1), ("fp16", "bf16"))
         ),
         Grid(group_size=32, search=True),
     ],
@@ -178,9 +169,8 @@ def test_healed_outputs_may_be_anything_that_is_like_the_source(tmp_path: Path) 
     def rewritten(names: dict[str, str]) -> list[Problem]:
         changed = {}
         for name, raw in tensors.items():
-            values = tensors[names.get(name, name)].float32() * rng.uniform(0.5, 1.5, raw.shape).reshape(-1).astype(
-                "f4"
-            ).reshape(tensors[name].float32().shape)
+            values = tensors[names.get(name, name)].float32()
+            values = (values * rng.uniform(0.5, 1.5, values.shape)).astype("<f4")
             bits = (values.view("<u4") >> 16).astype("<u2") if raw.dtype == "BF16" and ".layers." in name else None
             changed[name] = raw if bits is None else (raw.dtype, raw.shape, bits.tobytes())
         for path in (tmp_path / "out").glob("*.safetensors*"):
@@ -236,10 +226,12 @@ def renumbered(source: Path, out: Path) -> None:
     """Experts in another order, the router as it must be."""
     run(plan_prune(Checkpoint.open(source), manifest_of(source)), out)
     tensors = read_checkpoint(out)
-    changed = {
-        name.replace(".experts.0.", ".experts.x.").replace(".experts.1.", ".experts.0.").replace(".x.", ".1."): raw
-        for name, raw in tensors.items()
-    }
+    swapped = {".experts.0.": ".experts.1.", ".experts.1.": ".experts.0."}
+
+    def other(name: str) -> str:
+        return next((name.replace(old, new) for old, new in swapped.items() if old in name), name)
+
+    changed = {other(name): raw for name, raw in tensors.items()}
     rewrite(out, changed)
 
 
@@ -296,9 +288,7 @@ def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypat
         for module in right(*args):
             other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
             stem, _, last = module.name.rpartition(".")
-            yield modules.Module(
-                f"{stem}.{other.get(last, last)}", module.weight, module.sources, module.place, module.expert
-            )
+            yield replace(module, name=f"{stem}.{other.get(last, last)}")
 
     monkeypatch.setattr(modules, "_unfused", wrong)
     source = make(tmp_path / "source", "qwen3_5_moe_text", "fused")
@@ -313,9 +303,6 @@ def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypat
 def test_it_finds_experts_that_are_numbered_wrong_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path / "source", "qwen3_moe", "per-expert")
     manifest = manifest_of(source, first=1)
-    monkeypatch.setattr(
-        view, "bisect_left", lambda keep, expert: list(keep)[::-1].index(expert) if expert in keep else len(keep)
-    )
     monkeypatch.setattr(view._Builder, "_pruned", backwards)
     run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "out")
     assert verify(tmp_path / "out", source=source).sound
@@ -343,7 +330,7 @@ def backwards(self: Any, ref: Any, place: Any) -> Any:
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_how_much_was_derived(pair: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+def test_the_command_says_how_much_was_derived(pair: tuple[Path, dict[str, Path]]) -> None:
     source, outputs = pair
     result = CliRunner().invoke(main, ["verify", str(outputs["gptq"]), "--source", str(source), "--independent", "-q"])
     assert result.exit_code == 0, result.output
@@ -376,10 +363,6 @@ def test_what_cannot_be_read_is_said(
     (problem,) = findings.problems
     assert (problem.code, problem.where) == (CODE, ".")
     assert problem.message.startswith("cannot be derived: ")
-    with (
-        pytest.raises(CheckpointError, match="cannot read it")
-        if what in ("header", "offsets", "bits")
-        else pytest.raises(AssertionError)
-    ):
-        check_independently(source, out, findings)
-        raise AssertionError
+    if what != "json":
+        with pytest.raises(CheckpointError, match="cannot read it"):
+            check_independently(out=source, source=out, findings=findings)

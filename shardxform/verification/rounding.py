@@ -361,5 +361,5 @@ def _report(tally: Tally, again: str, findings: Findings) -> None:
         findings.problem("source-error", tally.pair.words, f"{of}its integers are not {again}")
     elif codes:
         findings.problem("systematic", tally.pair.words, f"{of}{codes}")
-    if ranges:
+    elif ranges:
         findings.problem("scale-range", name, f"{of}{ranges}")
