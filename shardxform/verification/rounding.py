@@ -122,7 +122,7 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     if rule.packed:
         return _same(pair, rule, (words, scales), read_source)
     limits = Limits.of(rule, columns)
-    tally = Tally(pair, sums=None if rule.grid else Sums(columns))
+    tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
     step = max(1, TILE_WEIGHTS // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -135,6 +135,7 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         _examine(_Tile(start, bits_OI, cast(SourceDtype, weight.spec.dtype), words_OW, scale_OG), rule, limits, tally)
     if tally.sums:
         tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
+        tally.sums = None
     return tally
 
 
@@ -193,7 +194,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
     tally.square += square
     tally.energy += energy
     if tally.sums:
-        tally.sums.add(tile.start, *seen.rows, tile.scales, limits.zero, rule.freedom)
+        tally.sums.add(*seen.rows, tile.scales)
 
 
 def _round_again(tile: _Tile, grid: Grid, tally: Tally) -> None:

@@ -53,61 +53,65 @@ _ROUNDED: Final = (1 + 2.0**-8) ** 2
 
 @dataclass(slots=True)
 class Sums:
-    """What the rows of one weight showed that were looked at so far.
+    """What the rows of one weight showed that were looked at so far, from the first on, a run of rows in each item.
 
     Attributes:
-        columns: of the weight.
+        columns, zero: of the weight, and the code that stands for zero.
         beyond, above: of each row, codes farther than a step; codes above the nearest less those below it.
-        groups, outside: groups that hold more than zeros, and those among them whose scale is out of its range.
-        first_outside: row, group and ratio of the scale to the min/max one, of the first of them.
-        plain: squared error to be expected of plain rounding to the min/max scales.
+        peaks, scales: of each group [O, G], its largest weight as a magnitude, and its scale.
 
     """
 
     columns: int
+    zero: int
     beyond: list[NDArray[np.int64]] = field(default_factory=list)
     above: list[NDArray[np.int64]] = field(default_factory=list)
-    groups: int = 0
-    outside: int = 0
-    first_outside: tuple[int, int, float] = (-1, -1, 0.0)
-    plain: float = 0.0
+    peaks: list[NDArray[np.float32]] = field(default_factory=list)
+    scales: list[NDArray[np.float32]] = field(default_factory=list)
 
-    def add(
-        self,
-        start: int,
-        sums_2O: NDArray[np.int64],
-        peak_OG: NDArray[np.float32],
-        scale_OG: NDArray[np.float32],
-        zero: int,
-        freedom: Freedom,
-    ) -> None:
-        """Add the rows from `start` on, of which `peak_OG` are the largest weights of each group, as magnitudes.
-
-        Groups of zeros do not count: what their codes stand for is next to nothing, whatever the scale.
-        """
+    def add(self, sums_2O: NDArray[np.int64], peak_OG: NDArray[np.float32], scale_OG: NDArray[np.float32]) -> None:
+        """Add the next rows."""
         self.beyond.append(sums_2O[0])
         self.above.append(sums_2O[1])
-        used_OG = np.isfinite(peak_OG) & (peak_OG > 0)
-        plain_OG = np.where(
-            used_OG, np.maximum(peak_OG / np.float32(zero), np.float32(freedom.smallest)), np.float32(1)
-        )
-        ratio_OG = np.where(used_OG, np.abs(scale_OG) / plain_OG, np.float32(1))
-        outside_OG = used_OG & ((ratio_OG > freedom.widest * _ROUNDED) | (ratio_OG < freedom.narrowest / _ROUNDED))
-        if outside_OG.any():
-            row, group = divmod(int(outside_OG.argmax()), outside_OG.shape[1])
-            if not self.outside:
-                self.first_outside = start + row, group, float(ratio_OG[row, group])
-            self.outside += int(np.count_nonzero(outside_OG))
-        self.groups += int(np.count_nonzero(used_OG))
-        span = -(-self.columns // peak_OG.shape[1])  # of a short last group too: an upper limit grows
-        plain_OG = np.where(used_OG, plain_OG, np.float32(0))
-        self.plain += float(np.square(plain_OG, dtype=np.float64).sum()) * span / 12
+        self.peaks.append(peak_OG)
+        self.scales.append(scale_OG)
 
     @property
     def mean(self) -> float:
         """Mean signed error in codes: those above the nearest less those below it, over all weights."""
         rows = sum(len(each) for each in self.above)
         return sum(int(each.sum()) for each in self.above) / max(rows * self.columns, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Groups of a weight.
+
+    Groups of zeros do not count: what their codes stand for is next to nothing, whatever the scale.
+
+    Attributes:
+        ratio_OG: scales, as factors of those that plain rounding takes; 1 for groups of zeros.
+        number: of groups that hold more than zeros.
+        plain: squared error to be expected of plain rounding.
+
+    """
+
+    ratio_OG: NDArray[np.float32]
+    number: int
+    plain: float
+
+    @classmethod
+    def of(cls, sums: Sums, freedom: Freedom) -> _Groups:
+        peak_OG, scale_OG = np.concatenate(sums.peaks), np.concatenate(sums.scales)
+        used_OG = np.isfinite(peak_OG) & (peak_OG > 0)
+        plain_OG = np.maximum(peak_OG / np.float32(sums.zero), np.float32(freedom.smallest))
+        plain_OG[~used_OG] = 1
+        ratio_OG = np.abs(scale_OG) / plain_OG
+        ratio_OG[~used_OG] = 1
+        plain_OG[~used_OG] = 0
+        span = -(-sums.columns // peak_OG.shape[1])  # of a short last group too, which only raises the limit
+        square = float(np.square(plain_OG, dtype=np.float64).sum())
+        return cls(ratio_OG, int(np.count_nonzero(used_OG)), square * span / 12)
 
 
 def found_in(sums: Sums, square: float, freedom: Freedom) -> tuple[str, str]:
@@ -119,8 +123,9 @@ def found_in(sums: Sums, square: float, freedom: Freedom) -> tuple[str, str]:
         freedom: what the way of rounding leaves open.
 
     """
-    codes = _steps(sums, freedom), _signs(sums, freedom), _size(sums, square, freedom)
-    return "; ".join(text for text in codes if text), _scales(sums, freedom)
+    groups = _Groups.of(sums, freedom)
+    codes = _steps(sums, freedom), _signs(sums, freedom), _size(groups, square, freedom)
+    return "; ".join(text for text in codes if text), _scales(groups, freedom)
 
 
 def _steps(sums: Sums, freedom: Freedom) -> str:
@@ -162,22 +167,25 @@ def _signs(sums: Sums, freedom: Freedom) -> str:
     return f"mean signed error {sums.mean:+.3f} codes, expected {-limit:.3f} to {limit:.3f}"
 
 
-def _size(sums: Sums, square: float, freedom: Freedom) -> str:
+def _size(groups: _Groups, square: float, freedom: Freedom) -> str:
     """A weight that is farther from the source's than codes and scales of its kind can be."""
     spread = 12 * math.sqrt(freedom.offset**2 / 3 + 1 / 180) * freedom.widest**2
-    most = freedom.growth + SIGMAS * spread / math.sqrt(max(sums.groups, 1))
-    if not sums.plain or square <= most * sums.plain:
+    most = freedom.growth + SIGMAS * spread / math.sqrt(max(groups.number, 1))
+    if not groups.plain or square <= most * groups.plain:
         return ""
-    times = math.sqrt(square / sums.plain)
+    times = math.sqrt(square / groups.plain)
     return f"its error is {times:.2f} times that of plain rounding, expected at most {math.sqrt(most):.2f} times"
 
 
-def _scales(sums: Sums, freedom: Freedom) -> str:
+def _scales(groups: _Groups, freedom: Freedom) -> str:
     """A weight with scales that no rounding takes."""
-    if not sums.outside:
+    ratio_OG = groups.ratio_OG
+    outside_OG = (ratio_OG > freedom.widest * _ROUNDED) | (ratio_OG < freedom.narrowest / _ROUNDED)
+    if not outside_OG.any():
         return ""
-    row, group, ratio = sums.first_outside
+    row, group = divmod(int(outside_OG.argmax()), outside_OG.shape[1])
+    where = f"row {row}, group {group}: {ratio_OG[row, group]:.3g} times the min/max scale"
     return (
-        f"{sums.outside} of {sums.groups} scales are none that rounding takes, the first at row {row}, group {group}:"
-        f" {ratio:.3g} times the min/max scale, expected {freedom.narrowest:.2f} to {freedom.widest:.2f} times"
+        f"{np.count_nonzero(outside_OG)} of {groups.number} scales are none that rounding takes, the first at {where},"
+        f" expected {freedom.narrowest:.2f} to {freedom.widest:.2f} times"
     )
