@@ -67,7 +67,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verification.reading",
         "verification.report",
     ),
-    ("verification.wanted", "verification.values", "verification.kernels", "verification.rounding"),
+    ("verification.wanted", "verification.values", "verification.kernels"),
+    ("verification.systematic", "verification.rounding", "verification.independent"),
     (
         "verification.planned",
         "verification.derived",

@@ -694,11 +694,13 @@ def test_both_backends_count_the_same(seed: int, bits: int, strict: bool, tolera
     near = 0.0 if strict else 0.5
     limits = Limits(zero, span, strict, near, near + tolerance)
     with np.errstate(all="ignore"):
-        plain_counts, square, energy = rounding._plain(weights, codes, scales, limits)
-    counts, fast_square, fast_energy = rounding._compiled(weights, codes, scales, limits)
-    assert counts == plain_counts
-    if np.isfinite([fast_square, fast_energy]).all():
-        assert (fast_square, fast_energy) == pytest.approx((square, energy), rel=1e-4)
+        plain = rounding._plain(weights, codes, scales, limits)
+    fast = rounding._compiled(weights, codes, scales, limits)
+    assert fast.counts == plain.counts
+    for one, other in zip(fast.rows, plain.rows, strict=True):
+        np.testing.assert_array_equal(one, other)
+    if np.isfinite([fast.square, fast.energy]).all():
+        assert (fast.square, fast.energy) == pytest.approx((plain.square, plain.energy), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ _LEFT: Final = {"healed": "healed", "tuned": "rounded with tuning", "unknown": "
     help="Quantized weights to list, those farthest from SRC; --json has all.",
 )
 @click.option("--quick", is_flag=True, help="Headers, index, config and small files only; no tensor data.")
+@click.option(
+    "--independent",
+    is_flag=True,
+    help="Also derive OUT from SRC a second time, by code that shares nothing with what wrote it.",
+)
 @click.option("--jobs", "-j", type=click.IntRange(1, 64), default=None, help="Threads that read.  [default: up to 4]")
 @connections_option
 @json_option
@@ -59,6 +64,7 @@ def command(
     mtp: MtpMode | None,
     worst: int,
     quick: bool,
+    independent: bool,
     jobs: int | None,
     as_json: bool,
     quiet: bool,
@@ -68,16 +74,18 @@ def command(
 
     Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
     wrong. With --source, every tensor must hold the very bytes that SRC and the manifest give; quantized weights must
-    be what rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within half a
-    step, or one and a half, of SRC's. What `convert --to bf16` wrote must be the values of SRC's quantized weights,
-    bit for bit. Of tensors that shardxform.json says were healed, all but the values must be SRC's. The last line
-    says how many values were compared, and why the others were not. Exits with 1 when OUT is not sound. Works on
-    checkpoints of any tool.
+    be what rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within what
+    tuning can do, one and a half steps at most, and with no systematic error. What `convert --to bf16` wrote must be
+    the values of SRC's quantized weights, bit for bit. Of tensors that shardxform.json says were healed, all but the
+    values must be SRC's. The last line says how many values were compared, and why the others were not. Exits with 1
+    when OUT is not sound. Works on checkpoints of any tool.
     """
     if source is None and (manifest or text_only or mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
     if source is None and connections is not None:
         raise click.UsageError("--connections is for reading --source from the hub; give that too")
+    if independent and (source is None or quick):
+        raise click.UsageError("--independent compares values with --source; give that, and no --quick")
     origin = open_given([source], {"connections": connections}, out.parent)[0] if source is not None else None
     with progress("verify", quiet or quick) as on_progress:
         report = verify(
@@ -88,6 +96,7 @@ def command(
             on_progress=on_progress,
             text_only=text_only,
             mtp=mtp,
+            independent=independent,
             jobs=jobs or DEFAULT_JOBS,
         )
     if as_json:
@@ -136,6 +145,8 @@ def _summary(report: VerifyReport, quick: bool) -> Iterator[str]:
         yield f"{same} bit for bit as written"
     if report.warnings:
         yield count(len(report.warnings), "warning")
+    if report.rederived is not None:
+        yield f"{count(report.rederived, 'weight')} derived independently"
 
 
 def _values(report: VerifyReport, quick: bool) -> str:

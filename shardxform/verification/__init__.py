@@ -47,6 +47,7 @@ def verify(
     text_only: bool | None = None,
     mtp: MtpMode | None = None,
     tolerance: int | None = None,
+    independent: bool = False,
 ) -> VerifyReport:
     """Check the checkpoint `out`, and hold it against `source` if that is given.
 
@@ -64,9 +65,11 @@ def verify(
         mtp: as given to `pruned_view`; from shardxform.json where None.
         tolerance: codes that a quantized weight may be from the nearest; where None, 0 if shardxform.json says that
             weights were rounded to nearest, and 1 if they were tuned or it says nothing.
+        independent: derive the output from `source` a second time, by code that shares nothing with what wrote it; see
+            `verification.independent`.
 
     Raises:
-        CheckpointError: `out` is no directory, or the source cannot be read.
+        CheckpointError: `out` is no directory, the source cannot be read, or `independent` without a source here.
         ManifestError: the manifest given is malformed, or does not fit the source.
         FamilyError, PlanError: the source cannot be pruned.
 
@@ -78,11 +81,13 @@ def verify(
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
     if origin and os.path.realpath(origin.root) == os.path.realpath(root):
         raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
+    if independent and (origin is None or origin.remote):
+        raise CheckpointError(f"{root}: an independent check reads the source itself, and needs it on this machine")
+    given = Options(manifest=manifest, text_only=text_only, mtp=mtp, tolerance=tolerance)
     if why := stopped(root):
         findings.problem("unfinished", ".", why)
         seen = _Seen(unfinished=True)
     else:
-        given = Options(manifest=manifest, text_only=text_only, mtp=mtp, tolerance=tolerance)
         seen = _look(root, origin, given, findings)
     figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None, "values_compared": 0}
     compared: frozenset[str] = frozenset()
@@ -91,6 +96,7 @@ def verify(
             findings.warn("tied-head", HEAD, note)
     if seen.checkpoint and (not quick or written):
         figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress, only_written=quick)
+    rederived = _rederive(root, origin, given, findings) if independent and origin and seen.checkpoint else None
     return VerifyReport(
         out=root,
         source=origin.where if origin else None,
@@ -101,9 +107,22 @@ def verify(
         unfinished=seen.unfinished,
         **figures,
         values_left=seen.left(compared),
+        rederived=rederived,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings) -> int:
+    """Compare by code of its own; gives the number of weights."""
+    from shardxform.verification.independent import check_independently
+
+    manifest = given.manifest
+    if manifest is not None:
+        manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
+        kept = {name: {str(layer): list(ids) for layer, ids in getattr(manifest, name).items()} for name in _LISTS}
+    options = {"text_only": given.text_only, "mtp": given.mtp}
+    return check_independently(root, origin.root, findings, kept if manifest is not None else None, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +171,7 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
     return _Seen(checkpoint=checkpoint, structure=structure, wanted=wanted, digests=digests)
 
 
+_LISTS: Final = ("keep", "mtp_keep")
 _FIGURES: Final = (
     "bytes_scanned",
     "bytes_compared",

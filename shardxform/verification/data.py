@@ -48,6 +48,7 @@ from shardxform.verification.values import (
     FLOATS,
     Bytes,
     PartRule,
+    code_sum,
     difference,
     part_faults,
     scan,
@@ -348,7 +349,7 @@ class _Reader:
         if job.part:
             seen.faults = tuple(part_faults(data, job.part, piece.start))
             if job.part.role == "words":
-                seen.nonzero = np.array([data.any()])
+                seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, job.part.grid.bits)
         wanted: Bytes | None = None
         if job.other and self._source:
             wanted = theirs[:count]

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +37,17 @@ __all__ = [
     "report_faults",
 ]
 
+_SIGMAS: Final = 8
+_ANOTHER: Final = 1.5  # a mean that is farther off is no error by one, but of weights that have one
+
 
 @dataclass(slots=True)
 class Job:
     """One tensor to read: how to scan it, what to hold it against, and what was found so far.
 
     `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
-    for parts of quantized weights; `other` holds the very bytes, `derived` what they are worked out from.
+    for parts of quantized weights; `other` holds the very bytes, `derived` what they are worked out from. `codes` is
+    their sum, in words of a quantized weight.
     """
 
     ref: TensorRef
@@ -57,6 +63,7 @@ class Job:
     differing: int = 0
     first_differing: int = -1
     faults: dict[str, Fault] = field(default_factory=dict)
+    codes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,7 @@ class Seen:
     differing: int = 0
     first_differing: int = -1
     faults: tuple[Fault, ...] = ()
+    codes: int = 0
 
 
 @dataclass(slots=True)
@@ -142,6 +150,7 @@ def merge(seen: Seen) -> None:
         first = start // job.slab
         job.nonzero[first : first + len(seen.nonzero)] |= seen.nonzero
     job.bad += seen.bad
+    job.codes += seen.codes
     job.first_bad = _earlier(job.first_bad, seen.first_bad)
     job.differing += seen.differing
     job.first_differing = _earlier(job.first_differing, seen.first_differing)
@@ -168,6 +177,8 @@ def report(job: Job, findings: Findings) -> None:
         text = f"{job.differing} of {ref.nbytes} bytes differ from {_made(job)}, the first at {job.first_differing}"
         findings.problem("source-bytes", name, text + _expert(job, job.first_differing))
     words = job.part is not None and job.part.role == "words"
+    if words and (text := off_centre(job)):
+        findings.problem("off-centre", name, text)
     if not (job.scan or words) or len(ref.spec.shape) < 2 or job.nonzero.all() or job.faults:
         return
     zeros = [int(i) for i in np.flatnonzero(~job.nonzero)]
@@ -188,6 +199,28 @@ def report_digests(recorded: Mapping[str, str], found: Iterable[Digest], finding
         else:
             findings.problem("digest", name, "not the bytes that were written: its digest is not the record's")
     return frozenset(same)
+
+
+def off_centre(job: Job) -> str:
+    """Say that codes of 4 bits are off by one, which shows without a source; empty where it does not.
+
+    The mean of a weight is about zero, so that of its codes is as well. Where scales are signed, for the largest weight
+    of each group to reach the lower end of the range, it is 8 / S less, with S weights in a group. Beside that a third
+    of a code is allowed, for weights whose mean is a tenth of their spread, and 8 standard deviations of the mean of
+    codes that are spread by 4. Codes of 8 bits are spread by 45 and more: to be off by one is nothing beside that.
+    """
+    rule = job.part
+    if rule is None or rule.grid.bits != 4 or not job.nonzero.any():
+        return ""
+    number, zero = 2 * job.ref.nbytes, rule.grid.zero_code
+    allowed = 1 / 3 + _SIGMAS * zero / 2 / math.sqrt(number)
+    low, high = -zero / rule.grid.span(rule.shape[1]) - allowed, allowed
+    mean = job.codes / number - zero
+    if low <= mean <= high or abs(mean) > _ANOTHER:
+        return ""
+    return (
+        f"the mean of its codes is {mean:+.3f} from zero, expected {low:.3f} to {high:.3f}, as if all were off by one"
+    )
 
 
 def report_faults(table: Iterable[Job], layout: Layout | None, findings: Findings) -> None:

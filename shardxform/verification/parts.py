@@ -20,12 +20,16 @@ from shardxform.scheme import FORMATS
 from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings, Item
 
-__all__ = ["Pair", "Rule", "check_parts", "grid_of", "pair_of", "rule_of"]
+__all__ = ["Freedom", "Pair", "Rule", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
 
 _ABOUT: Final = re.compile(r"tensor '([^']+)'(?: is |: )(.*)", re.DOTALL)
 _MALFORMED: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _ALONG_ROWS: Final = {"qweight": 0, "scales": 0, "weight_packed": 1, "weight_scale": 1}
 _SLACK: Final = 1  # codes that tuning may move a weight from the nearest
+_SMALLEST_SCALE: Final = 168 * 2.0**-24  # float16(1e-5), where scales are clamped
+_WIDEST_CLIP: Final = 1.2
+_SEARCHED: Final[Mapping[int, tuple[float, float]]] = {4: (389 / 512, 592 / 512), 8: (1006 / 1024, 1180 / 1024)}
+_FEWEST_STEPS: Final = 50  # of a tool that does not say how many; auto-round's own recipes have 50, 200 and 1,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +51,38 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Freedom:
+    """What a way of rounding leaves open, beside to which of two codes a weight goes; see `systematic`.
+
+    Attributes:
+        offset: most that is added to a weight before it is rounded, in steps.
+        narrowest, widest: smallest and largest scale of a group, as factors of the one that brings its largest weight
+            to the end of the range.
+        smallest: where scales are clamped from below.
+
+    """
+
+    offset: float
+    narrowest: float
+    widest: float
+    smallest: float = _SMALLEST_SCALE
+
+    @property
+    def growth(self) -> float:
+        """Most that the squared error of plain rounding grows by."""
+        return (12 * self.offset**2 + 1) * self.widest**2
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """How weights were rounded, as far as it is known.
 
     Attributes:
         stored: format, bits and groups.
         grid: what rounding the source again must reproduce bit for bit; None where only a bound is known.
-        tolerance: codes that a weight may be from the nearest.
+        tolerance: codes that a weight may be from the nearest; where our record says how it was tuned, what offsets of
+            so many steps allow.
+        freedom: what the rounding leaves open.
         packed: the source, where its weights are the same integers and scales in another form.
         plain: whether the output is known not to be tuned; then a weight that is off is worth a warning at least.
 
@@ -61,8 +90,9 @@ class Rule:
 
     stored: Stored
     grid: Grid | None
-    tolerance: int
+    tolerance: float
     plain: bool
+    freedom: Freedom
     packed: Stored | None = None
 
 
@@ -170,7 +200,7 @@ def rule_of(
 
     """
     if packed:
-        return Rule(stored, None, 0, plain=True, packed=packed)
+        return Rule(stored, None, 0, plain=True, freedom=freedom_of(stored.scheme.grid, None), packed=packed)
     scheme = record.get("scheme")
     scheme = scheme if isinstance(scheme, Mapping) else {}
     grid = grid_of(scheme.get("grid")) if scheme.get("method") == "rtn" else None
@@ -181,9 +211,36 @@ def rule_of(
         grid = None
     declared = stored.layout.config["quantization_config"]
     tuned = scheme.get("method", "rtn") != "rtn" or bool(declared.get("iters"))
-    if tolerance is None:
-        tolerance = 0 if grid else _SLACK
-    return Rule(stored, grid, tolerance, plain=not tuned)
+    steps = _steps(record) if scheme.get("method") == "auto-round" else None
+    start = grid_of(scheme.get("grid")) or replace(stored.scheme.grid, search=True)
+    freedom = freedom_of(start, steps, tolerance)
+    if tolerance is not None:
+        return Rule(stored, grid, tolerance, plain=not tuned, freedom=freedom)
+    bound = 0 if grid else freedom.offset if steps else _SLACK
+    return Rule(stored, grid, bound, plain=not tuned, freedom=freedom)
+
+
+def _steps(record: Mapping[str, Any]) -> int | None:
+    """Steps of tuning a block, by our record."""
+    recipe = record.get("recipe")
+    iters = recipe.get("iters") if isinstance(recipe, Mapping) else None
+    return iters if type(iters) is int and iters > 0 else None
+
+
+def freedom_of(grid: Grid, steps: int | None, tolerance: float | None = None) -> Freedom:
+    """Give what tuning by signed steps leaves open, from a start that was searched if `grid` says so.
+
+    Steps begin at 1 / steps and fall to zero linearly, so that offsets and clips move by (1 + 1 / steps) / 2 at most.
+
+    Args:
+        grid: bits, and whether scales were searched.
+        steps: how many; None where nothing is known.
+        tolerance: codes that a weight may be from the nearest, where the caller says so.
+
+    """
+    walked = min(1.0, (1 + 1 / (steps or _FEWEST_STEPS)) / 2 + 2.0**-12)  # offsets are multiples of 2^-13
+    low, high = _SEARCHED[grid.bits] if grid.search else (1.0, 1.0)
+    return Freedom(max(walked, tolerance or 0), (1 - walked) * low, _WIDEST_CLIP * high)
 
 
 def grid_of(recorded: object) -> Grid | None:

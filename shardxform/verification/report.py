@@ -76,6 +76,8 @@ class VerifyReport:
         values_left: how many others there are, by the reason: `healed`, as shardxform.json says; `tuned`, rounded with
             calibration text and dequantized; `unknown` otherwise. Only that they are finite was looked at. Empty
             without a source.
+        rederived: weights that were derived from the source a second time and compared, by independent code; None where
+            that was not asked for.
 
     """
 
@@ -97,6 +99,7 @@ class VerifyReport:
     values_left: Mapping[str, int]
     seconds: float
     peak_rss_bytes: int
+    rederived: int | None = None
 
     @property
     def sound(self) -> bool:

@@ -28,6 +28,7 @@ from shardxform.tensors import TensorRef
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.report import Rounding, WeightError
+from shardxform.verification.systematic import STEP, Sums, found_in
 from shardxform.verification.values import scale_values
 
 __all__ = ["NUMPY", "TILE_WEIGHTS", "Read", "Tally", "examine", "load", "report_tallies", "turned"]
@@ -53,6 +54,8 @@ class Tally:
         square, energy: sums of (w - w')^2 and of w^2.
         words_equal, scales_differing: against the source rounded again.
         first_bad, first_scale: a sentence each on the first.
+        sums: over rows, where only a bound on codes is known.
+        systematic: what these show to be wrong with codes and scales, a sentence each; empty if nothing.
 
     """
 
@@ -68,6 +71,8 @@ class Tally:
     scales_differing: int = 0
     first_bad: str = ""
     first_scale: str = ""
+    sums: Sums | None = None
+    systematic: tuple[str, str] = ("", "")
 
     @property
     def relative_error(self) -> float:
@@ -76,8 +81,8 @@ class Tally:
 
     @property
     def sound(self) -> bool:
-        """Whether every code is within the tolerance and, where the rule is known, every scale the very one."""
-        return self.words_equal and not self.scales_differing and not self.bad
+        """Whether every code is within the tolerance, alone and all together, and every scale one that can be."""
+        return self.words_equal and not self.scales_differing and not self.bad and not any(self.systematic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     if rule.packed:
         return _same(pair, rule, (words, scales), read_source)
     limits = Limits.of(rule, columns)
-    tally = Tally(pair)
+    tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
     step = max(1, TILE_WEIGHTS // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -128,6 +133,9 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         words_OW = turned(words, layout, first, first + stop - start)
         scale_OG = turned(scales, layout, first, first + stop - start)
         _examine(_Tile(start, bits_OI, cast(SourceDtype, weight.spec.dtype), words_OW, scale_OG), rule, limits, tally)
+    if tally.sums:
+        tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
+        tally.sums = None
     return tally
 
 
@@ -172,9 +180,11 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
     scale_OG = tile.scales if usable.all() else np.where(usable, tile.scales, np.float32(1))
     w_OI = decode(tile.bits, tile.dtype)
     codes_OI = packing.unpack(tile.words, rule.stored.scheme.grid.bits, "row")
-    counts, square, energy = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
+    seen = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
+    counts, square, energy = seen.counts, seen.square, seen.energy
     if not (math.isfinite(square) and math.isfinite(energy)) or energy == 0:
-        _, square, energy = _plain(w_OI, codes_OI, scale_OG, limits)  # in float64, which float32 squares left
+        exact = _plain(w_OI, codes_OI, scale_OG, limits)  # in float64, which float32 squares left
+        square, energy = exact.square, exact.energy
     if counts[0] and not tally.first_bad:
         tally.first_bad = _explain(tile.start, w_OI, codes_OI, scale_OG, limits)
     tally.weights += w_OI.size
@@ -183,6 +193,8 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
     tally.clipped += counts[2]
     tally.square += square
     tally.energy += energy
+    if tally.sums:
+        tally.sums.add(*seen.rows, tile.scales)
 
 
 def _round_again(tile: _Tile, grid: Grid, tally: Tally) -> None:
@@ -207,25 +219,46 @@ def _compare_scales(start: int, found: NDArray[np.float32], wanted: NDArray[np.f
 # -- codes against weights ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Weights of a tile that are bad, moved, clipped; sums of squares; `rows` are what `systematic.Sums.add` takes."""
+
+    counts: list[int]
+    square: float
+    energy: float
+    rows: tuple[NDArray[np.int64], NDArray[np.float32]]
+
+
 def _compiled(
     w_OI: NDArray[np.float32], codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.float32], limits: Limits
-) -> tuple[list[int], float, float]:
+) -> _Counted:
     from shardxform.verification import kernels
 
     settings = kernels.Settings(limits.zero, limits.span, int(limits.strict), limits.near, limits.far)
     counts = np.zeros(3, np.int64)
-    square, energy = kernels.checker()(w_OI, codes_OI, np.ascontiguousarray(scale_OG), settings, counts)
-    return counts.tolist(), square, energy
+    sums_2O, peak_OG = np.empty((2, w_OI.shape[0]), np.int64), np.empty(scale_OG.shape, np.float32)
+    arrays = counts, sums_2O, peak_OG
+    square, energy = kernels.checker()(w_OI, codes_OI, np.ascontiguousarray(scale_OG), settings, *arrays)
+    return _Counted(counts.tolist(), square, energy, (sums_2O, peak_OG))
 
 
 def _plain(
     w_OI: NDArray[np.float32], codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.float32], limits: Limits
-) -> tuple[list[int], float, float]:
+) -> _Counted:
     seen = _look(w_OI, codes_OI, scale_OG, limits)
     w = seen.weights.astype(np.float64)
     error = w - seen.scales.astype(np.float64) * seen.codes
     counts = [int(np.count_nonzero(mask)) for mask in (seen.bad, seen.moved, seen.clipped)]
-    return counts, float(np.vdot(error, error)), float(np.vdot(w, w))
+    return _Counted(counts, float(np.vdot(error, error)), float(np.vdot(w, w)), _rows(w_OI, seen, limits.span))
+
+
+def _rows(w_OI: NDArray[np.float32], seen: _Look, span: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Codes of each row beyond a step, and above the nearest less below it [2, O]; largest weights [O, G]."""
+    more_OI = seen.codes - seen.inside
+    beyond_O = np.count_nonzero(np.abs(more_OI) > STEP, axis=1)
+    above_O = 2 * np.count_nonzero(more_OI > 0.5, axis=1) - np.count_nonzero(seen.moved | seen.bad, axis=1)
+    peak_OG = np.maximum.reduceat(np.abs(w_OI), np.arange(0, w_OI.shape[1], span), axis=1)
+    return np.array([beyond_O, above_O], np.int64), peak_OG
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,12 +350,17 @@ def _report(tally: Tally, again: str, findings: Findings) -> None:
     expert = _EXPERT.fullmatch(tally.pair.name)
     of = f"expert {expert[1]}: " if expert else ""
     scales = f"{tally.scales_differing} of {tally.scales} scales are not {again}"
+    codes, ranges = tally.systematic
+    name = dict(tally.pair.module.parts)["scales"].name
     if tally.bad:
         text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
-        also = f"; {scales}" if tally.scales_differing else ""
+        also = f"; {scales}" if tally.scales_differing else f"; {codes}" if codes else ""
         findings.problem("source-error", tally.pair.words, text + tally.first_bad + also)
     elif tally.scales_differing:
-        name = dict(tally.pair.module.parts)["scales"].name
         findings.problem("source-scale", name, f"{of}{scales}, the first at {tally.first_scale}")
     elif not tally.words_equal:
         findings.problem("source-error", tally.pair.words, f"{of}its integers are not {again}")
+    elif codes:
+        findings.problem("systematic", tally.pair.words, f"{of}{codes}")
+    elif ranges:
+        findings.problem("scale-range", name, f"{of}{ranges}")

@@ -1,0 +1,488 @@
+"""A second opinion: what an output must hold, derived again from source and manifest, and held against what it holds.
+
+The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
+does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
+formats' definitions. It knows the names of three families (qwen3_5_moe, qwen3_moe, deepseek_v3) and three formats
+(auto-round and gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor
+into memory.
+
+Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
+expert, quantized ones as the weights that they stand for. Names are those that the output must have.
+"""
+
+# O: rows of a weight, I: its columns, G: groups of a row, R: a run of rows.
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardxform.errors import CheckpointError
+from shardxform.verification.findings import Findings
+
+__all__ = ["CODE", "check_independently"]
+
+CODE: Final = "independent"
+"""Of every problem found here."""
+
+_RUN: Final = 1 << 18  # elements at a time
+_TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
+_WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+_FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
+_EXPERT: Final = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.+)")
+_ROUTER: Final = re.compile(r"(.*\.mlp)\.gate\.(weight|e_score_correction_bias)")
+_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
+_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+_MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
+_FEWEST_STEPS: Final = 50  # of tuning, where nobody says
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Bytes of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def array(self) -> NDArray[Any]:
+        """Its bits, mapped: [rows, columns], rows counted over all dimensions but the last."""
+        code = _TYPES.get(self.dtype, f"<u{_WIDTHS.get(self.dtype, 1)}")
+        shape = (
+            (int(np.prod(self.shape[:-1])), self.shape[-1]) if len(self.shape) > 1 else (int(np.prod(self.shape)), 1)
+        )
+        if 0 in shape:
+            return np.zeros(shape, code)
+        return np.memmap(self.file, code, "r", self.begin, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized."""
+
+    name: str
+    tensor: _Tensor
+    shape: tuple[int, ...]
+    rows: Rows
+    scales: _Tensor | None = None
+    bits: int = 0
+    group: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return sum(number for _, number in self.rows), self.shape[-1] if len(self.shape) > 1 else 1
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """First row and the one after the last of runs that fit into memory."""
+        step = max(1, _RUN // max(self.size[1], 1))
+        return ((start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
+
+    def _picked(self, start: int, stop: int) -> NDArray[np.int64]:
+        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[start:stop]
+
+    def bits_of(self, start: int, stop: int) -> NDArray[Any]:
+        """Bits of a run of rows of a plain weight."""
+        return np.asarray(self.tensor.array()[self._picked(start, stop)])
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """A run of rows of a plain weight."""
+        return _floats(self.bits_of(start, stop), self.tensor.dtype)
+
+    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Codes less the zero point [R, I], and the scale of each [R, I], of a run of rows of a quantized weight."""
+        assert self.scales is not None
+        rows, words, scales = self._picked(start, stop), self.tensor.array(), self.scales.array()
+        if self.name.endswith("qweight"):
+            words, scales = words.T, scales.T
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        packed = np.ascontiguousarray(words[rows]).view(np.uint32)
+        codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
+        spread = np.repeat(_floats(np.ascontiguousarray(scales[rows]), self.scales.dtype), self.group, axis=1)
+        return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
+
+
+def check_independently(
+    out: Path, source: Path, findings: Findings, manifest: Mapping[str, Any] | None = None, **given: object
+) -> int:
+    """Hold every tensor of `out` against what `source` and the manifest give.
+
+    Args:
+        out: an output.
+        source: what it was made from.
+        findings: added to; problems only, under `CODE`.
+        manifest: with `keep` and `mtp_keep`, lists of ids by layer; None for what shardxform.json of `out` says.
+        given: `text_only` and `mtp`, likewise where not None.
+
+    Returns:
+        the number of weights that were compared.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+
+    """
+    try:
+        theirs, config = _checkpoint(source)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
+    try:
+        ours, made = _checkpoint(out)
+        record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
+        how = _How.of(config, record, manifest, given)
+        wanted = dict(how.wanted(theirs))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        findings.problem(CODE, ".", f"cannot be derived: {e}")
+        return 0
+    _check_names(wanted, ours, findings)
+    _check_counts(how, made, findings)
+    both = [name for name in wanted if name in ours]
+    for name in both:
+        if text := how.difference(name, wanted[name], ours[name]):
+            findings.problem(CODE, ours[name].name, f"{'' if ours[name].name == name else f'{name}: '}{text}")
+    return len(both)
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name}: expected an object")
+    return value
+
+
+def _checkpoint(root: Path) -> tuple[dict[str, _Weight], dict[str, Any]]:
+    """Weights of a checkpoint under their own names, and its config."""
+    config = _object(root / "config.json")
+    tensors: dict[str, _Tensor] = {}
+    for path in sorted(root.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:
+                raise ValueError(f"{path.name}: header of {length} bytes")
+            header = json.loads(file.read(length))
+        for name, info in header.items():
+            if name != "__metadata__":
+                begin, end = info["data_offsets"]
+                if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
+                    raise ValueError(f"{path.name}: {name} lies outside the file")
+                tensors[name] = _Tensor(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
+    return {weight[0]: weight[1] for name in tensors for weight in _weights(name, tensors, config)}, config
+
+
+def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
+    tensor, (stem, _, last) = tensors[name], name.rpartition(".")
+    if last in ("qweight", "weight_packed"):
+        yield from _unpacked(name, tensors, config.get("quantization_config", {}))
+    elif f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors:
+        return
+    elif (match := _FUSED.fullmatch(name)) and len(tensor.shape) == 3:
+        count, rows, columns = tensor.shape
+        for expert in range(count):
+            for part, first, number in _halves(match[2], expert * rows, rows):
+                key = f"{match[1]}.{expert}.{part}.weight"
+                yield key, _Weight(name, tensor, (number, columns), ((first, number),))
+    else:
+        rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
+        yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
+
+
+def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, int]]:
+    """Gate above, up below, where the two are one."""
+    if projection == "gate_up_proj":
+        yield "gate_proj", first, rows // 2
+        yield "up_proj", first + rows // 2, rows // 2
+    else:
+        yield projection, first, rows
+
+
+def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Iterator[tuple[str, _Weight]]:  # noqa: ANN401
+    """The weights that packed words stand for."""
+    words, (stem, _, last) = tensors[name], name.rpartition(".")
+    gptq = last == "qweight"
+    weights = declared if gptq else next(iter(declared["config_groups"].values()))["weights"]
+    bits, group = weights["bits" if gptq else "num_bits"], weights.get("group_size")
+    if bits not in (4, 8):
+        raise ValueError(f"{name}: {bits} bits")
+    rows, packed = words.shape[::-1] if gptq else words.shape
+    columns = packed * 32 // bits
+    scales = tensors[f"{stem}.scales" if gptq else f"{stem}.weight_scale"]
+    whole = _Weight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
+    zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
+    if gptq and f"{stem}.qzeros" in tensors and not (tensors[f"{stem}.qzeros"].array() == zero).all():
+        raise ValueError(f"{stem}.qzeros: zero points are not those of a symmetric weight")
+    match = _INDEXED.fullmatch(stem)
+    for part, first, number in _halves(match[2], 0, rows) if match else [("", 0, rows)]:
+        key = f"{match[1]}.{match[3]}.{part}.weight" if match else f"{stem}.weight"
+        yield key, replace(whole, shape=(number, columns), rows=((first, number),))
+
+
+def _floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype in ("F16", "F32", "F64"):
+        return bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float32)
+    raise ValueError(f"{dtype} holds no weights that are understood")
+
+
+# -- names and numbers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How the output was made.
+
+    Attributes:
+        keep, mtp_keep: ids kept by layer; None where all are.
+        layers: decoder blocks; a block of a higher number is an MTP layer.
+        text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
+        exact: grid of our record, where weights were rounded to nearest without a search; else None.
+        offset: most that was added to a weight, in steps, before it was rounded.
+        healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+
+    """
+
+    keep: Mapping[str, list[int]] | None
+    mtp_keep: Mapping[str, list[int]]
+    layers: int
+    text_only: bool
+    drops_mtp: bool
+    exact: Mapping[str, Any] | None
+    offset: float
+    healed: bool
+    dequantized: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        record: Mapping[str, Any],
+        manifest: Mapping[str, Any] | None,
+        given: Mapping[str, Any],
+    ) -> _How:
+        """Read a record, and what goes before it."""
+        inputs = record.get("inputs", {})
+        converted = inputs.get("command") == "convert"
+        if converted:
+            inputs = {} if "quantization_config" in config else inputs.get("origin", {})
+        manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
+        scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
+        keep, text = manifest.get("keep"), config.get("text_config", config)
+        experts = next(text[key] for key in _COUNTS if key in text)
+        prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
+        text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
+        return cls(
+            keep=keep if prunes else None,
+            mtp_keep=manifest.get("mtp_keep") or {},
+            layers=text["num_hidden_layers"],
+            text_only=bool(options.get("text_only") if text_only is None else text_only),
+            drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
+            exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
+            offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
+            healed=bool(recipe.get("heal")),
+            dequantized=converted and "quantization_config" not in config,
+        )
+
+    def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
+        """What the output must hold, by its names there."""
+        prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
+        for name, weight in weights.items():
+            layer = _LAYER.match(name)
+            mtp = name.startswith("mtp.") or (layer and layer[1] != "mtp." and int(layer[2]) >= self.layers)
+            if (mtp and self.drops_mtp) or (self.text_only and name.startswith("model.visual.")):
+                continue
+            if new := self._renumbered(name, weight, self._ids(layer, bool(mtp)), prefixes):
+                yield self._renamed(new[0]), new[1]
+
+    def _ids(self, layer: re.Match[str] | None, mtp: bool) -> list[int] | None:
+        """Ids kept in a layer; None where all are."""
+        if layer is None or self.keep is None:
+            return None
+        number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
+        return self.mtp_keep[str(number)] if mtp else self.keep.get(layer[2])
+
+    @staticmethod
+    def _renumbered(name: str, weight: _Weight, ids: list[int] | None, experts: set[str]) -> tuple[str, _Weight] | None:
+        """A weight under its number in the output, or rows of a router; None of an expert that goes."""
+        if ids is None:
+            return name, weight
+        if match := _EXPERT.fullmatch(name):
+            old = int(match[2])
+            return (f"{match[1]}.{ids.index(old)}.{match[3]}", weight) if old in ids else None
+        if (match := _ROUTER.fullmatch(name)) and f"{match[1]}.experts" in experts:
+            shape = (len(ids), *weight.shape[1:])
+            return name, replace(weight, shape=shape, rows=tuple((each, 1) for each in ids))
+        return name, weight
+
+    def _renamed(self, name: str) -> str:
+        old = "model.language_model."
+        return f"model.{name.removeprefix(old)}" if self.text_only and name.startswith(old) else name
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def difference(self, name: str, wanted: _Weight, found: _Weight) -> str:
+        """Say how a weight is not what it must be; empty where it is."""
+        if wanted.shape != found.shape:
+            return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
+        try:
+            if self.healed and _LAYER.match(name):
+                return _unlike(wanted, found)
+            if wanted.scales and found.scales:
+                return _same_codes(wanted, found)
+            if found.scales:
+                return self._rounding(wanted, found)
+            if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
+                return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
+            return self._plain(wanted, found)
+        except (ValueError, IndexError) as e:
+            return f"cannot be compared: {e}"
+
+    def _plain(self, wanted: _Weight, found: _Weight) -> str:
+        """The same bits, or where the source's weights are quantized or were on the way, those of their values."""
+        if wanted.scales is None and wanted.tensor.dtype == found.tensor.dtype:
+            text = _first(found, ((found.bits_of(a, b), wanted.bits_of(a, b), a) for a, b in found.runs()))
+            if not text or not self.dequantized:
+                return text
+        if wanted.scales is None and self.exact is None:
+            return _unlike(wanted, found)
+        return _first(found, ((found.bits_of(a, b), self._dequantized(wanted, a, b), a) for a, b in found.runs()))
+
+    def _dequantized(self, weight: _Weight, start: int, stop: int) -> NDArray[Any]:
+        if weight.scales is None:
+            assert self.exact is not None
+            codes, scale = _rounded(weight.values(start, stop), self.exact)
+        else:
+            codes, scale = weight.codes(start, stop)
+        return _nearest_bf16(codes.astype(np.float32) * scale)
+
+    def _rounding(self, wanted: _Weight, found: _Weight) -> str:
+        """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
+        signed, weights = 0.0, 0
+        for start, stop in found.runs():
+            values, (codes, scale) = wanted.values(start, stop), found.codes(start, stop)
+            if self.exact is not None:
+                right, expected = _rounded(values, self.exact)
+                if text := _first(found, [(codes, right, start)]) or _first(found, [(scale, expected, start)], "scale"):
+                    return text
+                continue
+            end = 2 ** (found.bits - 1)
+            off = codes - np.clip(values / np.where(scale == 0, np.float32(1), scale), -end, end - 1)
+            most = 0.5 + self.offset + 2.0 ** (found.bits - 23)
+            if (bad := ~(np.abs(off) <= most)).any():
+                row, column = np.argwhere(bad)[0]
+                what = f"row {start + row}, column {column}: code {codes[row, column]} is {off[row, column]:+.2f} steps"
+                return f"{int(bad.sum())} codes are no rounding, {what} from the weight, expected at most {most:.2f}"
+            beyond = (np.abs(off) > 1.001).mean(axis=1)
+            if beyond.max() > (most := max(self.offset - 0.5, 0) / 2 + 0.25):
+                row = int(beyond.argmax())
+                text = f"row {start + row}: {beyond[row]:.2f} of its codes are more than a step off"
+                return f"{text}, expected at most {most:.2f}: half of what codes off by one give"
+            signed += float(off.sum())
+            weights += off.size
+        mean, most = signed / max(weights, 1), 0.25 + 4 / max(found.size[0], 1) ** 0.5
+        return f"mean signed error {mean:+.3f} codes, expected at most {most:.3f}" if abs(mean) > most else ""
+
+
+def _rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Round to nearest: the largest weight of a group goes to the lower end of the range, by the sign of its scale."""
+    end, columns = np.float32(2 ** (grid["bits"] - 1)), values.shape[1]
+    span = columns if grid["group_size"] == -1 else grid["group_size"]
+    groups = values.reshape(len(values), -1, span)
+    high, low = np.maximum(groups.max(axis=2), 0), np.maximum(-groups.min(axis=2), 0)
+    size = np.maximum(high, low) / end
+    if grid["scale_grid"] == "bf16":
+        size = _floats(_nearest_bf16(size), "BF16")
+    size = size.astype(np.float16).astype(np.float32)
+    scale = np.where((high >= low) & (size > 0), -1, 1).astype(np.float32) * np.maximum(size, _SMALLEST)
+    spread = np.repeat(scale, span, axis=1)
+    return np.clip(np.rint(values / spread), -end, end - 1).astype(np.int32), spread
+
+
+def _nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round to nearest, ties to even, by the definition: of the two neighbours the one that is nearer."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    below, rest = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
+    up = (rest > 0x8000) | ((rest == 0x8000) & (below & np.uint32(1) == 1))
+    return np.asarray(below + up, np.uint16)
+
+
+def _same_codes(wanted: _Weight, found: _Weight) -> str:
+    if (wanted.bits, wanted.group) != (found.bits, found.group):
+        return f"{found.bits} bits in groups of {found.group}, expected {wanted.bits} in {wanted.group}"
+    for start, stop in found.runs():
+        for one, other, what in zip(
+            found.codes(start, stop), wanted.codes(start, stop), ("code", "scale"), strict=True
+        ):
+            if text := _first(found, [(one, other, start)], what):
+                return text
+    return ""
+
+
+def _unlike(wanted: _Weight, found: _Weight) -> str:
+    """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is."""
+    distance, size = 0.0, 0.0
+    for start, stop in found.runs():
+        values = wanted.values(start, stop).astype(np.float64)
+        codes, scale = found.codes(start, stop) if found.scales else (found.values(start, stop), np.float32(1))
+        distance += float(np.square(codes * scale - values).sum())
+        size += float(np.square(values).sum())
+    if distance < size or not size:
+        return ""
+    return f"its distance from the source's is {(distance / size) ** 0.5:.2f} times the source's size, expected below 1"
+
+
+def _first(found: _Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
+    """Name the first element that is not what it must be; `runs` gives found, wanted and the first row."""
+    what = what or ("code" if found.scales else "bits")
+    for ours, theirs, start in runs:
+        if ours.shape != theirs.shape:
+            return f"{what}s of shape {list(ours.shape)}, expected {list(theirs.shape)}"
+        if (differing := ours != theirs).any():
+            row, column = np.argwhere(differing)[0]
+            text = f"row {start + row}, column {column}: {what} {ours[row, column]}, expected {theirs[row, column]}"
+            return (
+                f"{text}; {int(differing.sum())} of {differing.size} differ in rows {start} to {start + len(ours) - 1}"
+            )
+    return ""
+
+
+# -- the whole ----------------------------------------------------------------------------------------------------
+
+
+def _check_names(wanted: Mapping[str, _Weight], found: Mapping[str, _Weight], findings: Findings) -> None:
+    for name in wanted.keys() - found.keys():
+        findings.problem(CODE, name, f"missing: the source's {wanted[name].name} gives it")
+    for name in found.keys() - wanted.keys():
+        findings.problem(CODE, found[name].name, f"{name}: nothing in the source gives it")
+
+
+def _check_counts(how: _How, config: Mapping[str, Any], findings: Findings) -> None:
+    """The config counts the experts, and the MTP layers, that are there."""
+    text = config.get("text_config", config)
+    kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
+    for key in _COUNTS if how.keep else ():
+        if key in text and {text[key]} != kept:
+            findings.problem(CODE, "config.json", f"{key} is {text[key]}, but layers keep {sorted(kept)}")
+    for key in _MTP_COUNTS if how.drops_mtp else ():
+        if text.get(key):
+            findings.problem(CODE, "config.json", f"{key} is {text[key]}, but the MTP layers are left out")
