@@ -113,7 +113,7 @@ class Session:
         if self.address == LOCAL:
             options |= {"include_dashboard": False, "object_store_memory": _OBJECTS}
         try:
-            with _own_signals():
+            with _own_signals(ray):
                 ray.init(self.address, **options)
         except Exception as e:  # whatever it is: no address, no right, another version of Ray or of Python
             if self.address == LOCAL:
@@ -236,15 +236,21 @@ def _refuse_silent(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep what SIGTERM does here, which Ray replaces."""
+def _own_signals(ray: Any) -> Iterator[None]:  # noqa: ANN401
+    """Keep what SIGTERM does here, in which Ray would have it raise SystemExit; there is no public switch."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before, setter = signal.getsignal(signal.SIGTERM), "set_sigterm_handler"
+    utils: Any = getattr(getattr(ray, "_private", None), "utils", None)
+    theirs = getattr(utils, setter, None)
+    if theirs:
+        setattr(utils, setter, lambda _handler: None)
     try:
         yield
     finally:
+        if theirs:
+            setattr(utils, setter, theirs)
         signal.signal(signal.SIGTERM, before)
 
 
