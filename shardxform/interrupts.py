@@ -72,23 +72,32 @@ def settle() -> None:
     if _state.asked:
         with contextlib.suppress(AttributeError, OSError, ValueError):
             sys.stdout.flush()
-        leave()
+        if say_once():
+            _say()
+        os._exit(_CODE)
     for number in (signal.SIGINT, signal.SIGTERM):  # ignored: the interpreter would put back what kills
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave() -> NoReturn:
     """End the process here and now; the system lets go of its locks. Takes no lock: it may be called from a handler."""
-    if say_once() and sys.stderr is not None:  # else the descriptor may be of a shard
-        with contextlib.suppress(OSError):
-            tidy = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a bar, and the cursor that it hides
-            os.write(2, f"{tidy}shardxform: {_state.where}{STOPPED}\n".encode())
+    if say_once():
+        _say()
+    else:
+        time.sleep(_LOOK)  # another thread is just saying it
     os._exit(_CODE)
 
 
 def say_once() -> bool:
     """Whether the caller is the first that is to say why the process stops, and so the only one."""
     return not _state.taken or _state.last_word.acquire(blocking=False)
+
+
+def _say() -> None:
+    if sys.stderr is not None:  # else the descriptor may be of a shard
+        with contextlib.suppress(OSError):
+            tidy = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a bar, and the cursor that it hides
+            os.write(2, f"{tidy}shardxform: {_state.where}{STOPPED}\n".encode())
 
 
 def _on_signal(_number: int, _frame: FrameType | None) -> None:

@@ -149,8 +149,8 @@ def slow(*args):
     time.sleep(0.2)
     return do_step(*args)
 pool.do_step = slow
-from shardxform.cli import main
-main()
+from shardxform.__main__ import entry
+entry()
 """
 
 
@@ -171,8 +171,13 @@ def test_a_driver_that_was_stopped_is_gone_on_with(number: int, cluster: str, tm
     call(*command("prune", tmp_path / "local"))
     out = tmp_path / "out"
     process = started(out, cluster)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    for _ in range(1 if number == signal.SIGKILL else 5):
+        process.send_signal(number)
+        time.sleep(0.002)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert not (out / "config.json").exists()
     if number != signal.SIGKILL:
         assert process.returncode == 130
