@@ -191,10 +191,10 @@ class Outcome:
     sent: list[tuple[float, int]] = field(default_factory=list)
 
 
-def undisturbed(nursery: Nursery, case: Case, folder: Path) -> Whole:
-    """Run a command to its end, twice: the first time more is read from the disk, and compiled."""
-    for name in ("first", "second"):
-        (place := folder / name).mkdir(parents=True)
+def undisturbed(nursery: Nursery, case: Case, folder: Path, times: int = 2) -> Whole:
+    """Run a command to its end, and once more: the first time more is read from the disk, and compiled."""
+    for number in range(times):
+        (place := folder / str(number)).mkdir(parents=True)
         began = time.monotonic()
         run = nursery.start(case.words(place), place, "whole")
         code = nursery.wait(run, 300)
@@ -305,7 +305,7 @@ def cases(made: Path, repository: str = "", ray: str = "") -> dict[str, Case]:
         ray: address of a cluster, if there is one.
 
     """
-    calib, held_out = _text("calib.jsonl", 24, 128), _text("heldout.jsonl", 16, 128)
+    calib, held_out = _text("calib.jsonl", 12, 64), _text("heldout.jsonl", 4, 64)
     compress = ["--keep", "8", *_text("calib.jsonl", 4, 64), "--iters", "2"]
     compress += ["--eval-data", str(SMALL_MOE / "text/heldout.jsonl"), "--eval-samples", "2", "--eval-seqlen", "64"]
     pruned = ("-m", KEEP, "--max-shard-size", "300KB")
