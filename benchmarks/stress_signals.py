@@ -21,12 +21,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import barrage  # noqa: E402
-import hubserver  # noqa: E402
+barrage: Any = __import__("barrage")
+hubserver: Any = __import__("hubserver")
 
 NAMES: Final = (
     "prune,quantize,tune,verify,score,evaluate,compress,inspect,doctor,remote,remote score,push,ray,ray score"
@@ -54,7 +54,13 @@ def cluster(wanted: bool) -> Iterator[str]:
         process.stdin.close()
 
 
-def stress(nursery: barrage.Nursery, name: str, case: barrage.Case, args: argparse.Namespace, folder: Path) -> int:
+def stress(
+    nursery: Any,  # noqa: ANN401
+    name: str,
+    case: Any,  # noqa: ANN401
+    args: argparse.Namespace,
+    folder: Path,
+) -> int:
     """Hit one command; prints what is wrong, and a row of the table; how often something was."""
     rng, kind = random.Random(f"{args.seed} {name}"), name.replace(" ", "-")
     whole = barrage.undisturbed(nursery, case, folder / f"{kind}-whole")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -84,12 +85,12 @@ def test_a_hub_that_lets_it_wait_does_not_keep_it(
             assert time.monotonic() < deadline, run.err.read_text()
             time.sleep(0.01)
         barrage.hail(run.pid, random.Random(0))
-        began = time.monotonic()
     finally:
-        server.faults = []
         code = nursery.wait(run)
+        server.faults = []
     assert (code, barrage.complaint(code, run.err.read_text())) == (130, "")
-    assert time.monotonic() - began < interrupts._ORDERLY - 1, "in order, not because its time was up"
+    if name == "score":  # in order, not because its time was up
+        assert re.search("stopped: [0-3] of 4 blocks are safe", run.err.read_text())
 
 
 # -- the process that was taken over ----------------------------------------------------------------------------------
