@@ -158,11 +158,15 @@ def started(out: Path, address: str) -> subprocess.Popen[str]:
     """A driver whose steps take long, after the first of them are in the journal."""
     words = [sys.executable, "-c", SLOW, *command("prune", out, "--ray", address)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    journal, deadline = out / ".shardxform" / "journal", time.monotonic() + 30
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    journal, deadline = out / ".shardxform" / "journal", time.monotonic() + 120
+    try:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    except BaseException:
+        process.kill()
+        raise
     return process
 
 
