@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def server() -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def nursery(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     pytest.importorskip("transformers")
-    with Nursery(barrage.COMPUTING, server.env(tmp_path_factory.mktemp("home"))) as running:
+    with Nursery(barrage.COMPUTING, server.env(tmp_path_factory.mktemp("home")), watched=False) as running:
         yield running
 
 
@@ -72,25 +72,35 @@ def test_a_barrage_ends_it_on_one_line_and_the_next_run_ends_it_well(
 def test_a_hub_that_lets_it_wait_does_not_keep_it(
     name: str, nursery: Nursery, server: HubServer, made: Path, tmp_path: Path
 ) -> None:
+    """Where headers are fetched, and where the weights of a block are."""
     words = {
         "verify": ["verify", str(made), "--source", REPOSITORY, "-m", str(barrage.KEEP), "-q"],
         "score": barrage.cases(made, REPOSITORY)["remote score"].words(tmp_path),
     }
-    server.faults = [Fault("429", match="^/lfs/.*00003-of-00004", count=10_000, retry_after=600)]
-    server.fired.clear()
+    shard = "^/lfs/.*00003-of-00004"
+    stalled = [Fault("429", match=shard, count=10_000, retry_after=600)]
+    server.reset_counts()
+    server.faults = stalled if name == "verify" else []
     run = nursery.start(words[name], tmp_path, "stalled")
-    deadline = time.monotonic() + 60
     try:
-        while not server.fired:
-            assert time.monotonic() < deadline, run.err.read_text()
-            time.sleep(0.01)
+        if name == "score":
+            until(lambda: any(re.match(shard, each.path) for each in list(server.requests)))
+            server.faults = stalled
+        until(lambda: bool(server.fired))
         barrage.hail(run.pid, random.Random(0))
     finally:
         code = nursery.wait(run)
         server.faults = []
     assert (code, barrage.complaint(code, run.err.read_text())) == (130, "")
-    if name == "score":  # in order, not because its time was up
+    if name == "score":
         assert re.search("stopped: [0-3] of 4 blocks are safe", run.err.read_text())
+
+
+def until(wanted: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not wanted():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 # -- the process that was taken over ----------------------------------------------------------------------------------
