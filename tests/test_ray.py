@@ -676,3 +676,28 @@ def test_a_dry_run_of_score_shows_the_tasks(tmp_path: Path) -> None:
     assert facts["address"] == "local"
     shown = call(*scoring(tmp_path / "out.saliency", "--ray", "auto", "--dry-run")).output
     assert "as many tasks of 1 CPU as run at once, on auto" in shown
+
+
+AMID = """
+import os, signal
+from shardxform.cluster.session import Session
+connect = Session._init
+def init(self, ray):
+    made = ray._raylet.CoreWorker
+    def core_worker(*args, **kwargs):
+        core = made(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return core
+    ray._raylet.CoreWorker = core_worker
+    connect(self, ray)
+Session._init = init
+from shardxform.__main__ import entry
+entry()
+"""
+
+
+def test_sigterm_while_it_connects_is_as_at_any_other_time(cluster: str, tmp_path: Path) -> None:
+    """Ray's core has installed a handler of its own by then, unless it is told not to."""
+    words = [sys.executable, "-c", AMID, *command("prune", tmp_path / "out", "--ray", cluster)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, told(done.stderr)) == (130, ["shardxform: stopped; run the same command again to go on"])

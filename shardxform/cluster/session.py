@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import signal
 import socket
@@ -31,6 +32,7 @@ _OBJECTS: Final = 128 << 20  # bytes of Ray's object store: steps and their fact
 _TRIES: Final = 8  # workers and machines that may die under one task
 _GRAIN: Final = 64 << 20  # memory is asked for in multiples of it: Ray keeps workers apart by what they asked for
 _LOOK_AGAIN: Final = 5.0  # seconds after which the machines are counted anew
+_NO_HANDLER: Final = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _UNIMPORTED: Final = "failed to import on the worker"  # what Ray says of a function whose module a worker lacks
 
 
@@ -97,6 +99,7 @@ class Session:
         if find_spec("ray") is None:
             raise PlanError("--ray needs ray: pip install 'shardxform[ray]'")
         _refuse_silent(self.address)
+        os.environ.setdefault(_NO_HANDLER, "1")  # of its core, which prints a stack; looked at when it is imported
         import ray
 
         # What befalls workers would be printed to stdout, amid the result; there is no public switch.
