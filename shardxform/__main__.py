@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+from shardxform import interrupts
 
 __all__ = ["entry"]
 
 
 def entry() -> None:
-    """Run the command line; an interrupt while it is still being imported ends it as quietly as later ones."""
+    """Run the command line; signals are taken over before anything else is imported."""
+    interrupts.take_over()
     try:
         from shardxform.cli import main
 
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    finally:
+        interrupts.settle()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 
+from shardxform import interrupts
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
@@ -208,7 +209,7 @@ def _run_heads(job: Pass) -> list[Mapping[str, Any]]:
     steps = [f"head {batch.start}" for batch in batches(job.windows)]
     undone = [name for name in steps if name not in job.work.steps]
     try:
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with interrupts.deferred(), torch.no_grad(), contextlib.ExitStack() as stack:
             heads = dict(_heads(job, stack)) if undone else {}
             readers = {name: stack.enter_context(job.hidden(name, job.num_blocks).reading()) for name in heads}
             for name, batch in zip(steps, batches(job.windows), strict=True):
@@ -241,6 +242,7 @@ def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, Hidd
         ids_T = batch.ids_BT[row, :length]
         sums: dict[str, float] = {}
         for piece in _pieces(length, heads[_TESTED]):
+            interrupts.check()
             logits = {name: head.logits(hidden[name][row, piece]) for name, head in heads.items()}
             for key, value in _sums(logits, ids_T[piece.start + 1 : piece.stop + 1]):
                 if not math.isfinite(value):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from shardxform import header
+from shardxform import header, interrupts
 from shardxform.checkpoint import CONFIG, INDEX, Checkpoint, Folder, Head, scan
+from shardxform.completions import Completions
 from shardxform.errors import CheckpointError, RemoteError
 from shardxform.remote.downloads import Downloads, Transfer
 from shardxform.remote.names import RepoName, parse_source
@@ -160,14 +161,18 @@ class _RepositoryFiles:
         """Fetch all headers; functions that give one each, or say why not."""
         guesses = self._guesses()
         connections = self._remote.downloads.transfer.connections
-        with ThreadPoolExecutor(connections, thread_name_prefix="head") as pool:
-            waiting = [(name, pool.submit(_fetch_head, self._remote, name, guess)) for name, guess in guesses.items()]
+        under_way: Completions[Head, str] = Completions()
+        with interrupts.deferred(), ThreadPoolExecutor(connections, thread_name_prefix="head") as pool:
+            for name, guess in guesses.items():
+                under_way.add(pool.submit(_fetch_head, self._remote, name, guess), name)
             try:
-                wait([future for _, future in waiting])
+                while not all(future.done() for future in under_way.pending):
+                    under_way.next()
+                    interrupts.check()
             except BaseException:  # Ctrl-C: the threads are not to go on trying
                 self._remote.downloads.client.stop()
                 raise
-        return [(name, future.result) for name, future in waiting]
+        return [(name, future.result) for future, name in under_way.pending.items()]
 
     def _guesses(self) -> Mapping[str, int]:
         """Bytes that the header of every streamed shard will hardly exceed, from the names of its tensors."""

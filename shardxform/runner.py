@@ -10,11 +10,13 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from shardxform import interrupts
+from shardxform.completions import Completions
 from shardxform.digests import FACT, digest_chunks
 from shardxform.errors import ExecutionError, Interrupted, ResumeError
 from shardxform.execution import Facts, OpenTargets, executor, written_by
@@ -50,7 +52,8 @@ def run(
         OutputError: `out` is foreign, locked, overlaps the source, or the disk is too small.
         ResumeError: `out` holds work made from other inputs.
         ExecutionError: the source changed or failed under way, or an I/O error.
-        Interrupted: KeyboardInterrupt; every finished step is durable, and the same call goes on.
+        Interrupted: KeyboardInterrupt, or a signal, see `interrupts`; every finished step is durable, and the same call
+            goes on.
 
     """
     options = options or RunOptions()
@@ -201,10 +204,14 @@ class _Loop:
 
     def _run_steps(self, todo: list[int], journal: Journal, jobs: int) -> None:
         """Run steps on a pool, a few of them queued; journal each batch that completes."""
-        pending: dict[Future[Facts], int] = {}
-        queue = iter(todo)
+        under_way: Completions[Facts, int] = Completions()
+        pending, queue = under_way.pending, iter(todo)
         # Opened here, so that what is fetched of a repository ahead of a step does not end with the step before.
-        with self._output.open_source() as source, ThreadPoolExecutor(jobs, thread_name_prefix="step") as threads:
+        with (
+            interrupts.deferred(),
+            self._output.open_source() as source,
+            ThreadPoolExecutor(jobs, thread_name_prefix="step") as threads,
+        ):
             pool = self._options.pool or _Threads(threads, jobs, self._step)
             try:
                 self._report_progress()
@@ -213,23 +220,26 @@ class _Loop:
                         step = self._plan.steps[number]
                         if self._plan.remote and not tokens_of(step):
                             source.will_need(step.reads)
-                        pending[pool.submit(step)] = number
+                        under_way.add(pool.submit(step), number)
                     if not pending:
                         return
-                    finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    finished = under_way.next()
+                    interrupts.check()
                     self._journal(finished, pending, journal)
                     self._report_progress()
             except BaseException as e:
                 self._stop.set()
                 source.stop()
                 pool.stop()
-                wait(pending)
-                self._journal({f for f in pending if not f.cancelled() and not f.exception()}, pending, journal)
+                under_way.wait()
+                self._journal([f for f in pending if not f.cancelled() and not f.exception()], pending, journal)
                 if isinstance(e, KeyboardInterrupt):
                     raise Interrupted(self._how_to_go_on(journal)) from e
                 raise
 
-    def _journal(self, finished: set[Future[Facts]], pending: dict[Future[Facts], int], journal: Journal) -> None:
+    def _journal(
+        self, finished: Collection[Future[Facts]], pending: dict[Future[Facts], int], journal: Journal
+    ) -> None:
         for future in finished:
             if future.exception():
                 error = future.exception()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardxform import __version__, computing
+from shardxform import __version__, computing, interrupts
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
@@ -230,11 +230,12 @@ def _score_mtp(job: Pass, skeleton: Skeleton, numbers: range) -> list[Mapping[st
     """Statistics of the MTP layers, which take what leaves the last block."""
     scorer = Scorer(skeleton.layout.num_experts, "MTP layer")
     try:
-        for layer in numbers:
-            done = f"mtp {layer}" in job.work.steps
-            if not done:
-                _run_mtp(job, skeleton, layer, scorer, more=layer + 1 in numbers)
-            job.progressed(job.block_tokens, resumed=done)
+        with interrupts.deferred():
+            for layer in numbers:
+                done = f"mtp {layer}" in job.work.steps
+                if not done:
+                    _run_mtp(job, skeleton, layer, scorer, more=layer + 1 in numbers)
+                job.progressed(job.block_tokens, resumed=done)
     except KeyboardInterrupt as e:
         raise Interrupted(
             f"stopped: all {job.num_blocks} blocks are safe in {job.work.root}; run the same command again to go on"
@@ -254,6 +255,7 @@ def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more:
         reader = stack.enter_context(entering.reading())
         writer = stack.enter_context(leaving.writing()) if more else None
         for batch in batches(job.windows):
+            interrupts.check()
             hidden_BTH = reader.rows(batch.start, batch.stop).to(device)
             hidden_BTH = norm(hidden_BTH) if norm else hidden_BTH[:, : hidden_BTH.shape[1] - layer]
             valid_BT = batch.valid_BT[:, layer:]

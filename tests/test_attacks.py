@@ -598,17 +598,20 @@ def test_sigint_however_often_leaves_an_output_to_go_on_with(
         "    time.sleep(0.2)\n"
         "    return step(self, s)\n"
         "runner._Loop._step = slow\n"
-        "from shardxform.cli import main\n"
-        "main()\n"
+        "from shardxform.__main__ import entry\n"
+        "entry()\n"
     )
     command = [sys.executable, "-c", script, "prune", str(source), str(tmp_path / "out"), "-m", str(keep), "-j", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.03)
-    _, errors = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.03)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert not looks_complete(tmp_path / "out")

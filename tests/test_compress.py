@@ -721,7 +721,7 @@ def test_killed_at_random_times_it_ends_with_the_same_files(small_moe: Path, fin
 def test_a_signal_stops_it_with_130_and_it_says_how_to_go_on(small_moe: Path, tmp_path: Path, kind: int) -> None:
     args = [str(small_moe), str(tmp_path / "out"), *arguments(small_moe, "--iters", "2000", evaluated=False)]
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored here
-    code += "from shardxform.cli import main; main(prog_name='shardxform')"
+    code += "from shardxform.__main__ import entry; entry()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "compress", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -127,8 +127,8 @@ def test_sigint_stops_with_130_and_the_rerun_finishes(small_moe: Path, tmp_path:
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return facts\n"
         "r._Loop._step = slow\n"
-        "from shardxform.cli import main\n"
-        "main()\n"
+        "from shardxform.__main__ import entry\n"
+        "entry()\n"
     )
     manifest = tmp_path / "keep.json"
     manifest.write_text('{"0": [0,2,4,6], "1": [1,3,5,7], "2": [8,9,10,11], "3": [0,5,10,15]}')

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shardxform"
 # From bottom to top. A module imports only what stands before it, in its own row or in an earlier one.
 # A pattern stands for modules that do not import each other; list a module by name, before, when they do.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "dtypes", "progress", "option_names", "deciding", "computing", "measured", "standard_errors"),
+    ("errors", "dtypes", "progress", "option_names", "interrupts", "completions", "deciding", "computing"),
+    ("measured", "standard_errors"),
     ("strictjson", "tensors"),
     ("header", "fsio", "digests", "record"),
     ("sources", "remote", "remote.names", "remote.repository", "remote.client", "remote.arena", "remote.pieces"),

@@ -6,15 +6,17 @@ that is replaced shows it. Links are never followed to write.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from shardxform import interrupts
 from shardxform.errors import OutputError
 from shardxform.fsio import FileSystem
 from shardxform.record import PROVENANCE, read_record
@@ -96,19 +98,26 @@ def write_card(out: Path, card: str, plots: Sequence[Path] = (), fs: FileSystem 
     fs = fs or FileSystem()
     refuse_foreign(out, plots)
     files: Mapping[str, bytes] = {**{plot.name: _png(plot) for plot in plots}, README: card.encode()}
+    with interrupts.deferred(), _scratch(out, files, fs) as scratch:
+        for name, data in files.items():
+            if (out / name).is_symlink() or not (out / name).is_file() or (out / name).read_bytes() != data:
+                fs.write_atomic(out / name, data, scratch)
+    return out / README
+
+
+@contextlib.contextmanager
+def _scratch(out: Path, names: Iterable[str], fs: FileSystem) -> Iterator[Path]:
+    """A directory in which files of these names are made ready."""
     try:
         scratch = Path(tempfile.mkdtemp(prefix=".shardxform-card-", dir=out))
     except OSError as e:
         raise OutputError(f"{out}: cannot be written into: {e.strerror}") from e
     try:
-        for name, data in files.items():
-            if (out / name).is_symlink() or not (out / name).is_file() or (out / name).read_bytes() != data:
-                fs.write_atomic(out / name, data, scratch)
+        yield scratch
     finally:
-        for name in files:
+        for name in names:
             fs.remove_if_there(scratch / f"{name}.tmp")
         fs.rmdir(scratch)
-    return out / README
 
 
 def _is_copied(out: Path) -> bool:

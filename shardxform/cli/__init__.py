@@ -7,14 +7,12 @@ import errno
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from typing import Any, Final
 
 import click
 
+from shardxform import interrupts
 from shardxform.errors import ShardxformError
 
 __all__ = ["main"]
@@ -59,43 +57,29 @@ class _Lazy(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with _interruptible():
-                result = super().invoke(ctx)
+            result = super().invoke(ctx)
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where an error can still be told
             return result
         except ShardxformError as e:
             message, code = str(e), e.exit_code
         except KeyboardInterrupt:
-            message, code = "stopped; run the same command again to go on", 130
+            message, code = interrupts.STOPPED, 130
         except OSError as e:
             if e.errno == errno.EPIPE:  # click ends quietly
                 raise
             message, code = f"{e.filename or 'output'}: {e.strerror or e}", 1
             _drop_stdout()
-        if code == 130 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the way out
-        if sys.stderr is not None:
+        except Exception:
+            if not interrupts.asked():
+                raise
+            message, code = interrupts.STOPPED, 130
+        if interrupts.asked() and code != 130:  # what failed because of it
+            message, code = interrupts.STOPPED, 130
+        if sys.stderr is not None and (code != 130 or interrupts.say_once()):
             with contextlib.suppress(OSError, ValueError):
                 click.echo(f"shardxform: {message}", err=True)
         return ctx.exit(code)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C: stop cleanly, say how to go on."""
-
-    def stop(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may change this
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _drop_stdout() -> None:

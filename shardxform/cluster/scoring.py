@@ -17,19 +17,20 @@ import os
 import pickle
 import re
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform import computing
+from shardxform import computing, interrupts
 from shardxform.calibration.options import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.cluster.blocks import precision_of
 from shardxform.cluster.pool import refuse_remote
 from shardxform.cluster.session import Needs, Session
 from shardxform.cluster.worker import refuse_other_source, refuse_other_version, reporting
+from shardxform.completions import Completions
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
 from shardxform.forward.estimate import estimate
 from shardxform.forward.passes import BATCH_TOKENS
@@ -172,25 +173,29 @@ class _Split:
     def run(self, needs: Needs) -> list[Saliency]:
         wanted = computing.shared(str(self._options.precision.device))
         todo = [part for part in self._parts if not part.result.exists()]
-        refs = [self._session.submit(score_part, needs, wanted, pickle.dumps(part)) for part in todo]
-        pending = {self._session.future(ref): part for ref, part in zip(refs, todo, strict=True)}
-        try:
-            while pending:
-                finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                self._save(finished, pending)
-                self._tell()
-        except BaseException as e:
-            self._session.stop()
-            self._save({future for future in pending if future.done() and not future.exception()}, pending)
-            if isinstance(e, KeyboardInterrupt):
-                raise Interrupted(
-                    f"stopped: finished blocks of all parts are safe in {self._options.work};"
-                    " run the same command again to go on"
-                ) from e
-            raise
+        under_way: Completions[bytes, Part] = Completions()
+        with interrupts.deferred():
+            try:
+                for part in todo:
+                    ref = self._session.submit(score_part, needs, wanted, pickle.dumps(part))
+                    under_way.add(self._session.future(ref), part)
+                while under_way.pending:
+                    finished = under_way.next()
+                    interrupts.check()
+                    self._save(finished, under_way.pending)
+                    self._tell()
+            except BaseException as e:
+                self._session.stop()
+                self._save([f for f in under_way.pending if f.done() and not f.exception()], under_way.pending)
+                if isinstance(e, KeyboardInterrupt):
+                    raise Interrupted(
+                        f"stopped: finished blocks of all parts are safe in {self._options.work};"
+                        " run the same command again to go on"
+                    ) from e
+                raise
         return [Saliency.load(part.result) for part in self._parts]
 
-    def _save(self, finished: set[Future[bytes]], pending: dict[Future[bytes], Part]) -> None:
+    def _save(self, finished: Collection[Future[bytes]], pending: dict[Future[bytes], Part]) -> None:
         for future in finished:
             part = pending.pop(future)
             write_new(part.result, future.result())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import signal
 import socket
@@ -31,6 +32,7 @@ _OBJECTS: Final = 128 << 20  # bytes of Ray's object store: steps and their fact
 _TRIES: Final = 8  # workers and machines that may die under one task
 _GRAIN: Final = 64 << 20  # memory is asked for in multiples of it: Ray keeps workers apart by what they asked for
 _LOOK_AGAIN: Final = 5.0  # seconds after which the machines are counted anew
+_NO_HANDLER: Final = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _UNIMPORTED: Final = "failed to import on the worker"  # what Ray says of a function whose module a worker lacks
 
 
@@ -97,6 +99,7 @@ class Session:
         if find_spec("ray") is None:
             raise PlanError("--ray needs ray: pip install 'shardxform[ray]'")
         _refuse_silent(self.address)
+        os.environ.setdefault(_NO_HANDLER, "1")  # of its core, which prints a stack; looked at when it is imported
         import ray
 
         # What befalls workers would be printed to stdout, amid the result; there is no public switch.
@@ -113,7 +116,7 @@ class Session:
         if self.address == LOCAL:
             options |= {"include_dashboard": False, "object_store_memory": _OBJECTS}
         try:
-            with _own_signals():
+            with _own_signals(ray):
                 ray.init(self.address, **options)
         except Exception as e:  # whatever it is: no address, no right, another version of Ray or of Python
             if self.address == LOCAL:
@@ -236,15 +239,21 @@ def _refuse_silent(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep what SIGTERM does here, which Ray replaces."""
+def _own_signals(ray: Any) -> Iterator[None]:  # noqa: ANN401
+    """Keep what SIGTERM does here, in which Ray would have it raise SystemExit; there is no public switch."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before, setter = signal.getsignal(signal.SIGTERM), "set_sigterm_handler"
+    utils: Any = getattr(getattr(ray, "_private", None), "utils", None)
+    theirs = getattr(utils, setter, None)
+    if theirs:
+        setattr(utils, setter, lambda _handler: None)
     try:
         yield
     finally:
+        if theirs:
+            setattr(utils, setter, theirs)
         signal.signal(signal.SIGTERM, before)
 
 

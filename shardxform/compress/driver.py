@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardxform import interrupts
 from shardxform.compress.folder import EVALUATION, Folder
 from shardxform.compress.job import Job
 from shardxform.compress.overall import Overall
@@ -112,10 +113,11 @@ def _stages(job: Job, overall: Overall, on_stage: Watcher | None) -> tuple[dict[
     for number, stage in enumerate(job.prepared.inputs, 1):
         began = time.monotonic()
         try:
-            done = _is_done(job, stage)
-            if on_stage:
-                on_stage(number, total, stage, done=done)
-            result = _carry_out(job, stage, overall, done=done)
+            with interrupts.during(f"[{number}/{total}] {stage}"):
+                done = _is_done(job, stage)
+                if on_stage:
+                    on_stage(number, total, stage, done=done)
+                result = _carry_out(job, stage, overall, done=done)
         except Interrupted as e:
             raise Interrupted(f"[{number}/{total}] {stage}: {e}") from e
         except KeyboardInterrupt as e:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform import interrupts
 from shardxform.compress.folder import EVALUATION, KEEP, file_sha256
 from shardxform.compress.job import Job, choice_of
 from shardxform.compress.request import CARD, EVALUATE, SELECT
@@ -48,7 +49,7 @@ def _drawn_evaluation(job: Job) -> bytes:
 
     facts = json.loads(job.folder.read(EVALUATE, EVALUATION))
     title = f"{job.request.out.name} against {Path(job.request.source.where).name}"
-    with tempfile.TemporaryDirectory() as place:
+    with interrupts.deferred(), tempfile.TemporaryDirectory() as place:
         path = Path(place) / "evaluation.png"
         draw(_comparison(facts["against"]), path, title=title)
         return path.read_bytes()

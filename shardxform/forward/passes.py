@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from shardxform import computing
+from shardxform import computing, interrupts
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.deciding import BATCH_TOKENS
@@ -116,7 +116,8 @@ class Pass:
         return self.work.hidden(chain, number, shape, skeleton.weights.precision.dtype)
 
     def progressed(self, tokens: int, *, resumed: bool = False) -> None:
-        """Count tokens as done."""
+        """Count tokens as done; inside of `interrupts.deferred` a place to stop."""
+        interrupts.check()
         self._done += tokens
         self._resumed += tokens if resumed else 0
         if self.on_progress:
@@ -133,7 +134,7 @@ def run_pass(job: Pass, visitor: Visitor) -> list[Mapping[str, Any]]:
         the visitor's facts of every block.
 
     Raises:
-        Interrupted: KeyboardInterrupt; every finished block is durable.
+        Interrupted: KeyboardInterrupt, or a signal, see `interrupts`; every finished block is durable.
         OutputError: the disk is too small for the hidden states.
         ExecutionError: the model gives no finite numbers.
 
@@ -141,7 +142,11 @@ def run_pass(job: Pass, visitor: Visitor) -> list[Mapping[str, Any]]:
     job.work.refuse_too_little_space(2 * sum(job.hidden(chain, 0).nbytes for chain in job.chains))
     done = 0
     try:
-        with torch.no_grad(), ThreadPoolExecutor(1, thread_name_prefix="ahead") as ahead:
+        with (
+            interrupts.deferred(),
+            torch.no_grad(),
+            ThreadPoolExecutor(1, thread_name_prefix="ahead") as ahead,
+        ):
             _embed(job)
             for layer in range(job.num_blocks):
                 if _name(layer) in job.work.steps:
@@ -213,6 +218,7 @@ def _embed(job: Pass) -> None:
     for name, skeleton in job.chains.items():
         with job.hidden(name, 0).writing() as out:
             for batch in batches(job.windows):
+                interrupts.check()
                 out.put(batch.start, skeleton.embed(batch.ids_BT))
     job.work.record("embeddings", {})
 

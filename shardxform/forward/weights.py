@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardxform import interrupts
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.expectation import expected
@@ -234,6 +235,7 @@ class Weights:
         self.close()
 
     def _matrix(self, ref: TensorRef) -> _Matrix:
+        interrupts.check()  # a block is many, and some minutes where the disk is slow
         if self._stored is None or ref.name not in self._stored.weights:
             return _Plain(self._plain(ref))
         words, scales = [], []

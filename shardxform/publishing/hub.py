@@ -16,7 +16,7 @@ from typing import IO, Any, Final, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, utils
 
-from shardxform import __version__
+from shardxform import __version__, interrupts
 from shardxform.errors import Interrupted, RemoteError
 from shardxform.publishing.contents import Item, git_blob_id
 
@@ -177,7 +177,7 @@ class Hub:
                     raise _refusal(what, error, self.branch) from e
                 wait = _wait(error, number)
                 self.tell(f"{what}: {_line(error)}; trying again in {wait:.0f} s ({number + 1} of {_TRIES})")
-                self.stop.wait(wait)
+                interrupts.wait(self.stop, wait)
         raise AssertionError
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform import __version__
+from shardxform import __version__, interrupts
 from shardxform.checkpoint import INDEX
 from shardxform.errors import OutputError, PlanError, RemoteError
 from shardxform.progress import OnProgress, Progress, peak_rss_bytes
@@ -31,6 +31,7 @@ __all__ = ["Pushed", "Target", "Watch", "push", "verified"]
 
 _AT_ONCE: Final = 4  # files under way
 _EVERY: Final = 1 << 20  # bytes between two words of progress
+_LOOK: Final = 0.2  # seconds
 
 Stage = Callable[[str], AbstractContextManager[OnProgress | None]]
 
@@ -100,7 +101,7 @@ def push(contents: Contents, target: Target, watch: Watch | None = None) -> Push
         PlanError: huggingface_hub is not installed, or the name is none.
         OutputError: verification finds the output unsound.
         RemoteError: the hub refuses, cannot be reached, or has other bytes in the end.
-        Interrupted: on request.
+        KeyboardInterrupt: on request; the same call goes on.
 
     """
     started, watch = time.monotonic(), watch or Watch()
@@ -315,6 +316,12 @@ class _Sender:
         waiting: queue.SimpleQueue[Add] = queue.SimpleQueue()
         results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
+        def result() -> BaseException | None:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    return results.get(timeout=_LOOK)
+                interrupts.check()
+
         def work() -> None:
             with contextlib.suppress(queue.Empty):
                 while not self.hub.stop.is_set():
@@ -324,11 +331,12 @@ class _Sender:
 
         for add in adds:
             waiting.put(add)
-        for _ in range(min(_AT_ONCE, len(adds))):
-            threading.Thread(target=work, daemon=True).start()
-        for _ in adds:
-            if (error := results.get()) is not None:
-                raise error
+        with interrupts.deferred():
+            for _ in range(min(_AT_ONCE, len(adds))):
+                threading.Thread(target=work, daemon=True).start()
+            for _ in adds:
+                if (error := result()) is not None:
+                    raise error
 
     def _tried(self, add: Add) -> BaseException | None:
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+from shardxform import interrupts
 from shardxform.errors import RemoteError
 from shardxform.remote.names import RepoName
 from shardxform.remote.repository import Remote, RemoteFile, holds
@@ -168,7 +169,7 @@ class Client:
             until = time.monotonic() + seconds
             self._quiet_until = max(self._quiet_until, until) if everybody else self._quiet_until
             until = max(until, self._quiet_until)
-        if self._stopped.wait(max(until - time.monotonic(), 0)):
+        if interrupts.wait(self._stopped, max(until - time.monotonic(), 0)):
             raise RemoteError("stopped")
 
 

@@ -15,6 +15,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Final
 
+from shardxform import interrupts
 from shardxform.errors import RemoteError
 from shardxform.remote.arena import Arena
 
@@ -160,6 +161,7 @@ class Pieces:
             try:
                 while piece.state in (_QUEUED, _FETCHING) and not self._closed:
                     self._changed.wait(_LOOK)
+                    interrupts.check()
                 if piece.state != _HERE:
                     raise RemoteError(str(piece.error or "stopped")) from piece.error
             except BaseException:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from shardxform import interrupts
 from shardxform.errors import OutputError
 from shardxform.fsio import FileSystem, why_not
 
@@ -71,12 +72,13 @@ def _put(path: Path, data: bytes, publish: Callable[[FileSystem, Path, Path], bo
     fs = FileSystem()
     temporary = path.parent / f".shardxform-{secrets.token_hex(8)}.tmp"
     try:
-        try:
-            fs.write_synced(temporary, data, os.O_EXCL)
-            published = publish(fs, temporary, path)
-        finally:
-            fs.remove_if_there(temporary)
-        fs.sync_dir(path.parent)
+        with interrupts.deferred():
+            try:
+                fs.write_synced(temporary, data, os.O_EXCL)
+                published = publish(fs, temporary, path)
+            finally:
+                fs.remove_if_there(temporary)
+            fs.sync_dir(path.parent)
     except OSError as e:
         raise OutputError(f"{path}: {why_not(path, e)}") from e
     return published

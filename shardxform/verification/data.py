@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from shardxform import digests as digesting
+from shardxform import interrupts
 from shardxform.checkpoint import Checkpoint
+from shardxform.completions import Completions
 from shardxform.errors import CheckpointError
 from shardxform.fsio import FileSystem
 from shardxform.layout import Layout
@@ -128,8 +130,8 @@ def check_data(
     written: list[Digest] = []
     errors: dict[str, None] = {}
     done = 0
-    with reader:
-        for result in _in_parallel(reader.examine, _tasks(items), jobs, reader.stop):
+    with interrupts.deferred(), reader:
+        for result in _in_parallel(reader.examine, _tasks(items), jobs, reader.give_up):
             for seen in result.seen:
                 if isinstance(seen, Seen):
                     merge(seen)
@@ -260,21 +262,25 @@ def _pieces(job: Job) -> Iterator[Piece]:
 
 
 def _in_parallel(
-    work: Callable[[Task], Result], tasks: Iterator[Task], jobs: int, stop: threading.Event
+    work: Callable[[Task], Result], tasks: Iterator[Task], jobs: int, give_up: Callable[[], None]
 ) -> Iterator[Result]:
     """Results of `work`, as they come, at most two tasks per thread waiting."""
-    pending: set[Future[Result]] = set()
+    under_way: Completions[Result, None] = Completions()
     with ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
         try:
             while True:
-                while len(pending) < 2 * jobs and (task := next(tasks, None)) is not None:
-                    pending.add(pool.submit(work, task))
-                if not pending:
+                while len(under_way.pending) < 2 * jobs and (task := next(tasks, None)) is not None:
+                    under_way.add(pool.submit(work, task), None)
+                if not under_way.pending:
                     return
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        finally:
-            stop.set()
+                finished = under_way.next()
+                interrupts.check()
+                for future in finished:
+                    del under_way.pending[future]
+                    yield future.result()
+        except BaseException:
+            give_up()
+            raise
 
 
 # -- doing it -----------------------------------------------------------------------------------------------------
@@ -290,7 +296,7 @@ class _Reader:
         self._remotes = {comparison.root: comparison.remote} if comparison and comparison.remote else {}
         self._kept = open_source(out, next(iter(self._remotes.values()), None), self._fs)
         self._local = threading.local()
-        self.stop = threading.Event()
+        self._stop = threading.Event()
 
     def __enter__(self) -> _Reader:
         return self
@@ -299,6 +305,11 @@ class _Reader:
         """Let go of the hub, which is held as long as there are tasks."""
         self._kept.close()
 
+    def give_up(self) -> None:
+        """Examine nothing more, and wait for nothing any more."""
+        self._stop.set()
+        self._kept.stop()
+
     def examine(self, task: Task) -> Result:
         """Examine every item of a task; what cannot be read ends it."""
         result = Result(sum(item.nbytes for item in task))
@@ -306,7 +317,7 @@ class _Reader:
             try:
                 self._ask_for(task, shards)
                 for item in task:
-                    if self.stop.is_set():
+                    if self._stop.is_set():
                         break
                     result.seen.append(self._item(item, shards))
             except UnreadableError as e:
