@@ -23,6 +23,7 @@ from shardxform import __version__
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
+from shardxform.forward.arithmetic import exact_products
 from shardxform.forward.experts import Observer
 from shardxform.forward.mtp import mtp_layer, mtp_numbers
 from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
@@ -68,7 +69,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
     """
     refuse_inside(options.work, [source.root])
     identity = score_fingerprint(source, windows, options)
-    with Weights(source, options.precision) as weights:
+    with exact_products(options.precision.device), Weights(source, options.precision) as weights:
         skeleton = Skeleton(weights)
         layout = skeleton.layout
         if not layout.moe_layers:
@@ -209,7 +210,8 @@ def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more:
         writer = stack.enter_context(leaving.writing()) if more else None
         for batch in batches(job.windows):
             hidden_BTH = reader.rows(batch.start, batch.stop).to(device)
-            hidden_BTH = norm(hidden_BTH) if norm else hidden_BTH[:, : hidden_BTH.shape[1] - layer]
+            length = hidden_BTH.shape[1] - layer
+            hidden_BTH = norm(hidden_BTH).to(hidden_BTH.dtype) if norm else hidden_BTH[:, :length]
             valid_BT = batch.valid_BT[:, layer:]
             scorer.look_at(valid_BT[:, 1:])
             mask_BT = None if batch.mask() is None else valid_BT.long().to(device)

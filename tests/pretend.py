@@ -13,16 +13,17 @@ and they are as unforgiving as a GPU's, or a little more:
 - where only deterministic algorithms are allowed, a cumulative sum of floats is refused.
 
 Built on torch's support for backends written in Python (`_setup_privateuseone_for_python_backend`, experimental). It
-is registered once a process, which does not show until a tensor names it; `there()` lets `torch.tensor` make tensors
-there too. It says nothing of speed, of kernels' own limits, or of their last bits. An error in a backward pass, which
-runs on a thread of the device, ends the process (torch's guard of Python devices knows no streams), so it is told on
-stderr before.
+is registered once a process, which does not show until a tensor names it; within `there()`, `torch.tensor` and its like
+make tensors there too. It says nothing of speed, of kernels' own limits, or of their last bits. An error in a backward
+pass, which runs on a thread of the device, ends the process (torch's guard of Python devices knows no streams), so it
+is told on stderr before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import traceback
 import weakref
@@ -40,15 +41,25 @@ _COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::_copy_fro
 _EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 _INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _SYNCHRONIZES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::equal"}
+_MAKERS = (
+    "tensor",
+    "as_tensor",
+    "asarray",
+    "arange",
+    "eye",
+    "linspace",
+    "randperm",
+)  # C++ makes these in ways of its own
 _UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}
 _ADDED_UP = {"aten::cumsum", "aten::cumsum_", "aten::cumprod"}
 
 
 @dataclass
 class Counts:
-    """What happened since the last `there()`: waits for the device, and bytes that its tensors held at most."""
+    """What happened since the last `there()`: waits for the device, bytes sent to it, and held there now and at most."""
 
     waits: int = 0
+    sent: int = 0
     held: int = 0
     peak: int = 0
     storages: dict[int, int] = field(default_factory=dict)  # address -> tensors on it
@@ -75,7 +86,7 @@ class PretendTensor(torch.Tensor):
     elem: torch.Tensor
 
     @staticmethod
-    def __new__(cls, elem: torch.Tensor) -> PretendTensor:
+    def __new__(cls: type[PretendTensor], elem: torch.Tensor) -> PretendTensor:
         made: PretendTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             elem.size(),
@@ -106,7 +117,7 @@ class PretendTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
 
 
@@ -162,7 +173,7 @@ def there() -> Iterator[Counts]:
     """Let `torch.tensor` and its like make tensors there, whose makers do not come by; count what happens."""
     global _watched
     register()
-    before = _watched, {name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")}
+    before = _watched, {name: getattr(torch, name) for name in _MAKERS}
     _watched = Counts()
     for name, maker in before[1].items():
         setattr(torch, name, _also_there(maker))
@@ -206,6 +217,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if _watched is not None and (name in _SYNCHRONIZES or _leaves(name, args, kwargs, here)):
         _watched.waits += 1
     if name == "aten::copy_":
+        if _watched is not None and isinstance(args[0], PretendTensor) and not isinstance(args[1], PretendTensor):
+            _watched.sent += args[0].nbytes
         _bare(args[0]).copy_(_bare(args[1]))
         return args[0]
     bare_args, bare_kwargs = pytree.tree_map(_bare, args), pytree.tree_map(_bare, kwargs)
@@ -319,7 +332,7 @@ def _refuse_resized(name: str, here: list[PretendTensor]) -> None:
 def _spoil_empty_groups(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> None:
     bounds = [0, *ends.tolist()]
     if a.dim() == b.dim() == 2:
-        for group, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for group, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if start == stop:
                 out[group] = 7.0
     elif a.dim() == 2:

@@ -1,0 +1,439 @@
+"""Every command that takes `--device`, on a pretend accelerator: it runs, and its numbers are those of the CPU."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build import read_checkpoint
+from click.testing import CliRunner, Result
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import pretend  # noqa: E402
+from test_scoring import NAMES, windows_of  # noqa: E402
+
+from shardxform.calibration import Windows  # noqa: E402
+from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.cli import main, model_options  # noqa: E402
+from shardxform.errors import PlanError  # noqa: E402
+from shardxform.evaluation import EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.forward import arithmetic, passes  # noqa: E402
+from shardxform.forward.skeleton import Skeleton  # noqa: E402
+from shardxform.forward.weights import Precision, Weights  # noqa: E402
+from shardxform.quantize.grid import Grid  # noqa: E402
+from shardxform.saliency import Saliency  # noqa: E402
+from shardxform.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.tuning import session  # noqa: E402
+from shardxform.tuning.elementwise import Pace  # noqa: E402
+from shardxform.tuning.experts import TunedExperts  # noqa: E402
+from shardxform.tuning.healed import HealedStack  # noqa: E402
+from shardxform.tuning.stacked import StackedWeight, prepare  # noqa: E402
+from shardxform.tuning.workers import Workers  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+TEXT = SMALL_MOE / "text" / "calib.jsonl"
+CPU = torch.device("cpu")
+DATA = ("--data", str(TEXT), "--dtype", "float32", "-q")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def there() -> Iterator[pretend.Counts]:
+    with pretend.there() as counts:
+        yield counts
+
+
+def devices() -> tuple[Any, Any]:
+    return CPU, torch.device(pretend.NAME)
+
+
+def call(*args: str) -> Result:
+    result = CliRunner().invoke(main, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def blocks_of(root: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((root / "shardxform.json").read_text())["facts"]["blocks"]
+    return found
+
+
+def test_every_command_with_a_device_is_run_here() -> None:
+    takes = {name for name, command in main.commands.items() if any(p.name == "device" for p in command.params)}
+    assert takes == {"score", "evaluate", "quantize", "prune", "compress"}
+
+
+# -- the double -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda there, here: here + there,
+        lambda there, here: here[torch.zeros(1, dtype=torch.long, device=there.device)],
+        lambda there, _: there.index_select(0, torch.tensor([0])),
+        lambda there, here: there.index_put_((torch.tensor([0]),), here[:1]),
+        lambda there, _: torch.mm(there, there, out=torch.empty(4, 4)),
+        lambda there, here: here.add_(there),
+        lambda there, _: torch.zeros(()).add_(there.sum()),
+        lambda there, _: there.numpy(),
+        lambda there, _: np.asarray(there),
+        lambda there, _: there.to("cpu", non_blocking=True),
+        lambda there, _: torch.randn(3, device=there.device, generator=torch.Generator()),
+        lambda there, _: there.view(torch.uint32) & 1,
+        lambda there, _: torch.nn.functional.grouped_mm(
+            there[:, :3].contiguous(), there[None, :3], offs=torch.tensor([4], dtype=torch.int32, device=there.device)
+        ),
+        lambda there, _: torch.nn.functional.grouped_mm(
+            there, there[None], offs=torch.tensor([4], device=there.device)
+        ),
+    ],
+)
+def test_the_double_refuses_what_a_gpu_refuses(
+    there: pretend.Counts,  # noqa: ARG001
+    refused: Callable[[Any, Any], object],
+) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        refused(torch.ones(4, 4).to(pretend.NAME), torch.ones(4, 4))
+
+
+def test_the_double_allows_what_a_gpu_allows(there: pretend.Counts) -> None:
+    x = torch.ones(4, 4).to(pretend.NAME)
+    assert (x * torch.tensor(2.0)).sum().item() == 32
+    x[1] = torch.zeros(4)
+    assert x[torch.tensor([False, True, False, False])].tolist() == [[0, 0, 0, 0]]
+    y = torch.ones(4, 4, dtype=torch.bfloat16, device=pretend.NAME, requires_grad=True)
+    y.view(2, 8)[0].clone().mul_(3).sum().backward()
+    assert y.grad.device.type == "pretend"
+    assert y.grad.cpu()[:, 0].tolist() == [3, 3, 0, 0]
+    assert torch.isnan(torch.empty(3, device=pretend.NAME)).all()
+    assert there.sent == 64 + 16
+    assert there.waits
+
+
+# -- score and evaluate -----------------------------------------------------------------------------------------------
+
+
+def ragged(vocab: int, lengths: tuple[int, ...]) -> Windows:
+    ids = torch.randint(1, vocab, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(3))
+    return windows_of(ids, lengths)
+
+
+def scored(path: Path, windows: Windows, device: Any, work: Path) -> Saliency:
+    options = ScoreOptions(precision=Precision(device, torch.float32), work=work)
+    return score(Checkpoint.open(path), windows, options)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3"])
+def test_scores_are_those_of_the_cpu(
+    kind: str,
+    there: pretend.Counts,  # noqa: ARG001
+    tiny_checkpoints: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    windows = ragged(64, (12, 9, 12))
+    wanted, found = (scored(tiny_checkpoints[kind], windows, device, tmp_path / "w") for device in devices())
+    assert found.mtp_layers
+    for layers, others in ((found.layers, wanted.layers), (found.mtp_layers, wanted.mtp_layers)):
+        assert layers.keys() == others.keys()
+        for layer, stats in layers.items():
+            for name in NAMES:
+                np.testing.assert_allclose(getattr(stats, name), getattr(others[layer], name), rtol=1e-5)
+
+
+def test_a_block_is_sent_once_and_nothing_stays(
+    there: pretend.Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 48)
+    scored(SMALL_MOE, ragged(2048, (48,) * 6), torch.device(pretend.NAME), tmp_path / "w")
+    model = sum(path.stat().st_size for path in SMALL_MOE.glob("*.safetensors"))
+    assert there.sent < 1.3 * model
+    assert there.peak < 1.2 * model / 4 + 4e6  # a block, and an expert in float32 with its tokens
+    gc.collect()
+    assert there.held < 1e4
+
+
+def evaluated(windows: Windows, precision: Precision, work: Path, keep: int) -> Evaluation:
+    source = Checkpoint.open(SMALL_MOE)
+    from shardxform.manifest import Manifest
+    from shardxform.view import pruned_view
+
+    view = pruned_view(source, Manifest(keep={n: tuple(range(keep)) for n in range(4)})).checkpoint
+    return evaluate(view, windows, EvaluateOptions(precision=precision, work=work), source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_figures_are_those_of_the_cpu(
+    dtype: Any,
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    windows = ragged(2048, (48, 31))
+    wanted, found = (evaluated(windows, Precision(device, dtype), tmp_path / "w", 12) for device in devices())
+    assert found.against is not None
+    assert wanted.against is not None
+    assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-5)
+    assert found.against.kl == pytest.approx(wanted.against.kl, rel=1e-4)
+    assert found.against.top1 == wanted.against.top1
+    assert found.against.block_errors == pytest.approx(wanted.against.block_errors, rel=1e-4)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_head_is_computed_in_float32(
+    place: int,
+    there: pretend.Counts,  # noqa: ARG001
+) -> None:
+    """By hand, from bfloat16 states: what a head in bfloat16 gives is off by a hundredth."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for shard in SMALL_MOE.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    hidden_NH = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = hidden_NH.double()
+    normed = (
+        wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * (1 + tensors["model.norm.weight"].double())
+    )
+    wanted = normed @ tensors["lm_head.weight"].double().T
+    precision = Precision(devices()[place], torch.bfloat16)
+    with torch.no_grad(), Weights(Checkpoint.open(SMALL_MOE), precision) as weights, Skeleton(weights).head() as head:
+        found = head.logits(hidden_NH)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: object, dtype: Any, **__: object) -> None:
+        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(PlanError, match="--device mps: Cannot convert a MPS Tensor to torch.float64"):
+        model_options.make_precision("mps", None)
+
+
+# -- rounding, tuning, healing ----------------------------------------------------------------------------------------
+
+
+def test_rounding_gives_the_same_bytes(
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    for name, device in zip(("cpu", "there"), ("cpu", pretend.NAME), strict=True):
+        call("quantize", str(SMALL_MOE), str(tmp_path / name), "--device", device, "-q")
+    assert read_checkpoint(tmp_path / "cpu") == read_checkpoint(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("block", "samples", "length", "iters"),
+    [
+        ("0", 2, 48, 12),  # linear attention
+        ("3", 2, 48, 12),
+        ("3", 3, 1408, 1),  # more than 4,096 tokens a step: the attention is made again
+        ("0", 3, 1408, 1),
+    ],
+)
+def test_tuning_gives_the_errors_of_the_cpu(  # noqa: PLR0913
+    block: str,
+    samples: int,
+    length: int,
+    iters: int,
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    size = ("--samples", str(samples), "--seqlen", str(length), "--iters", str(iters), "--batch-size", str(samples))
+    one = ("--method", "auto-round", "--inputs", "fp", "--blocks", f"{block}-{block}")
+    for name, device in zip(("cpu", "there"), ("cpu", pretend.NAME), strict=True):
+        call("quantize", str(SMALL_MOE), str(tmp_path / name), "--device", device, *one, *size, *DATA)
+    (wanted,), (found,) = blocks_of(tmp_path / "cpu"), blocks_of(tmp_path / "there")
+    assert (length * samples > session._STORED_TOKENS) == (length > 1000)
+    assert found["rtn_error"] == pytest.approx(wanted["rtn_error"], rel=1e-4)
+    assert found["tuned_error"] == pytest.approx(wanted["tuned_error"], rel=0.02)
+    assert found["tuned_error"] < found["rtn_error"] or iters == 1
+
+
+def keep_file(folder: Path) -> str:
+    keep = {str(layer): list(range(0, 16, 2)) for layer in range(4)}
+    (folder / "keep.json").write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
+    return str(folder / "keep.json")
+
+
+def test_healing_gives_the_errors_of_the_cpu(
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    heal = ("--heal", "all", "--heal-iters", "4", "--heal-lr", "0.005", "--batch-size", "2")
+    size = ("--samples", "4", "--seqlen", "48")
+    for name, device in zip(("cpu", "there"), ("cpu", pretend.NAME), strict=True):
+        given = ("prune", str(SMALL_MOE), str(tmp_path / name), "-m", keep_file(tmp_path), *heal, *size, *DATA)
+        call(*given, "--device", device)
+    for found, wanted in zip(blocks_of(tmp_path / "there"), blocks_of(tmp_path / "cpu"), strict=True):
+        assert found["healed"]["pruned_error"] == pytest.approx(wanted["healed"]["pruned_error"], rel=0.01)
+        assert found["healed"]["healed_error"] == pytest.approx(wanted["healed"]["healed_error"], rel=0.02)
+        assert found["healed"]["healed_error"] < found["healed"]["pruned_error"]
+
+
+def test_everything_in_one_command(
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    """Scored, pruned, healed, tuned on the quantized chain, and measured, in the types that a GPU is given."""
+    tune = ("--keep", "8", "--heal", "--heal-iters", "2", "--iters", "2", "--batch-size", "2")
+    data = ("--data", str(TEXT), "--samples", "4", "--seqlen", "32", "--eval-data", str(TEXT))
+    size = ("--eval-samples", "2", "--eval-seqlen", "32", "--device", pretend.NAME, "-q")
+    call("compress", str(SMALL_MOE), str(tmp_path / "out"), *tune, *data, *size)
+    facts = blocks_of(tmp_path / "out")
+    assert [block["layer"] for block in facts] == [0, 1, 2, 3]
+    assert all(block["healed"]["healed_error"] <= block["healed"]["pruned_error"] for block in facts)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "perplexity" in card.lower()
+    healed = ("--method", "rtn", "--heal", "--heal-iters", "1", "--heal-lr", "0.005", "--batch-size", "2")
+    rounded = ("quantize", str(SMALL_MOE), str(tmp_path / "rounded"), "-m", keep_file(tmp_path), *healed)
+    call(*rounded, *data[:6], "--device", pretend.NAME, "-q")
+    assert len(blocks_of(tmp_path / "rounded")) == 4
+
+
+# -- the experts on a device ------------------------------------------------------------------------------------------
+
+E, K, H, J = 6, 2, 64, 32
+
+
+def routed(tokens: int, hidden: int) -> tuple[Any, Any, Any]:
+    """Hidden states, the router's weights, and experts of tokens; experts 1 and 4 get none."""
+    random = torch.Generator().manual_seed(1)
+    index_TK = torch.tensor([0, 2, 3, 5])[torch.randint(0, 4, (tokens, 1), generator=random) + torch.tensor([[0, -1]])]
+    states = torch.randn(tokens, hidden, generator=random), torch.rand(tokens, K, generator=random)
+    return (*states, index_TK)
+
+
+def gate(between: Any) -> Any:
+    first, second = between.chunk(2, dim=-1)
+    return torch.nn.functional.silu(first) * second
+
+
+def step(weights: list[Any], device: Any, hidden: int, dtype: Any, workers: Workers) -> list[Any]:
+    """One forward and one backward pass of experts on a device: outputs, and gradients of both inputs."""
+    experts = TunedExperts(*weights, gate, workers)
+    hidden_TH, weight_TK, index_TK = routed(9, hidden)
+    hidden_TH, weight_TK = (x.to(device, dtype).requires_grad_() for x in (hidden_TH, weight_TK))
+    out_TH = experts(hidden_TH, weight_TK, index_TK.to(device))
+    out_TH.backward(torch.ones_like(out_TH))
+    assert experts.reached_E == [True, False, True, True, False, True]
+    return [x.detach().float().cpu() for x in (out_TH, hidden_TH.grad, weight_TK.grad)]
+
+
+def test_experts_without_tokens_do_not_move(there: pretend.Counts) -> None:  # noqa: ARG001
+    """Where a grouped product leaves garbage for them."""
+    random = torch.Generator().manual_seed(2)
+    stacks = [torch.randn(shape, generator=random) / 8 for shape in ((E, 2 * J, H), (E, H, J))]
+    results, moved = [], []
+    with Workers(1) as workers:
+        for device in devices():
+            tuned: list[StackedWeight] = [prepare(w.to(device), Grid(search=False), workers, "w") for w in stacks]
+            for weight in tuned:
+                weight.pace = Pace(1024.0, 1 / 128, 0.0, 1.2)
+            results.append(step(tuned, device, H, torch.float32, workers))
+            moved.append([(w._v_RI.cpu().view(w.shape), w._clip_RG.cpu().view(E, -1)) for w in tuned])
+    for found, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    for (v_EOI, clip_EG), (wanted_EOI, wanted_EG) in zip(moved[1], moved[0], strict=True):
+        assert (v_EOI == wanted_EOI).float().mean() > 0.999  # signs of sums that nearly cancel
+        torch.testing.assert_close(clip_EG, wanted_EG)
+        assert not v_EOI[[1, 4]].any()
+        assert (clip_EG[[1, 4]] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_width_are_multiplied(dtype: Any, there: pretend.Counts) -> None:  # noqa: ARG001
+    """Rows that are no whole 16 bytes, which grouped products refuse."""
+    random = torch.Generator().manual_seed(2)
+    stacks = [torch.randn(shape, generator=random).bfloat16() / 4 for shape in ((E, 10, 13), (E, 13, 5))]
+    results, values = [], []
+    with Workers(1) as workers:
+        for device in devices():
+            healed = [HealedStack(w.clone().to(device), moves=True) for w in stacks]
+            for stack in healed:
+                stack.lr = 0.01
+            results.append(step(healed, device, 13, dtype, workers))
+            values.append([stack.stored(slice(None)).float().cpu() for stack in healed])
+    for found, wanted in (*zip(results[1], results[0], strict=True), *zip(values[1], values[0], strict=True)):
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    for value, stack in zip(values[1], stacks, strict=True):
+        assert torch.equal(value[[1, 4]], stack[[1, 4]].float())
+        assert not torch.equal(value[0], stack[0].float())
+
+
+# -- how a device computes --------------------------------------------------------------------------------------------
+
+
+def settings() -> tuple[object, ...]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return (
+        matmul.allow_tf32,
+        matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.allow_tf32,
+        torch.get_deterministic_debug_mode(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+def test_a_device_multiplies_exactly_and_adds_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # as an environment variable may
+    usual = settings()
+    assert usual == (True, True, True, 0, True)
+    with arithmetic.exact_products(CPU), arithmetic.fixed_order(CPU):
+        assert settings() == usual
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    cuda = torch.device("cuda")  # named, not used
+    with pytest.raises(ZeroDivisionError), arithmetic.exact_products(cuda):
+        assert settings() == (False, False, False, 0, True)
+        with arithmetic.fixed_order(cuda):
+            assert settings() == (False, False, False, 2, False)
+            with arithmetic.any_order():
+                assert settings() == (False, False, False, 1, False)
+        assert settings() == (False, False, False, 0, True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        1 / 0  # noqa: B018
+    assert settings() == usual
+
+
+def test_figures_and_tuning_compute_so(
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    seen: list[tuple[object, ...]] = []
+    plain = Skeleton.call
+
+    def call_(self: Skeleton, *given: Any) -> Any:
+        seen.append((torch.is_grad_enabled(), *settings()))
+        return plain(self, *given)
+
+    monkeypatch.setattr(Skeleton, "call", call_)
+    device = torch.device(pretend.NAME)
+    scored(SMALL_MOE, ragged(2048, (8, 8)), device, tmp_path / "w")
+    evaluated(ragged(2048, (8, 8)), Precision(device, torch.float32), tmp_path / "w", 8)
+    call(
+        *("quantize", str(SMALL_MOE), str(tmp_path / "out"), "--device", pretend.NAME, "--method", "auto-round", *DATA),
+        *("--samples", "2", "--seqlen", "16", "--iters", "1", "--inputs", "fp", "--blocks", "3-3"),
+    )
+    assert {each[1:4] for each in seen} == {(False, False, False)}
+    assert {each[4:] for each in seen if each[0]} == {(2, False)}  # what learns
