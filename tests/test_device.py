@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -483,3 +485,68 @@ def test_figures_and_tuning_compute_so(
     )
     assert {each[1:4] for each in seen} == {(False, False, False)}
     assert {each[4:] for each in seen if each[0]} == {(2, False)}  # what learns
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    path = SMALL_MOE.parents[1] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "bench_gpu", module)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_measures_on_a_device(
+    there: pretend.Counts,  # noqa: ARG001
+    bench: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "CHECKS", {"evaluate": (0, bench.check_evaluate)})
+    given = ["--device", pretend.NAME, "--small", "--json", str(tmp_path / "found.json")]
+    assert bench.main(given) == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {name: row["ok"] for name, row in found["checks"].items()} == {
+        "evaluate: perplexity, relative": True,
+        "evaluate: KL, relative": True,
+        "evaluate: KL in bfloat16, relative": True,
+    }
+    kinds = [f"{what}, {kind}_attention" for what in ("tuning", "healing") for kind in ("linear", "full")]
+    measured = {f"{each}: seconds an iteration" for each in kinds}
+    measured |= {"scoring: tokens/s through a block", "sending weights, GB/s", "rounding: GB/s of bfloat16"}
+    assert measured < found["measures"].keys()
+    assert all(value > 0 for value in found["measures"].values())
+    assert not found["skipped"]
+    hours = bench.predicted(dict.fromkeys(found["measures"], 1.0))
+    assert len(hours) == 4
+    assert hours["in all"] == pytest.approx(sum(hours.values()) / 2)
+    assert capsys.readouterr().out.count("| OK |") == 3
+
+
+def test_the_benchmark_says_what_fails_and_what_it_leaves_out(
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(_run: Any) -> None:
+        raise ValueError("no such thing")
+
+    checks = {"far": (0, lambda run: bench.note(run, "far", 0.2, 0.1)), "broken": (0, breaks)}
+    monkeypatch.setattr(bench, "CHECKS", {**checks, "slow": (1000, breaks)})
+    monkeypatch.setattr(bench, "SMALL", None)  # nothing is measured
+    assert bench.main(["--device", "cpu", "--small", "--minutes", "0.1"]) == 1
+    out = capsys.readouterr().out
+    assert "| far | 2.00e-01, at most 1e-01 | FAIL |" in out
+    assert "| broken | ValueError: no such thing | FAIL |" in out
+    assert "| slow | left out: wants about 1000 s, " in out
+    assert bench.main(["--device", "abacus"]) == 2
+    assert "gpu.py: --device abacus: " in capsys.readouterr().err
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "transformers" else True)
+    assert bench.main([]) == 2
+    assert capsys.readouterr().err == "gpu.py: transformers is not installed\n"
