@@ -56,7 +56,7 @@ _ADDED_UP = {"aten::cumsum", "aten::cumsum_", "aten::cumprod"}
 
 @dataclass
 class Counts:
-    """What happened since the last `there()`: waits for the device, bytes sent to it, and held there now and at most."""
+    """What happened since the last `there()`: waits for the device, bytes sent to it, and held there."""
 
     waits: int = 0
     sent: int = 0
