@@ -339,7 +339,7 @@ def measure_tuning(run: Run, kind: str) -> None:
     """An iteration of tuning a block, and making it ready."""
     import torch
 
-    from shardxform.forward.arithmetic import fixed_order
+    from shardxform.forward.arithmetic import fixed_order, on_device
     from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
     from shardxform.tuning.elementwise import Pace
@@ -358,7 +358,8 @@ def measure_tuning(run: Run, kind: str) -> None:
         weights = sum(math.prod(weight.shape) for weight in tuned.weights)
         run.measures["scale search, seconds a block (CPU)"] = searched * weights
         tuned.set_pace(Pace(128.0, 1 / 256, 0.0, 1.2))
-        with fixed_order(torch.device(run.device)), frugal_linear_attention(layer, workers):
+        device = torch.device(run.device)
+        with on_device(device), fixed_order(device), frugal_linear_attention(layer, workers):
             run.measures[f"tuning, {kind}: seconds an iteration"] = time_steps(run, forward)
 
 
@@ -366,7 +367,7 @@ def measure_healing(run: Run, kind: str) -> None:
     """An iteration of healing a block, all of it."""
     import torch
 
-    from shardxform.forward.arithmetic import fixed_order
+    from shardxform.forward.arithmetic import fixed_order, on_device
     from shardxform.tuning.experts import TunedExperts
     from shardxform.tuning.heal import Wide
     from shardxform.tuning.healed import HealedStack
@@ -383,7 +384,8 @@ def measure_healing(run: Run, kind: str) -> None:
             stack.lr = 1e-4
         for each in wide:
             each.lr = 1e-4
-        with fixed_order(torch.device(run.device)), frugal_linear_attention(layer, workers):
+        device = torch.device(run.device)
+        with on_device(device), fixed_order(device), frugal_linear_attention(layer, workers):
             run.measures[f"healing, {kind}: seconds an iteration"] = time_steps(run, forward)
 
 
@@ -406,7 +408,7 @@ def measure_scoring(run: Run) -> None:
     """Tokens of a second through a block of all experts, with their statistics; and sending a block's bytes."""
     import torch
 
-    from shardxform.forward.arithmetic import exact_products
+    from shardxform.forward.arithmetic import on_device
     from shardxform.forward.experts import ExpertBank, attach
     from shardxform.forward.weights import Precision
     from shardxform.scoring import Scorer
@@ -418,7 +420,7 @@ def measure_scoring(run: Run) -> None:
     down_HJ = torch.empty(shape.hidden, shape.inner, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     read: Any = lambda _expert: RandomExpert(up_JH.clone(), down_HJ.clone())  # noqa: E731
     seconds = 0.0
-    with memory(run, "scoring"), torch.no_grad(), exact_products(device):
+    with memory(run, "scoring"), torch.no_grad(), on_device(device):
         x_BTH = torch.randn(shape.batch // 2, shape.length, shape.hidden, device=device).bfloat16()
         for kind, part in (("linear_attention", 0.75), ("full_attention", 0.25)):
             layer, forward = block(run, kind, shape.scored_experts, "shardxform")

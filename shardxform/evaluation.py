@@ -22,7 +22,7 @@ import torch
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
-from shardxform.forward.arithmetic import exact_products
+from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
 from shardxform.forward.skeleton import Head, Skeleton
@@ -115,7 +115,7 @@ def evaluate(
     refuse_inside(options.work, [each.root for each in sources.values()])
     mark = work_mark(fingerprint("evaluate", sources, windows, options.precision), sources)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exact_products(options.precision.device))
+        stack.enter_context(on_device(options.precision.device))
         chains = {
             name: Skeleton(stack.enter_context(Weights(each, options.precision))) for name, each in sources.items()
         }

@@ -23,7 +23,7 @@ from shardxform import __version__
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
-from shardxform.forward.arithmetic import exact_products
+from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
 from shardxform.forward.mtp import mtp_layer, mtp_numbers
 from shardxform.forward.passes import Batch, Pass, batches, fingerprint, run_pass, work_mark
@@ -69,7 +69,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
     """
     refuse_inside(options.work, [source.root])
     identity = score_fingerprint(source, windows, options)
-    with exact_products(options.precision.device), Weights(source, options.precision) as weights:
+    with on_device(options.precision.device), Weights(source, options.precision) as weights:
         skeleton = Skeleton(weights)
         layout = skeleton.layout
         if not layout.moe_layers:

@@ -34,6 +34,7 @@ from shardxform.forward import arithmetic, passes  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.manifest import Manifest  # noqa: E402
+from shardxform.quantize import rtn_torch  # noqa: E402
 from shardxform.quantize.grid import Grid  # noqa: E402
 from shardxform.saliency import Saliency  # noqa: E402
 from shardxform.scoring import ScoreOptions, score  # noqa: E402
@@ -350,6 +351,31 @@ def test_everything_in_one_command(
     assert len(blocks_of(tmp_path / "rounded")) == 2
 
 
+@pytest.mark.parametrize("where", ["score", "quantize", "tune"])
+def test_memory_that_runs_out_is_said_in_a_line(
+    where: str,
+    there: pretend.Counts,  # noqa: ARG001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(passes, "_refuse_non_finite", full)
+    monkeypatch.setattr(rtn_torch, "_scales", full)
+    monkeypatch.setattr(session, "tune_block", full)
+    data = ("--data", str(TEXT), "--samples", "2", "--seqlen", "16")
+    command = {
+        "score": ("score", str(SMALL_MOE), "-o", str(tmp_path / "out"), *data),
+        "quantize": ("quantize", str(SMALL_MOE), str(tmp_path / "out")),
+        "tune": ("quantize", str(SMALL_MOE), str(tmp_path / "out"), "--method", "auto-round", "--iters", "1", *data),
+    }[where]
+    result = CliRunner().invoke(main, [*command, "--device", pretend.NAME, "-q"], catch_exceptions=False)
+    assert result.exit_code != 0
+    assert "pretend:0: CUDA out of memory. Tried to allocate 2.00 GiB. " in result.output
+    assert "See documentation" not in result.output
+
+
 # -- the experts on a device ------------------------------------------------------------------------------------------
 
 E, K, H, J = 6, 2, 64, 32
@@ -446,11 +472,11 @@ def test_a_device_multiplies_exactly_and_adds_in_order(monkeypatch: pytest.Monke
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     usual = settings()
     assert usual == (True, True, True, 0, True)
-    with arithmetic.exact_products(CPU), arithmetic.fixed_order(CPU):
+    with arithmetic.on_device(CPU), arithmetic.fixed_order(CPU):
         assert settings() == usual
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     cuda = torch.device("cuda")  # named, not used
-    with contextlib.suppress(ZeroDivisionError), arithmetic.exact_products(cuda):
+    with contextlib.suppress(ZeroDivisionError), arithmetic.on_device(cuda):
         assert settings() == (False, False, False, 0, True)
         with arithmetic.fixed_order(cuda):
             assert settings() == (False, False, False, 2, False)

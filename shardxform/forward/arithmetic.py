@@ -16,24 +16,40 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["any_order", "exact_products", "fixed_order"]
+from shardxform.errors import ExecutionError
+
+__all__ = ["any_order", "fixed_order", "on_device"]
 
 _WARN, _FIXED = 1, 2  # as `torch.set_deterministic_debug_mode` has them
 _WORKSPACE: Final = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 in float32, and add products of bfloat16 up in float32.
+def on_device(device: torch.device) -> Iterator[None]:
+    """Compute there: float32 multiplied in float32, products of bfloat16 added up in float32.
 
     TF32 has 10 bits of mantissa: convolutions use it by default, products where `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE` is
     set, as it is in images of GPU makers. cuBLAS is also given workspaces of a fixed size, without which torch does not
     call it deterministic; it reads that when a process multiplies for the first time.
+
+    Raises:
+        ExecutionError: the device ran out of memory.
+
     """
-    if device.type == "cpu":
-        yield
-        return
-    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    with contextlib.ExitStack() as stack:
+        if device.type != "cpu":
+            os.environ.setdefault(_WORKSPACE, ":4096:8")
+            stack.enter_context(_exact_products())
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            raise ExecutionError(
+                f"{device}: {str(e).splitlines()[0]} Tuning takes less with smaller batches; what is done is safe"
+            ) from e
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.benchmark
     matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
@@ -62,8 +78,7 @@ def fixed_order(device: torch.device) -> Iterator[None]:
     torch.set_deterministic_debug_mode(_FIXED)
     memory.fill_uninitialized_memory = False
     try:
-        with exact_products(device):
-            yield
+        yield
     finally:
         torch.set_deterministic_debug_mode(before)
         memory.fill_uninitialized_memory = filled

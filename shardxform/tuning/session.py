@@ -19,7 +19,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.copying import OpenTarget
 from shardxform.errors import ExecutionError
-from shardxform.forward.arithmetic import exact_products, fixed_order
+from shardxform.forward.arithmetic import fixed_order, on_device
 from shardxform.forward.memory import give_back
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
@@ -121,7 +121,7 @@ class Tuner:
 
     def make_states(self, number: int, work: Path) -> None:
         """Have the states that enter block `number` in `work`, from those that enter the block before."""
-        with exact_products(self._precision.device):
+        with on_device(self._precision.device):
             Chains({ORIGINAL: self._original}, self._windows, work, FileSystem(), stored=True).make(number)
 
     def tune(
@@ -151,7 +151,7 @@ class Tuner:
 
         """
         run = _BlockRun(self, step, self._chains(step, work, fs), on_work, stopped)
-        with exact_products(self._precision.device):
+        with on_device(self._precision.device):
             return run.execute(target, fs)
 
     def _chains(self, step: TuneBlock, work: Path, fs: FileSystem) -> Chains:
