@@ -105,7 +105,7 @@ def call(*arguments: str) -> None:
     """Run a command of shardxform in this process."""
     from shardxform.cli import main
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main([*arguments, "-q"], standalone_mode=False)
 
 
