@@ -24,6 +24,7 @@ from shardxform import interrupts
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
+from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
 from shardxform.forward.skeleton import Head, Skeleton
@@ -138,6 +139,7 @@ def evaluate(
     purpose = "evaluate" + ("" if options.against == options.precision else f" against {_name(options.against)}")
     inputs = pass_inputs(purpose, sources, windows, options.precision)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(on_device(options.precision.device))
         chains = {
             name: Skeleton(stack.enter_context(Weights(each, precisions[name]))) for name, each in sources.items()
         }

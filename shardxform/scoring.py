@@ -23,6 +23,7 @@ from shardxform import __version__, computing, interrupts
 from shardxform.calibration import Windows
 from shardxform.checkpoint import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
+from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
 from shardxform.forward.mtp import mtp_layer, mtp_numbers
 from shardxform.forward.passes import Batch, Pass, batches, fingerprint, pass_inputs, run_pass
@@ -80,7 +81,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
     """
     refuse_inside(options.work, [source.root])
     inputs = score_inputs(source, windows, options)
-    with Weights(source, options.precision) as weights:
+    with on_device(options.precision.device), Weights(source, options.precision) as weights:
         skeleton = Skeleton(weights)
         layout = skeleton.layout
         if not layout.moe_layers:
@@ -257,7 +258,8 @@ def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more:
         for batch in batches(job.windows):
             interrupts.check()
             hidden_BTH = reader.rows(batch.start, batch.stop).to(device)
-            hidden_BTH = norm(hidden_BTH) if norm else hidden_BTH[:, : hidden_BTH.shape[1] - layer]
+            length = hidden_BTH.shape[1] - layer
+            hidden_BTH = norm(hidden_BTH).to(hidden_BTH.dtype) if norm else hidden_BTH[:, :length]
             valid_BT = batch.valid_BT[:, layer:]
             scorer.look_at(valid_BT[:, 1:])
             mask_BT = None if batch.mask() is None else valid_BT.long().to(device)

@@ -43,7 +43,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("quantize.planner", "quantize.execute"),
     ("journal", "outdir", "output", "quantize.stored", "quantize.convert", "quantize.loading", "quantize.repack"),
     ("parameters", "inspection"),
-    ("forward", "forward.memory", "forward.weights", "forward.experts", "forward.skeleton", "forward.work"),
+    (
+        "forward",
+        "forward.memory",
+        "forward.arithmetic",
+        "forward.weights",
+        "forward.experts",
+        "forward.skeleton",
+        "forward.work",
+    ),
     ("forward.passes", "forward.mtp", "forward.estimate", "scoring", "evaluation", "evaluation_plot"),
     (
         "tuning.elementwise",

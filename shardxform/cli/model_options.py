@@ -212,8 +212,8 @@ def make_precision(device: str, dtype: str | None, *, tunes: bool = False, here:
     try:
         place = torch.device(device)
         if here:
-            torch.zeros(1, device=place).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as e:
+            torch.zeros(1, dtype=torch.float64, device=place).item()  # sums over tokens are
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as e:
         raise PlanError(f"--device {device}: {str(e).splitlines()[0]}") from e
     if dtype in ("auto", None):
         dtype = "bfloat16" if place.type != "cpu" or (tunes and _cpu_multiplies_bfloat16()) else "float32"

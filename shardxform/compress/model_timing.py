@@ -203,10 +203,10 @@ def _head(skeleton: Skeleton, precision: Precision) -> float:
     """Seconds of a token in the output head, by a tile of its rows and as many tokens as go through it at once."""
     rows, tokens = min(_HEAD_ROWS, skeleton.vocab_size), max(1, min(_TOKENS, _LOGITS // skeleton.vocab_size))
     w_VH = torch.randn(rows, skeleton.hidden_size, device=precision.device).bfloat16()
-    x_TH = torch.randn(tokens, skeleton.hidden_size, device=precision.device).to(precision.dtype)
+    x_TH = torch.randn(tokens, skeleton.hidden_size, device=precision.device)
 
     def one() -> torch.Tensor:
-        logp_TV = (x_TH @ w_VH.to(precision.dtype).T).float().log_softmax(-1)
+        logp_TV = (x_TH @ w_VH.float().T).log_softmax(-1)
         return (logp_TV.exp() * logp_TV).sum(-1)
 
     return _time(one, precision) / tokens * skeleton.vocab_size / rows

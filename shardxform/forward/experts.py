@@ -30,7 +30,7 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 @dataclass(slots=True)
 class ExpertBank:
-    """The routed experts of one block: read at first use, then kept until the block is done.
+    """The routed experts of one block: read at first use, then kept on the device until the block is done.
 
     Attributes:
         read: reads an expert.
@@ -48,7 +48,7 @@ class ExpertBank:
     def dense(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate over up projection [2I, H], and down projection [H, I]."""
         if expert not in self.loaded:
-            self.loaded[expert] = self.read(expert)
+            self.loaded[expert] = self.read(expert).on(self.precision.device)
         return self.loaded[expert].dense(self.precision)
 
 

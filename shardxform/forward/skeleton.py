@@ -102,8 +102,8 @@ class Skeleton:
 
     @contextlib.contextmanager
     def final_norm(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Load the final norm: a function of hidden states [B, T, H] that left the last block."""
-        norm = self.weights.tensor(f"{self.layout.wrapper.prefix}norm.weight")
+        """Load the final norm: a function of hidden states [B, T, H] that left the last block, both float32."""
+        norm = self.weights.tensor(f"{self.layout.wrapper.prefix}norm.weight", torch.float32)
         with _filled(self._norm, {"weight": norm}):
             yield self._normed
 
@@ -115,7 +115,7 @@ class Skeleton:
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         with _computing(self._norm):
-            return self.call(hidden_BTH, None)
+            return self.call(hidden_BTH.float(), None)
 
     @property
     def head_ref(self) -> TensorRef:
@@ -249,10 +249,16 @@ class Skeleton:
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
     def call(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on."""
+        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
+
+        States and mask may come from elsewhere, as those that were read from disk do.
+        """
+        device = self.weights.precision.device
         with _told():
             out: torch.Tensor = self._decoder(
-                inputs_embeds=hidden_BTH, attention_mask=mask_BT, use_cache=False
+                inputs_embeds=hidden_BTH.to(device),
+                attention_mask=None if mask_BT is None else mask_BT.to(device),
+                use_cache=False,
             ).last_hidden_state
         return out
 
@@ -297,25 +303,29 @@ def _line(error: Exception) -> str:
 
 
 class Head:
-    """The final norm and the output head. `weight` is the head [V, H] in the dtype it is stored in."""
+    """The final norm and the output head, computed in float32 whatever the blocks are.
+
+    bfloat16 resolves logits of 16 to an eighth, so that tokens tie. `weight` is the head [V, H] in the dtype it is
+    stored in, on the device.
+    """
 
     def __init__(self, skeleton: Skeleton, weight: torch.Tensor) -> None:
         self._skeleton = skeleton
         self.weight = weight
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of hidden states [N, H] that left the last block."""
+        """Logits [N, V], float32, of hidden states [N, H] that left the last block, wherever they are."""
         model: Any = self._skeleton._model
-        module = model.get_output_embeddings()
-        weight, precision = self.weight, self._skeleton.weights.precision
+        module, weight = model.get_output_embeddings(), self.weight
 
         def tiled(hidden: torch.Tensor) -> torch.Tensor:
             """The head a tile of rows at a time: it is a gigabyte, and would be two in float32."""
-            tiles = (weight[at : at + _TILE_ROWS].to(precision.dtype) for at in range(0, len(weight), _TILE_ROWS))
+            tiles = (weight[at : at + _TILE_ROWS].float() for at in range(0, len(weight), _TILE_ROWS))
             return torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
 
         with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
-            logits: torch.Tensor = model(inputs_embeds=hidden_NH[None], use_cache=False).logits
+            hidden = hidden_NH[None].to(weight.device, torch.float32)
+            logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]
 
 

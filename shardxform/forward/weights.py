@@ -51,6 +51,10 @@ class _Matrix(Protocol):
         """Its values [O, I]."""
         ...
 
+    def on(self, device: torch.device) -> _Matrix:
+        """The same there, at rest."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
@@ -58,6 +62,9 @@ class _Plain:
 
     def dense(self, precision: Precision) -> torch.Tensor:
         return self.w_OI.to(precision.device, precision.dtype)
+
+    def on(self, device: torch.device) -> _Matrix:
+        return _Plain(self.w_OI.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,9 @@ class _Packed:
         scale_OG = self.scale_OG.to(precision.device)
         return (code_OGS * scale_OG[:, :, None]).view(rows, -1).to(precision.dtype)
 
+    def on(self, device: torch.device) -> _Matrix:
+        return _Packed(self.words_OW.to(device), self.scale_OG.to(device), self.grid)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
@@ -84,6 +94,10 @@ class ExpertWeights:
 
     gate_up: tuple[_Matrix, ...]
     down: _Matrix
+
+    def on(self, device: torch.device) -> ExpertWeights:
+        """The same there, still at rest: every batch needs it, and a block's experts are gigabytes to send."""
+        return ExpertWeights(tuple(part.on(device) for part in self.gate_up), self.down.on(device))
 
     def at_rest(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same in the dtype they are stored in; for experts that are not quantized."""

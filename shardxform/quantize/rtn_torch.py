@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from shardxform.errors import SchemeError
+from shardxform.errors import ExecutionError, SchemeError
 from shardxform.quantize.grid import Grid
 from shardxform.quantize.rtn import QuantizedWeight, RtnStats, SourceDtype
 
@@ -55,10 +55,20 @@ def quantize_into(
 
     Raises:
         SchemeError: the grid asks for a search.
+        ExecutionError: the device ran out of memory.
 
     """
     if grid.search:
         raise SchemeError("the scale search runs on the CPU only: leave out --device")
+    try:
+        return _quantize_into(w_RI, dtype, grid, out, device)
+    except torch.OutOfMemoryError as e:
+        raise ExecutionError(f"{device}: {str(e).splitlines()[0]} Fewer jobs take less; what is done is safe") from e
+
+
+def _quantize_into(
+    w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
+) -> RtnStats:
     rows, columns = w_RI.shape
     w_rgs = _to_float32(w_RI, dtype, device).reshape(rows, grid.groups(columns), grid.span(columns))
     scale_rg, over_rg = _scales(w_rgs, grid)

@@ -83,7 +83,7 @@ class _Rule(torch.autograd.Function):
             *chunks.of_queries_and_keys(gradient.rows, query, key),
             _positions_first(gradient.value, value.shape),
             _positions_first(gradient.beta, beta.shape),
-            _positions_first(gradient.decay.flip(2).cumsum(2).flip(2), g.shape),
+            _positions_first(_added_up(gradient.decay.flip(2)).flip(2), g.shape),
         )
         inputs = query, key, value, beta, g
         return (*(gradient.to(x.dtype) for gradient, x in zip(found, inputs, strict=True)), None)
@@ -122,7 +122,7 @@ class _Chunks:
             x_NHCD = x_NHCD * _inverse_length(x_NHCD) if norm else x_NHCD
             pair.append((x_NHCD * scale)[:, :, None].expand(-1, -1, served, -1, -1))
         rows = torch.cat(pair, 3).flatten(1, 2)
-        return cls(rows, _in_chunks(beta_BTV[..., None]), _in_chunks(g_BTV[..., None]).cumsum(2), norm)
+        return cls(rows, _in_chunks(beta_BTV[..., None]), _added_up(_in_chunks(g_BTV[..., None])), norm)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -292,6 +292,16 @@ def _down(
 def _halves(x_NHPD: torch.Tensor) -> torch.Tensor:
     """Those of keys and those of queries [N, H, 2, C, D]."""
     return x_NHPD.view(*x_NHPD.shape[:2], 2, _CHUNK, x_NHPD.shape[3])
+
+
+def _added_up(x_NHC1: torch.Tensor) -> torch.Tensor:
+    """Each position's sum of itself and those before it in its chunk, float32.
+
+    torch has no cumulative sum of floats that it calls deterministic on GPUs; there it is a product.
+    """
+    if x_NHC1.device.type == "cpu":
+        return x_NHC1.cumsum(2)
+    return torch.ones(_CHUNK, _CHUNK, device=x_NHC1.device).tril() @ x_NHC1
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:

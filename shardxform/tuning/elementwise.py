@@ -105,8 +105,7 @@ def step(
     move_RI = torch.where(inside_RI, _sign(g_RI) * torch.sign(scale_RI), 0.0) * pace.offset
     moved_RI = ((v_RI & -UNITS_PER_STEP).float() - move_RI).clamp(-LIMIT, LIMIT)
     v_RI.copy_(moved_RI.to(torch.int16) | v_RI & 3)
-    clip_step = torch.tensor(pace.clip, dtype=torch.float32)
-    clip_RG.sub_(_sign(slope_RG) * torch.sign(start_RG) * clip_step.to(clip_RG.device)).clamp_(pace.low, pace.high)
+    clip_RG.sub_(_sign(slope_RG) * torch.sign(start_RG) * pace.clip).clamp_(pace.low, pace.high)
 
 
 def _rounded(ratio_RI: torch.Tensor, v_RI: torch.Tensor, kept: bool) -> torch.Tensor:

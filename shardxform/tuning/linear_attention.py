@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 
+from shardxform.forward.arithmetic import any_order
 from shardxform.tuning.causal_conv import storing_the_input
 from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
 from shardxform.tuning.gated_norm import row_by_row
@@ -35,7 +36,7 @@ def frugal_linear_attention(layer: torch.nn.Module, workers: Workers) -> Iterato
     """Have the linear attention of a layer keep little, and use all threads; other layers are not affected by it."""
     with contextlib.ExitStack() as stack:
         if find_spec("fla") is None:
-            _replace(stack, layer, _RULE, functools.partial(_rule, workers=workers))
+            _replace(stack, layer, _RULE, functools.partial(_rule, workers=workers, stack=stack))
         _replace(stack, layer, _CONVOLUTION, functools.partial(storing_the_input, workers=workers))
         for module in layer.modules():
             if type(module).__name__.endswith(_NORM):
@@ -44,8 +45,11 @@ def frugal_linear_attention(layer: torch.nn.Module, workers: Workers) -> Iterato
         yield
 
 
-def _rule(rule: Callable[..., Any], workers: Workers) -> Callable[..., Any]:
-    return one_by_one(gated_delta_rule if computes_the_same(rule) else rule, workers)
+def _rule(rule: Callable[..., Any], workers: Workers, stack: contextlib.ExitStack) -> Callable[..., Any]:
+    if computes_the_same(rule):
+        return one_by_one(gated_delta_rule, workers)
+    stack.enter_context(any_order())  # its cumulative sums have none on a GPU
+    return one_by_one(rule, workers)
 
 
 def _replace(

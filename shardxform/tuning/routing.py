@@ -37,11 +37,20 @@ class Routing:
         slot_S: slots in the order of their experts; slot t * K + k is the k-th expert of token t.
         token_S: their tokens.
         bounds: expert e has `slot_S[bounds[e]:bounds[e + 1]]`.
+        shape: tokens, and experts of each.
     """
 
     slot_S: torch.Tensor
     token_S: torch.Tensor
     bounds: list[int]
+    shape: tuple[int, int]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where each expert of a token stands among the sorted slots [T, K]."""
+        place_S = torch.empty_like(self.slot_S)
+        place_S[self.slot_S] = torch.arange(len(place_S), device=place_S.device)
+        return place_S.view(self.shape)
 
     @property
     def reached(self) -> list[int]:
@@ -59,4 +68,5 @@ def route(index_TK: torch.Tensor, experts: int) -> Routing:
     slot_S = torch.sort(flat_S, stable=True).indices
     counts = torch.bincount(flat_S, minlength=experts)[:experts]
     bounds = [0, *torch.cumsum(counts, 0).tolist()]
-    return Routing(slot_S=slot_S, token_S=slot_S // index_TK.shape[1], bounds=bounds)
+    tokens, each = index_TK.shape
+    return Routing(slot_S=slot_S, token_S=slot_S // each, bounds=bounds, shape=(tokens, each))

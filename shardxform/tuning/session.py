@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ from shardxform.checkpoint import Checkpoint
 from shardxform.copying import OpenTarget
 from shardxform.deciding import STORED_TOKENS
 from shardxform.errors import ExecutionError
+from shardxform.forward.arithmetic import fixed_order, on_device
 from shardxform.forward.memory import give_back
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
@@ -120,7 +121,8 @@ class Tuner:
 
     def make_states(self, number: int, work: Path) -> None:
         """Have the states that enter block `number` in `work`, from those that enter the block before."""
-        Chains({ORIGINAL: self._original}, self._windows, work, FileSystem(), stored=True).make(number)
+        with on_device(self._precision.device):
+            Chains({ORIGINAL: self._original}, self._windows, work, FileSystem(), stored=True).make(number)
 
     def tune(
         self,
@@ -149,7 +151,7 @@ class Tuner:
 
         """
         run = _BlockRun(self, step, self._chains(step, work, fs), on_work, stopped)
-        with _deterministic(self._precision.device):
+        with on_device(self._precision.device):
             return run.execute(target, fs)
 
     def _chains(self, step: TuneBlock, work: Path, fs: FileSystem) -> Chains:
@@ -186,7 +188,11 @@ class _BlockRun:
         heals = self._step.recipe.heal is not None and layer in self._skeleton.layout.moe_layers
         names = self._local_names()
         at_rest, workers = () if heals else names, self._tuner._workers
-        with self._skeleton.tunable(layer, at_rest) as block, frugal_linear_attention(block.module, workers):
+        with (
+            self._skeleton.tunable(layer, at_rest) as block,
+            fixed_order(self._device),
+            frugal_linear_attention(block.module, workers),
+        ):
             if heals:
                 self._heal(block, names, target, fs)
             if names:
@@ -322,15 +328,3 @@ def _heal_facts(result: HealResult) -> dict[str, Any]:
         "tried": tried,
         "diverged": result.diverged,
     }
-
-
-@contextlib.contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have a GPU add in a fixed order: attention's backward pass does not, unless it is told to."""
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type != "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)

@@ -1,0 +1,95 @@
+"""How torch computes on a GPU: products as they are asked for, and sums in a fixed order.
+
+By default, or because a container's environment says so, GPUs multiply float32 in fewer bits, add products of bfloat16
+up in bfloat16, and let the order of sums be that of the threads which happen to end first. Figures of two machines
+would differ by more than their rounding, and a run that was stopped would not end with the bytes of one that was not.
+The settings are torch's own and hold for the process, until the context ends. On the CPU nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+
+from shardxform.errors import ExecutionError
+
+__all__ = ["any_order", "fixed_order", "on_device"]
+
+_WARN, _FIXED = 1, 2  # as `torch.set_deterministic_debug_mode` has them
+_WORKSPACE: Final = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Compute there: float32 multiplied in float32, products of bfloat16 added up in float32.
+
+    TF32 has 10 bits of mantissa: convolutions use it by default, products where `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE` is
+    set, as it is in images of GPU makers. cuBLAS is also given workspaces of a fixed size, without which torch does not
+    call it deterministic; it reads that when a process multiplies for the first time.
+
+    Raises:
+        ExecutionError: the device ran out of memory.
+
+    """
+    with contextlib.ExitStack() as stack:
+        if device.type != "cpu":
+            os.environ.setdefault(_WORKSPACE, ":4096:8")
+            stack.enter_context(_exact_products())
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            raise ExecutionError(
+                f"{device}: {str(e).splitlines()[0]} Tuning takes less with smaller batches; what is done is safe"
+            ) from e
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
+    cudnn.allow_tf32 = cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before[:2]
+        cudnn.allow_tf32, cudnn.benchmark = before[2:]
+
+
+@contextlib.contextmanager
+def fixed_order(device: torch.device) -> Iterator[None]:
+    """Have a GPU add in a fixed order in backward passes, and refuse what it cannot add so.
+
+    For what learns; passes that only go forward add nothing up across threads. Merely to be warned is not enough: then
+    the backward pass of attention stays as it is. torch would also fill all memory that it hands out, to make its use
+    before it is written repeatable; that is a sweep over every chunk of weights, and what is used here is written
+    first.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    memory: Any = importlib.import_module("torch.utils.deterministic")  # its class has the property
+    before, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode(_FIXED)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        memory.fill_uninitialized_memory = filled
+
+
+@contextlib.contextmanager
+def any_order() -> Iterator[None]:
+    """Within `fixed_order`, allow what cannot be added in a fixed order, and have torch warn of it."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(min(before, _WARN))
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
