@@ -2,18 +2,22 @@
 
 `Crashing` also models the loss of the page cache: when it ends the process, every byte written since its file was
 last synced is overwritten with garbage first. What survives is what the code made durable.
+
+A child that is to die is forked from the tests' process, which has the libraries, and dies by what it does, not by a
+clock: a slow machine changes nothing. Where the number of effects is large, `sampled` names those that are tried.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +157,64 @@ class Crashing(Counting):
                 for offset, count in list(ranges):
                     file.seek(offset)
                     file.write(b"\xee" * count)
+
+
+def sampled(count: int, step: int = 7, ends: int = 12) -> list[int]:
+    """Which of the effects 1 to `count` are tried: first, last, and every seventh; all where SHARDXFORM_TESTS=all."""
+    if os.environ.get("SHARDXFORM_TESTS") == "all":
+        return list(range(1, count + 1))
+    return [k for k in range(1, count + 1) if k <= ends or k > count - ends or k % step == 0]
+
+
+def forked(call: Callable[[], object]) -> int:
+    """What became of a call in a forked child: 0 at its end, 1 for an exception, -9 if it was killed."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_after(owner: Any, name: str, number: int, call: Callable[[], object]) -> bool:
+    """Make a call in a child that is SIGKILLed once `owner.name` has returned so often; whether it came to that."""
+
+    def child() -> None:
+        done, real = itertools.count(1), getattr(owner, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            value = real(*args, **more)
+            if next(done) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+
+        setattr(owner, name, counted)
+        call()
+
+    return forked(child) == -signal.SIGKILL
+
+
+def killed_at_effect(k: int, call: Callable[[], object]) -> bool:
+    """Make a call in a child that is SIGKILLed before the k-th effect, on whatever thread; whether it came to that."""
+
+    def child() -> None:
+        begun = itertools.count(1)
+        for name in EFFECTS:
+            setattr(FileSystem, name, counted(getattr(FileSystem, name), begun))
+        call()
+
+    def counted(real: Any, begun: Any) -> Any:
+        def effect(self: FileSystem, *args: Any) -> Any:
+            if next(begun) == k:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *args)
+
+        return effect
+
+    return forked(child) == -signal.SIGKILL
 
 
 def kill_when_there(command: list[str], path: Path, env: Mapping[str, str] | None = None) -> bool:
