@@ -167,13 +167,15 @@ def sampled(count: int, step: int = 7, ends: int = 12) -> list[int]:
 
 
 def forked(call: Callable[[], object]) -> int:
-    """What became of a call in a forked child: 0 at its end, 1 for an exception, -9 if it was killed."""
+    """What became of a call in a forked child: 0 at its end, the code of its exit, 1 for an error, -9 if killed."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             call()
             code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -197,22 +199,28 @@ def killed_after(owner: Any, name: str, number: int, call: Callable[[], object])
     return forked(child) == -signal.SIGKILL
 
 
-def killed_at_effect(k: int, call: Callable[[], object]) -> bool:
-    """Make a call in a child that is SIGKILLed before the k-th effect, on whatever thread; whether it came to that."""
+def die_at_effect(k: int) -> None:
+    """Have this process, a child, SIGKILLed before the k-th effect from now, on whatever thread."""
+    begun = itertools.count(1)
 
-    def child() -> None:
-        begun = itertools.count(1)
-        for name in EFFECTS:
-            setattr(FileSystem, name, counted(getattr(FileSystem, name), begun))
-        call()
-
-    def counted(real: Any, begun: Any) -> Any:
+    def counted(real: Any) -> Any:
         def effect(self: FileSystem, *args: Any) -> Any:
             if next(begun) == k:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *args)
 
         return effect
+
+    for name in EFFECTS:
+        setattr(FileSystem, name, counted(getattr(FileSystem, name)))
+
+
+def killed_at_effect(k: int, call: Callable[[], object]) -> bool:
+    """Make a call in a child that is SIGKILLed before the k-th effect; whether it came to that."""
+
+    def child() -> None:
+        die_at_effect(k)
+        call()
 
     return forked(child) == -signal.SIGKILL
 
