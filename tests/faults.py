@@ -9,15 +9,18 @@ clock: a slow machine changes nothing. Where the number of effects is large, `sa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +179,28 @@ def forked(call: Callable[[], object]) -> int:
             code = 0
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def overheard(call: Callable[[], object], folder: Path) -> tuple[int, str, str]:
+    """What became of a call in a forked child, and what it put on its standard output and error."""
+    paths = [folder / "stdout", folder / "stderr"]
+
+    def child() -> None:
+        for fd, path in enumerate(paths, 1):
+            with path.open("wb") as file:
+                os.dup2(file.fileno(), fd)
+        sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
+        call()
+
+    code = forked(child)
+    return code, *(path.read_text() for path in paths)
 
 
 def killed_after(owner: Any, name: str, number: int, call: Callable[[], object]) -> bool:
@@ -225,9 +247,21 @@ def killed_at_effect(k: int, call: Callable[[], object]) -> bool:
     return forked(child) == -signal.SIGKILL
 
 
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Kill a process at the end of the block, if it runs then."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
 def kill_when_there(command: list[str], path: Path, env: Mapping[str, str] | None = None) -> bool:
     """Start a command and SIGKILL it as soon as `path` exists; whether it was killed before it ended by itself."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as child:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with ended(subprocess.Popen(command, text=True, env=env, **quiet)) as child:
         while child.poll() is None:
             if path.exists():
                 child.kill()
