@@ -17,6 +17,7 @@ from faults import kill_when_there, killed_after
 from test_calibration import byte_tokenizer
 from test_forward import fuse_experts
 from test_tuning_session import block_outputs
+from texts import few
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -28,7 +29,7 @@ from shardxform.verification import verify  # noqa: E402
 pytestmark = pytest.mark.oracle
 
 SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
-TEXT = SMALL_MOE / "text" / "calib.jsonl"
+TEXT = few("calib.jsonl")
 KEEP = list(range(0, 16, 2))
 SAMPLES, SEQLEN, SEED = 6, 64, 42
 DATA = ("--data", str(TEXT), "--samples", str(SAMPLES), "--seqlen", str(SEQLEN), "--dtype", "float32")

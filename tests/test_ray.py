@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from test_run import tree
+from texts import few
 
 from shardxform import Checkpoint, Manifest, plan_prune
 from shardxform.calibration import Windows
@@ -430,7 +431,7 @@ def test_a_hub_source_is_refused() -> None:
 
 
 def tuning(out: Path, *more: str) -> list[str]:
-    text = SMALL_MOE / "text" / "calib.jsonl"
+    text = few("calib.jsonl")
     data = ("--data", str(text), "--samples", "4", "--seqlen", "64", "--dtype", "float32")
     how = ("--method", "auto-round", "--inputs", "fp", "--iters", "3", "--batch-size", "2")
     return ["quantize", str(SMALL_MOE), str(out), *how, *data, "-q", *more]
@@ -539,7 +540,7 @@ def test_only_blocks_that_need_no_other_are_tuned_on_a_cluster(tmp_path: Path) -
 
 
 def scoring(out: Path, *more: str) -> list[str]:
-    text = SMALL_MOE / "text" / "calib.jsonl"
+    text = few("calib.jsonl")
     return ["score", str(SMALL_MOE), "-o", str(out), "--data", str(text), "--samples", "24", "--seqlen", "256", *more]
 
 

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from faults import kill_when_there, killed_after
 from test_forward import fuse_experts
+from texts import few
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -36,8 +37,8 @@ def one_thread() -> Iterator[None]:
 
 
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
-    text = Path(__file__).resolve().parents[1] / "examples" / "small-moe" / "text" / "calib.jsonl"
-    return ["quantize", str(source), str(out), "--method", "auto-round", "--data", str(text), *DATA, "-q", *more]
+    text = str(few("calib.jsonl"))
+    return ["quantize", str(source), str(out), "--method", "auto-round", "--data", text, *DATA, "-q", *more]
 
 
 def tune(source: Path, out: Path, *more: str, code: int = 0) -> Result:
@@ -88,7 +89,7 @@ def test_the_recorded_errors_are_those_of_what_was_written(small_moe: Path, tune
 
     from shardxform.calibration import DataOptions, load_windows
 
-    windows = load_windows(small_moe, DataOptions(data=str(small_moe / "text/calib.jsonl"), samples=4, seqlen=64))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=4, seqlen=64))
     tensors = load_file(tuned / "model.safetensors")
     plain = {name: t for name, t in tensors.items() if not name.endswith(("qweight", "qzeros", "scales"))}
     for name in tensors:
