@@ -190,7 +190,7 @@ def test_a_local_run_goes_on_with_what_a_cluster_began(cluster: str, tmp_path: P
     call(*command("prune", tmp_path / "local"))
     process = started(tmp_path / "out", cluster)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     call(*command("prune", tmp_path / "out"))
     assert tree(tmp_path / "out") == tree(tmp_path / "local")
 
@@ -220,7 +220,7 @@ def test_a_machine_that_is_lost_does_not_matter(tmp_path: Path) -> None:
     call(*command("prune", tmp_path / "local"))
     out = tmp_path / "out"
     words = [sys.executable, "-c", NODES, str(out), SLOW, *command("prune", out)]
-    subprocess.run(words, check=True, timeout=80, capture_output=True)
+    subprocess.run(words, check=True, timeout=240, capture_output=True)
     assert tree(out) == tree(tmp_path / "local")
 
 
@@ -599,13 +599,13 @@ def test_a_driver_killed_while_scoring_is_gone_on_with(cluster: str, scored: Sal
     out = tmp_path / "out.saliency"
     words = [sys.executable, "-m", "shardxform", *scoring(out, "--ray", cluster)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    records, deadline = out.parent / "out.saliency.work", time.monotonic() + 60
+    records, deadline = out.parent / "out.saliency.work", time.monotonic() + 240
     while not any("block 1" in path.read_text() for path in records.glob("part-*/progress.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     cut = (records / "split.json").read_bytes()
     assert not out.exists()
     with pytest.MonkeyPatch.context() as patch:  # cut as it was, whatever the cluster has now
