@@ -19,7 +19,7 @@ SOURCE = ROOT / "examples" / "small-moe"
 TEXT = SOURCE / "text" / "calib.jsonl"
 # The same for everybody: it decides bytes, and another OUT is refused. A few steps, so that this ends soon.
 COMMAND = ["--method", "auto-round", "--inputs", "fp", "--data", str(TEXT)]
-COMMAND += ["--samples", "8", "--seqlen", "128", "--iters", "20", "--batch-size", "2", "--quiet"]
+COMMAND += ["--samples", "4", "--seqlen", "128", "--iters", "10", "--batch-size", "2", "--quiet"]
 
 
 def quantize(out: Path, *more: str) -> None:

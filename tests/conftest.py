@@ -1,16 +1,68 @@
-"""Fixtures shared by all tests. Session-scoped directories are read-only: copy before changing."""
+"""Fixtures shared by all tests. Session-scoped directories are read-only: copy before changing.
+
+What the tests say does not depend on the shell that they are started from: its proxies, locale, colours, time zone and
+settings of the hub's client are put aside here, before any library reads them. Temporary files lie in memory where
+there is room, so that syncing, which `faults` models, is not waited for. The workers of `-n` are given whole files, the
+longest first: what a module's fixtures make is made once.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from build import KINDS, tiny, write_checkpoint
-from conversions import forget_changes
 
+MEMORY = Path("/dev/shm")  # of Linux
+ROOM = 6 << 30  # bytes; the tests of a session leave less than a quarter of it at any time
+PUT_ASIDE = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "LANGUAGE", "TZ")
+PUT_ASIDE += ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "UNICODE_VERSION", "PYTHONIOENCODING", "PYTHONWARNINGS")
+FAMILIES = ("HF_", "HUGGING", "LC_", "_SHARDXFORM_")
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def put_aside() -> None:
+    """Give this process, and those that it starts, an environment that every machine has."""
+    for name in list(os.environ):
+        if name in PUT_ASIDE or name.lower().endswith("_proxy") or name.startswith(FAMILIES):
+            del os.environ[name]
+    time.tzset()
+    os.environ["LANG"] = "C.UTF-8"
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # macOS asks the system for proxies
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for name in ONE_THREAD:  # threads of several processes wait for each other, busily
+        os.environ.setdefault(name, "1")
+
+
+def keep_in_memory() -> None:
+    """Have pytest make its temporary directories in memory, unless it was told where."""
+    asked = "PYTEST_DEBUG_TEMPROOT" in os.environ
+    if not asked and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
+
+
+put_aside()
+keep_in_memory()
+
+from build import KINDS, tiny, write_checkpoint  # noqa: E402
+from conversions import forget_changes  # noqa: E402
+
+LONGEST = (
+    "test_heal_command.py",
+    "test_compress.py",
+    "test_ray.py",
+    "test_tuning_session.py",
+    "test_examples.py",
+    "test_tuning_block.py",
+    "test_remote_faults.py",
+    "test_scoring.py",
+)  # by what they took; they begin first, so that the workers end together
 ROOT = Path(__file__).resolve().parents[1]
 SIDECARS = {
     "generation_config.json": '{"do_sample": false}\n',
@@ -20,6 +72,34 @@ SIDECARS = {
     "README.md": "# tiny\n",
     "notes.bin": b"\x00\x01",  # no part of the model
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to the workers, unless another way was asked for."""
+    if config.getoption("dist") != "load":  # what -n alone means
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; within a file the order stays."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Spare the collector the libraries: commands call it after every block, and it would look at all of them."""
+    if len(sys.modules) > _modules[0] + 50:
+        gc.freeze()
+        _modules[0] = len(sys.modules)
+
+
+_modules = [0]
 
 
 @pytest.fixture(autouse=True)

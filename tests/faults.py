@@ -2,18 +2,25 @@
 
 `Crashing` also models the loss of the page cache: when it ends the process, every byte written since its file was
 last synced is overwritten with garbage first. What survives is what the code made durable.
+
+A child that is to die is forked from the tests' process, which has the libraries, and dies by what it does, not by a
+clock: a slow machine changes nothing. Where the number of effects is large, `sampled` names those that are tried.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +162,106 @@ class Crashing(Counting):
                     file.write(b"\xee" * count)
 
 
+def sampled(count: int, step: int = 7, ends: int = 12) -> list[int]:
+    """Which of the effects 1 to `count` are tried: first, last, and every seventh; all where SHARDXFORM_TESTS=all."""
+    if os.environ.get("SHARDXFORM_TESTS") == "all":
+        return list(range(1, count + 1))
+    return [k for k in range(1, count + 1) if k <= ends or k > count - ends or k % step == 0]
+
+
+def forked(call: Callable[[], object]) -> int:
+    """What became of a call in a forked child: 0 at its end, the code of its exit, 1 for an error, -9 if killed."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def overheard(call: Callable[[], object], folder: Path) -> tuple[int, str, str]:
+    """What became of a call in a forked child, and what it put on its standard output and error."""
+    paths = [folder / "stdout", folder / "stderr"]
+
+    def child() -> None:
+        for fd, path in enumerate(paths, 1):
+            with path.open("wb") as file:
+                os.dup2(file.fileno(), fd)
+        sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
+        call()
+
+    code = forked(child)
+    return code, *(path.read_text() for path in paths)
+
+
+def killed_after(owner: Any, name: str, number: int, call: Callable[[], object]) -> bool:
+    """Make a call in a child that is SIGKILLed once `owner.name` has returned so often; whether it came to that."""
+
+    def child() -> None:
+        done, real = itertools.count(1), getattr(owner, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            value = real(*args, **more)
+            if next(done) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+
+        setattr(owner, name, counted)
+        call()
+
+    return forked(child) == -signal.SIGKILL
+
+
+def die_at_effect(k: int) -> None:
+    """Have this process, a child, SIGKILLed before the k-th effect from now, on whatever thread."""
+    begun = itertools.count(1)
+
+    def counted(real: Any) -> Any:
+        def effect(self: FileSystem, *args: Any) -> Any:
+            if next(begun) == k:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *args)
+
+        return effect
+
+    for name in EFFECTS:
+        setattr(FileSystem, name, counted(getattr(FileSystem, name)))
+
+
+def killed_at_effect(k: int, call: Callable[[], object]) -> bool:
+    """Make a call in a child that is SIGKILLed before the k-th effect; whether it came to that."""
+
+    def child() -> None:
+        die_at_effect(k)
+        call()
+
+    return forked(child) == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Kill a process at the end of the block, if it runs then."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
 def kill_when_there(command: list[str], path: Path, env: Mapping[str, str] | None = None) -> bool:
     """Start a command and SIGKILL it as soon as `path` exists; whether it was killed before it ended by itself."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as child:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with ended(subprocess.Popen(command, text=True, env=env, **quiet)) as child:
         while child.poll() is None:
             if path.exists():
                 child.kill()

@@ -185,6 +185,7 @@ class HubServer:
         """Environment of a client process: this one's, without what it says of the hub."""
         ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         ours |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        ours |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")  # a proxy does not know this machine's servers
         return ours | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
 
     def add_repo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 from build import Raw, random_tensor
 from hypothesis import HealthCheck, settings
@@ -11,10 +12,20 @@ from hypothesis import strategies as st
 from shardxform.dtypes import BITS
 from shardxform.tensors import TensorSpec
 
+ALL = os.environ.get("SHARDXFORM_TESTS") == "all"  # as a nightly run sets it
 settings.register_profile(
-    "shardxform", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "shardxform",
+    deadline=None,
+    max_examples=200 if ALL else 40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("shardxform")
+
+
+def some(count: int) -> int:
+    """Examples of a test whose examples take long: a few, or all where SHARDXFORM_TESTS=all."""
+    return count if ALL else max(20, count // 4)
+
 
 # What torch and the reference library's torch module can both save, one element per item.
 _COMMON = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 BF16 F32 F64 C64".split()  # noqa: SIM905

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prune import manifest_of
 from test_quantize import make
+from texts import few
 
 from shardxform.card import MARK, CardOptions, gather, render, write_card
 from shardxform.card.facts import Data, Evaluation, Origin
@@ -291,7 +292,7 @@ def test_a_tuned_output(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     source, out = ROOT / "examples" / "small-moe", tmp_path / "out"
-    text = source / "text" / "calib.jsonl"
+    text = few("calib.jsonl")
     options = ("--samples", 4, "--seqlen", 32, "--iters", 2, "--batch-size", 2, "--seed", 7, "--inputs", "fp")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -323,7 +324,7 @@ def test_a_healed_output(command: str, options: tuple[object, ...], tmp_path: Pa
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     source, out = ROOT / "examples" / "small-moe", tmp_path / "out"
-    text = source / "text" / "calib.jsonl"
+    text = few("calib.jsonl")
     given = ("--samples", 4, "--seqlen", 32, "--heal", "router", "--heal-iters", 2, "--heal-lr", 0.005, *options)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,9 @@ import numpy as np
 import pytest
 from build import tiny, write_checkpoint
 from click.testing import CliRunner, Result
-from faults import Counting, Failing
+from faults import Counting, Failing, die_at_effect, forked, kill_when_there
 from test_quantize import KIND_SIZES
+from texts import few
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -36,11 +36,22 @@ from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.progress import Progress  # noqa: E402
 from shardxform.quantize.grid import Grid  # noqa: E402
 from shardxform.scheme import Scheme  # noqa: E402
+from shardxform.tuning import session  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
 STAGES = ("score", "select", "quantize", "verify", "evaluate", "card")
 RESULTS = {"compress.json", "evaluation.json", "keep.json", "lock", "saliency.safetensors"}
+
+
+@pytest.fixture(scope="session")
+def small_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint with a few of its texts: all that are given are read and tokenized in every command."""
+    copy = tmp_path_factory.mktemp("small") / small_moe.name
+    shutil.copytree(small_moe, copy)
+    for path in (copy / "text").iterdir():
+        shutil.copyfile(few(path.name), path)
+    return copy
 
 
 @pytest.fixture(autouse=True)
@@ -87,16 +98,12 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
-    """A request with its data read; `at` moves it.
-
-    Spares the collector the libraries: it is called after every block, and would look at all of them each time.
-    """
+def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """A request with its data read; `at` moves it."""
     context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe)])
     given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
     place = tmp_path_factory.mktemp("prepared")
-    yield prepare(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
-    gc.unfreeze()
+    return prepare(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
 
 
 def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
@@ -113,7 +120,6 @@ def finished(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pa
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("finished") / "out"
     run(prepared, out)
-    gc.freeze()
     return out
 
 
@@ -211,7 +217,8 @@ def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Pa
 
 def test_a_ratio_is_recorded_as_select_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
     data = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
-    done("compress", small_moe, tmp_path / "out", "--ratio", "0.25", "--criterion", "ean", *data, "-q")
+    tuned = ["--iters", "2", "-q"]
+    done("compress", small_moe, tmp_path / "out", "--ratio", "0.25", "--criterion", "ean", *data, *tuned)
     saliency = finished.with_name("out.compress") / "saliency.safetensors"
     done("select", saliency, "--ratio", "0.25", "--criterion", "ean", "-o", tmp_path / "keep.json")
     assert (tmp_path / "out.compress/keep.json").read_bytes() == (tmp_path / "keep.json").read_bytes()
@@ -678,59 +685,51 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
         assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}, k
 
 
-# -- the real process -------------------------------------------------------------------------------------------------
+# -- killed -----------------------------------------------------------------------------------------------------------
 
 
-def start(args: list[str], **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "shardxform", "compress", *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.crash
-def test_killed_at_random_times_it_ends_with_the_same_files(small_moe: Path, finished: Path, tmp_path: Path) -> None:
-    """Killed soon after a line of progress, so that every stage is hit; progress is never lost, so it ends."""
-    args = [str(small_moe), str(tmp_path / "out"), *arguments(small_moe)]
-    rng = random.Random(7)
-    hit: list[str] = []
-    for number, stage in enumerate(STAGES[:5], 1):
-        process = start(args)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(f"[{number}/6] {stage}: ") and "done already" not in line:
-                time_left = rng.uniform(0.0, 0.05)
-                try:
-                    process.wait(time_left)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                hit.append(stage)
-                break
-        process.communicate()
-    assert len(hit) >= 3, hit
-    process = start(args)
-    assert process.communicate()[1] is not None
-    assert process.returncode == 0
-    assert tree(tmp_path / "out") == tree(finished)
+def test_killed_in_every_stage_it_ends_with_the_same_files(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
+    """One run after the other is killed in the stage after the last one's; the first in a process of its own."""
+    out = tmp_path / "out"
+    work = tmp_path / "out.compress" / "score.work"
+    args = [str(prepared.request.source.root), str(out), *arguments(prepared.request.source.root)]
+    assert kill_when_there([sys.executable, "-m", "shardxform", "compress", *args], work)
+    for stage in STAGES:
+
+        def doomed(stage: str = stage) -> None:
+            def begin(number: int, total: int, name: str, *, done: bool) -> None:  # noqa: ARG001
+                if name == stage:
+                    die_at_effect(random.Random(stage).randint(1, 5))
+
+            compress(at(prepared, out), Settings(), on_stage=begin)
+
+        assert forked(doomed) == -signal.SIGKILL, stage
+    assert run(prepared, out).made == STAGES[5:]
+    assert tree(out) == tree(finished)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_with_130_and_it_says_how_to_go_on(small_moe: Path, tmp_path: Path, kind: int) -> None:
+    """In a child that sends the signal to itself, soon after tuning has begun."""
     args = [str(small_moe), str(tmp_path / "out"), *arguments(small_moe, "--iters", "2000", evaluated=False)]
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored here
-    code += "from shardxform.__main__ import entry; entry()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "compress", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("[3/5] quantize"):
-            process.send_signal(kind)
-    assert process.wait() == 130
-    assert re.search(r"shardxform: \[3/5\] quantize: .*run the same command again to go on", said[-1]), said
+    said = tmp_path / "said"
+
+    def child() -> None:
+        real = session.tune_block
+
+        def tune_block(*given: Any) -> Any:
+            threading.Timer(0.1, os.kill, (os.getpid(), kind)).start()
+            return real(*given)
+
+        session.tune_block = tune_block
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        sys.argv = ["shardxform", "compress", *args]
+        entry()
+
+    assert forked(child) == 130
+    told = said.read_text()
+    last = told.splitlines()[-1]
+    assert re.search(r"shardxform: \[3/5\] quantize: .*run the same command again to go on", last), told
     assert not (tmp_path / "out/config.json").exists()

@@ -6,8 +6,8 @@ bfloat16 by arithmetic on float64, and shares nothing with the package.
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
 from click.testing import CliRunner
-from faults import Counting, Crashing, Failing, Short
+from faults import Counting, Crashing, Failing, Short, forked, sampled
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES, make, without_record
 from test_run import looks_complete, tree
@@ -347,15 +347,10 @@ def test_a_crash_at_any_effect_ends_with_the_same_bytes(
     counting = Counting()
     run(plan, tmp_path / "reference", RunOptions(jobs=1), fs=counting)
     reference = tree(tmp_path / "reference")
-    for k in range(1, counting.effects + 1, max(1, counting.effects // 25)):
+    for k in sampled(counting.effects, step=17, ends=4):
         out = tmp_path / f"out{k}"
-        child = os.fork()
-        if child == 0:
-            try:
-                run(plan, out, RunOptions(jobs=1), fs=Crashing(k))
-            finally:
-                os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        crashing = functools.partial(run, plan, out, RunOptions(jobs=1), fs=Crashing(k))
+        assert forked(crashing) == 9
         if out.exists() and looks_complete(out):
             assert {name: data for name, data in tree(out).items() if name in reference} == reference
         run(plan, out)
@@ -370,7 +365,7 @@ def test_an_error_at_any_effect_is_reported_and_resumed(
     counting = Counting()
     run(plan, tmp_path / "reference", RunOptions(jobs=1), fs=counting)
     resumed = 0
-    for k in range(1, counting.effects + 1, max(1, counting.effects // 20)):
+    for k in sampled(counting.effects, step=17, ends=3):
         out = tmp_path / f"out{k}"
         with pytest.raises(ShardxformError):
             run(plan, out, RunOptions(jobs=1), fs=Failing(k))

@@ -91,8 +91,8 @@ def written(rule: Callable[..., Any], positions: int) -> int:
 
 
 def test_work_grows_with_the_length_and_not_with_its_square() -> None:
-    assert written(gated_delta_rule, 4096) < 8.5 * written(gated_delta_rule, 512)
-    assert written(RULE, 4096) > 16 * written(RULE, 512)
+    assert written(gated_delta_rule, 2048) < 8.5 * written(gated_delta_rule, 256)
+    assert written(RULE, 2048) > 16 * written(RULE, 256)
 
 
 def test_a_rule_of_other_numbers_is_told_apart() -> None:

@@ -1,13 +1,20 @@
-"""The scripts of examples/, run as people run them; every one ends well and says what it did."""
+"""The scripts of examples/, run as people run them; every one ends well and says what it did.
+
+Those that need torch are run in children of this process, which has it: to start it costs more than what they do.
+"""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from faults import forked, overheard
+
+from shardxform.cli import main
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -20,6 +27,30 @@ def run(name: str, path: Path, *, fails: bool = False) -> str:
     assert (done.returncode != 0) == fails, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if fails else done.stdout
+
+
+def run_forked(name: str, path: Path, tmp_path: Path) -> str:
+    """The same of a script that imports torch, in a forked child; so are the commands that it runs."""
+    pytest.importorskip("transformers.models.qwen3_5_moe.modeling_qwen3_5_moe")
+    import shardxform.scoring
+    import shardxform.tuning.session  # noqa: F401  both, and what they import, are there when the children begin
+
+    def child() -> None:
+        sys.argv = [name, str(path)]
+        os.chdir(path.parent if path.parent != EXAMPLES else tmp_path)
+        subprocess.run = command
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    def command(words: list[str], *, check: bool) -> None:
+        assert words[:3] == [sys.executable, "-m", "shardxform"]
+        assert check
+        sys.stdout.flush()
+        assert forked(lambda: main(words[3:])) == 0
+
+    code, said, errors = overheard(child, tmp_path)
+    assert code == 0, errors
+    assert "Traceback" not in errors
+    return said
 
 
 def test_every_example_is_tested() -> None:
@@ -55,10 +86,9 @@ def test_custom_manifest(tmp_path: Path, small_moe: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.oracle
 def test_score_and_select(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     from shardxform import Manifest
 
-    said = run("score_and_select.py", tmp_path / "keep.json")
+    said = run_forked("score_and_select.py", tmp_path / "keep.json", tmp_path)
     assert "layer 3: keeps [" in said
     assert Manifest.load(tmp_path / "keep.json").criterion == "reap"
 
@@ -66,15 +96,14 @@ def test_score_and_select(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.oracle
 def test_quantize_blocks_apart(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    assert run("quantize_blocks_apart.py", tmp_path / "out").endswith("the bytes are those of one run\n")
+    said = run_forked("quantize_blocks_apart.py", tmp_path / "out", tmp_path)
+    assert said.endswith("\nthe bytes are those of one run\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["merged", "whole"]
 
 
 @pytest.mark.slow
 @pytest.mark.oracle
-def test_generate(small_moe: Path) -> None:
-    pytest.importorskip("transformers")
-    said = run("generate.py", small_moe)
+def test_generate(small_moe: Path, tmp_path: Path) -> None:
+    said = run_forked("generate.py", small_moe, tmp_path)
     assert said.startswith("In the beginning")
     assert len(said.split()) > 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 import pytest
 from build import Raw, read_checkpoint, shard_bytes, tiny, write_checkpoint
 from click.testing import CliRunner, Result
-from faults import kill_when_there
+from faults import kill_when_there, killed_after
 from test_calibration import byte_tokenizer
 from test_forward import fuse_experts
 from test_tuning_session import block_outputs
+from texts import few
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -29,7 +29,7 @@ from shardxform.verification import verify  # noqa: E402
 pytestmark = pytest.mark.oracle
 
 SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
-TEXT = SMALL_MOE / "text" / "calib.jsonl"
+TEXT = few("calib.jsonl")
 KEEP = list(range(0, 16, 2))
 SAMPLES, SEQLEN, SEED = 6, 64, 42
 DATA = ("--data", str(TEXT), "--samples", str(SAMPLES), "--seqlen", str(SEQLEN), "--dtype", "float32")
@@ -416,13 +416,18 @@ def test_interrupted_while_healing_it_goes_on_to_the_same_bytes(
 @pytest.mark.crash
 @pytest.mark.slow
 def test_killed_inside_and_between_blocks_the_bytes_are_the_same(healed: Path, keep: str, tmp_path: Path) -> None:
+    from shardxform.forward.work import HiddenFile
+    from shardxform.tuning import heal
+
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "shardxform", "prune", str(SMALL_MOE), str(out), "-m", keep, "-q", *HEAL]
+    command = ["prune", str(SMALL_MOE), str(out), "-m", keep, "-q", *HEAL]
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    for state in ("tuned-0001", "original-0003"):  # between blocks, and inside one
-        assert kill_when_there(command, out / ".shardxform" / f"{state}.hidden", env)
+    process = [sys.executable, "-m", "shardxform", *command]
+    assert kill_when_there(process, out / ".shardxform" / "tuned-0001.hidden", env)  # between blocks
+    for owner, name, number in ((HiddenFile, "remove", 1), (heal, "descend", 2)):  # and then inside one
         assert not (out / "config.json").exists()
-    subprocess.run(command, check=True, capture_output=True, env=env)
+        assert killed_after(owner, name, number, lambda: main(command))
+    call(*command)
     assert bytes_of(out) == bytes_of(healed)
 
 

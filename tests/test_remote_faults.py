@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 from build import tiny, write_checkpoint
+from faults import ended
 from hubserver import Fault, HubServer
-from test_remote import KEEP, NAME, PIECES, SHARDS, begin, command, files
+from test_remote import KEEP, NAME, PIECES, SHARDS, begin, command, files, start
 from test_remote import server as server
+
+from shardxform.cli import main
 
 LINKS = r"^/lfs/.*\.safetensors$"  # where shards are sent from
 UNKNOWN = ("^/api/", "changed")  # the first answer says which commit it is: none is known before
 KINDS = ("drop", "429", "500", "503", "short", "expired", "no_range", "wrong_length", "changed", "slow")
 
 
-@pytest.mark.parametrize(
-    ("match", "kind"),
-    [(match, kind) for match in (SHARDS, LINKS, r"/resolve/", "^/api/") for kind in KINDS if (match, kind) != UNKNOWN],
-)
+@pytest.fixture(scope="module")
+def local(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What pruning the folder gives, in pieces."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    main(["prune", str(small_moe), str(out), "-m", str(KEEP), "-q", *map(str, PIECES)], standalone_mode=False)
+    return files(out)
+
+
+@pytest.mark.parametrize("match", [SHARDS, LINKS, r"/resolve/", "^/api/"])
 def test_a_fault_that_passes_changes_nothing(
-    server: HubServer, small_moe: Path, tmp_path: Path, kind: str, match: str
+    small_moe: Path, local: dict[str, bytes], match: str, tmp_path: Path
 ) -> None:
-    command(server, tmp_path / "home", "prune", small_moe, tmp_path / "local", "-m", KEEP, "-q")
-    server.faults = [Fault(kind, match=match, count=2, after=100_000 if kind == "drop" else 0, retry_after=0.1)]
-    command(server, tmp_path / "home", "prune", NAME, tmp_path / "out", "-m", KEEP, "-q")
-    assert files(tmp_path / "out") == files(tmp_path / "local")
+    """Every kind of fault at once, each with a server of its own: most of what it takes is waiting."""
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for kind in KINDS:
+            if (match, kind) == UNKNOWN:
+                continue
+            server = stack.enter_context(HubServer())
+            server.add_repo(NAME, small_moe)
+            server.faults = [Fault(kind, match, count=2, after=100_000 if kind == "drop" else 0, retry_after=0.1)]
+            (tmp_path / kind).mkdir()
+            words = ("prune", NAME, tmp_path / kind / "out", "-m", KEEP, "-q", *PIECES[:2])
+            runs[kind] = stack.enter_context(ended(start(server, tmp_path / kind / "home", *words)))
+        for kind, run in runs.items():
+            said = "".join(run.communicate(timeout=240))
+            assert (run.returncode, "Traceback" in said) == (0, False), (kind, said)
+            assert files(tmp_path / kind / "out") == local, kind
 
 
 @pytest.mark.parametrize(
@@ -41,7 +62,7 @@ def test_a_fault_that_passes_changes_nothing(
     ],
 )
 def test_a_fault_that_stays_is_refused_and_what_was_done_is_not_lost(
-    server: HubServer, small_moe: Path, tmp_path: Path, kind: str, match: str, told: str
+    server: HubServer, local: dict[str, bytes], tmp_path: Path, kind: str, match: str, told: str
 ) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     begin(server, home, out)
@@ -50,8 +71,7 @@ def test_a_fault_that_stays_is_refused_and_what_was_done_is_not_lost(
     assert re.search(rf"^shardxform: hf://{NAME}@\w+/model.*: {told}", refused, re.MULTILINE), refused
     server.faults = []
     command(server, home, "prune", NAME, out, "-m", KEEP, "-q", *PIECES)
-    command(server, home, "prune", small_moe, tmp_path / "local", "-m", KEEP, "-q", *PIECES)
-    assert files(out) == files(tmp_path / "local")
+    assert files(out) == local
 
 
 def test_a_hundred_faults_change_nothing(tmp_path: Path) -> None:

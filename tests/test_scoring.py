@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from build import tiny, write_checkpoint
-from faults import kill_when_there
+from click.testing import CliRunner
+from faults import kill_when_there, killed_after
+from texts import few
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
 from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.cli import main  # noqa: E402
 from shardxform.errors import FamilyError, Interrupted  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
+from shardxform.forward.work import HiddenWriter  # noqa: E402
 from shardxform.progress import Progress  # noqa: E402
 from shardxform.saliency import ExpertStats, Saliency  # noqa: E402
 from shardxform.scoring import ScoreOptions, score  # noqa: E402
@@ -96,7 +99,7 @@ def assert_same(found: ExpertStats, wanted: dict[str, Any], rtol: float = 1e-5) 
 
 def test_scores_equal_hooks_on_the_loaded_model(small_moe: Path, tmp_path: Path) -> None:
     """The bar: 1e-5 relative in float32; real text, every expert reached."""
-    windows = load_windows(small_moe, DataOptions(data=str(small_moe / "text/calib.jsonl"), samples=12, seqlen=256))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=12, seqlen=256))
     model = loaded(small_moe)
     hooked = Hooked(model, torch.ones(12, 256, dtype=torch.bool))
     with torch.no_grad():
@@ -185,7 +188,7 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(small_moe: Path, tmp_path: Path) -> None:
-    windows = load_windows(small_moe, DataOptions(data=str(small_moe / "text/calib.jsonl"), samples=32, seqlen=128))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=32, seqlen=128))
     source = Checkpoint.open(small_moe)
     whole = score(source, windows, ScoreOptions(precision=FLOAT32, work=tmp_path / "whole")).to_bytes()
     for stop_at in (1, 3, 4, 7):
@@ -205,31 +208,29 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(small_moe: Path, tmp_
         assert seen[-1].done == seen[-1].total == 4 * 32 * 128
 
 
-def command(small_moe: Path, out: Path) -> list[str]:
-    data = ["--data", str(small_moe / "text/calib.jsonl"), "--samples", "24", "--seqlen", "256"]
-    return [sys.executable, "-m", "shardxform", "score", str(small_moe), "-o", str(out), "--quiet", *data]
+def arguments(small_moe: Path, out: Path) -> list[str]:
+    data = ["--data", str(few("calib.jsonl")), "--samples", "24", "--seqlen", "256"]
+    return ["score", str(small_moe), "-o", str(out), "--quiet", *data]
 
 
 @pytest.mark.crash
-@pytest.mark.slow
 def test_killed_in_several_blocks_the_command_ends_with_the_same_file(small_moe: Path, tmp_path: Path) -> None:
-    subprocess.run(command(small_moe, tmp_path / "whole"), check=True, capture_output=True)
+    """Within blocks, and between them, in a child of this process; once before that in a process of its own."""
+    main(arguments(small_moe, tmp_path / "whole"), standalone_mode=False)
     out = tmp_path / "killed"
-    for number in (0, 1, 3):
-        assert kill_when_there(command(small_moe, out), tmp_path / "killed.work" / f"scored-000{number}.hidden")
+    process = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
+    assert kill_when_there(process, tmp_path / "killed.work" / "scored-0000.hidden")
+    for number in (1, 3, 4):  # batches that have left a block since
+        assert killed_after(HiddenWriter, "put", number, lambda: main(arguments(small_moe, out)))
         assert not out.exists()
-    subprocess.run(command(small_moe, out), check=True, capture_output=True)
+    main(arguments(small_moe, out), standalone_mode=False)
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
 def test_the_command_refuses_to_replace_another_run_and_knows_its_own(small_moe: Path, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from shardxform.cli import main
-
     out = tmp_path / "s.safetensors"
-    data = ["--data", str(small_moe / "text/calib.jsonl"), "--samples", "2", "--seqlen"]
+    data = ["--data", str(few("calib.jsonl")), "--samples", "2", "--seqlen"]
     runner = CliRunner()
     base = ["score", str(small_moe), "-o", str(out), "-q"]
     first = runner.invoke(main, [*base, *data, "64", "--dry-run"])
@@ -252,10 +253,10 @@ def test_the_command_refuses_to_replace_another_run_and_knows_its_own(small_moe:
 def test_a_source_changed_meanwhile_is_not_resumed(small_moe: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small_moe, copy)
-    windows = load_windows(copy, DataOptions(data=str(copy / "text/calib.jsonl"), samples=2, seqlen=64))
+    windows = load_windows(copy, DataOptions(data=str(few("calib.jsonl")), samples=2, seqlen=64))
     options = ScoreOptions(precision=FLOAT32, work=tmp_path / "w")
     score(Checkpoint.open(copy), windows, options)
-    time.sleep(0.01)
-    next(copy.glob("*.safetensors")).touch()
+    shard = next(copy.glob("*.safetensors"))
+    os.utime(shard, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns + 1))
     with pytest.raises(Exception, match="other"):
         score(Checkpoint.open(copy), windows, options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from faults import kill_when_there
+from faults import kill_when_there, killed_after
 from test_forward import fuse_experts
+from texts import few
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -37,8 +37,8 @@ def one_thread() -> Iterator[None]:
 
 
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
-    text = Path(__file__).resolve().parents[1] / "examples" / "small-moe" / "text" / "calib.jsonl"
-    return ["quantize", str(source), str(out), "--method", "auto-round", "--data", str(text), *DATA, "-q", *more]
+    text = str(few("calib.jsonl"))
+    return ["quantize", str(source), str(out), "--method", "auto-round", "--data", text, *DATA, "-q", *more]
 
 
 def tune(source: Path, out: Path, *more: str, code: int = 0) -> Result:
@@ -84,7 +84,7 @@ def test_the_recorded_errors_are_those_of_what_was_written(small_moe: Path, tune
 
     from shardxform.calibration import DataOptions, load_windows
 
-    windows = load_windows(small_moe, DataOptions(data=str(small_moe / "text/calib.jsonl"), samples=4, seqlen=64))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=4, seqlen=64))
     tensors = load_file(tuned / "model.safetensors")
     plain = {name: t for name, t in tensors.items() if not name.endswith(("qweight", "qzeros", "scales"))}
     for name in tensors:
@@ -193,15 +193,20 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.crash
-@pytest.mark.slow
 def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path, tuned: Path, tmp_path: Path) -> None:
+    """A process of its own before the first block; then children of this one, in the blocks and between them."""
+    from shardxform.forward.work import HiddenFile, HiddenWriter
+    from shardxform.journal import Journal
+
     out = tmp_path / "out"
     command = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    for state in ("original-0000", "tuned-0001", "original-0003", "tuned-0003"):  # before, between and inside blocks
-        assert kill_when_there(command, out / ".shardxform" / f"{state}.hidden", env)
+    assert kill_when_there(command, out / ".shardxform" / "original-0000.hidden", env)
+    assert not (out / "config.json").exists()
+    for owner, name, number in ((HiddenWriter, "put", 3), (Journal, "record", 2), (HiddenFile, "remove", 2)):
+        assert killed_after(owner, name, number, lambda: main(arguments(small_moe, out)))
         assert not (out / "config.json").exists()
-    subprocess.run(command, check=True, capture_output=True, env=env)
+    tune(small_moe, out)
     assert bytes_of(out) == bytes_of(tuned)
 
 
