@@ -26,6 +26,7 @@ from texts import few
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from shardxform.__main__ import entry  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint import Checkpoint  # noqa: E402
 from shardxform.cli import compress_cmd, main  # noqa: E402
