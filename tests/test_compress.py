@@ -678,8 +678,8 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
         root = tmp_path / f"at-{k}"
         with pytest.raises((ExecutionError, OutputError)):
             write_results(root, Unsynced(k))
-        for stage, entry in read_entries(root).items():
-            for name in entry.files:
+        for stage, found in read_entries(root).items():
+            for name in found.files:
                 assert not (root / name).exists() or name in ("saliency.safetensors", "keep.json"), stage
         write_results(root, Unsynced(0))
         files = {path.name: path.read_bytes() for path in root.iterdir()}

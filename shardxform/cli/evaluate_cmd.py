@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -195,7 +196,9 @@ def _report(
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
     click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
-    lines = [("perplexity", f"{found.perplexity:.4f}{give_or_take(found.perplexity_error)}")]
+    lines = [("perplexity", f"{found.perplexity:.4f}")]  # a number alone: scripts read it
+    if math.isfinite(found.perplexity_error):
+        lines.append(("its error", f"{found.perplexity_error:.4f}, by which another text of the kind may differ"))
     if found.against:
         change = found.ratio - 1
         changed = f"{change:+.2%}{give_or_take(found.against.ratio_error, '{:.2%}')}"
