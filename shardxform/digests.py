@@ -138,15 +138,15 @@ def digest_chunks(
     """
     found: list[str] = []
     opened: dict[int, int] = {}
-    with mmap.mmap(-1, _BUFFER + _PAGE) as memory, memoryview(memory) as buffer:
-        try:
-            for chunk in chunks:
-                if chunk.shard not in opened:
-                    opened[chunk.shard] = _open(path_of(chunk.shard), fs, direct=direct)
-                found.append(_digest(opened[chunk.shard], chunk, buffer, fs))
-        finally:
-            for fd in opened.values():
-                os.close(fd)
+    buffer = memoryview(mmap.mmap(-1, _BUFFER + _PAGE))  # at the beginning of a page, as direct reads want it
+    try:
+        for chunk in chunks:
+            if chunk.shard not in opened:
+                opened[chunk.shard] = _open(path_of(chunk.shard), fs, direct=direct)
+            found.append(_digest(opened[chunk.shard], chunk, buffer, fs))
+    finally:
+        for fd in opened.values():
+            os.close(fd)
     return found
 
 
