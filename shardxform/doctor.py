@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.toml has them
+    ("blake3", "1.0", "", "digests of what is written"),
     ("numpy", "1.26", "", "everything that looks at numbers"),
     ("click", "8.1", "", "the command line"),
     ("rich", "13.7", "", "progress"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import itertools
 import os
 import signal
@@ -259,11 +260,11 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def kill_when_there(command: list[str], path: Path, env: Mapping[str, str] | None = None) -> bool:
-    """Start a command and SIGKILL it as soon as `path` exists; whether it was killed before it ended by itself."""
+    """Start a command and SIGKILL it as soon as `path`, a pattern, exists; whether that was before its own end."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with ended(subprocess.Popen(command, text=True, env=env, **quiet)) as child:
         while child.poll() is None:
-            if path.exists():
+            if glob.glob(str(path)):
                 child.kill()
                 return child.wait() == -signal.SIGKILL
             time.sleep(0.002)

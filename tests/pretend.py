@@ -32,7 +32,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend:0"
@@ -185,10 +187,17 @@ def there() -> Iterator[Counts]:
             setattr(torch, name, maker)
 
 
+def _of_context() -> torch.device | None:
+    """The device of the innermost `with torch.device(...)`."""
+    modes = (mode for mode in reversed(_get_current_function_mode_stack()) if isinstance(mode, DeviceContext))
+    return next((mode.device for mode in modes), None)
+
+
 def _also_there(maker: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(maker)
     def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        if not _is_there(device):
+        # Of a device's context, whose list of makers torch draws up once: these may be on it or not.
+        if not _is_there(_of_context() if device is None else device):
             return maker(*args, device=device, **kwargs)
         grad = kwargs.pop("requires_grad", False)
         return maker(*args, device="cpu", **kwargs).to(NAME).requires_grad_(grad)

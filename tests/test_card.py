@@ -190,7 +190,7 @@ def test_the_card_has_the_evaluation(quantized: Path, tmp_path: Path) -> None:
 def test_an_evaluation_of_an_earlier_version_has_fewer_errors(quantized: Path, tmp_path: Path) -> None:
     old = {key: value for key, value in EVALUATION.items() if key not in ("dtype", "perplexity_standard_error")}
     reference = {key: value for key, value in EVALUATION["against"].items() if key in OLD}  # type: ignore[attr-defined]
-    path = evaluation(tmp_path, {**old, "against": reference})
+    path = evaluation(tmp_path, {**old, "against": reference}, of=quantized)
     text = render(gather(quantized, CardOptions(evaluations=[path])))
     assert "| 36.256 | 27.455 | 1.3206 | 0.2628 ± 0.0098 | 73.6% |" in text
     assert "computed in" not in text
@@ -217,7 +217,7 @@ def test_calibration_text_that_was_also_evaluated_on_is_said(quantized: Path, tm
     content = json.loads(KEEP.read_text())["provenance"]["runs"][0]["sha256"]
     for digest, told in ((content, True), ("other", False)):
         data = {**EVALUATION["data"], "data": "calib.jsonl", "sha256": digest}  # type: ignore[dict-item]
-        path = evaluation(tmp_path, {**EVALUATION, "data": data}, of=out)
+        path = evaluation(tmp_path, {**EVALUATION, "data": data}, of=quantized)
         text = render(gather(quantized, CardOptions(manifest=KEEP, evaluations=[path])))
         assert ("its figures flatter" in text) is told
 
@@ -499,10 +499,10 @@ def test_text_from_strangers_stays_text(out: Path, tmp_path: Path) -> None:
         record["inputs"]["scheme"]["keep_16bit"] = ["x\n```\n# heading"]
         record["inputs"]["scheme"]["method"] = {"a": 1}
         record["inputs"]["source"]["shards"] = {"x": ["big", ""]}
-        record["summary"] = 5
+        record["summary"] = {"bytes_before": "x", "experts_before": []}
 
-    change_record(out, change)
     path = evaluation(tmp_path, {**EVALUATION, "data": {"data": "x | <b>`y`"}}, of=out)
+    change_record(out, change)
     text = render(gather(out, CardOptions(evaluations=[path])))
     assert "| `x ' <b>'y'` | 8,192 |" in text
     outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)

@@ -21,6 +21,7 @@ HARMLESS = {
     ("tuning/gated_norm.py", "_PIECE_BYTES"): "rows at a time, each by itself",
     ("tuning/one_by_one.py", "_TRIM_BYTES"): "memory that is given back",
     ("tuning/delta_rule.py", "_EPSILON"): "of the model: transformers has it, and is compared with",
+    ("tuning/grouped.py", "_ALIGNMENT"): "of grouped products; what is not so aligned is multiplied by itself",
     ("forward/estimate.py", "_LIBRARIES"): "a prediction of memory",
     ("forward/estimate.py", "_LIVE_STATES"): "a prediction of memory",
     ("forward/weights.py", "_BLOCKS_WANTED"): "what is fetched ahead",

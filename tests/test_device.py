@@ -28,6 +28,7 @@ from test_scoring import NAMES, windows_of  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint import Checkpoint  # noqa: E402
 from shardxform.cli import main, model_options  # noqa: E402
+from shardxform.deciding import STORED_TOKENS  # noqa: E402
 from shardxform.errors import PlanError  # noqa: E402
 from shardxform.evaluation import EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.forward import arithmetic, passes  # noqa: E402
@@ -48,6 +49,7 @@ from shardxform.tuning.workers import Workers  # noqa: E402
 from shardxform.view import pruned_view  # noqa: E402
 
 pytestmark = pytest.mark.oracle
+pretend.register()  # before anything computes gradients: torch counts its devices once
 
 SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 TEXT = SMALL_MOE / "text" / "calib.jsonl"
@@ -283,8 +285,8 @@ def test_tuning_takes_the_steps_of_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Signs of the same gradients; after many steps those that nearly cancel would have led elsewhere."""
-    assert session._STORED_TOKENS == 4096
-    monkeypatch.setattr(session, "_STORED_TOKENS", stored)
+    assert STORED_TOKENS == 4096
+    monkeypatch.setattr(session, "STORED_TOKENS", stored)
     tune, settle, errors, moved = session.Tuner.tune, TunedBlock.settle, [], []
 
     def noted(*given: Any) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def test_batches_hold_whole_sequences_and_at_least_one() -> None:
 
 
 def test_hidden_states_come_back_as_they_were_put(tmp_path: Path) -> None:
-    with WorkDir(tmp_path / "w", "mark") as work:
+    with WorkDir(tmp_path / "w", {}) as work:
         file = work.hidden("chain", 0, (5, 3, 2), torch.bfloat16)
         values = torch.randn(5, 3, 2).bfloat16()
         with file.writing() as out:
@@ -272,23 +272,28 @@ def make_file(root: Path) -> None:
 def test_a_foreign_work_directory_is_refused_and_left(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "w")
     before = sorted(str(p) for p in tmp_path.rglob("*"))
-    with pytest.raises(OutputError), WorkDir(tmp_path / "w", "mark"):
+    with pytest.raises(OutputError), WorkDir(tmp_path / "w", {}):
         pass
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
 def test_work_of_other_inputs_is_refused(tmp_path: Path) -> None:
-    with WorkDir(tmp_path / "w", "mark") as work:
+    inputs = {"seed": 1, "made_by": {"torch": "2.1"}}
+    with WorkDir(tmp_path / "w", inputs) as work:
         work.record("block 0", {"count": [1, 2]})
-    with WorkDir(tmp_path / "w", "mark") as work:
+    with WorkDir(tmp_path / "w", inputs) as work:
         assert work.steps == {"block 0": {"count": [1, 2]}}
-    with pytest.raises(ResumeError, match="other options"), WorkDir(tmp_path / "w", "other"):
+    other = {"seed": 1, "made_by": {"torch": "2.2"}}
+    with (
+        pytest.raises(ResumeError, match=r"made_by.torch: was '2.1', now '2.2'; remove"),
+        WorkDir(tmp_path / "w", other),
+    ):
         pass
     (tmp_path / "w" / "progress.json").write_text("{")
-    with pytest.raises(ResumeError, match="damaged"), WorkDir(tmp_path / "w", "mark"):
+    with pytest.raises(ResumeError, match="damaged"), WorkDir(tmp_path / "w", inputs):
         pass
 
 
 def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
-    with WorkDir(tmp_path / "w", "mark"), pytest.raises(OutputError, match="another process"):
-        WorkDir(tmp_path / "w", "mark").__enter__()
+    with WorkDir(tmp_path / "w", {}), pytest.raises(OutputError, match="another process"):
+        WorkDir(tmp_path / "w", {}).__enter__()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import Raw, read_checkpoint, shard_bytes, tiny, write_checkpoint
+from build import Raw, forget_digests, read_checkpoint, shard_bytes, tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import kill_when_there, killed_after
 from test_calibration import byte_tokenizer
@@ -423,7 +423,7 @@ def test_killed_inside_and_between_blocks_the_bytes_are_the_same(healed: Path, k
     command = ["prune", str(SMALL_MOE), str(out), "-m", keep, "-q", *HEAL]
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     process = [sys.executable, "-m", "shardxform", *command]
-    assert kill_when_there(process, out / ".shardxform" / "tuned-0001.hidden", env)  # between blocks
+    assert kill_when_there(process, out / ".shardxform" / "states-*" / "tuned-0001.hidden", env)  # between blocks
     for owner, name, number in ((HiddenFile, "remove", 1), (heal, "descend", 2)):  # and then inside one
         assert not (out / "config.json").exists()
         assert killed_after(owner, name, number, lambda: main(command))
@@ -547,7 +547,8 @@ def test_verify_of_an_mtp_layer_still_rounds_it_again(tmp_path: Path) -> None:
 
 
 def spoil(root: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
-    """Change a bfloat16 tensor of a checkpoint of one shard, as bits."""
+    """Change a bfloat16 tensor of a checkpoint of one shard, as bits; not for its digest to tell."""
+    forget_digests(root)
     tensors = read_checkpoint(root)
     bits = tensors[name].array().copy()
     change(bits.reshape(-1))
@@ -565,7 +566,7 @@ def sound(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shared(sound: Path, tmp_path: Path) -> Path:
     """A copy of it, to be spoilt."""
-    return shutil.copytree(sound, tmp_path / "shared")
+    return forget_digests(shutil.copytree(sound, tmp_path / "shared"))
 
 
 def test_verify_finds_what_healing_does_not_explain(shared: Path) -> None:

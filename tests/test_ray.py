@@ -234,9 +234,9 @@ def test_a_machine_that_is_lost_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_another_version_on_a_worker_is_refused(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "versions", lambda: {"shardxform": "0.0.7"})
+    monkeypatch.setattr(pool.computing, "of_rounding", lambda: {"shardxform": "0.0.7"})
     result = call(*command("prune", tmp_path / "out", "--ray", cluster), code=1)
-    assert "but the driver has 0.0.7; install the same on every machine" in result.output
+    assert "but the driver has 0.0.7; install the same on machines of one kind" in result.output
     assert len(told(result.output)) == 1
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -306,7 +306,7 @@ def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
         check=False,
     )
     assert stopped.returncode == 9
-    return worker.Place(fingerprint=plan.fingerprint, source=SMALL_MOE, out=out), plan.steps[0]
+    return worker.Place.of(dataclasses.replace(plan, source=SMALL_MOE), out, "cpu"), plan.steps[0]
 
 
 def done(place: worker.Place, step: Any) -> Any:
@@ -505,7 +505,7 @@ def test_states_that_are_there_are_not_made_again(
         from shardxform.cluster.blocks import tune_block
         from shardxform.errors import ExecutionError as Error
 
-        if pickle.loads(step).layer == 2:
+        if pickle.loads(step)[0].layer == 2:
             return None, Error("block 2: no")
         return tune_block(wanted, tuning, step, *states)
 
@@ -638,12 +638,12 @@ def test_work_of_another_kind_is_not_gone_on_with(cluster: str, tmp_path: Path) 
     (work / "progress.json").rename(work / "mine.txt")
     assert "not shardxform's" in call(*scoring(out, "--ray", cluster), code=1).output
     (work / "mine.txt").unlink()
-    (work / "split.json").write_text('{"format": "shardxform.split", "mark": "another", "parts": [[0, 1]]}')
-    assert "holds unfinished work on another source" in call(*scoring(out, "--ray", cluster), code=1).output
+    (work / "split.json").write_text('{"format": "shardxform.split", "inputs": {"windows": "x"}, "parts": [[0, 1]]}')
+    assert "holds unfinished work of other inputs" in call(*scoring(out, "--ray", cluster), code=1).output
 
 
 def test_an_error_of_a_part_is_told_on_one_line(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_scoring, "versions", lambda *_: {"shardxform": "0.0.7"})
+    monkeypatch.setattr(cluster_scoring.computing, "shared", lambda _: {"shardxform": "0.0.7"})
     result = call(*scoring(tmp_path / "out.saliency", "--ray", cluster, "-q"), code=1)
     assert "but the driver has 0.0.7" in result.output
     assert len(told(result.output)) == 1

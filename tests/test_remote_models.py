@@ -30,7 +30,7 @@ def shard_bytes(source: Path) -> int:
 def figures(told: str) -> dict[str, Any]:
     """An evaluation, without what differs from run to run, and what names the source."""
     found, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])
-    return {key: value for key, value in found.items() if key not in ("seconds", "peak_rss_bytes", "fingerprint")}
+    return {key: value for key, value in found.items() if key not in ("seconds", "peak_rss_bytes", "identity")}
 
 
 def test_scoring_a_repository_gives_the_statistics_of_a_folder(

@@ -15,6 +15,7 @@ import pytest
 from build import tiny, write_checkpoint
 from click.testing import CliRunner
 from faults import kill_when_there, killed_after
+from test_identity import flip
 from texts import few
 
 torch = pytest.importorskip("torch")
@@ -23,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
 from shardxform.checkpoint import Checkpoint  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.errors import FamilyError, Interrupted  # noqa: E402
+from shardxform.errors import FamilyError, Interrupted, ResumeError  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.forward.work import HiddenWriter  # noqa: E402
 from shardxform.progress import Progress  # noqa: E402
@@ -256,7 +257,10 @@ def test_a_source_changed_meanwhile_is_not_resumed(small_moe: Path, tmp_path: Pa
     windows = load_windows(copy, DataOptions(data=str(few("calib.jsonl")), samples=2, seqlen=64))
     options = ScoreOptions(precision=FLOAT32, work=tmp_path / "w")
     score(Checkpoint.open(copy), windows, options)
-    shard = next(copy.glob("*.safetensors"))
-    os.utime(shard, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns + 1))
-    with pytest.raises(Exception, match="other"):
+    for shard in copy.glob("*.safetensors"):
+        os.utime(shard)
+    again = score(Checkpoint.open(copy), windows, options)  # touched, it is the same source
+    flip(copy, "model.layers.1.mlp.gate.weight")
+    with pytest.raises(ResumeError, match=r"sources.scored.source.values: other values in .*; remove it, or name"):
         score(Checkpoint.open(copy), windows, options)
+    assert again.tokens == 128

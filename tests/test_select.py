@@ -318,6 +318,7 @@ def test_the_manifest_of_the_quickstart_is_what_score_and_select_make(tmp_path: 
     assert (kept.keep, kept.model, kept.criterion, kept.ratio) == (made.keep, made.model, made.criterion, made.ratio)
     # What computed it is of the machine where the file was made.
     runs = [[computing.without(run) for run in manifest.provenance["runs"]] for manifest in (kept, made)]
+    assert all(computing.KEY in run for manifest in (kept, made) for run in manifest.provenance["runs"])
     assert runs[0] == runs[1]
 
 

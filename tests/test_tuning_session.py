@@ -201,7 +201,7 @@ def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path
     out = tmp_path / "out"
     command = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
     env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    assert kill_when_there(command, out / ".shardxform" / "original-0000.hidden", env)
+    assert kill_when_there(command, out / ".shardxform" / "states-*" / "original-0000.hidden", env)
     assert not (out / "config.json").exists()
     for owner, name, number in ((HiddenWriter, "put", 3), (Journal, "record", 2), (HiddenFile, "remove", 2)):
         assert killed_after(owner, name, number, lambda: main(arguments(small_moe, out)))
@@ -213,9 +213,9 @@ def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path
 def test_lost_hidden_states_are_made_again(small_moe: Path, tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped_after(small_moe, out, blocks=2)
-    states = sorted(path.name for path in (out / ".shardxform").glob("*.hidden"))
+    states = sorted(path.name for path in (out / ".shardxform").glob("states-*/*.hidden"))
     assert "tuned-0002.hidden" in states
-    for path in (out / ".shardxform").glob("*.hidden"):
+    for path in (out / ".shardxform").glob("states-*/*.hidden"):
         path.unlink()
     tune(small_moe, out)
     assert bytes_of(out) == bytes_of(tuned)

@@ -140,7 +140,7 @@ def test_quantized_and_converted_outputs_of_every_family(kind: str, format_: Any
     ids=str,
 )
 def test_grids_and_spellings(grid: Grid, tmp_path: Path) -> None:
-    source = make(tmp_path / "source", "qwen3_5_moe_text", "per-expert", hidden_size=128)
+    source = make(tmp_path / "source", "qwen3_5_moe_text", "per-expert", hidden_size=128, moe_intermediate_size=64)
     scheme = Scheme(grid=grid, format="gptq", expert_names="fused-indexed", g_idx=True)
     out = quantize(source, tmp_path / "out", scheme, manifest_of(source))
     assert found(out, source) == []

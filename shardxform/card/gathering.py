@@ -111,7 +111,9 @@ def _record(out: Path) -> Record:
         raise OutputError(f"{out}: unfinished; run the command that writes it again, then make the card")
     record = read_record(out / PROVENANCE)
     if record is None:
-        raise OutputError(f"{out}: no {PROVENANCE}; expected an output of shardxform, which says how it was made")
+        raise OutputError(
+            f"{out}: no {PROVENANCE} that can be read; expected an output of shardxform, which says how it was made"
+        )
     for name, shard in record.shards.items():
         if name not in record.files or "/" in name or not is_ours(out / name, None, shard):
             raise OutputError(f"{out / name}: not as {PROVENANCE} has it; see `shardxform verify`")
