@@ -594,7 +594,7 @@ def test_verify_finds_healed_values_that_are_no_numbers(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "facts", [None, [], {"blocks": 3}, {"blocks": [1, {"layer": [0], "healed": {"what": []}}, {}]}]
+    "facts", [{}, {"blocks": []}, {"blocks": 3}, {"blocks": [1, {"layer": [0], "healed": {"what": []}}, {}]}]
 )
 def test_a_record_without_its_facts_excuses_what_may_have_been_healed(shared: Path, facts: object) -> None:
     record = record_of(shared)

@@ -310,14 +310,14 @@ def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
 
 
 def done(place: worker.Place, step: Any) -> Any:
-    return worker.do_step(computing.of_rounding(), pickle.dumps(place), pickle.dumps(step))
+    return worker.do_step(computing.of_rounding(), pickle.dumps(place), pickle.dumps((step, ())))
 
 
 def test_a_worker_refuses_another_plan_and_another_source(
     bound: tuple[worker.Place, Any], writable: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     place, step = bound
-    assert done(place, step) == ({}, None)
+    assert done(place, step) == ({"digests": []}, None)
     _, error = done(dataclasses.replace(place, fingerprint="another"), step)
     assert isinstance(error, ExecutionError)
     assert "another plan" in str(error)
