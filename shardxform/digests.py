@@ -21,7 +21,17 @@ from shardxform.errors import ExecutionError, PlanError
 from shardxform.fsio import FileSystem
 from shardxform.header import Entry
 
-__all__ = ["ALGORITHM", "CHUNK_BYTES", "FACT", "Chunk", "Chunks", "chunk_digest", "digest_chunks", "tensor_digest"]
+__all__ = [
+    "ALGORITHM",
+    "CHUNK_BYTES",
+    "FACT",
+    "Chunk",
+    "Chunks",
+    "chunk_digest",
+    "digest_chunks",
+    "runs_of",
+    "tensor_digest",
+]
 
 ALGORITHM: Final = "blake3-128"
 CHUNK_BYTES: Final = 16 << 20
@@ -75,7 +85,7 @@ class Chunks:
             PlanError: a chunk is not written whole; a bug in the planner.
 
         """
-        return tuple(chunk for shard, begin, end in _runs(writes) for chunk in self._in(shard, begin, end))
+        return tuple(chunk for shard, begin, end in runs_of(writes) for chunk in self._in(shard, begin, end))
 
     def digests(self, facts: Mapping[int, Mapping[str, Any]], steps: Sequence[Any]) -> dict[str, str]:
         """Digest of every tensor, from the facts of all steps.
@@ -106,7 +116,7 @@ class Chunks:
             at += length
 
 
-def _runs(writes: Iterable[_Extent]) -> Iterator[tuple[int, int, int]]:
+def runs_of(writes: Iterable[_Extent]) -> Iterator[tuple[int, int, int]]:
     """Extents in order, those that touch joined: shard, first byte, byte after the last."""
     run: tuple[int, int, int] | None = None
     for shard, offset, length in sorted((each.shard, each.offset, each.length) for each in writes if each.length):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shardxform.copying import copy_step
+from shardxform.digests import runs_of
 from shardxform.fsio import FileSystem
-from shardxform.plan import Copy, Step
+from shardxform.plan import Copy, Extent, Step
 
 __all__ = ["Facts", "OpenTargets", "executor", "written_by"]
 
@@ -63,11 +64,15 @@ class OpenTargets:
             self._targets[shard] = self._fs.open(self._path_of(shard), os.O_WRONLY)
         return self._targets[shard]
 
-    def sync(self) -> None:
-        """Return when all that was written is on stable storage."""
+    def sync(self, written: Iterable[Extent]) -> None:
+        """Return when all that was written is on stable storage, and let the kernel forget `written`, and nothing else.
+
+        Other steps write to the same shards meanwhile, and are still to take digests of what they wrote.
+        """
         for fd in self._targets.values():
             self._fs.sync(fd)
-            self._fs.done_with(fd)
+        for shard, begin, end in runs_of(written):
+            self._fs.done_with(self.target(shard), begin, end - begin)
 
     def __enter__(self) -> OpenTargets:
         return self

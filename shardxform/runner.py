@@ -264,7 +264,7 @@ class _Loop:
                 do = executor(step, self._options.device)
                 facts = do((source, files.target), self._fs, self._count, self._refuse_if_stopped)
             digests = digest_chunks(self._plan.chunks.of(step.writes), self._output.partial, self._fs)
-            files.sync()
+            files.sync(step.writes)
         return {**facts, FACT: digests}
 
     def _tune(self, step: Step, files: OpenTargets) -> Facts:

@@ -183,7 +183,7 @@ def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTar
         planned = place.record().inputs["source"]["shards"]
         refuse_other_source(place.source, planned, {piece.file for piece in step.reads})
         yield targets
-        targets.sync()
+        targets.sync(step.writes)
 
 
 def refuse_other_source(root: Path, planned: Mapping[str, Sequence[Any]], names: Iterable[str]) -> None:
