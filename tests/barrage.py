@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,19 +41,31 @@ def imported(name):
     except ImportError:
         pass
 
+def given(environment):
+    os.environ.clear()
+    os.environ.update(environment)
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants:  # of the hub's client, which reads the environment when it is imported
+        importlib.reload(constants)
+
 def become(ask):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in ((1, ask["out"]), (2, ask["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(ask["folder"])
     sys.argv = ["shardxform", *ask["words"]]
+    if ask["environment"] is not None:
+        given(ask["environment"])
+    exec(ask["first"], {})
 
 def ended(pid, seconds):
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
         time.sleep(0.002)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where this runs
@@ -64,7 +76,7 @@ if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
 from shardxform import interrupts, plan
 from shardxform.__main__ import entry
-plan.STEP_BYTES = 1 << 14  # many steps
+plan.STEP_BYTES = int(sys.argv[3]) or plan.STEP_BYTES
 if not int(sys.argv[2]):
     interrupts._ORDERLY = 1e9
 gc.freeze()
@@ -104,12 +116,20 @@ class Nursery:
     """The process that commands are forked from; use as a context manager."""
 
     def __init__(
-        self, modules: list[str], environment: Mapping[str, str] | None = None, *, watched: bool = True
+        self,
+        modules: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        watched: bool = True,
+        step_bytes: int = 1 << 14,
     ) -> None:
-        """Import modules; without `watched` nobody ends a command that does not end in order."""
+        """Import modules; without `watched` nobody ends a command that does not end in order.
+
+        Steps are small, so that there are many, or what they are outside of tests, by a `step_bytes` of 0.
+        """
         self._alive: set[int] = set()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY, json.dumps(modules), str(int(watched))],
+            [sys.executable, "-c", _NURSERY, json.dumps(modules), str(int(watched)), str(step_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -127,11 +147,28 @@ class Nursery:
         self._process.kill()
         self._process.communicate()
 
-    def start(self, words: list[str], folder: Path, name: str) -> Running:
-        """Start a command, and return when it takes signals."""
+    def start(
+        self,
+        words: list[str],
+        folder: Path,
+        name: str,
+        environment: Mapping[str, str] | None = None,
+        first: str = "",
+    ) -> Running:
+        """Start a command, and return when it takes signals.
+
+        Args:
+            words: of the command.
+            folder: that it works in.
+            name: of the files there that get its words.
+            environment: of it; None: the nursery's.
+            first: code that its process runs before.
+
+        """
         out, err = folder / f"{name}.out", folder / f"{name}.err"
         run = Running(0, out, err)
-        run.pid = int(self._ask({"words": words, "folder": str(folder), "out": str(out), "err": str(err)}))
+        ask = {"words": words, "folder": str(folder), "out": str(out), "err": str(err), "first": first}
+        run.pid = int(self._ask({**ask, "environment": environment and dict(environment)}))
         self._alive.add(run.pid)
         while not takes_signals(run.pid):
             time.sleep(0.0005)
@@ -144,6 +181,13 @@ class Nursery:
             os.kill(run.pid, signal.SIGKILL)
             self._ask({"wait": run.pid, "seconds": 60})
         self._alive.discard(run.pid)
+        return code
+
+    def poll(self, run: Running) -> int | None:
+        """Exit code of a command; None while it runs."""
+        code: int | None = json.loads(self._ask({"wait": run.pid, "seconds": 0}))
+        if code is not None:
+            self._alive.discard(run.pid)
         return code
 
     def _ask(self, what: Mapping[str, object]) -> str:

@@ -54,14 +54,21 @@ from build import KINDS, tiny, write_checkpoint  # noqa: E402
 from conversions import forget_changes  # noqa: E402
 
 LONGEST = (
+    "test_device.py",
+    "test_ray.py",
     "test_heal_command.py",
     "test_compress.py",
-    "test_ray.py",
     "test_tuning_session.py",
-    "test_examples.py",
-    "test_tuning_block.py",
+    "test_remote_models.py",
+    "test_convert_oracle.py",
+    "test_memory.py",
+    "test_interrupts.py",
     "test_remote_faults.py",
+    "test_tuning_block.py",
+    "test_examples.py",
     "test_scoring.py",
+    "test_force.py",
+    "test_remote.py",
 )  # by what they took; they begin first, so that the workers end together
 ROOT = Path(__file__).resolve().parents[1]
 SIDECARS = {

@@ -347,7 +347,7 @@ def test_a_crash_at_any_effect_ends_with_the_same_bytes(
     counting = Counting()
     run(plan, tmp_path / "reference", RunOptions(jobs=1), fs=counting)
     reference = tree(tmp_path / "reference")
-    for k in sampled(counting.effects, step=17, ends=4):
+    for k in sampled(counting.effects, step=29, ends=4):
         out = tmp_path / f"out{k}"
         crashing = functools.partial(run, plan, out, RunOptions(jobs=1), fs=Crashing(k))
         assert forked(crashing) == 9
@@ -365,7 +365,7 @@ def test_an_error_at_any_effect_is_reported_and_resumed(
     counting = Counting()
     run(plan, tmp_path / "reference", RunOptions(jobs=1), fs=counting)
     resumed = 0
-    for k in sampled(counting.effects, step=17, ends=3):
+    for k in sampled(counting.effects, step=29, ends=3):
         out = tmp_path / f"out{k}"
         with pytest.raises(ShardxformError):
             run(plan, out, RunOptions(jobs=1), fs=Failing(k))

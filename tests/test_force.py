@@ -81,7 +81,7 @@ def test_force_over_whatever_a_crash_left_gives_the_bytes_of_a_fresh_run(
     wanted, counting = tree(tmp_path / "fresh"), Counting()
     stale = PLANS[other](source)
     run(stale, tmp_path / "count", RunOptions(jobs=1), fs=counting)
-    for effect in [*range(1, counting.effects, 17), counting.effects - 3, counting.effects + 1]:
+    for effect in [*range(1, counting.effects, 31), counting.effects - 3, counting.effects + 1]:
         out = tmp_path / f"out{effect}"
         crash(stale, out, effect)
         run(fresh, out, FORCE)

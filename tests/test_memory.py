@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
+from texts import few
 
+from shardxform.cli import main
 from shardxform.forward import memory
 
 pytestmark = pytest.mark.slow
@@ -87,21 +90,27 @@ def test_kernels_of_many_shapes_are_not_all_kept() -> None:
     assert int(done.stdout) <= 200e6  # 0.6 GB where the CPU multiplies bfloat16, and all are kept
 
 
-@pytest.mark.parametrize("options", [("quantize", "--iters", "2"), ("prune", "--heal=all", "--heal-iters", "2")])
-def test_tuning_and_healing_take_no_more_than_planned(options: tuple[str, ...], tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    source, small = tmp_path / "source", ROOT / "examples" / "small-moe"
-    shape = ["--layers", "1", "--experts", "64", "--vocab", "2048", "--no-mtp", "--text-only"]
-    subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "synth.py", source, *shape], check=True, stdout=subprocess.DEVNULL
-    )
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A block of the real shape with numbers in it, which a forward pass takes, and a manifest of half its experts."""
+    root, small = tmp_path_factory.mktemp("computed"), ROOT / "examples" / "small-moe"
+    shape = ["--layers", "1", "--experts", "32", "--vocab", "2048", "--no-mtp", "--text-only"]
+    synth = [sys.executable, ROOT / "benchmarks" / "synth.py", root / "source", *shape]
+    subprocess.run(synth, check=True, stdout=subprocess.DEVNULL)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(small / name, source)
-    (tmp_path / "keep.json").write_text(json.dumps({"0": list(range(0, 64, 2))}))
+        shutil.copy(small / name, root / "source")
+    (root / "keep.json").write_text(json.dumps({"0": list(range(0, 32, 2))}))
+    return root
+
+
+@pytest.mark.parametrize("options", [("quantize", "--iters", "2"), ("prune", "--heal=all", "--heal-iters", "2")])
+def test_tuning_and_healing_take_no_more_than_planned(options: tuple[str, ...], computed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     command, *what = options
-    arguments = [source, tmp_path / "out", "-m", tmp_path / "keep.json", *what, "--batch-size", "4", "--seqlen", "128"]
-    arguments += ["--data", small / "text" / "calib.jsonl", "--samples", "6"]
+    arguments = [computed / "source", tmp_path / "out", "-m", computed / "keep.json", *what]
+    arguments += ["--batch-size", "4", "--seqlen", "128", "--samples", "4"]
+    arguments += ["--data", few("calib.jsonl")]
     arguments += ["--method", "auto-round"] if command == "quantize" else ["--heal-lr", "0.01"]
-    dry = [sys.executable, "-m", "shardxform", command, *map(str, arguments), "-q", "--json", "--dry-run"]
-    planned = json.loads(subprocess.run(dry, check=True, capture_output=True, text=True).stdout)["peak_memory_bytes"]
+    dry = CliRunner().invoke(main, [command, *map(str, arguments), "-q", "--json", "--dry-run"], catch_exceptions=False)
+    planned = json.loads(dry.stdout)["peak_memory_bytes"]
     assert planned / 2 <= peak(command, *arguments) <= planned

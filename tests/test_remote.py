@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import barrage
 import pytest
 from build import write_json
 from hubserver import READER, Fault, HubServer
@@ -28,6 +32,7 @@ pytest.importorskip("huggingface_hub", minversion="1.0")
 KEEP = Path(__file__).resolve().parents[1] / "manifests" / "small-moe-keep8.json"
 NAME = "org/small"
 SHARDS = r"\.safetensors$"
+CLIENT = (*barrage.COPYING, "huggingface_hub", "huggingface_hub.hf_api", "httpx", "shardxform.remote.client")
 
 
 @pytest.fixture
@@ -38,21 +43,59 @@ def server(small_moe: Path) -> Iterator[HubServer]:
         yield running
 
 
-def start(server: HubServer, home: Path, *arguments: object, **more: str) -> subprocess.Popen[str]:
-    """Start a command that asks this server, in the folder that its cache is in."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "shardxform", *map(str, arguments)],
-        env={**server.env(home), "OMP_NUM_THREADS": "1", **more},
-        cwd=home.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@functools.cache
+def nursery(modules: tuple[str, ...]) -> barrage.Nursery:
+    """The process that commands are forked from, one for all tests of a worker."""
+    made = barrage.Nursery(modules, step_bytes=0)
+    atexit.register(made.__exit__)
+    return made
 
 
-def command(server: HubServer, home: Path, *arguments: object, code: int = 0, **more: str) -> str:
+class Command:
+    """A command that was started; what of `subprocess.Popen` is asked for here."""
+
+    def __init__(self, parent: barrage.Nursery, run: barrage.Running) -> None:
+        self._parent, self._run = parent, run
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._parent.poll(self._run)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._run.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        """Wait for the end, and return what it said; it is killed when the seconds are over."""
+        if self.returncode is None:
+            self.returncode = self._parent.wait(self._run, timeout)
+        assert self.returncode is not None, f"it did not end in {timeout} s: {self._run.err.read_text()}"
+        return self._run.out.read_text(), self._run.err.read_text()
+
+
+def start(
+    server: HubServer,
+    home: Path,
+    *arguments: object,
+    modules: tuple[str, ...] = CLIENT,
+    first: str = "",
+    **more: str,
+) -> Command:
+    """Start a command that asks this server, in the folder that its cache is in; its process has `modules`."""
+    environment = {**server.env(home), "OMP_NUM_THREADS": "1", **more}
+    said = Path(tempfile.mkdtemp(dir=home.parent, prefix="said-"))
+    words = list(map(str, arguments))
+    parent = nursery(modules)
+    return Command(parent, parent.start(words, home.parent, f"{said.name}/command", environment, first))
+
+
+def command(server: HubServer, home: Path, *arguments: object, code: int = 0, **more: Any) -> str:
     run = start(server, home, *arguments, **more)
-    out, errors = run.communicate(timeout=240)
+    out, errors = run.communicate()
     assert run.returncode == code, out + errors
     assert "Traceback" not in errors
     return out + errors

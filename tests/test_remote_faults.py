@@ -18,6 +18,7 @@ from shardxform.cli import main
 
 LINKS = r"^/lfs/.*\.safetensors$"  # where shards are sent from
 UNKNOWN = ("^/api/", "changed")  # the first answer says which commit it is: none is known before
+QUICK = "import shardxform.remote.client as client; client._FIRST_PAUSE = 0.005"  # seconds; 0.2 outside of tests
 KINDS = ("drop", "429", "500", "503", "short", "expired", "no_range", "wrong_length", "changed", "slow")
 
 
@@ -44,7 +45,7 @@ def test_a_fault_that_passes_changes_nothing(
             server.faults = [Fault(kind, match, count=2, after=100_000 if kind == "drop" else 0, retry_after=0.1)]
             (tmp_path / kind).mkdir()
             words = ("prune", NAME, tmp_path / kind / "out", "-m", KEEP, "-q", *PIECES[:2])
-            runs[kind] = stack.enter_context(ended(start(server, tmp_path / kind / "home", *words)))
+            runs[kind] = stack.enter_context(ended(start(server, tmp_path / kind / "home", *words, first=QUICK)))
         for kind, run in runs.items():
             said = "".join(run.communicate(timeout=240))
             assert (run.returncode, "Traceback" in said) == (0, False), (kind, said)
@@ -67,7 +68,7 @@ def test_a_fault_that_stays_is_refused_and_what_was_done_is_not_lost(
     home, out = tmp_path / "home", tmp_path / "out"
     begin(server, home, out)
     server.faults = [Fault(kind, match=match, count=10_000)]
-    refused = command(server, home, "prune", NAME, out, "-m", KEEP, "-q", *PIECES, code=1)
+    refused = command(server, home, "prune", NAME, out, "-m", KEEP, "-q", *PIECES, code=1, first=QUICK)
     assert re.search(rf"^shardxform: hf://{NAME}@\w+/model.*: {told}", refused, re.MULTILINE), refused
     server.faults = []
     command(server, home, "prune", NAME, out, "-m", KEEP, "-q", *PIECES)
@@ -84,7 +85,7 @@ def test_a_hundred_faults_change_nothing(tmp_path: Path) -> None:
         server.add_repo(NAME, source)
         command(server, tmp_path / "home", "prune", source, tmp_path / "local", *arguments)
         server.random_faults(1, 0.4, KINDS, 100, match=SHARDS)
-        command(server, tmp_path / "home", "prune", NAME, tmp_path / "out", *arguments, "--connections", 8)
+        command(server, tmp_path / "home", "prune", NAME, tmp_path / "out", *arguments, "--connections", 8, first=QUICK)
         assert len(server.fired) == 100
         assert {kind for kind, _ in server.fired} == set(KINDS)
         assert server.tokens_leaked == 0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import barrage
 import pytest
+import test_remote
 from hubserver import HubServer
-from test_remote import KEEP, NAME, command, files, headers, record
+from test_remote import KEEP, NAME, files, headers, record
 from test_remote import server as server
 
 pytest.importorskip("torch")
@@ -18,6 +19,7 @@ pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oracle
 
+command = partial(test_remote.command, modules=tuple(barrage.COMPUTING))
 STAGES = ["score", "select", "quantize", "verify", "card"]
 DATA = ("--samples", 8, "--seqlen", 128, "-q")
 CALIB = Path(__file__).resolve().parents[1] / "examples" / "small-moe" / "text" / "calib.jsonl"
@@ -114,22 +116,18 @@ def test_a_model_passes_through_much_less_disk_than_a_block_takes(
 ) -> None:
     home, options = tmp_path / "home", ("-m", KEEP, "--data", CALIB, *DATA, "--json")
     here = command(server, home, "evaluate", small_moe, *options)
-    code = (
-        "import sys, threading, pathlib, shardxform.remote.downloads as downloads\n"
+    first = (
+        "import os, pathlib, shardxform.remote.downloads as downloads\n"
         "downloads._DISK_SLOT, downloads.LEAST_CACHE_BYTES = 1 << 14, 1 << 20\n"
         "most, made = [0], downloads.DiskArena._opened\n"
         "def opened(arena):\n"
         "    file = made(arena)\n"
-        "    most[0] = max(most[0], downloads.os.fstat(file.fd).st_size)\n"
+        "    most[0] = max(most[0], os.fstat(file.fd).st_size)\n"
+        "    pathlib.Path('most').write_text(str(most[0]))\n"
         "    return file\n"
-        "import os; downloads.os = os; downloads.DiskArena._opened = opened\n"
-        "from shardxform.cli import main\n"
-        "main(sys.argv[1:], standalone_mode=False)\n"
-        "assert 0 < most[0] <= 1 << 20, most\n"
+        "downloads.DiskArena._opened = opened\n"
     )
-    arguments = [sys.executable, "-c", code, "evaluate", NAME, *map(str, options), "--cache-limit", "1MiB"]
-    environment = {**server.env(home), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
-    assert figures(run.stdout) == figures(here)
+    there = command(server, home, "evaluate", NAME, *options, "--cache-limit", "1MiB", first=first)
+    assert 0 < int((tmp_path / "most").read_text()) <= 1 << 20
+    assert figures(there) == figures(here)
     assert server.data_bytes(NAME) <= 1.1 * shard_bytes(small_moe)
