@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +95,8 @@ def before(seconds: float, wanted: Callable[[], bool]) -> bool:
 
 
 def told(text: str) -> list[str]:
-    """Lines that are not notes on the plan."""
-    return [line for line in text.splitlines() if not line.startswith("note: ")]
+    """Lines that are not notes on the plan, nor what Ray's core logs of tasks that nobody waits for any more."""
+    return [line for line in text.splitlines() if not line.startswith("note: ") and not re.search(r"\.cc:\d+: ", line)]
 
 
 def dying(folder: Path, times: int = 1) -> Callable[..., Any]:
