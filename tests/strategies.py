@@ -16,7 +16,7 @@ ALL = os.environ.get("SHARDXFORM_TESTS") == "all"  # as a nightly run sets it
 settings.register_profile(
     "shardxform",
     deadline=None,
-    max_examples=200 if ALL else 40,
+    max_examples=200 if ALL else 25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("shardxform")
