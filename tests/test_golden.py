@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from build import text_of, tiny, write_checkpoint, write_json
 from click.testing import CliRunner
+from conftest import ONE_THREAD
 
 from shardxform.cli import main
 from shardxform.computing import of_model
@@ -168,4 +170,5 @@ def write() -> None:
 
 
 if __name__ == "__main__":
+    os.environ |= dict.fromkeys(ONE_THREAD, "1")  # as in tests: sums of scores are those of one thread
     write()
