@@ -22,13 +22,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shardxform.quantize import rtn
-from shardxform.quantize.grid import Bits, Grid, Layout
-from shardxform.quantize.packing import bf16_bits_of
+from shardxform.formats import rounding
+from shardxform.formats.grid import Bits, Grid, Layout
+from shardxform.formats.packing import bf16_bits_of
 
 BITS: tuple[Bits, ...] = (4, 8)
 LAYOUTS: tuple[Layout, ...] = ("gptq", "row")
-BACKENDS: tuple[rtn.Backend, ...] = ("numba", "numpy") if find_spec("numba") else ("numpy",)
+BACKENDS: tuple[rounding.Backend, ...] = ("numba", "numpy") if find_spec("numba") else ("numpy",)
 
 
 class Row(NamedTuple):
@@ -56,7 +56,7 @@ def compile_seconds() -> float:
     if find_spec("numba") is None:
         return 0.0
     start = time.perf_counter()
-    from shardxform.quantize import kernels
+    from shardxform.formats import kernels
 
     kernels.quantizer(wide=False)
     return time.perf_counter() - start
@@ -71,9 +71,9 @@ def ours(w_OI: np.ndarray[Any, Any], args: argparse.Namespace) -> Iterator[tuple
                     if bits == 8 and measure:
                         continue
                     grid = Grid(bits=bits, search=search)
-                    out = rtn.QuantizedWeight.empty(layout, grid, (w_OI.shape[0], w_OI.shape[1]))
+                    out = rounding.QuantizedWeight.empty(layout, grid, (w_OI.shape[0], w_OI.shape[1]))
 
-                    work = partial(rtn.quantize_into, w_OI, "BF16", grid, out, backend=backend, measure=measure)
+                    work = partial(rounding.quantize_into, w_OI, "BF16", grid, out, backend=backend, measure=measure)
                     repeat = 1 if backend == "numpy" else max(2, args.repeat // (5 if search else 1))
                     label = f"{backend} W{bits} {layout}{' search' if search else ''}{' errors' if measure else ''}"
                     yield label, best_seconds(work, repeat)

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from shardxform.ask.manifest import Manifest
 from shardxform.calibration import DataOptions, Windows, load_windows
-from shardxform.checkpoint import Checkpoint
-from shardxform.evaluation import EvaluateOptions, evaluate
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.evaluation.evaluate import EvaluateOptions, evaluate
+from shardxform.experts import CRITERIA, Saliency, choose
+from shardxform.experts.scoring import ScoreOptions, score
 from shardxform.forward.weights import Precision
-from shardxform.manifest import Manifest
-from shardxform.saliency import CRITERIA, Saliency, choose
-from shardxform.scoring import ScoreOptions, score
-from shardxform.view import pruned_view
+from shardxform.plan.view import pruned_view
 
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 CPU: Final = Precision(torch.device("cpu"), torch.float32)

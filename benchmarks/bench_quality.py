@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from shardxform.checkpoint import Checkpoint
-from shardxform.quantize.grid import Grid, ScaleGrid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import PRESETS, Scheme
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid, ScaleGrid
+from shardxform.formats.scheme import PRESETS, Scheme
+from shardxform.plan.quantize import plan_quantize
 
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 GRIDS: Final[tuple[ScaleGrid, ...]] = ("fp16", "bf16")

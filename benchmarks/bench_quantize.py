@@ -32,7 +32,7 @@ ModelFreeCompressor(sys.argv[1], scheme="W4A16", disable_opt_rtn=True).quantize_
 LIBRARIES: Final = {
     "python": "pass",
     "numpy": "import numpy",
-    "numpy + numba kernels": "import shardxform.quantize.kernels",
+    "numpy + numba kernels": "import shardxform.formats.kernels",
     "torch": "import torch",
 }
 

@@ -29,11 +29,11 @@ from synth import Spec, write_checkpoint
 from transformers.utils import logging
 
 from shardxform.calibration import DataOptions, Windows, load_windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.experts.scoring import Scorer
 from shardxform.forward.passes import batches
 from shardxform.forward.skeleton import Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.scoring import Scorer
 
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 TEXT: Final = SMALL_MOE / "text" / "calib.jsonl"

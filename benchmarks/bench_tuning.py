@@ -105,8 +105,8 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import torch
 
+    from shardxform.formats.grid import Grid
     from shardxform.forward.memory import give_back, keep_few_kernels
-    from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
     from shardxform.tuning.linear_attention import frugal_linear_attention
     from shardxform.tuning.samples import Samples

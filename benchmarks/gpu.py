@@ -134,7 +134,7 @@ def worst(found: Any, wanted: Any) -> float:  # noqa: ANN401
 
 def check_score(run: Run) -> None:
     """REAP's and the router's sums, float32."""
-    from shardxform.saliency import Saliency
+    from shardxform.experts import Saliency
 
     stats = []
     for device in ("cpu", run.device):
@@ -154,12 +154,12 @@ def check_evaluate(run: Run) -> None:
     """Half of the experts against all of them: in float32 on both, and in bfloat16 on the device."""
     import torch
 
+    from shardxform.ask.manifest import Manifest
     from shardxform.calibration import DataOptions, load_windows
-    from shardxform.checkpoint import Checkpoint
-    from shardxform.evaluation import EvaluateOptions, evaluate
+    from shardxform.checkpoint.table import Checkpoint
+    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate
     from shardxform.forward.weights import Precision
-    from shardxform.manifest import Manifest
-    from shardxform.view import pruned_view
+    from shardxform.plan.view import pruned_view
 
     source = Checkpoint.open(SMALL_MOE)
     view = pruned_view(source, Manifest(keep={layer: tuple(range(0, 16, 2)) for layer in range(4)})).checkpoint
@@ -339,8 +339,8 @@ def measure_tuning(run: Run, kind: str) -> None:
     """An iteration of tuning a block, and making it ready."""
     import torch
 
+    from shardxform.formats.grid import Grid
     from shardxform.forward.arithmetic import fixed_order, on_device
-    from shardxform.quantize.grid import Grid
     from shardxform.tuning.block import install
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.linear_attention import frugal_linear_attention
@@ -408,10 +408,10 @@ def measure_scoring(run: Run) -> None:
     """Tokens of a second through a block of all experts, with their statistics; and sending a block's bytes."""
     import torch
 
+    from shardxform.experts.scoring import Scorer
     from shardxform.forward.arithmetic import on_device
     from shardxform.forward.experts import ExpertBank, attach
     from shardxform.forward.weights import Precision
-    from shardxform.scoring import Scorer
 
     shape, device = run.shape, torch.device(run.device)
     scorer = Scorer(shape.scored_experts)
@@ -438,13 +438,13 @@ def measure_rounding(run: Run) -> None:
     """GB of bfloat16 weights a second, from and to the host's memory."""
     import numpy as np
 
-    from shardxform.quantize import rtn, rtn_torch
-    from shardxform.quantize.grid import Grid
+    from shardxform.formats import rounding, rounding_torch
+    from shardxform.formats.grid import Grid
 
     grid, shape = Grid(search=False), (run.shape.rounded_rows, max(run.shape.hidden, 128))
     bits = (np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    out = rtn.QuantizedWeight.empty("gptq", grid, shape)
-    rounds = partial(rtn_torch.quantize_into, bits, "BF16", grid, out, rtn_torch.open_device(run.device))
+    out = rounding.QuantizedWeight.empty("gptq", grid, shape)
+    rounds = partial(rounding_torch.quantize_into, bits, "BF16", grid, out, rounding_torch.open_device(run.device))
     with memory(run, "rounding"):
         rounds()
         run.measures["rounding: GB/s of bfloat16"] = bits.nbytes / 1e9 / min(clock(run, rounds) for _ in range(3))
@@ -456,7 +456,7 @@ def predicted(found: Mapping[str, float]) -> dict[str, float]:
     Qwen3.5-35B-A3B, 256 -> 128 experts: scored on 256 x 512 tokens, healed with the default trials, tuned for 200
     iterations of 8 x 512. Passes over all windows are counted at the speed of scoring, reading at that of sending.
     """
-    from shardxform.recipe import Heal
+    from shardxform.ask.recipe import Heal
 
     out: dict[str, float] = {}
 
@@ -563,7 +563,7 @@ def main(arguments: list[str] | None = None) -> int:
         shape = SMALL if args.small else Shape()
         run = Run(device=args.device, shape=shape, ends=ends, scratch=Path(scratch))
         work(run, checks=not args.no_checks)
-    from shardxform.progress import peak_rss_bytes
+    from shardxform.base.progress import peak_rss_bytes
 
     run.measures["the process: peak RSS, bytes"] = peak_rss_bytes()
     hours = {} if args.small else predicted(run.measures)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform import Checkpoint, Manifest, plan_prune
-from shardxform.layout import layout_of
-from shardxform.manifest_text import manifest_text
+from shardxform.ask.manifest_text import manifest_text
+from shardxform.model.layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "examples" / "small-moe"

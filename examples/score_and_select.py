@@ -15,11 +15,11 @@ import torch
 from transformers.utils import logging
 
 from shardxform import Checkpoint
+from shardxform.ask.manifest_text import manifest_text
 from shardxform.calibration import DataOptions, load_windows
+from shardxform.experts import decide
+from shardxform.experts.scoring import ScoreOptions, score
 from shardxform.forward.weights import Precision
-from shardxform.manifest_text import manifest_text
-from shardxform.saliency import decide
-from shardxform.scoring import ScoreOptions, score
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "examples" / "small-moe"

@@ -16,17 +16,17 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from shardxform.checkpoint import Checkpoint
+    from shardxform.ask.manifest import Manifest
+    from shardxform.base.progress import Progress
+    from shardxform.base.tensors import TensorSpec
+    from shardxform.checkpoint.table import Checkpoint
     from shardxform.errors import ShardxformError
-    from shardxform.manifest import Manifest
-    from shardxform.plan import Plan
-    from shardxform.progress import Progress
-    from shardxform.prune import ViewOptions, plan_prune
-    from shardxform.quantize.convert import plan_convert
-    from shardxform.quantize.planner import plan_quantize
-    from shardxform.runner import Report, RunOptions, run
-    from shardxform.scheme import Scheme
-    from shardxform.tensors import TensorSpec
+    from shardxform.execution.runner import Report, RunOptions, run
+    from shardxform.formats.scheme import Scheme
+    from shardxform.plan.convert import plan_convert
+    from shardxform.plan.plan import Plan
+    from shardxform.plan.prune import ViewOptions, plan_prune
+    from shardxform.plan.quantize import plan_quantize
     from shardxform.verification import VerifyReport, verify
 
 __all__ = [
@@ -52,21 +52,21 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES: Final = {
-    "Checkpoint": "checkpoint",
-    "Manifest": "manifest",
-    "Plan": "plan",
-    "Progress": "progress",
-    "Report": "runner",
-    "RunOptions": "runner",
-    "Scheme": "scheme",
+    "Checkpoint": "checkpoint.table",
+    "Manifest": "ask.manifest",
+    "Plan": "plan.plan",
+    "Progress": "base.progress",
+    "Report": "execution.runner",
+    "RunOptions": "execution.runner",
+    "Scheme": "formats.scheme",
     "ShardxformError": "errors",
-    "TensorSpec": "tensors",
+    "TensorSpec": "base.tensors",
     "VerifyReport": "verification",
-    "ViewOptions": "prune",
-    "plan_convert": "quantize.convert",
-    "plan_prune": "prune",
-    "plan_quantize": "quantize.planner",
-    "run": "runner",
+    "ViewOptions": "plan.prune",
+    "plan_convert": "plan.convert",
+    "plan_prune": "plan.prune",
+    "plan_quantize": "plan.quantize",
+    "run": "execution.runner",
     "verify": "verification",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardxform import interrupts
+from shardxform.base import interrupts
 
 __all__ = ["entry"]
 

@@ -95,12 +95,16 @@ while line := sys.stdin.readline():
 
 LIGHT = ("prune", "inspect", "verify", "quantize", "convert", "doctor", "card")
 _MODELS = ("score", "evaluate", "select", "compress")
-COPYING = [f"shardxform.cli.{name}_cmd" for name in LIGHT] + ["numpy", "shardxform.runner", "shardxform.verification"]
-COPYING += ["shardxform.verification.data", "shardxform.quantize.execute"]
-COMPUTING = [*COPYING, *(f"shardxform.cli.{name}_cmd" for name in _MODELS), "torch", "shardxform.scoring"]
-COMPUTING += ["shardxform.evaluation", "shardxform.tuning.session", "shardxform.compress"]
+COPYING = [f"shardxform.cli.{name}_cmd" for name in LIGHT] + [
+    "numpy",
+    "shardxform.execution.runner",
+    "shardxform.verification",
+]
+COPYING += ["shardxform.verification.data", "shardxform.execution.rounding"]
+COMPUTING = [*COPYING, *(f"shardxform.cli.{name}_cmd" for name in _MODELS), "torch", "shardxform.experts.scoring"]
+COMPUTING += ["shardxform.evaluation.evaluate", "shardxform.tuning.session", "shardxform.compress"]
 COMPUTING += ["transformers.models.qwen3_5_moe.modeling_qwen3_5_moe", "tokenizers", "huggingface_hub", "httpx"]
-COMPUTING += ["shardxform.cli.push_cmd", "shardxform.publishing.hub"]
+COMPUTING += ["shardxform.cli.push_cmd", "shardxform.publish.hub"]
 
 
 @dataclass

@@ -25,20 +25,21 @@ pytest.importorskip("transformers")
 import pretend  # noqa: E402
 from test_scoring import NAMES, windows_of  # noqa: E402
 
+from shardxform.ask.manifest import Manifest  # noqa: E402
+from shardxform.base.constants import STORED_TOKENS  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import main, model_options  # noqa: E402
-from shardxform.deciding import STORED_TOKENS  # noqa: E402
 from shardxform.errors import PlanError  # noqa: E402
-from shardxform.evaluation import EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.experts import Saliency  # noqa: E402
+from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.formats import rounding_torch  # noqa: E402
+from shardxform.formats.grid import Grid  # noqa: E402
 from shardxform.forward import arithmetic, passes  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
-from shardxform.manifest import Manifest  # noqa: E402
-from shardxform.quantize import rtn_torch  # noqa: E402
-from shardxform.quantize.grid import Grid  # noqa: E402
-from shardxform.saliency import Saliency  # noqa: E402
-from shardxform.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.plan.view import pruned_view  # noqa: E402
 from shardxform.tuning import session  # noqa: E402
 from shardxform.tuning.block import TunedBlock  # noqa: E402
 from shardxform.tuning.elementwise import Pace  # noqa: E402
@@ -46,7 +47,6 @@ from shardxform.tuning.experts import TunedExperts  # noqa: E402
 from shardxform.tuning.healed import HealedStack  # noqa: E402
 from shardxform.tuning.stacked import StackedWeight, prepare  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
-from shardxform.view import pruned_view  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -364,7 +364,7 @@ def test_memory_that_runs_out_is_said_in_a_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
 
     monkeypatch.setattr(passes, "_refuse_non_finite", full)
-    monkeypatch.setattr(rtn_torch, "_scales", full)
+    monkeypatch.setattr(rounding_torch, "_scales", full)
     monkeypatch.setattr(session, "tune_block", full)
     data = ("--data", str(TEXT), "--samples", "2", "--seqlen", "16")
     command = {

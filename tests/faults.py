@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardxform.fsio import FileSystem
+from shardxform.base.file_system import FileSystem
 
 EFFECTS = (
     "open",

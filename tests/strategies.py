@@ -9,8 +9,8 @@ from build import Raw, random_tensor
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from shardxform.dtypes import BITS
-from shardxform.tensors import TensorSpec
+from shardxform.base.dtypes import BITS
+from shardxform.base.tensors import TensorSpec
 
 ALL = os.environ.get("SHARDXFORM_TESTS") == "all"  # as a nightly run sets it
 settings.register_profile(

@@ -28,18 +28,19 @@ from test_run import finished as finished
 from test_run import small_steps as small_steps
 from test_run import source as source
 
-from shardxform import RunOptions, run, runner
-from shardxform import plan as plan_module
-from shardxform.checkpoint import Checkpoint
+from shardxform import RunOptions, run
+from shardxform.base.file_system import FileSystem
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import OutputError, PlanError, ResumeError, ShardxformError
-from shardxform.fsio import FileSystem
-from shardxform.journal import Journal
-from shardxform.plan import Plan
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.quantization_config import resolve
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.scheme import ExpertNames, Format, Scheme
+from shardxform.execution import runner
+from shardxform.execution.journal import Journal
+from shardxform.formats.dialects import resolve
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.plan import plan as plan_module
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.quantize import plan_quantize
 
 FORCE = RunOptions(force=True)
 WIDE = {"hidden_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}

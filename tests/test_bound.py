@@ -15,14 +15,14 @@ from click.testing import CliRunner
 from test_identity import flip
 from test_prune import manifest_of
 
-from shardxform.card.evaluations import read_evaluation
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import PlanError
-from shardxform.identity import identify
-from shardxform.prune import plan_prune
-from shardxform.runner import run
-from shardxform.saliency import ExpertStats, Saliency, difference_of_models
+from shardxform.execution.runner import run
+from shardxform.experts import ExpertStats, Saliency, difference_of_models
+from shardxform.plan.prune import plan_prune
+from shardxform.publish.card.evaluations import read_evaluation
 
 EVALUATION: dict[str, Any] = {
     "data": {"data": "held.jsonl", "sha256": "ab", "files": ["held.jsonl"], "seqlen": 64},

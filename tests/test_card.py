@@ -19,15 +19,15 @@ from test_prune import manifest_of
 from test_quantize import make
 from texts import few
 
-from shardxform.card import MARK, CardOptions, gather, render, write_card
-from shardxform.card.facts import Data, Evaluation, Origin
-from shardxform.card.frontmatter import front_matter, origin_of, parse
-from shardxform.card.markdown import code, fence
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.cli.card_cmd import command
 from shardxform.errors import ManifestError, OutputError, PlanError, ShardxformError
-from shardxform.identity import identify
+from shardxform.publish.card import MARK, CardOptions, gather, render, write_card
+from shardxform.publish.card.facts import Data, Evaluation, Origin
+from shardxform.publish.card.frontmatter import front_matter, origin_of, parse
+from shardxform.publish.card.markdown import code, fence
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"

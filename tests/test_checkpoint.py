@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from build import INDEX, Raw, read_checkpoint, shard_bytes, tiny, write_checkpoint, write_json
 
-from shardxform import checkpoint as module
-from shardxform.checkpoint import Checkpoint, Sidecar, is_plain_name, scan
+from shardxform.checkpoint import table as module
+from shardxform.checkpoint.table import Checkpoint, Sidecar, is_plain_name, scan
 from shardxform.errors import CheckpointError, FamilyError
-from shardxform.layout import layout_of
+from shardxform.model.layout import layout_of
 
 ONE = "model-00001-of-00002.safetensors"
 TWO = "model-00002-of-00002.safetensors"
@@ -282,7 +282,9 @@ def test_a_dangling_link_in_place_of_a_json_file_is_refused(root: Path, name: st
 def test_a_named_pipe_is_refused_and_not_waited_for(root: Path, name: str) -> None:
     (root / name).unlink()
     os.mkfifo(root / name)
-    code = "import pathlib, sys; from shardxform.checkpoint import scan; print(scan(pathlib.Path(sys.argv[1]))[1])"
+    code = (
+        "import pathlib, sys; from shardxform.checkpoint.table import scan; print(scan(pathlib.Path(sys.argv[1]))[1])"
+    )
     try:
         result = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, timeout=3)
     except subprocess.TimeoutExpired:

@@ -27,16 +27,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from shardxform.__main__ import entry  # noqa: E402
+from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import compress_cmd, main  # noqa: E402
 from shardxform.compress import Outcome, Prepared, Pruning, Request, Settings, compress, forecast, prepare  # noqa: E402
 from shardxform.compress.folder import Folder, read_entries  # noqa: E402
 from shardxform.errors import ExecutionError, Interrupted, OutputError, PlanError, ResumeError  # noqa: E402
+from shardxform.formats.grid import Grid  # noqa: E402
+from shardxform.formats.scheme import Scheme  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
-from shardxform.progress import Progress  # noqa: E402
-from shardxform.quantize.grid import Grid  # noqa: E402
-from shardxform.scheme import Scheme  # noqa: E402
 from shardxform.tuning import session  # noqa: E402
 
 pytestmark = pytest.mark.oracle

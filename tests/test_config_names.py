@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from build import tiny, write_checkpoint
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.manifest import Manifest
-from shardxform.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import ViewOptions, plan_prune
 
 Reads = Callable[[str, str], bool]
 """Whether a string of a config is about a module."""

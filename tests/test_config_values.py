@@ -15,12 +15,12 @@ from build import tiny, write_checkpoint
 from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES, ALLOWED_MLP_LAYER_TYPES, PreTrainedConfig
 
-from shardxform import config_values
 from shardxform.calibration.tokens import load_tokenizer
-from shardxform.config_values import config_faults
 from shardxform.errors import CheckpointError, FamilyError
-from shardxform.families import FAMILIES
-from shardxform.layout import layout_of
+from shardxform.model import config_values
+from shardxform.model.config_values import config_faults
+from shardxform.model.families import FAMILIES
+from shardxform.model.layout import layout_of
 from shardxform.verification import verify
 
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)}

@@ -22,20 +22,21 @@ from test_prune import manifest_of
 from test_quantize import KIND_SIZES, make, without_record
 from test_run import looks_complete, tree
 
-from shardxform import plan as plan_module
-from shardxform import selection
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError, ShardxformError
-from shardxform.plan import Plan
-from shardxform.prune import ViewOptions
-from shardxform.quantize import convert, repack
-from shardxform.quantize.convert import ConvertOptions, Repack, Target, plan_convert
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.quantize.stored import read_stored, scan_stored
-from shardxform.runner import RunOptions, run
-from shardxform.scheme import Scheme
+from shardxform.execution import repacking
+from shardxform.execution.runner import RunOptions, run
+from shardxform.formats import selection
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.formats.stored import read_stored, scan_stored
+from shardxform.plan import convert
+from shardxform.plan import plan as plan_module
+from shardxform.plan.convert import ConvertOptions, Repack, Target, plan_convert
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.quantize import plan_quantize
 
 SHARD_BYTES = 150_000
 SPELLINGS: tuple[tuple[Any, Any], ...] = (
@@ -55,7 +56,7 @@ EXPERT = PREFIX + "mlp.experts.2.gate_proj."
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many steps and tiles, though the checkpoints are tiny."""
     monkeypatch.setattr(plan_module, "STEP_BYTES", 100_000)
-    monkeypatch.setattr(repack, "TILE_WEIGHTS", 640)
+    monkeypatch.setattr(repacking, "TILE_WEIGHTS", 640)
 
 
 def quantize(source: Path, out: Path, format_: Any = "auto-round", names: Any = "split", **over: Any) -> Path:
@@ -307,7 +308,7 @@ def test_bytes_are_the_same_whatever_jobs_steps_and_short_calls(
     reference = without_record(converted(source, tmp_path / "a", to, jobs=1))
     assert without_record(converted(source, tmp_path / "b", to, jobs=3)) == reference
     monkeypatch.setattr(plan_module, "STEP_BYTES", 1_000)
-    monkeypatch.setattr(repack, "TILE_WEIGHTS", 1)
+    monkeypatch.setattr(repacking, "TILE_WEIGHTS", 1)
     run(plan_of(source, to), tmp_path / "c", fs=Short())
     assert without_record(tmp_path / "c") == reference
 
@@ -663,7 +664,7 @@ def test_pruning_a_quantized_source_is_still_refused_in_the_older_spelling(tmp_p
     """The names stay unknown to pruning, which would have to slice inside words."""
     source = make(tmp_path / "source")
     older = quantize(source, tmp_path / "older", "auto-round", "fused-indexed")
-    from shardxform.prune import plan_prune
+    from shardxform.plan.prune import plan_prune
 
     with pytest.raises(ShardxformError):
         plan_prune(Checkpoint.open(older), manifest_of(source))

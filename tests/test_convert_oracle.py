@@ -13,12 +13,12 @@ import pytest
 from build import read_checkpoint
 from test_prune_oracle import load, tokens
 
-from shardxform.checkpoint import Checkpoint
-from shardxform.quantize.convert import Target, plan_convert
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import Scheme
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.quantize import plan_quantize
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("auto_round")

@@ -19,7 +19,7 @@ from test_run import small_steps as small_steps
 from test_run import source as source
 
 from shardxform.cli import main
-from shardxform.runner import RunOptions, run
+from shardxform.execution.runner import RunOptions, run
 
 pytestmark = pytest.mark.crash
 

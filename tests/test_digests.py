@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 from test_prune import manifest_of
 from test_run import interrupted, looks_complete, plan_of
 
-from shardxform import digests
-from shardxform import plan as plan_module
-from shardxform.checkpoint import Checkpoint
+from shardxform.base import digests
+from shardxform.base.file_system import FileSystem
+from shardxform.checkpoint.record import Record, RecordError, is_as_written, read_record
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, OutputError, PlanError
-from shardxform.fsio import FileSystem
-from shardxform.plan import Extent
-from shardxform.prune import plan_prune
-from shardxform.quantize.convert import Target, plan_convert
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.record import Record, RecordError, is_as_written, read_record
-from shardxform.runner import RunOptions, run
-from shardxform.scheme import Scheme
+from shardxform.execution.runner import RunOptions, run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.plan import plan as plan_module
+from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.plan import Extent
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
 
 
@@ -61,7 +61,7 @@ def test_digests_are_those_of_the_tensors_and_of_their_chunks(
     monkeypatch.setattr(digests, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(plan_module, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(plan_module, "STEP_BYTES", 10_000)
-    monkeypatch.setattr("shardxform.record.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("shardxform.checkpoint.record.CHUNK_BYTES", chunk)
     plan, out = plan_prune(Checkpoint.open(source), manifest_of(source)), tmp_path / "out"
     run(plan, out, fs=Short() if chunk == 4096 else None)
     assert recorded(out) == {name: by_hand(raw.data, chunk) for name, raw in read_checkpoint(out).items()}

@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner
 from test_quantize import make
 
-from shardxform import doctor
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import doctor
+from shardxform.cli.doctor import REFERENCE, diagnose, sizes_of, version_lines
 from shardxform.cli.doctor_cmd import command
-from shardxform.doctor import REFERENCE, diagnose, sizes_of, version_lines
 from shardxform.errors import CheckpointError
-from shardxform.inspection import inspect_checkpoint
+from shardxform.plan.inspection import inspect_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,10 +108,10 @@ def test_what_evaluating_takes_is_what_it_says_itself(quantized: bool, small_moe
 
 
 def test_tuning_takes_what_its_plan_says(small_moe: Path, tmp_path: Path) -> None:
-    from shardxform.quantize.planner import plan_quantize
-    from shardxform.quantize.steps import TuneBlock
-    from shardxform.recipe import Recipe
-    from shardxform.scheme import Scheme
+    from shardxform.ask.recipe import Recipe
+    from shardxform.formats.scheme import Scheme
+    from shardxform.plan.quantize import plan_quantize
+    from shardxform.plan.steps import TuneBlock
 
     recipe = Recipe(windows="", data={}, samples=128, seqlen=2048)
     plan = plan_quantize(Checkpoint.open(small_moe), Scheme.preset("W4A16"), recipe=recipe)
@@ -255,7 +255,7 @@ def test_versions_without_importing_what_they_are_of() -> None:
     found = dict(line.split() for line in lines[1:])
     assert found["numpy"] == metadata.version("numpy")
     assert found["click"] == metadata.version("click")
-    code = "import sys; from shardxform.doctor import version_lines as v; v(); print(sorted(sys.modules))"
+    code = "import sys; from shardxform.cli.doctor import version_lines as v; v(); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"'numpy'", "'torch'", "'rich'", "'numba'"} & set(loaded.strip("[]\n").split(", "))
 

@@ -15,20 +15,20 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from shardxform.ask.manifest import Manifest  # noqa: E402
+from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
-from shardxform.card.evaluations import read_evaluation  # noqa: E402
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.identity import identify  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import evaluate_cmd, main  # noqa: E402
 from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
-from shardxform.evaluation import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
-from shardxform.evaluation_plot import draw  # noqa: E402
+from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.evaluation.plot import draw  # noqa: E402
+from shardxform.execution.runner import run  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
-from shardxform.identity import identify  # noqa: E402
-from shardxform.manifest import Manifest  # noqa: E402
-from shardxform.progress import Progress  # noqa: E402
-from shardxform.prune import plan_prune  # noqa: E402
-from shardxform.runner import run  # noqa: E402
-from shardxform.view import pruned_view  # noqa: E402
+from shardxform.plan.prune import plan_prune  # noqa: E402
+from shardxform.plan.view import pruned_view  # noqa: E402
+from shardxform.publish.card.evaluations import read_evaluation  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

@@ -32,7 +32,7 @@ def run(name: str, path: Path, *, fails: bool = False) -> str:
 def run_forked(name: str, path: Path, tmp_path: Path) -> str:
     """The same of a script that imports torch, in a forked child; so are the commands that it runs."""
     pytest.importorskip("transformers.models.qwen3_5_moe.modeling_qwen3_5_moe")
-    import shardxform.scoring
+    import shardxform.experts.scoring
     import shardxform.tuning.session  # noqa: F401  both, and what they import, are there when the children begin
 
     def child() -> None:
@@ -74,7 +74,7 @@ def test_library_prune_says_in_a_line_what_is_refused(tmp_path: Path) -> None:
 
 def test_custom_manifest(tmp_path: Path, small_moe: Path) -> None:
     from shardxform import Checkpoint, Manifest
-    from shardxform.layout import layout_of
+    from shardxform.model.layout import layout_of
 
     said = run("custom_manifest.py", tmp_path / "keep.json")
     assert "8,821,064 -> 5,667,144 bytes" in said

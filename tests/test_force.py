@@ -16,18 +16,18 @@ from test_identity import flip
 from test_prune import manifest_of
 from test_run import looks_complete, tree
 
-from shardxform import computing
-from shardxform import plan as plan_module
-from shardxform.checkpoint import Checkpoint
+from shardxform.base import computing
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import ResumeError
-from shardxform.outdir import states_of
-from shardxform.plan import Plan
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import RunOptions, run
-from shardxform.scheme import Scheme
+from shardxform.execution.outdir import states_of
+from shardxform.execution.runner import RunOptions, run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.plan import plan as plan_module
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.quantize import plan_quantize
 
 FORCE = RunOptions(jobs=1, force=True)
 

@@ -14,18 +14,18 @@ from build import KINDS, tiny, write_checkpoint
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, OutputError, ResumeError  # noqa: E402
+from shardxform.execution.runner import run  # noqa: E402
+from shardxform.formats.scheme import Scheme  # noqa: E402
 from shardxform.forward.passes import BATCH_TOKENS, batches  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.forward.work import WorkDir  # noqa: E402
-from shardxform.manifest import Manifest  # noqa: E402
-from shardxform.quantize.planner import plan_quantize  # noqa: E402
-from shardxform.runner import run  # noqa: E402
-from shardxform.scheme import Scheme  # noqa: E402
-from shardxform.view import pruned_view  # noqa: E402
+from shardxform.plan.quantize import plan_quantize  # noqa: E402
+from shardxform.plan.view import pruned_view  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -89,7 +89,7 @@ def test_logits_of_the_trained_model_both_kinds_of_layer(small_moe: Path) -> Non
 
 
 def test_a_pruned_view_is_the_pruned_model_though_nobody_wrote_it(small_moe: Path, tmp_path: Path) -> None:
-    from shardxform.prune import plan_prune
+    from shardxform.plan.prune import plan_prune
 
     source = Checkpoint.open(small_moe)
     manifest = Manifest(keep=dict.fromkeys(range(4), (0, 2, 3, 5, 8, 11, 13, 15)))

@@ -20,30 +20,22 @@ from faults import Crashing, Failing
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from shardxform import scoring  # noqa: E402
+from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.errors import (  # noqa: E402
-    CheckpointError,
-    ExecutionError,
-    Interrupted,
-    OutputError,
-    ResumeError,
-    ShardxformError,
-)
-from shardxform.evaluation import EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError  # noqa: E402
+from shardxform.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate  # noqa: E402
+from shardxform.execution.runner import run  # noqa: E402
+from shardxform.experts import Saliency, scoring  # noqa: E402
+from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.formats.scheme import Scheme  # noqa: E402
 from shardxform.forward import work as work_module  # noqa: E402
 from shardxform.forward.estimate import estimate  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.forward.work import WorkDir  # noqa: E402
-from shardxform.fsio import FileSystem  # noqa: E402
-from shardxform.quantize.convert import Target, plan_convert  # noqa: E402
-from shardxform.quantize.planner import plan_quantize  # noqa: E402
-from shardxform.runner import run  # noqa: E402
-from shardxform.saliency import Saliency  # noqa: E402
-from shardxform.scheme import Scheme  # noqa: E402
-from shardxform.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.plan.convert import Target, plan_convert  # noqa: E402
+from shardxform.plan.quantize import plan_quantize  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from shardxform import fsio
-from shardxform.fsio import BUFFER_BYTES, FileSystem
+from shardxform.base import file_system
+from shardxform.base.file_system import BUFFER_BYTES, FileSystem
 
 fs = FileSystem()
 DATA = bytes(range(256)) * 40
@@ -233,7 +233,7 @@ def test_a_lock_is_released_when_the_block_fails(tmp_path: Path) -> None:
 
 def test_a_lock_refuses_another_process(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys\nfrom shardxform.fsio import FileSystem\n"
+        "import pathlib, sys\nfrom shardxform.base.file_system import FileSystem\n"
         "try:\n    with FileSystem().locked(pathlib.Path(sys.argv[1])): print('got it')\n"
         "except BlockingIOError: print('refused')"
     )
@@ -245,7 +245,7 @@ def test_a_lock_refuses_another_process(tmp_path: Path) -> None:
 
 def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, sys\nfrom shardxform.fsio import FileSystem\n"
+        "import os, pathlib, sys\nfrom shardxform.base.file_system import FileSystem\n"
         "with FileSystem().locked(pathlib.Path(sys.argv[1])): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")]).returncode == 9
@@ -254,7 +254,7 @@ def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
 
 
 def test_without_flock_a_lock_lets_everybody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsio, "fcntl", None)
+    monkeypatch.setattr(file_system, "fcntl", None)
     with fs.locked(tmp_path / "lock"), fs.locked(tmp_path / "lock"):
         pass
 
@@ -356,7 +356,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setattr(errno, name, number)
     for name in ("posix_fallocate", "copy_file_range", "fdatasync"):
         monkeypatch.delattr(os, name, raising=False)
-    spec = importlib.util.spec_from_file_location("fsio_mac", fsio.__file__)
+    spec = importlib.util.spec_from_file_location("fsio_mac", file_system.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

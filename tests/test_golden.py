@@ -21,8 +21,8 @@ from build import text_of, tiny, write_checkpoint, write_json
 from click.testing import CliRunner
 from conftest import ONE_THREAD
 
+from shardxform.base.computing import of_model
 from shardxform.cli import main
-from shardxform.computing import of_model
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SMALL = Path(__file__).resolve().parents[1] / "examples" / "small-moe"

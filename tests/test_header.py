@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from strategies import TORCH_DTYPES, filled, mutations, spec_lists
 
-from shardxform import header
-from shardxform.dtypes import BITS
+from shardxform.base import header
+from shardxform.base.dtypes import BITS
+from shardxform.base.header import Entry
+from shardxform.base.tensors import TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.header import Entry
-from shardxform.tensors import TensorSpec
 
 A = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
 

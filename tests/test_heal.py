@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_tuning_block import HIDDEN, KINDS, Layer
 
+from shardxform.ask.recipe import HEALED, Heal, Recipe, Trial, held_out
 from shardxform.errors import SchemeError
-from shardxform.recipe import HEALED, Heal, Recipe, Trial, held_out
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

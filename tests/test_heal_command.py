@@ -22,8 +22,8 @@ from texts import few
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from shardxform.ask.recipe import HEALED  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.recipe import HEALED  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prune import manifest_of
 
-from shardxform import identity as module
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.header import Entry
+from shardxform.base.tensors import TensorSpec
+from shardxform.checkpoint import identity as module
+from shardxform.checkpoint.identity import Identity, identify, names_of
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
-from shardxform.header import Entry
-from shardxform.identity import Identity, identify, names_of
-from shardxform.prune import plan_prune
-from shardxform.tensors import TensorSpec
+from shardxform.plan.prune import plan_prune
 
 
 @pytest.fixture

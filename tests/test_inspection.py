@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES
 
-from shardxform.card import gather
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
-from shardxform.inspection import inspect_checkpoint
-from shardxform.manifest import Manifest
-from shardxform.prune import plan_prune
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import Scheme
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.plan.inspection import inspect_checkpoint
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.quantize import plan_quantize
+from shardxform.publish.card import gather
 
 
 def test_roles_add_up_to_the_whole(tiny_checkpoint: Path) -> None:

@@ -23,8 +23,8 @@ import pytest
 from barrage import Nursery
 from hubserver import Fault, HubServer
 
-from shardxform import interrupts
-from shardxform.completions import Completions
+from shardxform.base import interrupts
+from shardxform.base.completions import Completions
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc to see who takes signals")
 RUNS = int(os.environ.get("SHARDXFORM_SIGNALS", "1"))

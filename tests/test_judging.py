@@ -18,11 +18,11 @@ pytest.importorskip("transformers")
 
 from test_tuning_block import GRID, OPTIONS, SAMPLES, Layer, same, samples, tuned  # noqa: E402
 
+from shardxform.ask.recipe import Heal, Recipe, held_out  # noqa: E402
 from shardxform.cli import main  # noqa: E402
 from shardxform.cli.block_report import judged_on, tell_blocks  # noqa: E402
-from shardxform.measured import measured, recorded  # noqa: E402
-from shardxform.quantize import packing, rtn  # noqa: E402
-from shardxform.recipe import Heal, Recipe, held_out  # noqa: E402
+from shardxform.execution.measured import measured, recorded  # noqa: E402
+from shardxform.formats import packing, rounding  # noqa: E402
 from shardxform.tuning.block import install  # noqa: E402
 from shardxform.tuning.samples import Loss, Samples, split  # noqa: E402
 from shardxform.tuning.tune import tune_block  # noqa: E402
@@ -107,7 +107,7 @@ def test_rounding_is_kept_where_tuning_helps_the_windows_it_learns_from_alone() 
     assert (result.iteration, result.loss) == (0, result.start_loss)
     layer = Layer()
     for name, w in layer.weights(layer.names).items():
-        start = rtn.quantize(w, "BF16", GRID, layout="row")[0]
+        start = rounding.quantize(w, "BF16", GRID, layout="row")[0]
         np.testing.assert_array_equal(codes[name], np.hstack([packing.unpack(start.words, 4, "row"), start.scales]))
     assert not same(codes, tuned()[2])  # which the others alone would have moved
 

@@ -13,7 +13,7 @@ from test_one_by_one import kept_bytes  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.tuning import causal_conv, gated_norm  # noqa: E402

@@ -13,16 +13,16 @@ import pytest
 from build import Raw, bf16, names_of, random_tensor, tiny, write_checkpoint
 from click.testing import CliRunner
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import PlanError, SchemeError
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import Format, Scheme
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Format, Scheme
+from shardxform.model.layout import layout_of
+from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
 from shardxform.verification.planned import refuse_unsound
 

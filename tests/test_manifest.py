@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardxform.ask.manifest import Manifest, keep_all
 from shardxform.errors import FamilyError, ManifestError
-from shardxform.layout import Layout, layout_of
-from shardxform.manifest import Manifest, keep_all
+from shardxform.model.layout import Layout, layout_of
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "manifests" / "schema.json").read_text(encoding="utf-8"))
 EXAMPLE = (Path(__file__).parent.parent / "manifests" / "README.md").read_text(encoding="utf-8")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from build import INDEX, read_checkpoint, tiny, write_checkpoint
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
-from shardxform.manifest import Manifest
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.runner import run
+from shardxform.execution.runner import run
+from shardxform.plan.prune import ViewOptions, plan_prune
 from shardxform.verification import verify
 
 KEEP = Manifest(keep=dict.fromkeys(range(3), (1, 3, 4)))

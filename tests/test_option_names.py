@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from shardxform.option_names import _OF_STAGES, _OPTIONS, in_stage, option_of, with_option
+from shardxform.base.option_names import _OF_STAGES, _OPTIONS, in_stage, option_of, with_option
 
 COMMANDS = ("compress", "quantize", "prune", "convert", "select", "evaluate")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardxform.errors import SchemeError
-from shardxform.quantize import packing
+from shardxform.formats import packing
 
 LAYOUTS = ("gptq", "row")
 

@@ -16,16 +16,16 @@ from click.testing import CliRunner
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES, SCHEME
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import FamilyError, PlanError, SchemeError, ShardxformError
-from shardxform.plan import Plan
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.quantize.convert import Target, plan_convert
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import FORMATS, Format
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import FORMATS, Format
+from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
 
 DROP = ViewOptions(mtp="drop")

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from shardxform import plan as plan_module
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest, keep_all
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import FamilyError, ManifestError, PlanError
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest, keep_all
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.runner import RunOptions, run
+from shardxform.execution.runner import RunOptions, run
+from shardxform.model.layout import layout_of
+from shardxform.plan import plan as plan_module
+from shardxform.plan.prune import ViewOptions, plan_prune
 
 COUNT_KEYS = ("num_experts", "n_routed_experts")
 

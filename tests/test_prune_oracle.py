@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from shardxform.checkpoint import Checkpoint
-from shardxform.manifest import Manifest
-from shardxform.prune import plan_prune
-from shardxform.runner import run
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.execution.runner import run
+from shardxform.plan.prune import plan_prune
 
 pytestmark = pytest.mark.oracle
 

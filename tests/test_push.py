@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from hubserver import READER, WRITER, Fault, HubServer
 
+from shardxform.base.progress import Progress
 from shardxform.errors import OutputError, RemoteError, ShardxformError
-from shardxform.progress import Progress
-from shardxform.publishing import Item, contents_of, is_repo_name
-from shardxform.publishing.contents import git_blob_id, sha256_of_all
-from shardxform.publishing.push import _Sender
+from shardxform.publish import Item, contents_of, is_repo_name
+from shardxform.publish.contents import git_blob_id, sha256_of_all
+from shardxform.publish.push import _Sender
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"
@@ -252,7 +252,7 @@ def test_the_client_is_kept_silent_after_uploads_that_nobody_waits_for(
 ) -> None:
     from huggingface_hub.utils import logging
 
-    from shardxform.publishing.hub import silenced
+    from shardxform.publish.hub import silenced
 
     monkeypatch.setattr(logging.get_logger("huggingface_hub"), "level", logging.WARNING)
     stop = threading.Event()

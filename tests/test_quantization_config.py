@@ -21,19 +21,18 @@ from build import read_checkpoint, tiny, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardxform import quantization_config
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.layout import Layout, layout_of
-from shardxform.modules import Module, modules_of
-from shardxform.prune import ViewOptions
-from shardxform.quantize import rtn
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import FORMATS, Format, Scheme
-from shardxform.selection import Selection, select
-from shardxform.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.execution.runner import run
+from shardxform.formats import dialects, rounding
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import FORMATS, Format, Scheme
+from shardxform.formats.selection import Selection, select
+from shardxform.model.layout import Layout, layout_of
+from shardxform.model.matrices import Module, modules_of
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.quantize import plan_quantize
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32}
 QWEN35: dict[str, Any] = {
@@ -71,7 +70,7 @@ def chosen(table: Table, **scheme: Any) -> Selection:
 
 def config_of(table: Table, **fields: Any) -> dict[str, Any]:
     scheme = Scheme(**{"grid": GRID, **fields})
-    return quantization_config.build(select(*table, scheme), scheme, *table)
+    return dialects.build(select(*table, scheme), scheme, *table)
 
 
 # -- the dictionaries --------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def test_deepseek_names_its_mtp_layer_by_number_and_the_modules_that_do_not_fit(
 def test_a_module_kept_in_some_blocks_is_named_with_their_numbers() -> None:
     config = config_of(table_of("qwen3_5_moe_text"), keep_16bit=("model.layers.[02].mlp.experts.*",))
     assert r".*\.layers\.(0|2)\.mlp\.experts(\..*)?" in config["extra_config"]
-    resolved = quantization_config.resolve(config)
+    resolved = dialects.resolve(config)
     widths = [resolved.bits_of(f"model.layers.{layer}.mlp.experts.7.up_proj") for layer in range(4)]
     assert widths == [16, 4, 16, 4]
     assert resolved.bits_of("model.layers.12.mlp.experts.7.up_proj") == 4  # no substring of a number
@@ -176,15 +175,15 @@ def test_a_quantized_head_is_said_in_each_dialect() -> None:
     assert "-:lm_head" not in gptq["dynamic"]
     assert gptq["dynamic"][r"+:.*lm_head$"] == {"bits": 4, "group_size": 32, "sym": True}
     for config in (auto_round, gptq):
-        assert quantization_config.resolve(config).bits_of("lm_head") == 4
+        assert dialects.resolve(config).bits_of("lm_head") == 4
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_resolve_reads_what_build_wrote(format_: Format) -> None:
-    resolved = quantization_config.resolve(config_of(table_of("qwen3_5_moe"), format=format_, grid=Grid(bits=8)))
+    resolved = dialects.resolve(config_of(table_of("qwen3_5_moe"), format=format_, grid=Grid(bits=8)))
     assert (resolved.format, resolved.bits, resolved.group_size) == (format_, 8, 128)
     assert resolved.bits_of("model.language_model.layers.0.mlp.experts.3.gate_proj") == 16  # 64 columns, groups of 128
-    resolved = quantization_config.resolve(config_of(table_of("qwen3_5_moe"), format=format_))
+    resolved = dialects.resolve(config_of(table_of("qwen3_5_moe"), format=format_))
     eight = ("mlp.experts.3.gate_proj", "linear_attn.in_proj_qkv", "mlp.shared_expert.down_proj")
     assert {resolved.bits_of(f"model.language_model.layers.0.{name}") for name in eight} == {4}
     sixteen = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_a", "linear_attn.in_proj_ba")
@@ -230,7 +229,7 @@ def test_resolve_refuses_what_clients_do_not_run(format_: Format, change: Any, m
     config = config_of(table_of("qwen3_moe"), format=format_)
     change(config)
     with pytest.raises(SchemeError, match=message):
-        quantization_config.resolve(config)
+        dialects.resolve(config)
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -392,7 +391,7 @@ def test_parts_are_what_rounding_returns(
     grid = Grid(bits=bits, group_size=group_size, scale_grid=scale_grid)
     scheme = Scheme(grid=grid, format=format_, g_idx=g_idx and format_ != "compressed-tensors")
     values = np.random.default_rng(rows * columns).standard_normal((rows, columns)).astype(np.float32)
-    out, stats = rtn.quantize(values, "F32", grid, layout=scheme.layout, backend="numpy", measure=False)
+    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.layout, backend="numpy", measure=False)
     assert stats.ok
     assert scheme.misfit(rows, columns) == ""
     parts = {part.role: part.spec for part in scheme.parts("m", rows, columns)}
@@ -571,7 +570,7 @@ def test_every_reading_of_the_config_is_what_the_shards_hold(
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     held = bits_on_disk(out, scheme.grid.bits)
     assert set(held.values()) == {scheme.grid.bits, 16}
-    resolved = quantization_config.resolve(config)
+    resolved = dialects.resolve(config)
     assert {module: resolved.bits_of(module) for module in held} == held
     for rename, reader in CLIENTS[format_]:
         by_name: dict[str, set[int]] = {}

@@ -20,13 +20,13 @@ from build import Raw, read_checkpoint, tiny, write_checkpoint
 from conversions import forget_changes
 from test_prune_oracle import KEEP, prune_loaded, tokens
 
-from shardxform.checkpoint import Checkpoint
-from shardxform.manifest import Manifest
-from shardxform.prune import ViewOptions
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import Scheme
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.quantize import plan_quantize
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -23,12 +23,13 @@ from click.testing import CliRunner, Result
 from test_run import tree
 from texts import few
 
-from shardxform import Checkpoint, Manifest, computing, plan_prune
+from shardxform import Checkpoint, Manifest, plan_prune
+from shardxform.base import computing
 from shardxform.calibration import Windows
 from shardxform.cli import main
 from shardxform.cluster import blocks, pool, session, worker
 from shardxform.errors import ExecutionError, PlanError, ResumeError
-from shardxform.saliency import Saliency
+from shardxform.experts import Saliency
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("torch")
@@ -106,8 +107,8 @@ def dying(folder: Path, times: int = 1) -> Callable[..., Any]:
         import os
         import signal
 
+        from shardxform.base.file_system import FileSystem
         from shardxform.cluster.worker import do_step
-        from shardxform.fsio import FileSystem
 
         def die(*_: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -300,7 +301,7 @@ def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
     stopped = subprocess.run(
         [
             *(sys.executable, "-c"),
-            "import os, shardxform.journal as j\nj.Journal.record = lambda *_: os._exit(9)\n"
+            "import os, shardxform.execution.journal as j\nj.Journal.record = lambda *_: os._exit(9)\n"
             "from shardxform.cli import main\nmain()",
             *("prune", str(SMALL_MOE), str(out), "-m", str(keep), "-q"),
         ],
@@ -471,7 +472,7 @@ def dying_tuner(folder: Path) -> Callable[..., Any]:
         import signal
 
         from shardxform.cluster.blocks import tune_block
-        from shardxform.execution import OpenTargets
+        from shardxform.execution.steps import OpenTargets
 
         def die(*_: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -21,18 +21,18 @@ import pytest
 from build import write_json
 from hubserver import READER, Fault, HubServer
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.remote.names import RepoName, is_ambiguous, parse_source
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
-from shardxform.manifest import Manifest
-from shardxform.prune import plan_prune
-from shardxform.remote.names import RepoName, is_ambiguous, parse_source
+from shardxform.plan.prune import plan_prune
 
 pytest.importorskip("huggingface_hub", minversion="1.0")
 
 KEEP = Path(__file__).resolve().parents[1] / "manifests" / "small-moe-keep8.json"
 NAME = "org/small"
 SHARDS = r"\.safetensors$"
-CLIENT = (*barrage.COPYING, "huggingface_hub", "huggingface_hub.hf_api", "httpx", "shardxform.remote.client")
+CLIENT = (*barrage.COPYING, "huggingface_hub", "huggingface_hub.hf_api", "httpx", "shardxform.checkpoint.remote.client")
 
 
 @pytest.fixture

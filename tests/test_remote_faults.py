@@ -18,7 +18,9 @@ from shardxform.cli import main
 
 LINKS = r"^/lfs/.*\.safetensors$"  # where shards are sent from
 UNKNOWN = ("^/api/", "changed")  # the first answer says which commit it is: none is known before
-QUICK = "import shardxform.remote.client as client; client._FIRST_PAUSE = 0.005"  # seconds; 0.2 outside of tests
+QUICK = (
+    "import shardxform.checkpoint.remote.client as client; client._FIRST_PAUSE = 0.005"  # seconds; 0.2 outside of tests
+)
 KINDS = ("drop", "429", "500", "503", "short", "expired", "no_range", "wrong_length", "changed", "slow")
 
 

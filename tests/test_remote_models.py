@@ -38,7 +38,7 @@ def figures(told: str) -> dict[str, Any]:
 def test_scoring_a_repository_gives_the_statistics_of_a_folder(
     server: HubServer, small_moe: Path, tmp_path: Path
 ) -> None:
-    from shardxform.saliency import Saliency
+    from shardxform.experts import Saliency
 
     home, data = tmp_path / "home", ("--data", CALIB, *DATA)
     command(server, home, "score", small_moe, "-o", tmp_path / "local.safetensors", *data)
@@ -117,7 +117,7 @@ def test_a_model_passes_through_much_less_disk_than_a_block_takes(
     home, options = tmp_path / "home", ("-m", KEEP, "--data", CALIB, *DATA, "--json")
     here = command(server, home, "evaluate", small_moe, *options)
     first = (
-        "import os, pathlib, shardxform.remote.downloads as downloads\n"
+        "import os, pathlib, shardxform.checkpoint.remote.downloads as downloads\n"
         "downloads._DISK_SLOT, downloads.LEAST_CACHE_BYTES = 1 << 14, 1 << 20\n"
         "most, made = [0], downloads.DiskArena._opened\n"
         "def opened(arena):\n"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from shardxform.base.file_system import FileSystem
+from shardxform.checkpoint.remote.arena import Arena, DiskArena, MemoryArena
+from shardxform.checkpoint.remote.pieces import Piece, Pieces
 from shardxform.errors import RemoteError
-from shardxform.fsio import FileSystem
-from shardxform.remote.arena import Arena, DiskArena, MemoryArena
-from shardxform.remote.pieces import Piece, Pieces
 
 SLOT = 64
 FILE = ("hf://org/name@0", "model.safetensors")

@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardxform.errors import SchemeError
-from shardxform.quantize import packing, rtn
-from shardxform.quantize.grid import Grid
+from shardxform.formats import packing, rounding
+from shardxform.formats.grid import Grid
 
 SMALLEST = 0x00A8  # float16 bits of 1e-5
-BACKENDS = ["numpy", pytest.param("numba", marks=pytest.mark.skipif(not rtn._use_numba("auto"), reason="no numba"))]
+BACKENDS = [
+    "numpy",
+    pytest.param("numba", marks=pytest.mark.skipif(not rounding._use_numba("auto"), reason="no numba")),
+]
 DTYPES = ("BF16", "F16", "F32")
 GRID_32 = Grid(group_size=32)
 
@@ -26,7 +29,7 @@ GRID_32 = Grid(group_size=32)
 def small_tiles() -> Iterator[None]:
     """Let every test of the numpy backend cross tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rtn, "TILE_WEIGHTS", 1)
+        patch.setattr(rounding, "TILE_WEIGHTS", 1)
         yield
 
 
@@ -38,10 +41,10 @@ def half_value(bits: int) -> float:
     return struct.unpack("<e", struct.pack("<H", bits))[0]
 
 
-def run(w: Any, grid: Grid = GRID_32, dtype: str = "F32", **options: Any) -> tuple[Any, Any, rtn.RtnStats]:
+def run(w: Any, grid: Grid = GRID_32, dtype: str = "F32", **options: Any) -> tuple[Any, Any, rounding.RtnStats]:
     """Codes [O, I], scale bits [O, G] and statistics, through the "row" layout unless told otherwise."""
     array = np.ascontiguousarray(w, np.float32) if dtype == "F32" else w
-    out, stats = rtn.quantize(array, dtype, grid, layout=options.pop("layout", "row"), **options)
+    out, stats = rounding.quantize(array, dtype, grid, layout=options.pop("layout", "row"), **options)
     scales = out.scales if out.layout == "row" else out.scales.T
     return packing.unpack(out.words, grid.bits, out.layout), scales, stats
 
@@ -101,8 +104,8 @@ def test_small_scales_are_clamped_after_rounding(w: float, bits: int, backend: s
 def test_words_and_scales_of_both_layouts(backend: str) -> None:
     w = np.zeros((2, 64), np.float32)
     w[0, 0], w[1, 40] = -8.0, 16.0
-    gptq, _ = rtn.quantize(w, "F32", Grid(group_size=32), layout="gptq", backend=backend)
-    row, _ = rtn.quantize(w, "F32", Grid(group_size=32), layout="row", backend=backend)
+    gptq, _ = rounding.quantize(w, "F32", Grid(group_size=32), layout="gptq", backend=backend)
+    row, _ = rounding.quantize(w, "F32", Grid(group_size=32), layout="row", backend=backend)
     words = np.full((2, 8), 0x88888888 - (1 << 32))
     words[0, 0] += -8
     words[1, 5] += -8
@@ -190,8 +193,8 @@ def test_codes_and_scales_equal_those_of_the_rule(bits: int, group_size: int, dt
 
 def test_float16_may_be_given_as_bits() -> None:
     half = nasty(3, 64, 5).astype(np.float16)
-    a, _ = rtn.quantize(half, "F16", Grid(), layout="row")
-    b, _ = rtn.quantize(half.view(np.uint16), "F16", Grid(), layout="row")
+    a, _ = rounding.quantize(half, "F16", Grid(), layout="row")
+    b, _ = rounding.quantize(half.view(np.uint16), "F16", Grid(), layout="row")
     np.testing.assert_array_equal(a.words, b.words)
 
 
@@ -218,8 +221,8 @@ def test_numpy_and_numba_agree_to_the_bit(
 ) -> None:
     pytest.importorskip("numba")
     raw, _ = in_dtype(nasty(rows, 32 * blocks, seed), dtype)
-    a, a_stats = rtn.quantize(raw, dtype, grid, layout=layout, backend="numpy")
-    b, b_stats = rtn.quantize(raw, dtype, grid, layout=layout, backend="numba")
+    a, a_stats = rounding.quantize(raw, dtype, grid, layout=layout, backend="numpy")
+    b, b_stats = rounding.quantize(raw, dtype, grid, layout=layout, backend="numba")
     np.testing.assert_array_equal(a.scales, b.scales)
     np.testing.assert_array_equal(a.words, b.words)
     assert a_stats == b_stats
@@ -230,7 +233,7 @@ def test_numpy_and_numba_agree_to_the_bit(
 @pytest.mark.parametrize("columns", [32, 128, 224, 512])
 def test_the_backends_add_up_squared_errors_in_one_order(columns: int, bits: int) -> None:
     """Which candidate wins may hang on the last bit of these sums."""
-    kernels = pytest.importorskip("shardxform.quantize.kernels")
+    kernels = pytest.importorskip("shardxform.formats.kernels")
     grid, lanes, candidates = Grid(bits=bits, group_size=-1), kernels.LANES, 7
     rng = np.random.default_rng(columns)
     w_SP = rng.standard_normal((columns, lanes)).astype(np.float32)
@@ -243,7 +246,7 @@ def test_the_backends_add_up_squared_errors_in_one_order(columns: int, bits: int
         chunk[: len(part)] = part
         kernels._squared_errors(chunk, len(part), (scales, steps, acc, total), grid.zero_code)
     for c in range(candidates):
-        expected = rtn._squared_error(w_SP, scales[c], steps[c] if c else None, grid)
+        expected = rounding._squared_error(w_SP, scales[c], steps[c] if c else None, grid)
         np.testing.assert_array_equal(total[c], expected)
 
 
@@ -372,7 +375,7 @@ def test_zero_groups_keep_the_smallest_scale_under_the_search(backend: str) -> N
 
 def test_search_factors_are_exact_and_surround_one() -> None:
     for bits in (4, 8):
-        factors = rtn.search_factors(bits)
+        factors = rounding.search_factors(bits)
         assert factors.shape == (30,)
         assert (factors * 1024 == np.rint(factors * 1024)).all()
         assert factors[0] > 1 > factors[-1]
@@ -462,8 +465,8 @@ def test_errors_are_those_of_the_written_values(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_not_measuring_changes_nothing_else(backend: str) -> None:
     w = nasty(40, 64, 6)
-    a, a_stats = rtn.quantize(w, "F32", Grid(), layout="gptq", backend=backend)
-    b, b_stats = rtn.quantize(w, "F32", Grid(), layout="gptq", backend=backend, measure=False)
+    a, a_stats = rounding.quantize(w, "F32", Grid(), layout="gptq", backend=backend)
+    b, b_stats = rounding.quantize(w, "F32", Grid(), layout="gptq", backend=backend, measure=False)
     np.testing.assert_array_equal(a.words, b.words)
     np.testing.assert_array_equal(a.scales, b.scales)
     assert a_stats.squared_error is not None
@@ -472,7 +475,7 @@ def test_not_measuring_changes_nothing_else(backend: str) -> None:
 
 def test_no_rows_are_no_trouble() -> None:
     for backend in ("numpy", "auto"):
-        out, stats = rtn.quantize(np.zeros((0, 64), np.float32), "F32", Grid(), layout="gptq", backend=backend)
+        out, stats = rounding.quantize(np.zeros((0, 64), np.float32), "F32", Grid(), layout="gptq", backend=backend)
         assert out.words.shape == (8, 0)
         assert (stats.groups, stats.squared_error) == (0, 0.0)
 
@@ -483,11 +486,11 @@ def test_no_rows_are_no_trouble() -> None:
 @pytest.mark.parametrize("search", [False, True])
 def test_numpy_tiles_do_not_show(search: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     w, grid = nasty(150, 96, 7), Grid(group_size=64, search=search)
-    a, a_stats = rtn.quantize(w, "F32", grid, layout="gptq", backend="numpy")
-    assert list(rtn._row_tiles(150, 96)) == [(0, 32), (32, 64), (64, 96), (96, 128), (128, 150)]
-    monkeypatch.setattr(rtn, "TILE_WEIGHTS", 1 << 18)
-    assert list(rtn._row_tiles(150, 96)) == [(0, 150)]
-    b, b_stats = rtn.quantize(w, "F32", grid, layout="gptq", backend="numpy")
+    a, a_stats = rounding.quantize(w, "F32", grid, layout="gptq", backend="numpy")
+    assert list(rounding._row_tiles(150, 96)) == [(0, 32), (32, 64), (64, 96), (96, 128), (128, 150)]
+    monkeypatch.setattr(rounding, "TILE_WEIGHTS", 1 << 18)
+    assert list(rounding._row_tiles(150, 96)) == [(0, 150)]
+    b, b_stats = rounding.quantize(w, "F32", grid, layout="gptq", backend="numpy")
     np.testing.assert_array_equal(a.words, b.words)
     np.testing.assert_array_equal(a.scales, b.scales)
     assert a_stats == b_stats
@@ -497,14 +500,14 @@ def test_numpy_tiles_do_not_show(search: bool, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("layout", ["gptq", "row"])
 def test_row_ranges_on_threads_give_the_bits_of_one_call(layout: Any, backend: str) -> None:
     w, grid = bf16(nasty(101, 160, 8)), Grid(search=True)
-    whole, _ = rtn.quantize(w, "BF16", grid, layout=layout, backend=backend)
-    out = rtn.QuantizedWeight.empty(layout, grid, w.shape)
+    whole, _ = rounding.quantize(w, "BF16", grid, layout=layout, backend=backend)
+    out = rounding.QuantizedWeight.empty(layout, grid, w.shape)
     words, scales = (out.words, out.scales) if layout == "row" else (out.words.T, out.scales.T)
 
     def work(a: int, b: int) -> None:
         part = (words[a:b], scales[a:b]) if layout == "row" else (words[a:b].T, scales[a:b].T)
-        view = rtn.QuantizedWeight(layout=layout, words=part[0], scales=part[1])
-        rtn.quantize_into(w[a:b], "BF16", grid, view, backend=backend)
+        view = rounding.QuantizedWeight(layout=layout, words=part[0], scales=part[1])
+        rounding.quantize_into(w[a:b], "BF16", grid, view, backend=backend)
 
     threads = [threading.Thread(target=work, args=span) for span in ((0, 33), (33, 50), (50, 101))]
     for thread in threads:
@@ -519,11 +522,11 @@ def test_row_ranges_on_threads_give_the_bits_of_one_call(layout: Any, backend: s
 @pytest.mark.parametrize("layout", ["gptq", "row"])
 def test_only_the_output_given_is_written(layout: Any, backend: str) -> None:
     w, grid = nasty(40, 64, 9), Grid(group_size=32)
-    expected, _ = rtn.quantize(w, "F32", grid, layout=layout)
+    expected, _ = rounding.quantize(w, "F32", grid, layout=layout)
     (a, b), (c, d) = expected.words.shape, expected.scales.shape
     words, scales = np.full((a + 2, b + 2), 7, np.int32), np.full((c + 2, d + 2), 7, np.uint16)
-    out = rtn.QuantizedWeight(layout=layout, words=words[1:-1, 1:-1], scales=scales[1:-1, 1:-1])
-    rtn.quantize_into(w, "F32", grid, out, backend=backend)
+    out = rounding.QuantizedWeight(layout=layout, words=words[1:-1, 1:-1], scales=scales[1:-1, 1:-1])
+    rounding.quantize_into(w, "F32", grid, out, backend=backend)
     np.testing.assert_array_equal(words[1:-1, 1:-1], expected.words)
     np.testing.assert_array_equal(scales[1:-1, 1:-1], expected.scales)
     for frame in (words, scales):
@@ -537,7 +540,7 @@ def test_weights_may_be_read_only_or_unaligned(backend: str) -> None:
     expected = run(w, Grid(), "BF16", backend=backend)[0]
     odd = np.frombuffer(b"x" + w.tobytes(), np.uint8)[1:].view(np.uint16).reshape(w.shape)
     assert not odd.flags.aligned
-    assert rtn._raw_bits(odd, "BF16").flags.aligned  # on some machines compiled code faults on what is not
+    assert rounding._raw_bits(odd, "BF16").flags.aligned  # on some machines compiled code faults on what is not
     assert not odd.flags.writeable
     np.testing.assert_array_equal(run(odd, Grid(), "BF16", backend=backend)[0], expected)
     w.flags.writeable = False
@@ -550,7 +553,7 @@ def test_weights_may_be_read_only_or_unaligned(backend: str) -> None:
 def test_columns_that_do_not_fill_words_are_refused() -> None:
     for columns in (0, 16, 100):
         with pytest.raises(SchemeError, match=f"multiple of 32, found {columns}"):
-            rtn.quantize(np.zeros((2, columns), np.float32), "F32", Grid(), layout="row")
+            rounding.quantize(np.zeros((2, columns), np.float32), "F32", Grid(), layout="row")
 
 
 @pytest.mark.parametrize(
@@ -566,33 +569,33 @@ def test_columns_that_do_not_fill_words_are_refused() -> None:
 )
 def test_weights_of_another_form_are_refused(w: np.ndarray, dtype: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rtn.quantize(w, dtype, Grid(), layout="row")
+        rounding.quantize(w, dtype, Grid(), layout="row")
 
 
 def test_buffers_of_another_form_are_refused() -> None:
-    w, good = np.zeros((2, 64), np.float32), rtn.QuantizedWeight.empty("gptq", Grid(), (2, 64))
-    bad = rtn.QuantizedWeight(layout="gptq", words=good.words.T, scales=good.scales)
+    w, good = np.zeros((2, 64), np.float32), rounding.QuantizedWeight.empty("gptq", Grid(), (2, 64))
+    bad = rounding.QuantizedWeight(layout="gptq", words=good.words.T, scales=good.scales)
     with pytest.raises(ValueError, match=r"gptq words: expected int32 \[8, 2\], found int32 \[2, 8\]"):
-        rtn.quantize_into(w, "F32", Grid(), bad)
-    bad = rtn.QuantizedWeight(layout="gptq", words=good.words, scales=good.scales.view(np.float16))
+        rounding.quantize_into(w, "F32", Grid(), bad)
+    bad = rounding.QuantizedWeight(layout="gptq", words=good.words, scales=good.scales.view(np.float16))
     with pytest.raises(ValueError, match=r"gptq scales: expected uint16 \[1, 2\], found float16"):
-        rtn.quantize_into(w, "F32", Grid(), bad)
+        rounding.quantize_into(w, "F32", Grid(), bad)
     good.words.flags.writeable = False
     with pytest.raises(ValueError, match="writeable"):
-        rtn.quantize_into(w, "F32", Grid(), good)
+        rounding.quantize_into(w, "F32", Grid(), good)
 
 
 def test_a_backend_that_is_absent_is_refused_and_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     w = nasty(3, 32, 1)
-    expected, _ = rtn.quantize(w, "F32", Grid(), layout="row")
-    monkeypatch.setattr(rtn, "find_spec", lambda _: None)
+    expected, _ = rounding.quantize(w, "F32", Grid(), layout="row")
+    monkeypatch.setattr(rounding, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="numba is not installed"):
-        rtn.quantize(w, "F32", Grid(), layout="row", backend="numba")
-    monkeypatch.setattr(rtn, "_run_kernel", lambda *_: pytest.fail("used numba"))
-    found, _ = rtn.quantize(w, "F32", Grid(), layout="row")
+        rounding.quantize(w, "F32", Grid(), layout="row", backend="numba")
+    monkeypatch.setattr(rounding, "_run_kernel", lambda *_: pytest.fail("used numba"))
+    found, _ = rounding.quantize(w, "F32", Grid(), layout="row")
     np.testing.assert_array_equal(found.words, expected.words)
     with pytest.raises(ValueError, match="expected auto, numpy or numba, found torch"):
-        rtn.quantize(w, "F32", Grid(), layout="row", backend="torch")
+        rounding.quantize(w, "F32", Grid(), layout="row", backend="torch")
 
 
 @pytest.mark.parametrize(
@@ -623,7 +626,7 @@ def test_grid_arithmetic() -> None:
 def test_kernels_compile_where_no_cache_can_be_written() -> None:
     """Numba refuses ``cache=True`` for code without a place to cache it, as for an unwritable installation."""
     pytest.importorskip("numba")
-    from shardxform.quantize import kernels
+    from shardxform.formats import kernels
 
     namespace: dict[str, Any] = {}
     exec("def twice(x):\n    return 2 * x", namespace)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardxform.quantize import grid as grids
-from shardxform.quantize import packing, rtn
+from shardxform.formats import grid as grids
+from shardxform.formats import packing, rounding
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("auto_round")
@@ -48,7 +48,7 @@ def Grid(**options: Any) -> grids.Grid:
 
 
 def ours(w: Any, dtype: str, grid: grids.Grid, layout: str, backend: str) -> tuple[np.ndarray, np.ndarray]:
-    out, stats = rtn.quantize(raw(w), dtype, grid, layout=layout, backend=backend)
+    out, stats = rounding.quantize(raw(w), dtype, grid, layout=layout, backend=backend)
     assert stats.ok
     return out.words, out.scales
 
@@ -158,6 +158,6 @@ def test_the_search_beats_upstreams_plain_rounding_on_trained_weights(bits: int,
     assert w.dtype == torch.bfloat16
     errors = []
     for search in (False, True):
-        _, stats = rtn.quantize(raw(w), "BF16", Grid(bits=bits, group_size=32, search=search), layout="row")
+        _, stats = rounding.quantize(raw(w), "BF16", Grid(bits=bits, group_size=32, search=search), layout="row")
         errors.append(stats.squared_error)
     assert 0 < errors[1] < 0.97 * errors[0]

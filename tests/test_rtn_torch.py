@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardxform.errors import SchemeError
-from shardxform.quantize import rtn
-from shardxform.quantize.grid import Grid
+from shardxform.formats import rounding
+from shardxform.formats.grid import Grid
 
 pytestmark = pytest.mark.oracle
 
@@ -33,7 +33,7 @@ def device() -> str:
 def test_torch_and_numpy_give_the_same_bits(
     seed: int, bits: int, group: int, scale_grid: str, dtype: str, layout: str, spread: float
 ) -> None:
-    from shardxform.quantize import rtn_torch
+    from shardxform.formats import rounding_torch
 
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal((32, 256)) * spread).astype(np.float32)
@@ -45,40 +45,42 @@ def test_torch_and_numpy_give_the_same_bits(
         "BF16": (w.view(np.uint32) >> 16).astype(np.uint16),
     }[dtype]
     grid = Grid(bits=bits, group_size=group, scale_grid=scale_grid)  # type: ignore[arg-type]
-    expected, stats = rtn.quantize(raw, dtype, grid, layout=layout, backend="numpy", measure=False)  # type: ignore[arg-type]
-    out = rtn.QuantizedWeight.empty(layout, grid, (32, 256))  # type: ignore[arg-type]
-    assert rtn_torch.quantize_into(raw, dtype, grid, out, rtn_torch.open_device(device())) == stats  # type: ignore[arg-type]
+    expected, stats = rounding.quantize(raw, dtype, grid, layout=layout, backend="numpy", measure=False)  # type: ignore[arg-type]
+    out = rounding.QuantizedWeight.empty(layout, grid, (32, 256))  # type: ignore[arg-type]
+    assert rounding_torch.quantize_into(raw, dtype, grid, out, rounding_torch.open_device(device())) == stats  # type: ignore[arg-type]
     assert np.array_equal(out.words, expected.words)
     assert np.array_equal(out.scales, expected.scales)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_bad_weights_are_reported_at_the_same_place(value: float) -> None:
-    from shardxform.quantize import rtn_torch
+    from shardxform.formats import rounding_torch
 
     w = np.ones((64, 128), np.float32)
     w[37, 5] = w[40, 2] = value
     grid = Grid()
-    _, stats = rtn.quantize(w, "F32", grid, layout="gptq", backend="numpy", measure=False)
-    out = rtn.QuantizedWeight.empty("gptq", grid, w.shape)
-    found = rtn_torch.quantize_into(w, "F32", grid, out, rtn_torch.open_device(device()))
+    _, stats = rounding.quantize(w, "F32", grid, layout="gptq", backend="numpy", measure=False)
+    out = rounding.QuantizedWeight.empty("gptq", grid, w.shape)
+    found = rounding_torch.quantize_into(w, "F32", grid, out, rounding_torch.open_device(device()))
     assert (found.nonfinite, found.overflow_row) == (stats.nonfinite, stats.overflow_row)
     assert not found.ok
 
 
 def test_the_search_is_refused() -> None:
-    from shardxform.quantize import rtn_torch
+    from shardxform.formats import rounding_torch
 
     grid = Grid(search=True)
-    out = rtn.QuantizedWeight.empty("gptq", grid, (32, 128))
+    out = rounding.QuantizedWeight.empty("gptq", grid, (32, 128))
     with pytest.raises(SchemeError, match="CPU only"):
-        rtn_torch.quantize_into(np.ones((32, 128), np.float32), "F32", grid, out, rtn_torch.open_device("cpu"))
+        rounding_torch.quantize_into(
+            np.ones((32, 128), np.float32), "F32", grid, out, rounding_torch.open_device("cpu")
+        )
 
 
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:
-    from shardxform.quantize import rtn_torch
+    from shardxform.formats import rounding_torch
 
     with pytest.raises(SchemeError, match="--device cuda:77"):
-        rtn_torch.open_device("cuda:77")
+        rounding_torch.open_device("cuda:77")
     with pytest.raises(SchemeError, match="--device abacus"):
-        rtn_torch.open_device("abacus")
+        rounding_torch.open_device("abacus")

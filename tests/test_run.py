@@ -16,16 +16,16 @@ from click.testing import CliRunner
 from faults import Counting, Failing, Short, WithoutKernelCopy, sampled
 from test_prune import manifest_of
 
-from shardxform import plan as plan_module
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.file_system import FileSystem
+from shardxform.base.progress import Progress
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError
-from shardxform.fsio import FileSystem
-from shardxform.outdir import difference, state_of
-from shardxform.plan import Plan
-from shardxform.progress import Progress
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.runner import RunOptions, run
+from shardxform.execution.outdir import difference, state_of
+from shardxform.execution.runner import RunOptions, run
+from shardxform.plan import plan as plan_module
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import ViewOptions, plan_prune
 
 SMALL = ViewOptions(max_shard_bytes=20_000)
 

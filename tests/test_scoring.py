@@ -21,15 +21,15 @@ from texts import few
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
-from shardxform.checkpoint import Checkpoint  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import main  # noqa: E402
 from shardxform.errors import FamilyError, Interrupted, ResumeError  # noqa: E402
+from shardxform.experts import ExpertStats, Saliency  # noqa: E402
+from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.forward.work import HiddenWriter  # noqa: E402
-from shardxform.progress import Progress  # noqa: E402
-from shardxform.saliency import ExpertStats, Saliency  # noqa: E402
-from shardxform.scoring import ScoreOptions, score  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_manifest import deepseek
 
-from shardxform import __version__, computing
+from shardxform import __version__
+from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest_text import manifest_text
+from shardxform.base import computing
 from shardxform.cli.select_cmd import command
 from shardxform.errors import CheckpointError, OutputError, PlanError
-from shardxform.manifest import Manifest
-from shardxform.manifest_text import manifest_text
-from shardxform.saliency import CRITERIA, ExpertStats, Saliency, choose, decide, keep_of_ratio, super_experts
-from shardxform.saliency.plotting import plot_choice
+from shardxform.experts import CRITERIA, ExpertStats, Saliency, choose, decide, keep_of_ratio, super_experts
+from shardxform.experts.plotting import plot_choice
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -306,9 +307,9 @@ def test_the_manifest_of_the_quickstart_is_what_score_and_select_make(tmp_path: 
     import torch
 
     from shardxform.calibration import DataOptions, load_windows
-    from shardxform.checkpoint import Checkpoint
+    from shardxform.checkpoint.table import Checkpoint
+    from shardxform.experts.scoring import ScoreOptions, score
     from shardxform.forward.weights import Precision
-    from shardxform.scoring import ScoreOptions, score
 
     root = MANIFESTS.parent / "examples" / "small-moe"
     windows = load_windows(root, DataOptions(data=str(root / "text" / "calib.jsonl"), samples=64, seqlen=512))

@@ -10,12 +10,12 @@ import jinja2.ext
 import pytest
 from build import tiny, write_checkpoint
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.sidecars import fault_of, template_fault
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, OutputError
-from shardxform.prune import plan_prune
-from shardxform.publishing.contents import contents_of
-from shardxform.runner import run
-from shardxform.sidecars import fault_of, template_fault
+from shardxform.execution.runner import run
+from shardxform.plan.prune import plan_prune
+from shardxform.publish.contents import contents_of
 from shardxform.verification import verify
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardxform.standard_errors import Sampling, mean, standard_error
+from shardxform.base.standard_errors import Sampling, mean, standard_error
 
 
 def apart(count: int) -> Sampling:
@@ -145,7 +145,7 @@ def test_windows_of_one_stream_err_about_as_much_as_they_say(hold: float, least:
 def test_every_figure_of_an_evaluation_has_the_error_of_its_windows() -> None:
     """Sums of windows as the heads give them; errors against a jackknife of the figures themselves."""
     pytest.importorskip("torch")
-    from shardxform import evaluation
+    from shardxform.evaluation import evaluate
 
     count, random = 60, np.random.default_rng(5)
     tested, reference, predicted = losses(count, seed=5)
@@ -167,7 +167,7 @@ def test_every_figure_of_an_evaluation_has_the_error_of_its_windows() -> None:
     def found(windows: Any) -> Any:
         cuts = range(0, count, 7)
         batches = [{name: column[at : at + 7].tolist() for name, column in columns.items()} for at in cuts]
-        return evaluation._evaluation(windows, [], batches)
+        return evaluate._evaluation(windows, [], batches)
 
     whole = found(windows_of(count, pack=False))
     against = whole.against
@@ -177,7 +177,7 @@ def test_every_figure_of_an_evaluation_has_the_error_of_its_windows() -> None:
     errors = (*errors, against.kl_error, against.top1_error)
     for n, error in enumerate(errors):
         assert error == pytest.approx(jackknife(lambda rows, n=n: figures(rows)[n], count), rel=0.03)
-    facts = evaluation.evaluation_facts(whole, windows_of(count, pack=False))
+    facts = evaluate.evaluation_facts(whole, windows_of(count, pack=False))
     assert facts["perplexity_standard_error"] == errors[0]
     compared = facts["against"]
     assert compared["perplexity_ratio"] == whole.ratio

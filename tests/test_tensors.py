@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import keeps, selections
 
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.errors import CheckpointError
-from shardxform.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 
 DISK = {name: np.random.default_rng(i).integers(0, 256, 4096, "u1").tobytes() for i, name in enumerate(("f", "g"))}
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.quantize import packing, rtn
-from shardxform.quantize.grid import Grid
+from shardxform.formats import packing, rounding
+from shardxform.formats.grid import Grid
 
 torch = pytest.importorskip("torch")
 
@@ -117,7 +117,7 @@ def test_it_starts_from_plain_rounding_bit_for_bit(bits: Any, search: bool, comp
     w = weights((2, 32, 96))
     weight = stack(w, grid, compiled)
     for expert in range(2):
-        expected, stats = rtn.quantize(raw(w[expert]), "BF16", grid, layout=layout)
+        expected, stats = rounding.quantize(raw(w[expert]), "BF16", grid, layout=layout)
         assert stats.ok
         found = stacked.packed(weight.codes(expert, slice(None)), grid, layout)
         np.testing.assert_array_equal(found.words, expected.words)

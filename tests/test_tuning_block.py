@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.quantize import packing, rtn
-from shardxform.quantize.grid import Grid
+from shardxform.formats import packing, rounding
+from shardxform.formats.grid import Grid
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -158,7 +158,7 @@ def test_before_the_first_step_it_is_the_layer_with_rounded_weights(kind: str) -
         found = ours.run(hidden)
         rounded: dict[str, Any] = {}
         for stored in block.stored():
-            words, stats = rtn.quantize(weights[stored.module], "BF16", GRID, layout="row")
+            words, stats = rounding.quantize(weights[stored.module], "BF16", GRID, layout="row")
             assert stats.ok
             codes = packing.unpack(words.words, 4, "row")
             np.testing.assert_array_equal(stored.codes.codes_OI, codes)
@@ -189,7 +189,9 @@ def test_tuning_brings_the_block_nearer_to_the_original(kind: str) -> None:
     assert result.unreached == {"mlp.experts": []}
     assert block.unreached == result.unreached
     layer = Layer(kind)
-    start = {name: rtn.quantize(w, "BF16", GRID, layout="row")[0] for name, w in layer.weights(layer.names).items()}
+    start = {
+        name: rounding.quantize(w, "BF16", GRID, layout="row")[0] for name, w in layer.weights(layer.names).items()
+    }
     moved = [
         not np.array_equal(packing.unpack(w.words, 4, "row"), codes[n][:, : -w.scales.shape[1]])
         for n, w in start.items()
@@ -285,7 +287,7 @@ def test_if_nothing_is_better_than_the_start_the_start_is_kept() -> None:
     assert result.loss == result.start_loss < 1e-9
     layer = Layer()
     for name, w in layer.weights(layer.names).items():
-        expected = rtn.quantize(w, "BF16", GRID, layout="row")[0]
+        expected = rounding.quantize(w, "BF16", GRID, layout="row")[0]
         np.testing.assert_array_equal(
             codes[name], np.hstack([packing.unpack(expected.words, 4, "row"), expected.scales])
         )
@@ -304,7 +306,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_start() -> None:
             tune_block(block, layer.run, replace(data, target_NTH=target), OPTIONS)
         weights = Layer().weights(layer.names)
         for stored in block.stored():
-            expected = rtn.quantize(weights[stored.module], "BF16", GRID, layout="row")[0]
+            expected = rounding.quantize(weights[stored.module], "BF16", GRID, layout="row")[0]
             np.testing.assert_array_equal(stored.codes.codes_OI, packing.unpack(expected.words, 4, "row"))
 
 
@@ -322,7 +324,7 @@ def test_experts_that_no_token_reaches_are_reported_and_stay_as_they_were() -> N
         assert len(result.unreached["mlp.experts"]) < EXPERTS
         weights = Layer().weights(["mlp.experts"])
         for stored in block.stored():
-            expected = rtn.quantize(weights[stored.module], "BF16", GRID, layout="row")[0]
+            expected = rounding.quantize(weights[stored.module], "BF16", GRID, layout="row")[0]
             equal = np.array_equal(stored.codes.codes_OI, packing.unpack(expected.words, 4, "row"))
             assert equal == (stored.expert in result.unreached["mlp.experts"])
 

@@ -195,8 +195,8 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
 @pytest.mark.crash
 def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path, tuned: Path, tmp_path: Path) -> None:
     """A process of its own before the first block; then children of this one, in the blocks and between them."""
+    from shardxform.execution.journal import Journal
     from shardxform.forward.work import HiddenFile, HiddenWriter
-    from shardxform.journal import Journal
 
     out = tmp_path / "out"
     command = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]

@@ -18,14 +18,14 @@ from faults import Failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest, keep_all
+from shardxform.base.progress import Progress
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, ManifestError
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest, keep_all
-from shardxform.progress import Progress
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.runner import RunOptions, run
+from shardxform.execution.runner import RunOptions, run
+from shardxform.model.layout import layout_of
+from shardxform.plan.prune import ViewOptions, plan_prune
 from shardxform.verification import Problem, VerifyReport, data, values, verify
 
 INDEX = "model.safetensors.index.json"
@@ -484,7 +484,7 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path) -> None:
             file.truncate(8 + 128 + 2 * 8 * 4096 * 4096)
     code = (
         "import sys; from shardxform.verification.data import *; from shardxform.verification.findings import *\n"
-        "from shardxform.checkpoint import Checkpoint\n"
+        "from shardxform.checkpoint.table import Checkpoint\n"
         "a, b = (Checkpoint.open(p) for p in sys.argv[1:])\n"
         "print(check_data(a, None, Comparison(b.root, b.tensors), Findings(), jobs=2).bytes_compared)\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"

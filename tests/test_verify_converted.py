@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from test_quantize import KIND_SIZES
 from test_verify_quantized import G32, change, convert, edit_json, make, only, quantize, sound
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
-from shardxform.quantize.grid import Grid
-from shardxform.scheme import Scheme
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
 from shardxform.verification import VerifyReport, data, verify
 
 LEFT = "only shape, type and finiteness"

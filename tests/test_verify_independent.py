@@ -19,17 +19,18 @@ from test_quantize import KIND_SIZES
 from test_verify_quantized import SIDECARS, convert, edit_json
 from test_verify_systematic import CORRUPTIONS, claim_tuned, tuned
 
-from shardxform import modules, view
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import Scheme
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.model import matrices
+from shardxform.model.layout import layout_of
+from shardxform.plan import view
+from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import Problem, independent, verify
 from shardxform.verification.findings import Findings
 from shardxform.verification.independent import CODE, check_independently
@@ -284,7 +285,7 @@ def test_it_finds_what_is_missing_beside_or_miscounted(tmp_path: Path) -> None:
 
 def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The list of modules is what the output is planned by, and what verify asks."""
-    right = modules._unfused
+    right = matrices._unfused
 
     def wrong(*args: Any) -> Any:
         for module in right(*args):
@@ -292,7 +293,7 @@ def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypat
             stem, _, last = module.name.rpartition(".")
             yield replace(module, name=f"{stem}.{other.get(last, last)}")
 
-    monkeypatch.setattr(modules, "_unfused", wrong)
+    monkeypatch.setattr(matrices, "_unfused", wrong)
     source = make(tmp_path / "source", "qwen3_5_moe_text", "fused")
     out = quantize(source, tmp_path / "out", Scheme(grid=Grid(group_size=32)), manifest_of(source))
     assert verify(out, source=source).sound

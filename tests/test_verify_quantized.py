@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from strategies import some
 from test_quantize import KIND_SIZES
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
-from shardxform.prune import ViewOptions
-from shardxform.quantize.convert import Target, plan_convert
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.planner import plan_quantize
-from shardxform.runner import run
-from shardxform.scheme import Scheme
+from shardxform.execution.runner import run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.model.layout import layout_of
+from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import Problem, VerifyReport, rounding, verify
 from shardxform.verification.rounding import Limits
 

@@ -15,9 +15,9 @@ from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
 from test_quantize import KIND_SIZES
 from test_verify_quantized import SIDECARS, convert, edit_json, quantize, sound
 
-from shardxform.quantize import rtn
-from shardxform.quantize.grid import Grid
-from shardxform.scheme import Scheme
+from shardxform.formats import rounding
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
 from shardxform.verification import VerifyReport, parts, systematic, verify
 from shardxform.verification.values import code_sum
 
@@ -392,9 +392,9 @@ def test_constants_are_those_of_the_code_that_quantizes() -> None:
     from shardxform.tuning.tune import TuneOptions
 
     for bits, ends in parts._SEARCHED.items():
-        factors = rtn.search_factors(bits)
+        factors = rounding.search_factors(bits)
         assert (min(factors), max(factors)) == ends
-    assert float(rtn.SMALLEST_SCALE) == parts._SMALLEST_SCALE
+    assert float(rounding.SMALLEST_SCALE) == parts._SMALLEST_SCALE
     assert TuneOptions(seed=0).clip_range[1] == parts._WIDEST_CLIP
     kernels = pytest.importorskip("shardxform.verification.kernels")
     assert kernels.STEP == systematic.STEP

@@ -13,10 +13,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.calibration.readers import COMPLETION, PROMPT, SYSTEM, TOOLS, Record, listed
 from shardxform.calibration.tokens import Tokenizer, line_of, type_name
 from shardxform.errors import PlanError
-from shardxform.strictjson import JsonError, parse_object
 
 __all__ = ["conversation"]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform.base.strict_json import dumps
 from shardxform.calibration.documents import Piece
 from shardxform.calibration.tokens import Tokenizer, batches, ids_of, line_of, load_tokenizer
 from shardxform.errors import CheckpointError, PlanError
-from shardxform.strictjson import dumps
 
 __all__ = ["SAMPLE", "Encoder", "load_twin", "tokenizer_digest"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
+from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.calibration.options import SOURCE, SOURCE_NAME, is_source
 from shardxform.errors import PlanError
-from shardxform.strictjson import JsonError, parse_object
 
 __all__ = [
     "COMPLETION",

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform.base.file_system import not_a_directory
+from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.calibration.documents import Piece
 from shardxform.calibration.readers import Record
 from shardxform.errors import CheckpointError, PlanError
-from shardxform.fsio import not_a_directory
-from shardxform.strictjson import JsonError, parse_object
 
 __all__ = ["Tokenizer", "batches", "ids_of", "line_of", "load_tokenizer", "plain_text", "type_name"]
 

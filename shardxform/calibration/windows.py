@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.base.strict_json import dumps
 from shardxform.calibration.conversations import conversation
 from shardxform.calibration.documents import (
     Corpus,
@@ -36,7 +37,6 @@ from shardxform.calibration.options import MAX_SOURCES, MAX_TOKENS, DataOptions,
 from shardxform.calibration.readers import COMPLETION, SYSTEM, TOOLS, listed
 from shardxform.calibration.tokens import Tokenizer, load_tokenizer, plain_text
 from shardxform.errors import CheckpointError, PlanError
-from shardxform.strictjson import dumps
 
 __all__ = ["load_windows"]
 

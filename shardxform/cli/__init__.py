@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import click
 
-from shardxform import interrupts
+from shardxform.base import interrupts
 from shardxform.errors import ShardxformError
 
 __all__ = ["main"]
@@ -92,7 +92,7 @@ def _drop_stdout() -> None:
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        from shardxform.doctor import version_lines
+        from shardxform.cli.doctor import version_lines
 
         click.echo("\n".join(version_lines()))
         ctx.exit()

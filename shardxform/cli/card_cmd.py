@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from shardxform.card import CardOptions, gather, render, write_card
 from shardxform.cli.console import print_json, tell
 from shardxform.cli.options import json_option, manifest_option, out_argument
+from shardxform.publish.card import CardOptions, gather, render, write_card
 
 __all__ = ["command"]
 

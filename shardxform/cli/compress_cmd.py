@@ -9,26 +9,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shardxform.ask.recipe import BATCH_SIZE
+from shardxform.base.option_names import in_stage
 from shardxform.calibration.documents import local_files
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.compress_report import report, show
 from shardxform.cli.console import Label, count, progress, short, tell
 from shardxform.cli.model_options import DATA, data_options, load_data, make_precision, precision_options, require
-from shardxform.cli.options import (
-    out_argument,
-    read_scheme,
-    run_options,
-    scheme_options,
-    view_options,
-)
+from shardxform.cli.options import out_argument, read_scheme, run_options, scheme_options, view_options
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import PlanError, SchemeError
-from shardxform.option_names import in_stage
-from shardxform.prune import ViewOptions
-from shardxform.recipe import BATCH_SIZE
-from shardxform.saliency.criteria import CRITERIA, DEFAULT
+from shardxform.experts.criteria import CRITERIA, DEFAULT
+from shardxform.plan.prune import ViewOptions
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows

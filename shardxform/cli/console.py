@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import click
 
-from shardxform.progress import Progress, Unit
-from shardxform.sharding import show_size
+from shardxform.base.progress import Progress, Unit
+from shardxform.base.sharding import show_size
 
 __all__ = [
     "LOWER",

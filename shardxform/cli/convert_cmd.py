@@ -7,17 +7,11 @@ from typing import Any, Literal
 
 import click
 
-from shardxform.cli.options import (
-    expert_names_option,
-    g_idx_option,
-    out_argument,
-    run_options,
-    shard_size_option,
-)
+from shardxform.cli.options import expert_names_option, g_idx_option, out_argument, run_options, shard_size_option
 from shardxform.cli.planned import execute
 from shardxform.cli.sources import Source, connections_option, open_given, source_argument
-from shardxform.quantize.convert import ConvertOptions, Target, plan_convert
-from shardxform.scheme import FORMATS, ExpertNames, Format
+from shardxform.formats.scheme import FORMATS, ExpertNames, Format
+from shardxform.plan.convert import ConvertOptions, Target, plan_convert
 
 __all__ = ["command"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from shardxform.cli.console import gb, print_json, rows, table
+from shardxform.cli.doctor import Diagnosis, Machine, Need, diagnose
 from shardxform.cli.options import json_option
-from shardxform.doctor import Diagnosis, Machine, Need, diagnose
 
 __all__ = ["command"]
 

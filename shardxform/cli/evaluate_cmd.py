@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.progress import peak_rss_bytes
+from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
@@ -27,15 +29,13 @@ from shardxform.cli.options import any_source_option, json_option, manifest_opti
 from shardxform.cli.planned import load_manifest
 from shardxform.cli.sources import SOURCE, Source, open_given, transfer_options
 from shardxform.errors import OutputError, SchemeError
-from shardxform.identity import identify
-from shardxform.layout import layout_of
-from shardxform.progress import peak_rss_bytes
-from shardxform.tied_head import tied_notes
-from shardxform.view import pruned_view
+from shardxform.model.layout import layout_of
+from shardxform.model.tied_head import tied_notes
+from shardxform.plan.view import pruned_view
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
-    from shardxform.evaluation import Comparison, EvaluateOptions, Evaluation
+    from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation
 
 __all__ = ["command"]
 
@@ -100,7 +100,7 @@ def command(
     source, *others = open_given([checkpoint, *([against] if against else [])], data, work.parent)
     tested, reference = _view(source, manifest, any_source=any_source), next(iter(others), None)
     precision = make_precision(device, dtype)
-    from shardxform.evaluation import EvaluateOptions, evaluate
+    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate
     from shardxform.forward.work import refuse_inside
 
     reference_dtype = make_precision(device, against_dtype).dtype if against_dtype else None
@@ -122,7 +122,7 @@ def command(
     else:
         _report(found, checkpoint, manifest, against, time.monotonic() - started)
     if plot and found.against:  # last: a picture that fails must not cost the figures
-        from shardxform.evaluation_plot import draw
+        from shardxform.evaluation.plot import draw
 
         draw(found.against, plot, title=_title(checkpoint, manifest, against), sources=found.sources)
 
@@ -135,7 +135,7 @@ def _refuse_plot(plot: Path, against: Source | None) -> None:
     if plot.suffix.lower() != ".png":
         raise OutputError(f"{plot}: expected a name that ends in .png")
     refuse_unwritable(plot)
-    from shardxform.evaluation_plot import refuse_foreign
+    from shardxform.evaluation.plot import refuse_foreign
 
     refuse_foreign(plot)
 
@@ -185,7 +185,7 @@ def _title(checkpoint: Source, manifest: Path | None, against: Source | None) ->
 
 
 def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
-    from shardxform.evaluation import evaluation_facts
+    from shardxform.evaluation.evaluate import evaluation_facts
 
     spent = {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
     return {"identity": identify(tested).described(), **evaluation_facts(found, windows), **spent}

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, short, table
 from shardxform.cli.options import json_option
 from shardxform.cli.sources import Source, connections_option, open_given, source_argument
-from shardxform.inspection import Inspection, inspect_checkpoint
+from shardxform.plan.inspection import Inspection, inspect_checkpoint
 
 __all__ = ["command"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.base.file_system import why_not
+from shardxform.base.strict_json import pretty
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import print_json, rows, table
 from shardxform.cli.options import json_option
 from shardxform.errors import OutputError
-from shardxform.fsio import why_not
-from shardxform.layout import Layout, layout_of
-from shardxform.manifest import Manifest
-from shardxform.strictjson import pretty
+from shardxform.model.layout import Layout, layout_of
 
 __all__ = ["command"]
 

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from shardxform.calibration import PRESETS, DataOptions, Windows
 from shardxform.calibration.documents import local_files
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import tell
 from shardxform.errors import OutputError, PlanError
 

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import click
 
+from shardxform.base.sharding import parse_size
 from shardxform.errors import ShardxformError
-from shardxform.quantize.grid import Grid
-from shardxform.scheme import FORMATS, PRESETS, Scheme
-from shardxform.sharding import parse_size
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import FORMATS, PRESETS, Scheme
 
 __all__ = [
     "SIZE",

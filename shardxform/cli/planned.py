@@ -8,17 +8,17 @@ from typing import Any
 
 import click
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.base.file_system import FileSystem
+from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.block_report import tell_blocks
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, tell
 from shardxform.cli.ray_options import OnRay, open_pool, ray_facts, ray_line
-from shardxform.fsio import FileSystem
-from shardxform.identity import identify, names_of
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
-from shardxform.outdir import refuse_obstacles, refuse_other_plan, state_of
-from shardxform.plan import Plan
-from shardxform.runner import Report, RunOptions, run
+from shardxform.execution.outdir import refuse_obstacles, refuse_other_plan, state_of
+from shardxform.execution.runner import Report, RunOptions, run
+from shardxform.model.layout import layout_of
+from shardxform.plan.plan import Plan
 from shardxform.verification.planned import refuse_unsound
 
 __all__ = ["execute", "load_manifest"]

@@ -12,8 +12,8 @@ from shardxform.cli.planned import execute, load_manifest
 from shardxform.cli.ray_options import on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, refuse_unpruned
-from shardxform.prune import ViewOptions, plan_prune
-from shardxform.view import MtpMode
+from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.view import MtpMode
 
 __all__ = ["command"]
 

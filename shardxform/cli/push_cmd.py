@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import click
 
+from shardxform.base.progress import OnProgress
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
 from shardxform.cli.options import json_option, out_argument
-from shardxform.progress import OnProgress
-from shardxform.publishing import Contents, Pushed, Target, Watch, contents_of, is_repo_name, push, verified
+from shardxform.publish import Contents, Pushed, Target, Watch, contents_of, is_repo_name, push, verified
 
 __all__ = ["command"]
 

@@ -21,9 +21,9 @@ from shardxform.cli.planned import execute, load_manifest
 from shardxform.cli.ray_options import block_tuning, on_ray, ray_option
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_options, open_tuner, read_tuning, refuse_unpruned, tune_options
-from shardxform.prune import ViewOptions
-from shardxform.quantize.planner import plan_quantize
-from shardxform.view import MtpMode, pruned_view
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import MtpMode, pruned_view
 
 __all__ = ["command"]
 

@@ -15,14 +15,14 @@ from click.core import ParameterSource
 from shardxform.cli.console import count, gb
 from shardxform.cluster.session import LOCAL, check_address
 from shardxform.errors import PlanError, ShardxformError
-from shardxform.layout import layout_of
+from shardxform.model.layout import layout_of
 
 if TYPE_CHECKING:
-    from shardxform.checkpoint import Checkpoint
+    from shardxform.checkpoint.table import Checkpoint
     from shardxform.cli.tune_options import Tuning
     from shardxform.cluster.blocks import BlockTuning
-    from shardxform.plan import Plan
-    from shardxform.run_options import StepPool
+    from shardxform.execution.options import StepPool
+    from shardxform.plan.plan import Plan
 
 __all__ = ["OnRay", "block_tuning", "on_ray", "open_pool", "ray_facts", "ray_line", "ray_option", "ray_place"]
 
@@ -106,7 +106,7 @@ def block_tuning(plan: Plan, out: Path, view: Checkpoint, tuning: Tuning) -> Blo
     """What blocks are tuned with on a cluster."""
     from shardxform.cluster.blocks import BlockTuning
     from shardxform.cluster.worker import Place
-    from shardxform.quantize.steps import TuneBlock
+    from shardxform.plan.steps import TuneBlock
 
     device = str(tuning.precision.device)
     text = layout_of(view.config, view.tensors).text

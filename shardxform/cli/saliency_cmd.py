@@ -12,8 +12,8 @@ import click
 
 from shardxform.cli.console import count, print_json, rows, table, tell
 from shardxform.cli.options import json_option
-from shardxform.saliency.choosing import super_experts
-from shardxform.saliency.statistics import ExpertStats, Saliency
+from shardxform.experts.choosing import super_experts
+from shardxform.experts.statistics import ExpertStats, Saliency
 
 __all__ = ["command"]
 

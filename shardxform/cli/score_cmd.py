@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.progress import peak_rss_bytes
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
 from shardxform.cli.model_options import (
     SCORE_PRESETS,
@@ -26,12 +27,11 @@ from shardxform.cli.options import json_option
 from shardxform.cli.ray_options import OnRay, on_ray, ray_option, ray_place
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.errors import OutputError
-from shardxform.progress import peak_rss_bytes
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
-    from shardxform.saliency import Saliency
-    from shardxform.scoring import ScoreOptions
+    from shardxform.experts import Saliency
+    from shardxform.experts.scoring import ScoreOptions
 
 __all__ = ["command"]
 
@@ -78,8 +78,8 @@ def command(
     work = work or output.with_name(output.name + ".work")
     _refuse_overlap(output, work)
     precision = make_precision(device, dtype, here=ray is None)
+    from shardxform.experts.scoring import ScoreOptions
     from shardxform.forward.work import refuse_inside
-    from shardxform.scoring import ScoreOptions
 
     for path in (output, work):
         refuse_inside(path, [checkpoint.root])
@@ -103,7 +103,7 @@ def command(
 
 def _ways(ray: OnRay | None) -> tuple[Callable[..., Saliency], Callable[..., None]]:
     """How to score, and how to remove what that left: here, or on a cluster."""
-    from shardxform.scoring import remove_work, score
+    from shardxform.experts.scoring import remove_work, score
 
     if ray is None:
         return score, remove_work
@@ -121,8 +121,8 @@ def _refuse_overlap(output: Path, work: Path) -> None:
 
 def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency | None:
     """What an earlier run of the same command wrote; refuses any other file."""
-    from shardxform.saliency import Saliency
-    from shardxform.scoring import difference_of_runs
+    from shardxform.experts import Saliency
+    from shardxform.experts.scoring import difference_of_runs
 
     if not os.path.lexists(output):
         return None

@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
+from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest_text import manifest_text
+from shardxform.base.small_files import refuse_other, write_new
 from shardxform.cli.console import count, print_json, rows, table, tell
 from shardxform.cli.options import json_option
 from shardxform.errors import OutputError
-from shardxform.manifest import Manifest
-from shardxform.manifest_text import manifest_text
-from shardxform.saliency.choosing import Choice, LayerChoice, decide, keep_of_ratio
-from shardxform.saliency.criteria import CRITERIA, DEFAULT
-from shardxform.saliency.plotting import plot_choice
-from shardxform.saliency.saving import refuse_other, write_new
-from shardxform.saliency.statistics import Saliency
+from shardxform.experts.choosing import Choice, LayerChoice, decide, keep_of_ratio
+from shardxform.experts.criteria import CRITERIA, DEFAULT
+from shardxform.experts.plotting import plot_choice
+from shardxform.experts.statistics import Saliency
 
 __all__ = ["command"]
 

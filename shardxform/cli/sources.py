@@ -9,11 +9,11 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
-from shardxform.checkpoint import CONFIG, Checkpoint, stopped
+from shardxform.checkpoint.remote.names import SCHEME, RepoName, is_ambiguous, parse_source
+from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
 from shardxform.cli.console import tell
 from shardxform.cli.options import SIZE
 from shardxform.errors import CheckpointError, ShardxformError
-from shardxform.remote.names import SCHEME, RepoName, is_ambiguous, parse_source
 
 __all__ = ["SOURCE", "Source", "connections_option", "open_given", "source_argument", "transfer_options"]
 
@@ -74,8 +74,8 @@ def open_given(sources: Sequence[Source], given: dict[str, Any], folder: Path) -
             if value is not None:
                 raise click.UsageError(f"{option} is for repositories of the hub, but {sources[0]} is a folder")
         return [_open_folder(source) for source in sources if isinstance(source, Path)]
-    from shardxform.opening import asks_hub, open_checkpoint
-    from shardxform.remote.downloads import LEAST_CACHE_BYTES, Downloads, Transfer
+    from shardxform.checkpoint.opening import asks_hub, open_checkpoint
+    from shardxform.checkpoint.remote.downloads import LEAST_CACHE_BYTES, Downloads, Transfer
 
     if cache is not None and cache < LEAST_CACHE_BYTES:
         raise click.UsageError(f"--cache-limit: expected at least {LEAST_CACHE_BYTES:,} bytes, found {cache:,}")

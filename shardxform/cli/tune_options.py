@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shardxform.ask.manifest import Manifest
+from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, HEALED, ITERS, Heal, Recipe
 from shardxform.calibration import DataOptions, Windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.model_options import data_options, dtype_option, load_data, make_precision
 from shardxform.errors import SchemeError
-from shardxform.manifest import Manifest
-from shardxform.plan import Plan
-from shardxform.prune import ViewOptions
-from shardxform.recipe import BATCH_SIZE, HEAL_ITERS, HEALED, ITERS, Heal, Recipe
-from shardxform.view import pruned_view
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.view import pruned_view
 
 if TYPE_CHECKING:
+    from shardxform.execution.options import StepTuner
     from shardxform.forward.weights import Precision
-    from shardxform.run_options import StepTuner
 
 __all__ = ["Tuning", "heal_flags", "heal_options", "open_tuner", "read_tuning", "refuse_unpruned", "tune_options"]
 
@@ -208,7 +208,7 @@ def open_tuner(
     """
     import torch
 
-    from shardxform.quantize.steps import TuneBlock
+    from shardxform.plan.steps import TuneBlock
     from shardxform.tuning.session import Tuner, TunerOptions
 
     layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]

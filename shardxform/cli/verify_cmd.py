@@ -11,8 +11,8 @@ import click
 from shardxform.cli.console import count, gb, print_json, progress
 from shardxform.cli.options import json_option, manifest_option, out_argument
 from shardxform.cli.sources import SOURCE, Source, connections_option, open_given
+from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
-from shardxform.view import MtpMode
 
 __all__ = ["command"]
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from shardxform.base.file_system import FileSystem
 from shardxform.calibration.options import Windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cluster.worker import (
     Outcome,
     Place,
@@ -27,8 +28,7 @@ from shardxform.cluster.worker import (
     with_digests,
 )
 from shardxform.errors import ExecutionError
-from shardxform.execution import Facts
-from shardxform.fsio import FileSystem
+from shardxform.execution.steps import Facts
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision

@@ -10,14 +10,14 @@ import pickle
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform import computing
+from shardxform.base import computing
+from shardxform.base.digests import Chunks
 from shardxform.cluster.session import Needs, Session
 from shardxform.cluster.worker import Place, do_step
-from shardxform.digests import Chunks
 from shardxform.errors import ExecutionError, PlanError
-from shardxform.execution import Facts
-from shardxform.output import Output
-from shardxform.plan import Copy, Plan, Step, tokens_of
+from shardxform.execution.output import Output
+from shardxform.execution.steps import Facts
+from shardxform.plan.plan import Copy, Plan, Step, tokens_of
 
 if TYPE_CHECKING:
     from shardxform.cluster.blocks import BlockTuning

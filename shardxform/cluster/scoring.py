@@ -23,25 +23,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform import computing, interrupts
+from shardxform.base import computing, interrupts
+from shardxform.base.completions import Completions
+from shardxform.base.file_system import FileSystem
+from shardxform.base.progress import Progress
+from shardxform.base.sharding import show_size
+from shardxform.base.small_files import write_new
+from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.calibration.options import Windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cluster.blocks import precision_of
 from shardxform.cluster.pool import refuse_remote
 from shardxform.cluster.session import Needs, Session
 from shardxform.cluster.worker import refuse_other_source, refuse_other_version, reporting
-from shardxform.completions import Completions
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
+from shardxform.experts import Saliency
+from shardxform.experts.scoring import ScoreOptions, remove_work, run_facts, score, score_inputs
 from shardxform.forward.estimate import estimate
 from shardxform.forward.passes import BATCH_TOKENS
 from shardxform.forward.work import refuse_inside, refuse_other_work
-from shardxform.fsio import FileSystem
-from shardxform.progress import Progress
-from shardxform.saliency import Saliency
-from shardxform.saliency.saving import write_new
-from shardxform.scoring import ScoreOptions, remove_work, run_facts, score, score_inputs
-from shardxform.sharding import show_size
-from shardxform.strictjson import JsonError, dumps, parse_object
 
 __all__ = ["remove_split", "score_part", "score_split"]
 

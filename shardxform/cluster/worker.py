@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from shardxform import computing
-from shardxform.checkpoint import Folder
-from shardxform.digests import FACT, Chunk, digest_chunks
+from shardxform.base import computing
+from shardxform.base.digests import FACT, Chunk, digest_chunks
+from shardxform.base.file_system import FileSystem
+from shardxform.base.readers import FolderReader
+from shardxform.checkpoint.record import Record, read_record
+from shardxform.checkpoint.table import Folder
 from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
-from shardxform.execution import Facts, OpenTargets, executor
-from shardxform.fsio import FileSystem
-from shardxform.outdir import PARTIAL, PLAN, WORK, states_of
-from shardxform.plan import Plan, Step
-from shardxform.record import Record, read_record
-from shardxform.sources import FolderReader
+from shardxform.execution.outdir import PARTIAL, PLAN, WORK, states_of
+from shardxform.execution.steps import Facts, OpenTargets, executor
+from shardxform.plan.plan import Plan, Step
 
 __all__ = [
     "Outcome",

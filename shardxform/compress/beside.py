@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.compress.folder import EVALUATION, KEEP, Entry, file_sha256, read_entries
 from shardxform.compress.request import EVALUATE, QUANTIZE, SELECT, folder_of
 from shardxform.errors import OutputError
-from shardxform.record import PROVENANCE, read_record
 
 __all__ = ["Results", "results_of"]
 

@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final
 
+from shardxform.ask.recipe import held_out
+from shardxform.base.constants import BATCH_TOKENS, JUDGED_AT
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Request
-from shardxform.deciding import BATCH_TOKENS, JUDGED_AT
-from shardxform.layout import layout_of
-from shardxform.recipe import held_out
+from shardxform.model.layout import layout_of
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
-    from shardxform.checkpoint import Checkpoint
+    from shardxform.checkpoint.table import Checkpoint
 
 __all__ = ["Amounts", "Costs", "Shape", "amounts", "reached", "seconds", "shape_of", "usual"]
 

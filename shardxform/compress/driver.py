@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from shardxform import interrupts
+from shardxform.base import interrupts
+from shardxform.base.progress import OnProgress, peak_rss_bytes
+from shardxform.base.strict_json import parse_object
 from shardxform.compress.folder import EVALUATION, Folder
 from shardxform.compress.job import Job
 from shardxform.compress.overall import Overall
@@ -17,9 +19,7 @@ from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, VERIFY,
 from shardxform.compress.showing import is_card_current, picture
 from shardxform.compress.stages import MAKERS, clean, is_complete, start
 from shardxform.errors import Interrupted
-from shardxform.progress import OnProgress, peak_rss_bytes
-from shardxform.runner import Report
-from shardxform.strictjson import parse_object
+from shardxform.execution.runner import Report
 
 __all__ = ["Outcome", "Watcher", "compress"]
 

@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform import computing
+from shardxform.base import computing
+from shardxform.base.file_system import FileSystem
+from shardxform.base.option_names import with_option
+from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.compress.request import EVALUATE, SCORE, STAGES
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.fsio import FileSystem
-from shardxform.option_names import with_option
-from shardxform.outdir import difference
-from shardxform.strictjson import JsonError, dumps, parse_object, pretty
+from shardxform.execution.outdir import difference
 
 __all__ = [
     "EVALUATION",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform.base.file_system import FileSystem
 from shardxform.compress.costs import Costs, amounts, seconds, shape_of
 from shardxform.compress.folder import Entry, plain, read_entries
 from shardxform.compress.prepared import Prepared, tuning_bytes
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Request, Settings
-from shardxform.fsio import FileSystem
-from shardxform.outdir import state_of
-from shardxform.plan import tokens_of
+from shardxform.execution.outdir import state_of
+from shardxform.plan.plan import tokens_of
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows

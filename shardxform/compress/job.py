@@ -10,7 +10,7 @@ from shardxform.compress.prepared import Prepared
 from shardxform.compress.request import SCORE, Request, Settings
 
 if TYPE_CHECKING:
-    from shardxform.saliency import Choice
+    from shardxform.experts import Choice
 
 __all__ = ["Job", "choice_of"]
 
@@ -31,7 +31,7 @@ class Job:
 
 def choice_of(job: Job) -> Choice:
     """The experts that stay, by what was scored."""
-    from shardxform.saliency import Saliency, decide
+    from shardxform.experts import Saliency, decide
 
     pruning = job.request.pruning
     assert pruning is not None

@@ -17,12 +17,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.costs import Costs
+from shardxform.formats.grid import Grid
 from shardxform.forward.experts import experts_module
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.quantize.grid import Grid
 from shardxform.tuning.experts import TunedExperts
 from shardxform.tuning.stacked import prepare
 from shardxform.tuning.workers import Workers

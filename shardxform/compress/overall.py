@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shardxform.progress import OnProgress, Progress
+from shardxform.base.progress import OnProgress, Progress
 
 __all__ = ["Overall"]
 

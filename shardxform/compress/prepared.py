@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shardxform import computing
+from shardxform.ask.manifest import Manifest
+from shardxform.base import computing
+from shardxform.base.file_system import FileSystem
+from shardxform.base.strict_json import dumps
 from shardxform.calibration import Windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.identity import names_of
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.costs import amounts, seconds, shape_of, usual
 from shardxform.compress.folder import Entry, changed, read_entries, refuse_changed
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Pruning, Request
 from shardxform.errors import FamilyError, OutputError
-from shardxform.fsio import FileSystem
-from shardxform.identity import names_of
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
-from shardxform.outdir import state_of
-from shardxform.output import Output
-from shardxform.plan import Plan, source_inputs
-from shardxform.quantize.planner import plan_quantize
-from shardxform.saliency import ExpertStats, Saliency, choose
-from shardxform.strictjson import dumps
+from shardxform.execution.outdir import state_of
+from shardxform.execution.output import Output
+from shardxform.experts import ExpertStats, Saliency, choose
+from shardxform.model.layout import layout_of
+from shardxform.plan.plan import Plan, source_inputs
+from shardxform.plan.quantize import plan_quantize
 from shardxform.verification.planned import refuse_unsound
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
     layout = layout_of(source.config, source.tensors, source.where)
     if not layout.moe_layers:
         raise FamilyError(f"{source.where}: no layer has experts; there is nothing to prune")
-    from shardxform.scoring import model_facts
+    from shardxform.experts.scoring import model_facts
 
     zeros = np.zeros(layout.num_experts)
     alike = ExpertStats(

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from shardxform.ask.recipe import Recipe
 from shardxform.calibration import Windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import OutputError, PlanError
-from shardxform.prune import ViewOptions
-from shardxform.recipe import Recipe
-from shardxform.saliency.choosing import keep_of_ratio
-from shardxform.saliency.criteria import DEFAULT
-from shardxform.scheme import Scheme
+from shardxform.experts.choosing import keep_of_ratio
+from shardxform.experts.criteria import DEFAULT
+from shardxform.formats.scheme import Scheme
+from shardxform.plan.prune import ViewOptions
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
@@ -49,7 +49,7 @@ class Pruning:
     Attributes:
         keep: experts of every layer that stay; or
         ratio: the share of them that goes.
-        criterion: what they are chosen by, a name of `saliency.CRITERIA`.
+        criterion: what they are chosen by, a name of `experts.CRITERIA`.
         protect: keep super experts, whatever their score.
 
     """

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform import interrupts
+from shardxform.base import interrupts
+from shardxform.base.progress import OnProgress
 from shardxform.compress.folder import EVALUATION, KEEP, file_sha256
 from shardxform.compress.job import Job, choice_of
 from shardxform.compress.request import CARD, EVALUATE, SELECT
 from shardxform.errors import OutputError
-from shardxform.progress import OnProgress
 
 if TYPE_CHECKING:
-    from shardxform.evaluation import Comparison
+    from shardxform.evaluation.evaluate import Comparison
 
 __all__ = ["is_card_current", "make_card", "picture", "remove_card"]
 
@@ -36,7 +36,7 @@ def picture(job: Job, stage: str) -> None:
     if name is None or not job.settings.plot or (job.folder.root / name).exists():
         return
     if stage == SELECT:
-        from shardxform.saliency.plotting import plot_choice
+        from shardxform.experts.plotting import plot_choice
 
         data = plot_choice(choice_of(job))
     else:
@@ -45,7 +45,7 @@ def picture(job: Job, stage: str) -> None:
 
 
 def _drawn_evaluation(job: Job) -> bytes:
-    from shardxform.evaluation_plot import draw
+    from shardxform.evaluation.plot import draw
 
     facts = json.loads(job.folder.read(EVALUATE, EVALUATION))
     title = f"{job.request.out.name} against {Path(job.request.source.where).name}"
@@ -57,7 +57,7 @@ def _drawn_evaluation(job: Job) -> bytes:
 
 def _comparison(facts: Mapping[str, Any]) -> Comparison:
     """What `evaluation_facts` was made of, as far as it is drawn."""
-    from shardxform.evaluation import Comparison
+    from shardxform.evaluation.evaluate import Comparison
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value
@@ -74,7 +74,7 @@ def _comparison(facts: Mapping[str, Any]) -> Comparison:
 
 def make_card(job: Job, _on_progress: OnProgress | None) -> None:
     """Write the model card of the output, unless somebody wrote their own."""
-    from shardxform.card import CardOptions, gather, render, write_card
+    from shardxform.publish.card import CardOptions, gather, render, write_card
 
     root, out = job.folder.root, job.request.out
     options = CardOptions(

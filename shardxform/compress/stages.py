@@ -12,26 +12,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest_text import manifest_text
+from shardxform.base.progress import OnProgress
+from shardxform.base.strict_json import JsonError, parse_object, pretty
+from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.folder import EVALUATION, KEEP, SALIENCY, work_of
 from shardxform.compress.job import Job, choice_of
 from shardxform.compress.prepared import following, plan_for
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY
 from shardxform.compress.showing import make_card, remove_card
 from shardxform.errors import ExecutionError, ResumeError
-from shardxform.identity import identify
-from shardxform.layout import layout_of
-from shardxform.manifest import Manifest
-from shardxform.manifest_text import manifest_text
-from shardxform.outdir import is_of, state_of
-from shardxform.plan import Plan
-from shardxform.progress import OnProgress
-from shardxform.runner import Report, RunOptions, run
-from shardxform.strictjson import JsonError, parse_object, pretty
-from shardxform.view import pruned_view
+from shardxform.execution.outdir import is_of, state_of
+from shardxform.execution.runner import Report, RunOptions, run
+from shardxform.model.layout import layout_of
+from shardxform.plan.plan import Plan
+from shardxform.plan.view import pruned_view
 
 if TYPE_CHECKING:
-    from shardxform.run_options import StepTuner
+    from shardxform.execution.options import StepTuner
 
 __all__ = ["MAKERS", "clean", "is_complete", "start"]
 
@@ -42,7 +42,7 @@ _Result = TypeVar("_Result")
 
 
 def _score(job: Job, on_progress: OnProgress | None) -> None:
-    from shardxform.scoring import ScoreOptions, score
+    from shardxform.experts.scoring import ScoreOptions, score
 
     request = job.request
     assert request.score_windows is not None
@@ -56,7 +56,7 @@ def _score(job: Job, on_progress: OnProgress | None) -> None:
 
 def clean(job: Job) -> None:
     """Remove the hidden states of scoring, whose result is safe; a kill may have left them."""
-    from shardxform.scoring import ScoreOptions, remove_work
+    from shardxform.experts.scoring import ScoreOptions, remove_work
 
     request, work = job.request, work_of(job.folder.root, SCORE)
     if request.score_windows is not None and request.precision is not None and work.is_dir():
@@ -135,7 +135,7 @@ def _tuner(job: Job, plan: Plan, *, needed: bool) -> Iterator[StepTuner | None]:
         return
     import torch
 
-    from shardxform.quantize.steps import TuneBlock
+    from shardxform.plan.steps import TuneBlock
     from shardxform.tuning.session import Tuner, TunerOptions
 
     layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
@@ -173,7 +173,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
 
 
 def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
-    from shardxform.evaluation import EvaluateOptions, evaluate, evaluation_facts
+    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts
 
     request = job.request
     assert request.eval_windows is not None

@@ -13,14 +13,14 @@ from typing import Final
 
 import numpy as np
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.file_system import FileSystem
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.costs import Costs, shape_of, usual
 from shardxform.compress.prepared import Prepared
 from shardxform.compress.request import Settings
 from shardxform.errors import CheckpointError
-from shardxform.fsio import FileSystem
-from shardxform.quantize import rtn
-from shardxform.quantize.grid import Grid
+from shardxform.formats import rounding
+from shardxform.formats.grid import Grid
 
 __all__ = ["measure", "reading_seconds"]
 
@@ -83,5 +83,5 @@ def _rounding_seconds(grid: Grid) -> float:
     w_OI = np.random.default_rng(0).integers(0, 0x3F00, (_ROWS, _COLUMNS)).astype(np.uint16)
     for _ in range(2):  # the first may compile
         began = time.perf_counter()
-        rtn.quantize(w_OI, "BF16", plain, layout="gptq")
+        rounding.quantize(w_OI, "BF16", plain, layout="gptq")
     return (time.perf_counter() - began) / w_OI.size

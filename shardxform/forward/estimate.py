@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform.base.file_system import FileSystem
 from shardxform.calibration import Windows
-from shardxform.checkpoint import Checkpoint
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.forward.passes import BATCH_TOKENS
 from shardxform.forward.skeleton import Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.fsio import FileSystem
 
 __all__ = ["estimate"]
 

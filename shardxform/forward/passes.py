@@ -18,18 +18,18 @@ from typing import Any, Protocol
 
 import torch
 
-from shardxform import computing, interrupts
+from shardxform.base import computing, interrupts
+from shardxform.base.constants import BATCH_TOKENS
+from shardxform.base.progress import OnProgress, Progress
+from shardxform.base.strict_json import dumps
 from shardxform.calibration import Windows
-from shardxform.checkpoint import Checkpoint
-from shardxform.deciding import BATCH_TOKENS
+from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision
 from shardxform.forward.work import HiddenFile, WorkDir
-from shardxform.identity import identify
-from shardxform.progress import OnProgress, Progress
-from shardxform.strictjson import dumps
 
 __all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "pass_inputs", "run_pass"]
 

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
 from shardxform.forward.memory import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
-from shardxform.layout import Layout
-from shardxform.tensors import TensorRef
-from shardxform.tied_head import HEAD, is_tied
+from shardxform.model.layout import Layout
+from shardxform.model.tied_head import HEAD, is_tied
 
 __all__ = ["Skeleton"]
 

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardxform import interrupts
-from shardxform.checkpoint import Checkpoint
+from shardxform.base import interrupts
+from shardxform.base.file_system import FileSystem
+from shardxform.base.tensors import ByteRange, TensorRef
+from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
-from shardxform.expectation import expected
-from shardxform.fsio import FileSystem
-from shardxform.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.loading import Loaded, StoredReader, turned
-from shardxform.quantize.stored import Stored, StoredModule, read_stored, rows_of
-from shardxform.remote.reading import open_source
-from shardxform.tensors import ByteRange, TensorRef
+from shardxform.formats.grid import Grid
+from shardxform.formats.loading import Loaded, StoredReader, turned
+from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
+from shardxform.model.expectation import expected
+from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
 
 __all__ = ["ExpertWeights", "Precision", "Weights"]
 

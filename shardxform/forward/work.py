@@ -24,12 +24,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from shardxform.base.file_system import FileSystem
+from shardxform.base.option_names import with_option
+from shardxform.base.sharding import show_size
+from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.fsio import FileSystem
-from shardxform.option_names import with_option
-from shardxform.outdir import difference
-from shardxform.sharding import show_size
-from shardxform.strictjson import JsonError, dumps, parse_object
+from shardxform.execution.outdir import difference
 
 __all__ = ["HiddenFile", "WorkDir", "refuse_inside", "refuse_other_work"]
 

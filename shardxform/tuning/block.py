@@ -23,7 +23,7 @@ from shardxform.tuning.linear import TunedLinear
 from shardxform.tuning.stacked import Codes, StackedWeight, prepare
 
 if TYPE_CHECKING:
-    from shardxform.quantize.grid import Grid
+    from shardxform.formats.grid import Grid
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.workers import Workers
 

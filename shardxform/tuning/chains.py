@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardxform.base.file_system import FileSystem
 from shardxform.errors import ExecutionError
 from shardxform.forward.passes import Batch, batches
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.work import HiddenFile, HiddenReader
-from shardxform.fsio import FileSystem
 from shardxform.tuning.samples import Forward, Samples
 
 if TYPE_CHECKING:

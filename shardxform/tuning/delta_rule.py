@@ -28,7 +28,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from shardxform.deciding import DELTA_CHUNK as _CHUNK
+from shardxform.base.constants import DELTA_CHUNK as _CHUNK
 
 __all__ = ["computes_the_same", "gated_delta_rule"]
 

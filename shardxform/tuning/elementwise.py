@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from shardxform.deciding import LANES, OFFSET_STEP, OFFSET_UNITS
-from shardxform.quantize.rtn import LARGEST_SCALE, SMALLEST_SCALE
+from shardxform.base.constants import LANES, OFFSET_STEP, OFFSET_UNITS
+from shardxform.formats.rounding import LARGEST_SCALE, SMALLEST_SCALE
 
 if TYPE_CHECKING:
-    from shardxform.quantize.grid import Grid
+    from shardxform.formats.grid import Grid
 
 __all__ = ["LIMIT", "ONE", "UNITS_PER_STEP", "Pace", "codes", "keep", "scales", "step", "values"]
 

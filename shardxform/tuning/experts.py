@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardxform.deciding import EXPERT_ROWS, KEPT_BYTES
+from shardxform.base.constants import EXPERT_ROWS, KEPT_BYTES
 from shardxform.tuning import grouped
 from shardxform.tuning.linear import runs
 from shardxform.tuning.routing import ExpertWeights, Gate, route

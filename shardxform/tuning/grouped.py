@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn.functional import grouped_mm
 
-from shardxform.deciding import GROUPED_WEIGHTS
+from shardxform.base.constants import GROUPED_WEIGHTS
 
 if TYPE_CHECKING:
     from shardxform.tuning.routing import ExpertWeights, Routing

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shardxform.deciding import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
+from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
 from shardxform.tuning.healed import HealedStack, signs
 from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split
 
 if TYPE_CHECKING:
-    from shardxform.recipe import Heal, Trial
+    from shardxform.ask.recipe import Heal, Trial
 
 __all__ = ["HealResult", "Healing", "Load", "Wide", "heal_block", "suggested_lr"]
 

@@ -1,7 +1,7 @@
 """Compiled passes of healing: split weights joined, and one signed step, each in a single sweep over memory.
 
 Bit-equal to `healed`, which says what the numbers mean. The global interpreter lock is released while a kernel runs;
-rows are independent. Importing this module needs numba; compiled code is cached as in `quantize.kernels`.
+rows are independent. Importing this module needs numba; compiled code is cached as in `formats.kernels`.
 """
 
 # I: input columns, R: any run of rows.
@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numba import types
 
-from shardxform.quantize.kernels import _decode, jit
+from shardxform.formats.kernels import _decode, jit
 
 __all__ = ["joiner", "mover"]
 

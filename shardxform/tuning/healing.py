@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from shardxform.heal_plan import healed_names
-from shardxform.recipe import Heal
+from shardxform.ask.recipe import Heal
+from shardxform.plan.heal import healed_names
 from shardxform.tuning.experts import TunedExperts
 from shardxform.tuning.heal import Healing, HealResult, Wide, heal_block
 from shardxform.tuning.healed import HealedStack

@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 from numba import extending, types
 from numba.core.registry import cpu_target
 
-from shardxform.deciding import LANES
+from shardxform.base.constants import LANES
 
 __all__ = ["HAS_BF16", "LANES", "multiply_add", "narrow", "sum_lanes"]
 

@@ -1,7 +1,7 @@
 """Compiled passes of tuning: weights as they would be stored, and one signed step, each in a single sweep over memory.
 
 Bit-equal to `elementwise`, which says what the numbers mean. The global interpreter lock is released while a kernel
-runs; rows are independent. Importing this module needs numba; compiled code is cached as in `quantize.kernels`.
+runs; rows are independent. Importing this module needs numba; compiled code is cached as in `formats.kernels`.
 
 BF16 is widened and narrowed inside the loops: to widen whole rows first took a quarter more time. What is done to a
 group is compiled into the loop over groups: constants in registers, and an eighth less time than by calls.
@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from shardxform.quantize.kernels import SMALLEST_SCALE, _half_value, _round_to_grid, jit
+from shardxform.formats.kernels import SMALLEST_SCALE, _half_value, _round_to_grid, jit
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
 from shardxform.tuning.intrinsics import HAS_BF16, LANES, multiply_add, narrow, sum_lanes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardxform.deciding import LINEAR_ROWS, LINEAR_TOKENS
+from shardxform.base.constants import LINEAR_ROWS, LINEAR_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

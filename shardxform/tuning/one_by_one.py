@@ -19,8 +19,8 @@ from typing import Any, Final, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
-from shardxform.deciding import DEVICE_HEADS_BYTES as _DEVICE_WINDOW_BYTES
-from shardxform.deciding import HEADS_BYTES as _WINDOW_BYTES
+from shardxform.base.constants import DEVICE_HEADS_BYTES as _DEVICE_WINDOW_BYTES
+from shardxform.base.constants import HEADS_BYTES as _WINDOW_BYTES
 from shardxform.forward.memory import give_back
 from shardxform.tuning.workers import Workers
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shardxform.deciding import JUDGES, LEAST_SQUARE
+from shardxform.ask.recipe import held_out
+from shardxform.base.constants import JUDGES, LEAST_SQUARE
+from shardxform.base.standard_errors import Sampling, standard_error
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.recipe import held_out
-from shardxform.standard_errors import Sampling, standard_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

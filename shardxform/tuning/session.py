@@ -16,20 +16,20 @@ from typing import Any, Final
 
 import torch
 
+from shardxform.base.constants import STORED_TOKENS
+from shardxform.base.file_system import FileSystem
+from shardxform.base.progress import peak_rss_bytes
 from shardxform.calibration import Windows
-from shardxform.checkpoint import Checkpoint
-from shardxform.copying import OpenTarget
-from shardxform.deciding import STORED_TOKENS
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
+from shardxform.execution.copying import OpenTarget
+from shardxform.execution.measured import MEASURED
+from shardxform.execution.rounding import part_of, write_part
 from shardxform.forward.arithmetic import fixed_order, on_device
 from shardxform.forward.memory import give_back
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.fsio import FileSystem
-from shardxform.measured import MEASURED
-from shardxform.progress import peak_rss_bytes
-from shardxform.quantize.execute import part_of, write_part
-from shardxform.quantize.steps import RoundItem, TuneBlock
+from shardxform.plan.steps import RoundItem, TuneBlock
 from shardxform.tuning.block import TunedBlock, install
 from shardxform.tuning.chains import ORIGINAL, TUNED, Chains
 from shardxform.tuning.heal import HealResult

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.quantize import packing, rtn
-from shardxform.quantize.grid import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.formats import packing, rounding
+from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import Pace
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Codes", "StackedWeight", "Tunable", "packed", "prepare"]
 
-_KINDS: Final[dict[torch.dtype, rtn.SourceDtype]] = {
+_KINDS: Final[dict[torch.dtype, rounding.SourceDtype]] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",
@@ -218,7 +218,7 @@ def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> Sta
 def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> NDArray[np.uint16]:
     """float16 bits of the scales of a run of rows."""
     part = w_RI[run[0] : run[1]].cpu()
-    out, stats = rtn.quantize(
+    out, stats = rounding.quantize(
         part.view(_BITS[part.dtype]).numpy(), _KINDS[part.dtype], grid, layout="row", measure=False
     )
     if not stats.ok:
@@ -228,9 +228,9 @@ def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> N
     return out.scales
 
 
-def packed(codes: Codes, grid: Grid, layout: Layout) -> rtn.QuantizedWeight:
+def packed(codes: Codes, grid: Grid, layout: Layout) -> rounding.QuantizedWeight:
     """Pack for writing, as `rtn.quantize` would have packed them."""
-    out = rtn.QuantizedWeight.empty(layout, grid, (codes.codes_OI.shape[0], codes.codes_OI.shape[1]))
+    out = rounding.QuantizedWeight.empty(layout, grid, (codes.codes_OI.shape[0], codes.codes_OI.shape[1]))
     words_OW = packing.pack(codes.codes_OI, grid.bits, "row")
     if layout == "gptq":
         packing.transpose_into(words_OW, out.words)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from shardxform.deciding import CLIP_RANGE, JUDGED_AT
+from shardxform.base.constants import CLIP_RANGE, JUDGED_AT
 from shardxform.errors import SchemeError
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
 from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform.checkpoint import Checkpoint, stopped
+from shardxform.ask.manifest import Manifest
+from shardxform.base.file_system import not_a_directory
+from shardxform.base.progress import Progress, peak_rss_bytes
+from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError
-from shardxform.fsio import not_a_directory
-from shardxform.manifest import Manifest
-from shardxform.progress import Progress, peak_rss_bytes
-from shardxform.tied_head import HEAD, tied_notes
+from shardxform.model.tied_head import HEAD, tied_notes
+from shardxform.plan.view import MtpMode
 from shardxform.verification.digests import check_digests
 from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
@@ -28,7 +29,6 @@ from shardxform.verification.report import Rounding, VerifyReport, WeightError
 from shardxform.verification.source import Options, compare_tables, rebuild
 from shardxform.verification.structure import Structure, check_structure
 from shardxform.verification.wanted import Wanted, known_of, wanted_of
-from shardxform.view import MtpMode
 
 __all__ = ["DEFAULT_JOBS", "Problem", "Rounding", "VerifyReport", "WeightError", "verify"]
 

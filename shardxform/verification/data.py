@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from shardxform import digests as digesting
-from shardxform import interrupts
-from shardxform.checkpoint import Checkpoint
-from shardxform.completions import Completions
+from shardxform.base import digests as digesting
+from shardxform.base import interrupts
+from shardxform.base.completions import Completions
+from shardxform.base.file_system import FileSystem
+from shardxform.base.progress import Progress
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
-from shardxform.fsio import FileSystem
-from shardxform.layout import Layout
-from shardxform.progress import Progress
-from shardxform.quantize.stored import Stored
-from shardxform.remote.reading import open_source
-from shardxform.tensors import TensorRef
+from shardxform.formats.stored import Stored
+from shardxform.model.layout import Layout
 from shardxform.verification.derived import Deriver
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
@@ -46,19 +46,11 @@ from shardxform.verification.jobs import (
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
 from shardxform.verification.rounding import Read, Tally, examine
-from shardxform.verification.values import (
-    FLOATS,
-    Bytes,
-    PartRule,
-    code_sum,
-    difference,
-    part_faults,
-    scan,
-)
+from shardxform.verification.values import FLOATS, Bytes, PartRule, code_sum, difference, part_faults, scan
 from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:
-    from shardxform.remote.repository import Remote
+    from shardxform.checkpoint.remote.repository import Remote
 
 __all__ = ["CHUNK_BYTES", "Comparison", "Figures", "check_data"]
 

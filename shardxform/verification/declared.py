@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardxform.families.base import Config
+from shardxform.model.families.base import Config
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "readers_of"]
 

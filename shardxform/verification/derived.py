@@ -13,11 +13,11 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.quantize import packing
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.rtn import QuantizedWeight, SourceDtype, quantize_into
-from shardxform.quantize.stored import Stored, StoredModule, rows_of
-from shardxform.tensors import TensorRef
+from shardxform.base.tensors import TensorRef
+from shardxform.formats import packing
+from shardxform.formats.grid import Grid
+from shardxform.formats.rounding import QuantizedWeight, SourceDtype, quantize_into
+from shardxform.formats.stored import Stored, StoredModule, rows_of
 from shardxform.verification.rounding import NUMPY, TILE_WEIGHTS, Read, load, turned
 from shardxform.verification.values import Bytes
 from shardxform.verification.wanted import Derived

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardxform.checkpoint import Checkpoint, is_plain_name
-from shardxform.outdir import is_ours
-from shardxform.record import PROVENANCE, Record, RecordError, is_as_written
+from shardxform.checkpoint.record import PROVENANCE, Record, RecordError, is_as_written
+from shardxform.checkpoint.table import Checkpoint, is_plain_name
+from shardxform.execution.outdir import is_ours
 from shardxform.verification.findings import Findings
 
 __all__ = ["check_digests"]

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from shardxform.checkpoint import CONFIG, INDEX, WORK, Checkpoint, scan
-from shardxform.families.base import Wrapper
-from shardxform.record import FORMAT as RECORD_FORMAT
-from shardxform.record import PROVENANCE
-from shardxform.sidecars import fault_of, is_document
-from shardxform.strictjson import JsonError, parse_object
+from shardxform.base.strict_json import JsonError, parse_object
+from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
+from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.sidecars import fault_of, is_document
+from shardxform.checkpoint.table import CONFIG, INDEX, WORK, Checkpoint, scan
+from shardxform.model.families.base import Wrapper
 from shardxform.verification.findings import Findings
 
 __all__ = [

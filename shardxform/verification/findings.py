@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from shardxform.families.base import Scope
-from shardxform.layout import Place
+from shardxform.model.families.base import Scope
+from shardxform.model.layout import Place
 
 __all__ = ["Findings", "Item", "Problem", "collapse", "place_of", "spans"]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from shardxform.dtypes import FLOATS
-from shardxform.layout import Layout
-from shardxform.tensors import TensorRef, TensorSpec
+from shardxform.base.dtypes import FLOATS
+from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.model.layout import Layout
 from shardxform.verification.findings import Findings, Item
 
 __all__ = ["FP8", "check_scales"]

@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.digests import tensor_digest
-from shardxform.layout import Layout, Place
-from shardxform.tensors import TensorRef
+from shardxform.base.digests import tensor_digest
+from shardxform.base.tensors import TensorRef
+from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally

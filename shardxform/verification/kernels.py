@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 from numba import types
 
-from shardxform.quantize.kernels import jit
+from shardxform.formats.kernels import jit
 
 __all__ = ["Settings", "checker"]
 

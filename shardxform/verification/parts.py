@@ -1,6 +1,6 @@
 """Verification of quantized weights as stored: every part is there, in the dtype and shape that the scheme gives.
 
-`quantize.stored` does the comparing; here its errors become findings. Names, dtypes and shapes only, no tensor data.
+`formats.stored` does the comparing; here its errors become findings. Names, dtypes and shapes only, no tensor data.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
-from shardxform.layout import COMPANIONS, Layout
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.stored import Stored, StoredModule, rows_of, scan_stored
-from shardxform.record import PROVENANCE
-from shardxform.scheme import FORMATS
-from shardxform.tensors import TensorRef
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import FORMATS
+from shardxform.formats.stored import Stored, StoredModule, rows_of, scan_stored
+from shardxform.model.layout import COMPANIONS, Layout
 from shardxform.verification.findings import Findings, Item
 
 __all__ = ["Freedom", "Pair", "Rule", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]

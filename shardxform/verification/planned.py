@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.base.strict_json import parse_object
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.plan import Plan
-from shardxform.strictjson import parse_object
-from shardxform.tensors import TensorRef
+from shardxform.plan.plan import Plan
 from shardxform.verification.findings import Findings
 from shardxform.verification.structure import check_structure
 

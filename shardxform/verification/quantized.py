@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from shardxform.checkpoint import CONFIG
-from shardxform.dtypes import FLOATS
-from shardxform.families.base import Scope
-from shardxform.layout import Layout, Place
-from shardxform.modules import LINEAR_ROLES
-from shardxform.tensors import TensorRef, TensorSpec
-from shardxform.tied_head import is_tied
+from shardxform.base.dtypes import FLOATS
+from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.checkpoint.table import CONFIG
+from shardxform.model.families.base import Scope
+from shardxform.model.layout import Layout, Place
+from shardxform.model.matrices import LINEAR_ROLES
+from shardxform.model.tied_head import is_tied
 from shardxform.verification.declared import Asked, Reader, blocks_of, readers_of
 from shardxform.verification.findings import Findings, Item, place_of, spans
 from shardxform.verification.fp8 import FP8, check_scales

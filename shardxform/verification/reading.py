@@ -7,13 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from shardxform.fsio import FileSystem
-from shardxform.remote.reading import open_source
-from shardxform.sources import SourceReader
-from shardxform.tensors import ByteRange
+from shardxform.base.file_system import FileSystem
+from shardxform.base.readers import SourceReader
+from shardxform.base.tensors import ByteRange
+from shardxform.checkpoint.remote.reading import open_source
 
 if TYPE_CHECKING:
-    from shardxform.remote.repository import Remote
+    from shardxform.checkpoint.remote.repository import Remote
 
 __all__ = ["Shards", "UnreadableError", "window"]
 

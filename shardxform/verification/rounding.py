@@ -20,11 +20,11 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.quantize import packing
-from shardxform.quantize.grid import COLUMN_MULTIPLE, Grid, Layout
-from shardxform.quantize.rtn import QuantizedWeight, SourceDtype, decode, quantize_into
-from shardxform.quantize.stored import StoredModule, rows_of
-from shardxform.tensors import TensorRef
+from shardxform.base.tensors import TensorRef
+from shardxform.formats import packing
+from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.formats.rounding import QuantizedWeight, SourceDtype, decode, quantize_into
+from shardxform.formats.stored import StoredModule, rows_of
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.report import Rounding, WeightError

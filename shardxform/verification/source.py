@@ -12,17 +12,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, cast
 
-from shardxform.checkpoint import CONFIG, Checkpoint
+from shardxform.ask.manifest import FORMAT, VERSION, Manifest
+from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.sidecars import is_document
+from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
-from shardxform.layout import Layout, layout_of
-from shardxform.manifest import FORMAT, VERSION, Manifest
-from shardxform.plan import source_inputs
-from shardxform.record import PROVENANCE
-from shardxform.sidecars import is_document
+from shardxform.model.layout import Layout, layout_of
+from shardxform.plan.plan import source_inputs
+from shardxform.plan.view import MtpMode, View, pruned_view
 from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.wanted import Known, Wanted
-from shardxform.view import MtpMode, View, pruned_view
 
 __all__ = ["Options", "compare_tables", "rebuild"]
 

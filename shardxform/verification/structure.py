@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from shardxform.checkpoint import CONFIG, Checkpoint
-from shardxform.config_values import config_faults
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError
-from shardxform.expectation import Expected, expected
-from shardxform.families import family_of
-from shardxform.families.base import Scope
-from shardxform.layout import Layout, Place, layout_of, variants_found
-from shardxform.quantize.stored import Stored
-from shardxform.tensors import TensorRef
+from shardxform.formats.stored import Stored
+from shardxform.model.config_values import config_faults
+from shardxform.model.expectation import Expected, expected
+from shardxform.model.families import family_of
+from shardxform.model.families.base import Scope
+from shardxform.model.layout import Layout, Place, layout_of, variants_found
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.parts import check_parts
 from shardxform.verification.quantized import check_quantization

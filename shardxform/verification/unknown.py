@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from shardxform.families.base import Scope
-from shardxform.layout import Layout, layout_of
-from shardxform.scheme import FORMATS
-from shardxform.strays import looks_like
+from shardxform.formats.scheme import FORMATS
+from shardxform.model.families.base import Scope
+from shardxform.model.layout import Layout, layout_of
+from shardxform.model.strays import looks_like
 from shardxform.verification.findings import Findings, place_of
 
 __all__ = ["check_unknown", "seed_weights"]

@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.quantize.grid import Grid
-from shardxform.scheme import Role
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Role
 
 __all__ = [
     "FLOATS",

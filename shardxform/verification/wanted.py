@@ -11,22 +11,22 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Final, Literal, cast
 
-from shardxform.checkpoint import Checkpoint
+from shardxform.ask.recipe import HEALED
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.identity import config_sha256
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.heal_plan import healed_names
-from shardxform.identity import config_sha256
-from shardxform.layout import COMPANIONS, Layout
-from shardxform.modules import LINEAR_ROLES, modules_of
-from shardxform.quantize.convert import released
-from shardxform.quantize.grid import Grid
-from shardxform.quantize.stored import Stored, read_stored
-from shardxform.recipe import HEALED
-from shardxform.scheme import ExpertNames, Format, Scheme
-from shardxform.selection import select
-from shardxform.tensors import TensorRef
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.formats.selection import select
+from shardxform.formats.stored import Stored, read_stored
+from shardxform.model.layout import COMPANIONS, Layout
+from shardxform.model.matrices import LINEAR_ROLES, modules_of
+from shardxform.plan.convert import released
+from shardxform.plan.heal import healed_names
+from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule, grid_of, pair_of
-from shardxform.view import View
 
 __all__ = ["Derived", "Known", "Reason", "Wanted", "known_of", "wanted_of"]
 

@@ -1,0 +1,168 @@
+"""How blocks are healed and tuned: values that the plan carries, since all of it decides bytes. No numbers here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, get_args
+
+from shardxform.base.constants import HELD_OUT, PROBE
+from shardxform.errors import SchemeError
+from shardxform.model.families.base import Role
+
+__all__ = ["BATCH_SIZE", "HEALED", "HEAL_ITERS", "ITERS", "Heal", "Inputs", "Recipe", "Trial", "held_out"]
+
+Inputs = Literal["quantized", "fp"]
+What = Literal["auto", "router", "shared", "moe", "all"]
+
+ITERS: Final = 200
+BATCH_SIZE: Final = 8
+HEAL_ITERS: Final = 100
+
+HEALED: Final[Mapping[str, frozenset[str]]] = {
+    "router": frozenset({"router"}),
+    "shared": frozenset({"router", "shared experts"}),
+    "moe": frozenset({"router", "shared experts", "routed experts"}),
+    "all": frozenset(get_args(Role)),
+}
+"""Roles of the weights that healing changes; `shared` and more change the norm before the experts too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to heal a block: what to change, and the first step size, relative to each weight's root mean square.
+
+    `factor` shrinks the step that the amount of data suggests; `lr` is one that was asked for.
+    """
+
+    what: str
+    factor: float = 1.0
+    lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heal:
+    """Tuning the 16-bit weights of a pruned block until it resembles the block before pruning.
+
+    Attributes:
+        what: which weights; `auto` has held-out windows choose, block by block.
+        iters: steps a block.
+        lr: first step size; None has the amount of data and held-out windows choose.
+        batch_size: windows of a step.
+
+    """
+
+    what: What = "auto"
+    iters: int = HEAL_ITERS
+    lr: float | None = None
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SchemeError(f"heal {name}: expected at least 1, found {getattr(self, name)}")
+        if self.what != "auto" and self.what not in HEALED:
+            raise SchemeError(f"heal: expected auto, {', '.join(HEALED)}, found {self.what!r}")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise SchemeError(f"--heal-lr: expected more than 0 and at most 1, found {self.lr}")
+
+    @property
+    def widest(self) -> str:
+        """Key of `HEALED`: all that may change."""
+        return "all" if self.what == "auto" else self.what
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """What is tried, shortly, before the best of it is done in full; one trial is done at once."""
+        if self.lr is not None:
+            chosen = ("all", "shared") if self.what == "auto" else (self.what,)
+            return tuple(Trial(what, lr=self.lr) for what in chosen)
+        shrunk = Trial(self.widest), Trial(self.widest, 0.25)
+        return (*shrunk, Trial("shared")) if self.what == "auto" else shrunk
+
+    @property
+    def probe_iters(self) -> int:
+        """Steps of a trial."""
+        return max(1, self.iters // PROBE)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.iters + (len(self.trials) * self.probe_iters if len(self.trials) > 1 else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """AutoRound as it is to be run.
+
+    Attributes:
+        windows: fingerprint of the token windows.
+        data: where they come from, for the record.
+        samples, seqlen: how many windows, of how many tokens.
+        iters: steps a block.
+        batch_size: windows of a step.
+        seed: of the order of the windows, together with the block's number.
+        inputs: what a block is tuned on: `quantized`, what the tuned blocks before it put out, or `fp`, what the
+            16-bit ones do, which makes blocks independent of each other.
+        device: kind of device, on which the last bits depend.
+        dtype: of the computation, likewise.
+        heal: what to do before, or None. With it, `iters` may be 0: rounded to nearest, or not at all.
+
+    """
+
+    windows: str
+    data: Mapping[str, Any]
+    samples: int
+    seqlen: int
+    iters: int = ITERS
+    batch_size: int = BATCH_SIZE
+    seed: int = 42
+    inputs: Inputs = "quantized"
+    device: str = "cpu"
+    dtype: str = "float32"
+    heal: Heal | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("iters", 0 if self.heal else 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise SchemeError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        if self.inputs not in ("quantized", "fp"):
+            raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
+        if self.heal and self.samples < 2:
+            raise SchemeError(
+                f"--heal: expected at least 2 windows, one of them to judge by, found {self.samples}; give --samples 2"
+                " or more, and text that fills them, or a smaller --seqlen"
+            )
+
+    @property
+    def learned(self) -> int:
+        """Windows that blocks are healed and tuned on; the others judge."""
+        return self.samples - held_out(self.samples)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that go through a block on the way to its tuned weights: its share of the work."""
+        windows = self.samples * (1 if self.inputs == "fp" else 2)
+        windows += self.iters * min(self.batch_size, self.learned)
+        if self.heal:
+            windows += self.heal.steps * min(self.heal.batch_size, self.learned)
+        return windows * self.seqlen
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens of a step."""
+        sizes = [self.batch_size] if self.iters else []
+        sizes += [self.heal.batch_size] if self.heal else []
+        return min(max(sizes), self.learned) * self.seqlen
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data, for the record and for comparison."""
+        facts = {**asdict(self), "data": dict(self.data)}
+        if self.heal is None:
+            del facts["heal"]
+        return facts
+
+
+def held_out(samples: int) -> int:
+    """How many windows judge a block, and are never learned from: an eighth, at least one; of a single window, none."""
+    return max(1, samples // HELD_OUT) if samples > 1 else 0

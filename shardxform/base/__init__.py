@@ -1,0 +1,1 @@
+"""What every room stands on: types and names of tensors, headers, strict JSON, files and their effects."""

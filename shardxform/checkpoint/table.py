@@ -1,0 +1,399 @@
+"""A checkpoint directory as an immutable table: tensor name -> where its bytes are, with config and sidecars.
+
+Opening reads the config, the index and the shards' headers, never tensor data. Whatever a stranger put there is
+checked before anything relies on it; a malformed checkpoint is refused with the place of the fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from shardxform.base import header
+from shardxform.base.file_system import not_a_directory
+from shardxform.base.strict_json import JsonError, parse_object
+from shardxform.base.tensors import ByteRange, TensorRef
+from shardxform.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from shardxform.checkpoint.remote.repository import Remote
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "MAX_SIDECAR_BYTES",
+    "WORK",
+    "Checkpoint",
+    "Folder",
+    "Head",
+    "Shard",
+    "Sidecar",
+    "is_plain_name",
+    "scan",
+    "stopped",
+]
+
+CONFIG: Final = "config.json"
+INDEX: Final = "model.safetensors.index.json"
+WORK: Final = ".shardxform"  # of an output that is still to be written
+_SINGLE: Final = "model.safetensors"
+_MAX_JSON_BYTES: Final = 64 << 20
+MAX_SIDECAR_BYTES: Final = 256 << 20
+
+# What transformers, vLLM and SGLang read beside the shards, and what a publisher must pass on. Lower case.
+_SIDECARS: Final = (
+    "*tokenizer*",
+    "*.jinja",
+    "*.model",
+    "*.py",
+    "*.tiktoken",
+    "added_tokens.json",
+    "additional_chat_templates/*.jinja",
+    "chat_template*",
+    "generation_config.json",
+    "license*",
+    "licence*",
+    "merges.txt",
+    "notice*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "readme*",
+    "special_tokens_map.json",
+    "usage_policy*",
+    "use_policy*",
+    "video_preprocessor_config.json",
+    "vocab.*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One `.safetensors` file as it was when opened; `mtime_ns` is 0 where a commit stands for what it holds.
+
+    `header_sha256` covers length prefix and JSON. `entries` are all its tensors, in the order of their data.
+    """
+
+    name: str
+    nbytes: int
+    data_start: int
+    header_sha256: str
+    mtime_ns: int
+    entries: tuple[header.Entry, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A small file beside the shards that belongs to the model; `name` is relative to the checkpoint."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, or a view of one that nobody wrote.
+
+    `tensors` is in source order: shards by name, then offset. `config` is the parsed config.json. `unread` names
+    what else lies in the directory and is no part of the model. `remote` is the repository of the hub that the shards
+    are read from; `root` is then where small files of it come to lie, see `file`.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    shards: tuple[Shard, ...]
+    sidecars: tuple[Sidecar, ...] = ()
+    unread: tuple[str, ...] = ()
+    remote: Remote | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Open a checkpoint directory from config, index and headers alone.
+
+        Raises:
+            CheckpointError: the first of everything that `scan` finds wrong.
+
+        """
+        checkpoint, errors = scan(Path(path))
+        if errors or checkpoint is None:
+            raise errors[0]
+        return checkpoint
+
+    @property
+    def where(self) -> str:
+        """What people call it: its directory, or `hf://owner/name@commit`."""
+        return str(self.remote or self.root)
+
+    def file(self, name: str) -> Path:
+        """Where a small file of it lies, here by now; a path that leads nowhere if it has none of that name.
+
+        Raises:
+            RemoteError: the hub does not give it.
+
+        """
+        return self.remote.fetch(name) if self.remote else self.root / name
+
+    def bring(self) -> None:
+        """Have every sidecar in `root`, for those that look there themselves, such as tokenizers."""
+        for sidecar in self.sidecars if self.remote else ():
+            self.file(sidecar.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+
+@dataclass(slots=True)
+class _Table:
+    """What `scan` gathers: tensors and shards that could be read, and every error on the way."""
+
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    home: dict[str, str] = field(default_factory=dict)  # tensor -> shard, of empty tensors too
+    shards: list[Shard] = field(default_factory=list)
+    errors: list[CheckpointError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The beginning of a shard: length prefix and header, and what the file system says of the rest."""
+
+    data: bytes
+    nbytes: int
+    mtime_ns: int
+
+
+class Files(Protocol):
+    """What `scan` looks at: a directory, or what stands for one."""
+
+    def names(self) -> Iterable[str]:
+        """Name every file beside each other; folders end in a slash."""
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None of what is no regular file. Raises OSError."""
+
+    def head(self, name: str) -> Head:
+        """Read a shard's header. Raises OSError, CheckpointError."""
+
+
+def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """Read a checkpoint's config, index and headers, and list everything that is wrong with them.
+
+    Args:
+        root: where config.json and the index lie.
+        files: all files, if they do not all lie in `root`.
+
+    Returns:
+        the checkpoint as far as it could be read (None without config or shards), and the errors.
+
+    """
+    table = _Table()
+    files = files or Folder(root)
+    try:
+        config = _read_json(root / CONFIG, root)
+        weight_map = _weight_map(root)
+        names = sorted(set(weight_map.values()) if weight_map else _lone_shard(root, files))
+        sidecars, unread, errors = _other_files(root, files, {*names, CONFIG, INDEX})
+    except CheckpointError as e:
+        return None, [e]
+    except OSError as e:
+        return None, [CheckpointError(f"{root}: {e.strerror}")]
+    for name in names:
+        try:
+            _read_shard(root, name, files, table)
+        except CheckpointError as e:
+            table.errors.append(e)
+    if weight_map:
+        table.errors.extend(_compare_index(weight_map, table))
+    table.errors.extend(errors)
+    checkpoint = Checkpoint(root, config, table.tensors, tuple(table.shards), sidecars, unread)
+    if not table.shards and not table.errors:
+        table.errors.append(CheckpointError(f"{root}: no safetensors shard and no {INDEX}"))
+    return checkpoint, table.errors
+
+
+def stopped(root: Path) -> str:
+    """Say of an output that is still to be written that it is, since no other defect means anything; else empty."""
+    if (root / CONFIG).exists() or not (root / WORK).is_dir():
+        return ""
+    return "the run that writes it was stopped, or is not done yet; run the same command again, and it goes on"
+
+
+class Folder:
+    """The files of a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def names(self) -> Iterable[str]:
+        """Name every file, and those of the one folder that belongs to a model."""
+        for entry in os.scandir(self._root):
+            is_folder = _is_folder(entry)
+            if entry.name == "additional_chat_templates" and is_folder:
+                yield from (f"{entry.name}/{child.name}" for child in os.scandir(entry.path))
+            else:
+                yield entry.name + ("/" if is_folder else "")
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes; None of what is no regular file."""
+        info = (self._root / name).stat()
+        return info.st_size if stat.S_ISREG(info.st_mode) else None
+
+    def head(self, name: str) -> Head:
+        """Read a shard's header."""
+        path = self._root / name
+        _refuse_irregular(path)
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            prefix = file.read(header.LENGTH_BYTES)
+            start = header.data_start(prefix, info.st_size, str(path))
+            return Head(prefix + file.read(start - header.LENGTH_BYTES), info.st_size, info.st_mtime_ns)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` can only mean a file in the directory itself."""
+    try:
+        nbytes = len(name.encode("utf-8")) if isinstance(name, str) else 0
+    except UnicodeEncodeError:
+        return False
+    return (
+        isinstance(name, str)
+        and 0 < nbytes <= 255
+        and name not in (".", "..")
+        and not re.search(r"[/\\\x00-\x1f\x7f]", name)
+    )
+
+
+def _read_json(path: Path, root: Path) -> dict[str, Any]:
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: {not_a_directory(root)}")
+    try:
+        _refuse_irregular(path)
+        with path.open("rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+        if len(data) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
+        return parse_object(data)
+    except FileNotFoundError as e:
+        unfinished = f"unfinished: {stopped(root)}" if stopped(root) else ""
+        raise CheckpointError(f"{root}: {unfinished or f'no {path.name}; expected a checkpoint directory'}") from e
+    except OSError as e:
+        raise CheckpointError(f"{path}: {e.strerror}") from e
+    except JsonError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Refuse pipes and devices, on which a read waits or never ends."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path}: expected a file")
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    """`weight_map` of the index, checked; empty when there is no index."""
+    if not os.path.lexists(root / INDEX):
+        return {}
+    weight_map = _read_json(root / INDEX, root).get("weight_map")
+    where = root / INDEX
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: expected a non-empty object 'weight_map'")
+    if (root / _SINGLE).exists() and set(weight_map.values()) != {_SINGLE}:
+        raise CheckpointError(
+            f"{root}: {_SINGLE} lies beside an index of other shards: transformers reads the one, vLLM what the index"
+            " lists; remove the one that is not meant"
+        )
+    for tensor, shard in weight_map.items():
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{where}: weight_map[{tensor!r}]: expected a plain .safetensors file name, found {shard!r}"
+            )
+    return weight_map
+
+
+def _lone_shard(root: Path, files: Files) -> list[str]:
+    """The one shard of a checkpoint without an index."""
+    names = sorted(name.rstrip("/") for name in files.names() if name.rstrip("/").endswith(".safetensors"))
+    if _SINGLE in names:
+        return [_SINGLE]
+    if len(names) > 1:
+        raise CheckpointError(f"{root}: {len(names)} .safetensors files but no {INDEX} to say which belong together")
+    return names
+
+
+def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
+    path = root / name
+    try:
+        head = files.head(name)
+    except OSError as e:
+        listed = (root / INDEX).exists() and isinstance(e, FileNotFoundError)
+        detail = "listed in the index but missing" if listed else e.strerror
+        raise CheckpointError(f"{path}: {detail}") from e
+    start = len(head.data)
+    entries = header.decode(head.data[header.LENGTH_BYTES :], head.nbytes - start, str(path))
+    digest = hashlib.sha256(head.data).hexdigest()
+    table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, tuple(entries)))
+    for entry in entries:
+        spec = entry.spec
+        ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
+        first = table.home.setdefault(spec.name, name)
+        if first != name:
+            table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
+        else:
+            table.tensors[spec.name] = TensorRef(spec, ranges)
+
+
+def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:
+    read = {shard.name for shard in table.shards}
+    for name, shard in weight_map.items():
+        home = table.home.get(name)
+        if shard in read and home != shard:
+            found = f"it is in {home}" if home else "no shard has it"
+            yield CheckpointError(f"{INDEX}: tensor '{name}' should be in {shard}, but {found}")
+    for name, home in table.home.items():
+        if name not in weight_map:
+            yield CheckpointError(f"{INDEX}: tensor '{name}' is in {home} but not in the index")
+
+
+def _other_files(
+    root: Path, files: Files, known: set[str]
+) -> tuple[tuple[Sidecar, ...], tuple[str, ...], list[CheckpointError]]:
+    """Split what else lies in the directory into sidecars, files to leave, and links that lead nowhere."""
+    sidecars: list[Sidecar] = []
+    unread: list[str] = []
+    errors: list[CheckpointError] = []
+    for name in sorted(files.names()):
+        if name in known:
+            continue
+        known_kind = any(fnmatchcase(name.lower(), pattern) for pattern in _SIDECARS)
+        if not known_kind or not all(is_plain_name(part) for part in name.split("/")):
+            unread.append(_printable(name))
+            continue
+        try:
+            nbytes = files.size(name)
+        except OSError as e:
+            errors.append(CheckpointError(f"{root / name}: {e.strerror}"))
+            continue
+        if nbytes is not None and nbytes <= MAX_SIDECAR_BYTES:
+            sidecars.append(Sidecar(name, nbytes))
+        else:
+            unread.append(_printable(name))
+    return tuple(sidecars), tuple(unread), errors
+
+
+def _printable(name: str) -> str:
+    """Show a file name that is no text, or holds control characters, with escapes."""
+    return name.encode("utf-8", "backslashreplace").decode() if name.isprintable() else ascii(name)[1:-1]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False

@@ -1,0 +1,1 @@
+"""Perplexity, distances between two models, and their standard errors."""

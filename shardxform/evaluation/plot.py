@@ -1,0 +1,114 @@
+"""A picture of what a change of the weights hurts: which blocks, and which sources of text."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from shardxform.base.small_files import write_over
+from shardxform.errors import OutputError
+from shardxform.evaluation.evaluate import Comparison, Evaluation
+
+__all__ = ["draw", "refuse_foreign"]
+
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+_MAKER: Final = "shardxform"
+_MARK: Final = b"tEXtSoftware\0" + _MAKER.encode()
+_BLUE: Final = "#31688e"
+_MAX_NAME: Final = 30  # characters
+_NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
+
+
+def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, Evaluation] = _NO_SOURCES) -> None:
+    """Draw the relative error of every block's output as a PNG, and beside it the divergence on each of `sources`.
+
+    A picture of an earlier evaluation is replaced.
+
+    Raises:
+        OutputError: another file is there, or it cannot be written.
+
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    blocks = max(6.0, min(14.0, 2.5 + 0.28 * len(against.block_errors)))
+    widths = [blocks, 5.0] if sources else [blocks]
+    figure = Figure(figsize=(sum(widths), max(4.2, 1.4 + 0.4 * len(sources))), layout="constrained")
+    FigureCanvasAgg(figure)
+    places: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    _draw_blocks(places[0], against)
+    divergence = f"{against.kl:.4g}{_give_or_take(against.kl_error, '{:.2g}')}"
+    agreement = f"{against.top1:.1%}{_give_or_take(against.top1_error, '{:.1%}')}"
+    places[0].set_title(f"{title}\nKL {divergence} nats, same choice {agreement}", fontsize=11)
+    if sources:
+        _draw_sources(places[1], sources)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": _MAKER})
+    refuse_foreign(path)
+    write_over(path, picture.getvalue())
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a name that anything but a picture of an earlier evaluation has.
+
+    Raises:
+        OutputError: says what to do.
+
+    """
+    if not os.path.lexists(path):
+        return
+    head = b""
+    try:
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                head = file.read(4096)
+    except OSError as e:
+        raise OutputError(f"{path}: {e.strerror}") from e
+    if not head.startswith(_PNG) or _MARK not in head:
+        raise OutputError(
+            f"{path}: another file is there, and nothing is overwritten; name one that does not exist yet"
+        )
+
+
+def _draw_blocks(axes: Any, against: Comparison) -> None:  # noqa: ANN401
+    errors = [100 * error for error in against.block_errors]
+    axes.bar(range(len(errors)), errors, color=_BLUE, width=0.8)
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("error of its output, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+
+
+def _draw_sources(axes: Any, sources: Mapping[str, Evaluation]) -> None:  # noqa: ANN401
+    """One bar a source, the first on top, with its standard error."""
+    found = [(name, each.ratio, each.against) for name, each in sources.items() if each.against]
+    errors = [against.kl_error if math.isfinite(against.kl_error) else 0.0 for _, _, against in found]
+    places, divergences = range(len(found)), [against.kl for _, _, against in found]
+    axes.barh(places, divergences, xerr=errors, color=_BLUE, height=0.7, error_kw={"linewidth": 1})
+    names = [_shortened(name) + _ratio(ratio, against.ratio_error) for name, ratio, against in found]
+    axes.set_yticks(places, names, parse_math=False)  # they are a stranger's
+    axes.invert_yaxis()
+    axes.set_xlabel("KL divergence, nats")
+    axes.set_title("each source of text,\nwith the ratio of perplexities", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+
+
+def _ratio(ratio: float, error: float) -> str:
+    return f"\nx {ratio:.3f}{_give_or_take(error, '{:.3f}')}" if math.isfinite(ratio) else ""
+
+
+def _give_or_take(error: float, text: str) -> str:
+    return f" \N{PLUS-MINUS SIGN} {text.format(error)}" if math.isfinite(error) else ""
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}"

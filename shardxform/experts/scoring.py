@@ -1,0 +1,275 @@
+"""Scoring: one forward pass over calibration data that says what every routed expert does.
+
+REAP (Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", 2025) weighs the norm of an
+expert's output by the router's weight, over the tokens routed to it. Its sums, those of its relatives, and counts are
+kept apart in a `Saliency`, of which every criterion is made and which add up over data sets and machines.
+"""
+
+# E: experts, n: tokens of one expert, H: hidden size, B: sequences, T: positions.
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from shardxform import __version__
+from shardxform.base import computing, interrupts
+from shardxform.base.option_names import with_option
+from shardxform.base.progress import OnProgress
+from shardxform.calibration import Windows
+from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
+from shardxform.execution.outdir import difference
+from shardxform.experts import ExpertStats, Saliency, difference_of_models
+from shardxform.forward.arithmetic import on_device
+from shardxform.forward.experts import Observer
+from shardxform.forward.mtp import mtp_layer, mtp_numbers
+from shardxform.forward.passes import Batch, Pass, batches, fingerprint, pass_inputs, run_pass
+from shardxform.forward.skeleton import Skeleton
+from shardxform.forward.weights import Precision, Weights
+from shardxform.forward.work import WorkDir, refuse_inside
+from shardxform.model.layout import Layout, layout_of
+
+__all__ = [
+    "ScoreOptions",
+    "Scorer",
+    "difference_of_runs",
+    "model_facts",
+    "remove_work",
+    "run_facts",
+    "score",
+    "score_inputs",
+]
+
+_CHAIN: Final = "scored"
+_STATS: Final = ("count", "reap", "ean", "gate", "peak")
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoreOptions:
+    """How to score.
+
+    Attributes:
+        precision: device and dtype of the computation.
+        work: directory for hidden states; removed by the caller when its result is safe.
+        on_progress: called after every batch.
+
+    """
+
+    precision: Precision
+    work: Path
+    on_progress: OnProgress | None = None
+
+
+def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency:
+    """Run `source` over `windows` and gather the statistics of every MoE layer, MTP layers included.
+
+    Raises:
+        FamilyError: the family has no experts, or transformers does not run it.
+        CheckpointError: a tensor is missing or has the wrong shape.
+        OutputError: the work directory is foreign, in the source, in use, or on too small a disk.
+        ExecutionError: the model gives no finite numbers, or the disk failed.
+        Interrupted: every finished block is durable; the same call goes on.
+
+    """
+    refuse_inside(options.work, [source.root])
+    inputs = score_inputs(source, windows, options)
+    with on_device(options.precision.device), Weights(source, options.precision) as weights:
+        skeleton = Skeleton(weights)
+        layout = skeleton.layout
+        if not layout.moe_layers:
+            raise FamilyError(f"{source.where}: no layer has experts; there is nothing to score")
+        numbers = mtp_numbers(skeleton)
+        weights.check(numbers)
+        with WorkDir(options.work, inputs) as work:
+            extra = int(windows.lengths_N.sum()) * len(numbers)
+            job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
+            facts = run_pass(job, Scorer(layout.num_experts))
+            mtp = _score_mtp(job, skeleton, numbers)
+    return Saliency(
+        model=model_facts(source, layout),
+        layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
+        mtp_layers=dict(enumerate(map(_stats, mtp))),
+        tokens=int(windows.lengths_N.sum()),
+        runs=(run_facts(windows, inputs),),
+    )
+
+
+def run_facts(windows: Windows, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `Saliency` says of a run over `windows` with these inputs."""
+    computed = {key: inputs[key] for key in ("windows", "dtype", "device", computing.KEY)}
+    made = {"tool": f"shardxform {__version__}", **windows.provenance}
+    return {**made, **computed, "fingerprint": fingerprint(inputs)}
+
+
+def score_inputs(source: Checkpoint, windows: Windows, options: ScoreOptions) -> dict[str, Any]:
+    """What decides the numbers of a scoring run, by name.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    return pass_inputs("score", {_CHAIN: source}, windows, options.precision)
+
+
+def difference_of_runs(found: Saliency, source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:
+    """Say in what a finished scoring differs from the run that is asked for; empty where it is that run's.
+
+    What computed it does not count: it is finished.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    inputs = score_inputs(source, windows, options)
+    if [run.get("fingerprint") for run in found.runs] == [fingerprint(inputs)]:
+        return ""
+    if len(found.runs) != 1:
+        return f"it adds up {len(found.runs)} runs"
+    if where := difference_of_models(found.model, model_facts(source), names_of(source.shards)):
+        return where
+    now = {key: inputs[key] for key in ("windows", "dtype", "device")}
+    return with_option(difference({key: found.runs[0].get(key) for key in now}, now)) or "of an earlier version"
+
+
+def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:
+    """Remove what this run, or one that was killed when it had its result, left; what is of others stays."""
+    if options.work.is_dir():
+        inputs = score_inputs(source, windows, options)
+        with contextlib.suppress(OutputError), WorkDir(options.work, inputs) as work:
+            work.remove()
+
+
+def model_facts(source: Checkpoint, layout: Layout | None = None) -> dict[str, Any]:
+    """What a `Saliency` says of the model that was scored; it binds its values, and not their times.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    layout = layout or layout_of(source.config, source.tensors, source.where)
+    identity = identify(source)
+    return {
+        "model_type": layout.wrapper.model_type,
+        "num_layers": layout.num_layers,
+        "num_experts": layout.num_experts,
+        "num_experts_per_tok": layout.top_k,
+        "num_groups": layout.groups,
+        "source_fingerprint": identity.fingerprint,
+        "identity": identity.described(),
+    }
+
+
+class Scorer:
+    """A visitor that adds up what experts put out; `kind` is what its layers are called in messages."""
+
+    def __init__(self, num_experts: int, kind: str = "block") -> None:
+        self._num_experts = num_experts
+        self._kind = kind
+        self._valid_N = torch.zeros(0, dtype=torch.bool)
+        self._whole = True
+        self.begin(0)
+
+    def begin(self, layer: int) -> None:
+        """Start from zero."""
+        self._layer = layer
+        self._sums = {name: np.zeros(self._num_experts, np.float64) for name in _STATS}
+
+    def before(self, batch: Batch) -> None:
+        """Padding does not count."""
+        self.look_at(batch.valid_BT)
+
+    def look_at(self, valid_BT: torch.Tensor) -> None:
+        """Positions that count in what comes next."""
+        self._valid_N = valid_BT.flatten()
+        self._whole = bool(self._valid_N.all())
+
+    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:
+        """Blocks as a whole do not matter here."""
+
+    def observer(self, chain: str) -> Observer:  # noqa: ARG002
+        """Add up what every expert puts out."""
+        return self._add
+
+    def _add(self, expert: int, token_n: torch.Tensor, weight_n: torch.Tensor, value_nH: torch.Tensor) -> None:
+        if not self._whole:
+            here_n = self._valid_N.to(token_n.device)[token_n]
+            weight_n, value_nH = weight_n[here_n], value_nH[here_n]
+        if not len(weight_n):
+            return
+        value_nH = value_nH.float()
+        norm_n = value_nH.norm(dim=-1).double()
+        gate_n = weight_n.double()
+        peak = torch.linalg.vector_norm(value_nH, ord=torch.inf).double()
+        found = torch.stack((norm_n @ gate_n, norm_n.sum(), gate_n.sum(), peak)).tolist()
+        self._sums["count"][expert] += len(gate_n)
+        for name, value in zip(("reap", "ean", "gate"), found, strict=False):
+            self._sums[name][expert] += value
+        self._sums["peak"][expert] = max(self._sums["peak"][expert], found[3])
+
+    def facts(self) -> dict[str, list[float]]:
+        """The sums, one number an expert.
+
+        Raises:
+            ExecutionError: names an expert whose sums are not finite.
+
+        """
+        for name, values in self._sums.items():
+            if len(bad := np.flatnonzero(~np.isfinite(values))):
+                raise ExecutionError(f"{self._kind} {self._layer}: '{name}' of expert {bad[0]} is {values[bad[0]]}")
+        return {name: values.tolist() for name, values in self._sums.items()}
+
+
+def _score_mtp(job: Pass, skeleton: Skeleton, numbers: range) -> list[Mapping[str, Any]]:
+    """Statistics of the MTP layers, which take what leaves the last block."""
+    scorer = Scorer(skeleton.layout.num_experts, "MTP layer")
+    try:
+        with interrupts.deferred():
+            for layer in numbers:
+                done = f"mtp {layer}" in job.work.steps
+                if not done:
+                    _run_mtp(job, skeleton, layer, scorer, more=layer + 1 in numbers)
+                job.progressed(job.block_tokens, resumed=done)
+    except KeyboardInterrupt as e:
+        raise Interrupted(
+            f"stopped: all {job.num_blocks} blocks are safe in {job.work.root}; run the same command again to go on"
+        ) from e
+    return [job.work.steps[f"mtp {layer}"] for layer in numbers]
+
+
+@torch.no_grad()
+def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more: bool) -> None:
+    """Score one MTP layer on what left the last block, normed, or the MTP layer before; keep what a next one takes."""
+    scorer.begin(layer)
+    entering, leaving = (job.hidden(_CHAIN, skeleton.num_blocks + layer + k) for k in (0, 1))
+    device = skeleton.weights.precision.device
+    with contextlib.ExitStack() as stack:
+        norm = stack.enter_context(skeleton.final_norm()) if layer == 0 else None
+        run = stack.enter_context(mtp_layer(skeleton, layer, scorer.observer(_CHAIN)))
+        reader = stack.enter_context(entering.reading())
+        writer = stack.enter_context(leaving.writing()) if more else None
+        for batch in batches(job.windows):
+            interrupts.check()
+            hidden_BTH = reader.rows(batch.start, batch.stop).to(device)
+            length = hidden_BTH.shape[1] - layer
+            hidden_BTH = norm(hidden_BTH).to(hidden_BTH.dtype) if norm else hidden_BTH[:, :length]
+            valid_BT = batch.valid_BT[:, layer:]
+            scorer.look_at(valid_BT[:, 1:])
+            mask_BT = None if batch.mask() is None else valid_BT.long().to(device)
+            out_BTH = run(batch.ids_BT[:, layer:], hidden_BTH, mask_BT)
+            if writer:
+                writer.put(batch.start, nn.functional.pad(out_BTH, (0, 0, 0, layer + 1)))
+    job.work.record(f"mtp {layer}", scorer.facts())
+
+
+def _stats(facts: Mapping[str, Any]) -> ExpertStats:
+    arrays = {f"{name}_E": np.array(facts[name], np.float64) for name in _STATS if name != "count"}
+    return ExpertStats(count_E=np.array(facts["count"], np.int64), **arrays)

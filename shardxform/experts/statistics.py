@@ -1,0 +1,285 @@
+"""What calibration data says about every expert: sums over the tokens routed to it, as values that add up.
+
+A `Saliency` that exists is well-formed: every layer has all experts, all numbers are finite and not negative, and an
+expert that no token reached has zeros. Scores are made of it by `criteria`, choices by `choosing`; nothing here runs a
+model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardxform.ask.manifest_import import show
+from shardxform.base.small_files import write_new
+from shardxform.checkpoint.identity import Identity
+from shardxform.errors import CheckpointError, PlanError
+from shardxform.experts.storage import FIELDS, Arrays, decode, encode, read
+
+__all__ = ["ExpertStats", "Saliency", "difference_of_models"]
+
+_COUNTS: Final = ("num_layers", "num_experts", "num_experts_per_tok", "num_groups")
+_TEXTS: Final = ("model_type", "source_fingerprint")
+_MAX_COUNT: Final = 10**6  # beyond any number of layers or experts
+_MAX_TEXT: Final = 200  # characters
+_MAX_TOKENS: Final = 1 << 53  # counts beyond it are no longer exact as float64
+_MAX_SUM: Final = 1e290  # leaves room to add up what is added up here without an overflow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertStats:
+    """One MoE layer, over the tokens that the router sent to each of its E experts.
+
+    Attributes:
+        count_E: tokens routed to the expert.
+        reap_E: sum of g * ||e||_2: router weight times the norm of the expert's output.
+        ean_E: sum of ||e||_2.
+        gate_E: sum of g, the router's weight of the expert after top-k.
+        peak_E: largest |activation| of the expert's output, over tokens and channels; 0 when never reached.
+
+    """
+
+    count_E: NDArray[np.int64]
+    reap_E: NDArray[np.float64]
+    ean_E: NDArray[np.float64]
+    gate_E: NDArray[np.float64]
+    peak_E: NDArray[np.float64]
+
+    def added(self, other: ExpertStats) -> ExpertStats:
+        """Over the tokens of both: sums of the sums, the larger of the peaks.
+
+        Raises:
+            PlanError: the two have another number of experts.
+
+        """
+        if self.count_E.shape != other.count_E.shape:
+            raise PlanError(f"expected statistics of {self.count_E.size} experts, found {other.count_E.size}")
+        return ExpertStats(
+            count_E=self.count_E + other.count_E,
+            reap_E=self.reap_E + other.reap_E,
+            ean_E=self.ean_E + other.ean_E,
+            gate_E=self.gate_E + other.gate_E,
+            peak_E=np.maximum(self.peak_E, other.peak_E),
+        )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Statistic -> array, as the tensors of a file are named."""
+        return {name: getattr(self, f"{name}_E") for name in FIELDS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Saliency:
+    """Statistics of every MoE layer of one checkpoint.
+
+    Attributes:
+        model: what was scored: `model_type`, `num_layers`, `num_experts`, `num_experts_per_tok`, `num_groups` (of the
+            router, 1 if it has none), `source_fingerprint`, `identity` (see `identity.Identity`); may hold more.
+        layers: decoder block -> statistics.
+        mtp_layers: MTP layer, counted from 0 -> statistics.
+        tokens: calibration tokens that every layer has seen.
+        runs: provenance of each scoring run that was added up.
+        where: file name for messages; no part of the value.
+
+    Raises:
+        CheckpointError: the numbers contradict each other, or are not finite.
+
+    """
+
+    model: Mapping[str, Any]
+    layers: Mapping[int, ExpertStats]
+    mtp_layers: Mapping[int, ExpertStats]
+    tokens: int
+    runs: tuple[Mapping[str, Any], ...]
+    where: str = field(default="saliency", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "mtp_layers"):
+            layers = getattr(self, name)
+            object.__setattr__(self, name, {layer: layers[layer] for layer in sorted(layers)})
+        object.__setattr__(self, "runs", tuple(self.runs))
+        _check_facts(self)
+        for place, stats in _each(self):
+            _check_stats(self, stats, place)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of every layer."""
+        return int(self.model["num_experts"])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Saliency:
+        """Read a saliency file.
+
+        Raises:
+            CheckpointError: it cannot be read, is none of ours, or is malformed.
+
+        """
+        where = os.fspath(path)
+        arrays, record = decode(read(path), where)
+        if not isinstance(record["runs"], list):
+            raise CheckpointError(f"{where}: runs: expected a list, found {show(record['runs'])}")
+        return cls(
+            model=record["model"],
+            layers=_stats(arrays["layers"]),
+            mtp_layers=_stats(arrays["mtp_layers"]),
+            tokens=record["tokens"],
+            runs=tuple(record["runs"]),
+            where=where,
+        )
+
+    def to_bytes(self) -> bytes:
+        """The saliency file; the same content gives the same bytes.
+
+        Raises:
+            CheckpointError: model or runs hold what is not plain JSON.
+
+        """
+        arrays: Arrays = {
+            scope: {layer: stats.arrays() for layer, stats in layers.items()}
+            for scope, layers in (("layers", self.layers), ("mtp_layers", self.mtp_layers))
+        }
+        record = {"model": dict(self.model), "tokens": self.tokens, "runs": [dict(run) for run in self.runs]}
+        return encode(arrays, record)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the saliency file, durably and in one step; nothing happens when it is there already.
+
+        Raises:
+            OutputError: another file is there, or it cannot be written.
+
+        """
+        write_new(Path(path), self.to_bytes())
+
+    def added(self, other: Saliency) -> Saliency:
+        """Statistics over the calibration data of both.
+
+        Raises:
+            PlanError: they are of different checkpoints; names the first difference.
+            CheckpointError: the sums are beyond what a file may hold.
+
+        """
+        _check_same(self, other)
+        return Saliency(
+            model=self.model,
+            layers={layer: stats.added(other.layers[layer]) for layer, stats in self.layers.items()},
+            mtp_layers={layer: stats.added(other.mtp_layers[layer]) for layer, stats in self.mtp_layers.items()},
+            tokens=self.tokens + other.tokens,
+            runs=(*self.runs, *other.runs),
+        )
+
+
+def _stats(layers: Mapping[int, Mapping[str, NDArray[Any]]]) -> dict[int, ExpertStats]:
+    return {
+        layer: ExpertStats(**{f"{name}_E": array for name, array in arrays.items()}) for layer, arrays in layers.items()
+    }
+
+
+def _each(saliency: Saliency) -> Iterator[tuple[str, ExpertStats]]:
+    """Every layer with its place in the file."""
+    for scope, layers in (("layers", saliency.layers), ("mtp_layers", saliency.mtp_layers)):
+        for layer, stats in layers.items():
+            yield f"{scope}.{layer}", stats
+
+
+def _check_facts(saliency: Saliency) -> None:
+    where, model = saliency.where, saliency.model
+    if not isinstance(model, Mapping):
+        raise CheckpointError(f"{where}: model: expected an object, found {show(model)}")
+    for key in _COUNTS:
+        if type(model.get(key)) is not int or not 1 <= model[key] <= _MAX_COUNT:
+            raise CheckpointError(f"{where}: model.{key}: expected a count, found {show(model.get(key))}")
+    for key in _TEXTS:
+        text = model.get(key)
+        if not isinstance(text, str) or not text.isprintable() or len(text) > _MAX_TEXT:  # they are shown as they are
+            raise CheckpointError(f"{where}: model.{key}: expected a short text, found {show(text)}")
+    if model["num_experts"] % model["num_groups"] or model["num_experts_per_tok"] > model["num_experts"]:
+        raise CheckpointError(
+            f"{where}: model: {model['num_experts']} experts in {model['num_groups']} router groups,"
+            f" {model['num_experts_per_tok']} per token: they do not fit together"
+        )
+    if type(saliency.tokens) is not int or not 0 <= saliency.tokens <= _MAX_TOKENS:
+        raise CheckpointError(f"{where}: tokens: expected a count, found {show(saliency.tokens)}")
+    for at, run in enumerate(saliency.runs):
+        if not isinstance(run, Mapping):
+            raise CheckpointError(f"{where}: runs[{at}]: expected an object, found {show(run)}")
+    _check_layers(saliency)
+
+
+def _check_layers(saliency: Saliency) -> None:
+    count = saliency.model["num_layers"]
+    if not saliency.layers:
+        raise CheckpointError(f"{saliency.where}: expected statistics of at least one layer, found none")
+    for scope, layers, limit in (("layers", saliency.layers, count), ("mtp_layers", saliency.mtp_layers, _MAX_COUNT)):
+        for layer in layers:
+            if type(layer) is not int or not 0 <= layer < limit:
+                raise CheckpointError(f"{saliency.where}: {scope}.{layer}: expected layers 0..{limit - 1}")
+
+
+def _check_stats(saliency: Saliency, stats: ExpertStats, place: str) -> None:
+    experts, tokens = saliency.num_experts, saliency.tokens
+    top_k = saliency.model["num_experts_per_tok"]
+    for name, array in stats.arrays().items():
+        at = f"{saliency.where}: {place}.{name}"
+        dtype = np.dtype(np.int64 if name == "count" else np.float64)
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (experts,):
+            found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else show(array)
+            raise CheckpointError(f"{at}: expected {dtype} [{experts}], found {found}")
+        _check_numbers(array, tokens if name == "count" else _MAX_SUM, at)
+        if name != "count" and (ghosts := np.flatnonzero((stats.count_E == 0) & (array != 0))).size:
+            raise CheckpointError(f"{at}[{ghosts[0]}]: {array[ghosts[0]]}, but no token reached the expert")
+    total = int(stats.count_E.sum(dtype=object))
+    if total > tokens * top_k:
+        raise CheckpointError(
+            f"{saliency.where}: {place}.count: {total} routed in all, but {tokens} tokens go to {top_k} experts each"
+        )
+
+
+def _check_numbers(array: NDArray[Any], limit: float, at: str) -> None:
+    bad = np.flatnonzero(~((array >= 0) & (array <= limit)))  # NaN fails both
+    if bad.size:
+        raise CheckpointError(f"{at}[{bad[0]}]: expected a number from 0 to {limit}, found {array[bad[0]]}")
+
+
+def difference_of_models(
+    one: Mapping[str, Any], other: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """Say in what two models that were scored differ, values included; empty where they are one.
+
+    Args:
+        one: `Saliency.model`, or that of a manifest.
+        other: another one.
+        names: shard -> tensors of the other one, by which other values are named.
+
+    """
+    identities = Identity.from_dict(one.get("identity")), Identity.from_dict(other.get("identity"))
+    known = identities[0] is not None and identities[1] is not None
+    keys = (*_TEXTS[:1], *_COUNTS, *_TEXTS[1:])
+    for key in (*keys, *sorted({*one, *other} - {*keys, "identity"})):
+        if one.get(key) != other.get(key) and not (known and key == "source_fingerprint"):
+            return f"model.{key}: {show(other.get(key))}, not {show(one.get(key))}"
+    if identities[0] is None or identities[1] is None:
+        return ""
+    if where := identities[0].difference(identities[1], names):
+        return f"model.identity: {where}"
+    if not identities[0].is_comparable(identities[1]):
+        return "model.identity: read in other ways, from the hub and from a folder, so that values cannot be compared"
+    return ""
+
+
+def _check_same(one: Saliency, other: Saliency) -> None:
+    """Refuse to add what was measured on different checkpoints, or with different tokenizers."""
+    if where := difference_of_models(one.model, other.model):
+        raise PlanError(f"{other.where}: {where}, as {one.where} has it; only runs over the same checkpoint add up")
+    tokenizers = {str(run["tokenizer"]) for run in (*one.runs, *other.runs) if "tokenizer" in run}
+    if len(tokenizers) > 1:
+        raise PlanError(f"{other.where}: another tokenizer than {one.where}; only runs over the same text's ids add up")
+    for scope in ("layers", "mtp_layers"):
+        if odd := sorted(set(getattr(one, scope)) ^ set(getattr(other, scope))):
+            lacks = one.where if odd[0] in getattr(other, scope) else other.where
+            raise PlanError(f"{lacks}: {scope}.{odd[0]}: missing here, but the other file has it")

@@ -1,0 +1,1 @@
+"""How numbers of weights are stored: the integer grid, packing, rounding, and what configs say of it."""

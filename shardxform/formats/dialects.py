@@ -1,0 +1,276 @@
+"""`quantization_config` of config.json: written from a selection, and read back as clients read it.
+
+Three dialects say the same: which modules are 16-bit, all other linear layers being quantized. The exceptions are
+regular expressions that must satisfy `re.search` (vLLM) and `re.fullmatch` (SGLang, transformers) alike, under both
+decoder prefixes. `resolve` is the reading side; `build` checks itself against it for every module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardxform.base.tensors import TensorRef
+from shardxform.errors import SchemeError
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Format, Scheme
+from shardxform.formats.selection import Selection
+from shardxform.model.layout import Layout
+from shardxform.model.matrices import Module, modules_of
+
+__all__ = ["Resolved", "build", "resolve"]
+
+_BLOCKS: Final = ("model.layers", "model.language_model.layers")
+"""Decoder blocks under the text-only and the multimodal class; both, so that either client class finds its own."""
+
+_AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
+_LM_HEAD: Final = "lm_head"
+_HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a config says of every module, as clients understand it.
+
+    Attributes:
+        format: dialect.
+        bits, group_size: of quantized modules; group size -1 for one scale per row.
+        kept: patterns of 16-bit modules, matched against whole names.
+        also: modules outside the decoder blocks that are quantized all the same.
+
+    """
+
+    format: Format
+    bits: int
+    group_size: int
+    kept: tuple[re.Pattern[str], ...]
+    also: frozenset[str] = frozenset()
+
+    def bits_of(self, module: str) -> int:
+        """Width of a linear module's weights: `bits`, or 16."""
+        if module in self.also:
+            return self.bits
+        if any(pattern.fullmatch(module) for pattern in self.kept):
+            return 16
+        if self.format == "auto-round":
+            return self.bits if module.startswith(tuple(block + "." for block in _BLOCKS)) else 16
+        return self.bits
+
+
+def build(
+    selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping[str, TensorRef], iters: int = 0
+) -> dict[str, Any]:
+    """Make `quantization_config` for a selection; `iters` is for the record, 0 for plain rounding.
+
+    Raises:
+        SchemeError: what it says of some module is not what was selected; a bug, caught before anything is written.
+
+    """
+    modules = {m.name: m for m in modules_of(layout, tensors, scheme.expert_names)}
+    patterns = [*_patterns(selection, modules, layout)]
+    outside = sorted((m for m in selection.quantized if m.place.scope != "block"), key=lambda m: m.name)
+    if scheme.format == "auto-round":
+        config = _auto_round(scheme, patterns, outside)
+    elif scheme.format == "gptq":
+        config = _gptq(scheme, patterns, outside)
+    else:
+        config = _compressed_tensors(scheme, patterns)
+    if "iters" in config:
+        config["iters"] = iters
+    _check(resolve(config), selection, scheme.grid, modules)
+    return config
+
+
+def resolve(config: Mapping[str, Any]) -> Resolved:
+    """Read a `quantization_config` of one of the three formats.
+
+    Raises:
+        SchemeError: another method, or a field that clients require is missing or not one they run.
+
+    """
+    readers = {
+        "auto-round": _resolve_auto_round,
+        "gptq": _resolve_gptq,
+        "compressed-tensors": _resolve_compressed_tensors,
+    }
+    method = config.get("quant_method")
+    if not isinstance(method, str) or method not in readers:
+        raise SchemeError(f"quantization_config: quant_method {method!r} is none of {', '.join(readers)}")
+    try:
+        return readers[method](config)
+    except (AttributeError, TypeError, ValueError) as e:  # a list where an object belongs, and the like
+        raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
+
+
+def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layout) -> Iterator[str]:
+    """Patterns that cover exactly the kept linear modules, fewest first: whole kinds, then kinds in some blocks."""
+    quantized = {module.name for module in selection.quantized}
+    kept_in: defaultdict[str, set[int]] = defaultdict(set)
+    quantized_in: defaultdict[str, set[int]] = defaultdict(set)
+    for name, module in modules.items():
+        if module.place.scope == "block" and module.place.layer is not None:
+            kind = "mlp.experts" if module.expert is not None else module.local
+            (quantized_in if name in quantized else kept_in)[kind].add(module.place.layer)
+    for merged, members in layout.family.merged.items():
+        layers = set.intersection(*(kept_in[member] for member in members))
+        if layers:
+            kept_in[merged] |= layers
+            quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
+    for kind, layers in sorted(kept_in.items()):
+        if not layers:
+            continue
+        tail = re.escape(kind) + (r"(\..*)?" if kind == "mlp.experts" else "$")
+        if not quantized_in[kind]:
+            yield rf".*\.{tail}"
+        else:
+            yield rf".*\.layers\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+    if layout.wrapper.vision:
+        yield r".*visual.*"
+    yield from _mtp_patterns(quantized, modules, layout)
+    yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
+    if _LM_HEAD not in quantized:
+        yield _LM_HEAD
+
+
+def _mtp_patterns(quantized: set[str], modules: Mapping[str, Module], layout: Layout) -> Iterator[str]:
+    """Everything of the MTP layers; or each kept module by name, where a converted checkpoint has quantized ones."""
+    names = [name for name, module in modules.items() if module.place.scope == "mtp"]
+    if not names:
+        return
+    if any(name in quantized for name in names):
+        yield from (re.escape(name) for name in names if name not in quantized)
+    elif layout.family.mtp and layout.family.mtp.follows_blocks:
+        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers)
+        yield rf".*\.layers\.({'|'.join(map(str, numbers))})\..*"
+        yield r".*\.decoder\..*"  # what SGLang calls the layer
+    else:
+        yield r".*mtp.*"
+
+
+def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Module]) -> dict[str, Any]:
+    grid = scheme.grid
+    weights = {"bits": grid.bits, "group_size": grid.group_size, "sym": True, "data_type": "int"}
+    return {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        **weights,
+        "iters": 0,
+        "autoround_version": _AUTO_ROUND_VERSION,
+        "block_name_to_quantize": list(_BLOCKS),
+        "extra_config": {
+            **{pattern: {"bits": 16, "data_type": "float"} for pattern in patterns},
+            **{module.name: dict(weights) for module in outside},
+        },
+    }
+
+
+def _gptq(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Module]) -> dict[str, Any]:
+    quantizes_head = any(module.name == _LM_HEAD for module in outside)
+    head = {"bits": scheme.grid.bits, "group_size": scheme.grid.group_size, "sym": True}
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.grid.bits,
+        "group_size": scheme.grid.group_size,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "lm_head": quantizes_head,
+        "dynamic": {**{f"-:{pattern}": {} for pattern in patterns}, **({_HEAD_RULE: head} if quantizes_head else {})},
+    }
+
+
+def _compressed_tensors(scheme: Scheme, patterns: Iterable[str]) -> dict[str, Any]:
+    grid = scheme.grid
+    per_row = grid.group_size == -1
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if per_row else "group",
+        "group_size": None if per_row else grid.group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [pattern if pattern == _LM_HEAD else f"re:{pattern}" for pattern in patterns],
+        "kv_cache_scheme": None,
+    }
+
+
+def _resolve_auto_round(config: Mapping[str, Any]) -> Resolved:
+    packing = _field(config, "packing_format", str)
+    if packing not in ("auto_round:auto_gptq", "auto_round:gptq"):
+        raise SchemeError(f"quantization_config: packing_format {packing!r}, expected 'auto_round:auto_gptq'")
+    extra = config.get("extra_config") or {}
+    kept = [name for name, item in extra.items() if isinstance(item, Mapping) and item.get("bits", 16) >= 16]
+    blocks = config.get("block_name_to_quantize") or []
+    named = blocks.split(",") if isinstance(blocks, str) else list(blocks)
+    if named and not set(named) & set(_BLOCKS):
+        raise SchemeError(f"quantization_config: block_name_to_quantize {named} names no decoder blocks")
+    also = frozenset(name for name in extra if name not in kept)
+    return Resolved("auto-round", *_integers(config), _compile(kept), also)
+
+
+def _resolve_gptq(config: Mapping[str, Any]) -> Resolved:
+    if _field(config, "desc_act", bool):
+        raise SchemeError("quantization_config: desc_act true, expected false")
+    kept = [name[2:] for name in config.get("dynamic") or {} if name.startswith("-:")]
+    if not config.get("lm_head"):
+        kept.append(_LM_HEAD)
+    also = frozenset({_LM_HEAD} if config.get("lm_head") else ())
+    return Resolved("gptq", *_integers(config), _compile(kept), also)
+
+
+def _resolve_compressed_tensors(config: Mapping[str, Any]) -> Resolved:
+    if config.get("format") != "pack-quantized":
+        raise SchemeError(f"quantization_config: format {config.get('format')!r}, expected 'pack-quantized'")
+    groups = _field(config, "config_groups", dict)
+    weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, Mapping)]
+    if len(weights) != 1 or weights[0].get("type") != "int" or not weights[0].get("symmetric"):
+        raise SchemeError("quantization_config: expected one config group of symmetric int weights")
+    size = weights[0].get("group_size")
+    bits = _bits(weights[0].get("num_bits"))
+    kept = [name[3:] if name.startswith("re:") else re.escape(name) for name in config.get("ignore") or []]
+    return Resolved("compressed-tensors", bits, -1 if size is None else int(size), _compile(kept))
+
+
+def _integers(config: Mapping[str, Any]) -> tuple[int, int]:
+    if _field(config, "sym", bool) is not True:
+        raise SchemeError("quantization_config: sym false, expected symmetric weights")
+    return _bits(config.get("bits")), _field(config, "group_size", int)
+
+
+def _bits(value: object) -> int:
+    if value not in (4, 8):
+        raise SchemeError(f"quantization_config: bits {value!r}, expected 4 or 8")
+    return int(str(value))
+
+
+def _field(config: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401
+    value = config.get(key)
+    if not isinstance(value, kind):
+        raise SchemeError(f"quantization_config: {key}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def _compile(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+    try:
+        return tuple(re.compile(pattern) for pattern in patterns)
+    except re.error as e:
+        raise SchemeError(f"quantization_config: {e.pattern!r} is no regular expression: {e}") from e
+
+
+def _check(resolved: Resolved, selection: Selection, grid: Grid, modules: Mapping[str, Module]) -> None:
+    quantized = {module.name for module in selection.quantized}
+    for name, module in modules.items():
+        if module.place.template.role == "embeddings":
+            continue  # no linear layer: no client asks
+        if resolved.bits_of(name) != (grid.bits if name in quantized else 16):
+            raise SchemeError(f"internal: quantization_config says {resolved.bits_of(name)} bits for {name}")

@@ -1,0 +1,400 @@
+"""A quantized checkpoint read as modules: which stored tensors stand for which weight, held against its own config.
+
+Reads config and headers, never tensor data: names, dtypes and shapes are compared with `Scheme.parts`, the arithmetic
+that writes them. Each weight is also shown as a reference `[O, I]` in the current spelling, whose byte ranges count
+rows of a stored module instead of bytes of a file, so that what works on a plain checkpoint works on a quantized one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from shardxform.base.strict_json import JsonError, parse_object
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.table import CONFIG, Checkpoint
+from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.dialects import Resolved, resolve
+from shardxform.formats.grid import Bits, Grid, ScaleGrid
+from shardxform.formats.scheme import ExpertNames, Format, Role, Scheme
+from shardxform.model.expectation import Expected, expected
+from shardxform.model.layout import COMPANIONS, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.matrices import LINEAR_ROLES, modules_of
+
+__all__ = ["Stored", "StoredModule", "read_stored", "rows_of", "scan_stored"]
+
+_ROLES: Final[Mapping[str, Role]] = {
+    "qweight": "words",
+    "qzeros": "zeros",
+    "scales": "scales",
+    "g_idx": "g_idx",
+    "weight_packed": "words",
+    "weight_scale": "scales",
+    "weight_shape": "shape",
+}
+_GPTQ: Final = ("qweight", "qzeros", "scales")
+_ROW: Final = ("weight_packed", "weight_scale", "weight_shape")
+_MEANINGS: Final = {
+    "weight_zero_point": "an asymmetric weight, which is not supported",
+    "weight_g_idx": "a weight with its columns in another order, which is not supported",
+    "weight": "the weight in 16 bits beside its quantized parts",
+}
+_FUSED_INDEXED: Final = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(0|[1-9]\d{0,8})")
+_SPLIT: Final = re.compile(r"(.*\.experts)\.(0|[1-9]\d{0,8})\.[a-z0-9_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModule:
+    """One quantized weight.
+
+    Attributes:
+        name: as it is stored, without the last part.
+        shape: of the weight, [O, I].
+        parts: the stored tensors and what they hold, in the order of `Scheme.parts`.
+
+    """
+
+    name: str
+    shape: tuple[int, int]
+    parts: tuple[tuple[Role, TensorRef], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts in bytes."""
+        return sum(ref.nbytes for _, ref in self.parts)
+
+    @property
+    def has_g_idx(self) -> bool:
+        """Whether the order of its columns is stored."""
+        return any(role == "g_idx" for role, _ in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A quantized checkpoint.
+
+    Attributes:
+        scheme: format, bits and groups; `scale_grid` is bf16 when the scales are known to be exact in it.
+        spellings: how its quantized experts are named; more than one when layers differ.
+        modules: every quantized module by its stored name, in source order.
+        plain: every other tensor.
+        weights: the weights of `modules` under the names `experts.{id}.gate_proj.weight`; see `rows_of`.
+        layout: of `weights` and `plain` together.
+        contradictions: where the config does not say what is stored, one sentence each.
+
+    """
+
+    scheme: Scheme
+    spellings: frozenset[ExpertNames]
+    modules: Mapping[str, StoredModule]
+    plain: Mapping[str, TensorRef]
+    weights: Mapping[str, TensorRef]
+    layout: Layout
+    contradictions: tuple[str, ...]
+
+
+def read_stored(source: Checkpoint) -> Stored:
+    """Read a quantized checkpoint.
+
+    Raises:
+        SchemeError: it is not quantized, or in a way that is not supported.
+        CheckpointError: the first of everything that `scan_stored` finds wrong.
+        FamilyError: see `layout.layout_of`.
+
+    """
+    stored, errors = scan_stored(source)
+    refuse_two_spellings(stored.layout)
+    if errors:
+        raise errors[0]
+    return stored
+
+
+def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
+    """Read a quantized checkpoint, and list every module that is not stored as its config and family say.
+
+    Raises:
+        SchemeError: it is not quantized, or in a way that is not supported.
+        FamilyError: see `layout.layout_of`.
+
+    """
+    groups, plain = _grouped(source.tensors)
+    if source.config.get("quantization_config") and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+        raise SchemeError(
+            f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized: remove it from config.json,"
+            " and the checkpoint is the 16-bit one that the shards hold"
+        )
+    resolved = _resolved(source)
+    if not groups:
+        raise SchemeError(f"{source.where}/{CONFIG}: quantization_config, but no tensor is a part of such a weight")
+    grid = Grid(
+        bits=cast(Bits, resolved.bits), group_size=resolved.group_size, scale_grid=_scale_grid(source, resolved, groups)
+    )
+    names = [name for stem in groups for name in _weight_names(stem)]
+    layout = layout_of(source.config, [*names, *plain], source.where)
+    promised = dict(expected(layout, variants_found(layout)))
+    errors: list[CheckpointError] = []
+    modules: dict[str, StoredModule] = {}
+    for stem, parts in groups.items():
+        try:
+            modules[stem] = _module(stem, parts, _Rules(resolved.format, grid, layout, promised), plain)
+        except CheckpointError as e:
+            errors.append(e)
+    weights = {ref.name: ref for module in modules.values() for ref in _weights(module)}
+    errors.extend(_mixed(groups, layout, weights, plain))
+    spellings = frozenset(spelling for stem in groups if (spelling := _spelling(stem)[0]))
+    g_idx = all(module.has_g_idx for module in modules.values())
+    scheme = Scheme(grid=grid, format=resolved.format, g_idx=g_idx and resolved.format != "compressed-tensors")
+    said = tuple(_contradictions(resolved, layout, weights, plain))
+    return Stored(scheme, spellings, modules, plain, weights, layout, said), errors
+
+
+def rows_of(weight: TensorRef, modules: Mapping[str, StoredModule]) -> Iterator[tuple[StoredModule, int, int]]:
+    """Rows of stored modules that make up a weight of `Stored.weights`, or a selection of its rows, in order."""
+    for piece in weight.ranges:
+        module = modules[piece.file]
+        row = 2 * module.shape[1]
+        yield module, piece.offset // row, piece.end // row
+
+
+# -- the config ---------------------------------------------------------------------------------------------------
+
+
+def _resolved(source: Checkpoint) -> Resolved:
+    config, where = source.config, f"{source.where}/{CONFIG}"
+    declared = config.get("quantization_config")
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value.get("quantization_config"):
+            raise SchemeError(f"{where}: {key}.quantization_config, expected it at the top level alone")
+    if declared in (None, {}):
+        raise SchemeError(f"{where}: no quantization_config: the source is not quantized; see `shardxform quantize`")
+    if not isinstance(declared, Mapping):
+        raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")
+    try:
+        resolved = resolve(declared)
+        _refuse_beyond(declared, resolved)
+    except (AttributeError, TypeError, ValueError) as e:
+        raise SchemeError(f"{where}: quantization_config is malformed: {e}") from e
+    return resolved
+
+
+def _refuse_beyond(declared: Mapping[str, Any], resolved: Resolved) -> None:
+    """Refuse what a config may say beyond one scheme for all weights: it would be lost on the way."""
+    if resolved.format == "compressed-tensors":
+        (group,) = declared["config_groups"].values()
+        found = {
+            **{key: group["weights"].get(key) for key in ("actorder", "dynamic")},
+            **{key: group.get(key) for key in ("input_activations", "output_activations")},
+            **{key: declared.get(key) for key in ("kv_cache_scheme", "sparsity_config", "transform_config")},
+        }
+        strategy = group["weights"].get("strategy")
+        if strategy not in ("group", "channel") or (strategy == "channel") != (resolved.group_size == -1):
+            raise SchemeError(f"quantization_config: strategy {strategy!r} with groups of {resolved.group_size}")
+    elif resolved.format == "gptq":
+        found = {key: name for key in ("checkpoint_format", "format") if (name := declared.get(key)) != "gptq"}
+        found["pack_dtype"] = name if (name := declared.get("pack_dtype")) != "int32" else None
+        for rule, item in (declared.get("dynamic") or {}).items():
+            if rule[:2] == "+:":
+                found |= {f"dynamic[{rule!r}].{key}": value for key, value in _overrides(item, declared)}
+            elif rule[:2] != "-:":
+                found[f"dynamic[{rule!r}]"] = item
+    else:
+        found = {"data_type": name if (name := declared.get("data_type")) != "int" else None}
+        found["act_bits"] = bits if (bits := declared.get("act_bits")) is not None and bits < 16 else None
+        for name, item in (declared.get("extra_config") or {}).items():
+            found |= {f"extra_config[{name!r}].{key}": value for key, value in _overrides(item, declared)}
+    for key, value in found.items():
+        if value:
+            raise SchemeError(f"quantization_config: {key} {value!r} is not supported: one scheme for all weights is")
+
+
+def _overrides(item: Mapping[str, Any], declared: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """What an entry of `extra_config` or `dynamic` says otherwise than the whole; 16-bit entries say nothing more."""
+    if item.get("bits", declared["bits"]) < 16:
+        for key in ("bits", "group_size", "sym"):
+            if (value := item.get(key)) is not None and value != declared[key]:
+                yield key, repr(value)
+
+
+def _scale_grid(source: Checkpoint, resolved: Resolved, groups: Mapping[str, Mapping[str, TensorRef]]) -> ScaleGrid:
+    """bf16 when the scales are stored in it, or when our own record says that they were chosen to be exact in it."""
+    if resolved.format == "compressed-tensors":
+        scales = [parts["weight_scale"].spec.dtype for parts in groups.values() if "weight_scale" in parts]
+        if scales and set(scales) == {"BF16"}:
+            return "bf16"
+    try:
+        record: Any = parse_object(source.file(PROVENANCE).read_bytes())
+        for key in ("inputs", "scheme", "grid", "scale_grid"):
+            record = record[key]
+    except (OSError, JsonError, KeyError, TypeError):
+        return "fp16"
+    return "bf16" if record == "bf16" else "fp16"
+
+
+# -- modules ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What a module is held against."""
+
+    format: Format
+    grid: Grid
+    layout: Layout
+    promised: Mapping[str, Expected]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return _ROW if self.format == "compressed-tensors" else _GPTQ
+
+
+def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+    """Split a table into the parts of quantized modules, by module and last name part, and the rest."""
+    groups: dict[str, dict[str, TensorRef]] = {}
+    plain: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last in COMPANIONS:
+            groups.setdefault(stem, {})[last] = ref
+        else:
+            plain[name] = ref
+    return groups, plain
+
+
+def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Mapping[str, TensorRef]) -> StoredModule:
+    """One module, checked.
+
+    Raises:
+        CheckpointError: a part is missing, is not one of this format, or has another dtype or shape.
+
+    """
+    optional = () if rules.format == "compressed-tensors" else ("g_idx",)
+    beside = [last for last in parts if last not in (*rules.kinds, *optional)]
+    beside += ["weight"] if f"{stem}.weight" in plain else []
+    if beside:
+        meaning = _MEANINGS.get(beside[0], f"no part of a weight in {rules.format}, which the config declares")
+        raise CheckpointError(f"tensor '{stem}.{beside[0]}': {meaning}")
+    for last in rules.kinds:
+        if last not in parts:
+            raise CheckpointError(f"tensor '{stem}.{last}' is missing; {', '.join(parts)} of the same weight are there")
+    unknown = [name for name in _weight_names(stem) if name not in rules.layout.places]
+    if unknown:
+        raise CheckpointError(
+            f"tensor '{stem}.{rules.kinds[0]}' is quantized, but unknown to family {rules.layout.family.name}"
+        )
+    shape = _shape(stem, parts[rules.kinds[0]].spec, rules)
+    named = {ref.spec.name: ref for ref in parts.values()}
+    scheme = Scheme(grid=rules.grid, format=rules.format, g_idx="g_idx" in parts)
+    found: list[tuple[Role, TensorRef]] = []
+    for part in scheme.parts(stem, *shape):
+        ref = named[part.spec.name]
+        _refuse_other(ref.spec, part.spec, shape, rules)
+        found.append((part.role, ref))
+    return StoredModule(stem, shape, tuple(found))
+
+
+def _refuse_other(found: TensorSpec, wanted: TensorSpec, shape: tuple[int, int], rules: _Rules) -> None:
+    dtypes = {wanted.dtype}
+    if rules.format == "compressed-tensors" and wanted.name.endswith(".weight_scale"):
+        dtypes = {"F16", "BF16"}
+    if found.shape == wanted.shape and found.dtype in dtypes:
+        return
+    groups = "one group a row" if rules.grid.group_size == -1 else f"groups of {rules.grid.group_size}"
+    raise CheckpointError(
+        f"tensor '{found.name}': {found.dtype} {list(found.shape)}, expected {' or '.join(sorted(dtypes))}"
+        f" {list(wanted.shape)} for a weight {list(shape)} in {rules.grid.bits} bits, {groups}"
+    )
+
+
+def _shape(stem: str, words: TensorSpec, rules: _Rules) -> tuple[int, int]:
+    """Shape of a weight: what the family promises, or, where it leaves it open, what the words hold."""
+    shapes = [rules.promised[name].shape for name in _weight_names(stem) if name in rules.promised]
+    known = [shape for shape in shapes if shape is not None and len(shape) == 2]
+    if len(known) == len(_weight_names(stem)):
+        return sum(shape[0] for shape in known), known[0][1]
+    if len(words.shape) != 2:
+        raise CheckpointError(f"tensor '{words.name}': shape {list(words.shape)}, expected two dimensions")
+    rows, columns = words.shape if rules.format == "compressed-tensors" else words.shape[::-1]
+    return rows, columns * rules.grid.codes_per_word
+
+
+def _spelling(stem: str) -> tuple[ExpertNames | None, str]:
+    """How the name of an expert is spelled, and what all experts of its layer begin with; None for other modules."""
+    if match := _FUSED_INDEXED.fullmatch(stem):
+        return "fused-indexed", match[1]
+    if match := _SPLIT.fullmatch(stem):
+        return "split", match[1]
+    return None, ""
+
+
+def _weight_names(stem: str) -> tuple[str, ...]:
+    """Names of the weights that a stored module holds, in the current spelling and in the order of its rows."""
+    match = _FUSED_INDEXED.fullmatch(stem)
+    if not match:
+        return (f"{stem}.weight",)
+    experts, projection, expert = match.groups()
+    projections = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    return tuple(f"{experts}.{expert}.{each}.weight" for each in projections)
+
+
+def _weights(module: StoredModule) -> Iterator[TensorRef]:
+    """Each weight that a module holds; the gate is the upper half of `gate_up_proj`."""
+    rows, columns = module.shape
+    both = TensorRef(TensorSpec(module.name, "BF16", module.shape), (ByteRange(module.name, 0, 2 * rows * columns),))
+    names = _weight_names(module.name)
+    for number, name in enumerate(names):
+        share = rows // len(names)
+        yield both.rows(number * share, (number + 1) * share).renamed(name)
+
+
+# -- the whole ----------------------------------------------------------------------------------------------------
+
+
+def _mixed(
+    groups: Iterable[str], layout: Layout, weights: Mapping[str, TensorRef], plain: Mapping[str, TensorRef]
+) -> Iterator[CheckpointError]:
+    """Layers that spell their experts in two ways, or that hold only some of them quantized."""
+    seen: dict[str, tuple[ExpertNames, str]] = {}
+    for stem in groups:
+        spelling, experts = _spelling(stem)
+        if spelling is None:
+            continue
+        first = seen.setdefault(experts, (spelling, stem))
+        if first[0] != spelling:
+            yield CheckpointError(f"{experts}: two spellings of experts in one layer, {first[1]} and {stem}")
+            return
+    kinds: dict[tuple[str, int | None], tuple[bool, str]] = {}
+    for name in (*weights, *plain):
+        place = layout.places.get(name)
+        if place is None or not place.template.variant:
+            continue
+        kept, other = kinds.setdefault((place.scope, place.layer), (name in plain, name))
+        if kept != (name in plain):
+            yield CheckpointError(f"experts of one layer must be stored alike: {other} and {name} are not")
+            return
+
+
+def _contradictions(
+    resolved: Resolved, layout: Layout, weights: Mapping[str, TensorRef], plain: Mapping[str, TensorRef]
+) -> Iterator[str]:
+    seen: set[object] = set()
+    for module in modules_of(layout, {**weights, **plain}):
+        ref = weights.get(module.sources[0])
+        key = (module.place.scope, module.place.layer, module.local, ref is None)
+        if key in seen:  # experts of a layer have one scheme: a look at the first is enough
+            continue
+        seen.add(key)
+        if ref is not None:
+            if not ref.ranges:  # no columns at all: `_module` says what is wrong with it
+                continue
+            name = ref.ranges[0].file
+            if resolved.bits_of(name) != resolved.bits:
+                yield f"quantization_config declares {name} 16-bit, but it is stored in {resolved.bits} bits"
+        elif (
+            module.place.scope == "block"
+            and module.place.template.role in LINEAR_ROLES
+            and resolved.bits_of(module.name) != 16
+        ):
+            yield f"quantization_config declares {module.name} quantized, but it is stored in 16 bits"

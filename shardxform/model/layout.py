@@ -1,0 +1,376 @@
+"""What a family says about one checkpoint: the place of every tensor.
+
+`layout_of` matches names against the family's templates, the list that `expectation` enumerates. Names only, no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final, Literal
+
+from shardxform.base.dtypes import BITS
+from shardxform.base.tensors import TensorSpec
+from shardxform.errors import FamilyError
+from shardxform.model.families import family_of
+from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Template, Wrapper
+
+MAX_LAYERS: Final = 10_000
+_MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
+
+__all__ = [
+    "COMPANIONS",
+    "MAX_LAYERS",
+    "Layout",
+    "Place",
+    "count_paths",
+    "is_quantized",
+    "layout_of",
+    "read_count",
+    "refuse_two_spellings",
+    "variants_found",
+]
+
+Rows = Literal["rows", "blocks", "none", "inside"]
+
+COMPANIONS: Final[Mapping[str, Rows]] = {
+    "g_idx": "none",
+    "input_scale": "none",
+    "qweight": "inside",
+    "qzeros": "inside",
+    "scales": "inside",
+    "weight_g_idx": "none",
+    "weight_packed": "rows",
+    "weight_scale": "blocks",
+    "weight_scale_inv": "blocks",
+    "weight_shape": "inside",
+    "weight_zero_point": "inside",
+}
+"""Last name parts that stand for, or beside, a quantized `weight`, and share its place; and what its axis 0 counts.
+
+`rows`: the rows of the weight. `blocks`: blocks of them, of one row, some, or all. `none`: not the rows. `inside`: the
+rows are counted on another axis, packed into words, or said by the values, so that taking some out needs the data.
+"""
+
+
+_QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and dtype != "BOOL"} | {"U32"})
+
+
+def is_quantized(spec: TensorSpec) -> bool:
+    """Whether a tensor is of a quantized weight, by its name or by a dtype that no other tensor has."""
+    return spec.name.rpartition(".")[2] in COMPANIONS or spec.dtype in _QUANTIZED
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor belongs.
+
+    Attributes:
+        template: the family's entry.
+        scope: part of the model.
+        layer: decoder block, MTP layer (counted from 0) or None in root and vision.
+        expert: id of the routed expert for per-expert tensors.
+        expert_at: index of that id among the name's dot-separated parts.
+        companion: last name part when it replaces or accompanies `weight` (`qweight`, `weight_scale_inv`), or empty.
+
+    """
+
+    template: Template
+    scope: Scope
+    layer: int | None = None
+    expert: int | None = None
+    expert_at: int = -1
+    companion: str = ""
+
+    @property
+    def role(self) -> str:
+        """What the tensor's size is counted under; everything of an MTP layer counts as `mtp`."""
+        return "mtp" if self.scope == "mtp" else self.template.role
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One checkpoint seen through its family.
+
+    Attributes:
+        family, wrapper: what config.json says it is.
+        config: the whole config.json.
+        text: the part that describes the decoder.
+        num_layers, num_experts, top_k: of the decoder; experts per MoE layer, experts per token.
+        groups: router groups (1 when the router has none).
+        moe_layers: decoder blocks that have routed experts, ascending.
+        mtp_layers: number of MTP layers that the config declares.
+        has_mtp, has_vision: whether any tensor of an MTP layer, of a vision tower is there.
+        places: every tensor whose name the family knows.
+        unknown: names the family does not know, in source order.
+        harmless: names of tensors that are no part of the model, and that no client minds.
+
+    """
+
+    family: Family
+    wrapper: Wrapper
+    config: Config
+    text: Config
+    num_layers: int
+    num_experts: int
+    top_k: int
+    groups: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: int
+    has_mtp: bool
+    has_vision: bool
+    places: Mapping[str, Place]
+    unknown: tuple[str, ...]
+    harmless: tuple[str, ...] = ()
+
+    @property
+    def mtp_prefixes(self) -> tuple[str, ...]:
+        """What every name of an MTP layer that the config declares begins with, known to the family or not."""
+        mtp = self.family.mtp
+        if mtp is None:
+            return ()
+        if not mtp.follows_blocks:
+            return (mtp.prefix.split(".")[0] + ".",)
+        return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers))
+
+    def undeclared_mtp_prefixes(self) -> tuple[str, ...]:
+        """Give what names of layers beyond those of the config begin with, where the family has MTP layers there."""
+        mtp = self.family.mtp
+        if mtp is None or not mtp.follows_blocks:
+            return ()
+        blocks, end = self.wrapper.prefix + "layers.", self.num_layers + self.mtp_layers
+        beyond = {name[len(blocks) :].partition(".")[0] for name in self.unknown if name.startswith(blocks)}
+        return self._mtp_prefixes(sorted(int(number) for number in beyond if _is_id(number) and int(number) >= end))
+
+    def _mtp_prefixes(self, numbers: Iterable[int]) -> tuple[str, ...]:
+        assert self.family.mtp is not None
+        prefix = self.family.mtp.prefix
+        return tuple(prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
+
+
+def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
+    """Recognise the family of `config` and place every name.
+
+    Args:
+        config: the whole config.json.
+        names: of tensors.
+        where: the checkpoint whose config it is, for messages.
+
+    Raises:
+        FamilyError: unknown family, a count missing from the config, or two counts that disagree.
+
+    """
+    try:
+        return _layout_of(config, names)
+    except FamilyError as e:
+        raise FamilyError(f"{where}/{e}" if where else str(e)) from e
+
+
+def _layout_of(config: Config, names: Iterable[str]) -> Layout:
+    family, wrapper = family_of(config)
+    text = _text_config(config, wrapper)
+    home = f"{wrapper.text_key}." if wrapper.text_key else ""
+    num_layers = read_count(text, "num_hidden_layers", home)
+    num_experts = _expert_count(config, family, wrapper)
+    top_k = read_count(text, family.top_k_key, home)
+    if top_k > num_experts:
+        raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
+    if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
+        raise FamilyError(f"config.json: {num_layers} layers of {num_experts} experts are absurd")
+    groups = (read_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
+    if num_experts % groups:
+        raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
+    mtp = family.mtp
+    mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
+    finder = _Finder(family, wrapper, num_layers, mtp_layers)
+    placed = {name: finder.place(name) for name in names}
+    scopes = {place.scope for place in placed.values() if place}
+    apart = [name for name, place in placed.items() if not place]
+    harmless = tuple(name for name in apart if any(fnmatchcase(name, pattern) for pattern in family.harmless))
+    return Layout(
+        family=family,
+        wrapper=wrapper,
+        config=config,
+        text=text,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        groups=groups,
+        moe_layers=_moe_layers(family, text, num_layers),
+        mtp_layers=mtp_layers,
+        has_mtp="mtp" in scopes,
+        has_vision="vision" in scopes,
+        places={name: place for name, place in placed.items() if place},
+        unknown=tuple(name for name in apart if name not in harmless),
+        harmless=harmless,
+    )
+
+
+def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[str, ...]]:
+    """Key paths in config.json that hold the expert count and must follow a pruning.
+
+    Raises:
+        FamilyError: a key that counts experts stands where this family does not expect one.
+
+    """
+    home = (wrapper.text_key,) if wrapper.text_key else ()
+    allowed = {(*home, key) for key in family.count_keys}
+    found = [path for path in _walk(config) if path[-1] in COUNT_KEYS]
+    for path in found:
+        if path not in allowed:
+            raise FamilyError(f"config.json: {'.'.join(path)} counts experts where {family.name} does not expect it")
+    return found
+
+
+def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
+    """Which spelling of the routed experts each block uses; the first one met where a block mixes them."""
+    out: dict[tuple[Scope, int], str] = {}
+    for place in layout.places.values():
+        if place.template.variant and place.layer is not None:
+            out.setdefault((place.scope, place.layer), place.template.variant)
+    return out
+
+
+def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_out: str = "") -> None:
+    """Refuse a block whose experts are there fused and one by one: no client says which of them it takes.
+
+    Args:
+        layout: of the checkpoint.
+        without: what names begin with that are not looked at.
+        mtp_way_out: added to what is said of an MTP layer.
+
+    Raises:
+        FamilyError: names a tensor of each spelling.
+
+    """
+    seen: dict[tuple[Scope, int | None], dict[str, str]] = {}
+    for name, place in layout.places.items():
+        if not place.template.variant or name.startswith(without):
+            continue
+        block = seen.setdefault((place.scope, place.layer), {})
+        block.setdefault(place.template.variant, name)
+        if len(block) > 1:
+            what, way_out = ("MTP layer", mtp_way_out) if place.scope == "mtp" else ("layer", "")
+            raise FamilyError(
+                f"{what} {place.layer} holds its experts twice, fused ('{block['fused']}') and one by one"
+                f" ('{block['per-expert']}'): remove the tensors of one spelling{way_out}"
+            )
+
+
+class _Finder:
+    """Finds the template of a name: its digits become `#`, and the rest is looked up."""
+
+    def __init__(self, family: Family, wrapper: Wrapper, num_layers: int, mtp_layers: int) -> None:
+        self._num_layers = num_layers
+        self._mtp_end = num_layers + mtp_layers
+        self._follows = bool(family.mtp and family.mtp.follows_blocks)
+        self._table: dict[str, list[tuple[Scope, Template, str]]] = {}
+        blocks = wrapper.prefix + "layers.{l}."
+        for template in family.root:
+            self._add("root", template.name.replace("{decoder}", wrapper.prefix), template)
+        for template in family.block:
+            self._add("block", blocks + template.name, template)
+        if family.mtp:
+            prefix = family.mtp.prefix.replace("{decoder}", wrapper.prefix)
+            for template in (*family.block, *family.mtp.layer):
+                self._add("mtp", prefix + template.name, template)
+            for template in family.mtp.root:
+                self._add("mtp", template.name, template)
+        if wrapper.vision:
+            for template in family.vision:
+                self._add("vision", template.name, template)
+
+    def _add(self, scope: Scope, name: str, template: Template) -> None:
+        parts = name.split(".")
+        slots = "".join(part[1] for part in parts if part.startswith("{"))
+        key = ".".join("#" if part.startswith("{") else part for part in parts)
+        self._table.setdefault(key, []).append((scope, template, slots))
+
+    def place(self, name: str) -> Place | None:
+        parts = name.split(".")
+        digits = [at for at, part in enumerate(parts) if _is_id(part)]
+        key = parts.copy()
+        for at in digits:
+            key[at] = "#"
+        companion = ""
+        candidates = self._table.get(".".join(key))
+        if candidates is None and key[-1] in COMPANIONS:
+            companion, key[-1] = key[-1], "weight"
+            candidates = self._table.get(".".join(key))
+        for scope, template, slots in candidates or ():
+            if len(slots) != len(digits):
+                continue
+            ids = {slot: int(parts[at]) for slot, at in zip(slots, digits, strict=True)}
+            if (layer := self._layer(scope, ids.get("l"))) == -1:
+                continue
+            expert_at = digits[slots.index("e")] if "e" in slots else -1
+            return Place(template, scope, layer, ids.get("e"), expert_at, companion)
+        return None
+
+    def _layer(self, scope: Scope, layer: int | None) -> int | None:
+        """The layer within its scope, or -1 when the number lies outside the scope."""
+        if layer is None:
+            return None
+        if scope == "block":
+            return layer if layer < self._num_layers else -1
+        if scope == "mtp" and self._follows:
+            return layer - self._num_layers if self._num_layers <= layer < self._mtp_end else -1
+        return layer
+
+
+def _is_id(part: str) -> bool:
+    return part.isascii() and part.isdigit() and (part == "0" or part[0] != "0") and len(part) <= 9
+
+
+def _text_config(config: Config, wrapper: Wrapper) -> Config:
+    if wrapper.text_key is None:
+        return config
+    text = config.get(wrapper.text_key)
+    if not isinstance(text, Mapping):
+        raise FamilyError(f"config.json: {wrapper.architecture} needs an object '{wrapper.text_key}'")
+    # A multimodal class ties its head by the top level alone; what the text config says of it is not looked at.
+    return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+
+
+def read_count(config: Config, key: str, home: str, default: int | None = None) -> int:
+    """Read a count from the part of config.json called `home`; with a default it may be absent or 0."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    where = home + key
+    if value is None:
+        raise FamilyError(f"config.json: missing {where}")
+    if type(value) is not int or value < (1 if default is None else 0) or value > 1_000_000:
+        raise FamilyError(f"config.json: {where}: expected a count, found {value!r}")
+    return value
+
+
+def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
+    paths = count_paths(config, family, wrapper)
+    text = _text_config(config, wrapper)
+    home = f"{wrapper.text_key}." if wrapper.text_key else ""
+    if not paths:
+        raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
+    counts = {path[-1]: read_count(text, path[-1], home) for path in paths}
+    if len(set(counts.values())) > 1:
+        raise FamilyError(f"config.json: expert counts disagree: {counts}")
+    return next(iter(counts.values()))
+
+
+def _moe_layers(family: Family, text: Config, num_layers: int) -> tuple[int, ...]:
+    """Blocks with routed experts; evaluates every condition once, so that a malformed config fails here."""
+    try:
+        for condition in family.conditions.values():
+            for layer in range(-1, num_layers):
+                condition(text, layer)
+        return tuple(layer for layer in range(num_layers) if family.holds(family.moe, text, layer))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise FamilyError(f"config.json: cannot tell what its {num_layers} layers are made of: {e!r}") from e
+
+
+def _walk(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in config.items():
+        yield (*path, key)
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*path, key))

@@ -1,0 +1,399 @@
+"""Planning a conversion: a quantized source written in another format or spelling, or dequantized to bfloat16.
+
+No integer and no scale changes between the quantized formats; what a client reads from the output is what it read from
+the source. The new quantization_config is made by the code that `quantize` uses, from what is stored rather than from
+what the old one said. Pure but for sidecars; no tensor data is read and no array library is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal
+
+from shardxform.base import computing
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
+from shardxform.checkpoint.record import PROVENANCE, Record, read_record
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import SchemeError
+from shardxform.formats.dialects import build
+from shardxform.formats.scheme import ExpertNames, Format, Part, Role, Scheme
+from shardxform.formats.selection import Selection, reasons_summary
+from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
+from shardxform.model.layout import Layout
+from shardxform.model.matrices import modules_of
+from shardxform.plan import plan as plans
+from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
+from shardxform.plan.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
+from shardxform.plan.quantize import kept_tensors
+from shardxform.plan.view import View, pruned_view
+
+__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert", "released"]
+
+TILE_WEIGHTS: Final = 1 << 18
+"""Most weights that are dequantized at a time."""
+
+_TILE_BYTES: Final = 40  # per weight while it is dequantized: codes, values, scales and BF16 bits, with temporaries
+_FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms", "vision"})
+_IN_SOURCE: Final = "16-bit in the source"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What to write.
+
+    Attributes:
+        format: a quantized format, or `bf16` for dequantized weights in the release's layout.
+        expert_names: see `Scheme`; has no meaning for `bf16`.
+        g_idx: see `Scheme`.
+
+    """
+
+    format: Format | Literal["bf16"]
+    expert_names: ExpertNames = "split"
+    g_idx: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format == "bf16" and (self.g_idx or self.expert_names != "split"):
+            raise SchemeError("bf16 has no g_idx and one spelling of experts: the release's")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What decides an output's bytes beside source and target: most bytes of tensor data in one shard."""
+
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `start`..`stop - 1` of a stored weight."""
+
+    module: StoredModule
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class RepackItem:
+    """One weight [O, I] to write, as rows of stored ones, and where its parts go: `weight` when it is dequantized."""
+
+    module: str
+    shape: tuple[int, int]
+    pieces: tuple[Piece, ...]
+    parts: tuple[tuple[Role | Literal["weight"], Extent], ...]
+
+    @property
+    def out_bytes(self) -> int:
+        """Size of all parts."""
+        return sum(extent.length for _, extent in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Repack:
+    """Write stored weights in another layout, or dequantized to bfloat16 when there is no target scheme."""
+
+    items: tuple[RepackItem, ...]
+    source: Scheme
+    target: Scheme | None
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """Every part of every stored module that is touched, once."""
+        modules = dict.fromkeys(piece.module for item in self.items for piece in item.pieces)
+        return (piece for module in modules for _, ref in module.parts for piece in ref.ranges)
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """One extent per part."""
+        return (extent for item in self.items for _, extent in item.parts)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The stored parts of one weight twice, as read and turned, and its new parts, or a tile of its values."""
+        stored = max(piece.module.nbytes for item in self.items for piece in item.pieces)
+        if self.target is None:
+            return 2 * stored + _TILE_BYTES * TILE_WEIGHTS
+        return 2 * stored + max(item.out_bytes for item in self.items)
+
+
+def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | None = None) -> Plan:
+    """Plan a conversion of a quantized checkpoint.
+
+    Raises:
+        SchemeError: the source is not quantized, or in a way that is not supported; there is nothing to convert; the
+            target cannot hold it.
+        CheckpointError: a stored tensor is not what config and family say; see `formats.stored`.
+        FamilyError, PlanError: see `view.pruned_view`.
+
+    """
+    options = options or ConvertOptions()
+    stored = read_stored(source)
+    scheme = _scheme(stored, target)
+    _refuse_nothing(stored, target)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
+    selection = _selection(view, stored, target.expert_names)
+    weights = _weights(view, stored, selection, scheme)
+    plain = _plain(stored, view, selection, scheme)
+    if scheme is not None:
+        quantization = build(selection, scheme, view.layout, view.checkpoint.tensors)
+        config = {**source.config, "quantization_config": quantization}
+    shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
+    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, stored, scheme))
+    sidecars = sidecar_digests(source)
+    plan = Plan(
+        command="convert",
+        source=source.root,
+        remote=source.remote,
+        source_shards=source.shards,
+        shards=shards,
+        steps=steps,
+        config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
+        sidecars=sidecars,
+        inputs=_inputs(source, target, options, sidecars, scheme),
+        summary=_summary(source, view, stored, selection, shards, scheme),
+        notes=(*_notes(stored, target), *view.notes),
+        unread=source.unread,
+    )
+    plan.check()
+    return plan
+
+
+def _scheme(stored: Stored, target: Target) -> Scheme | None:
+    """The scheme to write in, on the source's own grid; None for bf16."""
+    if target.format == "bf16":
+        return None
+    scheme = Scheme(grid=stored.scheme.grid, format=target.format, expert_names=target.expert_names, g_idx=target.g_idx)
+    for module in stored.modules.values():
+        rows, columns = module.shape
+        if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and scheme.misfit(rows, columns)):
+            why = scheme.misfit(rows, columns)
+            raise SchemeError(f"module {module.name}: {why}, which {target.format} cannot hold; try --to bf16")
+    for name in stored.weights:
+        if (role := stored.layout.places[name].template.role) in _FLOAT_ROLES:
+            raise SchemeError(f"tensor '{name}' is quantized, but no client runs a quantized {role}; try --to bf16")
+    return scheme
+
+
+def _refuse_nothing(stored: Stored, target: Target) -> None:
+    same_index = all(module.has_g_idx == target.g_idx for module in stored.modules.values())
+    if stored.scheme.format == target.format and stored.spellings <= {target.expert_names} and same_index:
+        names = f" with {target.expert_names} expert names" if stored.spellings else ""
+        raise SchemeError(f"nothing to convert: the source is {target.format}{names} already")
+
+
+def _selection(view: View, stored: Stored, expert_names: ExpertNames) -> Selection:
+    """What is stored quantized and what is not, in the spelling asked for, as `quantize` would have selected it."""
+    modules = list(modules_of(view.layout, view.checkpoint.tensors, expert_names))
+    quantized = tuple(module for module in modules if module.sources[0] in stored.weights)
+    kept = tuple(module for module in modules if module.sources[0] not in stored.weights)
+    return Selection(quantized, {module.name: _IN_SOURCE for module in kept}, {}, kept)
+
+
+def _parts(weight: TensorRef, scheme: Scheme) -> tuple[Part, ...]:
+    rows, columns = weight.spec.shape
+    return scheme.parts(weight.name, rows, columns)
+
+
+def _specs(plain: Mapping[str, TensorRef], weights: Iterable[TensorRef], scheme: Scheme | None) -> Iterator[TensorSpec]:
+    """Every tensor of the output."""
+    yield from (ref.spec for ref in plain.values())
+    for weight in weights:
+        if scheme is None:
+            yield weight.spec
+        else:
+            yield from (part.spec for part in _parts(weight, scheme))
+
+
+def _weights(view: View, stored: Stored, selection: Selection, scheme: Scheme | None) -> list[TensorRef]:
+    """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
+    if scheme is not None:
+        return [module.weight.renamed(module.name) for module in selection.quantized]
+    return released(stored.weights, view.layout)
+
+
+def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
+    """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
+    if scheme is None or scheme.format == "compressed-tensors":
+        return {ref.name: ref for ref in released(stored.plain, view.layout)}
+    return kept_tensors(stored.plain, selection, scheme)
+
+
+def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
+    """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
+    out: list[TensorRef] = []
+    fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
+    for name, ref in refs.items():
+        place = layout.places.get(name)
+        if place is None or place.expert is None or place.scope != "block" or not layout.family.fused_release:
+            out.append(ref)
+            continue
+        parts = name.split(".")
+        stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
+        fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
+    for stem, experts in fused.items():
+        order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
+        out.append(_stacked(f"{stem}.gate_up_proj", [[e["gate_proj"], e["up_proj"]] for e in order]))
+        out.append(_stacked(f"{stem}.down_proj", [[e["down_proj"]] for e in order]))
+    return out
+
+
+def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
+    """Weights one below the other, and those of each expert as one slab of a tensor [E, O, I]."""
+    first = experts[0][0].spec
+    for ref in (ref for refs in experts for ref in refs):
+        if ref.spec.dtype != first.dtype:
+            raise SchemeError(
+                f"tensor '{ref.name}' is {ref.spec.dtype}, but '{first.name}' is {first.dtype}; cannot fuse"
+            )
+    rows = sum(ref.spec.shape[0] for ref in experts[0])
+    pieces = coalesce(piece for refs in experts for ref in refs for piece in ref.ranges)
+    return TensorRef(TensorSpec(name, first.dtype, (len(experts), rows, first.shape[1])), pieces)
+
+
+def _steps(
+    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None
+) -> Iterator[Repack]:
+    """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger.
+
+    A tensor is written by one step, so that digests can be taken of its chunks.
+    """
+    extents = extents_of(shards)
+    pending: list[RepackItem] = []
+    filled = 0
+    for weight in weights:
+        items = list(_items(weight, extents, stored, scheme))
+        nbytes = sum(item.out_bytes for item in items)
+        if pending and filled + nbytes > plans.STEP_BYTES:
+            yield Repack(tuple(pending), stored.scheme, scheme)
+            pending, filled = [], 0
+        pending += items
+        filled += nbytes
+    if pending:
+        yield Repack(tuple(pending), stored.scheme, scheme)
+
+
+def _items(
+    weight: TensorRef, extents: Mapping[str, Extent], stored: Stored, scheme: Scheme | None
+) -> Iterator[RepackItem]:
+    """A weight with its parts; a dequantized one slab by slab, a slab being rows of one stored module."""
+    pieces = [Piece(*rows) for rows in rows_of(replace(weight, ranges=coalesce(weight.ranges)), stored.modules)]
+    if scheme is not None:
+        rows, columns = weight.spec.shape
+        parts = tuple((part.role, extents[part.spec.name]) for part in _parts(weight, scheme))
+        yield RepackItem(weight.name, (rows, columns), tuple(pieces), parts)
+        return
+    whole = extents[weight.name]
+    offset = whole.offset
+    for piece in pieces:
+        shape = (piece.stop - piece.start, piece.module.shape[1])
+        extent = Extent(whole.shard, offset, 2 * shape[0] * shape[1])
+        offset += extent.length
+        yield RepackItem(piece.module.name, shape, (piece,), (("weight", extent),))
+
+
+# -- what is said of it -------------------------------------------------------------------------------------------
+
+
+def _inputs(
+    source: Checkpoint,
+    target: Target,
+    options: ConvertOptions,
+    sidecars: Mapping[str, str],
+    scheme: Scheme | None,
+) -> dict[str, Any]:
+    """What the bytes depend on, by name. `scheme.grid.scale_grid` is what a later conversion looks for.
+
+    `origin` is what the source's own record says of its making, and which blocks were healed: with it, `verify` can
+    prove the output against the checkpoint that was quantized as well as against the one that was converted.
+    """
+    origin = _origin(source)
+    return {
+        "command": "convert",
+        "options": {"max_shard_bytes": options.max_shard_bytes},
+        "target": asdict(target),
+        "source": source_inputs(source, sidecars),
+        **({"scheme": asdict(scheme)} if scheme else {}),
+        **({"origin": origin} if origin else {}),
+        computing.KEY: computing.of_rounding(),
+    }
+
+
+def _origin(source: Checkpoint) -> dict[str, Any]:
+    """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
+    record = read_record(source.file(PROVENANCE))
+    if record is None:
+        return {}
+    found = record.inputs
+    if isinstance(found.get("origin"), dict):
+        found = found["origin"]
+    elif found:
+        found = {**found, **dict(_told(record))}
+    kept = ("facts", "manifest", "options", "recipe", "scheme", "source", "summary")
+    return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
+
+
+def _told(record: Record) -> Iterator[tuple[str, Any]]:
+    """What of a record must not be lost beside its inputs: blocks that were healed, and how large the source was."""
+    blocks, summary = record.facts.get("blocks"), record.summary
+    listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    if healed := [
+        {"layer": block["layer"], "healed": {"what": block["healed"].get("what")}}
+        for block in listed
+        if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
+    ]:
+        yield "facts", {"blocks": healed}
+    if type(summary.get("bytes_before")) is int:
+        yield "summary", {"bytes_before": summary["bytes_before"]}
+
+
+def _summary(
+    source: Checkpoint,
+    view: View,
+    stored: Stored,
+    selection: Selection,
+    shards: Iterable[ShardPlan],
+    scheme: Scheme | None,
+) -> dict[str, Any]:
+    """Figures for people and for `--json`; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
+    quantized = (
+        {
+            "scheme": asdict(scheme),
+            "quantized_modules": len(selection.quantized),
+            "quantized_weight_bytes": sum(module.weight.nbytes for module in selection.quantized),
+            "kept_modules": reasons_summary(selection),
+        }
+        if scheme
+        else {}
+    )
+    return {
+        **view_summary(source, view),
+        "from": stored.scheme.format,
+        "tensors_after": sum(len(shard.entries) for shard in shards),
+        "copied": len(stored.plain),
+        "converted_modules": len(stored.modules),
+        **quantized,
+    }
+
+
+def _notes(stored: Stored, target: Target) -> Iterator[str]:
+    before, bits = stored.scheme.format, stored.scheme.grid.bits
+    weights = f"{len(stored.modules):,} weight matrices of {bits} bits"
+    if target.format == "bf16":
+        yield f"{weights} become bfloat16: each integer times its scale, rounded to nearest"
+        yield "this cannot be undone: quantizing OUT again need not give the same integers and scales"
+        dtype = stored.layout.text.get("dtype", stored.layout.text.get("torch_dtype", "bfloat16"))
+        if dtype != "bfloat16":
+            yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"
+    else:
+        formats = f"stay {before}" if before == target.format else f"are stored as {target.format}, not {before}"
+        yield f"{weights} {formats}: every integer and every scale keeps its value"
+        if stored.spellings - {target.expert_names}:
+            older, newer = "experts.gate_up_proj.0", "experts.0.gate_proj and experts.0.up_proj"
+            old, new = (older, newer) if target.expert_names == "split" else (newer, older)
+            yield f"experts are named otherwise: {new} for {old}"
+    if stored.contradictions:
+        more = f", and {len(stored.contradictions) - 1} more like it" if len(stored.contradictions) > 1 else ""
+        then = "" if target.format == "bf16" else "; the new one says what is stored"
+        yield stored.contradictions[0] + more + then

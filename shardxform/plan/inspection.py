@@ -1,0 +1,173 @@
+"""What a checkpoint is made of, from headers alone: sizes by role, and what prune and quantize would make of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from shardxform.ask.manifest import Manifest
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.formats.scheme import Scheme
+from shardxform.formats.selection import select
+from shardxform.model.layout import Layout, layout_of, variants_found
+from shardxform.plan.counts import Parameters, count_parameters, stored_of
+from shardxform.plan.view import View, pruned_view
+
+__all__ = ["Inspection", "inspect_checkpoint"]
+
+_WORDS: Final = ("qweight", "weight_packed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Facts about one checkpoint; sizes in bytes.
+
+    Attributes:
+        roles: role -> number of tensors and bytes, largest first.
+        dtypes: dtype -> bytes.
+        experts_spelling: `fused`, `per-expert`, or both.
+        parameters: of the decoder with embeddings and output head, quantized weights counted by their elements; None
+            where they are quantized in a form that is not understood.
+        parameters_apart: of the vision tower and MTP layers.
+        unknown: tensors that the family does not know.
+        unread: files that are no part of the model.
+        outlook: what could be made of it -> bytes.
+
+    """
+
+    path: str
+    family: str
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+    groups: int
+    experts_spelling: str
+    mtp_layers: int
+    vision: bool
+    quantization: str
+    tensors: int
+    parameters: int | None
+    parameters_apart: int
+    nbytes: int
+    shards: int
+    roles: Mapping[str, tuple[int, int]]
+    dtypes: Mapping[str, int]
+    sidecars: tuple[str, ...]
+    unknown: tuple[str, ...]
+    unread: tuple[str, ...]
+    outlook: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        roles = {role: {"tensors": count, "bytes": nbytes} for role, (count, nbytes) in self.roles.items()}
+        return {**asdict(self), "roles": roles}
+
+
+def inspect_checkpoint(source: Checkpoint) -> Inspection:
+    """Describe `source` without reading tensor data.
+
+    Raises:
+        FamilyError: unknown family, or a config that contradicts itself.
+
+    """
+    layout = layout_of(source.config, source.tensors, source.where)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for name, ref in source.tensors.items():
+        place = layout.places.get(name)
+        role = place.role if place else "unknown"
+        counts[role] += 1
+        sizes[role] += ref.nbytes
+        dtypes[ref.spec.dtype] += ref.nbytes
+    found = _parameters(source, layout)
+    return Inspection(
+        path=source.where,
+        family=layout.family.name,
+        architecture=layout.wrapper.architecture,
+        layers=layout.num_layers,
+        moe_layers=len(layout.moe_layers),
+        experts=layout.num_experts,
+        top_k=layout.top_k,
+        groups=layout.groups,
+        experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
+        mtp_layers=layout.mtp_layers,
+        vision=layout.has_vision,
+        quantization=_quantization(source),
+        tensors=len(source.tensors),
+        parameters=found.total(layout.num_experts) if found else None,
+        parameters_apart=found.apart if found else 0,
+        nbytes=source.nbytes,
+        shards=len(source.shards),
+        roles={role: (counts[role], nbytes) for role, nbytes in sizes.most_common()},
+        dtypes=dict(dtypes.most_common()),
+        sidecars=tuple(sidecar.name for sidecar in source.sidecars),
+        unknown=layout.unknown,
+        unread=source.unread,
+        outlook=dict(_outlook(source, layout)),
+    )
+
+
+def _parameters(source: Checkpoint, layout: Layout) -> Parameters | None:
+    try:
+        stored = stored_of(source)
+    except CheckpointError:  # not as its config says; `verify` tells what is wrong
+        stored = None
+    if stored is None and any(place.companion in _WORDS for place in layout.places.values()):
+        return None
+    return count_parameters(source, stored)
+
+
+def _quantization(source: Checkpoint) -> str:
+    config = source.config.get("quantization_config")
+    return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
+
+
+def _outlook(source: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:
+    """Sizes of what prune and quantize would write; nothing where they would refuse."""
+    keep = _half(layout)
+    halved = f"prune to {len(keep)} experts" if keep else ""
+    for manifest in (None, Manifest(keep=dict.fromkeys(layout.moe_layers, keep))) if keep else (None,):
+        try:
+            view = pruned_view(source, manifest)
+        except ShardxformError:
+            continue
+        if manifest:
+            yield halved, view.checkpoint.nbytes
+        with suppress(SchemeError):
+            name = f"{halved} and quantize to W4A16" if manifest else "quantize to W4A16"
+            yield name, _quantized_bytes(view, Scheme.preset("W4A16"))
+
+
+def _quantized_bytes(view: View, scheme: Scheme) -> int:
+    """Bytes of a view once quantized, worked out on one routed expert of every layer and multiplied."""
+    sample: dict[str, TensorRef] = {}
+    times: dict[str, int] = {}
+    for name, ref in view.checkpoint.tensors.items():
+        place = view.layout.places.get(name)
+        if place and place.expert:
+            continue
+        fused = place is not None and place.template.variant == "fused"
+        sample[name] = ref.rows(0, 1) if fused else ref
+        times[name] = view.layout.num_experts if place and place.template.variant else 1
+    selection = select(view.layout, sample, scheme)
+    replaced = {name for module in selection.quantized for name in module.sources}
+    total = sum(ref.nbytes * times[name] for name, ref in sample.items() if name not in replaced)
+    for module in selection.quantized:
+        parts = scheme.parts(module.name, *module.weight.spec.shape)
+        total += sum(part.spec.nbytes for part in parts) * times[module.sources[0]]
+    return total
+
+
+def _half(layout: Layout) -> tuple[int, ...] | None:
+    """Ids of half the experts, the first half of every router group; None when top-k needs more."""
+    group = layout.num_experts // layout.groups
+    keep = tuple(e for e in range(layout.num_experts) if e % group < group // 2)
+    return keep if len(keep) >= layout.top_k else None

@@ -1,0 +1,340 @@
+"""The plan: everything about an output that can be known without reading tensor data, as a pure value.
+
+Shard names, final headers, the steps that fill them, the new config, the sidecars, and a fingerprint of it all. The
+executor (`run`) needs nothing else. Speed settings are not part of a plan: they cannot change a byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from shardxform.base import header
+from shardxform.base.digests import CHUNK_BYTES, Chunks
+from shardxform.base.sharding import natural_key, shard_names, split
+from shardxform.base.strict_json import dumps, pretty
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import INDEX, Checkpoint, Shard
+from shardxform.errors import PlanError
+
+if TYPE_CHECKING:
+    from shardxform.checkpoint.remote.repository import Remote
+
+__all__ = [
+    "STEP_BYTES",
+    "Copy",
+    "Extent",
+    "Plan",
+    "Segment",
+    "ShardPlan",
+    "Step",
+    "copy_steps",
+    "extents_of",
+    "lay_out",
+    "source_inputs",
+]
+
+STEP_BYTES: Final = 256 << 20
+"""Most bytes one step writes: the unit of resume. Part of the plan, since the journal counts steps."""
+
+_BASE_MEMORY: Final = 48 << 20  # interpreter, modules, and the plan of a 72 GB checkpoint
+_KERNEL_MEMORY: Final = 100_000_000  # numpy, numba and LLVM, where weights are rounded
+_REMOTE_MEMORY: Final = 128 << 20  # the hub's client, and what was fetched and not yet written
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`length` bytes at `offset` of the output shard number `shard`."""
+
+    shard: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of bytes to copy: from `source` to `offset` of the output shard number `shard`."""
+
+    source: ByteRange
+    shard: int
+    offset: int
+
+
+class Step(Protocol):
+    """The unit of work, of memory and of resume. Steps are values: they hold no tensor and open no file."""
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """What the step reads from the source."""
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """What the step writes; extents of all steps tile the data of every shard exactly once."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory one worker needs for it beyond the process's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy segments as they are."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """One range per segment."""
+        return (segment.source for segment in self.segments)
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """One extent per segment."""
+        return (Extent(s.shard, s.offset, s.source.length) for s in self.segments)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The copy buffer, used where the kernel cannot copy by itself."""
+        return 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output shard: its final name, its entries, its encoded header."""
+
+    name: str
+    entries: tuple[header.Entry, ...]
+    head: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.head) + (self.entries[-1].end if self.entries else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be written, to the byte, less the numbers.
+
+    Attributes:
+        command: verb that made the plan.
+        source: directory that the steps read, or that small files of `remote` are in.
+        remote: the repository that shards are read from, if they are not in `source`.
+        source_shards: shards of the source, as they were when planned.
+        shards: output shards, in order of their names.
+        steps: in the order in which they are best run; any order gives the same bytes.
+        config: bytes of config.json.
+        sidecars: small files copied beside the shards, with their SHA-256.
+        inputs: what the bytes depend on, by name; compared to say why a resume is refused.
+        summary: figures for people and for `--json`.
+        notes: what a person should know, one sentence each.
+        unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
+
+    """
+
+    command: str
+    source: Path
+    source_shards: tuple[Shard, ...]
+    shards: tuple[ShardPlan, ...]
+    steps: tuple[Step, ...]
+    config: bytes
+    sidecars: Mapping[str, str]
+    inputs: Mapping[str, Any]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    remote: Remote | None = None
+
+    @property
+    def origin(self) -> str:
+        """What people call the source: its directory, or `hf://owner/name@commit`."""
+        return str(self.remote or self.source)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output shards, headers included."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(shard.nbytes - len(shard.head) for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the output's bytes."""
+        digest = hashlib.sha256(dumps(self.inputs).encode())
+        for shard in self.shards:
+            digest.update(shard.name.encode() + b"\0" + shard.head)
+        digest.update(self.config)
+        for step in self.steps:
+            digest.update(repr(step).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """Finds what digests are taken of."""
+        return Chunks(self.shards)
+
+    @cached_property
+    def index(self) -> bytes | None:
+        """Bytes of the index, or None for a single shard, which needs none."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
+        total = {"metadata": {"total_size": self.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        return pretty(total).encode()
+
+    def files(self) -> list[str]:
+        """Names of every file the finished output holds, provenance aside."""
+        return [*(shard.name for shard in self.shards), *self.sidecars, *([INDEX] if self.index else []), "config.json"]
+
+    def peak_bytes(self, jobs: int) -> int:
+        """Estimate of the process's peak memory with `jobs` steps at a time."""
+        headers = sum(len(shard.head) for shard in self.shards)
+        beside = max((step.peak_bytes for step in self.steps if not tokens_of(step)), default=0)
+        alone = max((step.peak_bytes for step in self.steps if tokens_of(step)), default=0)
+        base = _BASE_MEMORY + (_REMOTE_MEMORY if self.remote else 0)
+        kernels = _KERNEL_MEMORY if "scheme" in self.summary else 0
+        return base + 12 * headers + max(kernels + jobs * beside, alone)
+
+    def check(self) -> None:
+        """Assert that the steps write every byte of every shard exactly once, and every chunk of a tensor in one step.
+
+        Raises:
+            PlanError: a hole, an overlap or a part of a chunk; a bug in the planner, caught before anything is written.
+
+        """
+        extents = sorted((e.shard, e.offset, e.length) for step in self.steps for e in step.writes if e.length)
+        position = {i: len(shard.head) for i, shard in enumerate(self.shards)}
+        for shard, offset, length in extents:
+            if position[shard] != offset:
+                raise PlanError(f"internal: steps do not tile {self.shards[shard].name} at byte {position[shard]}")
+            position[shard] = offset + length
+        for i, shard_plan in enumerate(self.shards):
+            if position[i] != shard_plan.nbytes:
+                raise PlanError(f"internal: steps leave {shard_plan.name} unfilled from byte {position[i]}")
+        for step in self.steps:
+            self.chunks.of(step.writes)
+
+
+def tokens_of(step: Step) -> int:
+    """Tokens that go through a block for a step that tunes it, and is done alone; 0 for other steps."""
+    return int(getattr(step, "block_tokens", 0))
+
+
+def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+    """Group tensors into shards in natural order of names, and lay each out as the reference writer does.
+
+    Natural order (`layers.2` before `layers.10`) keeps a decoder block together, and makes the output independent of
+    how the source was sharded: pruning and quantizing in one pass gives the shards of pruning, then quantizing.
+
+    Raises:
+        PlanError: no tensor at all, or a header beyond what readers accept.
+
+    """
+    specs = list(specs)
+    if len({spec.name for spec in specs}) != len(specs):
+        twice = next(name for name, count in Counter(spec.name for spec in specs).items() if count > 1)
+        raise PlanError(f"two tensors of the output would both be called '{twice}'")
+    groups = split(sorted(specs, key=lambda spec: natural_key(spec.name)), max_shard_bytes)
+    if not groups:
+        raise PlanError("the output would hold no tensor")
+    shards: list[ShardPlan] = []
+    for name, group in zip(shard_names(len(groups)), groups, strict=True):
+        entries = header.layout(group)
+        head = header.encode(entries)
+        if len(head) - header.LENGTH_BYTES > header.MAX_HEADER_BYTES:
+            raise PlanError(f"{name}: a header of {len(head)} bytes, readers accept {header.MAX_HEADER_BYTES}")
+        shards.append(ShardPlan(name, entries, head))
+    return tuple(shards)
+
+
+def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
+    """Steps that fill `shards` by copying every tensor found in `tensors`, in file order.
+
+    A step writes whole chunks, of which digests are taken, and at most `STEP_BYTES`.
+    """
+    for number, shard in enumerate(shards):
+        pending: list[Segment] = []
+        room = STEP_BYTES
+        for chunk, nbytes in _chunks(number, shard, tensors):
+            if pending and nbytes > room:
+                yield Copy(tuple(_joined(pending)))
+                pending, room = [], STEP_BYTES
+            pending += chunk
+            room -= nbytes
+        if pending:
+            yield Copy(tuple(_joined(pending)))
+
+
+def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
+    """Place of every tensor in the output, by name."""
+    return {
+        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
+        for number, shard in enumerate(shards)
+        for entry in shard.entries
+    }
+
+
+def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:
+    """What a plan depends on in its source: its identity, and its sidecars by name.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    return {**identify(source).to_dict(), "sidecars": dict(sidecars)}
+
+
+def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[list[Segment], int]]:
+    """Segments of every chunk of a shard's tensors, and their bytes."""
+    for entry in shard.entries:
+        ref = tensors.get(entry.spec.name)
+        offset, chunk, room = len(shard.head) + entry.begin, [], CHUNK_BYTES
+        for place in ref.ranges if ref else ():
+            for piece in _pieces(place, room):
+                chunk.append(Segment(piece, number, offset))
+                offset += piece.length
+                room -= piece.length
+                if not room:
+                    yield chunk, CHUNK_BYTES
+                    chunk, room = [], CHUNK_BYTES
+        if chunk:
+            yield chunk, CHUNK_BYTES - room
+
+
+def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Join segments whose source and target both touch: fewer and larger copies."""
+    last: Segment | None = None
+    for segment in segments:
+        if (
+            last
+            and last.source.file == segment.source.file
+            and last.source.end == segment.source.offset
+            and last.offset + last.source.length == segment.offset
+        ):
+            length = last.source.length + segment.source.length
+            last = Segment(ByteRange(last.source.file, last.source.offset, length), last.shard, last.offset)
+            continue
+        if last:
+            yield last
+        last = segment
+    if last:
+        yield last
+
+
+def _pieces(place: ByteRange, room: int) -> Iterator[ByteRange]:
+    """Cut a range so that the first piece fits into `room` and each further one into a chunk."""
+    done = 0
+    while done < place.length:
+        take = min(room, place.length - done)
+        yield ByteRange(place.file, place.offset + done, take)
+        done += take
+        room = CHUNK_BYTES

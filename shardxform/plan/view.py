@@ -1,0 +1,416 @@
+"""Pruning and text-only as functions from one checkpoint to a view of it: a new table and a new config, no bytes.
+
+A view is what `prune` writes, what `quantize --manifest` rounds in the same pass, and what `verify --source` holds an
+output against; all three call `pruned_view`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from shardxform.ask.manifest import Manifest
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import FamilyError, ManifestError, PlanError
+from shardxform.formats.config_names import (
+    DECLARATIONS,
+    Changes,
+    declarations,
+    modules_moved,
+    with_renamed,
+    without_empty,
+)
+from shardxform.model.expectation import expected
+from shardxform.model.families.base import Wrapper
+from shardxform.model.layout import (
+    COMPANIONS,
+    Layout,
+    Place,
+    count_paths,
+    is_quantized,
+    layout_of,
+    refuse_two_spellings,
+    variants_found,
+)
+from shardxform.model.strays import refuse_strays
+from shardxform.model.tied_head import tied_notes
+
+__all__ = ["MtpMode", "View", "pruned_view"]
+
+MtpMode = Literal["auto", "keep", "drop"]
+
+# Top-level keys of a multimodal config that still mean something once the text config is promoted.
+_CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
+
+_MTP_WAY_OUT = "; or leave the MTP layers out with --mtp drop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A checkpoint nobody wrote.
+
+    Attributes:
+        checkpoint: table, config and sidecars of the view; its byte ranges lie in the source's shards.
+        layout: of the view.
+        source_layout: of the source.
+        copied, sliced, renamed: numbers of tensors written, by what was done to them (sliced ones may be renamed too).
+        dropped: numbers of source tensors left out, by reason.
+        notes: what a person should know before running, one sentence each.
+
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    source_layout: Layout
+    copied: int
+    sliced: int
+    renamed: int
+    dropped: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def pruned_view(
+    source: Checkpoint, manifest: Manifest | None, *, text_only: bool = False, mtp: MtpMode = "auto"
+) -> View:
+    """Apply a keep manifest, and optionally drop the vision tower, by names and byte ranges alone.
+
+    Args:
+        source: the checkpoint to look at.
+        manifest: experts to keep, checked here against the source; None keeps all.
+        text_only: drop the vision tower and promote the text config.
+        mtp: `keep` prunes the MTP layers by the manifest's `mtp_keep`; `drop` removes them; `auto` keeps them when
+            `mtp_keep` is there or nothing is pruned, and drops them otherwise.
+
+    Raises:
+        FamilyError: the source contradicts its family, or the family has no text-only class.
+        ManifestError: the manifest does not fit.
+        PlanError: a tensor that cannot be pruned safely.
+
+    """
+    layout = layout_of(source.config, source.tensors, source.where)
+    if manifest is not None:
+        manifest.check(layout)
+    kept = manifest.num_kept if manifest else layout.num_experts
+    prunes = kept < layout.num_experts
+    notes: list[str] = []
+    dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
+    wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
+    _check_experts(wanted, source.tensors, dropped)
+    notes[:0] = _notes(source, wanted, dropped)
+    if prunes:
+        _refuse_unsafe(layout, source, dropped)
+    refuse_strays(layout, source.tensors, but=dropped)
+    wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
+    builder = _Builder(layout, manifest, dropped, wrapper)
+    tensors = _unique(builder.tensors(source.tensors))
+    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    if any(declarations(config)):
+        modules = modules_moved(layout, builder.moved, builder.keeps)
+        config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
+    checkpoint = replace(source, tensors=tensors, config=config)
+    if wrapper is not layout.wrapper:
+        left_out = layout.family.vision_sidecars
+        checkpoint = replace(checkpoint, sidecars=tuple(s for s in source.sidecars if s.name not in left_out))
+    return View(
+        checkpoint=checkpoint,
+        layout=layout_of(config, tensors),
+        source_layout=layout,
+        copied=len(tensors) - builder.sliced,
+        sliced=builder.sliced,
+        renamed=builder.renamed,
+        dropped=dict(builder.dropped),
+        notes=tuple(notes),
+    )
+
+
+def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
+    """Refuse two tensors that would end under one name."""
+    out: dict[str, TensorRef] = {}
+    for name, ref in tensors:
+        if name in out:
+            raise PlanError(f"two tensors of the source would both be called '{name}'")
+        out[name] = ref
+    return out
+
+
+class _Builder:
+    """Walks the source's table once, in source order, counting what it does."""
+
+    def __init__(
+        self, layout: Layout, manifest: Manifest | None, dropped_mtp: tuple[str, ...], wrapper: Wrapper
+    ) -> None:
+        self._layout = layout
+        self._manifest = manifest
+        self._dropped_mtp = dropped_mtp
+        self._wrapper = wrapper
+        self.sliced = 0
+        self.renamed = 0
+        self.dropped: Counter[str] = Counter()
+        self.moved: dict[str, str] = {}
+
+    @property
+    def keeps(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """Ids of the experts that stay, by scope and layer."""
+        if self._manifest is None:
+            return {}
+        both = {"block": self._manifest.keep, "mtp": self._manifest.mtp_keep}
+        return {(scope, layer): ids for scope, keep in both.items() for layer, ids in keep.items()}
+
+    def tensors(self, source: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
+        for name, ref in source.items():
+            reason = self._reason_to_drop(name)
+            if reason:
+                self.dropped[reason] += 1
+                self.moved[name] = ""
+                continue
+            place = self._layout.places.get(name)
+            out = self._pruned(ref, place) if place else ref
+            if out is None:
+                self.dropped["pruned experts"] += 1
+                self.moved[name] = ""
+                continue
+            out = self._rename(out)
+            self.renamed += out.name != name
+            self.moved[name] = out.name
+            yield out.name, out
+
+    def _reason_to_drop(self, name: str) -> str:
+        if self._dropped_mtp and name.startswith(self._dropped_mtp):
+            return "MTP layers"
+        vision = self._layout.family.vision_prefix
+        if self._wrapper is not self._layout.wrapper and vision and name.startswith(vision):
+            return "vision tower"
+        return ""
+
+    def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:
+        keep = self._keep(place)
+        if keep is None or len(keep) == self._layout.num_experts:
+            return ref
+        if place.template.sliced:
+            if place.companion and not _has_rows(ref, place.companion, self._layout.num_experts):
+                return ref
+            self.sliced += 1
+            return ref.select(keep)
+        if place.expert is None:
+            return ref
+        new = bisect_left(keep, place.expert)  # keep is ascending: checked by the manifest
+        if new == len(keep) or keep[new] != place.expert:
+            return None
+        parts = ref.name.split(".")
+        parts[place.expert_at] = str(new)
+        return ref.renamed(".".join(parts))
+
+    def _keep(self, place: Place) -> tuple[int, ...] | None:
+        if self._manifest is None or place.layer is None:
+            return None
+        keeps = self._manifest.mtp_keep if place.scope == "mtp" else self._manifest.keep
+        return keeps.get(place.layer)
+
+    def _rename(self, ref: TensorRef) -> TensorRef:
+        old, new = self._layout.wrapper.prefix, self._wrapper.prefix
+        return ref.renamed(new + ref.name[len(old) :]) if old != new and ref.name.startswith(old) else ref
+
+
+def _has_rows(ref: TensorRef, companion: str, rows: int) -> bool:
+    """Whether axis 0 of what stands for, or beside, a router's weight counts its rows, so that pruning slices it.
+
+    Raises:
+        PlanError: neither that, nor a tensor that stays as it is whichever rows are taken out.
+
+    """
+    counts, shape = COMPANIONS[companion], ref.spec.shape
+    if counts in ("rows", "blocks") and shape and shape[0] == rows:
+        return True
+    if counts == "none" or (counts == "blocks" and (not shape or shape[0] == 1)):  # one block that holds every row
+        return False
+    why = {
+        "rows": f"expected {rows} rows, one per expert",
+        "blocks": f"its scales are for blocks of the router's {rows} rows, which pruning would take apart",
+        "inside": "it counts the router's rows within its words or on another axis, where they cannot be taken out",
+    }
+    raise PlanError(
+        f"tensor '{ref.name}' {list(shape)} of a quantized router cannot be pruned: {why[counts]};"
+        " prune a checkpoint whose routers are in 16 bits"
+    )
+
+
+def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tuple[str, ...]) -> None:
+    """Every MoE block has its router and every expert, in the shapes that the config promises, and no more.
+
+    MTP layers that are dropped, whose names begin with `dropped`, are not looked at.
+    """
+    refuse_two_spellings(layout, dropped, _MTP_WAY_OUT)
+    wanted: set[str] = set()
+    for name, item in expected(layout, variants_found(layout)):
+        template = item.place.template
+        if not (template.sliced or template.numbered) or (item.place.scope == "mtp" and not layout.has_mtp):
+            continue
+        if name.startswith(dropped):
+            continue
+        wanted.add(name)
+        ref = tensors.get(name)
+        if ref is None and _has_companion(name, layout):
+            continue
+        shape = list(item.shape or ())
+        way_out = _MTP_WAY_OUT if item.place.scope == "mtp" else ""
+        if ref is None:
+            raise FamilyError(
+                f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
+            )
+        if item.shape is not None and ref.spec.shape != item.shape:
+            found = list(ref.spec.shape)
+            raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
+    for name, place in layout.places.items():
+        counted = (place.template.sliced or place.template.numbered) and not place.companion
+        if counted and name not in wanted and not name.startswith(dropped):
+            _refuse_uncounted(layout, name, place)
+
+
+def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
+    way_out = _MTP_WAY_OUT if place.scope == "mtp" else ""
+    if place.scope == "mtp" and not layout.mtp_layers:
+        key = layout.family.mtp.count_key if layout.family.mtp else ""
+        raise FamilyError(f"tensor '{name}' belongs to an MTP layer, but config.json has no {key}{way_out}")
+    count = layout.num_experts
+    raise FamilyError(f"tensor '{name}' is one the config does not allow for ({count} experts){way_out}")
+
+
+def _has_companion(name: str, layout: Layout) -> bool:
+    stem = name.removesuffix("weight")
+    return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed"))
+
+
+def _dropped_mtp(
+    layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: bool, notes: list[str]
+) -> tuple[str, ...]:
+    """What the names of dropped MTP layers begin with; nothing where none is dropped."""
+    if mtp == "drop":
+        prefixes = (*layout.mtp_prefixes, *layout.undeclared_mtp_prefixes())
+        found = layout.has_mtp or layout.mtp_layers > 0 or any(name.startswith(prefixes) for name in layout.unknown)
+        return prefixes if found else ()
+    return layout.mtp_prefixes if _drops_mtp(layout, manifest, mtp, prunes, notes) else ()
+
+
+def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: bool, notes: list[str]) -> bool:
+    declared = layout.mtp_layers > 0
+    if not layout.has_mtp:
+        if declared and prunes:
+            notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
+        return False
+    if not prunes or (manifest and manifest.mtp_keep):
+        return False
+    if mtp == "keep":
+        raise ManifestError(
+            "--mtp keep: the MTP layers share the expert count and must be pruned too,"
+            " but the manifest has no mtp_keep; expected one list per MTP layer"
+        )
+    notes.append("the MTP layers are dropped: they share the expert count, and the manifest has no mtp_keep for them")
+    return True
+
+
+def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...]) -> None:
+    """Refuse what slicing could leave inconsistent without anyone noticing."""
+    blocks = (layout.wrapper.prefix + "layers.", *layout.mtp_prefixes)
+    undeclared = layout.undeclared_mtp_prefixes()
+    for name in layout.unknown:
+        if name.startswith(dropped):
+            continue
+        shape = source.tensors[name].spec.shape
+        if name.startswith(blocks) and ("expert" in name or "router" in name or layout.num_experts in shape):
+            way_out = _MTP_WAY_OUT if name.startswith(undeclared) else ""
+            raise PlanError(
+                f"tensor '{name}' {list(shape)} is unknown to family {layout.family.name},"
+                f" and looks as if it had to be pruned too{way_out}"
+            )
+
+
+def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iterator[str]:
+    unknown = [name for name in layout.unknown if not name.startswith(dropped)]
+    if unknown:
+        names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        yield f"{len(unknown)} tensors unknown to family {layout.family.name} are copied as they are: {names}"
+    missing = [
+        name
+        for name, item in expected(layout, variants_found(layout))
+        if not item.optional
+        and name not in source.tensors
+        and not _has_companion(name, layout)
+        and (item.place.scope != "mtp" or layout.has_mtp)
+        and not name.startswith(dropped)
+    ]
+    yield from _undeclared(source)
+    if missing:
+        yield f"the source lacks {len(missing)} tensors that family {layout.family.name} expects, such as {missing[0]}"
+    yield from tied_notes(source, layout)
+
+
+def _undeclared(source: Checkpoint) -> Iterator[str]:
+    """Say where config.json declares quantized weights that are not there, or none although some are."""
+    declared = next(declarations(source.config), None)
+    quantized = [ref.spec for ref in source.tensors.values() if is_quantized(ref.spec)]
+    if declared and not quantized:
+        where = ".".join(declared[0])
+        yield f"config.json: {where} declares quantized weights, but the shards hold none: remove it, or clients refuse"
+    elif quantized and not declared:
+        first = quantized[0]
+        yield (
+            f"{len(quantized)} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
+            " no quantization_config, without which clients take them for something else"
+        )
+
+
+def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
+    if layout.wrapper.text_key is None:
+        notes.append("--text-only: the source is text-only already")
+        return layout.wrapper
+    for wrapper in layout.family.wrappers:
+        if wrapper.text_key is None:
+            return wrapper
+    raise FamilyError(f"family {layout.family.name} has no text-only class")
+
+
+def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict[str, Any]:
+    """The config of the view: expert count, MTP count and wrapper; every other key as it was, in its order."""
+    changes: dict[tuple[str, ...], Any] = {}
+    if kept != layout.num_experts:
+        changes.update(dict.fromkeys(count_paths(layout.config, layout.family, layout.wrapper), kept))
+    mtp = layout.family.mtp
+    if drop_mtp and mtp and mtp.count_key in layout.text:
+        home = (layout.wrapper.text_key,) if layout.wrapper.text_key else ()
+        changes[(*home, mtp.count_key)] = 0
+    config = _with_changes(layout.config, changes)
+    if wrapper is layout.wrapper or layout.wrapper.text_key is None:
+        return config
+    text = {**config[layout.wrapper.text_key], "model_type": wrapper.model_type}
+    carried = {key: config[key] for key in _CARRIED if key in config}
+    carried.update(_carried_declarations(config, text))
+    if "tie_word_embeddings" in text:  # the text-only class reads it here, the multimodal one read its own level
+        carried["tie_word_embeddings"] = layout.text["tie_word_embeddings"]
+    named = {"architectures": [wrapper.architecture]}
+    return {**named, **text, **carried, **named}  # first, and whatever the text config says of it
+
+
+def _carried_declarations(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the top level says of quantization; where the text config says it too, both must say the same.
+
+    Raises:
+        PlanError: they do not.
+
+    """
+    for key in DECLARATIONS:
+        above, below = config.get(key), text.get(key)
+        if above and below and above != below:
+            raise PlanError(f"config.json: {key} and that of the text config differ; expected one")
+        if key in config and (above or not below):
+            yield key, above
+
+
+def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    out = dict(config)
+    for (head, *rest), value in changes.items():
+        out[head] = _with_changes(out[head], {tuple(rest): value}) if rest else value
+    return out

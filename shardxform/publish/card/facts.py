@@ -1,0 +1,234 @@
+"""What a card says, as values: nothing here reads, computes or words anything. Sizes are in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["BlockError", "Change", "Data", "Evaluation", "Facts", "Origin", "Pruning", "Quantization"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A figure of the source and of the output; None where the source's is not known."""
+
+    before: int | None
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What the output was made from, and under which licence; empty where nothing says so.
+
+    Attributes:
+        base_model: hub name `owner/name`.
+        license, license_name, license_link: as in a hub's front matter.
+        languages: codes.
+
+    """
+
+    base_model: str = ""
+    license: str = ""
+    license_name: str = ""
+    license_link: str = ""
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Text that was cut into `samples` windows of `seqlen` tokens.
+
+    Attributes:
+        content: a SHA-256, or a commit of the hub.
+        sources: of whose documents alone; empty for all.
+
+    """
+
+    name: str
+    samples: int | None = None
+    seqlen: int | None = None
+    tokens: int | None = None
+    content: str = ""
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning:
+    """Which experts were kept, as far as a manifest says why.
+
+    Attributes:
+        criterion: what experts were ranked by, such as `reap`; empty when no manifest was given.
+        tokens: that the ranking was made on.
+        data: the text of it.
+        saliency_kept: per layer, share of the criterion's sum that the kept experts have.
+        never_reached_kept: kept experts that no token of the text reached, in all layers.
+
+    """
+
+    criterion: str = ""
+    tokens: int | None = None
+    data: tuple[Data, ...] = ()
+    saliency_kept: tuple[float, ...] = ()
+    never_reached_kept: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockError:
+    """Squared error of a block's output, rounded to nearest and tuned; None where it was not tuned.
+
+    `ratio_error` is the standard error of tuned / rounded; None where it is not known.
+    """
+
+    layer: int
+    rounded: float | None
+    tuned: float | None
+    ratio_error: float | None = None
+    never_reached: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealedBlock:
+    """Squared error of a block's output as it was pruned and as it is; `what` is empty where it was left as pruned."""
+
+    layer: int
+    pruned: float | None
+    healed: float | None
+    what: str
+    ratio_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Healing:
+    """How the 16-bit weights of pruned blocks were tuned.
+
+    Attributes:
+        what: which weights, a name of `recipe.HEALED` or `auto`.
+        iters, batch_size: steps a block, windows of a step.
+        data: calibration text.
+        blocks: in their order.
+
+    """
+
+    what: str
+    iters: int | None
+    batch_size: int | None
+    data: Data | None
+    blocks: tuple[HealedBlock, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How weights are stored.
+
+    Attributes:
+        bits, group_size, format: as in the scheme; a group size of -1 is one scale a row.
+        expert_names: `split`, or `fused-indexed`, which current clients refuse.
+        modules: how many are quantized.
+        method: `rtn` or `auto-round`; empty where the record does not say.
+        search: whether scales were searched.
+        data, recipe: calibration text and settings of tuned rounding.
+        blocks: errors of tuned blocks.
+        judged_apart: whether these are on windows that were not tuned on; None where the record does not say.
+
+    """
+
+    bits: int
+    group_size: int
+    format: str
+    expert_names: str
+    modules: int
+    method: str = ""
+    search: bool = False
+    data: Data | None = None
+    recipe: Mapping[str, int | str]
+    blocks: tuple[BlockError, ...] = ()
+    judged_apart: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What `evaluate --json` measured.
+
+    Attributes:
+        perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
+        reference, kl, top1: None without a reference, or where they are not finite.
+        ratio_error: of `ratio`.
+        dtype: that it was computed in; empty where that is not known.
+        block_errors: likewise, per block.
+        source: the one source of text that the figures are of; empty for all of the text.
+        sources: the figures of each, where they were kept apart.
+
+    """
+
+    data: Data
+    windows: int
+    tokens: int
+    perplexity: float | None
+    perplexity_error: float | None = None
+    reference: float | None = None
+    ratio_error: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    top1: float | None = None
+    top1_error: float | None = None
+    dtype: str = ""
+    block_errors: tuple[float | None, ...] = ()
+    source: str = ""
+    sources: tuple[Evaluation, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity over the reference's."""
+        return self.perplexity / self.reference if self.perplexity is not None and self.reference else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Everything a card says.
+
+    Attributes:
+        name: of the output directory.
+        command: the verb that made it.
+        origin: source and licence.
+        family, architecture: of the output; `vision` and `bfloat16_only` as in `model.families.base`.
+        layers, moe_layers, top_k: of the decoder.
+        max_positions: longest context that the config allows; 0 where it does not say.
+        experts: routed experts per layer.
+        nbytes: of all tensors, without the headers of the shards.
+        parameters, active: of the decoder with embeddings and output head, without MTP layers and vision tower; in
+            all, and those that one token uses.
+        dropped: parts of the source that were left out.
+        pruning, healing, quantization: None where nothing was pruned, healed or quantized.
+        evaluations: in the order given.
+        plots: names of pictures beside the card.
+        commands: command lines that make the output again.
+
+    """
+
+    name: str
+    command: str
+    origin: Origin
+    family: str
+    architecture: str
+    vision: bool
+    bfloat16_only: bool
+    layers: int
+    moe_layers: int
+    top_k: int
+    max_positions: int
+    experts: Change
+    nbytes: Change
+    parameters: Change
+    active: Change
+    dropped: tuple[str, ...] = ()
+    pruning: Pruning | None = None
+    healing: Healing | None = None
+    quantization: Quantization | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    plots: tuple[str, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return asdict(self)

@@ -1,1 +1,0 @@
-"""Weight quantization: grids, rounding and the word layouts of the written tensors."""
