@@ -18,6 +18,7 @@ from shardxform.base.readers import SourceReader
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.execution.copying import Files, OpenTarget
+from shardxform.execution.gathering import SlabReader
 from shardxform.formats import packing
 from shardxform.formats.grid import Grid
 from shardxform.formats.rounding import QuantizedWeight, RtnStats, SourceDtype, quantize_into
@@ -78,9 +79,10 @@ def round_step(
     """
     zero_modules: list[str] = []
     zero_groups = 0
+    slabs = SlabReader(files[0])
     for item in step.items:
         stopped()
-        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0])
+        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0], slabs)
         zero_groups += zeros
         if zeros == groups:
             zero_modules.append(item.module)
@@ -96,18 +98,21 @@ def round_step(
 
 
 def _rounded(
-    item: RoundItem, scheme: Scheme, rounder: Rounder, source: SourceReader
+    item: RoundItem, scheme: Scheme, rounder: Rounder, source: SourceReader, slabs: SlabReader
 ) -> tuple[QuantizedWeight, int, int]:
     """Round one weight tile by tile; also its number of groups, and of all-zero groups."""
-    rows, columns = item.weight.spec.shape
+    rows, columns = item.shape
     dtype = cast(SourceDtype, item.weight.spec.dtype)  # the selection takes no other
     out = QuantizedWeight.empty(scheme.layout, scheme.grid, (rows, columns))
-    row_bytes = item.weight.nbytes // rows
-    tile_rows = max(1, TILE_BYTES // row_bytes)
+    tile_rows = max(1, TILE_BYTES * rows // max(item.weight.nbytes, 1))
     groups = zeros = 0
     for start in range(0, rows, tile_rows):
         stop = min(start + tile_rows, rows)
-        w_oi = _read(item.weight.rows(start, stop), source)
+        if item.cut:
+            bits_OI = np.ascontiguousarray(item.cut.of(slabs.read(item.weight))[start:stop])
+            w_oi = bits_OI.view(_NUMPY[item.weight.spec.dtype])
+        else:
+            w_oi = _read(item.weight.rows(start, stop), source)
         stats = rounder(w_oi, dtype, scheme.grid, _rows_of(out, start, stop))
         _refuse_bad(stats, item, start)
         groups += stats.groups
@@ -154,7 +159,7 @@ def _where(item: RoundItem) -> str:
 
 def part_of(role: Role, item: RoundItem, scheme: Scheme, out: QuantizedWeight) -> NDArray[Any]:
     """One stored tensor of a quantized weight, as it is written."""
-    rows, columns = item.weight.spec.shape
+    rows, columns = item.shape
     if role == "words":
         return out.words
     if role == "scales":

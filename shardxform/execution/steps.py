@@ -29,12 +29,16 @@ def executor(step: Step, device: str) -> Callable[..., Facts]:
     if isinstance(step, Copy):
         return functools.partial(copy_step, step)
     from shardxform.plan.convert import Repack
-    from shardxform.plan.steps import Round
+    from shardxform.plan.steps import Gather, Round
 
     if isinstance(step, Round):
         from shardxform.execution.rounding import round_step, rounder_on
 
         return functools.partial(round_step, step, rounder_on(device, step.scheme))
+    if isinstance(step, Gather):
+        from shardxform.execution.gathering import gather_step
+
+        return functools.partial(gather_step, step)
     if isinstance(step, Repack):
         from shardxform.execution.repacking import repack_step
 

@@ -15,10 +15,10 @@ from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.scheme import Scheme
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import LINEAR_ROLES, Module, modules_of
+from shardxform.model.matrices import LINEAR_ROLES, Matrix, matrices_of
 from shardxform.model.tied_head import is_tied
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "refuse_unread", "select"]
 
 _BY_DEFAULT = "16-bit by default"
 
@@ -35,10 +35,10 @@ class Selection:
 
     """
 
-    quantized: tuple[Module, ...]
+    quantized: tuple[Matrix, ...]
     kept: Mapping[str, str]
     misfits: Mapping[str, str]
-    kept_modules: tuple[Module, ...] = ()
+    kept_modules: tuple[Matrix, ...] = ()
 
 
 def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> Selection:
@@ -52,10 +52,10 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
             left to quantize.
 
     """
-    modules = list(modules_of(layout, tensors, scheme.expert_names))
+    modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfits = {m.name: why for m in modules if not reasons[m.name] and (why := scheme.misfit(*m.weight.spec.shape))}
+    misfits = {m.name: why for m in modules if not reasons[m.name] and (why := scheme.misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
         blocked = [name for name in members if name in misfits]
@@ -71,7 +71,22 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
 
 
-def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
+def refuse_unread(layout: Layout, scheme: Scheme) -> None:
+    """Refuse a format in which no client finds the experts of a family.
+
+    Raises:
+        SchemeError: names the formats that are left.
+
+    """
+    family = layout.family
+    if scheme.format not in family.formats:
+        raise SchemeError(
+            f"--format {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
+            f" {' or '.join(family.formats)}"
+        )
+
+
+def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
     """Why a module stays as it is; empty when it is to be quantized. Shapes are judged later."""
     if module.weight.spec.dtype not in FLOATS - {"F64"}:
         return f"dtype {module.weight.spec.dtype}"
@@ -87,7 +102,7 @@ def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
     return ""
 
 
-def _refuse_unrunnable(module: Module, scheme: Scheme, layout: Layout) -> None:
+def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
     if role in ("router", "embeddings", "vision", "mtp"):
@@ -101,7 +116,7 @@ def _refuse_unrunnable(module: Module, scheme: Scheme, layout: Layout) -> None:
         raise SchemeError(f"--quantize selects {module.name}, which vLLM cannot run in format compressed-tensors")
 
 
-def _merged(layout: Layout, modules: Iterable[Module]) -> list[list[str]]:
+def _merged(layout: Layout, modules: Iterable[Matrix]) -> list[list[str]]:
     """Names of modules that clients merge: the family's groups per block, and all routed experts of a layer."""
     groups: defaultdict[tuple[str, int | None, str], list[str]] = defaultdict(list)
     for module in modules:
@@ -126,7 +141,7 @@ def _refuse_split(groups: Iterable[list[str]], reasons: Mapping[str, str]) -> No
             )
 
 
-def _refuse_idle_patterns(scheme: Scheme, modules: Iterable[Module]) -> None:
+def _refuse_idle_patterns(scheme: Scheme, modules: Iterable[Matrix]) -> None:
     """A pattern that matches nothing is a typing error that would surface as a wrong checkpoint."""
     names = [module.name for module in modules]
     for option, patterns in (("--keep-16bit", scheme.keep_16bit), ("--quantize", scheme.quantize)):

@@ -18,10 +18,10 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.dialects import build
 from shardxform.formats.scheme import ExpertNames, Format, Part, Role, Scheme
-from shardxform.formats.selection import Selection, reasons_summary
+from shardxform.formats.selection import Selection, reasons_summary, refuse_unread
 from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import modules_of
+from shardxform.model.matrices import matrices_of
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
@@ -131,6 +131,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     stored = read_stored(source)
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
+    _refuse_restacking(stored, target)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
     selection = _selection(view, stored, target.expert_names)
@@ -165,6 +166,7 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     if target.format == "bf16":
         return None
     scheme = Scheme(grid=stored.scheme.grid, format=target.format, expert_names=target.expert_names, g_idx=target.g_idx)
+    refuse_unread(stored.layout, scheme)
     for module in stored.modules.values():
         rows, columns = module.shape
         if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and scheme.misfit(rows, columns)):
@@ -183,9 +185,24 @@ def _refuse_nothing(stored: Stored, target: Target) -> None:
         raise SchemeError(f"nothing to convert: the source is {target.format}{names} already")
 
 
+def _refuse_restacking(stored: Stored, target: Target) -> None:
+    """Refuse to dequantize into stacks that hold matrices transposed or row by row in turn.
+
+    Raises:
+        SchemeError: names the family.
+
+    """
+    family = stored.layout.family
+    if target.format == "bf16" and family.experts.stacks and (family.experts.transposed or family.experts.bias):
+        raise SchemeError(
+            f"family {family.name} stacks its experts transposed, which is not written from quantized ones; start from"
+            " the checkpoint that was quantized"
+        )
+
+
 def _selection(view: View, stored: Stored, expert_names: ExpertNames) -> Selection:
     """What is stored quantized and what is not, in the spelling asked for, as `quantize` would have selected it."""
-    modules = list(modules_of(view.layout, view.checkpoint.tensors, expert_names))
+    modules = list(matrices_of(view.layout, view.checkpoint.tensors, expert_names))
     quantized = tuple(module for module in modules if module.sources[0] in stored.weights)
     kept = tuple(module for module in modules if module.sources[0] not in stored.weights)
     return Selection(quantized, {module.name: _IN_SOURCE for module in kept}, {}, kept)
@@ -361,7 +378,7 @@ def _summary(
         {
             "scheme": asdict(scheme),
             "quantized_modules": len(selection.quantized),
-            "quantized_weight_bytes": sum(module.weight.nbytes for module in selection.quantized),
+            "quantized_weight_bytes": sum(module.nbytes for module in selection.quantized),
             "kept_modules": reasons_summary(selection),
         }
         if scheme

@@ -201,7 +201,10 @@ def _check_data(
     comparison = None
     if wanted and not only_written:
         source = wanted.view.checkpoint
-        comparison = Comparison(source.root, wanted.same_bytes, wanted.derived, wanted.pairs, rule, source.remote)
+        shapes = {name: wanted.tensors[name].spec for name in wanted.derived}
+        comparison = Comparison(
+            source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote
+        )
     figures = check_data(
         checkpoint,
         layout,

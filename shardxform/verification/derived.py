@@ -13,11 +13,13 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.base.dtypes import BITS
 from shardxform.base.tensors import TensorRef
 from shardxform.formats import packing
 from shardxform.formats.grid import Grid
 from shardxform.formats.rounding import QuantizedWeight, SourceDtype, quantize_into
 from shardxform.formats.stored import Stored, StoredModule, rows_of
+from shardxform.model.matrices import Cut
 from shardxform.verification.rounding import NUMPY, TILE_WEIGHTS, Read, load, turned
 from shardxform.verification.values import Bytes
 from shardxform.verification.wanted import Derived
@@ -33,6 +35,7 @@ class Deriver:
 
     def __init__(self) -> None:
         self._last: tuple[StoredModule, _Parts] | None = None
+        self._cut: tuple[tuple[TensorRef, Cut], Bytes] | None = None
 
     def data(self, derived: Derived, start: int, stop: int, read: Read) -> Bytes:
         """Bytes `start`..`stop - 1` of the tensor, as they must be.
@@ -44,6 +47,8 @@ class Deriver:
             read: fills an array with bytes of the source.
 
         """
+        if derived.cut is not None:
+            return self._gather(derived.weight, derived.cut, read)[start:stop]
         row = 2 * derived.weight.spec.shape[1]
         first, last = start // row, -(-stop // row)
         bits_RI = np.empty((last - first, derived.weight.spec.shape[1]), "<u2")
@@ -53,6 +58,15 @@ class Deriver:
             assert derived.grid is not None
             _round(derived.weight.rows(first, last), derived.grid, read, bits_RI)
         return bits_RI.reshape(-1).view(np.uint8)[start - first * row : stop - first * row]
+
+    def _gather(self, weight: TensorRef, cut: Cut, read: Read) -> Bytes:
+        """Bytes of a cut of a tensor, which is read whole; the last one is kept."""
+        if self._cut is None or self._cut[0] != (weight, cut):
+            self._cut = None
+            bits = np.empty(weight.spec.shape, f"<u{BITS[weight.spec.dtype] // 8}")
+            read(weight, bits)
+            self._cut = (weight, cut), np.ascontiguousarray(cut.of(bits)).reshape(-1).view(np.uint8)
+        return self._cut[1]
 
     def _dequantize(self, weight: TensorRef, packed: Stored, read: Read, out_RI: NDArray[np.uint16]) -> None:
         """What rows of stored modules stand for."""

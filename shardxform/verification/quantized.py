@@ -104,6 +104,8 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
 def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Module]:
     found: dict[str, _Module] = {}
     for name, place in layout.places.items():
+        if place.template.variant and not place.template.is_expert_weight:
+            continue
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:
             spec = tensors[name].spec
@@ -206,6 +208,11 @@ def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Finding
     for key in _REQUIRED.get(method, ()):
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
+    if method in _REQUIRED and method not in layout.family.formats:
+        known = " or ".join(layout.family.formats)
+        report(
+            f"quant_method: {method}, whose loaders do not find experts of {layout.family.name}, as those of {known} do"
+        )
     bits, packing = declared.get("bits"), declared.get("packing_format")
     if method == "gptq" and declared.get("sym") is False:
         report(f"sym: false, which vLLM and SGLang refuse for experts (bits={bits}, sym=False)")
