@@ -1,4 +1,4 @@
-"""Planning a conversion: a quantized source written in another format or spelling, or dequantized to bfloat16.
+"""Planning a conversion: a quantized source written in another format or spelling, or dequantized to 16 bits.
 
 No integer and no scale changes between the quantized formats; what a client reads from the output is what it read from
 the source. The new quantization_config is made by the code that `quantize` uses, from what is stored rather than from
@@ -28,12 +28,30 @@ from shardxform.plan.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_dig
 from shardxform.plan.quantize import kept_tensors
 from shardxform.plan.view import View, pruned_view
 
-__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert", "released"]
+__all__ = [
+    "FLOATS",
+    "TILE_WEIGHTS",
+    "ConvertOptions",
+    "Float",
+    "Piece",
+    "Repack",
+    "RepackItem",
+    "Target",
+    "config_of_half",
+    "plan_convert",
+    "released",
+]
+
+Float = Literal["bf16", "fp16"]
+"""16-bit types that weights are dequantized to."""
+
+FLOATS: Final[Mapping[str, str]] = {"bf16": "BF16", "fp16": "F16"}
+"""What safetensors calls them."""
 
 TILE_WEIGHTS: Final = 1 << 18
 """Most weights that are dequantized at a time."""
 
-_TILE_BYTES: Final = 40  # per weight while it is dequantized: codes, values, scales and BF16 bits, with temporaries
+_TILE_BYTES: Final = 40  # per weight while it is dequantized: codes, values, scales and 16 bits, with temporaries
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms", "vision"})
 _IN_SOURCE: Final = "16-bit in the source"
 
@@ -43,19 +61,19 @@ class Target:
     """What to write.
 
     Attributes:
-        format: a quantized format, or `bf16` for dequantized weights in the release's layout.
-        expert_names: see `Scheme`; has no meaning for `bf16`.
+        format: a quantized format, or `bf16` or `fp16` for dequantized weights in the release's layout.
+        expert_names: see `Scheme`; has no meaning for dequantized weights.
         g_idx: see `Scheme`.
 
     """
 
-    format: Format | Literal["bf16"]
+    format: Format | Float
     expert_names: ExpertNames = "split"
     g_idx: bool = False
 
     def __post_init__(self) -> None:
-        if self.format == "bf16" and (self.g_idx or self.expert_names != "split"):
-            raise SchemeError("bf16 has no g_idx and one spelling of experts: the release's")
+        if self.format in FLOATS and (self.g_idx or self.expert_names != "split"):
+            raise SchemeError(f"{self.format} has no g_idx and one spelling of experts: the release's")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +109,17 @@ class RepackItem:
 
 @dataclass(frozen=True, slots=True)
 class Repack:
-    """Write stored weights in another layout, or dequantized to bfloat16 when there is no target scheme."""
+    """Write stored weights in another layout, or where there is no target scheme dequantized, as `dtype`."""
 
     items: tuple[RepackItem, ...]
     source: Scheme
     target: Scheme | None
+    dtype: str = "BF16"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the plan promises that `dtype` holds every value, so that one which it does not is refused."""
+        return self.target is None and self.dtype == "F16" and _fits_half(self.source)
 
     @property
     def reads(self) -> Iterable[ByteRange]:
@@ -134,14 +158,18 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     _refuse_restacking(stored, target)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
+    _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
-    weights = _weights(view, stored, selection, scheme)
+    weights = _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
     if scheme is not None:
         quantization = build(selection, scheme, view.layout, view.checkpoint.tensors)
         config = {**source.config, "quantization_config": quantization}
+    elif target.format == "fp16":
+        config = config_of_half(config)
     shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
-    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, stored, scheme))
+    repacking = _steps(shards, weights, stored, scheme, FLOATS.get(target.format, ""))
+    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *repacking)
     sidecars = sidecar_digests(source)
     plan = Plan(
         command="convert",
@@ -162,8 +190,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
 
 
 def _scheme(stored: Stored, target: Target) -> Scheme | None:
-    """The scheme to write in, on the source's own grid; None for bf16."""
-    if target.format == "bf16":
+    """The scheme to write in, on the source's own grid; None for dequantized weights."""
+    if target.format == "bf16" or target.format == "fp16":
         return None
     scheme = Scheme(grid=stored.scheme.grid, format=target.format, expert_names=target.expert_names, g_idx=target.g_idx)
     refuse_unread(stored.layout, scheme)
@@ -176,6 +204,26 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
         if (role := stored.layout.places[name].template.role) in _FLOAT_ROLES:
             raise SchemeError(f"tensor '{name}' is quantized, but no client runs a quantized {role}; try --to bf16")
     return scheme
+
+
+def _refuse_half(view: View, target: Target) -> None:
+    """Refuse float16 where it overflows while the model runs, by the rule by which `verify` judges a config."""
+    family = view.layout.family
+    if target.format == "fp16" and family.bfloat16_only:
+        raise SchemeError(
+            f"--to fp16: float16 overflows in the gated delta-net layers of family {family.name}; use --to bf16"
+        )
+
+
+def _fits_half(source: Scheme) -> bool:
+    """Whether 11 significant bits hold every product: 8 of a bfloat16 scale, and 3 of a code of at most 8 in size."""
+    return source.grid.bits == 4 and source.grid.scale_grid == "bf16"
+
+
+def config_of_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of weights that became float16: clients that load what it says would round them to bfloat16."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, "float16")}
 
 
 def _refuse_nothing(stored: Stored, target: Target) -> None:
@@ -193,7 +241,7 @@ def _refuse_restacking(stored: Stored, target: Target) -> None:
 
     """
     family = stored.layout.family
-    if target.format == "bf16" and family.experts.stacks and (family.experts.transposed or family.experts.bias):
+    if target.format in FLOATS and family.experts.stacks and (family.experts.transposed or family.experts.bias):
         raise SchemeError(
             f"family {family.name} stacks its experts transposed, which is not written from quantized ones; start from"
             " the checkpoint that was quantized"
@@ -223,11 +271,13 @@ def _specs(plain: Mapping[str, TensorRef], weights: Iterable[TensorRef], scheme:
             yield from (part.spec for part in _parts(weight, scheme))
 
 
-def _weights(view: View, stored: Stored, selection: Selection, scheme: Scheme | None) -> list[TensorRef]:
+def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[TensorRef]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
-    if scheme is not None:
+    dtype = FLOATS.get(target.format)
+    if dtype is None:
         return [module.weight.renamed(module.name) for module in selection.quantized]
-    return released(stored.weights, view.layout)
+    weights = released(stored.weights, view.layout)
+    return [replace(weight, spec=replace(weight.spec, dtype=dtype)) for weight in weights]
 
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
@@ -270,7 +320,7 @@ def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
 
 
 def _steps(
-    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None
+    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None, dtype: str
 ) -> Iterator[Repack]:
     """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger.
 
@@ -283,12 +333,12 @@ def _steps(
         items = list(_items(weight, extents, stored, scheme))
         nbytes = sum(item.out_bytes for item in items)
         if pending and filled + nbytes > plans.STEP_BYTES:
-            yield Repack(tuple(pending), stored.scheme, scheme)
+            yield Repack(tuple(pending), stored.scheme, scheme, dtype)
             pending, filled = [], 0
         pending += items
         filled += nbytes
     if pending:
-        yield Repack(tuple(pending), stored.scheme, scheme)
+        yield Repack(tuple(pending), stored.scheme, scheme, dtype)
 
 
 def _items(
@@ -397,12 +447,10 @@ def _summary(
 def _notes(stored: Stored, target: Target) -> Iterator[str]:
     before, bits = stored.scheme.format, stored.scheme.grid.bits
     weights = f"{len(stored.modules):,} weight matrices of {bits} bits"
-    if target.format == "bf16":
-        yield f"{weights} become bfloat16: each integer times its scale, rounded to nearest"
+    if target.format in FLOATS:
+        yield f"{weights} become {_rounding(stored, target)}"
         yield "this cannot be undone: quantizing OUT again need not give the same integers and scales"
-        dtype = stored.layout.text.get("dtype", stored.layout.text.get("torch_dtype", "bfloat16"))
-        if dtype != "bfloat16":
-            yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"
+        yield from _notes_of_dtype(stored, target)
     else:
         formats = f"stay {before}" if before == target.format else f"are stored as {target.format}, not {before}"
         yield f"{weights} {formats}: every integer and every scale keeps its value"
@@ -412,5 +460,29 @@ def _notes(stored: Stored, target: Target) -> Iterator[str]:
             yield f"experts are named otherwise: {new} for {old}"
     if stored.contradictions:
         more = f", and {len(stored.contradictions) - 1} more like it" if len(stored.contradictions) > 1 else ""
-        then = "" if target.format == "bf16" else "; the new one says what is stored"
+        then = "" if target.format in FLOATS else "; the new one says what is stored"
         yield stored.contradictions[0] + more + then
+
+
+def _rounding(stored: Stored, target: Target) -> str:
+    """What becomes of a product in 16 bits, and what to do where it is not exact."""
+    product, fits = "each integer times its scale", _fits_half(stored.scheme)
+    if target.format == "fp16":
+        if fits:
+            return f"float16: {product}, exactly"
+        why = "8 bits" if stored.scheme.grid.bits == 8 else "scales that may not be exact in bfloat16"
+        return f"float16: {product}, rounded to its 11 significant bits, which products of {why} do not fit"
+    better = fits and not stored.layout.family.bfloat16_only
+    way = "; --to fp16 holds them exactly" if better else ""
+    return f"bfloat16: {product}, rounded to its 8 significant bits, fewer than many need{way}"
+
+
+def _notes_of_dtype(stored: Stored, target: Target) -> Iterator[str]:
+    text = stored.layout.text
+    if target.format == "fp16":
+        yield (
+            "config.json's dtype becomes float16: transformers, vLLM and SGLang load all tensors as that; in the shards"
+            " what is not quantized stays as it is, and llama.cpp's converter and mlx-lm read it so"
+        )
+    elif (dtype := text.get("dtype", text.get("torch_dtype", "bfloat16"))) != "bfloat16":
+        yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"

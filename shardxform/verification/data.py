@@ -187,7 +187,7 @@ def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
     derived = comparison.derived.get(ref.name)
     if derived is not None and derived.cut is not None:
         return ref.spec == comparison.shapes[ref.name]
-    if derived is None or ref.spec.dtype != "BF16" or not ref.spec.shape:
+    if derived is None or ref.spec.dtype != derived.dtype or not ref.spec.shape:
         return False
     rows, columns = derived.weight.spec.shape
     return ref.spec.shape[-1] == columns and math.prod(ref.spec.shape[:-1]) == rows

@@ -22,7 +22,7 @@ from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import COMPANIONS, Layout
 from shardxform.model.matrices import LINEAR_ROLES, Cut, matrices_of, vectors_of
-from shardxform.plan.convert import released
+from shardxform.plan.convert import FLOATS, config_of_half, released
 from shardxform.plan.heal import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
@@ -33,18 +33,20 @@ __all__ = ["Derived", "Known", "Reason", "Wanted", "known_of", "wanted_of"]
 Reason = Literal["healed", "tuned", "unknown"]
 
 _FLOATS: Final = ("BF16", "F16", "F32")
+_HALVES: Final = ("BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """Where the values of a bfloat16 tensor come from: weights [R, I], its rows over all experts one below the other.
+    """Where the values of a 16-bit tensor come from: weights [R, I], its rows over all experts one below the other.
 
     They are rows of the modules of `packed`, or where that is None 16-bit weights of the source, to be rounded to
-    `grid` and dequantized; or with a `cut`, of whatever dtype, they are that cut of `weight`.
+    `grid` and dequantized; or with a `cut`, they are that cut of `weight`. `dtype` is that of the tensor.
     """
 
     weight: TensorRef
     packed: Stored | None
+    dtype: str
     grid: Grid | None = None
     cut: Cut | None = None
 
@@ -65,11 +67,11 @@ class Known:
     record: Mapping[str, Any]
 
     @property
-    def dequantized(self) -> bool:
-        """Whether the output was written by `convert --to bf16`."""
+    def dequantized(self) -> str:
+        """The type, where the output was written by `convert --to bf16` or `fp16`; else nothing."""
         target = self.record.get("target")
-        named = isinstance(target, Mapping) and target.get("format") == "bf16"
-        return named and self.record.get("command") == "convert"
+        named = str(target.get("format")) if isinstance(target, Mapping) else ""
+        return FLOATS.get(named, "") if self.record.get("command") == "convert" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
             parts |= found
         elif module.cut:
             tensors[name] = TensorRef(TensorSpec(name, module.weight.spec.dtype, module.shape), ())
-            derived[name] = Derived(module.weight, None, cut=module.cut)
+            derived[name] = Derived(module.weight, None, module.weight.spec.dtype, cut=module.cut)
         else:
             tensors[name] = module.weight.renamed(name)
     _take_biases_apart(view, out, tensors, derived)
@@ -239,7 +241,7 @@ def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef
         if vector.source not in out.tensors:
             tensors.pop(vector.source, None)
             tensors[vector.name] = TensorRef(TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,)), ())
-            derived[vector.name] = Derived(vector.row, None, cut=vector.cut)
+            derived[vector.name] = Derived(vector.row, None, vector.row.spec.dtype, cut=vector.cut)
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:
@@ -266,12 +268,12 @@ class _Rounding:
     grid: Grid | None
     why: Reason
 
-    def derived(self, ref: TensorRef) -> Derived | None:
-        """Where the values of a released tensor come from; None where nothing tells."""
+    def derived(self, ref: TensorRef, dtype: str) -> Derived | None:
+        """Where the values of a released tensor that OUT holds as `dtype` come from; None where nothing tells."""
         rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1]))
         if self.packed:
-            return Derived(rows, self.packed)
-        return Derived(rows, None, self.grid) if self.grid and _is_roundable(ref) else None
+            return Derived(rows, self.packed, dtype)
+        return Derived(rows, None, dtype, self.grid) if self.grid and _is_roundable(ref) else None
 
 
 def _rounding(view: View, known: Known) -> _Rounding:
@@ -318,7 +320,7 @@ def _patterns(recorded: object) -> tuple[str, ...]:
 
 
 def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[str], findings: Findings) -> Wanted:
-    """A 16-bit output of quantized weights: what they stand for, rounded to bfloat16, in the release's layout."""
+    """A 16-bit output of quantized weights: what they stand for, rounded to its type, in the release's layout."""
     rounding = _rounding(view, known)
     table: dict[str, TensorRef] = {}
     derived: dict[str, Derived] = {}
@@ -334,7 +336,7 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
             table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
-            values = rounding.derived(ref) if rounded and dtype == "BF16" else None
+            values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
             if changed:
                 left[ref.name] = "healed"
             elif values:
@@ -342,6 +344,8 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
             elif rounded:
                 left[ref.name] = rounding.why
     _warn_of_left([name for name in left if name in dequantized], known, findings)
+    if known.dequantized == "F16":
+        view = replace(view, checkpoint=replace(view.checkpoint, config=config_of_half(view.checkpoint.config)))
     return Wanted(view, table, derived=derived, left=left)
 
 
@@ -351,7 +355,7 @@ def _warn_of_left(names: Sequence[str], known: Known, findings: Findings) -> Non
         return
     many = f"{len(names)} dequantized tensors are not held against the source, such as {names[0]}"
     way = "against the quantized checkpoint that OUT was converted from, all are"
-    findings.warn("dequantized", ".", f"{many}; {'they are no bfloat16' if known.packed else way}")
+    findings.warn("dequantized", ".", f"{many}; {'they are in no 16-bit type' if known.packed else way}")
 
 
 def _as_stored(refs: Mapping[str, TensorRef], view: View, out: Checkpoint) -> Iterator[TensorRef]:
@@ -381,7 +385,8 @@ def _unfused(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[TensorRe
 
 
 def _dtype_of(name: str, out: Checkpoint, known: Known) -> str:
-    """bfloat16, which `convert` writes; other tools may have chosen another float."""
+    """What `convert` was told to write; other tools may have chosen any float."""
+    if known.record.get("command") == "convert":
+        return known.dequantized or "BF16"
     found = out.tensors.get(name)
-    other = found.spec.dtype if found else "BF16"
-    return other if other in _FLOATS and known.record.get("command") != "convert" else "BF16"
+    return found.spec.dtype if found and found.spec.dtype in _FLOATS else "BF16"
