@@ -70,7 +70,7 @@ def chosen(table: Table, **scheme: Any) -> Selection:
 
 def config_of(table: Table, **fields: Any) -> dict[str, Any]:
     scheme = Scheme(**{"grid": GRID, **fields})
-    return dialects.build(select(*table, scheme), scheme, *table)
+    return dialects.build(select(*table, scheme), scheme, table[0])
 
 
 # -- the dictionaries --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.base.digests import Taken, take
 from shardxform.base.file_system import FileSystem
 from shardxform.base.readers import SourceReader
 from shardxform.base.tensors import TensorRef
@@ -59,6 +60,7 @@ def round_step(
     fs: FileSystem,
     on_bytes: Callable[[int], None],
     stopped: Callable[[], None],
+    taken: Taken | None = None,
 ) -> dict[str, Any]:
     """Round every weight of `step` and write its parts.
 
@@ -69,6 +71,7 @@ def round_step(
         fs: effects.
         on_bytes: called with the bytes written after each weight.
         stopped: raises when the run is to stop.
+        taken: digests of what is written are put here.
 
     Returns:
         facts for the record: modules whose weights are all zero, and the number of all-zero groups.
@@ -87,7 +90,7 @@ def round_step(
         if zeros == groups:
             zero_modules.append(item.module)
         for role, extent in item.parts:
-            write_part(part_of(role, item, step.scheme, out), extent, files[1], fs)
+            write_part(part_of(role, item, step.scheme, out), extent, files[1], fs, taken)
             on_bytes(extent.length)
     facts: dict[str, Any] = {}
     if zero_groups:
@@ -175,9 +178,13 @@ def _bf16(scheme: Scheme) -> bool:
     return scheme.scale_dtype == "BF16"
 
 
-def write_part(part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem) -> None:
-    """Write a stored tensor to its place."""
+def write_part(
+    part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem, taken: Taken | None = None
+) -> None:
+    """Write a stored tensor to its place, and put the digests of its chunks into `taken`."""
     data = np.ascontiguousarray(part).data.cast("B")
     if len(data) != extent.length:
         raise ExecutionError(f"internal: a part of {len(data)} bytes for an extent of {extent.length}")
+    if taken is not None:
+        take(data, extent.shard, extent.offset, taken)
     fs.write_all(target(extent.shard), data, extent.offset)

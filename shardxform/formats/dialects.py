@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import Format, Scheme
 from shardxform.formats.selection import Selection
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import Matrix, matrices_of
+from shardxform.model.matrices import Matrix
 
 __all__ = ["Resolved", "build", "resolve"]
 
@@ -60,16 +59,14 @@ class Resolved:
         return self.bits
 
 
-def build(
-    selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping[str, TensorRef], iters: int = 0
-) -> dict[str, Any]:
+def build(selection: Selection, scheme: Scheme, layout: Layout, iters: int = 0) -> dict[str, Any]:
     """Make `quantization_config` for a selection; `iters` is for the record, 0 for plain rounding.
 
     Raises:
         SchemeError: what it says of some module is not what was selected; a bug, caught before anything is written.
 
     """
-    modules = {m.name: m for m in matrices_of(layout, tensors, scheme.expert_names)}
+    modules = {module.name: module for module in (*selection.quantized, *selection.kept_modules)}
     patterns = [*_patterns(selection, modules, layout)]
     outside = sorted((m for m in selection.quantized if m.place.scope != "block"), key=lambda m: m.name)
     if scheme.format == "auto-round":

@@ -5,6 +5,7 @@ What config.json will say and what the shards will hold are both made from the o
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shardxform.model.tied_head import is_tied
 __all__ = ["Selection", "refuse_unread", "select"]
 
 _BY_DEFAULT = "16-bit by default"
+_ROUNDED = FLOATS - {"F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfits = {m.name: why for m in modules if not reasons[m.name] and (why := scheme.misfit(*m.shape))}
+    misfit = functools.cache(scheme.misfit)  # of one shape, as a rule, for ten thousand experts
+    misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
         blocked = [name for name in members if name in misfits]
@@ -88,7 +91,7 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
 def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
     """Why a module stays as it is; empty when it is to be quantized. Shapes are judged later."""
-    if module.weight.spec.dtype not in FLOATS - {"F64"}:
+    if module.weight.spec.dtype not in _ROUNDED:
         return f"dtype {module.weight.spec.dtype}"
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
         _refuse_unrunnable(module, scheme, layout)
@@ -97,9 +100,12 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
         return "--keep-16bit"
     if module.place.scope != "block" or module.place.template.role not in LINEAR_ROLES:
         return _BY_DEFAULT
-    if any(fnmatchcase(module.local, pattern) for pattern in layout.family.keep_16bit):
-        return _BY_DEFAULT
-    return ""
+    return _BY_DEFAULT if _is_kept(module.local, layout.family.keep_16bit) else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_kept(local: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(local, pattern) for pattern in patterns)
 
 
 def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:

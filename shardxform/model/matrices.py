@@ -93,7 +93,8 @@ class Matrix:
         """Name within its block, expert ids left out: `mlp.experts.gate_proj`, `self_attn.q_proj`."""
         if self.expert is None:
             return self.place.template.name.removesuffix(".weight")
-        return f"{self.home}." + next(part for part in self.name.split(".")[::-1] if not part.isdigit())
+        *_, before, last = self.name.split(".")
+        return f"{self.home}.{before if last.isdigit() else last}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +168,20 @@ def _unstacked(
     stem, stack = name.rsplit(".", 1)
     if stack not in experts.stacks:
         return
-    for expert in range(ref.spec.shape[0]):
-        weight = ref.index(expert)
-        if expert_names == "fused-indexed":
-            yield Matrix(f"{name}.{expert}", weight, (name,), place, experts.home, expert)
-            continue
-        rows = weight.spec.shape[1 if experts.transposed else 0]
-        for projection, cut in stack_cuts(experts, stack, rows):
-            part = weight.rows(cut.first, cut.first + cut.count) if cut.is_bytes else weight
-            left = None if cut.is_bytes else cut
-            yield Matrix(f"{stem}.{expert}.{projection}", part, (name,), place, experts.home, expert, left)
+    sources, home = (name,), experts.home
+    if expert_names == "fused-indexed":
+        for expert, weight in enumerate(ref.slabs()):
+            yield Matrix(f"{name}.{expert}", weight, sources, place, home, expert)
+        return
+    cuts = tuple(stack_cuts(experts, stack, ref.spec.shape[2 if experts.transposed else 1]))
+    if all(cut.is_bytes for _, cut in cuts):
+        for number, weight in enumerate(ref.slabs(len(cuts))):
+            expert, part = divmod(number, len(cuts))
+            yield Matrix(f"{stem}.{expert}.{cuts[part][0]}", weight, sources, place, home, expert)
+        return
+    for expert, weight in enumerate(ref.slabs()):
+        for projection, cut in cuts:
+            yield Matrix(f"{stem}.{expert}.{projection}", weight, sources, place, home, expert, cut)
 
 
 def _per_expert(

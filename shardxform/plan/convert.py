@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.base import computing
+from shardxform.base.collecting import uncollected
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
@@ -141,6 +142,7 @@ class Repack:
         return 2 * stored + max(item.out_bytes for item in self.items)
 
 
+@uncollected()
 def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | None = None) -> Plan:
     """Plan a conversion of a quantized checkpoint.
 
@@ -163,7 +165,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     weights = _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
     if scheme is not None:
-        quantization = build(selection, scheme, view.layout, view.checkpoint.tensors)
+        quantization = build(selection, scheme, view.layout)
         config = {**source.config, "quantization_config": quantization}
     elif target.format == "fp16":
         config = config_of_half(config)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from shardxform.ask.manifest import Manifest
+from shardxform.base.collecting import uncollected
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
@@ -70,6 +71,7 @@ class Inspection:
         return {**asdict(self), "roles": roles}
 
 
+@uncollected()
 def inspect_checkpoint(source: Checkpoint) -> Inspection:
     """Describe `source` without reading tensor data.
 

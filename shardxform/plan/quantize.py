@@ -14,6 +14,7 @@ from typing import Any
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
+from shardxform.base.collecting import uncollected
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
@@ -35,6 +36,7 @@ from shardxform.plan.view import View, pruned_view
 __all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]
 
 
+@uncollected()
 def plan_quantize(
     source: Checkpoint,
     scheme: Scheme,
@@ -69,7 +71,7 @@ def plan_quantize(
     refuse_unread(view.layout, scheme)
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
-    quantization = build(selection, scheme, view.layout, tensors, recipe.iters if recipe else 0)
+    quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
     copied = kept_tensors(tensors, selection, scheme)
     gathered = gathered_tensors(view, selection, scheme, copied)
     parts = [scheme.parts(module.name, *module.shape) for module in selection.quantized]
