@@ -21,6 +21,7 @@ from build import tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import Counting, Failing, die_at_effect, forked, kill_when_there
 from test_quantize import KIND_SIZES
+from test_verify_independent import found as second_opinion
 from texts import few
 
 torch = pytest.importorskip("torch")
@@ -166,6 +167,7 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     assert {name.removeprefix("results/") for name in files if name.startswith("results/")} == RESULTS
     assert set(files) - set(separate) - {f"results/{name}" for name in RESULTS} == {"out/README.md"}
     assert "`calib.jsonl`" in files["out/README.md"].decode()
+    assert second_opinion(finished, small_moe) == []
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,7 @@ def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path)
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
     assert files.pop("out/README.md")
     assert files == tree(tmp_path / "separate")
+    assert second_opinion(tmp_path / "out", small_moe) == []
 
 
 def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
@@ -223,6 +226,7 @@ def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Pa
     done("quantize", small_moe, tmp_path / "separate", "-m", keep, *calib, *heal, "-q")
     shard = "model.safetensors"
     assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "separate" / shard).read_bytes()
+    assert second_opinion(tmp_path / "out", small_moe) == []
     assert "give --keep or --ratio" in refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
 
 

@@ -20,7 +20,6 @@ from shardxform.ask.manifest_text import manifest_text
 from shardxform.base import interrupts
 from shardxform.base.progress import OnProgress
 from shardxform.base.strict_json import JsonError, parse_object, pretty
-from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.folder import (
     CARD,
@@ -237,7 +236,7 @@ class Stages:
         self.folder.put(VERIFY, {}, facts)
 
     def _evaluate(self, on_progress: OnProgress | None) -> None:
-        from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts
+        from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts, identified
 
         request = self.request
         assert request.eval_windows is not None
@@ -246,7 +245,7 @@ class Stages:
         options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
         tested = Checkpoint.open(request.out)
         found = self._going_on(work, lambda: evaluate(tested, windows, options, request.source))
-        facts = {"identity": identify(tested).described(), **evaluation_facts(found, windows)}
+        facts = identified(evaluation_facts(found, windows), tested, request.source)
         self.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
 
     def _going_on(self, work: Path, call: Callable[[], _Result]) -> _Result:

@@ -365,15 +365,17 @@ class _How:
                 return text
         if wanted.scales is None and self.exact is None:
             return _unlike(wanted, found)
-        return _first(found, ((found.bits_of(a, b), self._dequantized(wanted, a, b), a) for a, b in found.runs()))
+        half = found.tensor.dtype == "F16"
+        return _first(found, ((found.bits_of(a, b), self._dequantized(wanted, a, b, half), a) for a, b in found.runs()))
 
-    def _dequantized(self, weight: _Weight, start: int, stop: int) -> NDArray[Any]:
+    def _dequantized(self, weight: _Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
         if weight.scales is None:
             assert self.exact is not None
             codes, scale = _rounded(weight.values(start, stop), self.exact)
         else:
             codes, scale = weight.codes(start, stop)
-        return _nearest_bf16(codes.astype(np.float32) * scale)
+        values = codes.astype(np.float32) * scale
+        return _nearest_half(values) if half else _nearest_bf16(values)
 
     def _rounding(self, wanted: _Weight, found: _Weight) -> str:
         """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
@@ -424,6 +426,16 @@ def _nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     below, rest = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
     up = (rest > 0x8000) | ((rest == 0x8000) & (below & np.uint32(1) == 1))
     return np.asarray(below + up, np.uint16)
+
+
+def _nearest_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round to nearest float16, ties to even: to whole units of the last of 11 bits, 2^-24 at least, in float64."""
+    size = np.abs(values.astype(np.float64))
+    exponent = np.frexp(np.maximum(size, 2.0**-30))[1]  # of zero, as of all that is smaller than the last unit
+    unit = np.ldexp(1.0, np.maximum(exponent - 11, -24))
+    steps = np.rint(size / unit)  # to even, as numpy rounds
+    normal = np.maximum(exponent + 13, 0) * 1024 + steps  # the leading bit of a normal number adds one to its exponent
+    return np.asarray(normal.astype(np.uint16) | np.where(np.signbit(values), 0x8000, 0).astype(np.uint16))
 
 
 def _same_codes(wanted: _Weight, found: _Weight) -> str:

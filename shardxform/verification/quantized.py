@@ -15,7 +15,7 @@ from typing import Any, Final
 from shardxform.base.dtypes import FLOATS
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
-from shardxform.model.families.base import Scope
+from shardxform.model.families.base import Scope, Template
 from shardxform.model.layout import Layout, Place
 from shardxform.model.matrices import LINEAR_ROLES
 from shardxform.model.tied_head import is_tied
@@ -104,6 +104,8 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
 def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Module]:
     found: dict[str, _Module] = {}
     for name, place in layout.places.items():
+        if place.template.variant and not place.template.is_expert_weight:
+            continue
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:
             spec = tensors[name].spec
@@ -130,15 +132,23 @@ def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings)
     The family's are about integers: releases in FP8 hold some of them so.
     """
     items: list[Item] = []
+    decided: dict[tuple[Template, str], bool] = {}
     for m in modules:
         if m.kind == _PLAIN:
             continue
-        patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
-        tied = m.place.template.role == "lm head" and is_tied(layout)
-        float_only = tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
-        if float_only:
+        key = (m.place.template, m.kind)
+        if key not in decided:
+            decided[key] = _is_float_only(layout, m)
+        if decided[key]:
             items.append(Item("quantized", m.tensor, m.place, f"stored as {m.kind}, but clients need it in 16 bits"))
     findings.items(items, layout.num_experts)
+
+
+def _is_float_only(layout: Layout, m: _Module) -> bool:
+    """Whether no client runs a module quantized as it is; its template and kind decide."""
+    patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
+    tied = m.place.template.role == "lm head" and is_tied(layout)
+    return tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
 
 
 def _check_merged(layout: Layout, modules: Sequence[_Module], findings: Findings) -> set[_Block]:
@@ -206,6 +216,11 @@ def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Finding
     for key in _REQUIRED.get(method, ()):
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
+    if method in _REQUIRED and method not in layout.family.formats:
+        known = " or ".join(layout.family.formats)
+        report(
+            f"quant_method: {method}, whose loaders do not find experts of {layout.family.name}, as those of {known} do"
+        )
     bits, packing = declared.get("bits"), declared.get("packing_format")
     if method == "gptq" and declared.get("sym") is False:
         report(f"sym: false, which vLLM and SGLang refuse for experts (bits={bits}, sym=False)")
