@@ -74,7 +74,8 @@ for name in modules:
     imported(name)
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
-from shardxform import interrupts, plan
+from shardxform.base import interrupts
+from shardxform.plan import plan
 from shardxform.__main__ import entry
 plan.STEP_BYTES = int(sys.argv[3]) or plan.STEP_BYTES
 if not int(sys.argv[2]):

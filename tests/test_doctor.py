@@ -17,7 +17,7 @@ from test_quantize import make
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import doctor_cmd as doctor
-from shardxform.cli.doctor_cmd import REFERENCE, Need, command, machine_of, model_sizes, needs_of, version_lines
+from shardxform.cli.doctor_cmd import REFERENCE, Need, command, command_needs, machine_of, model_sizes, version_lines
 from shardxform.errors import CheckpointError
 from shardxform.plan.inspection import inspect_checkpoint
 
@@ -31,7 +31,7 @@ def shown(*args: object, code: int = 0) -> str:
 
 
 def needs(disk: Path, source: Path) -> list[Need]:
-    return list(needs_of(model_sizes(Checkpoint.open(source)), machine_of(disk, "")))
+    return list(command_needs(model_sizes(Checkpoint.open(source)), machine_of(disk, "")))
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str, **versions: str) -> None:

@@ -40,10 +40,10 @@ __all__ = [
     "ModelSizes",
     "Need",
     "command",
+    "command_needs",
     "libraries",
     "machine_of",
     "model_sizes",
-    "needs_of",
     "version_lines",
 ]
 
@@ -173,7 +173,7 @@ def command(ctx: click.Context, source: Path | None, disk: Path, as_json: bool) 
     found = libraries()
     machine = machine_of(disk, found["torch"].version)
     sizes = model_sizes(Checkpoint.open(source)) if source else REFERENCE
-    needs = list(needs_of(sizes, machine, [name for name in _MODEL_LIBRARIES if not found[name].usable]))
+    needs = list(command_needs(sizes, machine, [name for name in _MODEL_LIBRARIES if not found[name].usable]))
     problems = [
         f"{each.name} {each.version or 'is missing'}: {each.least} or later is needed for {each.enables}"
         for each in found.values()
@@ -287,7 +287,7 @@ def _seen(checkpoint: Checkpoint) -> tuple[Layout, list[TensorRef]]:
     return layout_of(checkpoint.config, tensors, checkpoint.where), list(tensors.values())
 
 
-def needs_of(sizes: ModelSizes, machine: Machine, lacking: Sequence[str] = ()) -> Iterator[Need]:
+def command_needs(sizes: ModelSizes, machine: Machine, lacking: Sequence[str] = ()) -> Iterator[Need]:
     """What every command takes, with its defaults; on the CPU, where computing is in float32.
 
     `lacking` are libraries that running the model needs and that are not there.

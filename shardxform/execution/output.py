@@ -27,7 +27,7 @@ from shardxform.base.file_system import FileSystem
 from shardxform.base.readers import SourceReader
 from shardxform.base.sharding import show_size
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.sidecars import refuse_faulty_file
 from shardxform.checkpoint.table import CONFIG, INDEX
 from shardxform.errors import ExecutionError, OutputError

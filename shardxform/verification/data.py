@@ -22,7 +22,7 @@ from shardxform.base.completions import Completions
 from shardxform.base.file_system import FileSystem
 from shardxform.base.progress import Progress
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.formats.stored import Stored

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from shardxform.base.file_system import FileSystem
-from shardxform.base.readers import FolderReader, SourceReader
+from shardxform.base.readers import FolderReader
 from shardxform.base.tensors import ByteRange
 from shardxform.checkpoint.remote.client import Client, download
 from shardxform.checkpoint.remote.pieces import Arena, DiskArena, File, MemoryArena, Pieces, RemotePiece
 from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["LEAST_CACHE_BYTES", "Downloads", "RemoteReader", "Store", "Transfer", "open_source"]
+__all__ = ["LEAST_CACHE_BYTES", "Downloads", "RemoteReader", "Store", "Transfer"]
 
 _MEMORY_SLOT: Final = 2 << 20
 _DISK_SLOT: Final = 4 << 20
@@ -30,21 +30,6 @@ _RUN_BYTES: Final = 16 << 20  # asked for at once, where adjacent: each request 
 
 LEAST_CACHE_BYTES: Final = 64 * _DISK_SLOT
 """Less disk than this would have readers wait for each other."""
-
-
-def open_source(root: Path, remote: Remote | None, fs: FileSystem, *, ahead: bool = False) -> SourceReader:
-    """Open the shards of a source; none is read yet.
-
-    Args:
-        root: folder of the whole files.
-        remote: the repository that the others are in.
-        fs: effects.
-        ahead: much is going to be wanted long before it is read, and some be read more than once.
-
-    """
-    if remote is None or not remote.streamed:
-        return FolderReader(root, fs)
-    return RemoteReader(remote, FolderReader(root, fs), ahead=ahead)
 
 
 class RemoteReader:
@@ -164,6 +149,10 @@ class Downloads:
             self._users[ahead] -= 1
             if not self._users[ahead]:
                 self._stores.pop(ahead).close()
+
+    def reader(self, remote: Remote, whole: FolderReader, *, ahead: bool) -> RemoteReader:
+        """Read shards of a repository; `whole` reads those that lie in the client's cache."""
+        return RemoteReader(remote, whole, ahead=ahead)
 
     def download(self, remote: Remote, name: str) -> None:
         """Bring a whole small file to the hub client's cache."""

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform.base.file_system import FileSystem
+from shardxform.base.readers import FolderReader, SourceReader
 from shardxform.errors import CheckpointError, RemoteError
 
-__all__ = ["SCHEME", "Remote", "RemoteFile", "RepoName", "has_content", "is_ambiguous", "parse_source"]
+__all__ = ["SCHEME", "Remote", "RemoteFile", "RepoName", "has_content", "is_ambiguous", "open_source", "parse_source"]
 
 SCHEME: Final = "hf://"
 _NAME: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_-])?", re.ASCII)
@@ -107,7 +109,7 @@ class Remote:
         folder: where the hub client keeps whole files of this commit.
         files: everything in it, by name; nothing when the hub was not asked, offline.
         streamed: shards that are read by ranges; others lie whole in `folder`.
-        downloads: what fetches, a `downloads.Downloads`; modules point one way, so its type is not named here.
+        downloads: what fetches, a `reading.Downloads`; modules point one way, so its type is not named here.
 
     """
 
@@ -141,6 +143,23 @@ class Remote:
     def sha256(self, name: str) -> str:
         """SHA-256 of a file by the hub's listing; empty where that has none."""
         return self.files[name].sha256 if name in self.files else ""
+
+
+def open_source(root: Path, remote: Remote | None, fs: FileSystem, *, ahead: bool = False) -> SourceReader:
+    """Open the shards of a source; none is read yet.
+
+    Args:
+        root: folder of the whole files.
+        remote: the repository that the others are in.
+        fs: effects.
+        ahead: much is going to be wanted long before it is read, and some be read more than once.
+
+    """
+    whole = FolderReader(root, fs)
+    if remote is None or not remote.streamed:
+        return whole
+    reader: SourceReader = remote.downloads.reader(remote, whole, ahead=ahead)
+    return reader
 
 
 def has_content(path: Path, file: RemoteFile) -> bool:
