@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.forward.weights import Precision
 
-__all__ = ["Forecast", "Work", "forecast", "weights_of"]
+__all__ = ["Forecast", "forecast", "weights_of"]
 
 _LIBRARIES: Final = 450_000_000  # python with torch and transformers, resident, once any stage has run the model
 _PLAIN: Final = 100_000_000  # python with numpy and the compiled kernels
@@ -169,7 +169,7 @@ def _still_holds(prepared: Prepared, options: CompressOptions, record: StageReco
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-class Work(NamedTuple):
+class _Work(NamedTuple):
     """How much there is to do of each kind of work; of a machine, the seconds for one of each.
 
     Attributes:
@@ -188,7 +188,7 @@ class Work(NamedTuple):
     fixed: float = 0.0
 
 
-_USUAL: Final = Work(products=30e-12, tokens=15e-6, rounded=1e-9, moved=1e-9, fixed=0.1)
+_USUAL: Final = _Work(products=30e-12, tokens=15e-6, rounded=1e-9, moved=1e-9, fixed=0.1)
 """Seconds for one of each, on a thread of 80 GFLOP/s."""
 
 
@@ -212,44 +212,44 @@ def _weights(layout: Layout, source: Checkpoint) -> _Weights:
     return _Weights(around, experts, head)
 
 
-def _amounts(prepared: Prepared, *, full_verify: bool = False) -> dict[str, Work]:
+def _amounts(prepared: Prepared, *, full_verify: bool = False) -> dict[str, _Work]:
     """Work of every stage."""
     request, sketch = prepared.request, prepared.sketch
     layout = layout_of(request.source.config, request.source.tensors, request.source.where)
     weights = _weights(layout, request.source)
     reached = weights.around + weights.experts * layout.top_k // max(layout.num_experts, 1)  # by a token
     written = weights.around + weights.experts * prepared.kept // max(layout.num_experts, 1)
-    rounding = Work(rounded=written, moved=request.source.nbytes + sketch.nbytes)
-    out = {stage: Work(fixed=1) for stage in (SELECT, VERIFY, CARD)}
+    rounding = _Work(rounded=written, moved=request.source.nbytes + sketch.nbytes)
+    out = {stage: _Work(fixed=1) for stage in (SELECT, VERIFY, CARD)}
     if windows := request.score_windows:
         tokens = int(windows.lengths_N.sum())
-        out[SCORE] = Work(products=tokens * reached, tokens=tokens * layout.num_layers, moved=request.source.nbytes)
+        out[SCORE] = _Work(products=tokens * reached, tokens=tokens * layout.num_layers, moved=request.source.nbytes)
     if windows := request.eval_windows:  # source and output side by side, and the head of both
         tokens, batches = int(windows.lengths_N.sum()), math.ceil(windows.ids_NT.size / BATCH_TOKENS)
-        both = Work(products=2 * tokens * (reached + weights.head), tokens=2 * tokens * layout.num_layers)
+        both = _Work(products=2 * tokens * (reached + weights.head), tokens=2 * tokens * layout.num_layers)
         out[EVALUATE] = both._replace(rounded=batches * written, moved=rounding.moved)
     out[QUANTIZE] = rounding
     if recipe := request.recipe:
         once = recipe.samples * recipe.seqlen * (1 if recipe.inputs == "fp" else 2)  # through both chains, no step
         tokens = once + _STEP * (recipe.block_tokens - once)
-        tuned = Work(products=tokens * reached, tokens=tokens * layout.num_layers, rounded=_SEARCHED * written)
+        tuned = _Work(products=tokens * reached, tokens=tokens * layout.num_layers, rounded=_SEARCHED * written)
         out[QUANTIZE] = tuned._replace(moved=rounding.moved)
     if full_verify:  # rounded again, or held to the bound of tuned rounding
         out[VERIFY] = rounding
     return out
 
 
-def _seconds(work: Work, rates: Work) -> float:
+def _seconds(work: _Work, rates: _Work) -> float:
     return math.fsum(map(mul, work, rates))
 
 
-def _measured(prepared: Prepared, jobs: int) -> dict[str, Work]:
+def _measured(prepared: Prepared, jobs: int) -> dict[str, _Work]:
     """Seconds that one of each kind of work takes in every stage, on this machine with whatever else it is doing."""
     request = prepared.request
     rates = _USUAL._replace(
         rounded=_rounding_seconds(request.scheme.grid) / jobs, moved=_reading_seconds(request.source)
     )
-    computed: dict[Precision | None, Work] = {
+    computed: dict[Precision | None, _Work] = {
         precision: rates._replace(products=_product_seconds(request.source, precision))
         for precision in (request.precision, request.tuned_in)
         if precision
