@@ -708,11 +708,11 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
 
 @pytest.mark.crash
 def test_killed_in_every_stage_it_ends_with_the_same_files(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
-    """One run after the other is killed in the stage after the last one's; the first in a process of its own."""
+    """One run after the other is killed in the stage after the last one's; the first is the command itself."""
     out = tmp_path / "out"
     work = tmp_path / "out.compress" / "score.work"
     args = [str(prepared.request.source.root), str(out), *arguments(prepared.request.source.root)]
-    assert kill_when_there([sys.executable, "-m", "shardxform", "compress", *args], work)
+    assert kill_when_there(lambda: main(["compress", *args]), work)
     for stage in STAGES:
 
         def doomed(stage: str = stage) -> None:

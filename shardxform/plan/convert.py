@@ -286,7 +286,7 @@ def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | No
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
     if scheme is None or scheme.format == "compressed-tensors":
         return {ref.name: ref for ref in released(stored.plain, view.layout)}
-    return kept_tensors(stored.plain, selection, scheme)
+    return kept_tensors(view.layout, stored.plain, selection, scheme)
 
 
 def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:

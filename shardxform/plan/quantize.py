@@ -23,8 +23,8 @@ from shardxform.formats.dialects import build
 from shardxform.formats.grid import GROUP_SIZES
 from shardxform.formats.scheme import FORMATS, Part, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
-from shardxform.model.layout import is_quantized
-from shardxform.model.matrices import Cut, Matrix, vectors_of
+from shardxform.model.layout import Layout, is_quantized
+from shardxform.model.matrices import Cut, Matrix, single_biases
 from shardxform.plan import plan as plans
 from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
@@ -72,8 +72,8 @@ def plan_quantize(
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    copied = kept_tensors(tensors, selection, scheme)
-    gathered = gathered_tensors(view, selection, scheme, copied)
+    copied = kept_tensors(view.layout, tensors, selection, scheme)
+    gathered = gathered_tensors(selection, scheme)
     parts = [scheme.parts(module.name, *module.shape) for module in selection.quantized]
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _, _ in gathered.values()]
     specs += [part.spec for stored in parts for part in stored]
@@ -177,7 +177,9 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
             )
 
 
-def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
+def kept_tensors(
+    layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme
+) -> dict[str, TensorRef]:
     """Tensors that stay as they are, byte for byte.
 
     Experts that stay 16-bit are un-fused too: the loader of auto-round and gptq un-fuses every block, whether any of
@@ -190,26 +192,21 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
         replaced.update(module.sources)
         if module.cut is None:
             unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
+    unfused |= {bias.name: bias for stack in replaced for bias in single_biases(layout, tensors, stack)}
     stacks = {f"{name}_bias" for name in replaced}
     return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
 
 
-def gathered_tensors(
-    view: View, selection: Selection, scheme: Scheme, copied: Mapping[str, TensorRef]
-) -> dict[str, tuple[TensorSpec, TensorRef, Cut]]:
+def gathered_tensors(selection: Selection, scheme: Scheme) -> dict[str, tuple[TensorSpec, TensorRef, Cut]]:
     """Tensors that keep their values, but are no run of the source's bytes: what they are, and what they are a cut of.
 
-    Experts that stay 16-bit, and biases of experts, where the family's stacks are transposed or interleaved.
+    Experts that stay 16-bit where the family's stacks are transposed.
     """
     found: dict[str, tuple[TensorSpec, TensorRef, Cut]] = {}
     for module in _unfused(selection, scheme):
         if module.cut:
             spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
             found[spec.name] = spec, module.weight, module.cut
-    for vector in vectors_of(view.layout, view.checkpoint.tensors):
-        if vector.source not in copied:
-            spec = TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,))
-            found[spec.name] = spec, vector.row, vector.cut
     return found
 
 

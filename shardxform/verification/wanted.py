@@ -21,7 +21,7 @@ from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import COMPANIONS, Layout
-from shardxform.model.matrices import LINEAR_ROLES, Cut, matrices_of, vectors_of
+from shardxform.model.matrices import LINEAR_ROLES, Cut, matrices_of, single_biases
 from shardxform.plan.convert import FLOATS, config_of_half, released
 from shardxform.plan.heal import healed_names
 from shardxform.plan.view import View
@@ -225,7 +225,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
             derived[name] = Derived(module.weight, None, module.weight.spec.dtype, cut=module.cut)
         else:
             tensors[name] = module.weight.renamed(name)
-    _take_biases_apart(view, out, tensors, derived)
+    _take_biases_apart(view, out, tensors)
     if skipped:
         more = f", such as {next(iter(skipped))}"
         findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
@@ -235,13 +235,15 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
 
-def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef], derived: dict[str, Derived]) -> None:
+def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef]) -> None:
     """Put biases of experts one by one in place of stacks that `out` does not hold."""
-    for vector in vectors_of(view.layout, view.checkpoint.tensors):
-        if vector.source not in out.tensors:
-            tensors.pop(vector.source, None)
-            tensors[vector.name] = TensorRef(TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,)), ())
-            derived[vector.name] = Derived(vector.row, None, vector.row.spec.dtype, cut=vector.cut)
+    stacks = [name.removesuffix("_bias") for name in view.layout.places if name.endswith("_bias")]
+    for stack in stacks:
+        if f"{stack}_bias" in out.tensors:
+            continue
+        for bias in single_biases(view.layout, view.checkpoint.tensors, stack):
+            tensors.pop(f"{stack}_bias", None)
+            tensors[bias.name] = bias
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:
