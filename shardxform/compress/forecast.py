@@ -222,10 +222,10 @@ def _amounts(prepared: Prepared, *, full_verify: bool = False) -> dict[str, _Wor
     rounding = _Work(rounded=written, moved=request.source.nbytes + sketch.nbytes)
     out = {stage: _Work(fixed=1) for stage in (SELECT, VERIFY, CARD)}
     if windows := request.score_windows:
-        tokens = int(windows.lengths_N.sum())
+        tokens = windows.ids_NT.size
         out[SCORE] = _Work(products=tokens * reached, tokens=tokens * layout.num_layers, moved=request.source.nbytes)
     if windows := request.eval_windows:  # source and output side by side, and the head of both
-        tokens, batches = int(windows.lengths_N.sum()), math.ceil(windows.ids_NT.size / BATCH_TOKENS)
+        tokens, batches = windows.ids_NT.size, math.ceil(windows.ids_NT.size / BATCH_TOKENS)
         both = _Work(products=2 * tokens * (reached + weights.head), tokens=2 * tokens * layout.num_layers)
         out[EVALUATE] = both._replace(rounded=batches * written, moved=rounding.moved)
     out[QUANTIZE] = rounding
