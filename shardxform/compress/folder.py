@@ -25,7 +25,7 @@ from shardxform.base.option_names import with_option
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.compress.request import EVALUATE, SCORE, STAGES
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 
 __all__ = [
     "EVALUATION",

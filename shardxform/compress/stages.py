@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.progress import OnProgress
 from shardxform.base.strict_json import JsonError, parse_object, pretty
 from shardxform.checkpoint.table import Checkpoint
@@ -23,7 +22,7 @@ from shardxform.compress.prepared import following, plan_for
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY
 from shardxform.compress.showing import make_card, remove_card
 from shardxform.errors import ExecutionError, ResumeError
-from shardxform.execution.outdir import is_of, state_of
+from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan

@@ -17,10 +17,10 @@ from shardxform.checkpoint.identity import Identity
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ManifestError, OutputError, PlanError
-from shardxform.execution.outdir import WORK, is_ours
+from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.counts import count_parameters, stored_of
+from shardxform.plan.inspection import count_parameters, stored_of
 from shardxform.publish.card.evaluations import read_evaluation
 from shardxform.publish.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
 from shardxform.publish.card.frontmatter import is_hub_name, origin_of
