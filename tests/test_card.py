@@ -433,7 +433,7 @@ ELSEWHERE: Any = [  # family, command, and what its card says for clients that t
 ]
 
 
-@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=str)
+@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=lambda value: str(sorted(value)))
 def test_what_llama_cpp_and_mlx_need_is_said_of_outputs_that_it_concerns(
     kind: str, command: tuple[str, ...], said: set[str], tmp_path: Path
 ) -> None:

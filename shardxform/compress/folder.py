@@ -25,7 +25,7 @@ from shardxform.base.owned import LOCK, OwnedDir, items_of
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.errors import OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 
 __all__ = [
     "CARD",

@@ -33,7 +33,7 @@ from shardxform.compress.folder import (
 )
 from shardxform.compress.request import CompressOptions, Prepared, Request
 from shardxform.errors import CheckpointError
-from shardxform.execution.outdir import state_of
+from shardxform.execution.output import state_of
 from shardxform.formats.grid import Grid
 from shardxform.formats.rounding import quantize
 from shardxform.model.layout import Layout, layout_of

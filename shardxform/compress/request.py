@@ -37,8 +37,7 @@ from shardxform.compress.folder import (
     results_folder,
 )
 from shardxform.errors import FamilyError, OutputError, PlanError
-from shardxform.execution.outdir import state_of
-from shardxform.execution.output import Output
+from shardxform.execution.output import Output, state_of
 from shardxform.experts import ExpertStats, Saliency, choose
 from shardxform.experts.choosing import keep_of_ratio
 from shardxform.experts.criteria import DEFAULT

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base import interrupts
 from shardxform.base.progress import OnProgress
 from shardxform.base.strict_json import JsonError, parse_object, pretty
@@ -38,7 +37,7 @@ from shardxform.compress.folder import (
 )
 from shardxform.compress.request import CompressOptions, Prepared, Request, plan_for
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import is_of, state_of
+from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan

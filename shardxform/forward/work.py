@@ -30,7 +30,7 @@ from shardxform.base.owned import LOCK, OwnedDir, items_of
 from shardxform.base.sharding import show_size
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 
 __all__ = ["HiddenFile", "WorkDir", "refuse_inside", "refuse_other_work"]
 

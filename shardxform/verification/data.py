@@ -18,8 +18,8 @@ import numpy as np
 
 from shardxform.base import digests as digesting
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
 from shardxform.base.file_system import FileSystem
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.remote.repository import open_source

@@ -22,10 +22,10 @@ from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ManifestError, OutputError, PlanError
-from shardxform.execution.outdir import WORK, is_ours
+from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.counts import count_parameters, stored_of
+from shardxform.plan.inspection import count_parameters, stored_of
 from shardxform.publish.card.facts import (
     BlockError,
     Change,
