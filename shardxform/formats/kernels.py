@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 from numba import njit, types
 
-__all__ = ["RoundingSettings", "quantizer"]
+__all__ = ["Settings", "quantizer"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -360,7 +360,7 @@ def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
     return found[0], found[1], found[2], found[3], squared_error, I32(worst).view(F32)
 
 
-class RoundingSettings(NamedTuple):
+class Settings(NamedTuple):
     """What a kernel is told besides its arrays; all plain integers.
 
     Attributes:
@@ -388,7 +388,7 @@ class RoundingSettings(NamedTuple):
 def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int, float, float]]:
     """The compiled kernel for uint32 (``wide``) or uint16 source bits; compiles or loads from disk on first use."""
     source = types.Array(types.uint32 if wide else types.uint16, 2, "C", readonly=True)
-    settings = types.NamedUniTuple(types.int64, len(RoundingSettings._fields), RoundingSettings)  # type: ignore[no-untyped-call]
+    settings = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
     factors = types.Array(types.float32, 1, "C", readonly=True)
     signature = (source, settings, factors, types.int32[:, :], types.uint16[:, :])
     return jit(_quantize, signature)

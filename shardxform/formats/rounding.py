@@ -226,7 +226,7 @@ Found = tuple[tuple[int, int, int, int], float, float]
 def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, measure: bool) -> Found:
     from shardxform.formats import kernels
 
-    settings = kernels.RoundingSettings(
+    settings = kernels.Settings(
         kind=("BF16", "F16", "F32").index(dtype),
         bits=grid.bits,
         zero=grid.zero_code,

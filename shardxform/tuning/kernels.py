@@ -26,7 +26,7 @@ from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
 from shardxform.tuning.intrinsics import HAS_BF16, LANES, multiply_add, narrow, sum_lanes
 
-__all__ = ["TuningSettings", "keeper", "stepper", "valuer"]
+__all__ = ["Settings", "keeper", "stepper", "valuer"]
 
 F32: Final = np.float32
 I32: Final = np.int32
@@ -41,7 +41,7 @@ OFFSET_BITS: Final = np.int32(-UNITS_PER_STEP)  # the other two bits of v hold w
 _inlined: Final = njit(inline="always", error_model="numpy")
 
 
-class TuningSettings(NamedTuple):
+class Settings(NamedTuple):
     """What a kernel is told of the grid; plain integers.
 
     Attributes:
@@ -232,7 +232,7 @@ def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any
 
 _ELEMENTS: Final = {"BF16": types.uint16, "F16": types.int16, "F32": types.float32}
 _SCALES: Final = types.UniTuple(types.float32[:, ::1], 2)  # type: ignore[no-untyped-call]
-_SETTINGS: Final = types.NamedUniTuple(types.int64, len(TuningSettings._fields), TuningSettings)  # type: ignore[no-untyped-call]
+_SETTINGS: Final = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
 _PACE: Final = types.NamedUniTuple(types.float64, len(Pace._fields), Pace)  # type: ignore[no-untyped-call]
 
 

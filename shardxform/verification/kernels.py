@@ -19,7 +19,7 @@ from numba import types
 
 from shardxform.formats.kernels import jit
 
-__all__ = ["CheckSettings", "checker"]
+__all__ = ["Settings", "checker"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,7 +34,7 @@ MAGNITUDE: Final = np.uint32(0x7FFFFFFF)
 STEP: Final = np.float32(1 + 2.0**-10)  # systematic.STEP
 
 
-class CheckSettings(NamedTuple):
+class Settings(NamedTuple):
     """What the kernel is told besides its arrays; see `rounding.Limits`."""
 
     zero: int
@@ -116,7 +116,7 @@ def checker() -> Callable[..., tuple[float, float]]:
         types.Array(types.float32, 2, "C", readonly=True),
         types.Array(types.uint8, 2, "C", readonly=True),
         types.Array(types.float32, 2, "C", readonly=True),
-        types.NamedTuple(fields, CheckSettings),  # type: ignore[no-untyped-call]
+        types.NamedTuple(fields, Settings),  # type: ignore[no-untyped-call]
         types.int64[::1],
         types.int64[:, ::1],
         types.float32[:, ::1],

@@ -253,7 +253,7 @@ def _compiled(
 ) -> _Counted:
     from shardxform.verification import kernels
 
-    settings = kernels.CheckSettings(limits.zero, limits.span, int(limits.strict), limits.near, limits.far)
+    settings = kernels.Settings(limits.zero, limits.span, int(limits.strict), limits.near, limits.far)
     counts = np.zeros(3, np.int64)
     sums_2O, peak_OG = np.empty((2, w_OI.shape[0]), np.int64), np.empty(scale_OG.shape, np.float32)
     arrays = counts, sums_2O, peak_OG
