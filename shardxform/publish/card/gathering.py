@@ -41,7 +41,7 @@ from shardxform.publish.card.facts import (
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
 
-__all__ = ["CardOptions", "front_matter_of", "gather", "is_model_name", "origin_of", "read_evaluation"]
+__all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation"]
 
 _LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _HEAD_BYTES: Final = 4096
@@ -81,7 +81,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
 
     """
     options = options or CardOptions()
-    if options.base_model and not is_model_name(options.base_model):
+    if options.base_model and not _is_model_name(options.base_model):
         raise PlanError(f"--base-model: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
     checkpoint = Checkpoint.open(out)
@@ -237,7 +237,7 @@ def _origin(out: Path, checkpoint: Checkpoint, base_model: str) -> Origin:
     card = read_readme(out)
     found = origin_of(card, _license_text(out), ours=is_card(card))
     config_name = checkpoint.config.get("_name_or_path")
-    guessed = config_name if isinstance(config_name, str) and is_model_name(config_name) else ""
+    guessed = config_name if isinstance(config_name, str) and _is_model_name(config_name) else ""
     return replace(found, base_model=base_model or found.base_model or guessed)
 
 
@@ -475,7 +475,7 @@ _LICENSE_TEXTS: Final = (  # near the head of the file, white space folded
 _HEAD: Final = 2000
 
 
-def is_model_name(text: object) -> bool:
+def _is_model_name(text: object) -> bool:
     """Whether `text` looks like `owner/name` on a hub."""
     return isinstance(text, str) and bool(_HUB_NAME.fullmatch(text)) and ".." not in text
 
@@ -517,7 +517,7 @@ def origin_of(card: str, license_text: str, ours: bool) -> Origin:
     base = _matching(found, "base_model", _HUB_NAME)
     if not ours:
         place = _PLACE.fullmatch(link)
-        base = place[1] if place and is_model_name(place[1]) and place[1] != base else ""
+        base = place[1] if place and _is_model_name(place[1]) and place[1] != base else ""
     languages = found.get("language", [])
     codes = [languages] if isinstance(languages, str) else languages
     license_ = _matching(found, "license", _LICENSE) or _license_of(license_text)
