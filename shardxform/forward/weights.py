@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shardxform.base import interrupts
 from shardxform.base.file_system import FileSystem
 from shardxform.base.tensors import ByteRange, TensorRef
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.grid import Grid

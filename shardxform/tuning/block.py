@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.workers import Workers
 
-__all__ = ["Stored", "TunedBlock", "install"]
+__all__ = ["TunedBlock", "TunedModule", "install"]
 
 _KEEP_ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stored:
+class TunedModule:
     """One module as it will be stored.
 
     Attributes:
@@ -105,7 +105,7 @@ class TunedBlock:
         for weight in self.weights:
             weight.settled = True
 
-    def stored(self) -> Iterator[Stored]:
+    def stored(self) -> Iterator[TunedModule]:
         """What was kept, one module at a time: linear layers, and each expert's gate_proj, up_proj and down_proj."""
         for name, module in self.modules.items():
             if isinstance(module, TunedLinear):
@@ -177,5 +177,5 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _stored(module: str, expert: int | None, weight: Any, rows: slice) -> Stored:  # noqa: ANN401
-    return Stored(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
+def _stored(module: str, expert: int | None, weight: Any, rows: slice) -> TunedModule:  # noqa: ANN401
+    return TunedModule(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
