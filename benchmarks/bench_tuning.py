@@ -138,16 +138,14 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         installed = time.monotonic() - began
         starts: list[tuple[float, float]] = []
 
-        def forward(hidden_BTH: torch.Tensor, rows_B: np.ndarray[Any, Any]) -> torch.Tensor:  # noqa: ARG001
+        def forward(hidden_BTH: torch.Tensor) -> torch.Tensor:
             if torch.is_grad_enabled():
                 starts.append((time.monotonic(), time.process_time()))
             out: torch.Tensor = layer(hidden_BTH, position_embeddings=None)
             return out
 
         hidden_BTH = np.random.default_rng(0).standard_normal((1, args.tokens, args.hidden), np.float32)
-        samples = Samples(
-            block=0, hidden_NTH=hidden_BTH, target_NTH=1.01 * hidden_BTH, length_N=np.array([args.tokens])
-        )
+        samples = Samples(block=0, hidden_NTH=hidden_BTH, target_NTH=1.01 * hidden_BTH)
         options = TuneOptions(seed=0, iters=args.iterations, dtype=dtype)
         result = tune_block(block, forward, samples, options)
     peak = memory("VmHWM")

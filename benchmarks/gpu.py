@@ -315,8 +315,7 @@ def samples(shape: Shape) -> Any:  # noqa: ANN401
     from shardxform.tuning.samples import Samples
 
     hidden = np.random.default_rng(0).standard_normal((shape.batch, shape.length, shape.hidden), np.float32)
-    length = np.full(shape.batch, shape.length)
-    return Samples(block=0, hidden_NTH=hidden, target_NTH=1.01 * hidden, length_N=length)
+    return Samples(block=0, hidden_NTH=hidden, target_NTH=1.01 * hidden)
 
 
 def time_steps(run: Run, forward: Callable[[Any], Any]) -> float:
@@ -329,7 +328,7 @@ def time_steps(run: Run, forward: Callable[[Any], Any]) -> float:
     data, rows = samples(run.shape), np.arange(run.shape.batch)
 
     def step() -> None:
-        descend(lambda hidden, _: forward(hidden.to(run.device)), data, rows, torch.bfloat16)
+        descend(lambda hidden: forward(hidden.to(run.device)), data, rows, torch.bfloat16)
 
     step()
     return statistics.median(clock(run, step) for _ in range(run.shape.steps))
@@ -415,7 +414,6 @@ def measure_scoring(run: Run) -> None:
 
     shape, device = run.shape, torch.device(run.device)
     scorer = Scorer(shape.scored_experts)
-    scorer.look_at(torch.ones(shape.batch // 2, shape.length, dtype=torch.bool))
     up_JH = torch.empty(2 * shape.inner, shape.hidden, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     down_HJ = torch.empty(shape.hidden, shape.inner, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     read: Any = lambda _expert: RandomExpert(up_JH.clone(), down_HJ.clone())  # noqa: E731

@@ -83,13 +83,7 @@ def test_what_evaluating_takes_is_what_it_says_itself(quantized: bool, small_moe
     if quantized:
         root = tmp_path / "q"
         assert CliRunner().invoke(main, ["quantize", str(small_moe), str(root), "-q"]).exit_code == 0
-    windows = Windows(
-        ids_NT=np.zeros((256, 2048), np.int32),
-        lengths_N=np.full(256, 2048, np.int32),
-        fingerprint="",
-        provenance={},
-        notes=(),
-    )
+    windows = Windows(ids_NT=np.zeros((256, 2048), np.int32), fingerprint="", provenance={}, notes=())
     needs = {need.command: need for need in diagnose(tmp_path, root).needs}
     precision = Precision(torch.device("cpu"), torch.float32)
     alone = estimate({"tested": Checkpoint.open(root)}, windows, precision)

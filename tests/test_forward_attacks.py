@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 def windows_of(config: dict[str, Any], count: int = 2, length: int = 12) -> Windows:
     vocab = config.get("text_config", config)["vocab_size"]
     ids = np.random.default_rng(0).integers(1, vocab, (count, length)).astype(np.int32)
-    return Windows(ids_NT=ids, lengths_N=np.full(count, length, np.int32), fingerprint="f", provenance={}, notes=())
+    return Windows(ids_NT=ids, fingerprint="f", provenance={}, notes=())
 
 
 def run_score(path: Path, config: dict[str, Any], work: Path) -> Saliency:

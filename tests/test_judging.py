@@ -16,7 +16,7 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from test_tuning_block import GRID, OPTIONS, SAMPLES, Layer, same, samples, tuned  # noqa: E402
+from test_tuning_block import GRID, OPTIONS, SAMPLES, Layer, Watched, same, samples, tuned  # noqa: E402
 
 from shardxform.ask.recipe import Heal, Recipe, held_out  # noqa: E402
 from shardxform.cli import main  # noqa: E402
@@ -35,7 +35,7 @@ SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 
 def of(count: int, block: int = 0) -> Samples:
     hidden_NTH = np.zeros((count, 4, 2), np.float32)
-    return Samples(block=block, hidden_NTH=hidden_NTH, target_NTH=hidden_NTH, length_N=np.full(count, 4))
+    return Samples(block=block, hidden_NTH=hidden_NTH, target_NTH=hidden_NTH)
 
 
 # -- the split --------------------------------------------------------------------------------------------------------
@@ -78,15 +78,17 @@ def test_the_work_that_is_planned_is_that_of_the_windows_that_learn() -> None:
 def test_tuning_never_learns_from_the_window_that_judges() -> None:
     layer = Layer()
     learned, judged = set[int](), set[int]()
+    data = samples(layer)
+    watched: Any = Watched(data.hidden_NTH)
 
-    def run(hidden_BTH: Any, rows_B: Any) -> Any:
-        (learned if torch.is_grad_enabled() else judged).update(rows_B.tolist())
+    def run(hidden_BTH: Any) -> Any:
+        (learned if torch.is_grad_enabled() else judged).update(watched.last.tolist())
         return layer.run(hidden_BTH)
 
     with Workers(1) as workers:
         block = install(layer.module, layer.names, GRID, workers)
         layer.module.float()
-        result = tune_block(block, run, samples(layer), OPTIONS)
+        result = tune_block(block, run, replace(data, hidden_NTH=watched), OPTIONS)
     assert judged == {4}
     assert learned == set(range(SAMPLES)) - {4}
     assert (result.judged.windows, result.judged.tokens, result.judged.held_out) == (1, 11, True)

@@ -653,9 +653,7 @@ def test_an_error_of_a_part_is_told_on_one_line(cluster: str, tmp_path: Path, mo
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 7])
 def test_windows_are_cut_where_batches_end(parts: int) -> None:
-    windows = Windows(
-        ids_NT=np.zeros((37, 512), np.int32), lengths_N=np.full(37, 512), fingerprint="f", provenance={}, notes=()
-    )
+    windows = Windows(ids_NT=np.zeros((37, 512), np.int32), fingerprint="f", provenance={}, notes=())
     found = list(cluster_scoring._cut(windows, parts))
     assert [number for part in found for number in part] == list(range(37))
     assert all(part.start % 4 == 0 for part in found)

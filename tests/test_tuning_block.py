@@ -93,7 +93,7 @@ class Layer:
                 out[f"{name}.{e}.down_proj"] = bits(module.down_proj[e])
         return out
 
-    def run(self, hidden_BTH: Any, rows_B: Any = None) -> Any:  # noqa: ARG002
+    def run(self, hidden_BTH: Any) -> Any:
         positions = torch.arange(hidden_BTH.shape[1])[None]
         mask = None
         if self.kind == "full_attention":
@@ -107,7 +107,7 @@ def bits(tensor: Any) -> np.ndarray:
 
 
 def samples(layer: Layer, hidden: np.ndarray | None = None) -> Samples:
-    """Targets of the 16-bit layer in float32; some samples padded.
+    """Targets of the 16-bit layer in float32.
 
     The samples are alike, so that what is learned from some is of use for the one that judges.
     """
@@ -120,8 +120,18 @@ def samples(layer: Layer, hidden: np.ndarray | None = None) -> Samples:
     reference.module.float()
     with torch.no_grad():
         target = reference.run(torch.from_numpy(hidden)).numpy()
-    length = np.array([LENGTH, 5, LENGTH, 9, LENGTH, 2])
-    return Samples(block=0, hidden_NTH=hidden, target_NTH=target, length_N=length)
+    return Samples(block=0, hidden_NTH=hidden, target_NTH=target)
+
+
+class Watched:
+    """Hidden states that remember which samples were read last."""
+
+    def __init__(self, values_NTH: np.ndarray) -> None:
+        self.values_NTH, self.shape, self.last = values_NTH, values_NTH.shape, np.empty(0, np.int64)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        self.last = rows
+        return self.values_NTH[rows]
 
 
 def tuned(
@@ -211,7 +221,7 @@ def test_the_block_is_left_as_it_will_be_stored() -> None:
         out = layer.run(torch.from_numpy(data.hidden_NTH)).numpy()
     wanted = []
     for n in judges:
-        for t in range(data.length_N[n] - 1):
+        for t in range(LENGTH - 1):
             found, target = out[n, t].astype(float), data.target_NTH[n, t].astype(float)
             wanted.append(np.square(found - target).sum() / np.square(target).sum())
     assert result.loss == pytest.approx(float(np.mean(wanted)), rel=1e-4)
@@ -231,12 +241,10 @@ def test_recomputing_the_attention_changes_no_code() -> None:
     assert same(tuned()[2], tuned(recompute=False)[2])
 
 
-def test_padding_and_last_positions_do_not_count() -> None:
+def test_last_positions_do_not_count() -> None:
     def spoil(data: Samples) -> Samples:
         target = data.target_NTH.copy()
-        for n, length in enumerate(data.length_N):
-            target[n, length - 1] += 100
-            target[n, length:] = np.nan
+        target[:, -1] += 100
         return replace(data, target_NTH=target)
 
     def spoil_one_more(data: Samples) -> Samples:
@@ -257,7 +265,7 @@ def test_a_token_counts_by_its_error_relative_to_its_size() -> None:
     even = tuning_samples._sum(*tuning_samples._errors(out, data, rows))
     data.target_NTH[0, 0] *= 100
     out[0, 0] *= 100
-    assert even == pytest.approx(0.01 * HIDDEN * (data.length_N - 1).sum(), rel=1e-4)
+    assert even == pytest.approx(0.01 * HIDDEN * SAMPLES * (LENGTH - 1), rel=1e-4)
     assert tuning_samples._sum(*tuning_samples._errors(out, data, rows)) == pytest.approx(even, rel=1e-4)
 
 
@@ -384,12 +392,10 @@ def test_weights_that_cannot_be_rounded_are_refused_by_name() -> None:
 
 def test_samples_and_options_that_make_no_sense_are_refused() -> None:
     data = samples(Layer())
-    with pytest.raises(SchemeError, match="lengths of 2 to 12 positions, found 1 to 12"):
-        replace(data, length_N=np.array([1, 12, 12, 12, 12, 12]))
-    with pytest.raises(SchemeError, match="lengths of 2 to 12 positions, found 12 to 13"):
-        replace(data, length_N=np.full(SAMPLES, 12) + (np.arange(SAMPLES) == 3))
-    with pytest.raises(SchemeError, match=r"found \[6, 12, 64\], \[6, 11, 64\] and \[6\]"):
+    with pytest.raises(SchemeError, match=r"found \[6, 12, 64\] and \[6, 11, 64\]"):
         replace(data, target_NTH=data.target_NTH[:, :-1])
+    with pytest.raises(SchemeError, match="at least 2 positions"):
+        replace(data, hidden_NTH=data.hidden_NTH[:, :1], target_NTH=data.target_NTH[:, :1])
     for name in ("iters", "batch_size"):
         with pytest.raises(SchemeError, match=f"{name}: expected at least 1, found 0"):
             replace(OPTIONS, **{name: 0})

@@ -351,15 +351,13 @@ def _windows(source: _Source, found: Mapping[str, _Found], notes: Iterable[str])
     options = source.options
     ids_NT = np.concatenate([each.ids_NT for each in found.values()]).astype(np.int32)
     got, seqlen = ids_NT.shape
-    lengths_N = np.full(got, seqlen, dtype=np.int32)
     digest = hashlib.sha256(f"windows {got} {seqlen}\n".encode())
     digest.update(ids_NT.astype("<i4", copy=False).tobytes())
-    digest.update(lengths_N.astype("<i4", copy=False).tobytes())
+    digest.update(np.full(got, seqlen, "<i4").tobytes())  # as files of earlier versions were bound to them
     chosen = _chosen(options, found)
     digest.update(dumps(chosen).encode() if chosen else b"")
     return Windows(
         ids_NT=ids_NT,
-        lengths_N=lengths_N,
         fingerprint=digest.hexdigest(),
         provenance={**_provenance(source, found), **chosen},
         notes=tuple(notes),

@@ -282,4 +282,4 @@ class _Watcher:
 
 def _size(windows: Windows | None) -> str:
     assert windows is not None
-    return f"{count(len(windows.lengths_N), 'window')}, {short(int(windows.lengths_N.sum()))} tokens"
+    return f"{count(len(windows.ids_NT), 'window')}, {short(windows.ids_NT.size)} tokens"

@@ -163,7 +163,7 @@ def _show(
     click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
     rows(
         [
-            ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
+            ("data", f"{count(len(windows.ids_NT), 'window')}, {short(needs['tokens'])} tokens"),
             *([("sources", _of_sources(windows))] if windows.rows else []),
             (
                 "blocks",

@@ -137,7 +137,7 @@ def _facts(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, ray:
     from shardxform.forward.estimate import estimate
 
     needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
-    told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.lengths_N)}
+    told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.ids_NT)}
     facts = {"source": checkpoint.where, **told, **needs}
     if ray:
         from shardxform.cluster.pool import refuse_remote

@@ -81,7 +81,7 @@ class Part:
     @property
     def tokens(self) -> int:
         """Valid tokens of the windows."""
-        return int(self.windows.lengths_N.sum())
+        return self.windows.ids_NT.size
 
 
 # -- on a worker ------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: i
             device=str(options.precision.device),
             dtype=str(options.precision.dtype).removeprefix("torch."),
         )
-        for number, (start, stop) in enumerate(_bounds(record.get("parts"), options.work, len(windows.lengths_N)))
+        for number, (start, stop) in enumerate(_bounds(record.get("parts"), options.work, len(windows.ids_NT)))
     ]
 
 
@@ -286,8 +286,7 @@ def _cut(windows: Windows, parts: int) -> Iterator[range]:
 
 def _slice(windows: Windows, start: int, stop: int) -> Windows:
     mark = hashlib.sha256(f"{windows.fingerprint} {start}:{stop}".encode()).hexdigest()
-    ids_NT, lengths_N = windows.ids_NT[start:stop], windows.lengths_N[start:stop]
-    return replace(windows, ids_NT=ids_NT, lengths_N=lengths_N, fingerprint=mark, notes=(), rows=())
+    return replace(windows, ids_NT=windows.ids_NT[start:stop], fingerprint=mark, notes=(), rows=())
 
 
 @contextlib.contextmanager

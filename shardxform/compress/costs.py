@@ -163,7 +163,7 @@ def amounts(request: Request, shape: Shape, written: int, *, full_verify: bool =
 def _forward(shape: Shape, experts: int, windows: Windows, *, quantized: bool = False) -> Amounts:
     """One pass over all blocks, a batch at a time."""
     count, length = windows.ids_NT.shape
-    tokens = int(windows.lengths_N.sum())
+    tokens = windows.ids_NT.size
     batches = math.ceil(count / max(1, BATCH_TOKENS // length))
     calls = batches * shape.moe_blocks * reached(experts, shape.top_k, tokens / batches)
     pairs = tokens * shape.top_k * shape.moe_blocks
@@ -174,7 +174,7 @@ def _forward(shape: Shape, experts: int, windows: Windows, *, quantized: bool = 
 def _evaluating(shape: Shape, windows: Windows, moved: int) -> Amounts:
     """Source and output side by side, and the head of both."""
     both = _plus(_forward(shape, shape.experts, windows), _forward(shape, shape.kept, windows, quantized=True))
-    return _plus(both, Amounts(headed=2 * int(windows.lengths_N.sum()), moved=moved))
+    return _plus(both, Amounts(headed=2 * windows.ids_NT.size, moved=moved))
 
 
 def _tuning(request: Request, shape: Shape, weights: int, moved: int) -> Amounts:
@@ -184,7 +184,7 @@ def _tuning(request: Request, shape: Shape, weights: int, moved: int) -> Amounts
     assert windows is not None
     chains = 1 if recipe.inputs == "fp" else 2
     length = windows.ids_NT.shape[1]
-    judged = (1 + len(JUDGED_AT)) * max(1, held_out(len(windows.lengths_N))) * length  # at the start, and later
+    judged = (1 + len(JUDGED_AT)) * max(1, held_out(len(windows.ids_NT))) * length  # at the start, and later
     tokens = recipe.block_tokens - chains * recipe.samples * recipe.seqlen
     batch = min(recipe.batch_size, recipe.learned) * length
     calls = tokens / batch * shape.moe_blocks * reached(shape.kept, shape.top_k, batch)

@@ -147,7 +147,7 @@ def evaluate(
         for skeleton in chains.values():
             skeleton.weights.check()
         work = stack.enter_context(WorkDir(options.work, inputs))
-        head_tokens = int(windows.lengths_N.sum()) * len(chains)
+        head_tokens = windows.ids_NT.size * len(chains)
         job = Pass(windows, chains, work, options.on_progress, head_tokens)
         blocks = run_pass(job, _Differences())
         heads = _run_heads(job)
@@ -178,21 +178,16 @@ class _Differences:
     """A visitor that adds up how far the outputs of each block are from the reference's."""
 
     def __init__(self) -> None:
-        self._valid_BT = torch.zeros(0, 0, dtype=torch.bool)
         self.begin(0)
 
     def begin(self, layer: int) -> None:  # noqa: ARG002
         self._error = self._norm = 0.0
 
-    def before(self, batch: Batch) -> None:
-        self._valid_BT = batch.valid_BT
-
-    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002
+    def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         if _REFERENCE not in hidden:
             return
-        here = self._valid_BT.to(hidden[_REFERENCE].device)
-        reference_NH = hidden[_REFERENCE][here].float()
-        error_NH = hidden[_TESTED][here].float() - reference_NH
+        reference_NH = hidden[_REFERENCE].flatten(0, 1).float()
+        error_NH = hidden[_TESTED].flatten(0, 1).float() - reference_NH
         self._error += float(error_NH.square().sum(-1).double().sum())
         self._norm += float(reference_NH.square().sum(-1).double().sum())
 
@@ -217,7 +212,7 @@ def _run_heads(job: Pass) -> list[Mapping[str, Any]]:
             for name, batch in zip(steps, batches(job.windows), strict=True):
                 if name in undone:
                     job.work.record(name, _measure(batch, heads, readers))
-                job.progressed(int(batch.valid_BT.sum()) * len(job.chains), resumed=name not in undone)
+                job.progressed(batch.ids_BT.numel() * len(job.chains), resumed=name not in undone)
     except KeyboardInterrupt as e:
         raise Interrupted(
             f"stopped: all {job.num_blocks} blocks are safe in {job.work.root}; run the same command again to go on"
@@ -240,8 +235,7 @@ def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, Hidd
     hidden = {name: reader.rows(batch.start, batch.stop) for name, reader in readers.items()}
     facts: dict[str, list[float]] = {}
     for row in range(batch.stop - batch.start):
-        length = int(batch.valid_BT[row].sum())
-        ids_T = batch.ids_BT[row, :length]
+        ids_T, length = batch.ids_BT[row], batch.ids_BT.shape[1]
         sums: dict[str, float] = {}
         for piece in _pieces(length, heads[_TESTED]):
             interrupts.check()
@@ -285,7 +279,7 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
             columns.setdefault(key, []).extend(values)
     errors = tuple(_relative(facts["error"], facts["norm"]) for facts in blocks)
     joined = bool(windows.provenance.get("pack", True))
-    every = tuple(rows for _, rows in windows.rows) or (range(len(windows.lengths_N)),)
+    every = tuple(rows for _, rows in windows.rows) or (range(len(windows.ids_NT)),)
     figures = _Figures(columns, Sampling(every, joined))
     apart = {name: _Figures(_rows(columns, rows), Sampling((range(len(rows)),), joined)) for name, rows in windows.rows}
     return replace(figures.evaluation(errors), sources={name: each.evaluation(()) for name, each in apart.items()})

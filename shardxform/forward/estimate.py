@@ -46,7 +46,7 @@ def estimate(
             states += 2 * windows.ids_NT.size * state
             live = max(live, _LIVE_STATES * max(BATCH_TOKENS, windows.ids_NT.shape[1]) * state)
     return {
-        "tokens": int(windows.lengths_N.sum()),
+        "tokens": windows.ids_NT.size,
         "blocks": layers,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "device": str(precision.device),

@@ -24,8 +24,8 @@ __all__ = ["IMPLEMENTATION", "ExpertBank", "Observer", "attach", "detach", "expe
 IMPLEMENTATION: Final = "shardxform"
 _BANK: Final = "shardxform_bank"
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with an expert, its tokens [n], the router's weights of them [n], and its outputs [n, H], not yet weighted."""
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called with an expert, the router's weights of its tokens [n], and its outputs [n, H], not yet weighted."""
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ def _forward(
         inner_nI = self._apply_gate(nn.functional.linear(hidden_states[token_n], gate_up_OH))
         value_nH = nn.functional.linear(inner_nI, down_HI)
         if bank.observer is not None:
-            bank.observer(expert, token_n, weight_n, value_nH)
+            bank.observer(expert, weight_n, value_nH)
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.
         out_TH[token_n] += (value_nH * weight_n[:, None]).to(out_TH.dtype)
     return out_TH

@@ -35,15 +35,12 @@ class MtpLayer:
         self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
         self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
 
-    def __call__(
-        self, ids_BT: torch.Tensor, normed_BTH: torch.Tensor, mask_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, ids_BT: torch.Tensor, normed_BTH: torch.Tensor) -> torch.Tensor:
         """Run the layer at every position but the last, which has no next token.
 
         Args:
             ids_BT: token ids.
             normed_BTH: hidden states of the same positions, after the final norm or the layer's before.
-            mask_BT: 1 where there is a token.
 
         Returns:
             its output [B, T - 1, H], normed: what a further MTP layer takes.
@@ -53,7 +50,7 @@ class MtpLayer:
         next_BTH = embedding_norm(self._skeleton.embed(ids_BT[:, _SHIFT:]))
         both_BTI = torch.cat((next_BTH, hidden_norm(normed_BTH[:, :-_SHIFT])), dim=-1)
         entering_BTH = nn.functional.linear(both_BTI, self._projection_HI)
-        out: torch.Tensor = output_norm(self._block(entering_BTH, None if mask_BT is None else mask_BT[:, _SHIFT:]))
+        out: torch.Tensor = output_norm(self._block(entering_BTH))
         return out
 
 

@@ -40,18 +40,12 @@ class Batch:
 
     Attributes:
         ids_BT: token ids.
-        valid_BT: True where there is a token, False at padding.
 
     """
 
     start: int
     stop: int
     ids_BT: torch.Tensor
-    valid_BT: torch.Tensor
-
-    def mask(self) -> torch.Tensor | None:
-        """Attention mask [B, T] as models take it; None when nothing is padded."""
-        return None if bool(self.valid_BT.all()) else self.valid_BT.long()
 
 
 class Visitor(Protocol):
@@ -65,11 +59,7 @@ class Visitor(Protocol):
         """Forget the block before: `layer` begins."""
         ...
 
-    def before(self, batch: Batch) -> None:
-        """A batch is about to go through the block."""
-        ...
-
-    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:
+    def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         """A batch went through the block of every chain; `hidden` is what left it, [B, T, H]."""
         ...
 
@@ -107,7 +97,7 @@ class Pass:
     @property
     def block_tokens(self) -> int:
         """Tokens that go through one block of all chains."""
-        return int(self.windows.lengths_N.sum()) * len(self.chains)
+        return self.windows.ids_NT.size * len(self.chains)
 
     def hidden(self, chain: str, number: int) -> HiddenFile:
         """Hidden states of a chain that enter block `number`, or leave the last one."""
@@ -168,12 +158,9 @@ def batches(windows: Windows) -> Iterator[Batch]:
     """Cut the windows into batches of whole sequences."""
     count, length = windows.ids_NT.shape
     size = max(1, BATCH_TOKENS // length)
-    positions = torch.arange(length)
     for start in range(0, count, size):
         stop = min(start + size, count)
-        ids_BT = torch.from_numpy(windows.ids_NT[start:stop]).long()
-        lengths_B = torch.from_numpy(windows.lengths_N[start:stop])
-        yield Batch(start, stop, ids_BT, positions < lengths_B[:, None])
+        yield Batch(start, stop, torch.from_numpy(windows.ids_NT[start:stop]).long())
 
 
 def pass_inputs(
@@ -240,26 +227,23 @@ def _run_block(job: Pass, layer: int, visitor: Visitor) -> None:
         readers = {name: stack.enter_context(job.hidden(name, layer).reading()) for name in blocks}
         writers = {name: stack.enter_context(job.hidden(name, layer + 1).writing()) for name in blocks}
         for batch in batches(job.windows):
-            visitor.before(batch)
             hidden: dict[str, torch.Tensor] = {}
             for name, block in blocks.items():
                 device = job.chains[name].weights.precision.device
-                mask_BT = batch.mask()
-                entering_BTH = readers[name].rows(batch.start, batch.stop).to(device)
-                hidden[name] = block(entering_BTH, None if mask_BT is None else mask_BT.to(device))
+                hidden[name] = block(readers[name].rows(batch.start, batch.stop).to(device))
                 _refuse_non_finite(hidden[name], batch, f"{job.chains[name].weights.checkpoint.where}: block {layer}")
                 writers[name].put(batch.start, hidden[name])
-            visitor.after(batch, hidden)
-            job.progressed(int(batch.valid_BT.sum()) * len(blocks))
+            visitor.after(hidden)
+            job.progressed(batch.ids_BT.numel() * len(blocks))
     job.work.record(_name(layer), visitor.facts())
     _remove_inputs(job, layer)
 
 
 def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, where: str) -> None:
-    """Refuse NaN and infinity at the positions that count, which would spoil all that is computed from them."""
+    """Refuse NaN and infinity, which would spoil all that is computed from them."""
     if math.isfinite(float(hidden_BTH.sum(dtype=torch.float32))):  # most often, and at the speed of memory
         return
-    bad = (~hidden_BTH.isfinite().all(-1).cpu() & batch.valid_BT).nonzero()
+    bad = (~hidden_BTH.isfinite().all(-1)).nonzero()
     if len(bad):
         row, position = bad[0].tolist()
         raise ExecutionError(

@@ -115,7 +115,7 @@ class Skeleton:
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         with _computing(self._norm):
-            return self.call(hidden_BTH.float(), None)
+            return self.call(hidden_BTH.float())
 
     @property
     def head_ref(self) -> TensorRef:
@@ -248,18 +248,14 @@ class Skeleton:
         patterns: Any = self._model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
-    def call(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    def call(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
 
-        States and mask may come from elsewhere, as those that were read from disk do.
+        The states may come from elsewhere, as those that were read from disk do.
         """
         device = self.weights.precision.device
         with _told():
-            out: torch.Tensor = self._decoder(
-                inputs_embeds=hidden_BTH.to(device),
-                attention_mask=None if mask_BT is None else mask_BT.to(device),
-                use_cache=False,
-            ).last_hidden_state
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
         return out
 
 
@@ -271,19 +267,10 @@ class Block:
         self.module = module
         self.bank = bank
 
-    def __call__(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the block.
-
-        Args:
-            hidden_BTH: hidden states that enter it.
-            mask_BT: 1 where there is a token, 0 at padding; None for no padding.
-
-        Returns:
-            hidden states [B, T, H] that leave it.
-
-        """
+    def __call__(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] that leave the block when `hidden_BTH` enter it."""
         with _computing(self.module):
-            return self._skeleton.call(hidden_BTH, mask_BT)
+            return self._skeleton.call(hidden_BTH)
 
 
 @contextlib.contextmanager

@@ -198,7 +198,8 @@ class _Run:
         healing = self._load(trial.what)
         start = self._judge(healing)
         learned_N = self._split.learned_N
-        lr = trial.lr or trial.factor * suggested_lr(int(self._samples.length_N[learned_N].sum()), healing.weights)
+        tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
+        lr = trial.lr or trial.factor * suggested_lr(tokens, healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = batches(len(learned_N), self._heal.batch_size, random)
         try:
