@@ -193,7 +193,6 @@ def test_before_the_first_step_it_is_the_layer_with_rounded_weights(kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_tuning_brings_the_block_nearer_to_the_original(kind: str) -> None:
     block, result, codes = tuned(kind=kind, options=replace(OPTIONS, iters=40))
-    assert result.iterations == 40
     assert result.iteration > 0
     assert result.loss < 0.85 * result.start_loss
     assert result.unreached == {"mlp.experts": []}
@@ -233,7 +232,7 @@ def test_threads_change_no_code_and_the_seed_does(kind: str) -> None:
     _, second, again = tuned(kind=kind, threads=3)
     assert same(codes, again)
     assert math.isnan(first.ratio_error)  # of one judge
-    assert replace(first, seconds=0, ratio_error=0) == replace(second, seconds=0, ratio_error=0)
+    assert replace(first, ratio_error=0) == replace(second, ratio_error=0)
     assert not same(codes, tuned(kind=kind, options=replace(OPTIONS, seed=4))[2])
 
 

@@ -10,7 +10,6 @@ tuned on, choose among trials and decide whether the block is changed at all. Re
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,7 +112,6 @@ class HealResult:
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
-        seconds: time it took.
     """
 
     start_loss: float
@@ -124,7 +122,6 @@ class HealResult:
     lr: float
     tried: tuple[tuple[str, float, float], ...]
     diverged: bool
-    seconds: float
 
 
 def heal_block(
@@ -146,12 +143,10 @@ def heal_block(
         NonFiniteLoss: the pruned block itself puts out no numbers.
 
     """
-    began = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums of torch's own may depend on the number of threads
     try:
-        run = _Run(load, samples, heal, seed, dtype)
-        return run.execute(began)
+        return _Run(load, samples, heal, seed, dtype).execute()
     finally:
         torch.set_num_threads(threads)
 
@@ -165,7 +160,7 @@ class _Run:
         self._diverged = False
         self._ratio_error = math.nan  # of the last descent
 
-    def execute(self, began: float) -> tuple[HealResult, Healing]:
+    def execute(self) -> tuple[HealResult, Healing]:
         trials, tried = self._heal.trials, []
         start = math.nan
         for trial in trials if len(trials) > 1 else ():
@@ -189,7 +184,6 @@ class _Run:
             lr=lr if healed else 0.0,
             tried=tuple((what, rate, loss if math.isfinite(loss) else -1.0) for what, rate, loss in tried),
             diverged=self._diverged,
-            seconds=time.monotonic() - began,
         )
         return result, healing
 

@@ -218,9 +218,7 @@ def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> Sta
 def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> NDArray[np.uint16]:
     """float16 bits of the scales of a run of rows."""
     part = w_RI[run[0] : run[1]].cpu()
-    out, stats = rounding.quantize(
-        part.view(_BITS[part.dtype]).numpy(), _KINDS[part.dtype], grid, layout="row", measure=False
-    )
+    out, stats = rounding.quantize(part.view(_BITS[part.dtype]).numpy(), _KINDS[part.dtype], grid, layout="row")
     if not stats.ok:
         row = stats.overflow_row if stats.nonfinite is None else stats.nonfinite[0]
         what = "a scale beyond float16" if stats.nonfinite is None else "NaN or an infinity"

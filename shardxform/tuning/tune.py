@@ -10,7 +10,6 @@ is not tuned on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,18 +36,12 @@ class TuneOptions:
         seed: of the choice of the samples that judge, and with the block's number of the order of the others.
         iters: steps.
         batch_size: samples of a step.
-        offset_rate: first step of the offsets in scales; 1 / iters if None. Falls to zero linearly.
-        clip_rate: first step of the clips as a factor; 1 / iters if None. Likewise.
-        clip_range: smallest and largest clip.
         dtype: type of the hidden states, and so of the products.
     """
 
     seed: int
     iters: int = 200
     batch_size: int = 8
-    offset_rate: float | None = None
-    clip_rate: float | None = None
-    clip_range: tuple[float, float] = CLIP_RANGE
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -68,9 +61,7 @@ class BlockResult:
         judged: what the judges were.
         ratio_error: standard error of loss / start_loss over the judges; NaN for a single one.
         iteration: after how many steps that was; 0 if nothing was better than the start.
-        iterations: steps done.
         unreached: by local name, experts that no token ever reached: they stay as they began.
-        seconds: time it took.
     """
 
     start_loss: float
@@ -78,9 +69,7 @@ class BlockResult:
     judged: Judged
     ratio_error: float
     iteration: int
-    iterations: int
     unreached: dict[str, list[int]]
-    seconds: float
 
 
 def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> BlockResult:
@@ -96,7 +85,6 @@ def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: T
         NonFiniteLoss: the loss is NaN or infinite at any time; the block is left at its start.
 
     """
-    began = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what is not tuned is torch's own, and its sums may depend on the number of threads
     block.restart()
@@ -108,16 +96,13 @@ def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: T
     finally:
         torch.set_num_threads(threads)
         block.settle()
-    seconds = time.monotonic() - began
     return BlockResult(
         start_loss=start.mean,
         loss=best.mean,
         ratio_error=best.ratio_error(start),
         judged=split(samples, options.seed).judged(samples),
         iteration=at,
-        iterations=options.iters,
         unreached=block.unreached,
-        seconds=seconds,
     )
 
 
@@ -140,14 +125,15 @@ def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: Tun
 
 
 def _paces(options: TuneOptions) -> Iterator[Pace]:
-    """The step of every iteration; those of the offsets are rounded to their unit so that the sum is not."""
+    """The step of every iteration: 1 / iters of a scale and of a clip at first, falling to zero linearly.
+
+    Those of the offsets are rounded to their unit so that the sum is not.
+    """
     rate = 1 / options.iters
-    offset_rate = rate if options.offset_rate is None else options.offset_rate
-    clip_rate = rate if options.clip_rate is None else options.clip_rate
     unit, walked, steps = UNITS_PER_STEP / ONE, 0.0, 0
     for done in range(options.iters):
         left = 1 - done / options.iters
-        walked += offset_rate * left
+        walked += rate * left
         size = round(walked / unit) - steps
         steps += size
-        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(clip_rate * left)), *options.clip_range)
+        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(rate * left)), *CLIP_RANGE)

@@ -76,7 +76,7 @@ def _round(weight: TensorRef, grid: Grid, read: Read, out_RI: NDArray[np.uint16]
         bits_RI = np.empty(part.spec.shape, NUMPY[part.spec.dtype])
         read(part, bits_RI)
         again = QuantizedWeight.empty("row", grid, cast(tuple[int, int], part.spec.shape))
-        if quantize_into(bits_RI, cast(SourceDtype, part.spec.dtype), grid, again, measure=False).ok:
+        if quantize_into(bits_RI, cast(SourceDtype, part.spec.dtype), grid, again).ok:
             _values(again.words, again.scales.view(np.float16).astype(np.float32), grid, out_RI[rows])
         else:
             out_RI[rows] = _NOTHING
