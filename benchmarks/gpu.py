@@ -343,7 +343,7 @@ def measure_tuning(run: Run, kind: str) -> None:
     from shardxform.tuning.block import install
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.linear_attention import frugal_linear_attention
-    from shardxform.tuning.stacked import prepare
+    from shardxform.tuning.stacked import stacked_weight
     from shardxform.tuning.workers import Workers
 
     with memory(run, f"tuning, {kind}"), Workers(torch.get_num_threads()) as workers, torch.no_grad():
@@ -351,8 +351,8 @@ def measure_tuning(run: Run, kind: str) -> None:
         linear = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
         names = sorted(name for name in linear if name.rpartition(".")[2] not in KEPT)
         few_EOI = layer.mlp.experts.gate_up_proj[:2].contiguous()
-        prepare(few_EOI[:1, :64].contiguous(), Grid(), workers, "warm")  # compiles
-        searched = clock(run, lambda: prepare(few_EOI, Grid(), workers, "few")) / few_EOI.numel()
+        stacked_weight(few_EOI[:1, :64].contiguous(), Grid(), workers, "warm")  # compiles
+        searched = clock(run, lambda: stacked_weight(few_EOI, Grid(), workers, "few")) / few_EOI.numel()
         tuned = install(layer, [*names, "mlp.experts"], Grid(search=False), workers, recompute=False)
         weights = sum(math.prod(weight.shape) for weight in tuned.weights)
         run.measures["scale search, seconds a block (CPU)"] = searched * weights
@@ -392,13 +392,15 @@ class RandomExpert:
     """Stands for an expert's weights."""
 
     def __init__(self, gate_up: Any, down: Any) -> None:  # noqa: ANN401
-        self.values = gate_up, down
+        from shardxform.forward.weights import ExpertValues
+
+        self.values = ExpertValues(gate_up, down)
 
     def on(self, _device: object) -> RandomExpert:
         """It is there."""
         return self
 
-    def dense(self, _precision: object) -> tuple[Any, Any]:
+    def dense(self, _precision: object) -> Any:  # noqa: ANN401
         """Its values."""
         return self.values
 

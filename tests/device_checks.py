@@ -45,7 +45,7 @@ from shardxform.tuning.block import TunedBlock  # noqa: E402
 from shardxform.tuning.elementwise import Pace  # noqa: E402
 from shardxform.tuning.experts import TunedExperts  # noqa: E402
 from shardxform.tuning.healed import HealedStack  # noqa: E402
-from shardxform.tuning.stacked import StackedWeight, prepare  # noqa: E402
+from shardxform.tuning.stacked import StackedWeight, stacked_weight  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -413,7 +413,8 @@ def test_experts_without_tokens_do_not_move(there: pretend.Counts) -> None:  # n
     results, moved = [], []
     with Workers(1) as workers:
         for device in devices():
-            tuned: list[StackedWeight] = [prepare(w.to(device), Grid(search=False), workers, "w") for w in stacks]
+            grid = Grid(search=False)
+            tuned: list[StackedWeight] = [stacked_weight(w.to(device), grid, workers, "w") for w in stacks]
             for weight in tuned:
                 weight.pace = Pace(1024.0, 1 / 128, 0.0, 1.2)
             results.append(step(tuned, device, H, torch.float32, workers))

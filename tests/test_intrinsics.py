@@ -71,15 +71,15 @@ def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
 
 ELSEWHERE = """
 import torch
-from shardxform.quantize.grid import Grid
+from shardxform.formats.grid import Grid
 from shardxform.tuning import intrinsics
-from shardxform.tuning.stacked import prepare
+from shardxform.tuning.stacked import stacked_weight
 from shardxform.tuning.workers import Workers
 
 assert not intrinsics.HAS_BF16
 w_EOI = torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
 with Workers(1) as workers:
-    weight = prepare(w_EOI, Grid(), workers, "w")
+    weight = stacked_weight(w_EOI, Grid(), workers, "w")
 wide, narrow = torch.empty(64, 256), torch.empty(64, 256, dtype=torch.bfloat16)
 weight.values_into(0, wide)
 weight.values_into(0, narrow)

@@ -43,7 +43,7 @@ def weights(shape: tuple[int, int, int], dtype: Any = torch.bfloat16, seed: int 
 
 def stack(w: Any, grid: Grid, compiled: bool = True) -> stacked.StackedWeight:
     with Workers(2) as workers:
-        weight = stacked.prepare(w, grid, workers, "w")
+        weight = stacked.stacked_weight(w, grid, workers, "w")
     if not compiled:
         weight._compiled = False
     return weight

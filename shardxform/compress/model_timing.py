@@ -24,7 +24,7 @@ from shardxform.forward.experts import experts_module
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.tuning.experts import TunedExperts
-from shardxform.tuning.stacked import prepare
+from shardxform.tuning.stacked import stacked_weight
 from shardxform.tuning.workers import Workers
 
 __all__ = ["measure_model"]
@@ -162,8 +162,8 @@ def _tuned_experts(skeleton: Skeleton, precision: Precision, grid: Grid) -> dict
     """A few experts being tuned, with the code that tunes them."""
     stacks = _matrices(skeleton, precision, _TUNED)
     with Workers(torch.get_num_threads()) as workers:
-        prepare(stacks[1][:, :32].contiguous(), grid, workers, "timing")  # compiles
-        started, ready = _clock(lambda: [prepare(stack, grid, workers, "timing") for stack in stacks], precision)
+        stacked_weight(stacks[1][:, :32].contiguous(), grid, workers, "timing")  # compiles
+        started, ready = _clock(lambda: [stacked_weight(stack, grid, workers, "timing") for stack in stacks], precision)
         module = TunedExperts(ready[0], ready[1], _gate, workers)
 
         def run(count: int) -> float:

@@ -1,6 +1,6 @@
 """Saliency: what calibration data says about every expert, and which experts to keep because of it.
 
-    from shardxform.saliency import Saliency, choose
+    from shardxform.experts import Saliency, choose
 
     manifest = choose(Saliency.load("saliency.safetensors"), keep=128)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
-from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
+from shardxform.forward.experts import IMPLEMENTATION, STACKS, ExpertBank, Observer, attach, detach, experts_module
 from shardxform.forward.memory import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
 from shardxform.model.layout import Layout
@@ -206,17 +206,31 @@ class Skeleton:
             give_back()
 
     def stacked(self, layer: int) -> dict[str, torch.Tensor]:
-        """All routed experts of a block in the dtype they are stored in, [E, 2I, H] and [E, H, I]."""
+        """All routed experts of a block in the dtype they are stored in, by the names of the model's parameters.
+
+        They are [E, 2I, H] and [E, H, I] however the model's own module has them, rows in the order that its gate
+        takes, and biases [E, 2I] and [E, H] where it has any.
+        """
         stacks: dict[str, torch.Tensor] = {}
         for expert in range(self.layout.num_experts):
-            weights = self.weights.expert("block", layer, expert).at_rest()
-            for name, value in zip(("gate_up_proj", "down_proj"), weights, strict=True):
+            values = self.weights.expert("block", layer, expert).at_rest()
+            for name, value in zip(STACKS, values, strict=True):
+                if value is None:
+                    continue
                 if name not in stacks:
                     stacks[name] = torch.empty(
                         self.layout.num_experts, *value.shape, dtype=value.dtype, device=self.weights.precision.device
                     )
                 stacks[name][expert] = value
         return stacks
+
+    def module_name(self, name: str) -> str:
+        """What transformers calls a module or parameter of a block that is called `name` in the checkpoint."""
+        return _renamed(name, self.layout.family.renames)
+
+    def stored_name(self, name: str) -> str:
+        """What a module or parameter of a block is called in the checkpoint that transformers calls `name`."""
+        return _renamed(name, [(theirs, ours) for ours, theirs in self.layout.family.renames])
 
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
@@ -234,12 +248,12 @@ class Skeleton:
             if id(wanted) in inside:
                 continue
             dtype = torch.float32 if self._keeps_float32(local) else None
-            name = prefix + local
+            name = prefix + self.stored_name(local)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
                 raise CheckpointError(
-                    f"{self.weights.checkpoint.where}: tensor '{prefix + local}': shape {list(found.shape)},"
+                    f"{self.weights.checkpoint.where}: tensor '{name}': shape {list(found.shape)},"
                     f" but the model of config.json wants {list(wanted.shape)}"
                 )
             yield local, found
@@ -282,6 +296,10 @@ def _told() -> Iterator[None]:
         memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
         kind = ExecutionError if memory else FamilyError
         raise kind(f"transformers cannot run the model of config.json: {_line(e)}") from e
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    return next((name.replace(old, new, 1) for old, new in pairs if old in name), name)
 
 
 def _line(error: Exception) -> str:

@@ -31,7 +31,8 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
 
     Args:
         layout: of the checkpoint.
-        variants: `fused` or `per-expert` for each block, as `variants_found` gives it; fused where absent.
+        variants: `fused` or `per-expert` for each block, as `variants_found` gives it; the family's own
+            where absent.
 
     """
     family, text = layout.family, layout.text
@@ -42,7 +43,7 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
             yield template.name.format(decoder=decoder), _expect(Place(template, "root"), sizes)
     for layer in range(layout.num_layers):
         prefix = f"{decoder}layers.{layer}."
-        variant = variants.get(("block", layer), "fused")
+        variant = variants.get(("block", layer), family.spelling)
         yield from _block(layout, family.block, "block", layer, layer, prefix, variant, sizes)
     if family.mtp and layout.mtp_layers:
         yield from _expected_mtp(layout, variants, sizes)

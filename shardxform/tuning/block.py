@@ -9,7 +9,7 @@ and get no gradients. Loads and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -18,22 +18,24 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from shardxform.errors import SchemeError
+from shardxform.forward.experts import STACKS
 from shardxform.tuning.experts import TunedExperts
 from shardxform.tuning.linear import TunedLinear
-from shardxform.tuning.stacked import Codes, StackedWeight, prepare
+from shardxform.tuning.routing import ExpertBiases
+from shardxform.tuning.stacked import Codes, StackedWeight, stacked_weight
 
 if TYPE_CHECKING:
     from shardxform.formats.grid import Grid
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.workers import Workers
 
-__all__ = ["Stored", "TunedBlock", "install"]
+__all__ = ["RoundedModule", "TunedBlock", "gate_and_up", "install"]
 
 _KEEP_ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stored:
+class RoundedModule:
     """One module as it will be stored.
 
     Attributes:
@@ -105,17 +107,18 @@ class TunedBlock:
         for weight in self.weights:
             weight.settled = True
 
-    def stored(self) -> Iterator[Stored]:
-        """What was kept, one module at a time: linear layers, and each expert's gate_proj, up_proj and down_proj."""
+    def stored(self, projections: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Iterator[RoundedModule]:
+        """What was kept, one module at a time: linear layers, and each expert's `projections`."""
         for name, module in self.modules.items():
             if isinstance(module, TunedLinear):
-                yield _stored(name, None, module.tuned, slice(None))
+                yield _rounded(name, None, module.tuned, slice(None))
                 continue
-            half = module.gate_up.shape[1] // 2
+            gate, up, down = projections
+            gate_rows, up_rows = gate_and_up(module.gate_up.shape[1], interleaved=module.interleaved)
             for expert in range(module.gate_up.shape[0]):
-                yield _stored(f"{name}.{expert}.gate_proj", expert, module.gate_up, slice(0, half))
-                yield _stored(f"{name}.{expert}.up_proj", expert, module.gate_up, slice(half, None))
-                yield _stored(f"{name}.{expert}.down_proj", expert, module.down, slice(None))
+                yield _rounded(f"{name}.{expert}.{gate}", expert, module.gate_up, gate_rows)
+                yield _rounded(f"{name}.{expert}.{up}", expert, module.gate_up, up_rows)
+                yield _rounded(f"{name}.{expert}.{down}", expert, module.down, slice(None))
 
 
 def install(
@@ -160,15 +163,37 @@ def _find(layer: torch.nn.Module, name: str) -> torch.nn.Module:
 def _tuned(module: torch.nn.Module, name: str, grid: Grid, workers: Workers) -> TunedLinear | TunedExperts:
     if isinstance(module, torch.nn.Linear):
         bias = None if module.bias is None else module.bias.detach()
-        return TunedLinear(prepare(module.weight[None], grid, workers, name), workers, bias)
+        return TunedLinear(stacked_weight(module.weight[None], grid, workers, name), workers, bias)
     parameters = dict(module.named_parameters(recurse=False))
-    odd = [flag for flag in ("has_bias", "is_transposed") if getattr(module, flag, False)]
-    if parameters.keys() != {"gate_up_proj", "down_proj"} or odd or not hasattr(module, "_apply_gate"):
-        found = f"{type(module).__name__} with {sorted([*parameters, *odd])}"
-        raise SchemeError(f"module '{name}': expected a linear layer or fused experts, found {found}")
-    gate_up, down = (prepare(parameters[p], grid, workers, f"{name}.{p}") for p in ("gate_up_proj", "down_proj"))
+    if not _are_experts(module, parameters):
+        found = f"{type(module).__name__} with {[f'{key} {list(p.shape)}' for key, p in parameters.items()]}"
+        raise SchemeError(f"module '{name}': expected a linear layer or stacks of experts [E, O, I], found {found}")
+    gate_up, down = (stacked_weight(parameters[p], grid, workers, f"{name}.{p}") for p in STACKS[:2])
+    biases = [parameters[p].detach() for p in STACKS[2:] if p in parameters]
     gate: Any = module._apply_gate
-    return TunedExperts(gate_up, down, gate, workers)
+    return TunedExperts(
+        gate_up,
+        down,
+        gate,
+        workers,
+        ExpertBiases(gate_up_EO=biases[0], down_EH=biases[1]) if biases else None,
+        interleaved=not getattr(module, "is_concatenated", True),
+    )
+
+
+def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> bool:
+    """Whether it is a gated experts module whose stacks stand as `Skeleton.stacked` gives them."""
+    if parameters.keys() not in ({*STACKS[:2]}, {*STACKS}) or not hasattr(module, "_apply_gate"):
+        return False
+    gate_up, down = (parameters[p].shape for p in STACKS[:2])
+    return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], 2 * down[2], down[1])
+
+
+def gate_and_up(rows: int, *, interleaved: bool) -> tuple[slice, slice]:
+    """Which of the `rows` of a gate and up projection are the gate's, and which the up projection's."""
+    if interleaved:
+        return slice(0, None, 2), slice(1, None, 2)
+    return slice(0, rows // 2), slice(rows // 2, None)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -177,5 +202,5 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _stored(module: str, expert: int | None, weight: Any, rows: slice) -> Stored:  # noqa: ANN401
-    return Stored(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
+def _rounded(module: str, expert: int | None, weight: Any, rows: slice) -> RoundedModule:  # noqa: ANN401
+    return RoundedModule(module=module, expert=expert, codes=weight.codes(expert or 0, rows))

@@ -19,7 +19,7 @@ import torch
 from shardxform.base.constants import EXPERT_ROWS, KEPT_BYTES
 from shardxform.tuning import grouped
 from shardxform.tuning.linear import runs
-from shardxform.tuning.routing import ExpertWeights, Gate, route
+from shardxform.tuning.routing import ExpertBiases, Gate, StackedExperts, route
 
 if TYPE_CHECKING:
     from shardxform.tuning.stacked import Tunable
@@ -34,12 +34,24 @@ class TunedExperts(torch.nn.Module):
     Attributes:
         gate_up: weights [E, 2J, H].
         down: weights [E, H, J].
+        biases: what is added to their products, or None.
+        interleaved: whether gate and up projection are every second row of `gate_up`, rather than its halves.
         reached_E: whether any token ever reached an expert, over all calls.
     """
 
-    def __init__(self, gate_up: Tunable, down: Tunable, gate: Gate, workers: Workers) -> None:
+    def __init__(
+        self,
+        gate_up: Tunable,
+        down: Tunable,
+        gate: Gate,
+        workers: Workers,
+        biases: ExpertBiases | None = None,
+        *,
+        interleaved: bool = False,
+    ) -> None:
         super().__init__()
         self.gate_up, self.down, self.gate, self.workers = gate_up, down, gate, workers
+        self.biases, self.interleaved = biases, interleaved
         self.reached_E = [False] * gate_up.shape[0]
         self.grouped = gate_up.device.type != "cpu"
         self._anchor = torch.zeros((), requires_grad=True)
@@ -69,8 +81,10 @@ class TunedExperts(torch.nn.Module):
             if keeps:
                 kept[expert] = between_nJ
             down_HJ = self._values(self.down, expert, "down", hidden_TH.dtype)
-            y_nH = (self.gate(between_nJ) @ down_HJ.T)[: len(token_n)]
-            return token_n, y_nH.float() * weight_n1.float()
+            y_nH = self.gate(between_nJ) @ down_HJ.T
+            if self.biases:
+                y_nH += self.biases.down_EH[expert].to(y_nH.dtype)
+            return token_n, y_nH[: len(token_n)].float() * weight_n1.float()
 
         for token_n, y_nH in self.workers.ordered(one, routing.reached):
             out_TH.index_add_(0, token_n, y_nH)
@@ -104,8 +118,8 @@ class TunedExperts(torch.nn.Module):
         return gradient_out_TH.to(hidden_TH.dtype), gradient_S.reshape(weight_TK.shape)
 
     @property
-    def _both(self) -> ExpertWeights:
-        return ExpertWeights(gate_up=self.gate_up, down=self.down, gate=self.gate)
+    def _both(self) -> StackedExperts:
+        return StackedExperts(gate_up=self.gate_up, down=self.down, gate=self.gate, biases=self.biases)
 
     def _values(self, weight: Tunable, expert: int, name: str, dtype: torch.dtype) -> torch.Tensor:
         _, rows, columns = weight.shape
@@ -114,7 +128,8 @@ class TunedExperts(torch.nn.Module):
         return w_OI
 
     def _between(self, expert: int, x_nH: torch.Tensor) -> torch.Tensor:
-        return x_nH @ self._values(self.gate_up, expert, "gate_up", x_nH.dtype).T
+        between_nJ = x_nH @ self._values(self.gate_up, expert, "gate_up", x_nH.dtype).T
+        return between_nJ + self.biases.gate_up_EO[expert].to(x_nH.dtype) if self.biases else between_nJ
 
     def _pass_back_one(
         self,
@@ -132,6 +147,8 @@ class TunedExperts(torch.nn.Module):
         down_HJ = self._update(self.down, "down", expert, (gradient_nH * weight_n1, inner_nJ.detach()))
         back_nJ = gradient_nH @ down_HJ
         router_n = (back_nJ.float() * inner_nJ.detach().float()).sum(1)
+        if self.biases:
+            router_n += gradient_nH.float() @ self.biases.down_EH[expert].float()
         (pre_nJ,) = torch.autograd.grad(inner_nJ, between_nJ, back_nJ * weight_n1)
         up_JH = self._update(self.gate_up, "gate_up", expert, (pre_nJ, x_nH))
         return (pre_nJ @ up_JH).float(), router_n

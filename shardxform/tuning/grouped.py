@@ -21,7 +21,7 @@ from torch.nn.functional import grouped_mm
 from shardxform.base.constants import GROUPED_WEIGHTS
 
 if TYPE_CHECKING:
-    from shardxform.tuning.routing import ExpertWeights, Routing
+    from shardxform.tuning.routing import Routing, StackedExperts
     from shardxform.tuning.stacked import Tunable
 
 __all__ = ["multiply", "pass_back"]
@@ -50,6 +50,16 @@ class _Chunk:
             return grouped_mm(a_SK, b_CKN, offs=self.ends_C)
         return torch.cat([a_SK[run] @ b_KN for run, b_KN in zip(self.runs, b_CKN, strict=True)])
 
+    def added(self, y_SO: torch.Tensor, bias_EO: torch.Tensor | None) -> torch.Tensor:
+        """Each expert's rows and its bias, if there are biases."""
+        return y_SO if bias_EO is None else y_SO + self.spread(bias_EO).to(y_SO.dtype)
+
+    def spread(self, values_EO: torch.Tensor) -> torch.Tensor:
+        """Each expert's row of `values` at all of its slots."""
+        counts_C = torch.tensor([run.stop - run.start for run in self.runs], device=values_EO.device)
+        slots = self.slots.stop - self.slots.start
+        return values_EO[self.first : self.last].repeat_interleave(counts_C, dim=0, output_size=slots)
+
     def over_slots(self, a_SM: torch.Tensor, b_SN: torch.Tensor) -> torch.Tensor:
         """Sums over each expert's slots of products of `a` and `b` [C, M, N]; zero without a slot."""
         if not (_fits(a_SM) and _fits(b_SN)):
@@ -67,21 +77,22 @@ def _fits(x: torch.Tensor) -> bool:
 
 
 def multiply(
-    experts: ExpertWeights, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, routing: Routing
+    experts: StackedExperts, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, routing: Routing
 ) -> torch.Tensor:
     """As `TunedExperts.multiply`."""
     out_SH = hidden_TH.new_zeros(weight_TK.numel(), hidden_TH.shape[1])  # no expert's slots give nothing
     for chunk in _chunks(experts, routing, hidden_TH.device):
         x_SH = hidden_TH[routing.token_S[chunk.slots]]
         up_CJH, down_CHJ = _values(experts.gate_up, chunk, x_SH.dtype), _values(experts.down, chunk, x_SH.dtype)
-        inner_SJ = experts.gate(chunk.by_expert(x_SH, up_CJH.mT))
-        out_SH[chunk.slots] = chunk.by_expert(inner_SJ, down_CHJ.mT)
+        up_bias_EO, down_bias_EH = _biases(experts)
+        inner_SJ = experts.gate(chunk.added(chunk.by_expert(x_SH, up_CJH.mT), up_bias_EO))
+        out_SH[chunk.slots] = chunk.added(chunk.by_expert(inner_SJ, down_CHJ.mT), down_bias_EH)
     out_TKH = out_SH[routing.places].float() * weight_TK[..., None].float()
     return out_TKH.sum(1).to(hidden_TH.dtype)
 
 
 def pass_back(
-    experts: ExpertWeights,
+    experts: StackedExperts,
     inputs: tuple[torch.Tensor, torch.Tensor],
     routing: Routing,
     gradient_TH: torch.Tensor,
@@ -99,15 +110,18 @@ def pass_back(
 
 
 def _pass_back_chunk(
-    experts: ExpertWeights, chunk: _Chunk, x_SH: torch.Tensor, arriving: tuple[torch.Tensor, torch.Tensor]
+    experts: StackedExperts, chunk: _Chunk, x_SH: torch.Tensor, arriving: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gradient_SH, weight_S1 = arriving[0], arriving[1].to(x_SH.dtype)
     up_CJH, down_CHJ = _values(experts.gate_up, chunk, x_SH.dtype), _values(experts.down, chunk, x_SH.dtype)
+    up_bias_EO, down_bias_EH = _biases(experts)
     with torch.enable_grad():
-        between_SJ = chunk.by_expert(x_SH, up_CJH.mT).detach().requires_grad_()
+        between_SJ = chunk.added(chunk.by_expert(x_SH, up_CJH.mT), up_bias_EO).detach().requires_grad_()
         inner_SJ = experts.gate(between_SJ)
     back_SJ = chunk.by_expert(gradient_SH, down_CHJ)
     router_S = (back_SJ.float() * inner_SJ.detach().float()).sum(1)
+    if down_bias_EH is not None:
+        router_S += (gradient_SH.float() * chunk.spread(down_bias_EH).float()).sum(1)
     (pre_SJ,) = torch.autograd.grad(inner_SJ, between_SJ, back_SJ * weight_S1)
     out_SH = chunk.by_expert(pre_SJ, up_CJH)
     _update(experts.down, chunk, gradient_SH * weight_S1, inner_SJ.detach())
@@ -115,7 +129,11 @@ def _pass_back_chunk(
     return out_SH, router_S
 
 
-def _chunks(experts: ExpertWeights, routing: Routing, device: torch.device) -> Iterator[_Chunk]:
+def _biases(experts: StackedExperts) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (experts.biases.gate_up_EO, experts.biases.down_EH) if experts.biases else (None, None)
+
+
+def _chunks(experts: StackedExperts, routing: Routing, device: torch.device) -> Iterator[_Chunk]:
     """Runs of experts of bounded size, those without tokens left out."""
     count, rows, columns = experts.gate_up.shape
     step = max(1, GROUPED_WEIGHTS // (rows * columns))

@@ -14,19 +14,28 @@ import torch
 if TYPE_CHECKING:
     from shardxform.tuning.stacked import Tunable
 
-__all__ = ["ExpertWeights", "Gate", "Routing", "route"]
+__all__ = ["ExpertBiases", "Gate", "Routing", "StackedExperts", "route"]
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 """[n, 2J] -> [n, J]: what lies between the two weights."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertBiases:
+    """What is added to the products of experts, and not tuned: `gate_up_EO` [E, 2J] and `down_EH`."""
+
+    gate_up_EO: torch.Tensor
+    down_EH: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ExpertWeights:
-    """The routed experts of a layer: `gate_up` [E, 2J, H], `down` [E, H, J], and what lies between."""
+class StackedExperts:
+    """The routed experts of a layer: `gate_up` [E, 2J, H], `down` [E, H, J], what lies between, and biases or None."""
 
     gate_up: Tunable
     down: Tunable
     gate: Gate
+    biases: ExpertBiases | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -261,7 +261,7 @@ class _BlockRun:
         experts = self._skeleton.experts_name(self._step.layer)
         names: dict[str, None] = {}
         for item in self._step.items:
-            local = item.module.removeprefix(prefix)
+            local = self._skeleton.module_name(item.module.removeprefix(prefix))
             names[experts if experts and local.startswith(f"{experts}.") else local] = None
         return list(names)
 
@@ -272,9 +272,9 @@ class _BlockRun:
         prefix, scheme = self._skeleton.prefix(self._step.layer), self._step.scheme
         assert scheme is not None
         items: dict[str, RoundItem] = {item.module: item for item in self._step.items}
-        for stored in tuned.stored():
-            item = items.pop(prefix + stored.module)
-            out = packed(stored.codes, scheme.grid, scheme.layout)
+        for module in tuned.stored(self._skeleton.layout.family.experts.projections):
+            item = items.pop(prefix + self._skeleton.stored_name(module.module))
+            out = packed(module.codes, scheme.grid, scheme.layout)
             for role, extent in item.parts:
                 write_part(part_of(role, item, scheme, out), extent, target, fs)
         if items:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from shardxform.tuning.workers import Workers
 
-__all__ = ["Codes", "StackedWeight", "Tunable", "packed", "prepare"]
+__all__ = ["Codes", "StackedWeight", "Tunable", "packed", "stacked_weight"]
 
 _KINDS: Final[dict[torch.dtype, rounding.SourceDtype]] = {
     torch.bfloat16: "BF16",
@@ -82,7 +82,7 @@ class Codes:
 
 
 class StackedWeight:
-    """Weights [E, O, I] with rounding offsets and clips; `prepare` makes one.
+    """Weights [E, O, I] with rounding offsets and clips; `stacked_weight` makes one.
 
     The original is neither copied nor changed. `pace` says how far `update` moves; at first it moves nothing. Once
     `settled`, values are those that were kept.
@@ -165,8 +165,8 @@ class StackedWeight:
 
     def codes(self, expert: int, rows: slice) -> Codes:
         """What was kept of some rows of one expert, on the host."""
-        first, last, _ = rows.indices(self._shape[1])
-        run = slice(expert * self._shape[1] + first, expert * self._shape[1] + last)
+        first, last, step = rows.indices(self._shape[1])
+        run = slice(expert * self._shape[1] + first, expert * self._shape[1] + last, step)
         scale_RG = elementwise.scales(self._start_RG[run], self._kept_RG[run], self.grid)
         codes_OI = elementwise.codes(self._w_RI[run], self._v_RI[run], scale_RG, self.grid)
         half_OG = scale_RG.to(torch.float16).view(torch.int16).cpu().numpy()
@@ -188,7 +188,7 @@ def _array(x: torch.Tensor) -> NDArray[Any]:
     return x.view(_ARRAYS[x.dtype]).numpy()
 
 
-def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> StackedWeight:
+def stacked_weight(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> StackedWeight:
     """Start from the scales that plain rounding takes, or the search if the grid asks for it.
 
     Args:
