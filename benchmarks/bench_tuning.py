@@ -106,11 +106,10 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from shardxform.formats.grid import Grid
-    from shardxform.forward.memory import give_back, keep_few_kernels
-    from shardxform.tuning.block import install
+    from shardxform.forward.runtime import give_back, keep_few_kernels
+    from shardxform.tuning.block import TuneOptions, install, tune_block
     from shardxform.tuning.linear_attention import frugal_linear_attention
     from shardxform.tuning.samples import Samples
-    from shardxform.tuning.tune import TuneOptions, tune_block
     from shardxform.tuning.workers import Workers
 
     keep_few_kernels()

@@ -339,7 +339,7 @@ def measure_tuning(run: Run, kind: str) -> None:
     import torch
 
     from shardxform.formats.grid import Grid
-    from shardxform.forward.arithmetic import fixed_order, on_device
+    from shardxform.forward.runtime import fixed_order, on_device
     from shardxform.tuning.block import install
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.linear_attention import frugal_linear_attention
@@ -366,11 +366,10 @@ def measure_healing(run: Run, kind: str) -> None:
     """An iteration of healing a block, all of it."""
     import torch
 
-    from shardxform.forward.arithmetic import fixed_order, on_device
-    from shardxform.tuning.experts import TunedExperts
-    from shardxform.tuning.heal import Wide
-    from shardxform.tuning.healed import HealedStack
+    from shardxform.forward.runtime import fixed_order, on_device
+    from shardxform.tuning.heal import HealedStack, Wide
     from shardxform.tuning.linear_attention import frugal_linear_attention
+    from shardxform.tuning.modules import TunedExperts
     from shardxform.tuning.workers import Workers
 
     with memory(run, f"healing, {kind}"), Workers(torch.get_num_threads()) as workers:
@@ -410,8 +409,8 @@ def measure_scoring(run: Run) -> None:
     import torch
 
     from shardxform.experts.scoring import Scorer
-    from shardxform.forward.arithmetic import on_device
     from shardxform.forward.experts import ExpertBank, attach
+    from shardxform.forward.runtime import on_device
     from shardxform.forward.weights import Precision
 
     shape, device = run.shape, torch.device(run.device)

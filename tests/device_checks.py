@@ -36,15 +36,15 @@ from shardxform.experts import Saliency  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats import rounding_torch  # noqa: E402
 from shardxform.formats.grid import Grid  # noqa: E402
-from shardxform.forward import arithmetic, passes  # noqa: E402
+from shardxform.forward import passes, runtime  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
 from shardxform.tuning import session  # noqa: E402
 from shardxform.tuning.block import TunedBlock  # noqa: E402
 from shardxform.tuning.elementwise import Pace  # noqa: E402
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.healed import HealedStack  # noqa: E402
+from shardxform.tuning.heal import HealedStack  # noqa: E402
+from shardxform.tuning.modules import TunedExperts  # noqa: E402
 from shardxform.tuning.stacked import StackedWeight, stacked_weight  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
@@ -475,15 +475,15 @@ def test_a_device_multiplies_exactly_and_adds_in_order(monkeypatch: pytest.Monke
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     usual = settings()
     assert usual == (True, True, True, 0, True)
-    with arithmetic.on_device(CPU), arithmetic.fixed_order(CPU):
+    with runtime.on_device(CPU), runtime.fixed_order(CPU):
         assert settings() == usual
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     cuda = torch.device("cuda")  # named, not used
-    with contextlib.suppress(ZeroDivisionError), arithmetic.on_device(cuda):
+    with contextlib.suppress(ZeroDivisionError), runtime.on_device(cuda):
         assert settings() == (False, False, False, 0, True)
-        with arithmetic.fixed_order(cuda):
+        with runtime.fixed_order(cuda):
             assert settings() == (False, False, False, 2, False)
-            with arithmetic.any_order():
+            with runtime.any_order():
                 assert settings() == (False, False, False, 1, False)
         assert settings() == (False, False, False, 0, True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -499,7 +499,7 @@ def test_windows_of_a_source_are_those_of_data_without_the_others(
     names = {source for source, _ in documents}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_BATCH_CHARACTERS", batch)
-        patch.setattr("shardxform.calibration.documents.PIECE", piece)
+        patch.setattr("shardxform.calibration.documents.PASSAGE", piece)
         alone = {
             name: of(jsonl(folder.parent / f"{folder.name}-{name}.jsonl", [t for s, t in documents if s == name]))
             for name in names

@@ -76,7 +76,7 @@ def test_what_evaluating_takes_is_what_it_says_itself(quantized: bool, small_moe
 
     from shardxform.calibration import Windows
     from shardxform.cli import main
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
     from shardxform.forward.weights import Precision
 
     root = small_moe

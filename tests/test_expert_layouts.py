@@ -32,8 +32,7 @@ from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
 from shardxform.tuning.block import gate_and_up, install  # noqa: E402
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.routing import ExpertBiases  # noqa: E402
+from shardxform.tuning.modules import ExpertBiases, TunedExperts  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle

@@ -31,7 +31,7 @@ from shardxform.experts import Saliency, scoring  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats.scheme import Scheme  # noqa: E402
 from shardxform.forward import work as work_module  # noqa: E402
-from shardxform.forward.estimate import estimate  # noqa: E402
+from shardxform.forward.passes import estimate  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.forward.work import WorkDir  # noqa: E402
 from shardxform.plan.convert import Target, plan_convert  # noqa: E402

@@ -17,9 +17,15 @@ from shardxform.errors import SchemeError
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.heal import Healing, HealResult, Wide, heal_block, suggested_lr  # noqa: E402
-from shardxform.tuning.healed import HealedStack  # noqa: E402
+from shardxform.tuning.heal import (  # noqa: E402
+    HealedStack,
+    HealResult,
+    MovingBlock,
+    Wide,
+    heal_block,
+    suggested_lr,
+)
+from shardxform.tuning.modules import TunedExperts  # noqa: E402
 from shardxform.tuning.samples import NonFiniteLoss, Samples  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
@@ -75,7 +81,7 @@ class Bench:
         self.plain = self.layer.module.mlp.experts
         self.workers = Workers(self.threads)
 
-    def load(self, what: str | None) -> Healing:
+    def load(self, what: str | None) -> MovingBlock:
         self.layer.module.mlp.experts = self.plain
         assert not [one for one in self.alive if one() is not None], "a block is loaded while another is still held"
         self.loads.append(what)
@@ -89,7 +95,7 @@ class Bench:
         stacks = tuple(HealedStack(self.start[name].clone(), moves=moves(name)) for name in EXPERTS)
         self.layer.module.mlp.experts = TunedExperts(*stacks, self.plain._apply_gate, self.workers)
         self.alive = [weakref.ref(stack) for stack in stacks]
-        return Healing(forward=self.forward, wide=wide, stacks=stacks)
+        return MovingBlock(forward=self.forward, wide=wide, stacks=stacks)
 
     def forward(self, hidden_BTH: Any) -> Any:
         if torch.is_grad_enabled() and self.watched:

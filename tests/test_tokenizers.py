@@ -15,8 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from shardxform.calibration import DataOptions, Windows, load_windows
-from shardxform.calibration.encoding import SAMPLE, tokenizer_digest
-from shardxform.calibration.tokens import load_tokenizer
+from shardxform.calibration.tokens import SAMPLE, load_tokenizer, tokenizer_digest
 from shardxform.errors import CheckpointError, PlanError
 
 pytest.importorskip("transformers")

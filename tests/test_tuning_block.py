@@ -17,12 +17,11 @@ from shardxform.formats.grid import Grid
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from shardxform.tuning import block as tuning_block  # noqa: E402
 from shardxform.tuning import samples as tuning_samples  # noqa: E402
-from shardxform.tuning import tune  # noqa: E402
-from shardxform.tuning.block import TunedBlock, install  # noqa: E402
-from shardxform.tuning.linear import TunedLinear  # noqa: E402
-from shardxform.tuning.samples import NonFiniteLoss, Samples, batches  # noqa: E402
-from shardxform.tuning.tune import TuneOptions, tune_block  # noqa: E402
+from shardxform.tuning.block import TunedBlock, TuneOptions, install, tune_block  # noqa: E402  # noqa: E402
+from shardxform.tuning.modules import TunedLinear  # noqa: E402
+from shardxform.tuning.samples import NonFiniteLoss, Samples, learning_order  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -141,7 +140,7 @@ def tuned(
     options: TuneOptions = OPTIONS,
     threads: int = 1,
     recompute: bool = True,
-) -> tuple[TunedBlock, tune.BlockResult, dict[str, np.ndarray]]:
+) -> tuple[TunedBlock, tuning_block.BlockResult, dict[str, np.ndarray]]:
     layer = Layer(kind)
     data = change(samples(layer))
     with Workers(threads) as workers:
@@ -338,7 +337,7 @@ def test_experts_that_no_token_reaches_are_reported_and_stay_as_they_were() -> N
 
 def test_steps_add_up_to_what_the_rates_say() -> None:
     for iters in (1, 7, 50, 200, 1000):
-        paces = list(tune._paces(TuneOptions(seed=0, iters=iters)))
+        paces = list(tuning_block._paces(TuneOptions(seed=0, iters=iters)))
         assert len(paces) == iters
         walked = sum(pace.offset for pace in paces) / 2**15
         assert walked == pytest.approx(0.5 * (1 + 1 / iters), abs=2**-13)
@@ -348,10 +347,10 @@ def test_steps_add_up_to_what_the_rates_say() -> None:
 
 
 def test_every_sample_comes_before_one_comes_again() -> None:
-    halves = batches(8, 4, np.random.default_rng(0))
+    halves = learning_order(8, 4, np.random.default_rng(0))
     for _ in range(3):
         assert sorted([*next(halves), *next(halves)]) == list(range(8))
-    assert len(next(batches(3, 8, np.random.default_rng(0)))) == 3
+    assert len(next(learning_order(3, 8, np.random.default_rng(0)))) == 3
 
 
 def test_the_layer_needs_no_more_gradients_and_linear_layers_keep_their_bias() -> None:
@@ -370,7 +369,10 @@ def test_the_layer_needs_no_more_gradients_and_linear_layers_keep_their_bias() -
     ("name", "text"),
     [
         ("self_attn.q_proj", "module 'self_attn.q_proj': expected one of the layer's modules"),
-        ("input_layernorm", "module 'input_layernorm': expected a linear layer or stacks of experts .*, found .*RMSNorm"),
+        (
+            "input_layernorm",
+            "module 'input_layernorm': expected a linear layer or stacks of experts .*, found .*RMSNorm",
+        ),
         ("mlp", "module 'mlp': expected a linear layer or stacks of experts .*, found Qwen3_5MoeSparseMoeBlock"),
     ],
 )

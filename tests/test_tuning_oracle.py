@@ -11,12 +11,9 @@ from shardxform.formats.grid import Grid
 
 torch = pytest.importorskip("torch")
 
-from shardxform.tuning import experts as experts_module  # noqa: E402
-from shardxform.tuning import stacked  # noqa: E402
+from shardxform.tuning import modules, stacked  # noqa: E402
 from shardxform.tuning.elementwise import ONE, Pace  # noqa: E402
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.linear import TunedLinear  # noqa: E402
-from shardxform.tuning.routing import route  # noqa: E402
+from shardxform.tuning.modules import TunedExperts, TunedLinear, route  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -221,9 +218,9 @@ def test_slots_are_sorted_by_expert_and_numbers_beyond_are_no_expert() -> None:
 @pytest.mark.parametrize(("tokens", "size"), [(1, 8), (8, 8), (9, 16), (100, 104), (129, 144), (1000, 1024)])
 def test_few_shapes_of_16_bit_products(tokens: int, size: int) -> None:
     some = torch.arange(tokens)
-    assert experts_module._size(some, torch.zeros(1, dtype=torch.bfloat16)) == size
-    assert experts_module._size(some, torch.zeros(1)) == tokens
+    assert modules._size(some, torch.zeros(1, dtype=torch.bfloat16)) == size
+    assert modules._size(some, torch.zeros(1)) == tokens
     rows = torch.arange(2.0, 2 * tokens + 2).view(tokens, 2)
-    padded = experts_module._taken(rows, some, size)
+    padded = modules._taken(rows, some, size)
     assert torch.equal(padded[:tokens], rows)
     assert torch.equal(padded[tokens:], torch.zeros(size - tokens, 2))

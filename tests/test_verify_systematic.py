@@ -401,8 +401,8 @@ def test_constants_are_those_of_the_code_that_quantizes() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 50, 200, 1000])
 def test_offsets_never_go_beyond_what_is_allowed(steps: int) -> None:
+    from shardxform.tuning.block import TuneOptions, _paces
     from shardxform.tuning.elementwise import LIMIT, ONE
-    from shardxform.tuning.tune import TuneOptions, _paces
 
     paces = list(_paces(TuneOptions(seed=0, iters=steps)))
     freedom = parts.freedom_of(Grid(), steps)

@@ -21,7 +21,7 @@ from shardxform.cli.sources import Source, open_given, source_argument, transfer
 from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import PlanError, SchemeError
-from shardxform.experts.criteria import CRITERIA, DEFAULT
+from shardxform.experts.choosing import CRITERIA, DEFAULT
 from shardxform.plan.prune import ViewOptions
 
 if TYPE_CHECKING:

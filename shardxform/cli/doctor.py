@@ -57,7 +57,7 @@ _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.t
 _MODEL_LIBRARIES: Final = ("torch", "transformers")
 
 _LIBRARIES: Final = 450_000_000  # python, torch, transformers and a tokenizer, resident
-_LIVE_STATES: Final = 90  # states that one block holds at its peak; as `forward.estimate` has it, and a test compares
+_LIVE_STATES: Final = 90  # states that one block holds at its peak; as `forward.passes` has it, and a test compares
 _BATCH_TOKENS: Final = 2048
 _FLOAT32: Final = 4
 _COPYING: Final = 61_000_000

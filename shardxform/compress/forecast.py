@@ -94,7 +94,7 @@ def _still_holds(prepared: Prepared, settings: Settings, entry: Entry, stage: st
 
 def _pass(request: Request, windows: Windows, *, against: bool) -> dict[str, int]:
     """What running the model takes; of a quantized one, which is not there yet, no more than of its source."""
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
 
     assert request.precision is not None
     chains = {"tested": request.source} | ({"reference": request.source} if against else {})

@@ -23,7 +23,7 @@ from shardxform.formats.grid import Grid
 from shardxform.forward.experts import experts_module
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.tuning.experts import TunedExperts
+from shardxform.tuning.modules import TunedExperts
 from shardxform.tuning.stacked import stacked_weight
 from shardxform.tuning.workers import Workers
 

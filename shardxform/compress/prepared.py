@@ -188,8 +188,7 @@ def _scored_mtp_layers(source: Checkpoint) -> int:
     """MTP layers that scoring will find: those whose tensors are there."""
     import torch
 
-    from shardxform.forward.mtp import mtp_numbers
-    from shardxform.forward.skeleton import Skeleton
+    from shardxform.forward.skeleton import Skeleton, mtp_numbers
     from shardxform.forward.weights import Precision, Weights
 
     with Weights(source, Precision(torch.device("cpu"), torch.float32)) as weights:

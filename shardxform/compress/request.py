@@ -10,8 +10,7 @@ from shardxform.ask.recipe import Recipe
 from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import OutputError, PlanError
-from shardxform.experts.choosing import keep_of_ratio
-from shardxform.experts.criteria import DEFAULT
+from shardxform.experts.choosing import DEFAULT, keep_of_ratio
 from shardxform.formats.scheme import Scheme
 from shardxform.plan.prune import ViewOptions
 

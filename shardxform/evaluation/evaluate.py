@@ -26,10 +26,10 @@ from shardxform.base.standard_errors import Sampling, mean, standard_error
 from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
-from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
-from shardxform.forward.skeleton import Head, Skeleton
+from shardxform.forward.runtime import on_device
+from shardxform.forward.skeleton import OutputHead, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 
@@ -220,7 +220,7 @@ def _run_heads(job: Pass) -> list[Mapping[str, Any]]:
     return [job.work.steps[name] for name in steps]
 
 
-def _heads(job: Pass, stack: contextlib.ExitStack) -> Iterator[tuple[str, Head]]:
+def _heads(job: Pass, stack: contextlib.ExitStack) -> Iterator[tuple[str, OutputHead]]:
     """Load the head of every chain; one that is the same bytes of the same file is loaded once."""
     loaded: dict[object, torch.Tensor] = {}
     for name, skeleton in job.chains.items():
@@ -230,7 +230,7 @@ def _heads(job: Pass, stack: contextlib.ExitStack) -> Iterator[tuple[str, Head]]
         yield name, head
 
 
-def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, HiddenReader]) -> dict[str, Any]:
+def _measure(batch: Batch, heads: Mapping[str, OutputHead], readers: Mapping[str, HiddenReader]) -> dict[str, Any]:
     """Sums over one batch, per sequence: losses of each chain, divergence, agreement."""
     hidden = {name: reader.rows(batch.start, batch.stop) for name, reader in readers.items()}
     facts: dict[str, list[float]] = {}
@@ -249,7 +249,7 @@ def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, Hidd
     return facts
 
 
-def _pieces(length: int, head: Head) -> Iterator[slice]:
+def _pieces(length: int, head: OutputHead) -> Iterator[slice]:
     size = max(1, _PIECE_LOGITS // len(head.weight))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))

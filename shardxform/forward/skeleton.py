@@ -2,6 +2,10 @@
 
 Whatever surrounds a block is the model's own code too: its `forward` is called with all blocks but one passing their
 input through, so that masks, rotary embeddings and positions are made as the model makes them.
+
+Transformers has no code for layers of multi-token prediction. They are run as vLLM's `qwen3_next_mtp` and
+`deepseek_mtp` run them: the embedding of the next token and the hidden state after the final norm, each normed, side by
+side through a projection, then a decoder block. A second one takes the first one's output and the token after.
 """
 
 # B: sequences, T: positions, H: hidden size, V: vocabulary.
@@ -21,12 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.experts import IMPLEMENTATION, STACKS, ExpertBank, Observer, attach, detach, experts_module
-from shardxform.forward.memory import give_back, keep_few_kernels
+from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
 from shardxform.model.layout import Layout
 from shardxform.model.tied_head import HEAD, is_tied
 
-__all__ = ["Skeleton"]
+__all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 
 _META: Final = torch.device("meta")
 _TILE_ROWS: Final = 16384
@@ -108,10 +112,10 @@ class Skeleton:
             yield self._normed
 
     @contextlib.contextmanager
-    def head(self, shared: torch.Tensor | None = None) -> Iterator[Head]:
+    def head(self, shared: torch.Tensor | None = None) -> Iterator[OutputHead]:
         """Load the final norm and the output head; `shared` is the same head, loaded for another model."""
         with self.final_norm():
-            yield Head(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared)
+            yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         with _computing(self._norm):
@@ -307,7 +311,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-class Head:
+class OutputHead:
     """The final norm and the output head, computed in float32 whatever the blocks are.
 
     bfloat16 resolves logits of 16 to an eighth, so that tokens tie. `weight` is the head [V, H] in the dtype it is
@@ -405,3 +409,68 @@ def _slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
     return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+# -- multi-token prediction --------------------------------------------------------------------------------------------
+
+
+_EMBEDDING, _HIDDEN, _PROJECTION, _OUTPUT = range(4)
+_SHIFT: Final = 1
+
+
+class MtpLayer:
+    """An MTP layer that is loaded."""
+
+    def __init__(self, skeleton: Skeleton, block: Block, names: tuple[str, str, str, str]) -> None:
+        self._skeleton = skeleton
+        self._block = block
+        self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
+        self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
+
+    def __call__(self, ids_BT: torch.Tensor, normed_BTH: torch.Tensor) -> torch.Tensor:
+        """Run the layer at every position but the last, which has no next token.
+
+        Args:
+            ids_BT: token ids.
+            normed_BTH: hidden states of the same positions, after the final norm or the layer's before.
+
+        Returns:
+            its output [B, T - 1, H], normed: what a further MTP layer takes.
+
+        """
+        embedding_norm, hidden_norm, output_norm = self._norms
+        next_BTH = embedding_norm(self._skeleton.embed(ids_BT[:, _SHIFT:]))
+        both_BTI = torch.cat((next_BTH, hidden_norm(normed_BTH[:, :-_SHIFT])), dim=-1)
+        entering_BTH = nn.functional.linear(both_BTI, self._projection_HI)
+        out: torch.Tensor = output_norm(self._block(entering_BTH))
+        return out
+
+
+@contextlib.contextmanager
+def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iterator[MtpLayer]:
+    """Load MTP layer `layer`, counted from 0.
+
+    Raises:
+        FamilyError: the family has no such layer.
+        CheckpointError: one of its tensors is missing.
+
+    """
+    layout = skeleton.layout
+    mtp = layout.family.mtp
+    if mtp is None or layer >= layout.mtp_layers:
+        raise FamilyError(f"family {layout.family.name}: no MTP layer {layer}")
+    number = str(layout.num_layers + layer if mtp.follows_blocks else layer)
+    prefix, *inputs = (
+        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number) for name in (mtp.prefix, *mtp.inputs)
+    )
+    like = min(mtp.like(layout.text), skeleton.num_blocks - 1)
+    embedding, hidden, projection, output = inputs
+    with skeleton.block_of("mtp", layer, prefix, observer, as_layer=like) as block:
+        yield MtpLayer(skeleton, block, (embedding, hidden, projection, output))
+
+
+def mtp_numbers(skeleton: Skeleton) -> range:
+    """MTP layers that the checkpoint has tensors of, and whose experts can be scored."""
+    layout = skeleton.layout
+    there = [layer for layer in range(layout.mtp_layers) if skeleton.weights.has_experts("mtp", layer)]
+    return range(len(there)) if there == list(range(len(there))) else range(0)

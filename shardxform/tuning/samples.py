@@ -24,7 +24,18 @@ from shardxform.errors import ExecutionError, SchemeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Forward", "Judged", "Loss", "NonFiniteLoss", "Samples", "Split", "batches", "descend", "judge", "split"]
+__all__ = [
+    "Forward",
+    "Judged",
+    "Loss",
+    "NonFiniteLoss",
+    "Samples",
+    "Split",
+    "choose_judges",
+    "descend",
+    "judge",
+    "learning_order",
+]
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """hidden_BTH -> hidden_BTH: the tuned layer."""
@@ -92,7 +103,7 @@ class Split:
         return Judged(len(self.judges_N), len(self.judges_N) * samples.counted, held_out)
 
 
-def split(samples: Samples, seed: int) -> Split:
+def choose_judges(samples: Samples, seed: int) -> Split:
     """Choose the judges: `recipe.held_out` of the samples, the same for every block, healed or tuned.
 
     What enters a block comes from the blocks before it, which were fitted to the samples that they learned from: judges
@@ -103,7 +114,7 @@ def split(samples: Samples, seed: int) -> Split:
     return Split(np.sort(order_N[judges:]), np.sort(order_N[: judges or 1]))
 
 
-def batches(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+def learning_order(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Sample numbers of one batch after the other; no sample twice before (almost) all came once."""
     size = min(size, samples)
     while True:

@@ -25,19 +25,16 @@ from shardxform.errors import ExecutionError
 from shardxform.execution.copying import OpenTarget
 from shardxform.execution.measured import MEASURED
 from shardxform.execution.rounding import part_of, write_part
-from shardxform.forward.arithmetic import fixed_order, on_device
-from shardxform.forward.memory import give_back
+from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.plan.steps import RoundItem, TuneBlock
-from shardxform.tuning.block import TunedBlock, install
+from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, install, tune_block
 from shardxform.tuning.chains import ORIGINAL, TUNED, Chains
-from shardxform.tuning.heal import HealResult
-from shardxform.tuning.healing import BlockHealer
+from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import NonFiniteLoss
 from shardxform.tuning.stacked import packed
-from shardxform.tuning.tune import BlockResult, TuneOptions, tune_block
 from shardxform.tuning.workers import Workers
 
 __all__ = ["Tuner", "TunerOptions"]

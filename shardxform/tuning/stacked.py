@@ -177,10 +177,10 @@ class StackedWeight:
         return _array(self._w_RI[rows]), self._v_RI[rows].numpy(), scales
 
     def _settings(self, *, kept: bool = False) -> Any:  # noqa: ANN401
-        from shardxform.tuning.kernels import Settings
+        from shardxform.tuning.kernels import GridSettings
 
         span = self.grid.span(self._shape[2])
-        return Settings(self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
+        return GridSettings(self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
 
 
 def _array(x: torch.Tensor) -> NDArray[Any]:
