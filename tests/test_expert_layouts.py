@@ -1,277 +1,216 @@
-"""Experts that lie otherwise: transposed, gate and up projection interleaved, with biases, or under other names.
+"""Experts that lie otherwise than usual: gpt-oss (transposed, interleaved, biased stacks) and mixtral (w1, w3, w2).
 
-The checkpoints are made by transformers, and its own modules are what ours are held against.
+What an output must hold is cut from the source in plain numpy here, and what it computes is asked of transformers.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from texts import few
+from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
+from test_run import tree
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+from shardxform.ask.manifest import Manifest
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import FamilyError, SchemeError
+from shardxform.execution.runner import RunOptions, run
+from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Scheme
+from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.quantize import plan_quantize
+from shardxform.verification import verify
 
-from shardxform.ask.manifest import Manifest  # noqa: E402
-from shardxform.calibration import Windows  # noqa: E402
-from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import main  # noqa: E402
-from shardxform.execution.runner import run  # noqa: E402
-from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
-from shardxform.formats import rounding  # noqa: E402
-from shardxform.formats.grid import Grid  # noqa: E402
-from shardxform.forward.skeleton import Skeleton  # noqa: E402
-from shardxform.forward.weights import Precision, Weights  # noqa: E402
-from shardxform.plan.prune import plan_prune  # noqa: E402
-from shardxform.plan.view import pruned_view  # noqa: E402
-from shardxform.tuning.block import gate_and_up, install  # noqa: E402
-from shardxform.tuning.modules import ExpertBiases, TunedExperts  # noqa: E402
-from shardxform.tuning.workers import Workers  # noqa: E402
-
-pytestmark = pytest.mark.oracle
-
-SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
-FLOAT32 = Precision(torch.device("cpu"), torch.float32)
-KINDS = ("gpt_oss", "mixtral")
-EXPERTS, HIDDEN, INNER, VOCAB, LAYERS = 6, 64, 32, 2048, 3
-KEEP = Manifest(keep=dict.fromkeys(range(LAYERS), (0, 2, 3, 5)))
-SIZES = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 128,
-    "sliding_window": 8,
-    "pad_token_id": 0,
+SIZES = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32}
+SCHEMES = {
+    "gpt_oss": Scheme(grid=Grid(group_size=32)),
+    "mixtral": Scheme(grid=Grid(group_size=32), format="compressed-tensors"),
 }
+KEEP = {0: (1, 3, 4), 1: (0, 2, 5)}
+HOMES = {"gpt_oss": "mlp.experts", "mixtral": "block_sparse_moe.experts"}
+KINDS = sorted(HOMES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def make(root: Path, kind: str) -> tuple[Path, dict[str, Raw]]:
+    config, tensors = tiny(kind, **SIZES)
+    return write_checkpoint(root / kind, tensors, config, shards=2, files={"tokenizer.json": "{}"}), tensors
 
 
-def made(kind: str, root: Path) -> Path:
-    """A checkpoint as transformers saves it, of random numbers; biases and attention sinks are random too."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **SIZES))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.5) + ("norm" in name))
-    model.save_pretrained(root)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SMALL_MOE / name, root / name)
-    return root
+def quantized(source: Path, out: Path, kind: str, **over: Any) -> Path:
+    scheme = Scheme(grid=over.pop("grid", SCHEMES[kind].grid), format=SCHEMES[kind].format, **over)
+    run(plan_quantize(Checkpoint.open(source), scheme, Manifest(keep=KEEP)), out, RunOptions(jobs=1))
+    return out
 
 
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: made(kind, tmp_path_factory.mktemp(kind) / "source") for kind in KINDS}
+def expert(tensors: dict[str, Raw], kind: str, layer: int, number: int) -> dict[str, np.ndarray]:
+    """Matrices [O, I] and biases of one expert of the source, by the name of the projection in an output."""
+    home = f"model.layers.{layer}.{HOMES[kind]}"
+    if kind == "mixtral":
+        return {name: tensors[f"{home}.{number}.{name}.weight"].float32() for name in ("w1", "w2", "w3")}
+    both, down = (tensors[f"{home}.{name}"].float32()[number] for name in ("gate_up_proj", "down_proj"))
+    bias, last = (tensors[f"{home}.{name}_bias"].float32()[number] for name in ("gate_up_proj", "down_proj"))
+    half = len(bias) // 2  # of rows that take turns, as auto-round's loader has it
+    return {
+        "gate_proj": both[:, :half].T,
+        "gate_proj.bias": bias[:half],
+        "up_proj": both[:, half:].T,
+        "up_proj.bias": bias[half:],
+        "down_proj": down.T,
+        "down_proj.bias": last,
+    }
 
 
-def loaded(root: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        root, dtype=torch.float32, experts_implementation="eager"
-    ).eval()
-
-
-def ids() -> Any:
-    return torch.randint(1, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def streamed(checkpoint: Checkpoint) -> Any:
-    with Weights(checkpoint, FLOAT32) as weights:
-        weights.check()
-        skeleton = Skeleton(weights)
-        hidden = skeleton.embed(ids())
-        for layer in range(skeleton.num_blocks):
-            with skeleton.block(layer) as block:
-                hidden = block(hidden)
-        with skeleton.head() as head:
-            return head.logits(hidden.flatten(0, 1)).view(*ids().shape, -1)
-
-
-# -- running ----------------------------------------------------------------------------------------------------------
+def values(tensors: dict[str, Raw], stem: str) -> np.ndarray:
+    """What a quantized matrix stands for, [O, I]."""
+    if f"{stem}.qweight" in tensors:
+        words, scales = tensors[f"{stem}.qweight"].array().T, tensors[f"{stem}.scales"].array().astype(np.float32).T
+    else:
+        words, scales = tensors[f"{stem}.weight_packed"].array(), tensors[f"{stem}.weight_scale"].float32()
+    nibbles = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    codes = nibbles.reshape(len(words), -1).astype(np.float32) - 8
+    return codes * np.repeat(scales, 32, axis=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_loaded_model(roots: dict[str, Path], kind: str) -> None:
-    with torch.no_grad():
-        wanted = loaded(roots[kind])(input_ids=ids()).logits
-    torch.testing.assert_close(streamed(Checkpoint.open(roots[kind])), wanted, rtol=1e-4, atol=1e-4)
+def test_each_matrix_of_an_output_is_that_of_the_expert_that_was_kept(kind: str, tmp_path: Path) -> None:
+    source, tensors = make(tmp_path, kind)
+    out = read_checkpoint(quantized(source, tmp_path / "out", kind))
+    for layer, ids in KEEP.items():
+        for new, old in enumerate(ids):
+            for name, wanted in expert(tensors, kind, layer, old).items():
+                stem = f"model.layers.{layer}.{HOMES[kind]}.{new}.{name}"
+                if name.endswith("bias"):
+                    np.testing.assert_array_equal(out[stem].float32(), wanted)
+                    continue
+                found = values(out, stem)
+                step = np.abs(wanted).reshape(len(wanted), -1, 32).max(-1).repeat(32, axis=1) / 8
+                assert (np.abs(found - wanted) <= step * 0.51 + 1e-6).all() or np.abs(found - wanted).max() < step.max()
+                assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.99
+    assert not any(name.endswith(("gate_up_proj", "gate_up_proj_bias", "down_proj_bias")) for name in out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pruned_view_is_the_pruned_model(roots: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    source = Checkpoint.open(roots[kind])
-    run(plan_prune(source, KEEP), tmp_path / "pruned")
-    with torch.no_grad():
-        wanted = loaded(tmp_path / "pruned")(input_ids=ids()).logits
-    torch.testing.assert_close(streamed(pruned_view(source, KEEP).checkpoint), wanted, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("keep_16bit", [(), ("*.experts.*",)])
+def test_outputs_are_sound_against_the_source_and_by_a_second_derivation(
+    kind: str, keep_16bit: tuple[str, ...], tmp_path: Path
+) -> None:
+    source, _ = make(tmp_path, kind)
+    out = quantized(source, tmp_path / "out", kind, keep_16bit=keep_16bit)
+    report = verify(out, source=source, independent=True)
+    assert report.problems == ()
+    assert report.values_compared == report.tensors
+    run(plan_prune(Checkpoint.open(source), Manifest(keep=KEEP)), tmp_path / "pruned")
+    assert verify(tmp_path / "pruned", source=source, independent=True).problems == ()
 
 
-def test_experts_one_by_one_are_run_as_the_same_stacked(roots: dict[str, Path], tmp_path: Path) -> None:
-    """As loaders of quantized checkpoints have the experts of gpt-oss: rows of gate and up projection apart."""
-    from safetensors.torch import load_file, save_file
-
-    apart: dict[str, Any] = {}
-    for name, value in load_file(roots["gpt_oss"] / "model.safetensors").items():
-        stem, _, stack = name.rpartition(".")
-        if ".experts." not in name:
-            apart[name] = value
-            continue
-        both = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-        parts = both if "gate_up" in stack else {"down_proj": slice(None)}
-        last = "bias" if stack.endswith("bias") else "weight"
-        for expert in range(EXPERTS):
-            for projection, run_of in parts.items():
-                rows = (value if last == "bias" else value.mT)[expert][run_of]
-                apart[f"{stem}.{expert}.{projection}.{last}"] = rows.contiguous()
-    shutil.copytree(roots["gpt_oss"], tmp_path / "apart")
-    save_file(apart, tmp_path / "apart" / "model.safetensors", {"format": "pt"})
-    stacked = streamed(Checkpoint.open(roots["gpt_oss"]))
-    torch.testing.assert_close(streamed(Checkpoint.open(tmp_path / "apart")), stacked, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_equal_those_of_hooks_on_the_loaded_model(roots: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    model, sums = loaded(roots[kind]), []
-
-    def look(module: Any, args: Any) -> None:
-        """Norms of an expert's outputs: the module's own, with that expert's weight at 1 and no other's."""
-        hidden, index, weights = args
-        found = np.zeros(EXPERTS)
-        for expert in range(EXPERTS):
-            chosen = index == expert
-            rows = chosen.any(-1)
-            alone = torch.full((int(rows.sum()), 1), expert), torch.ones(int(rows.sum()), 1)
-            if rows.any():
-                norms = type(module).forward(module, hidden[rows], *alone).norm(dim=-1)
-                found[expert] = float((norms * weights[chosen]).sum())
-        sums.append(found)
-
-    for layer in model.model.layers:
-        layer.mlp.experts.register_forward_pre_hook(look)
-    with torch.no_grad():
-        model(input_ids=ids())
-    windows = Windows(ids_NT=ids().numpy().astype(np.int32), fingerprint="f", provenance={"data": "random"}, notes=())
-    found = score(Checkpoint.open(roots[kind]), windows, ScoreOptions(precision=FLOAT32, work=tmp_path / "w"))
-    for stats, wanted in zip(found.layers.values(), sums, strict=True):
-        assert stats.count_E.sum() == ids().numel() * 2
-        np.testing.assert_allclose(stats.reap_E, wanted, rtol=1e-4)
-
-
-# -- tuning -----------------------------------------------------------------------------------------------------------
-
-
-class Recorded:
-    """Weights [E, O, I] that stay, and add up the gradients that they are handed."""
-
-    moves = True
-    device = torch.device("cpu")
-
-    def __init__(self, w_EOI: Any) -> None:
-        self.w_RI, self.shape = w_EOI.reshape(-1, w_EOI.shape[2]), tuple(w_EOI.shape)
-        self.gradient_RI = torch.zeros_like(self.w_RI)
-
-    def values_into(self, first: int, out_RI: Any) -> None:
-        out_RI.copy_(self.w_RI[first : first + len(out_RI)])
-
-    def update(self, first: int, gradient_RI: Any, before_RI: Any = None) -> None:
-        self.gradient_RI[first : first + len(gradient_RI)] += gradient_RI
-        if before_RI is not None:
-            self.values_into(first, before_RI)
-
-
-@pytest.mark.parametrize("engine", ["loop", "grouped"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_models_own_experts(roots: dict[str, Path], kind: str, engine: str) -> None:
-    theirs: Any = loaded(roots[kind]).model.layers[1].mlp.experts.requires_grad_(True)
-    hidden, target = torch.randn(2, 20, HIDDEN, generator=torch.Generator().manual_seed(2))
-    index = torch.rand(20, EXPERTS - 1, generator=torch.Generator().manual_seed(3)).topk(2).indices
-    weight = torch.rand(20, 2, generator=torch.Generator().manual_seed(4))
-    with Weights(Checkpoint.open(roots[kind]), FLOAT32) as weights, Workers(2) as workers:
-        stacks = Skeleton(weights).stacked(1)
-        gate_up, down, *biases = stacks.values()
-        recorded = Recorded(gate_up), Recorded(down)
-        ours = TunedExperts(*recorded, theirs._apply_gate, workers, ExpertBiases(*biases) if biases else None)
-        ours.grouped = engine == "grouped"
-        results = []
-        for module in (ours, theirs):
-            inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            out = module(inputs[0], index, inputs[1])
-            ((out - target) ** 2).sum().backward()
-            results.append([out.detach(), *(tensor.grad for tensor in inputs)])
-    for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    for stack, parameter in zip(recorded, (theirs.gate_up_proj, theirs.down_proj), strict=True):
-        wanted = parameter.grad.mT if kind == "gpt_oss" else parameter.grad
-        torch.testing.assert_close(stack.gradient_RI.view(stack.shape), wanted, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("name", ["mlp.experts.1.gate_proj.bias", "mlp.experts.0.up_proj.qweight"])
+def test_what_is_not_the_sources_is_found(name: str, tmp_path: Path) -> None:
+    """A bias by its bytes, a matrix by what rounding its cut again gives."""
+    source, _ = make(tmp_path, "gpt_oss")
+    out = quantized(source, tmp_path / "out", "gpt_oss")
+    tensors = read_checkpoint(out)
+    name = f"model.layers.0.{name}"
+    other = name.replace("gate_proj", "up_proj") if "bias" in name else name.replace("up_proj", "gate_proj")
+    tensors[name], tensors[other] = tensors[other], tensors[name]
+    config = json.loads((out / "config.json").read_text())
+    bad = write_checkpoint(tmp_path / "bad", tensors, config, files={"tokenizer.json": "{}"})
+    keep = Manifest(keep=KEEP)
+    assert name in {problem.where for problem in verify(bad, source=source, manifest=keep).problems}
+    found = verify(bad, source=source, manifest=keep, independent=True).problems
+    assert {problem.where for problem in found if problem.code == "independent"} >= {name}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tuned_block_computes_as_before_and_is_stored_by_projection(roots: dict[str, Path], kind: str) -> None:
-    """Eight bits are near enough; every matrix comes out by its own name, with the rows that its name means."""
-    grid = Grid(bits=8, group_size=32)
-    source = loaded(roots[kind])
-    with Weights(Checkpoint.open(roots[kind]), FLOAT32) as weights, Workers(1) as workers, torch.no_grad():
-        skeleton = Skeleton(weights)
-        hidden = skeleton.embed(ids())
-        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts")
-        with skeleton.block(1) as block:
-            wanted = block(hidden)
-        with skeleton.tunable(1, names) as block:
-            tuned = install(block.module, names, grid, workers)
-            tuned.restart()
-            tuned.settle()
-            found = block(hidden)
-            projections = weights.layout.family.experts.projections
-            modules = {module.module: module for module in tuned.stored(projections)}
-    assert float((found - wanted).norm() / wanted.norm()) < 0.05
-    experts = source.model.layers[1].mlp.experts
-    rows = gate_and_up(2 * INNER, interleaved=kind == "gpt_oss")
-    for expert in range(EXPERTS):
-        both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
-        both, down = (both.T, down.T) if kind == "gpt_oss" else (both, down)
-        for projection, matrix in zip(projections, (both[rows[0]], both[rows[1]], down), strict=True):
-            raw = matrix.detach().contiguous().numpy()
-            codes = modules[f"mlp.experts.{expert}.{projection}"].codes
-            wanted_codes = rounding.quantize(raw, "F32", grid, layout="row")[0]
-            np.testing.assert_array_equal(codes.scale_OG, wanted_codes.scales)
-            np.testing.assert_array_equal(codes.codes_OI, wanted_codes.words.view(np.uint8))
+def test_quantizing_a_pruned_checkpoint_is_pruning_and_quantizing_at_once(kind: str, tmp_path: Path) -> None:
+    source, _ = make(tmp_path, kind)
+    run(plan_prune(Checkpoint.open(source), Manifest(keep=KEEP)), tmp_path / "pruned")
+    run(plan_quantize(Checkpoint.open(tmp_path / "pruned"), SCHEMES[kind]), tmp_path / "twice")
+    once = quantized(source, tmp_path / "once", kind)
+    shards = {name: data for name, data in tree(once).items() if name.endswith((".safetensors", "config.json"))}
+    assert {name: data for name, data in tree(tmp_path / "twice").items() if name in shards} == shards
 
 
+@pytest.mark.parametrize(
+    ("kind", "format_"), [("gpt_oss", "gptq"), ("gpt_oss", "compressed-tensors"), ("mixtral", "gptq")]
+)
+def test_formats_whose_loaders_do_not_find_the_experts_are_refused(kind: str, format_: Any, tmp_path: Path) -> None:
+    source, _ = make(tmp_path, kind)
+    scheme = Scheme(grid=Grid(group_size=32), format=format_)
+    with pytest.raises(
+        SchemeError, match=f"do not find experts of family {kind}; they are read in {SCHEMES[kind].format}"
+    ):
+        plan_quantize(Checkpoint.open(source), scheme)
+    out = quantized(source, tmp_path / "out", kind)
+    with pytest.raises(SchemeError, match="do not find experts"):
+        plan_convert(Checkpoint.open(out), Target(format=format_))
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["quant_method"] = format_
+    path.write_text(json.dumps(config))
+    assert any("do not find experts" in problem.message for problem in verify(out).problems)
+
+
+def test_what_cannot_be_spelled_or_stacked_again_is_refused(tmp_path: Path) -> None:
+    source, _ = make(tmp_path, "gpt_oss")
+    with pytest.raises(SchemeError, match="no experts in the fused-indexed spelling"):
+        quantized(source, tmp_path / "x", "gpt_oss", expert_names="fused-indexed")
+    out = quantized(source, tmp_path / "out", "gpt_oss")
+    with pytest.raises(SchemeError, match="stacks its experts transposed"):
+        plan_convert(Checkpoint.open(out), Target(format="bf16"))
+
+
+def test_a_stack_without_its_bias_is_refused(tmp_path: Path) -> None:
+    config, tensors = tiny("gpt_oss", **SIZES)
+    del tensors["model.layers.1.mlp.experts.down_proj_bias"]
+    root = write_checkpoint(tmp_path / "source", tensors, config)
+    with pytest.raises(FamilyError, match=r"'model.layers.1.mlp.experts.down_proj_bias' is missing"):
+        plan_prune(Checkpoint.open(root), Manifest(keep=KEEP))
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pruned_model_is_healed(roots: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    keep = {"format": "shardxform.keep", "version": 1, "keep": {str(layer): [0, 2, 3, 5] for layer in range(LAYERS)}}
-    (tmp_path / "keep.json").write_text(json.dumps(keep))
-    text = ("--data", str(few("calib.jsonl")), "--samples", "6", "--seqlen", "32", "--dtype", "float32")
-    heal = ("--heal", "moe", "--heal-iters", "12", "--heal-lr", "0.01", "--batch-size", "3", *text)
-    for name, more in (("pruned", ()), ("healed", heal)):
-        command = ["prune", str(roots[kind]), str(tmp_path / name), "-m", str(tmp_path / "keep.json"), "-q", *more]
-        result = CliRunner().invoke(main, command, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "healed" / "shardxform.json").read_text())
-    blocks = record["facts"]["blocks"]
-    assert any(block["healed"]["what"] == "moe" for block in blocks)
-    assert all(block["healed"]["healed_error"] <= block["healed"]["pruned_error"] for block in blocks)
-    pruned, healed = (loaded(tmp_path / name).model.layers for name in ("pruned", "healed"))
-    for block in blocks:
-        one, other = (layers[block["layer"]].mlp.experts.gate_up_proj.detach() for layers in (pruned, healed))
-        assert (0 < float((one - other).norm() / one.norm()) < 0.1) == (block["healed"]["what"] == "moe")
+def test_transformers_loads_what_was_written_and_computes_with_it(kind: str, tmp_path: Path) -> None:
+    """The same logits as the plain model has with the values that the output stands for."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    source, _ = make(tmp_path, kind)
+    out = quantized(source, tmp_path / "out", kind)
+    run(plan_prune(Checkpoint.open(source), Manifest(keep=KEEP)), tmp_path / "pruned")
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    plain = write_checkpoint(tmp_path / "plain", dequantized(read_checkpoint(out), kind), config)
+    ids = torch.arange(1, 41)[None]
+    logits = []
+    for path in (plain, out):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        with torch.no_grad():
+            logits.append(model(ids).logits.float())
+    assert (logits[0] - logits[1]).abs().max() < 0.03 * logits[0].abs().max()
+
+
+def dequantized(tensors: dict[str, Raw], kind: str) -> dict[str, Raw]:
+    """The tensors of an output in the release's layout, with the values that they stand for."""
+    stems = {name.rpartition(".")[0] for name in tensors if name.endswith((".qweight", ".weight_packed"))}
+    plain = {name: t for name, t in tensors.items() if name.rpartition(".")[0] not in stems or name.endswith(".bias")}
+    found = {stem: values(tensors, stem) for stem in stems}
+    out = {name: tensor for name, tensor in plain.items() if ".experts." not in name}
+    out |= {
+        f"{stem}.weight": bf16(value) for stem, value in found.items() if kind == "mixtral" or ".experts." not in stem
+    }
+    for layer in KEEP if kind == "gpt_oss" else ():
+        home = f"model.layers.{layer}.mlp.experts"
+        both, downs = (
+            np.stack([np.concatenate([found[f"{home}.{e}.{name}_proj"] for name in names]).T for e in range(3)])
+            for names in (("gate", "up"), ("down",))
+        )
+        biases, last = (
+            np.stack([np.concatenate([plain[f"{home}.{e}.{n}_proj.bias"].float32() for n in names]) for e in range(3)])
+            for names in (("gate", "up"), ("down",))
+        )
+        out[f"{home}.gate_up_proj"], out[f"{home}.gate_up_proj_bias"] = bf16(both), bf16(biases)
+        out[f"{home}.down_proj"], out[f"{home}.down_proj_bias"] = bf16(downs), bf16(last)
+    return out

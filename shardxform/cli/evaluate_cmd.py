@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.base.progress import peak_rss_bytes
-from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
 from shardxform.cli.model_options import (
@@ -100,7 +99,7 @@ def command(
     source, *others = open_given([checkpoint, *([against] if against else [])], data, work.parent)
     tested, reference = _view(source, manifest, any_source=any_source), next(iter(others), None)
     precision = make_precision(device, dtype)
-    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate
+    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts, identified
     from shardxform.forward.work import refuse_inside
 
     reference_dtype = make_precision(device, against_dtype).dtype if against_dtype else None
@@ -118,7 +117,8 @@ def command(
     with progress("evaluate", quiet) as options.on_progress:
         found = evaluate(tested, windows, options, reference)
     if as_json:
-        print_json(_facts(tested, found, windows, time.monotonic() - started))
+        facts = identified(evaluation_facts(found, windows), tested, reference)
+        print_json({**facts, **_spent(windows, time.monotonic() - started)})
     else:
         _report(found, checkpoint, manifest, against, time.monotonic() - started)
     if plot and found.against:  # last: a picture that fails must not cost the figures
@@ -184,11 +184,8 @@ def _title(checkpoint: Source, manifest: Path | None, against: Source | None) ->
     return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
 
 
-def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
-    from shardxform.evaluation.evaluate import evaluation_facts
-
-    spent = {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return {"identity": identify(tested).described(), **evaluation_facts(found, windows), **spent}
+def _spent(windows: Windows, seconds: float) -> dict[str, Any]:
+    return {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def _report(

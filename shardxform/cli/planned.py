@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ def execute(
     as_json: bool,
     quiet: bool,
     ray: OnRay | None = None,
+    told: Iterable[str] = (),
     **options: Any,  # noqa: ANN401
 ) -> None:
     """Run `plan` into `out`, or only show it; further `options` are those of `RunOptions`.
+
+    `told` are notes that were shown already, of the calibration text and its tokenizer, for `--json` to hold too.
 
     Raises:
         PlanError: what it would write is not sound.
@@ -59,14 +62,14 @@ def execute(
         beside = {"ray": ray_facts(plan, ray)} if ray else {}
         tuner = options.get("tuner")
         work = {"work_bytes": tuner.work_bytes} if tuner else {}
-        _show(plan, out, force, as_json, {**_facts(plan, out, jobs), **beside, **work})
+        _show(plan, out, force, as_json, {**_facts(plan, out, jobs, told), **beside, **work})
         return
     for note in _notes(plan):
         tell(f"note: {note}")
     with open_pool(ray) as pool, progress(plan.command, quiet) as on_progress:
         report = run(plan, out, RunOptions(jobs=jobs, force=force, pool=pool, on_progress=on_progress, **options))
     if as_json:
-        print_json({**_facts(plan, out, jobs), "report": _report_facts(report)})
+        print_json({**_facts(plan, out, jobs, told), "report": _report_facts(report)})
     elif report.left:
         _say_part(plan, report)
     elif report.already_done:
@@ -142,14 +145,14 @@ def _healed(recipe: Mapping[str, Any], heal: Mapping[str, Any]) -> str:
     return f"{what.get(heal['what'], heal['what'])}, {heal['iters']} iterations a block, {step}, {text}"
 
 
-def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
+def _facts(plan: Plan, out: Path, jobs: int, told: Iterable[str]) -> dict[str, Any]:
     return {
         "command": plan.command,
         "source": plan.origin,
         "out": str(out),
         "fingerprint": plan.fingerprint,
         "summary": dict(plan.summary),
-        "notes": list(plan.notes),
+        "notes": [*_notes(plan), *told],
         "shards": {shard.name: shard.nbytes for shard in plan.shards},
         "bytes": plan.nbytes,
         "steps": len(plan.steps),

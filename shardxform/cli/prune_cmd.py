@@ -61,4 +61,4 @@ def command(
         execute(plan, out, ray=ray, **run)
         return
     with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:
-        execute(plan, out, tuner=tuner, **run)
+        execute(plan, out, tuner=tuner, told=tuning.windows.notes, **run)

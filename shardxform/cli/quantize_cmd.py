@@ -83,10 +83,11 @@ def command(
     if ray and tuning:
         view = pruned_view(checkpoint, kept, text_only=text_only, mtp=mtp).checkpoint
         ray = replace(ray, tuning=block_tuning(plan, out, view, tuning))
-        execute(plan, out, ray=ray, parts=tuning.parts, **run)
+        execute(plan, out, ray=ray, parts=tuning.parts, told=tuning.windows.notes, **run)
         return
     if tuning is None:
         execute(plan, out, device=device, ray=ray, **run)
         return
     with open_tuner(tuning, checkpoint, kept, options, plan) as tuner:
-        execute(plan, out, tuner=tuner, blocks=tuning.blocks, parts=tuning.parts, **run)
+        told = tuning.windows.notes
+        execute(plan, out, tuner=tuner, blocks=tuning.blocks, parts=tuning.parts, told=told, **run)

@@ -16,7 +16,6 @@ from shardxform.ask.manifest import Manifest
 from shardxform.ask.manifest_text import manifest_text
 from shardxform.base.progress import OnProgress
 from shardxform.base.strict_json import JsonError, parse_object, pretty
-from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.folder import EVALUATION, KEEP, SALIENCY, work_of
 from shardxform.compress.job import Job, choice_of
@@ -173,7 +172,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
 
 
 def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
-    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts
+    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts, identified
 
     request = job.request
     assert request.eval_windows is not None
@@ -182,7 +181,7 @@ def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
     options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
     tested = Checkpoint.open(request.out)
     found = _going_on(job, work, lambda: evaluate(tested, windows, options, request.source))
-    facts = {"identity": identify(tested).described(), **evaluation_facts(found, windows)}
+    facts = identified(evaluation_facts(found, windows), tested, request.source)
     job.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
 
 

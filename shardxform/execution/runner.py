@@ -17,7 +17,7 @@ from typing import Any
 
 from shardxform.base import interrupts
 from shardxform.base.completions import Completions
-from shardxform.base.digests import FACT, digest_chunks
+from shardxform.base.digests import FACT, Taken, digest_chunks
 from shardxform.base.file_system import FileSystem
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.sharding import show_size
@@ -250,13 +250,14 @@ class _Loop:
     def _step(self, step: Step) -> Facts:
         """Do one step and make its bytes durable."""
         self._refuse_if_stopped()
+        taken: Taken = {}
         with self._output.open_source() as source, OpenTargets(self._output.partial, self._fs) as files:
             if tokens_of(step):
                 facts = self._tune(step, files)
             else:
-                do = executor(step, self._options.device)
+                do = executor(step, self._options.device, taken)
                 facts = do((source, files.target), self._fs, self._count, self._refuse_if_stopped)
-            digests = digest_chunks(self._plan.chunks.of(step.writes), self._output.partial, self._fs)
+            digests = digest_chunks(self._plan.chunks.of(step.writes), self._output.partial, self._fs, taken=taken)
             files.sync(step.writes)
         return {**facts, FACT: digests}
 

@@ -141,18 +141,15 @@ class RoutedExpert:
     def _values(
         self, gate_up: Sequence[torch.Tensor], down: torch.Tensor, biases: Sequence[torch.Tensor]
     ) -> ExpertValues:
-        both = self._joined(gate_up)
+        both = _one(gate_up)
         if self.layout.transposed and len(gate_up) == 1:  # only stacks are
             both, down = both.T, down.T
-        return ExpertValues(both, down, *((self._joined(biases[:-1]), biases[-1]) if biases else ()))
+        return ExpertValues(both, down, *((_one(biases[:-1]), biases[-1]) if biases else ()))
 
-    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The rows of gate and up projection as one."""
-        if len(parts) == 1:
-            return parts[0]
-        if self.layout.gate == "interleaved":
-            return torch.stack(tuple(parts), 1).flatten(0, 1)
-        return torch.cat(tuple(parts))
+
+def _one(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of gate and up projection together; where these take turns in a stack, the parts are its halves too."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 class Weights:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Te
 
 MAX_LAYERS: Final = 10_000
 _MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
+_MOST_FOUND: Final = 1_000_000  # places that are kept for the next time
 
 __all__ = [
     "COMPANIONS",
@@ -183,8 +185,7 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp
     mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
-    finder = _Finder(family, wrapper, num_layers, mtp_layers)
-    placed = {name: finder.place(name) for name in names}
+    placed = _finder(family, wrapper, num_layers, mtp_layers).places(names)
     scopes = {place.scope for place in placed.values() if place}
     apart = [name for name, place in placed.items() if not place]
     harmless = tuple(name for name in apart if any(fnmatchcase(name, pattern) for pattern in family.harmless))
@@ -258,14 +259,31 @@ def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A template that a name may be of: how many numbers the name has, and which of them is the layer, the expert."""
+
+    scope: Scope
+    template: Template
+    numbers: int
+    layer: int
+    expert: int
+
+
 class _Finder:
-    """Finds the template of a name: its digits become `#`, and the rest is looked up."""
+    """Finds the template of a name: its digits become `#`, and the rest is looked up.
+
+    Plans and checks place the same names again and again, and the parts of a weight share all but their last part: what
+    was found is kept.
+    """
 
     def __init__(self, family: Family, wrapper: Wrapper, num_layers: int, mtp_layers: int) -> None:
         self._num_layers = num_layers
         self._mtp_end = num_layers + mtp_layers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
-        self._table: dict[str, list[tuple[Scope, Template, str]]] = {}
+        self._table: dict[str, list[_Candidate]] = {}
+        self._found: dict[str, Place] = {}
+        self._stems: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {}
         blocks = wrapper.prefix + "layers.{l}."
         for template in family.root:
             self._add("root", template.name.replace("{decoder}", wrapper.prefix), template)
@@ -285,28 +303,56 @@ class _Finder:
         parts = name.split(".")
         slots = "".join(part[1] for part in parts if part.startswith("{"))
         key = ".".join("#" if part.startswith("{") else part for part in parts)
-        self._table.setdefault(key, []).append((scope, template, slots))
+        candidate = _Candidate(scope, template, len(slots), slots.find("l"), slots.find("e"))
+        self._table.setdefault(key, []).append(candidate)
 
-    def place(self, name: str) -> Place | None:
-        parts = name.split(".")
-        digits = [at for at, part in enumerate(parts) if _is_id(part)]
-        key = parts.copy()
-        for at in digits:
-            key[at] = "#"
+    def places(self, names: Iterable[str]) -> dict[str, Place | None]:
+        """Place of every name; None for one that the family does not know."""
+        if len(self._found) > _MOST_FOUND:
+            self._found.clear()
+            self._stems.clear()
+        return {name: self._found.get(name) or self._find(name) for name in names}
+
+    def _find(self, name: str) -> Place | None:
+        stem, dot, last = name.rpartition(".")
+        if _is_id(last):
+            stem, dot, last = name, "", ""
+        key, numbers, digits = self._stem(stem)
         companion = ""
-        candidates = self._table.get(".".join(key))
-        if candidates is None and key[-1] in COMPANIONS:
-            companion, key[-1] = key[-1], "weight"
-            candidates = self._table.get(".".join(key))
-        for scope, template, slots in candidates or ():
-            if len(slots) != len(digits):
+        candidates = self._table.get(f"{key}{dot}{last}")
+        if candidates is None and last in COMPANIONS:
+            companion = last
+            candidates = self._table.get(f"{key}{dot}weight")
+        place = self._chosen(candidates or (), numbers, digits, companion)
+        if place:
+            self._found[name] = place
+        return place
+
+    def _chosen(
+        self, candidates: Iterable[_Candidate], numbers: tuple[int, ...], digits: tuple[int, ...], companion: str
+    ) -> Place | None:
+        for each in candidates:
+            if each.numbers != len(numbers):
                 continue
-            ids = {slot: int(parts[at]) for slot, at in zip(slots, digits, strict=True)}
-            if (layer := self._layer(scope, ids.get("l"))) == -1:
+            layer = self._layer(each.scope, numbers[each.layer] if each.layer >= 0 else None)
+            if layer == -1:
                 continue
-            expert_at = digits[slots.index("e")] if "e" in slots else -1
-            return Place(template, scope, layer, ids.get("e"), expert_at, companion)
+            if each.expert < 0:
+                return Place(each.template, each.scope, layer, None, -1, companion)
+            return Place(each.template, each.scope, layer, numbers[each.expert], digits[each.expert], companion)
         return None
+
+    def _stem(self, stem: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """A name less its last part: its key, its numbers, and where among its parts they are."""
+        known = self._stems.get(stem)
+        if known is None:
+            parts = stem.split(".") if stem else []
+            digits = tuple(at for at, part in enumerate(parts) if _is_id(part))
+            numbers = tuple(int(parts[at]) for at in digits)
+            for at in digits:
+                parts[at] = "#"
+            known = self._stems[stem] = (".".join(parts), numbers, digits)
+        return known
 
     def _layer(self, scope: Scope, layer: int | None) -> int | None:
         """The layer within its scope, or -1 when the number lies outside the scope."""
@@ -319,8 +365,11 @@ class _Finder:
         return layer
 
 
+_finder = functools.lru_cache(maxsize=4)(_Finder)
+
+
 def _is_id(part: str) -> bool:
-    return part.isascii() and part.isdigit() and (part == "0" or part[0] != "0") and len(part) <= 9
+    return part.isdigit() and part.isascii() and (part == "0" or part[0] != "0") and len(part) <= 9
 
 
 def _text_config(config: Config, wrapper: Wrapper) -> Config:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from shardxform.ask.manifest import Manifest
+from shardxform.base.collecting import uncollected
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
@@ -70,6 +71,7 @@ class Inspection:
         return {**asdict(self), "roles": roles}
 
 
+@uncollected()
 def inspect_checkpoint(source: Checkpoint) -> Inspection:
     """Describe `source` without reading tensor data.
 
@@ -161,7 +163,7 @@ def _quantized_bytes(view: View, scheme: Scheme) -> int:
     replaced = {name for module in selection.quantized for name in module.sources}
     total = sum(ref.nbytes * times[name] for name, ref in sample.items() if name not in replaced)
     for module in selection.quantized:
-        parts = scheme.parts(module.name, *module.weight.spec.shape)
+        parts = scheme.parts(module.name, *module.shape)
         total += sum(part.spec.nbytes for part in parts) * times[module.sources[0]]
     return total
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.workers import Workers
 
-__all__ = ["BlockResult", "RoundedModule", "TuneOptions", "TunedBlock", "gate_and_up", "install", "tune_block"]
+__all__ = ["BlockResult", "RoundedModule", "TuneOptions", "TunedBlock", "install", "tune_block"]
 
 _KEEP_ROWS: Final = 4096
 
@@ -131,10 +131,10 @@ class TunedBlock:
                 yield _rounded(name, None, module.tuned, slice(None))
                 continue
             gate, up, down = projections
-            gate_rows, up_rows = gate_and_up(module.gate_up.shape[1], interleaved=module.interleaved)
+            half = module.gate_up.shape[1] // 2
             for expert in range(module.gate_up.shape[0]):
-                yield _rounded(f"{name}.{expert}.{gate}", expert, module.gate_up, gate_rows)
-                yield _rounded(f"{name}.{expert}.{up}", expert, module.gate_up, up_rows)
+                yield _rounded(f"{name}.{expert}.{gate}", expert, module.gate_up, slice(0, half))
+                yield _rounded(f"{name}.{expert}.{up}", expert, module.gate_up, slice(half, None))
                 yield _rounded(f"{name}.{expert}.{down}", expert, module.down, slice(None))
 
 
@@ -188,14 +188,7 @@ def _tuned(module: torch.nn.Module, name: str, grid: Grid, workers: Workers) -> 
     gate_up, down = (stacked_weight(parameters[p], grid, workers, f"{name}.{p}") for p in STACKS[:2])
     biases = [parameters[p].detach() for p in STACKS[2:] if p in parameters]
     gate: Any = module._apply_gate
-    return TunedExperts(
-        gate_up,
-        down,
-        gate,
-        workers,
-        ExpertBiases(gate_up_EO=biases[0], down_EH=biases[1]) if biases else None,
-        interleaved=not getattr(module, "is_concatenated", True),
-    )
+    return TunedExperts(gate_up, down, gate, workers, ExpertBiases(*biases) if biases else None)
 
 
 def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> bool:
@@ -204,13 +197,6 @@ def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]
         return False
     gate_up, down = (parameters[p].shape for p in STACKS[:2])
     return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], 2 * down[2], down[1])
-
-
-def gate_and_up(rows: int, *, interleaved: bool) -> tuple[slice, slice]:
-    """Which of the `rows` of a gate and up projection are the gate's, and which the up projection's."""
-    if interleaved:
-        return slice(0, None, 2), slice(1, None, 2)
-    return slice(0, rows // 2), slice(rows // 2, None)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

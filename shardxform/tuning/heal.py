@@ -24,7 +24,6 @@ from shardxform.ask.recipe import Heal
 from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
 from shardxform.forward.experts import STACKS
 from shardxform.plan.heal import healed_names
-from shardxform.tuning.block import gate_and_up
 from shardxform.tuning.modules import ExpertBiases, TunedExperts
 from shardxform.tuning.samples import (
     Forward,
@@ -431,8 +430,9 @@ class BlockHealer:
         expert, projection = name.removesuffix(".weight").split(".")
         if projection == layout.projections[2]:
             return down.stored(int(expert))
-        rows = gate_and_up(gate_up.shape[1], interleaved=layout.gate == "interleaved")
-        return gate_up.stored(int(expert))[rows[layout.projections.index(projection)]]
+        half = gate_up.shape[1] // 2
+        gate = projection == layout.projections[0]
+        return gate_up.stored(int(expert))[slice(0, half) if gate else slice(half, None)]
 
     def make_ready(self, names: Sequence[str]) -> None:
         """Put the weights of modules in place as they will be stored, for what is to be done with them next."""

@@ -332,7 +332,6 @@ class TunedExperts(torch.nn.Module):
         gate_up: weights [E, 2J, H].
         down: weights [E, H, J].
         biases: what is added to their products, or None.
-        interleaved: whether gate and up projection are every second row of `gate_up`, rather than its halves.
         reached_E: whether any token ever reached an expert, over all calls.
     """
 
@@ -343,12 +342,10 @@ class TunedExperts(torch.nn.Module):
         gate: Gate,
         workers: Workers,
         biases: ExpertBiases | None = None,
-        *,
-        interleaved: bool = False,
     ) -> None:
         super().__init__()
         self.gate_up, self.down, self.gate, self.workers = gate_up, down, gate, workers
-        self.biases, self.interleaved = biases, interleaved
+        self.biases = biases
         self.reached_E = [False] * gate_up.shape[0]
         self.grouped = gate_up.device.type != "cpu"
         self._anchor = torch.zeros((), requires_grad=True)

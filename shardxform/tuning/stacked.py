@@ -165,8 +165,8 @@ class StackedWeight:
 
     def codes(self, expert: int, rows: slice) -> Codes:
         """What was kept of some rows of one expert, on the host."""
-        first, last, step = rows.indices(self._shape[1])
-        run = slice(expert * self._shape[1] + first, expert * self._shape[1] + last, step)
+        first, last, _ = rows.indices(self._shape[1])
+        run = slice(expert * self._shape[1] + first, expert * self._shape[1] + last)
         scale_RG = elementwise.scales(self._start_RG[run], self._kept_RG[run], self.grid)
         codes_OI = elementwise.codes(self._w_RI[run], self._v_RI[run], scale_RG, self.grid)
         half_OG = scale_RG.to(torch.float16).view(torch.int16).cpu().numpy()

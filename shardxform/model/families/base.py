@@ -168,9 +168,9 @@ class Mtp:
     root: tuple[Template, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Family:
-    """One architecture.
+    """One architecture; equal to itself alone, so that what is made of it can be looked up by it.
 
     Attributes:
         name: what `inspect` prints; the release's model_type.
