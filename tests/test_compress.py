@@ -261,7 +261,6 @@ def tiny_request(root: Path, kind: str, out: Path, ratio: float = 0.5) -> Reques
     ids_NT = np.random.default_rng(0).integers(0, 20, (3, 16)).astype(np.int32)
     windows = Windows(
         ids_NT=ids_NT,
-        lengths_N=np.full(3, 16, np.int32),
         fingerprint="random",
         provenance={"data": "random"},
         notes=(),

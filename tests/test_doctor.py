@@ -78,20 +78,14 @@ def test_what_evaluating_takes_is_what_it_says_itself(quantized: bool, small_moe
 
     from shardxform.calibration import Windows
     from shardxform.cli import main
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
     from shardxform.forward.weights import Precision
 
     root = small_moe
     if quantized:
         root = tmp_path / "q"
         assert CliRunner().invoke(main, ["quantize", str(small_moe), str(root), "-q"]).exit_code == 0
-    windows = Windows(
-        ids_NT=np.zeros((256, 2048), np.int32),
-        lengths_N=np.full(256, 2048, np.int32),
-        fingerprint="",
-        provenance={},
-        notes=(),
-    )
+    windows = Windows(ids_NT=np.zeros((256, 2048), np.int32), fingerprint="", provenance={}, notes=())
     found = {need.command: need for need in needs(tmp_path, root)}
     precision = Precision(torch.device("cpu"), torch.float32)
     alone = estimate({"tested": Checkpoint.open(root)}, windows, precision)

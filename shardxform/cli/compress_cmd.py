@@ -21,7 +21,7 @@ from shardxform.cli.sources import Source, open_given, source_argument, transfer
 from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
 from shardxform.compress.request import CompressOptions, Pruning, Request
 from shardxform.errors import PlanError, SchemeError
-from shardxform.experts.criteria import CRITERIA, DEFAULT
+from shardxform.experts.choosing import CRITERIA, DEFAULT
 from shardxform.plan.prune import ViewOptions
 
 if TYPE_CHECKING:
@@ -282,4 +282,4 @@ class _Watcher:
 
 def _size(windows: Windows | None) -> str:
     assert windows is not None
-    return f"{count(len(windows.lengths_N), 'window')}, {short(int(windows.lengths_N.sum()))} tokens"
+    return f"{count(len(windows.ids_NT), 'window')}, {short(windows.ids_NT.size)} tokens"

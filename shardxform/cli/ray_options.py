@@ -105,13 +105,13 @@ def open_pool(ray: OnRay | None) -> Iterator[StepPool | None]:
 def block_tuning(plan: Plan, out: Path, view: Checkpoint, tuning: Tuning) -> BlockTuning:
     """What blocks are tuned with on a cluster."""
     from shardxform.cluster.blocks import BlockTuning
-    from shardxform.cluster.worker import Place
+    from shardxform.cluster.worker import StepPlace
     from shardxform.plan.steps import TuneBlock
 
     device = str(tuning.precision.device)
     text = layout_of(view.config, view.tensors).text
     return BlockTuning(
-        place=Place.of(plan, out, device),
+        place=StepPlace.of(plan, out, device),
         view=replace(view, root=Path(os.path.abspath(view.root))),
         windows=tuning.windows,
         hidden=int(text["hidden_size"]),

@@ -129,7 +129,7 @@ def _forecast(prepared: Prepared, options: CompressOptions, stages: Mapping[str,
 
 def _pass(found: Forecast, request: Request, windows: Windows, *, against: bool = False) -> Forecast:
     """What running the model takes; of a quantized one, which is not there yet, no more than of its source."""
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
 
     assert request.precision is not None
     chains = {"tested": request.source} | ({"reference": request.source} if against else {})

@@ -39,8 +39,7 @@ from shardxform.compress.folder import (
 from shardxform.errors import FamilyError, OutputError, PlanError
 from shardxform.execution.output import Output, state_of
 from shardxform.experts import ExpertStats, Saliency, choose
-from shardxform.experts.choosing import keep_of_ratio
-from shardxform.experts.criteria import DEFAULT
+from shardxform.experts.choosing import DEFAULT, keep_of_ratio
 from shardxform.formats.scheme import Scheme
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan, source_inputs
@@ -275,8 +274,7 @@ def _scored_mtp_layers(source: Checkpoint) -> int:
     """MTP layers that scoring will find: those whose tensors are there."""
     import torch
 
-    from shardxform.forward.mtp import mtp_numbers
-    from shardxform.forward.skeleton import Skeleton
+    from shardxform.forward.skeleton import Skeleton, mtp_numbers
     from shardxform.forward.weights import Precision, Weights
 
     with Weights(source, Precision(torch.device("cpu"), torch.float32)) as weights:
