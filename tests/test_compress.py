@@ -30,7 +30,7 @@ from shardxform.__main__ import entry  # noqa: E402
 from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import compress_cmd, main  # noqa: E402
+from shardxform.cli import main  # noqa: E402
 from shardxform.compress import Outcome, Prepared, Pruning, Request, Settings, compress, forecast, prepare  # noqa: E402
 from shardxform.compress.folder import Folder, read_entries  # noqa: E402
 from shardxform.errors import ExecutionError, Interrupted, OutputError, PlanError, ResumeError  # noqa: E402
@@ -74,6 +74,20 @@ def invoke(*args: str | Path) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
+def asked(source: Path, out: Path, *more: str) -> Request:
+    """What the command line asks of the library."""
+    found: list[Request] = []
+
+    def stop(request: Request, **_: Any) -> Prepared:
+        found.append(request)
+        raise Interrupted("that is all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardxform.compress.prepare", stop)
+        invoke("compress", source, out, *arguments(source), *more)
+    return found[0]
+
+
 def done(*args: str | Path) -> str:
     result = invoke(*args)
     assert result.exit_code == 0, result.output
@@ -101,10 +115,7 @@ def tree(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A request with its data read; `at` moves it."""
-    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe)])
-    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
-    place = tmp_path_factory.mktemp("prepared")
-    return prepare(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
+    return prepare(asked(small_moe, tmp_path_factory.mktemp("prepared") / "out"))
 
 
 def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
@@ -142,7 +153,7 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     tuned = ["--method", "auto-round", "--iters", "2", *calib]
     done("quantize", small_moe, tmp_path / "out", "-m", tmp_path / "keep.json", *tuned)
     held_out = ["--data", small_moe / "text/heldout.jsonl", "--samples", "2", "--seqlen", "64"]
-    work = ["--work", tmp_path / "w"]
+    work = ["--results", tmp_path / "w"]
     evaluation = json.loads(done("evaluate", tmp_path / "out", "--against", small_moe, *held_out, *work, "--json"))
     files = tree(finished)
     assert files["results/saliency.safetensors"] == (tmp_path / "s").read_bytes()
@@ -172,9 +183,7 @@ def test_a_cpu_tunes_in_bfloat16_if_it_multiplies_it_and_measures_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     more = ["--dtype", asked] if asked else []
-    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe), *more])
-    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
-    request = compress_cmd._request(Checkpoint.open(small_moe), Path("out"), given)
+    request = asked(small_moe, Path("out"), *more)
     assert request.precision == Precision(torch.device("cpu"), torch.float32)
     assert request.tuned_in == Precision(torch.device("cpu"), tuned)
 
@@ -399,9 +408,9 @@ def test_a_text_that_has_changed_is_named(small_moe: Path, copied: Path, tmp_pat
 
 def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared, copied: Path, tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
-    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plot")
+    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plots")
     run(prepared, copied, plot=True)
-    changed = arguments(small_moe, "--keep", "4", "--force", "--plot", "--json")
+    changed = arguments(small_moe, "--keep", "4", "--force", "--plots", "--json")
     out = json.loads(done("compress", small_moe, copied, *changed))
     assert out["made"] == list(STAGES[1:])
     assert tree(copied) == tree(tmp_path / "fresh/out")
@@ -502,14 +511,14 @@ def test_two_at_a_time_are_refused(prepared: Prepared, copied: Path) -> None:
 
 def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Path) -> None:
     (copied / "README.md").write_text("mine")
-    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plot")
+    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plots")
     assert result.exit_code == 0, result.output
     why = "neither the source's nor a card of shardxform's; move it away and run the same command again"
     assert f"no card was written: {copied / 'README.md'}: {why}\n" in result.stderr
     assert re.search(rf"^  results +{re.escape(str(copied))}\.compress$", result.stdout, re.MULTILINE)
     assert (copied / "README.md").read_text() == "mine"
     (copied / "README.md").unlink()
-    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plot").stdout
+    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plots").stdout
     assert "experts" in (copied / "README.md").read_text()
 
 
@@ -560,7 +569,7 @@ def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("work", ["model", "model/work", "."])
 def test_results_and_output_do_not_lie_in_each_other(work: str, small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "model"
-    said = refused("compress", small_moe, out, "--method", "rtn", "--work", tmp_path / "made" / work)
+    said = refused("compress", small_moe, out, "--method", "rtn", "--results", tmp_path / "made" / work)
     assert "cannot lie in OUT" in said
     assert not out.exists()
 
@@ -598,15 +607,15 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Pat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--keep", "8"], "Missing option '--data' or '--preset'"),
-        ([], "Missing option '--data' or '--preset'; --method rtn needs no text"),
+        (["--keep", "8"], "Missing option '--data'"),
+        ([], "Missing option '--data'; --method rtn needs no text"),
         (["--keep", "8", "--ratio", "0.5"], "either --keep or --ratio"),
         (["--criterion", "ean"], "--criterion is for choosing experts"),
         (["--protect-super-experts"], "--protect-super-experts is for choosing experts"),
         (["--method", "rtn", "--iters", "2"], "--iters is for --method auto-round"),
         (["--method", "rtn", "--samples", "2"], "--samples is for choosing experts and tuning"),
         (["--eval-samples", "2"], "--eval-samples is for measuring OUT"),
-        (["--method", "rtn", "--plot"], "--plot is for choosing experts and measuring"),
+        (["--method", "rtn", "--plots"], "--plots is for choosing experts and measuring"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

@@ -18,7 +18,7 @@ from test_quantize import make
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import doctor
 from shardxform.cli.doctor import REFERENCE, diagnose, sizes_of, version_lines
-from shardxform.cli.doctor_cmd import command
+from shardxform.cli.doctor import doctor_command
 from shardxform.errors import CheckpointError
 from shardxform.plan.inspection import inspect_checkpoint
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
+    result = CliRunner().invoke(doctor_command, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.stdout
 

@@ -21,7 +21,7 @@ from shardxform import __version__
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.manifest_text import manifest_text
 from shardxform.base import computing
-from shardxform.cli.select_cmd import command
+from shardxform.cli.select import select_command
 from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.experts import CRITERIA, ExpertStats, Saliency, choose, decide, keep_of_ratio, super_experts
 from shardxform.experts.plotting import plot_choice
@@ -400,7 +400,7 @@ def scored(tmp_path: Path) -> Path:
 
 
 def select(*arguments: object) -> Any:
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+    return CliRunner().invoke(select_command, [str(argument) for argument in arguments])
 
 
 def test_select_writes_the_manifest_and_says_what_it_costs(scored: Path, tmp_path: Path) -> None:

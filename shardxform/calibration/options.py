@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.errors import PlanError
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["MAX_SOURCES", "MAX_TOKENS", "PRESETS", "SOURCE", "SOURCE_NAME", "DataOptions", "Windows", "is_source"]
+__all__ = ["MAX_SOURCES", "MAX_TOKENS", "SOURCE", "SOURCE_NAME", "DataOptions", "Windows", "is_source"]
 
 MAX_TOKENS: Final = 1 << 30
 """Tokens of all windows together: 4 GiB of ids, which are held in memory."""
@@ -77,9 +76,9 @@ class DataOptions:
             )
         for name in self.sources:
             if not is_source(name):
-                raise PlanError(f"--sources: expected {SOURCE_NAME}, found {name[:40]!r}")
+                raise PlanError(f"--text-sources: expected {SOURCE_NAME}, found {name[:40]!r}")
         if len(self.sources) > MAX_SOURCES:
-            raise PlanError(f"--sources: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
+            raise PlanError(f"--text-sources: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
 
 
 def is_source(name: str) -> bool:
@@ -107,9 +106,3 @@ class Windows:
     provenance: Mapping[str, Any]
     notes: tuple[str, ...]
     rows: tuple[tuple[str, range], ...] = ()
-
-
-PRESETS: Final[Mapping[str, DataOptions]] = MappingProxyType(
-    {"reference": DataOptions(data="NeelNanda/pile-10k", samples=256, seqlen=2048, seed=42, pack=False)}
-)
-"""`reference`: the documents that auto-round takes by default, cut the same way."""

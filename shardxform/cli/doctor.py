@@ -1,4 +1,4 @@
-"""What this machine has, and what that allows: memory, disk, cores, GPUs, libraries, and the needs of every command.
+"""`shardxform doctor`: memory, disk, cores, GPUs and libraries of this machine, held against what commands need.
 
 Looks and changes nothing. Needs are worked out from a checkpoint's headers, or known for one model by name. torch is
 imported only to list GPUs, and only when the torch that is installed could see one.
@@ -17,11 +17,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+import click
+
 from shardxform import __version__
 from shardxform.ask.recipe import Recipe
 from shardxform.base.file_system import FileSystem, nearest
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli.console import gb, print_json, rows, table
+from shardxform.cli.options import PATH, JsonFlags, command, option
 from shardxform.errors import SchemeError
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
@@ -37,6 +41,7 @@ __all__ = [
     "Need",
     "Sizes",
     "diagnose",
+    "doctor_command",
     "sizes_of",
     "version_lines",
 ]
@@ -397,3 +402,71 @@ def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13, 0) of `2.13.0+cpu`."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(JsonFlags):
+    disk: Path = option("Where outputs would be written.", default=Path(), metavar="DIR")
+
+
+@command("doctor")
+@click.argument("source", metavar="[SRC]", required=False, type=PATH)
+def doctor_command(source: Path | None, output: _Output) -> None:
+    """Show memory, disk, cores, GPUs and libraries, and which commands they are enough for.
+
+    What a command takes is worked out from SRC's headers; without SRC, for Qwen3.5-35B-A3B. Exits with 1 when
+    something is missing without which nothing works.
+    """
+    found = diagnose(output.disk, source)
+    if output.as_json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+    raise click.exceptions.Exit(1 if found.problems else 0)
+
+
+def _show(found: Diagnosis) -> None:
+    rows(_machine_lines(found.machine))
+    click.echo()
+    table(("library", "version", "wanted", "extra"), _library_lines(found))
+    for extra, names in _missing(found).items():
+        click.echo(f"  not there: {', '.join(names)}; pip install 'shardxform[{extra}]'")
+    click.echo()
+    table((found.model, "memory", "disk", ""), map(_need_line, found.needs))
+    for problem in found.problems:
+        click.echo(f"  PROBLEM: {problem}")
+
+
+def _machine_lines(machine: Machine) -> Iterator[tuple[str, str]]:
+    yield "system", f"{machine.system}, Python {machine.python}"
+    yield "memory", f"{_known(machine.memory_bytes)}, {_known(machine.available_bytes)} of it available"
+    yield "disk", f"{gb(machine.free_bytes)} free in {machine.disk}"
+    yield "cores", str(machine.cores)
+    listed = ", ".join(f"{each.name} {each.model} ({gb(each.memory_bytes)})" for each in machine.devices)
+    yield "GPUs", listed or machine.devices_unknown or "none that torch sees"
+
+
+def _known(nbytes: int | None) -> str:
+    return "unknown" if nbytes is None else gb(nbytes)
+
+
+def _library_lines(found: Diagnosis) -> Iterator[tuple[str, ...]]:
+    for each in found.libraries:
+        yield each.name, each.version or "-", f">= {each.least}", each.extra or "required"
+
+
+def _missing(found: Diagnosis) -> dict[str, list[str]]:
+    """Libraries of every extra that are not there or too old, and what they are for."""
+    out: dict[str, list[str]] = {}
+    for each in found.libraries:
+        if each.extra and not each.usable:
+            out.setdefault(each.extra, []).append(f"{each.name} ({each.enables})")
+    return out
+
+
+def _need_line(need: Need) -> tuple[str, ...]:
+    verdict = f"too little or missing: {', '.join(need.lacks)}" if need.lacks else "fits"
+    return need.command, gb(need.memory_bytes), gb(need.disk_bytes), verdict

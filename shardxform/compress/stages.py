@@ -28,7 +28,6 @@ from shardxform.execution.outdir import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
-from shardxform.plan.view import pruned_view
 
 if TYPE_CHECKING:
     from shardxform.execution.options import StepTuner
@@ -139,10 +138,9 @@ def _tuner(job: Job, plan: Plan, *, needed: bool) -> Iterator[StepTuner | None]:
     from shardxform.tuning.session import Tuner, TunerOptions
 
     layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
-    view = pruned_view(request.source, _manifest(job), text_only=request.view.text_only, mtp=request.view.mtp)
     options = TunerOptions(precision=precision, threads=torch.get_num_threads())
     original = request.source if request.recipe and request.recipe.heal else None
-    with Tuner(view.checkpoint, windows, layers, options, original) as tuner:
+    with Tuner(plan.view, windows, layers, options, original) as tuner:
         yield tuner
 
 

@@ -147,6 +147,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=steps,
         config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),

@@ -66,6 +66,7 @@ def plan_prune(
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=(*copies, *blocks),
         config=config_bytes(source, view),

@@ -91,6 +91,7 @@ def plan_quantize(
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=steps,
         config=config_bytes(source, quantized_view),

@@ -69,7 +69,7 @@ def _scheme(inputs: Mapping[str, Any]) -> Iterator[str]:
         yield "--search" if flag(grid, "search") else "--no-search"
     yield from _unless("--scale-grid", text(grid, "scale_grid"), "bf16")
     yield from _names(scheme)
-    for option, key in (("--keep-16bit", "keep_16bit"), ("--quantize", "quantize")):
+    for option, key in (("--keep-16bit", "keep_16bit"), ("--also-quantize", "quantize")):
         for pattern in texts(scheme, key):
             yield from (option, pattern)
 
@@ -97,6 +97,7 @@ def _recipe(inputs: Mapping[str, Any]) -> Iterator[str]:
     if flag(data, "chat_template"):
         yield "--chat-template"
     yield from _unless("--text-key", text(data, "text_key"), "text")
+    yield from _unless("--text-sources", ",".join(texts(data, "sources")), "")
     yield from _heal(section(recipe, "heal"))
     yield from _unless("--iters", whole(recipe, "iters") or ITERS, ITERS)  # 0 where it was healed only
     yield from _unless("--batch-size", whole(recipe, "batch_size"), BATCH_SIZE)

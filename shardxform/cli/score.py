@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,20 @@ import click
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
-from shardxform.cli.model_options import (
-    SCORE_PRESETS,
-    data_options,
-    device_options,
-    load_data,
-    make_precision,
-    refuse_no_data,
-    refuse_unwritable,
-    sources_option,
+from shardxform.cli.inputs import load_text, make_precision, open_source, refuse_no_data, refuse_unwritable
+from shardxform.cli.options import (
+    ComputeFlags,
+    DryFlags,
+    RayFlags,
+    Source,
+    TextFlags,
+    TransferFlags,
+    WorkFlags,
+    command,
+    option,
+    source_argument,
 )
-from shardxform.cli.options import json_option
-from shardxform.cli.ray_options import OnRay, on_ray, ray_option, ray_place
-from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
+from shardxform.cli.tuning import OnRay, on_ray, ray_place
 from shardxform.errors import OutputError
 
 if TYPE_CHECKING:
@@ -33,72 +35,65 @@ if TYPE_CHECKING:
     from shardxform.experts import Saliency
     from shardxform.experts.scoring import ScoreOptions
 
-__all__ = ["command"]
+__all__ = ["score_command"]
 
 
-@click.command("score")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(DryFlags):
+    out: Path = option(
+        "Saliency file to write, such as saliency.safetensors.",
+        "--out",
+        "-o",
+        metavar="FILE",
+        required=True,
+        first=True,
+    )
+
+
+@command("score")
 @source_argument
-@click.option(
-    "--out",
-    "-o",
-    "output",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Saliency file to write, such as saliency.safetensors.",
-)
-@data_options(samples=256, presets=SCORE_PRESETS)
-@sources_option
-@device_options
-@transfer_options
-@ray_option
-@click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
-@json_option
-@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-def command(
+def score_command(
     source: Source,
-    output: Path,
-    device: str,
-    dtype: str | None,
-    work: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    **data: Any,  # noqa: ANN401
+    text: TextFlags,
+    computation: ComputeFlags,
+    place: WorkFlags,
+    transfer: TransferFlags,
+    cluster: RayFlags,
+    output: _Output,
 ) -> None:
     """Run SRC over calibration data, block by block, and write what every routed expert did.
 
     Counts and sums are stored, so that `select` makes any criterion of them, REAP first, and `saliency add` joins runs.
     Hidden states lie in FILE.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
-    refuse_no_data(data)
-    refuse_unwritable(output)
-    ray = on_ray(data, device)
-    (checkpoint,) = open_given([source], data, output.parent)
-    work = work or output.with_name(output.name + ".work")
-    _refuse_overlap(output, work)
-    precision = make_precision(device, dtype, here=ray is None)
+    refuse_no_data(text)
+    refuse_unwritable(output.out)
+    ray = on_ray(cluster, computation.device)
+    checkpoint = open_source(source, transfer, output.out.parent)
+    work = place.work or output.out.with_name(output.out.name + ".work")
+    _refuse_overlap(output.out, work)
+    precision = make_precision(computation, here=ray is None)
     from shardxform.experts.scoring import ScoreOptions
     from shardxform.forward.work import refuse_inside
 
-    for path in (output, work):
+    for path in (output.out, work):
         refuse_inside(path, [checkpoint.root])
-    windows = load_data(checkpoint, data)
+    windows = load_text(text, checkpoint)
     options = ScoreOptions(precision=precision, work=work)
-    existing = _existing(output, checkpoint, windows, options)
-    if dry_run:
-        _show(_facts(checkpoint, windows, options, ray), output, work, as_json)
+    existing = _existing(output.out, checkpoint, windows, options)
+    if output.dry_run:
+        _show(_facts(checkpoint, windows, options, ray), output.out, work, output.as_json)
         return
     run, remove = _ways(ray)
     if existing is None:
-        with progress("score", quiet) as options.on_progress:
+        with progress("score", output.quiet) as options.on_progress:
             existing = run(checkpoint, windows, options)
-        existing.save(output)
+        existing.save(output.out)
         outcome = "complete and durable"
     else:
         outcome = "already complete, made from the same inputs; nothing written"
     remove(checkpoint, windows, options)
-    _report(existing, windows, output, outcome, as_json)
+    _report(existing, windows, output.out, outcome, output.as_json)
 
 
 def _ways(ray: OnRay | None) -> tuple[Callable[..., Saliency], Callable[..., None]]:

@@ -1,0 +1,70 @@
+"""`shardxform prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardxform.cli.inputs import load_manifest, open_source
+from shardxform.cli.options import (
+    BatchFlags,
+    ComputeFlags,
+    HealFlags,
+    JobFlags,
+    PruneFlags,
+    RayFlags,
+    Source,
+    TransferFlags,
+    TuningTextFlags,
+    ViewFlags,
+    WriteFlags,
+    command,
+    out_argument,
+    source_argument,
+)
+from shardxform.cli.outputs import execute
+from shardxform.cli.tuning import TuneRequest, on_ray, open_tuner, read_tuning, refuse_nothing_pruned
+from shardxform.execution.options import RunOptions
+from shardxform.plan.prune import plan_prune
+
+__all__ = ["prune_command"]
+
+
+@command("prune")
+@source_argument
+@out_argument
+def prune_command(
+    source: Source,
+    out: Path,
+    pruned: PruneFlags,
+    viewed: ViewFlags,
+    healing: HealFlags,
+    batches: BatchFlags,
+    text: TuningTextFlags,
+    computation: ComputeFlags,
+    jobs: JobFlags,
+    transfer: TransferFlags,
+    cluster: RayFlags,
+    output: WriteFlags,
+) -> None:
+    """Write OUT, a copy of SRC with only the routed experts that the manifest keeps.
+
+    Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
+    rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
+    shapes and types are the same. Interrupted, the same command goes on where it stopped.
+    """
+    if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
+        raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
+    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, options="--manifest")
+    ray = on_ray(cluster, computation.device, jobs=jobs.jobs, healing=healing)
+    checkpoint = open_source(source, transfer, out.parent)
+    kept = load_manifest(pruned, checkpoint)
+    asked = TuneRequest(text=text, healing=healing, rounding=batches, computation=computation)
+    tuning = read_tuning(asked, checkpoint)
+    plan = plan_prune(checkpoint, kept, viewed.view(output.max_shard_size), tuning.recipe if tuning else None)
+    if tuning is None:
+        execute(plan, out, output, RunOptions(jobs=jobs.count), ray)
+        return
+    with open_tuner(tuning, checkpoint, plan) as tuner:
+        execute(plan, out, output, RunOptions(jobs=jobs.count, tuner=tuner))

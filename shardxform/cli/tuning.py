@@ -1,0 +1,291 @@
+"""Healing and tuned rounding as a command line asks for them, here or on a Ray cluster.
+
+The options become the recipe of the plan, with its text read, and what carries the plan's steps out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe
+from shardxform.cli.console import count, gb
+from shardxform.cli.inputs import load_text, make_precision
+from shardxform.cli.options import (
+    BatchFlags,
+    ComputeFlags,
+    HealFlags,
+    RayFlags,
+    RoundingFlags,
+    TextFlags,
+    refuse_idle,
+)
+from shardxform.cluster.session import LOCAL
+from shardxform.errors import PlanError, SchemeError
+from shardxform.model.layout import layout_of
+
+if TYPE_CHECKING:
+    from shardxform.calibration import Windows
+    from shardxform.checkpoint.table import Checkpoint
+    from shardxform.cluster.blocks import BlockTuning
+    from shardxform.execution.options import StepPool, StepTuner
+    from shardxform.forward.weights import Precision
+    from shardxform.plan.plan import Plan
+
+__all__ = [
+    "OnRay",
+    "TuneRequest",
+    "Tuning",
+    "block_tuning",
+    "on_ray",
+    "open_pool",
+    "open_tuner",
+    "ray_facts",
+    "ray_line",
+    "ray_place",
+    "read_tuning",
+    "refuse_nothing_pruned",
+]
+
+
+# -- what to tune -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRequest:
+    """The options of a command that heals or tunes; `rounding` without a method where it only heals."""
+
+    text: TextFlags
+    healing: HealFlags
+    rounding: BatchFlags
+    computation: ComputeFlags
+
+    @property
+    def tunes(self) -> bool:
+        """Whether rounding is to be tuned."""
+        return isinstance(self.rounding, RoundingFlags) and self.rounding.method == "auto-round"
+
+    def refuse_idle(self) -> None:
+        """Refuse options that need another one.
+
+        Raises:
+            SchemeError: names both.
+
+        """
+        rounds, healing = isinstance(self.rounding, RoundingFlags), self.healing
+        tuning = "--method auto-round, but the method is rtn"
+        if rounds and not self.tunes:
+            refuse_idle(self.rounding, "iters", "inputs", "blocks", "merge", wanted=tuning)
+        if self.tunes or healing.heal is not None or healing.heal_iters == 0:
+            return
+        wanted = tuning if rounds else "--heal, which is not given"
+        refuse_idle(self.rounding, "batch_size", wanted=wanted)
+        refuse_idle(self.computation, "dtype", wanted=wanted)
+        refuse_idle(self.text, wanted=wanted)
+        if not rounds:  # rounding has a device too
+            refuse_idle(self.computation, "device", wanted=wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What was asked for, with its data read.
+
+    Attributes:
+        windows: calibration data.
+        recipe: what the plan records.
+        precision: device and type of the computation.
+
+    """
+
+    windows: Windows
+    recipe: Recipe
+    precision: Precision
+
+
+def refuse_nothing_pruned(healing: HealFlags, text: TextFlags, *, prunes: bool, options: str) -> None:
+    """Refuse --heal where nothing is pruned, before data are asked for; `options` say how to prune.
+
+    Raises:
+        UsageError: names what is missing, the data included.
+
+    """
+    if healing.heal is None or healing.heal_iters == 0 or prunes:
+        return
+    data = "" if text.data else ", and --data"
+    raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {options}{data}.")
+
+
+def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) -> Tuning | None:
+    """Read the text and make the recipe; None when neither healing nor tuning is asked for.
+
+    `here` says whether this machine is to compute, and must have the device.
+
+    Raises:
+        SchemeError: options that need another one.
+
+    """
+    rounding = asked.rounding if isinstance(asked.rounding, RoundingFlags) else RoundingFlags()
+    heal = asked.healing.read(asked.rounding.batch_size)
+    asked.refuse_idle()
+    if not asked.tunes and heal is None:
+        return None
+    if rounding.blocks is not None and rounding.inputs != "fp":
+        raise SchemeError("--blocks needs --inputs fp: else a block is tuned on what the blocks before it put out")
+    windows = load_text(asked.text, source)
+    precision = make_precision(asked.computation, tunes=True, here=here)
+    recipe = Recipe(
+        windows=windows.fingerprint,
+        data=windows.provenance,
+        samples=int(windows.ids_NT.shape[0]),
+        seqlen=int(windows.ids_NT.shape[1]),
+        iters=(rounding.iters or ITERS) if asked.tunes else 0,
+        batch_size=asked.rounding.batch_size or BATCH_SIZE,
+        seed=asked.text.read().seed,
+        inputs=rounding.inputs or "quantized",
+        device=precision.device.type,
+        dtype=str(precision.dtype).removeprefix("torch."),
+        heal=heal,
+    )
+    return Tuning(windows=windows, recipe=recipe, precision=precision)
+
+
+@contextlib.contextmanager
+def open_tuner(tuning: Tuning, source: Checkpoint, plan: Plan, blocks: range | None = None) -> Iterator[StepTuner]:
+    """Make the tuner of a plan.
+
+    Raises:
+        SchemeError: `blocks` that the plan does not tune.
+
+    """
+    import torch
+
+    from shardxform.tuning.session import Tuner, TunerOptions
+
+    layers = _layers(plan)
+    if blocks is not None and (not layers or blocks[-1] > layers[-1]):
+        raise SchemeError(f"--blocks: there is no block {blocks[-1]} to tune; the last one is {layers[-1]}")
+    settings = TunerOptions(precision=tuning.precision, threads=torch.get_num_threads())
+    original = source if tuning.recipe.heal else None
+    with Tuner(plan.view, tuning.windows, layers, settings, original) as tuner:
+        yield tuner
+
+
+def _layers(plan: Plan) -> list[int]:
+    """Decoder blocks that a plan tunes."""
+    from shardxform.plan.steps import TuneBlock
+
+    return [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
+
+
+# -- on a cluster -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnRay:
+    """Where a plan's steps are to be done.
+
+    Attributes:
+        address: of the cluster.
+        device: where weights are rounded or tuned.
+        tuning: what blocks are tuned with.
+
+    """
+
+    address: str
+    device: str
+    tuning: BlockTuning | None = None
+
+
+def on_ray(
+    cluster: RayFlags,
+    device: str,
+    *,
+    jobs: int | None = None,
+    healing: HealFlags | None = None,
+    rounding: RoundingFlags | None = None,
+) -> OnRay | None:
+    """Say where steps are to be done; None without --ray.
+
+    Raises:
+        PlanError: an option that would do nothing with it, or something else; says what to do.
+
+    """
+    if not cluster.ray:
+        return None
+    if jobs is not None:
+        raise PlanError("--jobs is for threads of this process; with --ray the cluster's CPUs decide")
+    if healing and healing.heal is not None:
+        raise PlanError("--heal: a healed block is tuned on what the one before puts out; run it without --ray")
+    if rounding and rounding.method == "auto-round" and rounding.inputs != "fp":
+        raise PlanError("--ray needs --inputs fp: else a block is tuned on what the blocks before it put out")
+    if rounding and rounding.blocks is not None:
+        raise PlanError("--blocks is for machines that know nothing of each other; --ray tunes all blocks")
+    if device not in ("cpu", "cuda"):
+        raise PlanError(f"--device {device}: with --ray expected cpu or cuda; which one of a machine's is up to Ray")
+    return OnRay(address=cluster.ray, device=device)
+
+
+@contextlib.contextmanager
+def open_pool(ray: OnRay | None) -> Iterator[StepPool | None]:
+    """Where the steps are done; None for threads of this process. Ray starts when the run wants it."""
+    if ray is None:
+        yield None
+        return
+    from shardxform.cluster.pool import RayPool
+
+    with RayPool(ray.address, ray.device, ray.tuning) as pool:
+        yield pool
+
+
+def block_tuning(plan: Plan, out: Path, tuning: Tuning) -> BlockTuning:
+    """What blocks are tuned with on a cluster."""
+    from shardxform.cluster.blocks import BlockTuning
+    from shardxform.cluster.worker import Place
+
+    view, device = plan.view, str(tuning.precision.device)
+    return BlockTuning(
+        place=Place.of(plan, out, device),
+        view=replace(view, root=Path(os.path.abspath(view.root))),
+        windows=tuning.windows,
+        hidden=int(layout_of(view.config, view.tensors).text["hidden_size"]),
+        layers=tuple(_layers(plan)),
+        device=device,
+        dtype=tuning.recipe.dtype,
+    )
+
+
+def ray_facts(plan: Plan, ray: OnRay) -> dict[str, Any]:
+    """What would be run on a cluster, without asking it; memory and disk in bytes."""
+    from shardxform.cluster.pool import largest_of, refuse_remote
+
+    refuse_remote(plan.origin, plan.remote)
+    largest = largest_of(plan, ray.device)
+    return {
+        "address": ray.address,
+        "tasks": len(plan.steps),
+        "task_memory_bytes": largest.memory,
+        "task_cpus": largest.cpus,
+        "task_gpus": largest.gpus,
+        **({"states_bytes": ray.tuning.work_bytes} if ray.tuning else {}),
+    }
+
+
+def ray_line(facts: Mapping[str, Any]) -> str:
+    """The same for people."""
+    each = f"{count(facts['task_cpus'], 'CPU')}{', 1 GPU' if facts['task_gpus'] else ''}"
+    states = f"; {gb(facts['states_bytes'])} of hidden states in OUT" if "states_bytes" in facts else ""
+    return (
+        f"{count(facts['tasks'], 'task')} of {each} and up to {gb(facts['task_memory_bytes'])}, on"
+        f" {ray_place(facts['address'])}{states}"
+    )
+
+
+def ray_place(address: str) -> str:
+    """What people call a cluster."""
+    return "this machine" if address == LOCAL else address
