@@ -611,7 +611,7 @@ def test_windows_of_all_sources_together_are_bounded(
             "d.jsonl",
             b'{"text": "a"}',
             "expected at least one window of 4 tokens, found 2 tokens in 1 document; give more text, or ask for less:"
-            " --seqlen 2",
+            " `seqlen` 2",
         ),
         ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', "d.jsonl:2: not JSON: "),
         ("d.jsonl", b'{"text": "a"}\n\n["b"]\n', "d.jsonl:3: expected an object, found list"),
@@ -626,7 +626,7 @@ def test_windows_of_all_sources_together_are_bounded(
         (
             "d.jsonl",
             b'\n{"body": "a", "id": 1}',
-            "d.jsonl:2: expected a field 'text' or 'content', found 'body', 'id'; --text-key names another",
+            "d.jsonl:2: expected a field 'text' or 'content', found 'body', 'id'; `text_key` names another",
         ),
         ("d.jsonl", b'{"messages": []}', "found 'messages'; conversations need the chat template"),
         ("d.jsonl", b'{"text": "' + b"a" * 2000 + b'"}', "d.jsonl:1: expected a line of at most 64 MiB"),
@@ -732,13 +732,13 @@ def test_data_that_cannot_be_read_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": ""}, "--data: expected a path or the name of a hub data set, found an empty one"),
-        ({"samples": 0}, "--samples: expected at least 1, found 0"),
-        ({"seqlen": 1}, "--seqlen: expected at least 2, found 1"),
-        ({"seed": -1}, "seed: expected at least 0, found -1"),
-        ({"samples": 1 << 20, "seqlen": 2048}, "--samples: expected at most 1,073,741,824 tokens in all windows"),
-        ({"sources": ("a", "")}, "--text-sources: expected a name of 1 to 100 characters that can be shown, found ''"),
-        ({"sources": tuple(map(str, range(101)))}, "--text-sources: expected at most 100, found 101"),
+        ({"data": ""}, "`data`: expected a path or the name of a hub data set, found an empty one"),
+        ({"samples": 0}, "`samples`: expected at least 1, found 0"),
+        ({"seqlen": 1}, "`seqlen`: expected at least 2, found 1"),
+        ({"seed": -1}, "`seed`: expected at least 0, found -1"),
+        ({"samples": 1 << 20, "seqlen": 2048}, "`samples`: expected at most 1,073,741,824 tokens in all windows"),
+        ({"sources": ("a", "")}, "`sources`: expected a name of 1 to 100 characters that can be shown, found ''"),
+        ({"sources": tuple(map(str, range(101)))}, "`sources`: expected at most 100, found 101"),
     ],
 )
 def test_options_that_no_data_satisfy_are_refused(options: dict[str, Any], message: str) -> None:

@@ -581,7 +581,7 @@ def test_targets_that_cannot_be_are_refused(quantized: Path) -> None:
         plan_of(quantized, "bf16", g_idx=True)
     with pytest.raises(SchemeError, match="fused-indexed exists in auto-round and gptq"):
         plan_of(quantized, "compressed-tensors", "fused-indexed")
-    with pytest.raises(SchemeError, match="--g-idx: expected --format gptq"):
+    with pytest.raises(SchemeError, match="`g_idx`: expected `format` gptq"):
         plan_of(quantized, "compressed-tensors", g_idx=True)
 
 
@@ -718,7 +718,7 @@ def test_planning_reads_no_tensor_and_loads_no_array_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, shardxform.cli.convert_cmd; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, shardxform.cli.convert; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
     assert convert.TILE_WEIGHTS == 1 << 18

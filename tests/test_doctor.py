@@ -17,8 +17,7 @@ from test_quantize import make
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import doctor
-from shardxform.cli.doctor import REFERENCE, diagnose, sizes_of, version_lines
-from shardxform.cli.doctor import doctor_command
+from shardxform.cli.doctor import REFERENCE, diagnose, doctor_command, sizes_of, version_lines
 from shardxform.errors import CheckpointError
 from shardxform.plan.inspection import inspect_checkpoint
 

@@ -208,7 +208,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
     options = EvaluateOptions(precision=FLOAT32, work=tmp_path / "w", on_progress=stop)
     with pytest.raises(Interrupted):
         evaluate(source, windows, options)
-    with pytest.raises(ResumeError, match="windows of --data: was"):
+    with pytest.raises(ResumeError, match="`windows`: was"):
         run_evaluate(source, held_out(), tmp_path / "w")
     assert run_evaluate(source, windows, tmp_path / "w") == whole
 

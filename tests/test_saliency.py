@@ -387,7 +387,9 @@ def test_a_run_is_shown_whole_and_its_digests_short(tmp_path: Path) -> None:
     saliency(runs=(run, {"data": "d", "files": ["b", "c"]}, {str(key): "y" * 60 for key in range(50)})).save(
         tmp_path / "s"
     )
-    shown = CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s")], catch_exceptions=False).stdout.splitlines()
+    shown = (
+        CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s")], catch_exceptions=False).stdout.splitlines()
+    )
     assert shown[4:7] == [
         "  run 1          tool t 1, data a.txt, sha256 abababababab, pack no",
         f"                 more {'x' * 70}",

@@ -65,20 +65,20 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise PlanError("--data: expected a path or the name of a hub data set, found an empty one")
+            raise PlanError("`data`: expected a path or the name of a hub data set, found an empty one")
         for name, value, least in (("samples", self.samples, 1), ("seqlen", self.seqlen, 2), ("seed", self.seed, 0)):
             if value < least:
-                raise PlanError(f"--{name}: expected at least {least}, found {value}")
+                raise PlanError(f"`{name}`: expected at least {least}, found {value}")
         if self.samples * self.seqlen > MAX_TOKENS:
             raise PlanError(
-                f"--samples: expected at most {MAX_TOKENS:,} tokens in all windows, "
+                f"`samples`: expected at most {MAX_TOKENS:,} tokens in all windows, "
                 f"found {self.samples:,} x {self.seqlen:,}"
             )
         for name in self.sources:
             if not is_source(name):
-                raise PlanError(f"--text-sources: expected {SOURCE_NAME}, found {name[:40]!r}")
+                raise PlanError(f"`sources`: expected {SOURCE_NAME}, found {name[:40]!r}")
         if len(self.sources) > MAX_SOURCES:
-            raise PlanError(f"--text-sources: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
+            raise PlanError(f"`sources`: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
 
 
 def is_source(name: str) -> bool:

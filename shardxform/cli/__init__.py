@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from shardxform.base import interrupts
+from shardxform.cli.option_names import with_options
 from shardxform.errors import ShardxformError
 
 __all__ = ["main"]
@@ -62,7 +63,7 @@ class _Lazy(click.Group):
                 sys.stdout.flush()  # here, where an error can still be told
             return result
         except ShardxformError as e:
-            message, code = str(e), e.exit_code
+            message, code = with_options(str(e)), e.exit_code
         except KeyboardInterrupt:
             message, code = interrupts.STOPPED, 130
         except OSError as e:

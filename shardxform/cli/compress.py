@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from shardxform.base.option_names import in_stage
 from shardxform.calibration.documents import local_files
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import (
@@ -28,6 +27,7 @@ from shardxform.cli.console import (
     tell,
 )
 from shardxform.cli.inputs import load_text, make_precision, open_source, require
+from shardxform.cli.option_names import with_options
 from shardxform.cli.options import (
     DATA,
     BatchFlags,
@@ -204,7 +204,7 @@ def compress_command(
     if output.dry_run:
         _show(prepared, settings, as_json=output.as_json)
         return
-    for note in prepared.sketch.notes:
+    for note in map(with_options, prepared.sketch.notes):
         tell(f"note: {note}")
     watcher = _Watcher(request, Label("compress"))
     with progress(watcher.label, output.quiet) as on_progress:
@@ -284,7 +284,7 @@ def _eval_windows(source: Checkpoint, asked: _Asked) -> Windows:
     try:
         return load_text(asked.checks.text, source)
     except PlanError as e:
-        raise PlanError(in_stage(str(e), "evaluate")) from e
+        raise PlanError(with_options(str(e), "evaluate")) from e
 
 
 # -- what is said meanwhile -------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def _show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     header = ("stage", "state", "time", "memory", "written", "disk meanwhile", "tokens x blocks")
     table(header, map(_stage_line, stages))
     rows(_total_lines(request, totals) if to_do else [("to do", "nothing: all of it is there, made from these inputs")])
-    for note in prepared.sketch.notes:
+    for note in map(with_options, prepared.sketch.notes):
         click.echo(f"  note: {note}")
     if request.eval_windows is None:
         click.echo("  note: OUT is not measured without --eval-data")

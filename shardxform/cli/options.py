@@ -148,11 +148,13 @@ def _options(group: type[Flags]) -> Iterator[_Option]:
     hints = get_type_hints(group)
     for each in _fields(group):
         settings = {**_kind(hints[each.name]), **each.metadata["settings"]}
+        if not settings.get("required"):  # a default would do for it
+            settings["default"] = each.default
         if isinstance(settings["type"], click.IntRange):
             settings.setdefault("metavar", "N")
         if each.default not in (None, False, ()):
             settings.setdefault("show_default", True)
-        made = _Option([each.name, *_spellings(each)], default=each.default, help=each.metadata["text"], **settings)
+        made = _Option([each.name, *_spellings(each)], help=each.metadata["text"], **settings)
         made.heading = _FIRST if each.metadata["first"] else group.heading
         yield made
 
@@ -285,7 +287,7 @@ class _Address(click.ParamType[str]):
         try:
             return check_address(str(value))
         except ShardxformError as e:
-            self.fail(str(e).removeprefix("--ray: "), param, ctx)
+            self.fail(str(e).removeprefix("`ray`: "), param, ctx)
 
 
 PATH: Final = _NamedPath(path_type=Path)

@@ -11,6 +11,7 @@ import click
 
 from shardxform.base.file_system import FileSystem
 from shardxform.cli.console import count, gb, give_or_take, pasteable, print_json, progress, rows, short, table, tell
+from shardxform.cli.option_names import with_options
 from shardxform.cli.options import WriteFlags
 from shardxform.cli.tuning import OnRay, open_pool, ray_facts, ray_line
 from shardxform.execution.outdir import refuse_obstacles, refuse_other_plan, state_of
@@ -51,7 +52,11 @@ def execute(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, ray:
     elif report.left:
         _say_part(plan, report)
     elif report.already_done:
-        by = f" by other versions or another machine ({report.made_by_others})" if report.made_by_others else ""
+        by = (
+            f" by other versions or another machine ({with_options(report.made_by_others)})"
+            if report.made_by_others
+            else ""
+        )
         click.echo(f"{out}: already complete, made from the same inputs{by}; nothing written")
         tell_blocks(report.facts, report.measured)
     else:
@@ -73,7 +78,7 @@ def _show(plan: Plan, out: Path, output: WriteFlags, facts: Mapping[str, Any]) -
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    yield from plan.notes
+    yield from map(with_options, plan.notes)
     if plan.unread:
         yield f"not part of the model, not copied: {', '.join(plan.unread)}"
 
@@ -130,7 +135,7 @@ def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
         "out": str(out),
         "fingerprint": plan.fingerprint,
         "summary": dict(plan.summary),
-        "notes": list(plan.notes),
+        "notes": list(map(with_options, plan.notes)),
         "shards": {shard.name: shard.nbytes for shard in plan.shards},
         "bytes": plan.nbytes,
         "steps": len(plan.steps),

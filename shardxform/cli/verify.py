@@ -11,6 +11,7 @@ import click
 
 from shardxform.cli.console import count, gb, print_json, progress
 from shardxform.cli.inputs import open_source
+from shardxform.cli.option_names import with_options
 from shardxform.cli.options import SOURCE, Flags, HubFlags, QuietFlags, Source, command, option, out_argument
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
@@ -97,7 +98,7 @@ def verify_command(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output:
 def _show(report: VerifyReport, quick: bool, worst: int) -> None:
     """What was found, and as the last line what is to be thought of the whole."""
     if report.unfinished:
-        click.echo(f"{report.out}: unfinished: {report.problems[0].message}")
+        click.echo(f"{report.out}: unfinished: {with_options(report.problems[0].message)}")
         return
     if not report.sound:
         click.echo(f"{report.out}: {', '.join(_counts(report))}")
@@ -192,6 +193,6 @@ def _list(found: tuple[Problem, ...], mark: str) -> None:
         width = min(max(len(p.where) for p in shown), _MOST_WIDTH)
         click.echo(click.style(f"{mark}{code}", fg="yellow" if mark else "red", bold=True))
         for problem in shown:
-            click.echo(f"  {problem.where:<{width}}  {problem.message}")
+            click.echo(f"  {problem.where:<{width}}  {with_options(problem.message)}")
         if len(listed) > len(shown):
             click.echo(f"  and {len(listed) - len(shown):,} more; --json lists all")

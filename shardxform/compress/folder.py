@@ -21,7 +21,6 @@ from typing import Any, Final
 
 from shardxform.base import computing
 from shardxform.base.file_system import FileSystem
-from shardxform.base.option_names import with_option
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.compress.request import EVALUATE, SCORE, STAGES
 from shardxform.errors import ExecutionError, OutputError, ResumeError
@@ -190,7 +189,7 @@ class Folder:
         entry = self.entries.get(stage)
         if entry and name in entry.files and entry.files[name] == file_sha256(path):
             return True
-        raise OutputError(f"{path}: not as `compress` wrote it; move it away and run the same command again")
+        raise OutputError(f"{path}: not as compress wrote it; move it away and run the same command again")
 
     def _write(self) -> None:
         stages = {stage: asdict(self.entries[stage]) for stage in STAGES if stage in self.entries}
@@ -208,7 +207,7 @@ def read_entries(root: Path) -> dict[str, Entry]:
     if not os.path.lexists(root):
         return {}
     if root.is_symlink() or not root.is_dir():
-        raise OutputError(f"{root}: expected a directory of `compress` or nothing, found something else")
+        raise OutputError(f"{root}: expected a directory of compress or nothing, found something else")
     for item in os.scandir(root):
         ours = item.is_file(follow_symlinks=False) if item.name in _OURS else _is_work(item)
         if not ours:
@@ -236,7 +235,7 @@ def changed(
             continue
         pair = entries[stage].inputs, plain(new)
         old, now = map(computing.without, pair) if entries[stage].done else pair
-        if where := difference(old, now, names):
+        if where := difference(old, now, names, stage):
             found[stage] = where
     return found
 
@@ -252,8 +251,8 @@ def refuse_changed(root: Path, found: Mapping[str, str], kept: Iterable[str]) ->
     spared = f"which keeps what {', '.join(listed)} gave" if listed else "which makes everything again"
     for stage, where in found.items():
         raise ResumeError(
-            f"{root}: '{stage}' was made from other inputs: {with_option(where, stage)}; name another OUT, or start"
-            f" over with --force, {spared}"
+            f"{root}: '{stage}' was made from other inputs: {where}; name another OUT, or start"
+            f" over with `force`, {spared}"
         )
 
 

@@ -157,7 +157,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
         others = f" and {more} more problem{'s' * (more > 1)}" if more else ""
         raise ExecutionError(
             f"{out}: not sound: {first.where}: {first.message}{others}; see"
-            f" `shardxform verify {out} --source {source.where}{'' if full else ' --quick'}`"
+            f" `shardxform verify {out}`, with `source` {source.where}"
         )
     facts: dict[str, Any] = {"full": full, "tensors": report.tensors, "experts": report.experts}
     facts |= {
@@ -193,7 +193,7 @@ def _going_on(job: Job, work: Path, call: Callable[[], _Result]) -> _Result:
         return call()
     except ResumeError as e:
         if not job.settings.force:
-            raise ResumeError(f"{str(e).partition('; remove it')[0]}; start over with --force") from e
+            raise ResumeError(f"{str(e).partition('; remove it')[0]}; start over with `force`") from e
         _discard(work)
         return call()
 

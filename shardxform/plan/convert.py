@@ -170,10 +170,14 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
         rows, columns = module.shape
         if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and scheme.misfit(rows, columns)):
             why = scheme.misfit(rows, columns)
-            raise SchemeError(f"module {module.name}: {why}, which {target.format} cannot hold; try --to bf16")
+            raise SchemeError(
+                f"module {module.name}: {why}, which {target.format} cannot hold; try `target.format` bf16"
+            )
     for name in stored.weights:
         if (role := stored.layout.places[name].template.role) in _FLOAT_ROLES:
-            raise SchemeError(f"tensor '{name}' is quantized, but no client runs a quantized {role}; try --to bf16")
+            raise SchemeError(
+                f"tensor '{name}' is quantized, but no client runs a quantized {role}; try `target.format` bf16"
+            )
     return scheme
 
 
@@ -357,7 +361,7 @@ def _summary(
     shards: Iterable[ShardPlan],
     scheme: Scheme | None,
 ) -> dict[str, Any]:
-    """Figures for people and for `--json`; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
+    """Figures for people and for JSON; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
     quantized = (
         {
             "scheme": asdict(scheme),

@@ -133,7 +133,7 @@ class Plan:
         config: bytes of config.json.
         sidecars: small files copied beside the shards, with their SHA-256.
         inputs: what the bytes depend on, by name; compared to say why a resume is refused.
-        summary: figures for people and for `--json`.
+        summary: figures for people and for JSON.
         notes: what a person should know, one sentence each.
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
 

@@ -116,7 +116,7 @@ def view_inputs(
 
 
 def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
-    """Figures of a view for people and for `--json`; sizes in bytes."""
+    """Figures of a view for people and for JSON; sizes in bytes."""
     roles: Counter[str] = Counter()
     for name, ref in view.checkpoint.tensors.items():
         place = view.layout.places.get(name)

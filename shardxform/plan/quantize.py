@@ -55,11 +55,11 @@ def plan_quantize(
     options = options or ViewOptions()
     if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
         raise SchemeError(
-            "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
+            "`format` compressed-tensors needs `scale_grid` bf16: transformers runs experts in the type of their"
             " scales, and float16 overflows where bfloat16 does not"
         )
     if recipe and scheme.expert_names != "split":
-        raise SchemeError("tuned and healed blocks are written with --expert-names split; see `shardxform convert`")
+        raise SchemeError("tuned and healed blocks are written with `expert_names` split; see `shardxform convert`")
     _refuse_quantized(source)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     if recipe and recipe.heal:
@@ -169,7 +169,7 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
             odd = next(module for module in misfits if scheme.misfit(*module.weight.spec.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
-                f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
+                f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
             )
 
 

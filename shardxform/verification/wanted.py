@@ -65,7 +65,7 @@ class Known:
 
     @property
     def dequantized(self) -> bool:
-        """Whether the output was written by `convert --to bf16`."""
+        """Whether the output was written by a conversion to bf16."""
         target = self.record.get("target")
         named = isinstance(target, Mapping) and target.get("format") == "bf16"
         return named and self.record.get("command") == "convert"

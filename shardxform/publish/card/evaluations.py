@@ -1,4 +1,4 @@
-"""Reading what `shardxform evaluate --json` printed, checked before it is published."""
+"""Reading what `shardxform evaluate` printed as JSON, checked before it is published."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _sources(path: Path, value: Mapping[str, Any], data: Data) -> tuple[Evaluati
 
 
 def _malformed(path: Path, what: str) -> PlanError:
-    return PlanError(f"{path}: {what}: missing or malformed; expected the output of `shardxform evaluate --json`")
+    return PlanError(f"{path}: {what}: missing or malformed; expected what `shardxform evaluate` prints as JSON")
 
 
 def _object(path: Path) -> Mapping[str, Any]:

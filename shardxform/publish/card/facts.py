@@ -148,7 +148,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What `evaluate --json` measured.
+    """What `evaluate` measured.
 
     Attributes:
         perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
@@ -230,5 +230,5 @@ class Facts:
     commands: tuple[tuple[str, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for JSON."""
         return asdict(self)
