@@ -74,7 +74,7 @@ def invoke(*args: str | Path) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def asked(source: Path, out: Path, *more: str) -> Request:
+def request_of(source: Path, out: Path, *more: str) -> Request:
     """What the command line asks of the library."""
     found: list[Request] = []
 
@@ -115,7 +115,7 @@ def tree(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A request with its data read; `at` moves it."""
-    return prepare(asked(small_moe, tmp_path_factory.mktemp("prepared") / "out"))
+    return prepare(request_of(small_moe, tmp_path_factory.mktemp("prepared") / "out"))
 
 
 def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
@@ -153,7 +153,7 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     tuned = ["--method", "auto-round", "--iters", "2", *calib]
     done("quantize", small_moe, tmp_path / "out", "-m", tmp_path / "keep.json", *tuned)
     held_out = ["--data", small_moe / "text/heldout.jsonl", "--samples", "2", "--seqlen", "64"]
-    work = ["--results", tmp_path / "w"]
+    work = ["--work", tmp_path / "w"]
     evaluation = json.loads(done("evaluate", tmp_path / "out", "--against", small_moe, *held_out, *work, "--json"))
     files = tree(finished)
     assert files["results/saliency.safetensors"] == (tmp_path / "s").read_bytes()
@@ -183,7 +183,7 @@ def test_a_cpu_tunes_in_bfloat16_if_it_multiplies_it_and_measures_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     more = ["--dtype", asked] if asked else []
-    request = asked(small_moe, Path("out"), *more)
+    request = request_of(small_moe, Path("out"), *more)
     assert request.precision == Precision(torch.device("cpu"), torch.float32)
     assert request.tuned_in == Precision(torch.device("cpu"), tuned)
 

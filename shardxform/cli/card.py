@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import click
 
@@ -16,9 +15,7 @@ __all__ = ["card_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Shown(Flags):
-    heading: ClassVar[str] = "What the card shows"
-
+class _Shown(Flags, heading="What the card shows"):
     manifest: Path | None = option("Experts to keep, in any of the forms that manifests/ lists.", "-m", metavar="FILE")
     base_model: str = option("Hub name of the source, such as owner/name.", default="", metavar="NAME")
     evaluation: tuple[Path, ...] = option(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shardxform.calibration.documents import local_files
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import options
 from shardxform.cli.console import (
     LOWER,
     Label,
@@ -28,27 +29,6 @@ from shardxform.cli.console import (
 )
 from shardxform.cli.inputs import load_text, make_precision, open_source, require
 from shardxform.cli.option_names import with_options
-from shardxform.cli.options import (
-    DATA,
-    BatchFlags,
-    ComputeFlags,
-    Flags,
-    HealFlags,
-    JobFlags,
-    Method,
-    RoundingFlags,
-    SchemeFlags,
-    Source,
-    TextFlags,
-    TransferFlags,
-    ViewFlags,
-    WriteFlags,
-    command,
-    option,
-    out_argument,
-    refuse_idle,
-    source_argument,
-)
 from shardxform.cli.outputs import judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
 from shardxform.cli.tuning import TuneRequest, Tuning, read_tuning, refuse_nothing_pruned
@@ -67,55 +47,53 @@ _TUNE_SAMPLES, _TUNE_SEQLEN, _TUNE_ITERS = 64, 512, 50  # a quarter of the steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ChoiceFlags(ChoiceFlags):
-    ratio: float | None = option(
+    ratio: float | None = options.option(
         "Or the share of them to remove, such as 0.5. Neither: all are kept.", metavar="R", first=True
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _RoundingFlags(BatchFlags):
+class _RoundingFlags(options.BatchFlags):
     """How the rounding is tuned; less by default than `quantize` does, so that it ends on a CPU."""
 
-    method: Method = option(
+    method: options.Method = options.option(
         "auto-round: tune the rounding of each block on the data. rtn: round to nearest, in minutes.",
         default="auto-round",
         first=True,
     )
-    tune_samples: int | None = option(
+    tune_samples: int | None = options.option(
         f"Windows of --data that the rounding is tuned on.  [default: --samples, or {_TUNE_SAMPLES}]",
         type=click.IntRange(1),
     )
-    tune_seqlen: int | None = option(
+    tune_seqlen: int | None = options.option(
         f"Tokens of such a window.  [default: --seqlen, or {_TUNE_SEQLEN}]", type=click.IntRange(2)
     )
-    iters: int | None = option(f"Steps of tuning a block.  [default: {_TUNE_ITERS}]", type=click.IntRange(1))
+    iters: int | None = options.option(f"Steps of tuning a block.  [default: {_TUNE_ITERS}]", type=click.IntRange(1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _CheckFlags(Flags):
-    heading: ClassVar[str] = "Checking and measuring"
-
-    eval_data: str | None = option(
-        "Held-out text, as --data: also measure OUT against SRC on it.", metavar="D", type=DATA, first=True
+class _CheckFlags(options.Flags, heading="Checking and measuring"):
+    eval_data: str | None = options.option(
+        "Held-out text, as --data: also measure OUT against SRC on it.", metavar="D", type=options.DATA, first=True
     )
-    eval_samples: int | None = option("Windows of it.  [default: 256]", type=click.IntRange(1))
-    eval_seqlen: int | None = option("Tokens of such a window.  [default: 2048]", type=click.IntRange(2))
-    full_verify: bool = option("Verify all data of OUT against SRC, not headers alone.", default=False)
+    eval_samples: int | None = options.option("Windows of it.  [default: 256]", type=click.IntRange(1))
+    eval_seqlen: int | None = options.option("Tokens of such a window.  [default: 2048]", type=click.IntRange(2))
+    full_verify: bool = options.option("Verify all data of OUT against SRC, not headers alone.", default=False)
 
     @property
-    def text(self) -> TextFlags:
+    def text(self) -> options.TextFlags:
         """The held-out text."""
-        return TextFlags(data=self.eval_data, samples=self.eval_samples, seqlen=self.eval_seqlen)
+        return options.TextFlags(data=self.eval_data, samples=self.eval_samples, seqlen=self.eval_seqlen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Output(WriteFlags):
-    results: Path | None = option(
+class _Output(options.WriteFlags):
+    results: Path | None = options.option(
         "Directory for what the stages give, and for hidden states of scoring and evaluating.  [default: OUT.compress]",
         metavar="DIR",
     )
-    plots: bool = option("Also draw the choice of experts, and the blocks' errors, as PNG.", default=False)
-    verbose: bool = option("Also print what every stage and every block took.", "-v", default=False)
+    plots: bool = options.option("Also draw the choice of experts, and the blocks' errors, as PNG.", default=False)
+    verbose: bool = options.option("Also print what every stage and every block took.", "-v", default=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +101,13 @@ class _Asked:
     """The options that decide what is made, and what is needed for it."""
 
     choice: ChoiceFlags
-    stored: SchemeFlags
+    stored: options.SchemeFlags
     rounding: _RoundingFlags
-    healing: HealFlags
-    text: TextFlags
+    healing: options.HealFlags
+    text: options.TextFlags
     checks: _CheckFlags
-    viewed: ViewFlags
-    computation: ComputeFlags
+    viewed: options.ViewFlags
+    computation: options.ComputeFlags
     output: _Output
 
     @property
@@ -148,22 +126,22 @@ class _Asked:
         return self.checks.eval_data is not None
 
 
-@command("compress")
-@source_argument
-@out_argument
+@options.command("compress")
+@options.source_argument
+@options.out_argument
 def compress_command(
-    source: Source,
+    source: options.Source,
     out: Path,
     choice: _ChoiceFlags,
-    viewed: ViewFlags,
-    stored: SchemeFlags,
+    viewed: options.ViewFlags,
+    stored: options.SchemeFlags,
     rounding: _RoundingFlags,
-    healing: HealFlags,
-    text: TextFlags,
+    healing: options.HealFlags,
+    text: options.TextFlags,
     checks: _CheckFlags,
-    computation: ComputeFlags,
-    jobs: JobFlags,
-    transfer: TransferFlags,
+    computation: options.ComputeFlags,
+    jobs: options.JobFlags,
+    transfer: options.TransferFlags,
     output: _Output,
 ) -> None:
     """Make OUT of SRC: choose experts, prune, round to 4 bits, verify and measure, each as its own command does.
@@ -220,20 +198,20 @@ def _refuse_idle(asked: _Asked) -> None:
     prunes, tunes = asked.prunes, asked.tunes or asked.healing.heal is not None
     if asked.choice.keep is not None and asked.choice.ratio is not None:
         raise click.UsageError("give either --keep or --ratio")
-    refuse_nothing_pruned(asked.healing, asked.text, prunes=prunes, options="--keep or --ratio")
+    refuse_nothing_pruned(asked.healing, asked.text, prunes=prunes, ways="--keep or --ratio")
     if not prunes:
-        refuse_idle(asked.choice, wanted="choosing experts: give --keep or --ratio")
+        options.refuse_idle(asked.choice, wanted="choosing experts: give --keep or --ratio")
     if not tunes:
         names = ("iters", "batch_size", "tune_samples", "tune_seqlen")
-        refuse_idle(asked.rounding, *names, wanted="--method auto-round, but the method is rtn")
+        options.refuse_idle(asked.rounding, *names, wanted="--method auto-round, but the method is rtn")
     if not prunes and not tunes:
         ways = "give --keep, --ratio or --method auto-round"
-        refuse_idle(asked.text, wanted=f"choosing experts and tuning: {ways}")
+        options.refuse_idle(asked.text, wanted=f"choosing experts and tuning: {ways}")
     if not asked.measures:
-        refuse_idle(asked.checks, "eval_samples", "eval_seqlen", wanted="measuring OUT: give --eval-data")
+        options.refuse_idle(asked.checks, "eval_samples", "eval_seqlen", wanted="measuring OUT: give --eval-data")
     if not prunes and not asked.measures:
         ways = "give --keep, --ratio or --eval-data"
-        refuse_idle(asked.output, "plots", wanted=f"choosing experts and measuring: {ways}")
+        options.refuse_idle(asked.output, "plots", wanted=f"choosing experts and measuring: {ways}")
     if (prunes or tunes) and asked.text.data is None:
         less = "" if prunes else "; --method rtn needs no text"
         raise click.UsageError(f"Missing option '--data'{less}.")
@@ -273,7 +251,7 @@ def _tuning(source: Checkpoint, asked: _Asked) -> Tuning | None:
         seqlen=rounding.tune_seqlen or text.seqlen or _TUNE_SEQLEN,
     )
     iters = rounding.iters or (_TUNE_ITERS if asked.tunes else None)
-    steps = RoundingFlags(method=rounding.method, iters=iters, batch_size=rounding.batch_size)
+    steps = options.RoundingFlags(method=rounding.method, iters=iters, batch_size=rounding.batch_size)
     wanted = TuneRequest(text=windows, healing=asked.healing, rounding=steps, computation=asked.computation)
     return read_tuning(wanted, source)
 
@@ -432,7 +410,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _report(outcome: Outcome, source: Source, output: _Output) -> None:
+def _report(outcome: Outcome, source: options.Source, output: _Output) -> None:
     """Print what came of it."""
     if output.as_json:
         print_json(_as_json(outcome))
@@ -455,7 +433,7 @@ def _report(outcome: Outcome, source: Source, output: _Output) -> None:
         tell("note: not measured; give --eval-data, held-out text, and only that is done")
 
 
-def _lines(outcome: Outcome, source: Source) -> Iterator[tuple[str, str]]:
+def _lines(outcome: Outcome, source: options.Source) -> Iterator[tuple[str, str]]:
     facts = outcome.facts
     if "select" in facts:
         yield from _choice_lines(facts["select"])

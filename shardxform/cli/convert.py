@@ -6,18 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shardxform.cli import options
 from shardxform.cli.inputs import open_source
-from shardxform.cli.options import (
-    HubFlags,
-    JobFlags,
-    Source,
-    SpellingFlags,
-    WriteFlags,
-    command,
-    option,
-    out_argument,
-    source_argument,
-)
 from shardxform.cli.outputs import execute
 from shardxform.execution.options import RunOptions
 from shardxform.plan.convert import ConvertOptions, Target, plan_convert
@@ -26,19 +16,24 @@ __all__ = ["convert_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Target(SpellingFlags):
-    to: Literal["auto-round", "gptq", "compressed-tensors", "bf16"] = option(
+class _Target(options.SpellingFlags):
+    to: Literal["auto-round", "gptq", "compressed-tensors", "bf16"] = options.option(
         "Format of OUT; bf16 dequantizes into the release's own layout, for llama.cpp and MLX.",
         required=True,
         first=True,
     )
 
 
-@command("convert")
-@source_argument
-@out_argument
+@options.command("convert")
+@options.source_argument
+@options.out_argument
 def convert_command(
-    source: Source, out: Path, target: _Target, jobs: JobFlags, hub: HubFlags, output: WriteFlags
+    source: options.Source,
+    out: Path,
+    target: _Target,
+    jobs: options.JobFlags,
+    hub: options.HubFlags,
+    output: options.WriteFlags,
 ) -> None:
     """Write OUT, the quantized SRC in another format or expert spelling, without changing a weight.
 

@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
@@ -15,6 +15,7 @@ from shardxform.base.progress import peak_rss_bytes
 from shardxform.calibration.options import DataOptions
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import options
 from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
 from shardxform.cli.inputs import (
     load_manifest,
@@ -24,19 +25,6 @@ from shardxform.cli.inputs import (
     refuse_no_data,
     refuse_unwritable,
     require,
-)
-from shardxform.cli.options import (
-    SOURCE,
-    ComputeFlags,
-    DryFlags,
-    Flags,
-    PruneFlags,
-    Source,
-    TextFlags,
-    TransferFlags,
-    WorkFlags,
-    command,
-    option,
 )
 from shardxform.errors import OutputError, SchemeError
 from shardxform.model.layout import layout_of
@@ -53,46 +41,44 @@ _WORK: Final = "shardxform-evaluate.work"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Reference(Flags):
-    heading: ClassVar[str] = "What is measured"
-
-    against: Source | None = option(
-        "Reference, such as the 16-bit source: compare.", metavar="REF", type=SOURCE, first=True
+class _Reference(options.Flags, heading="What is measured"):
+    against: options.Source | None = options.option(
+        "Reference, such as the 16-bit source: compare.", metavar="REF", type=options.SOURCE, first=True
     )
-    against_dtype: Literal["float32", "bfloat16"] | None = option(
+    against_dtype: Literal["float32", "bfloat16"] | None = options.option(
         "Type in which REF is computed.  [default: as --dtype]"
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Text(TextFlags):
-    by_text_source: bool = option(
+class _Text(options.TextFlags):
+    by_text_source: bool = options.option(
         "Keep the sources apart that documents name in their field `source`: --samples windows of each, and its own "
         "figures beside those of all.",
         default=False,
     )
 
     def read(self) -> DataOptions:
-        return replace(TextFlags.read(self), by_source=self.by_text_source)
+        return replace(options.TextFlags.read(self), by_source=self.by_text_source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Output(DryFlags):
-    plot: Path | None = option(
+class _Output(options.DryFlags):
+    plot: Path | None = options.option(
         "Draw the errors of the blocks, and with --by-text-source the divergence on each source.", metavar="PNG"
     )
 
 
-@command("evaluate")
-@click.argument("checkpoint", metavar="CKPT", type=SOURCE)
+@options.command("evaluate")
+@click.argument("checkpoint", metavar="CKPT", type=options.SOURCE)
 def evaluate_command(
-    checkpoint: Source,
-    pruned: PruneFlags,
+    checkpoint: options.Source,
+    pruned: options.PruneFlags,
     compared: _Reference,
     text: _Text,
-    computation: ComputeFlags,
-    place: WorkFlags,
-    transfer: TransferFlags,
+    computation: options.ComputeFlags,
+    place: options.WorkFlags,
+    transfer: options.TransferFlags,
     output: _Output,
 ) -> None:
     """Measure CKPT on held-out text, block by block: perplexity, and with --against how far it is from REF.
@@ -108,7 +94,7 @@ def evaluate_command(
         _refuse_plot(plot, against)
     source, *others = open_sources([checkpoint, *([against] if against else [])], transfer, work.parent)
     tested, reference = _view(source, pruned), next(iter(others), None)
-    options = _options(computation, compared, work)
+    settings = _options(computation, compared, work)
     from shardxform.evaluation.evaluate import evaluate
     from shardxform.forward.work import refuse_inside
 
@@ -116,14 +102,14 @@ def evaluate_command(
         refuse_inside(path, [each.root for each in (source, *others)])
     windows = load_text(text, source, against=reference)
     if output.dry_run:
-        _show(tested, reference, windows, options, output.as_json)
+        _show(tested, reference, windows, settings, output.as_json)
         return
     for each in (tested, *others):
         for note in tied_notes(each, layout_of(each.config, each.tensors, each.where)):
             tell(f"note: {each.where}: {note}")
     started = time.monotonic()
-    with progress("evaluate", output.quiet) as options.on_progress:
-        found = evaluate(tested, windows, options, reference)
+    with progress("evaluate", output.quiet) as settings.on_progress:
+        found = evaluate(tested, windows, settings, reference)
     if output.as_json:
         print_json(_facts(tested, found, windows, time.monotonic() - started))
     else:
@@ -134,7 +120,7 @@ def evaluate_command(
         draw(found.against, plot, title=_title(checkpoint, pruned.manifest, against), sources=found.sources)
 
 
-def _options(computation: ComputeFlags, compared: _Reference, work: Path) -> EvaluateOptions:
+def _options(computation: options.ComputeFlags, compared: _Reference, work: Path) -> EvaluateOptions:
     precision, other = make_precision(computation), compared.against_dtype
     from shardxform.evaluation.evaluate import EvaluateOptions
 
@@ -142,7 +128,7 @@ def _options(computation: ComputeFlags, compared: _Reference, work: Path) -> Eva
     return EvaluateOptions(precision=precision, work=work, against_dtype=reference_dtype)
 
 
-def _refuse_plot(plot: Path, against: Source | None) -> None:
+def _refuse_plot(plot: Path, against: options.Source | None) -> None:
     """Refuse a picture that could not be drawn when all is done."""
     if against is None:
         raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
@@ -155,7 +141,7 @@ def _refuse_plot(plot: Path, against: Source | None) -> None:
     refuse_foreign(plot)
 
 
-def _view(checkpoint: Checkpoint, pruned: PruneFlags) -> Checkpoint:
+def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
     if pruned.manifest is None:
         return checkpoint
     if checkpoint.config.get("quantization_config"):
@@ -164,13 +150,13 @@ def _view(checkpoint: Checkpoint, pruned: PruneFlags) -> Checkpoint:
 
 
 def _show(
-    tested: Checkpoint, reference: Checkpoint | None, windows: Windows, options: EvaluateOptions, as_json: bool
+    tested: Checkpoint, reference: Checkpoint | None, windows: Windows, settings: EvaluateOptions, as_json: bool
 ) -> None:
     from shardxform.forward.estimate import estimate
 
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
-    widest = max(options.precision, options.against, key=lambda precision: precision.dtype.itemsize)
-    needs = estimate(chains, windows, widest if reference else options.precision, options.work)
+    widest = max(settings.precision, settings.against, key=lambda precision: precision.dtype.itemsize)
+    needs = estimate(chains, windows, widest if reference else settings.precision, settings.work)
     if as_json:
         told = {"data": dict(windows.provenance), "notes": list(windows.notes)}
         print_json({"checkpoint": tested.where, **told, **needs})
@@ -185,7 +171,7 @@ def _show(
                 f"{needs['blocks']} each of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}",
             ),
             ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
-            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
+            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {settings.work}"),
         ]
     )
 
@@ -194,7 +180,7 @@ def _of_sources(windows: Windows) -> str:
     return ", ".join(f"{name} {len(rows):,}" for name, rows in windows.rows) + " windows"
 
 
-def _title(checkpoint: Source, manifest: Path | None, against: Source | None) -> str:
+def _title(checkpoint: options.Source, manifest: Path | None, against: options.Source | None) -> str:
     pruned = f" pruned by {manifest.name}" if manifest else ""
     return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
 
@@ -207,7 +193,7 @@ def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: flo
 
 
 def _report(
-    found: Evaluation, checkpoint: Source, manifest: Path | None, against: Source | None, seconds: float
+    found: Evaluation, checkpoint: options.Source, manifest: Path | None, against: options.Source | None, seconds: float
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
     click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")

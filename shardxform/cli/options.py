@@ -78,6 +78,11 @@ class Flags:
 
     heading: ClassVar[str] = "Options"
 
+    def __init_subclass__(cls, heading: str = "") -> None:
+        """Show the options of a group under `heading`; where that is not given, under that of the group it extends."""
+        if heading:
+            cls.heading = heading
+
 
 def option(text: str, *spellings: str, default: object = None, first: bool = False, **settings: Any) -> Any:  # noqa: ANN401
     """Make the field of a group that an option gives.
@@ -305,10 +310,8 @@ out_argument = click.argument("out", metavar="OUT", type=PATH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneFlags(Flags):
+class PruneFlags(Flags, heading="What OUT holds"):
     """By which manifest experts are taken out."""
-
-    heading: ClassVar[str] = "What OUT holds"
 
     manifest: Path | None = option(
         "Experts to keep, in any of the forms that manifests/ lists.", "-m", metavar="FILE", first=True
@@ -320,10 +323,8 @@ class PruneFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ViewFlags(Flags):
+class ViewFlags(Flags, heading="What OUT holds"):
     """Which tensors an output holds beside the experts."""
-
-    heading: ClassVar[str] = "What OUT holds"
 
     text_only: bool = option("Drop the vision tower and write the text-only class.", default=False)
     mtp: MtpMode = option(
@@ -338,10 +339,8 @@ class ViewFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpellingFlags(Flags):
+class SpellingFlags(Flags, heading="How weights are stored"):
     """How the parts of quantized experts are called."""
-
-    heading: ClassVar[str] = "How weights are stored"
 
     expert_names: ExpertNames = option(
         "split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
@@ -397,10 +396,8 @@ class SchemeFlags(SpellingFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HealFlags(Flags):
+class HealFlags(Flags, heading="Healing"):
     """How pruned blocks are made to do what the unpruned ones did."""
-
-    heading: ClassVar[str] = "Healing"
 
     heal: What | None = option(
         "After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
@@ -435,10 +432,8 @@ class HealFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchFlags(Flags):
+class BatchFlags(Flags, heading="Tuning"):
     """How many windows a step of healing or tuning sees."""
-
-    heading: ClassVar[str] = "Tuning"
 
     batch_size: int | None = option(f"Windows of a step.  [default: {BATCH_SIZE}]", type=_AT_LEAST_1)
 
@@ -446,8 +441,6 @@ class BatchFlags(Flags):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundingFlags(BatchFlags):
     """How weights are rounded."""
-
-    heading: ClassVar[str] = "Tuning"
 
     method: Method = option(
         "rtn: round to nearest, without data. auto-round: tune the rounding of each block on calibration data, --data.",
@@ -470,10 +463,9 @@ class RoundingFlags(BatchFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextFlags(Flags):
+class TextFlags(Flags, heading="Text"):
     """Which text, and how it is cut into windows."""
 
-    heading: ClassVar[str] = "Text"
     usual_samples: ClassVar[int] = _SAMPLES
 
     data: str | None = option(
@@ -530,10 +522,8 @@ class TuningTextFlags(TextFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComputeFlags(Flags):
+class ComputeFlags(Flags, heading="Machine"):
     """Where and in what type numbers are computed."""
-
-    heading: ClassVar[str] = "Machine"
 
     device: str = option(
         "Where the model is computed, and weights are rounded, to the same bits everywhere: cpu, or a torch device "
@@ -547,10 +537,8 @@ class ComputeFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobFlags(Flags):
+class JobFlags(Flags, heading="Machine"):
     """How much is done at a time."""
-
-    heading: ClassVar[str] = "Machine"
 
     jobs: int | None = option(
         f"Steps at a time; the bytes are the same.  [default: {_DEFAULT_JOBS}]", "-j", type=click.IntRange(1, 64)
@@ -563,10 +551,8 @@ class JobFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HubFlags(Flags):
+class HubFlags(Flags, heading="Machine"):
     """How a repository of the hub is read."""
-
-    heading: ClassVar[str] = "Machine"
 
     connections: int | None = option(
         "Requests at a time to the hub, where a checkpoint is there.  [default: 4]", type=click.IntRange(1, 64)
@@ -585,10 +571,8 @@ class TransferFlags(HubFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayFlags(Flags):
+class RayFlags(Flags, heading="Machine"):
     """On which machines steps are done."""
-
-    heading: ClassVar[str] = "Machine"
 
     ray: str | None = option(
         "Do the steps on a Ray cluster: at HOST:PORT; auto, the one that this machine belongs to; by itself, one of "
@@ -601,10 +585,8 @@ class RayFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkFlags(Flags):
+class WorkFlags(Flags, heading="Machine"):
     """Where hidden states lie."""
-
-    heading: ClassVar[str] = "Machine"
 
     work: Path | None = option("Directory for hidden states while the command runs; removed at its end.", metavar="DIR")
 
@@ -613,10 +595,8 @@ class WorkFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JsonFlags(Flags):
+class JsonFlags(Flags, heading="Output"):
     """How the result is printed."""
-
-    heading: ClassVar[str] = "Output"
 
     as_json: bool = option("Print the result as JSON on stdout.", "--json", default=False)
 

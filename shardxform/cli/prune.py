@@ -6,23 +6,8 @@ from pathlib import Path
 
 import click
 
+from shardxform.cli import options
 from shardxform.cli.inputs import load_manifest, open_source
-from shardxform.cli.options import (
-    BatchFlags,
-    ComputeFlags,
-    HealFlags,
-    JobFlags,
-    PruneFlags,
-    RayFlags,
-    Source,
-    TransferFlags,
-    TuningTextFlags,
-    ViewFlags,
-    WriteFlags,
-    command,
-    out_argument,
-    source_argument,
-)
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import TuneRequest, on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.options import RunOptions
@@ -31,22 +16,22 @@ from shardxform.plan.prune import plan_prune
 __all__ = ["prune_command"]
 
 
-@command("prune")
-@source_argument
-@out_argument
+@options.command("prune")
+@options.source_argument
+@options.out_argument
 def prune_command(
-    source: Source,
+    source: options.Source,
     out: Path,
-    pruned: PruneFlags,
-    viewed: ViewFlags,
-    healing: HealFlags,
-    batches: BatchFlags,
-    text: TuningTextFlags,
-    computation: ComputeFlags,
-    jobs: JobFlags,
-    transfer: TransferFlags,
-    cluster: RayFlags,
-    output: WriteFlags,
+    pruned: options.PruneFlags,
+    viewed: options.ViewFlags,
+    healing: options.HealFlags,
+    batches: options.BatchFlags,
+    text: options.TuningTextFlags,
+    computation: options.ComputeFlags,
+    jobs: options.JobFlags,
+    transfer: options.TransferFlags,
+    cluster: options.RayFlags,
+    output: options.WriteFlags,
 ) -> None:
     """Write OUT, a copy of SRC with only the routed experts that the manifest keeps.
 
@@ -56,7 +41,7 @@ def prune_command(
     """
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
-    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, options="--manifest")
+    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, ways="--manifest")
     ray = on_ray(cluster, computation.device, jobs=jobs.jobs, healing=healing)
     checkpoint = open_source(source, transfer, out.parent)
     kept = load_manifest(pruned, checkpoint)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import click
 
@@ -37,9 +37,7 @@ def _text(_ctx: click.Context, param: click.Parameter, value: str | None) -> str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Target(Flags):
-    heading: ClassVar[str] = "The repository"
-
+class _Target(Flags, heading="The repository"):
     create: bool = option("Make the repository, or the branch, if there is none.", default=False, first=True)
     private: bool = option("Make a new repository private; refuse one that is public.", default=False)
     branch: str = option("Where to.", "--revision", default="main", metavar="BRANCH", callback=_text)

@@ -5,24 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from shardxform.cli import options
 from shardxform.cli.inputs import load_manifest, open_source
-from shardxform.cli.options import (
-    ComputeFlags,
-    HealFlags,
-    JobFlags,
-    PruneFlags,
-    RayFlags,
-    RoundingFlags,
-    SchemeFlags,
-    Source,
-    TransferFlags,
-    TuningTextFlags,
-    ViewFlags,
-    WriteFlags,
-    command,
-    out_argument,
-    source_argument,
-)
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import TuneRequest, block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.options import RunOptions
@@ -31,43 +15,43 @@ from shardxform.plan.quantize import plan_quantize
 __all__ = ["quantize_command"]
 
 
-@command("quantize")
-@source_argument
-@out_argument
+@options.command("quantize")
+@options.source_argument
+@options.out_argument
 def quantize_command(
-    source: Source,
+    source: options.Source,
     out: Path,
-    pruned: PruneFlags,
-    viewed: ViewFlags,
-    stored: SchemeFlags,
-    rounding: RoundingFlags,
-    healing: HealFlags,
-    text: TuningTextFlags,
-    computation: ComputeFlags,
-    jobs: JobFlags,
-    transfer: TransferFlags,
-    cluster: RayFlags,
-    output: WriteFlags,
+    pruned: options.PruneFlags,
+    viewed: options.ViewFlags,
+    stored: options.SchemeFlags,
+    rounding: options.RoundingFlags,
+    healing: options.HealFlags,
+    text: options.TuningTextFlags,
+    computation: options.ComputeFlags,
+    jobs: options.JobFlags,
+    transfer: options.TransferFlags,
+    cluster: options.RayFlags,
+    output: options.WriteFlags,
 ) -> None:
     """Write OUT, SRC with its weights rounded to 4 or 8 bits; pruned by --manifest, and healed, in the same pass.
 
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
-    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, options="--manifest")
+    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, ways="--manifest")
     ray = on_ray(cluster, computation.device, jobs=jobs.jobs, healing=healing, rounding=rounding)
     checkpoint = open_source(source, transfer, out.parent)
     asked = TuneRequest(text=text, healing=healing, rounding=rounding, computation=computation)
     tuning = read_tuning(asked, checkpoint, here=ray is None)
     kept, view = load_manifest(pruned, checkpoint), viewed.view(output.max_shard_size)
     plan = plan_quantize(checkpoint, stored.read(tuned=asked.tunes), kept, view, tuning.recipe if tuning else None)
-    options = RunOptions(jobs=jobs.count)
+    settings = RunOptions(jobs=jobs.count)
     if tuning is None:
-        execute(plan, out, output, replace(options, device=computation.device), ray)
+        execute(plan, out, output, replace(settings, device=computation.device), ray)
         return
-    options = replace(options, parts=rounding.merge)
+    settings = replace(settings, parts=rounding.merge)
     if ray:
-        execute(plan, out, output, options, replace(ray, tuning=block_tuning(plan, out, tuning)))
+        execute(plan, out, output, settings, replace(ray, tuning=block_tuning(plan, out, tuning)))
         return
     with open_tuner(tuning, checkpoint, plan, rounding.blocks) as tuner:
-        execute(plan, out, output, replace(options, tuner=tuner, blocks=rounding.blocks))
+        execute(plan, out, output, replace(settings, tuner=tuner, blocks=rounding.blocks))

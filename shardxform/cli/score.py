@@ -13,20 +13,9 @@ import click
 
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import options
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
 from shardxform.cli.inputs import load_text, make_precision, open_source, refuse_no_data, refuse_unwritable
-from shardxform.cli.options import (
-    ComputeFlags,
-    DryFlags,
-    RayFlags,
-    Source,
-    TextFlags,
-    TransferFlags,
-    WorkFlags,
-    command,
-    option,
-    source_argument,
-)
 from shardxform.cli.tuning import OnRay, on_ray, ray_place
 from shardxform.errors import OutputError
 
@@ -39,8 +28,8 @@ __all__ = ["score_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Output(DryFlags):
-    out: Path = option(
+class _Output(options.DryFlags):
+    out: Path = options.option(
         "Saliency file to write, such as saliency.safetensors.",
         "--out",
         "-o",
@@ -50,15 +39,15 @@ class _Output(DryFlags):
     )
 
 
-@command("score")
-@source_argument
+@options.command("score")
+@options.source_argument
 def score_command(
-    source: Source,
-    text: TextFlags,
-    computation: ComputeFlags,
-    place: WorkFlags,
-    transfer: TransferFlags,
-    cluster: RayFlags,
+    source: options.Source,
+    text: options.TextFlags,
+    computation: options.ComputeFlags,
+    place: options.WorkFlags,
+    transfer: options.TransferFlags,
+    cluster: options.RayFlags,
     output: _Output,
 ) -> None:
     """Run SRC over calibration data, block by block, and write what every routed expert did.
@@ -79,20 +68,20 @@ def score_command(
     for path in (output.out, work):
         refuse_inside(path, [checkpoint.root])
     windows = load_text(text, checkpoint)
-    options = ScoreOptions(precision=precision, work=work)
-    existing = _existing(output.out, checkpoint, windows, options)
+    settings = ScoreOptions(precision=precision, work=work)
+    existing = _existing(output.out, checkpoint, windows, settings)
     if output.dry_run:
-        _show(_facts(checkpoint, windows, options, ray), output.out, work, output.as_json)
+        _show(_facts(checkpoint, windows, settings, ray), output.out, work, output.as_json)
         return
     run, remove = _ways(ray)
     if existing is None:
-        with progress("score", output.quiet) as options.on_progress:
-            existing = run(checkpoint, windows, options)
+        with progress("score", output.quiet) as settings.on_progress:
+            existing = run(checkpoint, windows, settings)
         existing.save(output.out)
         outcome = "complete and durable"
     else:
         outcome = "already complete, made from the same inputs; nothing written"
-    remove(checkpoint, windows, options)
+    remove(checkpoint, windows, settings)
     _report(existing, windows, output.out, outcome, output.as_json)
 
 
@@ -114,7 +103,7 @@ def _refuse_overlap(output: Path, work: Path) -> None:
         raise OutputError(f"{output}: is in the way of the work directory {work}; name another with --work")
 
 
-def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency | None:
+def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, settings: ScoreOptions) -> Saliency | None:
     """What an earlier run of the same command wrote; refuses any other file."""
     from shardxform.experts import Saliency
     from shardxform.experts.scoring import difference_of_runs
@@ -122,23 +111,23 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: S
     if not os.path.lexists(output):
         return None
     found = Saliency.load(output)
-    if where := difference_of_runs(found, checkpoint, windows, options):
+    if where := difference_of_runs(found, checkpoint, windows, settings):
         raise OutputError(f"{output}: holds a saliency of another run: {where}; name a file that does not exist yet")
     return found
 
 
-def _facts(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, windows: Windows, settings: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
     """What would be run, and what it takes; sizes in bytes."""
     from shardxform.forward.estimate import estimate
 
-    needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
+    needs = estimate({"scored": checkpoint}, windows, settings.precision, settings.work)
     told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.lengths_N)}
     facts = {"source": checkpoint.where, **told, **needs}
     if ray:
         from shardxform.cluster.pool import refuse_remote
 
         refuse_remote(checkpoint.where, checkpoint.remote)
-        memory, gpus = needs["peak_memory_bytes"], int(options.precision.device.type != "cpu")
+        memory, gpus = needs["peak_memory_bytes"], int(settings.precision.device.type != "cpu")
         facts["ray"] = {"address": ray.address, "task_memory_bytes": memory, "task_cpus": 1, "task_gpus": gpus}
     return facts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 
@@ -33,10 +33,8 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceFlags(Flags):
+class ChoiceFlags(Flags, heading="Which experts stay"):
     """Which experts stay."""
-
-    heading: ClassVar[str] = "Which experts stay"
 
     keep: int | None = option("Experts to keep in every layer.", type=click.IntRange(1), metavar="N", first=True)
     ratio: float | None = option("Or the share of the experts to remove, such as 0.5.", metavar="R", first=True)

@@ -15,17 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe
+from shardxform.cli import options
 from shardxform.cli.console import count, gb
 from shardxform.cli.inputs import load_text, make_precision
-from shardxform.cli.options import (
-    BatchFlags,
-    ComputeFlags,
-    HealFlags,
-    RayFlags,
-    RoundingFlags,
-    TextFlags,
-    refuse_idle,
-)
 from shardxform.cluster.session import LOCAL
 from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import layout_of
@@ -61,15 +53,15 @@ __all__ = [
 class TuneRequest:
     """The options of a command that heals or tunes; `rounding` without a method where it only heals."""
 
-    text: TextFlags
-    healing: HealFlags
-    rounding: BatchFlags
-    computation: ComputeFlags
+    text: options.TextFlags
+    healing: options.HealFlags
+    rounding: options.BatchFlags
+    computation: options.ComputeFlags
 
     @property
     def tunes(self) -> bool:
         """Whether rounding is to be tuned."""
-        return isinstance(self.rounding, RoundingFlags) and self.rounding.method == "auto-round"
+        return isinstance(self.rounding, options.RoundingFlags) and self.rounding.method == "auto-round"
 
     def refuse_idle(self) -> None:
         """Refuse options that need another one.
@@ -78,18 +70,18 @@ class TuneRequest:
             SchemeError: names both.
 
         """
-        rounds, healing = isinstance(self.rounding, RoundingFlags), self.healing
+        rounds, healing = isinstance(self.rounding, options.RoundingFlags), self.healing
         tuning = "--method auto-round, but the method is rtn"
         if rounds and not self.tunes:
-            refuse_idle(self.rounding, "iters", "inputs", "blocks", "merge", wanted=tuning)
+            options.refuse_idle(self.rounding, "iters", "inputs", "blocks", "merge", wanted=tuning)
         if self.tunes or healing.heal is not None or healing.heal_iters == 0:
             return
         wanted = tuning if rounds else "--heal, which is not given"
-        refuse_idle(self.rounding, "batch_size", wanted=wanted)
-        refuse_idle(self.computation, "dtype", wanted=wanted)
-        refuse_idle(self.text, wanted=wanted)
+        options.refuse_idle(self.rounding, "batch_size", wanted=wanted)
+        options.refuse_idle(self.computation, "dtype", wanted=wanted)
+        options.refuse_idle(self.text, wanted=wanted)
         if not rounds:  # rounding has a device too
-            refuse_idle(self.computation, "device", wanted=wanted)
+            options.refuse_idle(self.computation, "device", wanted=wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +100,8 @@ class Tuning:
     precision: Precision
 
 
-def refuse_nothing_pruned(healing: HealFlags, text: TextFlags, *, prunes: bool, options: str) -> None:
-    """Refuse --heal where nothing is pruned, before data are asked for; `options` say how to prune.
+def refuse_nothing_pruned(healing: options.HealFlags, text: options.TextFlags, *, prunes: bool, ways: str) -> None:
+    """Refuse --heal where nothing is pruned, before data are asked for; `ways` are those to prune.
 
     Raises:
         UsageError: names what is missing, the data included.
@@ -118,7 +110,7 @@ def refuse_nothing_pruned(healing: HealFlags, text: TextFlags, *, prunes: bool, 
     if healing.heal is None or healing.heal_iters == 0 or prunes:
         return
     data = "" if text.data else ", and --data"
-    raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {options}{data}.")
+    raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {ways}{data}.")
 
 
 def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) -> Tuning | None:
@@ -130,7 +122,7 @@ def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) ->
         SchemeError: options that need another one.
 
     """
-    rounding = asked.rounding if isinstance(asked.rounding, RoundingFlags) else RoundingFlags()
+    rounding = asked.rounding if isinstance(asked.rounding, options.RoundingFlags) else options.RoundingFlags()
     heal = asked.healing.read(asked.rounding.batch_size)
     asked.refuse_idle()
     if not asked.tunes and heal is None:
@@ -203,12 +195,12 @@ class OnRay:
 
 
 def on_ray(
-    cluster: RayFlags,
+    cluster: options.RayFlags,
     device: str,
     *,
     jobs: int | None = None,
-    healing: HealFlags | None = None,
-    rounding: RoundingFlags | None = None,
+    healing: options.HealFlags | None = None,
+    rounding: options.RoundingFlags | None = None,
 ) -> OnRay | None:
     """Say where steps are to be done; None without --ray.
 

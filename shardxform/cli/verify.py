@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 import click
 
@@ -24,9 +24,7 @@ _LEFT: Final = {"healed": "healed", "tuned": "rounded with tuning", "unknown": "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Made(Flags):
-    heading: ClassVar[str] = "How OUT was made"
-
+class _Made(Flags, heading="How OUT was made"):
     source: Source | None = option("The checkpoint OUT was made from: compare.", metavar="SRC", type=SOURCE, first=True)
     manifest: Path | None = option(
         "Experts that were kept, in any of the forms that manifests/ lists.", "-m", metavar="FILE"
@@ -38,9 +36,7 @@ class _Made(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Depth(Flags):
-    heading: ClassVar[str] = "How much is looked at"
-
+class _Depth(Flags, heading="How much is looked at"):
     quick: bool = option("Headers, index, config and small files only; no tensor data.", default=False)
     independent: bool = option(
         "Also derive OUT from SRC a second time, by code that shares nothing with what wrote it.", default=False
