@@ -305,7 +305,7 @@ NAMES = {f"layers.0.{name}": ("I64" if name == "count" else "F64", 4) for name i
         (b"", "s: 0 bytes, too short for a safetensors header"),
         (file_of(RECORD)[:-1], "s: truncated"),
         (file_of(RECORD, key="format"), r"s: not a saliency file: .* found \['format'\]"),
-        (file_of("{"), "s: metadata 'shardxform.experts' is not JSON"),
+        (file_of("{"), "s: metadata 'shardxform.saliency' is not JSON"),
         (file_of(RECORD | {"version": 2}), "s: version: expected 1, found 2"),
         (file_of(RECORD | {"version": True}), "s: version: expected 1, found True"),
         (file_of(RECORD | {"more": 1}), "s: expected the record version, model, tokens, runs"),

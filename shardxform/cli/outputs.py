@@ -13,7 +13,7 @@ from shardxform.base.file_system import FileSystem
 from shardxform.cli.console import count, gb, give_or_take, pasteable, print_json, progress, rows, short, table, tell
 from shardxform.cli.option_names import with_options
 from shardxform.cli.options import WriteFlags
-from shardxform.cli.tuning import OnRay, open_pool, ray_facts, ray_line
+from shardxform.cli.tuning import OnRay, RayTasks, open_pool, ray_tasks
 from shardxform.execution.outdir import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.plan.plan import Plan
@@ -39,9 +39,7 @@ def execute(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, ray:
     """
     refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if output.dry_run:
-        beside = {"ray": ray_facts(plan, ray)} if ray else {}
-        work = {"work_bytes": options.tuner.work_bytes} if options.tuner else {}
-        _show(plan, out, output, {**_facts(plan, out, options.jobs), **beside, **work})
+        _show(plan, out, output, options, ray_tasks(plan, ray) if ray else None)
         return
     for note in _notes(plan):
         tell(f"note: {note}")
@@ -63,16 +61,18 @@ def execute(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, ray:
         _say_done(plan, report)
 
 
-def _show(plan: Plan, out: Path, output: WriteFlags, facts: Mapping[str, Any]) -> None:
+def _show(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, tasks: RayTasks | None) -> None:
     state = state_of(out, plan)
     if not output.force:
         refuse_other_plan(out, plan, state)
         refuse_obstacles(out, plan)
     if output.as_json:
-        print_json({**facts, "state": state.name})
+        beside: dict[str, object] = {"ray": tasks.to_dict()} if tasks else {}
+        work = {"work_bytes": options.tuner.work_bytes} if options.tuner else {}
+        print_json({**_facts(plan, out, options.jobs), **beside, **work, "state": state.name})
         return
     click.echo(f"{plan.command} {plan.origin} -> {out}  (dry run: nothing is written)")
-    rows(_lines(plan, facts))
+    rows([*_lines(plan), *_needs(plan, out, options, tasks), ("sidecars", ", ".join(plan.sidecars) or "none")])
     for note in _notes(plan):
         click.echo(f"  note: {note}")
 
@@ -83,7 +83,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"not part of the model, not copied: {', '.join(plan.unread)}"
 
 
-def _lines(plan: Plan, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     s = plan.summary
     yield "family", f"{s['family']}, {s['architecture']}"
     yield "experts", f"{s['experts_before']} -> {s['experts_after']} per layer, top-{s['top_k']}"
@@ -93,25 +93,29 @@ def _lines(plan: Plan, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     counts = f"{s['tensors_before']:,} -> {s['tensors_after']:,}"
     yield "tensors", f"{counts}: {s['copied']:,} copied, {done}{renamed}{dropped}"
     if "scheme" in s:
-        yield "quantized", _quantized(s)
-    if heal := plan.inputs.get("recipe", {}).get("heal"):
-        yield "healed", _healed(plan.inputs["recipe"], heal)
+        yield "quantized", _quantized(plan)
+    if plan.inputs.get("recipe", {}).get("heal"):
+        yield "healed", _healed(plan)
     ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
     yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
     yield "shards", f"{len(plan.shards)}, from {plan.shards[0].name}"
     yield "steps", f"{len(plan.steps)}"
-    if "ray" in facts:
-        yield "ray", ray_line(facts["ray"])
+
+
+def _needs(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> Iterator[tuple[str, str]]:
+    """What carrying the plan out takes."""
+    if tasks:
+        yield "ray", tasks.line
     else:
-        yield "memory", f"about {gb(facts['peak_memory_bytes'])} at {count(facts['jobs'], 'job')}"
-    work = facts.get("work_bytes", 0)
+        yield "memory", f"about {gb(plan.peak_bytes(options.jobs))} at {count(options.jobs, 'job')}"
+    work = options.tuner.work_bytes if options.tuner else 0
     states = f", {gb(work)} of it for hidden states until OUT is complete" if work else ""
-    yield "free disk", f"{gb(facts['free_disk_bytes'])} of {gb(plan.nbytes + work)} needed{states}"
-    yield "sidecars", ", ".join(plan.sidecars) or "none"
+    free = FileSystem().free_bytes(out.absolute())
+    yield "free disk", f"{gb(free)} of {gb(plan.nbytes + work)} needed{states}"
 
 
-def _quantized(summary: Mapping[str, Any]) -> str:
-    scheme, grid = summary["scheme"], summary["scheme"]["grid"]
+def _quantized(plan: Plan) -> str:
+    summary, scheme, grid = plan.summary, plan.summary["scheme"], plan.summary["scheme"]["grid"]
     kept = ", ".join(f"{n:,} {why}" for why, n in summary["kept_modules"].items())
     group = "one scale per row" if grid["group_size"] == -1 else f"groups of {grid['group_size']}"
     method = ", tuned" if scheme.get("method") == "auto-round" else ""
@@ -121,7 +125,8 @@ def _quantized(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _healed(recipe: Mapping[str, Any], heal: Mapping[str, Any]) -> str:
+def _healed(plan: Plan) -> str:
+    recipe, heal = plan.inputs["recipe"], plan.inputs["recipe"]["heal"]
     what = {"auto": "what held-out windows choose", "all": "the whole block", "moe": "all MoE weights"}
     step = "a step by the amount of data" if heal["lr"] is None else f"a first step of {heal['lr']:g}"
     text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens"
@@ -232,7 +237,7 @@ def told_blocks(facts: Mapping[str, Any]) -> list[Block]:
     return sorted(filter(_is_whole, listed if isinstance(listed, list) else []), key=lambda block: int(block["layer"]))
 
 
-def _is_whole(block: Any) -> bool:  # noqa: ANN401
+def _is_whole(block: object) -> bool:
     """Whether a block says all that is shown of it."""
     if not isinstance(block, dict) or not _has(block, "layer"):
         return False

@@ -24,7 +24,7 @@ _MOST_FILES: Final = 20  # shown one by one; --json has all
 class _RepoName(click.ParamType[str]):
     name = "repository"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not is_repo_name(str(value)):
             self.fail(f"expected a repository of the hub, owner/name, found {value!r}", param, ctx)
         return str(value)

@@ -76,7 +76,7 @@ def _add(files: tuple[Path, ...], out: Path) -> None:
         tell(f"note: {count(twice, 'run')} with the provenance of another: the same data may count twice")
 
 
-def _run_lines(label: str, run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _run_lines(label: str, run: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """What a run says of itself, over as many lines as it takes; what a stranger's file says, over a few at most."""
     lines = [""]
     for key, value in run.items():

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +18,7 @@ from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe
 from shardxform.cli import options
 from shardxform.cli.console import count, gb
 from shardxform.cli.inputs import load_text, make_precision
-from shardxform.cluster.session import LOCAL
+from shardxform.cluster.session import LOCAL, Needs
 from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import layout_of
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OnRay",
+    "RayTasks",
     "TuneRequest",
     "Tuning",
     "block_tuning",
     "on_ray",
     "open_pool",
     "open_tuner",
-    "ray_facts",
-    "ray_line",
     "ray_place",
+    "ray_tasks",
     "read_tuning",
     "refuse_nothing_pruned",
 ]
@@ -252,30 +252,51 @@ def block_tuning(plan: Plan, out: Path, tuning: Tuning) -> BlockTuning:
     )
 
 
-def ray_facts(plan: Plan, ray: OnRay) -> dict[str, Any]:
-    """What would be run on a cluster, without asking it; memory and disk in bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayTasks:
+    """What would be run on a cluster; sizes in bytes.
+
+    Attributes:
+        address: of the cluster.
+        tasks: how many.
+        largest: what the largest of them is promised.
+        states_bytes: disk that hidden states take; None where nothing is tuned.
+
+    """
+
+    address: str
+    tasks: int
+    largest: Needs
+    states_bytes: int | None
+
+    @property
+    def line(self) -> str:
+        """The same for people."""
+        each = f"{count(self.largest.cpus, 'CPU')}{', 1 GPU' if self.largest.gpus else ''}"
+        states = "" if self.states_bytes is None else f"; {gb(self.states_bytes)} of hidden states in OUT"
+        where = ray_place(self.address)
+        return f"{count(self.tasks, 'task')} of {each} and up to {gb(self.largest.memory)}, on {where}{states}"
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for `--json`."""
+        return {
+            "address": self.address,
+            "tasks": self.tasks,
+            "task_memory_bytes": self.largest.memory,
+            "task_cpus": self.largest.cpus,
+            "task_gpus": self.largest.gpus,
+            **({} if self.states_bytes is None else {"states_bytes": self.states_bytes}),
+        }
+
+
+def ray_tasks(plan: Plan, ray: OnRay) -> RayTasks:
+    """What would be run on a cluster, without asking it."""
     from shardxform.cluster.pool import largest_of, refuse_remote
 
     refuse_remote(plan.origin, plan.remote)
+    states = ray.tuning.work_bytes if ray.tuning else None
     largest = largest_of(plan, ray.device)
-    return {
-        "address": ray.address,
-        "tasks": len(plan.steps),
-        "task_memory_bytes": largest.memory,
-        "task_cpus": largest.cpus,
-        "task_gpus": largest.gpus,
-        **({"states_bytes": ray.tuning.work_bytes} if ray.tuning else {}),
-    }
-
-
-def ray_line(facts: Mapping[str, Any]) -> str:
-    """The same for people."""
-    each = f"{count(facts['task_cpus'], 'CPU')}{', 1 GPU' if facts['task_gpus'] else ''}"
-    states = f"; {gb(facts['states_bytes'])} of hidden states in OUT" if "states_bytes" in facts else ""
-    return (
-        f"{count(facts['tasks'], 'task')} of {each} and up to {gb(facts['task_memory_bytes'])}, on"
-        f" {ray_place(facts['address'])}{states}"
-    )
+    return RayTasks(address=ray.address, tasks=len(plan.steps), largest=largest, states_bytes=states)
 
 
 def ray_place(address: str) -> str:
