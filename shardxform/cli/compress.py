@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -31,7 +31,7 @@ from shardxform.cli.inputs import load_text, make_precision, open_source, requir
 from shardxform.cli.option_names import with_options
 from shardxform.cli.outputs import judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
-from shardxform.cli.tuning import TuneRequest, Tuning, read_tuning, refuse_nothing_pruned
+from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned
 from shardxform.compress.request import Pruning, Request, Settings
 from shardxform.errors import PlanError
 from shardxform.experts.criteria import DEFAULT
@@ -72,6 +72,15 @@ class _RoundingFlags(options.BatchFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Text(options.TuningTextFlags):
+    """The text that experts are scored on too, and so more of it."""
+
+    usual_samples: ClassVar[int] = options.TextFlags.usual_samples
+
+    samples: int | None = options.option(f"Windows.  [default: {usual_samples}]", type=click.IntRange(1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _CheckFlags(options.Flags, heading="Checking and measuring"):
     eval_data: str | None = options.option(
         "Held-out text, as --data: also measure OUT against SRC on it.", metavar="D", type=options.DATA, first=True
@@ -97,17 +106,19 @@ class _Output(options.WriteFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _Asked(options.Flags):
     """The options that decide what is made, and what is needed for it."""
 
-    choice: ChoiceFlags
+    choice: _ChoiceFlags
+    viewed: options.ViewFlags
     stored: options.SchemeFlags
     rounding: _RoundingFlags
     healing: options.HealFlags
-    text: options.TextFlags
+    text: _Text
     checks: _CheckFlags
-    viewed: options.ViewFlags
     computation: options.ComputeFlags
+    jobs: options.JobFlags
+    transfer: options.TransferFlags
     output: _Output
 
     @property
@@ -129,21 +140,7 @@ class _Asked:
 @options.command("compress")
 @options.source_argument
 @options.out_argument
-def compress_command(
-    source: options.Source,
-    out: Path,
-    choice: _ChoiceFlags,
-    viewed: options.ViewFlags,
-    stored: options.SchemeFlags,
-    rounding: _RoundingFlags,
-    healing: options.HealFlags,
-    text: options.TextFlags,
-    checks: _CheckFlags,
-    computation: options.ComputeFlags,
-    jobs: options.JobFlags,
-    transfer: options.TransferFlags,
-    output: _Output,
-) -> None:
+def compress_command(source: options.Source, out: Path, asked: _Asked) -> None:
     """Make OUT of SRC: choose experts, prune, round to 4 bits, verify and measure, each as its own command does.
 
     score runs SRC over --data, 256 windows of 2048 tokens unless --samples and --seqlen say; select chooses the experts
@@ -156,24 +153,14 @@ def compress_command(
     Interrupted, the same command goes on where it stopped; a stage that is done is not done again. With other options
     it refuses to go on; --force then makes again what depends on them, and keeps what the other stages gave.
     """
-    asked = _Asked(
-        choice=choice,
-        stored=stored,
-        rounding=rounding,
-        healing=healing,
-        text=text,
-        checks=checks,
-        viewed=viewed,
-        computation=computation,
-        output=output,
-    )
+    output = asked.output
     _refuse_idle(asked)
-    request = _request(open_source(source, transfer, out.parent), out, asked)
+    request = _request(open_source(source, asked.transfer, out.parent), out, asked)
     settings = Settings(
-        jobs=jobs.count,
-        device=computation.device,
+        jobs=asked.jobs.count,
+        device=asked.computation.device,
         force=output.force,
-        full_verify=checks.full_verify,
+        full_verify=asked.checks.full_verify,
         plot=output.plots,
     )
     from shardxform.compress import compress, prepare
@@ -252,7 +239,7 @@ def _tuning(source: Checkpoint, asked: _Asked) -> Tuning | None:
     )
     iters = rounding.iters or (_TUNE_ITERS if asked.tunes else None)
     steps = options.RoundingFlags(method=rounding.method, iters=iters, batch_size=rounding.batch_size)
-    wanted = TuneRequest(text=windows, healing=asked.healing, rounding=steps, computation=asked.computation)
+    wanted = options.TuneRequest(text=windows, healing=asked.healing, rounding=steps, computation=asked.computation)
     return read_tuning(wanted, source)
 
 

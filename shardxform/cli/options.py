@@ -1,13 +1,14 @@
 """Options of the command line, as frozen dataclasses: a group of options is declared once, by its fields.
 
 A command is a function that `command` turns into click's: every parameter whose type is a group gives it the options of
-that group, and is handed the object that they make. `--help` shows the groups under their headings.
+that group, and is handed the object that they make. A field of a group may be a group again. `--help` shows the options
+under the headings of their groups.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "DryFlags",
     "Flags",
     "HealFlags",
+    "HealRequest",
     "HubFlags",
     "JobFlags",
     "JsonFlags",
@@ -50,6 +52,7 @@ __all__ = [
     "SpellingFlags",
     "TextFlags",
     "TransferFlags",
+    "TuneRequest",
     "ViewFlags",
     "WorkFlags",
     "WriteFlags",
@@ -66,7 +69,6 @@ Source = Path | RepoName
 
 _FIRST: Final = "Used first"
 _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
-_SAMPLES, _TUNE_SAMPLES = 256, 128  # the latter are auto-round's
 _SEQLEN, _SEED = 2048, 42
 
 
@@ -124,23 +126,31 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """Make a command of a function: parameters that are groups of options bring their options along."""
 
     def make(function: Callable[..., None]) -> click.Command:
-        hints = get_type_hints(function)
-        groups = {key: hint for key, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Flags)}
-        grouped = {each.name for group in groups.values() for each in _fields(group)}
+        groups = {key: hint for key, hint in get_type_hints(function).items() if _is_group(hint)}
+        options = [each for group in groups.values() for each in _options(group)]
+        grouped = {each.name for each in options}
 
         @wraps(function)
         def run(**values: object) -> None:
             others = {key: value for key, value in values.items() if key not in grouped}
-            made = {
-                key: group(**{each.name: values[each.name] for each in _fields(group)}) for key, group in groups.items()
-            }
-            function(**others, **made)
+            function(**others, **{key: _made(group, values) for key, group in groups.items()})
 
         made = click.command(name, cls=_Command)(run)
-        made.params += [each for group in groups.values() for each in _options(group)]
+        made.params += options
         return made
 
     return make
+
+
+def _is_group(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Flags)
+
+
+def _made(group: type[Flags], values: Mapping[str, object]) -> Flags:
+    """A group with the values of its options."""
+    hints = get_type_hints(group)
+    names = [each.name for each in _fields(group)]
+    return group(**{name: _made(hints[name], values) if _is_group(hints[name]) else values[name] for name in names})
 
 
 def _fields(group: type[Flags]) -> list[Field[Any]]:
@@ -152,6 +162,9 @@ def _fields(group: type[Flags]) -> list[Field[Any]]:
 def _options(group: type[Flags]) -> Iterator[_Option]:
     hints = get_type_hints(group)
     for each in _fields(group):
+        if _is_group(hints[each.name]):
+            yield from _options(hints[each.name])
+            continue
         settings = {**_kind(hints[each.name]), **each.metadata["settings"]}
         if not settings.get("required"):  # a default would do for it
             settings["default"] = each.default
@@ -466,7 +479,7 @@ class RoundingFlags(BatchFlags):
 class TextFlags(Flags, heading="Text"):
     """Which text, and how it is cut into windows."""
 
-    usual_samples: ClassVar[int] = _SAMPLES
+    usual_samples: ClassVar[int] = 256
 
     data: str | None = option(
         "Text: .jsonl, .json, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
@@ -474,7 +487,7 @@ class TextFlags(Flags, heading="Text"):
         type=DATA,
         first=True,
     )
-    samples: int | None = option(f"Windows.  [default: {_SAMPLES}]", type=_AT_LEAST_1)
+    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=_AT_LEAST_1)
     seqlen: int | None = option(f"Tokens of a window.  [default: {_SEQLEN}]", type=_AT_LEAST_2)
     seed: int | None = option(f"Where data are sampled.  [default: {_SEED}]", type=click.IntRange(0))
     no_pack: bool = option(
@@ -513,9 +526,9 @@ class TextFlags(Flags, heading="Text"):
 class TuningTextFlags(TextFlags):
     """The text that blocks are healed and tuned on."""
 
-    usual_samples: ClassVar[int] = _TUNE_SAMPLES
+    usual_samples: ClassVar[int] = 128  # auto-round's
 
-    samples: int | None = option(f"Windows.  [default: {_TUNE_SAMPLES}]", type=_AT_LEAST_1)
+    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=_AT_LEAST_1)
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -589,6 +602,26 @@ class WorkFlags(Flags, heading="Machine"):
     """Where hidden states lie."""
 
     work: Path | None = option("Directory for hidden states while the command runs; removed at its end.", metavar="DIR")
+
+
+# -- what several commands take together ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealRequest(Flags):
+    """What is asked of a command that heals."""
+
+    rounding: BatchFlags
+    healing: HealFlags
+    text: TuningTextFlags
+    computation: ComputeFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRequest(HealRequest):
+    """What is asked of a command that tunes the rounding too."""
+
+    rounding: RoundingFlags
 
 
 # -- what is printed and written --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import click
 from shardxform.cli import options
 from shardxform.cli.inputs import load_manifest, open_source
 from shardxform.cli.outputs import execute
-from shardxform.cli.tuning import TuneRequest, on_ray, open_tuner, read_tuning, refuse_nothing_pruned
+from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.options import RunOptions
 from shardxform.plan.prune import plan_prune
 
@@ -24,10 +24,7 @@ def prune_command(
     out: Path,
     pruned: options.PruneFlags,
     viewed: options.ViewFlags,
-    healing: options.HealFlags,
-    batches: options.BatchFlags,
-    text: options.TuningTextFlags,
-    computation: options.ComputeFlags,
+    asked: options.HealRequest,
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
@@ -41,11 +38,10 @@ def prune_command(
     """
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
-    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, ways="--manifest")
-    ray = on_ray(cluster, computation.device, jobs=jobs.jobs, healing=healing)
+    refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")
+    ray = on_ray(cluster, asked.computation.device, jobs=jobs.jobs, healing=asked.healing)
     checkpoint = open_source(source, transfer, out.parent)
     kept = load_manifest(pruned, checkpoint)
-    asked = TuneRequest(text=text, healing=healing, rounding=batches, computation=computation)
     tuning = read_tuning(asked, checkpoint)
     plan = plan_prune(checkpoint, kept, viewed.view(output.max_shard_size), tuning.recipe if tuning else None)
     if tuning is None:

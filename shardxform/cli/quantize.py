@@ -8,7 +8,7 @@ from pathlib import Path
 from shardxform.cli import options
 from shardxform.cli.inputs import load_manifest, open_source
 from shardxform.cli.outputs import execute
-from shardxform.cli.tuning import TuneRequest, block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned
+from shardxform.cli.tuning import block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned, tunes
 from shardxform.execution.options import RunOptions
 from shardxform.plan.quantize import plan_quantize
 
@@ -24,10 +24,7 @@ def quantize_command(
     pruned: options.PruneFlags,
     viewed: options.ViewFlags,
     stored: options.SchemeFlags,
-    rounding: options.RoundingFlags,
-    healing: options.HealFlags,
-    text: options.TuningTextFlags,
-    computation: options.ComputeFlags,
+    asked: options.TuneRequest,
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
@@ -38,16 +35,16 @@ def quantize_command(
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
-    refuse_nothing_pruned(healing, text, prunes=pruned.manifest is not None, ways="--manifest")
-    ray = on_ray(cluster, computation.device, jobs=jobs.jobs, healing=healing, rounding=rounding)
+    rounding, device = asked.rounding, asked.computation.device
+    refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")
+    ray = on_ray(cluster, device, jobs=jobs.jobs, healing=asked.healing, rounding=rounding)
     checkpoint = open_source(source, transfer, out.parent)
-    asked = TuneRequest(text=text, healing=healing, rounding=rounding, computation=computation)
     tuning = read_tuning(asked, checkpoint, here=ray is None)
     kept, view = load_manifest(pruned, checkpoint), viewed.view(output.max_shard_size)
-    plan = plan_quantize(checkpoint, stored.read(tuned=asked.tunes), kept, view, tuning.recipe if tuning else None)
+    plan = plan_quantize(checkpoint, stored.read(tuned=tunes(rounding)), kept, view, tuning.recipe if tuning else None)
     settings = RunOptions(jobs=jobs.count)
     if tuning is None:
-        execute(plan, out, output, replace(settings, device=computation.device), ray)
+        execute(plan, out, output, replace(settings, device=device), ray)
         return
     settings = replace(settings, parts=rounding.merge)
     if ray:

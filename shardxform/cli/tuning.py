@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "OnRay",
     "RayTasks",
-    "TuneRequest",
     "Tuning",
     "block_tuning",
     "on_ray",
@@ -43,45 +42,11 @@ __all__ = [
     "ray_tasks",
     "read_tuning",
     "refuse_nothing_pruned",
+    "tunes",
 ]
 
 
 # -- what to tune -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuneRequest:
-    """The options of a command that heals or tunes; `rounding` without a method where it only heals."""
-
-    text: options.TextFlags
-    healing: options.HealFlags
-    rounding: options.BatchFlags
-    computation: options.ComputeFlags
-
-    @property
-    def tunes(self) -> bool:
-        """Whether rounding is to be tuned."""
-        return isinstance(self.rounding, options.RoundingFlags) and self.rounding.method == "auto-round"
-
-    def refuse_idle(self) -> None:
-        """Refuse options that need another one.
-
-        Raises:
-            SchemeError: names both.
-
-        """
-        rounds, healing = isinstance(self.rounding, options.RoundingFlags), self.healing
-        tuning = "--method auto-round, but the method is rtn"
-        if rounds and not self.tunes:
-            options.refuse_idle(self.rounding, "iters", "inputs", "blocks", "merge", wanted=tuning)
-        if self.tunes or healing.heal is not None or healing.heal_iters == 0:
-            return
-        wanted = tuning if rounds else "--heal, which is not given"
-        options.refuse_idle(self.rounding, "batch_size", wanted=wanted)
-        options.refuse_idle(self.computation, "dtype", wanted=wanted)
-        options.refuse_idle(self.text, wanted=wanted)
-        if not rounds:  # rounding has a device too
-            options.refuse_idle(self.computation, "device", wanted=wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +78,12 @@ def refuse_nothing_pruned(healing: options.HealFlags, text: options.TextFlags, *
     raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {ways}{data}.")
 
 
-def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) -> Tuning | None:
+def tunes(rounding: options.BatchFlags) -> bool:
+    """Whether rounding is to be tuned."""
+    return isinstance(rounding, options.RoundingFlags) and rounding.method == "auto-round"
+
+
+def read_tuning(asked: options.HealRequest, source: Checkpoint, *, here: bool = True) -> Tuning | None:
     """Read the text and make the recipe; None when neither healing nor tuning is asked for.
 
     `here` says whether this machine is to compute, and must have the device.
@@ -124,8 +94,8 @@ def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) ->
     """
     rounding = asked.rounding if isinstance(asked.rounding, options.RoundingFlags) else options.RoundingFlags()
     heal = asked.healing.read(asked.rounding.batch_size)
-    asked.refuse_idle()
-    if not asked.tunes and heal is None:
+    _refuse_idle(asked)
+    if not tunes(asked.rounding) and heal is None:
         return None
     if rounding.blocks is not None and rounding.inputs != "fp":
         raise SchemeError("--blocks needs --inputs fp: else a block is tuned on what the blocks before it put out")
@@ -136,7 +106,7 @@ def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) ->
         data=windows.provenance,
         samples=int(windows.ids_NT.shape[0]),
         seqlen=int(windows.ids_NT.shape[1]),
-        iters=(rounding.iters or ITERS) if asked.tunes else 0,
+        iters=(rounding.iters or ITERS) if tunes(asked.rounding) else 0,
         batch_size=asked.rounding.batch_size or BATCH_SIZE,
         seed=asked.text.read().seed,
         inputs=rounding.inputs or "quantized",
@@ -145,6 +115,28 @@ def read_tuning(asked: TuneRequest, source: Checkpoint, *, here: bool = True) ->
         heal=heal,
     )
     return Tuning(windows=windows, recipe=recipe, precision=precision)
+
+
+def _refuse_idle(asked: options.HealRequest) -> None:
+    """Refuse options that need another one.
+
+    Raises:
+        SchemeError: names both.
+
+    """
+    rounding, healing, refuse = asked.rounding, asked.healing, options.refuse_idle
+    rounds, wanted = isinstance(rounding, options.RoundingFlags), "--heal, which is not given"
+    if tunes(rounding):
+        return
+    if rounds:
+        wanted = "--method auto-round, but the method is rtn"
+        refuse(rounding, "iters", "inputs", "blocks", "merge", wanted=wanted)
+    if healing.heal is None and healing.heal_iters != 0:
+        refuse(rounding, "batch_size", wanted=wanted)
+        refuse(asked.computation, "dtype", wanted=wanted)
+        refuse(asked.text, wanted=wanted)
+        if not rounds:  # rounding has a device too
+            refuse(asked.computation, "device", wanted=wanted)
 
 
 @contextlib.contextmanager
