@@ -462,7 +462,7 @@ def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
     path = copied.with_name("out.compress") / name
     path.write_bytes(path.read_bytes() + b" ")
     before = tree(copied)
-    with pytest.raises(OutputError, match=rf"{name}: not as `compress` wrote it; move it away"):
+    with pytest.raises(OutputError, match=rf"{name}: not as compress wrote it; move it away"):
         run(prepared, copied, force=force)
     assert tree(copied) == before
 
@@ -471,7 +471,7 @@ def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
 def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: Path, what: str) -> None:
     (tmp_path / "out.compress").mkdir()
     (tmp_path / "out.compress" / what).write_text("mine")
-    with pytest.raises(OutputError, match=r"(not shardxform's|not as `compress` wrote it)"):
+    with pytest.raises(OutputError, match=r"(not shardxform's|not as compress wrote it)"):
         run(prepared, tmp_path / "out")
     assert (tmp_path / "out.compress" / what).read_text() == "mine"
     assert not (tmp_path / "out").exists()
@@ -480,7 +480,7 @@ def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: P
 def test_a_link_in_place_of_the_directory_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.compress").symlink_to("elsewhere")
-    with pytest.raises(OutputError, match="expected a directory of `compress` or nothing"):
+    with pytest.raises(OutputError, match="expected a directory of compress or nothing"):
         run(prepared, tmp_path / "out")
     assert not list((tmp_path / "elsewhere").iterdir())
 
