@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("qwen3_5_moe", "qwen3_6_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_moe_mixed", "deepseek_v3")
+KINDS = (
+    *("qwen3_5_moe", "qwen3_6_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_moe_mixed", "deepseek_v3"),
+    *("gpt_oss", "mixtral"),
+)
 """What `tiny` can build; each has a session fixture of a written checkpoint in conftest."""
 
 INDEX = "model.safetensors.index.json"
@@ -539,6 +542,92 @@ def _latent_attention(prefix: str, c: Mapping[str, Any]) -> Shapes:
     }
 
 
+def _gpt_oss(experts: str | None, _mtp: str | None, over: Mapping[str, Any]) -> tuple[dict[str, Any], Shapes]:
+    c: dict[str, Any] = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "dtype": "bfloat16",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": True,
+        "intermediate_size": 12,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "vocab_size": 48,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        **over,
+    }
+    h, i, d, count = c["hidden_size"], c["intermediate_size"], c["head_dim"], c["num_local_experts"]
+    rows = {"q_proj": c["num_attention_heads"] * d, "k_proj": c["num_key_value_heads"] * d, "o_proj": h}
+    rows["v_proj"] = rows["k_proj"]
+    shapes = _ends("model.", c)
+    for layer in range(c["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        shapes |= _norms(prefix, c)
+        for name, out in rows.items():
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (out, rows["q_proj"] if name == "o_proj" else h)
+            if c["attention_bias"]:
+                shapes[f"{prefix}.self_attn.{name}.bias"] = (out,)
+        shapes[f"{prefix}.self_attn.sinks"] = (c["num_attention_heads"],)
+        shapes[f"{prefix}.mlp.router.weight"] = (count, h)
+        shapes[f"{prefix}.mlp.router.bias"] = (count,)
+        home = f"{prefix}.mlp.experts"
+        if experts == "per-expert":
+            for e in range(count):
+                shapes |= _mlp(f"{home}.{e}", i, h)
+                shapes |= {f"{home}.{e}.{n}_proj.bias": (h if n == "down" else i,) for n in ("gate", "up", "down")}
+        else:
+            shapes |= {f"{home}.gate_up_proj": (count, h, 2 * i), f"{home}.gate_up_proj_bias": (count, 2 * i)}
+            shapes |= {f"{home}.down_proj": (count, i, h), f"{home}.down_proj_bias": (count, h)}
+    return c, shapes
+
+
+def _mixtral(_experts: str | None, _mtp: str | None, over: Mapping[str, Any]) -> tuple[dict[str, Any], Shapes]:
+    c: dict[str, Any] = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 12,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "vocab_size": 48,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        **over,
+    }
+    h, i = c["hidden_size"], c["intermediate_size"]
+    d = c.get("head_dim") or h // c["num_attention_heads"]
+    shapes = _ends("model.", c)
+    for layer in range(c["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            **_norms(prefix, c),
+            f"{prefix}.self_attn.q_proj.weight": (c["num_attention_heads"] * d, h),
+            f"{prefix}.self_attn.k_proj.weight": (c["num_key_value_heads"] * d, h),
+            f"{prefix}.self_attn.v_proj.weight": (c["num_key_value_heads"] * d, h),
+            f"{prefix}.self_attn.o_proj.weight": (h, c["num_attention_heads"] * d),
+            f"{prefix}.block_sparse_moe.gate.weight": (c["num_local_experts"], h),
+        }
+        for e in range(c["num_local_experts"]):
+            home = f"{prefix}.block_sparse_moe.experts.{e}"
+            shapes |= {f"{home}.w1.weight": (i, h), f"{home}.w2.weight": (h, i), f"{home}.w3.weight": (i, h)}
+    return c, shapes
+
+
 _RELEASES = {
     "qwen3_5_moe": _qwen3_5(multimodal=True, default_mtp="per-expert"),
     "qwen3_6_moe": _qwen3_5(multimodal=True, default_mtp="fused"),
@@ -546,6 +635,8 @@ _RELEASES = {
     "qwen3_moe": _qwen3({}),
     "qwen3_moe_mixed": _qwen3({"num_hidden_layers": 5, "mlp_only_layers": [3], "decoder_sparse_step": 2}),
     "deepseek_v3": _deepseek,
+    "gpt_oss": _gpt_oss,
+    "mixtral": _mixtral,
 }
 
 

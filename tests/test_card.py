@@ -89,11 +89,16 @@ def out(quantized: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(quantized, tmp_path / quantized.name))
 
 
-def evaluation(folder: Path, value: Any = EVALUATION, name: str = "eval.json", of: Path | None = None) -> Path:
-    """An evaluation as a file; with `of`, one of that checkpoint."""
+def evaluation(
+    folder: Path, value: Any = EVALUATION, name: str = "eval.json", of: Path | None = None, against: Path | None = None
+) -> Path:
+    """An evaluation as a file; with `of`, one of that checkpoint, and with `against`, held against that one."""
     path = folder / name
     if of:
         value = {**value, "identity": identify(Checkpoint.open(of)).described()}
+    if against:
+        of_reference = {"identity": identify(Checkpoint.open(against)).described()}
+        value = {**value, "against": {**value["against"], **of_reference}}
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
 
@@ -287,6 +292,18 @@ def test_the_commands_of_a_converted_output_make_it_again(target: tuple[str, ...
     assert facts.pruning is not None
 
 
+def test_a_float16_output_is_loaded_as_such(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shardxform("quantize", make(tmp_path / "source", "qwen3_moe"), tmp_path / "q", "--group-size", 32, "-q")
+    shardxform("convert", tmp_path / "q", out, "--to", "float16", "-q")
+    card = render(gather(out))
+    assert "with quantized weights turned back into float16" in card
+    assert "from_pretrained(path, dtype=torch.float16)" in card
+    assert card.count("--dtype float16") == 2
+    assert "bfloat16" not in card
+    assert "--to fp16" in card
+
+
 @pytest.mark.oracle
 def test_a_tuned_output(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
@@ -398,6 +415,35 @@ def test_how_to_load_follows_the_format_and_the_family(kind: str, format_: str, 
     assert ("sglang.launch_server" in text) is (format_ in ("", "auto-round"))
     assert "vllm serve out --dtype bfloat16 --max-model-len" in text
     assert (f"- {format_}\n" in text) is bool(format_)
+    assert ("### llama.cpp and MLX" in text) is (kind == "qwen3_5_moe" and not format_)
+
+
+NO_MTP, OTHER_TYPE, GARBAGE = "--no-mtp", '"qwen3_5_moe"', "mlx-lm loads this and computes garbage"
+ELSEWHERE: Any = [  # family, command, and what its card says for clients that take no spelling of config.json
+    ("qwen3_5_moe", ("prune", "--text-only"), {OTHER_TYPE}),
+    ("qwen3_5_moe", ("prune", "--mtp", "drop", "--text-only"), {NO_MTP, OTHER_TYPE}),
+    ("qwen3_5_moe_text", ("prune", "--mtp", "drop"), {NO_MTP, OTHER_TYPE}),
+    ("qwen3_5_moe", ("quantize", "--mtp", "drop", "--format", "compressed-tensors"), {NO_MTP}),
+    ("qwen3_5_moe_text", ("quantize", "--mtp", "drop", "--format", "gptq", "--g-idx"), {NO_MTP}),
+    ("qwen3_5_moe_text", ("quantize", "--mtp", "drop", "--format", "gptq"), set()),
+    ("qwen3_moe", ("quantize", "--scheme", "W8A16", "--format", "compressed-tensors"), set()),
+    ("deepseek_v3", ("quantize", "--scheme", "W8A16", "--format", "compressed-tensors"), {GARBAGE}),
+    ("deepseek_v3", ("quantize", "--format", "compressed-tensors"), set()),
+    ("deepseek_v3", ("prune", "--mtp", "drop"), set()),
+]
+
+
+@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=lambda value: str(sorted(value)))
+def test_what_llama_cpp_and_mlx_need_is_said_of_outputs_that_it_concerns(
+    kind: str, command: tuple[str, ...], said: set[str], tmp_path: Path
+) -> None:
+    verb, *options = command
+    group = ("--group-size", 32) if verb == "quantize" else ()
+    shardxform(verb, make(tmp_path / "source", kind), tmp_path / "out", *group, *options, "-q")
+    _, _, rest = render(gather(tmp_path / "out")).partition("### llama.cpp and MLX\n")
+    section = rest.partition("\n## ")[0]
+    assert {text for text in (NO_MTP, OTHER_TYPE, GARBAGE) if text in section} == said
+    assert section.count("\n- ") == len(said)
 
 
 # -- whose model, under which licence ---------------------------------------------------------------------------------
@@ -660,6 +706,35 @@ def test_an_evaluation_that_names_this_checkpoint_is_taken(out: Path, tmp_path: 
     found = gather(out, CardOptions(evaluations=[path])).evaluations[0]
     assert isinstance(found, Evaluation)
     assert found.data == Data(name="heldout.jsonl", samples=32, seqlen=256, content="ab")
+
+
+def test_a_reference_must_be_what_the_output_was_made_from(out: Path, tmp_path: Path) -> None:
+    """The same config and the same headers, and one value that is another: only marks tell."""
+    source = ROOT / "examples" / "small-moe"
+    taken = evaluation(tmp_path, of=out, against=source)
+    text = render(gather(out, CardOptions(evaluations=[taken])))
+    assert "The reference is the checkpoint that this one was made from, on the same windows." in text
+    unknown = evaluation(tmp_path, name="earlier.json", of=out)
+    text = render(gather(out, CardOptions(evaluations=[taken, unknown])))
+    assert "this one was held against, whether or not that is its source, on the same" in text
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    with max(other.glob("*.safetensors")).open("r+b") as file:
+        file.seek(-2, 2)
+        last = file.read()
+        file.seek(-2, 2)
+        file.write(bytes([last[0] ^ 1, last[1]]))
+    for reference, told in ((other, "other values in model"), (out, "another config.json")):
+        with pytest.raises(PlanError, match=r"eval\.json: its reference is not what .* was made from: ") as error:
+            gather(out, CardOptions(evaluations=[evaluation(tmp_path, of=out, against=reference)]))
+        assert told in str(error.value)
+        assert str(error.value).endswith("; evaluate it again, --against its source")
+
+
+def test_a_converted_output_may_be_held_against_either_before_it(out: Path, tmp_path: Path) -> None:
+    shardxform("convert", out, tmp_path / "gptq", "--to", "gptq", "-q")
+    for number, reference in enumerate((out, ROOT / "examples" / "small-moe")):
+        path = evaluation(tmp_path, name=f"{number}.json", of=tmp_path / "gptq", against=reference)
+        assert gather(tmp_path / "gptq", CardOptions(evaluations=[path])).evaluations[0].of_source
 
 
 def test_what_is_no_finished_output_is_refused(out: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from build import tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import Counting, Failing, die_at_effect, forked, kill_when_there
 from test_quantize import KIND_SIZES
+from test_verify_independent import found as second_opinion
 from texts import few
 
 torch = pytest.importorskip("torch")
@@ -167,6 +168,7 @@ def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Pat
     assert {name.removeprefix("results/") for name in files if name.startswith("results/")} == RESULTS
     assert set(files) - set(separate) - {f"results/{name}" for name in RESULTS} == {"out/README.md"}
     assert "`calib.jsonl`" in files["out/README.md"].decode()
+    assert second_opinion(finished, small_moe) == []
 
 
 @pytest.mark.parametrize(
@@ -212,6 +214,7 @@ def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path)
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
     assert files.pop("out/README.md")
     assert files == tree(tmp_path / "separate")
+    assert second_opinion(tmp_path / "out", small_moe) == []
 
 
 def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
@@ -222,6 +225,7 @@ def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Pa
     done("quantize", small_moe, tmp_path / "separate", "-m", keep, *calib, *heal, "-q")
     shard = "model.safetensors"
     assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "separate" / shard).read_bytes()
+    assert second_opinion(tmp_path / "out", small_moe) == []
     assert "give --keep or --ratio" in refused("compress", small_moe, tmp_path / "o", "--heal", *calib)
 
 
@@ -700,11 +704,11 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
 
 @pytest.mark.crash
 def test_killed_in_every_stage_it_ends_with_the_same_files(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
-    """One run after the other is killed in the stage after the last one's; the first in a process of its own."""
+    """One run after the other is killed in the stage after the last one's; the first is the command itself."""
     out = tmp_path / "out"
     work = tmp_path / "out.compress" / "score.work"
     args = [str(prepared.request.source.root), str(out), *arguments(prepared.request.source.root)]
-    assert kill_when_there([sys.executable, "-m", "shardxform", "compress", *args], work)
+    assert kill_when_there(lambda: main(["compress", *args]), work)
     for stage in STAGES:
 
         def doomed(stage: str = stage) -> None:

@@ -1,7 +1,7 @@
 """`convert` end to end: other formats byte for byte those of `quantize`, refusals, crashes, values.
 
 Dequantized values are compared with `values_of`, which unpacks code by code from the stored words and rounds to
-bfloat16 by arithmetic on float64, and shares nothing with the package.
+bfloat16 or float16 by arithmetic on float64, and shares nothing with the package.
 """
 
 from __future__ import annotations
@@ -285,6 +285,104 @@ def weight_of(tensors: Mapping[str, Raw], stem: str) -> np.ndarray:
         return tensors[f"{prefix}.{projection}"].float32()[number]
     gate, up = np.split(tensors[f"{prefix}.gate_up_proj"].float32()[number], 2)
     return gate if projection == "gate_proj" else up
+
+
+def as_half(values: np.ndarray) -> np.ndarray:
+    """Nearest float16, ties to even, as float64; of what does not overflow."""
+    _, exponent = np.frexp(values)
+    unit = np.ldexp(1.0, np.maximum(exponent - 11, -24))
+    return np.rint(values / unit) * unit
+
+
+def halved(stored_at: Path, out: Path) -> tuple[dict[str, Raw], dict[str, Raw]]:
+    """A checkpoint, and what it becomes in float16."""
+    return read_checkpoint(stored_at), read_checkpoint(converted(stored_at, out, "fp16"))
+
+
+@pytest.mark.parametrize(("bits", "scale_grid"), [(4, "bf16"), (4, "fp16"), (8, "bf16")])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_float16_holds_weights_of_4_bits_exactly_and_others_rounded_once(
+    kind: str, bits: int, scale_grid: str, tmp_path: Path
+) -> None:
+    exact = (bits, scale_grid) == (4, "bf16")
+    source = make(tmp_path / "source", kind)
+    to = "compressed-tensors" if exact else "gptq"
+    made = quantize(source, tmp_path / "q", to, bits=bits, scale_grid=scale_grid, search=not exact)
+    stored, after = halved(made, tmp_path / "out")
+    stems = {name.rsplit(".", 1)[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
+    rounded = 0
+    for stem in stems:
+        values = values_of(stored, stem, bits, 32)
+        np.testing.assert_array_equal(weight_of(after, stem), as_half(values), err_msg=stem)
+        rounded += int((as_half(values) != values).sum())
+    assert (rounded == 0) is exact
+    before = read_checkpoint(source)
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    assert {name for name, t in after.items() if t.dtype != "F16"} == stored.keys() & after.keys()
+    assert all(after[name] == stored[name] for name in stored.keys() & after.keys())
+    note = plan_of(made, "fp16").notes[0]
+    assert note.endswith("each integer times its scale, exactly") is exact
+    assert ("rounded to its 11 significant bits" in note) is not exact
+    assert plan_of(made, "bf16").notes[0].endswith("--to fp16 holds them exactly") is exact
+
+
+def test_float16_is_what_config_says_then(quantized: Path, tmp_path: Path) -> None:
+    """By whichever name it is said; a client that went by the old one would round to bfloat16 what is exact."""
+    for number, key in enumerate(("dtype", "torch_dtype", None)):
+        config = json.loads((quantized / "config.json").read_text())
+        config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+        (quantized / "config.json").write_text(json.dumps({**config, **({key: "bfloat16"} if key else {})}))
+        made = json.loads((converted(quantized, tmp_path / str(number), "fp16") / "config.json").read_text())
+        del config["quantization_config"]
+        assert made == {**config, key or "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("scale", "row"),
+    [
+        (2.0**13, r"row 3, column \d+ stands for -?[\d.]+, which float16 cannot hold; use --to bf16"),
+        (2.0**-27, "exactly"),
+    ],
+    ids=["overflow", "underflow"],
+)
+def test_a_value_that_float16_cannot_hold_is_refused(scale: float, row: str, tmp_path: Path) -> None:
+    """Scales that our own rounding never takes: 65536 is beyond float16, 2^-27 below its last bit."""
+    source = quantize(make(tmp_path / "source", "qwen3_moe"), tmp_path / "q", "compressed-tensors")
+    name = EXPERT + "weight_scale"
+    scales = read_checkpoint(source)[name].float32().copy()
+    scales[3, 1] = scale
+    words = read_checkpoint(source)[EXPERT + "weight_packed"].array().copy()
+    words[3, 4:] = 0  # the lowest code, -8
+    packed = Raw("I32", words.shape, words.tobytes())
+    bad = edited(source, tmp_path / "bad", {name: bf16(scales), EXPERT + "weight_packed": packed})
+    value = {2.0**13: "-65536.0", 2.0**-27: "-5.96"}[scale]
+    if scale < 1:  # -8 * 2^-27 is the smallest float16 of all, and -7 * 2^-27 is none
+        words[3, 4] = 1
+        bad = edited(bad, tmp_path / "odd", {EXPERT + "weight_packed": Raw("I32", words.shape, words.tobytes())})
+        value = "-5.2"
+    with pytest.raises(ExecutionError, match=row) as caught:
+        converted(bad, tmp_path / "out", "fp16")
+    assert f"tensor '{EXPERT[:-1]}': row 3, column 32 stands for {value}" in str(caught.value)
+    assert not looks_complete(tmp_path / "out")
+    converted(bad, tmp_path / "bf16", "bf16")
+
+
+def test_float16_that_is_rounded_must_not_overflow_either(tmp_path: Path) -> None:
+    source = quantize(make(tmp_path / "source", "qwen3_moe"), tmp_path / "q", "gptq", bits=8)
+    name = EXPERT + "scales"
+    scales = read_checkpoint(source)[name].array().copy()
+    scales[0, 0] = np.float16(-1000).view(scales.dtype)
+    bad = edited(source, tmp_path / "bad", {name: Raw("F16", scales.shape, scales.tobytes())})
+    with pytest.raises(ExecutionError, match=r"row 0, column \d+ stands for -?\d+\.0, which float16 cannot hold; use"):
+        converted(bad, tmp_path / "out", "fp16")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("qwen3_5", "qwen3_6"))])
+def test_float16_is_refused_where_it_overflows_while_the_model_runs(kind: str, tmp_path: Path) -> None:
+    made = quantize(make(tmp_path / "source", kind), tmp_path / "q")
+    with pytest.raises(SchemeError, match=r"gated delta-net layers of family qwen3_5_moe; use bf16"):
+        plan_of(made, "fp16")
+    assert not any("fp16" in note for note in plan_of(made, "bf16").notes)
 
 
 def test_a_fused_tensor_is_written_slab_by_slab(quantized: Path, tmp_path: Path) -> None:
@@ -577,8 +675,9 @@ def test_what_is_not_quantized_is_refused(tmp_path: Path) -> None:
 
 
 def test_targets_that_cannot_be_are_refused(quantized: Path) -> None:
-    with pytest.raises(SchemeError, match="bf16 has no g_idx"):
-        plan_of(quantized, "bf16", g_idx=True)
+    for to in ("bf16", "fp16"):
+        with pytest.raises(SchemeError, match=f"{to} has no g_idx"):
+            plan_of(quantized, to, g_idx=True)
     with pytest.raises(SchemeError, match="fused-indexed exists in auto-round and gptq"):
         plan_of(quantized, "compressed-tensors", "fused-indexed")
     with pytest.raises(SchemeError, match="`g_idx`: expected `format` gptq"):
@@ -695,6 +794,14 @@ def test_the_command_converts_and_says_so(tmp_path: Path) -> None:
     forced = CliRunner().invoke(main, ["convert", str(source), str(out), "--to", "bf16", "--force"])
     assert forced.exit_code == 0, forced.output
     assert "cannot be undone" in forced.stderr
+
+
+@pytest.mark.parametrize("name", ["fp16", "f16", "float16", "bf16", "bfloat16"])
+def test_16_bit_types_have_their_usual_names(name: str, quantized: Path, tmp_path: Path) -> None:
+    command = ["convert", str(quantized), str(tmp_path / "out"), "--to", name, "--dry-run"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert f"become {'b' * name.startswith('b')}float16: each integer times its scale" in result.stdout
 
 
 def test_the_command_refuses_in_one_line(quantized: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from test_run import interrupted, looks_complete, plan_of
 
 from shardxform.base import digests
 from shardxform.base.file_system import FileSystem
+from shardxform.base.strict_json import pretty
 from shardxform.checkpoint.record import Record, RecordError, is_as_written, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, OutputError, PlanError
@@ -29,7 +30,7 @@ from shardxform.formats.scheme import Scheme
 from shardxform.plan import plan as plan_module
 from shardxform.plan.convert import Target, plan_convert
 from shardxform.plan.plan import Extent
-from shardxform.plan.prune import plan_prune
+from shardxform.plan.prune import ViewOptions, plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
 
@@ -84,11 +85,34 @@ def test_a_digest_is_of_exactly_the_bytes_of_its_chunk(data: bytes, offset: int,
                 digests.digest_chunks([chunk], lambda _: path, FileSystem(), direct=direct)
 
 
+@given(st.binary(max_size=70_000), st.integers(0, 5000))
+def test_digests_taken_before_writing_are_those_of_the_chunks(data: bytes, offset: int) -> None:
+    taken: digests.Taken = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "CHUNK_BYTES", 16_384)
+        digests.take(memoryview(data), 3, offset, taken)
+    cut = {at: data[at : at + 16_384] for at in range(0, len(data), 16_384)}
+    assert taken == {(3, offset + at): blake3(piece).hexdigest() for at, piece in cut.items()}
+    chunks = [digests.Chunk("w", number, 3, offset + at, len(piece)) for number, (at, piece) in enumerate(cut.items())]
+    nowhere = Path("/no/such/shard")
+    assert digests.digest_chunks(chunks, lambda _: nowhere, FileSystem(), taken=taken) == list(taken.values())
+
+
 def test_steps_that_cut_a_chunk_are_a_bug_of_the_planner(source: Path) -> None:
     plan = plan_prune(Checkpoint.open(source), manifest_of(source))
     start, entry = len(plan.shards[0].head), plan.shards[0].entries[0]
     with pytest.raises(PlanError, match=f"internal: a step writes a part of a chunk of tensor '{entry.spec.name}'"):
         plan.chunks.of([Extent(0, start, entry.spec.nbytes - 2)])
+    with pytest.raises(PlanError, match=f"internal: a step writes a part of a chunk of tensor '{entry.spec.name}'"):
+        plan.chunks.of([Extent(0, start + 2, entry.spec.nbytes - 2)])
+
+
+def test_an_index_reads_as_plain_json_does(source: Path) -> None:
+    plan = plan_prune(Checkpoint.open(source), manifest_of(source), ViewOptions(max_shard_bytes=100_000))
+    weight_map = {entry.spec.name: shard.name for shard in plan.shards for entry in shard.entries}
+    total = {"metadata": {"total_size": plan.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    assert len(plan.shards) > 1
+    assert plan.index == pretty(total).encode()
 
 
 def test_a_journal_without_its_digests_is_refused(source: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ OTHERS_OPTIONS = {  # of other programs that pages speak of
     *("--build-arg", "--rm", "--user", "--gpus"),  # docker
     *("--head", "--port", "--address", "--autoscaling-config"),  # ray
     *("--quantization", "--max-model-len", "--model-path", "--tensor-parallel-size", "--language-model-only"),  # vLLM
+    *("--outtype", "--no-mtp"),  # llama.cpp's converter
 }
 
 

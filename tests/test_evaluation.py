@@ -249,6 +249,7 @@ def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_pat
         assert f"| {ratio:.4f} ± {error:.4f} | {of['against']['kl']:.4f} ± " in line
         assert of["against"]["perplexity_ratio"] == ratio
     assert "A source of text is measured on windows of its documents alone" in card
+    assert "The reference is the checkpoint that this one was made from, on the same windows" in card
     alone = runner.invoke(main, base).output
     assert row(alone, "kjv") == ["kjv", "2", row(shown, "kjv")[2]]
 

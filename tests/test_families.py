@@ -9,10 +9,9 @@ import pytest
 from build import KINDS, text_of, tiny
 
 from shardxform.errors import FamilyError
-from shardxform.model.expectation import expected
 from shardxform.model.families import FAMILIES, family_of
 from shardxform.model.families.base import COUNT_KEYS, Family, Template
-from shardxform.model.layout import layout_of, variants_found
+from shardxform.model.layout import expected, layout_of, variants_found
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -43,7 +42,7 @@ def test_a_release_is_recognised_with_and_without_its_architectures(
 
 @pytest.mark.parametrize("model_type", ["llama", "", None, 7, [], {}, "Qwen3_Moe", "qwen3_moe "])
 def test_an_unknown_model_type_is_refused_listing_the_known_ones(model_type: Any) -> None:
-    known = "known: deepseek_v3, qwen3_5_moe, qwen3_5_moe_text, qwen3_moe$"
+    known = "known: deepseek_v3, gpt_oss, mixtral, qwen3_5_moe, qwen3_5_moe_text, qwen3_moe$"
     with pytest.raises(FamilyError, match=re.escape(repr(model_type)) + " is not a known family; " + known):
         family_of({"model_type": model_type})
 
@@ -86,13 +85,26 @@ def test_no_two_tensors_of_a_template_list_share_name_and_condition(family: Fami
     assert len(keys) == len(set(keys))
 
 
+STACKS = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+SLICED = {
+    "deepseek_v3": STACKS | {"mlp.gate.e_score_correction_bias"},
+    "gpt_oss": {
+        *("mlp.router.weight", "mlp.router.bias", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        *("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"),
+    },
+    "mixtral": {"block_sparse_moe.gate.weight"},
+}
+NUMBERED = {
+    "gpt_oss": {f"mlp.experts.{{e}}.{n}_proj.{part}" for n in ("gate", "up", "down") for part in ("weight", "bias")},
+    "mixtral": {f"block_sparse_moe.experts.{{e}}.w{n}.weight" for n in (1, 2, 3)},
+}
+
+
 @every_family
 def test_exactly_the_tensors_with_a_row_per_expert_are_sliced(family: Family) -> None:
-    sliced = {t.name for t in templates(family) if t.sliced}
-    bias = {"mlp.gate.e_score_correction_bias"} if family.name == "deepseek_v3" else set()
-    assert sliced == {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"} | bias
-    numbered = {t.name for t in templates(family) if t.numbered}
-    assert numbered == {f"mlp.experts.{{e}}.{name}_proj.weight" for name in ("gate", "up", "down")}
+    usual = {f"mlp.experts.{{e}}.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert {t.name for t in templates(family) if t.sliced} == SLICED.get(family.name, STACKS)
+    assert {t.name for t in templates(family) if t.numbered} == NUMBERED.get(family.name, usual)
 
 
 @every_family
@@ -131,6 +143,8 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"q_lora_rank": None}),
     ("deepseek_v3", {"experts": "fused", "mtp": "fused", "num_nextn_predict_layers": 2}),
     ("deepseek_v3", {"moe_layer_freq": 2, "num_nextn_predict_layers": 0}),
+    ("gpt_oss", {"attention_bias": False, "experts": "per-expert"}),
+    ("mixtral", {"head_dim": 12, "tie_word_embeddings": True}),
 ]
 
 
@@ -215,16 +229,52 @@ TRANSFORMERS = [
     ("deepseek_v3", {"q_lora_rank": None}),
     ("deepseek_v3", {"attention_bias": True}),
     ("qwen3_5_moe", {"attention_bias": True}),
+    ("gpt_oss", {"attention_bias": False}),
+    ("mixtral", {"head_dim": 12}),
 ]
+
+
+def released(family: Family, state: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of modules as in checkpoints of a family: renamed, and without stacks where it has none."""
+    out: dict[str, tuple[int, ...]] = {}
+    for module_name, shape in state.items():
+        name = module_name
+        for old, new in family.renames:
+            name = name.replace(f".{new}", f".{old}")
+        stem, _, stack = name.rpartition(".")
+        if family.experts.stacks or not stem.endswith(".experts"):
+            out[name] = shape
+            continue
+        gate, up, down = family.experts.projections
+        for e in range(shape[0]):
+            parts = {gate: (shape[1] // 2, shape[2]), up: (shape[1] // 2, shape[2])} if "gate" in stack else {}
+            parts = parts or {down: shape[1:]}
+            out |= {f"{stem}.{e}.{part}.weight": size for part, size in parts.items()}
+    return out
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layout_of_experts_is_that_of_the_flags_of_transformers_class(kind: str) -> None:
+    config, tensors = tiny(kind)
+    layout = layout_of(config, tensors)
+    experts = layout.family.experts
+    blocks = meta_model(config).get_decoder().layers
+    found = next(m for m in blocks[layout.moe_layers[0]].modules() if hasattr(m, "is_transposed"))
+    assert found.is_transposed == experts.transposed
+    assert found.is_concatenated == (experts.gate == "concatenated")
+    assert found.has_bias == experts.bias
+    assert found.has_gate
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(("kind", "over"), TRANSFORMERS, ids=lambda value: json.dumps(value))
 def test_expected_equals_the_state_dict_of_the_transformers_model(kind: str, over: dict[str, Any]) -> None:
     config, tensors = tiny(kind, **over)
-    state = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
     layout = layout_of(config, tensors)
-    fused = {("block", layer): "fused" for layer in range(layout.num_layers)}
+    model = meta_model(config)
+    state = released(layout.family, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    fused = {("block", layer): layout.family.spelling for layer in range(layout.num_layers)}
     listed = {n: e for n, e in expected(layout, fused) if e.place.scope != "mtp"}  # transformers has no MTP
     assert {n for n, e in listed.items() if not e.optional} <= set(state) <= set(listed)
     assert {n: e.shape for n, e in listed.items() if n in state and e.shape} == {

@@ -37,6 +37,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": QWEN3,
     "qwen3_moe_mixed": QWEN3,
     "deepseek_v3": {**BASE, "intermediate_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 32},
+    "gpt_oss": {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32},
+    "mixtral": {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32},
 }
 ROUND = ["quantize", "--group-size", "32"]
 QUANTIZED: dict[str, list[str]] = {
@@ -50,6 +52,8 @@ QUANTIZED: dict[str, list[str]] = {
     "16-bit experts": [*ROUND, "--keep-16bit", "*.experts.*"],
     "16-bit attention": [*ROUND, "--format", "compressed-tensors", "--keep-16bit", "*.self_attn.o_proj"],
 }
+ONLY = {"gpt_oss": "auto-round", "mixtral": "compressed-tensors"}  # formats in which experts of a kind are read
+ROUTERS = (".mlp.gate.weight", ".mlp.router.weight", ".block_sparse_moe.gate.weight")
 CONVERTED = ("auto-round", "gptq", "compressed-tensors", "bf16")
 TUNED: dict[str, list[str]] = {
     "heal": ["prune", "--heal=all", "--heal-iters", "3"],
@@ -64,8 +68,8 @@ def source(root: Path, kind: str) -> Path:
     config, tensors = tiny(kind, **SIZES[kind])
     write_checkpoint(root / kind, tensors, config, shards=3, files={"tokenizer.json": "{}"})
     text = text_of(config)
-    count = text.get("num_experts", text.get("n_routed_experts"))
-    layers = sorted({int(name.split("layers.")[1].split(".")[0]) for name in tensors if ".mlp.gate.weight" in name})
+    count = next(text[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in text)
+    layers = sorted({int(name.split("layers.")[1].split(".")[0]) for name in tensors if name.endswith(ROUTERS)})
     layers = [layer for layer in layers if layer < text["num_hidden_layers"]]
     mixed = {str(layer): [e for e in range(count) if (e + layer) % 2] for layer in layers}
     mtp = {"mtp_keep": {"0": list(range(count // 2))}} if any("mtp." in name for name in tensors) else {}
@@ -102,6 +106,10 @@ def outputs(root: Path, kind: str) -> Iterator[tuple[str, str]]:
     yield made("without MTP", "prune", checkpoint, "--mtp", "drop")
     if kind in ("qwen3_5_moe", "qwen3_6_moe"):
         yield made("pruned text", "prune", checkpoint, "-m", keep, "--text-only")
+    if kind in ONLY:
+        for name, options in (("quantized", []), ("16-bit experts", QUANTIZED["16-bit experts"][3:])):
+            yield made(name, "quantize", checkpoint, "-m", keep, *ROUND[1:], "--format", ONLY[kind], *options)
+        return
     for name, (verb, *options) in QUANTIZED.items():
         yield made(name, verb, checkpoint, "-m", keep, *options)
     yield made("unpruned", "quantize", checkpoint, *ROUND[1:], "--max-shard-size", "200kB")

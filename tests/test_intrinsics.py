@@ -71,7 +71,7 @@ def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
 
 ELSEWHERE = """
 import torch
-from shardxform.quantize.grid import Grid
+from shardxform.formats.grid import Grid
 from shardxform.tuning import intrinsics
 from shardxform.tuning.stacked import prepare
 from shardxform.tuning.workers import Workers

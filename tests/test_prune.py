@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from shardxform.model.layout import layout_of
 from shardxform.plan import plan as plan_module
 from shardxform.plan.prune import ViewOptions, plan_prune
 
-COUNT_KEYS = ("num_experts", "n_routed_experts")
+COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def keep_of(config: dict[str, Any], *, seed: int = 0, per_group: int = 2) -> list[int]:
@@ -49,6 +50,9 @@ def prune(root: Path, out: Path, manifest: Manifest | None, options: ViewOptions
     return out
 
 
+ROUTERS = r"\.mlp\.(gate|router)\.|\.block_sparse_moe\.gate\."
+
+
 def in_memory(
     config: dict[str, Any], tensors: dict[str, Raw], keep: dict[int, Any], mtp_keep: dict[int, Any]
 ) -> dict[str, Raw]:
@@ -63,10 +67,10 @@ def in_memory(
             if not mtp_keep:
                 continue
             keeps, layer = mtp_keep, 0
-        ids = keeps.get(layer) if ".mlp." in name else None
+        ids = keeps.get(layer) if ".mlp." in name or ".block_sparse_moe." in name else None
         if ids is None or "shared_expert" in name:
             out[name] = tensor
-        elif parts[-1] in ("gate_up_proj", "down_proj") or ".mlp.gate." in name:
+        elif parts[-1].removesuffix("_bias") in ("gate_up_proj", "down_proj") or re.search(ROUTERS, name):
             data = np.ascontiguousarray(tensor.array()[list(ids)])
             out[name] = Raw(tensor.dtype, data.shape, data.tobytes())
         elif "experts" in parts:

@@ -30,7 +30,7 @@ from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import FORMATS, Format, Scheme
 from shardxform.formats.selection import Selection, select
 from shardxform.model.layout import Layout, layout_of
-from shardxform.model.matrices import Module, modules_of
+from shardxform.model.matrices import Matrix, matrices_of
 from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
 
@@ -70,7 +70,7 @@ def chosen(table: Table, **scheme: Any) -> Selection:
 
 def config_of(table: Table, **fields: Any) -> dict[str, Any]:
     scheme = Scheme(**{"grid": GRID, **fields})
-    return dialects.build(select(*table, scheme), scheme, *table)
+    return dialects.build(select(*table, scheme), scheme, table[0])
 
 
 # -- the dictionaries --------------------------------------------------------------------------------------------------
@@ -327,9 +327,9 @@ def test_fp8_weights_stay_as_they_are() -> None:
 # -- modules and parts -------------------------------------------------------------------------------------------------
 
 
-def modules(table: Table, names: Any) -> dict[str, Module]:
+def modules(table: Table, names: Any) -> dict[str, Matrix]:
     return {
-        module.name: module for module in modules_of(*table, names) if module.expert == 2 and module.place.layer == 1
+        module.name: module for module in matrices_of(*table, names) if module.expert == 2 and module.place.layer == 1
     }
 
 
@@ -371,7 +371,7 @@ def test_per_expert_tensors_are_joined_for_fused_indexed_names_and_left_alone_ot
 
 
 def test_norms_convolutions_and_vectors_are_no_modules() -> None:
-    names = {module.name for module in modules_of(*table_of("qwen3_5_moe"))}
+    names = {module.name for module in matrices_of(*table_of("qwen3_5_moe"))}
     assert not any(re.search("norm|conv1d|A_log|dt_bias|patch_embed", name) for name in names)
     assert {"lm_head", "mtp.fc", "model.language_model.layers.0.mlp.gate"} <= names
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,11 +215,11 @@ def arguments(small_moe: Path, out: Path) -> list[str]:
 
 @pytest.mark.crash
 def test_killed_in_several_blocks_the_command_ends_with_the_same_file(small_moe: Path, tmp_path: Path) -> None:
-    """Within blocks, and between them, in a child of this process; once before that in a process of its own."""
+    """Within blocks, and between them, and before that, in a child of this process."""
     main(arguments(small_moe, tmp_path / "whole"), standalone_mode=False)
     out = tmp_path / "killed"
-    process = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
-    assert kill_when_there(process, tmp_path / "killed.work" / "scored-0000.hidden")
+    begun = tmp_path / "killed.work" / "scored-0000.hidden"
+    assert kill_when_there(lambda: main(arguments(small_moe, out)), begun)
     for number in (1, 3, 4):  # batches that have left a block since
         assert killed_after(HiddenWriter, "put", number, lambda: main(arguments(small_moe, out)))
         assert not out.exists()

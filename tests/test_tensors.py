@@ -172,3 +172,13 @@ def test_rename_and_reshape_keep_the_bytes() -> None:
 )
 def test_sizes_follow_from_dtype_and_shape(dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
     assert TensorSpec("t", dtype, shape).nbytes == nbytes
+
+
+@pytest.mark.parametrize("keep", [(0, 1, 2, 3), (1, 3), (2,)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_slabs_are_the_rows_of_every_index(keep: tuple[int, ...], count: int) -> None:
+    halves = (ByteRange("a", 100, 60), ByteRange("b", 7, 36))  # the third slab lies in both files
+    ref = TensorRef(TensorSpec("w", "BF16", (4, 4, 3)), halves).select(keep)
+    rows = 4 // count
+    wanted = [ref.index(i).rows(at, at + rows) for i in range(len(keep)) for at in range(0, 4, rows)]
+    assert list(ref.slabs(count)) == wanted

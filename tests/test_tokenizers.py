@@ -244,6 +244,38 @@ def test_evaluate_does_not_compare_models_of_different_tokenizers(small_moe: Pat
     assert "note: the two models were not found to read text as the same ids: " in result.stderr
 
 
+@pytest.mark.parametrize("verb", ["prune", "quantize"])
+def test_json_has_every_note_that_is_shown(verb: str, small_moe: Path, tmp_path: Path) -> None:
+    from shardxform.cli import main
+
+    source = shutil.copytree(small_moe, tmp_path / "source", symlinks=True)
+    written = json.loads((source / "tokenizer.json").read_text())
+    size = json.loads((source / "config.json").read_text())["vocab_size"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    written["added_tokens"].append({"id": size, "content": "<more>", **flags})
+    (source / "tokenizer.json").write_text(json.dumps(written))
+    (source / "stray.bin").write_bytes(b"x")
+    how = {"prune": ["-m", str(manifest_for(source, tmp_path)), "--heal"], "quantize": ["--method", "auto-round"]}
+    asked = ["--data", str(data(tmp_path, TEXT * 9)), "--samples", "9", "--seqlen", "16", "--dry-run"]
+    command = [verb, str(source), str(tmp_path / "out"), *how[verb], *asked]
+    shown, told = (CliRunner().invoke(main, [*command, *more]) for more in ([], ["--json"]))
+    assert (shown.exit_code, told.exit_code) == (0, 0), shown.output + told.output
+    lines = [line.strip() for line in [*shown.stdout.splitlines(), *shown.stderr.splitlines()]]
+    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    assert sorted(json.loads(told.stdout)["notes"]) == sorted(notes)
+    for part in ("its tokenizer knows", "not part of the model, not copied: "):
+        assert any(part in note for note in notes), notes
+
+
+def manifest_for(source: Path, folder: Path) -> Path:
+    """Keep the first half of the experts of every layer."""
+    config = json.loads((source / "config.json").read_text())
+    ids = list(range(config["num_experts"] // 2))
+    keep = {str(layer): ids for layer in range(config["num_hidden_layers"])}
+    (folder / "keep.json").write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
+    return folder / "keep.json"
+
+
 # -- the digest ----------------------------------------------------------------------------------------------------
 
 

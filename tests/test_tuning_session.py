@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from faults import kill_when_there, killed_after
 from test_forward import fuse_experts
+from test_verify_independent import found as second_opinion
 from texts import few
 
 torch = pytest.importorskip("torch")
@@ -39,6 +39,9 @@ def one_thread() -> Iterator[None]:
 def arguments(source: Path, out: Path, *more: str) -> list[str]:
     text = str(few("calib.jsonl"))
     return ["quantize", str(source), str(out), "--method", "auto-round", "--data", text, *DATA, "-q", *more]
+
+
+WEIGHTS = 72 - 4 * 2 + 4 * 16 * 3  # of the small model, its fused experts one by one
 
 
 def tune(source: Path, out: Path, *more: str, code: int = 0) -> Result:
@@ -74,8 +77,10 @@ def test_the_output_says_how_it_was_made(small_moe: Path, tuned: Path) -> None:
     config = json.loads((tuned / "config.json").read_text())
     assert config["quantization_config"]["iters"] == 3
     assert not (tuned / ".shardxform").exists()
-    verify = CliRunner().invoke(main, ["verify", str(tuned), "--source", str(small_moe), "-q", "--json"])
+    command = ["verify", str(tuned), "--source", str(small_moe), "--independent", "-q", "--json"]
+    verify = CliRunner().invoke(main, command)
     assert verify.exit_code == 0, verify.output
+    assert json.loads(verify.stdout)["rederived"] == WEIGHTS
 
 
 def test_the_recorded_errors_are_those_of_what_was_written(small_moe: Path, tuned: Path) -> None:
@@ -194,14 +199,13 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
 
 @pytest.mark.crash
 def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path, tuned: Path, tmp_path: Path) -> None:
-    """A process of its own before the first block; then children of this one, in the blocks and between them."""
+    """Before the first block; then in the blocks, and between them."""
     from shardxform.execution.journal import Journal
     from shardxform.forward.work import HiddenFile, HiddenWriter
 
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
-    env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    assert kill_when_there(command, out / ".shardxform" / "states-*" / "original-0000.hidden", env)
+    begun = out / ".shardxform" / "states-*" / "original-0000.hidden"
+    assert kill_when_there(lambda: main(arguments(small_moe, out)), begun)
     assert not (out / "config.json").exists()
     for owner, name, number in ((HiddenWriter, "put", 3), (Journal, "record", 2), (HiddenFile, "remove", 2)):
         assert killed_after(owner, name, number, lambda: main(arguments(small_moe, out)))
@@ -282,18 +286,22 @@ def test_other_formats_hold_the_same_values(small_moe: Path, tuned: Path, tmp_pa
     result = CliRunner().invoke(main, convert)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+    assert second_opinion(tmp_path / "out", small_moe) == []
 
 
 def test_pruning_and_tuning_in_one_pass_is_pruning_then_tuning(small_moe: Path, tmp_path: Path) -> None:
+    """In 8 bits; `compress` does it in 4."""
     keep = tmp_path / "keep.json"
     ids = list(range(0, 16, 2))
     keep.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": {str(n): ids for n in range(4)}}))
-    tune(small_moe, tmp_path / "one", "-m", str(keep))
+    tune(small_moe, tmp_path / "one", "-m", str(keep), "--scheme", "W8A16")
     result = CliRunner().invoke(main, ["prune", str(small_moe), str(tmp_path / "pruned"), "-m", str(keep), "-q"])
     assert result.exit_code == 0, result.output
-    tune(tmp_path / "pruned", tmp_path / "two")
+    tune(tmp_path / "pruned", tmp_path / "two", "--scheme", "W8A16")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+    assert json.loads((tmp_path / "one" / "shardxform.json").read_text())["inputs"]["scheme"]["grid"]["bits"] == 8
+    assert second_opinion(tmp_path / "one", small_moe) == second_opinion(tmp_path / "two", tmp_path / "pruned") == []
 
 
 def test_a_block_without_a_weight_to_tune_is_passed(small_moe: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`verify` of what `convert --to bf16` wrote: every value against the source that it follows from, or told to be left.
+"""`verify` of what `convert` dequantized: every value against the source that it follows from, or told to be left.
 
 The values are those that `test_convert` proves against a reference of its own; here, any other value must be noticed.
 """
@@ -77,6 +77,26 @@ def whole(report: VerifyReport) -> bool:
 
 
 # -- all of it is compared ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_float16_is_proven_as_bfloat16_is(kind: str, bits: Any, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", kind)
+    packed = quantize(source, tmp_path / "packed", Scheme(grid=replace(G32, bits=bits)))
+    plain = convert(packed, tmp_path / "plain", format="fp16")
+    for origin in (packed, source):
+        report = verify(plain, source=origin, independent=True)
+        assert whole(report)
+        assert report.rederived > 20
+    name = next(name for name in read_checkpoint(plain) if name.endswith("layers.1.self_attn.o_proj.weight"))
+    change(plain, name, flip(3))
+    for origin in (packed, source):
+        found = verify(plain, source=origin, independent=True).problems
+        assert {(p.code, p.where) for p in found} == {("source-bytes", name), ("independent", name)}
+    change(plain, name, flip(3))
+    edit_json(plain / "config.json", lambda config: config.update(dtype="bfloat16"))
+    assert [p.code for p in verify(plain, source=packed).problems if p.code != "record"] == ["source-config"]
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
@@ -363,6 +383,6 @@ def test_another_tools_dequantized_checkpoint_is_held_against_the_quantized_one(
     report = verify(plain, source=packed)
     assert report.problems == ()
     assert (report.values_compared, report.values_left) == (report.tensors - 1, {"unknown": 1})
-    assert "no bfloat16" in only(report, "dequantized", warning=True).message
+    assert "in no 16-bit type" in only(report, "dequantized", warning=True).message
     change(plain, f"{stem}.1.up_proj.weight", flip(9))
     assert only_problem(verify(plain, source=packed)) == ("source-bytes", f"{stem}.1.up_proj.weight")

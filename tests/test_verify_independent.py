@@ -285,7 +285,7 @@ def test_it_finds_what_is_missing_beside_or_miscounted(tmp_path: Path) -> None:
 
 def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The list of modules is what the output is planned by, and what verify asks."""
-    right = matrices._unfused
+    right = matrices._unstacked
 
     def wrong(*args: Any) -> Any:
         for module in right(*args):
@@ -293,7 +293,7 @@ def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypat
             stem, _, last = module.name.rpartition(".")
             yield replace(module, name=f"{stem}.{other.get(last, last)}")
 
-    monkeypatch.setattr(matrices, "_unfused", wrong)
+    monkeypatch.setattr(matrices, "_unstacked", wrong)
     source = make(tmp_path / "source", "qwen3_5_moe_text", "fused")
     out = quantize(source, tmp_path / "out", Scheme(grid=Grid(group_size=32)), manifest_of(source))
     assert verify(out, source=source).sound

@@ -1,5 +1,7 @@
 """A digest of every tensor that is written, taken of the bytes in the output while they are still in memory.
 
+What is computed is digested before it is written, which spares a second look at it; what the kernel copies, after.
+
 BLAKE3 of a tensor's bytes, its first 16 bytes: as `b3sum` prints them. A tensor of more than 16 MiB is
 cut into chunks of that size, and its digest is that of the digests of its chunks (32 bytes each), one after the other:
 so large tensors are written by several steps, in any order, and interrupted between any two of them.
@@ -27,9 +29,11 @@ __all__ = [
     "FACT",
     "Chunk",
     "Chunks",
+    "Taken",
     "chunk_digest",
     "digest_chunks",
     "runs_of",
+    "take",
     "tensor_digest",
 ]
 
@@ -37,6 +41,9 @@ ALGORITHM: Final = "blake3-128"
 CHUNK_BYTES: Final = 16 << 20
 FACT: Final = "digests"
 """What a step's digests are called among its facts: one for every chunk that it wrote, in the order of the shards."""
+
+Taken = dict[tuple[int, int], str]
+"""Digests of chunks, in hex, by shard and place in it."""
 
 _DIGEST_BYTES: Final = 16
 _BUFFER: Final = 1 << 20
@@ -103,17 +110,33 @@ class Chunks:
                 found.setdefault(chunk.tensor, {})[chunk.number] = bytes.fromhex(text)
         return {name: tensor_digest([parts[n] for n in sorted(parts)]) for name, parts in found.items()}
 
+    def refuse_parts(self, shard: int, begin: int, end: int) -> None:
+        """Check that the bytes `begin`..`end` of a shard are whole chunks: that both ends are those of a chunk.
+
+        Raises:
+            PlanError: a chunk is not written whole; a bug in the planner.
+
+        """
+        for at, last in ((begin, begin), (end, end - 1)):
+            entry = self._entry(shard, last)
+            inside = at - self._starts[shard] - entry.begin
+            if inside % CHUNK_BYTES and inside != entry.spec.nbytes:
+                raise PlanError(f"internal: a step writes a part of a chunk of tensor '{entry.spec.name}'")
+
     def _in(self, shard: int, begin: int, end: int) -> Iterator[Chunk]:
         """Chunks in the bytes `begin`..`end` of a shard."""
-        start, at = self._starts[shard], begin
+        self.refuse_parts(shard, begin, end)
+        at = begin
         while at < end:
-            entry = self._entries[shard][bisect_right(self._begins[shard], at - start) - 1]
-            inside = at - start - entry.begin
+            entry = self._entry(shard, at)
+            inside = at - self._starts[shard] - entry.begin
             length = min(CHUNK_BYTES, entry.spec.nbytes - inside)
-            if inside % CHUNK_BYTES or at + length > end:
-                raise PlanError(f"internal: a step writes a part of a chunk of tensor '{entry.spec.name}'")
             yield Chunk(entry.spec.name, inside // CHUNK_BYTES, shard, at, length)
             at += length
+
+    def _entry(self, shard: int, at: int) -> Entry:
+        """The tensor that the byte `at` of a shard belongs to."""
+        return self._entries[shard][bisect_right(self._begins[shard], at - self._starts[shard]) - 1]
 
 
 def runs_of(writes: Iterable[_Extent]) -> Iterator[tuple[int, int, int]]:
@@ -130,8 +153,19 @@ def runs_of(writes: Iterable[_Extent]) -> Iterator[tuple[int, int, int]]:
         yield run
 
 
+def take(data: memoryview, shard: int, offset: int, taken: Taken) -> None:
+    """Digest the chunks of a whole tensor that is written at `offset` of a shard."""
+    for at in range(0, len(data), CHUNK_BYTES):
+        taken[shard, offset + at] = blake3(data[at : at + CHUNK_BYTES]).hexdigest()
+
+
 def digest_chunks(
-    chunks: Iterable[Chunk], path_of: Callable[[int], Path], fs: FileSystem, *, direct: bool = False
+    chunks: Iterable[Chunk],
+    path_of: Callable[[int], Path],
+    fs: FileSystem,
+    *,
+    taken: Taken | None = None,
+    direct: bool = False,
 ) -> list[str]:
     """Digest chunks of the output as they are now, in hex.
 
@@ -139,6 +173,7 @@ def digest_chunks(
         chunks: which.
         path_of: path of a shard, by its number.
         fs: effects.
+        taken: digests that are known already.
         direct: read past the page cache where that can be done. A network file system that has read a page may write
             all of it back later, over what other machines put into it meanwhile.
 
@@ -151,6 +186,9 @@ def digest_chunks(
     buffer = memoryview(mmap.mmap(-1, _BUFFER + _PAGE))  # at the beginning of a page, as direct reads want it
     try:
         for chunk in chunks:
+            if taken and (known := taken.get((chunk.shard, chunk.offset))):
+                found.append(known)
+                continue
             if chunk.shard not in opened:
                 opened[chunk.shard] = _open(path_of(chunk.shard), fs, direct=direct)
             found.append(_digest(opened[chunk.shard], chunk, buffer, fs))

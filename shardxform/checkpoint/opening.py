@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from shardxform.base import header, interrupts
-from shardxform.base.completions import Completions
+from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.remote.downloads import Downloads, Transfer
 from shardxform.checkpoint.remote.names import RepoName, parse_source

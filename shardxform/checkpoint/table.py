@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform.base import header
+from shardxform.base.collecting import uncollected
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.base.tensors import ByteRange, TensorRef
@@ -183,6 +184,7 @@ class Files(Protocol):
         """Read a shard's header. Raises OSError, CheckpointError."""
 
 
+@uncollected()
 def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """Read a checkpoint's config, index and headers, and list everything that is wrong with them.
 

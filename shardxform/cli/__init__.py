@@ -23,7 +23,7 @@ _COMMANDS: Final = {
     "compress": "The whole way: score, select, prune and quantize, verify, evaluate, card; resumable.",
     "prune": "Keep the experts that a manifest names; copy everything else byte for byte.",
     "quantize": "Round weights to 4 or 8 bits, tuned on text if wanted, pruned in the same pass by a manifest.",
-    "convert": "Write a quantized checkpoint in another format or expert spelling, or in bfloat16.",
+    "convert": "Write a quantized checkpoint in another format or expert spelling, or in 16 bits.",
     "verify": "Check a checkpoint, and prove it against the source it was made from.",
     "score": "Run a model over calibration data, block by block, and say what every expert did.",
     "select": "Choose the experts to keep from a saliency file; write the keep manifest.",

@@ -13,7 +13,6 @@ import click
 
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.calibration.options import DataOptions
-from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import options
 from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
@@ -95,7 +94,7 @@ def evaluate_command(
     source, *others = open_sources([checkpoint, *([against] if against else [])], transfer, work.parent)
     tested, reference = _view(source, pruned), next(iter(others), None)
     settings = _options(computation, compared, work)
-    from shardxform.evaluation.evaluate import evaluate
+    from shardxform.evaluation.evaluate import evaluate, evaluation_facts, identified
     from shardxform.forward.work import refuse_inside
 
     for path in (work, *([plot] if plot else [])):
@@ -111,7 +110,8 @@ def evaluate_command(
     with progress("evaluate", output.quiet) as settings.on_progress:
         found = evaluate(tested, windows, settings, reference)
     if output.as_json:
-        print_json(_facts(tested, found, windows, time.monotonic() - started))
+        facts = identified(evaluation_facts(found, windows), tested, reference)
+        print_json({**facts, **_spent(windows, time.monotonic() - started)})
     else:
         _report(found, checkpoint, pruned.manifest, against, time.monotonic() - started)
     if plot and found.against:  # last: a picture that fails must not cost the figures
@@ -185,11 +185,8 @@ def _title(checkpoint: options.Source, manifest: Path | None, against: options.S
     return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
 
 
-def _facts(tested: Checkpoint, found: Evaluation, windows: Windows, seconds: float) -> dict[str, Any]:
-    from shardxform.evaluation.evaluate import evaluation_facts
-
-    spent = {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
-    return {"identity": identify(tested).described(), **evaluation_facts(found, windows), **spent}
+def _spent(windows: Windows, seconds: float) -> dict[str, Any]:
+    return {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def _report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,7 @@ from shardxform.cli.console import count, gb, give_or_take, pasteable, print_jso
 from shardxform.cli.option_names import with_options
 from shardxform.cli.options import WriteFlags
 from shardxform.cli.tuning import OnRay, RayTasks, open_pool, ray_tasks
-from shardxform.execution.outdir import refuse_obstacles, refuse_other_plan, state_of
+from shardxform.execution.output import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.plan.plan import Plan
 from shardxform.verification.planned import refuse_unsound
@@ -30,8 +30,17 @@ _TUNED: Final = ("block", "squared error, rounded", "tuned", "ratio", "never rea
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def execute(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, ray: OnRay | None = None) -> None:
+def execute(
+    plan: Plan,
+    out: Path,
+    output: WriteFlags,
+    options: RunOptions,
+    ray: OnRay | None = None,
+    told: Iterable[str] = (),
+) -> None:
     """Run `plan` into `out`, or only show it.
+
+    `told` are notes that were shown already, of the calibration text and its tokenizer, for `--json` to hold too.
 
     Raises:
         PlanError: what it would write is not sound.
@@ -39,38 +48,40 @@ def execute(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, ray:
     """
     refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if output.dry_run:
-        _show(plan, out, output, options, ray_tasks(plan, ray) if ray else None)
+        tasks = ray_tasks(plan, ray) if ray else None
+        if not output.force:
+            refuse_other_plan(out, plan, state_of(out, plan))
+            refuse_obstacles(out, plan)
+        if output.as_json:
+            print_json({**_facts(plan, out, options.jobs, told), **_dry_facts(plan, out, options, tasks)})
+        else:
+            _show(plan, out, options, tasks)
         return
     for note in _notes(plan):
         tell(f"note: {note}")
     with open_pool(ray) as pool, progress(plan.command, output.quiet) as on_progress:
         report = run(plan, out, replace(options, force=output.force, pool=pool, on_progress=on_progress))
     if output.as_json:
-        print_json({**_facts(plan, out, options.jobs), "report": _report_facts(report)})
+        print_json({**_facts(plan, out, options.jobs, told), "report": _report_facts(report)})
     elif report.left:
         _say_part(plan, report)
     elif report.already_done:
-        by = (
-            f" by other versions or another machine ({with_options(report.made_by_others)})"
-            if report.made_by_others
-            else ""
-        )
+        others = with_options(report.made_by_others)
+        by = f" by other versions or another machine ({others})" if others else ""
         click.echo(f"{out}: already complete, made from the same inputs{by}; nothing written")
         tell_blocks(report.facts, report.measured)
     else:
         _say_done(plan, report)
 
 
-def _show(plan: Plan, out: Path, output: WriteFlags, options: RunOptions, tasks: RayTasks | None) -> None:
-    state = state_of(out, plan)
-    if not output.force:
-        refuse_other_plan(out, plan, state)
-        refuse_obstacles(out, plan)
-    if output.as_json:
-        beside: dict[str, object] = {"ray": tasks.to_dict()} if tasks else {}
-        work = {"work_bytes": options.tuner.work_bytes} if options.tuner else {}
-        print_json({**_facts(plan, out, options.jobs), **beside, **work, "state": state.name})
-        return
+def _dry_facts(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> dict[str, object]:
+    """Figures of a plan that is not run."""
+    beside: dict[str, object] = {"ray": tasks.to_dict()} if tasks else {}
+    work = {"work_bytes": options.tuner.work_bytes} if options.tuner else {}
+    return {**beside, **work, "state": state_of(out, plan).name}
+
+
+def _show(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> None:
     click.echo(f"{plan.command} {plan.origin} -> {out}  (dry run: nothing is written)")
     rows([*_lines(plan), *_needs(plan, out, options, tasks), ("sidecars", ", ".join(plan.sidecars) or "none")])
     for note in _notes(plan):
@@ -133,14 +144,14 @@ def _healed(plan: Plan) -> str:
     return f"{what.get(heal['what'], heal['what'])}, {heal['iters']} iterations a block, {step}, {text}"
 
 
-def _facts(plan: Plan, out: Path, jobs: int) -> dict[str, Any]:
+def _facts(plan: Plan, out: Path, jobs: int, told: Iterable[str]) -> dict[str, Any]:
     return {
         "command": plan.command,
         "source": plan.origin,
         "out": str(out),
         "fingerprint": plan.fingerprint,
         "summary": dict(plan.summary),
-        "notes": list(map(with_options, plan.notes)),
+        "notes": [*_notes(plan), *told],
         "shards": {shard.name: shard.nbytes for shard in plan.shards},
         "bytes": plan.nbytes,
         "steps": len(plan.steps),

@@ -48,4 +48,4 @@ def prune_command(
         execute(plan, out, output, RunOptions(jobs=jobs.count), ray)
         return
     with open_tuner(tuning, checkpoint, plan) as tuner:
-        execute(plan, out, output, RunOptions(jobs=jobs.count, tuner=tuner))
+        execute(plan, out, output, RunOptions(jobs=jobs.count, tuner=tuner), told=tuning.windows.notes)

@@ -46,9 +46,9 @@ def quantize_command(
     if tuning is None:
         execute(plan, out, output, replace(settings, device=device), ray)
         return
-    settings = replace(settings, parts=rounding.merge)
+    settings, told = replace(settings, parts=rounding.merge), tuning.windows.notes
     if ray:
-        execute(plan, out, output, settings, replace(ray, tuning=block_tuning(plan, out, tuning)))
+        execute(plan, out, output, settings, replace(ray, tuning=block_tuning(plan, out, tuning)), told)
         return
     with open_tuner(tuning, checkpoint, plan, rounding.blocks) as tuner:
-        execute(plan, out, output, replace(settings, tuner=tuner, blocks=rounding.blocks))
+        execute(plan, out, output, replace(settings, tuner=tuner, blocks=rounding.blocks), told=told)

@@ -60,10 +60,10 @@ def verify_command(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output:
     wrong; an output of shardxform must also be what was written, bit for bit, by the digests in its record. With
     --source, every tensor must hold the very bytes that SRC and the manifest give; quantized weights must be what
     rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within what tuning
-    can do, one and a half steps at most, and with no systematic error. What `convert --to bf16` wrote must be the
-    values of SRC's quantized weights, bit for bit. Of tensors that shardxform.json says were healed, all but the
-    values must be SRC's. The last line says how many values were compared, and why the others were not. Exits with
-    1 when OUT is not sound. Works on checkpoints of any tool.
+    can do, one and a half steps at most, and with no systematic error. What `convert --to bf16` and
+    `--to fp16` wrote must be the values of SRC's quantized weights, bit for bit. Of tensors that shardxform.json says
+    were healed, all but the values must be SRC's. The last line says how many values were compared, and why the
+    others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
     """
     if made.source is None and (made.manifest or made.text_only or made.mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")

@@ -24,7 +24,7 @@ from shardxform.base.file_system import FileSystem
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.compress.request import EVALUATE, SCORE, STAGES
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 
 __all__ = [
     "EVALUATION",

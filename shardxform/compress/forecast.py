@@ -10,7 +10,7 @@ from shardxform.compress.costs import Costs, amounts, seconds, shape_of
 from shardxform.compress.folder import Entry, plain, read_entries
 from shardxform.compress.prepared import Prepared, tuning_bytes
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Request, Settings
-from shardxform.execution.outdir import state_of
+from shardxform.execution.output import state_of
 from shardxform.plan.plan import tokens_of
 
 if TYPE_CHECKING:

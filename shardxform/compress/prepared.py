@@ -26,8 +26,7 @@ from shardxform.compress.costs import amounts, seconds, shape_of, usual
 from shardxform.compress.folder import Entry, changed, read_entries, refuse_changed
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY, Pruning, Request
 from shardxform.errors import FamilyError, OutputError
-from shardxform.execution.outdir import state_of
-from shardxform.execution.output import Output
+from shardxform.execution.output import Output, state_of
 from shardxform.experts import ExpertStats, Saliency, choose
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan, source_inputs

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.progress import OnProgress
 from shardxform.base.strict_json import JsonError, parse_object, pretty
-from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.compress.folder import EVALUATION, KEEP, SALIENCY, work_of
 from shardxform.compress.job import Job, choice_of
@@ -24,7 +22,7 @@ from shardxform.compress.prepared import following, plan_for
 from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, SELECT, VERIFY
 from shardxform.compress.showing import make_card, remove_card
 from shardxform.errors import ExecutionError, ResumeError
-from shardxform.execution.outdir import is_of, state_of
+from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
@@ -171,7 +169,7 @@ def _verify(job: Job, on_progress: OnProgress | None) -> None:
 
 
 def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
-    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts
+    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts, identified
 
     request = job.request
     assert request.eval_windows is not None
@@ -180,7 +178,7 @@ def _evaluate(job: Job, on_progress: OnProgress | None) -> None:
     options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
     tested = Checkpoint.open(request.out)
     found = _going_on(job, work, lambda: evaluate(tested, windows, options, request.source))
-    facts = {"identity": identify(tested).described(), **evaluation_facts(found, windows)}
+    facts = identified(evaluation_facts(found, windows), tested, request.source)
     job.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
 
 

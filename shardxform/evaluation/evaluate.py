@@ -24,6 +24,7 @@ from shardxform.base import interrupts
 from shardxform.base.progress import OnProgress
 from shardxform.base.standard_errors import Sampling, mean, standard_error
 from shardxform.calibration import Windows
+from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
 from shardxform.forward.arithmetic import on_device
@@ -33,7 +34,7 @@ from shardxform.forward.skeleton import Head, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 
-__all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts"]
+__all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts", "identified"]
 
 _TESTED: Final = "tested"
 _REFERENCE: Final = "reference"
@@ -362,6 +363,17 @@ def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
             for name, each in found.sources.items()
         }
     return facts
+
+
+def identified(facts: Mapping[str, Any], tested: Checkpoint, reference: Checkpoint | None) -> dict[str, Any]:
+    """Facts of an evaluation with what they are of, and against what: figures of other values are published by nobody.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+
+    """
+    beside = {"against": {**facts["against"], "identity": identify(reference).described()}} if reference else {}
+    return {"identity": identify(tested).described(), **facts, **beside}
 
 
 def _measured(found: Evaluation) -> dict[str, Any]:

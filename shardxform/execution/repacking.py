@@ -2,7 +2,7 @@
 
 One stored weight and one new one are in memory at a time; a dequantized one is written tile by tile. What the target
 could not say is refused, naming the tensor: zero points of an asymmetric weight, columns in another order, a scale that
-the target's type would round.
+the target's type would round, a value beyond float16.
 """
 
 # O: output channels, I: input channels, W: words of a row, G: groups of a row.
@@ -50,7 +50,7 @@ def repack_step(
     for item in step.items:
         stopped()
         if step.target is None:
-            _write_weight(item, step.source, reader, files[1], fs, on_bytes, stopped)
+            _write_weight(item, step, reader, files[1], fs, on_bytes, stopped)
             continue
         parts = _repacked(item, step.source, step.target, reader)
         for role, extent in item.parts:
@@ -101,8 +101,7 @@ def _scales_as(dtype: str, loaded: Loaded) -> NDArray[np.uint16]:
     if dtype == loaded.scale_dtype:
         return loaded.scales
     values = scale_values(loaded.scales, loaded.scale_dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        bits = packing.bf16_bits_of(values) if dtype == "BF16" else values.astype(np.float16).view(np.uint16)
+    bits = packing.bf16_bits_of(values) if dtype == "BF16" else packing.half_bits_of(values)
     if bad := first_of(scale_values(bits, dtype) != values):
         raise ExecutionError(
             f"tensor '{loaded.scales_name}': scale {values[bad]} at {list(bad)} is stored as {loaded.scale_dtype};"
@@ -111,12 +110,12 @@ def _scales_as(dtype: str, loaded: Loaded) -> NDArray[np.uint16]:
     return bits
 
 
-# -- quantized to bfloat16 ----------------------------------------------------------------------------------------
+# -- quantized to 16 bits -----------------------------------------------------------------------------------------
 
 
 def _write_weight(
     item: RepackItem,
-    source: Scheme,
+    step: Repack,
     reader: StoredReader,
     target: OpenTarget,
     fs: FileSystem,
@@ -126,18 +125,34 @@ def _write_weight(
     """Dequantize rows of one stored weight and write them, a tile at a time."""
     ((_, extent),) = item.parts
     (piece,) = item.pieces
-    words_OW, scale_OG = turned(reader.load(piece.module), source.layout, piece.start, piece.stop)
+    words_OW, scale_OG = turned(reader.load(piece.module), step.source.layout, piece.start, piece.stop)
     rows, columns = item.shape
     tile = max(1, TILE_WEIGHTS // columns)
-    grid = source.grid
+    grid = step.source.grid
     offset = extent.offset
     for start in range(0, rows, tile):
         stopped()
         codes_OI = packing.unpack(words_OW[start : start + tile], grid.bits, "row")
-        bits_OI = packing.dequantize_bf16(codes_OI, scale_OG[start : start + tile], grid.bits, grid.group_size)
+        values_OI = packing.dequantize(codes_OI, scale_OG[start : start + tile], grid.bits, grid.group_size)
+        bits_OI = _rounded(values_OI, step, f"tensor '{piece.module.name}'", piece.start + start)
         _write(bits_OI, offset, extent, target, fs)
         offset += bits_OI.nbytes
         on_bytes(bits_OI.nbytes)
+
+
+def _rounded(values_OI: NDArray[np.float32], step: Repack, where: str, first_row: int) -> NDArray[np.uint16]:
+    """Bits of the values in the step's type; float16 must not overflow, nor round what the plan calls exact."""
+    if step.dtype == "BF16":
+        return packing.bf16_bits_of(values_OI)
+    bits_OI = packing.half_bits_of(values_OI)
+    half_OI = bits_OI.view(np.float16)
+    if bad := first_of(half_OI != values_OI if step.exact else np.isinf(half_OI)):
+        row, column = bad
+        raise ExecutionError(
+            f"{where}: row {first_row + row}, column {column} stands for {values_OI[bad]}, which float16 cannot hold"
+            f"{' exactly' if np.isfinite(half_OI[bad]) else ''}; use `target.format` bf16"
+        )
+    return bits_OI
 
 
 def _write(part: NDArray[Any], offset: int, extent: Extent, target: OpenTarget, fs: FileSystem) -> None:

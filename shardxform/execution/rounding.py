@@ -13,11 +13,13 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.base.digests import Taken, take
 from shardxform.base.file_system import FileSystem
 from shardxform.base.readers import SourceReader
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.execution.copying import Files, OpenTarget
+from shardxform.execution.gathering import SlabReader
 from shardxform.formats import packing
 from shardxform.formats.grid import Grid
 from shardxform.formats.rounding import QuantizedWeight, RtnStats, SourceDtype, quantize_into
@@ -58,6 +60,7 @@ def round_step(
     fs: FileSystem,
     on_bytes: Callable[[int], None],
     stopped: Callable[[], None],
+    taken: Taken | None = None,
 ) -> dict[str, Any]:
     """Round every weight of `step` and write its parts.
 
@@ -68,6 +71,7 @@ def round_step(
         fs: effects.
         on_bytes: called with the bytes written after each weight.
         stopped: raises when the run is to stop.
+        taken: digests of what is written are put here.
 
     Returns:
         facts for the record: modules whose weights are all zero, and the number of all-zero groups.
@@ -78,14 +82,15 @@ def round_step(
     """
     zero_modules: list[str] = []
     zero_groups = 0
+    slabs = SlabReader(files[0])
     for item in step.items:
         stopped()
-        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0])
+        out, groups, zeros = _rounded(item, step.scheme, rounder, files[0], slabs)
         zero_groups += zeros
         if zeros == groups:
             zero_modules.append(item.module)
         for role, extent in item.parts:
-            write_part(part_of(role, item, step.scheme, out), extent, files[1], fs)
+            write_part(part_of(role, item, step.scheme, out), extent, files[1], fs, taken)
             on_bytes(extent.length)
     facts: dict[str, Any] = {}
     if zero_groups:
@@ -96,18 +101,21 @@ def round_step(
 
 
 def _rounded(
-    item: RoundItem, scheme: Scheme, rounder: Rounder, source: SourceReader
+    item: RoundItem, scheme: Scheme, rounder: Rounder, source: SourceReader, slabs: SlabReader
 ) -> tuple[QuantizedWeight, int, int]:
     """Round one weight tile by tile; also its number of groups, and of all-zero groups."""
-    rows, columns = item.weight.spec.shape
+    rows, columns = item.shape
     dtype = cast(SourceDtype, item.weight.spec.dtype)  # the selection takes no other
     out = QuantizedWeight.empty(scheme.layout, scheme.grid, (rows, columns))
-    row_bytes = item.weight.nbytes // rows
-    tile_rows = max(1, TILE_BYTES // row_bytes)
+    tile_rows = max(1, TILE_BYTES * rows // max(item.weight.nbytes, 1))
     groups = zeros = 0
     for start in range(0, rows, tile_rows):
         stop = min(start + tile_rows, rows)
-        w_oi = _read(item.weight.rows(start, stop), source)
+        if item.cut:
+            bits_OI = np.ascontiguousarray(item.cut.of(slabs.read(item.weight))[start:stop])
+            w_oi = bits_OI.view(_NUMPY[item.weight.spec.dtype])
+        else:
+            w_oi = _read(item.weight.rows(start, stop), source)
         stats = rounder(w_oi, dtype, scheme.grid, _rows_of(out, start, stop))
         _refuse_bad(stats, item, start)
         groups += stats.groups
@@ -154,7 +162,7 @@ def _where(item: RoundItem) -> str:
 
 def part_of(role: Role, item: RoundItem, scheme: Scheme, out: QuantizedWeight) -> NDArray[Any]:
     """One stored tensor of a quantized weight, as it is written."""
-    rows, columns = item.weight.spec.shape
+    rows, columns = item.shape
     if role == "words":
         return out.words
     if role == "scales":
@@ -170,9 +178,13 @@ def _bf16(scheme: Scheme) -> bool:
     return scheme.scale_dtype == "BF16"
 
 
-def write_part(part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem) -> None:
-    """Write a stored tensor to its place."""
+def write_part(
+    part: NDArray[Any], extent: Extent, target: OpenTarget, fs: FileSystem, taken: Taken | None = None
+) -> None:
+    """Write a stored tensor to its place, and put the digests of its chunks into `taken`."""
     data = np.ascontiguousarray(part).data.cast("B")
     if len(data) != extent.length:
         raise ExecutionError(f"internal: a part of {len(data)} bytes for an extent of {extent.length}")
+    if taken is not None:
+        take(data, extent.shard, extent.offset, taken)
     fs.write_all(target(extent.shard), data, extent.offset)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardxform.base.digests import runs_of
+from shardxform.base.digests import Taken, runs_of
 from shardxform.base.file_system import FileSystem
 from shardxform.execution.copying import copy_step
 from shardxform.plan.plan import Copy, Extent, Step
@@ -24,17 +24,28 @@ Facts = Mapping[str, Any]
 is under `measured.MEASURED`, which the journal alone keeps."""
 
 
-def executor(step: Step, device: str) -> Callable[..., Facts]:
-    """What carries out a step. Imported here: all but copying bring numpy and the compiled kernels."""
+def executor(step: Step, device: str, taken: Taken | None = None) -> Callable[..., Facts]:
+    """What carries out a step. Imported here: all but copying bring numpy and the compiled kernels.
+
+    Args:
+        step: to carry out.
+        device: where weights are rounded.
+        taken: digests of what is rounded are put here.
+
+    """
     if isinstance(step, Copy):
         return functools.partial(copy_step, step)
     from shardxform.plan.convert import Repack
-    from shardxform.plan.steps import Round
+    from shardxform.plan.steps import Gather, Round
 
     if isinstance(step, Round):
         from shardxform.execution.rounding import round_step, rounder_on
 
-        return functools.partial(round_step, step, rounder_on(device, step.scheme))
+        return functools.partial(round_step, step, rounder_on(device, step.scheme), taken=taken)
+    if isinstance(step, Gather):
+        from shardxform.execution.gathering import gather_step
+
+        return functools.partial(gather_step, step)
     if isinstance(step, Repack):
         from shardxform.execution.repacking import repack_step
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.ask.manifest_import import show
-from shardxform.base.small_files import write_new
+from shardxform.base.file_system import write_new
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import CheckpointError, PlanError
 from shardxform.experts.storage import FIELDS, Arrays, decode, encode, read

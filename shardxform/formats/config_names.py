@@ -32,7 +32,6 @@ _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
 _SIGNED: Final = ("-:", "+:")
 _SIGNS: Final = (*"*[(|?+^$\\.", "re:", *_SIGNED)
 _BOUNDARY: Final = r"(?:(?<=\.)|(?=\.|$))"  # after which transformers lets a pattern end
-_EXPERT_PARTS: Final = ("gate_proj", "up_proj", "down_proj")
 _SELECTS: Final = frozenset(
     {"block_name_to_quantize", "modules_in_block_to_quantize", "quant_block_list", "to_quant_block_names"}
 )
@@ -158,7 +157,7 @@ def modules_moved(
             if not new:
                 gone[old] = None
             ids = keeps.get((place.scope, place.layer), range(layout.num_experts))
-            out.update(_unfused(old, new, layout.num_experts, ids))
+            out.update(_unfused(old, new, layout, ids))
         elif not old.endswith((".weight", ".bias")):
             out[old] = new
         inner, outer = old.rpartition(".")[0], new.rpartition(".")[0]
@@ -179,14 +178,14 @@ def modules_moved(
     return out
 
 
-def _unfused(old: str, new: str, count: int, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+def _unfused(old: str, new: str, layout: Layout, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
     """Names that clients give the experts of a fused tensor."""
     stem, now = old.rpartition(".")[0], new.rpartition(".")[0]
     places = {expert: at for at, expert in enumerate(ids)} if new else {}
-    for expert in range(count):
+    for expert in range(layout.num_experts):
         to = f"{now}.{places[expert]}" if expert in places else ""
         yield f"{stem}.{expert}", to
-        for part in _EXPERT_PARTS:
+        for part in layout.family.experts.projections:
             yield f"{stem}.{expert}.{part}", to and f"{to}.{part}"
 
 

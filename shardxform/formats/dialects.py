@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import Format, Scheme
 from shardxform.formats.selection import Selection
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import Module, modules_of
+from shardxform.model.matrices import Matrix
 
 __all__ = ["Resolved", "build", "resolve"]
 
@@ -60,16 +59,14 @@ class Resolved:
         return self.bits
 
 
-def build(
-    selection: Selection, scheme: Scheme, layout: Layout, tensors: Mapping[str, TensorRef], iters: int = 0
-) -> dict[str, Any]:
+def build(selection: Selection, scheme: Scheme, layout: Layout, iters: int = 0) -> dict[str, Any]:
     """Make `quantization_config` for a selection; `iters` is for the record, 0 for plain rounding.
 
     Raises:
         SchemeError: what it says of some module is not what was selected; a bug, caught before anything is written.
 
     """
-    modules = {m.name: m for m in modules_of(layout, tensors, scheme.expert_names)}
+    modules = {module.name: module for module in (*selection.quantized, *selection.kept_modules)}
     patterns = [*_patterns(selection, modules, layout)]
     outside = sorted((m for m in selection.quantized if m.place.scope != "block"), key=lambda m: m.name)
     if scheme.format == "auto-round":
@@ -105,14 +102,14 @@ def resolve(config: Mapping[str, Any]) -> Resolved:
         raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
 
 
-def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layout) -> Iterator[str]:
+def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
     """Patterns that cover exactly the kept linear modules, fewest first: whole kinds, then kinds in some blocks."""
     quantized = {module.name for module in selection.quantized}
     kept_in: defaultdict[str, set[int]] = defaultdict(set)
     quantized_in: defaultdict[str, set[int]] = defaultdict(set)
     for name, module in modules.items():
         if module.place.scope == "block" and module.place.layer is not None:
-            kind = "mlp.experts" if module.expert is not None else module.local
+            kind = module.home if module.expert is not None else module.local
             (quantized_in if name in quantized else kept_in)[kind].add(module.place.layer)
     for merged, members in layout.family.merged.items():
         layers = set.intersection(*(kept_in[member] for member in members))
@@ -122,7 +119,7 @@ def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layou
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        tail = re.escape(kind) + (r"(\..*)?" if kind == "mlp.experts" else "$")
+        tail = re.escape(kind) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
         if not quantized_in[kind]:
             yield rf".*\.{tail}"
         else:
@@ -135,7 +132,7 @@ def _patterns(selection: Selection, modules: Mapping[str, Module], layout: Layou
         yield _LM_HEAD
 
 
-def _mtp_patterns(quantized: set[str], modules: Mapping[str, Module], layout: Layout) -> Iterator[str]:
+def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
     """Everything of the MTP layers; or each kept module by name, where a converted checkpoint has quantized ones."""
     names = [name for name, module in modules.items() if module.place.scope == "mtp"]
     if not names:
@@ -150,7 +147,7 @@ def _mtp_patterns(quantized: set[str], modules: Mapping[str, Module], layout: La
         yield r".*mtp.*"
 
 
-def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Module]) -> dict[str, Any]:
+def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Matrix]) -> dict[str, Any]:
     grid = scheme.grid
     weights = {"bits": grid.bits, "group_size": grid.group_size, "sym": True, "data_type": "int"}
     return {
@@ -167,7 +164,7 @@ def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Modul
     }
 
 
-def _gptq(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Module]) -> dict[str, Any]:
+def _gptq(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Matrix]) -> dict[str, Any]:
     quantizes_head = any(module.name == _LM_HEAD for module in outside)
     head = {"bits": scheme.grid.bits, "group_size": scheme.grid.group_size, "sym": True}
     return {
@@ -267,7 +264,7 @@ def _compile(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
         raise SchemeError(f"quantization_config: {e.pattern!r} is no regular expression: {e}") from e
 
 
-def _check(resolved: Resolved, selection: Selection, grid: Grid, modules: Mapping[str, Module]) -> None:
+def _check(resolved: Resolved, selection: Selection, grid: Grid, modules: Mapping[str, Matrix]) -> None:
     quantized = {module.name for module in selection.quantized}
     for name, module in modules.items():
         if module.place.template.role == "embeddings":

@@ -21,7 +21,16 @@ from shardxform.formats.grid import Layout
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["bf16_bits_of", "dequantize", "dequantize_bf16", "pack", "qzeros", "transpose_into", "unpack"]
+__all__ = [
+    "bf16_bits_of",
+    "dequantize",
+    "dequantize_bf16",
+    "half_bits_of",
+    "pack",
+    "qzeros",
+    "transpose_into",
+    "unpack",
+]
 
 TRANSPOSE_BLOCK = 128
 
@@ -115,6 +124,12 @@ def bf16_bits_of(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+
+
+def half_bits_of(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Float32 -> float16 bits, to nearest even; an infinity from 65520 on."""
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(np.float16).view(np.uint16)
 
 
 def transpose_into(source: NDArray[Any], target: NDArray[Any]) -> None:

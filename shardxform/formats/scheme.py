@@ -6,6 +6,7 @@ together. Words as in compressed-tensors: scheme, group size, symmetric, pack-qu
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -103,20 +104,29 @@ class Scheme:
 
     def parts(self, module: str, out_features: int, in_features: int) -> tuple[Part, ...]:
         """List the tensors that stand for the weight [O, I] of `module`, in the order in which they are written."""
-        grid, layout = self.grid, self.layout
-        words = grid.word_shape(layout, out_features, in_features)
-        scales = grid.scale_shape(layout, out_features, in_features)
-        if layout == "row":
-            return (
-                Part("words", TensorSpec(f"{module}.weight_packed", "I32", words)),
-                Part("scales", TensorSpec(f"{module}.weight_scale", self.scale_dtype, scales)),
-                Part("shape", TensorSpec(f"{module}.weight_shape", "I64", (2,))),
-            )
-        zeros = (scales[0], out_features // grid.codes_per_word)
-        parts = (
-            Part("words", TensorSpec(f"{module}.qweight", "I32", words)),
-            Part("zeros", TensorSpec(f"{module}.qzeros", "I32", zeros)),
-            Part("scales", TensorSpec(f"{module}.scales", "F16", scales)),
+        return tuple(
+            Part(role, TensorSpec(f"{module}.{last}", dtype, shape))
+            for role, last, dtype, shape in _forms(self, out_features, in_features)
         )
-        index = Part("g_idx", TensorSpec(f"{module}.g_idx", "I32", (in_features,)))
-        return (*parts, index) if self.g_idx else parts
+
+
+@functools.lru_cache(maxsize=64)
+def _forms(scheme: Scheme, out_features: int, in_features: int) -> tuple[tuple[Role, str, str, tuple[int, ...]], ...]:
+    """What stands for a weight of one shape, whatever it is called: role, last part of the name, dtype and shape."""
+    grid, layout = scheme.grid, scheme.layout
+    words = grid.word_shape(layout, out_features, in_features)
+    scales = grid.scale_shape(layout, out_features, in_features)
+    if layout == "row":
+        return (
+            ("words", "weight_packed", "I32", words),
+            ("scales", "weight_scale", scheme.scale_dtype, scales),
+            ("shape", "weight_shape", "I64", (2,)),
+        )
+    zeros = (scales[0], out_features // grid.codes_per_word)
+    index: tuple[Role, str, str, tuple[int, ...]] = ("g_idx", "g_idx", "I32", (in_features,))
+    return (
+        ("words", "qweight", "I32", words),
+        ("zeros", "qzeros", "I32", zeros),
+        ("scales", "scales", "F16", scales),
+        *((index,) if scheme.g_idx else ()),
+    )

@@ -5,22 +5,23 @@ What config.json will say and what the shards will hold are both made from the o
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shardxform.base.dtypes import FLOATS
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import FLOATS, TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.scheme import Scheme
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import LINEAR_ROLES, Module, modules_of
+from shardxform.model.matrices import LINEAR_ROLES, Matrix, matrices_of
 from shardxform.model.tied_head import is_tied
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "refuse_unread", "select"]
 
 _BY_DEFAULT = "16-bit by default"
+_ROUNDED = FLOATS - {"F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,10 @@ class Selection:
 
     """
 
-    quantized: tuple[Module, ...]
+    quantized: tuple[Matrix, ...]
     kept: Mapping[str, str]
     misfits: Mapping[str, str]
-    kept_modules: tuple[Module, ...] = ()
+    kept_modules: tuple[Matrix, ...] = ()
 
 
 def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> Selection:
@@ -52,10 +53,11 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
             left to quantize.
 
     """
-    modules = list(modules_of(layout, tensors, scheme.expert_names))
+    modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfits = {m.name: why for m in modules if not reasons[m.name] and (why := scheme.misfit(*m.weight.spec.shape))}
+    misfit = functools.cache(scheme.misfit)  # of one shape, as a rule, for ten thousand experts
+    misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
         blocked = [name for name in members if name in misfits]
@@ -71,9 +73,24 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
 
 
-def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
+def refuse_unread(layout: Layout, scheme: Scheme) -> None:
+    """Refuse a format in which no client finds the experts of a family.
+
+    Raises:
+        SchemeError: names the formats that are left.
+
+    """
+    family = layout.family
+    if scheme.format not in family.formats:
+        raise SchemeError(
+            f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
+            f" {' or '.join(family.formats)}"
+        )
+
+
+def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
     """Why a module stays as it is; empty when it is to be quantized. Shapes are judged later."""
-    if module.weight.spec.dtype not in FLOATS - {"F64"}:
+    if module.weight.spec.dtype not in _ROUNDED:
         return f"dtype {module.weight.spec.dtype}"
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
         _refuse_unrunnable(module, scheme, layout)
@@ -82,12 +99,15 @@ def _reason(module: Module, layout: Layout, scheme: Scheme) -> str:
         return "on request"
     if module.place.scope != "block" or module.place.template.role not in LINEAR_ROLES:
         return _BY_DEFAULT
-    if any(fnmatchcase(module.local, pattern) for pattern in layout.family.keep_16bit):
-        return _BY_DEFAULT
-    return ""
+    return _BY_DEFAULT if _is_kept(module.local, layout.family.keep_16bit) else ""
 
 
-def _refuse_unrunnable(module: Module, scheme: Scheme, layout: Layout) -> None:
+@functools.lru_cache(maxsize=1024)
+def _is_kept(local: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(local, pattern) for pattern in patterns)
+
+
+def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
     if role in ("router", "embeddings", "vision", "mtp"):
@@ -101,7 +121,7 @@ def _refuse_unrunnable(module: Module, scheme: Scheme, layout: Layout) -> None:
         raise SchemeError(f"`quantize` selects {module.name}, which vLLM cannot run in format compressed-tensors")
 
 
-def _merged(layout: Layout, modules: Iterable[Module]) -> list[list[str]]:
+def _merged(layout: Layout, modules: Iterable[Matrix]) -> list[list[str]]:
     """Names of modules that clients merge: the family's groups per block, and all routed experts of a layer."""
     groups: defaultdict[tuple[str, int | None, str], list[str]] = defaultdict(list)
     for module in modules:
@@ -126,7 +146,7 @@ def _refuse_split(groups: Iterable[list[str]], reasons: Mapping[str, str]) -> No
             )
 
 
-def _refuse_idle_patterns(scheme: Scheme, modules: Iterable[Module]) -> None:
+def _refuse_idle_patterns(scheme: Scheme, modules: Iterable[Matrix]) -> None:
     """A pattern that matches nothing is a typing error that would surface as a wrong checkpoint."""
     names = [module.name for module in modules]
     for field, patterns in (("keep_16bit", scheme.keep_16bit), ("quantize", scheme.quantize)):

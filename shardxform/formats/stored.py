@@ -20,9 +20,17 @@ from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.grid import Bits, Grid, ScaleGrid
 from shardxform.formats.scheme import ExpertNames, Format, Role, Scheme
-from shardxform.model.expectation import Expected, expected
-from shardxform.model.layout import COMPANIONS, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
-from shardxform.model.matrices import LINEAR_ROLES, modules_of
+from shardxform.model.layout import (
+    COMPANIONS,
+    Expected,
+    Layout,
+    expected,
+    is_quantized,
+    layout_of,
+    refuse_two_spellings,
+    variants_found,
+)
+from shardxform.model.matrices import LINEAR_ROLES, matrices_of
 
 __all__ = ["Stored", "StoredModule", "read_stored", "rows_of", "scan_stored"]
 
@@ -368,7 +376,7 @@ def _mixed(
     kinds: dict[tuple[str, int | None], tuple[bool, str]] = {}
     for name in (*weights, *plain):
         place = layout.places.get(name)
-        if place is None or not place.template.variant:
+        if place is None or not place.template.is_expert_weight:
             continue
         kept, other = kinds.setdefault((place.scope, place.layer), (name in plain, name))
         if kept != (name in plain):
@@ -380,7 +388,7 @@ def _contradictions(
     resolved: Resolved, layout: Layout, weights: Mapping[str, TensorRef], plain: Mapping[str, TensorRef]
 ) -> Iterator[str]:
     seen: set[object] = set()
-    for module in modules_of(layout, {**weights, **plain}):
+    for module in matrices_of(layout, {**weights, **plain}):
         ref = weights.get(module.sources[0])
         key = (module.place.scope, module.place.layer, module.local, ref is None)
         if key in seen:  # experts of a layer have one scheme: a look at the first is enough

@@ -27,8 +27,7 @@ from shardxform.errors import CheckpointError, ExecutionError, FamilyError, Sche
 from shardxform.formats.grid import Grid
 from shardxform.formats.loading import Loaded, StoredReader, turned
 from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
-from shardxform.model.expectation import expected
-from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
 
 __all__ = ["ExpertWeights", "Precision", "Weights"]
 

@@ -28,7 +28,7 @@ from shardxform.base.file_system import FileSystem
 from shardxform.base.sharding import show_size
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 
 __all__ = ["HiddenFile", "WorkDir", "refuse_inside", "refuse_other_work"]
 

@@ -1,20 +1,21 @@
-"""Linear modules of a checkpoint or view: names, weights and what they belong to, experts un-fused.
+"""Linear weights of a checkpoint or view as matrices [O, I]: names, where they lie, what they belong to.
 
-Fused experts `[E, 2I, H]` and `[E, H, I]` are seen as one module per expert and matrix, as references to bytes of the
-fused tensors; per-expert tensors as they are. This is the list from which quantization selects.
+However a family stores its experts (`families.base.ExpertLayout`), there is one matrix per expert and projection: a
+reference to bytes, and a `Cut` that leads from these to the matrix. This is the list from which quantization selects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
+from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
-__all__ = ["LINEAR_ROLES", "ExpertNames", "Module", "modules_of"]
+__all__ = ["LINEAR_ROLES", "Cut", "ExpertNames", "Matrix", "matrices_of", "single_biases", "stack_cuts"]
 
 ExpertNames = Literal["split", "fused-indexed"]
 
@@ -23,15 +24,46 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
-    """A linear module.
+class Cut:
+    """Which rows of what is stored a matrix is: `count` of them from `first` on, of the stored matrix or its transpose.
 
     Attributes:
-        name: without `.weight`, as it is written.
-        weight: its 2-D weight [O, I], as bytes of the source.
+        first, count: of the rows.
+        transposed: whether the stored matrix is [I, O].
+
+    """
+
+    first: int
+    count: int
+    transposed: bool = False
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the rows are bytes one after the other, so that a reference to them says it all."""
+        return not self.transposed
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Shape [O, I] of the matrix in what has the shape `stored`."""
+        return self.count, stored[0] if self.transposed else stored[1]
+
+    def of(self, stored: Any) -> Any:  # noqa: ANN401
+        """View of the matrix in an array or tensor of what is stored."""
+        whole = stored.T if self.transposed else stored
+        return whole[self.first : self.first + self.count]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A linear weight.
+
+    Attributes:
+        name: of its module, as it is written.
+        weight: bytes of the source that hold it, two dimensions; the matrix itself unless there is a `cut`.
         sources: names of the tensors that hold it.
         place: of the first of them.
+        home: name of the module of all experts within its block, where it is one expert's.
         expert: id of the routed expert, or None.
+        cut: what of `weight` it is, where that is not all of it.
 
     """
 
@@ -39,61 +71,118 @@ class Module:
     weight: TensorRef
     sources: tuple[str, ...]
     place: Place
+    home: str = ""
     expert: int | None = None
+    cut: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I]."""
+        rows, columns = self.weight.spec.shape
+        return self.cut.shape((rows, columns)) if self.cut else (rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values as they are stored, in bytes."""
+        whole = self.weight.spec.shape[0] * self.weight.spec.shape[1]
+        return self.weight.nbytes * self.shape[0] * self.shape[1] // whole if whole else 0
 
     @property
     def local(self) -> str:
         """Name within its block, expert ids left out: `mlp.experts.gate_proj`, `self_attn.q_proj`."""
-        template = self.place.template.name
         if self.expert is None:
-            return template.removesuffix(".weight")
-        return "mlp.experts." + next(part for part in self.name.split(".")[::-1] if not part.isdigit())
+            return self.place.template.name.removesuffix(".weight")
+        *_, before, last = self.name.split(".")
+        return f"{self.home}.{before if last.isdigit() else last}"
 
 
-def modules_of(
+def matrices_of(
     layout: Layout, tensors: Mapping[str, TensorRef], expert_names: ExpertNames = "split"
-) -> Iterator[Module]:
-    """List every module with a 2-D weight, in table order; experts in the spelling asked for.
+) -> Iterator[Matrix]:
+    """List every matrix, in table order; experts in the spelling asked for.
 
-    Norms, biases, convolutions and vectors are no modules here. Embeddings and heads are.
+    Norms, biases, convolutions and vectors are no matrices. Embeddings and heads are.
+
+    Raises:
+        SchemeError: experts that cannot be spelled so.
+
     """
+    experts = layout.family.experts
+    if expert_names == "fused-indexed" and experts != ExpertLayout():
+        raise SchemeError(f"family {layout.family.name} has no experts in the fused-indexed spelling")
     for name, ref in tensors.items():
         place = layout.places.get(name)
         if place is None or place.companion:
             continue
         if place.template.variant == "fused":
-            yield from _unfused(name, ref, place, expert_names)
-        elif place.expert is not None:
-            yield from _per_expert(name, ref, place, expert_names, tensors)
-        elif name.endswith(".weight") and len(ref.spec.shape) == 2:
-            yield Module(name.removesuffix(".weight"), ref, (name,), place)
+            yield from _unstacked(name, ref, place, experts, expert_names)
+        elif place.expert is not None and name.endswith(".weight"):
+            yield from _per_expert(name, ref, place, expert_names, tensors, experts.home)
+        elif place.expert is None and name.endswith(".weight") and len(ref.spec.shape) == 2:
+            yield Matrix(name.removesuffix(".weight"), ref, (name,), place)
 
 
-def _unfused(name: str, ref: TensorRef, place: Place, expert_names: ExpertNames) -> Iterator[Module]:
-    """Modules of one fused tensor; rows 0..I-1 of `gate_up_proj` are the gate, I..2I-1 the up projection."""
-    stem, projection = name.rsplit(".", 1)
+def single_biases(layout: Layout, tensors: Mapping[str, TensorRef], stack: str) -> Iterator[TensorRef]:
+    """List the biases that stand beside the matrices of a stack when these are written one by one; as a rule none."""
+    experts = layout.family.experts
+    ref = tensors.get(f"{stack}_bias")
+    if ref is None or not experts.bias:
+        return
+    home, _, name = stack.rpartition(".")
     for expert in range(ref.spec.shape[0]):
-        weight = ref.index(expert)
-        if expert_names == "fused-indexed":
-            yield Module(f"{name}.{expert}", weight, (name,), place, expert)
-        elif projection == "gate_up_proj":
-            half = weight.spec.shape[0] // 2
-            yield Module(f"{stem}.{expert}.gate_proj", weight.rows(0, half), (name,), place, expert)
-            yield Module(f"{stem}.{expert}.up_proj", weight.rows(half, 2 * half), (name,), place, expert)
-        else:
-            yield Module(f"{stem}.{expert}.{projection}", weight, (name,), place, expert)
+        row = ref.index(expert)
+        for projection, cut in stack_cuts(experts, name, ref.spec.shape[1]):
+            part = row.rows(cut.first, cut.first + cut.count)
+            yield part.renamed(f"{home}.{expert}.{projection}.bias")
+
+
+def stack_cuts(experts: ExpertLayout, stack: str, rows: int) -> Iterator[tuple[str, Cut]]:
+    """Names of the projections in a stack of the family, and what each is of the `rows` that an expert has there.
+
+    They are the halves of the first stack even where gate and up projection take turns in it: so auto-round's loader
+    reads them on transformers 5, which puts the halves one below the other again, and has the model take them apart.
+    """
+    gate, up, down = experts.projections
+    if stack != experts.stacks[0]:
+        yield down, Cut(0, rows, experts.transposed)
+    else:
+        yield gate, Cut(0, rows // 2, experts.transposed)
+        yield up, Cut(rows // 2, rows // 2, experts.transposed)
+
+
+def _unstacked(
+    name: str, ref: TensorRef, place: Place, experts: ExpertLayout, expert_names: ExpertNames
+) -> Iterator[Matrix]:
+    """Matrices of one stack."""
+    stem, stack = name.rsplit(".", 1)
+    if stack not in experts.stacks:
+        return
+    sources, home = (name,), experts.home
+    if expert_names == "fused-indexed":
+        for expert, weight in enumerate(ref.slabs()):
+            yield Matrix(f"{name}.{expert}", weight, sources, place, home, expert)
+        return
+    cuts = tuple(stack_cuts(experts, stack, ref.spec.shape[2 if experts.transposed else 1]))
+    if all(cut.is_bytes for _, cut in cuts):
+        for number, weight in enumerate(ref.slabs(len(cuts))):
+            expert, part = divmod(number, len(cuts))
+            yield Matrix(f"{stem}.{expert}.{cuts[part][0]}", weight, sources, place, home, expert)
+        return
+    for expert, weight in enumerate(ref.slabs()):
+        for projection, cut in cuts:
+            yield Matrix(f"{stem}.{expert}.{projection}", weight, sources, place, home, expert, cut)
 
 
 def _per_expert(
-    name: str, ref: TensorRef, place: Place, expert_names: ExpertNames, tensors: Mapping[str, TensorRef]
-) -> Iterator[Module]:
-    """The module of a per-expert tensor; joined with its sibling where the older spelling wants gate and up as one."""
+    name: str, ref: TensorRef, place: Place, expert_names: ExpertNames, tensors: Mapping[str, TensorRef], home: str
+) -> Iterator[Matrix]:
+    """The matrix of a per-expert tensor; joined with its sibling where the older spelling wants gate and up as one."""
     module = name.removesuffix(".weight")
     stem, expert, projection = module.rsplit(".", 2)
     if expert_names == "split":
-        yield Module(module, ref, (name,), place, place.expert)
+        yield Matrix(module, ref, (name,), place, home, place.expert)
     elif projection == "down_proj":
-        yield Module(f"{stem}.down_proj.{expert}", ref, (name,), place, place.expert)
+        yield Matrix(f"{stem}.down_proj.{expert}", ref, (name,), place, home, place.expert)
     elif projection == "gate_proj":
         up = tensors[f"{stem}.{expert}.up_proj.weight"]
         if up.spec.shape != ref.spec.shape or up.spec.dtype != ref.spec.dtype:
@@ -101,4 +190,4 @@ def _per_expert(
             raise SchemeError(f"tensor '{up.name}' is {what}; cannot write them as one weight")
         rows, columns = ref.spec.shape
         both = TensorRef(replace(ref.spec, shape=(2 * rows, columns)), ref.ranges + up.ranges)
-        yield Module(f"{stem}.gate_up_proj.{expert}", both, (name, up.name), place, place.expert)
+        yield Matrix(f"{stem}.gate_up_proj.{expert}", both, (name, up.name), place, home, place.expert)

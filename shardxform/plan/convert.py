@@ -1,4 +1,4 @@
-"""Planning a conversion: a quantized source written in another format or spelling, or dequantized to bfloat16.
+"""Planning a conversion: a quantized source written in another format or spelling, or dequantized to 16 bits.
 
 No integer and no scale changes between the quantized formats; what a client reads from the output is what it read from
 the source. The new quantization_config is made by the code that `quantize` uses, from what is stored rather than from
@@ -12,28 +12,47 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.base import computing
+from shardxform.base.collecting import uncollected
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.dialects import build
 from shardxform.formats.scheme import ExpertNames, Format, Part, Role, Scheme
-from shardxform.formats.selection import Selection, reasons_summary
+from shardxform.formats.selection import Selection, reasons_summary, refuse_unread
 from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import modules_of
+from shardxform.model.matrices import matrices_of
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
 from shardxform.plan.quantize import kept_tensors
 from shardxform.plan.view import View, pruned_view
 
-__all__ = ["TILE_WEIGHTS", "ConvertOptions", "Piece", "Repack", "RepackItem", "Target", "plan_convert", "released"]
+__all__ = [
+    "FLOATS",
+    "TILE_WEIGHTS",
+    "ConvertOptions",
+    "Float",
+    "Piece",
+    "Repack",
+    "RepackItem",
+    "Target",
+    "config_of_half",
+    "plan_convert",
+    "released",
+]
+
+Float = Literal["bf16", "fp16"]
+"""16-bit types that weights are dequantized to."""
+
+FLOATS: Final[Mapping[str, str]] = {"bf16": "BF16", "fp16": "F16"}
+"""What safetensors calls them."""
 
 TILE_WEIGHTS: Final = 1 << 18
 """Most weights that are dequantized at a time."""
 
-_TILE_BYTES: Final = 40  # per weight while it is dequantized: codes, values, scales and BF16 bits, with temporaries
+_TILE_BYTES: Final = 40  # per weight while it is dequantized: codes, values, scales and 16 bits, with temporaries
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms", "vision"})
 _IN_SOURCE: Final = "16-bit in the source"
 
@@ -43,19 +62,19 @@ class Target:
     """What to write.
 
     Attributes:
-        format: a quantized format, or `bf16` for dequantized weights in the release's layout.
-        expert_names: see `Scheme`; has no meaning for `bf16`.
+        format: a quantized format, or `bf16` or `fp16` for dequantized weights in the release's layout.
+        expert_names: see `Scheme`; has no meaning for dequantized weights.
         g_idx: see `Scheme`.
 
     """
 
-    format: Format | Literal["bf16"]
+    format: Format | Float
     expert_names: ExpertNames = "split"
     g_idx: bool = False
 
     def __post_init__(self) -> None:
-        if self.format == "bf16" and (self.g_idx or self.expert_names != "split"):
-            raise SchemeError("bf16 has no g_idx and one spelling of experts: the release's")
+        if self.format in FLOATS and (self.g_idx or self.expert_names != "split"):
+            raise SchemeError(f"{self.format} has no g_idx and one spelling of experts: the release's")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +110,17 @@ class RepackItem:
 
 @dataclass(frozen=True, slots=True)
 class Repack:
-    """Write stored weights in another layout, or dequantized to bfloat16 when there is no target scheme."""
+    """Write stored weights in another layout, or where there is no target scheme dequantized, as `dtype`."""
 
     items: tuple[RepackItem, ...]
     source: Scheme
     target: Scheme | None
+    dtype: str = "BF16"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the plan promises that `dtype` holds every value, so that one which it does not is refused."""
+        return self.target is None and self.dtype == "F16" and _fits_half(self.source)
 
     @property
     def reads(self) -> Iterable[ByteRange]:
@@ -117,6 +142,7 @@ class Repack:
         return 2 * stored + max(item.out_bytes for item in self.items)
 
 
+@uncollected()
 def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | None = None) -> Plan:
     """Plan a conversion of a quantized checkpoint.
 
@@ -131,16 +157,21 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     stored = read_stored(source)
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
+    _refuse_restacking(stored, target)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
+    _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
-    weights = _weights(view, stored, selection, scheme)
+    weights = _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
     if scheme is not None:
-        quantization = build(selection, scheme, view.layout, view.checkpoint.tensors)
+        quantization = build(selection, scheme, view.layout)
         config = {**source.config, "quantization_config": quantization}
+    elif target.format == "fp16":
+        config = config_of_half(config)
     shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
-    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, stored, scheme))
+    repacking = _steps(shards, weights, stored, scheme, FLOATS.get(target.format, ""))
+    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *repacking)
     sidecars = sidecar_digests(source)
     plan = Plan(
         command="convert",
@@ -162,10 +193,11 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
 
 
 def _scheme(stored: Stored, target: Target) -> Scheme | None:
-    """The scheme to write in, on the source's own grid; None for bf16."""
-    if target.format == "bf16":
+    """The scheme to write in, on the source's own grid; None for dequantized weights."""
+    if target.format == "bf16" or target.format == "fp16":
         return None
     scheme = Scheme(grid=stored.scheme.grid, format=target.format, expert_names=target.expert_names, g_idx=target.g_idx)
+    refuse_unread(stored.layout, scheme)
     for module in stored.modules.values():
         rows, columns = module.shape
         if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and scheme.misfit(rows, columns)):
@@ -181,6 +213,26 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     return scheme
 
 
+def _refuse_half(view: View, target: Target) -> None:
+    """Refuse float16 where it overflows while the model runs, by the rule by which `verify` judges a config."""
+    family = view.layout.family
+    if target.format == "fp16" and family.bfloat16_only:
+        raise SchemeError(
+            f"`target.format` fp16: float16 overflows in the gated delta-net layers of family {family.name}; use bf16"
+        )
+
+
+def _fits_half(source: Scheme) -> bool:
+    """Whether 11 significant bits hold every product: 8 of a bfloat16 scale, and 3 of a code of at most 8 in size."""
+    return source.grid.bits == 4 and source.grid.scale_grid == "bf16"
+
+
+def config_of_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of weights that became float16: clients that load what it says would round them to bfloat16."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, "float16")}
+
+
 def _refuse_nothing(stored: Stored, target: Target) -> None:
     same_index = all(module.has_g_idx == target.g_idx for module in stored.modules.values())
     if stored.scheme.format == target.format and stored.spellings <= {target.expert_names} and same_index:
@@ -188,9 +240,24 @@ def _refuse_nothing(stored: Stored, target: Target) -> None:
         raise SchemeError(f"nothing to convert: the source is {target.format}{names} already")
 
 
+def _refuse_restacking(stored: Stored, target: Target) -> None:
+    """Refuse to dequantize into stacks that hold matrices transposed or row by row in turn.
+
+    Raises:
+        SchemeError: names the family.
+
+    """
+    family = stored.layout.family
+    if target.format in FLOATS and family.experts.stacks and (family.experts.transposed or family.experts.bias):
+        raise SchemeError(
+            f"family {family.name} stacks its experts transposed, which is not written from quantized ones; start from"
+            " the checkpoint that was quantized"
+        )
+
+
 def _selection(view: View, stored: Stored, expert_names: ExpertNames) -> Selection:
     """What is stored quantized and what is not, in the spelling asked for, as `quantize` would have selected it."""
-    modules = list(modules_of(view.layout, view.checkpoint.tensors, expert_names))
+    modules = list(matrices_of(view.layout, view.checkpoint.tensors, expert_names))
     quantized = tuple(module for module in modules if module.sources[0] in stored.weights)
     kept = tuple(module for module in modules if module.sources[0] not in stored.weights)
     return Selection(quantized, {module.name: _IN_SOURCE for module in kept}, {}, kept)
@@ -211,18 +278,20 @@ def _specs(plain: Mapping[str, TensorRef], weights: Iterable[TensorRef], scheme:
             yield from (part.spec for part in _parts(weight, scheme))
 
 
-def _weights(view: View, stored: Stored, selection: Selection, scheme: Scheme | None) -> list[TensorRef]:
+def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[TensorRef]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
-    if scheme is not None:
+    dtype = FLOATS.get(target.format)
+    if dtype is None:
         return [module.weight.renamed(module.name) for module in selection.quantized]
-    return released(stored.weights, view.layout)
+    weights = released(stored.weights, view.layout)
+    return [replace(weight, spec=replace(weight.spec, dtype=dtype)) for weight in weights]
 
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
     if scheme is None or scheme.format == "compressed-tensors":
         return {ref.name: ref for ref in released(stored.plain, view.layout)}
-    return kept_tensors(stored.plain, selection, scheme)
+    return kept_tensors(view.layout, stored.plain, selection, scheme)
 
 
 def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
@@ -258,7 +327,7 @@ def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
 
 
 def _steps(
-    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None
+    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None, dtype: str
 ) -> Iterator[Repack]:
     """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger.
 
@@ -271,12 +340,12 @@ def _steps(
         items = list(_items(weight, extents, stored, scheme))
         nbytes = sum(item.out_bytes for item in items)
         if pending and filled + nbytes > plans.STEP_BYTES:
-            yield Repack(tuple(pending), stored.scheme, scheme)
+            yield Repack(tuple(pending), stored.scheme, scheme, dtype)
             pending, filled = [], 0
         pending += items
         filled += nbytes
     if pending:
-        yield Repack(tuple(pending), stored.scheme, scheme)
+        yield Repack(tuple(pending), stored.scheme, scheme, dtype)
 
 
 def _items(
@@ -366,7 +435,7 @@ def _summary(
         {
             "scheme": asdict(scheme),
             "quantized_modules": len(selection.quantized),
-            "quantized_weight_bytes": sum(module.weight.nbytes for module in selection.quantized),
+            "quantized_weight_bytes": sum(module.nbytes for module in selection.quantized),
             "kept_modules": reasons_summary(selection),
         }
         if scheme
@@ -385,12 +454,10 @@ def _summary(
 def _notes(stored: Stored, target: Target) -> Iterator[str]:
     before, bits = stored.scheme.format, stored.scheme.grid.bits
     weights = f"{len(stored.modules):,} weight matrices of {bits} bits"
-    if target.format == "bf16":
-        yield f"{weights} become bfloat16: each integer times its scale, rounded to nearest"
+    if target.format in FLOATS:
+        yield f"{weights} become {_rounding(stored, target)}"
         yield "this cannot be undone: quantizing OUT again need not give the same integers and scales"
-        dtype = stored.layout.text.get("dtype", stored.layout.text.get("torch_dtype", "bfloat16"))
-        if dtype != "bfloat16":
-            yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"
+        yield from _notes_of_dtype(stored, target)
     else:
         formats = f"stay {before}" if before == target.format else f"are stored as {target.format}, not {before}"
         yield f"{weights} {formats}: every integer and every scale keeps its value"
@@ -400,5 +467,29 @@ def _notes(stored: Stored, target: Target) -> Iterator[str]:
             yield f"experts are named otherwise: {new} for {old}"
     if stored.contradictions:
         more = f", and {len(stored.contradictions) - 1} more like it" if len(stored.contradictions) > 1 else ""
-        then = "" if target.format == "bf16" else "; the new one says what is stored"
+        then = "" if target.format in FLOATS else "; the new one says what is stored"
         yield stored.contradictions[0] + more + then
+
+
+def _rounding(stored: Stored, target: Target) -> str:
+    """What becomes of a product in 16 bits, and what to do where it is not exact."""
+    product, fits = "each integer times its scale", _fits_half(stored.scheme)
+    if target.format == "fp16":
+        if fits:
+            return f"float16: {product}, exactly"
+        why = "8 bits" if stored.scheme.grid.bits == 8 else "scales that may not be exact in bfloat16"
+        return f"float16: {product}, rounded to its 11 significant bits, which products of {why} do not fit"
+    better = fits and not stored.layout.family.bfloat16_only
+    way = "; `target.format` fp16 holds them exactly" if better else ""
+    return f"bfloat16: {product}, rounded to its 8 significant bits, fewer than many need{way}"
+
+
+def _notes_of_dtype(stored: Stored, target: Target) -> Iterator[str]:
+    text = stored.layout.text
+    if target.format == "fp16":
+        yield (
+            "config.json's dtype becomes float16: transformers, vLLM and SGLang load all tensors as that; in the shards"
+            " what is not quantized stays as it is, and llama.cpp's converter and mlx-lm read it so"
+        )
+    elif (dtype := text.get("dtype", text.get("torch_dtype", "bfloat16"))) != "bfloat16":
+        yield f"config.json says dtype {dtype}, and stays so; the weights written are bfloat16"

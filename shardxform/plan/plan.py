@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform.base import header
-from shardxform.base.digests import CHUNK_BYTES, Chunks
+from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
 from shardxform.base.sharding import natural_key, shard_names, split
-from shardxform.base.strict_json import dumps, pretty
+from shardxform.base.strict_json import dumps, pretty, pretty_strings
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import INDEX, Checkpoint, Shard
@@ -55,6 +55,9 @@ class Extent:
     shard: int
     offset: int
     length: int
+
+    def __repr__(self) -> str:  # as dataclasses give it, in half the time: plans are fingerprinted by it
+        return f"Extent(shard={self.shard}, offset={self.offset}, length={self.length})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +193,17 @@ class Plan:
         if len(self.shards) == 1:
             return None
         weight_map = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
-        total = {"metadata": {"total_size": self.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        return pretty(total).encode()
+        total = {"metadata": {"total_size": self.data_bytes}, "weight_map": {}}
+        return pretty(total).replace("{}", pretty_strings(dict(sorted(weight_map.items())), 1)).encode()
 
     def files(self) -> list[str]:
         """Names of every file the finished output holds, provenance aside."""
-        return [*(shard.name for shard in self.shards), *self.sidecars, *([INDEX] if self.index else []), "config.json"]
+        return [
+            *(shard.name for shard in self.shards),
+            *self.sidecars,
+            *([INDEX] if len(self.shards) > 1 else []),
+            "config.json",
+        ]
 
     def peak_bytes(self, jobs: int) -> int:
         """Estimate of the process's peak memory with `jobs` steps at a time."""
@@ -213,17 +221,17 @@ class Plan:
             PlanError: a hole, an overlap or a part of a chunk; a bug in the planner, caught before anything is written.
 
         """
-        extents = sorted((e.shard, e.offset, e.length) for step in self.steps for e in step.writes if e.length)
+        runs = [run for step in self.steps for run in runs_of(step.writes)]
         position = {i: len(shard.head) for i, shard in enumerate(self.shards)}
-        for shard, offset, length in extents:
-            if position[shard] != offset:
+        for shard, begin, end in sorted(runs):
+            if position[shard] != begin:
                 raise PlanError(f"internal: steps do not tile {self.shards[shard].name} at byte {position[shard]}")
-            position[shard] = offset + length
+            position[shard] = end
         for i, shard_plan in enumerate(self.shards):
             if position[i] != shard_plan.nbytes:
                 raise PlanError(f"internal: steps leave {shard_plan.name} unfilled from byte {position[i]}")
-        for step in self.steps:
-            self.chunks.of(step.writes)
+        for shard, begin, end in runs:
+            self.chunks.refuse_parts(shard, begin, end)
 
 
 def tokens_of(step: Step) -> int:

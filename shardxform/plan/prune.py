@@ -11,6 +11,7 @@ from typing import Any, Final
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
+from shardxform.base.collecting import uncollected
 from shardxform.base.strict_json import pretty
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -43,6 +44,7 @@ class ViewOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
 
+@uncollected()
 def plan_prune(
     source: Checkpoint, manifest: Manifest | None, options: ViewOptions | None = None, recipe: Recipe | None = None
 ) -> Plan:

@@ -14,27 +14,29 @@ from typing import Any
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
-from shardxform.base.tensors import TensorRef
+from shardxform.base.collecting import uncollected
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.dialects import build
 from shardxform.formats.grid import GROUP_SIZES
 from shardxform.formats.scheme import FORMATS, Part, Scheme
-from shardxform.formats.selection import Selection, reasons_summary, select
-from shardxform.model.layout import is_quantized
-from shardxform.model.matrices import Module
+from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
+from shardxform.model.layout import Layout, is_quantized
+from shardxform.model.matrices import Cut, Matrix, single_biases
 from shardxform.plan import plan as plans
 from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
-from shardxform.plan.steps import KeptItem, Round, RoundItem, TuneBlock
+from shardxform.plan.steps import Gather, GatherItem, KeptItem, Round, RoundItem, TuneBlock
 from shardxform.plan.view import View, pruned_view
 
-__all__ = ["kept_tensors", "plan_quantize"]
+__all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]
 
 
+@uncollected()
 def plan_quantize(
     source: Checkpoint,
     scheme: Scheme,
@@ -66,12 +68,15 @@ def plan_quantize(
         refuse_unpruned(view)
     tensors = view.checkpoint.tensors
     _refuse_unscaled(view)
+    refuse_unread(view.layout, scheme)
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
-    quantization = build(selection, scheme, view.layout, tensors, recipe.iters if recipe else 0)
-    copied = kept_tensors(tensors, selection, scheme)
-    parts = [scheme.parts(module.name, *module.weight.spec.shape) for module in selection.quantized]
-    specs = [*(ref.spec for ref in copied.values()), *(part.spec for stored in parts for part in stored)]
+    quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
+    copied = kept_tensors(view.layout, tensors, selection, scheme)
+    gathered = gathered_tensors(selection, scheme)
+    parts = [scheme.parts(module.name, *module.shape) for module in selection.quantized]
+    specs = [ref.spec for ref in copied.values()] + [spec for spec, _, _ in gathered.values()]
+    specs += [part.spec for stored in parts for part in stored]
     shards = lay_out(specs, options.max_shard_bytes)
     placed = list(zip(selection.quantized, parts, strict=True))
     tuned = [(m, p) for m, p in placed if recipe and m.place.scope == "block"]
@@ -79,7 +84,7 @@ def plan_quantize(
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    steps: tuple[Step, ...] = (*copies, *rounds)
+    steps: tuple[Step, ...] = (*copies, *_gather_steps(shards, gathered), *rounds)
     if recipe:
         make = partial(TuneBlock, scheme=scheme, recipe=recipe)
         steps = (*steps, *_tune_steps(shards, tuned, healed, block_sizes(source, view), make))
@@ -162,19 +167,21 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     misfits = [module for module in kept if module.name in selection.misfits]
     if not misfits or any(module.expert is not None for module in selection.quantized):
         return
-    shapes = {module.weight.spec.shape for module in misfits}
+    shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
         if not any(other.misfit(*shape) for shape in shapes):
-            odd = next(module for module in misfits if scheme.misfit(*module.weight.spec.shape))
+            odd = next(module for module in misfits if scheme.misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
                 f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
             )
 
 
-def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
-    """Tensors that stay as they are.
+def kept_tensors(
+    layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme
+) -> dict[str, TensorRef]:
+    """Tensors that stay as they are, byte for byte.
 
     Experts that stay 16-bit are un-fused too: the loader of auto-round and gptq un-fuses every block, whether any of
     its experts is quantized or not, and would leave fused ones at their random initial values with only a warning.
@@ -182,12 +189,34 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
     """
     replaced = {name for module in selection.quantized for name in module.sources}
     unfused: dict[str, TensorRef] = {}
+    for module in _unfused(selection, scheme):
+        replaced.update(module.sources)
+        if module.cut is None:
+            unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
+    unfused |= {bias.name: bias for stack in replaced for bias in single_biases(layout, tensors, stack)}
+    stacks = {f"{name}_bias" for name in replaced}
+    return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
+
+
+def gathered_tensors(selection: Selection, scheme: Scheme) -> dict[str, tuple[TensorSpec, TensorRef, Cut]]:
+    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what they are a cut of.
+
+    Experts that stay 16-bit where the family's stacks are transposed.
+    """
+    found: dict[str, tuple[TensorSpec, TensorRef, Cut]] = {}
+    for module in _unfused(selection, scheme):
+        if module.cut:
+            spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
+            found[spec.name] = spec, module.weight, module.cut
+    return found
+
+
+def _unfused(selection: Selection, scheme: Scheme) -> Iterator[Matrix]:
+    """Experts that stay 16-bit, and are written one by one all the same."""
     if scheme.expert_names == "split" and scheme.format != "compressed-tensors":
         for module in selection.kept_modules:
             if module.place.template.variant == "fused" and module.place.scope == "block":
-                replaced.update(module.sources)
-                unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
-    return {**{name: ref for name, ref in tensors.items() if name not in replaced}, **unfused}
+                yield module
 
 
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -195,20 +224,37 @@ def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any
     return {"method": "auto-round" if recipe and recipe.iters else "rtn", **asdict(scheme)}
 
 
+def _gather_steps(
+    shards: Sequence[ShardPlan], gathered: Mapping[str, tuple[TensorSpec, TensorRef, Cut]]
+) -> Iterator[Gather]:
+    """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger."""
+    extents = extents_of(shards)
+    pending: list[GatherItem] = []
+    filled = 0
+    for name, (spec, tensor, cut) in gathered.items():
+        if pending and filled + spec.nbytes > plans.STEP_BYTES:
+            yield Gather(tuple(pending))
+            pending, filled = [], 0
+        pending.append(GatherItem(tensor, cut, extents[name]))
+        filled += spec.nbytes
+    if pending:
+        yield Gather(tuple(pending))
+
+
 def _round_steps(
-    shards: Sequence[ShardPlan], modules: Iterable[tuple[Module, tuple[Part, ...]]], scheme: Scheme
+    shards: Sequence[ShardPlan], modules: Iterable[tuple[Matrix, tuple[Part, ...]]], scheme: Scheme
 ) -> Iterator[Round]:
     """Steps in table order, each of at most `STEP_BYTES` of weights unless a single weight is larger."""
     extents = extents_of(shards)
     pending: list[RoundItem] = []
     filled = 0
     for module, parts in modules:
-        nbytes = module.weight.nbytes
+        nbytes = module.nbytes
         if pending and filled + nbytes > plans.STEP_BYTES:
             yield Round(tuple(pending), scheme)
             pending, filled = [], 0
         placed = tuple((part.role, extents[part.spec.name]) for part in parts)
-        pending.append(RoundItem(module.name, module.weight, placed))
+        pending.append(RoundItem(module.name, module.weight, placed, module.cut))
         filled += nbytes
     if pending:
         yield Round(tuple(pending), scheme)
@@ -231,7 +277,7 @@ def _healed(
 
 def _tune_steps(
     shards: Sequence[ShardPlan],
-    modules: Iterable[tuple[Module, tuple[Part, ...]]],
+    modules: Iterable[tuple[Matrix, tuple[Part, ...]]],
     healed: Mapping[int, tuple[KeptItem, ...]],
     sizes: Mapping[int, BlockSize],
     make: Callable[..., TuneBlock],
@@ -242,7 +288,7 @@ def _tune_steps(
     for module, parts in modules:
         assert module.place.layer is not None
         placed = tuple((part.role, extents[part.spec.name]) for part in parts)
-        blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed))
+        blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed, module.cut))
     for layer, items in sorted(blocks.items()):
         yield make(layer=layer, items=tuple(items), kept=healed.get(layer, ()), size=sizes[layer])
 
@@ -251,7 +297,7 @@ def _summary(
     source: Checkpoint, view: View, selection: Selection, scheme: Mapping[str, Any], stored: int, copied: int
 ) -> dict[str, Any]:
     summary = view_summary(source, view)
-    weights = sum(module.weight.nbytes for module in selection.quantized)
+    weights = sum(module.nbytes for module in selection.quantized)
     return {
         **summary,
         "tensors_after": stored,

@@ -9,10 +9,11 @@ from typing import Final
 from shardxform.ask.recipe import Recipe
 from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.formats.scheme import Role, Scheme
+from shardxform.model.matrices import Cut
 from shardxform.plan.block_size import BlockSize
 from shardxform.plan.plan import Extent
 
-__all__ = ["TILE_BYTES", "KeptItem", "Round", "RoundItem", "TuneBlock"]
+__all__ = ["TILE_BYTES", "Gather", "GatherItem", "KeptItem", "Round", "RoundItem", "TuneBlock"]
 
 TILE_BYTES: Final = 4 << 20
 """Most bytes of a weight that are read and rounded at a time."""
@@ -20,11 +21,49 @@ TILE_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class RoundItem:
-    """One weight [O, I] to round, and where its parts go."""
+    """One weight [O, I] to round, all of `weight` or a `cut` of it, and where its parts go."""
 
     module: str
     weight: TensorRef
     parts: tuple[tuple[Role, Extent], ...]
+    cut: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I]."""
+        rows, columns = self.weight.spec.shape
+        return self.cut.shape((rows, columns)) if self.cut else (rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherItem:
+    """A matrix or vector that is a cut of a stored tensor but no run of its bytes, and where it goes."""
+
+    tensor: TensorRef
+    cut: Cut
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Write values as they are, in another order: every so many rows, or transposed."""
+
+    items: tuple[GatherItem, ...]
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """The ranges of every tensor."""
+        return (piece for item in self.items for piece in item.tensor.ranges)
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """One extent an item."""
+        return (item.extent for item in self.items)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest tensor, as it is read and as it is written."""
+        return 2 * max(item.tensor.nbytes for item in self.items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +93,12 @@ class Round:
 
     @property
     def peak_bytes(self) -> int:
-        """One tile of input, as read and as float32 rows, and the packed parts of the largest weight."""
-        return 3 * TILE_BYTES + max(sum(extent.length for _, extent in item.parts) for item in self.items)
+        """One tile of input, as read and as float32 rows, and the packed parts of the largest weight.
+
+        A weight that is a cut is read whole.
+        """
+        read = max((item.weight.nbytes for item in self.items if item.cut), default=0)
+        return 3 * TILE_BYTES + read + max(sum(extent.length for _, extent in item.parts) for item in self.items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

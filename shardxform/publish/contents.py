@@ -20,7 +20,7 @@ from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.sidecars import fault_of, is_document
 from shardxform.checkpoint.table import CONFIG, INDEX
 from shardxform.errors import CheckpointError, OutputError
-from shardxform.execution.outdir import PARTIAL, WORK
+from shardxform.execution.output import PARTIAL, WORK
 from shardxform.publish.card.writing import read_readme
 
 __all__ = ["Contents", "Digests", "Item", "contents_of", "git_blob_id", "is_repo_name", "sha256_of_all"]

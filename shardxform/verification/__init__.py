@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform.ask.manifest import Manifest
+from shardxform.base.collecting import uncollected
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError
 from shardxform.model.tied_head import HEAD, tied_notes
 from shardxform.plan.view import MtpMode
-from shardxform.verification.digests import check_digests
-from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
+from shardxform.verification.files import check_digests, check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.parts import rule_of
 from shardxform.verification.report import Rounding, VerifyReport, WeightError
@@ -146,6 +146,7 @@ class _Seen:
         return dict(Counter(self.wanted.left.get(name, "unknown") for name in names).most_common())
 
 
+@uncollected()
 def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findings) -> _Seen:
     """Everything that needs no tensor data."""
     checkpoint, lost = read_checkpoint(root, findings)
@@ -201,7 +202,10 @@ def _check_data(
     comparison = None
     if wanted and not only_written:
         source = wanted.view.checkpoint
-        comparison = Comparison(source.root, wanted.same_bytes, wanted.derived, wanted.pairs, rule, source.remote)
+        shapes = {name: wanted.tensors[name].spec for name in wanted.derived}
+        comparison = Comparison(
+            source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote
+        )
     figures = check_data(
         checkpoint,
         layout,

@@ -18,10 +18,10 @@ import numpy as np
 
 from shardxform.base import digests as digesting
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
 from shardxform.base.file_system import FileSystem
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.remote.reading import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
@@ -62,11 +62,12 @@ _TASK_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What must be found: bytes of `tensors`, what is `derived`, roundings in `pairs`; of files here or `remote`."""
+    """What must be found: bytes of `tensors`, what is `derived`, of `shapes`, roundings; in files here or `remote`."""
 
     root: Path
     tensors: Mapping[str, TensorRef]
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    shapes: Mapping[str, TensorSpec] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
     rule: Rule | None = None
     remote: Remote | None = None
@@ -184,7 +185,9 @@ def _jobs(
 def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
     """Whether a tensor has the dtype and shape of the values that it must hold."""
     derived = comparison.derived.get(ref.name)
-    if derived is None or ref.spec.dtype != "BF16" or not ref.spec.shape:
+    if derived is not None and derived.cut is not None:
+        return ref.spec == comparison.shapes[ref.name]
+    if derived is None or ref.spec.dtype != derived.dtype or not ref.spec.shape:
         return False
     rows, columns = derived.weight.spec.shape
     return ref.spec.shape[-1] == columns and math.prod(ref.spec.shape[:-1]) == rows

@@ -18,6 +18,7 @@ from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import FORMATS
 from shardxform.formats.stored import Stored, StoredModule, rows_of, scan_stored
 from shardxform.model.layout import COMPANIONS, Layout
+from shardxform.model.matrices import Cut
 from shardxform.verification.findings import Findings, Item
 
 __all__ = ["Freedom", "Pair", "Rule", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
@@ -36,13 +37,20 @@ _FEWEST_STEPS: Final = 50  # of a tool that does not say how many; auto-round's 
 class Pair:
     """A weight [O, I] of the source, and the stored module whose rows from `first_row` on stand for it.
 
-    `name` is the weight's in the current spelling, whatever the source's and the output's.
+    It is all of `weight`, or a `cut` of it. `name` is in the current spelling, whatever the source's and the output's.
     """
 
     name: str
     weight: TensorRef
     module: StoredModule
     first_row: int
+    cut: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I]."""
+        rows, columns = self.weight.spec.shape
+        return self.cut.shape((rows, columns)) if self.cut else (rows, columns)
 
     @property
     def words(self) -> str:
@@ -174,11 +182,11 @@ def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Finding
     findings.items(items, layout.num_experts)
 
 
-def pair_of(name: str, weight: TensorRef, stored: Stored) -> Pair | None:
+def pair_of(name: str, weight: TensorRef, stored: Stored, cut: Cut | None = None) -> Pair | None:
     """The stored module of the weight `name`, as `Stored.weights` calls it; None when none stands for it."""
     found = stored.weights.get(name)
     rows = list(rows_of(found, stored.modules)) if found else []
-    return Pair(name, weight, *rows[0][:2]) if len(rows) == 1 else None
+    return Pair(name, weight, *rows[0][:2], cut) if len(rows) == 1 else None
 
 
 def rule_of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from shardxform.base.collecting import uncollected
 from shardxform.base.strict_json import parse_object
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
@@ -18,6 +19,7 @@ from shardxform.verification.structure import check_structure
 __all__ = ["refuse_unsound"]
 
 
+@uncollected()
 def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """Refuse a plan whose output would not be sound, by what headers and config tell.
 

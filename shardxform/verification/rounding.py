@@ -117,26 +117,45 @@ class _Tile:
 
 def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     """Hold a stored weight against the source's, tile by tile; its packed parts and one tile are in memory."""
-    rows, columns = pair.weight.spec.shape
+    rows, columns = pair.shape
     words, scales = load(pair.module, read_out)
     if rule.packed:
         return _same(pair, rule, (words, scales), read_source)
     limits = Limits.of(rule, columns)
     tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
     step = max(1, TILE_WEIGHTS // columns)
+    rows_of_source = _source_rows(pair, read_source)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = pair.weight.rows(start, stop)
-        bits_OI = np.empty(weight.spec.shape, NUMPY[weight.spec.dtype])
-        read_source(weight, bits_OI)
+        bits_OI = rows_of_source(start, stop)
         layout, first = rule.stored.scheme.layout, pair.first_row + start
         words_OW = turned(words, layout, first, first + stop - start)
         scale_OG = turned(scales, layout, first, first + stop - start)
-        _examine(_Tile(start, bits_OI, cast(SourceDtype, weight.spec.dtype), words_OW, scale_OG), rule, limits, tally)
+        _examine(
+            _Tile(start, bits_OI, cast(SourceDtype, pair.weight.spec.dtype), words_OW, scale_OG), rule, limits, tally
+        )
     if tally.sums:
         tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
         tally.sums = None
     return tally
+
+
+def _source_rows(pair: Pair, read: Read) -> Callable[[int, int], NDArray[Any]]:
+    """Give a function that reads rows of the source's weight, as bits; a cut is read whole, once."""
+    kind = NUMPY[pair.weight.spec.dtype]
+    if pair.cut is None:
+
+        def rows(start: int, stop: int) -> NDArray[Any]:
+            weight = pair.weight.rows(start, stop)
+            bits_OI = np.empty(weight.spec.shape, kind)
+            read(weight, bits_OI)
+            return bits_OI
+
+        return rows
+    whole = np.empty(pair.weight.spec.shape, kind)
+    read(pair.weight, whole)
+    cut_OI = pair.cut.of(whole)
+    return lambda start, stop: np.ascontiguousarray(cut_OI[start:stop])
 
 
 def _same(pair: Pair, rule: Rule, out: tuple[NDArray[np.int32], NDArray[np.float32]], read_source: Read) -> Tally:

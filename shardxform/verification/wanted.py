@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
@@ -21,8 +21,8 @@ from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import COMPANIONS, Layout
-from shardxform.model.matrices import LINEAR_ROLES, modules_of
-from shardxform.plan.convert import released
+from shardxform.model.matrices import LINEAR_ROLES, Cut, matrices_of, single_biases
+from shardxform.plan.convert import FLOATS, config_of_half, released
 from shardxform.plan.heal import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
@@ -33,19 +33,22 @@ __all__ = ["Derived", "Known", "Reason", "Wanted", "known_of", "wanted_of"]
 Reason = Literal["healed", "tuned", "unknown"]
 
 _FLOATS: Final = ("BF16", "F16", "F32")
+_HALVES: Final = ("BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """Where the values of a bfloat16 tensor come from: weights [R, I], its rows over all experts one below the other.
+    """Where the values of a 16-bit tensor come from: weights [R, I], its rows over all experts one below the other.
 
     They are rows of the modules of `packed`, or where that is None 16-bit weights of the source, to be rounded to
-    `grid` and dequantized.
+    `grid` and dequantized; or with a `cut`, they are that cut of `weight`. `dtype` is that of the tensor.
     """
 
     weight: TensorRef
     packed: Stored | None
+    dtype: str
     grid: Grid | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,11 @@ class Known:
     record: Mapping[str, Any]
 
     @property
-    def dequantized(self) -> bool:
-        """Whether the output was written by a conversion to bf16."""
+    def dequantized(self) -> str:
+        """The type, where the output was converted to bf16 or fp16; else nothing."""
         target = self.record.get("target")
-        named = isinstance(target, Mapping) and target.get("format") == "bf16"
-        return named and self.record.get("command") == "convert"
+        named = str(target.get("format")) if isinstance(target, Mapping) else ""
+        return FLOATS.get(named, "") if self.record.get("command") == "convert" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,7 @@ def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> 
 def _apart(wanted: Wanted, healed: Collection[str]) -> Wanted:
     """Leave out the values that healing gave, which nothing but the record tells."""
     view = wanted.view
-    modules = modules_of(view.layout, view.checkpoint.tensors) if healed else ()
+    modules = matrices_of(view.layout, view.checkpoint.tensors) if healed else ()
     single = {f"{module.name}.weight" for module in modules if any(name in healed for name in module.sources)}
     parts = {ref.name for pair in wanted.pairs if pair.name in single for _, ref in pair.module.parts}
     names = parts | {name for name in wanted.tensors if name in healed or name in single}
@@ -199,15 +202,16 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     tensors = dict(view.checkpoint.tensors)
     parts: set[str] = set()
     pairs: list[Pair] = []
+    derived: dict[str, Derived] = {}
     skipped: dict[str, set[str]] = {}
-    for module in modules_of(view.layout, view.checkpoint.tensors):
+    for module in matrices_of(view.layout, view.checkpoint.tensors):
         if all(name in out.tensors for name in module.sources):
             continue
         for name in module.sources:
             tensors.pop(name, None)
         name = f"{module.name}.weight"
         found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
-        pair = pair_of(name, module.weight, stored) if stored else None
+        pair = pair_of(name, module.weight, stored, module.cut) if stored else None
         if pair:
             found |= {ref.name for _, ref in pair.module.parts}
         if pair and stored and not _misshapen(pair, stored, findings) and _is_roundable(module.weight):
@@ -216,23 +220,38 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
             skipped[module.name] = found
         if found:
             parts |= found
+        elif module.cut:
+            tensors[name] = TensorRef(TensorSpec(name, module.weight.spec.dtype, module.shape), ())
+            derived[name] = Derived(module.weight, None, module.weight.spec.dtype, cut=module.cut)
         else:
             tensors[name] = module.weight.renamed(name)
+    _take_biases_apart(view, out, tensors)
     if skipped:
         more = f", such as {next(iter(skipped))}"
         findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
     if packed:  # what OUT holds in 16 bits has no bytes to compare with
         tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
     left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
-    return Wanted(view, tensors, frozenset(parts), tuple(pairs), left=left)
+    return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
+
+
+def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef]) -> None:
+    """Put biases of experts one by one in place of stacks that `out` does not hold."""
+    stacks = [name.removesuffix("_bias") for name in view.layout.places if name.endswith("_bias")]
+    for stack in stacks:
+        if f"{stack}_bias" in out.tensors:
+            continue
+        for bias in single_biases(view.layout, view.checkpoint.tensors, stack):
+            tensors.pop(f"{stack}_bias", None)
+            tensors[bias.name] = bias
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:
-    spec, found = pair.weight.spec, stored.weights[pair.name].spec.shape
-    if spec.shape != found:
-        text = f"stands for a weight of shape {list(found)}, but {list(spec.shape)} by the source"
+    wanted, found = pair.shape, stored.weights[pair.name].spec.shape
+    if wanted != found:
+        text = f"stands for a weight of shape {list(found)}, but {list(wanted)} by the source"
         findings.problem("source-shape", pair.words, text)
-    return spec.shape != found
+    return wanted != found
 
 
 def _is_roundable(weight: TensorRef) -> bool:
@@ -251,12 +270,12 @@ class _Rounding:
     grid: Grid | None
     why: Reason
 
-    def derived(self, ref: TensorRef) -> Derived | None:
-        """Where the values of a released tensor come from; None where nothing tells."""
+    def derived(self, ref: TensorRef, dtype: str) -> Derived | None:
+        """Where the values of a released tensor that OUT holds as `dtype` come from; None where nothing tells."""
         rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1]))
         if self.packed:
-            return Derived(rows, self.packed)
-        return Derived(rows, None, self.grid) if self.grid and _is_roundable(ref) else None
+            return Derived(rows, self.packed, dtype)
+        return Derived(rows, None, dtype, self.grid) if self.grid and _is_roundable(ref) else None
 
 
 def _rounding(view: View, known: Known) -> _Rounding:
@@ -268,7 +287,7 @@ def _rounding(view: View, known: Known) -> _Rounding:
         scheme = _scheme_of(recorded)
         names = {name for module in select(view.layout, tensors, scheme).quantized for name in module.sources}
     except (SchemeError, TypeError):  # not recorded, or not ours: then any linear module may have been rounded
-        linear = (m for m in modules_of(view.layout, tensors) if m.place.template.role in LINEAR_ROLES)
+        linear = (m for m in matrices_of(view.layout, tensors) if m.place.template.role in LINEAR_ROLES)
         return _Rounding(frozenset(name for m in linear for name in m.sources), None, None, "unknown")
     if recorded.get("method") == "rtn":
         return _Rounding(frozenset(names), None, scheme.grid, "unknown")
@@ -303,7 +322,7 @@ def _patterns(recorded: object) -> tuple[str, ...]:
 
 
 def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[str], findings: Findings) -> Wanted:
-    """A 16-bit output of quantized weights: what they stand for, rounded to bfloat16, in the release's layout."""
+    """A 16-bit output of quantized weights: what they stand for, rounded to its type, in the release's layout."""
     rounding = _rounding(view, known)
     table: dict[str, TensorRef] = {}
     derived: dict[str, Derived] = {}
@@ -319,7 +338,7 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
             table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
-            values = rounding.derived(ref) if rounded and dtype == "BF16" else None
+            values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
             if changed:
                 left[ref.name] = "healed"
             elif values:
@@ -327,6 +346,8 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
             elif rounded:
                 left[ref.name] = rounding.why
     _warn_of_left([name for name in left if name in dequantized], known, findings)
+    if known.dequantized == "F16":
+        view = replace(view, checkpoint=replace(view.checkpoint, config=config_of_half(view.checkpoint.config)))
     return Wanted(view, table, derived=derived, left=left)
 
 
@@ -336,7 +357,7 @@ def _warn_of_left(names: Sequence[str], known: Known, findings: Findings) -> Non
         return
     many = f"{len(names)} dequantized tensors are not held against the source, such as {names[0]}"
     way = "against the quantized checkpoint that OUT was converted from, all are"
-    findings.warn("dequantized", ".", f"{many}; {'they are no bfloat16' if known.packed else way}")
+    findings.warn("dequantized", ".", f"{many}; {'they are in no 16-bit type' if known.packed else way}")
 
 
 def _as_stored(refs: Mapping[str, TensorRef], view: View, out: Checkpoint) -> Iterator[TensorRef]:
@@ -361,12 +382,13 @@ def _unfused(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[TensorRe
         if place is None or place.template.variant != "fused":
             yield ref
             continue
-        for module in modules_of(layout, {name: ref}):
+        for module in matrices_of(layout, {name: ref}):
             yield module.weight.renamed(f"{module.name}.weight")
 
 
 def _dtype_of(name: str, out: Checkpoint, known: Known) -> str:
-    """bfloat16, which `convert` writes; other tools may have chosen another float."""
+    """What `convert` was told to write; other tools may have chosen any float."""
+    if known.record.get("command") == "convert":
+        return known.dequantized or "BF16"
     found = out.tensors.get(name)
-    other = found.spec.dtype if found else "BF16"
-    return other if other in _FLOATS and known.record.get("command") != "convert" else "BF16"
+    return found.spec.dtype if found and found.spec.dtype in _FLOATS else "BF16"

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.errors import FamilyError
-from shardxform.model.families import deepseek_v3, qwen3_5_moe, qwen3_moe
+from shardxform.model.families import deepseek_v3, gpt_oss, mixtral, qwen3_5_moe, qwen3_moe
 from shardxform.model.families.base import Config, Family, Wrapper
 
 __all__ = ["FAMILIES", "family_of"]
 
-FAMILIES: Final[tuple[Family, ...]] = (qwen3_5_moe.FAMILY, qwen3_moe.FAMILY, deepseek_v3.FAMILY)
+FAMILIES: Final[tuple[Family, ...]] = (
+    qwen3_5_moe.FAMILY,
+    qwen3_moe.FAMILY,
+    deepseek_v3.FAMILY,
+    gpt_oss.FAMILY,
+    mixtral.FAMILY,
+)
 
 
 def family_of(config: Config) -> tuple[Family, Wrapper]:

@@ -11,7 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-__all__ = ["COUNT_KEYS", "HARMLESS", "Config", "Family", "Mtp", "Role", "Scope", "Template", "Wrapper"]
+__all__ = [
+    "COUNT_KEYS",
+    "HARMLESS",
+    "Config",
+    "ExpertLayout",
+    "Family",
+    "Gate",
+    "Mtp",
+    "Role",
+    "Scope",
+    "Template",
+    "Wrapper",
+]
 
 Config = Mapping[str, Any]
 Condition = Callable[[Config, int], bool]
@@ -31,6 +43,7 @@ Role = Literal[
     "mtp",
 ]
 Scope = Literal["root", "block", "mtp", "vision"]
+Gate = Literal["concatenated", "interleaved"]
 
 COUNT_KEYS: Final = frozenset(
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
@@ -75,9 +88,39 @@ class Template:
         return "{e}" in self.name
 
     @property
+    def is_expert_weight(self) -> bool:
+        """Whether it is a weight of routed experts, one by one or stacked, rather than a bias of theirs."""
+        return bool(self.variant) and not self.name.endswith("bias")
+
+    @property
     def sliced(self) -> bool:
         """Whether dim 0 counts routed experts."""
         return self.shape.split(",")[0] == "E"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """How routed experts lie in a checkpoint: as stacks of all, as one matrix each, or in either way.
+
+    The flags are those of transformers' own classes (`is_transposed`, `is_concatenated`, `has_bias`); a test compares.
+
+    Attributes:
+        home: name of the module that holds them, within its block.
+        stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
+            where no checkpoint stacks them.
+        projections: names of the gate, up and down projection of one expert.
+        transposed: a stack holds matrices [I, O] instead of [O, I].
+        gate: gate and up projection are the halves of the stacked one, or every second of its rows.
+        bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
+
+    """
+
+    home: str = "mlp.experts"
+    stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    transposed: bool = False
+    gate: Gate = "concatenated"
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +168,9 @@ class Mtp:
     root: tuple[Template, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Family:
-    """One architecture.
+    """One architecture; equal to itself alone, so that what is made of it can be looked up by it.
 
     Attributes:
         name: what `inspect` prints; the release's model_type.
@@ -137,6 +180,8 @@ class Family:
         group_key: config key of router groups whose members sit side by side, or empty.
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix.
         block: templates of one decoder block, relative to its prefix.
+        experts: how its routed experts lie; `parts.experts` makes their templates from it.
+        renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
         vision: templates of the vision tower, with full names.
         vision_prefix: what every name of the vision tower begins with.
         vision_depth_key: key in `vision_config` that counts vision blocks.
@@ -149,6 +194,8 @@ class Family:
         conditions: named predicates on (text config, layer); layer is -1 in the root scope.
         moe: name of the condition that makes a block a MoE block, or empty when all are.
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
+        formats: quantized formats whose loaders find its experts, the usual one first; loaders of other formats leave
+            them at random values, or refuse.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
@@ -165,6 +212,8 @@ class Family:
     group_key: str = ""
     root: tuple[Template, ...]
     block: tuple[Template, ...]
+    experts: ExpertLayout = field(default_factory=ExpertLayout)
+    renames: tuple[tuple[str, str], ...] = ()
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
     vision_prefix: str = ""
@@ -178,10 +227,16 @@ class Family:
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     harmless: tuple[str, ...] = HARMLESS
     fused_release: bool = False
     bfloat16_only: bool = False
+
+    @property
+    def spelling(self) -> str:
+        """How experts are spelled where nothing tells: `fused` in families that have stacks, else `per-expert`."""
+        return "fused" if self.experts.stacks else "per-expert"
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardxform.model.families.base import Config, Role, Template
+from shardxform.model.families.base import Config, ExpertLayout, Role, Template
 
 __all__ = ["EMBEDDINGS", "GROUPED_ATTENTION", "NORMS", "TYPES", "experts", "mlp", "size", "tied", "untied"]
 
@@ -18,16 +18,24 @@ def mlp(prefix: str, width: str, role: Role, when: str = "") -> tuple[Template, 
     )
 
 
-def experts(when: str = "") -> tuple[Template, ...]:
-    """Routed experts under `mlp.experts`, fused `[E, 2I, H]` and `[E, H, I]` or one tensor per expert."""
+def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Template, ...]:
+    """Routed experts as `layout` has them: stacked under its home, `[E, 2I, H]` and `[E, H, I]`, and one by one."""
+    layout = layout or ExpertLayout()
     role: Role = "routed experts"
-    return (
-        Template("mlp.experts.gate_up_proj", "E,2*I,H", role, when, "fused"),
-        Template("mlp.experts.down_proj", "E,H,I", role, when, "fused"),
-        Template("mlp.experts.{e}.gate_proj.weight", "I,H", role, when, "per-expert"),
-        Template("mlp.experts.{e}.up_proj.weight", "I,H", role, when, "per-expert"),
-        Template("mlp.experts.{e}.down_proj.weight", "H,I", role, when, "per-expert"),
-    )
+    shapes = ("E,H,2*I", "E,I,H") if layout.transposed else ("E,2*I,H", "E,H,I")
+    out = [
+        Template(f"{layout.home}.{stack}", shape, role, when, "fused")
+        for stack, shape in zip(layout.stacks, shapes, strict=False)
+    ]
+    if layout.bias:
+        biases = zip(layout.stacks, ("E,2*I", "E,H"), strict=False)
+        out += [Template(f"{layout.home}.{stack}_bias", shape, role, when, "fused") for stack, shape in biases]
+    for projection, rows, columns in zip(layout.projections, "IIH", "HHI", strict=True):
+        name = f"{layout.home}.{{e}}.{projection}"
+        out.append(Template(f"{name}.weight", f"{rows},{columns}", role, when, "per-expert"))
+        if layout.bias:
+            out.append(Template(f"{name}.bias", rows, role, when, "per-expert"))
+    return tuple(out)
 
 
 def size(config: Config, key: str) -> int:

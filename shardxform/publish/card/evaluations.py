@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +21,17 @@ __all__ = ["read_evaluation"]
 _MAX_BYTES: Final = 16 << 20
 
 
-def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
+def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> Evaluation:
     """Read one evaluation.
 
+    Args:
+        path: what `evaluate --json` printed.
+        checkpoint: what it must be of.
+        origins: what that was made from, directly or by way of another; its reference must be one of them.
+
     Raises:
-        PlanError: it cannot be read, is no evaluation, or not one of this checkpoint with these values.
+        PlanError: it cannot be read, is no evaluation, or not one of this checkpoint with these values, or was held
+            against something else than its source.
         CheckpointError: a shard cannot be read.
 
     """
@@ -36,7 +42,8 @@ def read_evaluation(path: Path, checkpoint: Checkpoint) -> Evaluation:
     found = _figures(path, value, data)
     errors, sources = _errors(path, section(value, "against")), _sources(path, value, data)
     _refuse_other(path, value, checkpoint)
-    return replace(found, block_errors=errors, sources=sources)
+    of_source = _refuse_other_reference(path, section(value, "against"), checkpoint, origins)
+    return replace(found, block_errors=errors, sources=sources, of_source=of_source)
 
 
 def _refuse_other(path: Path, value: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -51,6 +58,27 @@ def _refuse_other(path: Path, value: Mapping[str, Any], checkpoint: Checkpoint) 
         where = "it was read in another way, so that its values cannot be compared"
     if where:
         raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.where}: {where}")
+
+
+def _refuse_other_reference(
+    path: Path, against: Mapping[str, Any], checkpoint: Checkpoint, origins: Sequence[Identity]
+) -> bool:
+    """Refuse a reference that is none of the origins: its figures would not say what making the output has cost.
+
+    Returns:
+        whether it is one of them; where that is not recorded, or not comparable, nobody knows.
+
+    """
+    reference = Identity.from_dict(against.get("identity"))
+    if reference is None or not origins:
+        return False
+    where = [reference.difference(origin) for origin in origins]
+    if all(where):
+        raise PlanError(
+            f"{path}: its reference is not what {checkpoint.where} was made from: {where[0]};"
+            f" evaluate it again, --against its source"
+        )
+    return any(not told and reference.is_comparable(origin) for told, origin in zip(where, origins, strict=True))
 
 
 def _figures(path: Path, value: Mapping[str, Any], data: Data, source: str = "") -> Evaluation:

@@ -125,6 +125,7 @@ class Quantization:
         bits, group_size, format: as in the scheme; a group size of -1 is one scale a row.
         expert_names: `split`, or `fused-indexed`, which current clients refuse.
         modules: how many are quantized.
+        g_idx: whether the order of columns is stored, which llama.cpp wants of `gptq`.
         method: `rtn` or `auto-round`; empty where the record does not say.
         search: whether scales were searched.
         data, recipe: calibration text and settings of tuned rounding.
@@ -138,6 +139,7 @@ class Quantization:
     format: str
     expert_names: str
     modules: int
+    g_idx: bool = False
     method: str = ""
     search: bool = False
     data: Data | None = None
@@ -153,6 +155,7 @@ class Evaluation:
     Attributes:
         perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
         reference, kl, top1: None without a reference, or where they are not finite.
+        of_source: whether the reference is known to be what the output was made from.
         ratio_error: of `ratio`.
         dtype: that it was computed in; empty where that is not known.
         block_errors: likewise, per block.
@@ -176,6 +179,7 @@ class Evaluation:
     block_errors: tuple[float | None, ...] = ()
     source: str = ""
     sources: tuple[Evaluation, ...] = ()
+    of_source: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -192,6 +196,8 @@ class Facts:
         command: the verb that made it.
         origin: source and licence.
         family, architecture: of the output; `vision` and `bfloat16_only` as in `model.families.base`.
+        model_type: in its config.json.
+        has_mtp: whether MTP layers are there.
         layers, moe_layers, top_k: of the decoder.
         max_positions: longest context that the config allows; 0 where it does not say.
         experts: routed experts per layer.
@@ -203,6 +209,7 @@ class Facts:
         evaluations: in the order given.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
+        dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
 
     """
 
@@ -228,6 +235,14 @@ class Facts:
     evaluations: tuple[Evaluation, ...] = ()
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
+    dequantized: str = ""
+    model_type: str = ""
+    has_mtp: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """In which clients are to load it."""
+        return self.dequantized or "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

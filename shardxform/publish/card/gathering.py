@@ -13,13 +13,14 @@ from typing import Any, Final
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import not_a_directory
+from shardxform.checkpoint.identity import Identity
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ManifestError, OutputError, PlanError
-from shardxform.execution.outdir import WORK, is_ours
+from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.counts import count_parameters, stored_of
+from shardxform.plan.inspection import count_parameters, stored_of
 from shardxform.publish.card.evaluations import read_evaluation
 from shardxform.publish.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
 from shardxform.publish.card.frontmatter import is_hub_name, origin_of
@@ -41,6 +42,7 @@ __all__ = ["CardOptions", "gather"]
 _LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _HEAD_BYTES: Final = 4096
 _RECIPE: Final = ("samples", "seqlen", "iters", "batch_size", "seed", "inputs", "device", "dtype")
+_FLOATS: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _PARTS: Final = {"MTP layers": "MTP layers", "vision tower": "the vision tower"}
 
 
@@ -69,7 +71,8 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         OutputError: OUT is no finished output of shardxform, or not as it was written; a picture is none.
         CheckpointError, FamilyError: OUT cannot be read.
         ManifestError: the manifest is malformed, or not the one that OUT was pruned by.
-        PlanError: an evaluation is malformed or of another checkpoint; the base model's name is none.
+        PlanError: an evaluation is malformed, of another checkpoint, or against another than OUT's source; the base
+            model's name is none.
 
     """
     options = options or CardOptions()
@@ -85,6 +88,9 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     counts = count_parameters(checkpoint, stored)
     top_k = layout.top_k
     origin = _origin(out, checkpoint, options.base_model)
+    origins = [
+        found for made in (inputs, section(inputs, "origin")) if (found := Identity.from_dict(made.get("source")))
+    ]
     name = out.resolve().name or "OUT"
     return Facts(
         name=name,
@@ -92,6 +98,8 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         origin=origin,
         family=layout.family.name,
         architecture=layout.wrapper.architecture,
+        model_type=text(layout.config, "model_type"),
+        has_mtp=layout.has_mtp,
         vision=layout.wrapper.vision and layout.has_vision,
         bfloat16_only=layout.family.bfloat16_only,
         layers=layout.num_layers,
@@ -106,9 +114,10 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         pruning=None if before == layout.num_experts else _pruning(inputs, manifest),
         healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
-        evaluations=tuple(read_evaluation(path, checkpoint) for path in options.evaluations),
+        evaluations=tuple(read_evaluation(path, checkpoint, origins) for path in options.evaluations),
         plots=_plots(options.plots),
         commands=commands(inputs, origin.base_model or "SRC", name),
+        dequantized=_FLOATS.get(text(section(inputs, "target"), "format"), ""),
     )
 
 
@@ -219,6 +228,7 @@ def _quantization(record: Record, stored: Stored) -> Quantization:
         format=stored.scheme.format,
         expert_names="fused-indexed" if "fused-indexed" in stored.spellings else "split",
         modules=len(stored.modules),
+        g_idx=stored.scheme.g_idx,
         method=text(scheme, "method"),
         search=flag(section(scheme, "grid"), "search"),
         data=data_of(section(recipe, "data")),

@@ -83,7 +83,7 @@ def _stored(facts: Facts) -> str:
     made = facts.quantization
     if made:
         return f"weights of {made.bits} bits in the {made.format} format"
-    return "quantized weights turned back into bfloat16" if facts.command == "convert" else ""
+    return f"quantized weights turned back into {facts.dequantized}" if facts.dequantized else ""
 
 
 def _figures(facts: Facts) -> Iterator[str]:
@@ -231,9 +231,12 @@ def _evaluation(facts: Facts) -> Iterator[str]:
     lines = [each for found in facts.evaluations for each in (*found.sources, found)]
     columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
     yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
-    if any(found.reference is not None for found in facts.evaluations):
+    compared = [found for found in facts.evaluations if found.reference is not None]
+    if compared:
+        from_it = all(found.of_source for found in compared)
+        what = "made from" if from_it else "held against, whether or not that is its source"
         yield (
-            "The reference is the checkpoint that this one was held against, on the same windows. KL divergence is"
+            f"The reference is the checkpoint that this one was {what}, on the same windows. KL divergence is"
             " KL(reference ‖ this) of the next token's distribution, in nats; ratio is that of the perplexities; same"
             " choice is the share of positions where both find the same token likeliest."
         )
