@@ -37,16 +37,16 @@ from shardxform.experts import Saliency  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats import rounding_torch  # noqa: E402
 from shardxform.formats.grid import Grid  # noqa: E402
-from shardxform.forward import arithmetic, passes  # noqa: E402
+from shardxform.forward import passes, runtime  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
 from shardxform.tuning import session  # noqa: E402
 from shardxform.tuning.block import TunedBlock  # noqa: E402
 from shardxform.tuning.elementwise import Pace  # noqa: E402
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.healed import HealedStack  # noqa: E402
-from shardxform.tuning.stacked import StackedWeight, prepare  # noqa: E402
+from shardxform.tuning.heal import HealedStack  # noqa: E402
+from shardxform.tuning.modules import TunedExperts  # noqa: E402
+from shardxform.tuning.stacked import StackedWeight, stacked_weight  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -414,7 +414,8 @@ def test_experts_without_tokens_do_not_move(there: pretend.Counts) -> None:  # n
     results, moved = [], []
     with Workers(1) as workers:
         for device in devices():
-            tuned: list[StackedWeight] = [prepare(w.to(device), Grid(search=False), workers, "w") for w in stacks]
+            grid = Grid(search=False)
+            tuned: list[StackedWeight] = [stacked_weight(w.to(device), grid, workers, "w") for w in stacks]
             for weight in tuned:
                 weight.pace = Pace(1024.0, 1 / 128, 0.0, 1.2)
             results.append(step(tuned, device, H, torch.float32, workers))
@@ -475,15 +476,15 @@ def test_a_device_multiplies_exactly_and_adds_in_order(monkeypatch: pytest.Monke
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     usual = settings()
     assert usual == (True, True, True, 0, True)
-    with arithmetic.on_device(CPU), arithmetic.fixed_order(CPU):
+    with runtime.on_device(CPU), runtime.fixed_order(CPU):
         assert settings() == usual
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     cuda = torch.device("cuda")  # named, not used
-    with contextlib.suppress(ZeroDivisionError), arithmetic.on_device(cuda):
+    with contextlib.suppress(ZeroDivisionError), runtime.on_device(cuda):
         assert settings() == (False, False, False, 0, True)
-        with arithmetic.fixed_order(cuda):
+        with runtime.fixed_order(cuda):
             assert settings() == (False, False, False, 2, False)
-            with arithmetic.any_order():
+            with runtime.any_order():
                 assert settings() == (False, False, False, 1, False)
         assert settings() == (False, False, False, 0, True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

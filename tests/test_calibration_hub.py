@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import barrage
 import pytest
 
-from shardxform.calibration.hub import chosen, is_hub_name
+from shardxform.calibration.documents import chosen, is_data_set_name
 from shardxform.errors import PlanError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -173,7 +173,7 @@ def test_a_hub_data_set_is_read_from_one_revision_and_no_further_than_needed(
     ],
 )
 def test_names_of_hub_data_sets(name: str, is_one: bool) -> None:
-    assert is_hub_name(name) is is_one
+    assert is_data_set_name(name) is is_one
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_no_single_set_of_files_is_refused(paths: list[str], prefix: str, messag
 def test_choosing_by_the_seed_does_not_download_a_web_crawl(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from shardxform.calibration.hub import hub_files
+    from shardxform.calibration.documents import hub_files
 
     class Sibling:
         rfilename, size = "train.parquet", 17 * 10**9

@@ -29,7 +29,7 @@ from shardxform.execution.runner import run  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
-from shardxform.publish.card.evaluations import read_evaluation  # noqa: E402
+from shardxform.publish.card.gathering import read_evaluation  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -66,12 +66,11 @@ def block_outputs(model: Any, ids: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def by_hand(model: Any, windows: Windows, shorter: dict[int, int] | None = None) -> tuple[float, list[Any], list[Any]]:
-    """Perplexity, log-probabilities and block outputs of each window, one window at a time, without padding."""
+def by_hand(model: Any, windows: Windows) -> tuple[float, list[Any], list[Any]]:
+    """Perplexity, log-probabilities and block outputs of each window, one window at a time."""
     losses: list[float] = []
     logps, blocks = [], []
-    for row, ids in enumerate(torch.from_numpy(windows.ids_NT).long()):
-        ids = ids[: (shorter or {}).get(row, len(ids))]
+    for ids in torch.from_numpy(windows.ids_NT).long():
         logp = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
         losses += [-float(logp[t, ids[t + 1]]) for t in range(len(ids) - 1)]
         logps.append(logp)
@@ -122,15 +121,6 @@ def test_a_checkpoint_against_itself_differs_nowhere(small_moe: Path, windows: W
     found = run_evaluate(source, windows, tmp_path / "w", source).against
     assert found is not None
     assert (found.kl, found.top1, found.block_errors) == (0, 1, (0, 0, 0, 0))
-
-
-def test_padding_counts_nowhere(small_moe: Path, windows: Windows, tmp_path: Path) -> None:
-    shorter = {0: 17, 4: 2, 9: 100}
-    lengths = np.array([shorter.get(row, 128) for row in range(10)], np.int32)
-    padded = Windows(ids_NT=windows.ids_NT, lengths_N=lengths, fingerprint="padded", provenance={}, notes=())
-    found = run_evaluate(Checkpoint.open(small_moe), padded, tmp_path / "w")
-    assert found.perplexity == pytest.approx(by_hand(loaded(small_moe), windows, shorter)[0], rel=1e-4)
-    assert found.tokens == lengths.sum()
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from shardxform.tuning.healed import HealedStack, Moving, signs  # noqa: E402
+from shardxform.tuning.heal import HealedStack, Moving, signs  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 from texts import few
 
 from shardxform.cli import main
-from shardxform.forward import memory
+from shardxform.forward import runtime
 
 pytestmark = pytest.mark.slow
 
@@ -61,20 +61,20 @@ def test_quantize_stays_small(real_shape: Path, tmp_path: Path) -> None:
 
 def test_one_heap_keeps_what_the_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory, "_of_glibc", {"mallopt": lambda *call: calls.append(call)}.get)
-    for name in memory._HEAP:
+    monkeypatch.setattr(runtime, "_of_glibc", {"mallopt": lambda *call: calls.append(call)}.get)
+    for name in runtime._HEAP:
         monkeypatch.delenv(name, raising=False)
-    memory.keep_one_heap()
+    runtime.keep_one_heap()
     assert calls == [(-8, 1), (-3, 32 << 20), (-1, 64 << 20)]
     calls.clear()
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    memory.keep_one_heap()
+    runtime.keep_one_heap()
     assert calls == [(-8, 1), (-3, 32 << 20)]
 
 
 PRODUCTS = """
 import torch
-from shardxform.forward.memory import keep_few_kernels
+from shardxform.forward.runtime import keep_few_kernels
 from shardxform.base.progress import peak_rss_bytes
 
 keep_few_kernels()

@@ -391,7 +391,7 @@ def test_parts_are_what_rounding_returns(
     grid = Grid(bits=bits, group_size=group_size, scale_grid=scale_grid)
     scheme = Scheme(grid=grid, format=format_, g_idx=g_idx and format_ != "compressed-tensors")
     values = np.random.default_rng(rows * columns).standard_normal((rows, columns)).astype(np.float32)
-    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.layout, backend="numpy", measure=False)
+    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.layout, backend="numpy")
     assert stats.ok
     assert scheme.misfit(rows, columns) == ""
     parts = {part.role: part.spec for part in scheme.parts("m", rows, columns)}

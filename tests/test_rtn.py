@@ -370,7 +370,7 @@ def test_zero_groups_keep_the_smallest_scale_under_the_search(backend: str) -> N
     codes, scales, stats = run(np.zeros((3, 64), np.float32), Grid(group_size=32, search=True), backend=backend)
     assert (scales == SMALLEST).all()
     assert (codes == 8).all()
-    assert stats.all_zero
+    assert stats.zero_groups == stats.groups
 
 
 def test_search_factors_are_exact_and_surround_one() -> None:
@@ -396,8 +396,6 @@ def test_the_first_nonfinite_weight_is_reported(dtype: str, pattern: int, search
     assert stats.nonfinite == (41, 70)
     assert not stats.ok
     assert stats.overflow_row is None
-    assert stats.squared_error is None
-    assert stats.worst_error is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -427,7 +425,6 @@ def test_scales_beyond_float16_are_reported(
     assert stats.overflow_row == 35
     assert not stats.ok
     assert stats.nonfinite is None
-    assert stats.squared_error is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -447,37 +444,15 @@ def test_zero_groups_are_counted(backend: str) -> None:
     w[0, :64] = 0.0
     w[2, 32:] = -0.0
     stats = run(w, Grid(group_size=64), backend=backend)[2]
-    assert (stats.groups, stats.zero_groups, stats.all_zero) == (6, 2, False)
-    assert run(w * 0, Grid(group_size=64), backend=backend)[2].all_zero
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_errors_are_those_of_the_written_values(backend: str) -> None:
-    w = np.random.default_rng(5).standard_normal((100, 160)).astype(np.float32)
-    w[3, 7] = -40.0
-    codes, scales, stats = run(w, Grid(), backend=backend)
-    error = w.astype(np.float64) - packing.dequantize(codes, scales, 4, 128)
-    scale_OI = np.repeat(scales.view(np.float16).astype(np.float64), 128, axis=1)[:, :160]
-    assert stats.squared_error == pytest.approx(float((error**2).sum()), rel=1e-5)
-    assert stats.worst_error == pytest.approx(float(np.abs(error / scale_OI).max()), rel=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_not_measuring_changes_nothing_else(backend: str) -> None:
-    w = nasty(40, 64, 6)
-    a, a_stats = rounding.quantize(w, "F32", Grid(), layout="gptq", backend=backend)
-    b, b_stats = rounding.quantize(w, "F32", Grid(), layout="gptq", backend=backend, measure=False)
-    np.testing.assert_array_equal(a.words, b.words)
-    np.testing.assert_array_equal(a.scales, b.scales)
-    assert a_stats.squared_error is not None
-    assert (b_stats.squared_error, b_stats.worst_error) == (None, None)
+    assert (stats.groups, stats.zero_groups) == (6, 2)
+    assert run(w * 0, Grid(group_size=64), backend=backend)[2].zero_groups == 6
 
 
 def test_no_rows_are_no_trouble() -> None:
     for backend in ("numpy", "auto"):
         out, stats = rounding.quantize(np.zeros((0, 64), np.float32), "F32", Grid(), layout="gptq", backend=backend)
         assert out.words.shape == (8, 0)
-        assert (stats.groups, stats.squared_error) == (0, 0.0)
+        assert stats.groups == 0
 
 
 # --- tiles, threads and buffers -------------------------------------------------------------------
@@ -613,8 +588,8 @@ def test_other_grids_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_grid_arithmetic() -> None:
     four, eight = Grid(), Grid(bits=8, group_size=-1)
-    assert (four.zero_code, four.qmax_code, four.codes_per_word) == (8, 15, 8)
-    assert (eight.zero_code, eight.qmax_code, eight.codes_per_word) == (128, 255, 4)
+    assert (four.zero_code, four.codes_per_word) == (8, 8)
+    assert (eight.zero_code, eight.codes_per_word) == (128, 4)
     assert [four.groups(i) for i in (32, 128, 160)] == [1, 1, 2]
     assert (eight.groups(4096), eight.span(4096), four.span(4096)) == (1, 4096, 128)
     assert four.word_shape("gptq", 128, 256) == (32, 128)

@@ -19,7 +19,7 @@ from shardxform.base.file_system import write_new
 from shardxform.cli.saliency import saliency_command
 from shardxform.errors import CheckpointError, OutputError, PlanError, ShardxformError
 from shardxform.experts import ExpertStats, Saliency
-from shardxform.experts.storage import KEY
+from shardxform.experts.statistics import KEY
 
 MODEL = {
     "model_type": "qwen3_moe",

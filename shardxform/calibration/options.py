@@ -92,8 +92,7 @@ class Windows:
 
     Attributes:
         ids_NT: [N, T] int32. Every window is full: what does not fill one is dropped.
-        lengths_N: [N] int32, valid tokens of each window: T.
-        fingerprint: sha256 over the shape, ids and lengths, and which sources were chosen or kept apart.
+        fingerprint: sha256 over the shape and the ids, and which sources were chosen or kept apart.
         provenance: where they come from, without paths: what JSON can hold, in a fixed order.
         notes: what the user should be told, a line each.
         rows: which windows are of which source, in the order of the windows; empty unless sources were kept apart.
@@ -101,7 +100,6 @@ class Windows:
     """
 
     ids_NT: NDArray[np.int32]
-    lengths_N: NDArray[np.int32]
     fingerprint: str
     provenance: Mapping[str, Any]
     notes: tuple[str, ...]

@@ -60,7 +60,7 @@ def card_command(out: Path, shown: _Shown, output: _Output) -> None:
 
 def _with_results(out: Path, given: CardOptions) -> CardOptions:
     """Add what `compress` left beside OUT to what was not given, and say so."""
-    from shardxform.compress.beside import results_of  # with it comes numpy
+    from shardxform.compress.folder import results_of  # with it comes numpy
 
     found = results_of(out)
     if found is None:

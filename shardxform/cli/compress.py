@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,13 +32,13 @@ from shardxform.cli.option_names import with_options
 from shardxform.cli.outputs import judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
 from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned
-from shardxform.compress.request import Pruning, Request, Settings
+from shardxform.compress.request import CompressOptions, Pruning, Request
 from shardxform.errors import PlanError
-from shardxform.experts.criteria import DEFAULT
+from shardxform.experts.choosing import DEFAULT
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
-    from shardxform.compress import Outcome, Prepared
+    from shardxform.compress import Forecast, Outcome, Prepared
 
 __all__ = ["compress_command"]
 
@@ -156,16 +156,16 @@ def compress_command(source: options.Source, out: Path, asked: _Asked) -> None:
     output = asked.output
     _refuse_idle(asked)
     request = _request(open_source(source, asked.transfer, out.parent), out, asked)
-    settings = Settings(
+    settings = CompressOptions(
         jobs=asked.jobs.count,
         device=asked.computation.device,
         force=output.force,
         full_verify=asked.checks.full_verify,
         plot=output.plots,
     )
-    from shardxform.compress import compress, prepare
+    from shardxform.compress import compress, plan_compress
 
-    prepared = prepare(request, force=settings.force)
+    prepared = plan_compress(request, force=settings.force)
     if output.dry_run:
         _show(prepared, settings, as_json=output.as_json)
         return
@@ -293,36 +293,33 @@ class _Watcher:
 
 def _size(windows: Windows | None) -> str:
     assert windows is not None
-    return f"{count(len(windows.lengths_N), 'window')}, {short(int(windows.lengths_N.sum()))} tokens"
+    return f"{count(len(windows.ids_NT), 'window')}, {short(windows.ids_NT.size)} tokens"
 
 
 # -- what it would take, and what came of it ---------------------------------------------------------------------------
 
 
-def _show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
+def _show(prepared: Prepared, settings: CompressOptions, *, as_json: bool) -> None:
     """Print what every stage would take; the machine is measured for it."""
-    from shardxform.compress.forecast import forecast, free_bytes
-    from shardxform.compress.timing import measure
+    from shardxform.base.file_system import FileSystem
+    from shardxform.compress.forecast import forecast
 
-    request, stages = prepared.request, forecast(prepared, settings)
-    to_do = any(stage["state"] != "done" for stage in stages)
-    stages = (
-        forecast(prepared, settings, measure(prepared, settings))
-        if to_do
-        else [{**stage, "seconds": 0.0} for stage in stages]
-    )
-    totals = {
-        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages),
+    request, stages = prepared.request, forecast(prepared, settings, timed=True)
+    totals: dict[str, float] = {
+        "peak_memory_bytes": max(stage.peak_memory_bytes for stage in stages),
         "disk_bytes": _most_disk(stages),
-        "free_disk_bytes": free_bytes(request),
-        "seconds": sum(stage["seconds"] for stage in stages),
+        "free_disk_bytes": FileSystem().free_bytes(request.out.absolute()),
+        "seconds": sum(stage.seconds for stage in stages),
     }
     if as_json:
         paths = {"source": request.source.where, "out": str(request.out), "folder": str(request.folder)}
         texts = (request.score_windows, request.tune_windows, request.eval_windows)
         of_text = [note for windows in texts if windows for note in windows.notes]
-        known = {"summary": dict(prepared.sketch.summary), "notes": [*prepared.sketch.notes, *dict.fromkeys(of_text)]}
-        print_json({**paths, "stages": stages, **totals, **known})
+        known = {
+            "summary": dict(prepared.sketch.summary),
+            "notes": [*map(with_options, prepared.sketch.notes), *dict.fromkeys(of_text)],
+        }
+        print_json({**paths, "stages": list(map(asdict, stages)), **totals, **known})
         return
     summary = prepared.sketch.summary
     click.echo(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
@@ -335,14 +332,17 @@ def _show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     )
     header = ("stage", "state", "time", "memory", "written", "disk meanwhile", "tokens x blocks")
     table(header, map(_stage_line, stages))
-    rows(_total_lines(request, totals) if to_do else [("to do", "nothing: all of it is there, made from these inputs")])
+    if all(stage.state == "done" for stage in stages):
+        rows([("to do", "nothing: all of it is there, made from these inputs")])
+    else:
+        rows(_total_lines(request, totals))
     for note in map(with_options, prepared.sketch.notes):
         click.echo(f"  note: {note}")
     if request.eval_windows is None:
         click.echo("  note: OUT is not measured without --eval-data")
 
 
-def _total_lines(request: Request, totals: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _total_lines(request: Request, totals: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """What all stages together would take."""
     yield "memory", f"about {gb(totals['peak_memory_bytes'])} at most"
     yield "free disk", f"{gb(totals['free_disk_bytes'])} of {gb(totals['disk_bytes'])} needed"
@@ -356,26 +356,26 @@ def _experts(summary: Mapping[str, Any], *, pruned: bool) -> str:
     return f"{before} -> {after} per layer, top-{summary['top_k']}"
 
 
-def _most_disk(stages: list[dict[str, Any]]) -> int:
+def _most_disk(stages: list[Forecast]) -> int:
     """Disk at the fullest moment: what stays so far, and what lies there meanwhile; what is done takes no more."""
     most = written = 0
     for stage in stages:
-        if stage["state"] == "done":
+        if stage.state == "done":
             continue
-        written += stage["written_bytes"]
-        most = max(most, written + stage["work_bytes"])
+        written += stage.written_bytes
+        most = max(most, written + stage.work_bytes)
     return most
 
 
-def _stage_line(stage: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = [gb(stage[key]) if stage[key] else "-" for key in ("peak_memory_bytes", "written_bytes", "work_bytes")]
-    time = span(stage["seconds"]) if stage["seconds"] else "-"
-    return (stage["stage"], stage["state"], time, *sizes, short(stage["tokens"]) if stage["tokens"] else "-")
+def _stage_line(stage: Forecast) -> tuple[str, ...]:
+    sizes = (gb(size) if size else "-" for size in (stage.peak_memory_bytes, stage.written_bytes, stage.work_bytes))
+    time = span(stage.seconds) if stage.seconds else "-"
+    return (stage.stage, stage.state, time, *sizes, short(stage.tokens) if stage.tokens else "-")
 
 
 def _basis(request: Request) -> str:
-    pieces = "running pieces of the model for some seconds" if request.runs_model else "rounding a matrix"
-    return f"from {pieces} and reading a piece of SRC, on this machine, as busy as it was"
+    what = "multiplying matrices of the model's size" if request.runs_model else "rounding a matrix"
+    return f"from {what} and reading a piece of SRC, on this machine, as busy as it was"
 
 
 def _sizes(before: int, after: int) -> str:

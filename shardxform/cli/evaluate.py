@@ -136,9 +136,9 @@ def _refuse_plot(plot: Path, against: options.Source | None) -> None:
     if plot.suffix.lower() != ".png":
         raise OutputError(f"{plot}: expected a name that ends in .png")
     refuse_unwritable(plot)
-    from shardxform.evaluation.plot import refuse_foreign
+    from shardxform.evaluation.plot import refuse_foreign_picture
 
-    refuse_foreign(plot)
+    refuse_foreign_picture(plot)
 
 
 def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
@@ -152,7 +152,7 @@ def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
 def _show(
     tested: Checkpoint, reference: Checkpoint | None, windows: Windows, settings: EvaluateOptions, as_json: bool
 ) -> None:
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
 
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
     widest = max(settings.precision, settings.against, key=lambda precision: precision.dtype.itemsize)
@@ -164,7 +164,7 @@ def _show(
     click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
     rows(
         [
-            ("data", f"{count(len(windows.lengths_N), 'window')}, {short(needs['tokens'])} tokens"),
+            ("data", f"{count(len(windows.ids_NT), 'window')}, {short(needs['tokens'])} tokens"),
             *([("sources", _of_sources(windows))] if windows.rows else []),
             (
                 "blocks",

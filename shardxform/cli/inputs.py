@@ -15,7 +15,7 @@ import click
 
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.identity import identify, names_of
-from shardxform.checkpoint.remote.names import SCHEME, RepoName, is_ambiguous
+from shardxform.checkpoint.remote.repository import SCHEME, RepoName, is_ambiguous
 from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
 from shardxform.cli.console import tell
 from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, TextFlags, TransferFlags
@@ -68,16 +68,14 @@ def open_sources(sources: Sequence[Source], hub: HubFlags, folder: Path) -> list
                 raise click.UsageError(f"{option} is for repositories of the hub, but {sources[0]} is a folder")
         return [_open_folder(source) for source in sources if isinstance(source, Path)]
     from shardxform.checkpoint.opening import asks_hub, open_checkpoint
-    from shardxform.checkpoint.remote import downloads
+    from shardxform.checkpoint.remote import reading
 
-    if cache is not None and cache < downloads.LEAST_CACHE_BYTES:
-        raise click.UsageError(
-            f"--cache-limit: expected at least {downloads.LEAST_CACHE_BYTES:,} bytes, found {cache:,}"
-        )
-    transfer = downloads.Transfer(
+    if cache is not None and cache < reading.LEAST_CACHE_BYTES:
+        raise click.UsageError(f"--cache-limit: expected at least {reading.LEAST_CACHE_BYTES:,} bytes, found {cache:,}")
+    transfer = reading.Transfer(
         connections=hub.connections or _CONNECTIONS, cache_bytes=cache or _CACHE_BYTES, folder=_existing(folder)
     )
-    fetched = downloads.Downloads(transfer)
+    fetched = reading.Downloads(transfer)
     for source in sources:
         if isinstance(source, RepoName) and source.as_path and asks_hub():
             tell(f"note: no folder {source.repo} here; asking the hub")

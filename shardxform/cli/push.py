@@ -14,7 +14,7 @@ import click
 from shardxform.base.progress import OnProgress
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
 from shardxform.cli.options import DryFlags, Flags, command, option, out_argument
-from shardxform.publish import Contents, Pushed, Target, Watch, contents_of, is_repo_name, push, verified
+from shardxform.publish import Contents, Destination, Pushed, Watch, contents_of, is_repo_name, push, verified
 
 __all__ = ["push_command"]
 
@@ -47,9 +47,9 @@ class _Target(Flags, heading="The repository"):
         "The checkpoint that OUT was made from: compare every tensor with it before.", metavar="SRC"
     )
 
-    def read(self, repo: str) -> Target:
+    def read(self, repo: str) -> Destination:
         """What the library calls it."""
-        target = Target(
+        target = Destination(
             repo=repo,
             branch=self.branch,
             create=self.create,

@@ -118,10 +118,10 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, settings: 
 
 def _facts(checkpoint: Checkpoint, windows: Windows, settings: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
     """What would be run, and what it takes; sizes in bytes."""
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
 
     needs = estimate({"scored": checkpoint}, windows, settings.precision, settings.work)
-    told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.lengths_N)}
+    told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.ids_NT)}
     facts = {"source": checkpoint.where, **told, **needs}
     if ray:
         from shardxform.cluster.pool import refuse_remote

@@ -14,8 +14,7 @@ from shardxform.base.file_system import refuse_other, write_new
 from shardxform.cli.console import count, print_json, rows, table, tell
 from shardxform.cli.options import PATH, Flags, JsonFlags, command, option
 from shardxform.errors import OutputError
-from shardxform.experts.choosing import Choice, LayerChoice, decide, keep_of_ratio
-from shardxform.experts.criteria import CRITERIA, DEFAULT
+from shardxform.experts.choosing import CRITERIA, DEFAULT, Choice, LayerChoice, decide, keep_of_ratio
 from shardxform.experts.plotting import plot_choice
 from shardxform.experts.statistics import Saliency
 

@@ -230,11 +230,11 @@ def open_pool(ray: OnRay | None) -> Iterator[StepPool | None]:
 def block_tuning(plan: Plan, out: Path, tuning: Tuning) -> BlockTuning:
     """What blocks are tuned with on a cluster."""
     from shardxform.cluster.blocks import BlockTuning
-    from shardxform.cluster.worker import Place
+    from shardxform.cluster.worker import StepPlace
 
     view, device = plan.view, str(tuning.precision.device)
     return BlockTuning(
-        place=Place.of(plan, out, device),
+        place=StepPlace.of(plan, out, device),
         view=replace(view, root=Path(os.path.abspath(view.root))),
         windows=tuning.windows,
         hidden=int(layout_of(view.config, view.tensors).text["hidden_size"]),

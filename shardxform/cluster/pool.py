@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shardxform.base import computing
 from shardxform.base.digests import Chunks
 from shardxform.cluster.session import Needs, Session
-from shardxform.cluster.worker import Place, do_step
+from shardxform.cluster.worker import StepPlace, do_step
 from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution.output import Output
 from shardxform.execution.steps import Facts
@@ -73,7 +73,7 @@ class RayPool:
         refuse_remote(output.plan.origin, output.plan.remote)
         self._session.open()
         self._chunks = output.plan.chunks
-        self._place = pickle.dumps(Place.of(output.plan, output.root, self._device))
+        self._place = pickle.dumps(StepPlace.of(output.plan, output.root, self._device))
         self._largest = largest_of(output.plan, self._device)
         self._session.refuse_too_large(self._largest)
         if self._tuning:
@@ -97,12 +97,12 @@ class RayPool:
         self._session.stop()
 
     def _submit_block(self, step: Any, needs: Needs) -> Any:  # noqa: ANN401
-        from shardxform.cluster.blocks import tune_block
+        from shardxform.cluster.blocks import do_block
 
         if self._tuning is None:
             raise ExecutionError("the plan tunes blocks, but the pool has nothing to tune them with")
         states = (self._made(number, needs) for number in (step.layer, step.layer + 1))
-        return self._session.submit(tune_block, needs, self._wanted, self._tuned_with, self._packed(step), *states)
+        return self._session.submit(do_block, needs, self._wanted, self._tuned_with, self._packed(step), *states)
 
     def _packed(self, step: Step) -> bytes:
         """A step as it is handed over, with the chunks that it writes."""

@@ -32,7 +32,7 @@ from shardxform.base.readers import SourceReader
 from shardxform.base.sharding import show_size
 from shardxform.checkpoint.identity import names_of, values_difference
 from shardxform.checkpoint.record import PROVENANCE, Record, ShardRecord, read_record
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.sidecars import refuse_faulty_file
 from shardxform.checkpoint.table import CONFIG, INDEX, WORK
 from shardxform.errors import ExecutionError, OutputError, ResumeError

@@ -43,7 +43,7 @@ def rounder_on(device: str, scheme: Scheme) -> Rounder:
 
     """
     if device == "cpu":
-        return functools.partial(quantize_into, measure=False)
+        return quantize_into
     if scheme.grid.search:
         raise SchemeError("`search` runs on the CPU only: leave out `device`")
     try:

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.errors import PlanError
-from shardxform.experts.choosing import Choice, LayerChoice
-from shardxform.experts.criteria import scores
+from shardxform.experts.choosing import Choice, LayerChoice, scores
 from shardxform.experts.statistics import ExpertStats
 
 if TYPE_CHECKING:

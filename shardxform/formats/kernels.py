@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 from numba import njit, types
 
-__all__ = ["Settings", "quantizer"]
+__all__ = ["RoundSettings", "quantizer"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -149,21 +149,6 @@ def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
     for k in range(codes.size):
         q = min(max(np.rint(row[k] / scale_I[k]), low), high)
         codes[k] = U8(I32(q) + shift)
-
-
-@jit
-def _round_and_measure_row(row: Any, scale_I: Any, codes: Any, zero: Any, square_I: Any) -> Any:
-    """As ``_round_row``; adds squared errors per column, returns the float32 bits of the largest error in scales."""
-    low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
-    worst = I32(0)
-    for k in range(codes.size):
-        ratio = row[k] / scale_I[k]
-        q = min(max(np.rint(ratio), low), high)
-        error = F32(row[k] - F32(scale_I[k] * q))
-        square_I[k] += F32(error * error)
-        worst = max(worst, I32(F32(ratio - q).view(I32) & I32(0x7FFFFFFF)))
-        codes[k] = U8(I32(q) + shift)
-    return worst
 
 
 @jit
@@ -308,18 +293,11 @@ def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_ma
                 scales[g, first + r] = _half_bits(scale_GR[g, r])
 
 
-@jit
-def _flush(square_I: Any, total_I: Any) -> None:
-    for k in range(square_I.size):
-        total_I[k] += F64(square_I[k])
-        square_I[k] = F32(0)
-
-
 def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
     """Round and pack all rows.
 
-    Returns (row, column) of the first non-finite weight, the first row with a scale beyond float16 (-1 for none),
-    the number of all-zero groups, the sum of squared errors and the largest error in scales (0 unless measured).
+    Returns row and column of the first non-finite weight, the first row with a scale beyond float16 (-1 for none), and
+    the number of all-zero groups.
     """
     O, I = w_OI.shape  # noqa: E741
     groups, row_words = -(-I // p.span), I * p.bits // 32
@@ -327,12 +305,12 @@ def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
     tile_RI = np.zeros((slots, I), U32)
     weights_RI = tile_RI.view(F32)
     grid = np.ones((groups, LANES), F32), np.zeros((groups, LANES), F32)
-    codes, scale_I, square_I = np.empty(I, U8), np.empty(I, F32), np.zeros(I, F32)
+    codes, scale_I = np.empty(I, U8), np.empty(I, F32)
     words_RW = np.empty((LANES, row_words + 16), I32)  # an odd number of cache lines: a column spreads over the sets
     floats_3CR = np.ones((3, 2 * factors.size + 1, LANES), F32)
     total_CR = np.zeros((2 * factors.size + 1, LANES), F64)
     scratch = np.zeros((CHUNK, LANES), F32), floats_3CR[0], floats_3CR[1], floats_3CR[2], total_CR
-    found, total_I, worst = np.array([-1, -1, -1, 0]), np.zeros(I, F64), I32(0)
+    found = np.array([-1, -1, -1, 0])
     for first in range(0, O, LANES):
         rows = min(LANES, O - first)
         for r in range(rows if factors.size else 0):
@@ -346,21 +324,13 @@ def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
                 _decode(w_OI[first + r], p.kind, tile_RI[0])
                 _plain_scales(tile_RI[0], (r, first + r), grid, p, found)
             _spread(grid[0], r, p.span, scale_I)
-            if p.measure:
-                worst = max(worst, _round_and_measure_row(weights_RI[slot], scale_I, codes, p.zero, square_I))
-            else:
-                _round_row(weights_RI[slot], scale_I, codes, p.zero)
+            _round_row(weights_RI[slot], scale_I, codes, p.zero)
             _pack_row(codes, words_RW[r, :row_words], p.bits)
-        if p.measure:
-            _flush(square_I, total_I)
         _emit(words_RW, grid[0], (first, rows), words, scales, p.row_major)
-    squared_error = 0.0
-    for k in range(I):
-        squared_error += total_I[k]
-    return found[0], found[1], found[2], found[3], squared_error, I32(worst).view(F32)
+    return found[0], found[1], found[2], found[3]
 
 
-class Settings(NamedTuple):
+class RoundSettings(NamedTuple):
     """What a kernel is told besides its arrays; all plain integers.
 
     Attributes:
@@ -371,7 +341,6 @@ class Settings(NamedTuple):
         limit: float32 bits from which a decoded magnitude stands for an infinity or NaN.
         bf16: Scales on the bf16 grid.
         row_major: Words along the columns of a row ("row") rather than along the rows ("gptq").
-        measure: Compute the errors.
     """
 
     kind: int
@@ -381,14 +350,13 @@ class Settings(NamedTuple):
     limit: int
     bf16: int
     row_major: int
-    measure: int
 
 
 @cache
-def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int, float, float]]:
+def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int]]:
     """The compiled kernel for uint32 (``wide``) or uint16 source bits; compiles or loads from disk on first use."""
     source = types.Array(types.uint32 if wide else types.uint16, 2, "C", readonly=True)
-    settings = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
+    settings = types.NamedUniTuple(types.int64, len(RoundSettings._fields), RoundSettings)  # type: ignore[no-untyped-call]
     factors = types.Array(types.float32, 1, "C", readonly=True)
     signature = (source, settings, factors, types.int32[:, :], types.uint16[:, :])
     return jit(_quantize, signature)

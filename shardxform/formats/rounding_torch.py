@@ -84,8 +84,6 @@ def _quantize_into(
         overflow_row=None if not over_rg.any() else int(over_rg.any(1).to(torch.int8).argmax()),
         groups=scale_rg.numel(),
         zero_groups=int((w_rgs == 0).all(-1).sum()),
-        squared_error=None,
-        worst_error=None,
     )
 
 

@@ -1,15 +1,17 @@
-"""Compiled passes of tuning: weights as they would be stored, and one signed step, each in a single sweep over memory.
+"""Compiled passes of tuning and healing: weights as they would be stored, and signed steps, in one sweep over memory.
 
-Bit-equal to `elementwise`, which says what the numbers mean. The global interpreter lock is released while a kernel
-runs; rows are independent. Importing this module needs numba; compiled code is cached as in `formats.kernels`.
+Bit-equal to `elementwise` and `heal`, which say what the numbers mean. The global interpreter lock is released while a
+kernel runs; rows are independent. Importing this module needs numba; compiled code is cached as in `formats.kernels`.
 
 BF16 is widened and narrowed inside the loops: to widen whole rows first took a quarter more time. What is done to a
-group is compiled into the loop over groups: constants in registers, and an eighth less time than by calls.
+group is compiled into the loop over groups: constants in registers, and an eighth less time than by calls. What numba
+has no words for are operations of LLVM.
 """
 
-# O: output rows, I: input columns, G: groups of a row; 32 lanes: every group is a multiple of 32 columns.
+# O: output rows, I: input columns, G: groups of a row; 32 lanes: every group is a multiple of 32 columns, R: any run
+# of rows.
 
-# ruff: noqa: ANN401
+# ruff: noqa: ANN401, ARG001
 
 from __future__ import annotations
 
@@ -18,15 +20,105 @@ from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from llvmlite import binding, ir
+from numba import extending, njit, types
+from numba.core.registry import cpu_target
 from numba.extending import overload
 
-from shardxform.formats.kernels import SMALLEST_SCALE, _half_value, _round_to_grid, jit
+from shardxform.base.constants import LANES
+from shardxform.formats.kernels import SMALLEST_SCALE, _decode, _half_value, _round_to_grid, jit
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
-from shardxform.tuning.intrinsics import HAS_BF16, LANES, multiply_add, narrow, sum_lanes
 
-__all__ = ["Settings", "keeper", "stepper", "valuer"]
+__all__ = [
+    "HAS_BF16",
+    "LANES",
+    "GridSettings",
+    "joiner",
+    "keeper",
+    "mover",
+    "multiply_add",
+    "narrow",
+    "stepper",
+    "sum_lanes",
+    "valuer",
+]
+
+
+def _target_features() -> str:
+    """Of the CPU that numba compiles for, which is the host's unless the environment says otherwise."""
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return str(features)
+
+
+HAS_BF16: Final = "+avx512bf16" in _target_features() and binding.llvm_version_info >= (20,)
+"""Whether `narrow` may be compiled: for other CPUs, LLVM calls a function of a library that numba does not link."""
+
+_intrinsic: Final[Callable[[Any], Any]] = extending.intrinsic  # whose own type asks for the first parameter
+
+
+class _BF16(ir.Type):  # type: ignore[misc]
+    """BF16, which LLVM knows and llvmlite does not."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BF16)
+
+    def __hash__(self) -> int:
+        return hash(_BF16)
+
+
+@_intrinsic
+def multiply_add(_typing: Any, x: Any, y: Any, z: Any) -> Any:
+    """`x * y + z` in float32, rounded once or twice as is faster: for products that are exact."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        f32 = ir.FloatType()
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [f32], ir.FunctionType(f32, [f32] * 3))
+        return builder.call(function, arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@_intrinsic
+def narrow(_typing: Any, x: Any) -> Any:
+    """The bits of the BF16 that is nearest to a float32, ties to even; subnormal ones may become 0."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], _BF16()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@_intrinsic
+def sum_lanes(_typing: Any, x_L: Any) -> Any:
+    """The sum of the LANES elements of a contiguous float32 array: upper half to lower half, as often as there are any.
+
+    That is the order of the additions; written as a loop, it is not made of vectors.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        pointer = builder.bitcast(array.data, ir.VectorType(ir.FloatType(), LANES).as_pointer())
+        lanes = builder.load(pointer, align=4)
+        half = LANES
+        while half := half // 2:
+            lower, upper = (_taken(builder, lanes, range(first, first + half)) for first in (0, half))
+            lanes = builder.fadd(lower, upper)
+        return builder.extract_element(lanes, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(x_L), generate
+
+
+def _taken(builder: Any, lanes: Any, chosen: range) -> Any:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), list(chosen))
+    return builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), mask)
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
+
 
 F32: Final = np.float32
 I32: Final = np.int32
@@ -41,7 +133,7 @@ OFFSET_BITS: Final = np.int32(-UNITS_PER_STEP)  # the other two bits of v hold w
 _inlined: Final = njit(inline="always", error_model="numpy")
 
 
-class Settings(NamedTuple):
+class GridSettings(NamedTuple):
     """What a kernel is told of the grid; plain integers.
 
     Attributes:
@@ -103,7 +195,7 @@ def _put(out_I: Any, i: Any, x: Any) -> None:
 
 
 @overload(_put)
-def _compiled_put(out_I: Any, i: Any, x: Any) -> Any:  # noqa: ARG001
+def _compiled_put(out_I: Any, i: Any, x: Any) -> Any:
     def by_instruction(out_I: Any, i: Any, x: Any) -> None:
         out_I[i] = narrow(F32(x))
 
@@ -129,8 +221,8 @@ def _row(x_RI: Any, r: Any) -> Any:
 
 
 @overload(_row)
-def _compiled_row(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
-    def nothing(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
+def _compiled_row(x_RI: Any, r: Any) -> Any:
+    def nothing(x_RI: Any, r: Any) -> Any:
         return None
 
     def row(x_RI: Any, r: Any) -> Any:
@@ -232,7 +324,7 @@ def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any
 
 _ELEMENTS: Final = {"BF16": types.uint16, "F16": types.int16, "F32": types.float32}
 _SCALES: Final = types.UniTuple(types.float32[:, ::1], 2)  # type: ignore[no-untyped-call]
-_SETTINGS: Final = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
+_SETTINGS: Final = types.NamedUniTuple(types.int64, len(GridSettings._fields), GridSettings)  # type: ignore[no-untyped-call]
 _PACE: Final = types.NamedUniTuple(types.float64, len(Pace._fields), Pace)  # type: ignore[no-untyped-call]
 
 
@@ -263,3 +355,65 @@ def stepper(dtype: str, gradient: str, before: str | None = None) -> Callable[..
     """
     out = types.none if before is None else _ELEMENTS[before][:, ::1]
     return jit(_step, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS, _PACE, _read(gradient), out))
+
+
+# -- healing -----------------------------------------------------------------------------------------------------------
+
+
+I8: Final = np.int8
+
+
+@jit
+def _join_row(high_I: Any, low_I: Any, bits_I: Any) -> None:
+    for i in range(bits_I.size):
+        bits_I[i] = I32(I32(I32(high_I[i]) << I32(16)) + I32(I32(low_I[i]) * I32(256)))
+
+
+@jit
+def _move_row(value_I: Any, gradient_I: Any, step: Any) -> None:
+    for i in range(value_I.size):
+        g = gradient_I[i]
+        value_I[i] -= step if g > F32(0) else (-step if g < F32(0) else F32(0))
+
+
+@jit
+def _part_row(bits_I: Any, high_I: Any, low_I: Any) -> None:
+    for i in range(bits_I.size):
+        upper = I32(I32(bits_I[i] + I32(128)) >> I32(8))
+        high = I32(I32(upper + I32(128)) >> I32(8))
+        high_I[i] = I16(high)
+        low_I[i] = I8(I32(upper - I32(high * I32(256))))
+
+
+def _join(high_RI: Any, low_RI: Any, out_RI: Any) -> None:
+    for r in range(high_RI.shape[0]):
+        _join_row(high_RI[r], low_RI[r], out_RI[r])
+
+
+def _move(high_RI: Any, low_RI: Any, step_R: Any, gradient_RI: Any) -> None:
+    columns = high_RI.shape[1]
+    bits_I, gradient_bits_I = np.empty(columns, I32), np.empty(columns, U32)
+    value_I, gradient_I = bits_I.view(F32), gradient_bits_I.view(F32)
+    kind = 0 if gradient_RI.itemsize == 2 else 2
+    for r in range(high_RI.shape[0]):
+        _join_row(high_RI[r], low_RI[r], bits_I)
+        _decode(gradient_RI[r], kind, gradient_bits_I)
+        _move_row(value_I, gradient_I, step_R[r])
+        _part_row(bits_I, high_RI[r], low_RI[r])
+
+
+_HIGH: Final = types.int16[:, ::1]
+_LOW: Final = types.int8[:, ::1]
+
+
+@cache
+def joiner() -> Callable[..., None]:
+    """Kernel `(high_RI, low_RI, out_RI)`; out is the bits of float32 as int32."""
+    return jit(_join, (_HIGH, _LOW, types.int32[:, ::1]))
+
+
+@cache
+def mover(wide_gradient: bool) -> Callable[..., None]:
+    """Kernel `(high_RI, low_RI, step_R, gradient bits)`; changes high and low in place."""
+    bits = types.Array(types.uint32 if wide_gradient else types.uint16, 2, "C", readonly=True)
+    return jit(_move, (_HIGH, _LOW, types.float32[::1], bits))

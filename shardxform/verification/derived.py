@@ -92,7 +92,7 @@ def _round(weight: TensorRef, grid: Grid, dtype: str, read: Read, out_RI: NDArra
         bits_RI = np.empty(part.spec.shape, NUMPY[part.spec.dtype])
         read(part, bits_RI)
         again = QuantizedWeight.empty("row", grid, cast(tuple[int, int], part.spec.shape))
-        if quantize_into(bits_RI, cast(SourceDtype, part.spec.dtype), grid, again, measure=False).ok:
+        if quantize_into(bits_RI, cast(SourceDtype, part.spec.dtype), grid, again).ok:
             _values(again.words, again.scales.view(np.float16).astype(np.float32), grid, dtype, out_RI[rows])
         else:
             out_RI[rows] = _NOTHING
