@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,9 +27,9 @@ from shardxform.cli.console import (
     table,
     tell,
 )
-from shardxform.cli.inputs import load_text, make_precision, open_source, require
+from shardxform.cli.inputs import load_text, make_precision, open_named, require
 from shardxform.cli.option_names import with_options
-from shardxform.cli.outputs import judged_on, tell_blocks, told_blocks
+from shardxform.cli.outputs import Block, judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
 from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned
 from shardxform.compress.request import CompressOptions, Pruning, Request
@@ -155,7 +155,7 @@ def compress_command(source: options.Source, out: Path, asked: _Asked) -> None:
     """
     output = asked.output
     _refuse_idle(asked)
-    request = _request(open_source(source, asked.transfer, out.parent), out, asked)
+    request = _request(open_named(source, asked.transfer, out.parent), out, asked)
     settings = CompressOptions(
         jobs=asked.jobs.count,
         device=asked.computation.device,
@@ -325,7 +325,7 @@ def _show(prepared: Prepared, settings: CompressOptions, *, as_json: bool) -> No
     click.echo(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
     rows(
         [
-            ("experts", _experts(summary, pruned=request.pruning is not None)),
+            ("experts", _experts(prepared)),
             ("size", _sizes(summary["bytes_before"], prepared.sketch.data_bytes)),
             ("results", str(request.folder)),
         ]
@@ -349,9 +349,10 @@ def _total_lines(request: Request, totals: Mapping[str, float]) -> Iterator[tupl
     yield "time", f"about {span(totals['seconds'])}: an estimate, {_basis(request)}"
 
 
-def _experts(summary: Mapping[str, Any], *, pruned: bool) -> str:
+def _experts(prepared: Prepared) -> str:
+    summary = prepared.sketch.summary
     before, after = summary["experts_before"], summary["experts_after"]
-    if not pruned:
+    if prepared.request.pruning is None:
         return f"all {before} of each layer stay, top-{summary['top_k']}: nothing is pruned without --keep or --ratio"
     return f"{before} -> {after} per layer, top-{summary['top_k']}"
 
@@ -423,7 +424,7 @@ def _report(outcome: Outcome, source: options.Source, output: _Output) -> None:
 def _lines(outcome: Outcome, source: options.Source) -> Iterator[tuple[str, str]]:
     facts = outcome.facts
     if "select" in facts:
-        yield from _choice_lines(facts["select"])
+        yield from _choice_lines(outcome)
     else:
         yield "experts", f"all {facts['quantize']['experts_before']} of each layer: nothing was pruned"
     yield "size", _sizes(facts["quantize"]["bytes_before"], facts["quantize"]["bytes_after"])
@@ -435,7 +436,7 @@ def _lines(outcome: Outcome, source: options.Source) -> Iterator[tuple[str, str]
     warned = f", {count(checked['warnings'], 'warning')}" if checked["warnings"] else ""
     yield "verified", f"sound: {count(checked['tensors'], 'tensor')}, {depth}{warned}"
     if "evaluate" in facts:
-        yield from _evaluation_lines(facts["evaluate"])
+        yield from _evaluation_lines(outcome)
     earlier = len(outcome.made) < len(facts) or outcome.report.resumed_bytes > 0
     yield "time", span(outcome.seconds) + (" in this run" if earlier else "")
     yield "memory", f"{gb(outcome.peak_rss_bytes)} peak"
@@ -445,7 +446,7 @@ def _lines(outcome: Outcome, source: options.Source) -> Iterator[tuple[str, str]
         yield "prove it", pasteable("shardxform", "verify", outcome.out, "--source", source)
 
 
-def _block_lines(blocks: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _block_lines(blocks: Sequence[Block]) -> Iterator[tuple[str, str]]:
     """What healing and tuning did, over all blocks."""
     healed = [block["healed"] for block in blocks if block.get("healed")]
     tuned = [block for block in blocks if block.get("rtn_error")]
@@ -462,7 +463,8 @@ def _block_lines(blocks: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
         yield "", f"on {text}"
 
 
-def _choice_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _choice_lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    facts = outcome.facts["select"]
     share = facts["saliency_kept"]
     kept = "" if share is None else f", with {share:.1%} of the saliency"
     yield "experts", f"{facts['experts']} -> {facts['kept']} per layer, by {facts['criterion']}{kept}"
@@ -470,19 +472,14 @@ def _choice_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "note", f"kept {count(facts['never_reached_kept'], 'expert')} that no token reached; score more data"
 
 
-def _evaluation_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found, against = facts["perplexity"], facts["against"]
+def _evaluation_lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    found, against = outcome.facts["evaluate"]["perplexity"], outcome.facts["evaluate"]["against"]
     if found is not None and against["perplexity"]:
         before = against["perplexity"]
-        changed = f"{found / before - 1:+.2%}{_error(against, 'perplexity_ratio', '{:.2%}')}"
+        changed = f"{found / before - 1:+.2%}{give_or_take(against['perplexity_ratio_standard_error'], '{:.2%}')}"
         yield "perplexity", f"{found:.4f}, of the source {before:.4f}: {changed}"
         if found < before:
             yield "", LOWER
-    divergence = f"{against['kl']:.6f}{_error(against, 'kl', '{:.6f}')} nats"
-    agreement = f"{against['top1_agreement']:.2%}{_error(against, 'top1', '{:.2%}')}"
+    divergence = f"{against['kl']:.6f}{give_or_take(against['kl_standard_error'], '{:.6f}')} nats"
+    agreement = f"{against['top1_agreement']:.2%}{give_or_take(against['top1_standard_error'], '{:.2%}')}"
     yield "KL divergence", f"{divergence}, same choice at {agreement} of positions"
-
-
-def _error(against: Mapping[str, Any], figure: str, text: str) -> str:
-    """The standard error of a figure; nothing in results of earlier versions, which have none."""
-    return give_or_take(against.get(f"{figure}_standard_error"), text)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from shardxform.cli import options
-from shardxform.cli.inputs import open_source
+from shardxform.cli.inputs import open_named
 from shardxform.cli.outputs import execute
 from shardxform.execution.options import RunOptions
 from shardxform.formats.scheme import FORMATS, Format
@@ -24,8 +24,8 @@ _ALIASES: Final = {"bfloat16": "bf16", "float16": "fp16", "f16": "fp16"}
 class _Format(click.Choice[str]):
     """A format; 16-bit types by any of their usual names."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
-        return super().convert(_ALIASES.get(value, value), param, ctx)
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(_ALIASES.get(str(value), value), param, ctx)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def convert_command(
     fp16 the weights are dequantized: fp16 holds every value of 4 bits whose scale is exact in bfloat16, as scales of
     quantize are, and bf16 rounds; families with gated delta-net layers run in bf16 alone.
     """
-    checkpoint = open_source(source, hub, out.parent)
+    checkpoint = open_named(source, hub, out.parent)
     wanted = Target(format=target.to, expert_names=target.expert_names, g_idx=target.g_idx)
     plan = plan_convert(checkpoint, wanted, ConvertOptions(max_shard_bytes=output.max_shard_size))
     execute(plan, out, output, RunOptions(jobs=jobs.count))

@@ -20,7 +20,7 @@ from shardxform.cli.inputs import (
     load_manifest,
     load_text,
     make_precision,
-    open_sources,
+    open_all_named,
     refuse_no_data,
     refuse_unwritable,
     require,
@@ -91,7 +91,7 @@ def evaluate_command(
         raise click.UsageError("--against-dtype is the type of a reference: give --against")
     if plot:
         _refuse_plot(plot, against)
-    source, *others = open_sources([checkpoint, *([against] if against else [])], transfer, work.parent)
+    source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, work.parent)
     tested, reference = _view(source, pruned), next(iter(others), None)
     settings = _options(computation, compared, work)
     from shardxform.evaluation.evaluate import evaluate, evaluation_facts, identified

@@ -30,8 +30,8 @@ __all__ = [
     "load_manifest",
     "load_text",
     "make_precision",
-    "open_source",
-    "open_sources",
+    "open_all_named",
+    "open_named",
     "refuse_no_data",
     "refuse_unwritable",
     "require",
@@ -44,12 +44,12 @@ _CACHE_BYTES: Final = 10 * 10**9
 # -- checkpoints and manifests ----------------------------------------------------------------------------------------
 
 
-def open_source(source: Source, hub: HubFlags, folder: Path) -> Checkpoint:
-    """Open one checkpoint; see `open_sources`."""
-    return open_sources([source], hub, folder)[0]
+def open_named(source: Source, hub: HubFlags, folder: Path) -> Checkpoint:
+    """Open one checkpoint; see `open_all_named`."""
+    return open_all_named([source], hub, folder)[0]
 
 
-def open_sources(sources: Sequence[Source], hub: HubFlags, folder: Path) -> list[Checkpoint]:
+def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> list[Checkpoint]:
     """Open what was named on the command line.
 
     Args:

@@ -11,7 +11,7 @@ import click
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, short, table
-from shardxform.cli.inputs import open_source
+from shardxform.cli.inputs import open_named
 from shardxform.cli.options import HubFlags, JsonFlags, Source, command, option, source_argument
 from shardxform.plan.inspection import Inspection, inspect_checkpoint
 
@@ -36,7 +36,7 @@ def inspect_command(source: Source, hub: HubFlags, shown: _Shown) -> None:
 
     Reads headers only, never tensor data.
     """
-    checkpoint = open_source(source, hub, Path())
+    checkpoint = open_named(source, hub, Path())
     if shown.pattern is not None:
         _list_tensors(checkpoint, shown.pattern, shown.as_json)
         return

@@ -177,14 +177,14 @@ def _options(group: type[Flags]) -> Iterator[_Option]:
         yield made
 
 
-def _spellings(each: Field[Any]) -> tuple[str, ...]:
+def _spellings(each: Field[object]) -> tuple[str, ...]:
     found: tuple[str, ...] = each.metadata["spellings"]
     if any(spelling.startswith("--") for spelling in found):
         return found
     return (f"--{each.name.replace('_', '-')}", *found)
 
 
-def _kind(hint: Any) -> dict[str, Any]:  # noqa: ANN401
+def _kind(hint: object) -> dict[str, Any]:
     """Arguments of `click.option` that follow from the type of a field."""
     if get_origin(hint) in (Union, UnionType):
         hint = next(each for each in get_args(hint) if each is not NoneType)
@@ -232,7 +232,9 @@ class _Size(click.ParamType[int]):
 class _NamedPath(click.Path):
     """A path; an empty one, such as an unset variable gives, is not the current directory."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         if not str(value):
             self.fail("expected a path, found an empty one", param, ctx)
         return super().convert(value, param, ctx)
@@ -277,7 +279,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 class _Healed(click.Choice[str]):
     """What to heal; the value may be left out, so a path that follows the option is taken for it."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
             named = ", ".join(map(str, self.choices))
             self.fail(f"{value!r} is none of {named}: put --heal after SRC and OUT, or write --heal=auto", param, ctx)

@@ -19,9 +19,10 @@ from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.plan.plan import Plan
 from shardxform.verification.planned import refuse_unsound
 
-__all__ = ["execute", "judged_on", "tell_blocks", "told_blocks"]
+__all__ = ["Block", "execute", "judged_on", "tell_blocks", "told_blocks"]
 
 Block = Mapping[str, Any]
+"""What the record of an output, which JSON holds, says of a decoder block."""
 _AS_PRUNED: Final = {"pruned_error": 0.0}
 _HEALED: Final = ("block", "squared error, pruned", "healed", "ratio", "what", "step")
 _TUNED: Final = ("block", "squared error, rounded", "tuned", "ratio", "never reached")
@@ -213,7 +214,7 @@ def _zero_lines(report: Report) -> Iterator[tuple[str, str]]:
 # -- its blocks -------------------------------------------------------------------------------------------------------
 
 
-def tell_blocks(facts: Mapping[str, Any], measured: Sequence[Mapping[str, Any]] = ()) -> None:
+def tell_blocks(facts: Mapping[str, object], measured: Sequence[Block] = ()) -> None:
     """Print a table of what was healed and one of what was tuned, if anything was, and warn of what was not.
 
     Args:
@@ -242,7 +243,7 @@ def judged_on(blocks: Sequence[Block]) -> str:
     return f"{count(judged['windows'], 'window')} of {short(judged['tokens'])} tokens that {apart}"
 
 
-def told_blocks(facts: Mapping[str, Any]) -> list[Block]:
+def told_blocks(facts: Mapping[str, object]) -> list[Block]:
     """What is said of blocks, in their order; what is not as it is written is left out, since a record may be old."""
     listed = facts.get("blocks")
     return sorted(filter(_is_whole, listed if isinstance(listed, list) else []), key=lambda block: int(block["layer"]))
@@ -260,11 +261,11 @@ def _is_whole(block: object) -> bool:
     return "rtn_error" not in block or (_has(block, "rtn_error", "tuned_error") and "experts_never_reached" in block)
 
 
-def _of_layer(measured: Sequence[Mapping[str, Any]], layer: object) -> Mapping[str, Any]:
+def _of_layer(measured: Sequence[Block], layer: object) -> Block:
     return next((each for each in measured if each.get("layer") == layer), {})
 
 
-def _has(value: Mapping[str, Any], *keys: str) -> bool:
+def _has(value: Mapping[str, object], *keys: str) -> bool:
     return all(isinstance(value.get(key), int | float) for key in keys)
 
 
@@ -303,7 +304,7 @@ def _tuned_line(block: Block) -> tuple[str, ...]:
     return (layer, f"{before:.3e}", f"{after:.3e}", ratio, str(len(block["experts_never_reached"])))
 
 
-def _ratio(told: Mapping[str, Any], before: float, after: float) -> str:
+def _ratio(told: Block, before: float, after: float) -> str:
     if not before:
         return "-"
     error = told["ratio_standard_error"] if _has(told, "ratio_standard_error") else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from shardxform.cli import options
-from shardxform.cli.inputs import load_manifest, open_source
+from shardxform.cli.inputs import load_manifest, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.options import RunOptions
@@ -40,7 +40,7 @@ def prune_command(
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
     refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")
     ray = on_ray(cluster, asked.computation.device, jobs=jobs.jobs, healing=asked.healing)
-    checkpoint = open_source(source, transfer, out.parent)
+    checkpoint = open_named(source, transfer, out.parent)
     kept = load_manifest(pruned, checkpoint)
     tuning = read_tuning(asked, checkpoint)
     plan = plan_prune(checkpoint, kept, viewed.view(output.max_shard_size), tuning.recipe if tuning else None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardxform.cli import options
-from shardxform.cli.inputs import load_manifest, open_source
+from shardxform.cli.inputs import load_manifest, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned, tunes
 from shardxform.execution.options import RunOptions
@@ -38,7 +38,7 @@ def quantize_command(
     rounding, device = asked.rounding, asked.computation.device
     refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")
     ray = on_ray(cluster, device, jobs=jobs.jobs, healing=asked.healing, rounding=rounding)
-    checkpoint = open_source(source, transfer, out.parent)
+    checkpoint = open_named(source, transfer, out.parent)
     tuning = read_tuning(asked, checkpoint, here=ray is None)
     kept, view = load_manifest(pruned, checkpoint), viewed.view(output.max_shard_size)
     plan = plan_quantize(checkpoint, stored.read(tuned=tunes(rounding)), kept, view, tuning.recipe if tuning else None)

@@ -15,7 +15,7 @@ from shardxform.base.progress import peak_rss_bytes
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import options
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
-from shardxform.cli.inputs import load_text, make_precision, open_source, refuse_no_data, refuse_unwritable
+from shardxform.cli.inputs import load_text, make_precision, open_named, refuse_no_data, refuse_unwritable
 from shardxform.cli.tuning import OnRay, on_ray, ray_place
 from shardxform.errors import OutputError
 
@@ -58,7 +58,7 @@ def score_command(
     refuse_no_data(text)
     refuse_unwritable(output.out)
     ray = on_ray(cluster, computation.device)
-    checkpoint = open_source(source, transfer, output.out.parent)
+    checkpoint = open_named(source, transfer, output.out.parent)
     work = place.work or output.out.with_name(output.out.name + ".work")
     _refuse_overlap(output.out, work)
     precision = make_precision(computation, here=ray is None)

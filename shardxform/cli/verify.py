@@ -10,7 +10,7 @@ from typing import Final
 import click
 
 from shardxform.cli.console import count, gb, print_json, progress
-from shardxform.cli.inputs import open_source
+from shardxform.cli.inputs import open_named
 from shardxform.cli.option_names import with_options
 from shardxform.cli.options import SOURCE, Flags, HubFlags, QuietFlags, Source, command, option, out_argument
 from shardxform.plan.view import MtpMode
@@ -71,7 +71,7 @@ def verify_command(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output:
         raise click.UsageError("--connections is for reading --source from the hub; give that too")
     if depth.independent and (made.source is None or depth.quick):
         raise click.UsageError("--independent compares values with --source; give that, and no --quick")
-    origin = open_source(made.source, hub, out.parent) if made.source is not None else None
+    origin = open_named(made.source, hub, out.parent) if made.source is not None else None
     with progress("verify", output.quiet or depth.quick) as on_progress:
         report = verify(
             out,
