@@ -652,7 +652,7 @@ def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
     said = "--heal: nothing is pruned, so there is nothing to heal; give --manifest"
     for command in (("prune", "--mtp", "drop"), ("quantize",)):
         assert refused(out, *command, "--heal", *DATA, code=2).endswith(f"{said}.")
-        assert refused(out, *command, "--heal", code=2).endswith(f"{said}, and --data or --preset.")
+        assert refused(out, *command, "--heal", code=2).endswith(f"{said}, and --data.")
     said = said.replace("--manifest", "--keep or --ratio")
     assert refused(out, "compress", "--heal", *DATA, code=2).endswith(f"{said}.")
     assert "nothing to do" in refused(out, "prune", "--heal", *DATA, code=2)

@@ -80,7 +80,7 @@ def test_the_search_is_refused() -> None:
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:
     from shardxform.formats import rounding_torch
 
-    with pytest.raises(SchemeError, match="--device cuda:77"):
+    with pytest.raises(SchemeError, match="`device` cuda:77"):
         rounding_torch.open_device("cuda:77")
-    with pytest.raises(SchemeError, match="--device abacus"):
+    with pytest.raises(SchemeError, match="`device` abacus"):
         rounding_torch.open_device("abacus")

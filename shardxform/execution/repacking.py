@@ -150,7 +150,7 @@ def _rounded(values_OI: NDArray[np.float32], step: Repack, where: str, first_row
         row, column = bad
         raise ExecutionError(
             f"{where}: row {first_row + row}, column {column} stands for {values_OI[bad]}, which float16 cannot hold"
-            f"{' exactly' if np.isfinite(half_OI[bad]) else ''}; use --to bf16"
+            f"{' exactly' if np.isfinite(half_OI[bad]) else ''}; use `target.format` bf16"
         )
     return bits_OI
 

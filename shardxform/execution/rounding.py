@@ -45,11 +45,11 @@ def rounder_on(device: str, scheme: Scheme) -> Rounder:
     if device == "cpu":
         return quantize_into
     if scheme.grid.search:
-        raise SchemeError("--search runs on the CPU only: leave out --device")
+        raise SchemeError("`search` runs on the CPU only: leave out `device`")
     try:
         from shardxform.formats import rounding_torch  # torch takes seconds to import, and only this needs it
     except ImportError as e:
-        raise SchemeError(f"--device {device} needs torch: pip install torch") from e
+        raise SchemeError(f"`device` {device} needs torch: pip install torch") from e
     return functools.partial(rounding_torch.quantize_into, device=rounding_torch.open_device(device))
 
 

@@ -37,7 +37,7 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
-        raise SchemeError(f"--device {name}: {str(e).splitlines()[0]}") from e
+        raise SchemeError(f"`device` {name}: {str(e).splitlines()[0]}") from e
     return device
 
 
@@ -59,7 +59,7 @@ def quantize_into(
 
     """
     if grid.search:
-        raise SchemeError("the scale search runs on the CPU only: leave out --device")
+        raise SchemeError("the scale search runs on the CPU only: leave out `device`")
     try:
         return _quantize_into(w_RI, dtype, grid, out, device)
     except torch.OutOfMemoryError as e:

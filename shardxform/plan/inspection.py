@@ -67,7 +67,7 @@ class Inspection:
     outlook: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for JSON."""
         roles = {role: {"tensors": count, "bytes": nbytes} for role, (count, nbytes) in self.roles.items()}
         return {**asdict(self), "roles": roles}
 

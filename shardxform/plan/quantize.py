@@ -57,11 +57,11 @@ def plan_quantize(
     options = options or ViewOptions()
     if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
         raise SchemeError(
-            "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
+            "`format` compressed-tensors needs `scale_grid` bf16: transformers runs experts in the type of their"
             " scales, and float16 overflows where bfloat16 does not"
         )
     if recipe and scheme.expert_names != "split":
-        raise SchemeError("tuned and healed blocks are written with --expert-names split; see `shardxform convert`")
+        raise SchemeError("tuned and healed blocks are written with `expert_names` split; see `shardxform convert`")
     _refuse_quantized(source)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     if recipe and recipe.heal:
@@ -96,6 +96,7 @@ def plan_quantize(
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=steps,
         config=config_bytes(source, quantized_view),
@@ -173,7 +174,7 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
             odd = next(module for module in misfits if scheme.misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
-                f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
+                f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
             )
 
 

@@ -1,8 +1,7 @@
 """Values that OUT holds in 16 bits and that follow from the source, but are no bytes of it, worked out again.
 
 The values that packed weights of the source stand for, or 16-bit weights of it rounded as the record says and
-dequantized: the very bits that `convert --to bf16` or `--to fp16` writes. A stored module and a tile of weights are in
-memory.
+dequantized: the very bits that a conversion to 16 bits writes. A stored module and a tile of weights are in memory.
 """
 
 # I: input channels, R: rows, over all experts where they are fused; W: words of a row, G: groups of a row.

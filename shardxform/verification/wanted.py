@@ -68,7 +68,7 @@ class Known:
 
     @property
     def dequantized(self) -> str:
-        """The type, where the output was written by `convert --to bf16` or `fp16`; else nothing."""
+        """The type, where the output was converted to bf16 or fp16; else nothing."""
         target = self.record.get("target")
         named = str(target.get("format")) if isinstance(target, Mapping) else ""
         return FLOATS.get(named, "") if self.record.get("command") == "convert" else ""
