@@ -96,7 +96,7 @@ class QuantizedWeight:
 
 
 def quantize(
-    w_OI: NDArray[Any],
+    w_OI: NDArray[np.generic],
     dtype: SourceDtype,
     grid: Grid,
     *,
@@ -109,7 +109,7 @@ def quantize(
 
 
 def quantize_into(
-    w_OI: NDArray[Any],
+    w_OI: NDArray[np.generic],
     dtype: SourceDtype,
     grid: Grid,
     out: QuantizedWeight,
@@ -159,13 +159,13 @@ def search_factors(bits: int) -> NDArray[np.float32]:
     return ((top - step * np.arange(30)) / unit).astype(np.float32)
 
 
-def _shape(w_OI: NDArray[Any]) -> tuple[int, int]:
+def _shape(w_OI: NDArray[np.generic]) -> tuple[int, int]:
     if w_OI.ndim != 2:
         raise ValueError(f"weight: expected 2 dimensions, found shape {list(w_OI.shape)}")
     return w_OI.shape[0], w_OI.shape[1]
 
 
-def _raw_bits(w_OI: NDArray[Any], dtype: SourceDtype) -> NDArray[Any]:
+def _raw_bits(w_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[Any]:
     """The weight as uint16 or uint32, aligned, without a copy where it is aligned already."""
     accepted = {"BF16": ("uint16",), "F16": ("uint16", "float16"), "F32": ("uint32", "float32")}
     if dtype not in accepted:
@@ -204,7 +204,7 @@ _Found = tuple[int, int, int, int]
 """Row and column of what is not finite, and the row of an overflow, with -1 for none; zero groups."""
 
 
-def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
+def _run_kernel(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
     from shardxform.formats import kernels
 
     settings = kernels.RoundSettings(
@@ -222,7 +222,7 @@ def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: Quan
     return found
 
 
-def _run_numpy(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
+def _run_numpy(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
     row, column, overflow, zeros = -1, -1, -1, 0
     # Bits that cannot be represented are found and reported; until then they may overflow at will.
     with np.errstate(all="ignore"):
@@ -250,7 +250,7 @@ def _row_tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
-def decode(bits_OI: NDArray[Any], dtype: SourceDtype) -> NDArray[np.float32]:
+def decode(bits_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[np.float32]:
     """Raw bits -> float32, exact."""
     if dtype == "BF16":
         wide_OI = bits_OI.astype(np.uint32)

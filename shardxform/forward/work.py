@@ -43,7 +43,7 @@ _OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.
 class WorkDir:
     """Owns a work directory; use as a context manager, which holds its lock."""
 
-    def __init__(self, root: Path, inputs: Mapping[str, Any], fs: FileSystem | None = None) -> None:
+    def __init__(self, root: Path, inputs: Mapping[str, object], fs: FileSystem | None = None) -> None:
         """Name it; `inputs` is plain JSON that says what decides its content, all of which must be equal to go on."""
         self.root = root
         self.fs = fs or FileSystem()
@@ -92,7 +92,7 @@ class WorkDir:
         """Facts of the steps that are done, by name, in order."""
         return self._done
 
-    def record(self, step: str, facts: Mapping[str, Any]) -> None:
+    def record(self, step: str, facts: Mapping[str, object]) -> None:
         """Have a step durably done; its hidden states must be durable already.
 
         Raises:
@@ -166,7 +166,7 @@ class WorkDir:
         self.fs.write_atomic(self.root / _PROGRESS, dumps(record).encode(), self.root)
 
 
-def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, Any]) -> None:
+def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, object]) -> None:
     """Refuse to go on with unfinished work of other inputs.
 
     Raises:

@@ -14,7 +14,7 @@ ends with anything that is worse on the samples it is judged by, which it is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -39,7 +39,7 @@ from shardxform.tuning.samples import (
     judge,
     learning_order,
 )
-from shardxform.tuning.stacked import Codes, StackedWeight, stacked_weight
+from shardxform.tuning.stacked import Codes, StackedWeight, Tunable, stacked_weight
 
 if TYPE_CHECKING:
     from shardxform.formats.grid import Grid
@@ -199,13 +199,14 @@ def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]
     return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], 2 * down[2], down[1])
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _recomputed(forward: Callable[..., object], *args: object, **kwargs: Any) -> object:  # noqa: ANN401
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _rounded(module: str, expert: int | None, weight: Any, rows: slice) -> RoundedModule:  # noqa: ANN401
+def _rounded(module: str, expert: int | None, weight: Tunable, rows: slice) -> RoundedModule:
+    assert isinstance(weight, StackedWeight)  # as `install` makes them
     return RoundedModule(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
 
 

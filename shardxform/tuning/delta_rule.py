@@ -30,9 +30,12 @@ from torch.nn import functional
 
 from shardxform.base.constants import DELTA_CHUNK as _CHUNK
 
-__all__ = ["computes_the_same", "gated_delta_rule"]
+__all__ = ["Rule", "computes_the_same", "gated_delta_rule"]
 
 _EPSILON: Final = 1e-6
+
+Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""Queries, keys and values, decays and gates by name -> outputs [B, T, V, W], and a state or None."""
 
 
 def gated_delta_rule(
@@ -329,7 +332,7 @@ def _positions_first(x_NHCD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 @cache
-def computes_the_same(rule: Callable[..., Any]) -> bool:
+def computes_the_same(rule: Rule) -> bool:
     """Whether `rule`, of whatever version of transformers, and this one agree on a small example.
 
     One that cannot be called so does not.

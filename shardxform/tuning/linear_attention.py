@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from shardxform.base.constants import DEVICE_HEADS_BYTES as _DEVICE_HEADS_BYTES
 from shardxform.base.constants import HEADS_BYTES as _HEADS_BYTES
 from shardxform.forward.runtime import any_order, give_back
-from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
+from shardxform.tuning.delta_rule import Rule, computes_the_same, gated_delta_rule
 from shardxform.tuning.modules import tiles
 from shardxform.tuning.workers import Workers
 
@@ -50,9 +50,7 @@ B = TypeVar("B")
 _Tensors = tuple[torch.Tensor, ...]
 
 
-def one_by_one(
-    rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], workers: Workers
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def one_by_one(rule: Rule, workers: Workers) -> Rule:
     """`rule` for one sample and some heads at a time, on threads.
 
     Args:
@@ -63,17 +61,17 @@ def one_by_one(
     """
 
     @functools.wraps(rule)
-    def each(*batched: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ANN401
+    def each(*batched: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         if options.get("output_final_state") or any(options.get(name) is not None for name in _NOT_OF_HEADS):
             return rule(*batched, **options)
-        named = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+        named = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
 
         def out(*tensors: torch.Tensor) -> torch.Tensor:
             own = dict(zip(named, tensors[len(batched) :], strict=True))
             result: torch.Tensor = rule(*tensors[: len(batched)], **{**options, **own})[0]
             return result
 
-        tensors = (*batched, *(options[name] for name in named))
+        tensors = (*batched, *named.values())
         parts = _Parts(out, workers, samples=len(batched[0]), windows=_windows(batched[1], batched[2]))
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return parts.together(parts.each(lambda part: out(*part), parts.of(tensors), tensors)), None
@@ -218,7 +216,7 @@ def storing_the_input(convolve: Callable[..., torch.Tensor], workers: Workers) -
         weight_CK: torch.Tensor,
         bias_C: torch.Tensor | None = None,
         activation: str | None = None,
-        **options: Any,  # noqa: ANN401
+        **options: object,
     ) -> torch.Tensor:
         given = functools.partial(convolve, activation=activation, **options)
         frozen = not weight_CK.requires_grad and (bias_C is None or not bias_C.requires_grad)
@@ -390,7 +388,7 @@ def frugal_linear_attention(layer: torch.nn.Module, workers: Workers) -> Iterato
         yield
 
 
-def _rule(rule: Callable[..., Any], workers: Workers, stack: contextlib.ExitStack) -> Callable[..., Any]:
+def _rule(rule: Rule, workers: Workers, stack: contextlib.ExitStack) -> Rule:
     if computes_the_same(rule):
         return one_by_one(gated_delta_rule, workers)
     stack.enter_context(any_order())  # its cumulative sums have none on a GPU
@@ -398,7 +396,7 @@ def _rule(rule: Callable[..., Any], workers: Workers, stack: contextlib.ExitStac
 
 
 def _replace(
-    stack: contextlib.ExitStack, layer: torch.nn.Module, name: str, by: Callable[[Callable[..., Any]], Any]
+    stack: contextlib.ExitStack, layer: torch.nn.Module, name: str, by: Callable[..., Callable[..., object]]
 ) -> None:
     """Where the layer's modules are defined, since transformers calls its functions by their names there."""
     for home in {sys.modules[type(module).__module__] for module in layer.modules()}:

@@ -89,7 +89,7 @@ class TunedLinear(torch.nn.Module):
             return self.workers.scratch(name, shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.tuned.device)
 
-    def _each(self, work: Any, size: int, tile: int) -> None:  # noqa: ANN401
+    def _each(self, work: Callable[[slice], object], size: int, tile: int) -> None:
         """Do `work` for tiles of `size`: on the threads, or at once where a device has threads of its own."""
         if self.tuned.device.type == "cpu":
             self.workers.each(work, tiles(size, tile))
