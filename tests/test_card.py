@@ -25,9 +25,9 @@ from shardxform.cli import main
 from shardxform.cli.card_cmd import command
 from shardxform.errors import ManifestError, OutputError, PlanError, ShardxformError
 from shardxform.publish.card import MARK, CardOptions, gather, render, write_card
-from shardxform.publish.card.facts import Data, Evaluation, Origin
-from shardxform.publish.card.frontmatter import front_matter, origin_of, parse
-from shardxform.publish.card.markdown import code, fence
+from shardxform.publish.card.facts import Data, EvaluationFacts, Origin
+from shardxform.publish.card.gathering import front_matter_of, origin_of
+from shardxform.publish.card.rendering import code, fence, front_matter
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"
@@ -370,7 +370,7 @@ def test_a_healed_output(command: str, options: tuple[object, ...], tmp_path: Pa
     assert "rounded to nearest" not in card_text
     assert card_text.count("steps per block: 2, each of 2 windows") == 1 + bool(options)
     assert made.data is not None
-    flattering = Evaluation(data=made.data, windows=1, tokens=1, perplexity=2.0)
+    flattering = EvaluationFacts(data=made.data, windows=1, tokens=1, perplexity=2.0)
     shown = dataclasses.replace(facts, evaluations=(flattering,), pruning=None, quantization=None)
     assert "is both calibration and evaluation text" in render(shown)
 
@@ -433,7 +433,7 @@ ELSEWHERE: Any = [  # family, command, and what its card says for clients that t
 ]
 
 
-@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=str)
+@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=lambda value: str(sorted(value)))
 def test_what_llama_cpp_and_mlx_need_is_said_of_outputs_that_it_concerns(
     kind: str, command: tuple[str, ...], said: set[str], tmp_path: Path
 ) -> None:
@@ -513,7 +513,7 @@ def test_no_card_breaks_the_reader(text: str) -> None:
     for card_text in (text, f"---\n{text}\n---\n", f"---\nlicense:{text}\nlanguage:\n{text}\n---\n"):
         found = origin_of(card_text, text, ours=True)
         assert all("\n" not in str(value) for value in dataclasses.asdict(found).values())
-        parse(card_text)
+        front_matter_of(card_text)
 
 
 def test_front_matter_is_yaml_that_means_what_was_meant(quantized: Path) -> None:
@@ -704,7 +704,7 @@ def test_a_malformed_evaluation_is_refused(change: Any, told: str, out: Path, tm
 def test_an_evaluation_that_names_this_checkpoint_is_taken(out: Path, tmp_path: Path) -> None:
     path = evaluation(tmp_path, of=out)
     found = gather(out, CardOptions(evaluations=[path])).evaluations[0]
-    assert isinstance(found, Evaluation)
+    assert isinstance(found, EvaluationFacts)
     assert found.data == Data(name="heldout.jsonl", samples=32, seqlen=256, content="ab")
 
 

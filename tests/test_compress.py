@@ -32,8 +32,18 @@ from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import compress_cmd, main  # noqa: E402
-from shardxform.compress import Outcome, Prepared, Pruning, Request, Settings, compress, forecast, prepare  # noqa: E402
-from shardxform.compress.folder import Folder, read_entries  # noqa: E402
+from shardxform.compress import (  # noqa: E402
+    CompressOptions,
+    Outcome,
+    Prepared,
+    Pruning,
+    Request,
+    compress,
+    forecast,
+    plan_compress,
+)
+from shardxform.compress.folder import ResultsFolder, read_stages  # noqa: E402
+from shardxform.compress.forecast import weights_of  # noqa: E402
 from shardxform.errors import ExecutionError, Interrupted, OutputError, PlanError, ResumeError  # noqa: E402
 from shardxform.formats.grid import Grid  # noqa: E402
 from shardxform.formats.scheme import Scheme  # noqa: E402
@@ -105,7 +115,7 @@ def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
     context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe)])
     given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
     place = tmp_path_factory.mktemp("prepared")
-    return prepare(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
+    return plan_compress(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
 
 
 def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
@@ -113,7 +123,7 @@ def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
 
 
 def run(prepared: Prepared, out: Path, **settings: Any) -> Outcome:
-    return compress(at(prepared, out), Settings(**settings))
+    return compress(at(prepared, out), CompressOptions(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -268,22 +278,22 @@ def tiny_request(root: Path, kind: str, out: Path, ratio: float = 0.5) -> Reques
 
 @pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3"])
 def test_every_family_goes_the_whole_way_and_the_forecast_is_right(tmp_path: Path, kind: str) -> None:
-    ready = prepare(tiny_request(tmp_path / "source", kind, tmp_path / "out"))
-    needs = {stage["stage"]: stage for stage in forecast(ready, Settings())}
-    outcome = compress(ready, Settings(full_verify=True))
+    ready = plan_compress(tiny_request(tmp_path / "source", kind, tmp_path / "out"))
+    needs = {stage.stage: stage for stage in forecast(ready, CompressOptions())}
+    outcome = compress(ready, CompressOptions(full_verify=True))
     assert outcome.made == STAGES
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert needs["quantize"]["written_bytes"] == sum(sizes)
+    assert needs["quantize"].written_bytes == sum(sizes)
     assert outcome.facts["verify"]["bytes_compared"] > 0
 
 
 def test_the_card_of_an_output_is_no_obstacle_to_starting_it_over(tmp_path: Path) -> None:
     """It stands in place of the README that was copied, which the record of the output names."""
     source, out = tmp_path / "source", tmp_path / "out"
-    compress(prepare(tiny_request(source, "qwen3_moe", out)), Settings(plot=True))
+    compress(plan_compress(tiny_request(source, "qwen3_moe", out)), CompressOptions(plot=True))
     assert "3 of 6 routed experts" in (out / "README.md").read_text()
-    other = prepare(tiny_request(source, "qwen3_moe", out, ratio=0.2), force=True)
-    assert compress(other, Settings(force=True, plot=True)).made == STAGES[1:]
+    other = plan_compress(tiny_request(source, "qwen3_moe", out, ratio=0.2), force=True)
+    assert compress(other, CompressOptions(force=True, plot=True)).made == STAGES[1:]
     assert "5 of 6 routed experts" in (out / "README.md").read_text()
 
 
@@ -299,7 +309,7 @@ def test_stopped_before_a_stage_it_goes_on_to_the_same_files(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match=rf"\[{STAGES.index(stage) + 1}/6\] {stage}: .*same command again"):
-        compress(at(prepared, tmp_path / "out"), Settings(), on_stage=stop)
+        compress(at(prepared, tmp_path / "out"), CompressOptions(), on_stage=stop)
     assert run(prepared, tmp_path / "out").made == STAGES[STAGES.index(stage) :]
     assert tree(tmp_path / "out") == tree(finished)
 
@@ -319,18 +329,18 @@ def test_stopped_within_a_stage_it_goes_on_to_the_same_files(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match=rf"\] {stage}: stopped: .* are safe in .*same command again"):
-        compress(at(prepared, tmp_path / "out"), Settings(), on_stage=note, on_progress=stop)
+        compress(at(prepared, tmp_path / "out"), CompressOptions(), on_stage=note, on_progress=stop)
     assert run(prepared, tmp_path / "out").made == STAGES[STAGES.index(stage) :]
     assert tree(tmp_path / "out") == tree(finished)
 
 
 def test_progress_is_one_over_all_stages(prepared: Prepared, tmp_path: Path) -> None:
     seen: list[Progress] = []
-    compress(at(prepared, tmp_path / "out"), Settings(), on_progress=seen.append)
+    compress(at(prepared, tmp_path / "out"), CompressOptions(), on_progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert {(p.total, p.unit, p.resumed) for p in seen} == {(seen[-1].total, "work", 0)}
-    assert seen[-1].done == seen[-1].total == sum(prepared.weights.values())
-    weights = prepared.weights
+    assert seen[-1].done == seen[-1].total == sum(weights_of(prepared).values())
+    weights = weights_of(prepared)
     assert min(weights[stage] for stage in ("score", "quantize", "evaluate")) > 0
     assert weights["quantize"] > weights["score"]  # the same windows: two chains, and two steps with backward passes
 
@@ -412,11 +422,11 @@ def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared
 
 def test_force_starts_over_what_is_unfinished(small_moe: Path, prepared: Prepared, tmp_path: Path) -> None:
     def stop(p: Progress) -> None:
-        if p.done >= prepared.weights["score"] // 2:
+        if p.done >= weights_of(prepared)["score"] // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        compress(at(prepared, tmp_path / "out"), Settings(), on_progress=stop)
+        compress(at(prepared, tmp_path / "out"), CompressOptions(), on_progress=stop)
     assert (tmp_path / "out.compress/score.work").is_dir()
     other = arguments(small_moe, "--samples", "3", evaluated=False)
     assert "--samples: was" in refused("compress", small_moe, tmp_path / "out", *other)
@@ -499,7 +509,10 @@ def test_a_record_that_is_damaged_is_refused(prepared: Prepared, copied: Path, r
 
 
 def test_two_at_a_time_are_refused(prepared: Prepared, copied: Path) -> None:
-    with Folder(copied.with_name("out.compress")), pytest.raises(OutputError, match="another process works here"):
+    with (
+        ResultsFolder(copied.with_name("out.compress")),
+        pytest.raises(OutputError, match="another process works here"),
+    ):
         run(prepared, copied)
 
 
@@ -664,12 +677,12 @@ class Unsynced(Failing):
 def write_results(root: Path, fs: Counting) -> None:
     """Two stages, the first of which is made anew with other inputs."""
     for number in (1, 2):
-        with Folder(root, fs) as folder:
+        with ResultsFolder(root, fs) as folder:
             if not (folder.is_done("score") and folder.is_as("score", {"n": number})):
-                folder.begin("score", {"n": number}, ["select"])
+                folder.begin("score", {"n": number})
                 folder.put("score", {"saliency.safetensors": b"scored %d" % number}, {"tokens": number})
             if not folder.is_done("select"):
-                folder.begin("select", {"n": number}, [])
+                folder.begin("select", {"n": number})
                 folder.put("select", {"keep.json": b"kept %d" % number})
 
 
@@ -681,7 +694,7 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
         root = tmp_path / f"at-{k}"
         with pytest.raises((ExecutionError, OutputError)):
             write_results(root, Unsynced(k))
-        for stage, found in read_entries(root).items():
+        for stage, found in read_stages(root).items():
             for name in found.files:
                 assert not (root / name).exists() or name in ("saliency.safetensors", "keep.json"), stage
         write_results(root, Unsynced(0))
@@ -706,7 +719,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_files(prepared: Prepared, f
                 if name == stage:
                     die_at_effect(random.Random(stage).randint(1, 5))
 
-            compress(at(prepared, out), Settings(), on_stage=begin)
+            compress(at(prepared, out), CompressOptions(), on_stage=begin)
 
         assert forked(doomed) == -signal.SIGKILL, stage
     assert run(prepared, out).made == STAGES[5:]

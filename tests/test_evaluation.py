@@ -28,7 +28,7 @@ from shardxform.execution.runner import run  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
-from shardxform.publish.card.evaluations import read_evaluation  # noqa: E402
+from shardxform.publish.card.gathering import read_evaluation  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 

@@ -20,7 +20,7 @@ from shardxform.base import computing
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import ResumeError
-from shardxform.execution.outdir import states_of
+from shardxform.execution.output import states_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import Scheme

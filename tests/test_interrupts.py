@@ -24,7 +24,7 @@ from barrage import Nursery
 from hubserver import Fault, HubServer
 
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
+from shardxform.base.interrupts import Completions
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc to see who takes signals")
 RUNS = int(os.environ.get("SHARDXFORM_SIGNALS", "1"))

@@ -26,8 +26,8 @@ from test_remote import Command, start
 from shardxform.base.progress import Progress
 from shardxform.cli import main
 from shardxform.errors import OutputError, RemoteError, ShardxformError
-from shardxform.publish import Item, contents_of, is_repo_name
-from shardxform.publish.contents import git_blob_id, sha256_of_all
+from shardxform.publish import contents_of, is_repo_name
+from shardxform.publish.contents import PublishedFile, git_blob_id, sha256_of_all
 from shardxform.publish.push import _Sender
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -517,7 +517,7 @@ def test_without_the_client_it_is_said_what_to_install(made: Path, tmp_path: Pat
 def sender_of(send: Callable[[Any], None], names: str, xet: bool, told: list[Progress]) -> tuple[_Sender, list[Any]]:
     """Files of 10 bytes each, named by a letter, and a hub that does `send` with them."""
     hub: Any = SimpleNamespace(send=send, stop=threading.Event())
-    items = [Item(name=f"{name}.safetensors", path=Path(name), nbytes=10) for name in names]
+    items = [PublishedFile(name=f"{name}.safetensors", path=Path(name), nbytes=10) for name in names]
     return _Sender(hub=hub, on_progress=told.append, total=10 * len(items), xet=xet), [
         SimpleNamespace(item=item) for item in items
     ]

@@ -20,7 +20,7 @@ from build import write_json
 from hubserver import READER, Fault, HubServer
 
 from shardxform.ask.manifest import Manifest
-from shardxform.checkpoint.remote.names import RepoName, is_ambiguous, parse_source
+from shardxform.checkpoint.remote.repository import RepoName, is_ambiguous, parse_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.plan.prune import plan_prune

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from shardxform.base.file_system import FileSystem
-from shardxform.checkpoint.remote.arena import Arena, DiskArena, MemoryArena
-from shardxform.checkpoint.remote.pieces import Piece, Pieces
+from shardxform.checkpoint.remote.pieces import Arena, DiskArena, MemoryArena, Pieces, RemotePiece
 from shardxform.errors import RemoteError
 
 SLOT = 64
@@ -46,7 +45,7 @@ class Source:
             except OSError as e:
                 self.pieces.failed(run, e)
 
-    def _fetch(self, run: list[Piece]) -> None:
+    def _fetch(self, run: list[RemotePiece]) -> None:
         with self._lock:
             self.fetched.append((run[0].start, run[-1].stop))
             if self.failing:

@@ -21,7 +21,7 @@ from shardxform.base.progress import Progress
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError
-from shardxform.execution.outdir import difference, state_of
+from shardxform.execution.output import difference, state_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Plan

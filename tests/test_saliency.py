@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import mutations
 
-from shardxform.base.small_files import write_new
+from shardxform.base.file_system import write_new
 from shardxform.cli.saliency_cmd import command
 from shardxform.errors import CheckpointError, OutputError, PlanError, ShardxformError
 from shardxform.experts import ExpertStats, Saliency

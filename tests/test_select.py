@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from test_manifest import deepseek
 
 from shardxform import __version__
-from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base import computing
 from shardxform.cli.select_cmd import command
 from shardxform.errors import CheckpointError, OutputError, PlanError

@@ -92,7 +92,7 @@ def _drop_stdout() -> None:
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        from shardxform.cli.doctor import version_lines
+        from shardxform.cli.doctor_cmd import version_lines
 
         click.echo("\n".join(version_lines()))
         ctx.exit()

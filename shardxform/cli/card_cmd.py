@@ -66,7 +66,7 @@ def command(
 
 def _with_results(out: Path, given: CardOptions) -> CardOptions:
     """Add what `compress` left beside OUT to what was not given, and say so."""
-    from shardxform.compress.beside import results_of  # with it comes numpy
+    from shardxform.compress.folder import results_of  # with it comes numpy
 
     found = results_of(out)
     if found is None:

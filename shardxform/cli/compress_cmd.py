@@ -13,13 +13,13 @@ from shardxform.ask.recipe import BATCH_SIZE
 from shardxform.base.option_names import in_stage
 from shardxform.calibration.documents import local_files
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli.compress_report import report, show
+from shardxform.cli.compress_report import show_forecast, show_outcome
 from shardxform.cli.console import Label, count, progress, short, tell
 from shardxform.cli.model_options import DATA, data_options, load_data, make_precision, precision_options, require
 from shardxform.cli.options import out_argument, read_scheme, run_options, scheme_options, view_options
 from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
 from shardxform.cli.tune_options import heal_flags, read_tuning, refuse_unpruned
-from shardxform.compress.request import Pruning, Request, Settings
+from shardxform.compress.request import CompressOptions, Pruning, Request
 from shardxform.errors import PlanError, SchemeError
 from shardxform.experts.choosing import CRITERIA, DEFAULT
 from shardxform.plan.prune import ViewOptions
@@ -135,19 +135,19 @@ def command(source: Source, out: Path, **given: Any) -> None:  # noqa: ANN401
     quiet, as_json, verbose = given["quiet"], given["as_json"], given["verbose"]
     (checkpoint,) = open_given([source], given, out.parent)
     request = _request(checkpoint, out, given)
-    settings = Settings(**{key: given[key] for key in ("jobs", "device", "force", "full_verify", "plot")})
-    from shardxform.compress import compress, prepare
+    options = CompressOptions(**{key: given[key] for key in ("jobs", "device", "force", "full_verify", "plot")})
+    from shardxform.compress import compress, plan_compress
 
-    prepared = prepare(request, force=settings.force)
+    prepared = plan_compress(request, force=options.force)
     if given["dry_run"]:
-        show(prepared, settings, as_json=as_json)
+        show_forecast(prepared, options, as_json=as_json)
         return
     for note in prepared.sketch.notes:
         tell(f"note: {note}")
     watcher = _Watcher(request, Label("compress"))
     with progress(watcher.label, quiet) as on_progress:
-        outcome = compress(prepared, settings, on_stage=None if quiet else watcher, on_progress=on_progress)
-    report(outcome, source, as_json=as_json, verbose=verbose)
+        outcome = compress(prepared, options, on_stage=None if quiet else watcher, on_progress=on_progress)
+    show_outcome(outcome, source, as_json=as_json, verbose=verbose)
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,35 +13,29 @@ from shardxform.cli.console import LOWER, count, gb, give_or_take, pasteable, pr
 
 if TYPE_CHECKING:
     from shardxform.cli.sources import Source
-    from shardxform.compress import Outcome, Prepared, Request, Settings
+    from shardxform.compress import CompressOptions, Forecast, Outcome, Prepared, Request
 
-__all__ = ["report", "show"]
+__all__ = ["show_forecast", "show_outcome"]
 
 
-def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
+def show_forecast(prepared: Prepared, options: CompressOptions, *, as_json: bool) -> None:
     """Print what every stage would take; the machine is measured for it."""
-    from shardxform.compress.forecast import forecast, free_bytes
-    from shardxform.compress.timing import measure
+    from shardxform.base.file_system import FileSystem
+    from shardxform.compress.forecast import forecast
 
-    request, stages = prepared.request, forecast(prepared, settings)
-    to_do = any(stage["state"] != "done" for stage in stages)
-    stages = (
-        forecast(prepared, settings, measure(prepared, settings))
-        if to_do
-        else [{**stage, "seconds": 0.0} for stage in stages]
-    )
-    totals = {
-        "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages),
+    request, stages = prepared.request, forecast(prepared, options, timed=True)
+    totals: dict[str, float] = {
+        "peak_memory_bytes": max(stage.peak_memory_bytes for stage in stages),
         "disk_bytes": _most_disk(stages),
-        "free_disk_bytes": free_bytes(request),
-        "seconds": sum(stage["seconds"] for stage in stages),
+        "free_disk_bytes": FileSystem().free_bytes(request.out.absolute()),
+        "seconds": sum(stage.seconds for stage in stages),
     }
     if as_json:
         paths = {"source": request.source.where, "out": str(request.out), "folder": str(request.folder)}
         texts = (request.score_windows, request.tune_windows, request.eval_windows)
         of_text = [note for windows in texts if windows for note in windows.notes]
         known = {"summary": dict(prepared.sketch.summary), "notes": [*prepared.sketch.notes, *dict.fromkeys(of_text)]}
-        print_json({**paths, "stages": stages, **totals, **known})
+        print_json({**paths, "stages": list(map(asdict, stages)), **totals, **known})
         return
     summary = prepared.sketch.summary
     click.echo(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
@@ -53,14 +48,17 @@ def show(prepared: Prepared, settings: Settings, *, as_json: bool) -> None:
     )
     header = ("stage", "state", "time", "memory", "written", "disk meanwhile", "tokens x blocks")
     table(header, map(_stage_line, stages))
-    rows(_total_lines(request, totals) if to_do else [("to do", "nothing: all of it is there, made from these inputs")])
+    if all(stage.state == "done" for stage in stages):
+        rows([("to do", "nothing: all of it is there, made from these inputs")])
+    else:
+        rows(_total_lines(request, totals))
     for note in prepared.sketch.notes:
         click.echo(f"  note: {note}")
     if request.eval_windows is None:
         click.echo("  note: OUT is not measured without --eval-data")
 
 
-def _total_lines(request: Request, totals: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _total_lines(request: Request, totals: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """What all stages together would take."""
     yield "memory", f"about {gb(totals['peak_memory_bytes'])} at most"
     yield "free disk", f"{gb(totals['free_disk_bytes'])} of {gb(totals['disk_bytes'])} needed"
@@ -74,26 +72,26 @@ def _experts(summary: Mapping[str, Any], *, pruned: bool) -> str:
     return f"{before} -> {after} per layer, top-{summary['top_k']}"
 
 
-def _most_disk(stages: list[dict[str, Any]]) -> int:
+def _most_disk(stages: list[Forecast]) -> int:
     """Disk at the fullest moment: what stays so far, and what lies there meanwhile; what is done takes no more."""
     most = written = 0
     for stage in stages:
-        if stage["state"] == "done":
+        if stage.state == "done":
             continue
-        written += stage["written_bytes"]
-        most = max(most, written + stage["work_bytes"])
+        written += stage.written_bytes
+        most = max(most, written + stage.work_bytes)
     return most
 
 
-def _stage_line(stage: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = [gb(stage[key]) if stage[key] else "-" for key in ("peak_memory_bytes", "written_bytes", "work_bytes")]
-    time = span(stage["seconds"]) if stage["seconds"] else "-"
-    return (stage["stage"], stage["state"], time, *sizes, short(stage["tokens"]) if stage["tokens"] else "-")
+def _stage_line(stage: Forecast) -> tuple[str, ...]:
+    sizes = (gb(size) if size else "-" for size in (stage.peak_memory_bytes, stage.written_bytes, stage.work_bytes))
+    time = span(stage.seconds) if stage.seconds else "-"
+    return (stage.stage, stage.state, time, *sizes, short(stage.tokens) if stage.tokens else "-")
 
 
 def _basis(request: Request) -> str:
-    pieces = "running pieces of the model for some seconds" if request.runs_model else "rounding a matrix"
-    return f"from {pieces} and reading a piece of SRC, on this machine, as busy as it was"
+    what = "multiplying matrices of the model's size" if request.runs_model else "rounding a matrix"
+    return f"from {what} and reading a piece of SRC, on this machine, as busy as it was"
 
 
 def _sizes(before: int, after: int) -> str:
@@ -115,7 +113,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def report(outcome: Outcome, source: Source, *, as_json: bool, verbose: bool) -> None:
+def show_outcome(outcome: Outcome, source: Source, *, as_json: bool, verbose: bool) -> None:
     """Print what came of it."""
     if as_json:
         print_json(_as_json(outcome))

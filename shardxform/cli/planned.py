@@ -15,7 +15,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.block_report import tell_blocks
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, tell
 from shardxform.cli.ray_options import OnRay, open_pool, ray_facts, ray_line
-from shardxform.execution.outdir import refuse_obstacles, refuse_other_plan, state_of
+from shardxform.execution.output import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan

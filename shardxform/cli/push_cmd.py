@@ -13,7 +13,7 @@ import click
 from shardxform.base.progress import OnProgress
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
 from shardxform.cli.options import json_option, out_argument
-from shardxform.publish import Contents, Pushed, Target, Watch, contents_of, is_repo_name, push, verified
+from shardxform.publish import Contents, Destination, Pushed, Watch, contents_of, is_repo_name, push, verified
 
 __all__ = ["command"]
 
@@ -76,7 +76,9 @@ def command(
     contents = contents_of(out)
     facts = {"repo": repo, "branch": branch, "private": private}
     said = {} if message is None else {"message": message}
-    target = Target(repo=repo, branch=branch, create=create, private=private, replace=replace, source=source, **said)
+    target = Destination(
+        repo=repo, branch=branch, create=create, private=private, replace=replace, source=source, **said
+    )
     if dry_run:
         verified(out, _watch(quiet).stage, source=source, quick=True)
         if as_json:

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_text import manifest_text
-from shardxform.base.small_files import refuse_other, write_new
+from shardxform.ask.manifest import Manifest, manifest_text
+from shardxform.base.file_system import refuse_other, write_new
 from shardxform.cli.console import count, print_json, rows, table, tell
 from shardxform.cli.options import json_option
 from shardxform.errors import OutputError

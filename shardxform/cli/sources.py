@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
-from shardxform.checkpoint.remote.names import SCHEME, RepoName, is_ambiguous, parse_source
+from shardxform.checkpoint.remote.repository import SCHEME, RepoName, is_ambiguous, parse_source
 from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
 from shardxform.cli.console import tell
 from shardxform.cli.options import SIZE
@@ -75,7 +75,7 @@ def open_given(sources: Sequence[Source], given: dict[str, Any], folder: Path) -
                 raise click.UsageError(f"{option} is for repositories of the hub, but {sources[0]} is a folder")
         return [_open_folder(source) for source in sources if isinstance(source, Path)]
     from shardxform.checkpoint.opening import asks_hub, open_checkpoint
-    from shardxform.checkpoint.remote.downloads import LEAST_CACHE_BYTES, Downloads, Transfer
+    from shardxform.checkpoint.remote.reading import LEAST_CACHE_BYTES, Downloads, Transfer
 
     if cache is not None and cache < LEAST_CACHE_BYTES:
         raise click.UsageError(f"--cache-limit: expected at least {LEAST_CACHE_BYTES:,} bytes, found {cache:,}")

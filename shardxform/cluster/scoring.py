@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform.base import computing, interrupts
-from shardxform.base.completions import Completions
-from shardxform.base.file_system import FileSystem
+from shardxform.base.file_system import FileSystem, write_new
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
 from shardxform.base.sharding import show_size
-from shardxform.base.small_files import write_new
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.calibration.options import Windows
 from shardxform.checkpoint.table import Checkpoint

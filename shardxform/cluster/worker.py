@@ -25,7 +25,7 @@ from shardxform.base.readers import FolderReader
 from shardxform.checkpoint.record import Record, read_record
 from shardxform.checkpoint.table import Folder
 from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
-from shardxform.execution.outdir import PARTIAL, PLAN, WORK, states_of
+from shardxform.execution.output import PARTIAL, PLAN, WORK, states_of
 from shardxform.execution.steps import Facts, OpenTargets, executor
 from shardxform.plan.plan import Plan, Step
 

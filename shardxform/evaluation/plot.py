@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from shardxform.base.small_files import write_over
+from shardxform.base.file_system import write_over
 from shardxform.errors import OutputError
 from shardxform.evaluation.evaluate import Comparison, Evaluation
 

@@ -8,10 +8,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.base.dtypes import BITS
 from shardxform.base.file_system import FileSystem
 from shardxform.base.readers import SourceReader
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import BITS, TensorRef
 from shardxform.execution.copying import Files
 from shardxform.plan.steps import Gather
 

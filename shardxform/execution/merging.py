@@ -19,8 +19,7 @@ from shardxform.checkpoint.identity import names_of
 from shardxform.checkpoint.record import read_record
 from shardxform.errors import OutputError, ResumeError
 from shardxform.execution.journal import Journal
-from shardxform.execution.outdir import JOURNAL, PARTIAL, PLAN, WORK, difference, holds
-from shardxform.execution.output import Output
+from shardxform.execution.output import JOURNAL, PARTIAL, PLAN, WORK, Output, difference, holds
 from shardxform.plan.plan import Step
 
 __all__ = ["adopt"]

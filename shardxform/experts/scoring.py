@@ -27,7 +27,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 from shardxform.experts import ExpertStats, Saliency, difference_of_models
 from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Pass, batches, fingerprint, pass_inputs, run_pass

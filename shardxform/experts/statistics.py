@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from shardxform.ask.manifest_import import show
 from shardxform.base import header
+from shardxform.base.file_system import write_new
 from shardxform.base.header import LENGTH_BYTES, Entry
-from shardxform.base.small_files import write_new
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.base.tensors import TensorSpec
 from shardxform.checkpoint.identity import Identity

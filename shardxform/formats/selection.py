@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shardxform.base.dtypes import FLOATS
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import FLOATS, TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.scheme import Scheme
 from shardxform.model.layout import Layout

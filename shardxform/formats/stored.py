@@ -20,8 +20,16 @@ from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.grid import Bits, Grid, ScaleGrid
 from shardxform.formats.scheme import ExpertNames, Format, Role, Scheme
-from shardxform.model.expectation import Expected, expected
-from shardxform.model.layout import COMPANIONS, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.layout import (
+    COMPANIONS,
+    Expected,
+    Layout,
+    expected,
+    is_quantized,
+    layout_of,
+    refuse_two_spellings,
+    variants_found,
+)
 from shardxform.model.matrices import LINEAR_ROLES, matrices_of
 
 __all__ = ["Stored", "StoredModule", "read_stored", "rows_of", "scan_stored"]

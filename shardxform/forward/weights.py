@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from shardxform.base import interrupts
 from shardxform.base.file_system import FileSystem
 from shardxform.base.tensors import ByteRange, TensorRef
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.grid import Grid
 from shardxform.formats.loading import Loaded, StoredReader, turned
 from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
-from shardxform.model.expectation import expected
 from shardxform.model.families.base import ExpertLayout
-from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
 
 __all__ = ["ExpertValues", "Precision", "RoutedExpert", "Weights"]
 

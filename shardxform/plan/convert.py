@@ -34,9 +34,9 @@ __all__ = [
     "TILE_WEIGHTS",
     "ConvertOptions",
     "Float",
-    "Piece",
     "Repack",
     "RepackItem",
+    "StoredRows",
     "Target",
     "config_of_half",
     "plan_convert",
@@ -85,7 +85,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StoredRows:
     """Rows `start`..`stop - 1` of a stored weight."""
 
     module: StoredModule
@@ -99,7 +99,7 @@ class RepackItem:
 
     module: str
     shape: tuple[int, int]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredRows, ...]
     parts: tuple[tuple[Role | Literal["weight"], Extent], ...]
 
     @property
@@ -347,7 +347,7 @@ def _items(
     weight: TensorRef, extents: Mapping[str, Extent], stored: Stored, scheme: Scheme | None
 ) -> Iterator[RepackItem]:
     """A weight with its parts; a dequantized one slab by slab, a slab being rows of one stored module."""
-    pieces = [Piece(*rows) for rows in rows_of(replace(weight, ranges=coalesce(weight.ranges)), stored.modules)]
+    pieces = [StoredRows(*rows) for rows in rows_of(replace(weight, ranges=coalesce(weight.ranges)), stored.modules)]
     if scheme is not None:
         rows, columns = weight.spec.shape
         parts = tuple((part.role, extents[part.spec.name]) for part in _parts(weight, scheme))

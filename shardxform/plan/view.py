@@ -24,19 +24,19 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
-from shardxform.model.expectation import expected
 from shardxform.model.families.base import Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
     Layout,
     Place,
     count_paths,
+    expected,
     is_quantized,
     layout_of,
+    refuse_strays,
     refuse_two_spellings,
     variants_found,
 )
-from shardxform.model.strays import refuse_strays
 from shardxform.model.tied_head import tied_notes
 
 __all__ = ["MtpMode", "View", "pruned_view"]

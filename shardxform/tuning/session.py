@@ -23,7 +23,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
 from shardxform.execution.copying import OpenTarget
-from shardxform.execution.measured import MEASURED
+from shardxform.execution.journal import MEASURED
 from shardxform.execution.rounding import part_of, write_part
 from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton

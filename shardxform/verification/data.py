@@ -18,11 +18,11 @@ import numpy as np
 
 from shardxform.base import digests as digesting
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
 from shardxform.base.file_system import FileSystem
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.formats.stored import Stored
@@ -32,10 +32,10 @@ from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     Digest,
     Job,
-    Piece,
     Result,
     Seen,
     Task,
+    TensorPiece,
     Weight,
     Written,
     merge,
@@ -208,7 +208,7 @@ def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
 
 def _items(
     out: Checkpoint, table: Iterable[Job], weights: Iterable[Weight], digests: Mapping[str, str]
-) -> Iterator[Piece | Weight | Written]:
+) -> Iterator[TensorPiece | Weight | Written]:
     """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
     jobs = {job.ref.name: job for job in table}
     apart = {ref.name for weight in weights for _, ref in weight.pair.module.parts}
@@ -230,9 +230,9 @@ def _chunks(ref: TensorRef) -> Iterator[Written]:
         yield Written(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
 
 
-def _tasks(items: Iterable[Piece | Weight | Written]) -> Iterator[Task]:
+def _tasks(items: Iterable[TensorPiece | Weight | Written]) -> Iterator[Task]:
     """Items in runs of about `_TASK_BYTES`."""
-    task: list[Piece | Weight | Written] = []
+    task: list[TensorPiece | Weight | Written] = []
     room = _TASK_BYTES
     for item in items:
         task.append(item)
@@ -244,16 +244,16 @@ def _tasks(items: Iterable[Piece | Weight | Written]) -> Iterator[Task]:
         yield task
 
 
-def _pieces(job: Job) -> Iterator[Piece]:
+def _pieces(job: Job) -> Iterator[TensorPiece]:
     """Cut a tensor so that no piece holds more than `CHUNK_BYTES`, and whole slabs or a part of one."""
     total, slab = job.ref.nbytes, job.slab
     if slab <= CHUNK_BYTES:
         step = CHUNK_BYTES // slab * slab
-        yield from (Piece(job, start, min(start + step, total)) for start in range(0, total, step))
+        yield from (TensorPiece(job, start, min(start + step, total)) for start in range(0, total, step))
         return
     for home in range(0, total, slab):
         for start in range(home, home + slab, CHUNK_BYTES):
-            yield Piece(job, start, min(start + CHUNK_BYTES, home + slab))
+            yield TensorPiece(job, start, min(start + CHUNK_BYTES, home + slab))
 
 
 def _in_parallel(
@@ -324,11 +324,11 @@ class _Reader:
     def _ask_for(self, task: Task, shards: Shards) -> None:
         """Have what a task compares with be on its way, all of it at once."""
         for item in task:
-            if isinstance(item, Piece) and item.job.other and self._source:
+            if isinstance(item, TensorPiece) and item.job.other and self._source:
                 shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
 
-    def _item(self, item: Piece | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
-        if isinstance(item, Piece):
+    def _item(self, item: TensorPiece | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
+        if isinstance(item, TensorPiece):
             return self._piece(item, shards)
         return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
 
@@ -344,7 +344,7 @@ class _Reader:
 
         return Digest(chunk.ref.name, chunk.number, digesting.chunk_digest(pieces()))
 
-    def _piece(self, piece: Piece, shards: Shards) -> Seen:
+    def _piece(self, piece: TensorPiece, shards: Shards) -> Seen:
         ours, theirs = self._buffers()
         job, count = piece.job, piece.nbytes
         seen, data = Seen(piece), ours[:count]

@@ -14,8 +14,7 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.base.dtypes import BITS
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import BITS, TensorRef
 from shardxform.formats import packing
 from shardxform.formats.grid import Grid
 from shardxform.formats.rounding import QuantizedWeight, SourceDtype, quantize_into

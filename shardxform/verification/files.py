@@ -14,7 +14,7 @@ from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
 from shardxform.checkpoint.record import PROVENANCE, Record, RecordError, is_as_written
 from shardxform.checkpoint.sidecars import fault_of, is_document
 from shardxform.checkpoint.table import CONFIG, INDEX, WORK, Checkpoint, is_plain_name, scan
-from shardxform.execution.outdir import is_ours
+from shardxform.execution.output import is_ours
 from shardxform.model.families.base import Wrapper
 from shardxform.verification.findings import Findings
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from shardxform.base.dtypes import FLOATS
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.model.layout import Layout
 from shardxform.verification.findings import Findings, Item
 

@@ -25,10 +25,10 @@ from shardxform.verification.wanted import Derived
 __all__ = [
     "Digest",
     "Job",
-    "Piece",
     "Result",
     "Seen",
     "Task",
+    "TensorPiece",
     "Weight",
     "Written",
     "merge",
@@ -67,7 +67,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPiece:
     """Bytes `start`..`stop` of a job's tensor."""
 
     job: Job
@@ -108,7 +108,7 @@ class Weight:
         return self.pair.weight.nbytes
 
 
-Task = Sequence[Piece | Weight | Written]
+Task = Sequence[TensorPiece | Weight | Written]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Digest:
 class Seen:
     """What one piece showed; positions are counted from the tensor's start, elements or bytes."""
 
-    piece: Piece
+    piece: TensorPiece
     nonzero: NDArray[np.bool_] | None = None
     bad: int = 0
     first_bad: int = -1

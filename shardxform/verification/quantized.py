@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from shardxform.base.dtypes import FLOATS
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
 from shardxform.model.families.base import Config, Scope, Template
 from shardxform.model.layout import Layout, Place

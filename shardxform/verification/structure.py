@@ -17,11 +17,9 @@ from shardxform.errors import FamilyError
 from shardxform.formats.scheme import FORMATS
 from shardxform.formats.stored import Stored
 from shardxform.model.config_values import config_faults
-from shardxform.model.expectation import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Scope
-from shardxform.model.layout import Layout, Place, layout_of, variants_found
-from shardxform.model.strays import looks_like
+from shardxform.model.layout import Expected, Layout, Place, expected, layout_of, looks_like, variants_found
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.parts import check_parts
 from shardxform.verification.quantized import check_quantization
