@@ -33,7 +33,7 @@ __all__ = [
     "QuantizedWeight",
     "RtnStats",
     "SourceDtype",
-    "decode",
+    "float32_of",
     "quantize",
     "quantize_into",
     "search_factors",
@@ -227,7 +227,7 @@ def _run_numpy(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out
     # Bits that cannot be represented are found and reported; until then they may overflow at will.
     with np.errstate(all="ignore"):
         for first, last in _row_tiles(*_shape(bits_OI)):
-            w_OI = decode(bits_OI[first:last], dtype)
+            w_OI = float32_of(bits_OI[first:last], dtype)
             if row < 0 and not np.isfinite(w_OI).all():
                 row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(w_OI)))
                 row += first
@@ -250,7 +250,7 @@ def _row_tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
-def decode(bits_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[np.float32]:
+def float32_of(bits_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[np.float32]:
     """Raw bits -> float32, exact."""
     if dtype == "BF16":
         wide_OI = bits_OI.astype(np.uint32)
@@ -273,7 +273,7 @@ def _grouped(w_OI: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
 def _round_to_grid(magnitude: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """Non-negative float32 -> nearest scale of the grid, infinite where float16 overflows, not yet clamped."""
     if grid.scale_grid == "bf16":
-        magnitude = decode(packing.bf16_bits_of(magnitude), "BF16")
+        magnitude = float32_of(packing.bf16_bits_of(magnitude), "BF16")
     return magnitude.astype(np.float16).astype(np.float32)
 
 

@@ -57,12 +57,10 @@ class RoundedModule:
 
     Attributes:
         module: name within the layer, such as "self_attn.q_proj" or "mlp.experts.3.up_proj".
-        expert: number of the routed expert, or None.
         codes: codes [O, I] and scales [O, G].
     """
 
     module: str
-    expert: int | None
     codes: Codes
 
 
@@ -90,11 +88,6 @@ class TunedBlock:
             for weight in tuned:
                 assert isinstance(weight, StackedWeight)
                 yield weight
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beside the 16-bit weights, scratch memory apart."""
-        return sum(weight.nbytes for weight in self.weights)
 
     @property
     def unreached(self) -> dict[str, list[int]]:
@@ -128,7 +121,7 @@ class TunedBlock:
         """What was kept, one module at a time: linear layers, and each expert's `projections`."""
         for name, module in self.modules.items():
             if isinstance(module, TunedLinear):
-                yield _rounded(name, None, module.tuned, slice(None))
+                yield _rounded(name, 0, module.tuned, slice(None))
                 continue
             gate, up, down = projections
             half = module.gate_up.shape[1] // 2
@@ -205,9 +198,9 @@ def _recomputed(forward: Callable[..., object], *args: object, **kwargs: Any) ->
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _rounded(module: str, expert: int | None, weight: Tunable, rows: slice) -> RoundedModule:
+def _rounded(module: str, expert: int, weight: Tunable, rows: slice) -> RoundedModule:
     assert isinstance(weight, StackedWeight)  # as `install` makes them
-    return RoundedModule(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
+    return RoundedModule(module=module, codes=weight.codes(expert, rows))
 
 
 # -- the descent -------------------------------------------------------------------------------------------------------

@@ -28,14 +28,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from shardxform.base.constants import DEVICE_HEADS_BYTES as _DEVICE_HEADS_BYTES
 from shardxform.base.constants import HEADS_BYTES as _HEADS_BYTES
-from shardxform.forward.runtime import any_order, give_back
+from shardxform.forward.runtime import PassContext, any_order, give_back
 from shardxform.tuning.delta_rule import Rule, computes_the_same, gated_delta_rule
 from shardxform.tuning.modules import tiles
 from shardxform.tuning.workers import Workers
@@ -129,9 +129,14 @@ class _Parts:
         return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
+class _ApartContext(PassContext, Protocol):
+    parts: _Parts
+    kept: list[_Made | None]
+
+
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: _Parts, *tensors: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    def forward(ctx: _ApartContext, parts: _Parts, *tensors: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[1:]
         ctx.save_for_backward(*tensors)
         ctx.parts, ctx.kept = parts, []
@@ -150,7 +155,7 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: _ApartContext, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         parts, tensors, wanted = ctx.parts, ctx.saved_tensors, ctx.needs_input_grad[1:]
         kept, ctx.kept = ctx.kept[::-1], []
 
@@ -230,10 +235,14 @@ def storing_the_input(convolve: Callable[..., torch.Tensor], workers: Workers) -
     return convolved
 
 
+class _ConvolutionContext(PassContext, Protocol):
+    workers: Workers
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: _ConvolutionContext,
         hidden_BCT: torch.Tensor,
         weight_CK: torch.Tensor,
         bias_C: torch.Tensor | None,
@@ -254,7 +263,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BCT: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # noqa: ANN401
+    def backward(ctx: _ConvolutionContext, gradient_BCT: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         hidden_BCT, weight_CK, bias_C = ctx.saved_tensors
         out_BTC = _positions_first(hidden_BCT)
 
@@ -325,10 +334,15 @@ def row_by_row(norm: torch.nn.Module, workers: Workers) -> Callable[..., torch.T
     return pieces
 
 
+class _RowContext(PassContext, Protocol):
+    norm: _Norm
+    workers: Workers
+
+
 class _RowByRow(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: _RowContext,
         hidden_RW: torch.Tensor,
         gate_RW: torch.Tensor,
         norm: _Norm,
@@ -346,7 +360,7 @@ class _RowByRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: _RowContext, gradient_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         inputs = ctx.saved_tensors
         hidden_RW, gate_RW = (torch.empty_like(x) for x in inputs)
 
