@@ -74,12 +74,6 @@ class Moving:
         """The values [R, I]; for bfloat16, rounded to it."""
         return self._w_RI
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = [self._w_RI] if self._low_RI is None else [self._w_RI, self._low_RI]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
     def exact_into(self, rows: slice, out_RI: torch.Tensor) -> None:
         """Write the values of some rows, float32."""
         if self._low_RI is None:
@@ -144,11 +138,6 @@ class HealedStack:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._w_RI.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._values.nbytes if self._values else self._w_RI.numel() * self._w_RI.element_size()
 
     def stored(self, experts: int | slice) -> torch.Tensor:
         """The weights of some experts in the type that they are stored in, [E, O, I] or [O, I]."""
