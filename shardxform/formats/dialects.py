@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from shardxform.errors import SchemeError
 from shardxform.formats.grid import Grid
+from shardxform.formats.matrices import Matrix
 from shardxform.formats.scheme import Format, Scheme
 from shardxform.formats.selection import Selection
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import Matrix
 
 __all__ = ["Resolved", "build", "resolve"]
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from shardxform.errors import ExecutionError, SchemeError
+from shardxform.formats.encoding import SourceDtype
 from shardxform.formats.grid import Grid
-from shardxform.formats.rounding import QuantizedWeight, RtnStats, SourceDtype
+from shardxform.formats.rounding import QuantizedWeight, RtnStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

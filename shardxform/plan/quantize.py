@@ -20,17 +20,18 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.dialects import build
+from shardxform.formats.encoding import Storage
 from shardxform.formats.grid import GROUP_SIZES
-from shardxform.formats.scheme import FORMATS, Part, Scheme
+from shardxform.formats.matrices import Matrix, vectors_of
+from shardxform.formats.plain import Plain
+from shardxform.formats.scheme import FORMATS, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
 from shardxform.model.layout import is_quantized
-from shardxform.model.matrices import Cut, Matrix, vectors_of
-from shardxform.plan import plan as plans
 from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
-from shardxform.plan.steps import Gather, GatherItem, KeptItem, Round, RoundItem, TuneBlock
+from shardxform.plan.steps import KeptItem, Transcode, TranscodeItem, TuneBlock, transcode_item, transcode_steps
 from shardxform.plan.view import View, pruned_view
 
 __all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]
@@ -74,20 +75,19 @@ def plan_quantize(
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
     copied = kept_tensors(tensors, selection, scheme)
     gathered = gathered_tensors(view, selection, scheme, copied)
-    parts = [scheme.parts(module.name, *module.shape) for module in selection.quantized]
-    specs = [ref.spec for ref in copied.values()] + [spec for spec, _, _ in gathered.values()]
-    specs += [part.spec for stored in parts for part in stored]
+    specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
+    specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
     shards = lay_out(specs, options.max_shard_bytes)
-    placed = list(zip(selection.quantized, parts, strict=True))
-    tuned = [(m, p) for m, p in placed if recipe and m.place.scope == "block"]
-    rounds = _round_steps(shards, [(m, p) for m, p in placed if not (recipe and m.place.scope == "block")], scheme)
+    tuned = [module for module in selection.quantized if recipe and module.place.scope == "block"]
+    rounded = [module for module in selection.quantized if not (recipe and module.place.scope == "block")]
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    steps: tuple[Step, ...] = (*copies, *_gather_steps(shards, gathered), *rounds)
+    steps: tuple[Step, ...] = (*copies, *_gather_steps(shards, gathered), *_round_steps(shards, rounded, scheme))
     if recipe:
-        make = partial(TuneBlock, scheme=scheme, recipe=recipe)
-        steps = (*steps, *_tune_steps(shards, tuned, healed, block_sizes(source, view), make))
+        items = ((module.place.layer, item) for module, item in _items(shards, tuned, scheme))
+        make = partial(TuneBlock, recipe=recipe)
+        steps = (*steps, *_tune_steps(items, healed, block_sizes(source, view), make))
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
@@ -169,8 +169,8 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
-        if not any(other.misfit(*shape) for shape in shapes):
-            odd = next(module for module in misfits if scheme.misfit(*module.shape))
+        if not any(other.encoding.misfit(*shape) for shape in shapes):
+            odd = next(module for module in misfits if scheme.encoding.misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
                 f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
@@ -196,20 +196,19 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
 
 def gathered_tensors(
     view: View, selection: Selection, scheme: Scheme, copied: Mapping[str, TensorRef]
-) -> dict[str, tuple[TensorSpec, TensorRef, Cut]]:
-    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what they are a cut of.
+) -> dict[str, tuple[TensorSpec, tuple[Storage, ...]]]:
+    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what is stored for them.
 
     Experts that stay 16-bit, and biases of experts, where the family's stacks are transposed or interleaved.
     """
-    found: dict[str, tuple[TensorSpec, TensorRef, Cut]] = {}
+    found: dict[str, tuple[TensorSpec, tuple[Storage, ...]]] = {}
     for module in _unfused(selection, scheme):
         if module.cut:
             spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
-            found[spec.name] = spec, module.weight, module.cut
+            found[spec.name] = spec, module.stored
     for vector in vectors_of(view.layout, view.checkpoint.tensors):
         if vector.source not in copied:
-            spec = TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,))
-            found[spec.name] = spec, vector.row, vector.cut
+            found[vector.name] = TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,)), vector.stored
     return found
 
 
@@ -227,39 +226,27 @@ def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any
 
 
 def _gather_steps(
-    shards: Sequence[ShardPlan], gathered: Mapping[str, tuple[TensorSpec, TensorRef, Cut]]
-) -> Iterator[Gather]:
-    """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger."""
+    shards: Sequence[ShardPlan], gathered: Mapping[str, tuple[TensorSpec, tuple[Storage, ...]]]
+) -> Iterator[Transcode]:
+    """Steps that write values as they are in another order, in table order."""
     extents = extents_of(shards)
-    pending: list[GatherItem] = []
-    filled = 0
-    for name, (spec, tensor, cut) in gathered.items():
-        if pending and filled + spec.nbytes > plans.STEP_BYTES:
-            yield Gather(tuple(pending))
-            pending, filled = [], 0
-        pending.append(GatherItem(tensor, cut, extents[name]))
-        filled += spec.nbytes
-    if pending:
-        yield Gather(tuple(pending))
+    return transcode_steps(
+        (TranscodeItem(name, stored, Plain(spec.dtype), (("values", extents[name]),)), spec.nbytes)
+        for name, (spec, stored) in gathered.items()
+    )
 
 
-def _round_steps(
-    shards: Sequence[ShardPlan], modules: Iterable[tuple[Matrix, tuple[Part, ...]]], scheme: Scheme
-) -> Iterator[Round]:
-    """Steps in table order, each of at most `STEP_BYTES` of weights unless a single weight is larger."""
-    extents = extents_of(shards)
-    pending: list[RoundItem] = []
-    filled = 0
-    for module, parts in modules:
-        nbytes = module.nbytes
-        if pending and filled + nbytes > plans.STEP_BYTES:
-            yield Round(tuple(pending), scheme)
-            pending, filled = [], 0
-        placed = tuple((part.role, extents[part.spec.name]) for part in parts)
-        pending.append(RoundItem(module.name, module.weight, placed, module.cut))
-        filled += nbytes
-    if pending:
-        yield Round(tuple(pending), scheme)
+def _round_steps(shards: Sequence[ShardPlan], modules: Iterable[Matrix], scheme: Scheme) -> Iterator[Transcode]:
+    """Steps that round weights, in table order; they are as large as what is read."""
+    return transcode_steps((item, module.nbytes) for module, item in _items(shards, modules, scheme))
+
+
+def _items(
+    shards: Sequence[ShardPlan], modules: Iterable[Matrix], scheme: Scheme
+) -> Iterator[tuple[Matrix, TranscodeItem]]:
+    extents, encoding = extents_of(shards), scheme.encoding
+    for module in modules:
+        yield module, transcode_item(module.name, module.stored, encoding, encoding.parts(*module.shape), extents)
 
 
 def _healed(
@@ -278,21 +265,18 @@ def _healed(
 
 
 def _tune_steps(
-    shards: Sequence[ShardPlan],
-    modules: Iterable[tuple[Matrix, tuple[Part, ...]]],
+    items: Iterable[tuple[int | None, TranscodeItem]],
     healed: Mapping[int, tuple[KeptItem, ...]],
     sizes: Mapping[int, BlockSize],
     make: Callable[..., TuneBlock],
 ) -> Iterator[TuneBlock]:
     """One step per decoder block with weights to heal or tune, in order."""
-    extents = extents_of(shards)
-    blocks: dict[int, list[RoundItem]] = {layer: [] for layer in healed}
-    for module, parts in modules:
-        assert module.place.layer is not None
-        placed = tuple((part.role, extents[part.spec.name]) for part in parts)
-        blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed, module.cut))
-    for layer, items in sorted(blocks.items()):
-        yield make(layer=layer, items=tuple(items), kept=healed.get(layer, ()), size=sizes[layer])
+    blocks: dict[int, list[TranscodeItem]] = {layer: [] for layer in healed}
+    for layer, item in items:
+        assert layer is not None
+        blocks.setdefault(layer, []).append(item)
+    for layer, tuned in sorted(blocks.items()):
+        yield make(layer=layer, items=tuple(tuned), kept=healed.get(layer, ()), size=sizes[layer])
 
 
 def _summary(

@@ -25,9 +25,10 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.remote.reading import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
+from shardxform.formats.encoding import Opener, Read
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import Layout
-from shardxform.verification.derived import Deriver
+from shardxform.verification.derived import derived_bytes
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     Digest,
@@ -45,7 +46,7 @@ from shardxform.verification.jobs import (
 )
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
-from shardxform.verification.rounding import Read, Tally, examine
+from shardxform.verification.rounding import Tally, examine
 from shardxform.verification.values import FLOATS, Bytes, PartRule, code_sum, difference, part_faults, scan
 from shardxform.verification.wanted import Derived
 
@@ -153,7 +154,7 @@ def check_data(
         tensors_digested=len(same),
         tallies=tuple(sorted(tallies, key=lambda tally: order[tally.pair.name])),
         compared=frozenset(job.ref.name for job in compared)
-        | {ref.name for tally in tallies for _, ref in tally.pair.module.parts}
+        | {ref.name for tally in tallies for _, ref in tally.pair.stored.parts}
         | {ref.name for ref in out.tensors.values() if comparison and _is_empty(ref, comparison)},
     )
 
@@ -185,11 +186,11 @@ def _jobs(
 def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
     """Whether a tensor has the dtype and shape of the values that it must hold."""
     derived = comparison.derived.get(ref.name)
-    if derived is not None and derived.cut is not None:
+    if derived is not None and derived.moves:
         return ref.spec == comparison.shapes[ref.name]
     if derived is None or ref.spec.dtype != derived.dtype or not ref.spec.shape:
         return False
-    rows, columns = derived.weight.spec.shape
+    rows, columns = derived.shape
     return ref.spec.shape[-1] == columns and math.prod(ref.spec.shape[:-1]) == rows
 
 
@@ -203,7 +204,7 @@ def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
     grid = stored.scheme.grid
     for module in stored.modules.values():
         for role, ref in module.parts:
-            yield ref.name, PartRule(role, ref.spec.dtype, module.shape, grid, grid.scale_grid == "bf16")
+            yield ref.name, PartRule(role, ref.spec.dtype, module.whole, grid, grid.scale_grid == "bf16")
 
 
 def _items(
@@ -211,14 +212,14 @@ def _items(
 ) -> Iterator[Piece | Weight | Written]:
     """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
     jobs = {job.ref.name: job for job in table}
-    apart = {ref.name for weight in weights for _, ref in weight.pair.module.parts}
+    apart = {ref.name for weight in weights for _, ref in weight.pair.stored.parts}
     for name, ref in out.tensors.items():
         if name in digests and name not in apart:
             yield from _chunks(ref)
         if name in jobs:
             yield from _pieces(jobs[name])
     for weight in weights:
-        for _, ref in weight.pair.module.parts:
+        for _, ref in weight.pair.stored.parts:
             if ref.name in digests:
                 yield from _chunks(ref)
         yield weight
@@ -361,7 +362,7 @@ class _Reader:
             wanted = theirs[:count]
             shards.read(self._source, window(job.other.ranges, piece.start, piece.stop), wanted.data)
         elif job.derived and self._source:
-            wanted = self._deriver().data(job.derived, piece.start, piece.stop, _reader(shards, self._source))
+            wanted = derived_bytes(job.derived, piece.start, piece.stop, self._opener(shards))
         if wanted is not None:
             seen.differing, first = difference(data, wanted)
             seen.first_differing = piece.start + first if seen.differing else -1
@@ -371,11 +372,15 @@ class _Reader:
         assert self._source is not None
         return examine(item.pair, item.rule, _reader(shards, self._out), _reader(shards, self._source))
 
-    def _deriver(self) -> Deriver:
-        if not hasattr(self._local, "deriver"):
-            self._local.deriver = Deriver()
-        deriver: Deriver = self._local.deriver
-        return deriver
+    def _opener(self, shards: Shards) -> Opener:
+        """What opens the source; it keeps the last matrix, of which the next piece often has more rows."""
+        assert self._source is not None
+        self._local.read = _reader(shards, self._source)
+        if not hasattr(self._local, "opener"):
+            local = self._local
+            self._local.opener = Opener(lambda ref, into: local.read(ref, into), checked=False)
+        opener: Opener = self._local.opener
+        return opener
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
         if not hasattr(self._local, "buffers"):

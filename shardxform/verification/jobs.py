@@ -105,7 +105,7 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Of the weight in the source."""
-        return self.pair.weight.nbytes
+        return self.pair.source.nbytes
 
 
 Task = Sequence[Piece | Weight | Written]
@@ -242,7 +242,7 @@ def report_faults(table: Iterable[Job], layout: Layout | None, findings: Finding
 def _made(job: Job) -> str:
     if job.derived is None:
         return "the source"
-    return "the source dequantized" if job.derived.packed else "the source rounded again and dequantized"
+    return "the source rounded again and dequantized" if job.derived.grid else "the source dequantized"
 
 
 def _expert(job: Job, byte: int) -> str:

@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.formats.encoding import Role
 from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Role
+from shardxform.formats.packing import decode
 
 __all__ = [
     "FLOATS",
@@ -172,20 +173,13 @@ def code_sum(data: Bytes, bits: int) -> int:
 
 
 def _scale_faults(bits: NDArray[np.uint16], rule: PartRule, start: int) -> Iterator[Fault]:
-    values = scale_values(bits, rule.dtype)
+    values = decode(bits, rule.dtype)
     finite = np.isfinite(values)  # the others are found as all non-finite floats are
     small = finite & (np.abs(values) < _SMALLEST_SCALE)
     yield from _fault("scale", "scales are zero, or below 1e-05 in magnitude", small, start, values)
     if rule.bf16_exact and rule.dtype == "F16":
         lost = finite & ((values.view(np.uint32) & 0xFFFF) != 0)
         yield from _fault("scale-grid", "scales are off the bf16 grid that the record promises", lost, start, values)
-
-
-def scale_values(bits: NDArray[np.uint16], dtype: str) -> NDArray[np.float32]:
-    """Stored scales, F16 or BF16, in float32."""
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits.view(np.float16).astype(np.float32)
 
 
 def _fault(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
+from shardxform.formats.encoding import Cut, Encoded, Storage
+from shardxform.formats.plain import sources_of
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
-__all__ = ["LINEAR_ROLES", "Cut", "ExpertNames", "Matrix", "Vector", "matrices_of", "stack_cuts", "vectors_of"]
+__all__ = ["LINEAR_ROLES", "ExpertNames", "Matrix", "Vector", "matrices_of", "stack_cuts", "vectors_of"]
 
 ExpertNames = Literal["split", "fused-indexed"]
 
@@ -24,42 +26,12 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Which rows of what is stored a matrix is: from `first` on, `count` of them, every `step`th, perhaps transposed.
-
-    Attributes:
-        first, count, step: rows of the stored matrix, or of its transpose.
-        transposed: whether the stored matrix is [I, O].
-
-    """
-
-    first: int
-    count: int
-    step: int = 1
-    transposed: bool = False
-
-    @property
-    def is_bytes(self) -> bool:
-        """Whether the rows are bytes one after the other, so that a reference to them says it all."""
-        return self.step == 1 and not self.transposed
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """Shape [O, I] of the matrix in what has the shape `stored`."""
-        return self.count, stored[0] if self.transposed else stored[1]
-
-    def of(self, stored: Any) -> Any:  # noqa: ANN401
-        """View of the matrix in an array or tensor of what is stored, of two dimensions, or of one for a vector."""
-        whole = stored.T if self.transposed and stored.ndim == 2 else stored
-        return whole[self.first : self.first + self.count * self.step : self.step]
-
-
-@dataclass(frozen=True, slots=True)
 class Matrix:
     """A linear weight.
 
     Attributes:
         name: of its module, as it is written.
-        weight: bytes of the source that hold it, two dimensions; the matrix itself unless there is a `cut`.
+        weight: what of the source holds it, two dimensions; the matrix itself unless there is a `cut`.
         sources: names of the tensors that hold it.
         place: of the first of them.
         home: name of the module of all experts within its block, where it is one expert's.
@@ -89,6 +61,11 @@ class Matrix:
         return self.weight.nbytes * self.shape[0] * self.shape[1] // whole if whole else 0
 
     @property
+    def stored(self) -> tuple[Storage, ...]:
+        """What is stored for its rows, one below the other."""
+        return sources_of(self.weight, self.cut)
+
+    @property
     def local(self) -> str:
         """Name within its block, expert ids left out: `mlp.experts.gate_proj`, `self_attn.q_proj`."""
         if self.expert is None:
@@ -106,6 +83,11 @@ class Vector:
     cut: Cut
     source: str
     place: Place
+
+    @property
+    def stored(self) -> tuple[Storage, ...]:
+        """What is stored for it, as a matrix of one column."""
+        return sources_of(self.row, self.cut)
 
 
 def matrices_of(
@@ -174,7 +156,7 @@ def _unstacked(
             yield Matrix(f"{name}.{expert}", weight, sources, place, home, expert)
         return
     cuts = tuple(stack_cuts(experts, stack, ref.spec.shape[2 if experts.transposed else 1]))
-    if all(cut.is_bytes for _, cut in cuts):
+    if all(cut.is_run for _, cut in cuts):
         for number, weight in enumerate(ref.slabs(len(cuts))):
             expert, part = divmod(number, len(cuts))
             yield Matrix(f"{stem}.{expert}.{cuts[part][0]}", weight, sources, place, home, expert)
@@ -199,6 +181,13 @@ def _per_expert(
         if up.spec.shape != ref.spec.shape or up.spec.dtype != ref.spec.dtype:
             what = f"{up.spec.dtype} {list(up.spec.shape)}, but '{name}' is {ref.spec.dtype} {list(ref.spec.shape)}"
             raise SchemeError(f"tensor '{up.name}' is {what}; cannot write them as one weight")
-        rows, columns = ref.spec.shape
-        both = TensorRef(replace(ref.spec, shape=(2 * rows, columns)), ref.ranges + up.ranges)
-        yield Matrix(f"{stem}.gate_up_proj.{expert}", both, (name, up.name), place, home, place.expert)
+        yield Matrix(f"{stem}.gate_up_proj.{expert}", _joined(ref, up), (name, up.name), place, home, place.expert)
+
+
+def _joined(gate: TensorRef, up: TensorRef) -> TensorRef:
+    """One matrix of two of the same shape, the second below the first."""
+    rows, columns = gate.spec.shape
+    spec = gate.spec.of_shape((2 * rows, columns))
+    if isinstance(gate, Encoded) or isinstance(up, Encoded):
+        return Encoded(spec, (), sources_of(gate) + sources_of(up))
+    return TensorRef(spec, gate.ranges + up.ranges)
