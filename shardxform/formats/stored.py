@@ -17,7 +17,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.dialects import Resolved, resolve
+from shardxform.formats.dialects import DECODED, Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.grid import Bits, Grid, ScaleGrid
 from shardxform.formats.matrices import LINEAR_ROLES, matrices_of
@@ -25,7 +25,7 @@ from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.model.expectation import Expected, expected
 from shardxform.model.layout import COMPANIONS, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
 
-__all__ = ["Stored", "has_g_idx", "read_stored", "scan_stored"]
+__all__ = ["Stored", "decoded", "has_g_idx", "read_stored", "scan_stored"]
 
 _GPTQ: Final = ("qweight", "qzeros", "scales")
 _ROW: Final = ("weight_packed", "weight_scale", "weight_shape")
@@ -115,6 +115,41 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     scheme = Scheme(grid=grid, format=resolved.format, g_idx=g_idx and resolved.format != "compressed-tensors")
     said = tuple(_contradictions(resolved, layout, weights, plain))
     return Stored(scheme, spellings, modules, plain, weights, layout, said), errors
+
+
+def decoded(source: Checkpoint) -> Checkpoint | None:
+    """Give a checkpoint of weights that are only read, such as FP8, as the 16-bit one that they stand for.
+
+    Its table has `Encoded` tensors in place of weights and their scales, and its config declares no quantization. None
+    for any other checkpoint.
+
+    Raises:
+        CheckpointError: a weight is not stored as the config says.
+        SchemeError: the config does not say how.
+
+    """
+    declared = source.config.get("quantization_config")
+    method = str(declared.get("quant_method")) if isinstance(declared, Mapping) else ""
+    if method not in DECODED or not isinstance(declared, Mapping):
+        return None
+    rule = DECODED[method](declared)
+    if rule is None:
+        raise SchemeError(
+            f"{source.where}/{CONFIG}: quantization_config.weight_block_size: expected two sizes of blocks, found"
+            f" {declared.get('weight_block_size')!r}"
+        )
+    found = {name: rule.storage(ref, source.tensors) for name, ref in source.tensors.items()}
+    if not any(found.values()):
+        return None
+    parts = {ref.name for storage in found.values() if storage for _, ref in storage.parts[1:]}
+    unused = {f"{storage.name}.input_scale" for storage in found.values() if storage}  # of activations
+    tensors = {
+        name: Encoded(TensorSpec(name, "BF16", ref.spec.shape), (), (storage,)) if (storage := found[name]) else ref
+        for name, ref in source.tensors.items()
+        if name not in parts | unused
+    }
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return replace(source, tensors=tensors, config=config)
 
 
 def has_g_idx(module: Storage) -> bool:

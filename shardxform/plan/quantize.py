@@ -20,12 +20,13 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.dialects import build
-from shardxform.formats.encoding import Storage
+from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import GROUP_SIZES
 from shardxform.formats.matrices import Matrix, vectors_of
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
+from shardxform.formats.stored import decoded
 from shardxform.model.layout import is_quantized
 from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
@@ -63,8 +64,15 @@ def plan_quantize(
         )
     if recipe and scheme.expert_names != "split":
         raise SchemeError("tuned and healed blocks are written with --expert-names split; see `shardxform convert`")
-    _refuse_quantized(source)
-    view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
+    plain = decoded(source)
+    if plain is None:
+        _refuse_quantized(source)
+    elif recipe:
+        raise SchemeError(
+            "config.json: the source is in FP8, from which no model is run: weights are rounded to nearest; leave out"
+            " what tunes or heals them, or start from a 16-bit checkpoint of the model"
+        )
+    view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=options.mtp)
     if recipe and recipe.heal:
         refuse_unpruned(view)
     tensors = view.checkpoint.tensors
@@ -73,8 +81,9 @@ def plan_quantize(
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    copied = kept_tensors(tensors, selection, scheme)
-    gathered = gathered_tensors(view, selection, scheme, copied)
+    kept = kept_tensors(tensors, selection, scheme)
+    copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
+    gathered = gathered_tensors(view, selection, scheme, kept)
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
     specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
     shards = lay_out(specs, options.max_shard_bytes)
@@ -107,7 +116,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(view, kept), *_misfit_notes(selection)),
         unread=source.unread,
     )
     plan.check()
@@ -195,19 +204,20 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
 
 
 def gathered_tensors(
-    view: View, selection: Selection, scheme: Scheme, copied: Mapping[str, TensorRef]
+    view: View, selection: Selection, scheme: Scheme, kept: Mapping[str, TensorRef]
 ) -> dict[str, tuple[TensorSpec, tuple[Storage, ...]]]:
     """Tensors that keep their values, but are no run of the source's bytes: what they are, and what is stored for them.
 
-    Experts that stay 16-bit, and biases of experts, where the family's stacks are transposed or interleaved.
+    Experts that stay 16-bit, and biases of experts, where the family's stacks are transposed or interleaved; and what
+    is decoded.
     """
-    found: dict[str, tuple[TensorSpec, tuple[Storage, ...]]] = {}
+    found = {name: (ref.spec, ref.sources) for name, ref in kept.items() if isinstance(ref, Encoded)}
     for module in _unfused(selection, scheme):
         if module.cut:
             spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
             found[spec.name] = spec, module.stored
     for vector in vectors_of(view.layout, view.checkpoint.tensors):
-        if vector.source not in copied:
+        if vector.source not in kept:
             found[vector.name] = TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,)), vector.stored
     return found
 
@@ -228,7 +238,7 @@ def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any
 def _gather_steps(
     shards: Sequence[ShardPlan], gathered: Mapping[str, tuple[TensorSpec, tuple[Storage, ...]]]
 ) -> Iterator[Transcode]:
-    """Steps that write values as they are in another order, in table order."""
+    """Steps that write values as they are, in another order or decoded, in table order."""
     extents = extents_of(shards)
     return transcode_steps(
         (TranscodeItem(name, stored, Plain(spec.dtype), (("values", extents[name]),)), spec.nbytes)
@@ -294,6 +304,17 @@ def _summary(
         "kept_modules": reasons_summary(selection),
         "misfits": dict(selection.misfits),
     }
+
+
+def _decoded_notes(view: View, kept: Mapping[str, TensorRef]) -> Iterator[str]:
+    """Say what becomes of weights that are no 16-bit ones in the source."""
+    found = [ref for ref in view.checkpoint.tensors.values() if isinstance(ref, Encoded)]
+    if found:
+        stay = sum(isinstance(ref, Encoded) for ref in kept.values())
+        yield (
+            f"{len(found):,} weights of the source are in FP8: {stay:,} of them are written as bfloat16, and the others"
+            " rounded from float32, in which every code times its scale is rounded once"
+        )
 
 
 def _misfit_notes(selection: Selection) -> Iterator[str]:

@@ -240,6 +240,11 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
         findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
     if packed:  # what OUT holds in 16 bits has no bytes to compare with
         tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
+    derived |= {
+        name: Derived(ref.sources, ref.spec.dtype)
+        for name, ref in tensors.items()
+        if isinstance(ref, Encoded) and name not in derived
+    }
     left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
