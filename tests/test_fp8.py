@@ -55,6 +55,7 @@ E5M2 = (
 )
 SCHEME = Scheme(grid=Grid(group_size=32))
 KINDS = ("deepseek_v3", "qwen3_moe", "qwen3_5_moe")
+UP = "model.layers.1.mlp.experts.2.up_proj.weight"
 BLOCK = (24, 40)  # neither fills a weight
 
 
@@ -276,6 +277,25 @@ def test_a_defect_of_what_was_made_is_found_against_the_source(tmp_path: Path) -
         ]
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_independent_check_agrees_and_finds_what_is_wrong(pruned: bool, tmp_path: Path) -> None:
+    source, _ = twins(tmp_path, "deepseek_v3")
+    out = quantize(source, tmp_path / "out", pruned=pruned)
+    report = verify(out, source=source, independent=True)
+    assert report.sound, report.problems
+    assert report.rederived
+    assert report.rederived > 60
+    tensors = read_checkpoint(out)
+    for name in (f"{UP.removesuffix('weight')}qweight", "model.layers.0.self_attn.kv_b_proj.weight"):
+        data = bytearray(tensors[name].data)
+        data[9] ^= 1
+        changed = {**tensors, name: Raw(tensors[name].dtype, tensors[name].shape, bytes(data))}
+        bad = write_checkpoint(tmp_path / name, changed, json.loads((out / "config.json").read_text()))
+        (bad / "shardxform.json").write_bytes((out / "shardxform.json").read_bytes())
+        found = verify(bad, source=source, independent=True).problems
+        assert [p.where for p in found if p.code == "independent"] == [name]
+
+
 def test_static_scales_of_activations_are_left_out(tmp_path: Path) -> None:
     config, tensors, _ = release("qwen3_moe")
     name = "model.layers.0.self_attn.o_proj"
@@ -286,8 +306,6 @@ def test_static_scales_of_activations_are_left_out(tmp_path: Path) -> None:
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-
-UP = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
 @pytest.mark.parametrize(

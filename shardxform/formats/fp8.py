@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
@@ -131,17 +131,18 @@ class Fp8Rows:
         codes_RI = np.empty(ref.spec.shape, np.uint8)
         self.read(ref, codes_RI)
         rows, columns = self.encoding.block
-        of_row = np.arange(begin, end) // (rows or self.ref.spec.shape[0])
-        scale_ST = self.scale_ST[of_row[0] : of_row[-1] + 1]
-        scale_SI = np.repeat(scale_ST, columns or codes_RI.shape[1], axis=1)[:, : codes_RI.shape[1]]
+        rows = rows or self.ref.spec.shape[0]
+        values_RI = np.take(decoded_codes(self.encoding.dtype), codes_RI)
         with np.errstate(over="ignore", invalid="ignore"):
-            values_RI = decoded_codes(self.encoding.dtype)[codes_RI] * scale_SI[of_row - of_row[0]]
+            for block in range(begin // rows, -(-end // rows)):
+                scale_I = np.repeat(self.scale_ST[block], columns or codes_RI.shape[1])[: codes_RI.shape[1]]
+                values_RI[max(block * rows - begin, 0) : (block + 1) * rows - begin] *= scale_I
         if self.checked and (bad := first_of(~np.isfinite(values_RI))):
             raise ExecutionError(
                 f"tensor '{self.ref.name}': NaN or infinity at row {begin + bad[0]}, column {bad[1]};"
                 " expected finite weights"
             )
-        return cast("NDArray[np.float32]", values_RI)
+        return values_RI
 
     def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
         """The values: nothing narrower holds them."""
