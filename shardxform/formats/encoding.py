@@ -22,6 +22,7 @@ __all__ = [
     "Cut",
     "Encoded",
     "Encoding",
+    "Fault",
     "Opener",
     "Part",
     "Read",
@@ -145,6 +146,18 @@ class Encoding(Protocol):
     def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
         """Bytes in memory while a matrix is open."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Elements of one tensor that are wrong in one way; `found` and `wanted` are those of the first."""
+
+    code: str
+    what: str
+    count: int
+    first: int
+    found: str
+    wanted: str = ""
 
 
 class Target(Encoding, Protocol):

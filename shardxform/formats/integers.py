@@ -7,22 +7,28 @@ packs them. Which tensors come out follows from the shape; `formats.rounding` co
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
-from shardxform.formats.encoding import ROUND_TILE, Cut, Part, Read, Role, Rows, Writing, tiles
+from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, Part, Read, Role, Rows, Writing, tiles
 from shardxform.formats.grid import Grid, Layout
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import QuantizedWeight, RtnStats
 
 __all__ = ["Ints"]
+
+_SMALLEST_SCALE: Final = 1e-5  # below it a scale is a denormal that no tool writes: auto-round and we clamp there
+_SIGMAS: Final = 8
+_ANOTHER: Final = 1.5  # a mean that is farther off is no error by one, but of weights that have one
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,68 @@ class Ints:
         for role, array in self.stored(out, writing.shape, as_read=bool(integers)):
             yield role, 0, array
 
+    def faults(
+        self, role: Role, dtype: str, shape: tuple[int, int], data: NDArray[np.uint8], start: int
+    ) -> Iterator[Fault]:
+        """Judge a run of a part's bytes, from byte `start` on: what a symmetric weight determines, and its scales.
+
+        Args:
+            role: of the part.
+            dtype: of the part.
+            shape: of the weight.
+            data: the bytes.
+            start: where in the part they begin.
+
+        """
+        import numpy as np
+
+        from shardxform.formats import packing
+
+        if role == "zeros":
+            words, zero = data.view("<u4"), 0x77777777 if self.grid.bits == 4 else 0x7F7F7F7F
+            at = words != zero
+            yield from _fault("qzeros", "zero points are not those of a symmetric weight", at, start // 4, words, zero)
+        elif role == "g_idx":
+            groups, first = data.view("<i4"), start // 4
+            wanted = np.arange(first, first + groups.size) // self.grid.span(shape[1])
+            what = "columns are not in the group of their place"
+            yield from _fault("g-idx", what, groups != wanted, first, groups, wanted)
+        elif role == "shape":
+            sizes, first = data.view("<i8"), start // 8
+            wanted = np.array(shape)[first : first + sizes.size]
+            yield from _fault("weight-shape", "sizes are not the weight's", sizes != wanted, first, sizes, wanted)
+        elif role == "scales":
+            values = packing.decode(data.view("<u2"), dtype)
+            finite = np.isfinite(values)  # the others are found as all non-finite floats are
+            small = finite & (np.abs(values) < np.float32(_SMALLEST_SCALE))
+            yield from _fault("scale", "scales are zero, or below 1e-05 in magnitude", small, start // 2, values)
+            if self.grid.scale_grid == "bf16" and dtype == "F16":
+                lost = finite & ((values.view(np.uint32) & 0xFFFF) != 0)
+                what = "scales are off the bf16 grid that the record promises"
+                yield from _fault("scale-grid", what, lost, start // 2, values)
+
+    def off_centre(self, codes: int, count: int, columns: int) -> str:
+        """Say that codes of 4 bits, `count` of them with the sum `codes`, are off by one; empty where they are not.
+
+        The mean of a weight is about zero, so that of its codes is as well. Where scales are signed, for the largest
+        weight of each group to reach the lower end of the range, it is 8 / S less, with S weights in a group. Beside
+        that a third of a code is allowed, for weights whose mean is a tenth of their spread, and 8 standard deviations
+        of the mean of codes that are spread by 4. Codes of 8 bits are spread by 45 and more: to be off by one is
+        nothing beside that.
+        """
+        if self.grid.bits != 4:
+            return ""
+        zero = self.grid.zero_code
+        allowed = 1 / 3 + _SIGMAS * zero / 2 / math.sqrt(count)
+        low, high = -zero / self.grid.span(columns) - allowed, allowed
+        mean = codes / count - zero
+        if low <= mean <= high or abs(mean) > _ANOTHER:
+            return ""
+        return (
+            f"the mean of its codes is {mean:+.3f} from zero, expected {low:.3f} to {high:.3f}, as if all were off by"
+            " one"
+        )
+
     def _round(self, sources: Sequence[Rows], out: QuantizedWeight, writing: Writing) -> None:
         """Round rows, tile by tile."""
         row = 0
@@ -165,3 +233,21 @@ def _refuse_bad(stats: RtnStats, where: str, first_row: int) -> None:
             f"{where}: row {first_row + stats.overflow_row} needs a scale beyond float16; expected weights"
             " below 524,000 in magnitude"
         )
+
+
+def _fault(
+    code: str,
+    what: str,
+    at: NDArray[np.bool_],
+    start: int,
+    found: NDArray[Any],
+    wanted: NDArray[Any] | int | None = None,
+) -> Iterator[Fault]:
+    if not at.any():
+        return
+    first = int(at.argmax())
+    if isinstance(wanted, int):
+        yield Fault(code, what, int(at.sum()), start + first, f"0x{int(found[first]):08X}", f"0x{wanted:08X}")
+        return
+    expected = "" if wanted is None else str(wanted[first])
+    yield Fault(code, what, int(at.sum()), start + first, f"{found[first]:.6g}", expected)

@@ -26,6 +26,8 @@ from shardxform.checkpoint.remote.reading import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.formats.encoding import Opener, Read
+from shardxform.formats.integers import Ints
+from shardxform.formats.packing import code_sum
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import Layout
 from shardxform.verification.derived import derived_bytes
@@ -33,6 +35,7 @@ from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     Digest,
     Job,
+    PartOf,
     Piece,
     Result,
     Seen,
@@ -47,7 +50,7 @@ from shardxform.verification.jobs import (
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
 from shardxform.verification.rounding import Tally, examine
-from shardxform.verification.values import FLOATS, Bytes, PartRule, code_sum, difference, part_faults, scan
+from shardxform.verification.values import FLOATS, Bytes, difference, scan
 from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:
@@ -166,7 +169,7 @@ def _jobs(
     out: Checkpoint, layout: Layout | None, comparison: Comparison | None, stored: Stored | None
 ) -> Iterator[Job]:
     """Tensors worth reading, in the order of their bytes."""
-    rules = dict(_part_rules(stored)) if stored else {}
+    rules = dict(_parts(stored)) if stored else {}
     examined = {pair.words for pair in comparison.pairs} if comparison else set()
     for name, ref in out.tensors.items():
         other = comparison.tensors.get(name) if comparison else None
@@ -200,11 +203,11 @@ def _is_empty(ref: TensorRef, comparison: Comparison) -> bool:
     return not ref.nbytes and wanted is not None and wanted.spec == ref.spec
 
 
-def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
-    grid = stored.scheme.grid
+def _parts(stored: Stored) -> Iterator[tuple[str, PartOf]]:
     for module in stored.modules.values():
+        assert isinstance(module.encoding, Ints)
         for role, ref in module.parts:
-            yield ref.name, PartRule(role, ref.spec.dtype, module.whole, grid, grid.scale_grid == "bf16")
+            yield ref.name, PartOf(role, module.encoding, module.whole)
 
 
 def _items(
@@ -354,9 +357,10 @@ class _Reader:
             seen.nonzero, seen.bad, first = scan(data, job.scan, min(job.slab, count))
             seen.first_bad = piece.start // job.scan.nbytes + first if seen.bad else -1
         if job.part:
-            seen.faults = tuple(part_faults(data, job.part, piece.start))
+            encoding, dtype = job.part.encoding, job.ref.spec.dtype
+            seen.faults = tuple(encoding.faults(job.part.role, dtype, job.part.shape, data, piece.start))
             if job.part.role == "words":
-                seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, job.part.grid.bits)
+                seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, encoding.grid.bits)
         wanted: Bytes | None = None
         if job.other and self._source:
             wanted = theirs[:count]

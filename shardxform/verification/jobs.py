@@ -5,26 +5,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.base.digests import tensor_digest
 from shardxform.base.tensors import TensorRef
+from shardxform.formats.encoding import Fault, Role
+from shardxform.formats.integers import Ints
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally
-from shardxform.verification.values import Fault, FloatBits, PartRule, merged
+from shardxform.verification.values import FloatBits, merged
 from shardxform.verification.wanted import Derived
 
 __all__ = [
     "Digest",
     "Job",
+    "PartOf",
     "Piece",
     "Result",
     "Seen",
@@ -37,8 +38,14 @@ __all__ = [
     "report_faults",
 ]
 
-_SIGMAS: Final = 8
-_ANOTHER: Final = 1.5  # a mean that is farther off is no error by one, but of weights that have one
+
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """Which part of a quantized weight [O, I] a tensor is."""
+
+    role: Role
+    encoding: Ints
+    shape: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -56,7 +63,7 @@ class Job:
     other: TensorRef | None
     slab: int
     nonzero: NDArray[np.bool_]
-    part: PartRule | None = None
+    part: PartOf | None = None
     derived: Derived | None = None
     bad: int = 0
     first_bad: int = -1
@@ -177,8 +184,10 @@ def report(job: Job, findings: Findings) -> None:
         text = f"{job.differing} of {ref.nbytes} bytes differ from {_made(job)}, the first at {job.first_differing}"
         findings.problem("source-bytes", name, text + _expert(job, job.first_differing))
     words = job.part is not None and job.part.role == "words"
-    if words and (text := off_centre(job)):
-        findings.problem("off-centre", name, text)
+    if job.part and words and job.nonzero.any():
+        encoding = job.part.encoding
+        if text := encoding.off_centre(job.codes, ref.nbytes * 8 // encoding.grid.bits, job.part.shape[1]):
+            findings.problem("off-centre", name, text)
     if not (job.scan or words) or len(ref.spec.shape) < 2 or job.nonzero.all() or job.faults:
         return
     zeros = [int(i) for i in np.flatnonzero(~job.nonzero)]
@@ -199,28 +208,6 @@ def report_digests(recorded: Mapping[str, str], found: Iterable[Digest], finding
         else:
             findings.problem("digest", name, "not the bytes that were written: its digest is not the record's")
     return frozenset(same)
-
-
-def off_centre(job: Job) -> str:
-    """Say that codes of 4 bits are off by one, which shows without a source; empty where it does not.
-
-    The mean of a weight is about zero, so that of its codes is as well. Where scales are signed, for the largest weight
-    of each group to reach the lower end of the range, it is 8 / S less, with S weights in a group. Beside that a third
-    of a code is allowed, for weights whose mean is a tenth of their spread, and 8 standard deviations of the mean of
-    codes that are spread by 4. Codes of 8 bits are spread by 45 and more: to be off by one is nothing beside that.
-    """
-    rule = job.part
-    if rule is None or rule.grid.bits != 4 or not job.nonzero.any():
-        return ""
-    number, zero = 2 * job.ref.nbytes, rule.grid.zero_code
-    allowed = 1 / 3 + _SIGMAS * zero / 2 / math.sqrt(number)
-    low, high = -zero / rule.grid.span(rule.shape[1]) - allowed, allowed
-    mean = job.codes / number - zero
-    if low <= mean <= high or abs(mean) > _ANOTHER:
-        return ""
-    return (
-        f"the mean of its codes is {mean:+.3f} from zero, expected {low:.3f} to {high:.3f}, as if all were off by one"
-    )
 
 
 def report_faults(table: Iterable[Job], layout: Layout | None, findings: Findings) -> None:
