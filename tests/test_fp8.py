@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, SchemeError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats import fp8, integers, plain
-from shardxform.formats.encoding import Cut, Opener, Storage
+from shardxform.formats.encoding import Cut, Opener, Storage, Writing
 from shardxform.formats.fp8 import Fp8, decoded_codes
 from shardxform.formats.grid import Grid
+from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Format, Scheme
 from shardxform.formats.stored import decoded
 from shardxform.plan.quantize import plan_quantize
@@ -136,6 +138,21 @@ def test_scales_may_be_one_or_one_a_row(block: Any, shape: tuple[int, ...]) -> N
     storage, read = stored(codes, scales, Fp8("F8_E4M3", block, "weight_scale", "F32"))
     grid = np.broadcast_to(scales.reshape(-1, 1), (6, 1))
     assert np.array_equal(Opener(read).open(storage).values(2, 6), by_hand(codes, grid, (1, 8))[2:])
+
+
+def test_what_stands_below_is_opened_after_what_stands_above_is_written() -> None:
+    storage, read = stored(np.zeros((4, 4), np.uint8), np.ones((1, 1), np.float32), Fp8("F8_E4M3", (4, 4), "s", "F32"))
+    opened: list[int] = []
+
+    def one_by_one() -> Iterator[Any]:
+        for number in range(8):
+            opened.append(number)
+            yield Opener(read).open(storage)
+
+    writing = Writing("m", (32, 4), rounder=print, stopped=lambda: None)
+    for number, (role, offset, bits) in enumerate(Plain("BF16").written(one_by_one(), writing)):
+        assert (role, offset, bits.shape) == ("values", 32 * number, (4, 4))
+        assert opened == list(range(number + 1))
 
 
 def test_what_is_not_finite_is_refused_and_named() -> None:

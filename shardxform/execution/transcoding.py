@@ -84,7 +84,7 @@ def transcode_step(
         stopped()
         writing = Writing(_where(item), item.shape, rounder, stopped)
         extents = dict(item.parts)
-        rows = [opener.open(source) for source in item.sources]
+        rows = map(opener.open, item.sources)
         for role, offset, data in item.target.written(rows, writing):
             write_part(data, extents[role], files[1], fs, taken, offset)
             on_bytes(data.nbytes)

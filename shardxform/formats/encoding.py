@@ -8,7 +8,7 @@ alone, so that planning needs no array library; what reads and writes numbers im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -167,8 +167,10 @@ class Target(Encoding, Protocol):
         """Say why a matrix of this shape cannot be stored so; empty when it can."""
         ...
 
-    def written(self, sources: Sequence[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
+    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
         """Encode rows of all sources, one below the other: runs of the parts' bytes, and where in a part they begin.
+
+        Sources are opened as they are asked for: a stack of experts has hundreds.
 
         Raises:
             ExecutionError: values that cannot be stored so; names tensor and row.

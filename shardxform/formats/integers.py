@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -93,7 +93,7 @@ class Ints:
             arrays["words"], arrays["scales"], self.layout, self.grid, parts["scales"].spec, name, 0, shape[0]
         )
 
-    def written(self, sources: Sequence[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
+    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
         """Give the parts of a matrix: the same integers and scales where the sources are integers, else rounded ones.
 
         Raises:
@@ -104,11 +104,11 @@ class Ints:
         from shardxform.formats.rounding import QuantizedWeight
 
         out = QuantizedWeight.empty(self.layout, self.grid, writing.shape)
-        integers = [rows for rows in sources if isinstance(rows, packing.IntRows)]
-        if integers:
+        opened = list(sources)
+        if integers := [rows for rows in opened if isinstance(rows, packing.IntRows)]:
             packing.move(integers, (out.words, out.scales), self.layout, self.scale_dtype)
         else:
-            self._round(sources, out, writing)
+            self._round(opened, out, writing)
         for role, array in self.stored(out, writing.shape, as_read=bool(integers)):
             yield role, 0, array
 
@@ -174,7 +174,7 @@ class Ints:
             " one"
         )
 
-    def _round(self, sources: Sequence[Rows], out: QuantizedWeight, writing: Writing) -> None:
+    def _round(self, sources: Iterable[Rows], out: QuantizedWeight, writing: Writing) -> None:
         """Round rows, tile by tile."""
         row = 0
         for rows in sources:

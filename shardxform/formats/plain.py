@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,7 +58,7 @@ class Plain:
         """Nothing: rows are written as they come."""
         return 0
 
-    def written(self, sources: Sequence[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
+    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
         """Give the values a tile at a time; float16 must not overflow, nor round what it is known to hold exactly."""
         offset = 0
         for rows in sources:
