@@ -24,13 +24,13 @@ __all__ = [
     "Encoding",
     "Fault",
     "Opener",
-    "Part",
+    "PartSpec",
     "Read",
     "Role",
     "Rows",
     "SourceDtype",
     "Storage",
-    "Target",
+    "Writable",
     "Writing",
 ]
 
@@ -54,7 +54,7 @@ TILE_BYTES: Final = 6 * ROUND_TILE
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartSpec:
     """One of the tensors that stand for a matrix: what it holds, the last part of its name, its dtype and shape."""
 
     role: Role
@@ -130,7 +130,7 @@ class Rows(Protocol):
 class Encoding(Protocol):
     """A way to store the numbers of a matrix [O, I]."""
 
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the tensors that stand for a matrix, in the order in which they are written."""
         ...
 
@@ -160,7 +160,7 @@ class Fault:
     wanted: str = ""
 
 
-class Target(Encoding, Protocol):
+class Writable(Encoding, Protocol):
     """An encoding that can be written."""
 
     def misfit(self, rows: int, columns: int) -> str:

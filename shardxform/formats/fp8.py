@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import Cut, Part, Read, Role, SourceDtype, Storage
+from shardxform.formats.encoding import Cut, PartSpec, Read, Role, SourceDtype, Storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,12 +56,12 @@ class Fp8:
     scale_suffix: str
     scale_dtype: str
 
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
         scales = (-(-rows // (self.block[0] or rows)), -(-columns // (self.block[1] or columns)))
         return (
-            Part("values", "weight", self.dtype, (rows, columns)),
-            Part("scales", self.scale_suffix, self.scale_dtype, scales),
+            PartSpec("values", "weight", self.dtype, (rows, columns)),
+            PartSpec("scales", self.scale_suffix, self.scale_dtype, scales),
         )
 
     def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
@@ -82,7 +82,7 @@ class Fp8:
         ref = parts["scales"]
         bits = np.empty(ref.spec.shape, {"F32": "f4", "BF16": "u2", "F16": "u2"}.get(ref.spec.dtype, "u1"))
         read(ref, bits)
-        scales = packing.decode(bits, ref.spec.dtype) if bits.itemsize > 1 else _powers(bits)
+        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else _powers(bits)
         scale_ST = scales.reshape(self.parts(*shape)[1].shape)
         if checked and (bad := packing.first_of(~np.isfinite(scale_ST))):
             raise ExecutionError(f"tensor '{ref.name}': scale {scale_ST[bad]} at {list(bad)}; expected finite scales")

@@ -53,11 +53,6 @@ class Grid:
         return 1 << (self.bits - 1)
 
     @property
-    def qmax_code(self) -> int:
-        """The largest code: 15 or 255."""
-        return (1 << self.bits) - 1
-
-    @property
     def codes_per_word(self) -> int:
         """Codes in an int32 word: 8 or 4."""
         return 32 // self.bits

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
-from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, Part, Read, Role, Rows, Writing, tiles
+from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, tiles
 from shardxform.formats.grid import Grid, Layout
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Ints:
             return f"{columns} input channels do not fill groups of {group}"
         return ""
 
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the tensors that stand for a matrix, in the order in which they are written."""
         return _parts(self, rows, columns)
 
@@ -143,7 +143,7 @@ class Ints:
             wanted = np.array(shape)[first : first + sizes.size]
             yield from _fault("weight-shape", "sizes are not the weight's", sizes != wanted, first, sizes, wanted)
         elif role == "scales":
-            values = packing.decode(data.view("<u2"), dtype)
+            values = packing.float32_of(data.view("<u2"), dtype)
             finite = np.isfinite(values)  # the others are found as all non-finite floats are
             small = finite & (np.abs(values) < np.float32(_SMALLEST_SCALE))
             yield from _fault("scale", "scales are zero, or below 1e-05 in magnitude", small, start // 2, values)
@@ -197,7 +197,7 @@ class Ints:
                 yield part.role, out.words
             elif part.role == "scales":
                 narrow = self.scale_dtype == "BF16" and not as_read
-                yield part.role, packing.bf16_bits_of(packing.decode(out.scales, "F16")) if narrow else out.scales
+                yield part.role, packing.bf16_bits_of(packing.float32_of(out.scales, "F16")) if narrow else out.scales
             elif part.role == "zeros":
                 yield part.role, packing.qzeros(self.grid.groups(columns), rows, self.grid.bits)
             else:
@@ -205,20 +205,20 @@ class Ints:
 
 
 @functools.lru_cache(maxsize=64)
-def _parts(ints: Ints, rows: int, columns: int) -> tuple[Part, ...]:
+def _parts(ints: Ints, rows: int, columns: int) -> tuple[PartSpec, ...]:
     words = ints.grid.word_shape(ints.layout, rows, columns)
     scales = ints.grid.scale_shape(ints.layout, rows, columns)
     if ints.layout == "row":
         return (
-            Part("words", "weight_packed", "I32", words),
-            Part("scales", "weight_scale", ints.scale_dtype, scales),
-            Part("shape", "weight_shape", "I64", (2,)),
+            PartSpec("words", "weight_packed", "I32", words),
+            PartSpec("scales", "weight_scale", ints.scale_dtype, scales),
+            PartSpec("shape", "weight_shape", "I64", (2,)),
         )
     return (
-        Part("words", "qweight", "I32", words),
-        Part("zeros", "qzeros", "I32", (scales[0], rows // ints.grid.codes_per_word)),
-        Part("scales", "scales", "F16", scales),
-        *((Part("g_idx", "g_idx", "I32", (columns,)),) if ints.g_idx else ()),
+        PartSpec("words", "qweight", "I32", words),
+        PartSpec("zeros", "qzeros", "I32", (scales[0], rows // ints.grid.codes_per_word)),
+        PartSpec("scales", "scales", "F16", scales),
+        *((PartSpec("g_idx", "g_idx", "I32", (columns,)),) if ints.g_idx else ()),
     )
 
 

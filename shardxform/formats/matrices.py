@@ -13,7 +13,7 @@ from typing import Final, Literal
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut, Encoded, Storage
-from shardxform.formats.plain import sources_of
+from shardxform.formats.plain import storages_of
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
@@ -63,7 +63,7 @@ class Matrix:
     @property
     def stored(self) -> tuple[Storage, ...]:
         """What is stored for its rows, one below the other."""
-        return sources_of(self.weight, self.cut)
+        return storages_of(self.weight, self.cut)
 
     @property
     def local(self) -> str:
@@ -87,7 +87,7 @@ class Vector:
     @property
     def stored(self) -> tuple[Storage, ...]:
         """What is stored for it, as a matrix of one column."""
-        return sources_of(self.row, self.cut)
+        return storages_of(self.row, self.cut)
 
 
 def matrices_of(
@@ -189,5 +189,5 @@ def _joined(gate: TensorRef, up: TensorRef) -> TensorRef:
     rows, columns = gate.spec.shape
     spec = gate.spec.of_shape((2 * rows, columns))
     if isinstance(gate, Encoded) or isinstance(up, Encoded):
-        return Encoded(spec, (), sources_of(gate) + sources_of(up))
+        return Encoded(spec, (), storages_of(gate) + storages_of(up))
     return TensorRef(spec, gate.ranges + up.ranges)

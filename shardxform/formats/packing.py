@@ -29,12 +29,11 @@ __all__ = [
     "IntRows",
     "bf16_bits_of",
     "code_sum",
-    "decode",
     "dequantize",
-    "dequantize_bf16",
     "determined",
     "empty_of",
     "first_of",
+    "float32_of",
     "half_bits_of",
     "is_infinite",
     "move",
@@ -92,10 +91,10 @@ class IntRows:
         """int32 words [R, W] and float32 scales [R, G] of rows `start`..`stop - 1`, whichever way they are stored."""
         words, bits = (rows_between(a, self.layout, self.first + start, self.first + stop) for a in self.stored)
         if self.layout == "row":
-            return words, decode(bits.copy(), self.scale_spec.dtype)
+            return words, float32_of(bits.copy(), self.scale_spec.dtype)
         words_RW = np.empty(words.shape[::-1], words.dtype)
         transpose_into(words, words_RW)
-        return words_RW, np.ascontiguousarray(decode(bits.copy(), self.scale_spec.dtype).T)
+        return words_RW, np.ascontiguousarray(float32_of(bits.copy(), self.scale_spec.dtype).T)
 
     @property
     def stored(self) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -136,9 +135,9 @@ def _scales_as(dtype: str, rows: IntRows) -> NDArray[np.uint16]:
     """Bits of the scales in another type, which must hold every one exactly."""
     if dtype == rows.scale_spec.dtype:
         return rows.scales
-    values = decode(rows.scales, rows.scale_spec.dtype)
+    values = float32_of(rows.scales, rows.scale_spec.dtype)
     bits = bf16_bits_of(values) if dtype == "BF16" else half_bits_of(values)
-    if bad := first_of(decode(bits, dtype) != values):
+    if bad := first_of(float32_of(bits, dtype) != values):
         raise ExecutionError(
             f"tensor '{rows.scale_spec.name}': scale {values[bad]} at {list(bad)} is stored as {rows.scale_spec.dtype};"
             f" the target's {dtype} cannot hold it exactly"
@@ -182,7 +181,7 @@ def refuse_odd(role: Role, ref: TensorRef, found: NDArray[Any], shape: tuple[int
     elif role == "shape" and found.tolist() != list(shape):
         raise ExecutionError(f"tensor '{ref.name}': {found.tolist()}, expected the weight's shape {list(shape)}")
     elif role == "scales":
-        values = decode(found, ref.spec.dtype)
+        values = float32_of(found, ref.spec.dtype)
         if bad := first_of(~(np.abs(values) < _LARGEST_SCALE)):
             raise ExecutionError(f"tensor '{ref.name}': scale {values[bad]} at {list(bad)}; expected finite scales")
 
@@ -199,7 +198,7 @@ def rows_between(array: NDArray[Any], layout: Layout, start: int, stop: int) -> 
     return array[:, start:stop] if layout == "gptq" else array[start:stop]
 
 
-def decode(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def float32_of(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Bits of BF16, F16 or F32 -> float32, exact."""
     if dtype == "BF16":
         wide = bits.astype(np.uint32)
@@ -285,13 +284,6 @@ def dequantize(codes_OI: NDArray[np.uint8], scale_OG: NDArray[Any], bits: int, g
     half_OG = scale_OG.view(np.float16) if scale_OG.dtype == np.uint16 else scale_OG
     scale_OI = np.repeat(half_OG.astype(np.float32), columns if group_size == -1 else group_size, axis=1)[:, :columns]
     return (codes_OI.astype(np.float32) - np.float32(1 << (bits - 1))) * scale_OI
-
-
-def dequantize_bf16(
-    codes_OI: NDArray[np.uint8], scale_OG: NDArray[Any], bits: int, group_size: int
-) -> NDArray[np.uint16]:
-    """As ``dequantize``, rounded to the nearest BF16, ties to even; uint16 bits [O, I]."""
-    return bf16_bits_of(dequantize(codes_OI, scale_OG, bits, group_size))
 
 
 def bf16_bits_of(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -15,7 +15,7 @@ from shardxform.formats.encoding import (
     DECODE_TILE,
     Cut,
     Encoded,
-    Part,
+    PartSpec,
     Read,
     Role,
     Rows,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Plain", "PlainRows", "sources_of"]
+__all__ = ["Plain", "PlainRows", "storages_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Plain:
 
     dtype: str
 
-    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the one tensor that holds the values."""
-        return (Part("values", "weight", self.dtype, (rows, columns)),)
+        return (PartSpec("values", "weight", self.dtype, (rows, columns)),)
 
     def misfit(self, _rows: int, _columns: int) -> str:
         """Say nothing: every shape can be stored so."""
@@ -143,9 +143,9 @@ class PlainRows:
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Values of rows, exactly; of BF16, F16 and F32."""
-        from shardxform.formats.packing import decode
+        from shardxform.formats.packing import float32_of
 
-        return decode(*self.raw(start, stop))
+        return float32_of(*self.raw(start, stop))
 
     def _read(self, ref: TensorRef) -> NDArray[Any]:
         import numpy as np
@@ -155,7 +155,7 @@ class PlainRows:
         return array
 
 
-def sources_of(ref: TensorRef, cut: Cut | None = None) -> tuple[Storage, ...]:
+def storages_of(ref: TensorRef, cut: Cut | None = None) -> tuple[Storage, ...]:
     """What is stored for a matrix, or with a cut for a part of what `ref` holds; a vector is a matrix of one column."""
     if isinstance(ref, Encoded):
         return ref.sources

@@ -73,11 +73,6 @@ class RtnStats:
         """Whether the words and scales mean anything; if not, they are unspecified and must not be written."""
         return self.nonfinite is None and self.overflow_row is None
 
-    @property
-    def all_zero(self) -> bool:
-        """Whether every weight is zero."""
-        return self.zero_groups == self.groups
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedWeight:
@@ -251,7 +246,7 @@ def _run_numpy(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: Quant
     # Bits that cannot be represented are found and reported; until then they may overflow at will.
     with np.errstate(all="ignore"):
         for first, last in _row_tiles(*_shape(bits_OI)):
-            w_OI = packing.decode(bits_OI[first:last], dtype)
+            w_OI = packing.float32_of(bits_OI[first:last], dtype)
             if row < 0 and not np.isfinite(w_OI).all():
                 row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(w_OI)))
                 row += first
@@ -292,7 +287,7 @@ def _grouped(w_OI: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
 def _round_to_grid(magnitude: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """Non-negative float32 -> nearest scale of the grid, infinite where float16 overflows, not yet clamped."""
     if grid.scale_grid == "bf16":
-        magnitude = packing.decode(packing.bf16_bits_of(magnitude), "BF16")
+        magnitude = packing.float32_of(packing.bf16_bits_of(magnitude), "BF16")
     return magnitude.astype(np.float16).astype(np.float32)
 
 

@@ -22,7 +22,7 @@ from shardxform.formats.dialects import build
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
-from shardxform.formats.plain import Plain, sources_of
+from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread
 from shardxform.formats.stored import Stored, has_g_idx, read_stored
@@ -257,7 +257,7 @@ def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
     refs = [ref for refs in experts for ref in refs]
     spec = TensorSpec(name, first.dtype, (len(experts), sum(ref.spec.shape[0] for ref in experts[0]), first.shape[1]))
     if any(isinstance(ref, Encoded) for ref in refs):
-        return Encoded(spec, (), tuple(source for ref in refs for source in sources_of(ref)))
+        return Encoded(spec, (), tuple(source for ref in refs for source in storages_of(ref)))
     return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
 
 
@@ -270,8 +270,7 @@ def _steps(shards: Sequence[ShardPlan], weights: Iterable[Encoded], encoding: In
             if isinstance(encoding, Plain):
                 item = TranscodeItem(weight.name, weight.sources, encoding, (("values", extents[weight.name]),))
             else:
-                parts = encoding.parts(*_shape(weight))
-                item = transcode_item(weight.name, weight.sources, encoding, parts, extents)
+                item = transcode_item(weight.name, weight.sources, encoding, extents)
             yield item, item.out_bytes
 
     return transcode_steps(items())

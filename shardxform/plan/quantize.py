@@ -32,7 +32,7 @@ from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
-from shardxform.plan.steps import KeptItem, Transcode, TranscodeItem, TuneBlock, transcode_item, transcode_steps
+from shardxform.plan.steps import KeptItem, TranscodeItem, TuneBlock, transcode_item, transcode_steps
 from shardxform.plan.view import View, pruned_view
 
 __all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]
@@ -57,6 +57,51 @@ def plan_quantize(
 
     """
     options = options or ViewOptions()
+    view = _view(source, scheme, manifest, options, recipe)
+    tensors = view.checkpoint.tensors
+    selection = select(view.layout, tensors, scheme)
+    _refuse_no_expert(selection, scheme)
+    quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
+    kept = kept_tensors(tensors, selection, scheme)
+    copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
+    gathered = gathered_tensors(view, selection, scheme, kept)
+    specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
+    specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
+    shards = lay_out(specs, options.max_shard_bytes)
+    healed = _healed(view, selection, copied, shards, recipe)
+    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
+    copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
+    computed = _computed(source, view, shards, gathered, selection, scheme, healed, recipe)
+    config = {**view.checkpoint.config, "quantization_config": quantization}
+    quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
+    sidecars = sidecar_digests(view.checkpoint)
+    plan = Plan(
+        command="quantize",
+        source=source.root,
+        remote=source.remote,
+        source_shards=source.shards,
+        shards=shards,
+        steps=(*copies, *computed),
+        config=config_bytes(source, quantized_view),
+        sidecars=sidecars,
+        inputs={
+            **view_inputs("quantize", source, manifest, options, sidecars),
+            "scheme": scheme_inputs(scheme, recipe),
+            **({"recipe": recipe.facts()} if recipe else {}),
+            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+        },
+        summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
+        notes=(*view.notes, *_decoded_notes(view, kept), *_misfit_notes(selection)),
+        unread=source.unread,
+    )
+    plan.check()
+    return plan
+
+
+def _view(
+    source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
+) -> View:
+    """What is quantized of the source, as 16-bit weights; refuses what cannot be."""
     if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
         raise SchemeError(
             "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
@@ -75,52 +120,38 @@ def plan_quantize(
     view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=options.mtp)
     if recipe and recipe.heal:
         refuse_unpruned(view)
-    tensors = view.checkpoint.tensors
     _refuse_unscaled(view)
     refuse_unread(view.layout, scheme)
-    selection = select(view.layout, tensors, scheme)
-    _refuse_no_expert(selection, scheme)
-    quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    kept = kept_tensors(tensors, selection, scheme)
-    copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
-    gathered = gathered_tensors(view, selection, scheme, kept)
-    specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
-    specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
-    shards = lay_out(specs, options.max_shard_bytes)
-    tuned = [module for module in selection.quantized if recipe and module.place.scope == "block"]
-    rounded = [module for module in selection.quantized if not (recipe and module.place.scope == "block")]
-    healed = _healed(view, selection, copied, shards, recipe)
-    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
-    copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    steps: tuple[Step, ...] = (*copies, *_gather_steps(shards, gathered), *_round_steps(shards, rounded, scheme))
-    if recipe:
-        items = ((module.place.layer, item) for module, item in _items(shards, tuned, scheme))
-        make = partial(TuneBlock, recipe=recipe)
-        steps = (*steps, *_tune_steps(items, healed, block_sizes(source, view), make))
-    config = {**view.checkpoint.config, "quantization_config": quantization}
-    quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
-    sidecars = sidecar_digests(view.checkpoint)
-    plan = Plan(
-        command="quantize",
-        source=source.root,
-        remote=source.remote,
-        source_shards=source.shards,
-        shards=shards,
-        steps=steps,
-        config=config_bytes(source, quantized_view),
-        sidecars=sidecars,
-        inputs={
-            **view_inputs("quantize", source, manifest, options, sidecars),
-            "scheme": scheme_inputs(scheme, recipe),
-            **({"recipe": recipe.facts()} if recipe else {}),
-            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
-        },
-        summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(view, kept), *_misfit_notes(selection)),
-        unread=source.unread,
+    return view
+
+
+def _computed(
+    source: Checkpoint,
+    view: View,
+    shards: Sequence[ShardPlan],
+    gathered: Mapping[str, tuple[TensorSpec, tuple[Storage, ...]]],
+    selection: Selection,
+    scheme: Scheme,
+    healed: Mapping[int, tuple[KeptItem, ...]],
+    recipe: Recipe | None,
+) -> Iterator[Step]:
+    """Steps that compute: values that are moved or decoded, weights that are rounded, blocks that are tuned."""
+    extents, encoding = extents_of(shards), scheme.encoding
+    tuned: list[tuple[int | None, TranscodeItem]] = []
+    rounded: list[tuple[TranscodeItem, int]] = []
+    for module in selection.quantized:
+        item = transcode_item(module.name, module.stored, encoding, extents)
+        if recipe and module.place.scope == "block":
+            tuned.append((module.place.layer, item))
+        else:
+            rounded.append((item, module.nbytes))
+    yield from transcode_steps(
+        (TranscodeItem(name, stored, Plain(spec.dtype), (("values", extents[name]),)), spec.nbytes)
+        for name, (spec, stored) in gathered.items()
     )
-    plan.check()
-    return plan
+    yield from transcode_steps(rounded)
+    if recipe:
+        yield from _tune_steps(tuned, healed, block_sizes(source, view), partial(TuneBlock, recipe=recipe))
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -233,30 +264,6 @@ def _unfused(selection: Selection, scheme: Scheme) -> Iterator[Matrix]:
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
     """Describe a scheme as plain data, for the record and for comparison."""
     return {"method": "auto-round" if recipe and recipe.iters else "rtn", **asdict(scheme)}
-
-
-def _gather_steps(
-    shards: Sequence[ShardPlan], gathered: Mapping[str, tuple[TensorSpec, tuple[Storage, ...]]]
-) -> Iterator[Transcode]:
-    """Steps that write values as they are, in another order or decoded, in table order."""
-    extents = extents_of(shards)
-    return transcode_steps(
-        (TranscodeItem(name, stored, Plain(spec.dtype), (("values", extents[name]),)), spec.nbytes)
-        for name, (spec, stored) in gathered.items()
-    )
-
-
-def _round_steps(shards: Sequence[ShardPlan], modules: Iterable[Matrix], scheme: Scheme) -> Iterator[Transcode]:
-    """Steps that round weights, in table order; they are as large as what is read."""
-    return transcode_steps((item, module.nbytes) for module, item in _items(shards, modules, scheme))
-
-
-def _items(
-    shards: Sequence[ShardPlan], modules: Iterable[Matrix], scheme: Scheme
-) -> Iterator[tuple[Matrix, TranscodeItem]]:
-    extents, encoding = extents_of(shards), scheme.encoding
-    for module in modules:
-        yield module, transcode_item(module.name, module.stored, encoding, encoding.parts(*module.shape), extents)
 
 
 def _healed(

@@ -8,7 +8,7 @@ from typing import cast
 
 from shardxform.ask.recipe import Recipe
 from shardxform.base.tensors import ByteRange, TensorRef
-from shardxform.formats.encoding import TILE_BYTES, Part, Role, Storage, Target
+from shardxform.formats.encoding import TILE_BYTES, Role, Storage, Writable
 from shardxform.formats.integers import Ints
 from shardxform.plan import plan as plans
 from shardxform.plan.block_size import BlockSize
@@ -23,7 +23,7 @@ class TranscodeItem:
 
     module: str
     sources: tuple[Storage, ...]
-    target: Target
+    target: Writable
     parts: tuple[tuple[Role, Extent], ...]
 
     @property
@@ -66,11 +66,12 @@ class Transcode:
 
 
 def transcode_item(
-    module: str, sources: tuple[Storage, ...], target: Target, parts: Iterable[Part], extents: Mapping[str, Extent]
+    module: str, sources: tuple[Storage, ...], target: Writable, extents: Mapping[str, Extent]
 ) -> TranscodeItem:
-    """Make the item that writes a matrix, whose `parts` are called after `module` and have their place in `extents`."""
-    placed = tuple((part.role, extents[f"{module}.{part.suffix}"]) for part in parts)
-    return TranscodeItem(module, sources, target, placed)
+    """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`."""
+    rows = sum(source.shape[0] for source in sources)
+    parts = target.parts(rows, sources[0].shape[1])
+    return TranscodeItem(module, sources, target, tuple((p.role, extents[f"{module}.{p.suffix}"]) for p in parts))
 
 
 def transcode_steps(items: Iterable[tuple[TranscodeItem, int]]) -> Iterator[Transcode]:

@@ -34,29 +34,29 @@ from shardxform.verification.derived import derived_bytes
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     Digest,
-    Job,
     PartOf,
-    Piece,
     Result,
     Seen,
     Task,
+    TensorJob,
     Weight,
+    Window,
     Written,
     merge,
-    report,
     report_digests,
     report_faults,
+    report_tensor,
 )
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
 from shardxform.verification.rounding import Tally, examine
-from shardxform.verification.values import FLOATS, Bytes, difference, scan
+from shardxform.verification.values import FLOATS, Bytes, differing_bytes, scan_floats
 from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["CHUNK_BYTES", "Comparison", "Figures", "check_data"]
+__all__ = ["CHUNK_BYTES", "Against", "Figures", "check_data"]
 
 CHUNK_BYTES: Final = 2 << 20
 """Most bytes of one tensor in memory at a time, per thread and per side; a multiple of every element's width."""
@@ -65,7 +65,7 @@ _TASK_BYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Against:
     """What must be found: bytes of `tensors`, what is `derived`, of `shapes`, roundings; in files here or `remote`."""
 
     root: Path
@@ -101,7 +101,7 @@ class Figures:
 def check_data(
     out: Checkpoint,
     layout: Layout | None,
-    comparison: Comparison | None,
+    comparison: Against | None,
     findings: Findings,
     *,
     stored: Stored | None = None,
@@ -144,7 +144,7 @@ def check_data(
         findings.problem("unreadable", where, message)
     same = report_digests(digests or {}, written, findings)
     for job in table:
-        report(job, findings)
+        report_tensor(job, findings)
     report_faults(table, layout, findings)
     compared = [job for job in table if job.other or job.derived]
     order = {weight.pair.name: at for at, weight in enumerate(weights)}
@@ -166,8 +166,8 @@ def check_data(
 
 
 def _jobs(
-    out: Checkpoint, layout: Layout | None, comparison: Comparison | None, stored: Stored | None
-) -> Iterator[Job]:
+    out: Checkpoint, layout: Layout | None, comparison: Against | None, stored: Stored | None
+) -> Iterator[TensorJob]:
     """Tensors worth reading, in the order of their bytes."""
     rules = dict(_parts(stored)) if stored else {}
     examined = {pair.words for pair in comparison.pairs} if comparison else set()
@@ -183,10 +183,10 @@ def _jobs(
         place = layout.places.get(name) if layout else None
         fused = kind and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
         slab = ref.nbytes // ref.spec.shape[0] if fused else ref.nbytes
-        yield Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part, derived)
+        yield TensorJob(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part, derived)
 
 
-def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
+def _is_derivable(ref: TensorRef, comparison: Against) -> bool:
     """Whether a tensor has the dtype and shape of the values that it must hold."""
     derived = comparison.derived.get(ref.name)
     if derived is not None and derived.moves:
@@ -197,7 +197,7 @@ def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
     return ref.spec.shape[-1] == columns and math.prod(ref.spec.shape[:-1]) == rows
 
 
-def _is_empty(ref: TensorRef, comparison: Comparison) -> bool:
+def _is_empty(ref: TensorRef, comparison: Against) -> bool:
     """Whether there is nothing to compare in a tensor that is as it must be."""
     wanted = comparison.tensors.get(ref.name)
     return not ref.nbytes and wanted is not None and wanted.spec == ref.spec
@@ -211,8 +211,8 @@ def _parts(stored: Stored) -> Iterator[tuple[str, PartOf]]:
 
 
 def _items(
-    out: Checkpoint, table: Iterable[Job], weights: Iterable[Weight], digests: Mapping[str, str]
-) -> Iterator[Piece | Weight | Written]:
+    out: Checkpoint, table: Iterable[TensorJob], weights: Iterable[Weight], digests: Mapping[str, str]
+) -> Iterator[Window | Weight | Written]:
     """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
     jobs = {job.ref.name: job for job in table}
     apart = {ref.name for weight in weights for _, ref in weight.pair.stored.parts}
@@ -234,9 +234,9 @@ def _chunks(ref: TensorRef) -> Iterator[Written]:
         yield Written(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
 
 
-def _tasks(items: Iterable[Piece | Weight | Written]) -> Iterator[Task]:
+def _tasks(items: Iterable[Window | Weight | Written]) -> Iterator[Task]:
     """Items in runs of about `_TASK_BYTES`."""
-    task: list[Piece | Weight | Written] = []
+    task: list[Window | Weight | Written] = []
     room = _TASK_BYTES
     for item in items:
         task.append(item)
@@ -248,16 +248,16 @@ def _tasks(items: Iterable[Piece | Weight | Written]) -> Iterator[Task]:
         yield task
 
 
-def _pieces(job: Job) -> Iterator[Piece]:
+def _pieces(job: TensorJob) -> Iterator[Window]:
     """Cut a tensor so that no piece holds more than `CHUNK_BYTES`, and whole slabs or a part of one."""
     total, slab = job.ref.nbytes, job.slab
     if slab <= CHUNK_BYTES:
         step = CHUNK_BYTES // slab * slab
-        yield from (Piece(job, start, min(start + step, total)) for start in range(0, total, step))
+        yield from (Window(job, start, min(start + step, total)) for start in range(0, total, step))
         return
     for home in range(0, total, slab):
         for start in range(home, home + slab, CHUNK_BYTES):
-            yield Piece(job, start, min(start + CHUNK_BYTES, home + slab))
+            yield Window(job, start, min(start + CHUNK_BYTES, home + slab))
 
 
 def _in_parallel(
@@ -288,7 +288,7 @@ def _in_parallel(
 class _Reader:
     """Reads and examines pieces and weights; one pair of buffers per thread."""
 
-    def __init__(self, out: Path, comparison: Comparison | None) -> None:
+    def __init__(self, out: Path, comparison: Against | None) -> None:
         self._fs = FileSystem()
         self._out = out
         self._source = comparison.root if comparison else None
@@ -328,11 +328,11 @@ class _Reader:
     def _ask_for(self, task: Task, shards: Shards) -> None:
         """Have what a task compares with be on its way, all of it at once."""
         for item in task:
-            if isinstance(item, Piece) and item.job.other and self._source:
+            if isinstance(item, Window) and item.job.other and self._source:
                 shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
 
-    def _item(self, item: Piece | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
-        if isinstance(item, Piece):
+    def _item(self, item: Window | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
+        if isinstance(item, Window):
             return self._piece(item, shards)
         return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
 
@@ -348,13 +348,13 @@ class _Reader:
 
         return Digest(chunk.ref.name, chunk.number, digesting.chunk_digest(pieces()))
 
-    def _piece(self, piece: Piece, shards: Shards) -> Seen:
+    def _piece(self, piece: Window, shards: Shards) -> Seen:
         ours, theirs = self._buffers()
         job, count = piece.job, piece.nbytes
         seen, data = Seen(piece), ours[:count]
         shards.read(self._out, window(job.ref.ranges, piece.start, piece.stop), data.data)
         if job.scan:
-            seen.nonzero, seen.bad, first = scan(data, job.scan, min(job.slab, count))
+            seen.nonzero, seen.bad, first = scan_floats(data, job.scan, min(job.slab, count))
             seen.first_bad = piece.start // job.scan.nbytes + first if seen.bad else -1
         if job.part:
             encoding, dtype = job.part.encoding, job.ref.spec.dtype
@@ -368,7 +368,7 @@ class _Reader:
         elif job.derived and self._source:
             wanted = derived_bytes(job.derived, piece.start, piece.stop, self._opener(shards))
         if wanted is not None:
-            seen.differing, first = difference(data, wanted)
+            seen.differing, first = differing_bytes(data, wanted)
             seen.first_differing = piece.start + first if seen.differing else -1
         return seen
 

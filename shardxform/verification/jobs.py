@@ -24,18 +24,18 @@ from shardxform.verification.wanted import Derived
 
 __all__ = [
     "Digest",
-    "Job",
     "PartOf",
-    "Piece",
     "Result",
     "Seen",
     "Task",
+    "TensorJob",
     "Weight",
+    "Window",
     "Written",
     "merge",
-    "report",
     "report_digests",
     "report_faults",
+    "report_tensor",
 ]
 
 
@@ -49,7 +49,7 @@ class PartOf:
 
 
 @dataclass(slots=True)
-class Job:
+class TensorJob:
     """One tensor to read: how to scan it, what to hold it against, and what was found so far.
 
     `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
@@ -74,10 +74,10 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Window:
     """Bytes `start`..`stop` of a job's tensor."""
 
-    job: Job
+    job: TensorJob
     start: int
     stop: int
 
@@ -115,7 +115,7 @@ class Weight:
         return self.pair.source.nbytes
 
 
-Task = Sequence[Piece | Weight | Written]
+Task = Sequence[Window | Weight | Written]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Digest:
 class Seen:
     """What one piece showed; positions are counted from the tensor's start, elements or bytes."""
 
-    piece: Piece
+    piece: Window
     nonzero: NDArray[np.bool_] | None = None
     bad: int = 0
     first_bad: int = -1
@@ -172,7 +172,7 @@ def _earlier(one: int, other: int) -> int:
 # -- saying it ----------------------------------------------------------------------------------------------------
 
 
-def report(job: Job, findings: Findings) -> None:
+def report_tensor(job: TensorJob, findings: Findings) -> None:
     """Say what a tensor showed; faults of parts of quantized weights apart."""
     ref, name = job.ref, job.ref.name
     if job.bad and job.scan:
@@ -210,7 +210,7 @@ def report_digests(recorded: Mapping[str, str], found: Iterable[Digest], finding
     return frozenset(same)
 
 
-def report_faults(table: Iterable[Job], layout: Layout | None, findings: Findings) -> None:
+def report_faults(table: Iterable[TensorJob], layout: Layout | None, findings: Findings) -> None:
     """Parts of quantized weights that are wrong; many in one way are told in one line."""
     items: list[Item] = []
     for job in table:
@@ -226,13 +226,13 @@ def report_faults(table: Iterable[Job], layout: Layout | None, findings: Finding
     findings.items(items, layout.num_experts if layout else 0)
 
 
-def _made(job: Job) -> str:
+def _made(job: TensorJob) -> str:
     if job.derived is None:
         return "the source"
     return "the source rounded again and dequantized" if job.derived.grid else "the source dequantized"
 
 
-def _expert(job: Job, byte: int) -> str:
+def _expert(job: TensorJob, byte: int) -> str:
     """Name the expert that a byte of the tensor belongs to, where dim 0 counts experts."""
     if job.place is None or not job.place.template.sliced or not job.ref.spec.shape:
         return ""

@@ -144,7 +144,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
         _round_again(tile, rule.grid, tally)
     usable = np.isfinite(tile.scales) & (tile.scales != 0)  # the others are reported where scales are looked at
     scale_OG = tile.scales if usable.all() else np.where(usable, tile.scales, np.float32(1))
-    w_OI = packing.decode(tile.bits, tile.dtype)
+    w_OI = packing.float32_of(tile.bits, tile.dtype)
     codes_OI = packing.unpack(tile.words, rule.stored.scheme.grid.bits, "row")
     seen = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
     counts, square, energy = seen.counts, seen.square, seen.energy

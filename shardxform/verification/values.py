@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shardxform.formats.encoding import Fault
 
-__all__ = ["FLOATS", "Bytes", "FloatBits", "difference", "merged", "scan"]
+__all__ = ["FLOATS", "Bytes", "FloatBits", "differing_bytes", "merged", "scan_floats"]
 
 Bytes = NDArray[np.uint8]
 
@@ -49,7 +49,7 @@ FLOATS: Final[Mapping[str, FloatBits]] = {
 }
 
 
-def scan(data: Bytes, kind: FloatBits, slab: int) -> tuple[NDArray[np.bool_], int, int]:
+def scan_floats(data: Bytes, kind: FloatBits, slab: int) -> tuple[NDArray[np.bool_], int, int]:
     """Look for NaN, infinities and zeros.
 
     Two reductions without a copy: as unsigned integers the largest is the largest negative number in magnitude, as
@@ -71,7 +71,7 @@ def scan(data: Bytes, kind: FloatBits, slab: int) -> tuple[NDArray[np.bool_], in
     return nonzero, int(np.count_nonzero(bad)), int(bad.argmax())
 
 
-def difference(data: Bytes, other: Bytes) -> tuple[int, int]:
+def differing_bytes(data: Bytes, other: Bytes) -> tuple[int, int]:
     """Count differing bytes; also the position of the first, or -1."""
     wide = "<u8" if len(data) % 8 == 0 else "<u1"
     if np.array_equal(data.view(wide), other.view(wide)):

@@ -19,7 +19,7 @@ from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import Grid
 from shardxform.formats.matrices import LINEAR_ROLES, matrices_of, vectors_of
-from shardxform.formats.plain import Plain, sources_of
+from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
@@ -286,7 +286,7 @@ class _Rounding:
         if isinstance(ref, Encoded):
             return Derived(ref.sources, dtype)
         rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1]))
-        return Derived(sources_of(rows), dtype, self.grid) if self.grid and _is_roundable(ref) else None
+        return Derived(storages_of(rows), dtype, self.grid) if self.grid and _is_roundable(ref) else None
 
 
 def _rounding(view: View, known: Known) -> _Rounding:
