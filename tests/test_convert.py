@@ -323,7 +323,7 @@ def test_float16_holds_weights_of_4_bits_exactly_and_others_rounded_once(
     note = plan_of(made, "fp16").notes[0]
     assert note.endswith("each integer times its scale, exactly") is exact
     assert ("rounded to its 11 significant bits" in note) is not exact
-    assert plan_of(made, "bf16").notes[0].endswith("--to fp16 holds them exactly") is exact
+    assert plan_of(made, "bf16").notes[0].endswith("`target.format` fp16 holds them exactly") is exact
 
 
 def test_float16_is_what_config_says_then(quantized: Path, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_float16_is_what_config_says_then(quantized: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("scale", "row"),
     [
-        (2.0**13, r"row 3, column \d+ stands for -?[\d.]+, which float16 cannot hold; use --to bf16"),
+        (2.0**13, r"row 3, column \d+ stands for -?[\d.]+, which float16 cannot hold; use `target.format` bf16"),
         (2.0**-27, "exactly"),
     ],
     ids=["overflow", "underflow"],
