@@ -656,12 +656,13 @@ def test_json_has_the_facts(out: Path) -> None:
 
 def test_other_inputs_are_refused(out: Path, tmp_path: Path) -> None:
     value = json.loads(KEEP.read_text())
-    value["keep"]["2"][0] = 2
+    first, second, *_ = kept = value["keep"]["2"]
+    kept[0] = next(e for e in range(second) if e != first)
     (tmp_path / "other.json").write_text(json.dumps(value))
     with pytest.raises(ManifestError, match=r'keep\["2"\]: not what .* was pruned by'):
         gather(out, CardOptions(manifest=tmp_path / "other.json"))
     del value["keep"]["3"]
-    value["keep"]["2"][0] = 3
+    kept[0] = first
     value["model"] = {}
     (tmp_path / "short.json").write_text(json.dumps(value))
     with pytest.raises(ManifestError, match="3 layers, but"):

@@ -262,19 +262,19 @@ def test_a_pruned_model_is_healed(roots: dict[str, Path], tmp_path: Path, kind: 
     keep = {"format": "shardxform.keep", "version": 1, "keep": {str(layer): [0, 2, 3, 5] for layer in range(LAYERS)}}
     (tmp_path / "keep.json").write_text(json.dumps(keep))
     text = ("--data", str(few("calib.jsonl")), "--samples", "6", "--seqlen", "32", "--dtype", "float32")
-    heal = ("--heal", "moe", "--heal-iters", "12", "--heal-lr", "0.01", "--batch-size", "3", *text)
+    heal = ("--heal", "all", "--heal-iters", "12", "--heal-lr", "0.01", "--batch-size", "3", *text)
     for name, more in (("pruned", ()), ("healed", heal)):
         command = ["prune", str(roots[kind]), str(tmp_path / name), "-m", str(tmp_path / "keep.json"), "-q", *more]
         result = CliRunner().invoke(main, command, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "healed" / "shardxform.json").read_text())
     blocks = record["facts"]["blocks"]
-    assert any(block["healed"]["what"] == "moe" for block in blocks)
+    assert any(block["healed"]["what"] == "all" for block in blocks)
     assert all(block["healed"]["healed_error"] <= block["healed"]["pruned_error"] for block in blocks)
     pruned, healed = (loaded(tmp_path / name).model.layers for name in ("pruned", "healed"))
     for block in blocks:
         one, other = (layers[block["layer"]].mlp.experts.gate_up_proj.detach() for layers in (pruned, healed))
-        assert (0 < float((one - other).norm() / one.norm()) < 0.1) == (block["healed"]["what"] == "moe")
+        assert (0 < float((one - other).norm() / one.norm()) < 0.1) == (block["healed"]["what"] == "all")
 
 
 @pytest.mark.parametrize("heal", [False, True], ids=["rounded", "healed and rounded"])

@@ -299,7 +299,7 @@ def _rows(
             yield DataRecord(place, key, row[key], _source(row, place) if sources else "", found)
 
 
-def _without_nulls(value: Any) -> Any:  # noqa: ANN401
+def _without_nulls(value: object) -> Any:  # noqa: ANN401
     """A cell without the fields that are null in it: a table gives every struct the fields of all its structs.
 
     `content` stays, which messages that call tools set to null.

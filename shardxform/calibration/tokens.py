@@ -146,7 +146,7 @@ def _config_fault(root: Path) -> str:
     return ""
 
 
-def _end_of_text(inner: Any, config: Mapping[str, Any], root: Path) -> int:  # noqa: ANN401
+def _end_of_text(inner: Any, config: Mapping[str, object], root: Path) -> int:  # noqa: ANN401
     """Id of the end-of-text token: the tokenizer's, else of config.json, else of generation_config.json."""
     if type(inner.eos_token_id) is int:
         return inner.eos_token_id
@@ -158,7 +158,7 @@ def _end_of_text(inner: Any, config: Mapping[str, Any], root: Path) -> int:  # n
     return end
 
 
-def _number(config: Mapping[str, Any], key: str) -> int | None:
+def _number(config: Mapping[str, object], key: str) -> int | None:
     """A number of the config or of its text part; the first where it is a list."""
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):

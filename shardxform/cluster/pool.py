@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.digests import Chunks
@@ -21,6 +21,7 @@ from shardxform.plan.plan import Copy, Plan, Step, tokens_of
 
 if TYPE_CHECKING:
     from shardxform.cluster.blocks import BlockTuning
+    from shardxform.plan.steps import TuneBlock
 
 __all__ = ["RayPool", "needs_of", "refuse_remote"]
 
@@ -89,14 +90,14 @@ class RayPool:
         """Have a step done by some worker."""
         needs = needs_of(step, self._device)
         if tokens_of(step):
-            return self._session.future(self._submit_block(step, needs))
+            return self._session.future(self._submit_block(cast("TuneBlock", step), needs))
         return self._session.future(self._session.submit(do_step, needs, self._wanted, self._place, self._packed(step)))
 
     def stop(self) -> None:
         """Cancel what is not done."""
         self._session.stop()
 
-    def _submit_block(self, step: Any, needs: Needs) -> Any:  # noqa: ANN401
+    def _submit_block(self, step: TuneBlock, needs: Needs) -> Any:  # noqa: ANN401
         from shardxform.cluster.blocks import do_block
 
         if self._tuning is None:

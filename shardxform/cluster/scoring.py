@@ -219,7 +219,7 @@ def _blocks_done(part: WindowPart, blocks: int) -> int:
     return sum(name.startswith("block ") for name in steps)
 
 
-def _mark(inputs: Mapping[str, Any]) -> str:
+def _mark(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(dumps(inputs).encode()).hexdigest()
 
 
@@ -253,20 +253,20 @@ def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: i
     ]
 
 
-def _bounds(found: Any, work: Path, count: int) -> list[tuple[int, int]]:  # noqa: ANN401
+def _bounds(found: object, work: Path, count: int) -> list[tuple[int, int]]:
     """How the windows were cut, as the record has it.
 
     Raises:
         ResumeError: the record does not cut all windows, each once: somebody changed it.
 
     """
-    at, bounds = 0, []
-    for part in found if isinstance(found, list) else ():
+    at, bounds, parts = 0, [], found if isinstance(found, list) else []
+    for part in parts:
         if not (isinstance(part, list) and len(part) == 2 and part[0] == at and type(part[1]) is int and part[1] > at):
             break
         bounds.append((at, part[1]))
         at = part[1]
-    if at != count or len(bounds) != len(found):
+    if at != count or len(bounds) != len(parts):
         raise ResumeError(f"{work / _SPLIT}: expected parts that cut {count} windows, found others; remove {work}")
     return bounds
 

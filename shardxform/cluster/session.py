@@ -18,9 +18,12 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.errors import ExecutionError, PlanError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 __all__ = ["LOCAL", "Needs", "Session", "check_address"]
 
@@ -161,7 +164,7 @@ class Session:
         """Give the cluster what many tasks take: a reference that stands for it among their arguments."""
         return self._ray.put(value)
 
-    def submit(self, function: Callable[..., Any], needs: Needs, *args: Any) -> Any:  # noqa: ANN401
+    def submit(self, function: Callable[..., Any], needs: Needs, *args: object) -> Any:  # noqa: ANN401
         """Have a `worker.reporting` function run: a reference, which may be an argument of other tasks.
 
         It is run again when the worker or its machine dies, and never for an error of its own.
@@ -171,7 +174,7 @@ class Session:
         options = {**needs.options(), "max_retries": _TRIES, "retry_exceptions": False}
         return self._functions[function].options(**options).remote(*args)
 
-    def future(self, ref: Any) -> Future[Any]:  # noqa: ANN401
+    def future(self, ref: ObjectRef[object]) -> Future[Any]:
         """The result of what was submitted, or its error, or what befell the worker as an `ExecutionError`."""
         future: Future[Any] = Future()
         self._refs[future] = ref

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from shardxform.base import computing
 from shardxform.base.digests import FACT, Chunk, digest_chunks
@@ -186,7 +186,7 @@ def opened_targets(place: StepPlace, step: Step, fs: FileSystem) -> Iterator[Ope
         targets.sync(step.writes)
 
 
-def refuse_other_source(root: Path, planned: Mapping[str, Sequence[Any]], names: Iterable[str]) -> None:
+def refuse_other_source(root: Path, planned: Mapping[str, Sequence[object]], names: Iterable[str]) -> None:
     """Refuse shards that have not the size and the SHA-256 of the header in `planned`, by name.
 
     Raises:

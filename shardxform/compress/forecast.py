@@ -291,7 +291,7 @@ def _product_seconds(source: Checkpoint, precision: Precision) -> float:
     import torch
 
     layout = layout_of(source.config, source.tensors, source.where)
-    hidden, width = (int(layout.text.get(key) or _WIDTH) for key in ("hidden_size", "moe_intermediate_size"))
+    hidden, width = (int(layout.text.get(str(key)) or _WIDTH) for key in map(layout.family.symbols.get, "HI"))
     tokens = max(1, BATCH_TOKENS * layout.top_k // max(layout.num_experts, 1))
     w_EIH = torch.full((_EXPERTS, width, hidden), 0.02, dtype=torch.bfloat16, device=precision.device)
     x_TH = torch.ones(tokens, hidden, dtype=precision.dtype, device=precision.device)

@@ -50,7 +50,7 @@ def rounder_on(device: str, scheme: Scheme) -> Rounder:
         from shardxform.formats import rounding_torch  # torch takes seconds to import, and only this needs it
     except ImportError as e:
         raise SchemeError(f"`device` {device} needs torch: pip install torch") from e
-    return functools.partial(rounding_torch.quantize_into, device=rounding_torch.open_device(device))
+    return functools.partial(rounding_torch.quantize_on_device, device=rounding_torch.open_device(device))
 
 
 def round_step(

@@ -298,7 +298,7 @@ def _measured(
     )
 
 
-def _share(values_E: NDArray[Any], kept_E: NDArray[np.bool_]) -> float | None:
+def _share(values_E: NDArray[np.float64] | NDArray[np.int64], kept_E: NDArray[np.bool_]) -> float | None:
     total = float(values_E.sum())
     return float(values_E[kept_E].sum()) / total if total else None
 

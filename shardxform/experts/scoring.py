@@ -101,7 +101,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
     )
 
 
-def run_facts(windows: Windows, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def run_facts(windows: Windows, inputs: Mapping[str, object]) -> dict[str, Any]:
     """What a `Saliency` says of a run over `windows` with these inputs."""
     computed = {key: inputs[key] for key in ("windows", "dtype", "device", computing.KEY)}
     made = {"tool": f"shardxform {__version__}", **windows.provenance}

@@ -76,7 +76,7 @@ def read_saliency(path: str | os.PathLike[str]) -> bytes:
         raise CheckpointError(f"{where}: {e.strerror or e}") from e
 
 
-def encode_saliency(arrays: Arrays, record: Mapping[str, Any]) -> bytes:
+def encode_saliency(arrays: Arrays, record: Mapping[str, object]) -> bytes:
     """The file that holds `arrays` and `record`, whose `version` is added here.
 
     Raises:
@@ -95,7 +95,7 @@ def encode_saliency(arrays: Arrays, record: Mapping[str, Any]) -> bytes:
     return b"".join([_header(entries, {"version": VERSION, **record}), *data])
 
 
-def _header(entries: Iterable[Entry], record: Mapping[str, Any]) -> bytes:
+def _header(entries: Iterable[Entry], record: Mapping[str, object]) -> bytes:
     """`header.encode` with our record instead of the format of a model's shard."""
     try:
         top: dict[str, Any] = {"__metadata__": {KEY: dumps(record)}}
@@ -392,7 +392,7 @@ def _check_numbers(array: NDArray[Any], limit: float, at: str) -> None:
 
 
 def difference_of_models(
-    one: Mapping[str, Any], other: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+    one: Mapping[str, object], other: Mapping[str, object], names: Mapping[str, Sequence[str]] | None = None
 ) -> str:
     """Say in what two models that were scored differ, values included; empty where they are one.
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numba import njit, types
+from numpy.typing import NDArray
 
 __all__ = ["RoundSettings", "quantizer"]
 
@@ -33,6 +34,16 @@ U64: Final = np.uint64
 F32: Final = np.float32
 F64: Final = np.float64
 
+Bits = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Codes = NDArray[np.uint8]
+Words = NDArray[np.int32]
+Scales = tuple[Floats, Floats]
+"""Signed scales and the magnitudes or reciprocals beside them."""
+At = tuple[int, int]
+"""Where a row, a group or a tile stands, and how many there are."""
+
 LANES: Final = 32
 CHUNK: Final = 128
 SIGN: Final = np.uint32(0x80000000)
@@ -43,27 +54,27 @@ BYTES_OF_16: Final = np.uint64(0x00FF00FF00FF00FF)
 HALVES_OF_32: Final = np.uint64(0x0000FFFF0000FFFF)
 
 
-def jit(function: F, signature: Any = None) -> F:
+def jit(function: F, signature: object = None) -> F:
     """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
     try:
-        compiled: F = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
+        compiled = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:
         compiled = njit(signature, nogil=True, error_model="numpy")(function)
-    return compiled
+    return cast(F, compiled)
 
 
 @jit
-def _bits(x: Any) -> Any:
+def _bits(x: np.float32) -> np.uint32:
     return F32(x).view(U32)
 
 
 @jit
-def _float(u: Any) -> Any:
+def _float(u: np.uint32) -> np.float32:
     return U32(u).view(F32)
 
 
 @jit
-def _half_value(h: Any) -> Any:
+def _half_value(h: np.uint32) -> np.float32:
     """float16 bits -> float32, exact; infinities and NaN come out as finite values of at least 65536."""
     magnitude = h & U32(0x7FFF)
     if magnitude < U32(0x400):
@@ -74,7 +85,7 @@ def _half_value(h: Any) -> Any:
 
 
 @jit
-def _round_to_half(x: Any) -> Any:
+def _round_to_half(x: np.float32) -> np.float32:
     """Round x >= 0 to float16, ties to even, kept as float32; 65536 and more where float16 overflows."""
     a = _bits(x)
     normal = _float((a + U32(0xFFF) + ((a >> U32(13)) & U32(1))) & U32(0xFFFFE000))
@@ -83,7 +94,7 @@ def _round_to_half(x: Any) -> Any:
 
 
 @jit
-def _round_to_grid(x: Any, bf16: Any) -> Any:
+def _round_to_grid(x: np.float32, bf16: int) -> np.float32:
     """Round x >= 0 to the nearest scale of the grid, not yet clamped."""
     if bf16:
         a = _bits(x)
@@ -92,7 +103,7 @@ def _round_to_grid(x: Any, bf16: Any) -> Any:
 
 
 @jit
-def _half_bits(scale: Any) -> Any:
+def _half_bits(scale: np.float32) -> np.uint16:
     """float16 bits of a float32 that float16 can hold."""
     a = _bits(abs(scale))
     sign = U32(0x8000) if scale < F32(0) else U32(0)
@@ -102,7 +113,7 @@ def _half_bits(scale: Any) -> Any:
 
 
 @jit
-def _decode(row: Any, kind: Any, out: Any) -> None:
+def _decode(row: Bits | NDArray[np.uint16], kind: int, out: Bits) -> None:
     """Raw bits of a row -> float32 bits. ``kind``: 0 BF16, 1 F16, 2 F32."""
     if kind == 0:
         for k in range(row.size):
@@ -116,7 +127,7 @@ def _decode(row: Any, kind: Any, out: Any) -> None:
 
 
 @jit
-def _extremes(row: Any, start: Any, columns: Any) -> Any:
+def _extremes(row: Bits, start: int, columns: int) -> tuple[np.uint32, np.uint32]:
     """Float bits of max(w, 0), and of the magnitude of min(w, 0), by integer comparisons (LLVM may reorder those)."""
     high, low, base = I32(0), U32(0), U64(start)
     for k in range(columns):
@@ -127,7 +138,7 @@ def _extremes(row: Any, start: Any, columns: Any) -> Any:
 
 
 @jit
-def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
+def _first_nonfinite(row: Bits, start: int, columns: int, limit: np.uint32) -> int:
     for k in range(start, start + columns):
         if row[k] & MAGNITUDE >= limit:
             return k
@@ -135,7 +146,7 @@ def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
 
 
 @jit
-def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
+def _spread(scale_GR: Floats, r: int, span: int, scale_I: Floats) -> None:
     """Write each group's scale to all of its columns."""
     for g in range(scale_GR.shape[0]):
         scale, base = scale_GR[g, r], U64(g * span)
@@ -144,7 +155,7 @@ def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
 
 
 @jit
-def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
+def _round_row(row: Floats, scale_I: Floats, codes: Codes, zero: int) -> None:
     low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
     for k in range(codes.size):
         q = min(max(np.rint(row[k] / scale_I[k]), low), high)
@@ -152,7 +163,7 @@ def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
 
 
 @jit
-def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
+def _plain_scales(row: Bits, at: At, scales: Scales, p: RoundSettings, found: NDArray[np.int64]) -> None:
     """Min/max scales of one row, and what a report or a refusal needs to know about it."""
     r, number = at
     scale_GR, magnitude_GR = scales
@@ -174,7 +185,7 @@ def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
 
 
 @jit
-def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: Any) -> None:
+def _candidates(scale_R: Floats, magnitude_R: Floats, factors: Floats, bf16: int, out: Scales) -> None:
     """Scales tried per row, and their reciprocals: the min/max one, then each factor with its sign and the other."""
     scale_CR, step_CR = out
     largest = F32(65280.0) if bf16 else F32(65504.0)
@@ -192,7 +203,7 @@ def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: An
 
 
 @jit
-def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk_KR: Any) -> None:
+def _transpose_chunk(weights_RI: Floats, rows: int, start: int, columns: int, chunk_KR: Floats) -> None:
     base = U64(start)
     for r in range(rows):
         for k in range(columns):
@@ -200,7 +211,7 @@ def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk
 
 
 @jit
-def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: Any) -> None:
+def _plain_error(chunk_KR: Floats, columns: int, scale_R: Floats, zero: int, acc_R: Floats) -> None:
     """Squared error of a chunk under the min/max scale, with the codes that would be written."""
     low, high = F32(-zero), F32(zero - 1)
     for r in range(LANES):
@@ -213,7 +224,7 @@ def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: An
 
 
 @jit
-def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_R: Any) -> None:
+def _candidate_error(chunk_KR: Floats, columns: int, scales_R: Scales, zero: int, acc_R: Floats) -> None:
     """The same under another scale, its codes from a product with the reciprocal: wrong only where two are as near."""
     scale_R, step_R = scales_R
     low, high = F32(-zero), F32(zero - 1)
@@ -227,7 +238,7 @@ def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_
 
 
 @jit
-def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> None:
+def _squared_errors(chunk_KR: Floats, columns: int, scratch: tuple[Floats, Floats, Floats, Doubles], zero: int) -> None:
     """Add each candidate's squared error over a chunk: float32 in column order within it, float64 across chunks."""
     scale_CR, step_CR, acc_CR, total_CR = scratch
     _plain_error(chunk_KR, columns, scale_CR[0], zero, acc_CR[0])
@@ -239,7 +250,14 @@ def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> Non
 
 
 @jit
-def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: Any, p: Any) -> None:
+def _search_group(
+    weights_RI: Floats,
+    at: At,
+    scales: Scales,
+    factors: Floats,
+    scratch: tuple[Floats, Floats, Floats, Floats, Doubles],
+    p: RoundSettings,
+) -> None:
     """Replace the scales of one group in all rows of the tile by the candidates of least squared error."""
     rows, g = at
     scale_GR, magnitude_GR = scales
@@ -259,7 +277,7 @@ def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: 
 
 
 @jit
-def _pack_row(codes: Any, words: Any, bits: Any) -> None:
+def _pack_row(codes: Codes, words: Words, bits: int) -> None:
     """Codes of a row, one per byte -> int32 words, first code in the lowest bits."""
     if bits == 8:
         eight = codes.view(I32)
@@ -275,7 +293,7 @@ def _pack_row(codes: Any, words: Any, bits: Any) -> None:
 
 
 @jit
-def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_major: Any) -> None:
+def _emit(words_RW: Words, scale_GR: Floats, at: At, words: Words, scales: NDArray[np.uint16], row_major: int) -> None:
     """Store a tile's words and scale bits, rows of the weight along the first or the last dimension."""
     first, rows = at
     if row_major:
@@ -293,7 +311,9 @@ def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_ma
                 scales[g, first + r] = _half_bits(scale_GR[g, r])
 
 
-def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
+def _quantize(
+    w_OI: Bits | NDArray[np.uint16], p: RoundSettings, factors: Floats, words: Words, scales: NDArray[np.uint16]
+) -> tuple[int, int, int, int]:
     """Round and pack all rows.
 
     Returns row and column of the first non-finite weight, the first row with a scale beyond float16 (-1 for none), and

@@ -33,7 +33,7 @@ __all__ = [
     "QuantizedWeight",
     "RtnStats",
     "SourceDtype",
-    "decode",
+    "float32_of",
     "quantize",
     "quantize_into",
     "search_factors",
@@ -96,7 +96,7 @@ class QuantizedWeight:
 
 
 def quantize(
-    w_OI: NDArray[Any],
+    w_OI: NDArray[np.generic],
     dtype: SourceDtype,
     grid: Grid,
     *,
@@ -109,7 +109,7 @@ def quantize(
 
 
 def quantize_into(
-    w_OI: NDArray[Any],
+    w_OI: NDArray[np.generic],
     dtype: SourceDtype,
     grid: Grid,
     out: QuantizedWeight,
@@ -159,13 +159,13 @@ def search_factors(bits: int) -> NDArray[np.float32]:
     return ((top - step * np.arange(30)) / unit).astype(np.float32)
 
 
-def _shape(w_OI: NDArray[Any]) -> tuple[int, int]:
+def _shape(w_OI: NDArray[np.generic]) -> tuple[int, int]:
     if w_OI.ndim != 2:
         raise ValueError(f"weight: expected 2 dimensions, found shape {list(w_OI.shape)}")
     return w_OI.shape[0], w_OI.shape[1]
 
 
-def _raw_bits(w_OI: NDArray[Any], dtype: SourceDtype) -> NDArray[Any]:
+def _raw_bits(w_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[Any]:
     """The weight as uint16 or uint32, aligned, without a copy where it is aligned already."""
     accepted = {"BF16": ("uint16",), "F16": ("uint16", "float16"), "F32": ("uint32", "float32")}
     if dtype not in accepted:
@@ -204,7 +204,7 @@ _Found = tuple[int, int, int, int]
 """Row and column of what is not finite, and the row of an overflow, with -1 for none; zero groups."""
 
 
-def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
+def _run_kernel(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
     from shardxform.formats import kernels
 
     settings = kernels.RoundSettings(
@@ -222,12 +222,12 @@ def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: Quan
     return found
 
 
-def _run_numpy(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
+def _run_numpy(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
     row, column, overflow, zeros = -1, -1, -1, 0
     # Bits that cannot be represented are found and reported; until then they may overflow at will.
     with np.errstate(all="ignore"):
         for first, last in _row_tiles(*_shape(bits_OI)):
-            w_OI = decode(bits_OI[first:last], dtype)
+            w_OI = float32_of(bits_OI[first:last], dtype)
             if row < 0 and not np.isfinite(w_OI).all():
                 row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(w_OI)))
                 row += first
@@ -250,7 +250,7 @@ def _row_tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
-def decode(bits_OI: NDArray[Any], dtype: SourceDtype) -> NDArray[np.float32]:
+def float32_of(bits_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[np.float32]:
     """Raw bits -> float32, exact."""
     if dtype == "BF16":
         wide_OI = bits_OI.astype(np.uint32)
@@ -273,7 +273,7 @@ def _grouped(w_OI: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
 def _round_to_grid(magnitude: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """Non-negative float32 -> nearest scale of the grid, infinite where float16 overflows, not yet clamped."""
     if grid.scale_grid == "bf16":
-        magnitude = decode(packing.bf16_bits_of(magnitude), "BF16")
+        magnitude = float32_of(packing.bf16_bits_of(magnitude), "BF16")
     return magnitude.astype(np.float16).astype(np.float32)
 
 

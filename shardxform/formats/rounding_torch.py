@@ -20,7 +20,7 @@ from shardxform.formats.rounding import QuantizedWeight, RtnStats, SourceDtype
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["open_device", "quantize_into"]
+__all__ = ["open_device", "quantize_on_device"]
 
 _SMALLEST: Final = float(np.float16(1e-5))
 _BITS: Final = {"BF16": (torch.int16, torch.bfloat16), "F16": (torch.int16, torch.float16)}
@@ -41,13 +41,13 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def quantize_into(
+def quantize_on_device(
     w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
 ) -> RtnStats:
-    """As `rtn.quantize_into` without measuring; every group must be full.
+    """As `rounding.quantize_into`; every group must be full.
 
     Args:
-        w_RI: raw bits or floats, as `rtn.quantize_into` takes them.
+        w_RI: raw bits or floats, as `rounding.quantize_into` takes them.
         dtype: what they mean.
         grid: bits, groups and scales; no search.
         out: host arrays to write.
@@ -61,12 +61,12 @@ def quantize_into(
     if grid.search:
         raise SchemeError("the scale search runs on the CPU only: leave out `device`")
     try:
-        return _quantize_into(w_RI, dtype, grid, out, device)
+        return _quantize(w_RI, dtype, grid, out, device)
     except torch.OutOfMemoryError as e:
         raise ExecutionError(f"{device}: {str(e).splitlines()[0]} Fewer jobs take less; what is done is safe") from e
 
 
-def _quantize_into(
+def _quantize(
     w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
 ) -> RtnStats:
     rows, columns = w_RI.shape

@@ -193,7 +193,7 @@ def pass_inputs(
     }
 
 
-def fingerprint(inputs: Mapping[str, Any]) -> str:
+def fingerprint(inputs: Mapping[str, object]) -> str:
     """SHA-256 of what decides the numbers of a pass but for what computes: the same on every machine."""
     return hashlib.sha256(dumps(computing.without(inputs)).encode()).hexdigest()
 

@@ -15,16 +15,27 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
 from shardxform.errors import ExecutionError
 
-__all__ = ["any_order", "fixed_order", "give_back", "keep_few_kernels", "keep_one_heap", "on_device"]
+__all__ = ["PassContext", "any_order", "fixed_order", "give_back", "keep_few_kernels", "keep_one_heap", "on_device"]
 
 _WARN, _FIXED = 1, 2  # as `torch.set_deterministic_debug_mode` has them
 _WORKSPACE: Final = "CUBLAS_WORKSPACE_CONFIG"
+
+
+class PassContext(Protocol):
+    """What torch gives the two passes of an `autograd.Function` to share; functions add attributes of their own."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        """Keep tensors for the backward pass."""
+        ...
 
 
 @contextlib.contextmanager

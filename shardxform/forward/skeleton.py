@@ -359,13 +359,13 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     return model.eval().requires_grad_(False)
 
 
-def _pass_through(module: Any) -> None:  # noqa: ANN401
+def _pass_through(module: nn.Module) -> None:
     """Have a module hand its first argument on, until it is to compute."""
     module.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
 
 
 @contextlib.contextmanager
-def _computing(module: Any) -> Iterator[None]:  # noqa: ANN401
+def _computing(module: nn.Module) -> Iterator[None]:
     """Let a module compute that else passes through."""
     del module.forward
     try:
@@ -375,7 +375,7 @@ def _computing(module: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 @contextlib.contextmanager
-def _forward_of(module: Any, forward: Any) -> Iterator[None]:  # noqa: ANN401
+def _forward_of(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     module.forward = forward
     try:
         yield

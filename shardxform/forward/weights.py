@@ -12,7 +12,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -357,7 +357,7 @@ def _all_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
+def _joined(parts: Sequence[NDArray[np.generic]]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts)))
 
 

@@ -42,7 +42,7 @@ _OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.
 class WorkDir(OwnedDir):
     """Owns a work directory; use as a context manager, which holds its lock."""
 
-    def __init__(self, root: Path, inputs: Mapping[str, Any], fs: FileSystem | None = None) -> None:
+    def __init__(self, root: Path, inputs: Mapping[str, object], fs: FileSystem | None = None) -> None:
         """Name it; `inputs` is plain JSON that says what decides its content, all of which must be equal to go on."""
         super().__init__(root, fs or FileSystem())
         self._inputs = inputs
@@ -73,7 +73,7 @@ class WorkDir(OwnedDir):
         """Facts of the steps that are done, by name, in order."""
         return self._done
 
-    def record(self, step: str, facts: Mapping[str, Any]) -> None:
+    def record(self, step: str, facts: Mapping[str, object]) -> None:
         """Have a step durably done; its hidden states must be durable already.
 
         Raises:
@@ -134,7 +134,7 @@ class WorkDir(OwnedDir):
         self.fs.write_atomic(self.root / _PROGRESS, dumps(record).encode(), self.root)
 
 
-def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, Any]) -> None:
+def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, object]) -> None:
     """Refuse to go on with unfinished work of other inputs.
 
     Raises:

@@ -14,7 +14,7 @@ ends with anything that is worse on the samples it is judged by, which it is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -39,7 +39,7 @@ from shardxform.tuning.samples import (
     judge,
     learning_order,
 )
-from shardxform.tuning.stacked import Codes, StackedWeight, stacked_weight
+from shardxform.tuning.stacked import Codes, StackedWeight, Tunable, stacked_weight
 
 if TYPE_CHECKING:
     from shardxform.formats.grid import Grid
@@ -57,12 +57,10 @@ class RoundedModule:
 
     Attributes:
         module: name within the layer, such as "self_attn.q_proj" or "mlp.experts.3.up_proj".
-        expert: number of the routed expert, or None.
         codes: codes [O, I] and scales [O, G].
     """
 
     module: str
-    expert: int | None
     codes: Codes
 
 
@@ -90,11 +88,6 @@ class TunedBlock:
             for weight in tuned:
                 assert isinstance(weight, StackedWeight)
                 yield weight
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beside the 16-bit weights, scratch memory apart."""
-        return sum(weight.nbytes for weight in self.weights)
 
     @property
     def unreached(self) -> dict[str, list[int]]:
@@ -128,7 +121,7 @@ class TunedBlock:
         """What was kept, one module at a time: linear layers, and each expert's `projections`."""
         for name, module in self.modules.items():
             if isinstance(module, TunedLinear):
-                yield _rounded(name, None, module.tuned, slice(None))
+                yield _rounded(name, 0, module.tuned, slice(None))
                 continue
             gate, up, down = projections
             half = module.gate_up.shape[1] // 2
@@ -199,14 +192,15 @@ def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]
     return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], 2 * down[2], down[1])
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _recomputed(forward: Callable[..., object], *args: object, **kwargs: Any) -> object:  # noqa: ANN401
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _rounded(module: str, expert: int | None, weight: Any, rows: slice) -> RoundedModule:  # noqa: ANN401
-    return RoundedModule(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
+def _rounded(module: str, expert: int, weight: Tunable, rows: slice) -> RoundedModule:
+    assert isinstance(weight, StackedWeight)  # as `install` makes them
+    return RoundedModule(module=module, codes=weight.codes(expert, rows))
 
 
 # -- the descent -------------------------------------------------------------------------------------------------------

@@ -74,12 +74,6 @@ class Moving:
         """The values [R, I]; for bfloat16, rounded to it."""
         return self._w_RI
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = [self._w_RI] if self._low_RI is None else [self._w_RI, self._low_RI]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
     def exact_into(self, rows: slice, out_RI: torch.Tensor) -> None:
         """Write the values of some rows, float32."""
         if self._low_RI is None:
@@ -144,11 +138,6 @@ class HealedStack:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._w_RI.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._values.nbytes if self._values else self._w_RI.numel() * self._w_RI.element_size()
 
     def stored(self, experts: int | slice) -> torch.Tensor:
         """The weights of some experts in the type that they are stored in, [E, O, I] or [O, I]."""
@@ -382,7 +371,7 @@ class _Run:
 def suggested_lr(tokens: int, weights: int) -> float:
     """A first step size that fits the amount of data: the fewer tokens a weight has, the less it should move.
 
-    Measured on examples/small-moe, as docs/healing.md tells: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
+    Fitted on the weights that examples/small-moe had at first: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
     """
     return max(SMALLEST_STEP, FULL_STEP * min(1.0, math.sqrt(tokens / weights / TOKENS_PER_WEIGHT)))
 

@@ -15,15 +15,18 @@ has no words for are operations of LLVM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import extending, njit, types
+from numba.core.cpu import CPUContext
 from numba.core.registry import cpu_target
+from numba.core.typing.templates import Signature
 from numba.extending import overload
+from numpy.typing import NDArray
 
 from shardxform.base.constants import LANES
 from shardxform.formats.kernels import SMALLEST_SCALE, _decode, _half_value, _round_to_grid, jit
@@ -45,6 +48,19 @@ __all__ = [
 ]
 
 
+_Typed = tuple[Signature, Callable[..., ir.Value]]
+"""The type of an operation, and what makes its instructions."""
+
+Values = NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]
+"""Weights: the bits of BF16, those of float16, or float32 itself."""
+Floats = NDArray[np.float32]
+Offsets = NDArray[np.int16]
+Scales = tuple[Floats, Floats]
+"""Scales to start from, and clips, of every group."""
+Group = tuple[np.uint64, int, np.float32]
+"""First column of a group, how many there are, and its scale."""
+
+
 def _target_features() -> str:
     """Of the CPU that numba compiles for, which is the host's unless the environment says otherwise."""
     *_, features = cpu_target.target_context.codegen().magic_tuple()
@@ -54,7 +70,9 @@ def _target_features() -> str:
 HAS_BF16: Final = "+avx512bf16" in _target_features() and binding.llvm_version_info >= (20,)
 """Whether `narrow` may be compiled: for other CPUs, LLVM calls a function of a library that numba does not link."""
 
-_intrinsic: Final[Callable[[Any], Any]] = extending.intrinsic  # whose own type asks for the first parameter
+# Whose own type asks for the first parameter.
+_float_intrinsic: Final = cast(Callable[[object], Callable[..., np.float32]], extending.intrinsic)
+_bits_intrinsic: Final = cast(Callable[[object], Callable[..., np.uint16]], extending.intrinsic)
 
 
 class _BF16(ir.Type):  # type: ignore[misc]
@@ -70,11 +88,13 @@ class _BF16(ir.Type):  # type: ignore[misc]
         return hash(_BF16)
 
 
-@_intrinsic
-def multiply_add(_typing: Any, x: Any, y: Any, z: Any) -> Any:
+@_float_intrinsic
+def multiply_add(_typing: object, x: types.Type, y: types.Type, z: types.Type) -> _Typed:
     """`x * y + z` in float32, rounded once or twice as is faster: for products that are exact."""
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(
+        _context: object, builder: ir.IRBuilder, _signature: object, arguments: Sequence[ir.Value]
+    ) -> ir.Value:
         f32 = ir.FloatType()
         function = builder.module.declare_intrinsic("llvm.fmuladd", [f32], ir.FunctionType(f32, [f32] * 3))
         return builder.call(function, arguments)
@@ -82,25 +102,29 @@ def multiply_add(_typing: Any, x: Any, y: Any, z: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), generate
 
 
-@_intrinsic
-def narrow(_typing: Any, x: Any) -> Any:
+@_bits_intrinsic
+def narrow(_typing: object, x: types.Type) -> _Typed:
     """The bits of the BF16 that is nearest to a float32, ties to even; subnormal ones may become 0."""
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(
+        _context: object, builder: ir.IRBuilder, _signature: object, arguments: Sequence[ir.Value]
+    ) -> ir.Value:
         return builder.bitcast(builder.fptrunc(arguments[0], _BF16()), ir.IntType(16))
 
     return types.uint16(types.float32), generate
 
 
-@_intrinsic
-def sum_lanes(_typing: Any, x_L: Any) -> Any:
+@_float_intrinsic
+def sum_lanes(_typing: object, x_L: types.Type) -> _Typed:
     """The sum of the LANES elements of a contiguous float32 array: upper half to lower half, as often as there are any.
 
     That is the order of the additions; written as a loop, it is not made of vectors.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    def generate(
+        context: CPUContext, builder: ir.IRBuilder, signature: Signature, arguments: Sequence[ir.Value]
+    ) -> ir.Value:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])  # type: ignore[no-untyped-call]
         pointer = builder.bitcast(array.data, ir.VectorType(ir.FloatType(), LANES).as_pointer())
         lanes = builder.load(pointer, align=4)
         half = LANES
@@ -112,7 +136,7 @@ def sum_lanes(_typing: Any, x_L: Any) -> Any:
     return types.float32(x_L), generate
 
 
-def _taken(builder: Any, lanes: Any, chosen: range) -> Any:
+def _taken(builder: ir.IRBuilder, lanes: ir.Value, chosen: range) -> ir.Value:
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), list(chosen))
     return builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), mask)
 
@@ -150,7 +174,7 @@ class GridSettings(NamedTuple):
 
 
 @jit
-def _scale(start: Any, clip: Any, bf16: Any) -> Any:
+def _scale(start: np.float32, clip: np.float32, bf16: int) -> np.float32:
     """The stored scale: start * clip, rounded to the grid, with the sign of start."""
     largest = F32(65280.0) if bf16 else F32(65504.0)
     magnitude = _round_to_grid(F32(abs(start) * clip), bf16)
@@ -159,15 +183,18 @@ def _scale(start: Any, clip: Any, bf16: Any) -> Any:
 
 
 @jit
-def _tag(held: Any) -> Any:
+def _tag(held: np.int16) -> np.float32:
     """The two low bits, -1, 0 or 1."""
     return F32(I32(I32(I32(held) & I32(3)) ^ I32(2)) - I32(2))
 
 
 @_inlined
-def _round(ratio: Any, held: Any) -> Any:
+def _round(ratio: np.float32, held: np.int16 | np.int32) -> np.float32:
     """Rounded weight in scales with the present offset, not yet clamped."""
-    return np.rint(multiply_add(F32(I32(held) & OFFSET_BITS), UNIT, ratio))
+    return np.rint(multiply_add(F32(I32(held) & OFFSET_BITS), UNIT, ratio))  # type: ignore[no-any-return]
+
+
+# numba compares the annotations of an overload with those of what it gives, so these have none that say more.
 
 
 def _wide(x: Any) -> Any:
@@ -232,7 +259,7 @@ def _compiled_row(x_RI: Any, r: Any) -> Any:
 
 
 @_inlined
-def _values_group(w_I: Any, v_I: Any, at: Any, p: Any, out_I: Any) -> None:
+def _values_group(w_I: Values, v_I: Offsets, at: Group, p: GridSettings, out_I: Values) -> None:
     base, columns, scale = at
     low, high = F32(-p.zero), F32(p.zero - 1)
     if p.kept:
@@ -248,7 +275,7 @@ def _values_group(w_I: Any, v_I: Any, at: Any, p: Any, out_I: Any) -> None:
 
 
 @_inlined
-def _keep_group(w_I: Any, v_I: Any, at: Any) -> None:
+def _keep_group(w_I: Values, v_I: Offsets, at: Group) -> None:
     base, columns, scale = at
     for k in range(columns):
         i = base + U64(k)
@@ -258,7 +285,12 @@ def _keep_group(w_I: Any, v_I: Any, at: Any) -> None:
 
 
 @_inlined
-def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
+def _step_group(
+    row: tuple[Values, Offsets, Values, Values | None],
+    at: tuple[np.uint64, int, np.float32, int],
+    acc_L: Floats,
+    pace: Pace,
+) -> np.float32:
     """Move the offsets of a group against the gradient, values as they were into `before_I`; gradient of its scale."""
     w_I, v_I, gradient_I, before_I = row
     base, columns, scale, zero = at
@@ -284,12 +316,12 @@ def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
 
 
 @jit
-def _move_clip(clip: Any, slope: Any, pace: Any) -> Any:
+def _move_clip(clip: np.float32, slope: np.float32, pace: Pace) -> np.float32:
     move = F32(pace.clip) if slope > F32(0) else (F32(-pace.clip) if slope < F32(0) else F32(0))
     return min(max(F32(clip - move), F32(pace.low)), F32(pace.high))
 
 
-def _values(w_RI: Any, v_RI: Any, scales: Any, p: Any, out_RI: Any) -> None:
+def _values(w_RI: Values, v_RI: Offsets, scales: Scales, p: GridSettings, out_RI: Values) -> None:
     start_RG, clip_RG = scales
     columns = w_RI.shape[1]
     for r in range(w_RI.shape[0]):
@@ -299,7 +331,7 @@ def _values(w_RI: Any, v_RI: Any, scales: Any, p: Any, out_RI: Any) -> None:
             _values_group(w_I, v_I, at, p, out_I)
 
 
-def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
+def _keep(w_RI: Values, v_RI: Offsets, scales: Scales, p: GridSettings) -> None:
     start_RG, clip_RG = scales
     columns = w_RI.shape[1]
     for r in range(w_RI.shape[0]):
@@ -309,7 +341,15 @@ def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
             _keep_group(w_I, v_I, at)
 
 
-def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any, before_RI: Any) -> None:
+def _step(
+    w_RI: Values,
+    v_RI: Offsets,
+    scales: Scales,
+    p: GridSettings,
+    pace: Pace,
+    gradient_RI: Values,
+    before_RI: Values | None,
+) -> None:
     start_RG, clip_RG = scales
     columns, acc_L = w_RI.shape[1], np.empty(LANES, F32)
     for r in range(w_RI.shape[0]):
@@ -364,20 +404,20 @@ I8: Final = np.int8
 
 
 @jit
-def _join_row(high_I: Any, low_I: Any, bits_I: Any) -> None:
+def _join_row(high_I: Offsets, low_I: NDArray[np.int8], bits_I: NDArray[np.int32]) -> None:
     for i in range(bits_I.size):
         bits_I[i] = I32(I32(I32(high_I[i]) << I32(16)) + I32(I32(low_I[i]) * I32(256)))
 
 
 @jit
-def _move_row(value_I: Any, gradient_I: Any, step: Any) -> None:
+def _move_row(value_I: Floats, gradient_I: Floats, step: np.float32) -> None:
     for i in range(value_I.size):
         g = gradient_I[i]
         value_I[i] -= step if g > F32(0) else (-step if g < F32(0) else F32(0))
 
 
 @jit
-def _part_row(bits_I: Any, high_I: Any, low_I: Any) -> None:
+def _part_row(bits_I: NDArray[np.int32], high_I: Offsets, low_I: NDArray[np.int8]) -> None:
     for i in range(bits_I.size):
         upper = I32(I32(bits_I[i] + I32(128)) >> I32(8))
         high = I32(I32(upper + I32(128)) >> I32(8))
@@ -385,12 +425,14 @@ def _part_row(bits_I: Any, high_I: Any, low_I: Any) -> None:
         low_I[i] = I8(I32(upper - I32(high * I32(256))))
 
 
-def _join(high_RI: Any, low_RI: Any, out_RI: Any) -> None:
+def _join(high_RI: Offsets, low_RI: NDArray[np.int8], out_RI: NDArray[np.int32]) -> None:
     for r in range(high_RI.shape[0]):
         _join_row(high_RI[r], low_RI[r], out_RI[r])
 
 
-def _move(high_RI: Any, low_RI: Any, step_R: Any, gradient_RI: Any) -> None:
+def _move(
+    high_RI: Offsets, low_RI: NDArray[np.int8], step_R: Floats, gradient_RI: NDArray[np.uint16] | NDArray[np.uint32]
+) -> None:
     columns = high_RI.shape[1]
     bits_I, gradient_bits_I = np.empty(columns, I32), np.empty(columns, U32)
     value_I, gradient_I = bits_I.view(F32), gradient_bits_I.view(F32)

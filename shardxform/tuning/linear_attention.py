@@ -28,15 +28,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from shardxform.base.constants import DEVICE_HEADS_BYTES as _DEVICE_HEADS_BYTES
 from shardxform.base.constants import HEADS_BYTES as _HEADS_BYTES
-from shardxform.forward.runtime import any_order, give_back
-from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule
+from shardxform.forward.runtime import PassContext, any_order, give_back
+from shardxform.tuning.delta_rule import Rule, computes_the_same, gated_delta_rule
 from shardxform.tuning.modules import tiles
 from shardxform.tuning.workers import Workers
 
@@ -50,9 +50,7 @@ B = TypeVar("B")
 _Tensors = tuple[torch.Tensor, ...]
 
 
-def one_by_one(
-    rule: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], workers: Workers
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def one_by_one(rule: Rule, workers: Workers) -> Rule:
     """`rule` for one sample and some heads at a time, on threads.
 
     Args:
@@ -63,17 +61,17 @@ def one_by_one(
     """
 
     @functools.wraps(rule)
-    def each(*batched: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # noqa: ANN401
+    def each(*batched: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         if options.get("output_final_state") or any(options.get(name) is not None for name in _NOT_OF_HEADS):
             return rule(*batched, **options)
-        named = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+        named = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
 
         def out(*tensors: torch.Tensor) -> torch.Tensor:
             own = dict(zip(named, tensors[len(batched) :], strict=True))
             result: torch.Tensor = rule(*tensors[: len(batched)], **{**options, **own})[0]
             return result
 
-        tensors = (*batched, *(options[name] for name in named))
+        tensors = (*batched, *named.values())
         parts = _Parts(out, workers, samples=len(batched[0]), windows=_windows(batched[1], batched[2]))
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return parts.together(parts.each(lambda part: out(*part), parts.of(tensors), tensors)), None
@@ -131,9 +129,14 @@ class _Parts:
         return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
+class _ApartContext(PassContext, Protocol):
+    parts: _Parts
+    kept: list[_Made | None]
+
+
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: _Parts, *tensors: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    def forward(ctx: _ApartContext, parts: _Parts, *tensors: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[1:]
         ctx.save_for_backward(*tensors)
         ctx.parts, ctx.kept = parts, []
@@ -152,7 +155,7 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: _ApartContext, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         parts, tensors, wanted = ctx.parts, ctx.saved_tensors, ctx.needs_input_grad[1:]
         kept, ctx.kept = ctx.kept[::-1], []
 
@@ -218,7 +221,7 @@ def storing_the_input(convolve: Callable[..., torch.Tensor], workers: Workers) -
         weight_CK: torch.Tensor,
         bias_C: torch.Tensor | None = None,
         activation: str | None = None,
-        **options: Any,  # noqa: ANN401
+        **options: object,
     ) -> torch.Tensor:
         given = functools.partial(convolve, activation=activation, **options)
         frozen = not weight_CK.requires_grad and (bias_C is None or not bias_C.requires_grad)
@@ -232,10 +235,14 @@ def storing_the_input(convolve: Callable[..., torch.Tensor], workers: Workers) -
     return convolved
 
 
+class _ConvolutionContext(PassContext, Protocol):
+    workers: Workers
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: _ConvolutionContext,
         hidden_BCT: torch.Tensor,
         weight_CK: torch.Tensor,
         bias_C: torch.Tensor | None,
@@ -256,7 +263,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BCT: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # noqa: ANN401
+    def backward(ctx: _ConvolutionContext, gradient_BCT: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         hidden_BCT, weight_CK, bias_C = ctx.saved_tensors
         out_BTC = _positions_first(hidden_BCT)
 
@@ -327,10 +334,15 @@ def row_by_row(norm: torch.nn.Module, workers: Workers) -> Callable[..., torch.T
     return pieces
 
 
+class _RowContext(PassContext, Protocol):
+    norm: _Norm
+    workers: Workers
+
+
 class _RowByRow(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: _RowContext,
         hidden_RW: torch.Tensor,
         gate_RW: torch.Tensor,
         norm: _Norm,
@@ -348,7 +360,7 @@ class _RowByRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: _RowContext, gradient_RW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         inputs = ctx.saved_tensors
         hidden_RW, gate_RW = (torch.empty_like(x) for x in inputs)
 
@@ -390,7 +402,7 @@ def frugal_linear_attention(layer: torch.nn.Module, workers: Workers) -> Iterato
         yield
 
 
-def _rule(rule: Callable[..., Any], workers: Workers, stack: contextlib.ExitStack) -> Callable[..., Any]:
+def _rule(rule: Rule, workers: Workers, stack: contextlib.ExitStack) -> Rule:
     if computes_the_same(rule):
         return one_by_one(gated_delta_rule, workers)
     stack.enter_context(any_order())  # its cumulative sums have none on a GPU
@@ -398,7 +410,7 @@ def _rule(rule: Callable[..., Any], workers: Workers, stack: contextlib.ExitStac
 
 
 def _replace(
-    stack: contextlib.ExitStack, layer: torch.nn.Module, name: str, by: Callable[[Callable[..., Any]], Any]
+    stack: contextlib.ExitStack, layer: torch.nn.Module, name: str, by: Callable[..., Callable[..., object]]
 ) -> None:
     """Where the layer's modules are defined, since transformers calls its functions by their names there."""
     for home in {sys.modules[type(module).__module__] for module in layer.modules()}:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn.functional import grouped_mm
 
 from shardxform.base.constants import EXPERT_ROWS, GROUPED_WEIGHTS, KEPT_BYTES, LINEAR_ROWS, LINEAR_TOKENS
+from shardxform.forward.runtime import PassContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +90,7 @@ class TunedLinear(torch.nn.Module):
             return self.workers.scratch(name, shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.tuned.device)
 
-    def _each(self, work: Any, size: int, tile: int) -> None:  # noqa: ANN401
+    def _each(self, work: Callable[[slice], object], size: int, tile: int) -> None:
         """Do `work` for tiles of `size`: on the threads, or at once where a device has threads of its own."""
         if self.tuned.device.type == "cpu":
             self.workers.each(work, tiles(size, tile))
@@ -97,15 +98,19 @@ class TunedLinear(torch.nn.Module):
             work(slice(0, size))
 
 
+class _LinearContext(PassContext, Protocol):
+    module: TunedLinear
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: torch.Tensor, anchor: torch.Tensor, module: TunedLinear) -> torch.Tensor:  # noqa: ANN401, ARG004
+    def forward(ctx: _LinearContext, x_NI: torch.Tensor, anchor: torch.Tensor, module: TunedLinear) -> torch.Tensor:  # noqa: ARG004
         ctx.save_for_backward(x_NI)
         ctx.module = module
         return module.multiply(x_NI)
 
     @staticmethod
-    def backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401
+    def backward(ctx: _LinearContext, gradient_NO: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         (x_NI,) = ctx.saved_tensors
         with torch.no_grad():
             return ctx.module.pass_back(x_NI, gradient_NO, ctx.needs_input_grad[0]), None, None
@@ -480,10 +485,15 @@ def _size(token_n: torch.Tensor, hidden_TH: torch.Tensor) -> int:
     return -(-tokens // step) * step
 
 
+class _ExpertsContext(PassContext, Protocol):
+    module: TunedExperts
+    kept: dict[int, torch.Tensor]
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: _ExpertsContext,
         hidden_TH: torch.Tensor,
         weight_TK: torch.Tensor,
         anchor: torch.Tensor,  # noqa: ARG004
@@ -496,9 +506,11 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: _ExpertsContext,
         gradient_TH: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        hidden_TH, weight_TK, index_TK = ctx.saved_tensors
         with torch.no_grad():
-            hidden, weight = ctx.module.pass_back(ctx.saved_tensors, gradient_TH.contiguous(), ctx.kept)
+            inputs = hidden_TH, weight_TK, index_TK
+            hidden, weight = ctx.module.pass_back(inputs, gradient_TH.contiguous(), ctx.kept)
         return hidden, weight, None, None, None

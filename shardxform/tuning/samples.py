@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ class Samples:
     """
 
     block: int
-    hidden_NTH: NDArray[Any]
-    target_NTH: NDArray[Any]
+    hidden_NTH: NDArray[np.generic]
+    target_NTH: NDArray[np.generic]
 
     def __post_init__(self) -> None:
         shape = self.hidden_NTH.shape
@@ -199,7 +199,7 @@ def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) 
     return error_BTH, weight_BT1
 
 
-def _tensor(values_NTH: NDArray[Any], rows_B: NDArray[np.int64]) -> torch.Tensor:
+def _tensor(values_NTH: NDArray[np.generic], rows_B: NDArray[np.int64]) -> torch.Tensor:
     """Some samples as float32."""
     rows = torch.from_numpy(np.ascontiguousarray(values_NTH[rows_B]))
     return rows.view(torch.bfloat16).float() if rows.dtype == torch.uint16 else rows

@@ -110,12 +110,6 @@ class StackedWeight:
         """Where the weights and everything beside them are."""
         return self._w_RI.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beside the original weights."""
-        held = (self._v_RI, self._start_RG, self._clip_RG, self._kept_RG)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
     def values_into(self, first: int, out_RI: torch.Tensor) -> None:
         """Write the rows from `first` on as they would be stored, or once `settled`, as they will be."""
         rows = slice(first, first + out_RI.shape[0])
@@ -227,7 +221,7 @@ def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> N
 
 
 def packed(codes: Codes, grid: Grid, layout: Layout) -> rounding.QuantizedWeight:
-    """Pack for writing, as `rtn.quantize` would have packed them."""
+    """Pack for writing, as `rounding.quantize` would have packed them."""
     out = rounding.QuantizedWeight.empty(layout, grid, (codes.codes_OI.shape[0], codes.codes_OI.shape[1]))
     words_OW = packing.pack(codes.codes_OI, grid.bits, "row")
     if layout == "gptq":

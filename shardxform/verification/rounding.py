@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shardxform.base.tensors import TensorRef
 from shardxform.formats import packing
 from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
-from shardxform.formats.rounding import QuantizedWeight, SourceDtype, decode, quantize_into
+from shardxform.formats.rounding import QuantizedWeight, SourceDtype, float32_of, quantize_into
 from shardxform.formats.stored import StoredModule, rows_of
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule
@@ -197,7 +197,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
         _round_again(tile, rule.grid, tally)
     usable = np.isfinite(tile.scales) & (tile.scales != 0)  # the others are reported where scales are looked at
     scale_OG = tile.scales if usable.all() else np.where(usable, tile.scales, np.float32(1))
-    w_OI = decode(tile.bits, tile.dtype)
+    w_OI = float32_of(tile.bits, tile.dtype)
     codes_OI = packing.unpack(tile.words, rule.stored.scheme.grid.bits, "row")
     seen = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
     counts, square, energy = seen.counts, seen.square, seen.energy
