@@ -27,10 +27,10 @@ from shardxform.errors import SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats import dialects, rounding
 from shardxform.formats.grid import Grid
+from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.scheme import FORMATS, Format, Scheme
 from shardxform.formats.selection import Selection, select
 from shardxform.model.layout import Layout, layout_of
-from shardxform.model.matrices import Matrix, matrices_of
 from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
 
@@ -391,10 +391,10 @@ def test_parts_are_what_rounding_returns(
     grid = Grid(bits=bits, group_size=group_size, scale_grid=scale_grid)
     scheme = Scheme(grid=grid, format=format_, g_idx=g_idx and format_ != "compressed-tensors")
     values = np.random.default_rng(rows * columns).standard_normal((rows, columns)).astype(np.float32)
-    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.layout, backend="numpy")
+    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.encoding.layout, backend="numpy")
     assert stats.ok
-    assert scheme.misfit(rows, columns) == ""
-    parts = {part.role: part.spec for part in scheme.parts("m", rows, columns)}
+    assert scheme.encoding.misfit(rows, columns) == ""
+    parts = {part.role: part.spec("m") for part in scheme.encoding.parts(rows, columns)}
     assert (parts["words"].dtype, parts["words"].shape) == ("I32", out.words.shape)
     assert parts["words"].nbytes == out.words.nbytes
     assert parts["scales"].dtype == ("BF16" if (format_, scale_grid) == ("compressed-tensors", "bf16") else "F16")

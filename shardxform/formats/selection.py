@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 
 from shardxform.base.tensors import FLOATS, TensorRef
 from shardxform.errors import SchemeError
+from shardxform.formats.matrices import LINEAR_ROLES, Matrix, matrices_of
 from shardxform.formats.scheme import Scheme
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import LINEAR_ROLES, Matrix, matrices_of
 from shardxform.model.tied_head import is_tied
 
 __all__ = ["Selection", "refuse_unread", "select"]
@@ -56,7 +56,7 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfit = functools.cache(scheme.misfit)  # of one shape, as a rule, for ten thousand experts
+    misfit = functools.cache(scheme.encoding.misfit)  # of one shape, as a rule, for ten thousand experts
     misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
