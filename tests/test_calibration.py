@@ -153,7 +153,7 @@ def test_windows_do_not_depend_on_files_pieces_or_batches(
     for number, (start, stop) in enumerate(itertools.pairwise(edges)):
         jsonl(folder / f"{number}.jsonl", texts[start:stop])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", piece)
+        patch.setattr(documents, "PASSAGE", piece)
         patch.setattr(tokens, "_BATCH_CHARACTERS", batch)
         if not expected:
             with pytest.raises(PlanError, match=r"expected at least one window|found no (text|document)"):
@@ -186,7 +186,7 @@ def test_where_a_text_is_cut_does_not_depend_on_how_it_is_read(text: str, edges:
     at = [0, *sorted(edges), 80]
     runs = [text[a:b] for a, b in itertools.pairwise(at)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", piece)
+        patch.setattr(documents, "PASSAGE", piece)
         whole, parts = list(cut([text])), list(cut(runs))
     assert whole == parts
     assert "".join(part for part, _ in whole) == text
@@ -202,7 +202,7 @@ def test_the_tokens_of_pieces_are_those_of_the_whole_text(
     path = tmp_path / "all.txt"
     path.write_text(text, encoding="utf-8", newline="")
     whole = load(small_moe, path, samples=1 << 20, seqlen=2)
-    monkeypatch.setattr(documents, "PIECE", 300)
+    monkeypatch.setattr(documents, "PASSAGE", 300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_RUN_BYTES", 777)
         cut_up = load(small_moe, path, samples=1 << 20, seqlen=2)
@@ -242,7 +242,7 @@ def test_documents_are_taken_in_the_order_of_the_seed(
     expected = sampled(texts, samples, 4, seed)
     options = {"samples": samples, "seqlen": 4, "seed": seed, "pack": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", piece)
+        patch.setattr(documents, "PASSAGE", piece)
         if not expected:
             with pytest.raises(PlanError, match=r"expected at least one document of 4 tokens|found no (text|document)"):
                 load(bytes_root, folder, **options)

@@ -277,7 +277,7 @@ def test_work_of_other_inputs_is_refused(tmp_path: Path) -> None:
         assert work.steps == {"block 0": {"count": [1, 2]}}
     other = {"seed": 1, "made_by": {"torch": "2.2"}}
     with (
-        pytest.raises(ResumeError, match=r"made_by.torch: was '2.1', now '2.2'; remove"),
+        pytest.raises(ResumeError, match=r"`made_by.torch`: was '2.1', now '2.2'; remove"),
         WorkDir(tmp_path / "w", other),
     ):
         pass

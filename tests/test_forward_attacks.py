@@ -470,7 +470,6 @@ def cli(small_moe: Path, verb: str, *args: object) -> Result:
     ("args", "message"),
     [
         (["-o", "."], "found a directory"),
-        (["-o", ""], "found a directory"),
         (["-o", "missing/s.safetensors"], "no directory missing"),
         (["-o", "s", "--work", "s"], "in the way of the work directory"),
         (["-o", "s", "--work", "s/w"], "in the way of the work directory"),

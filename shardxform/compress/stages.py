@@ -217,7 +217,7 @@ class Stages:
             others = f" and {more} more problem{'s' * (more > 1)}" if more else ""
             raise ExecutionError(
                 f"{out}: not sound: {first.where}: {first.message}{others}; see"
-                f" `shardxform verify {out}`, with `source` {source.where}"
+                f" `shardxform verify {out} `source` {source.where}`"
             )
         facts = {
             "full": full,

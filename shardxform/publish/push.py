@@ -186,7 +186,7 @@ def verified(out: Path, stage: Stage, *, source: Path | None = None, quick: bool
         others = f" (and {more} more)" if more else ""
         raise OutputError(
             f"{out}: not sound, so not uploaded: {first.where}: {first.message}{others}\n"
-            f"  all of it: shardxform verify {out}{f', with `source` {source}' if source else ''}"
+            f"  all of it: shardxform verify {out}{f' `source` {source}' if source else ''}"
         )
     return report
 
