@@ -443,7 +443,7 @@ def measure_rounding(run: Run) -> None:
     grid, shape = Grid(search=False), (run.shape.rounded_rows, max(run.shape.hidden, 128))
     bits = (np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     out = rounding.QuantizedWeight.empty("gptq", grid, shape)
-    rounds = partial(rounding_torch.quantize_on_device, bits, "BF16", grid, out, rounding_torch.open_device(run.device))
+    rounds = partial(rounding_torch.quantize_on, bits, "BF16", grid, out, rounding_torch.open_device(run.device))
     with memory(run, "rounding"):
         rounds()
         run.measures["rounding: GB/s of bfloat16"] = bits.nbytes / 1e9 / min(clock(run, rounds) for _ in range(3))

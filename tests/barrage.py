@@ -104,16 +104,16 @@ interrupts._ORDERLY = 1e9
 
 LIGHT = ("prune", "inspect", "verify", "quantize", "convert", "doctor", "card")
 _MODELS = ("score", "evaluate", "select", "compress")
-COPYING = [f"shardxform.cli.{name}_cmd" for name in LIGHT] + [
+COPYING = [f"shardxform.cli.{name}" for name in LIGHT] + [
     "numpy",
     "shardxform.execution.runner",
     "shardxform.verification",
 ]
 COPYING += ["shardxform.verification.data", "shardxform.execution.rounding"]
-COMPUTING = [*COPYING, *(f"shardxform.cli.{name}_cmd" for name in _MODELS), "torch", "shardxform.experts.scoring"]
+COMPUTING = [*COPYING, *(f"shardxform.cli.{name}" for name in _MODELS), "torch", "shardxform.experts.scoring"]
 COMPUTING += ["shardxform.evaluation.evaluate", "shardxform.tuning.session", "shardxform.compress"]
 COMPUTING += ["transformers.models.qwen3_5_moe.modeling_qwen3_5_moe", "tokenizers", "huggingface_hub", "httpx"]
-COMPUTING += ["shardxform.cli.push_cmd", "shardxform.publish.hub"]
+COMPUTING += ["shardxform.cli.push", "shardxform.publish.hub"]
 
 
 @dataclass

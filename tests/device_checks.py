@@ -29,7 +29,8 @@ from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.base.constants import STORED_TOKENS  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import main, model_options  # noqa: E402
+from shardxform.cli import inputs, main  # noqa: E402
+from shardxform.cli.options import ComputeFlags  # noqa: E402
 from shardxform.errors import PlanError  # noqa: E402
 from shardxform.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.experts import Saliency  # noqa: E402
@@ -250,7 +251,7 @@ def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(PlanError, match=r"--device mps: Cannot convert a MPS Tensor to torch\.float64"):
-        model_options.make_precision("mps", None)
+        inputs.make_precision(ComputeFlags(device="mps"))
 
 
 # -- rounding, tuning, healing ----------------------------------------------------------------------------------------

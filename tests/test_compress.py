@@ -31,7 +31,7 @@ from shardxform.__main__ import entry  # noqa: E402
 from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import compress_cmd, main  # noqa: E402
+from shardxform.cli import main  # noqa: E402
 from shardxform.compress import (  # noqa: E402
     CompressOptions,
     Outcome,
@@ -85,6 +85,20 @@ def invoke(*args: str | Path) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
+def request_of(source: Path, out: Path, *more: str) -> Request:
+    """What the command line asks of the library."""
+    found: list[Request] = []
+
+    def stop(request: Request, **_: Any) -> Prepared:
+        found.append(request)
+        raise Interrupted("that is all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardxform.compress.plan_compress", stop)
+        invoke("compress", source, out, *arguments(source), *more)
+    return found[0]
+
+
 def done(*args: str | Path) -> str:
     result = invoke(*args)
     assert result.exit_code == 0, result.output
@@ -112,10 +126,7 @@ def tree(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A request with its data read; `at` moves it."""
-    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe)])
-    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
-    place = tmp_path_factory.mktemp("prepared")
-    return plan_compress(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
+    return plan_compress(request_of(small_moe, tmp_path_factory.mktemp("prepared") / "out"))
 
 
 def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
@@ -184,9 +195,7 @@ def test_a_cpu_tunes_in_bfloat16_if_it_multiplies_it_and_measures_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     more = ["--dtype", asked] if asked else []
-    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe), *more])
-    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
-    request = compress_cmd._request(Checkpoint.open(small_moe), Path("out"), given)
+    request = request_of(small_moe, Path("out"), *more)
     assert request.precision == Precision(torch.device("cpu"), torch.float32)
     assert request.tuned_in == Precision(torch.device("cpu"), tuned)
 
@@ -412,9 +421,9 @@ def test_a_text_that_has_changed_is_named(small_moe: Path, copied: Path, tmp_pat
 
 def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared, copied: Path, tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
-    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plot")
+    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plots")
     run(prepared, copied, plot=True)
-    changed = arguments(small_moe, "--keep", "4", "--force", "--plot", "--json")
+    changed = arguments(small_moe, "--keep", "4", "--force", "--plots", "--json")
     out = json.loads(done("compress", small_moe, copied, *changed))
     assert out["made"] == list(STAGES[1:])
     assert tree(copied) == tree(tmp_path / "fresh/out")
@@ -466,7 +475,7 @@ def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
     path = copied.with_name("out.compress") / name
     path.write_bytes(path.read_bytes() + b" ")
     before = tree(copied)
-    with pytest.raises(OutputError, match=rf"{name}: not as `compress` wrote it; move it away"):
+    with pytest.raises(OutputError, match=rf"{name}: not as compress wrote it; move it away"):
         run(prepared, copied, force=force)
     assert tree(copied) == before
 
@@ -475,7 +484,7 @@ def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
 def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: Path, what: str) -> None:
     (tmp_path / "out.compress").mkdir()
     (tmp_path / "out.compress" / what).write_text("mine")
-    with pytest.raises(OutputError, match=r"(not shardxform's|not as `compress` wrote it)"):
+    with pytest.raises(OutputError, match=r"(not shardxform's|not as compress wrote it)"):
         run(prepared, tmp_path / "out")
     assert (tmp_path / "out.compress" / what).read_text() == "mine"
     assert not (tmp_path / "out").exists()
@@ -484,7 +493,7 @@ def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: P
 def test_a_link_in_place_of_the_directory_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.compress").symlink_to("elsewhere")
-    with pytest.raises(OutputError, match="expected a directory of `compress` or nothing"):
+    with pytest.raises(OutputError, match="expected a directory of compress or nothing"):
         run(prepared, tmp_path / "out")
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -518,14 +527,14 @@ def test_two_at_a_time_are_refused(prepared: Prepared, copied: Path) -> None:
 
 def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Path) -> None:
     (copied / "README.md").write_text("mine")
-    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plot")
+    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plots")
     assert result.exit_code == 0, result.output
     why = "neither the source's nor a card of shardxform's; move it away and run the same command again"
     assert f"no card was written: {copied / 'README.md'}: {why}\n" in result.stderr
     assert re.search(rf"^  results +{re.escape(str(copied))}\.compress$", result.stdout, re.MULTILINE)
     assert (copied / "README.md").read_text() == "mine"
     (copied / "README.md").unlink()
-    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plot").stdout
+    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plots").stdout
     assert "experts" in (copied / "README.md").read_text()
 
 
@@ -576,7 +585,7 @@ def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("work", ["model", "model/work", "."])
 def test_results_and_output_do_not_lie_in_each_other(work: str, small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "model"
-    said = refused("compress", small_moe, out, "--method", "rtn", "--work", tmp_path / "made" / work)
+    said = refused("compress", small_moe, out, "--method", "rtn", "--results", tmp_path / "made" / work)
     assert "cannot lie in OUT" in said
     assert not out.exists()
 
@@ -614,15 +623,15 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Pat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--keep", "8"], "Missing option '--data' or '--preset'"),
-        ([], "Missing option '--data' or '--preset'; --method rtn needs no text"),
+        (["--keep", "8"], "Missing option '--data'"),
+        ([], "Missing option '--data'; --method rtn needs no text"),
         (["--keep", "8", "--ratio", "0.5"], "either --keep or --ratio"),
         (["--criterion", "ean"], "--criterion is for choosing experts"),
         (["--protect-super-experts"], "--protect-super-experts is for choosing experts"),
         (["--method", "rtn", "--iters", "2"], "--iters is for --method auto-round"),
         (["--method", "rtn", "--samples", "2"], "--samples is for choosing experts and tuning"),
         (["--eval-samples", "2"], "--eval-samples is for measuring OUT"),
-        (["--method", "rtn", "--plot"], "--plot is for choosing experts and measuring"),
+        (["--method", "rtn", "--plots"], "--plots is for choosing experts and measuring"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

@@ -25,18 +25,19 @@ from test_run import looks_complete, tree
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError, ShardxformError
-from shardxform.execution import repacking
 from shardxform.execution.runner import RunOptions, run
-from shardxform.formats import selection
+from shardxform.formats import plain, selection
+from shardxform.formats.encoding import Cut
 from shardxform.formats.grid import Grid
+from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Scheme
 from shardxform.formats.stored import read_stored, scan_stored
-from shardxform.plan import convert
 from shardxform.plan import plan as plan_module
-from shardxform.plan.convert import ConvertOptions, Repack, Target, plan_convert
+from shardxform.plan.convert import ConvertOptions, Target, plan_convert
 from shardxform.plan.plan import Plan
 from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.steps import Transcode
 
 SHARD_BYTES = 150_000
 SPELLINGS: tuple[tuple[Any, Any], ...] = (
@@ -56,7 +57,7 @@ EXPERT = PREFIX + "mlp.experts.2.gate_proj."
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many steps and tiles, though the checkpoints are tiny."""
     monkeypatch.setattr(plan_module, "STEP_BYTES", 100_000)
-    monkeypatch.setattr(repacking, "TILE_WEIGHTS", 640)
+    monkeypatch.setattr(plain, "DECODE_TILE", 640)
 
 
 def quantize(source: Path, out: Path, format_: Any = "auto-round", names: Any = "split", **over: Any) -> Path:
@@ -380,18 +381,19 @@ def test_float16_that_is_rounded_must_not_overflow_either(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("qwen3_5", "qwen3_6"))])
 def test_float16_is_refused_where_it_overflows_while_the_model_runs(kind: str, tmp_path: Path) -> None:
     made = quantize(make(tmp_path / "source", kind), tmp_path / "q")
-    with pytest.raises(SchemeError, match=r"gated delta-net layers of family qwen3_5_moe; use --to bf16"):
+    with pytest.raises(SchemeError, match=r"gated delta-net layers of family qwen3_5_moe; use bf16"):
         plan_of(made, "fp16")
     assert not any("fp16" in note for note in plan_of(made, "bf16").notes)
 
 
 def test_a_fused_tensor_is_written_slab_by_slab(quantized: Path, tmp_path: Path) -> None:
     source = quantize(make(tmp_path / "fused"), tmp_path / "q")
-    steps = [step for step in plan_of(source, "bf16").steps if isinstance(step, Repack)]
+    steps = [step for step in plan_of(source, "bf16").steps if isinstance(step, Transcode)]
     assert len(steps) > 5
-    slabs = [item for step in steps for item in step.items if ".experts." in item.module]
-    assert [item.out_bytes for item in slabs] == [2 * 32 * 64] * (4 * 8 * 3)
-    assert all(step.target is None for step in steps)
+    items = [item for step in steps for item in step.items]
+    slabs = [source for item in items if ".experts." in item.module for source in item.sources]
+    assert [source.shape[0] * source.shape[1] for source in slabs] == [32 * 64] * (4 * 8 * 3)
+    assert {item.target for item in items} == {Plain("BF16")}
     assert plan_of(quantized, "bf16").notes[1].startswith("this cannot be undone")
 
 
@@ -406,7 +408,7 @@ def test_bytes_are_the_same_whatever_jobs_steps_and_short_calls(
     reference = without_record(converted(source, tmp_path / "a", to, jobs=1))
     assert without_record(converted(source, tmp_path / "b", to, jobs=3)) == reference
     monkeypatch.setattr(plan_module, "STEP_BYTES", 1_000)
-    monkeypatch.setattr(repacking, "TILE_WEIGHTS", 1)
+    monkeypatch.setattr(plain, "DECODE_TILE", 1)
     run(plan_of(source, to), tmp_path / "c", fs=Short())
     assert without_record(tmp_path / "c") == reference
 
@@ -680,7 +682,7 @@ def test_targets_that_cannot_be_are_refused(quantized: Path) -> None:
             plan_of(quantized, to, g_idx=True)
     with pytest.raises(SchemeError, match="fused-indexed exists in auto-round and gptq"):
         plan_of(quantized, "compressed-tensors", "fused-indexed")
-    with pytest.raises(SchemeError, match="--g-idx: expected --format gptq"):
+    with pytest.raises(SchemeError, match="`g_idx`: expected `format` gptq"):
         plan_of(quantized, "compressed-tensors", g_idx=True)
 
 
@@ -735,7 +737,8 @@ def test_a_checkpoint_is_read_as_modules(tmp_path: Path) -> None:
     )
     up = stored.weights["model.language_model.layers.0.mlp.experts.3.up_proj.weight"]
     assert up.spec.shape == (32, 64)
-    assert [(piece.file, piece.offset // 128, piece.end // 128) for piece in up.ranges] == [(name, 32, 64)]
+    assert [(source.name, source.cut) for source in up.sources] == [(name, Cut(32, 32))]
+    assert up.ranges == ()
     assert not stored.contradictions
 
 
@@ -825,7 +828,6 @@ def test_planning_reads_no_tensor_and_loads_no_array_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, shardxform.cli.convert_cmd; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, shardxform.cli.convert; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
-    assert convert.TILE_WEIGHTS == 1 << 18

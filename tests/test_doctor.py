@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from test_quantize import make
 
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli import doctor_cmd as doctor
-from shardxform.cli.doctor_cmd import REFERENCE, Need, command, command_needs, machine_of, model_sizes, version_lines
+from shardxform.cli import doctor
+from shardxform.cli.doctor import REFERENCE, Need, command_needs, doctor_command, machine_of, model_sizes, version_lines
 from shardxform.errors import CheckpointError
 from shardxform.plan.inspection import inspect_checkpoint
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
+    result = CliRunner().invoke(doctor_command, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.stdout
 
@@ -246,7 +246,7 @@ def test_versions_without_importing_what_they_are_of() -> None:
     found = dict(line.split() for line in lines[1:])
     assert found["numpy"] == metadata.version("numpy")
     assert found["click"] == metadata.version("click")
-    code = "import sys; from shardxform.cli.doctor_cmd import version_lines as v; v(); print(sorted(sys.modules))"
+    code = "import sys; from shardxform.cli.doctor import version_lines as v; v(); print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"'numpy'", "'torch'", "'rich'", "'numba'"} & set(loaded.strip("[]\n").split(", "))
 

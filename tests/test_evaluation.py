@@ -20,7 +20,8 @@ from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
 from shardxform.checkpoint.identity import identify  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import evaluate_cmd, main  # noqa: E402
+from shardxform.cli import evaluate as evaluate_module  # noqa: E402
+from shardxform.cli import main  # noqa: E402
 from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
 from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.evaluation.plot import draw  # noqa: E402
@@ -197,7 +198,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
     options = EvaluateOptions(precision=FLOAT32, work=tmp_path / "w", on_progress=stop)
     with pytest.raises(Interrupted):
         evaluate(source, windows, options)
-    with pytest.raises(ResumeError, match="windows of --data: was"):
+    with pytest.raises(ResumeError, match="`windows`: was"):
         run_evaluate(source, held_out(), tmp_path / "w")
     assert run_evaluate(source, windows, tmp_path / "w") == whole
 
@@ -205,7 +206,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
 def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(plan_prune(Checkpoint.open(small_moe), KEEP), out)
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64", "--by-source"]
+    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64", "--by-text-source"]
     base = ["evaluate", str(out), *data, "--work", str(tmp_path / "w"), "-q"]
     runner, plot = CliRunner(), tmp_path / "p.png"
     assert "sources  code 2, kjv 2 windows" in runner.invoke(main, [*base, "--dry-run"]).output
@@ -251,7 +252,7 @@ def row(output: str, first: str) -> list[str]:
 def test_sources_that_are_not_there_are_refused(small_moe: Path, tmp_path: Path) -> None:
     data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
     for command in (["evaluate", str(small_moe)], ["score", str(small_moe), "-o", str(tmp_path / "s")]):
-        result = CliRunner().invoke(main, [*command, *data, "--sources", "kjv, cod", "--dry-run"])
+        result = CliRunner().invoke(main, [*command, *data, "--text-sources", "kjv, cod", "--dry-run"])
         assert result.exit_code == 1
         assert "heldout.jsonl: expected documents of source 'cod', found 'code', 'kjv'\n" in result.output
 
@@ -356,7 +357,7 @@ def test_a_reference_in_another_type_shows_what_the_type_does(small_moe: Path, t
 
 def test_no_data_no_device(small_moe: Path) -> None:
     runner = CliRunner()
-    assert "'--data' or '--preset'" in runner.invoke(main, ["evaluate", str(small_moe)]).output
+    assert "'--data'" in runner.invoke(main, ["evaluate", str(small_moe)]).output
     data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
     result = runner.invoke(main, ["evaluate", str(small_moe), *data, "--device", "abacus"])
     assert result.exit_code == 1
@@ -371,7 +372,7 @@ def test_figures_that_go_down_are_explained(
 ) -> None:
     against = Comparison(perplexity=10.0, kl=0.1, kl_error=0.01, top1=0.9, block_errors=errors)
     found = Evaluation(perplexity=perplexity, windows=2, tokens=4, against=against)
-    evaluate_cmd._report(found, Path("a"), None, Path("b"), 1.0)
+    evaluate_module._report(found, Path("a"), None, Path("b"), 1.0)
     told = capsys.readouterr().out
     assert ("compare by KL divergence" in told) is lower
     assert ("negative where" in told) is shrinks

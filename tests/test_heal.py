@@ -433,9 +433,9 @@ def test_an_eighth_of_the_windows_judges(samples: int, count: int) -> None:
         ({"iters": 0}, "heal iters: expected at least 1, found 0"),
         ({"batch_size": 0}, "heal batch_size: expected at least 1, found 0"),
         ({"what": "router, shared"}, "heal: expected auto, router, shared, moe, all, found 'router, shared'"),
-        ({"lr": 0.0}, "--heal-lr: expected more than 0 and at most 1, found 0.0"),
-        ({"lr": 1.5}, "--heal-lr: expected more than 0 and at most 1, found 1.5"),
-        ({"lr": float("nan")}, "--heal-lr: expected more than 0 and at most 1, found nan"),
+        ({"lr": 0.0}, "`heal.lr`: expected more than 0 and at most 1, found 0.0"),
+        ({"lr": 1.5}, "`heal.lr`: expected more than 0 and at most 1, found 1.5"),
+        ({"lr": float("nan")}, "`heal.lr`: expected more than 0 and at most 1, found nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], text: str) -> None:
@@ -444,7 +444,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], text:
 
 
 def test_a_single_window_cannot_judge_and_teach() -> None:
-    with pytest.raises(SchemeError, match="--heal: expected at least 2 windows, one of them to judge by, found 1"):
+    with pytest.raises(SchemeError, match="`heal`: expected at least 2 windows, one of them to judge by, found 1"):
         Recipe(windows="", data={}, samples=1, seqlen=64, iters=0, heal=ONE)
     assert Recipe(windows="", data={}, samples=2, seqlen=64, iters=0, heal=ONE).block_tokens == 64 * (4 + 12)
     assert "heal" not in Recipe(windows="", data={}, samples=1, seqlen=64).facts()

@@ -20,7 +20,7 @@ from test_tuning_block import GRID, OPTIONS, SAMPLES, Layer, Watched, same, samp
 
 from shardxform.ask.recipe import Heal, Recipe, held_out  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.cli.block_report import judged_on, tell_blocks  # noqa: E402
+from shardxform.cli.outputs import judged_on, tell_blocks  # noqa: E402
 from shardxform.execution.journal import measured, recorded  # noqa: E402
 from shardxform.formats import packing, rounding  # noqa: E402
 from shardxform.tuning.block import install, tune_block  # noqa: E402

@@ -144,7 +144,7 @@ def test_bf16_rounding_of_ties_and_signed_zeros() -> None:
 def test_bf16_values_of_codes_are_the_rounded_float32_values() -> None:
     codes = codes_of(4, 64, 8)
     scales = np.random.default_rng(1).standard_normal((4, 2)).astype(np.float16)
-    found = packing.dequantize_bf16(codes, scales, 8, 32)
+    found = packing.bf16_bits_of(packing.dequantize(codes, scales, 8, 32))
     for o in range(4):
         for i in range(64):
             exact = float(scales[o, i // 32]) * (int(codes[o, i]) - 128)

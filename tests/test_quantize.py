@@ -18,15 +18,15 @@ from test_run import looks_complete, tree
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, SchemeError, ShardxformError
-from shardxform.execution import rounding
 from shardxform.execution.runner import RunOptions, run
+from shardxform.formats import integers
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import Scheme
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Copy
 from shardxform.plan.prune import ViewOptions, plan_prune
 from shardxform.plan.quantize import plan_quantize
-from shardxform.plan.steps import Round
+from shardxform.plan.steps import Transcode
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32}
 QWEN35: dict[str, Any] = {**SIZES, "shared_expert_intermediate_size": 32, "head_dim": 32, "linear_value_head_dim": 32}
@@ -93,7 +93,7 @@ def test_bytes_are_the_same_whatever_jobs_steps_tiles_and_short_calls(
     reference = without_record(quantize(source, tmp_path / "a", jobs=1))
     assert without_record(quantize(source, tmp_path / "b", jobs=4)) == reference
     monkeypatch.setattr(plan_module, "STEP_BYTES", 9_000)
-    monkeypatch.setattr(rounding, "TILE_BYTES", 256)
+    monkeypatch.setattr(integers, "ROUND_TILE", 128)
     plan = plan_quantize(Checkpoint.open(source), SCHEME, manifest_of(source), OPTIONS)
     run(plan, tmp_path / "c", fs=Short())
     assert without_record(tmp_path / "c") == reference
@@ -172,7 +172,7 @@ def test_a_torch_device_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
 @pytest.mark.oracle
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     plan = plan_quantize(Checkpoint.open(source), SCHEME)
-    with pytest.raises(SchemeError, match="--device abacus"):
+    with pytest.raises(SchemeError, match="`device` abacus"):
         run(plan, tmp_path / "out", RunOptions(device="abacus"))
     assert not (tmp_path / "out").exists()
 
@@ -182,7 +182,7 @@ def test_steps_read_every_kept_byte_once(source: Path) -> None:
     reads = sorted((r.file, r.offset, r.length) for step in plan.steps for r in step.reads)
     for (file, offset, length), following in pairwise(reads):
         assert file != following[0] or offset + length <= following[1]
-    assert {type(step) for step in plan.steps} == {Copy, Round}
+    assert {type(step) for step in plan.steps} == {Copy, Transcode}
 
 
 def test_a_quantized_source_is_refused(source: Path, tmp_path: Path) -> None:

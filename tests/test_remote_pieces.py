@@ -257,7 +257,7 @@ def test_a_disk_arena_leaves_no_name_and_no_disk(tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_to_is_said_so(tmp_path: Path) -> None:
     arena = DiskArena(4, SLOT, FileSystem(), tmp_path / "missing")
-    with pytest.raises(RemoteError, match="--cache-limit"):
+    with pytest.raises(RemoteError, match="`cache_bytes`"):
         arena.write(0, 0, memoryview(b"x"))
 
 

@@ -103,7 +103,7 @@ def test_dequantized_weights_equal_upstreams(dtype: str) -> None:
     if dtype == "F32":
         np.testing.assert_array_equal(packing.dequantize(codes, scales, 4, 128), qdq.numpy())
     else:
-        found = torch.from_numpy(packing.dequantize_bf16(codes, scales, 4, 128)).view(torch.bfloat16)
+        found = torch.from_numpy(packing.bf16_bits_of(packing.dequantize(codes, scales, 4, 128))).view(torch.bfloat16)
         assert torch.equal(found, qdq)  # as values: signs of zeros may differ
 
 

@@ -410,7 +410,7 @@ def test_the_scan_equals_numpy_on_any_bits(dtype: str, rows: int, bad: int, seed
     if zero < rows:
         bits[zero] = rng.choice(np.array([0, sign], code), 16)
     expected = nonfinite(flat)
-    nonzero, count, first = values.scan(bits.view("u1").reshape(-1), values.FLOATS[dtype], bits.nbytes // rows)
+    nonzero, count, first = values.scan_floats(bits.view("u1").reshape(-1), values.FLOATS[dtype], bits.nbytes // rows)
     assert count == expected.sum()
     assert first == (expected.argmax() if expected.any() else -1)
     assert nonzero.tolist() == [bool(((row & (sign - 1)) != 0).any()) for row in bits]
@@ -454,7 +454,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_a_problem(tmp_path: Path) -> N
     assert [(p.code, p.where) for p in findings.problems] == [("unreadable", shard.name)]
     with pytest.raises(CheckpointError, match=r"model-00002.*file ends at byte"):
         data.check_data(
-            Checkpoint.open(write(tmp_path / "whole")), None, data.Comparison(root, checkpoint.tensors), Findings()
+            Checkpoint.open(write(tmp_path / "whole")), None, data.Against(root, checkpoint.tensors), Findings()
         )
 
 
@@ -501,7 +501,7 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path) -> None:
 def test_quick_needs_no_numpy(tmp_path: Path) -> None:
     root, source = write(tmp_path / "out"), write(tmp_path / "source")
     code = (
-        "import sys; import shardxform.cli.verify_cmd; from shardxform.verification import verify\n"
+        "import sys; import shardxform.cli.verify; from shardxform.verification import verify\n"
         "assert verify(sys.argv[1], source=sys.argv[2], quick=True).sound; assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, root, source], check=True)

@@ -24,9 +24,9 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError
 from shardxform.execution.runner import run
+from shardxform.formats import matrices
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import Scheme
-from shardxform.model import matrices
 from shardxform.model.layout import layout_of
 from shardxform.plan import view
 from shardxform.plan.prune import ViewOptions, plan_prune

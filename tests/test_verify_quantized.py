@@ -714,7 +714,7 @@ def test_what_is_found_does_not_depend_on_backend_tiles_or_threads(
     change(out, f"{EXPERT}.down_proj.qweight", put((3, 60), 0x12345678))
     expected = verify(out, source=source)
     monkeypatch.setattr(rounding, "_NUMBA", numba and rounding._NUMBA)
-    monkeypatch.setattr(rounding, "TILE_WEIGHTS", tile)
+    monkeypatch.setattr(rounding, "_TILE_WEIGHTS", tile)
     report = verify(out, source=source, jobs=jobs)
     assert report.problems == expected.problems
     assert report.rounding is not None

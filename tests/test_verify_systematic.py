@@ -18,9 +18,9 @@ from test_verify_quantized import SIDECARS, convert, edit_json, quantize, sound
 from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.grid import Grid
+from shardxform.formats.packing import code_sum
 from shardxform.formats.scheme import Scheme
 from shardxform.verification import VerifyReport, parts, systematic, verify
-from shardxform.verification.values import code_sum
 
 KIND = "qwen3_moe"
 LAYER = "model.layers.1"

@@ -187,7 +187,7 @@ class Manifest:
         if where:
             raise ManifestError(
                 f"{self.where}: chosen on another checkpoint: {where}; score and select on this one, or give"
-                " --any-source to prune by it all the same"
+                " `any_source` to prune by it all the same"
             )
 
     def of_any_source(self) -> Manifest:

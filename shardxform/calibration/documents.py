@@ -394,7 +394,7 @@ def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
         which = " or ".join(filter(None, (", ".join(map(repr, expected[:-1])), repr(expected[-1]))))
         chats = not options.chat_template and any(name in names for name in _CHATS)
         needs = "; conversations need the chat template" if chats else ""
-        other = "; --text-key names another" if names and not needs and not options.text_key else ""
+        other = "; `text_key` names another" if names and not needs and not options.text_key else ""
         raise PlanError(f"{place}: expected a field {which}, found {listed(names)}{needs}{other}")
     if options.chat_template and len(found) > 1:
         raise PlanError(f"{place}: expected one field of conversations, found both {found[0]!r} and {found[1]!r}")

@@ -131,7 +131,7 @@ def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str,
 
 def _short(what: str, seqlen: int, found: str, longest: int) -> _TooLittle:
     """Not one window, or document, of `seqlen` tokens, though one of the `longest` there is."""
-    fits = f", or ask for less: --seqlen {longest}" if 2 <= longest < seqlen else ""
+    fits = f", or ask for less: `seqlen` {longest}" if 2 <= longest < seqlen else ""
     return _TooLittle(f"expected at least one {what} of {seqlen:,} tokens, found {found}", f"; give more text{fits}")
 
 

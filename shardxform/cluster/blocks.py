@@ -158,5 +158,5 @@ def precision_of(device: str, dtype: str) -> Precision:
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as e:
-        raise ExecutionError(f"worker on {socket.gethostname()}: --device {device}: {str(e).splitlines()[0]}") from e
+        raise ExecutionError(f"worker on {socket.gethostname()}: `device` {device}: {str(e).splitlines()[0]}") from e
     return Precision(torch.device(device), getattr(torch, dtype))

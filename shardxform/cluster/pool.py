@@ -36,7 +36,7 @@ def refuse_remote(origin: str, remote: object) -> None:
 
     """
     if remote:
-        raise PlanError(f"--ray: {origin} is on the hub; expected a folder that all machines of the cluster share")
+        raise PlanError(f"`ray`: {origin} is on the hub; expected a folder that all machines of the cluster share")
 
 
 def needs_of(step: Step, device: str = "cpu") -> Needs:

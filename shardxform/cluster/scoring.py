@@ -299,7 +299,7 @@ def _entered(work: Path) -> Iterator[None]:
         raise OutputError(f"{work}: expected a work directory or nothing, found something else")
     for entry in os.scandir(work) if work.is_dir() else ():
         if entry.name == "progress.json":
-            raise ResumeError(f"{work}: holds unfinished work of a run without --ray; go on without it, or remove it")
+            raise ResumeError(f"{work}: holds unfinished work of a run without `ray`; go on without it, or remove it")
         if not _OURS.fullmatch(entry.name):
             raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
     fs = FileSystem()

@@ -20,7 +20,6 @@ from typing import Any, Final
 
 from shardxform.base import computing
 from shardxform.base.file_system import FileSystem
-from shardxform.base.option_names import with_option
 from shardxform.base.owned import LOCK, OwnedDir, items_of
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.checkpoint.record import PROVENANCE, read_record
@@ -207,7 +206,7 @@ class ResultsFolder(OwnedDir):
         entry = self.stages.get(stage)
         if entry and name in entry.files and entry.files[name] == file_sha256(path):
             return True
-        raise OutputError(f"{path}: not as `compress` wrote it; move it away and run the same command again")
+        raise OutputError(f"{path}: not as compress wrote it; move it away and run the same command again")
 
     def _write(self) -> None:
         stages = {stage: asdict(self.stages[stage]) for stage in STAGES if stage in self.stages}
@@ -225,7 +224,7 @@ def read_stages(root: Path) -> dict[str, StageRecord]:
         OutputError: the directory holds what is not ours, or its record is damaged.
 
     """
-    for item in items_of(root, "a directory of `compress`"):
+    for item in items_of(root, "a directory of compress"):
         ours = item.is_file(follow_symlinks=False) if item.name in _OURS else _is_work(item)
         if not ours:
             raise OutputError(f"{item.path}: not shardxform's; move it away, or name another OUT")
@@ -251,7 +250,7 @@ def changed(
             continue
         pair = stages[stage].inputs, plain(new)
         old, now = map(computing.without, pair) if stages[stage].done else pair
-        if where := difference(old, now, names):
+        if where := difference(old, now, names, stage):
             found[stage] = where
     return found
 
@@ -268,8 +267,8 @@ def refuse_changed(root: Path, stages: Mapping[str, StageRecord], found: Mapping
     spared = f"which keeps what {', '.join(kept)} gave" if kept else "which makes everything again"
     for stage, where in found.items():
         raise ResumeError(
-            f"{root}: '{stage}' was made from other inputs: {with_option(where, stage)}; name another OUT, or start"
-            f" over with --force, {spared}"
+            f"{root}: '{stage}' was made from other inputs: {where}; name another OUT, or start"
+            f" over with `force`, {spared}"
         )
 
 

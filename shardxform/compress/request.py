@@ -243,7 +243,7 @@ def _refuse_inside(folder: Path, source: Path) -> None:
 def _refuse_overlap(folder: Path, out: Path) -> None:
     real, other = (Path(os.path.realpath(path)) for path in (folder, out))
     if real == other or real in other.parents or other in real.parents:
-        raise OutputError(f"{folder}: what stages give cannot lie in OUT, {out}, nor OUT in it; name another --work")
+        raise OutputError(f"{folder}: what stages give cannot lie in OUT, {out}, nor OUT in it; name another `results`")
 
 
 def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:

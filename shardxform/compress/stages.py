@@ -41,7 +41,6 @@ from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
-from shardxform.plan.view import pruned_view
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -199,10 +198,9 @@ class Stages:
         from shardxform.tuning.session import Tuner, TunerOptions
 
         layers = [step.layer for step in plan.steps if isinstance(step, TuneBlock)]
-        view = pruned_view(request.source, self._manifest(), text_only=request.view.text_only, mtp=request.view.mtp)
         options = TunerOptions(precision=precision, threads=torch.get_num_threads())
         original = request.source if request.recipe and request.recipe.heal else None
-        with Tuner(view.checkpoint, windows, layers, options, original) as tuner:
+        with Tuner(plan.view, windows, layers, options, original) as tuner:
             yield tuner
 
     # -- verify, evaluate -------------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ class Stages:
             others = f" and {more} more problem{'s' * (more > 1)}" if more else ""
             raise ExecutionError(
                 f"{out}: not sound: {first.where}: {first.message}{others}; see"
-                f" `shardxform verify {out} --source {source.where}{'' if full else ' --quick'}`"
+                f" `shardxform verify {out}`, with `source` {source.where}"
             )
         facts = {
             "full": full,
@@ -253,7 +251,7 @@ class Stages:
             return call()
         except ResumeError as e:
             if not self.options.force:
-                raise ResumeError(f"{str(e).partition('; remove it')[0]}; start over with --force") from e
+                raise ResumeError(f"{str(e).partition('; remove it')[0]}; start over with `force`") from e
             _discard(work)
             return call()
 

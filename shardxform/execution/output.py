@@ -28,7 +28,6 @@ from typing import Any, BinaryIO, Final, Literal
 from shardxform.base import computing
 from shardxform.base.digests import tensor_digest
 from shardxform.base.file_system import FileSystem, not_a_directory
-from shardxform.base.option_names import with_option
 from shardxform.base.readers import SourceReader
 from shardxform.base.sharding import show_size
 from shardxform.checkpoint.identity import names_of, values_difference
@@ -334,11 +333,11 @@ def refuse_other_plan(root: Path, plan: Plan, state: State) -> None:
         return
     where = difference(state.record.inputs, plan.inputs, names_of(plan.source_shards))
     verb = "holds unfinished work" if state.name == "unfinished" else "holds an output"
-    if where.startswith("source.repository: was 'hf://"):
+    if where.startswith("`source.repository`: was 'hf://"):
         where = f"{where}; name that commit after @ to go on"
     raise ResumeError(
-        f"{root}: {verb} made from other inputs: {with_option(where) or 'the plan itself (another version?)'};"
-        " name a new directory, or start over with --force"
+        f"{root}: {verb} made from other inputs: {where or 'the plan itself (another version?)'};"
+        " name a new directory, or start over with `force`"
     )
 
 
@@ -405,7 +404,7 @@ def removable(root: Path, state: State) -> list[Path]:
         if not _is_inside(root, name):
             raise OutputError(f"{root}: its record names {name!r}; remove the directory yourself")
         if os.path.lexists(path) and name != PROVENANCE and not is_ours(path, digest, shards.get(name)):
-            raise OutputError(f"{path}: changed since shardxform wrote it; move it away, then use --force again")
+            raise OutputError(f"{path}: changed since shardxform wrote it; move it away, then use `force` again")
         out.append(path)
         if name in shards:
             out.append(path.with_name(path.name + PARTIAL))
@@ -449,7 +448,7 @@ def record_of(plan: Plan) -> Record:
 
 
 def difference(old: object, new: object, names: Mapping[str, Sequence[str]] | None = None, path: str = "") -> str:
-    """Describe the first place where two records differ, or return an empty string.
+    """Describe the first field in which two records differ, or return an empty string.
 
     Args:
         old: what was recorded.
@@ -460,17 +459,17 @@ def difference(old: object, new: object, names: Mapping[str, Sequence[str]] | No
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         if path and _is_other_text(old, new):
-            return f"{path}: the text of {_brief(new['data'])} has changed since"
+            return f"`{path}`: the text of {_brief(new['data'])} has changed since"
         keys = [*new, *(key for key in old if key not in new)]
         for key in sorted(keys, key=_DIGESTS.__contains__):  # what they were made from comes first
             inner = f"{path}.{key}" if path else str(key)
             if inner.endswith("source.values") and old.get(key) != new.get(key):
-                return f"{inner}: {values_difference(old.get(key), new.get(key), names or {})}"
+                return f"`{inner}`: {values_difference(old.get(key), new.get(key), names or {})}"
             if found := difference(old.get(key), new.get(key), names, inner):
                 return found
         return ""
     plain_old, plain_new = (list(v) if isinstance(v, tuple) else v for v in (old, new))
-    return "" if plain_old == plain_new else f"{path}: was {_brief(old)}, now {_brief(new)}"
+    return "" if plain_old == plain_new else f"`{path}`: was {_brief(old)}, now {_brief(new)}"
 
 
 def _is_other_text(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:

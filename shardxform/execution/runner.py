@@ -334,7 +334,7 @@ def _check_finished(output: Output) -> None:
     if damaged := damage(output.root, output.plan):
         raise ResumeError(
             f"{output.root / damaged}: missing or damaged in a finished output; run `shardxform verify`,"
-            " or start over with --force"
+            " or start over with `force`"
         )
 
 
@@ -358,7 +358,7 @@ def _merged(facts: Iterable[Facts]) -> Facts:
             if key == FACT:
                 continue
             if key in out and type(out[key]) is not type(value):
-                raise ResumeError(f"the journal's facts disagree on {key!r}; start over with --force")
+                raise ResumeError(f"the journal's facts disagree on {key!r}; start over with `force`")
             out[key] = out[key] + value if key in out else value
     return out
 

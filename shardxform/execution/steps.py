@@ -30,26 +30,17 @@ def executor(step: Step, device: str, taken: Taken | None = None) -> Callable[..
     Args:
         step: to carry out.
         device: where weights are rounded.
-        taken: digests of what is rounded are put here.
+        taken: digests of what is computed are put here.
 
     """
     if isinstance(step, Copy):
         return functools.partial(copy_step, step)
-    from shardxform.plan.convert import Repack
-    from shardxform.plan.steps import Gather, Round
+    from shardxform.plan.steps import Transcode
 
-    if isinstance(step, Round):
-        from shardxform.execution.rounding import round_step, rounder_on
+    if isinstance(step, Transcode):
+        from shardxform.execution.transcoding import rounder_on, transcode_step
 
-        return functools.partial(round_step, step, rounder_on(device, step.scheme), taken=taken)
-    if isinstance(step, Gather):
-        from shardxform.execution.gathering import gather_step
-
-        return functools.partial(gather_step, step)
-    if isinstance(step, Repack):
-        from shardxform.execution.repacking import repack_step
-
-        return functools.partial(repack_step, step)
+        return functools.partial(transcode_step, step, rounder_on(device, step.items), taken=taken)
     raise TypeError(f"no executor for {type(step).__name__}")
 
 

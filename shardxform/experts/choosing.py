@@ -221,7 +221,7 @@ def keep_of_ratio(num_experts: int, ratio: float) -> int:
 
     """
     if not 0 <= ratio < 1:  # NaN fails it too
-        raise PlanError(f"--ratio: expected the share of experts to remove, from 0 to below 1, found {ratio}")
+        raise PlanError(f"`ratio`: expected the share of experts to remove, from 0 to below 1, found {ratio}")
     return num_experts - math.floor(num_experts * ratio + 1e-9)
 
 
@@ -244,21 +244,21 @@ def _check_count(saliency: Saliency, keep: int) -> None:
     experts, top_k = saliency.num_experts, saliency.model["num_experts_per_tok"]
     groups = saliency.model["num_groups"]
     if keep > experts:
-        raise PlanError(f"--keep: {keep} experts per layer, but {saliency.where} has {experts}")
+        raise PlanError(f"`keep`: {keep} experts per layer, but {saliency.where} has {experts}")
     if keep < max(top_k, 1):
         raise PlanError(
-            f"--keep or --ratio: {keep} experts per layer would stay, but the router picks {top_k} per token; keep at"
+            f"`keep`: {keep} experts per layer would stay, but the router picks {top_k} per token; keep at"
             f" least {top_k}"
         )
     if keep % groups:
         below, above = keep - keep % groups, keep - keep % groups + groups
         raise PlanError(
-            f"--keep or --ratio: {keep} experts per layer, but the router has {groups} groups that must keep equally"
+            f"`keep`: {keep} experts per layer, but the router has {groups} groups that must keep equally"
             f" many; {below} or {above} would do"
         )
     if groups > 1 and keep // groups < 2:
         raise PlanError(
-            f"--keep or --ratio: {keep // groups} expert in each of the {groups} router groups, but the router scores a"
+            f"`keep`: {keep // groups} expert in each of the {groups} router groups, but the router scores a"
             f" group by its two best; keep at least {2 * groups}"
         )
 

@@ -54,7 +54,7 @@ def plot_choice(choice: Choice) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise PlanError("--plot needs matplotlib: pip install 'shardxform[plot]'") from e
+        raise PlanError("`plot` needs matplotlib: pip install 'shardxform[plot]'") from e
     rows = _rows(choice)
     with mpl.rc_context(), style.context("default"):
         figure = Figure(figsize=(11.0, _height(len(rows))), dpi=_DPI, layout="constrained")

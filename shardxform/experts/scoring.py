@@ -21,7 +21,6 @@ from torch import nn
 
 from shardxform import __version__
 from shardxform.base import computing, interrupts
-from shardxform.base.option_names import with_option
 from shardxform.base.progress import OnProgress
 from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify, names_of
@@ -136,7 +135,7 @@ def difference_of_runs(found: Saliency, source: Checkpoint, windows: Windows, op
     if where := difference_of_models(found.model, model_facts(source), names_of(source.shards)):
         return where
     now = {key: inputs[key] for key in ("windows", "dtype", "device")}
-    return with_option(difference({key: found.runs[0].get(key) for key in now}, now)) or "of an earlier version"
+    return difference({key: found.runs[0].get(key) for key in now}, now) or "of an earlier version"
 
 
 def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:

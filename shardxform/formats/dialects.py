@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
+from shardxform.formats.fp8 import ScaleRule, scale_rule
 from shardxform.formats.grid import Grid
+from shardxform.formats.matrices import Matrix
 from shardxform.formats.scheme import Format, Scheme
 from shardxform.formats.selection import Selection
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import Matrix
 
-__all__ = ["Resolved", "build", "resolve"]
+__all__ = ["DECODED", "Resolved", "build", "resolve"]
+
+DECODED: Final[Mapping[str, Callable[[Mapping[str, Any]], ScaleRule | None]]] = {
+    "fp8": scale_rule,
+    "fbgemm_fp8": scale_rule,
+}
+"""Methods whose weights are read to be decoded, and what reads their rule from a quantization_config."""
 
 _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under the text-only and the multimodal class; both, so that either client class finds its own."""

@@ -1,4 +1,4 @@
-"""Codes, words and values of quantized weights: pure numpy, no rounding decisions.
+"""Codes, words and values of integer weights, and bits of floats: numpy, no rounding decisions.
 
 A code is an unsigned integer of 4 or 8 bits; 8 or 128 stands for zero. Words are int32 and hold the codes of
 consecutive input channels, the first in the lowest bits. Two layouts hold the same words: "gptq" (the GPTQ tensor
@@ -6,33 +6,207 @@ consecutive input channels, the first in the lowest bits. Two layouts hold the s
 input channels; each is the other's transpose.
 """
 
-# O: output channels, I: input channels, G: groups of a row, W: words of a row (I * bits / 32).
+# O: output channels, I: input channels, R: a run of rows, G: groups of a row, W: words of a row (I * bits / 32).
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shardxform.errors import SchemeError
-from shardxform.formats.grid import Layout
+from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.errors import ExecutionError, SchemeError
+from shardxform.formats.encoding import Cut, Role, SourceDtype
+from shardxform.formats.grid import Grid, Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "IntRows",
     "bf16_bits_of",
+    "code_sum",
     "dequantize",
-    "dequantize_bf16",
+    "determined",
+    "empty_of",
+    "first_of",
+    "float32_of",
     "half_bits_of",
+    "is_infinite",
+    "move",
+    "not_held",
     "pack",
     "qzeros",
+    "refuse_odd",
     "transpose_into",
     "unpack",
 ]
 
 TRANSPOSE_BLOCK = 128
+_NUMPY: Final[dict[str, Any]] = {"F16": np.uint16, "BF16": np.uint16, "I32": np.int32, "I64": np.int64}
+_LARGEST_SCALE: Final = np.float32(2.0**119)  # times 128, the largest code, still a BF16
+
+
+@dataclass(frozen=True, slots=True)
+class IntRows:
+    """Rows of an integer weight in memory.
+
+    Attributes:
+        words, scales: of the whole weight as they are stored; scales as bits.
+        layout: of both.
+        grid: bits and groups.
+        scale_spec: name and dtype of the stored scales.
+        module: name of the weight.
+        first, count: the rows that these are.
+
+    """
+
+    words: NDArray[np.int32]
+    scales: NDArray[np.uint16]
+    layout: Layout
+    grid: Grid
+    scale_spec: TensorSpec
+    module: str
+    first: int
+    count: int
+
+    @property
+    def fits_half(self) -> bool:
+        """Whether float16 is known to hold every value: see `integers.Ints.fits_half`."""
+        return self.grid.bits == 4 and self.grid.scale_grid == "bf16"
+
+    def where(self, row: int) -> str:
+        """Name a row in a message."""
+        return f"tensor '{self.module}': row {self.first + row}"
+
+    def cut(self, cut: Cut) -> IntRows:
+        """A run of the rows."""
+        assert cut.is_run
+        return replace(self, first=self.first + cut.first, count=cut.count)
+
+    def turned(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """int32 words [R, W] and float32 scales [R, G] of rows `start`..`stop - 1`, whichever way they are stored."""
+        words, bits = (rows_between(a, self.layout, self.first + start, self.first + stop) for a in self.stored)
+        if self.layout == "row":
+            return words, float32_of(bits.copy(), self.scale_spec.dtype)
+        words_RW = np.empty(words.shape[::-1], words.dtype)
+        transpose_into(words, words_RW)
+        return words_RW, np.ascontiguousarray(float32_of(bits.copy(), self.scale_spec.dtype).T)
+
+    @property
+    def stored(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Words and scales of the whole weight."""
+        return self.words, self.scales
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """`scale * (code - zero)`, exact in float32 [R, I]."""
+        words_RW, scale_RG = self.turned(start, stop)
+        return dequantize(unpack(words_RW, self.grid.bits, "row"), scale_RG, self.grid.bits, self.grid.group_size)
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The values: nothing narrower holds them."""
+        return self.values(start, stop), "F32"
+
+
+def move(sources: Sequence[IntRows], out: tuple[NDArray[Any], NDArray[Any]], layout: Layout, scale_dtype: str) -> None:
+    """Write words and scales of rows, one below the other, in a layout and with a dtype of scales, to the bit.
+
+    Raises:
+        ExecutionError: the dtype cannot hold a scale.
+
+    """
+    row = 0
+    for rows in sources:
+        bits = _scales_as(scale_dtype, rows)
+        for stored, new in ((rows.words, out[0]), (bits, out[1])):
+            found = rows_between(stored, rows.layout, rows.first, rows.first + rows.count)
+            into = rows_between(new, layout, row, row + rows.count)
+            if rows.layout == layout:
+                into[...] = found
+            else:
+                transpose_into(found, into)
+        row += rows.count
+
+
+def _scales_as(dtype: str, rows: IntRows) -> NDArray[np.uint16]:
+    """Bits of the scales in another type, which must hold every one exactly."""
+    if dtype == rows.scale_spec.dtype:
+        return rows.scales
+    values = float32_of(rows.scales, rows.scale_spec.dtype)
+    bits = bf16_bits_of(values) if dtype == "BF16" else half_bits_of(values)
+    if bad := first_of(float32_of(bits, dtype) != values):
+        raise ExecutionError(
+            f"tensor '{rows.scale_spec.name}': scale {values[bad]} at {list(bad)} is stored as {rows.scale_spec.dtype};"
+            f" the target's {dtype} cannot hold it exactly"
+        )
+    return bits
+
+
+def empty_of(ref: TensorRef) -> NDArray[Any]:
+    """Make an array for a part of an integer weight; floats are bits."""
+    return np.empty(ref.spec.shape, _NUMPY[ref.spec.dtype])
+
+
+def determined(role: Role, shape: tuple[int, int], grid: Grid) -> NDArray[Any]:
+    """What is stored of a weight's shape, or of columns in their own order."""
+    if role == "shape":
+        return np.array(shape, np.int64)
+    return (np.arange(shape[1], dtype=np.int32) // grid.span(shape[1])).astype(np.int32)
+
+
+def refuse_odd(role: Role, ref: TensorRef, found: NDArray[Any], shape: tuple[int, int], grid: Grid) -> None:
+    """Hold a part against what a symmetric weight in its own order determines of it.
+
+    Raises:
+        ExecutionError: says what is there instead.
+
+    """
+    if role == "zeros":
+        wanted = qzeros(1, 32, grid.bits)[0, 0]
+        if bad := first_of(found != wanted):
+            word = int(found[bad]) & 0xFFFFFFFF
+            raise ExecutionError(
+                f"tensor '{ref.name}': zero points 0x{word:08X} at {list(bad)}, expected 0x{int(wanted):08X}:"
+                " an asymmetric weight, or one of checkpoint_format gptq_v2, neither of which is supported"
+            )
+    elif role == "g_idx":
+        if bad := first_of(found != determined(role, shape, grid)):
+            raise ExecutionError(
+                f"tensor '{ref.name}': column {bad[0]} is in group {found[bad]}; expected groups of consecutive"
+                " columns: act-order is not supported"
+            )
+    elif role == "shape" and found.tolist() != list(shape):
+        raise ExecutionError(f"tensor '{ref.name}': {found.tolist()}, expected the weight's shape {list(shape)}")
+    elif role == "scales":
+        values = float32_of(found, ref.spec.dtype)
+        if bad := first_of(~(np.abs(values) < _LARGEST_SCALE)):
+            raise ExecutionError(f"tensor '{ref.name}': scale {values[bad]} at {list(bad)}; expected finite scales")
+
+
+def first_of(wrong: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Index of the first element that is set; empty when none is."""
+    if not wrong.any():
+        return ()
+    return tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
+
+
+def rows_between(array: NDArray[Any], layout: Layout, start: int, stop: int) -> NDArray[Any]:
+    """View of the words or scales of rows `start`..`stop - 1` of a weight."""
+    return array[:, start:stop] if layout == "gptq" else array[start:stop]
+
+
+def float32_of(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Bits of BF16, F16 or F32 -> float32, exact."""
+    if dtype == "BF16":
+        wide = bits.astype(np.uint32)
+        wide <<= np.uint32(16)  # in place: a third less time
+        return wide.view(np.float32)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    return bits.view(np.float32)
 
 
 def pack(codes_OI: NDArray[np.uint8], bits: int, layout: Layout) -> NDArray[np.int32]:
@@ -112,13 +286,6 @@ def dequantize(codes_OI: NDArray[np.uint8], scale_OG: NDArray[Any], bits: int, g
     return (codes_OI.astype(np.float32) - np.float32(1 << (bits - 1))) * scale_OI
 
 
-def dequantize_bf16(
-    codes_OI: NDArray[np.uint8], scale_OG: NDArray[Any], bits: int, group_size: int
-) -> NDArray[np.uint16]:
-    """As ``dequantize``, rounded to the nearest BF16, ties to even; uint16 bits [O, I]."""
-    return bf16_bits_of(dequantize(codes_OI, scale_OG, bits, group_size))
-
-
 def bf16_bits_of(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Finite float32 -> BF16 bits, to nearest even (a NaN may become an infinity)."""
     bits = values.view(np.uint32)
@@ -130,6 +297,17 @@ def half_bits_of(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Float32 -> float16 bits, to nearest even; an infinity from 65520 on."""
     with np.errstate(over="ignore", under="ignore"):
         return values.astype(np.float16).view(np.uint16)
+
+
+def not_held(half_bits: NDArray[np.uint16], values: NDArray[np.float32], exact: bool) -> tuple[int, ...]:
+    """Index of the first value that float16 made infinite, or with `exact` rounded; empty when there is none."""
+    half = half_bits.view(np.float16)
+    return first_of(half != values if exact else np.isinf(half))
+
+
+def is_infinite(half_bit: Any) -> bool:  # noqa: ANN401
+    """Whether the bits of one float16 are those of an infinity."""
+    return (int(half_bit) & 0x7FFF) == 0x7C00
 
 
 def transpose_into(source: NDArray[Any], target: NDArray[Any]) -> None:
@@ -158,3 +336,26 @@ def _check(bits: int, channels: int) -> None:
 
 def _native(words: NDArray[Any]) -> NDArray[np.int32]:
     return words.view(np.int32) if sys.byteorder == "little" else words.astype(np.int32)
+
+
+# -- sums ---------------------------------------------------------------------------------------------------------
+
+_NIBBLES: Final = np.uint64(0x0F0F0F0F0F0F0F0F)
+_PAIRS: Final = np.uint64(0x00FF00FF00FF00FF)
+_SUMMED: Final = 128  # words of eight bytes, the pairs of which sum up to 128 * 2 * 255 < 2^16
+_BLOCK: Final = 64 * _SUMMED  # words that stay in the cache
+
+
+def code_sum(data: NDArray[np.uint8], bits: int) -> int:
+    """Sum of the codes, of 4 or 8 bits, in a run of whole words; four lanes of 16 bits are summed at a time."""
+    whole = len(data) // (8 * _SUMMED) * _SUMMED
+    words = data[: 8 * whole].view("<u8")
+    total = 0
+    for start in range(0, whole, _BLOCK):
+        x = words[start : start + _BLOCK]
+        if bits == 4:
+            x = (x & _NIBBLES) + ((x >> np.uint64(4)) & _NIBBLES)
+        x = (x & _PAIRS) + ((x >> np.uint64(8)) & _PAIRS)
+        total += int(x.reshape(-1, _SUMMED).sum(axis=1).view("<u2").sum(dtype=np.int64))
+    rest = data[8 * whole :]
+    return total + int((rest if bits == 8 else (rest & 15) + (rest >> 4)).sum(dtype=np.int64))

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from shardxform.errors import ExecutionError, SchemeError
+from shardxform.formats.encoding import SourceDtype
 from shardxform.formats.grid import Grid
-from shardxform.formats.rounding import QuantizedWeight, RtnStats, SourceDtype
+from shardxform.formats.rounding import QuantizedWeight, RtnStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["open_device", "quantize_on_device"]
+__all__ = ["open_device", "quantize_on"]
 
 _SMALLEST: Final = float(np.float16(1e-5))
 _BITS: Final = {"BF16": (torch.int16, torch.bfloat16), "F16": (torch.int16, torch.float16)}
@@ -37,14 +38,14 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
-        raise SchemeError(f"--device {name}: {str(e).splitlines()[0]}") from e
+        raise SchemeError(f"`device` {name}: {str(e).splitlines()[0]}") from e
     return device
 
 
-def quantize_on_device(
+def quantize_on(
     w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
 ) -> RtnStats:
-    """As `rounding.quantize_into`; every group must be full.
+    """As `rounding.quantize_into` without measuring; every group must be full.
 
     Args:
         w_RI: raw bits or floats, as `rounding.quantize_into` takes them.
@@ -59,14 +60,14 @@ def quantize_on_device(
 
     """
     if grid.search:
-        raise SchemeError("the scale search runs on the CPU only: leave out --device")
+        raise SchemeError("the scale search runs on the CPU only: leave out `device`")
     try:
-        return _quantize(w_RI, dtype, grid, out, device)
+        return _quantize_on(w_RI, dtype, grid, out, device)
     except torch.OutOfMemoryError as e:
         raise ExecutionError(f"{device}: {str(e).splitlines()[0]} Fewer jobs take less; what is done is safe") from e
 
 
-def _quantize(
+def _quantize_on(
     w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
 ) -> RtnStats:
     rows, columns = w_RI.shape

@@ -1,35 +1,24 @@
-"""How selected weights are quantized: a value that gives the stored tensors of a module by arithmetic alone.
+"""What is asked of a quantization: which weights become integers of what grid, in what format of clients.
 
-`Scheme.parts` answers "what tensors will come out?"; `formats.rounding` computes their values; a test holds the two
-together. Words as in compressed-tensors: scheme, group size, symmetric, pack-quantized.
+Words as in compressed-tensors: scheme, group size, symmetric, pack-quantized.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from shardxform.base.tensors import TensorSpec
 from shardxform.errors import SchemeError
 from shardxform.formats.grid import Bits, Grid, Layout, ScaleGrid
-from shardxform.model.matrices import ExpertNames
+from shardxform.formats.integers import Ints
+from shardxform.formats.matrices import ExpertNames
 
-__all__ = ["FORMATS", "PRESETS", "ExpertNames", "Format", "Part", "Scheme"]
+__all__ = ["FORMATS", "PRESETS", "ExpertNames", "Format", "Scheme"]
 
 Format = Literal["auto-round", "gptq", "compressed-tensors"]
-Role = Literal["words", "zeros", "scales", "shape", "g_idx"]
 
 FORMATS: Final[tuple[Format, ...]] = ("auto-round", "gptq", "compressed-tensors")
 PRESETS: Final[dict[str, Bits]] = {"W4A16": 4, "W8A16": 8}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One stored tensor of a quantized module, and what it holds."""
-
-    role: Role
-    spec: TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +47,9 @@ class Scheme:
         if self.format not in FORMATS:
             raise SchemeError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
         if self.g_idx and self.format == "compressed-tensors":
-            raise SchemeError("--g-idx: expected --format gptq or auto-round, which have such a tensor")
+            raise SchemeError("`g_idx`: expected `format` gptq or auto-round, which have such a tensor")
         if self.expert_names == "fused-indexed" and self.format == "compressed-tensors":
-            raise SchemeError("--expert-names: fused-indexed exists in auto-round and gptq checkpoints only")
+            raise SchemeError("`expert_names`: fused-indexed exists in auto-round and gptq checkpoints only")
 
     @classmethod
     def preset(
@@ -84,49 +73,8 @@ class Scheme:
         return cls(grid=grid, format=format)
 
     @property
-    def layout(self) -> Layout:
-        """Which way the words of a weight run; see `formats.rounding.QuantizedWeight`."""
-        return "row" if self.format == "compressed-tensors" else "gptq"
-
-    @property
-    def scale_dtype(self) -> str:
-        """Dtype of stored scales: float16, or bfloat16 where the format has the weights' and it loses nothing."""
-        return "BF16" if self.format == "compressed-tensors" and self.grid.scale_grid == "bf16" else "F16"
-
-    def misfit(self, out_features: int, in_features: int) -> str:
-        """Say why a weight [O, I] cannot be quantized under this scheme; empty when it can."""
-        group = self.grid.span(in_features)
-        if in_features % 32 or out_features % 32:
-            return f"[{out_features}, {in_features}] is no multiple of 32"
-        if in_features % group:
-            return f"{in_features} input channels do not fill groups of {group}"
-        return ""
-
-    def parts(self, module: str, out_features: int, in_features: int) -> tuple[Part, ...]:
-        """List the tensors that stand for the weight [O, I] of `module`, in the order in which they are written."""
-        return tuple(
-            Part(role, TensorSpec(f"{module}.{last}", dtype, shape))
-            for role, last, dtype, shape in _forms(self, out_features, in_features)
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def _forms(scheme: Scheme, out_features: int, in_features: int) -> tuple[tuple[Role, str, str, tuple[int, ...]], ...]:
-    """What stands for a weight of one shape, whatever it is called: role, last part of the name, dtype and shape."""
-    grid, layout = scheme.grid, scheme.layout
-    words = grid.word_shape(layout, out_features, in_features)
-    scales = grid.scale_shape(layout, out_features, in_features)
-    if layout == "row":
-        return (
-            ("words", "weight_packed", "I32", words),
-            ("scales", "weight_scale", scheme.scale_dtype, scales),
-            ("shape", "weight_shape", "I64", (2,)),
-        )
-    zeros = (scales[0], out_features // grid.codes_per_word)
-    index: tuple[Role, str, str, tuple[int, ...]] = ("g_idx", "g_idx", "I32", (in_features,))
-    return (
-        ("words", "qweight", "I32", words),
-        ("zeros", "qzeros", "I32", zeros),
-        ("scales", "scales", "F16", scales),
-        *((index,) if scheme.g_idx else ()),
-    )
+    def encoding(self) -> Ints:
+        """How a selected weight is stored; scales are bfloat16 where the format allows it and it loses nothing."""
+        layout: Layout = "row" if self.format == "compressed-tensors" else "gptq"
+        bf16 = layout == "row" and self.grid.scale_grid == "bf16"
+        return Ints(self.grid, layout, "BF16" if bf16 else "F16", self.g_idx)

@@ -1,25 +1,27 @@
 """A quantized checkpoint read as modules: which stored tensors stand for which weight, held against its own config.
 
-Reads config and headers, never tensor data: names, dtypes and shapes are compared with `Scheme.parts`, the arithmetic
-that writes them. Each weight is also shown as a reference `[O, I]` in the current spelling, whose byte ranges count
-rows of a stored module instead of bytes of a file, so that what works on a plain checkpoint works on a quantized one.
+Reads config and headers, never tensor data: names, dtypes and shapes are compared with the parts of the encoding, the
+arithmetic that writes them. Each weight is also shown as an `Encoded` tensor [O, I] in the current spelling, so that
+what works on the table of a plain checkpoint works on that of a quantized one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.dialects import Resolved, resolve
+from shardxform.formats.dialects import DECODED, Resolved, resolve
+from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.grid import Bits, Grid, ScaleGrid
-from shardxform.formats.scheme import ExpertNames, Format, Role, Scheme
+from shardxform.formats.matrices import LINEAR_ROLES, matrices_of
+from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.model.layout import (
     COMPANIONS,
     Expected,
@@ -30,19 +32,9 @@ from shardxform.model.layout import (
     refuse_two_spellings,
     variants_found,
 )
-from shardxform.model.matrices import LINEAR_ROLES, matrices_of
 
-__all__ = ["Stored", "StoredModule", "read_stored", "rows_of", "scan_stored"]
+__all__ = ["Stored", "decoded", "has_g_idx", "read_stored", "scan_stored"]
 
-_ROLES: Final[Mapping[str, Role]] = {
-    "qweight": "words",
-    "qzeros": "zeros",
-    "scales": "scales",
-    "g_idx": "g_idx",
-    "weight_packed": "words",
-    "weight_scale": "scales",
-    "weight_shape": "shape",
-}
 _GPTQ: Final = ("qweight", "qzeros", "scales")
 _ROW: Final = ("weight_packed", "weight_scale", "weight_shape")
 _MEANINGS: Final = {
@@ -55,32 +47,6 @@ _SPLIT: Final = re.compile(r"(.*\.experts)\.(0|[1-9]\d{0,8})\.[a-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredModule:
-    """One quantized weight.
-
-    Attributes:
-        name: as it is stored, without the last part.
-        shape: of the weight, [O, I].
-        parts: the stored tensors and what they hold, in the order of `Scheme.parts`.
-
-    """
-
-    name: str
-    shape: tuple[int, int]
-    parts: tuple[tuple[Role, TensorRef], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all parts in bytes."""
-        return sum(ref.nbytes for _, ref in self.parts)
-
-    @property
-    def has_g_idx(self) -> bool:
-        """Whether the order of its columns is stored."""
-        return any(role == "g_idx" for role, _ in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
 class Stored:
     """A quantized checkpoint.
 
@@ -89,7 +55,7 @@ class Stored:
         spellings: how its quantized experts are named; more than one when layers differ.
         modules: every quantized module by its stored name, in source order.
         plain: every other tensor.
-        weights: the weights of `modules` under the names `experts.{id}.gate_proj.weight`; see `rows_of`.
+        weights: the weights of `modules` under the names `experts.{id}.gate_proj.weight`.
         layout: of `weights` and `plain` together.
         contradictions: where the config does not say what is stored, one sentence each.
 
@@ -97,9 +63,9 @@ class Stored:
 
     scheme: Scheme
     spellings: frozenset[ExpertNames]
-    modules: Mapping[str, StoredModule]
+    modules: Mapping[str, Storage]
     plain: Mapping[str, TensorRef]
-    weights: Mapping[str, TensorRef]
+    weights: Mapping[str, Encoded]
     layout: Layout
     contradictions: tuple[str, ...]
 
@@ -144,7 +110,7 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     layout = layout_of(source.config, [*names, *plain], source.where)
     promised = dict(expected(layout, variants_found(layout)))
     errors: list[CheckpointError] = []
-    modules: dict[str, StoredModule] = {}
+    modules: dict[str, Storage] = {}
     for stem, parts in groups.items():
         try:
             modules[stem] = _module(stem, parts, _Rules(resolved.format, grid, layout, promised), plain)
@@ -153,18 +119,50 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     weights = {ref.name: ref for module in modules.values() for ref in _weights(module)}
     errors.extend(_mixed(groups, layout, weights, plain))
     spellings = frozenset(spelling for stem in groups if (spelling := _spelling(stem)[0]))
-    g_idx = all(module.has_g_idx for module in modules.values())
+    g_idx = all(has_g_idx(module) for module in modules.values())
     scheme = Scheme(grid=grid, format=resolved.format, g_idx=g_idx and resolved.format != "compressed-tensors")
     said = tuple(_contradictions(resolved, layout, weights, plain))
     return Stored(scheme, spellings, modules, plain, weights, layout, said), errors
 
 
-def rows_of(weight: TensorRef, modules: Mapping[str, StoredModule]) -> Iterator[tuple[StoredModule, int, int]]:
-    """Rows of stored modules that make up a weight of `Stored.weights`, or a selection of its rows, in order."""
-    for piece in weight.ranges:
-        module = modules[piece.file]
-        row = 2 * module.shape[1]
-        yield module, piece.offset // row, piece.end // row
+def decoded(source: Checkpoint) -> Checkpoint | None:
+    """Give a checkpoint of weights that are only read, such as FP8, as the 16-bit one that they stand for.
+
+    Its table has `Encoded` tensors in place of weights and their scales, and its config declares no quantization. None
+    for any other checkpoint.
+
+    Raises:
+        CheckpointError: a weight is not stored as the config says.
+        SchemeError: the config does not say how.
+
+    """
+    declared = source.config.get("quantization_config")
+    method = str(declared.get("quant_method")) if isinstance(declared, Mapping) else ""
+    if method not in DECODED or not isinstance(declared, Mapping):
+        return None
+    rule = DECODED[method](declared)
+    if rule is None:
+        raise SchemeError(
+            f"{source.where}/{CONFIG}: quantization_config.weight_block_size: expected two sizes of blocks, found"
+            f" {declared.get('weight_block_size')!r}"
+        )
+    found = {name: rule.storage(ref, source.tensors) for name, ref in source.tensors.items()}
+    if not any(found.values()):
+        return None
+    parts = {ref.name for storage in found.values() if storage for _, ref in storage.parts[1:]}
+    unused = {f"{storage.name}.input_scale" for storage in found.values() if storage}  # of activations
+    tensors = {
+        name: Encoded(TensorSpec(name, "BF16", ref.spec.shape), (), (storage,)) if (storage := found[name]) else ref
+        for name, ref in source.tensors.items()
+        if name not in parts | unused
+    }
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return replace(source, tensors=tensors, config=config)
+
+
+def has_g_idx(module: Storage) -> bool:
+    """Whether the order of a module's columns is stored."""
+    return any(role == "g_idx" for role, _ in module.parts)
 
 
 # -- the config ---------------------------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, Tens
     return groups, plain
 
 
-def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Mapping[str, TensorRef]) -> StoredModule:
+def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Mapping[str, TensorRef]) -> Storage:
     """One module, checked.
 
     Raises:
@@ -293,14 +291,14 @@ def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Map
             f"tensor '{stem}.{rules.kinds[0]}' is quantized, but unknown to family {rules.layout.family.name}"
         )
     shape = _shape(stem, parts[rules.kinds[0]].spec, rules)
-    named = {ref.spec.name: ref for ref in parts.values()}
     scheme = Scheme(grid=rules.grid, format=rules.format, g_idx="g_idx" in parts)
     found: list[tuple[Role, TensorRef]] = []
-    for part in scheme.parts(stem, *shape):
-        ref = named[part.spec.name]
-        _refuse_other(ref.spec, part.spec, shape, rules)
+    for part in scheme.encoding.parts(*shape):
+        ref = parts[part.suffix]
+        _refuse_other(ref.spec, part.spec(stem), shape, rules)
         found.append((part.role, ref))
-    return StoredModule(stem, shape, tuple(found))
+    encoding = replace(scheme.encoding, scale_dtype=dict(found)["scales"].spec.dtype)
+    return Storage(encoding, tuple(found), shape)
 
 
 def _refuse_other(found: TensorSpec, wanted: TensorSpec, shape: tuple[int, int], rules: _Rules) -> None:
@@ -347,21 +345,20 @@ def _weight_names(stem: str) -> tuple[str, ...]:
     return tuple(f"{experts}.{expert}.{each}.weight" for each in projections)
 
 
-def _weights(module: StoredModule) -> Iterator[TensorRef]:
+def _weights(module: Storage) -> Iterator[Encoded]:
     """Each weight that a module holds; the gate is the upper half of `gate_up_proj`."""
-    rows, columns = module.shape
-    both = TensorRef(TensorSpec(module.name, "BF16", module.shape), (ByteRange(module.name, 0, 2 * rows * columns),))
     names = _weight_names(module.name)
+    share = module.whole[0] // len(names)
     for number, name in enumerate(names):
-        share = rows // len(names)
-        yield both.rows(number * share, (number + 1) * share).renamed(name)
+        part = module if len(names) == 1 else replace(module, cut=Cut(number * share, share))
+        yield Encoded(TensorSpec(name, "BF16", part.shape), (), (part,))
 
 
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
 def _mixed(
-    groups: Iterable[str], layout: Layout, weights: Mapping[str, TensorRef], plain: Mapping[str, TensorRef]
+    groups: Iterable[str], layout: Layout, weights: Mapping[str, Encoded], plain: Mapping[str, TensorRef]
 ) -> Iterator[CheckpointError]:
     """Layers that spell their experts in two ways, or that hold only some of them quantized."""
     seen: dict[str, tuple[ExpertNames, str]] = {}
@@ -385,7 +382,7 @@ def _mixed(
 
 
 def _contradictions(
-    resolved: Resolved, layout: Layout, weights: Mapping[str, TensorRef], plain: Mapping[str, TensorRef]
+    resolved: Resolved, layout: Layout, weights: Mapping[str, Encoded], plain: Mapping[str, TensorRef]
 ) -> Iterator[str]:
     seen: set[object] = set()
     for module in matrices_of(layout, {**weights, **plain}):
@@ -395,9 +392,7 @@ def _contradictions(
             continue
         seen.add(key)
         if ref is not None:
-            if not ref.ranges:  # no columns at all: `_module` says what is wrong with it
-                continue
-            name = ref.ranges[0].file
+            name = ref.sources[0].name
             if resolved.bits_of(name) != resolved.bits:
                 yield f"quantization_config declares {name} 16-bit, but it is stored in {resolved.bits} bits"
         elif (

@@ -24,9 +24,10 @@ from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
+from shardxform.formats.encoding import Encoded, Opener, Storage
 from shardxform.formats.grid import Grid
-from shardxform.formats.loading import Loaded, StoredReader, turned
-from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
+from shardxform.formats.packing import IntRows
+from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
 
@@ -184,8 +185,7 @@ class Weights:
         self._tensors = {**self._stored.plain, **self._stored.weights} if self._stored else checkpoint.tensors
         self._experts = _expert_table(self.layout, self._tensors)
         self._source = open_source(checkpoint.root, checkpoint.remote, fs or FileSystem(), ahead=True)
-        if self._stored:
-            self._reader = StoredReader(self._stored.scheme, self._source)
+        self._opener = Opener(self._fill)
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -295,14 +295,11 @@ class Weights:
 
     def _matrix(self, ref: TensorRef) -> _Matrix:
         interrupts.check()  # a block is many, and some minutes where the disk is slow
-        if self._stored is None or ref.name not in self._stored.weights:
+        if not isinstance(ref, Encoded):
             return _Plain(self._plain(ref))
-        words, scales = [], []
-        for module, start, stop in rows_of(ref, self._stored.modules):
-            words_OW, scale_OG = turned(self._load(module), self._stored.scheme.layout, start, stop)
-            words.append(words_OW)
-            scales.append(scale_OG)
-        return _Packed(_joined(words), _joined(scales), self._stored.scheme.grid)
+        opened = [self._open(source) for source in ref.sources]
+        words, scales = zip(*(rows.turned(0, rows.count) for rows in opened), strict=True)
+        return _Packed(_joined(words), _joined(scales), opened[0].grid)
 
     def _plain(self, ref: TensorRef) -> torch.Tensor:
         if ref.spec.dtype not in _DTYPES:
@@ -323,13 +320,22 @@ class Weights:
             )
         return values
 
-    def _load(self, module: StoredModule) -> Loaded:
+    def _open(self, storage: Storage) -> IntRows:
         try:
-            return self._reader.load(module)
+            rows = self._opener.open(storage)
         except EOFError as e:
             raise ExecutionError(f"{self.checkpoint.where}: truncated while it was read: {e}") from e
         except ExecutionError as e:
             raise ExecutionError(f"{self.checkpoint.where}: {e}") from e
+        assert isinstance(rows, IntRows)
+        return rows
+
+    def _fill(self, ref: TensorRef, into: NDArray[np.generic]) -> None:
+        view = into.reshape(-1).view(np.uint8).data
+        done = 0
+        for piece in ref.ranges:
+            self._source.read_into(piece, view[done : done + piece.length])
+            done += piece.length
 
     def _read(self, piece: ByteRange, into: memoryview) -> None:
         where = f"{self.checkpoint.where}/{piece.file}"

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from shardxform.base.file_system import FileSystem
-from shardxform.base.option_names import with_option
 from shardxform.base.owned import LOCK, OwnedDir, items_of
 from shardxform.base.sharding import show_size
 from shardxform.base.strict_json import JsonError, dumps, parse_object
@@ -50,11 +49,11 @@ class WorkDir(OwnedDir):
         self._done: dict[str, Mapping[str, Any]] = {}
 
     def refuse_foreign(self) -> None:
-        """Refuse what shardxform did not make, and work that only goes on with --ray."""
+        """Refuse what shardxform did not make, and work that only goes on on a cluster."""
         for entry in items_of(self.root, "a work directory"):
             if entry.name == _SPLIT:
                 raise ResumeError(
-                    f"{self.root}: holds unfinished work of a run with --ray; go on with it, or remove it"
+                    f"{self.root}: holds unfinished work of a run with `ray`; go on with it, or remove it"
                 )
             if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
@@ -145,9 +144,7 @@ def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, object]) -
     if bound == inputs:
         return
     where = difference(bound, inputs) if isinstance(bound, dict) else "of another version"
-    raise ResumeError(
-        f"{root}: holds unfinished work of other inputs: {with_option(where)}; remove it, or name another with --work"
-    )
+    raise ResumeError(f"{root}: holds unfinished work of other inputs: {where}; remove it, or name another with `work`")
 
 
 def refuse_inside(path: Path, roots: Iterable[Path]) -> None:

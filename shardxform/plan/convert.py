@@ -7,36 +7,36 @@ what the old one said. Pure but for sidecars; no tensor data is read and no arra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.base import computing
 from shardxform.base.collecting import uncollected
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
+from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.dialects import build
-from shardxform.formats.scheme import ExpertNames, Format, Part, Role, Scheme
+from shardxform.formats.encoding import Encoded
+from shardxform.formats.integers import Ints
+from shardxform.formats.matrices import matrices_of
+from shardxform.formats.plain import Plain, storages_of
+from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread
-from shardxform.formats.stored import Stored, StoredModule, read_stored, rows_of
+from shardxform.formats.stored import Stored, has_g_idx, read_stored
 from shardxform.model.layout import Layout
-from shardxform.model.matrices import matrices_of
-from shardxform.plan import plan as plans
-from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
+from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
 from shardxform.plan.quantize import kept_tensors
+from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
 from shardxform.plan.view import View, pruned_view
 
 __all__ = [
     "FLOATS",
-    "TILE_WEIGHTS",
     "ConvertOptions",
     "Float",
-    "Repack",
-    "RepackItem",
-    "StoredRows",
     "Target",
     "config_of_half",
     "plan_convert",
@@ -49,10 +49,6 @@ Float = Literal["bf16", "fp16"]
 FLOATS: Final[Mapping[str, str]] = {"bf16": "BF16", "fp16": "F16"}
 """What safetensors calls them."""
 
-TILE_WEIGHTS: Final = 1 << 18
-"""Most weights that are dequantized at a time."""
-
-_TILE_BYTES: Final = 40  # per weight while it is dequantized: codes, values, scales and 16 bits, with temporaries
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms", "vision"})
 _IN_SOURCE: Final = "16-bit in the source"
 
@@ -84,64 +80,6 @@ class ConvertOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRows:
-    """Rows `start`..`stop - 1` of a stored weight."""
-
-    module: StoredModule
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class RepackItem:
-    """One weight [O, I] to write, as rows of stored ones, and where its parts go: `weight` when it is dequantized."""
-
-    module: str
-    shape: tuple[int, int]
-    pieces: tuple[StoredRows, ...]
-    parts: tuple[tuple[Role | Literal["weight"], Extent], ...]
-
-    @property
-    def out_bytes(self) -> int:
-        """Size of all parts."""
-        return sum(extent.length for _, extent in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Repack:
-    """Write stored weights in another layout, or where there is no target scheme dequantized, as `dtype`."""
-
-    items: tuple[RepackItem, ...]
-    source: Scheme
-    target: Scheme | None
-    dtype: str = "BF16"
-
-    @property
-    def exact(self) -> bool:
-        """Whether the plan promises that `dtype` holds every value, so that one which it does not is refused."""
-        return self.target is None and self.dtype == "F16" and _fits_half(self.source)
-
-    @property
-    def reads(self) -> Iterable[ByteRange]:
-        """Every part of every stored module that is touched, once."""
-        modules = dict.fromkeys(piece.module for item in self.items for piece in item.pieces)
-        return (piece for module in modules for _, ref in module.parts for piece in ref.ranges)
-
-    @property
-    def writes(self) -> Iterable[Extent]:
-        """One extent per part."""
-        return (extent for item in self.items for _, extent in item.parts)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The stored parts of one weight twice, as read and turned, and its new parts, or a tile of its values."""
-        stored = max(piece.module.nbytes for item in self.items for piece in item.pieces)
-        if self.target is None:
-            return 2 * stored + _TILE_BYTES * TILE_WEIGHTS
-        return 2 * stored + max(item.out_bytes for item in self.items)
-
-
 @uncollected()
 def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | None = None) -> Plan:
     """Plan a conversion of a quantized checkpoint.
@@ -170,14 +108,15 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     elif target.format == "fp16":
         config = config_of_half(config)
     shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
-    repacking = _steps(shards, weights, stored, scheme, FLOATS.get(target.format, ""))
-    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *repacking)
+    encoding = scheme.encoding if scheme else Plain(FLOATS[target.format])
+    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, encoding))
     sidecars = sidecar_digests(source)
     plan = Plan(
         command="convert",
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=steps,
         config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
@@ -199,12 +138,16 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     refuse_unread(stored.layout, scheme)
     for module in stored.modules.values():
         rows, columns = module.shape
-        if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and scheme.misfit(rows, columns)):
-            why = scheme.misfit(rows, columns)
-            raise SchemeError(f"module {module.name}: {why}, which {target.format} cannot hold; try --to bf16")
+        why = scheme.encoding.misfit(rows, columns)
+        if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and why):
+            raise SchemeError(
+                f"module {module.name}: {why}, which {target.format} cannot hold; try `target.format` bf16"
+            )
     for name in stored.weights:
         if (role := stored.layout.places[name].template.role) in _FLOAT_ROLES:
-            raise SchemeError(f"tensor '{name}' is quantized, but no client runs a quantized {role}; try --to bf16")
+            raise SchemeError(
+                f"tensor '{name}' is quantized, but no client runs a quantized {role}; try `target.format` bf16"
+            )
     return scheme
 
 
@@ -213,13 +156,8 @@ def _refuse_half(view: View, target: Target) -> None:
     family = view.layout.family
     if target.format == "fp16" and family.bfloat16_only:
         raise SchemeError(
-            f"--to fp16: float16 overflows in the gated delta-net layers of family {family.name}; use --to bf16"
+            f"`target.format` fp16: float16 overflows in the gated delta-net layers of family {family.name}; use bf16"
         )
-
-
-def _fits_half(source: Scheme) -> bool:
-    """Whether 11 significant bits hold every product: 8 of a bfloat16 scale, and 3 of a code of at most 8 in size."""
-    return source.grid.bits == 4 and source.grid.scale_grid == "bf16"
 
 
 def config_of_half(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +167,7 @@ def config_of_half(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_nothing(stored: Stored, target: Target) -> None:
-    same_index = all(module.has_g_idx == target.g_idx for module in stored.modules.values())
+    same_index = all(has_g_idx(module) == target.g_idx for module in stored.modules.values())
     if stored.scheme.format == target.format and stored.spellings <= {target.expert_names} and same_index:
         names = f" with {target.expert_names} expert names" if stored.spellings else ""
         raise SchemeError(f"nothing to convert: the source is {target.format}{names} already")
@@ -258,28 +196,33 @@ def _selection(view: View, stored: Stored, expert_names: ExpertNames) -> Selecti
     return Selection(quantized, {module.name: _IN_SOURCE for module in kept}, {}, kept)
 
 
-def _parts(weight: TensorRef, scheme: Scheme) -> tuple[Part, ...]:
-    rows, columns = weight.spec.shape
-    return scheme.parts(weight.name, rows, columns)
-
-
-def _specs(plain: Mapping[str, TensorRef], weights: Iterable[TensorRef], scheme: Scheme | None) -> Iterator[TensorSpec]:
+def _specs(plain: Mapping[str, TensorRef], weights: Iterable[Encoded], scheme: Scheme | None) -> Iterator[TensorSpec]:
     """Every tensor of the output."""
     yield from (ref.spec for ref in plain.values())
     for weight in weights:
         if scheme is None:
             yield weight.spec
         else:
-            yield from (part.spec for part in _parts(weight, scheme))
+            yield from (part.spec(weight.name) for part in scheme.encoding.parts(*_shape(weight)))
 
 
-def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[TensorRef]:
+def _shape(weight: Encoded) -> tuple[int, int]:
+    *stacked, columns = weight.spec.shape
+    return math.prod(stacked), columns
+
+
+def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[Encoded]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
     dtype = FLOATS.get(target.format)
     if dtype is None:
-        return [module.weight.renamed(module.name) for module in selection.quantized]
-    weights = released(stored.weights, view.layout)
+        return [_encoded(module.weight.renamed(module.name)) for module in selection.quantized]
+    weights = [_encoded(ref) for ref in released(stored.weights, view.layout)]
     return [replace(weight, spec=replace(weight.spec, dtype=dtype)) for weight in weights]
+
+
+def _encoded(ref: TensorRef) -> Encoded:
+    assert isinstance(ref, Encoded)
+    return ref
 
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
@@ -316,50 +259,26 @@ def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
             raise SchemeError(
                 f"tensor '{ref.name}' is {ref.spec.dtype}, but '{first.name}' is {first.dtype}; cannot fuse"
             )
-    rows = sum(ref.spec.shape[0] for ref in experts[0])
-    pieces = coalesce(piece for refs in experts for ref in refs for piece in ref.ranges)
-    return TensorRef(TensorSpec(name, first.dtype, (len(experts), rows, first.shape[1])), pieces)
+    refs = [ref for refs in experts for ref in refs]
+    spec = TensorSpec(name, first.dtype, (len(experts), sum(ref.spec.shape[0] for ref in experts[0]), first.shape[1]))
+    if any(isinstance(ref, Encoded) for ref in refs):
+        return Encoded(spec, (), tuple(source for ref in refs for source in storages_of(ref)))
+    return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
 
 
-def _steps(
-    shards: Sequence[ShardPlan], weights: Iterable[TensorRef], stored: Stored, scheme: Scheme | None, dtype: str
-) -> Iterator[Repack]:
-    """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger.
-
-    A tensor is written by one step, so that digests can be taken of its chunks.
-    """
+def _steps(shards: Sequence[ShardPlan], weights: Iterable[Encoded], encoding: Ints | Plain) -> Iterator[Transcode]:
+    """Steps that write weights, in table order; they are as large as what is written."""
     extents = extents_of(shards)
-    pending: list[RepackItem] = []
-    filled = 0
-    for weight in weights:
-        items = list(_items(weight, extents, stored, scheme))
-        nbytes = sum(item.out_bytes for item in items)
-        if pending and filled + nbytes > plans.STEP_BYTES:
-            yield Repack(tuple(pending), stored.scheme, scheme, dtype)
-            pending, filled = [], 0
-        pending += items
-        filled += nbytes
-    if pending:
-        yield Repack(tuple(pending), stored.scheme, scheme, dtype)
 
+    def items() -> Iterator[tuple[TranscodeItem, int]]:
+        for weight in weights:
+            if isinstance(encoding, Plain):
+                item = TranscodeItem(weight.name, weight.sources, encoding, (("values", extents[weight.name]),))
+            else:
+                item = transcode_item(weight.name, weight.sources, encoding, extents)
+            yield item, item.out_bytes
 
-def _items(
-    weight: TensorRef, extents: Mapping[str, Extent], stored: Stored, scheme: Scheme | None
-) -> Iterator[RepackItem]:
-    """A weight with its parts; a dequantized one slab by slab, a slab being rows of one stored module."""
-    pieces = [StoredRows(*rows) for rows in rows_of(replace(weight, ranges=coalesce(weight.ranges)), stored.modules)]
-    if scheme is not None:
-        rows, columns = weight.spec.shape
-        parts = tuple((part.role, extents[part.spec.name]) for part in _parts(weight, scheme))
-        yield RepackItem(weight.name, (rows, columns), tuple(pieces), parts)
-        return
-    whole = extents[weight.name]
-    offset = whole.offset
-    for piece in pieces:
-        shape = (piece.stop - piece.start, piece.module.shape[1])
-        extent = Extent(whole.shard, offset, 2 * shape[0] * shape[1])
-        offset += extent.length
-        yield RepackItem(piece.module.name, shape, (piece,), (("weight", extent),))
+    return transcode_steps(items())
 
 
 # -- what is said of it -------------------------------------------------------------------------------------------
@@ -425,7 +344,7 @@ def _summary(
     shards: Iterable[ShardPlan],
     scheme: Scheme | None,
 ) -> dict[str, Any]:
-    """Figures for people and for `--json`; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
+    """Figures for people and for JSON; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
     quantized = (
         {
             "scheme": asdict(scheme),
@@ -468,14 +387,14 @@ def _notes(stored: Stored, target: Target) -> Iterator[str]:
 
 def _rounding(stored: Stored, target: Target) -> str:
     """What becomes of a product in 16 bits, and what to do where it is not exact."""
-    product, fits = "each integer times its scale", _fits_half(stored.scheme)
+    product, fits = "each integer times its scale", stored.scheme.encoding.fits_half
     if target.format == "fp16":
         if fits:
             return f"float16: {product}, exactly"
         why = "8 bits" if stored.scheme.grid.bits == 8 else "scales that may not be exact in bfloat16"
         return f"float16: {product}, rounded to its 11 significant bits, which products of {why} do not fit"
     better = fits and not stored.layout.family.bfloat16_only
-    way = "; --to fp16 holds them exactly" if better else ""
+    way = "; `target.format` fp16 holds them exactly" if better else ""
     return f"bfloat16: {product}, rounded to its 8 significant bits, fewer than many need{way}"
 
 

@@ -67,7 +67,7 @@ class Inspection:
     outlook: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for JSON."""
         roles = {role: {"tensors": count, "bytes": nbytes} for role, (count, nbytes) in self.roles.items()}
         return {**asdict(self), "roles": roles}
 
@@ -164,8 +164,8 @@ def _quantized_bytes(view: View, scheme: Scheme) -> int:
     replaced = {name for module in selection.quantized for name in module.sources}
     total = sum(ref.nbytes * times[name] for name, ref in sample.items() if name not in replaced)
     for module in selection.quantized:
-        parts = scheme.parts(module.name, *module.shape)
-        total += sum(part.spec.nbytes for part in parts) * times[module.sources[0]]
+        parts = scheme.encoding.parts(*module.shape)
+        total += sum(part.spec(module.name).nbytes for part in parts) * times[module.sources[0]]
     return total
 
 

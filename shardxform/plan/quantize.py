@@ -20,17 +20,19 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.dialects import build
+from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import GROUP_SIZES
-from shardxform.formats.scheme import FORMATS, Part, Scheme
+from shardxform.formats.matrices import Matrix, single_biases
+from shardxform.formats.plain import Plain
+from shardxform.formats.scheme import FORMATS, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
+from shardxform.formats.stored import decoded
 from shardxform.model.layout import Layout, is_quantized
-from shardxform.model.matrices import Cut, Matrix, single_biases
-from shardxform.plan import plan as plans
 from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
-from shardxform.plan.steps import Gather, GatherItem, KeptItem, Round, RoundItem, TuneBlock
+from shardxform.plan.steps import KeptItem, TranscodeItem, TuneBlock, transcode_item, transcode_steps
 from shardxform.plan.view import View, pruned_view
 
 __all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]
@@ -55,39 +57,21 @@ def plan_quantize(
 
     """
     options = options or ViewOptions()
-    if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
-        raise SchemeError(
-            "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
-            " scales, and float16 overflows where bfloat16 does not"
-        )
-    if recipe and scheme.expert_names != "split":
-        raise SchemeError("tuned and healed blocks are written with --expert-names split; see `shardxform convert`")
-    _refuse_quantized(source)
-    view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
-    if recipe and recipe.heal:
-        refuse_unpruned(view)
+    view = _view(source, scheme, manifest, options, recipe)
     tensors = view.checkpoint.tensors
-    _refuse_unscaled(view)
-    refuse_unread(view.layout, scheme)
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    copied = kept_tensors(view.layout, tensors, selection, scheme)
-    gathered = gathered_tensors(selection, scheme)
-    parts = [scheme.parts(module.name, *module.shape) for module in selection.quantized]
-    specs = [ref.spec for ref in copied.values()] + [spec for spec, _, _ in gathered.values()]
-    specs += [part.spec for stored in parts for part in stored]
+    kept = kept_tensors(view.layout, tensors, selection, scheme)
+    copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
+    gathered = gathered_tensors(selection, scheme, kept)
+    specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
+    specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
     shards = lay_out(specs, options.max_shard_bytes)
-    placed = list(zip(selection.quantized, parts, strict=True))
-    tuned = [(m, p) for m, p in placed if recipe and m.place.scope == "block"]
-    rounds = _round_steps(shards, [(m, p) for m, p in placed if not (recipe and m.place.scope == "block")], scheme)
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    steps: tuple[Step, ...] = (*copies, *_gather_steps(shards, gathered), *rounds)
-    if recipe:
-        make = partial(TuneBlock, scheme=scheme, recipe=recipe)
-        steps = (*steps, *_tune_steps(shards, tuned, healed, block_sizes(source, view), make))
+    computed = _computed(source, view, shards, gathered, selection, scheme, healed, recipe)
     config = {**view.checkpoint.config, "quantization_config": quantization}
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
@@ -96,8 +80,9 @@ def plan_quantize(
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
-        steps=steps,
+        steps=(*copies, *computed),
         config=config_bytes(source, quantized_view),
         sidecars=sidecars,
         inputs={
@@ -107,11 +92,67 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(view, kept), *_misfit_notes(selection)),
         unread=source.unread,
     )
     plan.check()
     return plan
+
+
+def _view(
+    source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
+) -> View:
+    """What is quantized of the source, as 16-bit weights; refuses what cannot be."""
+    if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
+        raise SchemeError(
+            "`format` compressed-tensors needs `scale_grid` bf16: transformers runs experts in the type of their"
+            " scales, and float16 overflows where bfloat16 does not"
+        )
+    if recipe and scheme.expert_names != "split":
+        raise SchemeError("tuned and healed blocks are written with `expert_names` split; see `shardxform convert`")
+    plain = decoded(source)
+    if plain is None:
+        _refuse_quantized(source)
+    elif recipe:
+        raise SchemeError(
+            "config.json: the source is in FP8, from which no model is run: weights are rounded to nearest; leave out"
+            " what tunes or heals them, or start from a 16-bit checkpoint of the model"
+        )
+    view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=options.mtp)
+    if recipe and recipe.heal:
+        refuse_unpruned(view)
+    _refuse_unscaled(view)
+    refuse_unread(view.layout, scheme)
+    return view
+
+
+def _computed(
+    source: Checkpoint,
+    view: View,
+    shards: Sequence[ShardPlan],
+    gathered: Mapping[str, tuple[TensorSpec, tuple[Storage, ...]]],
+    selection: Selection,
+    scheme: Scheme,
+    healed: Mapping[int, tuple[KeptItem, ...]],
+    recipe: Recipe | None,
+) -> Iterator[Step]:
+    """Steps that compute: values that are moved or decoded, weights that are rounded, blocks that are tuned."""
+    extents, encoding = extents_of(shards), scheme.encoding
+    tuned: list[tuple[int | None, TranscodeItem]] = []
+    rounded: list[tuple[TranscodeItem, int]] = []
+    for module in selection.quantized:
+        item = transcode_item(module.name, module.stored, encoding, extents)
+        if recipe and module.place.scope == "block":
+            tuned.append((module.place.layer, item))
+        else:
+            rounded.append((item, module.nbytes))
+    yield from transcode_steps(
+        (TranscodeItem(name, stored, Plain(spec.dtype), (("values", extents[name]),)), spec.nbytes)
+        for name, (spec, stored) in gathered.items()
+    )
+    yield from transcode_steps(rounded)
+    if recipe:
+        yield from _tune_steps(tuned, healed, block_sizes(source, view), partial(TuneBlock, recipe=recipe))
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -169,11 +210,11 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
-        if not any(other.misfit(*shape) for shape in shapes):
-            odd = next(module for module in misfits if scheme.misfit(*module.shape))
+        if not any(other.encoding.misfit(*shape) for shape in shapes):
+            odd = next(module for module in misfits if scheme.encoding.misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
-                f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
+                f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
             )
 
 
@@ -197,16 +238,18 @@ def kept_tensors(
     return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
 
 
-def gathered_tensors(selection: Selection, scheme: Scheme) -> dict[str, tuple[TensorSpec, TensorRef, Cut]]:
-    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what they are a cut of.
+def gathered_tensors(
+    selection: Selection, scheme: Scheme, kept: Mapping[str, TensorRef]
+) -> dict[str, tuple[TensorSpec, tuple[Storage, ...]]]:
+    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what is stored for them.
 
-    Experts that stay 16-bit where the family's stacks are transposed.
+    Experts that stay 16-bit where the family's stacks are transposed, and what is decoded.
     """
-    found: dict[str, tuple[TensorSpec, TensorRef, Cut]] = {}
+    found = {name: (ref.spec, ref.sources) for name, ref in kept.items() if isinstance(ref, Encoded)}
     for module in _unfused(selection, scheme):
         if module.cut:
             spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
-            found[spec.name] = spec, module.weight, module.cut
+            found[spec.name] = spec, module.stored
     return found
 
 
@@ -221,42 +264,6 @@ def _unfused(selection: Selection, scheme: Scheme) -> Iterator[Matrix]:
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
     """Describe a scheme as plain data, for the record and for comparison."""
     return {"method": "auto-round" if recipe and recipe.iters else "rtn", **asdict(scheme)}
-
-
-def _gather_steps(
-    shards: Sequence[ShardPlan], gathered: Mapping[str, tuple[TensorSpec, TensorRef, Cut]]
-) -> Iterator[Gather]:
-    """Steps in table order, each of at most `STEP_BYTES` of output unless a single tensor is larger."""
-    extents = extents_of(shards)
-    pending: list[GatherItem] = []
-    filled = 0
-    for name, (spec, tensor, cut) in gathered.items():
-        if pending and filled + spec.nbytes > plans.STEP_BYTES:
-            yield Gather(tuple(pending))
-            pending, filled = [], 0
-        pending.append(GatherItem(tensor, cut, extents[name]))
-        filled += spec.nbytes
-    if pending:
-        yield Gather(tuple(pending))
-
-
-def _round_steps(
-    shards: Sequence[ShardPlan], modules: Iterable[tuple[Matrix, tuple[Part, ...]]], scheme: Scheme
-) -> Iterator[Round]:
-    """Steps in table order, each of at most `STEP_BYTES` of weights unless a single weight is larger."""
-    extents = extents_of(shards)
-    pending: list[RoundItem] = []
-    filled = 0
-    for module, parts in modules:
-        nbytes = module.nbytes
-        if pending and filled + nbytes > plans.STEP_BYTES:
-            yield Round(tuple(pending), scheme)
-            pending, filled = [], 0
-        placed = tuple((part.role, extents[part.spec.name]) for part in parts)
-        pending.append(RoundItem(module.name, module.weight, placed, module.cut))
-        filled += nbytes
-    if pending:
-        yield Round(tuple(pending), scheme)
 
 
 def _healed(
@@ -275,21 +282,18 @@ def _healed(
 
 
 def _tune_steps(
-    shards: Sequence[ShardPlan],
-    modules: Iterable[tuple[Matrix, tuple[Part, ...]]],
+    items: Iterable[tuple[int | None, TranscodeItem]],
     healed: Mapping[int, tuple[KeptItem, ...]],
     sizes: Mapping[int, BlockSize],
     make: Callable[..., TuneBlock],
 ) -> Iterator[TuneBlock]:
     """One step per decoder block with weights to heal or tune, in order."""
-    extents = extents_of(shards)
-    blocks: dict[int, list[RoundItem]] = {layer: [] for layer in healed}
-    for module, parts in modules:
-        assert module.place.layer is not None
-        placed = tuple((part.role, extents[part.spec.name]) for part in parts)
-        blocks.setdefault(module.place.layer, []).append(RoundItem(module.name, module.weight, placed, module.cut))
-    for layer, items in sorted(blocks.items()):
-        yield make(layer=layer, items=tuple(items), kept=healed.get(layer, ()), size=sizes[layer])
+    blocks: dict[int, list[TranscodeItem]] = {layer: [] for layer in healed}
+    for layer, item in items:
+        assert layer is not None
+        blocks.setdefault(layer, []).append(item)
+    for layer, tuned in sorted(blocks.items()):
+        yield make(layer=layer, items=tuple(tuned), kept=healed.get(layer, ()), size=sizes[layer])
 
 
 def _summary(
@@ -307,6 +311,17 @@ def _summary(
         "kept_modules": reasons_summary(selection),
         "misfits": dict(selection.misfits),
     }
+
+
+def _decoded_notes(view: View, kept: Mapping[str, TensorRef]) -> Iterator[str]:
+    """Say what becomes of weights that are no 16-bit ones in the source."""
+    found = [ref for ref in view.checkpoint.tensors.values() if isinstance(ref, Encoded)]
+    if found:
+        stay = sum(isinstance(ref, Encoded) for ref in kept.values())
+        yield (
+            f"{len(found):,} weights of the source are in FP8: {stay:,} of them are written as bfloat16, and the others"
+            " rounded from float32, in which every code times its scale is rounded once"
+        )
 
 
 def _misfit_notes(selection: Selection) -> Iterator[str]:

@@ -249,11 +249,11 @@ def _refusal(what: str, error: BaseException, branch: str) -> Exception:
     elif isinstance(error, errors.LocalTokenNotFoundError):
         reason = "uploading needs a token, and there is none: run `hf auth login`, or set HF_TOKEN"
     elif isinstance(error, errors.RevisionNotFoundError):
-        reason = f"no branch {branch!r}; --create makes it"
+        reason = f"no branch {branch!r}; `create` makes it"
     elif status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
         reason = "the hub does not know the token: run `hf auth login` again, or set another HF_TOKEN"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        reason = "no such repository, or none that the token sees; --create makes it"
+        reason = "no such repository, or none that the token sees; `create` makes it"
     elif status == 403:
         reason = f"the token may not write here: {_said(error)}"
     elif status == 409:

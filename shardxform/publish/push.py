@@ -186,7 +186,7 @@ def verified(out: Path, stage: Stage, *, source: Path | None = None, quick: bool
         others = f" (and {more} more)" if more else ""
         raise OutputError(
             f"{out}: not sound, so not uploaded: {first.where}: {first.message}{others}\n"
-            f"  all of it: shardxform verify {out}{f' --source {source}' if source else ''}"
+            f"  all of it: shardxform verify {out}{f', with `source` {source}' if source else ''}"
         )
     return report
 
@@ -215,16 +215,16 @@ def _refuse_early(hub: Hub, contents: Contents, target: Destination) -> _There:
     if private is None:
         owner = target.repo.split("/")[0]
         if not target.create:
-            raise RemoteError(f"{target.repo}: no such repository, or none that the token sees; --create makes it")
+            raise RemoteError(f"{target.repo}: no such repository, or none that the token sees; `create` makes it")
         if owner not in owners:
             raise RemoteError(f"{target.repo}: the token is {user}'s, who may not create repositories of {owner}")
         return _There(repo=False, branch=False, files={})
     if target.private and not private:
-        raise RemoteError(f"{target.repo}: is public, and --private makes only new repositories private; not uploaded")
+        raise RemoteError(f"{target.repo}: is public, and `private` makes only new repositories private; not uploaded")
     head = hub.head()
     if head is None:
         if not target.create:
-            raise RemoteError(f"{target.repo}: no branch {target.branch!r}; --create makes it")
+            raise RemoteError(f"{target.repo}: no branch {target.branch!r}; `create` makes it")
         files = hub.stored("main")  # what the branch is made from
     else:
         hub.refuse_reader()
@@ -256,7 +256,7 @@ def _refuse_stale(stale: Sequence[str], target: Destination) -> None:
         more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
         raise RemoteError(
             f"{target.repo}: has {stale[0]}{more}, of another checkpoint, which clients would load too;"
-            " --replace removes such files, --revision names another branch"
+            " `replace` removes such files, `branch` names another branch"
         )
 
 

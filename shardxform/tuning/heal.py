@@ -371,7 +371,7 @@ class _Run:
 def suggested_lr(tokens: int, weights: int) -> float:
     """A first step size that fits the amount of data: the fewer tokens a weight has, the less it should move.
 
-    Measured on examples/small-moe, as docs/healing.md tells: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
+    Fitted on the weights that examples/small-moe had at first: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
     """
     return max(SMALLEST_STEP, FULL_STEP * min(1.0, math.sqrt(tokens / weights / TOKENS_PER_WEIGHT)))
 

@@ -24,11 +24,11 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
 from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import MEASURED
-from shardxform.execution.rounding import part_of, write_part
+from shardxform.execution.transcoding import write_part
 from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
-from shardxform.plan.steps import RoundItem, TuneBlock
+from shardxform.plan.steps import TuneBlock
 from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, install, tune_block
 from shardxform.tuning.chains import ORIGINAL, TUNED, Chains
 from shardxform.tuning.heal import BlockHealer, HealResult
@@ -226,10 +226,10 @@ class _BlockRun:
 
     def _round(self, block: Block, names: Sequence[str], target: OpenTarget, fs: FileSystem) -> None:
         """Tune the rounding of the block, or round to nearest, and write what is packed."""
-        scheme = self._step.scheme
-        assert scheme is not None
+        encoding = self._step.encoding
+        assert encoding is not None
         recompute = self._step.recipe.batch_tokens > STORED_TOKENS
-        tuned = install(block.module, names, scheme.grid, self._tuner._workers, recompute=recompute)
+        tuned = install(block.module, names, encoding.grid, self._tuner._workers, recompute=recompute)
         give_back()
         if self._step.recipe.iters:
             self._tuned = self._tune(tuned, block)
@@ -266,14 +266,14 @@ class _BlockRun:
 
     def _write(self, tuned: TunedBlock, target: OpenTarget, fs: FileSystem) -> None:
         """Pack and write every module, one at a time."""
-        prefix, scheme = self._skeleton.prefix(self._step.layer), self._step.scheme
-        assert scheme is not None
-        items: dict[str, RoundItem] = {item.module: item for item in self._step.items}
-        for module in tuned.stored(self._skeleton.layout.family.experts.projections):
-            item = items.pop(prefix + self._skeleton.stored_name(module.module))
-            out = packed(module.codes, scheme.grid, scheme.layout)
-            for role, extent in item.parts:
-                write_part(part_of(role, item, scheme, out), extent, target, fs)
+        prefix, encoding = self._skeleton.prefix(self._step.layer), self._step.encoding
+        assert encoding is not None
+        items = {item.module: item for item in self._step.items}
+        for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
+            item = items.pop(prefix + self._skeleton.stored_name(stored.module))
+            out, extents = packed(stored.codes, encoding.grid, encoding.layout), dict(item.parts)
+            for role, part in encoding.stored(out, item.shape):
+                write_part(part, extents[role], target, fs)
         if items:
             raise ExecutionError(f"internal: {next(iter(items))} was not tuned")
 

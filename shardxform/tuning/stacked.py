@@ -18,6 +18,7 @@ import torch
 
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import packing, rounding
+from shardxform.formats.encoding import SourceDtype
 from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import Pace
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Codes", "StackedWeight", "Tunable", "packed", "stacked_weight"]
 
-_KINDS: Final[dict[torch.dtype, rounding.SourceDtype]] = {
+_KINDS: Final[dict[torch.dtype, SourceDtype]] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",

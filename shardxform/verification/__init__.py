@@ -193,7 +193,7 @@ def _check_data(
     only_written: bool,
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """Everything that needs tensor data, and with it numpy; figures of the report, and the tensors compared."""
-    from shardxform.verification.data import Comparison, check_data
+    from shardxform.verification.data import Against, check_data
     from shardxform.verification.rounding import report_tallies
 
     structure, wanted = seen.structure, seen.wanted
@@ -203,9 +203,7 @@ def _check_data(
     if wanted and not only_written:
         source = wanted.view.checkpoint
         shapes = {name: wanted.tensors[name].spec for name in wanted.derived}
-        comparison = Comparison(
-            source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote
-        )
+        comparison = Against(source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote)
     figures = check_data(
         checkpoint,
         layout,

@@ -25,34 +25,38 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
+from shardxform.formats.encoding import Opener, Read
+from shardxform.formats.integers import Ints
+from shardxform.formats.packing import code_sum
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import Layout
-from shardxform.verification.derived import Deriver
+from shardxform.verification.derived import derived_bytes
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     Digest,
-    Job,
+    PartOf,
     Result,
     Seen,
     Task,
+    TensorJob,
     TensorPiece,
     Weight,
     Written,
     merge,
-    report,
     report_digests,
     report_faults,
+    report_tensor,
 )
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.reading import Shards, UnreadableError, window
-from shardxform.verification.rounding import Read, Tally, examine
-from shardxform.verification.values import FLOATS, Bytes, PartRule, code_sum, difference, part_faults, scan
+from shardxform.verification.rounding import Tally, examine
+from shardxform.verification.values import FLOATS, Bytes, differing_bytes, scan_floats
 from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["CHUNK_BYTES", "Comparison", "Figures", "check_data"]
+__all__ = ["CHUNK_BYTES", "Against", "Figures", "check_data"]
 
 CHUNK_BYTES: Final = 2 << 20
 """Most bytes of one tensor in memory at a time, per thread and per side; a multiple of every element's width."""
@@ -61,7 +65,7 @@ _TASK_BYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Against:
     """What must be found: bytes of `tensors`, what is `derived`, of `shapes`, roundings; in files here or `remote`."""
 
     root: Path
@@ -97,7 +101,7 @@ class Figures:
 def check_data(
     out: Checkpoint,
     layout: Layout | None,
-    comparison: Comparison | None,
+    comparison: Against | None,
     findings: Findings,
     *,
     stored: Stored | None = None,
@@ -140,7 +144,7 @@ def check_data(
         findings.problem("unreadable", where, message)
     same = report_digests(digests or {}, written, findings)
     for job in table:
-        report(job, findings)
+        report_tensor(job, findings)
     report_faults(table, layout, findings)
     compared = [job for job in table if job.other or job.derived]
     order = {weight.pair.name: at for at, weight in enumerate(weights)}
@@ -153,7 +157,7 @@ def check_data(
         tensors_digested=len(same),
         tallies=tuple(sorted(tallies, key=lambda tally: order[tally.pair.name])),
         compared=frozenset(job.ref.name for job in compared)
-        | {ref.name for tally in tallies for _, ref in tally.pair.module.parts}
+        | {ref.name for tally in tallies for _, ref in tally.pair.stored.parts}
         | {ref.name for ref in out.tensors.values() if comparison and _is_empty(ref, comparison)},
     )
 
@@ -162,10 +166,10 @@ def check_data(
 
 
 def _jobs(
-    out: Checkpoint, layout: Layout | None, comparison: Comparison | None, stored: Stored | None
-) -> Iterator[Job]:
+    out: Checkpoint, layout: Layout | None, comparison: Against | None, stored: Stored | None
+) -> Iterator[TensorJob]:
     """Tensors worth reading, in the order of their bytes."""
-    rules = dict(_part_rules(stored)) if stored else {}
+    rules = dict(_parts(stored)) if stored else {}
     examined = {pair.words for pair in comparison.pairs} if comparison else set()
     for name, ref in out.tensors.items():
         other = comparison.tensors.get(name) if comparison else None
@@ -179,46 +183,46 @@ def _jobs(
         place = layout.places.get(name) if layout else None
         fused = kind and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
         slab = ref.nbytes // ref.spec.shape[0] if fused else ref.nbytes
-        yield Job(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part, derived)
+        yield TensorJob(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part, derived)
 
 
-def _is_derivable(ref: TensorRef, comparison: Comparison) -> bool:
+def _is_derivable(ref: TensorRef, comparison: Against) -> bool:
     """Whether a tensor has the dtype and shape of the values that it must hold."""
     derived = comparison.derived.get(ref.name)
-    if derived is not None and derived.cut is not None:
+    if derived is not None and derived.moves:
         return ref.spec == comparison.shapes[ref.name]
     if derived is None or ref.spec.dtype != derived.dtype or not ref.spec.shape:
         return False
-    rows, columns = derived.weight.spec.shape
+    rows, columns = derived.shape
     return ref.spec.shape[-1] == columns and math.prod(ref.spec.shape[:-1]) == rows
 
 
-def _is_empty(ref: TensorRef, comparison: Comparison) -> bool:
+def _is_empty(ref: TensorRef, comparison: Against) -> bool:
     """Whether there is nothing to compare in a tensor that is as it must be."""
     wanted = comparison.tensors.get(ref.name)
     return not ref.nbytes and wanted is not None and wanted.spec == ref.spec
 
 
-def _part_rules(stored: Stored) -> Iterator[tuple[str, PartRule]]:
-    grid = stored.scheme.grid
+def _parts(stored: Stored) -> Iterator[tuple[str, PartOf]]:
     for module in stored.modules.values():
+        assert isinstance(module.encoding, Ints)
         for role, ref in module.parts:
-            yield ref.name, PartRule(role, ref.spec.dtype, module.shape, grid, grid.scale_grid == "bf16")
+            yield ref.name, PartOf(role, module.encoding, module.whole)
 
 
 def _items(
-    out: Checkpoint, table: Iterable[Job], weights: Iterable[Weight], digests: Mapping[str, str]
+    out: Checkpoint, table: Iterable[TensorJob], weights: Iterable[Weight], digests: Mapping[str, str]
 ) -> Iterator[TensorPiece | Weight | Written]:
     """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
     jobs = {job.ref.name: job for job in table}
-    apart = {ref.name for weight in weights for _, ref in weight.pair.module.parts}
+    apart = {ref.name for weight in weights for _, ref in weight.pair.stored.parts}
     for name, ref in out.tensors.items():
         if name in digests and name not in apart:
             yield from _chunks(ref)
         if name in jobs:
             yield from _pieces(jobs[name])
     for weight in weights:
-        for _, ref in weight.pair.module.parts:
+        for _, ref in weight.pair.stored.parts:
             if ref.name in digests:
                 yield from _chunks(ref)
         yield weight
@@ -244,7 +248,7 @@ def _tasks(items: Iterable[TensorPiece | Weight | Written]) -> Iterator[Task]:
         yield task
 
 
-def _pieces(job: Job) -> Iterator[TensorPiece]:
+def _pieces(job: TensorJob) -> Iterator[TensorPiece]:
     """Cut a tensor so that no piece holds more than `CHUNK_BYTES`, and whole slabs or a part of one."""
     total, slab = job.ref.nbytes, job.slab
     if slab <= CHUNK_BYTES:
@@ -284,7 +288,7 @@ def _in_parallel(
 class _Reader:
     """Reads and examines pieces and weights; one pair of buffers per thread."""
 
-    def __init__(self, out: Path, comparison: Comparison | None) -> None:
+    def __init__(self, out: Path, comparison: Against | None) -> None:
         self._fs = FileSystem()
         self._out = out
         self._source = comparison.root if comparison else None
@@ -350,20 +354,21 @@ class _Reader:
         seen, data = Seen(piece), ours[:count]
         shards.read(self._out, window(job.ref.ranges, piece.start, piece.stop), data.data)
         if job.scan:
-            seen.nonzero, seen.bad, first = scan(data, job.scan, min(job.slab, count))
+            seen.nonzero, seen.bad, first = scan_floats(data, job.scan, min(job.slab, count))
             seen.first_bad = piece.start // job.scan.nbytes + first if seen.bad else -1
         if job.part:
-            seen.faults = tuple(part_faults(data, job.part, piece.start))
+            encoding, dtype = job.part.encoding, job.ref.spec.dtype
+            seen.faults = tuple(encoding.faults(job.part.role, dtype, job.part.shape, data, piece.start))
             if job.part.role == "words":
-                seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, job.part.grid.bits)
+                seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, encoding.grid.bits)
         wanted: Bytes | None = None
         if job.other and self._source:
             wanted = theirs[:count]
             shards.read(self._source, window(job.other.ranges, piece.start, piece.stop), wanted.data)
         elif job.derived and self._source:
-            wanted = self._deriver().data(job.derived, piece.start, piece.stop, _reader(shards, self._source))
+            wanted = derived_bytes(job.derived, piece.start, piece.stop, self._opener(shards))
         if wanted is not None:
-            seen.differing, first = difference(data, wanted)
+            seen.differing, first = differing_bytes(data, wanted)
             seen.first_differing = piece.start + first if seen.differing else -1
         return seen
 
@@ -371,11 +376,15 @@ class _Reader:
         assert self._source is not None
         return examine(item.pair, item.rule, _reader(shards, self._out), _reader(shards, self._source))
 
-    def _deriver(self) -> Deriver:
-        if not hasattr(self._local, "deriver"):
-            self._local.deriver = Deriver()
-        deriver: Deriver = self._local.deriver
-        return deriver
+    def _opener(self, shards: Shards) -> Opener:
+        """What opens the source; it keeps the last matrix, of which the next piece often has more rows."""
+        assert self._source is not None
+        self._local.read = _reader(shards, self._source)
+        if not hasattr(self._local, "opener"):
+            local = self._local
+            self._local.opener = Opener(lambda ref, into: local.read(ref, into), checked=False)
+        opener: Opener = self._local.opener
+        return opener
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
         if not hasattr(self._local, "buffers"):

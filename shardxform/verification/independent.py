@@ -130,6 +130,26 @@ class _Weight:
         return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Float8(_Weight):
+    """Rows of an E4M3 weight, and factors for blocks of rows and columns."""
+
+    factors: _Tensor | None = None
+    block: tuple[int, int] = (0, 0)
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """A run of rows, by the definition of the format."""
+        assert self.factors is not None
+        rows = self._picked(start, stop)
+        codes = self.tensor.array()[rows].astype(np.int64)
+        exponent, fraction = (codes >> 3) & 15, (codes & 7) / 8
+        size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 7), fraction * 2.0**-6)
+        size[codes & 127 == 127] = np.nan
+        table = _floats(np.asarray(self.factors.array()), self.factors.dtype)
+        factors = table[rows[:, None] // self.block[0], np.arange(codes.shape[1]) // self.block[1]]
+        return np.asarray(np.where(codes > 127, -size, size).astype(np.float32) * factors)
+
+
 def check_independently(
     out: Path, source: Path, findings: Findings, manifest: Mapping[str, Any] | None = None, **given: object
 ) -> int:
@@ -150,7 +170,7 @@ def check_independently(
 
     """
     try:
-        theirs, config = _checkpoint(source)
+        theirs, config = _checkpoint(source, decode=_method(source) == "fp8" != _method(out))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
     try:
@@ -180,8 +200,16 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _checkpoint(root: Path) -> tuple[dict[str, _Weight], dict[str, Any]]:
-    """Weights of a checkpoint under their own names, and its config."""
+def _method(root: Path) -> object:
+    """How weights are quantized, as the config says; None where it says nothing."""
+    try:
+        return _object(root / "config.json").get("quantization_config", {}).get("quant_method")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight], dict[str, Any]]:
+    """Weights of a checkpoint under their own names, FP8 ones as their values if told to `decode`, and its config."""
     config = _object(root / "config.json")
     tensors: dict[str, _Tensor] = {}
     for path in sorted(root.glob("*.safetensors")):
@@ -196,7 +224,23 @@ def _checkpoint(root: Path) -> tuple[dict[str, _Weight], dict[str, Any]]:
                 if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
                     raise ValueError(f"{path.name}: {name} lies outside the file")
                 tensors[name] = _Tensor(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
-    return {weight[0]: weight[1] for name in tensors for weight in _weights(name, tensors, config)}, config
+    weights = dict(weight for name in tensors for weight in _weights(name, tensors, config))
+    if decode:
+        blocks = config["quantization_config"]["weight_block_size"]
+        weights = dict(_decoded(weights, tensors, (int(blocks[0]), int(blocks[1]))))
+    return weights, config
+
+
+def _decoded(
+    weights: Mapping[str, _Weight], tensors: Mapping[str, _Tensor], block: tuple[int, int]
+) -> Iterator[tuple[str, _Weight]]:
+    """The same weights without what stands beside FP8 ones, and these with their factors."""
+    for name, weight in weights.items():
+        if weight.tensor.dtype == "F8_E4M3":
+            factors = tensors[f"{name}_scale_inv"]
+            yield name, _Float8(name, weight.tensor, weight.shape, weight.rows, factors=factors, block=block)
+        elif not name.endswith((".weight_scale_inv", ".input_scale")):
+            yield name, weight
 
 
 def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
@@ -375,6 +419,9 @@ class _How:
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
+            if isinstance(wanted, _Float8) and found.tensor.dtype == "BF16":
+                pairs = ((found.bits_of(a, b), _nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
+                return _first(found, pairs)
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
                 return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
             return self._plain(wanted, found)

@@ -5,44 +5,51 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.base.digests import tensor_digest
 from shardxform.base.tensors import TensorRef
+from shardxform.formats.encoding import Fault, Role
+from shardxform.formats.integers import Ints
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally
-from shardxform.verification.values import Fault, FloatBits, PartRule, merged
+from shardxform.verification.values import FloatBits, merged
 from shardxform.verification.wanted import Derived
 
 __all__ = [
     "Digest",
-    "Job",
+    "PartOf",
     "Result",
     "Seen",
     "Task",
+    "TensorJob",
     "TensorPiece",
     "Weight",
     "Written",
     "merge",
-    "report",
     "report_digests",
     "report_faults",
+    "report_tensor",
 ]
 
-_SIGMAS: Final = 8
-_ANOTHER: Final = 1.5  # a mean that is farther off is no error by one, but of weights that have one
+
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """Which part of a quantized weight [O, I] a tensor is."""
+
+    role: Role
+    encoding: Ints
+    shape: tuple[int, int]
 
 
 @dataclass(slots=True)
-class Job:
+class TensorJob:
     """One tensor to read: how to scan it, what to hold it against, and what was found so far.
 
     `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
@@ -56,7 +63,7 @@ class Job:
     other: TensorRef | None
     slab: int
     nonzero: NDArray[np.bool_]
-    part: PartRule | None = None
+    part: PartOf | None = None
     derived: Derived | None = None
     bad: int = 0
     first_bad: int = -1
@@ -70,7 +77,7 @@ class Job:
 class TensorPiece:
     """Bytes `start`..`stop` of a job's tensor."""
 
-    job: Job
+    job: TensorJob
     start: int
     stop: int
 
@@ -105,7 +112,7 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Of the weight in the source."""
-        return self.pair.weight.nbytes
+        return self.pair.source.nbytes
 
 
 Task = Sequence[TensorPiece | Weight | Written]
@@ -165,7 +172,7 @@ def _earlier(one: int, other: int) -> int:
 # -- saying it ----------------------------------------------------------------------------------------------------
 
 
-def report(job: Job, findings: Findings) -> None:
+def report_tensor(job: TensorJob, findings: Findings) -> None:
     """Say what a tensor showed; faults of parts of quantized weights apart."""
     ref, name = job.ref, job.ref.name
     if job.bad and job.scan:
@@ -177,8 +184,10 @@ def report(job: Job, findings: Findings) -> None:
         text = f"{job.differing} of {ref.nbytes} bytes differ from {_made(job)}, the first at {job.first_differing}"
         findings.problem("source-bytes", name, text + _expert(job, job.first_differing))
     words = job.part is not None and job.part.role == "words"
-    if words and (text := off_centre(job)):
-        findings.problem("off-centre", name, text)
+    if job.part and words and job.nonzero.any():
+        encoding = job.part.encoding
+        if text := encoding.off_centre(job.codes, ref.nbytes * 8 // encoding.grid.bits, job.part.shape[1]):
+            findings.problem("off-centre", name, text)
     if not (job.scan or words) or len(ref.spec.shape) < 2 or job.nonzero.all() or job.faults:
         return
     zeros = [int(i) for i in np.flatnonzero(~job.nonzero)]
@@ -201,29 +210,7 @@ def report_digests(recorded: Mapping[str, str], found: Iterable[Digest], finding
     return frozenset(same)
 
 
-def off_centre(job: Job) -> str:
-    """Say that codes of 4 bits are off by one, which shows without a source; empty where it does not.
-
-    The mean of a weight is about zero, so that of its codes is as well. Where scales are signed, for the largest weight
-    of each group to reach the lower end of the range, it is 8 / S less, with S weights in a group. Beside that a third
-    of a code is allowed, for weights whose mean is a tenth of their spread, and 8 standard deviations of the mean of
-    codes that are spread by 4. Codes of 8 bits are spread by 45 and more: to be off by one is nothing beside that.
-    """
-    rule = job.part
-    if rule is None or rule.grid.bits != 4 or not job.nonzero.any():
-        return ""
-    number, zero = 2 * job.ref.nbytes, rule.grid.zero_code
-    allowed = 1 / 3 + _SIGMAS * zero / 2 / math.sqrt(number)
-    low, high = -zero / rule.grid.span(rule.shape[1]) - allowed, allowed
-    mean = job.codes / number - zero
-    if low <= mean <= high or abs(mean) > _ANOTHER:
-        return ""
-    return (
-        f"the mean of its codes is {mean:+.3f} from zero, expected {low:.3f} to {high:.3f}, as if all were off by one"
-    )
-
-
-def report_faults(table: Iterable[Job], layout: Layout | None, findings: Findings) -> None:
+def report_faults(table: Iterable[TensorJob], layout: Layout | None, findings: Findings) -> None:
     """Parts of quantized weights that are wrong; many in one way are told in one line."""
     items: list[Item] = []
     for job in table:
@@ -239,13 +226,13 @@ def report_faults(table: Iterable[Job], layout: Layout | None, findings: Finding
     findings.items(items, layout.num_experts if layout else 0)
 
 
-def _made(job: Job) -> str:
+def _made(job: TensorJob) -> str:
     if job.derived is None:
         return "the source"
-    return "the source dequantized" if job.derived.packed else "the source rounded again and dequantized"
+    return "the source rounded again and dequantized" if job.derived.grid else "the source dequantized"
 
 
-def _expert(job: Job, byte: int) -> str:
+def _expert(job: TensorJob, byte: int) -> str:
     """Name the expert that a byte of the tensor belongs to, where dim 0 counts experts."""
     if job.place is None or not job.place.template.sliced or not job.ref.spec.shape:
         return ""

@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
+from shardxform.formats.encoding import Storage
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import FORMATS
-from shardxform.formats.stored import Stored, StoredModule, rows_of, scan_stored
+from shardxform.formats.stored import Stored, scan_stored
 from shardxform.model.layout import COMPANIONS, Layout
-from shardxform.model.matrices import Cut
 from shardxform.verification.findings import Findings, Item
 
 __all__ = ["Freedom", "Pair", "Rule", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
@@ -35,27 +34,19 @@ _FEWEST_STEPS: Final = 50  # of a tool that does not say how many; auto-round's 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A weight [O, I] of the source, and the stored module whose rows from `first_row` on stand for it.
+    """A weight [O, I] of the source, and the stored module, or rows of it, that stand for it.
 
-    It is all of `weight`, or a `cut` of it. `name` is in the current spelling, whatever the source's and the output's.
+    `name` is in the current spelling, whatever the source's and the output's.
     """
 
     name: str
-    weight: TensorRef
-    module: StoredModule
-    first_row: int
-    cut: Cut | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[O, I]."""
-        rows, columns = self.weight.spec.shape
-        return self.cut.shape((rows, columns)) if self.cut else (rows, columns)
+    source: Storage
+    stored: Storage
 
     @property
     def words(self) -> str:
         """Name of the tensor that holds the integers."""
-        return self.module.parts[0][1].name
+        return self.stored.parts[0][1].name
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +173,10 @@ def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Finding
     findings.items(items, layout.num_experts)
 
 
-def pair_of(name: str, weight: TensorRef, stored: Stored, cut: Cut | None = None) -> Pair | None:
+def pair_of(name: str, source: Sequence[Storage], stored: Stored) -> Pair | None:
     """The stored module of the weight `name`, as `Stored.weights` calls it; None when none stands for it."""
     found = stored.weights.get(name)
-    rows = list(rows_of(found, stored.modules)) if found else []
-    return Pair(name, weight, *rows[0][:2], cut) if len(rows) == 1 else None
+    return Pair(name, source[0], found.sources[0]) if found and len(source) == 1 else None
 
 
 def rule_of(

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
+from shardxform.formats.fp8 import FP8
+from shardxform.formats.matrices import LINEAR_ROLES
 from shardxform.model.families.base import Config, Scope, Template
 from shardxform.model.layout import Layout, Place
-from shardxform.model.matrices import LINEAR_ROLES
 from shardxform.model.tied_head import is_tied
 from shardxform.verification.findings import Findings, Item, place_of, spans
-from shardxform.verification.fp8 import FP8, check_scales
+from shardxform.verification.fp8 import check_scales
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "check_quantization", "readers_of"]
 

@@ -12,35 +12,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.base.tensors import TensorRef
 from shardxform.formats import packing
-from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
-from shardxform.formats.rounding import QuantizedWeight, SourceDtype, float32_of, quantize_into
-from shardxform.formats.stored import StoredModule, rows_of
+from shardxform.formats.encoding import Opener, Read, SourceDtype, tiles
+from shardxform.formats.grid import COLUMN_MULTIPLE, Grid
+from shardxform.formats.packing import IntRows
+from shardxform.formats.rounding import quantize
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.report import Rounding, WeightError
 from shardxform.verification.systematic import STEP, Sums, found_in
-from shardxform.verification.values import scale_values
 
-__all__ = ["NUMPY", "TILE_WEIGHTS", "Read", "Tally", "examine", "load", "report_tallies", "turned"]
+__all__ = ["Tally", "examine", "report_tallies"]
 
-TILE_WEIGHTS: Final = 1 << 17
+_TILE_WEIGHTS: Final = 1 << 17
 """Weights that are held against their codes at a time: few enough for the cache, unless a row has more."""
 
-NUMPY: Final[dict[str, Any]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "I32": np.int32}
 _NUMBA: Final = find_spec("numba") is not None
-
-Read = Callable[[TensorRef, NDArray[Any]], object]
-"""Fills an array with the bytes of a tensor."""
 
 
 @dataclass(slots=True)
@@ -117,79 +112,31 @@ class _Tile:
 
 def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     """Hold a stored weight against the source's, tile by tile; its packed parts and one tile are in memory."""
-    rows, columns = pair.shape
-    words, scales = load(pair.module, read_out)
-    if rule.packed:
-        return _same(pair, rule, (words, scales), read_source)
+    rows, columns = pair.source.shape
+    stored, source = (
+        Opener(read, checked=False).open(each) for read, each in ((read_out, pair.stored), (read_source, pair.source))
+    )
+    assert isinstance(stored, IntRows)
+    if isinstance(source, IntRows):
+        return _same(pair, stored, source)
     limits = Limits.of(rule, columns)
     tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
-    step = max(1, TILE_WEIGHTS // columns)
-    rows_of_source = _source_rows(pair, read_source)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        bits_OI = rows_of_source(start, stop)
-        layout, first = rule.stored.scheme.layout, pair.first_row + start
-        words_OW = turned(words, layout, first, first + stop - start)
-        scale_OG = turned(scales, layout, first, first + stop - start)
-        _examine(
-            _Tile(start, bits_OI, cast(SourceDtype, pair.weight.spec.dtype), words_OW, scale_OG), rule, limits, tally
-        )
+    for start, stop in tiles(rows, columns, _TILE_WEIGHTS):
+        _examine(_Tile(start, *source.raw(start, stop), *stored.turned(start, stop)), rule, limits, tally)
     if tally.sums:
         tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
         tally.sums = None
     return tally
 
 
-def _source_rows(pair: Pair, read: Read) -> Callable[[int, int], NDArray[Any]]:
-    """Give a function that reads rows of the source's weight, as bits; a cut is read whole, once."""
-    kind = NUMPY[pair.weight.spec.dtype]
-    if pair.cut is None:
-
-        def rows(start: int, stop: int) -> NDArray[Any]:
-            weight = pair.weight.rows(start, stop)
-            bits_OI = np.empty(weight.spec.shape, kind)
-            read(weight, bits_OI)
-            return bits_OI
-
-        return rows
-    whole = np.empty(pair.weight.spec.shape, kind)
-    read(pair.weight, whole)
-    cut_OI = pair.cut.of(whole)
-    return lambda start, stop: np.ascontiguousarray(cut_OI[start:stop])
-
-
-def _same(pair: Pair, rule: Rule, out: tuple[NDArray[np.int32], NDArray[np.float32]], read_source: Read) -> Tally:
+def _same(pair: Pair, ours: IntRows, theirs: IntRows) -> Tally:
     """Hold a stored weight against a quantized source's: the same integers and scales, however they lie."""
-    assert rule.packed is not None
-    rows, columns = pair.weight.spec.shape
+    rows, columns = pair.source.shape
     tally = Tally(pair, weights=rows * columns)
-    (module, first, _) = next(rows_of(pair.weight, rule.packed.modules))
-    theirs = load(module, read_source)
-    ours_OW, ours_OG = (turned(a, rule.stored.scheme.layout, pair.first_row, pair.first_row + rows) for a in out)
-    their_OW, their_OG = (turned(a, rule.packed.scheme.layout, first, first + rows) for a in theirs)
-    tally.words_equal = np.array_equal(ours_OW, their_OW)
-    _compare_scales(0, ours_OG, their_OG, tally)
+    (our_OW, our_OG), (their_OW, their_OG) = ours.turned(0, rows), theirs.turned(0, rows)
+    tally.words_equal = np.array_equal(our_OW, their_OW)
+    _compare_scales(0, our_OG, their_OG, tally)
     return tally
-
-
-def load(module: StoredModule, read: Read) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Words and scales of the whole module as they lie."""
-    parts = dict(module.parts)
-    words = np.empty(parts["words"].spec.shape, np.int32)
-    read(parts["words"], words)
-    spec = parts["scales"].spec
-    bits = np.empty(spec.shape, np.uint16)
-    read(parts["scales"], bits)
-    return words, scale_values(bits, spec.dtype)
-
-
-def turned(array: NDArray[Any], layout: Layout, start: int, stop: int) -> NDArray[Any]:
-    """Rows `start`..`stop - 1` of the weight, one after the other."""
-    if layout == "row":
-        return array[start:stop]
-    out = np.empty((stop - start, array.shape[0]), array.dtype)
-    packing.transpose_into(array[:, start:stop], out)
-    return out
 
 
 def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
@@ -197,7 +144,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
         _round_again(tile, rule.grid, tally)
     usable = np.isfinite(tile.scales) & (tile.scales != 0)  # the others are reported where scales are looked at
     scale_OG = tile.scales if usable.all() else np.where(usable, tile.scales, np.float32(1))
-    w_OI = float32_of(tile.bits, tile.dtype)
+    w_OI = packing.float32_of(tile.bits, tile.dtype)
     codes_OI = packing.unpack(tile.words, rule.stored.scheme.grid.bits, "row")
     seen = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
     counts, square, energy = seen.counts, seen.square, seen.energy
@@ -218,8 +165,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
 
 def _round_again(tile: _Tile, grid: Grid, tally: Tally) -> None:
     """Round the source's rows as `quantize` did, and compare words and scales."""
-    again = QuantizedWeight.empty("row", grid, cast(tuple[int, int], tile.bits.shape))
-    stats = quantize_into(tile.bits, tile.dtype, grid, again)
+    again, stats = quantize(tile.bits, tile.dtype, grid, layout="row")
     tally.words_equal &= stats.ok and np.array_equal(again.words, tile.words)
     _compare_scales(tile.start, tile.scales, again.scales.view(np.float16).astype(np.float32), tally)
 
@@ -370,7 +316,7 @@ def _report(tally: Tally, again: str, findings: Findings) -> None:
     of = f"expert {expert[1]}: " if expert else ""
     scales = f"{tally.scales_differing} of {tally.scales} scales are not {again}"
     codes, ranges = tally.systematic
-    name = dict(tally.pair.module.parts)["scales"].name
+    name = dict(tally.pair.stored.parts)["scales"].name
     if tally.bad:
         text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
         also = f"; {scales}" if tally.scales_differing else f"; {codes}" if codes else ""

@@ -17,6 +17,7 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
+from shardxform.formats.stored import decoded
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.view import MtpMode, View, pruned_view
@@ -61,12 +62,14 @@ def rebuild(
     if packed:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
+    elif out is not None and _method(out) != _method(source):
+        source = decoded(source) or source
     layout = layout_of(source.config, source.tensors)
     manifest = _given_manifest(options, layout)
     if manifest and record.get("manifest"):
         made_with = _recorded_manifest(record["manifest"], layout, Findings())
         if made_with and (made_with.keep, made_with.mtp_keep) != (manifest.keep, manifest.mtp_keep):
-            findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given (--manifest)")
+            findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given (`manifest`)")
     elif record.get("manifest"):
         manifest = _recorded_manifest(record["manifest"], layout, findings)
         if manifest is None:
@@ -79,9 +82,14 @@ def rebuild(
     if mtp is None:
         mtp = cast(MtpMode, recorded["mtp"]) if recorded.get("mtp") in _MODES else "auto"
     if manifest is None and out is not None and _fewer_experts(out, layout):
-        findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (--manifest)")
+        findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (`manifest`)")
         return None
     return pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+
+
+def _method(checkpoint: Checkpoint) -> object:
+    declared = checkpoint.config.get("quantization_config")
+    return declared.get("quant_method") if isinstance(declared, Mapping) else None
 
 
 def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findings: Findings) -> None:

@@ -391,7 +391,7 @@ def _way_out(layout: Layout) -> str:
     method = declared.get("quant_method") if isinstance(declared, Mapping) else None
     if method not in FORMATS:
         return ""
-    return f"; `shardxform convert OUT NEW --to {method} --expert-names split` respells it"
+    return f"; `shardxform convert` to {method} with `expert_names` split respells it"
 
 
 def _of_other_wrapper(layout: Layout) -> Iterator[tuple[str, str]]:

@@ -16,12 +16,14 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import Grid
+from shardxform.formats.matrices import LINEAR_ROLES, matrices_of, single_biases
+from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import COMPANIONS, Layout
-from shardxform.model.matrices import LINEAR_ROLES, Cut, matrices_of, single_biases
 from shardxform.plan.convert import FLOATS, config_of_half, released
 from shardxform.plan.heal import healed_names
 from shardxform.plan.view import View
@@ -38,17 +40,24 @@ _HALVES: Final = ("BF16", "F16")
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """Where the values of a 16-bit tensor come from: weights [R, I], its rows over all experts one below the other.
+    """Where the values of a tensor come from: what the source has for its rows [R, I], one below the other.
 
-    They are rows of the modules of `packed`, or where that is None 16-bit weights of the source, to be rounded to
-    `grid` and dequantized; or with a `cut`, they are that cut of `weight`. `dtype` is that of the tensor.
+    They are those values as `dtype`; where there is a `grid`, after they were rounded to it.
     """
 
-    weight: TensorRef
-    packed: Stored | None
+    sources: tuple[Storage, ...]
     dtype: str
     grid: Grid | None = None
-    cut: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[R, I]."""
+        return sum(source.shape[0] for source in self.sources), self.sources[0].shape[1]
+
+    @property
+    def moves(self) -> bool:
+        """Whether the values are the source's own, in another order."""
+        return self.grid is None and all(source.encoding == Plain(self.dtype) for source in self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,7 @@ class Known:
 
     @property
     def dequantized(self) -> str:
-        """The type, where the output was written by `convert --to bf16` or `fp16`; else nothing."""
+        """The type, where the output was converted to bf16 or fp16; else nothing."""
         target = self.record.get("target")
         named = str(target.get("format")) if isinstance(target, Mapping) else ""
         return FLOATS.get(named, "") if self.record.get("command") == "convert" else ""
@@ -190,7 +199,7 @@ def _apart(wanted: Wanted, healed: Collection[str]) -> Wanted:
     view = wanted.view
     modules = matrices_of(view.layout, view.checkpoint.tensors) if healed else ()
     single = {f"{module.name}.weight" for module in modules if any(name in healed for name in module.sources)}
-    parts = {ref.name for pair in wanted.pairs if pair.name in single for _, ref in pair.module.parts}
+    parts = {ref.name for pair in wanted.pairs if pair.name in single for _, ref in pair.stored.parts}
     names = parts | {name for name in wanted.tensors if name in healed or name in single}
     left: dict[str, Reason] = {**wanted.left, **dict.fromkeys(names, "healed")}
     return replace(wanted, pairs=tuple(pair for pair in wanted.pairs if pair.name not in single), left=left)
@@ -211,9 +220,9 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
             tensors.pop(name, None)
         name = f"{module.name}.weight"
         found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
-        pair = pair_of(name, module.weight, stored, module.cut) if stored else None
+        pair = pair_of(name, module.stored, stored) if stored else None
         if pair:
-            found |= {ref.name for _, ref in pair.module.parts}
+            found |= {ref.name for _, ref in pair.stored.parts}
         if pair and stored and not _misshapen(pair, stored, findings) and _is_roundable(module.weight):
             pairs.append(pair)
         elif found:
@@ -222,7 +231,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
             parts |= found
         elif module.cut:
             tensors[name] = TensorRef(TensorSpec(name, module.weight.spec.dtype, module.shape), ())
-            derived[name] = Derived(module.weight, None, module.weight.spec.dtype, cut=module.cut)
+            derived[name] = Derived(module.stored, module.weight.spec.dtype)
         else:
             tensors[name] = module.weight.renamed(name)
     _take_biases_apart(view, out, tensors)
@@ -231,6 +240,11 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
         findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
     if packed:  # what OUT holds in 16 bits has no bytes to compare with
         tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
+    derived |= {
+        name: Derived(ref.sources, ref.spec.dtype)
+        for name, ref in tensors.items()
+        if isinstance(ref, Encoded) and name not in derived
+    }
     left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
@@ -247,7 +261,7 @@ def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:
-    wanted, found = pair.shape, stored.weights[pair.name].spec.shape
+    wanted, found = pair.source.shape, stored.weights[pair.name].spec.shape
     if wanted != found:
         text = f"stands for a weight of shape {list(found)}, but {list(wanted)} by the source"
         findings.problem("source-shape", pair.words, text)
@@ -266,21 +280,20 @@ class _Rounding:
     """Which tensors of the view were rounded on the way to OUT, and to what grid where values follow from that."""
 
     names: frozenset[str]
-    packed: Stored | None
     grid: Grid | None
     why: Reason
 
     def derived(self, ref: TensorRef, dtype: str) -> Derived | None:
         """Where the values of a released tensor that OUT holds as `dtype` come from; None where nothing tells."""
+        if isinstance(ref, Encoded):
+            return Derived(ref.sources, dtype)
         rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1]))
-        if self.packed:
-            return Derived(rows, self.packed, dtype)
-        return Derived(rows, None, dtype, self.grid) if self.grid and _is_roundable(ref) else None
+        return Derived(storages_of(rows), dtype, self.grid) if self.grid and _is_roundable(ref) else None
 
 
 def _rounding(view: View, known: Known) -> _Rounding:
     if known.packed:
-        return _Rounding(frozenset(known.packed.weights), known.packed, None, "unknown")
+        return _Rounding(frozenset(known.packed.weights), None, "unknown")
     tensors, recorded = view.checkpoint.tensors, known.record.get("scheme")
     recorded = recorded if isinstance(recorded, Mapping) else {}
     try:
@@ -288,10 +301,10 @@ def _rounding(view: View, known: Known) -> _Rounding:
         names = {name for module in select(view.layout, tensors, scheme).quantized for name in module.sources}
     except (SchemeError, TypeError):  # not recorded, or not ours: then any linear module may have been rounded
         linear = (m for m in matrices_of(view.layout, tensors) if m.place.template.role in LINEAR_ROLES)
-        return _Rounding(frozenset(name for m in linear for name in m.sources), None, None, "unknown")
+        return _Rounding(frozenset(name for m in linear for name in m.sources), None, "unknown")
     if recorded.get("method") == "rtn":
-        return _Rounding(frozenset(names), None, scheme.grid, "unknown")
-    return _Rounding(frozenset(names), None, None, "tuned")
+        return _Rounding(frozenset(names), scheme.grid, "unknown")
+    return _Rounding(frozenset(names), None, "tuned")
 
 
 def _scheme_of(recorded: Mapping[str, Any]) -> Scheme:

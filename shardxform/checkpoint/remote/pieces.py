@@ -351,7 +351,7 @@ class DiskArena:
             self._fs.write_all(file.fd, data, slot * self.slot_bytes + at)
         except OSError as e:
             raise RemoteError(
-                f"{self._folder}: no room for what was fetched: {e.strerror or e}; free some, or lower --cache-limit"
+                f"{self._folder}: no room for what was fetched: {e.strerror or e}; free some, or lower `cache_bytes`"
             ) from e
 
     def read_into(self, slot: int, at: int, buffer: memoryview) -> None:

@@ -256,5 +256,5 @@ class Facts:
         return self.dequantized or "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for JSON."""
         return asdict(self)

@@ -58,7 +58,7 @@ class CardOptions:
     Attributes:
         base_model: hub name of the source; empty to take it from the source's card or config.
         manifest: the keep manifest that the output was pruned by, for the reasons that it gives.
-        evaluations: files that hold what `evaluate --json` printed.
+        evaluations: files that hold what `evaluate` printed as JSON.
         plots: pictures to show, as PNG.
 
     """
@@ -82,7 +82,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     """
     options = options or CardOptions()
     if options.base_model and not _is_model_name(options.base_model):
-        raise PlanError(f"--base-model: expected a hub name such as owner/name, found {options.base_model!r}")
+        raise PlanError(f"`base_model`: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
     checkpoint = Checkpoint.open(out)
     stored = stored_of(checkpoint)

@@ -69,7 +69,7 @@ def _scheme(inputs: Fields) -> Iterator[str]:
         yield "--search" if grid.flag("search") else "--no-search"
     yield from _unless("--scale-grid", grid.text("scale_grid"), "bf16")
     yield from _names(scheme)
-    for option, key in (("--keep-16bit", "keep_16bit"), ("--quantize", "quantize")):
+    for option, key in (("--keep-16bit", "keep_16bit"), ("--also-quantize", "quantize")):
         for pattern in scheme.texts(key):
             yield from (option, pattern)
 
@@ -97,6 +97,7 @@ def _recipe(inputs: Fields) -> Iterator[str]:
     if data.flag("chat_template"):
         yield "--chat-template"
     yield from _unless("--text-key", data.text("text_key"), "text")
+    yield from _unless("--text-sources", ",".join(data.texts("sources")), "")
     yield from _heal(recipe.section("heal"))
     yield from _unless("--iters", recipe.whole("iters") or ITERS, ITERS)  # 0 where it was healed only
     yield from _unless("--batch-size", recipe.whole("batch_size"), BATCH_SIZE)

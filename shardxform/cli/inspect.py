@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import click
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, short, table
-from shardxform.cli.options import json_option
-from shardxform.cli.sources import Source, connections_option, open_given, source_argument
+from shardxform.cli.inputs import open_named
+from shardxform.cli.options import HubFlags, JsonFlags, Source, command, option, source_argument
 from shardxform.plan.inspection import Inspection, inspect_checkpoint
 
-__all__ = ["command"]
+__all__ = ["inspect_command"]
 
 
-@click.command("inspect")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown(JsonFlags):
+    pattern: str | None = option(
+        "List tensors instead, all or those that match a pattern such as '*.experts.*'.",
+        "--tensors",
+        metavar="PATTERN",
+        is_flag=False,
+        flag_value="*",
+    )
+
+
+@command("inspect")
 @source_argument
-@click.option(
-    "--tensors",
-    "pattern",
-    metavar="PATTERN",
-    is_flag=False,
-    flag_value="*",
-    default=None,
-    help="List tensors instead, all or those that match a pattern such as '*.experts.*'.",
-)
-@connections_option
-@json_option
-def command(source: Source, pattern: str | None, as_json: bool, **given: Any) -> None:  # noqa: ANN401
+def inspect_command(source: Source, hub: HubFlags, shown: _Shown) -> None:
     """Show what SRC is made of: family, experts, sizes by role, and what pruning would make of it.
 
     Reads headers only, never tensor data.
     """
-    (checkpoint,) = open_given([source], given, Path())
-    if pattern is not None:
-        _list_tensors(checkpoint, pattern, as_json)
+    checkpoint = open_named(source, hub, Path())
+    if shown.pattern is not None:
+        _list_tensors(checkpoint, shown.pattern, shown.as_json)
         return
     inspection = inspect_checkpoint(checkpoint)
-    if as_json:
+    if shown.as_json:
         print_json(inspection.to_dict())
     else:
         _show(inspection)

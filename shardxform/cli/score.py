@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,10 @@ import click
 
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import options
 from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
-from shardxform.cli.model_options import (
-    SCORE_PRESETS,
-    data_options,
-    device_options,
-    load_data,
-    make_precision,
-    refuse_no_data,
-    refuse_unwritable,
-    sources_option,
-)
-from shardxform.cli.options import json_option
-from shardxform.cli.ray_options import OnRay, on_ray, ray_option, ray_place
-from shardxform.cli.sources import Source, open_given, source_argument, transfer_options
+from shardxform.cli.inputs import load_text, make_precision, open_named, refuse_no_data, refuse_unwritable
+from shardxform.cli.tuning import OnRay, on_ray, ray_place
 from shardxform.errors import OutputError
 
 if TYPE_CHECKING:
@@ -33,72 +24,65 @@ if TYPE_CHECKING:
     from shardxform.experts import Saliency
     from shardxform.experts.scoring import ScoreOptions
 
-__all__ = ["command"]
+__all__ = ["score_command"]
 
 
-@click.command("score")
-@source_argument
-@click.option(
-    "--out",
-    "-o",
-    "output",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Saliency file to write, such as saliency.safetensors.",
-)
-@data_options(samples=256, presets=SCORE_PRESETS)
-@sources_option
-@device_options
-@transfer_options
-@ray_option
-@click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
-@json_option
-@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-def command(
-    source: Source,
-    output: Path,
-    device: str,
-    dtype: str | None,
-    work: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    **data: Any,  # noqa: ANN401
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(options.DryFlags):
+    out: Path = options.option(
+        "Saliency file to write, such as saliency.safetensors.",
+        "--out",
+        "-o",
+        metavar="FILE",
+        required=True,
+        first=True,
+    )
+
+
+@options.command("score")
+@options.source_argument
+def score_command(
+    source: options.Source,
+    text: options.TextFlags,
+    computation: options.ComputeFlags,
+    place: options.WorkFlags,
+    transfer: options.TransferFlags,
+    cluster: options.RayFlags,
+    output: _Output,
 ) -> None:
     """Run SRC over calibration data, block by block, and write what every routed expert did.
 
     Counts and sums are stored, so that `select` makes any criterion of them, REAP first, and `saliency add` joins runs.
     Hidden states lie in FILE.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
-    refuse_no_data(data)
-    refuse_unwritable(output)
-    ray = on_ray(data, device)
-    (checkpoint,) = open_given([source], data, output.parent)
-    work = work or output.with_name(output.name + ".work")
-    _refuse_overlap(output, work)
-    precision = make_precision(device, dtype, here=ray is None)
+    refuse_no_data(text)
+    refuse_unwritable(output.out)
+    ray = on_ray(cluster, computation.device)
+    checkpoint = open_named(source, transfer, output.out.parent)
+    work = place.work or output.out.with_name(output.out.name + ".work")
+    _refuse_overlap(output.out, work)
+    precision = make_precision(computation, here=ray is None)
     from shardxform.experts.scoring import ScoreOptions
     from shardxform.forward.work import refuse_inside
 
-    for path in (output, work):
+    for path in (output.out, work):
         refuse_inside(path, [checkpoint.root])
-    windows = load_data(checkpoint, data)
-    options = ScoreOptions(precision=precision, work=work)
-    existing = _existing(output, checkpoint, windows, options)
-    if dry_run:
-        _show(_facts(checkpoint, windows, options, ray), output, work, as_json)
+    windows = load_text(text, checkpoint)
+    settings = ScoreOptions(precision=precision, work=work)
+    existing = _existing(output.out, checkpoint, windows, settings)
+    if output.dry_run:
+        _show(_facts(checkpoint, windows, settings, ray), output.out, work, output.as_json)
         return
     run, remove = _ways(ray)
     if existing is None:
-        with progress("score", quiet) as options.on_progress:
-            existing = run(checkpoint, windows, options)
-        existing.save(output)
+        with progress("score", output.quiet) as settings.on_progress:
+            existing = run(checkpoint, windows, settings)
+        existing.save(output.out)
         outcome = "complete and durable"
     else:
         outcome = "already complete, made from the same inputs; nothing written"
-    remove(checkpoint, windows, options)
-    _report(existing, windows, output, outcome, as_json)
+    remove(checkpoint, windows, settings)
+    _report(existing, windows, output.out, outcome, output.as_json)
 
 
 def _ways(ray: OnRay | None) -> tuple[Callable[..., Saliency], Callable[..., None]]:
@@ -119,7 +103,7 @@ def _refuse_overlap(output: Path, work: Path) -> None:
         raise OutputError(f"{output}: is in the way of the work directory {work}; name another with --work")
 
 
-def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: ScoreOptions) -> Saliency | None:
+def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, settings: ScoreOptions) -> Saliency | None:
     """What an earlier run of the same command wrote; refuses any other file."""
     from shardxform.experts import Saliency
     from shardxform.experts.scoring import difference_of_runs
@@ -127,23 +111,23 @@ def _existing(output: Path, checkpoint: Checkpoint, windows: Windows, options: S
     if not os.path.lexists(output):
         return None
     found = Saliency.load(output)
-    if where := difference_of_runs(found, checkpoint, windows, options):
+    if where := difference_of_runs(found, checkpoint, windows, settings):
         raise OutputError(f"{output}: holds a saliency of another run: {where}; name a file that does not exist yet")
     return found
 
 
-def _facts(checkpoint: Checkpoint, windows: Windows, options: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, windows: Windows, settings: ScoreOptions, ray: OnRay | None) -> dict[str, Any]:
     """What would be run, and what it takes; sizes in bytes."""
     from shardxform.forward.passes import estimate
 
-    needs = estimate({"scored": checkpoint}, windows, options.precision, options.work)
+    needs = estimate({"scored": checkpoint}, windows, settings.precision, settings.work)
     told = {"data": dict(windows.provenance), "notes": list(windows.notes), "windows": len(windows.ids_NT)}
     facts = {"source": checkpoint.where, **told, **needs}
     if ray:
         from shardxform.cluster.pool import refuse_remote
 
         refuse_remote(checkpoint.where, checkpoint.remote)
-        memory, gpus = needs["peak_memory_bytes"], int(options.precision.device.type != "cpu")
+        memory, gpus = needs["peak_memory_bytes"], int(settings.precision.device.type != "cpu")
         facts["ray"] = {"address": ray.address, "task_memory_bytes": memory, "task_cpus": 1, "task_gpus": gpus}
     return facts
 

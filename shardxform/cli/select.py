@@ -12,13 +12,13 @@ import click
 from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.file_system import refuse_other, write_new
 from shardxform.cli.console import count, print_json, rows, table, tell
-from shardxform.cli.options import json_option
+from shardxform.cli.options import PATH, Flags, JsonFlags, command, option
 from shardxform.errors import OutputError
 from shardxform.experts.choosing import CRITERIA, DEFAULT, Choice, LayerChoice, decide, keep_of_ratio
 from shardxform.experts.plotting import plot_choice
 from shardxform.experts.statistics import Saliency
 
-__all__ = ["command"]
+__all__ = ["ChoiceFlags", "select_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,59 +30,50 @@ class _File:
     kind: str
 
 
-@click.command("select")
-@click.argument("saliency", metavar="SALIENCY", type=click.Path(path_type=Path))
-@click.option("--keep", type=click.IntRange(1), metavar="N", help="Experts to keep in every layer.")
-@click.option("--ratio", type=float, metavar="R", help="Or the share of the experts to remove, such as 0.5.")
-@click.option("--out", "-o", metavar="KEEP", type=click.Path(path_type=Path), help="The keep manifest to write.")
-@click.option(
-    "--criterion",
-    type=click.Choice(list(CRITERIA)),
-    default=DEFAULT,
-    show_default=True,
-    help="What an expert is scored by; mean over its tokens, or sum.",
-)
-@click.option(
-    "--protect-super-experts",
-    "protect",
-    is_flag=True,
-    help="Keep experts with outlying activations, whatever they score.",
-)
-@click.option(
-    "--plot", metavar="PNG", type=click.Path(path_type=Path), help="Also draw scores and cut; needs matplotlib."
-)
-@json_option
-@click.option("--dry-run", is_flag=True, help="Print the choice and stop; nothing is written.")
-def command(
-    saliency: Path,
-    keep: int | None,
-    ratio: float | None,
-    out: Path | None,
-    criterion: str,
-    protect: bool,
-    plot: Path | None,
-    as_json: bool,
-    dry_run: bool,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceFlags(Flags, heading="Which experts stay"):
+    """Which experts stay."""
+
+    keep: int | None = option("Experts to keep in every layer.", type=click.IntRange(1), metavar="N", first=True)
+    ratio: float | None = option("Or the share of the experts to remove, such as 0.5.", metavar="R", first=True)
+    criterion: str | None = option(
+        f"What an expert is scored by; mean over its tokens, or sum.  [default: {DEFAULT}]",
+        type=click.Choice(list(CRITERIA)),
+    )
+    protect: bool = option(
+        "Keep experts with outlying activations, whatever they score.", "--protect-super-experts", default=False
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(JsonFlags):
+    out: Path | None = option("The keep manifest to write.", "--out", "-o", metavar="FILE", first=True)
+    plot: Path | None = option("Also draw scores and cut; needs matplotlib.", metavar="PNG")
+    dry_run: bool = option("Print the choice and stop; nothing is written.", default=False)
+
+
+@command("select")
+@click.argument("saliency", metavar="SALIENCY", type=PATH)
+def select_command(saliency: Path, asked: ChoiceFlags, output: _Output) -> None:
     """Choose the experts that every layer keeps, by what SALIENCY says of them, and write a keep manifest.
 
     SALIENCY is a file of `shardxform score`. The highest scores stay, ties go to the lower id, and all layers keep
     equally many; with router groups, all groups do.
     """
-    if (keep is None) == (ratio is None):
+    if (asked.keep is None) == (asked.ratio is None):
         raise click.UsageError("give either --keep or --ratio")
-    if out is None and not dry_run:
+    if output.out is None and not output.dry_run:
         raise click.UsageError("give -o, the manifest to write, or --dry-run")
-    read = Saliency.load(saliency)
-    number = keep if keep is not None else keep_of_ratio(read.num_experts, 0.0 if ratio is None else ratio)
-    choice = decide(read, number, criterion, protect)
-    manifest = choice.manifest(ratio)
-    if not dry_run:
-        _write(list(_files(choice, manifest, out, plot)))
-    if as_json:
-        print_json(_as_json(choice, manifest, None if dry_run else out))
+    read, written = Saliency.load(saliency), None if output.dry_run else output.out
+    number = asked.keep if asked.keep is not None else keep_of_ratio(read.num_experts, asked.ratio or 0.0)
+    choice = decide(read, number, asked.criterion or DEFAULT, asked.protect)
+    manifest = choice.manifest(asked.ratio)
+    if not output.dry_run:
+        _write(list(_files(choice, manifest, output.out, output.plot)))
+    if output.as_json:
+        print_json(_as_json(choice, manifest, written))
     else:
-        _show(choice, saliency, None if dry_run else out)
+        _show(choice, saliency, written)
     _notes(choice)
 
 

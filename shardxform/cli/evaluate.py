@@ -5,28 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
 from shardxform.base.progress import peak_rss_bytes
+from shardxform.calibration.options import DataOptions
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import options
 from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
-from shardxform.cli.model_options import (
-    SCORE_PRESETS,
-    data_options,
-    device_options,
-    load_data,
+from shardxform.cli.inputs import (
+    load_manifest,
+    load_text,
     make_precision,
+    open_all_named,
     refuse_no_data,
     refuse_unwritable,
     require,
-    sources_option,
 )
-from shardxform.cli.options import any_source_option, json_option, manifest_option
-from shardxform.cli.planned import load_manifest
-from shardxform.cli.sources import SOURCE, Source, open_given, transfer_options
 from shardxform.errors import OutputError, SchemeError
 from shardxform.model.layout import layout_of
 from shardxform.model.tied_head import tied_notes
@@ -36,98 +34,101 @@ if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation
 
-__all__ = ["command"]
+__all__ = ["evaluate_command"]
 
 _WORK: Final = "shardxform-evaluate.work"
 
 
-@click.command("evaluate")
-@click.argument("checkpoint", metavar="CKPT", type=SOURCE)
-@manifest_option
-@any_source_option
-@click.option("--against", metavar="REF", type=SOURCE, help="Reference, such as the 16-bit source: compare.")
-@data_options(samples=256, presets=SCORE_PRESETS)
-@sources_option
-@click.option(
-    "--by-source",
-    is_flag=True,
-    help="Keep the sources apart that documents name in their field `source`: --samples windows of each, and its own "
-    "figures beside those of all.",
-)
-@device_options
-@click.option(
-    "--against-dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Type in which REF is computed.  [default: as --dtype]",
-)
-@transfer_options
-@click.option(
-    "--plot",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Draw the errors of the blocks, and with --by-source the divergence on each source, as PNG.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be run and what it takes; nothing is written.")
-@json_option
-@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-def command(
-    checkpoint: Source,
-    manifest: Path | None,
-    any_source: bool,
-    against: Source | None,
-    device: str,
-    dtype: str | None,
-    against_dtype: str | None,
-    work: Path | None,
-    plot: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    **data: Any,  # noqa: ANN401
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference(options.Flags, heading="What is measured"):
+    against: options.Source | None = options.option(
+        "Reference, such as the 16-bit source: compare.", metavar="REF", type=options.SOURCE, first=True
+    )
+    against_dtype: Literal["float32", "bfloat16"] | None = options.option(
+        "Type in which REF is computed.  [default: as --dtype]"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text(options.TextFlags):
+    by_text_source: bool = options.option(
+        "Keep the sources apart that documents name in their field `source`: --samples windows of each, and its own "
+        "figures beside those of all.",
+        default=False,
+    )
+
+    def read(self) -> DataOptions:
+        return replace(options.TextFlags.read(self), by_source=self.by_text_source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(options.DryFlags):
+    plot: Path | None = options.option(
+        "Draw the errors of the blocks, and with --by-text-source the divergence on each source.", metavar="PNG"
+    )
+
+
+@options.command("evaluate")
+@click.argument("checkpoint", metavar="CKPT", type=options.SOURCE)
+def evaluate_command(
+    checkpoint: options.Source,
+    pruned: options.PruneFlags,
+    compared: _Reference,
+    text: _Text,
+    computation: options.ComputeFlags,
+    place: options.WorkFlags,
+    transfer: options.TransferFlags,
+    output: _Output,
 ) -> None:
     """Measure CKPT on held-out text, block by block: perplexity, and with --against how far it is from REF.
 
     CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
     in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
-    refuse_no_data(data)
-    if against_dtype and not against:
+    refuse_no_data(text)
+    against, plot, work = compared.against, output.plot, place.work or Path(_WORK)
+    if compared.against_dtype and not against:
         raise click.UsageError("--against-dtype is the type of a reference: give --against")
     if plot:
         _refuse_plot(plot, against)
-    work = work or Path(_WORK)
-    source, *others = open_given([checkpoint, *([against] if against else [])], data, work.parent)
-    tested, reference = _view(source, manifest, any_source=any_source), next(iter(others), None)
-    precision = make_precision(device, dtype)
-    from shardxform.evaluation.evaluate import EvaluateOptions, evaluate, evaluation_facts, identified
+    source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, work.parent)
+    tested, reference = _view(source, pruned), next(iter(others), None)
+    settings = _options(computation, compared, work)
+    from shardxform.evaluation.evaluate import evaluate, evaluation_facts, identified
     from shardxform.forward.work import refuse_inside
 
-    reference_dtype = make_precision(device, against_dtype).dtype if against_dtype else None
-    options = EvaluateOptions(precision=precision, work=work, against_dtype=reference_dtype)
-    for path in (options.work, *([plot] if plot else [])):
+    for path in (work, *([plot] if plot else [])):
         refuse_inside(path, [each.root for each in (source, *others)])
-    windows = load_data(source, data, against=reference)
-    if dry_run:
-        _show(tested, reference, windows, options, as_json)
+    windows = load_text(text, source, against=reference)
+    if output.dry_run:
+        _show(tested, reference, windows, settings, output.as_json)
         return
-    for each in (tested, *([reference] if reference else [])):
+    for each in (tested, *others):
         for note in tied_notes(each, layout_of(each.config, each.tensors, each.where)):
             tell(f"note: {each.where}: {note}")
     started = time.monotonic()
-    with progress("evaluate", quiet) as options.on_progress:
-        found = evaluate(tested, windows, options, reference)
-    if as_json:
+    with progress("evaluate", output.quiet) as settings.on_progress:
+        found = evaluate(tested, windows, settings, reference)
+    if output.as_json:
         facts = identified(evaluation_facts(found, windows), tested, reference)
         print_json({**facts, **_spent(windows, time.monotonic() - started)})
     else:
-        _report(found, checkpoint, manifest, against, time.monotonic() - started)
+        _report(found, checkpoint, pruned.manifest, against, time.monotonic() - started)
     if plot and found.against:  # last: a picture that fails must not cost the figures
         from shardxform.evaluation.plot import draw
 
-        draw(found.against, plot, title=_title(checkpoint, manifest, against), sources=found.sources)
+        draw(found.against, plot, title=_title(checkpoint, pruned.manifest, against), sources=found.sources)
 
 
-def _refuse_plot(plot: Path, against: Source | None) -> None:
+def _options(computation: options.ComputeFlags, compared: _Reference, work: Path) -> EvaluateOptions:
+    precision, other = make_precision(computation), compared.against_dtype
+    from shardxform.evaluation.evaluate import EvaluateOptions
+
+    reference_dtype = make_precision(replace(computation, dtype=other)).dtype if other else None
+    return EvaluateOptions(precision=precision, work=work, against_dtype=reference_dtype)
+
+
+def _refuse_plot(plot: Path, against: options.Source | None) -> None:
     """Refuse a picture that could not be drawn when all is done."""
     if against is None:
         raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
@@ -140,22 +141,22 @@ def _refuse_plot(plot: Path, against: Source | None) -> None:
     refuse_foreign_picture(plot)
 
 
-def _view(checkpoint: Checkpoint, manifest: Path | None, *, any_source: bool) -> Checkpoint:
-    if manifest is None:
+def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
+    if pruned.manifest is None:
         return checkpoint
     if checkpoint.config.get("quantization_config"):
         raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
-    return pruned_view(checkpoint, load_manifest(manifest, checkpoint, any_source=any_source)).checkpoint
+    return pruned_view(checkpoint, load_manifest(pruned, checkpoint)).checkpoint
 
 
 def _show(
-    tested: Checkpoint, reference: Checkpoint | None, windows: Windows, options: EvaluateOptions, as_json: bool
+    tested: Checkpoint, reference: Checkpoint | None, windows: Windows, settings: EvaluateOptions, as_json: bool
 ) -> None:
     from shardxform.forward.passes import estimate
 
     chains = {"tested": tested} | ({"reference": reference} if reference else {})
-    widest = max(options.precision, options.against, key=lambda precision: precision.dtype.itemsize)
-    needs = estimate(chains, windows, widest if reference else options.precision, options.work)
+    widest = max(settings.precision, settings.against, key=lambda precision: precision.dtype.itemsize)
+    needs = estimate(chains, windows, widest if reference else settings.precision, settings.work)
     if as_json:
         told = {"data": dict(windows.provenance), "notes": list(windows.notes)}
         print_json({"checkpoint": tested.where, **told, **needs})
@@ -170,7 +171,7 @@ def _show(
                 f"{needs['blocks']} each of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}",
             ),
             ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
-            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {options.work}"),
+            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {settings.work}"),
         ]
     )
 
@@ -179,7 +180,7 @@ def _of_sources(windows: Windows) -> str:
     return ", ".join(f"{name} {len(rows):,}" for name, rows in windows.rows) + " windows"
 
 
-def _title(checkpoint: Source, manifest: Path | None, against: Source | None) -> str:
+def _title(checkpoint: options.Source, manifest: Path | None, against: options.Source | None) -> str:
     pruned = f" pruned by {manifest.name}" if manifest else ""
     return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
 
@@ -189,7 +190,7 @@ def _spent(windows: Windows, seconds: float) -> dict[str, Any]:
 
 
 def _report(
-    found: Evaluation, checkpoint: Source, manifest: Path | None, against: Source | None, seconds: float
+    found: Evaluation, checkpoint: options.Source, manifest: Path | None, against: options.Source | None, seconds: float
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
     click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")

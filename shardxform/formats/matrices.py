@@ -7,15 +7,17 @@ reference to bytes, and a `Cut` that leads from these to the matrix. This is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
+from shardxform.formats.encoding import Cut, Encoded, Storage
+from shardxform.formats.plain import storages_of
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
-__all__ = ["LINEAR_ROLES", "Cut", "ExpertNames", "Matrix", "matrices_of", "single_biases", "stack_cuts"]
+__all__ = ["LINEAR_ROLES", "ExpertNames", "Matrix", "matrices_of", "single_biases", "stack_cuts"]
 
 ExpertNames = Literal["split", "fused-indexed"]
 
@@ -24,41 +26,12 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Which rows of what is stored a matrix is: `count` of them from `first` on, of the stored matrix or its transpose.
-
-    Attributes:
-        first, count: of the rows.
-        transposed: whether the stored matrix is [I, O].
-
-    """
-
-    first: int
-    count: int
-    transposed: bool = False
-
-    @property
-    def is_bytes(self) -> bool:
-        """Whether the rows are bytes one after the other, so that a reference to them says it all."""
-        return not self.transposed
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """Shape [O, I] of the matrix in what has the shape `stored`."""
-        return self.count, stored[0] if self.transposed else stored[1]
-
-    def of(self, stored: Any) -> Any:  # noqa: ANN401
-        """View of the matrix in an array or tensor of what is stored."""
-        whole = stored.T if self.transposed else stored
-        return whole[self.first : self.first + self.count]
-
-
-@dataclass(frozen=True, slots=True)
 class Matrix:
     """A linear weight.
 
     Attributes:
         name: of its module, as it is written.
-        weight: bytes of the source that hold it, two dimensions; the matrix itself unless there is a `cut`.
+        weight: what of the source holds it, two dimensions; the matrix itself unless there is a `cut`.
         sources: names of the tensors that hold it.
         place: of the first of them.
         home: name of the module of all experts within its block, where it is one expert's.
@@ -86,6 +59,11 @@ class Matrix:
         """Size of its values as they are stored, in bytes."""
         whole = self.weight.spec.shape[0] * self.weight.spec.shape[1]
         return self.weight.nbytes * self.shape[0] * self.shape[1] // whole if whole else 0
+
+    @property
+    def stored(self) -> tuple[Storage, ...]:
+        """What is stored for its rows, one below the other."""
+        return storages_of(self.weight, self.cut)
 
     @property
     def local(self) -> str:
@@ -163,7 +141,7 @@ def _unstacked(
             yield Matrix(f"{name}.{expert}", weight, sources, place, home, expert)
         return
     cuts = tuple(stack_cuts(experts, stack, ref.spec.shape[2 if experts.transposed else 1]))
-    if all(cut.is_bytes for _, cut in cuts):
+    if all(cut.is_run for _, cut in cuts):
         for number, weight in enumerate(ref.slabs(len(cuts))):
             expert, part = divmod(number, len(cuts))
             yield Matrix(f"{stem}.{expert}.{cuts[part][0]}", weight, sources, place, home, expert)
@@ -188,6 +166,13 @@ def _per_expert(
         if up.spec.shape != ref.spec.shape or up.spec.dtype != ref.spec.dtype:
             what = f"{up.spec.dtype} {list(up.spec.shape)}, but '{name}' is {ref.spec.dtype} {list(ref.spec.shape)}"
             raise SchemeError(f"tensor '{up.name}' is {what}; cannot write them as one weight")
-        rows, columns = ref.spec.shape
-        both = TensorRef(replace(ref.spec, shape=(2 * rows, columns)), ref.ranges + up.ranges)
-        yield Matrix(f"{stem}.gate_up_proj.{expert}", both, (name, up.name), place, home, place.expert)
+        yield Matrix(f"{stem}.gate_up_proj.{expert}", _joined(ref, up), (name, up.name), place, home, place.expert)
+
+
+def _joined(gate: TensorRef, up: TensorRef) -> TensorRef:
+    """One matrix of two of the same shape, the second below the first."""
+    rows, columns = gate.spec.shape
+    spec = gate.spec.of_shape((2 * rows, columns))
+    if isinstance(gate, Encoded) or isinstance(up, Encoded):
+        return Encoded(spec, (), storages_of(gate) + storages_of(up))
+    return TensorRef(spec, gate.ranges + up.ranges)

@@ -11,11 +11,11 @@ from typing import Any, Final
 import click
 
 from shardxform.cli.console import count, print_json, rows, table, tell
-from shardxform.cli.options import json_option
+from shardxform.cli.options import PATH, JsonFlags, command
 from shardxform.experts.choosing import super_experts
 from shardxform.experts.statistics import ExpertStats, Saliency
 
-__all__ = ["command"]
+__all__ = ["saliency_command"]
 
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _LINE: Final = 90  # characters of what a run says of itself, about
@@ -24,17 +24,16 @@ _MOST_SHOWN: Final = 80  # characters of one thing of it
 
 
 @click.group("saliency")
-def command() -> None:
+def saliency_command() -> None:
     """Look at saliency files, and add up those of several runs."""
 
 
-@command.command("show")
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
-@json_option
-def show(file: Path, as_json: bool) -> None:
+@command("show")
+@click.argument("file", metavar="FILE", type=PATH)
+def _show(file: Path, output: JsonFlags) -> None:
     """Show what FILE says of every layer's experts."""
     read = Saliency.load(file)
-    if as_json:
+    if output.as_json:
         print_json(_as_json(read))
         return
     model = read.model
@@ -59,12 +58,10 @@ def show(file: Path, as_json: bool) -> None:
     )
 
 
-@command.command("add")
-@click.argument("files", metavar="FILE FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out", "-o", metavar="OUT", required=True, type=click.Path(path_type=Path), help="The saliency file to write."
-)
-def add(files: tuple[Path, ...], out: Path) -> None:
+@command("add")
+@click.argument("files", metavar="FILE FILE...", nargs=-1, required=True, type=PATH)
+@click.option("--out", "-o", metavar="FILE", required=True, type=PATH, help="The saliency file to write.")
+def _add(files: tuple[Path, ...], out: Path) -> None:
     """Add up the statistics of several runs over one checkpoint, as if one run had seen all their data."""
     if len(files) < 2:
         raise click.UsageError("give at least two files to add")
@@ -79,7 +76,7 @@ def add(files: tuple[Path, ...], out: Path) -> None:
         tell(f"note: {count(twice, 'run')} with the provenance of another: the same data may count twice")
 
 
-def _run_lines(label: str, run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _run_lines(label: str, run: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """What a run says of itself, over as many lines as it takes; what a stranger's file says, over a few at most."""
     lines = [""]
     for key, value in run.items():
@@ -138,3 +135,7 @@ def _as_json(saliency: Saliency) -> dict[str, Any]:
         "layers": {str(number): _facts(stats) for number, stats in saliency.layers.items()},
         "mtp_layers": {str(number): _facts(stats) for number, stats in saliency.mtp_layers.items()},
     }
+
+
+for _each in (_show, _add):
+    saliency_command.add_command(_each)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,10 @@ import click
 
 from shardxform.base.progress import OnProgress
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
-from shardxform.cli.options import json_option, out_argument
+from shardxform.cli.options import DryFlags, Flags, command, option, out_argument
 from shardxform.publish import Contents, Destination, Pushed, Watch, contents_of, is_repo_name, push, verified
 
-__all__ = ["command"]
+__all__ = ["push_command"]
 
 _MOST_FILES: Final = 20  # shown one by one; --json has all
 
@@ -23,7 +24,7 @@ _MOST_FILES: Final = 20  # shown one by one; --json has all
 class _RepoName(click.ParamType[str]):
     name = "repository"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not is_repo_name(str(value)):
             self.fail(f"expected a repository of the hub, owner/name, found {value!r}", param, ctx)
         return str(value)
@@ -35,38 +36,34 @@ def _text(_ctx: click.Context, param: click.Parameter, value: str | None) -> str
     return value
 
 
-@click.command("push")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target(Flags, heading="The repository"):
+    create: bool = option("Make the repository, or the branch, if there is none.", default=False, first=True)
+    private: bool = option("Make a new repository private; refuse one that is public.", default=False)
+    branch: str = option("Where to.", "--revision", default="main", metavar="BRANCH", callback=_text)
+    message: str | None = option("Of the commit.  [default: names this program]", metavar="TEXT", callback=_text)
+    replace: bool = option("Remove shards and index of another checkpoint that stands there.", default=False)
+    source: Path | None = option(
+        "The checkpoint that OUT was made from: compare every tensor with it before.", metavar="SRC"
+    )
+
+    def read(self, repo: str) -> Destination:
+        """What the library calls it."""
+        target = Destination(
+            repo=repo,
+            branch=self.branch,
+            create=self.create,
+            private=self.private,
+            replace=self.replace,
+            source=self.source,
+        )
+        return target if self.message is None else replace(target, message=self.message)
+
+
+@command("push")
 @out_argument
 @click.argument("repo", metavar="OWNER/NAME", type=_RepoName())
-@click.option("--create", is_flag=True, help="Make the repository, or the branch, if there is none.")
-@click.option("--private", is_flag=True, help="Make a new repository private; refuse one that is public.")
-@click.option(
-    "--revision", "branch", metavar="BRANCH", default="main", show_default=True, callback=_text, help="Where to."
-)
-@click.option("--message", metavar="TEXT", callback=_text, help="Of the commit.  [default: names this program]")
-@click.option("--replace", is_flag=True, help="Remove shards and index of another checkpoint that stands there.")
-@click.option(
-    "--source",
-    metavar="SRC",
-    type=click.Path(path_type=Path),
-    help="The checkpoint that OUT was made from: compare every tensor with it before.",
-)
-@click.option("--dry-run", is_flag=True, help="List the files and check headers; nothing is asked of the hub.")
-@json_option
-@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-def command(
-    out: Path,
-    repo: str,
-    create: bool,
-    private: bool,
-    branch: str,
-    message: str | None,
-    replace: bool,
-    source: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def push_command(out: Path, repo: str, how: _Target, output: DryFlags) -> None:
     """Publish the output OUT as OWNER/NAME on the hub, through huggingface_hub and the token it finds (HF_TOKEN).
 
     Refuses what `verify` finds unsound. Uploads the files that belong to the checkpoint, its card and licence, and
@@ -74,26 +71,23 @@ def command(
     command goes on: files that arrived are not sent again.
     """
     contents = contents_of(out)
-    facts = {"repo": repo, "branch": branch, "private": private}
-    said = {} if message is None else {"message": message}
-    target = Destination(
-        repo=repo, branch=branch, create=create, private=private, replace=replace, source=source, **said
-    )
-    if dry_run:
-        verified(out, _watch(quiet).stage, source=source, quick=True)
-        if as_json:
+    facts = {"repo": repo, "branch": how.branch, "private": how.private}
+    target = how.read(repo)
+    if output.dry_run:
+        verified(out, _watch(output.quiet).stage, source=how.source, quick=True)
+        if output.as_json:
             print_json({**_facts(contents), **facts})
         else:
             click.echo(f"push {out} -> {repo}  (dry run: nothing is uploaded)")
             rows(_lines(contents))
         return
-    if not quiet:
+    if not output.quiet:
         tell(f"push {out} -> {repo}")
         rows(_lines(contents), file=sys.stderr)
         if not any(item.name == "README.md" for item in contents.items):
             tell(f"note: there is no model card; shardxform card {out} --write makes one")
-    pushed = push(contents, target, _watch(quiet))
-    if as_json:
+    pushed = push(contents, target, _watch(output.quiet))
+    if output.as_json:
         print_json({**_facts(contents), **facts, "report": _report(pushed)})
     else:
         _say_done(pushed)

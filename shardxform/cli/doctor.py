@@ -26,7 +26,7 @@ from shardxform.base.file_system import FileSystem, nearest
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, table
-from shardxform.cli.options import json_option
+from shardxform.cli.options import PATH, JsonFlags, command, option
 from shardxform.errors import SchemeError
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
@@ -39,8 +39,8 @@ __all__ = [
     "Machine",
     "ModelSizes",
     "Need",
-    "command",
     "command_needs",
+    "doctor_command",
     "libraries",
     "machine_of",
     "model_sizes",
@@ -152,26 +152,21 @@ REFERENCE: Final = ModelSizes(
 """A model whose sizes are known without its files, from the shapes of its release."""
 
 
-@click.command("doctor")
-@click.argument("source", metavar="[SRC]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--disk",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    default=".",
-    show_default=True,
-    help="Where outputs would be written.",
-)
-@json_option
-@click.pass_context
-def command(ctx: click.Context, source: Path | None, disk: Path, as_json: bool) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(JsonFlags):
+    disk: Path = option("Where outputs would be written.", default=Path(), metavar="DIR")
+
+
+@command("doctor")
+@click.argument("source", metavar="[SRC]", required=False, type=PATH)
+def doctor_command(source: Path | None, output: _Output) -> None:
     """Show memory, disk, cores, GPUs and libraries, and which commands they are enough for.
 
     What a command takes is worked out from SRC's headers; without SRC, for Qwen3.5-35B-A3B. Exits with 1 when
     something is missing without which nothing works.
     """
     found = libraries()
-    machine = machine_of(disk, found["torch"].version)
+    machine = machine_of(output.disk, found["torch"].version)
     sizes = model_sizes(Checkpoint.open(source)) if source else REFERENCE
     needs = list(command_needs(sizes, machine, [name for name in _MODEL_LIBRARIES if not found[name].usable]))
     problems = [
@@ -179,7 +174,7 @@ def command(ctx: click.Context, source: Path | None, disk: Path, as_json: bool) 
         for each in found.values()
         if not each.extra and not each.usable
     ]
-    if as_json:
+    if output.as_json:
         listed = [{**each._asdict(), "usable": each.usable} for each in found.values()]
         known = {"shardxform": __version__, "machine": asdict(machine), "libraries": listed, "model": sizes.name}
         print_json({**known, "needs": [need._asdict() for need in needs], "problems": problems})
@@ -187,7 +182,7 @@ def command(ctx: click.Context, source: Path | None, disk: Path, as_json: bool) 
         _show(machine, list(found.values()), sizes.name, needs)
         for problem in problems:
             click.echo(f"  PROBLEM: {problem}")
-    ctx.exit(1 if problems else 0)
+    raise click.exceptions.Exit(1 if problems else 0)
 
 
 def _show(machine: Machine, found: Sequence[Library], model: str, needs: Sequence[Need]) -> None:

@@ -1,6 +1,8 @@
-"""What records call an input, and which option of the command line gives it: messages name what the reader can change.
+"""Which option of the command line gives a field of the library.
 
-One table for all commands. What no option gives, such as a source's headers, keeps the name that the record has for it.
+The library knows fields alone: in its messages a field stands in backquotes, by the path that records have for it or by
+the last part of that, and is replaced by its option before a person reads it. A field that no option gives, such as the
+headers of a source, keeps its name.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["in_stage", "option_of", "with_option"]
+__all__ = ["option_of", "with_options"]
 
 _OPTIONS: Final[Mapping[str, str]] = {
     "options.text_only": "--text-only",
@@ -25,7 +27,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "scheme.expert_names": "--expert-names",
     "scheme.g_idx": "--g-idx",
     "scheme.keep_16bit": "--keep-16bit",
-    "scheme.quantize": "--quantize",
+    "scheme.quantize": "--also-quantize",
     "target.format": "--to",
     "target.expert_names": "--expert-names",
     "target.g_idx": "--g-idx",
@@ -52,46 +54,70 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "data.pack": "packed (--no-pack)",
     "data.chat_template": "--chat-template",
     "data.text_key": "--text-key",
-    "data.sources": "--sources",
-    "data.by_source": "--by-source",
+    "data.sources": "--text-sources",
+    "data.by_source": "--by-text-source",
     "keep": "--keep or --ratio",
     "ratio": "--ratio",
     "criterion": "--criterion",
     "protect": "--protect-super-experts",
 }
 _OF_STAGES: Final[Mapping[str, Mapping[str, str]]] = {  # of `compress`, where a stage has options of its own
+    "score": {},
+    "select": {},
     "quantize": {"--samples": "--tune-samples or --samples", "--seqlen": "--tune-seqlen or --seqlen"},
+    "verify": {},
     "evaluate": {
         "--data": "--eval-data",
         "--samples": "--eval-samples",
         "--seqlen": "--eval-seqlen",
         "windows of --data": "windows of --eval-data",
     },
+    "card": {},
+}
+_SHORT: Final[Mapping[str, str]] = {  # by which messages name fields, and such as no record has
+    **{path.rpartition(".")[2]: option for path, option in reversed(list(_OPTIONS.items()))},
+    **_OPTIONS,
+    "any_source": "--any-source",
+    "base_model": "--base-model",
+    "blocks": "--blocks",
+    "branch": "--revision",
+    "cache_bytes": "--cache-limit",
+    "create": "--create",
+    "force": "--force",
+    "full_verify": "--full-verify",
+    "plot": "--plot",
+    "private": "--private",
+    "ray": "--ray",
+    "replace": "--replace",
+    "results": "--results",
+    "sort": "`shardxform manifest convert --sort`",
+    "source": "--source",
+    "work": "--work",
 }
 
 
-def option_of(path: str, stage: str = "") -> str:
-    """The option that gives the input at `path` of a record, and what lies below it; `path` itself where none does."""
+def option_of(path: str) -> str:
+    """The option that gives the field at `path`, and what lies below it; `path` itself where none does.
+
+    A path may begin with the stage of `compress` that the field belongs to.
+    """
+    stage, _, rest = path.partition(".")
+    own = _OF_STAGES.get(stage) if rest else None
+    path = path if own is None else rest
     key, below = path.removeprefix("recipe."), ""
+    if "." not in key:
+        option = _SHORT.get(key, "")
+        return (own or {}).get(option, option) or path
     while key and key not in _OPTIONS:
         key, _, last = key.rpartition(".")
         below = f"{last}.{below}" if below else last
     if not key:
         return path
-    option = _OF_STAGES.get(stage, {}).get(_OPTIONS[key], _OPTIONS[key])
+    option = (own or {}).get(_OPTIONS[key], _OPTIONS[key])
     return f"{option}: {below}" if below else option
 
 
-def with_option(difference: str, stage: str = "") -> str:
-    """Name the option in `path: was one, now other`, or in `path: the text of something has changed since`."""
-    for said in (": was ", ": the text of "):
-        path, found, rest = difference.partition(said)
-        if found:
-            return f"{option_of(path, stage)}{found}{rest}"
-    return difference
-
-
-def in_stage(message: str, stage: str) -> str:
-    """Name the options of a stage of `compress` where a message has those that other commands have for it."""
-    own = _OF_STAGES[stage]
-    return re.sub(r"--[\w-]+", lambda found: own.get(found[0], found[0]), message)
+def with_options(message: str, stage: str = "") -> str:
+    """The message with options in place of fields; a `stage` of `compress` may have options of its own for them."""
+    start = f"{stage}." if stage else ""
+    return re.sub(r"`([^`\s]+)`", lambda found: option_of(start + found[1]), message)

@@ -3,73 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import click
 
 from shardxform.cli.console import count, gb, print_json, progress
-from shardxform.cli.options import json_option, manifest_option, out_argument
-from shardxform.cli.sources import SOURCE, Source, connections_option, open_given
+from shardxform.cli.inputs import open_named
+from shardxform.cli.option_names import with_options
+from shardxform.cli.options import SOURCE, Flags, HubFlags, QuietFlags, Source, command, option, out_argument
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
 
-__all__ = ["command"]
+__all__ = ["verify_command"]
 
 _MOST_LINES: Final = 8  # of one kind; --json prints all
 _MOST_WIDTH: Final = 60
 _LEFT: Final = {"healed": "healed", "tuned": "rounded with tuning", "unknown": "not comparable"}
 
 
-@click.command("verify")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made(Flags, heading="How OUT was made"):
+    source: Source | None = option("The checkpoint OUT was made from: compare.", metavar="SRC", type=SOURCE, first=True)
+    manifest: Path | None = option(
+        "Experts that were kept, in any of the forms that manifests/ lists.", "-m", metavar="FILE"
+    )
+    text_only: bool | None = option(
+        "OUT was made with --text-only.  [default: what OUT/shardxform.json says]", is_flag=True
+    )
+    mtp: MtpMode | None = option("OUT was made with this --mtp.  [default: what OUT/shardxform.json says]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Depth(Flags, heading="How much is looked at"):
+    quick: bool = option("Headers, index, config and small files only; no tensor data.", default=False)
+    independent: bool = option(
+        "Also derive OUT from SRC a second time, by code that shares nothing with what wrote it.", default=False
+    )
+    jobs: int | None = option("Threads that read.  [default: up to 4]", "-j", type=click.IntRange(1, 64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(QuietFlags):
+    worst: int = option(
+        "Quantized weights to list, those farthest from SRC; --json has all.", default=5, type=click.IntRange(0)
+    )
+
+
+@command("verify")
 @out_argument
-@click.option("--source", metavar="SRC", type=SOURCE, help="The checkpoint OUT was made from: compare.")
-@manifest_option
-@click.option(
-    "--text-only",
-    is_flag=True,
-    default=None,
-    help="OUT was made with --text-only.  [default: what OUT/shardxform.json says]",
-)
-@click.option(
-    "--mtp",
-    type=click.Choice(["auto", "keep", "drop"]),
-    default=None,
-    help="OUT was made with this --mtp.  [default: what OUT/shardxform.json says]",
-)
-@click.option(
-    "--worst",
-    type=click.IntRange(0),
-    default=5,
-    show_default=True,
-    help="Quantized weights to list, those farthest from SRC; --json has all.",
-)
-@click.option("--quick", is_flag=True, help="Headers, index, config and small files only; no tensor data.")
-@click.option(
-    "--independent",
-    is_flag=True,
-    help="Also derive OUT from SRC a second time, by code that shares nothing with what wrote it.",
-)
-@click.option("--jobs", "-j", type=click.IntRange(1, 64), default=None, help="Threads that read.  [default: up to 4]")
-@connections_option
-@json_option
-@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-@click.pass_context
-def command(
-    ctx: click.Context,
-    out: Path,
-    source: Source | None,
-    manifest: Path | None,
-    text_only: bool | None,
-    mtp: MtpMode | None,
-    worst: int,
-    quick: bool,
-    independent: bool,
-    jobs: int | None,
-    as_json: bool,
-    quiet: bool,
-    connections: int | None,
-) -> None:
+def verify_command(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output: _Output) -> None:
     """Check the checkpoint OUT, and prove it against SRC.
 
     Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
@@ -81,36 +65,36 @@ def command(
     were healed, all but the values must be SRC's. The last line says how many values were compared, and why the
     others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
     """
-    if source is None and (manifest or text_only or mtp):
+    if made.source is None and (made.manifest or made.text_only or made.mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
-    if source is None and connections is not None:
+    if made.source is None and hub.connections is not None:
         raise click.UsageError("--connections is for reading --source from the hub; give that too")
-    if independent and (source is None or quick):
+    if depth.independent and (made.source is None or depth.quick):
         raise click.UsageError("--independent compares values with --source; give that, and no --quick")
-    origin = open_given([source], {"connections": connections}, out.parent)[0] if source is not None else None
-    with progress("verify", quiet or quick) as on_progress:
+    origin = open_named(made.source, hub, out.parent) if made.source is not None else None
+    with progress("verify", output.quiet or depth.quick) as on_progress:
         report = verify(
             out,
             source=origin,
-            manifest=manifest,
-            quick=quick,
+            manifest=made.manifest,
+            quick=depth.quick,
             on_progress=on_progress,
-            text_only=text_only,
-            mtp=mtp,
-            independent=independent,
-            jobs=jobs or DEFAULT_JOBS,
+            text_only=made.text_only,
+            mtp=made.mtp,
+            independent=depth.independent,
+            jobs=depth.jobs or DEFAULT_JOBS,
         )
-    if as_json:
+    if output.as_json:
         print_json(report.to_dict())
     else:
-        _show(report, quick, worst)
-    ctx.exit(0 if report.sound else 1)
+        _show(report, depth.quick, output.worst)
+    raise click.exceptions.Exit(0 if report.sound else 1)
 
 
 def _show(report: VerifyReport, quick: bool, worst: int) -> None:
     """What was found, and as the last line what is to be thought of the whole."""
     if report.unfinished:
-        click.echo(f"{report.out}: unfinished: {report.problems[0].message}")
+        click.echo(f"{report.out}: unfinished: {with_options(report.problems[0].message)}")
         return
     if not report.sound:
         click.echo(f"{report.out}: {', '.join(_counts(report))}")
@@ -205,6 +189,6 @@ def _list(found: tuple[Problem, ...], mark: str) -> None:
         width = min(max(len(p.where) for p in shown), _MOST_WIDTH)
         click.echo(click.style(f"{mark}{code}", fg="yellow" if mark else "red", bold=True))
         for problem in shown:
-            click.echo(f"  {problem.where:<{width}}  {problem.message}")
+            click.echo(f"  {problem.where:<{width}}  {with_options(problem.message)}")
         if len(listed) > len(shown):
             click.echo(f"  and {len(listed) - len(shown):,} more; --json lists all")

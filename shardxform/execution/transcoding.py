@@ -1,0 +1,135 @@
+"""Executing a `Transcode` step: read a bounded run of rows, write it as the target encoding has it.
+
+One matrix's parts and one tile of its values are in memory at a time. What the target cannot say is refused, naming the
+tensor: weights that are not finite, a scale that would be rounded, a value beyond float16; others write garbage.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardxform.base.digests import Taken, take
+from shardxform.base.file_system import FileSystem
+from shardxform.base.readers import SourceReader
+from shardxform.base.tensors import TensorRef
+from shardxform.errors import ExecutionError, SchemeError
+from shardxform.execution.copying import Files, OpenTarget
+from shardxform.formats.encoding import Opener, Read, SourceDtype, Writing
+from shardxform.formats.grid import Grid
+from shardxform.formats.integers import Ints
+from shardxform.formats.rounding import QuantizedWeight, RtnStats, quantize_into
+from shardxform.plan.plan import Extent
+from shardxform.plan.steps import Transcode, TranscodeItem
+
+__all__ = ["Rounder", "reading", "rounder_on", "transcode_step", "write_part"]
+
+Rounder = Callable[[NDArray[Any], SourceDtype, Grid, QuantizedWeight], RtnStats]
+"""Rounds a run of rows into an output; `rounding.quantize_into` and its like."""
+
+
+def rounder_on(device: str, items: Iterable[TranscodeItem]) -> Rounder:
+    """Find the function that rounds a run of rows on `device`: `cpu`, or what torch calls a device.
+
+    Raises:
+        SchemeError: no such device here, or an item asks for what it cannot do.
+
+    """
+    if device == "cpu":
+        return quantize_into
+    if any(isinstance(item.target, Ints) and item.target.grid.search for item in items):
+        raise SchemeError("`search` runs on the CPU only: leave out `device`")
+    try:
+        from shardxform.formats import rounding_torch  # torch takes seconds to import, and only this needs it
+    except ImportError as e:
+        raise SchemeError(f"`device` {device} needs torch: pip install torch") from e
+    return functools.partial(rounding_torch.quantize_on, device=rounding_torch.open_device(device))
+
+
+def transcode_step(
+    step: Transcode,
+    rounder: Rounder,
+    files: Files,
+    fs: FileSystem,
+    on_bytes: Callable[[int], None],
+    stopped: Callable[[], None],
+    taken: Taken | None = None,
+) -> dict[str, Any]:
+    """Write every matrix of `step` as its target has it.
+
+    Args:
+        step: what to do.
+        rounder: rounds a run of rows; see `rounder_on`.
+        files: where to read and write.
+        fs: effects.
+        on_bytes: called with the bytes written after each part, or run of it.
+        stopped: raises when the run is to stop.
+        taken: digests of parts that are written whole are put here.
+
+    Returns:
+        facts for the record: modules whose weights are all zero, and the number of all-zero groups.
+
+    Raises:
+        ExecutionError: values that the target cannot hold; names tensor and row.
+
+    """
+    zero_modules: list[str] = []
+    zero_groups = 0
+    opener = Opener(reading(files[0]))
+    for item in step.items:
+        stopped()
+        writing = Writing(_where(item), item.shape, rounder, stopped)
+        extents = dict(item.parts)
+        rows = map(opener.open, item.sources)
+        for role, offset, data in item.target.written(rows, writing):
+            write_part(data, extents[role], files[1], fs, taken, offset)
+            on_bytes(data.nbytes)
+        zero_groups += writing.zero_groups
+        if writing.groups and writing.zero_groups == writing.groups:
+            zero_modules.append(item.module)
+    facts: dict[str, Any] = {}
+    if zero_groups:
+        facts["zero_groups"] = zero_groups
+    if zero_modules:
+        facts["zero_modules"] = zero_modules
+    return facts
+
+
+def reading(source: SourceReader) -> Read:
+    """Make a function that fills an array with the bytes of a tensor, which are not read again as a rule."""
+
+    def read(ref: TensorRef, into: NDArray[Any]) -> None:
+        view = into.reshape(-1).view(np.uint8).data
+        done = 0
+        for piece in ref.ranges:
+            source.read_into(piece, view[done : done + piece.length])
+            source.done_with(piece)
+            done += piece.length
+
+    return read
+
+
+def _where(item: TranscodeItem) -> str:
+    tensor = item.sources[0].parts[0][1].name
+    return f"tensor '{tensor}'" if tensor == f"{item.module}.weight" else f"tensor '{tensor}' (module {item.module})"
+
+
+def write_part(
+    part: NDArray[Any],
+    extent: Extent,
+    target: OpenTarget,
+    fs: FileSystem,
+    taken: Taken | None = None,
+    offset: int = 0,
+) -> None:
+    """Write a stored tensor, or a run of it that begins at `offset`, to its place; of a whole one digests are taken."""
+    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+    if offset + len(data) > extent.length:
+        raise ExecutionError(f"internal: {len(data)} bytes at {offset} for an extent of {extent.length}")
+    if taken is not None and len(data) == extent.length:
+        take(data, extent.shard, extent.offset, taken)
+    fs.write_all(target(extent.shard), data, extent.offset + offset)

@@ -1,0 +1,281 @@
+"""How the numbers of a matrix are stored: what every encoding says, whatever it is.
+
+An encoding is a frozen value, one file of this room each. Which tensors stand for a matrix follows from its shape
+alone, so that planning needs no array library; what reads and writes numbers imports one when it is called.
+"""
+
+# O: output channels, I: input channels, R: a run of rows.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from shardxform.base.tensors import TensorRef, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Cut",
+    "Encoded",
+    "Encoding",
+    "Fault",
+    "Opener",
+    "PartSpec",
+    "Read",
+    "Role",
+    "Rows",
+    "SourceDtype",
+    "Storage",
+    "Writable",
+    "Writing",
+]
+
+Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx"]
+"""What a stored tensor holds of a matrix."""
+
+SourceDtype = Literal["BF16", "F16", "F32"]
+"""Floats that are rounded."""
+
+Read = Callable[[TensorRef, "NDArray[Any]"], object]
+"""Fills an array with the bytes of a tensor."""
+
+ROUND_TILE: Final = 1 << 21
+"""Most weights that are read and rounded at a time."""
+
+DECODE_TILE: Final = 1 << 18
+"""Most weights that are decoded at a time: few enough for the cache, unless a row has more."""
+
+TILE_BYTES: Final = 6 * ROUND_TILE
+"""Memory of a tile: as it is read, and as float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """One of the tensors that stand for a matrix: what it holds, the last part of its name, its dtype and shape."""
+
+    role: Role
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def spec(self, module: str) -> TensorSpec:
+        """The same for a matrix of that name."""
+        return TensorSpec(f"{module}.{self.suffix}", self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which rows of what is stored a matrix is: `count` of them from `first` on, of the stored matrix or its transpose.
+
+    Attributes:
+        first, count: of the rows.
+        transposed: whether the stored matrix is [I, O].
+
+    """
+
+    first: int
+    count: int
+    transposed: bool = False
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the rows are stored one after the other, so that a reference to them says it all."""
+        return not self.transposed
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Shape [O, I] of the matrix in what has the shape `stored`."""
+        return self.count, stored[0] if self.transposed else stored[1]
+
+    def of(self, stored: Any) -> Any:  # noqa: ANN401
+        """View of the matrix in an array or tensor of what is stored."""
+        whole = stored.T if self.transposed else stored
+        return whole[self.first : self.first + self.count]
+
+
+class Rows(Protocol):
+    """The rows of a matrix, open to be read."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def fits_half(self) -> bool:
+        """Whether float16 is known to hold every value."""
+        ...
+
+    def where(self, row: int) -> str:
+        """Name a row, and what it is stored in, for a message."""
+        ...
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Values of rows `start`..`stop - 1`, float32 [R, I]."""
+        ...
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The same, exactly, in the narrowest of BF16, F16 and F32 in which they are at hand, and which that is."""
+        ...
+
+    def cut(self, cut: Cut) -> Rows:
+        """Those of a matrix that is a part of this one."""
+        ...
+
+
+class Encoding(Protocol):
+    """A way to store the numbers of a matrix [O, I]."""
+
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
+        """List the tensors that stand for a matrix, in the order in which they are written."""
+        ...
+
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> Rows:
+        """Open a stored matrix; unless it is not to be `checked`, refuse what only its data tells.
+
+        Raises:
+            ExecutionError: it is not what the encoding means; names the tensor.
+
+        """
+        ...
+
+    def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
+        """Bytes in memory while a matrix is open."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Elements of one tensor that are wrong in one way; `found` and `wanted` are those of the first."""
+
+    code: str
+    what: str
+    count: int
+    first: int
+    found: str
+    wanted: str = ""
+
+
+class Writable(Encoding, Protocol):
+    """An encoding that can be written."""
+
+    def misfit(self, rows: int, columns: int) -> str:
+        """Say why a matrix of this shape cannot be stored so; empty when it can."""
+        ...
+
+    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
+        """Encode rows of all sources, one below the other: runs of the parts' bytes, and where in a part they begin.
+
+        Sources are opened as they are asked for: a stack of experts has hundreds.
+
+        Raises:
+            ExecutionError: values that cannot be stored so; names tensor and row.
+
+        """
+        ...
+
+    def gathered(self, extent_bytes: int) -> int:
+        """Bytes of the parts that are in memory before they are written."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Where a matrix lies, and how: an encoding, its parts in order, the shape [O, I] of what these hold, and a cut."""
+
+    encoding: Encoding
+    parts: tuple[tuple[Role, TensorRef], ...]
+    whole: tuple[int, int]
+    cut: Cut | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the module, as it is stored."""
+        return self.parts[0][1].name.rpartition(".")[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I]."""
+        return self.cut.shape(self.whole) if self.cut else self.whole
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts in bytes."""
+        return sum(ref.nbytes for _, ref in self.parts)
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory while it is open."""
+        return self.encoding.held(dict(self.parts), self.cut)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Encoded(TensorRef):
+    """A tensor none of whose values is a byte of the source: what is stored for its rows, one below the other.
+
+    It stands in tables among plain tensors; its dtype is what its values are decoded to. It has no ranges.
+    """
+
+    sources: tuple[Storage, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return f"Encoded(spec={self.spec!r}, sources={self.sources!r})"
+
+    def renamed(self, name: str) -> Encoded:
+        """The same under another name."""
+        return replace(self, spec=replace(self.spec, name=name))
+
+    def select(self, keep: Sequence[int]) -> Encoded:
+        """Rows `keep` of the one matrix that it is."""
+        (source,) = self.sources
+        first = source.cut.first if source.cut else 0
+        rows = tuple(replace(source, cut=Cut(first + row, 1)) for row in keep)
+        return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), rows)
+
+
+@dataclass(slots=True)
+class Writing:
+    """What an encoding needs to write one matrix, and what it found.
+
+    Attributes:
+        where: the matrix, for messages.
+        shape: [O, I].
+        rounder: rounds a run of rows to a grid of integers; see `execution.transcoding.rounder_on`.
+        stopped: raises when the run is to stop.
+        groups, zero_groups: of integers that share a scale; those that hold nothing but zeros.
+
+    """
+
+    where: str
+    shape: tuple[int, int]
+    rounder: Callable[..., Any]
+    stopped: Callable[[], None]
+    groups: int = 0
+    zero_groups: int = 0
+
+
+class Opener:
+    """Opens stored matrices; keeps the last one, of which the next matrix is often another part."""
+
+    def __init__(self, read: Read, *, checked: bool = True) -> None:
+        self._read = read
+        self._checked = checked
+        self._last: tuple[tuple[tuple[Role, TensorRef], ...], Rows] | None = None
+
+    def open(self, storage: Storage) -> Rows:
+        """Open a matrix; raises like `Encoding.open`."""
+        if self._last is None or (self._last[0] is not storage.parts and self._last[0] != storage.parts):
+            self._last = None  # freed before the next one is read
+            rows = storage.encoding.open(dict(storage.parts), storage.whole, self._read, self._checked)
+            self._last = (storage.parts, rows)
+        return self._last[1].cut(storage.cut) if storage.cut else self._last[1]
+
+
+def tiles(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows of at most so many weights, and of one row at least."""
+    step = max(1, weights // max(columns, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

@@ -1,0 +1,268 @@
+"""FP8 as releases store it: a byte a weight, and scales for blocks of it, for rows, or for all of it.
+
+Read only. The scales of a block-wise weight [O, I] are [ceil(O / rows), ceil(I / columns)]: the last blocks may be
+partial (DeepSeek-V3's `kv_a_proj_with_mqa` has 576 rows in blocks of 128). A value is its code times the scale,
+whatever the scale is called; in float32, where a code is exact and the product is rounded once.
+"""
+
+# O: output channels, I: input channels, R: a run of rows, S, T: rows and columns of blocks.
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.errors import CheckpointError, ExecutionError
+from shardxform.formats.encoding import Cut, PartSpec, Read, Role, SourceDtype, Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["FP8", "SCALES", "Fp8", "Fp8Rows", "ScaleRule", "scale_rule"]
+
+FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""Dtypes of weights that mean nothing without a scale."""
+
+SCALES: Final = ("weight_scale_inv", "weight_scale")
+"""What scales of FP8 weights are called."""
+
+_READ: Final = ("F8_E4M3", "F8_E5M2")
+_SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
+_POWER_DTYPES: Final = frozenset({"F8_E8M0", "U8"})  # powers of two, where the config says ue8m0
+
+Shape = tuple[int, ...]
+
+
+# -- the encoding -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """Bytes of a dtype with scales.
+
+    Attributes:
+        dtype: F8_E4M3 or F8_E5M2.
+        block: rows and columns that share a scale; None for all of them. The last blocks may be partial.
+        scale_suffix, scale_dtype: of the scales as they are stored.
+
+    """
+
+    dtype: str
+    block: tuple[int | None, int | None]
+    scale_suffix: str
+    scale_dtype: str
+
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
+        """List the weight and its scales."""
+        scales = (-(-rows // (self.block[0] or rows)), -(-columns // (self.block[1] or columns)))
+        return (
+            PartSpec("values", "weight", self.dtype, (rows, columns)),
+            PartSpec("scales", self.scale_suffix, self.scale_dtype, scales),
+        )
+
+    def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
+        """The scales, in float32; rows are read when they are asked for."""
+        return 4 * parts["scales"].nbytes
+
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> Fp8Rows:
+        """Read the scales.
+
+        Raises:
+            ExecutionError: one is not finite.
+
+        """
+        import numpy as np
+
+        from shardxform.formats import packing
+
+        ref = parts["scales"]
+        bits = np.empty(ref.spec.shape, {"F32": "f4", "BF16": "u2", "F16": "u2"}.get(ref.spec.dtype, "u1"))
+        read(ref, bits)
+        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else _powers(bits)
+        scale_ST = scales.reshape(self.parts(*shape)[1].shape)
+        if checked and (bad := packing.first_of(~np.isfinite(scale_ST))):
+            raise ExecutionError(f"tensor '{ref.name}': scale {scale_ST[bad]} at {list(bad)}; expected finite scales")
+        return Fp8Rows(parts["values"], read, self, scale_ST, checked, 0, shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Rows of an FP8 weight, `count` from `first` on, read when they are asked for."""
+
+    ref: TensorRef
+    read: Read
+    encoding: Fp8
+    scale_ST: NDArray[np.float32]
+    checked: bool
+    first: int
+    count: int
+
+    @property
+    def fits_half(self) -> bool:
+        """No: scales have 24 bits, and any size."""
+        return False
+
+    def where(self, row: int) -> str:
+        """Name a row in a message."""
+        return f"tensor '{self.ref.name}': row {self.first + row}"
+
+    def cut(self, cut: Cut) -> Fp8Rows:
+        """A run of the rows."""
+        assert cut.is_run
+        return replace(self, first=self.first + cut.first, count=cut.count)
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Codes times their scales, in float32.
+
+        Raises:
+            ExecutionError: a value is NaN or too large; names it.
+
+        """
+        import numpy as np
+
+        from shardxform.formats.packing import first_of
+
+        begin, end = self.first + start, self.first + stop
+        ref = self.ref.rows(begin, end)
+        codes_RI = np.empty(ref.spec.shape, np.uint8)
+        self.read(ref, codes_RI)
+        rows, columns = self.encoding.block
+        rows = rows or self.ref.spec.shape[0]
+        values_RI = np.take(decoded_codes(self.encoding.dtype), codes_RI)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for block in range(begin // rows, -(-end // rows)):
+                scale_I = np.repeat(self.scale_ST[block], columns or codes_RI.shape[1])[: codes_RI.shape[1]]
+                values_RI[max(block * rows - begin, 0) : (block + 1) * rows - begin] *= scale_I
+        if self.checked and (bad := first_of(~np.isfinite(values_RI))):
+            raise ExecutionError(
+                f"tensor '{self.ref.name}': NaN or infinity at row {begin + bad[0]}, column {bad[1]};"
+                " expected finite weights"
+            )
+        return values_RI
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The values: nothing narrower holds them."""
+        return self.values(start, stop), "F32"
+
+
+@functools.cache
+def decoded_codes(dtype: str) -> NDArray[np.float32]:
+    """Values of all 256 codes. E4M3 has no infinities, and NaN where all other bits are set; E5M2 is half a float16."""
+    import numpy as np
+
+    codes = np.arange(256)
+    if dtype == "F8_E5M2":
+        return (codes.astype(np.uint16) << np.uint16(8)).view(np.float16).astype(np.float32)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    magnitude = np.where(codes & 127 == 127, np.nan, magnitude)
+    return np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+
+
+def _powers(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Scales of E8M0: powers of two, and a NaN."""
+    import numpy as np
+
+    return np.where(bits == 255, np.nan, np.ldexp(1.0, bits.astype(np.int64) - 127)).astype(np.float32)
+
+
+# -- what configs say of it ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRule:
+    """How a config says that scales are stored: `names` that clients read, and dtypes.
+
+    `block` is rows and columns of a block, empty for one scale a weight or, with `rows`, one a row; None where the
+    config does not say.
+    """
+
+    names: tuple[str, ...]
+    block: tuple[int, ...] | None
+    rows: bool = False
+    dtypes: frozenset[str] = _SCALE_DTYPES
+
+    def shapes(self, weight: Shape) -> tuple[Shape, ...] | None:
+        """Shapes that the scales of a weight may have; None for any."""
+        if self.block is None or len(weight) < 2:
+            return None
+        *stacked, rows, columns = weight
+        if self.block:
+            return ((*stacked, -(-rows // self.block[0]), -(-columns // self.block[1])),)
+        if self.rows:
+            return (*stacked, rows, 1), (*stacked, rows)
+        return (tuple(stacked), (*stacked, 1), (*stacked, 1, 1))
+
+    def fault(self, scale: TensorSpec, weight: Shape) -> str:
+        """Say why these are no scales of such a weight; empty when they are."""
+        if scale.dtype not in self.dtypes:
+            return f"{scale.dtype}, expected {' or '.join(sorted(self.dtypes))} for the scales of an FP8 weight"
+        shapes = self.shapes(weight)
+        if shapes is None or scale.shape in shapes:
+            return ""
+        blocks = f" in blocks of {list(self.block)}" if self.block else ""
+        return f"shape {list(scale.shape)}, expected {list(shapes[0])} for a weight {list(weight)}{blocks}"
+
+    def storage(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
+        """What is stored for a weight; None for one that is not FP8.
+
+        Raises:
+            CheckpointError: its scales are missing, or are none of it; or it is FP8 of a kind that is not read.
+
+        """
+        spec = weight.spec
+        if spec.dtype not in FP8:
+            return None
+        if spec.dtype not in _READ or len(spec.shape) != 2 or self.block is None:
+            kinds = " and ".join(_READ)
+            raise CheckpointError(
+                f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
+            )
+        stem = spec.name.removesuffix("weight")
+        suffix = next((name for name in self.names if stem + name in tensors), None)
+        if suffix is None:
+            raise CheckpointError(
+                f"tensor '{stem}{self.names[0]}' is missing; its weight is {spec.dtype}, which means nothing without"
+            )
+        scales = tensors[stem + suffix]
+        if wrong := self.fault(scales.spec, spec.shape):
+            raise CheckpointError(f"tensor '{scales.name}': {wrong}")
+        block = (self.block[0], self.block[1]) if self.block else (1 if self.rows else None, None)
+        encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype)
+        return Storage(encoding, (("values", weight), ("scales", scales)), (spec.shape[0], spec.shape[1]))
+
+
+def scale_rule(declared: Mapping[str, Any]) -> ScaleRule | None:
+    """Read how a quantization_config says that scales are stored; None for blocks that are none."""
+    method = declared.get("quant_method")
+    if method == "fp8":
+        block = declared.get("weight_block_size")
+        power = declared.get("scale_fmt") == "ue8m0"
+        dtypes = _SCALE_DTYPES | _POWER_DTYPES if power else _SCALE_DTYPES
+        if block is None:
+            return ScaleRule(SCALES, (), dtypes=dtypes)
+        if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+            return ScaleRule(SCALES[:1], tuple(block), dtypes=dtypes)
+        return None
+    if method == "fbgemm_fp8":
+        return ScaleRule(SCALES[1:], (), rows=True)
+    if method == "compressed-tensors":
+        return ScaleRule(SCALES[1:], *_of_groups(declared.get("config_groups")))
+    return ScaleRule(SCALES, None)
+
+
+def _of_groups(groups: object) -> tuple[tuple[int, ...] | None, bool]:
+    """Blocks, and whether there is a scale a row, where all groups of compressed-tensors agree on it."""
+    listed = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") for group in listed if isinstance(group, Mapping)]
+    kinds = {(w.get("strategy"), tuple(w.get("block_structure") or ())) for w in weights if isinstance(w, Mapping)}
+    if len(kinds) != 1:
+        return None, False
+    strategy, block = kinds.pop()
+    if strategy == "block":
+        return (block if len(block) == 2 and all(type(n) is int and n > 0 for n in block) else None), False
+    return (() if strategy in ("tensor", "channel") else None), strategy == "channel"

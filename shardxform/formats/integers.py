@@ -1,0 +1,253 @@
+"""Integers of 4 or 8 bits with a float16 or bfloat16 scale for each group of columns, in the forms that clients load.
+
+Two orders of the words: as GPTQ has them, with zero points that are always the same, and by rows, as compressed-tensors
+packs them. Which tensors come out follows from the shape; `formats.rounding` computes their values, or a tuner does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from shardxform.base.tensors import TensorRef
+from shardxform.errors import ExecutionError
+from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, tiles
+from shardxform.formats.grid import Grid, Layout
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shardxform.formats.packing import IntRows
+    from shardxform.formats.rounding import QuantizedWeight, RtnStats
+
+__all__ = ["Ints"]
+
+_SMALLEST_SCALE: Final = 1e-5  # below it a scale is a denormal that no tool writes: auto-round and we clamp there
+_SIGMAS: Final = 8
+_ANOTHER: Final = 1.5  # a mean that is farther off is no error by one, but of weights that have one
+
+
+@dataclass(frozen=True, slots=True)
+class Ints:
+    """Symmetric integers.
+
+    Attributes:
+        grid: bits and group size; and how scales are chosen, which decides whether bfloat16 holds them.
+        layout: the order of the words: `gptq`, or `row`.
+        scale_dtype: F16, or BF16.
+        g_idx: whether the order of the columns, which is their own, is stored too.
+
+    """
+
+    grid: Grid
+    layout: Layout = "gptq"
+    scale_dtype: str = "F16"
+    g_idx: bool = False
+
+    @property
+    def fits_half(self) -> bool:
+        """Whether 11 significant bits hold every value: 8 of a bfloat16 scale, and 3 of a code of at most 8 in size."""
+        return self.grid.bits == 4 and self.grid.scale_grid == "bf16"
+
+    def misfit(self, rows: int, columns: int) -> str:
+        """Say why a matrix cannot be stored so; empty when it can."""
+        group = self.grid.span(columns)
+        if columns % 32 or rows % 32:
+            return f"[{rows}, {columns}] is no multiple of 32"
+        if columns % group:
+            return f"{columns} input channels do not fill groups of {group}"
+        return ""
+
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
+        """List the tensors that stand for a matrix, in the order in which they are written."""
+        return _parts(self, rows, columns)
+
+    def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
+        """Everything twice: as it is read, and turned."""
+        return 2 * sum(ref.nbytes for ref in parts.values())
+
+    def gathered(self, extent_bytes: int) -> int:
+        """All parts: words run across rows."""
+        return extent_bytes
+
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> IntRows:
+        """Read a matrix; zero points, columns in another order and scales that are not finite are refused.
+
+        Raises:
+            ExecutionError: says what is there instead.
+
+        """
+        from shardxform.formats import packing
+
+        arrays = {role: packing.empty_of(ref) for role, ref in parts.items() if checked or role in ("words", "scales")}
+        for role, array in arrays.items():
+            read(parts[role], array)
+            if checked:
+                packing.refuse_odd(role, parts[role], array, shape, self.grid)
+        name = parts["words"].name.rpartition(".")[0]
+        return packing.IntRows(
+            arrays["words"], arrays["scales"], self.layout, self.grid, parts["scales"].spec, name, 0, shape[0]
+        )
+
+    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
+        """Give the parts of a matrix: the same integers and scales where the sources are integers, else rounded ones.
+
+        Raises:
+            ExecutionError: NaN, infinity, a scale beyond float16, or one that would be rounded; names the tensor.
+
+        """
+        from shardxform.formats import packing
+        from shardxform.formats.rounding import QuantizedWeight
+
+        out = QuantizedWeight.empty(self.layout, self.grid, writing.shape)
+        opened = list(sources)
+        if integers := [rows for rows in opened if isinstance(rows, packing.IntRows)]:
+            packing.move(integers, (out.words, out.scales), self.layout, self.scale_dtype)
+        else:
+            self._round(opened, out, writing)
+        for role, array in self.stored(out, writing.shape, as_read=bool(integers)):
+            yield role, 0, array
+
+    def faults(
+        self, role: Role, dtype: str, shape: tuple[int, int], data: NDArray[np.uint8], start: int
+    ) -> Iterator[Fault]:
+        """Judge a run of a part's bytes, from byte `start` on: what a symmetric weight determines, and its scales.
+
+        Args:
+            role: of the part.
+            dtype: of the part.
+            shape: of the weight.
+            data: the bytes.
+            start: where in the part they begin.
+
+        """
+        import numpy as np
+
+        from shardxform.formats import packing
+
+        if role == "zeros":
+            words, zero = data.view("<u4"), 0x77777777 if self.grid.bits == 4 else 0x7F7F7F7F
+            at = words != zero
+            yield from _fault("qzeros", "zero points are not those of a symmetric weight", at, start // 4, words, zero)
+        elif role == "g_idx":
+            groups, first = data.view("<i4"), start // 4
+            wanted = np.arange(first, first + groups.size) // self.grid.span(shape[1])
+            what = "columns are not in the group of their place"
+            yield from _fault("g-idx", what, groups != wanted, first, groups, wanted)
+        elif role == "shape":
+            sizes, first = data.view("<i8"), start // 8
+            wanted = np.array(shape)[first : first + sizes.size]
+            yield from _fault("weight-shape", "sizes are not the weight's", sizes != wanted, first, sizes, wanted)
+        elif role == "scales":
+            values = packing.float32_of(data.view("<u2"), dtype)
+            finite = np.isfinite(values)  # the others are found as all non-finite floats are
+            small = finite & (np.abs(values) < np.float32(_SMALLEST_SCALE))
+            yield from _fault("scale", "scales are zero, or below 1e-05 in magnitude", small, start // 2, values)
+            if self.grid.scale_grid == "bf16" and dtype == "F16":
+                lost = finite & ((values.view(np.uint32) & 0xFFFF) != 0)
+                what = "scales are off the bf16 grid that the record promises"
+                yield from _fault("scale-grid", what, lost, start // 2, values)
+
+    def off_centre(self, codes: int, count: int, columns: int) -> str:
+        """Say that codes of 4 bits, `count` of them with the sum `codes`, are off by one; empty where they are not.
+
+        The mean of a weight is about zero, so that of its codes is as well. Where scales are signed, for the largest
+        weight of each group to reach the lower end of the range, it is 8 / S less, with S weights in a group. Beside
+        that a third of a code is allowed, for weights whose mean is a tenth of their spread, and 8 standard deviations
+        of the mean of codes that are spread by 4. Codes of 8 bits are spread by 45 and more: to be off by one is
+        nothing beside that.
+        """
+        if self.grid.bits != 4:
+            return ""
+        zero = self.grid.zero_code
+        allowed = 1 / 3 + _SIGMAS * zero / 2 / math.sqrt(count)
+        low, high = -zero / self.grid.span(columns) - allowed, allowed
+        mean = codes / count - zero
+        if low <= mean <= high or abs(mean) > _ANOTHER:
+            return ""
+        return (
+            f"the mean of its codes is {mean:+.3f} from zero, expected {low:.3f} to {high:.3f}, as if all were off by"
+            " one"
+        )
+
+    def _round(self, sources: Iterable[Rows], out: QuantizedWeight, writing: Writing) -> None:
+        """Round rows, tile by tile."""
+        row = 0
+        for rows in sources:
+            for start, stop in tiles(rows.count, writing.shape[1], ROUND_TILE):
+                stats: RtnStats = writing.rounder(*rows.raw(start, stop), self.grid, out.rows(row, row + stop - start))
+                _refuse_bad(stats, writing.where, row)
+                writing.groups += stats.groups
+                writing.zero_groups += stats.zero_groups
+                row += stop - start
+
+    def stored(
+        self, out: QuantizedWeight, shape: tuple[int, int], *, as_read: bool = False
+    ) -> Iterator[tuple[Role, NDArray[Any]]]:
+        """Give what is stored of packed words and scales; scales are float16, unless they are as they were read."""
+        from shardxform.formats import packing
+
+        rows, columns = shape
+        for part in self.parts(rows, columns):
+            if part.role == "words":
+                yield part.role, out.words
+            elif part.role == "scales":
+                narrow = self.scale_dtype == "BF16" and not as_read
+                yield part.role, packing.bf16_bits_of(packing.float32_of(out.scales, "F16")) if narrow else out.scales
+            elif part.role == "zeros":
+                yield part.role, packing.qzeros(self.grid.groups(columns), rows, self.grid.bits)
+            else:
+                yield part.role, packing.determined(part.role, shape, self.grid)
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(ints: Ints, rows: int, columns: int) -> tuple[PartSpec, ...]:
+    words = ints.grid.word_shape(ints.layout, rows, columns)
+    scales = ints.grid.scale_shape(ints.layout, rows, columns)
+    if ints.layout == "row":
+        return (
+            PartSpec("words", "weight_packed", "I32", words),
+            PartSpec("scales", "weight_scale", ints.scale_dtype, scales),
+            PartSpec("shape", "weight_shape", "I64", (2,)),
+        )
+    return (
+        PartSpec("words", "qweight", "I32", words),
+        PartSpec("zeros", "qzeros", "I32", (scales[0], rows // ints.grid.codes_per_word)),
+        PartSpec("scales", "scales", "F16", scales),
+        *((PartSpec("g_idx", "g_idx", "I32", (columns,)),) if ints.g_idx else ()),
+    )
+
+
+def _refuse_bad(stats: RtnStats, where: str, first_row: int) -> None:
+    if stats.nonfinite is not None:
+        row, column = stats.nonfinite
+        raise ExecutionError(
+            f"{where}: NaN or infinity at row {first_row + row}, column {column}; expected finite weights"
+        )
+    if stats.overflow_row is not None:
+        raise ExecutionError(
+            f"{where}: row {first_row + stats.overflow_row} needs a scale beyond float16; expected weights"
+            " below 524,000 in magnitude"
+        )
+
+
+def _fault(
+    code: str,
+    what: str,
+    at: NDArray[np.bool_],
+    start: int,
+    found: NDArray[Any],
+    wanted: NDArray[Any] | int | None = None,
+) -> Iterator[Fault]:
+    if not at.any():
+        return
+    first = int(at.argmax())
+    if isinstance(wanted, int):
+        yield Fault(code, what, int(at.sum()), start + first, f"0x{int(found[first]):08X}", f"0x{wanted:08X}")
+        return
+    expected = "" if wanted is None else str(wanted[first])
+    yield Fault(code, what, int(at.sum()), start + first, f"{found[first]:.6g}", expected)
