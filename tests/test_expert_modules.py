@@ -19,6 +19,8 @@ from texts import few
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
+
 from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
@@ -27,6 +29,7 @@ from shardxform.execution.runner import run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats import rounding  # noqa: E402
 from shardxform.formats.grid import Grid  # noqa: E402
+from shardxform.forward import attention  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
@@ -116,6 +119,23 @@ def test_logits_are_those_of_the_loaded_model(roots: dict[str, Path], kind: str)
     with torch.no_grad():
         wanted = loaded(roots[kind])(input_ids=ids()).logits
     torch.testing.assert_close(streamed(Checkpoint.open(roots[kind])), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_without_a_kernel_is_run_some_queries_at_a_time(
+    roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 positions by 7 rows; a window of 8 slides over some layers, and sinks take their share."""
+    whole, calls = streamed(Checkpoint.open(roots["gpt_oss"])), []
+    plain = modeling_gpt_oss.eager_attention_forward
+
+    def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(query.shape[2])
+        return plain(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", counted)
+    monkeypatch.setattr(attention, "_ROWS", 7)
+    torch.testing.assert_close(streamed(Checkpoint.open(roots["gpt_oss"])), whole, rtol=1e-3, atol=1e-3)
+    assert calls == [7, 7, 7, 3] * LAYERS
 
 
 @pytest.mark.parametrize("kind", KINDS)

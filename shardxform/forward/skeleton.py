@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
+from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.experts import IMPLEMENTATION, STACKS, ExpertBank, Observer, attach, detach, experts_module
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
@@ -350,6 +351,7 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
             model = auto.from_config(
                 config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
             )
+        attend_by_rows(model)
         rotary = model.get_decoder().rotary_emb
         with weights.precision.device:
             model.get_decoder().rotary_emb = type(rotary)(config=model.config)
