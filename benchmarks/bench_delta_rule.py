@@ -51,7 +51,7 @@ def theirs(rule: Callable[..., Any]) -> Callable[..., Any]:
 def ours() -> Callable[..., Any]:
     """The rule as tuning calls it."""
     from shardxform.tuning.delta_rule import gated_delta_rule
-    from shardxform.tuning.one_by_one import one_by_one
+    from shardxform.tuning.linear_attention import one_by_one
     from shardxform.tuning.workers import Workers
 
     rule = one_by_one(gated_delta_rule, Workers(1))

@@ -67,15 +67,13 @@ def ours(w_OI: np.ndarray[Any, Any], args: argparse.Namespace) -> Iterator[tuple
     for backend in BACKENDS:
         for bits in BITS:
             for layout in LAYOUTS:
-                for search, measure in ((False, False), (False, True), (True, False)):
-                    if bits == 8 and measure:
-                        continue
+                for search in (False, True):
                     grid = Grid(bits=bits, search=search)
                     out = rounding.QuantizedWeight.empty(layout, grid, (w_OI.shape[0], w_OI.shape[1]))
 
-                    work = partial(rounding.quantize_into, w_OI, "BF16", grid, out, backend=backend, measure=measure)
+                    work = partial(rounding.quantize_into, w_OI, "BF16", grid, out, backend=backend)
                     repeat = 1 if backend == "numpy" else max(2, args.repeat // (5 if search else 1))
-                    label = f"{backend} W{bits} {layout}{' search' if search else ''}{' errors' if measure else ''}"
+                    label = f"{backend} W{bits} {layout}{' search' if search else ''}"
                     yield label, best_seconds(work, repeat)
 
 

@@ -56,7 +56,7 @@ from shardxform.cli import main
 main()
 """
 STEPS: Final = "shardxform.cluster.worker:do_step"
-BLOCK: Final = "shardxform.cluster.blocks:make_states,shardxform.cluster.blocks:tune_block"
+BLOCK: Final = "shardxform.cluster.blocks:make_states,shardxform.cluster.blocks:do_block"
 PART: Final = "shardxform.cluster.scoring:score_part"
 TASKS: Final = {"prune": STEPS, "rtn": STEPS, "tune": f"{STEPS},{BLOCK}", "score": PART}
 
@@ -173,7 +173,7 @@ def simulate(result: Result, layers: int) -> None:
     """Seconds of the tasks of a model of 40 blocks on more workers."""
     for workers in WORKERS:
         if result.kind == "tune":
-            made, tuned = (statistics.median(result.tasks[name]) for name in ("make_states", "tune_block"))
+            made, tuned = (statistics.median(result.tasks[name]) for name in ("make_states", "do_block"))
             result.simulated[workers] = blocks_on(workers, made, tuned)
         elif result.kind in ("prune", "rtn"):
             times = result.tasks["do_step"]

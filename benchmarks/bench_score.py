@@ -83,7 +83,7 @@ def compare(checkpoint: Path, windows: Windows, rounds: int) -> list[dict[str, A
                     block.bank.observer = None
                     plain.append(pass_through(block, skeleton, windows))
                     block.bank.observer = scorer.observer("")
-                    scored.append(pass_through(block, skeleton, windows, scorer))
+                    scored.append(pass_through(block, skeleton, windows))
             ratios = [s / p for s, p in zip(scored, plain, strict=True)]
             rows.append(
                 {"block": layer, "plain": min(plain), "scored": min(scored), "ratio": statistics.median(ratios)}
@@ -91,14 +91,12 @@ def compare(checkpoint: Path, windows: Windows, rounds: int) -> list[dict[str, A
     return rows
 
 
-def pass_through(block: Any, skeleton: Skeleton, windows: Windows, scorer: Scorer | None = None) -> float:  # noqa: ANN401
+def pass_through(block: Any, skeleton: Skeleton, windows: Windows) -> float:  # noqa: ANN401
     """CPU seconds of one pass of all windows through a block, which other processes disturb less than the clock."""
     started = time.process_time()
     for batch in batches(windows):
         generator = torch.Generator().manual_seed(batch.start)
         hidden = torch.randn(*batch.ids_BT.shape, skeleton.hidden_size, generator=generator)
-        if scorer:
-            scorer.before(batch)
         block(hidden)
     return time.process_time() - started
 

@@ -100,17 +100,24 @@ def import_everything() -> None:
     kernels.keeper("BF16")
 
 
+def bytes_beside(weight: Any) -> int:  # noqa: ANN401
+    """Bytes that are held beside the weights being tuned."""
+    import torch
+
+    held = {name: value for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
+    return sum(value.nbytes for name, value in held.items() if name != "_w_RI")
+
+
 def one(args: argparse.Namespace) -> dict[str, float]:
     """Tune the layer; time of an iteration in seconds, memory in bytes."""
     import numpy as np
     import torch
 
     from shardxform.formats.grid import Grid
-    from shardxform.forward.memory import give_back, keep_few_kernels
-    from shardxform.tuning.block import install
+    from shardxform.forward.runtime import give_back, keep_few_kernels
+    from shardxform.tuning.block import TuneOptions, install, tune_block
     from shardxform.tuning.linear_attention import frugal_linear_attention
     from shardxform.tuning.samples import Samples
-    from shardxform.tuning.tune import TuneOptions, tune_block
     from shardxform.tuning.workers import Workers
 
     keep_few_kernels()
@@ -138,28 +145,28 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         installed = time.monotonic() - began
         starts: list[tuple[float, float]] = []
 
-        def forward(hidden_BTH: torch.Tensor, rows_B: np.ndarray[Any, Any]) -> torch.Tensor:  # noqa: ARG001
+        def forward(hidden_BTH: torch.Tensor) -> torch.Tensor:
             if torch.is_grad_enabled():
                 starts.append((time.monotonic(), time.process_time()))
             out: torch.Tensor = layer(hidden_BTH, position_embeddings=None)
             return out
 
         hidden_BTH = np.random.default_rng(0).standard_normal((1, args.tokens, args.hidden), np.float32)
-        samples = Samples(
-            block=0, hidden_NTH=hidden_BTH, target_NTH=1.01 * hidden_BTH, length_N=np.array([args.tokens])
-        )
+        samples = Samples(block=0, hidden_NTH=hidden_BTH, target_NTH=1.01 * hidden_BTH)
         options = TuneOptions(seed=0, iters=args.iterations, dtype=dtype)
-        result = tune_block(block, forward, samples, options)
+        began = time.monotonic()
+        tune_block(block, forward, samples, options)
+        total = time.monotonic() - began
     peak = memory("VmHWM")
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(starts)]
     return {
         "iteration_s": statistics.median(wall for wall, _ in steps),
         "iteration_cpu_s": statistics.median(cpu for _, cpu in steps),
         "prepare_s": installed,
-        "total_s": result.seconds,
+        "total_s": total,
         "weights": float(weights),
         "peak_rss_bytes": peak,
-        "state_bytes_per_weight": block.nbytes / weights,
+        "state_bytes_per_weight": sum(bytes_beside(weight) for weight in block.weights) / weights,
         "bytes_per_weight_above_block": (peak - before) / weights,
     }
 

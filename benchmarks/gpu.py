@@ -315,8 +315,7 @@ def samples(shape: Shape) -> Any:  # noqa: ANN401
     from shardxform.tuning.samples import Samples
 
     hidden = np.random.default_rng(0).standard_normal((shape.batch, shape.length, shape.hidden), np.float32)
-    length = np.full(shape.batch, shape.length)
-    return Samples(block=0, hidden_NTH=hidden, target_NTH=1.01 * hidden, length_N=length)
+    return Samples(block=0, hidden_NTH=hidden, target_NTH=1.01 * hidden)
 
 
 def time_steps(run: Run, forward: Callable[[Any], Any]) -> float:
@@ -329,7 +328,7 @@ def time_steps(run: Run, forward: Callable[[Any], Any]) -> float:
     data, rows = samples(run.shape), np.arange(run.shape.batch)
 
     def step() -> None:
-        descend(lambda hidden, _: forward(hidden.to(run.device)), data, rows, torch.bfloat16)
+        descend(lambda hidden: forward(hidden.to(run.device)), data, rows, torch.bfloat16)
 
     step()
     return statistics.median(clock(run, step) for _ in range(run.shape.steps))
@@ -340,11 +339,11 @@ def measure_tuning(run: Run, kind: str) -> None:
     import torch
 
     from shardxform.formats.grid import Grid
-    from shardxform.forward.arithmetic import fixed_order, on_device
+    from shardxform.forward.runtime import fixed_order, on_device
     from shardxform.tuning.block import install
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.linear_attention import frugal_linear_attention
-    from shardxform.tuning.stacked import prepare
+    from shardxform.tuning.stacked import stacked_weight
     from shardxform.tuning.workers import Workers
 
     with memory(run, f"tuning, {kind}"), Workers(torch.get_num_threads()) as workers, torch.no_grad():
@@ -352,8 +351,8 @@ def measure_tuning(run: Run, kind: str) -> None:
         linear = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
         names = sorted(name for name in linear if name.rpartition(".")[2] not in KEPT)
         few_EOI = layer.mlp.experts.gate_up_proj[:2].contiguous()
-        prepare(few_EOI[:1, :64].contiguous(), Grid(), workers, "warm")  # compiles
-        searched = clock(run, lambda: prepare(few_EOI, Grid(), workers, "few")) / few_EOI.numel()
+        stacked_weight(few_EOI[:1, :64].contiguous(), Grid(), workers, "warm")  # compiles
+        searched = clock(run, lambda: stacked_weight(few_EOI, Grid(), workers, "few")) / few_EOI.numel()
         tuned = install(layer, [*names, "mlp.experts"], Grid(search=False), workers, recompute=False)
         weights = sum(math.prod(weight.shape) for weight in tuned.weights)
         run.measures["scale search, seconds a block (CPU)"] = searched * weights
@@ -367,11 +366,10 @@ def measure_healing(run: Run, kind: str) -> None:
     """An iteration of healing a block, all of it."""
     import torch
 
-    from shardxform.forward.arithmetic import fixed_order, on_device
-    from shardxform.tuning.experts import TunedExperts
-    from shardxform.tuning.heal import Wide
-    from shardxform.tuning.healed import HealedStack
+    from shardxform.forward.runtime import fixed_order, on_device
+    from shardxform.tuning.heal import HealedStack, Wide
     from shardxform.tuning.linear_attention import frugal_linear_attention
+    from shardxform.tuning.modules import TunedExperts
     from shardxform.tuning.workers import Workers
 
     with memory(run, f"healing, {kind}"), Workers(torch.get_num_threads()) as workers:
@@ -393,13 +391,15 @@ class RandomExpert:
     """Stands for an expert's weights."""
 
     def __init__(self, gate_up: Any, down: Any) -> None:  # noqa: ANN401
-        self.values = gate_up, down
+        from shardxform.forward.weights import ExpertValues
+
+        self.values = ExpertValues(gate_up, down)
 
     def on(self, _device: object) -> RandomExpert:
         """It is there."""
         return self
 
-    def dense(self, _precision: object) -> tuple[Any, Any]:
+    def dense(self, _precision: object) -> Any:  # noqa: ANN401
         """Its values."""
         return self.values
 
@@ -409,13 +409,12 @@ def measure_scoring(run: Run) -> None:
     import torch
 
     from shardxform.experts.scoring import Scorer
-    from shardxform.forward.arithmetic import on_device
     from shardxform.forward.experts import ExpertBank, attach
+    from shardxform.forward.runtime import on_device
     from shardxform.forward.weights import Precision
 
     shape, device = run.shape, torch.device(run.device)
     scorer = Scorer(shape.scored_experts)
-    scorer.look_at(torch.ones(shape.batch // 2, shape.length, dtype=torch.bool))
     up_JH = torch.empty(2 * shape.inner, shape.hidden, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     down_HJ = torch.empty(shape.hidden, shape.inner, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     read: Any = lambda _expert: RandomExpert(up_JH.clone(), down_HJ.clone())  # noqa: E731

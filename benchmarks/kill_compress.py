@@ -29,7 +29,7 @@ SOURCE: Final = ROOT / "examples" / "small-moe"
 TEXT: Final = SOURCE / "text"
 OPTIONS: Final = [
     *("--keep", "8", "--data", str(TEXT / "calib.jsonl"), "--samples", "32", "--seqlen", "256", "--iters", "20"),
-    *("--eval-data", str(TEXT / "heldout.jsonl"), "--eval-samples", "16", "--eval-seqlen", "256", "--plot"),
+    *("--eval-data", str(TEXT / "heldout.jsonl"), "--eval-samples", "16", "--eval-seqlen", "256", "--plots"),
 ]
 STAGES: Final = (
     "score",

@@ -101,7 +101,8 @@ def main() -> None:
         folder = Path(scratch)
         server.add_repo("org/small", barrage.SMALL_MOE)
         environment = {**server.env(folder / "home", hubserver.WRITER), "RAY_AUTH_MODE": "disabled"}
-        with barrage.Nursery(barrage.COMPUTING, environment) as nursery:
+        with barrage.Nursery(barrage.COMPUTING) as process:
+            nursery = process.having(barrage.SMALL_STEPS, environment)
             made = barrage.made(nursery, folder)
             found = barrage.cases(made, "org/small", ray)
             wrong = sum(stress(nursery, name, found[name], args, folder) for name in names)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform import Checkpoint, Manifest, plan_prune
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import manifest_text
 from shardxform.model.layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[1]

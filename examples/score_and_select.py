@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from shardxform import Checkpoint
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import manifest_text
 from shardxform.calibration import DataOptions, load_windows
 from shardxform.experts import decide
 from shardxform.experts.scoring import ScoreOptions, score

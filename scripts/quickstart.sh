@@ -28,7 +28,7 @@ mkdir -p "$(dirname "$out")"
 step inspect "$source_dir"
 step compress "$source_dir" "$out" --keep 8 --heal --heal-iters 60 --format compressed-tensors \
     --data "$source_dir/text/calib.jsonl" --samples 64 --seqlen 256 \
-    --eval-data "$source_dir/text/heldout.jsonl" --eval-samples 32 --eval-seqlen 256 --plot
+    --eval-data "$source_dir/text/heldout.jsonl" --eval-samples 32 --eval-seqlen 256 --plots
 printf '\n$ python examples/generate.py %s\n' "$out"
 .venv/bin/python examples/generate.py "$out"
 

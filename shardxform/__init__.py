@@ -72,7 +72,7 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Import a public name on first use, so that `shardxform --help` answers at once."""
+    """Import a public name on first use, so that help is shown at once."""
     if name not in _HOMES:
         raise AttributeError(f"module 'shardxform' has no attribute {name!r}")
     return getattr(importlib.import_module(f"shardxform.{_HOMES[name]}"), name)

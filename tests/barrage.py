@@ -1,6 +1,7 @@
 """Commands under a barrage of signals: started at once, hit at random moments, held to what an undisturbed run gives.
 
-    with Nursery(environment) as nursery:
+    with Nursery(COMPUTING) as process:
+        nursery = process.having(SMALL_STEPS + UNWATCHED)
         case = cases(...)["prune"]
         whole = undisturbed(nursery, case, folder)
         assault(nursery, case, whole, folder, random.Random(0))
@@ -11,7 +12,10 @@ is what the shell starts: `shardxform.__main__.entry`, its own handlers, the int
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import copy
+import functools
 import json
 import os
 import random
@@ -74,11 +78,7 @@ for name in modules:
     imported(name)
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
-from shardxform import interrupts, plan
 from shardxform.__main__ import entry
-plan.STEP_BYTES = int(sys.argv[3]) or plan.STEP_BYTES
-if not int(sys.argv[2]):
-    interrupts._ORDERLY = 1e9
 gc.freeze()
 print("ready", flush=True)
 while line := sys.stdin.readline():
@@ -93,18 +93,27 @@ while line := sys.stdin.readline():
         break
 """
 
+SMALL_STEPS = """
+from shardxform.plan import plan
+plan.STEP_BYTES = 1 << 14
+"""  # so that there are many
+UNWATCHED = """
+from shardxform.base import interrupts
+interrupts._ORDERLY = 1e9
+"""  # nobody ends a command that does not end in order
+
 LIGHT = ("prune", "inspect", "verify", "quantize", "convert", "doctor", "card")
 _MODELS = ("score", "evaluate", "select", "compress")
-COPYING = [f"shardxform.cli.{name}_cmd" for name in LIGHT] + [
+COPYING = [f"shardxform.cli.{name}" for name in LIGHT] + [
     "numpy",
     "shardxform.execution.runner",
     "shardxform.verification",
 ]
 COPYING += ["shardxform.verification.data", "shardxform.execution.rounding"]
-COMPUTING = [*COPYING, *(f"shardxform.cli.{name}_cmd" for name in _MODELS), "torch", "shardxform.experts.scoring"]
+COMPUTING = [*COPYING, *(f"shardxform.cli.{name}" for name in _MODELS), "torch", "shardxform.experts.scoring"]
 COMPUTING += ["shardxform.evaluation.evaluate", "shardxform.tuning.session", "shardxform.compress"]
 COMPUTING += ["transformers.models.qwen3_5_moe.modeling_qwen3_5_moe", "tokenizers", "huggingface_hub", "httpx"]
-COMPUTING += ["shardxform.cli.push_cmd", "shardxform.publish.hub"]
+COMPUTING += ["shardxform.cli.push", "shardxform.publish.hub"]
 
 
 @dataclass
@@ -119,27 +128,25 @@ class Running:
 class Nursery:
     """The process that commands are forked from; use as a context manager."""
 
-    def __init__(
-        self,
-        modules: Sequence[str],
-        environment: Mapping[str, str] | None = None,
-        *,
-        watched: bool = True,
-        step_bytes: int = 1 << 14,
-    ) -> None:
-        """Import modules; without `watched` nobody ends a command that does not end in order.
-
-        Steps are small, so that there are many, or what they are outside of tests, by a `step_bytes` of 0.
-        """
+    def __init__(self, modules: Sequence[str]) -> None:
+        """Import modules."""
         self._alive: set[int] = set()
+        self._first = ""
+        self._environment: Mapping[str, str] | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY, json.dumps(modules), str(int(watched)), str(step_bytes)],
+            [sys.executable, "-c", _NURSERY, json.dumps(modules)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**(environment or os.environ), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert self._line() == "ready"
+
+    def having(self, first: str, environment: Mapping[str, str] | None = None) -> Nursery:
+        """The same process; what it forks runs `first` before a command, in an environment."""
+        same = copy.copy(self)
+        same._first, same._environment = first, environment and {**environment, "OMP_NUM_THREADS": "1"}
+        return same
 
     def __enter__(self) -> Nursery:
         return self
@@ -166,13 +173,15 @@ class Nursery:
             folder: that it works in.
             name: of the files there that get its words.
             environment: of it; None: the nursery's.
-            first: code that its process runs before.
+            first: code that its process runs before; after the nursery's.
 
         """
         out, err = folder / f"{name}.out", folder / f"{name}.err"
         run = Running(0, out, err)
-        ask = {"words": words, "folder": str(folder), "out": str(out), "err": str(err), "first": first}
-        run.pid = int(self._ask({**ask, "environment": environment and dict(environment)}))
+        ask: dict[str, object] = {"words": words, "folder": str(folder), "out": str(out), "err": str(err)}
+        environment = environment or self._environment
+        ask |= {"first": self._first + first, "environment": environment and dict(environment)}
+        run.pid = int(self._ask(ask))
         self._alive.add(run.pid)
         while not takes_signals(run.pid):
             time.sleep(0.0005)
@@ -203,6 +212,14 @@ class Nursery:
     def _line(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
+
+
+@functools.cache
+def nursery(modules: tuple[str, ...]) -> Nursery:
+    """The process that commands are forked from, one for all tests of a worker."""
+    made = Nursery(modules)
+    atexit.register(made.__exit__)
+    return made
 
 
 def takes_signals(pid: int) -> bool:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,16 @@ LONGEST = (
     "test_force.py",
     "test_remote.py",
 )  # by what they took; they begin first, so that the workers end together
+TOGETHER = {
+    "test_memory.py": "models",
+    "test_remote_models.py": "models",
+    "test_interrupts.py": "models",
+    "test_calibration_hub.py": "models",
+    "test_convert_oracle.py": "models",
+    "test_remote.py": "client",
+    "test_remote_faults.py": "client",
+    "test_push.py": "client",
+}  # files whose commands one process forks, for which they go to one worker
 ROOT = Path(__file__).resolve().parents[1]
 SIDECARS = {
     "generation_config.json": '{"do_sample": false}\n',
@@ -83,19 +93,36 @@ SIDECARS = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole files to the workers, unless another way was asked for."""
+    """Give whole files to the workers, some of them together, unless another way was asked for."""
     if config.getoption("dist") != "load":  # what -n alone means
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(Path(file).name, file)
+
     config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Import without the collector: there is nothing to collect among the libraries, and it looks at all of them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; within a file the order stays."""
+    """Put the longest files first, and those beside them that go together; within a file the order stays."""
     rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    for name, group in TOGETHER.items():
+        rank[name] = min(rank.get(other, len(rank)) for other in TOGETHER if TOGETHER[other] == group)
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -29,23 +29,24 @@ from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.base.constants import STORED_TOKENS  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import main, model_options  # noqa: E402
+from shardxform.cli import inputs, main  # noqa: E402
+from shardxform.cli.options import ComputeFlags  # noqa: E402
 from shardxform.errors import PlanError  # noqa: E402
 from shardxform.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.experts import Saliency  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats import rounding_torch  # noqa: E402
 from shardxform.formats.grid import Grid  # noqa: E402
-from shardxform.forward import arithmetic, passes  # noqa: E402
+from shardxform.forward import passes, runtime  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
 from shardxform.tuning import session  # noqa: E402
 from shardxform.tuning.block import TunedBlock  # noqa: E402
 from shardxform.tuning.elementwise import Pace  # noqa: E402
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.healed import HealedStack  # noqa: E402
-from shardxform.tuning.stacked import StackedWeight, prepare  # noqa: E402
+from shardxform.tuning.heal import HealedStack  # noqa: E402
+from shardxform.tuning.modules import TunedExperts  # noqa: E402
+from shardxform.tuning.stacked import StackedWeight, stacked_weight  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -250,7 +251,7 @@ def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(PlanError, match=r"--device mps: Cannot convert a MPS Tensor to torch\.float64"):
-        model_options.make_precision("mps", None)
+        inputs.make_precision(ComputeFlags(device="mps"))
 
 
 # -- rounding, tuning, healing ----------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_rounding_gives_the_same_bytes(
         ("0", 2, 40, 2, 4096),  # linear attention
         ("3", 2, 40, 2, 4096),
         ("0", 2, 40, 1, 64),  # more tokens a step than that: the attention is made again
-        ("3", 3, 1408, 1, 4096),
+        ("3", 2, 300, 1, 512),
     ],
 )
 def test_tuning_takes_the_steps_of_the_cpu(
@@ -413,7 +414,8 @@ def test_experts_without_tokens_do_not_move(there: pretend.Counts) -> None:  # n
     results, moved = [], []
     with Workers(1) as workers:
         for device in devices():
-            tuned: list[StackedWeight] = [prepare(w.to(device), Grid(search=False), workers, "w") for w in stacks]
+            grid = Grid(search=False)
+            tuned: list[StackedWeight] = [stacked_weight(w.to(device), grid, workers, "w") for w in stacks]
             for weight in tuned:
                 weight.pace = Pace(1024.0, 1 / 128, 0.0, 1.2)
             results.append(step(tuned, device, H, torch.float32, workers))
@@ -474,15 +476,15 @@ def test_a_device_multiplies_exactly_and_adds_in_order(monkeypatch: pytest.Monke
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     usual = settings()
     assert usual == (True, True, True, 0, True)
-    with arithmetic.on_device(CPU), arithmetic.fixed_order(CPU):
+    with runtime.on_device(CPU), runtime.fixed_order(CPU):
         assert settings() == usual
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     cuda = torch.device("cuda")  # named, not used
-    with contextlib.suppress(ZeroDivisionError), arithmetic.on_device(cuda):
+    with contextlib.suppress(ZeroDivisionError), runtime.on_device(cuda):
         assert settings() == (False, False, False, 0, True)
-        with arithmetic.fixed_order(cuda):
+        with runtime.fixed_order(cuda):
             assert settings() == (False, False, False, 2, False)
-            with arithmetic.any_order():
+            with runtime.any_order():
                 assert settings() == (False, False, False, 1, False)
         assert settings() == (False, False, False, 0, True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,8 @@ def sampled(count: int, step: int = 7, ends: int = 12) -> list[int]:
     return [k for k in range(1, count + 1) if k <= ends or k > count - ends or k % step == 0]
 
 
-def forked(call: Callable[[], object]) -> int:
-    """What became of a call in a forked child: 0 at its end, the code of its exit, 1 for an error, -9 if killed."""
+def fork(call: Callable[[], object]) -> int:
+    """Make a call in a forked child, whose process is returned."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -186,7 +186,12 @@ def forked(call: Callable[[], object]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def forked(call: Callable[[], object]) -> int:
+    """What became of a call in a forked child: 0 at its end, the code of its exit, 1 for an error, -9 if killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(call), 0)[1])
 
 
 def overheard(call: Callable[[], object], folder: Path) -> tuple[int, str, str]:
@@ -259,13 +264,18 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def kill_when_there(command: list[str], path: Path, env: Mapping[str, str] | None = None) -> bool:
-    """Start a command and SIGKILL it as soon as `path`, a pattern, exists; whether that was before its own end."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with ended(subprocess.Popen(command, text=True, env=env, **quiet)) as child:
-        while child.poll() is None:
-            if glob.glob(str(path)):
-                child.kill()
-                return child.wait() == -signal.SIGKILL
-            time.sleep(0.002)
-    return False
+def kill_when_there(call: Callable[[], object], path: Path) -> bool:
+    """Make a call in a child that is SIGKILLed as soon as `path`, a pattern, exists; whether before its end."""
+
+    def quiet() -> None:
+        for fd in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        call()
+
+    child = fork(quiet)
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if glob.glob(str(path)):
+            os.kill(child, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(found[1]) == -signal.SIGKILL

@@ -9,8 +9,7 @@ from build import Raw, random_tensor
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from shardxform.base.dtypes import BITS
-from shardxform.base.tensors import TensorSpec
+from shardxform.base.tensors import BITS, TensorSpec
 
 ALL = os.environ.get("SHARDXFORM_TESTS") == "all"  # as a nightly run sets it
 settings.register_profile(

@@ -591,7 +591,8 @@ def test_sigint_however_often_leaves_an_output_to_go_on_with(
     script = (
         "import signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from shardxform import plan, runner\n"
+        "from shardxform.execution import runner\n"
+        "from shardxform.plan import plan\n"
         "plan.STEP_BYTES = 4096\n"
         "step = runner._Loop._step\n"
         "def slow(self, s):\n"

@@ -22,7 +22,7 @@ from shardxform.errors import PlanError
 from shardxform.execution.runner import run
 from shardxform.experts import ExpertStats, Saliency, difference_of_models
 from shardxform.plan.prune import plan_prune
-from shardxform.publish.card.evaluations import read_evaluation
+from shardxform.publish.card.gathering import read_evaluation
 
 EVALUATION: dict[str, Any] = {
     "data": {"data": "held.jsonl", "sha256": "ab", "files": ["held.jsonl"], "seqlen": 64},

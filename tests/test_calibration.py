@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from shardxform.calibration import PRESETS, DataOptions, Windows, documents, load_windows, readers, tokens
+from shardxform.calibration import DataOptions, Windows, documents, load_windows, readers, tokens
 from shardxform.calibration.documents import cut
 from shardxform.errors import CheckpointError, PlanError
 
@@ -80,8 +80,7 @@ def test_documents_are_joined_with_the_end_token_and_cut_from_the_start(bytes_ro
     data = jsonl(tmp_path / "d.jsonl", ["abc", "", "defghi", "jk"])
     windows = load(bytes_root, data, samples=9, seqlen=4)
     assert text_of(windows) == ["abc|", "|def", "ghi|"]  # jk| does not fill one
-    assert windows.ids_NT.dtype == windows.lengths_N.dtype == np.int32
-    assert windows.lengths_N.tolist() == [4, 4, 4]
+    assert windows.ids_NT.dtype == np.int32
     assert windows.notes == (f"asked for 9 windows of 4 tokens, {data} gives 3",)
     assert windows.provenance | {"sha256": "", "tokenizer": "", "tokenizer_sha256": ""} == {
         "data": "d.jsonl",
@@ -296,12 +295,6 @@ def test_the_reference_takes_the_same_documents(
     assert len(ours.ids_NT) == 40
 
 
-def test_the_reference_preset() -> None:
-    assert PRESETS["reference"] == DataOptions(
-        data="NeelNanda/pile-10k", samples=256, seqlen=2048, seed=42, pack=False, chat_template=False, text_key=""
-    )
-
-
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -500,7 +493,7 @@ def test_windows_of_a_source_are_those_of_data_without_the_others(
     names = {source for source, _ in documents}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_BATCH_CHARACTERS", batch)
-        patch.setattr("shardxform.calibration.documents.PIECE", piece)
+        patch.setattr("shardxform.calibration.documents.PASSAGE", piece)
         alone = {
             name: of(jsonl(folder.parent / f"{folder.name}-{name}.jsonl", [t for s, t in documents if s == name]))
             for name in names
@@ -617,7 +610,7 @@ def test_windows_of_all_sources_together_are_bounded(
             "d.jsonl",
             b'{"text": "a"}',
             "expected at least one window of 4 tokens, found 2 tokens in 1 document; give more text, or ask for less:"
-            " --seqlen 2",
+            " `seqlen` 2",
         ),
         ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', "d.jsonl:2: not JSON: "),
         ("d.jsonl", b'{"text": "a"}\n\n["b"]\n', "d.jsonl:3: expected an object, found list"),
@@ -632,7 +625,7 @@ def test_windows_of_all_sources_together_are_bounded(
         (
             "d.jsonl",
             b'\n{"body": "a", "id": 1}',
-            "d.jsonl:2: expected a field 'text' or 'content', found 'body', 'id'; --text-key names another",
+            "d.jsonl:2: expected a field 'text' or 'content', found 'body', 'id'; `text_key` names another",
         ),
         ("d.jsonl", b'{"messages": []}', "found 'messages'; conversations need the chat template"),
         ("d.jsonl", b'{"text": "' + b"a" * 2000 + b'"}', "d.jsonl:1: expected a line of at most 64 MiB"),
@@ -738,13 +731,13 @@ def test_data_that_cannot_be_read_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": ""}, "--data: expected a path or the name of a hub data set, found an empty one"),
-        ({"samples": 0}, "--samples: expected at least 1, found 0"),
-        ({"seqlen": 1}, "--seqlen: expected at least 2, found 1"),
-        ({"seed": -1}, "seed: expected at least 0, found -1"),
-        ({"samples": 1 << 20, "seqlen": 2048}, "--samples: expected at most 1,073,741,824 tokens in all windows"),
-        ({"sources": ("a", "")}, "--sources: expected a name of 1 to 100 characters that can be shown, found ''"),
-        ({"sources": tuple(map(str, range(101)))}, "--sources: expected at most 100, found 101"),
+        ({"data": ""}, "`data`: expected a path or the name of a hub data set, found an empty one"),
+        ({"samples": 0}, "`samples`: expected at least 1, found 0"),
+        ({"seqlen": 1}, "`seqlen`: expected at least 2, found 1"),
+        ({"seed": -1}, "`seed`: expected at least 0, found -1"),
+        ({"samples": 1 << 20, "seqlen": 2048}, "`samples`: expected at most 1,073,741,824 tokens in all windows"),
+        ({"sources": ("a", "")}, "`sources`: expected a name of 1 to 100 characters that can be shown, found ''"),
+        ({"sources": tuple(map(str, range(101)))}, "`sources`: expected at most 100, found 101"),
     ],
 )
 def test_options_that_no_data_satisfy_are_refused(options: dict[str, Any], message: str) -> None:
@@ -820,15 +813,15 @@ def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:
 
 
 def test_options_are_imported_without_numpy_or_transformers() -> None:
-    code = "import sys, shardxform.calibration as c; c.PRESETS; print({'numpy', 'transformers'} & set(sys.modules))"
+    code = "import sys, shardxform.calibration as c; c.DataOptions; print({'numpy', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
 
 
 def test_help_and_documentation_list_the_same_kinds_of_files() -> None:
-    from shardxform.cli.score_cmd import command
+    from shardxform.cli.score import score_command
 
-    told = next(option.help for option in command.params if option.name == "data")
+    told = next(option.help for option in score_command.params if option.name == "data")
     described = (ROOT / "docs" / "scoring.md").read_text().split("`--data` is ")[1].partition("file")[0]
     listed = re.findall(r"\.[a-z]+\b", told.partition("file")[0])
     assert listed == re.findall(r"\.[a-z]+\b", described) == [".jsonl", ".json", ".txt", ".md", ".parquet"]

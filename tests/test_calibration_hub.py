@@ -6,19 +6,17 @@ import hashlib
 import http.server
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import barrage
 import pytest
 
-from shardxform.calibration.hub import chosen, is_hub_name
+from shardxform.calibration.documents import chosen, is_data_set_name
 from shardxform.errors import PlanError
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -108,16 +106,17 @@ for case in json.loads(sys.argv[1]):
     except ShardxformError as e:
         out.append({"error": str(e), "type": type(e).__name__})
 print(json.dumps(out))
+raise SystemExit
 """
 
 
 def answers(checkpoint: Path, home: Path, port: int, cases: list[dict[str, Any]], **env: str) -> list[dict[str, Any]]:
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ours = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings | env
-    command = [sys.executable, "-c", SCRIPT, json.dumps(cases), str(checkpoint)]
-    result = subprocess.run(command, capture_output=True, text=True, env=ours, cwd=ROOT, timeout=60)
-    assert result.returncode == 0, result.stderr
-    out: list[dict[str, Any]] = json.loads(result.stdout)
+    nursery = barrage.nursery(tuple(barrage.COMPUTING))
+    script = nursery.start([json.dumps(cases), str(checkpoint)], home.parent, "answers", ours, first=SCRIPT)
+    assert nursery.wait(script) == 0, script.err.read_text()
+    out: list[dict[str, Any]] = json.loads(script.out.read_text())
     return out
 
 
@@ -174,7 +173,7 @@ def test_a_hub_data_set_is_read_from_one_revision_and_no_further_than_needed(
     ],
 )
 def test_names_of_hub_data_sets(name: str, is_one: bool) -> None:
-    assert is_hub_name(name) is is_one
+    assert is_data_set_name(name) is is_one
 
 
 @pytest.mark.parametrize(
@@ -219,7 +218,7 @@ def test_no_single_set_of_files_is_refused(paths: list[str], prefix: str, messag
 def test_choosing_by_the_seed_does_not_download_a_web_crawl(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from shardxform.calibration.hub import hub_files
+    from shardxform.calibration.documents import hub_files
 
     class Sibling:
         rfilename, size = "train.parquet", 17 * 10**9

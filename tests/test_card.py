@@ -22,12 +22,12 @@ from texts import few
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
-from shardxform.cli.card_cmd import command
+from shardxform.cli.card import card_command
 from shardxform.errors import ManifestError, OutputError, PlanError, ShardxformError
 from shardxform.publish.card import MARK, CardOptions, gather, render, write_card
-from shardxform.publish.card.facts import Data, Evaluation, Origin
-from shardxform.publish.card.frontmatter import front_matter, origin_of, parse
-from shardxform.publish.card.markdown import code, fence
+from shardxform.publish.card.facts import Data, EvaluationFacts, Origin
+from shardxform.publish.card.gathering import front_matter_of, origin_of
+from shardxform.publish.card.rendering import code, fence, front_matter
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"
@@ -70,7 +70,7 @@ def shardxform(*args: object) -> Result:
 
 
 def card(*args: object) -> str:
-    result = CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
+    result = CliRunner().invoke(card_command, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -256,7 +256,7 @@ VERBS = (
     ("quantize", ("-m", "KEEP", "--group-size", "-1", "--format", "gptq", "--g-idx", "--text-only")),
     ("quantize", ("--scheme", "W8A16", "--group-size", "32", "--format", "compressed-tensors", "--mtp", "drop")),
     ("quantize", ("--group-size", "32", "--search", "--scale-grid", "fp16", "--expert-names", "fused-indexed")),
-    ("quantize", ("--group-size", "32", "--keep-16bit", "*.layers.0.mlp.experts.*", "--quantize", "lm_head")),
+    ("quantize", ("--group-size", "32", "--keep-16bit", "*.layers.0.mlp.experts.*", "--also-quantize", "lm_head")),
 )
 
 
@@ -370,7 +370,7 @@ def test_a_healed_output(command: str, options: tuple[object, ...], tmp_path: Pa
     assert "rounded to nearest" not in card_text
     assert card_text.count("steps per block: 2, each of 2 windows") == 1 + bool(options)
     assert made.data is not None
-    flattering = Evaluation(data=made.data, windows=1, tokens=1, perplexity=2.0)
+    flattering = EvaluationFacts(data=made.data, windows=1, tokens=1, perplexity=2.0)
     shown = dataclasses.replace(facts, evaluations=(flattering,), pruning=None, quantization=None)
     assert "is both calibration and evaluation text" in render(shown)
 
@@ -433,7 +433,7 @@ ELSEWHERE: Any = [  # family, command, and what its card says for clients that t
 ]
 
 
-@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=str)
+@pytest.mark.parametrize(("kind", "command", "said"), ELSEWHERE, ids=lambda value: str(sorted(value)))
 def test_what_llama_cpp_and_mlx_need_is_said_of_outputs_that_it_concerns(
     kind: str, command: tuple[str, ...], said: set[str], tmp_path: Path
 ) -> None:
@@ -513,7 +513,7 @@ def test_no_card_breaks_the_reader(text: str) -> None:
     for card_text in (text, f"---\n{text}\n---\n", f"---\nlicense:{text}\nlanguage:\n{text}\n---\n"):
         found = origin_of(card_text, text, ours=True)
         assert all("\n" not in str(value) for value in dataclasses.asdict(found).values())
-        parse(card_text)
+        front_matter_of(card_text)
 
 
 def test_front_matter_is_yaml_that_means_what_was_meant(quantized: Path) -> None:
@@ -565,7 +565,7 @@ def test_verify_accepts_an_output_with_a_card(out: Path, tmp_path: Path) -> None
     plot = tmp_path / "blocks.png"
     plot.write_bytes(PNG)
     assert not (out / "README.md").exists()
-    told = card(out, "-m", KEEP, "--plot", plot, "--write")
+    told = card(out, "-m", KEEP, "--picture", plot, "--write")
     assert told == f"{out / 'README.md'}: written\n"
     text = (out / "README.md").read_text()
     assert "![blocks](blocks.png)" in text
@@ -617,15 +617,15 @@ def test_pictures_of_somebody_else_are_left_alone(out: Path, tmp_path: Path) -> 
     plot.write_bytes(PNG)
     (out / "p.png").write_bytes(other)
     with pytest.raises(OutputError, match=r"p\.png: stands in the way"):
-        card(out, "--plot", plot, "--write")
+        card(out, "--picture", plot, "--write")
     assert (out / "p.png").read_bytes() == other
     assert not (out / "README.md").exists()
     (out / "p.png").unlink()
-    card(out, "--plot", plot, "--write")
+    card(out, "--picture", plot, "--write")
     plot.write_bytes(other)
-    card(out, "--plot", plot, "--write")  # an earlier card's own
+    card(out, "--picture", plot, "--write")  # an earlier card's own
     assert (out / "p.png").read_bytes() == other
-    card(out, "--plot", out / "p.png", "--write")
+    card(out, "--picture", out / "p.png", "--write")
     assert (out / "p.png").read_bytes() == other
 
 
@@ -633,14 +633,14 @@ def test_what_is_no_picture_is_refused(out: Path, tmp_path: Path) -> None:
     for name, data in (("a b.png", PNG), ("x).png", PNG), ("x.jpg", PNG), ("x.png", b"GIF89a")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(OutputError, match=re.escape(name)):
-            card(out, "--plot", tmp_path / name)
+            card(out, "--picture", tmp_path / name)
     (tmp_path / "y.png").write_bytes(PNG)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "y.png").write_bytes(PNG)
     with pytest.raises(OutputError, match="two pictures of this name"):
-        card(out, "--plot", tmp_path / "y.png", "--plot", tmp_path / "d" / "y.png")
+        card(out, "--picture", tmp_path / "y.png", "--picture", tmp_path / "d" / "y.png")
     with pytest.raises(OutputError, match="No such file"):
-        card(out, "--plot", tmp_path / "gone.png")
+        card(out, "--picture", tmp_path / "gone.png")
 
 
 def test_json_has_the_facts(out: Path) -> None:
@@ -656,12 +656,13 @@ def test_json_has_the_facts(out: Path) -> None:
 
 def test_other_inputs_are_refused(out: Path, tmp_path: Path) -> None:
     value = json.loads(KEEP.read_text())
-    value["keep"]["2"][0] = 2
+    first, second, *_ = kept = value["keep"]["2"]
+    kept[0] = next(e for e in range(second) if e != first)
     (tmp_path / "other.json").write_text(json.dumps(value))
     with pytest.raises(ManifestError, match=r'keep\["2"\]: not what .* was pruned by'):
         gather(out, CardOptions(manifest=tmp_path / "other.json"))
     del value["keep"]["3"]
-    value["keep"]["2"][0] = 3
+    kept[0] = first
     value["model"] = {}
     (tmp_path / "short.json").write_text(json.dumps(value))
     with pytest.raises(ManifestError, match="3 layers, but"):
@@ -704,7 +705,7 @@ def test_a_malformed_evaluation_is_refused(change: Any, told: str, out: Path, tm
 def test_an_evaluation_that_names_this_checkpoint_is_taken(out: Path, tmp_path: Path) -> None:
     path = evaluation(tmp_path, of=out)
     found = gather(out, CardOptions(evaluations=[path])).evaluations[0]
-    assert isinstance(found, Evaluation)
+    assert isinstance(found, EvaluationFacts)
     assert found.data == Data(name="heldout.jsonl", samples=32, seqlen=256, content="ab")
 
 
@@ -756,7 +757,7 @@ def test_a_record_of_nonsense_ends_in_one_sentence(out: Path) -> None:
     for value in (None, 5, [], "x", {"a": {"b": []}}):
         for key in ("inputs", "summary", "facts", "files", "shards"):
             change_record(out, lambda record, key=key, value=value: record.update({key: value}))
-            result = CliRunner().invoke(command, [str(out)])
+            result = CliRunner().invoke(card_command, [str(out)])
             if isinstance(result.exception, ShardxformError):
                 assert "\n" not in str(result.exception)
             else:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shardxform.calibration.conversations import conversation
-from shardxform.calibration.readers import DataFile, Record, read
+from shardxform.calibration.readers import DataFile, DataRecord, read_records
 from shardxform.calibration.tokens import Tokenizer
 from shardxform.errors import PlanError
 
@@ -60,7 +60,7 @@ def tokenizer(template: str) -> Tokenizer:
 
 
 def rendered(template: str, key: str = "messages", **record: Any) -> str:
-    return conversation(tokenizer(template), Record("d:7", key, record.pop(key), "", record))
+    return conversation(tokenizer(template), DataRecord("d:7", key, record.pop(key), "", record))
 
 
 def oracle(template: str, messages: Sequence[Any], tools: Any = None) -> str:
@@ -238,6 +238,6 @@ def test_tables_hold_null_for_what_a_message_has_not(tmp_path: Path) -> None:
     ]
     parquet.write_table(pyarrow.table({"messages": [[user("x"), *asked]], "tools": [[TOOL]], "other": [1]}), path)
     file = DataFile(name="d", place="d", kind="parquet", fetch=lambda: path)
-    (record,) = read(file, "messages", iter([True]), beside=("tools", "system"))
+    (record,) = read_records(file, "messages", iter([True]), beside=("tools", "system"))
     assert record is not None
     assert conversation(tokenizer(OPEN), record) == oracle(OPEN, [user("x"), *asked], [TOOL])

@@ -31,9 +31,19 @@ from shardxform.__main__ import entry  # noqa: E402
 from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import compress_cmd, main  # noqa: E402
-from shardxform.compress import Outcome, Prepared, Pruning, Request, Settings, compress, forecast, prepare  # noqa: E402
-from shardxform.compress.folder import Folder, read_entries  # noqa: E402
+from shardxform.cli import main  # noqa: E402
+from shardxform.compress import (  # noqa: E402
+    CompressOptions,
+    Outcome,
+    Prepared,
+    Pruning,
+    Request,
+    compress,
+    forecast,
+    plan_compress,
+)
+from shardxform.compress.folder import ResultsFolder, read_stages  # noqa: E402
+from shardxform.compress.forecast import weights_of  # noqa: E402
 from shardxform.errors import ExecutionError, Interrupted, OutputError, PlanError, ResumeError  # noqa: E402
 from shardxform.formats.grid import Grid  # noqa: E402
 from shardxform.formats.scheme import Scheme  # noqa: E402
@@ -75,6 +85,20 @@ def invoke(*args: str | Path) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
+def request_of(source: Path, out: Path, *more: str) -> Request:
+    """What the command line asks of the library."""
+    found: list[Request] = []
+
+    def stop(request: Request, **_: Any) -> Prepared:
+        found.append(request)
+        raise Interrupted("that is all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardxform.compress.plan_compress", stop)
+        invoke("compress", source, out, *arguments(source), *more)
+    return found[0]
+
+
 def done(*args: str | Path) -> str:
     result = invoke(*args)
     assert result.exit_code == 0, result.output
@@ -102,10 +126,7 @@ def tree(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def prepared(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A request with its data read; `at` moves it."""
-    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe)])
-    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
-    place = tmp_path_factory.mktemp("prepared")
-    return prepare(compress_cmd._request(Checkpoint.open(small_moe), place / "out", given))
+    return plan_compress(request_of(small_moe, tmp_path_factory.mktemp("prepared") / "out"))
 
 
 def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
@@ -113,7 +134,7 @@ def at(prepared: Prepared, out: Path, **changes: Any) -> Prepared:
 
 
 def run(prepared: Prepared, out: Path, **settings: Any) -> Outcome:
-    return compress(at(prepared, out), Settings(**settings))
+    return compress(at(prepared, out), CompressOptions(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +195,7 @@ def test_a_cpu_tunes_in_bfloat16_if_it_multiplies_it_and_measures_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     more = ["--dtype", asked] if asked else []
-    context = compress_cmd.command.make_context("compress", [str(small_moe), "out", *arguments(small_moe), *more])
-    given = {key: value for key, value in context.params.items() if key not in ("source", "out")}
-    request = compress_cmd._request(Checkpoint.open(small_moe), Path("out"), given)
+    request = request_of(small_moe, Path("out"), *more)
     assert request.precision == Precision(torch.device("cpu"), torch.float32)
     assert request.tuned_in == Precision(torch.device("cpu"), tuned)
 
@@ -251,7 +270,6 @@ def tiny_request(root: Path, kind: str, out: Path, ratio: float = 0.5) -> Reques
     ids_NT = np.random.default_rng(0).integers(0, 20, (3, 16)).astype(np.int32)
     windows = Windows(
         ids_NT=ids_NT,
-        lengths_N=np.full(3, 16, np.int32),
         fingerprint="random",
         provenance={"data": "random"},
         notes=(),
@@ -269,22 +287,22 @@ def tiny_request(root: Path, kind: str, out: Path, ratio: float = 0.5) -> Reques
 
 @pytest.mark.parametrize("kind", ["qwen3_5_moe", "deepseek_v3"])
 def test_every_family_goes_the_whole_way_and_the_forecast_is_right(tmp_path: Path, kind: str) -> None:
-    ready = prepare(tiny_request(tmp_path / "source", kind, tmp_path / "out"))
-    needs = {stage["stage"]: stage for stage in forecast(ready, Settings())}
-    outcome = compress(ready, Settings(full_verify=True))
+    ready = plan_compress(tiny_request(tmp_path / "source", kind, tmp_path / "out"))
+    needs = {stage.stage: stage for stage in forecast(ready, CompressOptions())}
+    outcome = compress(ready, CompressOptions(full_verify=True))
     assert outcome.made == STAGES
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert needs["quantize"]["written_bytes"] == sum(sizes)
+    assert needs["quantize"].written_bytes == sum(sizes)
     assert outcome.facts["verify"]["bytes_compared"] > 0
 
 
 def test_the_card_of_an_output_is_no_obstacle_to_starting_it_over(tmp_path: Path) -> None:
     """It stands in place of the README that was copied, which the record of the output names."""
     source, out = tmp_path / "source", tmp_path / "out"
-    compress(prepare(tiny_request(source, "qwen3_moe", out)), Settings(plot=True))
+    compress(plan_compress(tiny_request(source, "qwen3_moe", out)), CompressOptions(plot=True))
     assert "3 of 6 routed experts" in (out / "README.md").read_text()
-    other = prepare(tiny_request(source, "qwen3_moe", out, ratio=0.2), force=True)
-    assert compress(other, Settings(force=True, plot=True)).made == STAGES[1:]
+    other = plan_compress(tiny_request(source, "qwen3_moe", out, ratio=0.2), force=True)
+    assert compress(other, CompressOptions(force=True, plot=True)).made == STAGES[1:]
     assert "5 of 6 routed experts" in (out / "README.md").read_text()
 
 
@@ -300,7 +318,7 @@ def test_stopped_before_a_stage_it_goes_on_to_the_same_files(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match=rf"\[{STAGES.index(stage) + 1}/6\] {stage}: .*same command again"):
-        compress(at(prepared, tmp_path / "out"), Settings(), on_stage=stop)
+        compress(at(prepared, tmp_path / "out"), CompressOptions(), on_stage=stop)
     assert run(prepared, tmp_path / "out").made == STAGES[STAGES.index(stage) :]
     assert tree(tmp_path / "out") == tree(finished)
 
@@ -320,18 +338,18 @@ def test_stopped_within_a_stage_it_goes_on_to_the_same_files(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match=rf"\] {stage}: stopped: .* are safe in .*same command again"):
-        compress(at(prepared, tmp_path / "out"), Settings(), on_stage=note, on_progress=stop)
+        compress(at(prepared, tmp_path / "out"), CompressOptions(), on_stage=note, on_progress=stop)
     assert run(prepared, tmp_path / "out").made == STAGES[STAGES.index(stage) :]
     assert tree(tmp_path / "out") == tree(finished)
 
 
 def test_progress_is_one_over_all_stages(prepared: Prepared, tmp_path: Path) -> None:
     seen: list[Progress] = []
-    compress(at(prepared, tmp_path / "out"), Settings(), on_progress=seen.append)
+    compress(at(prepared, tmp_path / "out"), CompressOptions(), on_progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert {(p.total, p.unit, p.resumed) for p in seen} == {(seen[-1].total, "work", 0)}
-    assert seen[-1].done == seen[-1].total == sum(prepared.weights.values())
-    weights = prepared.weights
+    assert seen[-1].done == seen[-1].total == sum(weights_of(prepared).values())
+    weights = weights_of(prepared)
     assert min(weights[stage] for stage in ("score", "quantize", "evaluate")) > 0
     assert weights["quantize"] > weights["score"]  # the same windows: two chains, and two steps with backward passes
 
@@ -403,9 +421,9 @@ def test_a_text_that_has_changed_is_named(small_moe: Path, copied: Path, tmp_pat
 
 def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared, copied: Path, tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
-    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plot")
+    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plots")
     run(prepared, copied, plot=True)
-    changed = arguments(small_moe, "--keep", "4", "--force", "--plot", "--json")
+    changed = arguments(small_moe, "--keep", "4", "--force", "--plots", "--json")
     out = json.loads(done("compress", small_moe, copied, *changed))
     assert out["made"] == list(STAGES[1:])
     assert tree(copied) == tree(tmp_path / "fresh/out")
@@ -413,11 +431,11 @@ def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared
 
 def test_force_starts_over_what_is_unfinished(small_moe: Path, prepared: Prepared, tmp_path: Path) -> None:
     def stop(p: Progress) -> None:
-        if p.done >= prepared.weights["score"] // 2:
+        if p.done >= weights_of(prepared)["score"] // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        compress(at(prepared, tmp_path / "out"), Settings(), on_progress=stop)
+        compress(at(prepared, tmp_path / "out"), CompressOptions(), on_progress=stop)
     assert (tmp_path / "out.compress/score.work").is_dir()
     other = arguments(small_moe, "--samples", "3", evaluated=False)
     assert "--samples: was" in refused("compress", small_moe, tmp_path / "out", *other)
@@ -457,7 +475,7 @@ def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
     path = copied.with_name("out.compress") / name
     path.write_bytes(path.read_bytes() + b" ")
     before = tree(copied)
-    with pytest.raises(OutputError, match=rf"{name}: not as `compress` wrote it; move it away"):
+    with pytest.raises(OutputError, match=rf"{name}: not as compress wrote it; move it away"):
         run(prepared, copied, force=force)
     assert tree(copied) == before
 
@@ -466,7 +484,7 @@ def test_a_result_that_somebody_changed_is_neither_used_nor_removed(
 def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: Path, what: str) -> None:
     (tmp_path / "out.compress").mkdir()
     (tmp_path / "out.compress" / what).write_text("mine")
-    with pytest.raises(OutputError, match=r"(not shardxform's|not as `compress` wrote it)"):
+    with pytest.raises(OutputError, match=r"(not shardxform's|not as compress wrote it)"):
         run(prepared, tmp_path / "out")
     assert (tmp_path / "out.compress" / what).read_text() == "mine"
     assert not (tmp_path / "out").exists()
@@ -475,7 +493,7 @@ def test_a_directory_of_somebody_else_is_refused(prepared: Prepared, tmp_path: P
 def test_a_link_in_place_of_the_directory_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.compress").symlink_to("elsewhere")
-    with pytest.raises(OutputError, match="expected a directory of `compress` or nothing"):
+    with pytest.raises(OutputError, match="expected a directory of compress or nothing"):
         run(prepared, tmp_path / "out")
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -500,20 +518,23 @@ def test_a_record_that_is_damaged_is_refused(prepared: Prepared, copied: Path, r
 
 
 def test_two_at_a_time_are_refused(prepared: Prepared, copied: Path) -> None:
-    with Folder(copied.with_name("out.compress")), pytest.raises(OutputError, match="another process works here"):
+    with (
+        ResultsFolder(copied.with_name("out.compress")),
+        pytest.raises(OutputError, match="another process works here"),
+    ):
         run(prepared, copied)
 
 
 def test_a_card_of_somebody_else_is_left_and_said_so(small_moe: Path, copied: Path) -> None:
     (copied / "README.md").write_text("mine")
-    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plot")
+    result = invoke("compress", small_moe, copied, *arguments(small_moe), "--plots")
     assert result.exit_code == 0, result.output
     why = "neither the source's nor a card of shardxform's; move it away and run the same command again"
     assert f"no card was written: {copied / 'README.md'}: {why}\n" in result.stderr
     assert re.search(rf"^  results +{re.escape(str(copied))}\.compress$", result.stdout, re.MULTILINE)
     assert (copied / "README.md").read_text() == "mine"
     (copied / "README.md").unlink()
-    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plot").stdout
+    assert "README.md\n" in invoke("compress", small_moe, copied, *arguments(small_moe), "--plots").stdout
     assert "experts" in (copied / "README.md").read_text()
 
 
@@ -564,7 +585,7 @@ def test_a_place_in_the_source_is_refused(small_moe: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("work", ["model", "model/work", "."])
 def test_results_and_output_do_not_lie_in_each_other(work: str, small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "model"
-    said = refused("compress", small_moe, out, "--method", "rtn", "--work", tmp_path / "made" / work)
+    said = refused("compress", small_moe, out, "--method", "rtn", "--results", tmp_path / "made" / work)
     assert "cannot lie in OUT" in said
     assert not out.exists()
 
@@ -602,15 +623,15 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Pat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--keep", "8"], "Missing option '--data' or '--preset'"),
-        ([], "Missing option '--data' or '--preset'; --method rtn needs no text"),
+        (["--keep", "8"], "Missing option '--data'"),
+        ([], "Missing option '--data'; --method rtn needs no text"),
         (["--keep", "8", "--ratio", "0.5"], "either --keep or --ratio"),
         (["--criterion", "ean"], "--criterion is for choosing experts"),
         (["--protect-super-experts"], "--protect-super-experts is for choosing experts"),
         (["--method", "rtn", "--iters", "2"], "--iters is for --method auto-round"),
         (["--method", "rtn", "--samples", "2"], "--samples is for choosing experts and tuning"),
         (["--eval-samples", "2"], "--eval-samples is for measuring OUT"),
-        (["--method", "rtn", "--plot"], "--plot is for choosing experts and measuring"),
+        (["--method", "rtn", "--plots"], "--plots is for choosing experts and measuring"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
@@ -665,12 +686,12 @@ class Unsynced(Failing):
 def write_results(root: Path, fs: Counting) -> None:
     """Two stages, the first of which is made anew with other inputs."""
     for number in (1, 2):
-        with Folder(root, fs) as folder:
+        with ResultsFolder(root, fs) as folder:
             if not (folder.is_done("score") and folder.is_as("score", {"n": number})):
-                folder.begin("score", {"n": number}, ["select"])
+                folder.begin("score", {"n": number})
                 folder.put("score", {"saliency.safetensors": b"scored %d" % number}, {"tokens": number})
             if not folder.is_done("select"):
-                folder.begin("select", {"n": number}, [])
+                folder.begin("select", {"n": number})
                 folder.put("select", {"keep.json": b"kept %d" % number})
 
 
@@ -682,7 +703,7 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
         root = tmp_path / f"at-{k}"
         with pytest.raises((ExecutionError, OutputError)):
             write_results(root, Unsynced(k))
-        for stage, found in read_entries(root).items():
+        for stage, found in read_stages(root).items():
             for name in found.files:
                 assert not (root / name).exists() or name in ("saliency.safetensors", "keep.json"), stage
         write_results(root, Unsynced(0))
@@ -695,11 +716,11 @@ def test_a_fault_at_any_effect_leaves_results_that_can_be_gone_on_with(tmp_path:
 
 @pytest.mark.crash
 def test_killed_in_every_stage_it_ends_with_the_same_files(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
-    """One run after the other is killed in the stage after the last one's; the first in a process of its own."""
+    """One run after the other is killed in the stage after the last one's; the first is the command itself."""
     out = tmp_path / "out"
     work = tmp_path / "out.compress" / "score.work"
     args = [str(prepared.request.source.root), str(out), *arguments(prepared.request.source.root)]
-    assert kill_when_there([sys.executable, "-m", "shardxform", "compress", *args], work)
+    assert kill_when_there(lambda: main(["compress", *args]), work)
     for stage in STAGES:
 
         def doomed(stage: str = stage) -> None:
@@ -707,7 +728,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_files(prepared: Prepared, f
                 if name == stage:
                     die_at_effect(random.Random(stage).randint(1, 5))
 
-            compress(at(prepared, out), Settings(), on_stage=begin)
+            compress(at(prepared, out), CompressOptions(), on_stage=begin)
 
         assert forked(doomed) == -signal.SIGKILL, stage
     assert run(prepared, out).made == STAGES[5:]

@@ -13,7 +13,7 @@ from shardxform.cli.console import pasteable
 
 SCRIPT = """
 from shardxform.cli.console import progress, tell
-from shardxform.progress import Progress
+from shardxform.base.progress import Progress
 with progress("work", quiet=False) as update:
     update(Progress(1, 4, 0, {unit!r}))
     tell("a line")
@@ -85,7 +85,7 @@ def test_in_a_pipe_there_are_plain_lines() -> None:
 
 RESUMED = """
 from shardxform.cli.console import progress
-from shardxform.progress import Progress
+from shardxform.base.progress import Progress
 with progress("work", quiet=False) as update:
     update(Progress(2, 4, 2, "work"))
     update(Progress(3, 4, 3, "work", "block 7"))

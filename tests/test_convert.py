@@ -381,7 +381,7 @@ def test_float16_that_is_rounded_must_not_overflow_either(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("qwen3_5", "qwen3_6"))])
 def test_float16_is_refused_where_it_overflows_while_the_model_runs(kind: str, tmp_path: Path) -> None:
     made = quantize(make(tmp_path / "source", kind), tmp_path / "q")
-    with pytest.raises(SchemeError, match=r"gated delta-net layers of family qwen3_5_moe; use --to bf16"):
+    with pytest.raises(SchemeError, match=r"gated delta-net layers of family qwen3_5_moe; use bf16"):
         plan_of(made, "fp16")
     assert not any("fp16" in note for note in plan_of(made, "bf16").notes)
 
@@ -682,7 +682,7 @@ def test_targets_that_cannot_be_are_refused(quantized: Path) -> None:
             plan_of(quantized, to, g_idx=True)
     with pytest.raises(SchemeError, match="fused-indexed exists in auto-round and gptq"):
         plan_of(quantized, "compressed-tensors", "fused-indexed")
-    with pytest.raises(SchemeError, match="--g-idx: expected --format gptq"):
+    with pytest.raises(SchemeError, match="`g_idx`: expected `format` gptq"):
         plan_of(quantized, "compressed-tensors", g_idx=True)
 
 
@@ -828,6 +828,6 @@ def test_planning_reads_no_tensor_and_loads_no_array_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, shardxform.cli.convert_cmd; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, shardxform.cli.convert; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

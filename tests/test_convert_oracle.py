@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import barrage
 import pytest
 from build import read_checkpoint
-from test_prune_oracle import load, tokens
+from test_prune_oracle import logits
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.execution.runner import run
@@ -44,18 +43,24 @@ def auto_round(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return quantize(small_moe, tmp_path_factory.mktemp("oracle") / "auto-round")
 
 
-def logits(path: Path, small_moe: Path) -> Any:
-    model, info = load(path)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info[kind], f"{kind}: {sorted(info[kind])[:3]}"
-    with torch.no_grad():
-        return model(tokens(small_moe)).logits.float()
+ELSEWHERE = """
+import sys, torch
+from pathlib import Path
+checkpoint, small_moe, found, tests = map(Path, sys.argv[1:])
+sys.path.insert(0, str(tests))
+from test_prune_oracle import logits
+torch.save(logits(checkpoint, small_moe), found)
+raise SystemExit
+"""
 
 
-def logits_elsewhere(path: Path, small_moe: Path) -> Any:
+def logits_elsewhere(path: Path, small_moe: Path, folder: Path) -> Any:
     """The same in a process of its own: once auto-round has loaded a model, transformers misses packed experts."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(logits, path, small_moe).result()
+    nursery, found = barrage.nursery(tuple(barrage.COMPUTING)), folder / "logits.pt"
+    words = list(map(str, (path, small_moe, found, Path(__file__).parent)))
+    child = nursery.start(words, folder, "elsewhere", first=ELSEWHERE)
+    assert nursery.wait(child, 240) == 0, child.err.read_text()
+    return torch.load(found)
 
 
 def stored(root: Path) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def test_the_older_spelling_becomes_loadable(to: str, auto_round: Path, small_mo
     if to == "auto-round":
         assert torch.equal(logits(made, small_moe), theirs)
     else:
-        ours = logits_elsewhere(made, small_moe)
+        ours = logits_elsewhere(made, small_moe, tmp_path)
         assert (ours - theirs).abs().mean() < 0.01 * theirs.std()
 
 

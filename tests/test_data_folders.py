@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardxform.calibration.documents import local_files
-from shardxform.calibration.hub import chosen
+from shardxform.calibration.documents import chosen, local_files
 from shardxform.errors import PlanError
 
 CARDS = ("README.md", "readme.txt", "README_zh.md", "LICENSE.txt", "LICENCE-APACHE.md", "NOTICE.txt", "CHANGELOG.md")

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import AwqConfig, FineGrainedFP8Config
 
-from shardxform.verification.declared import Asked, readers_of
+from shardxform.verification.quantized import Asked, readers_of
 
 ATTENTION = (
     "self_attn.q_proj",

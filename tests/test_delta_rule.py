@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
-from shardxform.tuning import one_by_one as module  # noqa: E402
+from shardxform.tuning import linear_attention as module  # noqa: E402
 from shardxform.tuning.delta_rule import computes_the_same, gated_delta_rule  # noqa: E402
-from shardxform.tuning.one_by_one import one_by_one  # noqa: E402
+from shardxform.tuning.linear_attention import one_by_one  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE = modeling.torch_chunk_gated_delta_rule
@@ -117,7 +117,7 @@ def test_a_rule_of_other_numbers_is_told_apart() -> None:
 
 def test_windows_of_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, apart = inputs(130), inputs(130)
-    monkeypatch.setattr(module, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(module, "_HEADS_BYTES", 1)
     calls: list[int] = []
 
     def counted(query: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,8 +17,7 @@ from test_quantize import make
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import doctor
-from shardxform.cli.doctor import REFERENCE, diagnose, sizes_of, version_lines
-from shardxform.cli.doctor_cmd import command
+from shardxform.cli.doctor import REFERENCE, Need, command_needs, doctor_command, machine_of, model_sizes, version_lines
 from shardxform.errors import CheckpointError
 from shardxform.plan.inspection import inspect_checkpoint
 
@@ -26,9 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(*args: object, code: int = 0) -> str:
-    result = CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
+    result = CliRunner().invoke(doctor_command, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.stdout
+
+
+def needs(disk: Path, source: Path) -> list[Need]:
+    return list(command_needs(model_sizes(Checkpoint.open(source)), machine_of(disk, "")))
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str, **versions: str) -> None:
@@ -56,14 +59,13 @@ def group(folder: Path, limit: str, used: str, spare: int = 0) -> None:
 @pytest.mark.parametrize("kind", ["qwen3_5_moe", "qwen3_moe", "deepseek_v3"])
 def test_sizes_are_those_of_the_headers(kind: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make(tmp_path / "source", kind))
-    found = sizes_of(checkpoint)
+    found = model_sizes(checkpoint)
     blocks: dict[str, int] = {}
     for name, ref in checkpoint.tensors.items():
         if match := re.match(r"(.*layers\.\d+)\.", name):
             blocks[match[1]] = blocks.get(match[1], 0) + ref.nbytes
     assert found.block == max(blocks.values())
     assert found.head == checkpoint.tensors["lm_head.weight"].nbytes
-    assert found.nbytes == checkpoint.nbytes
     assert found.outlook == inspect_checkpoint(checkpoint).outlook
 
 
@@ -76,35 +78,24 @@ def test_what_evaluating_takes_is_what_it_says_itself(quantized: bool, small_moe
 
     from shardxform.calibration import Windows
     from shardxform.cli import main
-    from shardxform.forward.estimate import estimate
+    from shardxform.forward.passes import estimate
     from shardxform.forward.weights import Precision
 
     root = small_moe
     if quantized:
         root = tmp_path / "q"
         assert CliRunner().invoke(main, ["quantize", str(small_moe), str(root), "-q"]).exit_code == 0
-    windows = Windows(
-        ids_NT=np.zeros((256, 2048), np.int32),
-        lengths_N=np.full(256, 2048, np.int32),
-        fingerprint="",
-        provenance={},
-        notes=(),
-    )
-    needs = {need.command: need for need in diagnose(tmp_path, root).needs}
+    windows = Windows(ids_NT=np.zeros((256, 2048), np.int32), fingerprint="", provenance={}, notes=())
+    found = {need.command: need for need in needs(tmp_path, root)}
     precision = Precision(torch.device("cpu"), torch.float32)
     alone = estimate({"tested": Checkpoint.open(root)}, windows, precision)
-    assert needs["evaluate"].memory_bytes == alone["peak_memory_bytes"]
-    assert needs["evaluate"].disk_bytes == alone["work_bytes"]
+    assert found["evaluate"].memory_bytes == alone["peak_memory_bytes"]
+    assert found["evaluate"].disk_bytes == alone["work_bytes"]
     if not quantized:
         both = estimate({"a": Checkpoint.open(root), "b": Checkpoint.open(root)}, windows, precision)
-        assert needs["evaluate --against"].memory_bytes == both["peak_memory_bytes"]
-        assert needs["evaluate --against"].disk_bytes == both["work_bytes"]
-        assert needs["score"] == doctor.Need(
-            command="score",
-            memory_bytes=alone["peak_memory_bytes"],
-            disk_bytes=alone["work_bytes"],
-            lacks=needs["score"].lacks,
-        )
+        assert found["evaluate --against"].memory_bytes == both["peak_memory_bytes"]
+        assert found["evaluate --against"].disk_bytes == both["work_bytes"]
+        assert found["score"][1:3] == (alone["peak_memory_bytes"], alone["work_bytes"])
 
 
 def test_tuning_takes_what_its_plan_says(small_moe: Path, tmp_path: Path) -> None:
@@ -116,7 +107,7 @@ def test_tuning_takes_what_its_plan_says(small_moe: Path, tmp_path: Path) -> Non
     recipe = Recipe(windows="", data={}, samples=128, seqlen=2048)
     plan = plan_quantize(Checkpoint.open(small_moe), Scheme.preset("W4A16"), recipe=recipe)
     planned = max(step.peak_bytes for step in plan.steps if isinstance(step, TuneBlock))
-    need = next(need for need in diagnose(tmp_path, small_moe).needs if "auto-round" in need.command)
+    need = next(need for need in needs(tmp_path, small_moe) if "auto-round" in need.command)
     assert planned <= need.memory_bytes <= 1.01 * planned
     assert need.disk_bytes == plan.data_bytes + 4 * 128 * 2048 * 4 * 128
 
@@ -128,16 +119,15 @@ def test_the_reference_is_the_model_as_it_is_released(tmp_path: Path) -> None:
     finally:
         sys.path.pop(0)
     write_checkpoint(tmp_path / REFERENCE.name, Spec(layers=40, vision_depth=27, sparse=True))
-    assert sizes_of(Checkpoint.open(tmp_path / REFERENCE.name)) == REFERENCE
-    assert diagnose(tmp_path).needs == diagnose(tmp_path, tmp_path / REFERENCE.name).needs
+    assert model_sizes(Checkpoint.open(tmp_path / REFERENCE.name)) == REFERENCE
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(small_moe: Path, tmp_path: Path) -> None:
     from shardxform.cli import main
 
     assert CliRunner().invoke(main, ["quantize", str(small_moe), str(tmp_path / "q"), "-q"]).exit_code == 0
-    assert [need.command for need in diagnose(tmp_path, tmp_path / "q").needs] == ["evaluate"]
-    commands = [need.command for need in diagnose(tmp_path, small_moe).needs]
+    assert [need.command for need in needs(tmp_path, tmp_path / "q")] == ["evaluate"]
+    commands = [need.command for need in needs(tmp_path, small_moe)]
     assert commands[-4:] == ["score", "evaluate", "evaluate --against", "quantize --method auto-round"]
 
 
@@ -145,7 +135,8 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(doctor, "_memory", lambda: (8_000_000_000, 4_000_000_000))
     monkeypatch.setattr(doctor.FileSystem, "free_bytes", lambda _self, _path: 20_000_000_000)
     without(monkeypatch, "transformers")
-    lacks = {need.command: need.lacks for need in diagnose(tmp_path).needs}
+    found = json.loads(shown("--disk", tmp_path, "--json"))["needs"]
+    lacks = {need["command"]: tuple(need["lacks"]) for need in found}
     assert lacks == {
         "quantize to W4A16": ("disk",),
         "prune to 128 experts": ("disk",),
@@ -164,7 +155,7 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_the_machine_is_this_one(tmp_path: Path) -> None:
-    found = diagnose(tmp_path / "not" / "yet").machine
+    found = machine_of(tmp_path / "not" / "yet", "")
     assert found.cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert found.memory_bytes is not None
     assert 0 < found.memory_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -272,7 +263,7 @@ def test_json_and_a_bad_source(small_moe: Path, tmp_path: Path) -> None:
     assert {library["name"]: library["usable"] for library in found["libraries"]}["numpy"] is True
     assert found["problems"] == []
     with pytest.raises(CheckpointError, match="no such directory"):
-        diagnose(tmp_path, tmp_path / "gone")
+        shown(tmp_path / "gone")
 
 
 def test_the_folder_that_was_looked_at_is_named(tmp_path: Path) -> None:

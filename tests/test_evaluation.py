@@ -20,7 +20,8 @@ from shardxform.base.progress import Progress  # noqa: E402
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
 from shardxform.checkpoint.identity import identify  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.cli import evaluate_cmd, main  # noqa: E402
+from shardxform.cli import evaluate as evaluate_module  # noqa: E402
+from shardxform.cli import main  # noqa: E402
 from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
 from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.evaluation.plot import draw  # noqa: E402
@@ -28,7 +29,7 @@ from shardxform.execution.runner import run  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.plan.view import pruned_view  # noqa: E402
-from shardxform.publish.card.evaluations import read_evaluation  # noqa: E402
+from shardxform.publish.card.gathering import read_evaluation  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -65,12 +66,11 @@ def block_outputs(model: Any, ids: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def by_hand(model: Any, windows: Windows, shorter: dict[int, int] | None = None) -> tuple[float, list[Any], list[Any]]:
-    """Perplexity, log-probabilities and block outputs of each window, one window at a time, without padding."""
+def by_hand(model: Any, windows: Windows) -> tuple[float, list[Any], list[Any]]:
+    """Perplexity, log-probabilities and block outputs of each window, one window at a time."""
     losses: list[float] = []
     logps, blocks = [], []
-    for row, ids in enumerate(torch.from_numpy(windows.ids_NT).long()):
-        ids = ids[: (shorter or {}).get(row, len(ids))]
+    for ids in torch.from_numpy(windows.ids_NT).long():
         logp = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
         losses += [-float(logp[t, ids[t + 1]]) for t in range(len(ids) - 1)]
         logps.append(logp)
@@ -121,15 +121,6 @@ def test_a_checkpoint_against_itself_differs_nowhere(small_moe: Path, windows: W
     found = run_evaluate(source, windows, tmp_path / "w", source).against
     assert found is not None
     assert (found.kl, found.top1, found.block_errors) == (0, 1, (0, 0, 0, 0))
-
-
-def test_padding_counts_nowhere(small_moe: Path, windows: Windows, tmp_path: Path) -> None:
-    shorter = {0: 17, 4: 2, 9: 100}
-    lengths = np.array([shorter.get(row, 128) for row in range(10)], np.int32)
-    padded = Windows(ids_NT=windows.ids_NT, lengths_N=lengths, fingerprint="padded", provenance={}, notes=())
-    found = run_evaluate(Checkpoint.open(small_moe), padded, tmp_path / "w")
-    assert found.perplexity == pytest.approx(by_hand(loaded(small_moe), windows, shorter)[0], rel=1e-4)
-    assert found.tokens == lengths.sum()
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
@@ -207,7 +198,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
     options = EvaluateOptions(precision=FLOAT32, work=tmp_path / "w", on_progress=stop)
     with pytest.raises(Interrupted):
         evaluate(source, windows, options)
-    with pytest.raises(ResumeError, match="windows of --data: was"):
+    with pytest.raises(ResumeError, match="`windows`: was"):
         run_evaluate(source, held_out(), tmp_path / "w")
     assert run_evaluate(source, windows, tmp_path / "w") == whole
 
@@ -215,7 +206,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
 def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(plan_prune(Checkpoint.open(small_moe), KEEP), out)
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64", "--by-source"]
+    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64", "--by-text-source"]
     base = ["evaluate", str(out), *data, "--work", str(tmp_path / "w"), "-q"]
     runner, plot = CliRunner(), tmp_path / "p.png"
     assert "sources  code 2, kjv 2 windows" in runner.invoke(main, [*base, "--dry-run"]).output
@@ -261,7 +252,7 @@ def row(output: str, first: str) -> list[str]:
 def test_sources_that_are_not_there_are_refused(small_moe: Path, tmp_path: Path) -> None:
     data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
     for command in (["evaluate", str(small_moe)], ["score", str(small_moe), "-o", str(tmp_path / "s")]):
-        result = CliRunner().invoke(main, [*command, *data, "--sources", "kjv, cod", "--dry-run"])
+        result = CliRunner().invoke(main, [*command, *data, "--text-sources", "kjv, cod", "--dry-run"])
         assert result.exit_code == 1
         assert "heldout.jsonl: expected documents of source 'cod', found 'code', 'kjv'\n" in result.output
 
@@ -366,7 +357,7 @@ def test_a_reference_in_another_type_shows_what_the_type_does(small_moe: Path, t
 
 def test_no_data_no_device(small_moe: Path) -> None:
     runner = CliRunner()
-    assert "'--data' or '--preset'" in runner.invoke(main, ["evaluate", str(small_moe)]).output
+    assert "'--data'" in runner.invoke(main, ["evaluate", str(small_moe)]).output
     data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
     result = runner.invoke(main, ["evaluate", str(small_moe), *data, "--device", "abacus"])
     assert result.exit_code == 1
@@ -381,7 +372,7 @@ def test_figures_that_go_down_are_explained(
 ) -> None:
     against = Comparison(perplexity=10.0, kl=0.1, kl_error=0.01, top1=0.9, block_errors=errors)
     found = Evaluation(perplexity=perplexity, windows=2, tokens=4, against=against)
-    evaluate_cmd._report(found, Path("a"), None, Path("b"), 1.0)
+    evaluate_module._report(found, Path("a"), None, Path("b"), 1.0)
     told = capsys.readouterr().out
     assert ("compare by KL divergence" in told) is lower
     assert ("negative where" in told) is shrinks

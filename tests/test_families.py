@@ -9,10 +9,9 @@ import pytest
 from build import KINDS, text_of, tiny
 
 from shardxform.errors import FamilyError
-from shardxform.model.expectation import expected
 from shardxform.model.families import FAMILIES, family_of
 from shardxform.model.families.base import COUNT_KEYS, Family, Template
-from shardxform.model.layout import layout_of, variants_found
+from shardxform.model.layout import expected, layout_of, variants_found
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 

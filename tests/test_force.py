@@ -20,7 +20,7 @@ from shardxform.base import computing
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import ResumeError
-from shardxform.execution.outdir import states_of
+from shardxform.execution.output import states_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats.grid import Grid
 from shardxform.formats.scheme import Scheme
@@ -130,7 +130,7 @@ def test_unfinished_rounding_of_another_version_is_refused_and_finished_is_said(
     crash(rounded(source), begun, 60)
     run(rounded(source), done)
     monkeypatch.setattr(computing, "__version__", "9.9")
-    with pytest.raises(ResumeError, match=r"made_by.shardxform: was '\S+', now '9.9'; name a new directory"):
+    with pytest.raises(ResumeError, match=r"`made_by.shardxform`: was '\S+', now '9.9'; name a new directory"):
         run(rounded(source), begun)
     report = run(rounded(source), done)
     assert report.already_done

@@ -45,47 +45,45 @@ def loaded(path: Path, dtype: Any = None) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32).eval()
 
 
-def tokens(vocab: int, lengths: tuple[int, ...]) -> tuple[Any, Any]:
-    """Random ids and the mask of right-padded sequences."""
-    ids = torch.randint(1, vocab, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return ids * mask, mask
+def tokens(vocab: int, count: int, length: int) -> Any:
+    """Random ids."""
+    return torch.randint(1, vocab, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def streamed_logits(checkpoint: Checkpoint, ids: Any, mask: Any, precision: Precision = FLOAT32) -> Any:
+def streamed_logits(checkpoint: Checkpoint, ids: Any, precision: Precision = FLOAT32) -> Any:
     with Weights(checkpoint, precision) as weights:
         skeleton = Skeleton(weights)
         hidden = skeleton.embed(ids)
         for layer in range(skeleton.num_blocks):
             with skeleton.block(layer) as block:
-                hidden = block(hidden, mask)
+                hidden = block(hidden)
         with skeleton.head() as head:
             return head.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
 
 
 @torch.no_grad()
-def loaded_logits(path: Path, ids: Any, mask: Any) -> Any:
-    return loaded(path)(input_ids=ids, attention_mask=mask).logits
+def loaded_logits(path: Path, ids: Any) -> Any:
+    return loaded(path)(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lengths", [(7,), (40, 23, 1)], ids=["one", "padded"])
+@pytest.mark.parametrize(("count", "length"), [(1, 7), (3, 40)], ids=["one", "three"])
 def test_logits_are_those_of_the_loaded_model(
-    tiny_checkpoints: dict[str, Path], kind: str, lengths: tuple[int, ...]
+    tiny_checkpoints: dict[str, Path], kind: str, count: int, length: int
 ) -> None:
     path = tiny_checkpoints[kind]
     config = json.loads((path / "config.json").read_text())
-    ids, mask = tokens(config.get("text_config", config)["vocab_size"], lengths)
-    found, wanted = streamed_logits(Checkpoint.open(path), ids, mask), loaded_logits(path, ids, mask)
-    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-5, atol=1e-5)
+    ids = tokens(config.get("text_config", config)["vocab_size"], count, length)
+    found, wanted = streamed_logits(Checkpoint.open(path), ids), loaded_logits(path, ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_the_trained_model_both_kinds_of_layer(small_moe: Path) -> None:
-    ids, mask = tokens(2048, (128, 77, 128))
-    found, wanted = streamed_logits(Checkpoint.open(small_moe), ids, mask), loaded_logits(small_moe, ids, mask)
-    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
-    assert (found.argmax(-1) == wanted.argmax(-1))[mask.bool()].all()
+    ids = tokens(2048, 3, 128)
+    found, wanted = streamed_logits(Checkpoint.open(small_moe), ids), loaded_logits(small_moe, ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (found.argmax(-1) == wanted.argmax(-1)).all()
 
 
 def test_a_pruned_view_is_the_pruned_model_though_nobody_wrote_it(small_moe: Path, tmp_path: Path) -> None:
@@ -94,10 +92,10 @@ def test_a_pruned_view_is_the_pruned_model_though_nobody_wrote_it(small_moe: Pat
     source = Checkpoint.open(small_moe)
     manifest = Manifest(keep=dict.fromkeys(range(4), (0, 2, 3, 5, 8, 11, 13, 15)))
     run(plan_prune(source, manifest), tmp_path / "pruned")
-    ids, mask = tokens(2048, (50, 31))
-    found = streamed_logits(pruned_view(source, manifest).checkpoint, ids, mask)
-    wanted = loaded_logits(tmp_path / "pruned", ids, mask)
-    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
+    ids = tokens(2048, 2, 50)
+    found = streamed_logits(pruned_view(source, manifest).checkpoint, ids)
+    wanted = loaded_logits(tmp_path / "pruned", ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def gptq_values(tensors: dict[str, Any], stem: str) -> Any:
@@ -141,15 +139,15 @@ def test_a_quantized_checkpoint_runs_as_its_values(small_moe: Path, tmp_path: Pa
     (tmp_path / "plain").mkdir()
     save_file(plain, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
     (tmp_path / "plain" / "config.json").write_text((small_moe / "config.json").read_text())
-    ids, mask = tokens(2048, (40,))
-    found = streamed_logits(Checkpoint.open(tmp_path / format), ids, mask)
-    torch.testing.assert_close(found, loaded_logits(tmp_path / "plain", ids, mask), rtol=1e-4, atol=1e-4)
+    ids = tokens(2048, 1, 40)
+    found = streamed_logits(Checkpoint.open(tmp_path / format), ids)
+    torch.testing.assert_close(found, loaded_logits(tmp_path / "plain", ids), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_computed_as_the_model_loaded_in_bfloat16(small_moe: Path) -> None:
-    ids, mask = tokens(2048, (64,))
+    ids = tokens(2048, 1, 64)
     bfloat16 = Precision(torch.device("cpu"), torch.bfloat16)
-    found = streamed_logits(Checkpoint.open(small_moe), ids, mask, bfloat16).float().log_softmax(-1)
+    found = streamed_logits(Checkpoint.open(small_moe), ids, bfloat16).float().log_softmax(-1)
     with torch.no_grad():
         wanted = loaded(small_moe, torch.bfloat16)(input_ids=ids).logits.float().log_softmax(-1)
     assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 2e-3  # another order of sums, rounded to 8 bits
@@ -223,21 +221,15 @@ def test_eight_bit_floats_are_refused(tmp_path: Path) -> None:
 # -- windows and work -------------------------------------------------------------------------------------------------
 
 
-def windows_of(lengths: tuple[int, ...], length: int) -> Windows:
-    ids = np.ones((len(lengths), length), np.int32)
-    return Windows(ids_NT=ids, lengths_N=np.array(lengths, np.int32), fingerprint="f", provenance={}, notes=())
+def windows_of(count: int, length: int) -> Windows:
+    return Windows(ids_NT=np.ones((count, length), np.int32), fingerprint="f", provenance={}, notes=())
 
 
 def test_batches_hold_whole_sequences_and_at_least_one() -> None:
-    found = list(batches(windows_of((3, 4, 4), BATCH_TOKENS)))
+    found = list(batches(windows_of(3, BATCH_TOKENS)))
     assert [(b.start, b.stop) for b in found] == [(0, 1), (1, 2), (2, 3)]
-    (only,) = batches(windows_of((3, 4, 4), 4))
-    assert only.valid_BT.tolist() == [[True] * 3 + [False], [True] * 4, [True] * 4]
-    mask = only.mask()
-    assert mask is not None
-    assert mask.tolist()[0] == [1, 1, 1, 0]
-    (full,) = batches(windows_of((4, 4), 4))
-    assert full.mask() is None
+    (only,) = batches(windows_of(3, 4))
+    assert only.ids_BT.tolist() == [[1] * 4] * 3
 
 
 def test_hidden_states_come_back_as_they_were_put(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from shardxform.experts import Saliency, scoring  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats.scheme import Scheme  # noqa: E402
 from shardxform.forward import work as work_module  # noqa: E402
-from shardxform.forward.estimate import estimate  # noqa: E402
+from shardxform.forward.passes import estimate  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.forward.work import WorkDir  # noqa: E402
 from shardxform.plan.convert import Target, plan_convert  # noqa: E402
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 def windows_of(config: dict[str, Any], count: int = 2, length: int = 12) -> Windows:
     vocab = config.get("text_config", config)["vocab_size"]
     ids = np.random.default_rng(0).integers(1, vocab, (count, length)).astype(np.int32)
-    return Windows(ids_NT=ids, lengths_N=np.full(count, length, np.int32), fingerprint="f", provenance={}, notes=())
+    return Windows(ids_NT=ids, fingerprint="f", provenance={}, notes=())
 
 
 def run_score(path: Path, config: dict[str, Any], work: Path) -> Saliency:

@@ -12,9 +12,8 @@ from safetensors import SafetensorError, deserialize
 from strategies import TORCH_DTYPES, filled, mutations, spec_lists
 
 from shardxform.base import header
-from shardxform.base.dtypes import BITS
 from shardxform.base.header import Entry
-from shardxform.base.tensors import TensorSpec
+from shardxform.base.tensors import BITS, TensorSpec
 from shardxform.errors import CheckpointError
 
 A = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tuning_block import HIDDEN, KINDS, Layer
+from test_tuning_block import HIDDEN, KINDS, Layer, Watched
 
 from shardxform.ask.recipe import HEALED, Heal, Recipe, Trial, held_out
 from shardxform.errors import SchemeError
@@ -17,9 +17,15 @@ from shardxform.errors import SchemeError
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.heal import Healing, HealResult, Wide, heal_block, suggested_lr  # noqa: E402
-from shardxform.tuning.healed import HealedStack  # noqa: E402
+from shardxform.tuning.heal import (  # noqa: E402
+    HealedStack,
+    HealResult,
+    MovingBlock,
+    Wide,
+    heal_block,
+    suggested_lr,
+)
+from shardxform.tuning.modules import TunedExperts  # noqa: E402
 from shardxform.tuning.samples import NonFiniteLoss, Samples  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
@@ -56,6 +62,7 @@ class Bench:
     loads: list[str | None] = field(default_factory=list)
     taught: list[np.ndarray] = field(default_factory=list)
     alive: list[Any] = field(default_factory=list)
+    watched: Any = None
     spoil: Callable[[Any, int], Any] = lambda out, step: out  # noqa: ARG005
 
     def __post_init__(self) -> None:
@@ -74,7 +81,7 @@ class Bench:
         self.plain = self.layer.module.mlp.experts
         self.workers = Workers(self.threads)
 
-    def load(self, what: str | None) -> Healing:
+    def load(self, what: str | None) -> MovingBlock:
         self.layer.module.mlp.experts = self.plain
         assert not [one for one in self.alive if one() is not None], "a block is loaded while another is still held"
         self.loads.append(what)
@@ -88,15 +95,15 @@ class Bench:
         stacks = tuple(HealedStack(self.start[name].clone(), moves=moves(name)) for name in EXPERTS)
         self.layer.module.mlp.experts = TunedExperts(*stacks, self.plain._apply_gate, self.workers)
         self.alive = [weakref.ref(stack) for stack in stacks]
-        return Healing(forward=self.forward, wide=wide, stacks=stacks)
+        return MovingBlock(forward=self.forward, wide=wide, stacks=stacks)
 
-    def forward(self, hidden_BTH: Any, rows_B: np.ndarray) -> Any:
-        if torch.is_grad_enabled():
-            self.taught.append(rows_B)
+    def forward(self, hidden_BTH: Any) -> Any:
+        if torch.is_grad_enabled() and self.watched:
+            self.taught.append(self.watched.last)
         return self.spoil(self.layer.run(hidden_BTH), len(self.taught))
 
     def samples(self, *, target_NTH: np.ndarray | None = None) -> Samples:
-        """Targets of the layer before it was pruned, in float32; some samples padded."""
+        """Targets of the layer before it was pruned, in float32."""
         random = np.random.default_rng(0)
         words_VH = random.standard_normal((6, HIDDEN), np.float32)  # which come again: else nothing could be learned
         hidden_NTH = words_VH[random.integers(0, 6, (WINDOWS, LENGTH))]
@@ -104,12 +111,15 @@ class Bench:
         whole.module.float()
         with torch.no_grad():
             found = whole.run(torch.from_numpy(hidden_NTH)).numpy() if target_NTH is None else target_NTH
-        return Samples(block=0, hidden_NTH=hidden_NTH, target_NTH=found, length_N=LENGTHS)
+        return Samples(block=0, hidden_NTH=hidden_NTH, target_NTH=found)
 
     def heal(self, heal: Heal = ONE, samples: Samples | None = None, **more: Any) -> tuple[HealResult, dict[str, Any]]:
         """What became of it, and every tensor of the layer as it will be stored."""
+        samples = samples or self.samples()
+        self.watched = Watched(samples.hidden_NTH)
         with self.workers:
-            result, healing = heal_block(self.load, samples or self.samples(), heal, SEED, **more)
+            watched = replace(samples, hidden_NTH=self.watched)
+            result, healing = heal_block(self.load, watched, heal, SEED, **more)
             gate_up, down = (stack.stored(slice(None)) for stack in healing.stacks)
         stored = {**self.start, EXPERTS[0]: gate_up, EXPERTS[1]: down}
         stored.update({name: wide.stored for name, wide in healing.wide.items()})
@@ -124,13 +134,12 @@ class Bench:
             out_NTH = self.layer.run(torch.from_numpy(samples.hidden_NTH)).double().numpy()
         errors = []
         for n in rows:
-            for t in range(samples.length_N[n] - 1):
+            for t in range(LENGTH - 1):
                 target_H = samples.target_NTH[n, t].astype(float)
                 errors.append(np.square(out_NTH[n, t] - target_H).sum() / np.square(target_H).sum())
         return float(np.mean(errors))
 
 
-LENGTHS = np.array([LENGTH, 5, LENGTH, 9, LENGTH, LENGTH, 7, LENGTH, LENGTH, 2, LENGTH, LENGTH] * 2)
 JUDGES = np.sort(np.random.Generator(np.random.PCG64([SEED, 7])).permutation(WINDOWS)[:3])
 
 
@@ -150,7 +159,8 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("what", list(HEALED))
 def test_only_what_was_asked_for_moves_and_all_of_it(kind: str, what: str) -> None:
     bench = Bench(kind)
-    result, stored = bench.heal(Heal(what=what, iters=8, lr=0.01, batch_size=4))  # type: ignore[arg-type]
+    iters, lr = (4, 0.03) if what == "router" else (8, 0.01)
+    result, stored = bench.heal(Heal(what=what, iters=iters, lr=lr, batch_size=4))  # type: ignore[arg-type]
     assert result.what == what
     # The norm of the heads' values and others at one or zero move in float32 and may round back in bfloat16.
     wanted = {name for name in bench.start if MOVED[what](name)}
@@ -220,13 +230,11 @@ def test_nor_do_they_change_what_the_others_teach() -> None:
     assert same(stored, again)
 
 
-def test_padding_and_last_positions_teach_nothing() -> None:
+def test_last_positions_teach_nothing() -> None:
     bench, other = Bench(), Bench()
     samples = bench.samples()
     target_NTH = samples.target_NTH.copy()
-    for n, length in enumerate(LENGTHS):
-        target_NTH[n, length - 1] += 100
-        target_NTH[n, length:] = np.nan
+    target_NTH[:, -1] += 100
     assert same(bench.heal(ONE, samples)[1], other.heal(ONE, other.samples(target_NTH=target_NTH))[1])
 
 
@@ -274,7 +282,7 @@ def test_the_block_computes_with_what_will_be_stored(kind: str) -> None:
 def test_trials_choose_and_the_best_is_done_in_full() -> None:
     bench, alone = Bench(), Bench()
     result, stored = bench.heal(Heal(iters=24, batch_size=4))
-    tokens = int(LENGTHS.sum() - LENGTHS[JUDGES].sum())
+    tokens = (WINDOWS - len(JUDGES)) * LENGTH
     sizes = {what: sum(v.numel() for n, v in bench.start.items() if MOVED[what](n)) for what in HEALED}
     rates = [suggested_lr(tokens, sizes["all"]), suggested_lr(tokens, sizes["all"]) / 4]
     rates.append(suggested_lr(tokens, sizes["shared"]))
@@ -334,7 +342,7 @@ def test_a_divergence_is_reported_and_leaves_the_block_as_it_was_pruned() -> Non
         bench.spoil = lost(0, 0)
         bench.workers = Workers(1)
         bench.layer.module.mlp.experts.workers = bench.workers
-        out = bench.forward(torch.from_numpy(samples.hidden_NTH), JUDGES)
+        out = bench.forward(torch.from_numpy(samples.hidden_NTH))
     assert torch.isfinite(out).all()
     assert not bench.layer.module.mlp.gate.weight.requires_grad
 
@@ -381,7 +389,7 @@ def test_threads_change_no_bit_and_the_seed_does(kind: str) -> None:
     torch.set_num_threads(2)
     second, again = Bench(kind, threads=3).heal(heal)
     assert torch.get_num_threads() == 2
-    assert replace(first, seconds=0) == replace(second, seconds=0)
+    assert first == second
     assert same(stored, again)
     other = Bench(kind)
     with other.workers:
@@ -425,9 +433,9 @@ def test_an_eighth_of_the_windows_judges(samples: int, count: int) -> None:
         ({"iters": 0}, "heal iters: expected at least 1, found 0"),
         ({"batch_size": 0}, "heal batch_size: expected at least 1, found 0"),
         ({"what": "router, shared"}, "heal: expected auto, router, shared, moe, all, found 'router, shared'"),
-        ({"lr": 0.0}, "--heal-lr: expected more than 0 and at most 1, found 0.0"),
-        ({"lr": 1.5}, "--heal-lr: expected more than 0 and at most 1, found 1.5"),
-        ({"lr": float("nan")}, "--heal-lr: expected more than 0 and at most 1, found nan"),
+        ({"lr": 0.0}, "`heal.lr`: expected more than 0 and at most 1, found 0.0"),
+        ({"lr": 1.5}, "`heal.lr`: expected more than 0 and at most 1, found 1.5"),
+        ({"lr": float("nan")}, "`heal.lr`: expected more than 0 and at most 1, found nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], text: str) -> None:
@@ -436,7 +444,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], text:
 
 
 def test_a_single_window_cannot_judge_and_teach() -> None:
-    with pytest.raises(SchemeError, match="--heal: expected at least 2 windows, one of them to judge by, found 1"):
+    with pytest.raises(SchemeError, match="`heal`: expected at least 2 windows, one of them to judge by, found 1"):
         Recipe(windows="", data={}, samples=1, seqlen=64, iters=0, heal=ONE)
     assert Recipe(windows="", data={}, samples=2, seqlen=64, iters=0, heal=ONE).block_tokens == 64 * (4 + 12)
     assert "heal" not in Recipe(windows="", data={}, samples=1, seqlen=64).facts()
@@ -446,9 +454,7 @@ def test_two_windows_are_enough() -> None:
     bench = Bench()
     samples = bench.samples()
     rows = slice(0, 2)
-    few = Samples(
-        block=0, hidden_NTH=samples.hidden_NTH[rows], target_NTH=samples.target_NTH[rows], length_N=LENGTHS[[0, 2]]
-    )
+    few = Samples(block=0, hidden_NTH=samples.hidden_NTH[rows], target_NTH=samples.target_NTH[rows])
     result, stored = bench.heal(replace(ONE, iters=4, what="all"), few)
     assert [rows.tolist() for rows in bench.taught] in ([[0]] * 4, [[1]] * 4)
     assert (result.what is None) == (not changed(stored, bench))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,8 @@ def test_the_whole_block_changes_and_nothing_outside(healed: Path, plain: Path) 
 
 @pytest.mark.parametrize("what", ["router", "shared", "moe"])
 def test_only_what_was_asked_for_changes(what: str, plain: Path, keep: str, tmp_path: Path) -> None:
-    more = ("--heal", what, "--heal-iters", "3", "--heal-lr", "0.005", "--batch-size", "3", *DATA)
+    lr = "0.02" if what == "router" else "0.005"  # by smaller steps, few of them, a router alone need not gain anything
+    more = ("--heal", what, "--heal-iters", "3", "--heal-lr", lr, "--batch-size", "3", *DATA)
     out = made(tmp_path, "prune", keep, *more)
     assert all(block["healed"]["what"] == what for block in blocks_of(out).values())
     changed = differing(out, plain)
@@ -421,9 +421,8 @@ def test_killed_inside_and_between_blocks_the_bytes_are_the_same(healed: Path, k
 
     out = tmp_path / "out"
     command = ["prune", str(SMALL_MOE), str(out), "-m", keep, "-q", *HEAL]
-    env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    process = [sys.executable, "-m", "shardxform", *command]
-    assert kill_when_there(process, out / ".shardxform" / "states-*" / "tuned-0001.hidden", env)  # between blocks
+    states = out / ".shardxform" / "states-*"
+    assert kill_when_there(lambda: main(command), states / "tuned-0001.hidden")  # between blocks
     for owner, name, number in ((HiddenFile, "remove", 1), (heal, "descend", 2)):  # and then inside one
         assert not (out / "config.json").exists()
         assert killed_after(owner, name, number, lambda: main(command))
@@ -653,7 +652,7 @@ def test_there_must_be_something_to_heal(tmp_path: Path) -> None:
     said = "--heal: nothing is pruned, so there is nothing to heal; give --manifest"
     for command in (("prune", "--mtp", "drop"), ("quantize",)):
         assert refused(out, *command, "--heal", *DATA, code=2).endswith(f"{said}.")
-        assert refused(out, *command, "--heal", code=2).endswith(f"{said}, and --data or --preset.")
+        assert refused(out, *command, "--heal", code=2).endswith(f"{said}, and --data.")
     said = said.replace("--manifest", "--keep or --ratio")
     assert refused(out, "compress", "--heal", *DATA, code=2).endswith(f"{said}.")
     assert "nothing to do" in refused(out, "prune", "--heal", *DATA, code=2)

@@ -24,7 +24,7 @@ from barrage import Nursery
 from hubserver import Fault, HubServer
 
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
+from shardxform.base.interrupts import Completions
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at /proc to see who takes signals")
 RUNS = int(os.environ.get("SHARDXFORM_SIGNALS", "1"))
@@ -43,10 +43,10 @@ def server() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def nursery(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def nursery(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Nursery:
     pytest.importorskip("transformers")
-    with Nursery(barrage.COMPUTING, server.env(tmp_path_factory.mktemp("home")), watched=False) as running:
-        yield running
+    environment = server.env(tmp_path_factory.mktemp("home"))
+    return barrage.nursery(tuple(barrage.COMPUTING)).having(barrage.SMALL_STEPS + barrage.UNWATCHED, environment)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def until(wanted: Callable[[], bool]) -> None:
 START = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
-from shardxform import interrupts
+from shardxform.base import interrupts
 """
 
 
@@ -293,7 +293,9 @@ def test_a_wait_for_an_event_ends_at_once_and_other_threads_are_not_concerned() 
 MANY = """
 import os, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from shardxform import Checkpoint, Manifest, RunOptions, plan, plan_prune, run, runner
+from shardxform import Checkpoint, Manifest, RunOptions, plan_prune, run
+from shardxform.execution import runner
+from shardxform.plan import plan
 from shardxform.errors import Interrupted
 plan.STEP_BYTES = 4096
 made = plan_prune(Checkpoint.open(sys.argv[1]), Manifest.load(sys.argv[2]))

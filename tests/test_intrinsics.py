@@ -18,19 +18,19 @@ pytest.importorskip("numba")
 torch = pytest.importorskip("torch")
 from numba import njit  # noqa: E402
 
-from shardxform.tuning import intrinsics  # noqa: E402
+from shardxform.tuning import kernels  # noqa: E402
 
 SIZES = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
 @njit("float32(float32, float32, float32)")  # compiled now: the first call must not take longer than others
 def multiply_add(x: Any, y: Any, z: Any) -> Any:
-    return intrinsics.multiply_add(x, y, z)
+    return kernels.multiply_add(x, y, z)
 
 
 @njit("float32(float32[::1])")
 def sum_lanes(x_L: Any) -> Any:
-    return intrinsics.sum_lanes(x_L)
+    return kernels.sum_lanes(x_L)
 
 
 @given(st.integers(-(2**15), 2**15 - 1), st.floats(-16, 16, width=32))
@@ -39,7 +39,7 @@ def test_multiply_add_of_an_exact_product_is_both_operations(offset: int, ratio:
     assert multiply_add(x, y, z) == x * y + z
 
 
-@given(arrays.arrays(np.float32, intrinsics.LANES, elements=SIZES))
+@given(arrays.arrays(np.float32, kernels.LANES, elements=SIZES))
 def test_lanes_are_added_half_to_half(x_L: Any) -> None:
     expected = x_L
     while len(expected) > 1:
@@ -52,12 +52,12 @@ def test_lanes_may_lie_anywhere() -> None:
     assert sum_lanes(x[3:35]) == sum(range(3, 35))
 
 
-@pytest.mark.skipif(not intrinsics.HAS_BF16, reason="this CPU has no such instruction")
+@pytest.mark.skipif(not kernels.HAS_BF16, reason="this CPU has no such instruction")
 def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
     @njit
     def narrow(x_I: Any, out_I: Any) -> None:
         for i in range(len(x_I)):
-            out_I[i] = intrinsics.narrow(x_I[i])
+            out_I[i] = kernels.narrow(x_I[i])
 
     bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint64).astype(np.uint32)
     ties = (np.arange(1 << 16, dtype=np.uint32) << 16) | np.uint32(0x8000)
@@ -71,15 +71,15 @@ def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
 
 ELSEWHERE = """
 import torch
-from shardxform.quantize.grid import Grid
-from shardxform.tuning import intrinsics
-from shardxform.tuning.stacked import prepare
+from shardxform.formats.grid import Grid
+from shardxform.tuning import kernels
+from shardxform.tuning.stacked import stacked_weight
 from shardxform.tuning.workers import Workers
 
-assert not intrinsics.HAS_BF16
+assert not kernels.HAS_BF16
 w_EOI = torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
 with Workers(1) as workers:
-    weight = prepare(w_EOI, Grid(), workers, "w")
+    weight = stacked_weight(w_EOI, Grid(), workers, "w")
 wide, narrow = torch.empty(64, 256), torch.empty(64, 256, dtype=torch.bfloat16)
 weight.values_into(0, wide)
 weight.values_into(0, narrow)

@@ -16,16 +16,15 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from test_tuning_block import GRID, OPTIONS, SAMPLES, Layer, same, samples, tuned  # noqa: E402
+from test_tuning_block import GRID, OPTIONS, SAMPLES, Layer, Watched, same, samples, tuned  # noqa: E402
 
 from shardxform.ask.recipe import Heal, Recipe, held_out  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.cli.block_report import judged_on, tell_blocks  # noqa: E402
-from shardxform.execution.measured import measured, recorded  # noqa: E402
+from shardxform.cli.outputs import judged_on, tell_blocks  # noqa: E402
+from shardxform.execution.journal import measured, recorded  # noqa: E402
 from shardxform.formats import packing, rounding  # noqa: E402
-from shardxform.tuning.block import install  # noqa: E402
-from shardxform.tuning.samples import Loss, Samples, split  # noqa: E402
-from shardxform.tuning.tune import tune_block  # noqa: E402
+from shardxform.tuning.block import install, tune_block  # noqa: E402
+from shardxform.tuning.samples import Loss, Samples, choose_judges  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -35,7 +34,7 @@ SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 
 def of(count: int, block: int = 0) -> Samples:
     hidden_NTH = np.zeros((count, 4, 2), np.float32)
-    return Samples(block=block, hidden_NTH=hidden_NTH, target_NTH=hidden_NTH, length_N=np.full(count, 4))
+    return Samples(block=block, hidden_NTH=hidden_NTH, target_NTH=hidden_NTH)
 
 
 # -- the split --------------------------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ def of(count: int, block: int = 0) -> Samples:
 
 @pytest.mark.parametrize(("count", "judges"), [(2, 1), (3, 1), (8, 1), (15, 1), (16, 2), (64, 8), (256, 32)])
 def test_who_judges_does_not_learn(count: int, judges: int) -> None:
-    found = split(of(count), seed=5)
+    found = choose_judges(of(count), seed=5)
     assert len(found.judges_N) == judges == held_out(count)
     assert sorted([*found.judges_N, *found.learned_N]) == list(range(count))
     judged = found.judged(of(count))
@@ -51,13 +50,13 @@ def test_who_judges_does_not_learn(count: int, judges: int) -> None:
 
 
 def test_the_judges_are_the_same_for_every_block_and_others_with_another_seed() -> None:
-    chosen = {tuple(split(of(64, block), seed=5).judges_N) for block in range(4)}
+    chosen = {tuple(choose_judges(of(64, block), seed=5).judges_N) for block in range(4)}
     assert len(chosen) == 1
-    assert tuple(split(of(64), seed=6).judges_N) not in chosen
+    assert tuple(choose_judges(of(64), seed=6).judges_N) not in chosen
 
 
 def test_a_single_window_learns_and_judges_and_says_so() -> None:
-    found = split(of(1), seed=5)
+    found = choose_judges(of(1), seed=5)
     assert (list(found.learned_N), list(found.judges_N)) == ([0], [0])
     assert not found.judged(of(1)).held_out
     assert held_out(1) == 0
@@ -78,15 +77,17 @@ def test_the_work_that_is_planned_is_that_of_the_windows_that_learn() -> None:
 def test_tuning_never_learns_from_the_window_that_judges() -> None:
     layer = Layer()
     learned, judged = set[int](), set[int]()
+    data = samples(layer)
+    watched: Any = Watched(data.hidden_NTH)
 
-    def run(hidden_BTH: Any, rows_B: Any) -> Any:
-        (learned if torch.is_grad_enabled() else judged).update(rows_B.tolist())
+    def run(hidden_BTH: Any) -> Any:
+        (learned if torch.is_grad_enabled() else judged).update(watched.last.tolist())
         return layer.run(hidden_BTH)
 
     with Workers(1) as workers:
         block = install(layer.module, layer.names, GRID, workers)
         layer.module.float()
-        result = tune_block(block, run, samples(layer), OPTIONS)
+        result = tune_block(block, run, replace(data, hidden_NTH=watched), OPTIONS)
     assert judged == {4}
     assert learned == set(range(SAMPLES)) - {4}
     assert (result.judged.windows, result.judged.tokens, result.judged.held_out) == (1, 11, True)

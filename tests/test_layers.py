@@ -24,7 +24,7 @@ PUBLIC = "__init__"  # what users import; only the commands do here
 # Importing these loads neither torch nor numpy: a command that moves bytes starts at once.
 LIGHT = (
     *("model.layout", "checkpoint.table", "ask.manifest", "plan.prune", "execution.runner", "publish.card"),
-    *("cli", "cli.prune_cmd", "cli.inspect_cmd", "cli.card_cmd", "cli.doctor_cmd"),
+    *("cli", "cli.prune", "cli.inspect", "cli.card", "cli.doctor"),
 )
 PURE = ("errors", "base.dtypes", "base.strict_json", "base.tensors", "base.header", "model.layout", "model.families.*")
 

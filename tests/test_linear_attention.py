@@ -16,12 +16,9 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # 
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
-from shardxform.tuning import causal_conv, gated_norm  # noqa: E402
 from shardxform.tuning import linear_attention as module  # noqa: E402
-from shardxform.tuning.causal_conv import storing_the_input  # noqa: E402
 from shardxform.tuning.delta_rule import gated_delta_rule  # noqa: E402
-from shardxform.tuning.gated_norm import row_by_row  # noqa: E402
-from shardxform.tuning.linear_attention import frugal_linear_attention  # noqa: E402
+from shardxform.tuning.linear_attention import frugal_linear_attention, row_by_row, storing_the_input  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE, CONVOLUTION = modeling.torch_chunk_gated_delta_rule, modeling.causal_conv1d_fn
@@ -63,25 +60,21 @@ def test_outputs_and_gradients_are_those_of_transformers_and_little_is_kept(smal
     torch.testing.assert_close(ours_BTH.grad / scale, theirs_BTH.grad / scale, rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_block_that_the_model_calls_goes_through_all_three(
-    small_moe: Path, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_that_the_model_calls_goes_through_all_three(small_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def counted(name: str, function: Any) -> Any:
         return lambda *args, **kwargs: (calls.append(name), function(*args, **kwargs))[1]
 
     monkeypatch.setattr(module, "gated_delta_rule", counted("rule", gated_delta_rule))
-    for name, function in {"conv": causal_conv._Convolution, "norm": gated_norm._RowByRow}.items():
+    for name, function in {"conv": module._Convolution, "norm": module._RowByRow}.items():
         monkeypatch.setattr(function, "backward", staticmethod(counted(name, function.backward)))
-    mask_BT = (torch.arange(9) < torch.tensor([[9], [4]])).long() if masked else None
     with Weights(Checkpoint.open(small_moe), Precision(torch.device("cpu"), torch.float32)) as weights:
         skeleton = Skeleton(weights)
         hidden_BTH = skeleton.embed(torch.arange(18).view(2, 9)).detach().requires_grad_()
         with skeleton.tunable(0, ()) as block, frugal_linear_attention(block.module, WORKERS):
             block.module.requires_grad_(False)
-            block(hidden_BTH, mask_BT).sum().backward()
+            block(hidden_BTH).sum().backward()
     assert {"conv", "rule", "norm"} == set(calls)
 
 
@@ -139,7 +132,7 @@ def kernel(channels: int, bias: bool, dtype: Any) -> tuple[Any, Any]:
 def test_the_convolutions_gradient_is_that_of_torch(
     positions: int, dtype: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_conv, "_WINDOW_BYTES", 4 * 50 * 5)  # five channels of 50 positions
+    monkeypatch.setattr(module, "_CHANNELS_BYTES", 4 * 50 * 5)  # five channels of 50 positions
     weight_CK, bias_C = kernel(12, bias, dtype)
     random = torch.Generator().manual_seed(positions)
     x_BTC, g_BCT = (torch.randn(2, *size, generator=random).to(dtype) for size in ((positions, 12), (12, positions)))
@@ -193,7 +186,7 @@ def test_other_convolutions_are_called_as_they_are(what: str) -> None:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_norm_of_pieces_is_the_norm(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_norm, "_PIECE_BYTES", 4 * 16 * 7)  # seven rows
+    monkeypatch.setattr(module, "_ROWS_BYTES", 4 * 16 * 7)  # seven rows
     norm = modeling.Qwen3_5MoeRMSNormGated(16)
     torch.nn.init.normal_(norm.weight)
     norm.weight.requires_grad_(trained)

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling  # noqa: E402
 
-from shardxform.tuning import one_by_one as module  # noqa: E402
-from shardxform.tuning.one_by_one import one_by_one  # noqa: E402
+from shardxform.tuning import linear_attention as module  # noqa: E402
+from shardxform.tuning.linear_attention import one_by_one  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 RULE = modeling.torch_chunk_gated_delta_rule
@@ -85,7 +85,7 @@ def test_a_rule_that_carries_a_state_is_called_as_it_is() -> None:
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_the_number_of_threads_changes_no_bit(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(module, "_HEADS_BYTES", 1)
     found = []
     for threads in (1, 3):
         tensors = [tensor.detach()[:samples].requires_grad_() for tensor in inputs()]
@@ -100,7 +100,7 @@ def test_the_number_of_threads_changes_no_bit(samples: int, monkeypatch: pytest.
 
 
 def test_threads_work_on_different_parts_and_errors_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(module, "_HEADS_BYTES", 1)
     together = threading.Barrier(2, timeout=30)
 
     def rule(*tensors: Any, **named: Any) -> Any:

@@ -159,13 +159,13 @@ def test_experts_that_fill_no_group_are_refused_with_the_group_size_that_fits(
     sizes = {**KIND_SIZES["qwen3_moe"], "hidden_size": 128, "moe_intermediate_size": width}
     config, tensors = tiny("qwen3_moe", **sizes)
     source = Checkpoint.open(write_checkpoint(tmp_path / "s", tensors, config))
-    said = rf"no routed expert can be quantized: .*down_proj: {width} input channels .*; --group-size {fits} fits"
+    said = rf"no routed expert can be quantized: .*down_proj: {width} input channels .*; `group_size` {fits} fits"
     with pytest.raises(SchemeError, match=said):
         plan_quantize(source, replace(SCHEME, grid=Grid(group_size=size)))
     fitting: Any = fits
     assert plan_quantize(source, replace(SCHEME, grid=Grid(group_size=fitting))).notes == ()
     kept = plan_quantize(source, replace(SCHEME, grid=Grid(group_size=size), keep_16bit=EXPERTS))
-    assert kept.summary["kept_modules"]["--keep-16bit"] == 3 * 6 * 3
+    assert kept.summary["kept_modules"]["on request"] == 3 * 6 * 3
 
 
 def test_experts_that_no_group_size_fits_are_noted(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_mtp_layers_that_are_dropped_are_not_held_against_the_config(what: str, 
     config, tensors = odd_mtp(what)
     root = write_checkpoint(tmp_path / "s", tensors, config, files={"tokenizer.json": "{}"})
     source = Checkpoint.open(root)
-    with pytest.raises(FamilyError, match="; or leave the MTP layers out with --mtp drop"):
+    with pytest.raises(FamilyError, match="; or leave the MTP layers out with `mtp` drop"):
         plan_quantize(source, SCHEME)
     for at, plan in enumerate((plan_quantize(source, SCHEME, None, DROP), plan_prune(source, manifest_of(root), DROP))):
         assert plan.summary["dropped"]["MTP layers"] == sum(name.startswith("mtp.") for name in tensors)
@@ -213,7 +213,7 @@ def test_layers_beyond_those_declared_are_dropped_as_mtp_layers_where_a_family_h
     config["num_nextn_predict_layers"] = 0
     root = write_checkpoint(tmp_path / "s", tensors, config, files={"tokenizer.json": "{}"})
     source = Checkpoint.open(root)
-    with pytest.raises(PlanError, match=r"model\.layers\.3\..* unknown to family .*--mtp drop"):
+    with pytest.raises(PlanError, match=r"model\.layers\.3\..* unknown to family .*`mtp` drop"):
         plan_prune(source, manifest_of(root))
     plan = plan_prune(source, manifest_of(root), DROP)
     assert plan.summary["dropped"] == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from shardxform.execution.runner import RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan import plan as plan_module
 from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.view import pruned_view
 
 COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 
@@ -252,3 +254,11 @@ def test_float8_experts_keep_their_scales(tmp_path: Path) -> None:
         for new, old in enumerate(manifest.keep[layer]):
             name = "model.layers.{}.mlp.experts.{}.up_proj.weight_scale_inv"
             assert out[name.format(layer, new)] == scales[name.format(layer, old)]
+
+
+def test_a_plan_carries_the_view_that_it_was_made_of(tiny_checkpoint: Path) -> None:
+    source, manifest = Checkpoint.open(tiny_checkpoint), manifest_of(tiny_checkpoint)
+    plan = plan_prune(source, manifest, ViewOptions(mtp="drop"))
+    view = pruned_view(source, manifest, mtp="drop").checkpoint
+    assert (plan.view.tensors, plan.view.config) == (view.tensors, view.config)
+    assert plan.fingerprint == replace(plan, view=source).fingerprint  # its steps and heads are

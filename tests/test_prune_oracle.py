@@ -34,6 +34,17 @@ def tokens(small_moe: Path) -> Any:
     return torch.tensor([ids[:48], ids[48:]])
 
 
+def logits(path: Path, small_moe: Path) -> Any:
+    """Of a checkpoint that transformers finds whole."""
+    import torch
+
+    model, info = load(path)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], f"{kind}: {sorted(info[kind])[:3]}"
+    with torch.no_grad():
+        return model(tokens(small_moe)).logits.float()
+
+
 def prune_loaded(model: Any, keep: dict[int, tuple[int, ...]]) -> Any:
     """Cut the experts out of a loaded model by indexing its parameters."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +19,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faults import ended
 from hubserver import READER, WRITER, Fault, HubServer
+from test_remote import Command, start
 
 from shardxform.base.progress import Progress
+from shardxform.cli import main
 from shardxform.errors import OutputError, RemoteError, ShardxformError
-from shardxform.publish import Item, contents_of, is_repo_name
-from shardxform.publish.contents import git_blob_id, sha256_of_all
+from shardxform.publish import contents_of, is_repo_name
+from shardxform.publish.contents import PublishedFile, git_blob_id, sha256_of_all
 from shardxform.publish.push import _Sender
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,25 +57,26 @@ def server() -> Iterator[HubServer]:
 
 
 def make(verb: str, source: Path, out: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "shardxform", verb, str(source), str(out), "-m", str(KEEP), "-q", *options]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    main([verb, str(source), str(out), "-m", str(KEEP), "-q", *options], standalone_mode=False)
 
 
 class Pusher:
-    """Runs the real command against a server."""
+    """Runs the real command against a server, forked from a process that has the client."""
 
     def __init__(self, server: HubServer, home: Path) -> None:
         self.server, self.home = server, home
 
-    def start(self, out: Path, *options: str, token: str | None = WRITER, **env: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "shardxform", "push", str(out), *options]
-        env = self.server.env(self.home, token) | env
-        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    @contextlib.contextmanager
+    def started(self, out: Path, *options: str, token: str | None = WRITER, **env: str) -> Iterator[Command]:
+        command = start(self.server, self.home, "push", out, *options, token=token, **env)
+        with ended(command) as process:
+            yield process
 
     def __call__(self, out: Path, *options: str, **kwargs: Any) -> tuple[int, str, str]:
-        with self.start(out, *options, **kwargs) as process:
+        with self.started(out, *options, **kwargs) as process:
             stdout, stderr = process.communicate(timeout=120)
         assert "Traceback" not in stderr, stderr
+        assert process.returncode is not None
         return process.returncode, stdout, stderr
 
     def done(self, out: Path, *options: str, **kwargs: Any) -> dict[str, Any]:
@@ -216,7 +221,7 @@ def test_a_killed_upload_goes_on_with_the_files_that_are_missing(server: HubServ
     shards = sorted(made.glob("*.safetensors"))
     cut = sha256(shards[2])
     server.faults.append(Fault("drop", cut, count=99, after=100_000, method="PUT"))
-    with pusher.start(made, "org/new", "--create") as process:
+    with pusher.started(made, "org/new", "--create") as process:
         wait_until(lambda: len(uploaded(server)) == len(shards) - 1 and bool(server.fired))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -235,7 +240,7 @@ def test_a_killed_upload_goes_on_with_the_files_that_are_missing(server: HubServ
 @pytest.mark.crash
 def test_an_interrupt_ends_a_stalled_upload_at_once(server: HubServer, pusher: Pusher, made: Path) -> None:
     server.faults.append(Fault("slow", "^/upload/", count=99, retry_after=40, method="PUT"))
-    with pusher.start(made, "org/new", "--create") as process:
+    with pusher.started(made, "org/new", "--create") as process:
         wait_until(lambda: len(server.fired) >= 2)
         process.send_signal(signal.SIGTERM)  # SIGINT may be ignored where the tests run
         _, stderr = process.communicate()
@@ -294,7 +299,7 @@ def test_what_was_done_though_the_answer_is_lost_is_not_done_twice(
 
 def test_a_token_that_is_lost_on_the_way_costs_no_upload(server: HubServer, pusher: Pusher, made: Path) -> None:
     server.faults.append(Fault("slow", "/verify$", count=99, retry_after=1))
-    with pusher.start(made, "org/new", "--create") as process:
+    with pusher.started(made, "org/new", "--create") as process:
         wait_until(lambda: len(uploaded(server)) >= 2)
         user = server.users.pop(WRITER)
         _, stderr = process.communicate(timeout=60)
@@ -512,7 +517,7 @@ def test_without_the_client_it_is_said_what_to_install(made: Path, tmp_path: Pat
 def sender_of(send: Callable[[Any], None], names: str, xet: bool, told: list[Progress]) -> tuple[_Sender, list[Any]]:
     """Files of 10 bytes each, named by a letter, and a hub that does `send` with them."""
     hub: Any = SimpleNamespace(send=send, stop=threading.Event())
-    items = [Item(name=f"{name}.safetensors", path=Path(name), nbytes=10) for name in names]
+    items = [PublishedFile(name=f"{name}.safetensors", path=Path(name), nbytes=10) for name in names]
     return _Sender(hub=hub, on_progress=told.append, total=10 * len(items), xet=xet), [
         SimpleNamespace(item=item) for item in items
     ]

@@ -257,7 +257,7 @@ def test_keep_16bit_wins_over_the_default_and_quantize_over_both() -> None:
     table = table_of("qwen3_moe", vocab_size=64)
     kept = chosen(table, keep_16bit=("*.self_attn.*",))
     assert not any(module.local.startswith("self_attn") for module in kept.quantized)
-    assert kept.kept["model.layers.1.self_attn.o_proj"] == "--keep-16bit"
+    assert kept.kept["model.layers.1.self_attn.o_proj"] == "on request"
     both = chosen(table, keep_16bit=("*.self_attn.*", "lm_head"), quantize=("*.self_attn.*", "lm_head"))
     assert {"self_attn.q_proj", "lm_head"} <= locals_of(both)
     assert "lm_head" not in both.kept
@@ -284,20 +284,20 @@ def test_one_odd_matrix_keeps_all_experts_of_its_layer() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("qwen3_moe", {"keep_16bit": ("*.0.self_attn.q_proj",)}, r"clients merge .*q_proj with .*k_proj.*--keep-16bit"),
+        ("qwen3_moe", {"keep_16bit": ("*.0.self_attn.q_proj",)}, r"clients merge .*q_proj with .*k_proj.*on request"),
         ("qwen3_moe", {"keep_16bit": ("*.experts.3.*",)}, r"clients merge .*experts\.3\.\w+ with .*experts\.0\."),
         ("qwen3_5_moe", {"keep_16bit": ("*.in_proj_z",)}, r"clients merge .*in_proj_z with .*in_proj_qkv"),
         (
             "qwen3_5_moe",
             {"quantize": ("*.1.mlp.gate",)},
-            r"--quantize selects .*1\.mlp\.gate, but no client runs router",
+            r"`quantize` selects .*1\.mlp\.gate, but no client runs router",
         ),
         ("qwen3_5_moe", {"quantize": ("*embed_tokens",)}, "no client runs embeddings"),
         ("qwen3_5_moe", {"quantize": ("*visual*qkv",)}, "no client runs vision"),
         ("qwen3_5_moe", {"quantize": ("mtp.fc",)}, "no client runs mtp"),
         ("qwen3_moe", {"format": "compressed-tensors", "quantize": ("lm_head",)}, "vLLM cannot run"),
-        ("qwen3_moe", {"keep_16bit": ("*.mlp.expert.*",)}, r"--keep-16bit '\*\.mlp\.expert\.\*' matches no module"),
-        ("qwen3_moe", {"quantize": ("head",)}, "--quantize 'head' matches no module"),
+        ("qwen3_moe", {"keep_16bit": ("*.mlp.expert.*",)}, r"`keep_16bit` '\*\.mlp\.expert\.\*' matches no module"),
+        ("qwen3_moe", {"quantize": ("head",)}, "`quantize` 'head' matches no module"),
         ("qwen3_moe", {"keep_16bit": ("*",)}, "nothing to quantize"),
         ("qwen3_moe_mixed", {"keep_16bit": ("*.3.mlp.up_proj",)}, r"clients merge .*3\.mlp\.up_proj with .*gate_proj"),
     ],
@@ -391,7 +391,7 @@ def test_parts_are_what_rounding_returns(
     grid = Grid(bits=bits, group_size=group_size, scale_grid=scale_grid)
     scheme = Scheme(grid=grid, format=format_, g_idx=g_idx and format_ != "compressed-tensors")
     values = np.random.default_rng(rows * columns).standard_normal((rows, columns)).astype(np.float32)
-    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.encoding.layout, backend="numpy", measure=False)
+    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.encoding.layout, backend="numpy")
     assert stats.ok
     assert scheme.encoding.misfit(rows, columns) == ""
     parts = {part.role: part.spec("m") for part in scheme.encoding.parts(rows, columns)}

@@ -172,7 +172,7 @@ def test_a_torch_device_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
 @pytest.mark.oracle
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     plan = plan_quantize(Checkpoint.open(source), SCHEME)
-    with pytest.raises(SchemeError, match="--device abacus"):
+    with pytest.raises(SchemeError, match="`device` abacus"):
         run(plan, tmp_path / "out", RunOptions(device="abacus"))
     assert not (tmp_path / "out").exists()
 

@@ -293,7 +293,7 @@ def test_a_step_that_no_machine_can_hold_is_refused(
 
 
 @pytest.fixture
-def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
+def bound(keep: Path, tmp_path: Path) -> tuple[worker.StepPlace, Any]:
     """A place whose output was begun, and a step of it."""
     source = Checkpoint.open(SMALL_MOE)
     plan = plan_prune(source, Manifest.load(keep))
@@ -308,15 +308,15 @@ def bound(keep: Path, tmp_path: Path) -> tuple[worker.Place, Any]:
         check=False,
     )
     assert stopped.returncode == 9
-    return worker.Place.of(dataclasses.replace(plan, source=SMALL_MOE), out, "cpu"), plan.steps[0]
+    return worker.StepPlace.of(dataclasses.replace(plan, source=SMALL_MOE), out, "cpu"), plan.steps[0]
 
 
-def done(place: worker.Place, step: Any) -> Any:
+def done(place: worker.StepPlace, step: Any) -> Any:
     return worker.do_step(computing.of_rounding(), pickle.dumps(place), pickle.dumps((step, ())))
 
 
 def test_a_worker_refuses_another_plan_and_another_source(
-    bound: tuple[worker.Place, Any], writable: Callable[[Path], Path], tmp_path: Path
+    bound: tuple[worker.StepPlace, Any], writable: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     place, step = bound
     assert done(place, step) == ({"digests": []}, None)
@@ -465,13 +465,13 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def dying_tuner(folder: Path) -> Callable[..., Any]:
-    """`tune_block`, but for the first worker that is done with its block: it is killed before that is durable."""
+    """`do_block`, but for the first worker that is done with its block: it is killed before that is durable."""
 
     def task(*args: Any) -> Any:
         import os
         import signal
 
-        from shardxform.cluster.blocks import tune_block
+        from shardxform.cluster.blocks import do_block
         from shardxform.execution.steps import OpenTargets
 
         def die(*_: Any) -> None:
@@ -480,7 +480,7 @@ def dying_tuner(folder: Path) -> Callable[..., Any]:
         if not (folder / "killed").exists():
             (folder / "killed").touch()
             OpenTargets.sync = die  # type: ignore[method-assign]
-        return tune_block(*args)
+        return do_block(*args)
 
     return task
 
@@ -488,7 +488,7 @@ def dying_tuner(folder: Path) -> Callable[..., Any]:
 def test_blocks_tuned_side_by_side_equal_a_local_run_though_a_worker_is_killed(
     cluster: str, tuned: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "tune_block", dying_tuner(tmp_path))
+    monkeypatch.setattr(blocks, "do_block", dying_tuner(tmp_path))
     result = call(*tuning(tmp_path / "out", "--ray", cluster))
     assert (tmp_path / "killed").exists()
     assert "squared error" in result.output
@@ -504,12 +504,12 @@ def test_states_that_are_there_are_not_made_again(
     def failing(wanted: Any, tuning: bytes, step: bytes, *states: Any) -> Any:
         import pickle
 
-        from shardxform.cluster.blocks import tune_block
+        from shardxform.cluster.blocks import do_block
         from shardxform.errors import ExecutionError as Error
 
         if pickle.loads(step)[0].layer == 2:
             return None, Error("block 2: no")
-        return tune_block(wanted, tuning, step, *states)
+        return do_block(wanted, tuning, step, *states)
 
     def counting(*args: Any) -> Any:
         from shardxform.cluster.blocks import make_states
@@ -520,7 +520,7 @@ def test_states_that_are_there_are_not_made_again(
 
     monkeypatch.setattr(blocks, "make_states", counting)
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "tune_block", failing)
+        patch.setattr(blocks, "do_block", failing)
         result = call(*tuning(tmp_path / "out", "--ray", cluster), code=1)
     assert told(result.output) == ["shardxform: block 2: no"]
     call(*tuning(tmp_path / "out", "--ray", cluster))
@@ -653,9 +653,7 @@ def test_an_error_of_a_part_is_told_on_one_line(cluster: str, tmp_path: Path, mo
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 7])
 def test_windows_are_cut_where_batches_end(parts: int) -> None:
-    windows = Windows(
-        ids_NT=np.zeros((37, 512), np.int32), lengths_N=np.full(37, 512), fingerprint="f", provenance={}, notes=()
-    )
+    windows = Windows(ids_NT=np.zeros((37, 512), np.int32), fingerprint="f", provenance={}, notes=())
     found = list(cluster_scoring._cut(windows, parts))
     assert [number for part in found for number in part] == list(range(37))
     assert all(part.start % 4 == 0 for part in found)

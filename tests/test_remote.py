@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
 import shutil
@@ -22,7 +20,7 @@ from build import write_json
 from hubserver import READER, Fault, HubServer
 
 from shardxform.ask.manifest import Manifest
-from shardxform.checkpoint.remote.names import RepoName, is_ambiguous, parse_source
+from shardxform.checkpoint.remote.repository import RepoName, is_ambiguous, parse_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.plan.prune import plan_prune
@@ -33,6 +31,7 @@ KEEP = Path(__file__).resolve().parents[1] / "manifests" / "small-moe-keep8.json
 NAME = "org/small"
 SHARDS = r"\.safetensors$"
 CLIENT = (*barrage.COPYING, "huggingface_hub", "huggingface_hub.hf_api", "httpx", "shardxform.checkpoint.remote.client")
+CLIENT += ("shardxform.cli.push_cmd", "shardxform.publish.hub")
 
 
 @pytest.fixture
@@ -41,14 +40,6 @@ def server(small_moe: Path) -> Iterator[HubServer]:
         running.add_repo(NAME, small_moe)
         running.reset_counts()
         yield running
-
-
-@functools.cache
-def nursery(modules: tuple[str, ...]) -> barrage.Nursery:
-    """The process that commands are forked from, one for all tests of a worker."""
-    made = barrage.Nursery(modules, step_bytes=0)
-    atexit.register(made.__exit__)
-    return made
 
 
 class Command:
@@ -83,13 +74,14 @@ def start(
     *arguments: object,
     modules: tuple[str, ...] = CLIENT,
     first: str = "",
+    token: str | None = None,
     **more: str,
 ) -> Command:
     """Start a command that asks this server, in the folder that its cache is in; its process has `modules`."""
-    environment = {**server.env(home), "OMP_NUM_THREADS": "1", **more}
+    environment = {**server.env(home, token), "OMP_NUM_THREADS": "1", **more}
     said = Path(tempfile.mkdtemp(dir=home.parent, prefix="said-"))
     words = list(map(str, arguments))
-    parent = nursery(modules)
+    parent = barrage.nursery(modules)
     return Command(parent, parent.start(words, home.parent, f"{said.name}/command", environment, first))
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from shardxform.base.file_system import FileSystem
-from shardxform.checkpoint.remote.arena import Arena, DiskArena, MemoryArena
-from shardxform.checkpoint.remote.pieces import Piece, Pieces
+from shardxform.checkpoint.remote.pieces import Arena, DiskArena, MemoryArena, Pieces, RemotePiece
 from shardxform.errors import RemoteError
 
 SLOT = 64
@@ -46,7 +45,7 @@ class Source:
             except OSError as e:
                 self.pieces.failed(run, e)
 
-    def _fetch(self, run: list[Piece]) -> None:
+    def _fetch(self, run: list[RemotePiece]) -> None:
         with self._lock:
             self.fetched.append((run[0].start, run[-1].stop))
             if self.failing:
@@ -258,7 +257,7 @@ def test_a_disk_arena_leaves_no_name_and_no_disk(tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_to_is_said_so(tmp_path: Path) -> None:
     arena = DiskArena(4, SLOT, FileSystem(), tmp_path / "missing")
-    with pytest.raises(RemoteError, match="--cache-limit"):
+    with pytest.raises(RemoteError, match="`cache_bytes`"):
         arena.write(0, 0, memoryview(b"x"))
 
 

@@ -45,7 +45,7 @@ def test_torch_and_numpy_give_the_same_bits(
         "BF16": (w.view(np.uint32) >> 16).astype(np.uint16),
     }[dtype]
     grid = Grid(bits=bits, group_size=group, scale_grid=scale_grid)  # type: ignore[arg-type]
-    expected, stats = rounding.quantize(raw, dtype, grid, layout=layout, backend="numpy", measure=False)  # type: ignore[arg-type]
+    expected, stats = rounding.quantize(raw, dtype, grid, layout=layout, backend="numpy")  # type: ignore[arg-type]
     out = rounding.QuantizedWeight.empty(layout, grid, (32, 256))  # type: ignore[arg-type]
     assert rounding_torch.quantize_on(raw, dtype, grid, out, rounding_torch.open_device(device())) == stats  # type: ignore[arg-type]
     assert np.array_equal(out.words, expected.words)
@@ -59,7 +59,7 @@ def test_bad_weights_are_reported_at_the_same_place(value: float) -> None:
     w = np.ones((64, 128), np.float32)
     w[37, 5] = w[40, 2] = value
     grid = Grid()
-    _, stats = rounding.quantize(w, "F32", grid, layout="gptq", backend="numpy", measure=False)
+    _, stats = rounding.quantize(w, "F32", grid, layout="gptq", backend="numpy")
     out = rounding.QuantizedWeight.empty("gptq", grid, w.shape)
     found = rounding_torch.quantize_on(w, "F32", grid, out, rounding_torch.open_device(device()))
     assert (found.nonfinite, found.overflow_row) == (stats.nonfinite, stats.overflow_row)
@@ -78,7 +78,7 @@ def test_the_search_is_refused() -> None:
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:
     from shardxform.formats import rounding_torch
 
-    with pytest.raises(SchemeError, match="--device cuda:77"):
+    with pytest.raises(SchemeError, match="`device` cuda:77"):
         rounding_torch.open_device("cuda:77")
-    with pytest.raises(SchemeError, match="--device abacus"):
+    with pytest.raises(SchemeError, match="`device` abacus"):
         rounding_torch.open_device("abacus")

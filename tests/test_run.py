@@ -21,7 +21,7 @@ from shardxform.base.progress import Progress
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, Interrupted, OutputError, ResumeError, ShardxformError
-from shardxform.execution.outdir import difference, state_of
+from shardxform.execution.output import difference, state_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Plan
@@ -167,30 +167,30 @@ def test_a_partial_shard_that_vanished_is_made_again(source: Path, finished: dic
 
 def test_another_manifest_is_refused_naming_the_first_difference(source: Path, tmp_path: Path) -> None:
     out = interrupted(source, tmp_path / "out")
-    with pytest.raises(ResumeError, match=r"unfinished work made from other inputs: --manifest: keep\.0: was \["):
+    with pytest.raises(ResumeError, match=r"unfinished work made from other inputs: `manifest\.keep\.0`: was \["):
         run(plan_of(source, seed=5), out)
 
 
 def test_other_options_are_refused_naming_them(source: Path, tmp_path: Path) -> None:
     out = interrupted(source, tmp_path / "out")
-    with pytest.raises(ResumeError, match=r"--max-shard-size: was 20000, now 9000"):
+    with pytest.raises(ResumeError, match=r"`options\.max_shard_bytes`: was 20000, now 9000"):
         run(plan_of(source, ViewOptions(max_shard_bytes=9000)), out)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("ab" * 32, "cd" * 32, "x: was 'abababababab...', now 'cdcdcdcdcdcd...'"),
-        ("a" * 61, "b", f"x: was '{'a' * 60}...', now 'b'"),
-        ("hf://o/n@" + "a" * 60, None, f"x: was 'hf://o/n@{'a' * 60}', now None"),
-        (list(range(99)), [0], "x: was [0, 1, 2, 3, 4, 5, ...], now [0]"),
+        ("ab" * 32, "cd" * 32, "`x`: was 'abababababab...', now 'cdcdcdcdcdcd...'"),
+        ("a" * 61, "b", f"`x`: was '{'a' * 60}...', now 'b'"),
+        ("hf://o/n@" + "a" * 60, None, f"`x`: was 'hf://o/n@{'a' * 60}', now None"),
+        (list(range(99)), [0], "`x`: was [0, 1, 2, 3, 4, 5, ...], now [0]"),
         (["name-of-a-file.txt"] * 3 + ["c" * 90], [], None),
         (
             {"data": "a.txt", "files": ["a.txt"], "sha256": "1", "seed": 1},
             {"data": "a.txt", "files": ["a.txt"], "sha256": "2", "seed": 1},
-            "x: the text of 'a.txt' has changed since",
+            "`x`: the text of 'a.txt' has changed since",
         ),
-        ({"data": "a.txt", "sha256": "1"}, {"data": "b.txt", "sha256": "2"}, "x.data: was 'a.txt', now 'b.txt'"),
+        ({"data": "a.txt", "sha256": "1"}, {"data": "b.txt", "sha256": "2"}, "`x.data`: was 'a.txt', now 'b.txt'"),
     ],
 )
 def test_a_difference_is_cut_so_that_quotes_close(old: object, new: object, said: str | None) -> None:
@@ -237,7 +237,7 @@ def test_other_values_in_the_source_are_named_though_nothing_else_shows_them(sou
     run(plan_of(source), out)
     name = change(source)
     for path in (begun, out):
-        with pytest.raises(ResumeError, match=f"source.values: other values in tensor '{re.escape(name)}'; name"):
+        with pytest.raises(ResumeError, match=f"`source.values`: other values in tensor '{re.escape(name)}'; name"):
             run(plan_of(source), path)
 
 

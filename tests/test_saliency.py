@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import mutations
 
-from shardxform.base.small_files import write_new
-from shardxform.cli.saliency_cmd import command
+from shardxform.base.file_system import write_new
+from shardxform.cli.saliency import saliency_command
 from shardxform.errors import CheckpointError, OutputError, PlanError, ShardxformError
 from shardxform.experts import ExpertStats, Saliency
-from shardxform.experts.storage import KEY
+from shardxform.experts.statistics import KEY
 
 MODEL = {
     "model_type": "qwen3_moe",
@@ -305,7 +305,7 @@ NAMES = {f"layers.0.{name}": ("I64" if name == "count" else "F64", 4) for name i
         (b"", "s: 0 bytes, too short for a safetensors header"),
         (file_of(RECORD)[:-1], "s: truncated"),
         (file_of(RECORD, key="format"), r"s: not a saliency file: .* found \['format'\]"),
-        (file_of("{"), "s: metadata 'shardxform.experts' is not JSON"),
+        (file_of("{"), "s: metadata 'shardxform.saliency' is not JSON"),
         (file_of(RECORD | {"version": 2}), "s: version: expected 1, found 2"),
         (file_of(RECORD | {"version": True}), "s: version: expected 1, found True"),
         (file_of(RECORD | {"more": 1}), "s: expected the record version, model, tokens, runs"),
@@ -363,7 +363,7 @@ def test_damage_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory,
 
 def test_saliency_show(tmp_path: Path) -> None:
     saliency().save(tmp_path / "s")
-    result = CliRunner().invoke(command, ["show", str(tmp_path / "s")], catch_exceptions=False)
+    result = CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s")], catch_exceptions=False)
     assert result.stdout.splitlines()[1:] == [
         "  model          qwen3_moe, 3 layers, top-2",
         "  source         ab12",
@@ -375,7 +375,7 @@ def test_saliency_show(tmp_path: Path) -> None:
         "  2       4 of 4              5     5     5           7.5",
         "  MTP 0   4 of 4              1     2     4             6",
     ]
-    shown = json.loads(CliRunner().invoke(command, ["show", str(tmp_path / "s"), "--json"]).stdout)
+    shown = json.loads(CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s"), "--json"]).stdout)
     assert (shown["model"], shown["tokens"], shown["runs"]) == (MODEL, 10, [RUN])
     assert shown["super_experts"] == {"0": [0]}
     assert shown["layers"]["0"]["reached"] == 3
@@ -387,7 +387,9 @@ def test_a_run_is_shown_whole_and_its_digests_short(tmp_path: Path) -> None:
     saliency(runs=(run, {"data": "d", "files": ["b", "c"]}, {str(key): "y" * 60 for key in range(50)})).save(
         tmp_path / "s"
     )
-    shown = CliRunner().invoke(command, ["show", str(tmp_path / "s")], catch_exceptions=False).stdout.splitlines()
+    shown = (
+        CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s")], catch_exceptions=False).stdout.splitlines()
+    )
     assert shown[4:7] == [
         "  run 1          tool t 1, data a.txt, sha256 abababababab, pack no",
         f"                 more {'x' * 70}",
@@ -398,7 +400,7 @@ def test_a_run_is_shown_whole_and_its_digests_short(tmp_path: Path) -> None:
 
 def test_what_a_run_says_of_itself_cannot_move_the_cursor(tmp_path: Path) -> None:
     saliency(runs=({"data": "\x1b[2J" + "x" * 300},)).save(tmp_path / "s")
-    result = CliRunner().invoke(command, ["show", str(tmp_path / "s")], catch_exceptions=False)
+    result = CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s")], catch_exceptions=False)
     assert "\x1b" not in result.stdout
     assert max(map(len, result.stdout.splitlines()[1:])) < 130
 
@@ -408,7 +410,7 @@ def test_saliency_add(tmp_path: Path) -> None:
     for seed, part in enumerate(parts):
         saliency(runs=({"seed": seed},)).save(part)
     out = tmp_path / "out"
-    result = CliRunner().invoke(command, ["add", *map(str, parts), "-o", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(saliency_command, ["add", *map(str, parts), "-o", str(out)], catch_exceptions=False)
     assert (result.stdout, result.stderr) == (f"{out}: 30 tokens in 3 runs, 4 experts in each of 2 layers\n", "")
     total = Saliency.load(out)
     assert total.layers[0].count_E.tolist() == [30, 0, 12, 18]
@@ -418,7 +420,7 @@ def test_saliency_add(tmp_path: Path) -> None:
 def test_adding_the_same_run_twice_is_said(tmp_path: Path) -> None:
     saliency().save(tmp_path / "a")
     arguments = ["add", str(tmp_path / "a"), str(tmp_path / "a"), "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(saliency_command, arguments, catch_exceptions=False)
     assert result.stderr == "note: 1 run with the provenance of another: the same data may count twice\n"
 
 
@@ -426,8 +428,8 @@ def test_adding_needs_two_of_the_same_checkpoint(tmp_path: Path) -> None:
     saliency().save(tmp_path / "a")
     saliency(model=MODEL | {"source_fingerprint": "cd"}).save(tmp_path / "b")
     files = [str(tmp_path / name) for name in ("a", "b", "out")]
-    assert CliRunner().invoke(command, ["add", files[0], "-o", files[2]]).exit_code == 2
-    result = CliRunner().invoke(command, ["add", *files[:2], "-o", files[2]])
+    assert CliRunner().invoke(saliency_command, ["add", files[0], "-o", files[2]]).exit_code == 2
+    result = CliRunner().invoke(saliency_command, ["add", *files[:2], "-o", files[2]])
     assert isinstance(result.exception, PlanError)
     assert str(result.exception).startswith(
         f"{files[1]}: model.source_fingerprint: 'cd', not 'ab12', as {files[0]} has it"

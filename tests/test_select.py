@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from test_manifest import deepseek
 
 from shardxform import __version__
-from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_text import manifest_text
+from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base import computing
-from shardxform.cli.select_cmd import command
+from shardxform.cli.select import select_command
 from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.experts import CRITERIA, ExpertStats, Saliency, choose, decide, keep_of_ratio, super_experts
 from shardxform.experts.plotting import plot_choice
@@ -120,8 +119,8 @@ def test_all_may_stay() -> None:
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (5, "--keep: 5 experts per layer, but saliency has 4"),
-        (1, "--ratio: 1 .*picks 2 per token"),
+        (5, "`keep`: 5 experts per layer, but saliency has 4"),
+        (1, "`keep`: 1 .*picks 2 per token"),
         (-1, "keep at least 2"),
     ],
 )
@@ -140,7 +139,7 @@ def test_keep_of_ratio(experts: int, ratio: float, keep: int) -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), 50.0])
 def test_a_ratio_that_is_no_share_is_refused(ratio: float) -> None:
-    with pytest.raises(PlanError, match="--ratio: expected the share of experts to remove"):
+    with pytest.raises(PlanError, match="`ratio`: expected the share of experts to remove"):
         keep_of_ratio(256, ratio)
 
 
@@ -400,7 +399,7 @@ def scored(tmp_path: Path) -> Path:
 
 
 def select(*arguments: object) -> Any:
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+    return CliRunner().invoke(select_command, [str(argument) for argument in arguments])
 
 
 def test_select_writes_the_manifest_and_says_what_it_costs(scored: Path, tmp_path: Path) -> None:
@@ -504,7 +503,7 @@ def test_a_picture_needs_matplotlib_and_a_name(scored: Path, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = select(scored, "--keep", 2, "-o", out, "--plot", tmp_path / "p.png")
     assert isinstance(result.exception, PlanError)
-    assert str(result.exception) == "--plot needs matplotlib: pip install 'shardxform[plot]'"
+    assert str(result.exception) == "`plot` needs matplotlib: pip install 'shardxform[plot]'"
     assert not out.exists()
 
 

@@ -194,6 +194,5 @@ def windows_of(count: int, *, pack: bool, rows: tuple[tuple[str, range], ...] = 
     from shardxform.calibration import Windows
 
     ids_NT = np.zeros((count, 2), np.int32)
-    lengths_N = np.full(count, 2, np.int32)
     provenance = {"pack": pack}
-    return Windows(ids_NT=ids_NT, lengths_N=lengths_N, fingerprint="", provenance=provenance, notes=(), rows=rows)
+    return Windows(ids_NT=ids_NT, fingerprint="", provenance=provenance, notes=(), rows=rows)

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from shardxform.calibration import DataOptions, Windows, load_windows
-from shardxform.calibration.encoding import SAMPLE, tokenizer_digest
-from shardxform.calibration.tokens import load_tokenizer
+from shardxform.calibration.tokens import SAMPLE, load_tokenizer, tokenizer_digest
 from shardxform.errors import CheckpointError, PlanError
 
 pytest.importorskip("transformers")
@@ -79,7 +78,7 @@ def test_text_that_gives_no_ids_is_refused(tmp_path: Path, pack: bool) -> None:
     latin = {letter: at for at, letter in enumerate(map(chr, range(32, 127)))}
     root = model(tmp_path / "m", Backend(models.BPE(latin, [])))
     blank = [TEXT, "", " \n", "\u200b\u2060"]
-    assert load(root, data(tmp_path, *blank), pack=pack).lengths_N.tolist() == [16]
+    assert load(root, data(tmp_path, *blank), pack=pack).ids_NT.shape == (1, 16)
     with pytest.raises(CheckpointError, match=r"m: its tokenizer, read as .*, gives no ids for 'мир'"):
         load(root, data(tmp_path, *blank, "мир\n"), pack=pack, samples=9)
 

@@ -11,12 +11,9 @@ from shardxform.formats.grid import Grid
 
 torch = pytest.importorskip("torch")
 
-from shardxform.tuning import experts as experts_module  # noqa: E402
-from shardxform.tuning import stacked  # noqa: E402
+from shardxform.tuning import modules, stacked  # noqa: E402
 from shardxform.tuning.elementwise import ONE, Pace  # noqa: E402
-from shardxform.tuning.experts import TunedExperts  # noqa: E402
-from shardxform.tuning.linear import TunedLinear  # noqa: E402
-from shardxform.tuning.routing import route  # noqa: E402
+from shardxform.tuning.modules import TunedExperts, TunedLinear, route  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -63,7 +60,9 @@ def stacks(grid: Grid, workers: Workers) -> tuple[stacked.StackedWeight, stacked
     generator = torch.Generator().manual_seed(1)
     gate_up = (0.3 * torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator)).bfloat16()
     down = (0.3 * torch.randn(EXPERTS, HIDDEN, INNER, generator=generator)).bfloat16()
-    return stacked.prepare(gate_up, grid, workers, "gate_up"), stacked.prepare(down, grid, workers, "down")
+    return stacked.stacked_weight(gate_up, grid, workers, "gate_up"), stacked.stacked_weight(
+        down, grid, workers, "down"
+    )
 
 
 def oracle_of(weight: stacked.StackedWeight) -> Oracle:
@@ -135,7 +134,7 @@ def test_a_linear_layer_moves_as_plain_autograd_moves_it(bias: bool) -> None:
     w = (0.3 * torch.randn(1, 160, 64, generator=generator)).bfloat16()
     added = torch.randn(160, generator=generator) if bias else None
     with Workers(2) as workers:
-        weight = stacked.prepare(w, grid, workers, "w")
+        weight = stacked.stacked_weight(w, grid, workers, "w")
         module, oracle = TunedLinear(weight, workers, added), oracle_of(weight)
         for pace in paces():
             x = torch.randn(3, 7, 64, generator=generator)
@@ -154,7 +153,7 @@ def test_a_linear_layer_moves_as_plain_autograd_moves_it(bias: bool) -> None:
 
 def test_a_linear_layer_is_tuned_though_its_input_wants_no_gradient() -> None:
     with Workers(1) as workers:
-        weight = stacked.prepare(torch.randn(1, 32, 32), Grid(group_size=32), workers, "w")
+        weight = stacked.stacked_weight(torch.randn(1, 32, 32), Grid(group_size=32), workers, "w")
         weight.pace = Pace(400.0, 0.0, 1.0, 1.0)
         TunedLinear(weight, workers)(torch.randn(5, 32)).sum().backward()
     assert int((weight._v_RI != 0).sum()) > 900
@@ -166,7 +165,7 @@ def test_the_number_of_threads_changes_no_bit(dtype: Any) -> None:
     for threads in (1, 2, 5):
         with Workers(threads) as workers:
             up, down = stacks(Grid(group_size=32, search=True), workers)
-            single = stacked.prepare(
+            single = stacked.stacked_weight(
                 torch.linspace(-1, 1, 300 * 64).view(1, 300, 64), Grid(group_size=64), workers, "w"
             )
             experts, linear = TunedExperts(up, down, gate, workers), TunedLinear(single, workers)
@@ -219,9 +218,9 @@ def test_slots_are_sorted_by_expert_and_numbers_beyond_are_no_expert() -> None:
 @pytest.mark.parametrize(("tokens", "size"), [(1, 8), (8, 8), (9, 16), (100, 104), (129, 144), (1000, 1024)])
 def test_few_shapes_of_16_bit_products(tokens: int, size: int) -> None:
     some = torch.arange(tokens)
-    assert experts_module._size(some, torch.zeros(1, dtype=torch.bfloat16)) == size
-    assert experts_module._size(some, torch.zeros(1)) == tokens
+    assert modules._size(some, torch.zeros(1, dtype=torch.bfloat16)) == size
+    assert modules._size(some, torch.zeros(1)) == tokens
     rows = torch.arange(2.0, 2 * tokens + 2).view(tokens, 2)
-    padded = experts_module._taken(rows, some, size)
+    padded = modules._taken(rows, some, size)
     assert torch.equal(padded[:tokens], rows)
     assert torch.equal(padded[tokens:], torch.zeros(size - tokens, 2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,14 +199,13 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
 
 @pytest.mark.crash
 def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path, tuned: Path, tmp_path: Path) -> None:
-    """A process of its own before the first block; then children of this one, in the blocks and between them."""
+    """Before the first block; then in the blocks, and between them."""
     from shardxform.execution.journal import Journal
     from shardxform.forward.work import HiddenFile, HiddenWriter
 
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "shardxform", *arguments(small_moe, out)]
-    env = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    assert kill_when_there(command, out / ".shardxform" / "states-*" / "original-0000.hidden", env)
+    begun = out / ".shardxform" / "states-*" / "original-0000.hidden"
+    assert kill_when_there(lambda: main(arguments(small_moe, out)), begun)
     assert not (out / "config.json").exists()
     for owner, name, number in ((HiddenWriter, "put", 3), (Journal, "record", 2), (HiddenFile, "remove", 2)):
         assert killed_after(owner, name, number, lambda: main(arguments(small_moe, out)))

@@ -15,6 +15,7 @@ from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
 from test_quantize import KIND_SIZES
 from test_verify_quantized import SIDECARS, convert, edit_json, quantize, sound
 
+from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.grid import Grid
 from shardxform.formats.packing import code_sum
@@ -389,21 +390,19 @@ def test_a_caller_may_allow_more(source: Path, outputs: Any, writable: Callable[
 
 
 def test_constants_are_those_of_the_code_that_quantizes() -> None:
-    from shardxform.tuning.tune import TuneOptions
-
     for bits, ends in parts._SEARCHED.items():
         factors = rounding.search_factors(bits)
         assert (min(factors), max(factors)) == ends
     assert float(rounding.SMALLEST_SCALE) == parts._SMALLEST_SCALE
-    assert TuneOptions(seed=0).clip_range[1] == parts._WIDEST_CLIP
+    assert CLIP_RANGE[1] == parts._WIDEST_CLIP
     kernels = pytest.importorskip("shardxform.verification.kernels")
     assert kernels.STEP == systematic.STEP
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 50, 200, 1000])
 def test_offsets_never_go_beyond_what_is_allowed(steps: int) -> None:
+    from shardxform.tuning.block import TuneOptions, _paces
     from shardxform.tuning.elementwise import LIMIT, ONE
-    from shardxform.tuning.tune import TuneOptions, _paces
 
     paces = list(_paces(TuneOptions(seed=0, iters=steps)))
     freedom = parts.freedom_of(Grid(), steps)

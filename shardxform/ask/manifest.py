@@ -7,6 +7,7 @@ which `check` answers from names and config alone. Forms of other tools are read
 from __future__ import annotations
 
 import copy
+import json
 import os
 import stat
 from bisect import bisect_left
@@ -21,7 +22,7 @@ from shardxform.checkpoint.identity import Identity
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
 
-__all__ = ["FORMAT", "VERSION", "Manifest", "keep_all"]
+__all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text"]
 
 FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
@@ -186,7 +187,7 @@ class Manifest:
         if where:
             raise ManifestError(
                 f"{self.where}: chosen on another checkpoint: {where}; score and select on this one, or give"
-                " --any-source to prune by it all the same"
+                " `any_source` to prune by it all the same"
             )
 
     def of_any_source(self) -> Manifest:
@@ -387,3 +388,34 @@ def _spans(numbers: Iterable[int], limit: int = 8) -> str:
             spans.append([number, number])
     text = ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in islice(spans, limit))
     return (text or "(none)") + (", ..." if len(spans) > limit else "")
+
+
+# -- as text ------------------------------------------------------------------------------------------------------
+
+
+_INDENT: Final = "  "
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest in our own form, keys in the order of `Manifest.to_dict`, with a newline at the end."""
+    return _render(manifest.to_dict(), "") + "\n"
+
+
+def _render(value: object, indent: str) -> str:
+    """`value` as JSON whose lines after the first are indented by `indent`."""
+    if isinstance(value, Mapping) and value:
+        return _block(
+            "{}", [f"{_plain(key)}: {_render(item, indent + _INDENT)}" for key, item in value.items()], indent
+        )
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
+        return _block("[]", [_render(item, indent + _INDENT) for item in value], indent)
+    return _plain(value)
+
+
+def _block(brackets: str, lines: list[str], indent: str) -> str:
+    inner = indent + _INDENT
+    return f"{brackets[0]}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{brackets[1]}"
+
+
+def _plain(value: Any) -> str:  # noqa: ANN401
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

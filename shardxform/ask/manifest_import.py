@@ -121,8 +121,7 @@ def read_ids(value: object, place: str, *, sort: bool = False) -> Ids:
     for at in range(1, len(value)):
         if value[at] < value[at - 1]:
             raise ManifestError(
-                f"{place}[{at}]: expert {value[at]} after {value[at - 1]}, but ids must be ascending;"
-                " `shardxform manifest convert --sort` sorts them"
+                f"{place}[{at}]: expert {value[at]} after {value[at - 1]}, but ids must be ascending; `sort` sorts them"
             )
     return tuple(value)
 

@@ -64,7 +64,7 @@ class Heal:
         if self.what != "auto" and self.what not in HEALED:
             raise SchemeError(f"heal: expected auto, {', '.join(HEALED)}, found {self.what!r}")
         if self.lr is not None and not 0 < self.lr <= 1:
-            raise SchemeError(f"--heal-lr: expected more than 0 and at most 1, found {self.lr}")
+            raise SchemeError(f"`heal.lr`: expected more than 0 and at most 1, found {self.lr}")
 
     @property
     def widest(self) -> str:
@@ -130,8 +130,8 @@ class Recipe:
             raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
         if self.heal and self.samples < 2:
             raise SchemeError(
-                f"--heal: expected at least 2 windows, one of them to judge by, found {self.samples}; give --samples 2"
-                " or more, and text that fills them, or a smaller --seqlen"
+                f"`heal`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
+                " or more, and text that fills them, or a smaller `seqlen`"
             )
 
     @property

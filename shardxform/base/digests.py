@@ -2,7 +2,7 @@
 
 What is computed is digested before it is written, which spares a second look at it; what the kernel copies, after.
 
-BLAKE3 of a tensor's bytes, its first 16 bytes: what `b3sum --length 16` prints of them. A tensor of more than 16 MiB is
+BLAKE3 of a tensor's bytes, its first 16 bytes: as `b3sum` prints them. A tensor of more than 16 MiB is
 cut into chunks of that size, and its digest is that of the digests of its chunks (32 bytes each), one after the other:
 so large tensors are written by several steps, in any order, and interrupted between any two of them.
 """

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardxform.base.dtypes import BITS, RANK
 from shardxform.base.strict_json import JsonError, dumps, parse_object
-from shardxform.base.tensors import TensorSpec
+from shardxform.base.tensors import BITS, RANK, TensorSpec
 from shardxform.errors import CheckpointError
 
 __all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "Entry", "data_start", "decode", "encode", "layout"]

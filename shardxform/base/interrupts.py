@@ -24,10 +24,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final, Generic, NoReturn, TypeVar
 
-__all__ = ["STOPPED", "asked", "check", "deferred", "during", "leave", "say_once", "settle", "take_over", "wait"]
+__all__ = [
+    "STOPPED",
+    "Completions",
+    "asked",
+    "check",
+    "deferred",
+    "during",
+    "leave",
+    "say_once",
+    "settle",
+    "take_over",
+    "wait",
+]
 
 STOPPED: Final = "stopped; run the same command again to go on"
 _CODE: Final = 130
@@ -200,3 +214,44 @@ def _python_aside() -> Iterator[None]:
 
 def _ask(_number: int, _frame: FrameType | None) -> None:
     _state.asked = True
+
+
+# -- completions, which a signal cannot deadlock ------------------------------------------------------------------
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_GLANCE: Final = 0.2  # seconds
+
+
+class Completions(Generic[V, K]):
+    """Futures under way, used by one thread.
+
+    Attributes:
+        pending: what each is for; the user takes out what it is done with.
+
+    """
+
+    def __init__(self) -> None:
+        self.pending: dict[Future[V], K] = {}
+        self._told: SimpleQueue[Future[V]] = SimpleQueue()
+
+    def add(self, future: Future[V], key: K) -> None:
+        """Wait for one more."""
+        self.pending[future] = key
+        future.add_done_callback(self._told.put)
+
+    def next(self) -> list[Future[V]]:
+        """Those that completed and were not given yet, in that order; none if none does within a moment."""
+        found: list[Future[V]] = []
+        with contextlib.suppress(Empty):
+            found.append(self._told.get(timeout=_GLANCE))
+            while True:
+                found.append(self._told.get_nowait())
+        return found
+
+    def wait(self) -> None:
+        """Return when none is under way any more."""
+        while not all(future.done() for future in self.pending):
+            self.next()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 __all__ = ["JsonError", "dumps", "parse_object", "pretty", "pretty_strings"]
@@ -115,3 +116,64 @@ def _check_depth_and_text(value: object, has_escapes: bool) -> None:
 
 def _no_constant(text: str) -> NoReturn:
     raise JsonError(f"{text} is not JSON")
+
+
+class Fields:
+    """An object out of JSON from strangers: its values are of the type that is asked for, or not there."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, value: object) -> None:
+        """Take an object; of anything else nothing is there."""
+        self._values: Mapping[str, object] = value if isinstance(value, Mapping) else {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def get(self, key: str) -> object:
+        """Return a value as it is; None where it is not there."""
+        return self._values.get(key)
+
+    def section(self, *path: str) -> Fields:
+        """Return the object at `path`; empty when there is none."""
+        found = self
+        for key in path:
+            found = Fields(found.get(key))
+        return found
+
+    def sections(self, key: str) -> tuple[Fields, ...]:
+        """Return the objects of a list."""
+        found = self.get(key)
+        return tuple(map(Fields, found)) if isinstance(found, list) else ()
+
+    def text(self, key: str) -> str:
+        """Return a text without control characters, or an empty one."""
+        found = self.get(key)
+        return found if isinstance(found, str) and found.isprintable() else ""
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return the texts of a list."""
+        found = self.get(key)
+        listed = found if isinstance(found, list | tuple) else ()
+        return tuple(item for item in listed if isinstance(item, str) and item)
+
+    def whole(self, key: str) -> int | None:
+        """Return an integer that counts something."""
+        found = self.get(key)
+        return found if type(found) is int and found >= 0 else None
+
+    def number(self, key: str) -> float | None:
+        """Return a finite number."""
+        found = self.get(key)
+        try:
+            out = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
+        except OverflowError:  # an integer of hundreds of digits
+            return None
+        return out if math.isfinite(out) else None
+
+    def flag(self, key: str) -> bool:
+        """Return whether something is said to be so."""
+        return self.get(key) is True

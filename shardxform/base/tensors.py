@@ -11,11 +11,11 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from shardxform.base.dtypes import BITS
 from shardxform.errors import CheckpointError
 
-__all__ = ["ByteRange", "TensorRef", "TensorSpec"]
+__all__ = ["BITS", "FLOATS", "RANK", "ByteRange", "TensorRef", "TensorSpec"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,3 +181,39 @@ def _cut(ranges: Sequence[ByteRange], start: int, length: int) -> Iterable[ByteR
             start = 0
         else:
             start -= piece.length
+
+
+# -- dtypes -------------------------------------------------------------------------------------------------------
+
+
+BITS: Final[dict[str, int]] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Width of one element in bits, by dtype name."""
+
+RANK: Final[dict[str, int]] = {name: rank for rank, name in enumerate(BITS)}
+"""Position in the reference writer's order; tensors of the highest rank come first in a shard."""
+
+FLOATS: Final[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
+"""Plain floating-point dtypes: what a weight that is not quantized is stored in."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shardxform.calibration.options import PRESETS, DataOptions, Windows
+from shardxform.calibration.options import DataOptions, Windows
 
 if TYPE_CHECKING:
     from shardxform.calibration.windows import load_windows
 
-__all__ = ["PRESETS", "DataOptions", "Windows", "load_windows"]
+__all__ = ["DataOptions", "Windows", "load_windows"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

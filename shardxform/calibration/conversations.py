@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.calibration.readers import COMPLETION, PROMPT, SYSTEM, TOOLS, Record, listed
+from shardxform.calibration.readers import COMPLETION, PROMPT, SYSTEM, TOOLS, DataRecord, listed
 from shardxform.calibration.tokens import Tokenizer, line_of, type_name
 from shardxform.errors import PlanError
 
@@ -45,7 +45,7 @@ class _Arguments(dict[str, Any]):
         return json.dumps(self, ensure_ascii=False)
 
 
-def conversation(tokenizer: Tokenizer, record: Record) -> str:
+def conversation(tokenizer: Tokenizer, record: DataRecord) -> str:
     """Text of a record that is a conversation, as the checkpoint's chat template renders it.
 
     Raises:
@@ -131,7 +131,7 @@ def _functions(message: _Message) -> Iterator[dict[str, Any]]:
 # -- records -------------------------------------------------------------------------------------------------------
 
 
-def _messages(record: Record) -> list[_Message]:
+def _messages(record: DataRecord) -> list[_Message]:
     """The messages of a record, in the form that chat templates expect.
 
     Raises:
@@ -150,12 +150,12 @@ def _messages(record: Record) -> list[_Message]:
     return messages
 
 
-def _half(record: Record, key: str, value: object, role: str) -> list[Any]:
+def _half(record: DataRecord, key: str, value: object, role: str) -> list[Any]:
     """A prompt or a completion: messages, or a string that one of `role` says."""
     return [{"role": role, "content": value}] if isinstance(value, str) else _list(record, key, value)
 
 
-def _list(record: Record, key: str, value: object) -> list[Any]:
+def _list(record: DataRecord, key: str, value: object) -> list[Any]:
     shown = key if key.isprintable() else ascii(key)  # which may be a stranger's
     found = _parsed(value)
     if not isinstance(found, list) or not found:
@@ -256,7 +256,7 @@ def _calls(place: str, calls: object) -> list[dict[str, Any]]:
     return found
 
 
-def _tools(record: Record) -> list[dict[str, Any]] | None:
+def _tools(record: DataRecord) -> list[dict[str, Any]] | None:
     """The tools that a record offers: a list, or one as JSON; None where it has none.
 
     Raises:

@@ -1,7 +1,11 @@
-"""The data as a sequence of documents, and each document as pieces that are short enough to tokenize.
+"""The data as a sequence of documents, and each document as passages that are short enough to tokenize.
 
-Documents come in the order of the files and in file order, whatever the sizes of reads. A document is cut into pieces
-where the patterns of byte-level BPE split it anyway, so that its pieces give the tokens of the whole.
+Documents come in the order of the files and in file order, whatever the sizes of reads. A document is cut into passages
+where the patterns of byte-level BPE split it anyway, so that these give the tokens of the whole.
+
+Files of a hub data set are fetched here, and nothing else uses the network: through huggingface_hub, with whatever
+endpoint, token, cache and offline mode the user has set for it. One revision is asked for once, and every file is
+fetched from that one when it is read.
 """
 
 from __future__ import annotations
@@ -10,47 +14,169 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from shardxform.calibration.hub import SUFFIXES, chosen, hub_files, is_hub_name
 from shardxform.calibration.options import DataOptions
 from shardxform.calibration.readers import (
     COMPLETION,
     KINDS,
     PROMPT,
     DataFile,
-    Record,
+    DataRecord,
     about_data,
-    count,
+    count_records,
     fields,
     kind_of,
     listed,
     no_sources,
-    read,
-    runs,
+    read_records,
+    read_text,
     sources_of,
 )
 from shardxform.errors import PlanError
 
 __all__ = [
-    "PIECE",
+    "MAX_WHOLE_BYTES",
+    "PASSAGE",
+    "SUFFIXES",
     "Corpus",
-    "Form",
-    "Piece",
+    "Passage",
+    "Rendering",
+    "chosen",
     "count_documents",
     "cut",
     "document_sources",
     "find_key",
+    "hub_files",
+    "is_data_set_name",
     "local_files",
     "open_corpus",
-    "pieces",
+    "passages",
     "sha256",
 ]
 
-PIECE: Final = 1 << 18
+T = TypeVar("T")
+
+MAX_WHOLE_BYTES: Final = 16 * 10**9
+"""Where documents are chosen, by the seed or their source, all files are needed; no more is downloaded for it."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^/\x00-\x1f\x7f\ud800-\udfff]+)*/?", re.ASCII)
+_TRAIN: Final = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)", re.IGNORECASE)
+_HELD_OUT: Final = re.compile(r"(^|[/_.-])(test|testing|valid|validation|dev|eval)([/_.-]|$)", re.IGNORECASE)
+_SHARD: Final = re.compile(r"-\d+-of-\d+[^/]*$")
+SUFFIXES: Final = (".parquet", ".jsonl", ".json", ".txt")  # the first that there is: the others hold the same again
+
+
+def is_data_set_name(data: str) -> bool:
+    """Whether `data` has the form owner/name or owner/name/PREFIX and does not look like the path of a data file."""
+    return _NAME.fullmatch(data) is not None and (data.count("/") > 1 or kind_of(data) is None)
+
+
+def hub_files(data: str, whole: bool) -> tuple[str, tuple[DataFile, ...]]:
+    """Give the revision (a commit id) of a data set and its data files, none of them downloaded yet.
+
+    Args:
+        data: owner/name, or owner/name/PREFIX.
+        whole: all files will be read, so that their size matters.
+
+    Raises:
+        PlanError: no such data set, no access, no network, no or no single set of data files, too much to download.
+
+    """
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+    except ImportError as e:
+        raise PlanError(f"{data}: hub data sets need huggingface_hub: pip install 'shardxform[hub]'") from e
+    owner, name, *rest = data.split("/", 2)
+    repo = f"{owner}/{name}"
+    ask = partial(HfApi().dataset_info, repo, files_metadata=True)
+    info: Any = _asked(repo, ask, absent="no such file or directory here; ")
+    sizes = {str(sibling.rfilename): int(sibling.size or 0) for sibling in info.siblings or ()}
+    names = chosen(data, sizes, rest[0] if rest else "")
+    nbytes = sum(sizes[name] for name in names)
+    if whole and nbytes > MAX_WHOLE_BYTES:
+        raise PlanError(
+            f"{data}: choosing documents, by the seed or their source, reads all {len(names)} files,"
+            f" {nbytes / 1e9:,.1f} GB; expected at most {MAX_WHOLE_BYTES / 1e9:.0f} GB: pack all that comes,"
+            " or name fewer files as owner/name/PREFIX"
+        )
+    get = partial(hf_hub_download, repo, repo_type="dataset", revision=info.sha)
+    return str(info.sha), tuple(_file(repo, name, partial(get, name)) for name in names)
+
+
+def chosen(data: str, paths: Iterable[str], prefix: str, one: str = "as owner/name/PREFIX") -> tuple[str, ...]:
+    """Choose the data files among the paths of a data set: of one kind, of the split `train` where there is one.
+
+    Where they are several sets of files, the refusal asks to name `one`.
+
+    Raises:
+        PlanError: there are none, or they belong to several configurations or splits.
+
+    """
+    files = sorted(path for path in paths if path.startswith(prefix) and _is_data(path))
+    found: Sequence[str] = next((of for suffix in SUFFIXES if (of := _ending(files, suffix))), ())
+    if not found:
+        where = f" below {prefix!r}" if prefix else ""
+        raise PlanError(f"{data}: expected {', '.join(SUFFIXES)} files in the data set{where}, found none")
+    train = [path for path in found if _TRAIN.search(path)]
+    found = train or [path for path in found if not _HELD_OUT.search(path)] or found
+    groups = sorted({_group(path) for path in found})
+    if len(groups) > 1:
+        some = ", ".join(repr(group) for group in groups[:6]) + (", ..." if len(groups) > 6 else "")
+        raise PlanError(f"{data}: expected files of one kind, found {some}: name one {one}")
+    return tuple(found)
+
+
+def _is_data(path: str) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.split("/"))
+    return not hidden and not about_data(path)
+
+
+def _ending(paths: Sequence[str], suffix: str) -> list[str]:
+    return [path for path in paths if path.lower().endswith(suffix)]
+
+
+def _group(path: str) -> str:
+    """What the files of one split share: the name before a shard's number, or else the folder."""
+    stem, numbered = _SHARD.subn("", path)
+    return stem if numbered else path.rpartition("/")[0]
+
+
+def _file(repo: str, name: str, get: Callable[[], str]) -> DataFile:
+    kind = kind_of(name)
+    assert kind is not None
+    place = f"{repo}/{name}"
+    return DataFile(name=name, place=place, kind=kind, fetch=lambda: Path(_asked(place, get)))
+
+
+def _asked(what: str, call: Callable[[], T], absent: str = "") -> T:
+    """Call the hub; whatever its client raises becomes one line, which begins with what is `absent` on this machine."""
+    from huggingface_hub import errors
+
+    try:
+        return call()
+    except errors.GatedRepoError as e:
+        raise PlanError(f"{what}: access must be asked for on the hub, and a token be set (hf auth login)") from e
+    except errors.RepositoryNotFoundError as e:
+        raise PlanError(f"{what}: {absent}no such data set on the hub") from e
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as e:
+        raise PlanError(f"{what}: {absent}the hub cannot be reached: {_line(e)}") from e
+    except Exception as e:  # of any of the libraries below it, which differ by version
+        raise PlanError(f"{what}: {absent}the hub gave no answer that can be used: {_line(e)}") from e
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+PASSAGE: Final = 1 << 18
 """Characters after which a piece ends at the next seam of the text; at twice as many it ends anywhere."""
 
 _FOLDERS: Final = 1000  # in a data set, that are looked into
@@ -71,7 +197,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class Rendering:
     """How a record becomes text.
 
     Attributes:
@@ -84,13 +210,13 @@ class Form:
     """
 
     key: str
-    render: Callable[[Record], str]
+    render: Callable[[DataRecord], str]
     beside: tuple[str, ...] = ()
     takes: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Passage:
     """Part of the text of a document; `document` counts through all files, `file` is an index, `last` ends it."""
 
     file: int
@@ -126,7 +252,7 @@ def local_files(data: str) -> tuple[DataFile, ...]:
         if not path.is_dir():
             return (_local(path, path.name),)
         return tuple(_local(path / name, name) for name in _listing(path))
-    if not is_hub_name(data):
+    if not is_data_set_name(data):
         raise PlanError(f"{data}: no such file or directory, and no name of a hub data set (owner/name)")
     return ()
 
@@ -152,7 +278,7 @@ def find_key(corpus: Corpus, options: DataOptions) -> str:
 
 def count_documents(corpus: Corpus) -> int:
     """Number of documents, from reading the files once without parsing them."""
-    return sum(count(file) for file in corpus.files)
+    return sum(count_records(file) for file in corpus.files)
 
 
 def document_sources(corpus: Corpus) -> Iterator[str]:
@@ -166,7 +292,7 @@ def document_sources(corpus: Corpus) -> Iterator[str]:
         yield from sources_of(file)
 
 
-def pieces(corpus: Corpus, form: Form, wanted: Iterator[bool]) -> Iterator[Iterator[Piece]]:
+def passages(corpus: Corpus, form: Rendering, wanted: Iterator[bool]) -> Iterator[Iterator[Passage]]:
     """Yield for every file, in order, the pieces of its documents that are wanted; each file must be read to its end.
 
     Takes one item of `wanted` a document. A document that is wanted has a last piece, be it empty. A file is not
@@ -187,9 +313,9 @@ def cut(text: Iterable[str]) -> Iterator[tuple[str, bool]]:
     held, at = "", 0
     for run in text:
         held, at = held[at:] + run, 0
-        while len(held) - at > 2 * PIECE:
-            seam = _SEAM.search(held, at + PIECE, at + 2 * PIECE)
-            end = seam.end() if seam else at + 2 * PIECE
+        while len(held) - at > 2 * PASSAGE:
+            seam = _SEAM.search(held, at + PASSAGE, at + 2 * PASSAGE)
+            end = seam.end() if seam else at + 2 * PASSAGE
             yield held[at:end], False
             at = end
     yield held[at:], True
@@ -268,7 +394,7 @@ def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
         which = " or ".join(filter(None, (", ".join(map(repr, expected[:-1])), repr(expected[-1]))))
         chats = not options.chat_template and any(name in names for name in _CHATS)
         needs = "; conversations need the chat template" if chats else ""
-        other = "; --text-key names another" if names and not needs and not options.text_key else ""
+        other = "; `text_key` names another" if names and not needs and not options.text_key else ""
         raise PlanError(f"{place}: expected a field {which}, found {listed(names)}{needs}{other}")
     if options.chat_template and len(found) > 1:
         raise PlanError(f"{place}: expected one field of conversations, found both {found[0]!r} and {found[1]!r}")
@@ -278,24 +404,24 @@ def _key_among(names: Collection[str], place: str, options: DataOptions) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _texts(file: DataFile, form: Form, wanted: Iterator[bool]) -> Iterator[tuple[str, Iterable[str]] | None]:
+def _texts(file: DataFile, form: Rendering, wanted: Iterator[bool]) -> Iterator[tuple[str, Iterable[str]] | None]:
     """Yield every document of a file as its source and runs of text, or None for one that is not wanted."""
     if file.kind == "text":
         if form.takes:
             raise no_sources(file)
-        yield ("", runs(file)) if next(wanted, False) else None
+        yield ("", read_text(file)) if next(wanted, False) else None
         return
-    for record in read(file, form.key, wanted, sources=form.takes is not None, beside=form.beside):
+    for record in read_records(file, form.key, wanted, sources=form.takes is not None, beside=form.beside):
         taken = record is not None and (form.takes is None or form.takes(record.source))
         yield (record.source, (form.render(record),)) if record is not None and taken else None
 
 
-def _pieces(file: int, texts: Iterable[tuple[tuple[str, Iterable[str]] | None, int]]) -> Iterator[Piece]:
+def _pieces(file: int, texts: Iterable[tuple[tuple[str, Iterable[str]] | None, int]]) -> Iterator[Passage]:
     for text, number in texts:
         if text is not None:
             source, runs_of_it = text
             for part, last in cut(runs_of_it):
-                yield Piece(file=file, document=number, text=part, last=last, source=source)
+                yield Passage(file=file, document=number, text=part, last=last, source=source)
 
 
 def _digest(file: DataFile) -> str:

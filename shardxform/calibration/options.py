@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.errors import PlanError
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["MAX_SOURCES", "MAX_TOKENS", "PRESETS", "SOURCE", "SOURCE_NAME", "DataOptions", "Windows", "is_source"]
+__all__ = ["MAX_SOURCES", "MAX_TOKENS", "SOURCE", "SOURCE_NAME", "DataOptions", "Windows", "is_source"]
 
 MAX_TOKENS: Final = 1 << 30
 """Tokens of all windows together: 4 GiB of ids, which are held in memory."""
@@ -66,20 +65,20 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise PlanError("--data: expected a path or the name of a hub data set, found an empty one")
+            raise PlanError("`data`: expected a path or the name of a hub data set, found an empty one")
         for name, value, least in (("samples", self.samples, 1), ("seqlen", self.seqlen, 2), ("seed", self.seed, 0)):
             if value < least:
-                raise PlanError(f"--{name}: expected at least {least}, found {value}")
+                raise PlanError(f"`{name}`: expected at least {least}, found {value}")
         if self.samples * self.seqlen > MAX_TOKENS:
             raise PlanError(
-                f"--samples: expected at most {MAX_TOKENS:,} tokens in all windows, "
+                f"`samples`: expected at most {MAX_TOKENS:,} tokens in all windows, "
                 f"found {self.samples:,} x {self.seqlen:,}"
             )
         for name in self.sources:
             if not is_source(name):
-                raise PlanError(f"--sources: expected {SOURCE_NAME}, found {name[:40]!r}")
+                raise PlanError(f"`sources`: expected {SOURCE_NAME}, found {name[:40]!r}")
         if len(self.sources) > MAX_SOURCES:
-            raise PlanError(f"--sources: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
+            raise PlanError(f"`sources`: expected at most {MAX_SOURCES}, found {len(self.sources):,}")
 
 
 def is_source(name: str) -> bool:
@@ -93,8 +92,7 @@ class Windows:
 
     Attributes:
         ids_NT: [N, T] int32. Every window is full: what does not fill one is dropped.
-        lengths_N: [N] int32, valid tokens of each window: T.
-        fingerprint: sha256 over the shape, ids and lengths, and which sources were chosen or kept apart.
+        fingerprint: sha256 over the shape and the ids, and which sources were chosen or kept apart.
         provenance: where they come from, without paths: what JSON can hold, in a fixed order.
         notes: what the user should be told, a line each.
         rows: which windows are of which source, in the order of the windows; empty unless sources were kept apart.
@@ -102,14 +100,7 @@ class Windows:
     """
 
     ids_NT: NDArray[np.int32]
-    lengths_N: NDArray[np.int32]
     fingerprint: str
     provenance: Mapping[str, Any]
     notes: tuple[str, ...]
     rows: tuple[tuple[str, range], ...] = ()
-
-
-PRESETS: Final[Mapping[str, DataOptions]] = MappingProxyType(
-    {"reference": DataOptions(data="NeelNanda/pile-10k", samples=256, seqlen=2048, seed=42, pack=False)}
-)
-"""`reference`: the documents that auto-round takes by default, cut the same way."""

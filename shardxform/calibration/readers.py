@@ -27,16 +27,16 @@ __all__ = [
     "SYSTEM",
     "TOOLS",
     "DataFile",
+    "DataRecord",
     "Kind",
-    "Record",
     "about_data",
-    "count",
+    "count_records",
     "fields",
     "kind_of",
     "listed",
     "no_sources",
-    "read",
-    "runs",
+    "read_records",
+    "read_text",
     "sources_of",
 ]
 
@@ -83,7 +83,7 @@ class DataFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class DataRecord:
     """The value of one record's field `key`, its place for messages, its source, and fields beside it, where asked."""
 
     place: str
@@ -104,7 +104,7 @@ def about_data(path: str) -> bool:
     return name.startswith((".", "_")) or _ABOUT.fullmatch(name) is not None
 
 
-def count(file: DataFile) -> int:
+def count_records(file: DataFile) -> int:
     """Number of documents of a file, from as little as tells it; a plain text is one.
 
     Raises:
@@ -136,9 +136,9 @@ def fields(file: DataFile) -> tuple[str, tuple[str, ...]] | None:
     return (first[0], tuple(_object(first[1], first[0]))) if first else None
 
 
-def read(
+def read_records(
     file: DataFile, key: str, wanted: Iterator[bool], *, sources: bool = False, beside: Collection[str] = ()
-) -> Iterator[Record | None]:
+) -> Iterator[DataRecord | None]:
     """Yield the field `key` of every record, or None for one that is not wanted, which is not parsed either.
 
     Takes one item of `wanted` a record, so that one iterator serves several files. With `sources`, every wanted record
@@ -159,7 +159,7 @@ def read(
         if key not in record:
             raise PlanError(f"{place}: expected a field {key!r}, found {listed(record)}")
         others = {name: record[name] for name in beside if name in record}
-        yield Record(place, key, record[key], _source(record, place) if sources else "", others)
+        yield DataRecord(place, key, record[key], _source(record, place) if sources else "", others)
 
 
 def sources_of(file: DataFile) -> Iterator[str]:
@@ -171,7 +171,7 @@ def sources_of(file: DataFile) -> Iterator[str]:
     """
     if file.kind == "text":
         raise no_sources(file)
-    for record in read(file, SOURCE, itertools.repeat(True), sources=True):
+    for record in read_records(file, SOURCE, itertools.repeat(True), sources=True):
         if record is not None:
             yield record.source
 
@@ -181,7 +181,7 @@ def no_sources(file: DataFile) -> PlanError:
     return PlanError(f"{file.place}: expected records with a field {SOURCE!r}, found plain text")
 
 
-def runs(file: DataFile) -> Iterator[str]:
+def read_text(file: DataFile) -> Iterator[str]:
     """Yield a plain text in runs of characters. A byte order mark at its start is no part of it.
 
     Raises:
@@ -279,7 +279,7 @@ def _parquet(file: DataFile) -> Iterator[Any]:
 
 def _rows(
     file: DataFile, key: str, wanted: Iterator[bool], sources: bool, beside: Collection[str]
-) -> Iterator[Record | None]:
+) -> Iterator[DataRecord | None]:
     with _parquet(file) as table:
         names = table.schema_arrow.names
         others = [name for name in beside if name in names]
@@ -296,10 +296,10 @@ def _rows(
             place = f"{file.place}: row {number}"
             row = {column: _without_nulls(cell.as_py()) for column, cell in zip(columns, cells, strict=True)}
             found = {name: row[name] for name in others}
-            yield Record(place, key, row[key], _source(row, place) if sources else "", found)
+            yield DataRecord(place, key, row[key], _source(row, place) if sources else "", found)
 
 
-def _without_nulls(value: Any) -> Any:  # noqa: ANN401
+def _without_nulls(value: object) -> Any:  # noqa: ANN401
     """A cell without the fields that are null in it: a table gives every struct the fields of all its structs.
 
     `content` stays, which messages that call tools set to null.

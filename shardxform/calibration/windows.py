@@ -23,19 +23,18 @@ from shardxform.base.strict_json import dumps
 from shardxform.calibration.conversations import conversation
 from shardxform.calibration.documents import (
     Corpus,
-    Form,
-    Piece,
+    Passage,
+    Rendering,
     count_documents,
     document_sources,
     find_key,
     open_corpus,
-    pieces,
+    passages,
     sha256,
 )
-from shardxform.calibration.encoding import Encoder, load_twin, tokenizer_digest
 from shardxform.calibration.options import MAX_SOURCES, MAX_TOKENS, DataOptions, Windows
 from shardxform.calibration.readers import COMPLETION, SYSTEM, TOOLS, listed
-from shardxform.calibration.tokens import Tokenizer, load_tokenizer, plain_text
+from shardxform.calibration.tokens import Encoder, Tokenizer, load_tokenizer, load_twin, plain_text, tokenizer_digest
 from shardxform.errors import CheckpointError, PlanError
 
 __all__ = ["load_windows"]
@@ -48,7 +47,7 @@ class _Source:
     """Everything that windows are made from."""
 
     corpus: Corpus
-    form: Form
+    form: Rendering
     encoder: Encoder
     options: DataOptions
 
@@ -96,7 +95,7 @@ def load_windows(checkpoint_root: Path, options: DataOptions, against: Path | No
     twin, unknown = load_twin(against) if against else (None, "")
     corpus = open_corpus(options)
     encoder = Encoder(tokenizer=tokenizer, twin=twin, files=[file.name for file in corpus.files])
-    form = Form(key=find_key(corpus, options), render=plain_text)
+    form = Rendering(key=find_key(corpus, options), render=plain_text)
     if options.chat_template:
         render, beside = partial(conversation, tokenizer), (TOOLS, SYSTEM, COMPLETION)
         form = replace(form, render=render, beside=tuple(name for name in beside if name != form.key))
@@ -132,7 +131,7 @@ def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str,
 
 def _short(what: str, seqlen: int, found: str, longest: int) -> _TooLittle:
     """Not one window, or document, of `seqlen` tokens, though one of the `longest` there is."""
-    fits = f", or ask for less: --seqlen {longest}" if 2 <= longest < seqlen else ""
+    fits = f", or ask for less: `seqlen` {longest}" if 2 <= longest < seqlen else ""
     return _TooLittle(f"expected at least one {what} of {seqlen:,} tokens, found {found}", f"; give more text{fits}")
 
 
@@ -193,7 +192,7 @@ class _Stream:
     def full(self) -> bool:
         return self.total >= self.wanted
 
-    def add(self, piece: Piece, new: bool, run: NDArray[np.int64]) -> None:
+    def add(self, piece: Passage, new: bool, run: NDArray[np.int64]) -> None:
         """Append the ids of a piece; `new` when they begin a document."""
         if new:
             self.starts.append((self.total, piece.file))
@@ -253,10 +252,10 @@ def _refuse_too_much(options: DataOptions, streams: Mapping[str, _Stream]) -> No
         raise PlanError(f"{options.data}: expected at most {MAX_TOKENS:,} tokens of all sources: ask for fewer windows")
 
 
-def _runs(source: _Source, takes: Callable[[str], bool] | None) -> Iterator[tuple[Piece, bool, NDArray[np.int64]]]:
+def _runs(source: _Source, takes: Callable[[str], bool] | None) -> Iterator[tuple[Passage, bool, NDArray[np.int64]]]:
     """Yield (piece, whether it begins a document, its ids) in order; the last ids of a document end it."""
     new = True
-    files = pieces(source.corpus, replace(source.form, takes=takes), itertools.repeat(True))
+    files = passages(source.corpus, replace(source.form, takes=takes), itertools.repeat(True))
     for piece, ids in itertools.chain.from_iterable(source.encoder.encoded(file) for file in files):
         if piece.last:
             ids.append(source.tokenizer.end)
@@ -326,11 +325,11 @@ def _heads(source: _Source, wanted: Iterator[bool]) -> Iterator[tuple[int, NDArr
     head: list[int] = []
     current = -1
 
-    def short(file: Iterable[Piece]) -> Iterator[Piece]:
+    def short(file: Iterable[Passage]) -> Iterator[Passage]:
         """Pieces but those whose window is full already."""
         return (piece for piece in file if piece.last or piece.document != current or len(head) < seqlen)
 
-    files = pieces(source.corpus, source.form, wanted)
+    files = passages(source.corpus, source.form, wanted)
     for piece, ids in itertools.chain.from_iterable(source.encoder.encoded(short(file)) for file in files):
         if piece.document != current:
             head, current = list(begin), piece.document
@@ -351,15 +350,13 @@ def _windows(source: _Source, found: Mapping[str, _Found], notes: Iterable[str])
     options = source.options
     ids_NT = np.concatenate([each.ids_NT for each in found.values()]).astype(np.int32)
     got, seqlen = ids_NT.shape
-    lengths_N = np.full(got, seqlen, dtype=np.int32)
     digest = hashlib.sha256(f"windows {got} {seqlen}\n".encode())
     digest.update(ids_NT.astype("<i4", copy=False).tobytes())
-    digest.update(lengths_N.astype("<i4", copy=False).tobytes())
+    digest.update(np.full(got, seqlen, "<i4").tobytes())  # as files of earlier versions were bound to them
     chosen = _chosen(options, found)
     digest.update(dumps(chosen).encode() if chosen else b"")
     return Windows(
         ids_NT=ids_NT,
-        lengths_N=lengths_N,
         fingerprint=digest.hexdigest(),
         provenance={**_provenance(source, found), **chosen},
         notes=tuple(notes),

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from shardxform.base import header, interrupts
-from shardxform.base.completions import Completions
+from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.checkpoint.remote.downloads import Downloads, Transfer
-from shardxform.checkpoint.remote.names import RepoName, parse_source
-from shardxform.checkpoint.remote.repository import Remote
+from shardxform.checkpoint.remote.reading import Downloads, Transfer
+from shardxform.checkpoint.remote.repository import Remote, RepoName, parse_source
 from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Folder, Head, scan
 from shardxform.errors import CheckpointError, RemoteError
 
@@ -93,13 +92,13 @@ def _absent(name: RepoName) -> str:
 
 def _listed(name: RepoName, downloads: Downloads) -> Remote:
     """Ask the hub; config and index are fetched, and shards that are in the cache whole are not streamed."""
-    from shardxform.checkpoint.remote.client import folder_of, list_repository
+    from shardxform.checkpoint.remote.client import list_repository, snapshot_folder
 
     commit, files = list_repository(name)
     for file in files:
         if file.startswith("/") or ".." in file.split("/") or "\\" in file:
             raise RemoteError(f"{name}: a file is called {file!r}; expected a path inside the repository")
-    folder = folder_of(name, commit)
+    folder = snapshot_folder(name, commit)
     shards = (file for file in files.values() if file.name.endswith(".safetensors"))
     streamed = frozenset(file.name for file in shards if not _is_whole(folder / file.name, file.nbytes))
     remote = Remote(repo=name.repo, commit=commit, folder=folder, files=files, streamed=streamed, downloads=downloads)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from blake3 import blake3
 
 from shardxform.base.digests import ALGORITHM, CHUNK_BYTES
-from shardxform.base.strict_json import JsonError, parse_object, pretty
+from shardxform.base.strict_json import Fields, JsonError, parse_object, pretty
 
 __all__ = ["FORMAT", "PROVENANCE", "VERSION", "Record", "RecordError", "ShardRecord", "is_as_written", "read_record"]
 
@@ -67,6 +67,21 @@ class Record:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def asked(self) -> Fields:
+        """Its inputs, for who reads single ones."""
+        return Fields(self.inputs)
+
+    @property
+    def before(self) -> Fields:
+        """Inputs of the output that this one was converted from; empty where it was not."""
+        return self.asked.section("origin")
+
+    @property
+    def first(self) -> Fields:
+        """What was asked of the 16-bit checkpoint: by its inputs, or of a converted output by those before."""
+        return self.before or self.asked
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> Record:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from shardxform.base import interrupts
+from shardxform.cli.option_names import with_options
 from shardxform.errors import ShardxformError
 
 __all__ = ["main"]
@@ -44,7 +45,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command = importlib.import_module(f"shardxform.cli.{cmd_name}_cmd").command
+        command = getattr(importlib.import_module(f"shardxform.cli.{cmd_name}"), f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
 
@@ -62,7 +63,7 @@ class _Lazy(click.Group):
                 sys.stdout.flush()  # here, where an error can still be told
             return result
         except ShardxformError as e:
-            message, code = str(e), e.exit_code
+            message, code = with_options(str(e)), e.exit_code
         except KeyboardInterrupt:
             message, code = interrupts.STOPPED, 130
         except OSError as e:

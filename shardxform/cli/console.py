@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import IO, Final
 
 import click
 
@@ -79,7 +79,7 @@ def short(number: int) -> str:
     return f"{number:,}"
 
 
-def rows(pairs: Iterable[tuple[str, str]], file: Any = None) -> None:  # noqa: ANN401
+def rows(pairs: Iterable[tuple[str, str]], file: IO[str] | None = None) -> None:
     """Print label and value, aligned, indented by two."""
     listed = list(pairs)
     width = max((len(label) for label, _ in listed), default=0)
@@ -97,7 +97,7 @@ def table(header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> None:
         click.echo(click.style(text, bold=True) if number == 0 else text)
 
 
-def print_json(value: Mapping[str, Any]) -> None:
+def print_json(value: Mapping[str, object]) -> None:
     """Print a result for machines."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -1,4 +1,4 @@
-"""What this machine has, and what that allows: memory, disk, cores, GPUs, libraries, and the needs of every command.
+"""`shardxform doctor`: what this machine has, and which commands that is enough for.
 
 Looks and changes nothing. Needs are worked out from a checkpoint's headers, or known for one model by name. torch is
 imported only to list GPUs, and only when the torch that is installed could see one.
@@ -11,33 +11,39 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
+
+import click
 
 from shardxform import __version__
 from shardxform.ask.recipe import Recipe
+from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.file_system import FileSystem, nearest
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli.console import gb, print_json, rows, table
+from shardxform.cli.options import PATH, JsonFlags, command, option
 from shardxform.errors import SchemeError
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
-from shardxform.plan.block_size import sizes_of as sizes_of_blocks
+from shardxform.plan.block_size import sizes_of
 from shardxform.plan.inspection import inspect_checkpoint
 
 __all__ = [
     "REFERENCE",
-    "Device",
-    "Diagnosis",
     "Library",
     "Machine",
+    "ModelSizes",
     "Need",
-    "Sizes",
-    "diagnose",
-    "sizes_of",
+    "command_needs",
+    "doctor_command",
+    "libraries",
+    "machine_of",
+    "model_sizes",
     "version_lines",
 ]
 
@@ -54,11 +60,11 @@ _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.t
     ("ray", "2.40", "ray", "--ray: steps on many machines"),
     ("matplotlib", "3.8", "plot", "select --plot, evaluate --plot"),
 )
+_BESIDE: Final = ("auto-round", "compressed-tensors")  # clients, whose versions matter in a report
 _MODEL_LIBRARIES: Final = ("torch", "transformers")
 
 _LIBRARIES: Final = 450_000_000  # python, torch, transformers and a tokenizer, resident
 _LIVE_STATES: Final = 90  # states that one block holds at its peak; as `forward.estimate` has it, and a test compares
-_BATCH_TOKENS: Final = 2048
 _FLOAT32: Final = 4
 _COPYING: Final = 61_000_000
 _ROUNDING: Final = 200_000_000
@@ -71,8 +77,7 @@ _LIMITS: Final = (  # of a control group: root, limit, use, name of what can be 
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Library:
+class Library(NamedTuple):
     """A library; `version` is empty when it is not installed, `extra` when shardxform does not work without it."""
 
     name: str
@@ -88,26 +93,8 @@ class Library:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """A GPU, and its memory in bytes."""
-
-    name: str
-    model: str
-    memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What there is; sizes in bytes, None where the system does not say.
-
-    Attributes:
-        memory_bytes, available_bytes: of main memory, as far as a container lets this process have it.
-        disk: where outputs would be written.
-        free_bytes: that may be written there.
-        cores: that this process may use.
-        devices: GPUs; `devices_unknown` says why they could not be listed.
-
-    """
+    """What there is; sizes in bytes, as far as a container lets this process have it, None where nothing says."""
 
     system: str
     python: str
@@ -116,38 +103,33 @@ class Machine:
     disk: str
     free_bytes: int
     cores: int
-    devices: tuple[Device, ...]
-    devices_unknown: str = ""
+    devices: tuple[dict[str, str | int], ...]
+    devices_unknown: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class ModelSizes:
     """What a checkpoint's needs are made of; in bytes.
 
     Attributes:
         name: of the model.
-        nbytes: of all tensors.
         block, head: the largest decoder block, and the output head.
         tuning: memory for tuning the block that takes most, by default.
         hidden: width of the hidden states, in elements.
-        outlook: what could be written -> bytes.
-        quantized: whether it is quantized already.
+        outlook: what could be written -> bytes; None of a checkpoint that is quantized already.
 
     """
 
     name: str
-    nbytes: int
     block: int
     head: int
     tuning: int
     hidden: int
-    outlook: Mapping[str, int]
-    quantized: bool = False
+    outlook: Mapping[str, int] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """What one command takes. `lacks` says what stands against it; empty when nothing does."""
+class Need(NamedTuple):
+    """What one command takes."""
 
     command: str
     memory_bytes: int
@@ -155,25 +137,8 @@ class Need:
     lacks: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
-    """Everything that was found. `problems` are what keeps shardxform from working at all."""
-
-    machine: Machine
-    libraries: tuple[Library, ...]
-    model: str
-    needs: tuple[Need, ...]
-    problems: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
-        libraries = [{**asdict(library), "usable": library.usable} for library in self.libraries]
-        return {"shardxform": __version__, **asdict(self), "libraries": libraries}
-
-
-REFERENCE: Final = Sizes(
+REFERENCE: Final = ModelSizes(
     name="Qwen3.5-35B-A3B",
-    nbytes=71_903_655_008,
     block=1_685_402_304,
     head=1_017_118_720,
     tuning=11_380_790_880,
@@ -187,46 +152,98 @@ REFERENCE: Final = Sizes(
 """A model whose sizes are known without its files, from the shapes of its release."""
 
 
-def diagnose(disk: Path, source: Path | None = None) -> Diagnosis:
-    """Look at the machine, and hold it against the needs of `source`, or of the reference model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(JsonFlags):
+    disk: Path = option("Where outputs would be written.", default=Path(), metavar="DIR")
 
-    Args:
-        disk: where outputs would be written; need not exist yet.
-        source: a checkpoint.
 
-    Raises:
-        CheckpointError, FamilyError: the checkpoint cannot be read.
+@command("doctor")
+@click.argument("source", metavar="[SRC]", required=False, type=PATH)
+def doctor_command(source: Path | None, output: _Output) -> None:
+    """Show memory, disk, cores, GPUs and libraries, and which commands they are enough for.
 
+    What a command takes is worked out from SRC's headers; without SRC, for Qwen3.5-35B-A3B. Exits with 1 when
+    something is missing without which nothing works.
     """
-    libraries = tuple(map(_library, _WANTED))
-    machine = _machine(disk, libraries)
-    sizes = sizes_of(Checkpoint.open(source)) if source else REFERENCE
-    return Diagnosis(
-        machine=machine,
-        libraries=libraries,
-        model=sizes.name,
-        needs=tuple(_needs(sizes, machine, {each.name: each for each in libraries})),
-        problems=tuple(
-            f"{each.name} {each.version or 'is missing'}: {each.least} or later is needed for {each.enables}"
-            for each in libraries
-            if not each.extra and not each.usable
-        ),
+    found = libraries()
+    machine = machine_of(output.disk, found["torch"].version)
+    sizes = model_sizes(Checkpoint.open(source)) if source else REFERENCE
+    needs = list(command_needs(sizes, machine, [name for name in _MODEL_LIBRARIES if not found[name].usable]))
+    problems = [
+        f"{each.name} {each.version or 'is missing'}: {each.least} or later is needed for {each.enables}"
+        for each in found.values()
+        if not each.extra and not each.usable
+    ]
+    if output.as_json:
+        listed = [{**each._asdict(), "usable": each.usable} for each in found.values()]
+        known = {"shardxform": __version__, "machine": asdict(machine), "libraries": listed, "model": sizes.name}
+        print_json({**known, "needs": [need._asdict() for need in needs], "problems": problems})
+    else:
+        _show(machine, list(found.values()), sizes.name, needs)
+        for problem in problems:
+            click.echo(f"  PROBLEM: {problem}")
+    raise click.exceptions.Exit(1 if problems else 0)
+
+
+def _show(machine: Machine, found: Sequence[Library], model: str, needs: Sequence[Need]) -> None:
+    memory, available = (
+        "unknown" if size is None else gb(size) for size in (machine.memory_bytes, machine.available_bytes)
     )
+    listed = ", ".join(f"{gpu['name']} {gpu['model']} ({gb(int(gpu['memory_bytes']))})" for gpu in machine.devices)
+    rows(
+        [
+            ("system", f"{machine.system}, Python {machine.python}"),
+            ("memory", f"{memory}, {available} of it available"),
+            ("disk", f"{gb(machine.free_bytes)} free in {machine.disk}"),
+            ("cores", str(machine.cores)),
+            ("GPUs", listed or machine.devices_unknown or "none that torch sees"),
+        ]
+    )
+    click.echo()
+    lines = ((each.name, each.version or "-", f">= {each.least}", each.extra or "required") for each in found)
+    table(("library", "version", "wanted", "extra"), lines)
+    for extra in dict.fromkeys(each.extra for each in found if each.extra and not each.usable):
+        names = [f"{each.name} ({each.enables})" for each in found if each.extra == extra and not each.usable]
+        click.echo(f"  not there: {', '.join(names)}; pip install 'shardxform[{extra}]'")
+    click.echo()
+    verdicts = (f"too little or missing: {', '.join(need.lacks)}" if need.lacks else "fits" for need in needs)
+    sizes = ((need.command, gb(need.memory_bytes), gb(need.disk_bytes)) for need in needs)
+    table((model, "memory", "disk", ""), ((*row, verdict) for row, verdict in zip(sizes, verdicts, strict=True)))
+
+
+# -- libraries --------------------------------------------------------------------------------------------------------
+
+
+def libraries() -> dict[str, Library]:
+    """Return what is wanted, by name, with the versions that are installed; imports none of it."""
+    return {name: Library(name, _version(name), least, extra, use) for name, least, extra, use in _WANTED}
 
 
 def version_lines() -> list[str]:
     """Return shardxform's version, then those of python and the libraries that are installed, without importing any."""
-    found = [(each.name, each.version) for each in map(_library, _WANTED) if each.version]
-    found += [(name, version) for name in ("auto-round", "compressed-tensors") if (version := _version(name))]
-    rows = [("python", platform.python_version()), *found]
-    width = max(len(name) for name, _ in rows)
-    return [f"shardxform {__version__}", *(f"  {name:<{width}}  {version}" for name, version in rows)]
+    found = {name: _version(name) for name in (*libraries(), *_BESIDE)}
+    versions = {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
+    width = max(map(len, versions))
+    return [f"shardxform {__version__}", *(f"  {name:<{width}}  {version}" for name, version in versions.items())]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 13, 0) of `2.13.0+cpu`."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 # -- needs ------------------------------------------------------------------------------------------------------------
 
 
-def sizes_of(checkpoint: Checkpoint) -> Sizes:
+def model_sizes(checkpoint: Checkpoint) -> ModelSizes:
     """Work out the sizes of a checkpoint, from headers alone; quantized weights count as in 16 bits.
 
     Raises:
@@ -234,7 +251,7 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
         CheckpointError: it is quantized, but not as its config says.
 
     """
-    layout, refs, quantized = _seen(checkpoint)
+    layout, refs = _seen(checkpoint)
     blocks: Counter[tuple[str, int]] = Counter()
     heads: Counter[str] = Counter()
     for ref in refs:
@@ -244,66 +261,61 @@ def sizes_of(checkpoint: Checkpoint) -> Sizes:
         elif place and place.role in ("lm head", "embeddings"):
             heads[place.role] += ref.nbytes
     hidden = layout.text.get("hidden_size")
-    tuned = sizes_of_blocks({ref.name: ref for ref in refs}, layout.places).values()
-    return Sizes(
+    tuned = sizes_of({ref.name: ref for ref in refs}, layout.places).values()
+    return ModelSizes(
         name=checkpoint.root.resolve().name,
-        nbytes=checkpoint.nbytes,
         block=max(blocks.values(), default=0),
         head=heads["lm head"] or heads["embeddings"],
         tuning=max((size.peak_bytes(_TUNED) for size in tuned), default=0),
         hidden=hidden if type(hidden) is int else 0,
-        outlook={} if quantized else inspect_checkpoint(checkpoint).outlook,
-        quantized=quantized,
+        outlook=None if checkpoint.config.get("quantization_config") else inspect_checkpoint(checkpoint).outlook,
     )
 
 
-def _seen(checkpoint: Checkpoint) -> tuple[Layout, list[TensorRef], bool]:
+def _seen(checkpoint: Checkpoint) -> tuple[Layout, list[TensorRef]]:
     """Tensors of a checkpoint as a forward pass sees them."""
-    quantized = bool(checkpoint.config.get("quantization_config"))
-    if quantized:
+    if checkpoint.config.get("quantization_config"):
         with contextlib.suppress(SchemeError):
             stored = read_stored(checkpoint)
-            return stored.layout, [*stored.weights.values(), *stored.plain.values()], True
+            return stored.layout, [*stored.weights.values(), *stored.plain.values()]
     tensors = checkpoint.tensors
-    return layout_of(checkpoint.config, tensors, checkpoint.where), list(tensors.values()), quantized
+    return layout_of(checkpoint.config, tensors, checkpoint.where), list(tensors.values())
 
 
-def _needs(sizes: Sizes, machine: Machine, libraries: Mapping[str, Library]) -> Iterator[Need]:
-    """What every command takes, with its defaults; on the CPU, where computing is in float32."""
+def command_needs(sizes: ModelSizes, machine: Machine, lacking: Sequence[str] = ()) -> Iterator[Need]:
+    """What every command takes, with its defaults; on the CPU, where computing is in float32.
+
+    `lacking` are libraries that running the model needs and that are not there.
+    """
+
+    def need(command: str, memory: int, disk: int, lacks: Sequence[str] = lacking) -> Need:
+        memory_lacks = machine.available_bytes is not None and memory > machine.available_bytes
+        short = [*["memory"] * memory_lacks, *["disk"] * (disk > machine.free_bytes)]
+        return Need(command, memory, disk, (*lacks, *short))
+
     state = sizes.hidden * _FLOAT32
-    live = _LIBRARIES + _LIVE_STATES * _BATCH_TOKENS * state
-    if not sizes.quantized:
-        for what, nbytes in sizes.outlook.items():
-            memory = _ROUNDING if "quantize" in what else _COPYING
-            yield _need(what, memory, nbytes, machine)
+    running = _LIBRARIES + _LIVE_STATES * BATCH_TOKENS * state
     largest = max(sizes.block, sizes.head)
-    one, two = (2 * _SCORED_TOKENS * state * chains for chains in (1, 2))
-    lacking = [name for name in _MODEL_LIBRARIES if not libraries[name].usable]
-    if not sizes.quantized:
-        yield _need("score", live + largest, one, machine, lacking)
-    yield _need("evaluate", live + largest, one, machine, lacking)
-    if not sizes.quantized:
-        yield _need("evaluate --against", live + 2 * largest, two, machine, lacking)
-        written = sizes.outlook.get("quantize to W4A16", 0) + 4 * _TUNED.samples * _TUNED.seqlen * state
-        yield _need("quantize --method auto-round", sizes.tuning, written, machine, lacking)
-
-
-def _need(command: str, memory: int, disk: int, machine: Machine, lacking: list[str] | None = None) -> Need:
-    lacks = list(lacking or [])
-    if machine.available_bytes is not None and memory > machine.available_bytes:
-        lacks.append("memory")
-    if disk > machine.free_bytes:
-        lacks.append("disk")
-    return Need(command=command, memory_bytes=memory, disk_bytes=disk, lacks=tuple(lacks))
+    states = 2 * _SCORED_TOKENS * state
+    if sizes.outlook is None:
+        yield need("evaluate", running + largest, states)
+        return
+    for what, nbytes in sizes.outlook.items():
+        yield need(what, _ROUNDING if "quantize" in what else _COPYING, nbytes, ())
+    yield need("score", running + largest, states)
+    yield need("evaluate", running + largest, states)
+    yield need("evaluate --against", running + 2 * largest, 2 * states)
+    written = sizes.outlook.get("quantize to W4A16", 0) + 4 * _TUNED.samples * _TUNED.seqlen * state
+    yield need("quantize --method auto-round", sizes.tuning, written)
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
-def _machine(disk: Path, libraries: tuple[Library, ...]) -> Machine:
+def machine_of(disk: Path, torch_version: str) -> Machine:
+    """Look at this machine; `disk`, where outputs would be written, need not exist yet."""
     total, available = _memory()
-    torch = next(each.version for each in libraries if each.name == "torch")
-    devices, unknown = _devices(torch)
+    devices, unknown = _devices(torch_version)
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -362,7 +374,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _devices(torch_version: str) -> tuple[tuple[Device, ...], str]:
+def _devices(torch_version: str) -> tuple[tuple[dict[str, str | int], ...], str]:
     """GPUs that torch sees, or why it cannot be asked."""
     if not torch_version:
         return (), "torch is not installed"
@@ -376,24 +388,6 @@ def _devices(torch_version: str) -> tuple[tuple[Device, ...], str]:
     except (ImportError, OSError, RuntimeError) as e:
         return (), f"torch cannot be asked: {(str(e).splitlines() or [type(e).__name__])[0]}"
     return tuple(
-        Device(name=f"cuda:{number}", model=each.name, memory_bytes=each.total_memory)
+        {"name": f"cuda:{number}", "model": each.name, "memory_bytes": each.total_memory}
         for number, each in enumerate(found)
     ), ""
-
-
-def _library(wanted: tuple[str, str, str, str]) -> Library:
-    name, least, extra, enables = wanted
-    return Library(name=name, version=_version(name), least=least, extra=extra, enables=enables)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 13, 0) of `2.13.0+cpu`."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else ()

@@ -1,36 +1,222 @@
-"""Options that several commands share."""
+"""Options of the command line, as frozen dataclasses: a group of options is declared once, by its fields.
+
+A command is a function that `command` turns into click's: every parameter whose type is a group gives it the options of
+that group, and is handed the object that they make. A field of a group may be a group again. `--help` shows the options
+under the headings of their groups.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
+from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, Inputs, What
 from shardxform.base.sharding import parse_size
-from shardxform.errors import ShardxformError
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import FORMATS, PRESETS, Scheme
+from shardxform.calibration.options import DataOptions
+from shardxform.checkpoint.remote.repository import RepoName, parse_source
+from shardxform.cluster.session import LOCAL, check_address
+from shardxform.errors import SchemeError, ShardxformError
+from shardxform.formats.grid import Grid, ScaleGrid
+from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Scheme
+from shardxform.plan.prune import ViewOptions
+from shardxform.plan.view import MtpMode
 
 __all__ = [
-    "SIZE",
-    "any_source_option",
-    "expert_names_option",
-    "g_idx_option",
-    "json_option",
-    "manifest_option",
+    "DATA",
+    "PATH",
+    "SOURCE",
+    "BatchFlags",
+    "ComputeFlags",
+    "DryFlags",
+    "Flags",
+    "HealFlags",
+    "HealRequest",
+    "HubFlags",
+    "JobFlags",
+    "JsonFlags",
+    "Method",
+    "PruneFlags",
+    "QuietFlags",
+    "RayFlags",
+    "RoundingFlags",
+    "SchemeFlags",
+    "Source",
+    "SpellingFlags",
+    "TextFlags",
+    "TransferFlags",
+    "TuneRequest",
+    "ViewFlags",
+    "WorkFlags",
+    "WriteFlags",
+    "command",
+    "given",
+    "option",
     "out_argument",
-    "read_scheme",
-    "run_options",
-    "scheme_options",
-    "shard_size_option",
+    "refuse_idle",
     "source_argument",
-    "view_options",
 ]
 
+Method = Literal["rtn", "auto-round"]
+Source = Path | RepoName
+
+_FIRST: Final = "Used first"
 _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
+_SEQLEN, _SEED = 2048, 42
+
+
+# -- how groups become options ----------------------------------------------------------------------------------------
+
+
+class Flags:
+    """A group of options: its subclasses are frozen dataclasses whose fields are made by `option`."""
+
+    heading: ClassVar[str] = "Options"
+
+    def __init_subclass__(cls, heading: str = "") -> None:
+        """Show the options of a group under `heading`; where that is not given, under that of the group it extends."""
+        if heading:
+            cls.heading = heading
+
+
+def option(text: str, *spellings: str, default: object = None, first: bool = False, **settings: Any) -> Any:  # noqa: ANN401
+    """Make the field of a group that an option gives.
+
+    Args:
+        text: help.
+        spellings: of the option; `--name-of-the-field` unless one of them begins with two dashes.
+        default: value where the option is not given.
+        first: whether people use it first, so that it stands at the top of the help.
+        settings: further arguments of `click.option`; the kind of value follows from the field's type without them.
+
+    """
+    return field(default=default, metadata={"text": text, "spellings": spellings, "first": first, "settings": settings})
+
+
+class _Option(click.Option):
+    """An option that knows under which heading it is shown."""
+
+    heading: str = Flags.heading
+
+
+class _Command(click.Command):
+    """A command whose help shows options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        last = Flags.heading
+        for parameter in self.get_params(ctx):
+            heading = getattr(parameter, "heading", last)  # --help stands with the last ones
+            last = last if heading == _FIRST else heading
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                sections.setdefault(heading, []).append(record)
+        for heading in sorted(sections, key=lambda heading: heading != _FIRST):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of a function: parameters that are groups of options bring their options along."""
+
+    def make(function: Callable[..., None]) -> click.Command:
+        groups = {key: hint for key, hint in get_type_hints(function).items() if _is_group(hint)}
+        options = [each for group in groups.values() for each in _options(group)]
+        grouped = {each.name for each in options}
+
+        @wraps(function)
+        def run(**values: object) -> None:
+            others = {key: value for key, value in values.items() if key not in grouped}
+            function(**others, **{key: _made(group, values) for key, group in groups.items()})
+
+        made = click.command(name, cls=_Command)(run)
+        made.params += options
+        return made
+
+    return make
+
+
+def _is_group(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Flags)
+
+
+def _made(group: type[Flags], values: Mapping[str, object]) -> Flags:
+    """A group with the values of its options."""
+    hints = get_type_hints(group)
+    names = [each.name for each in _fields(group)]
+    return group(**{name: _made(hints[name], values) if _is_group(hints[name]) else values[name] for name in names})
+
+
+def _fields(group: type[Flags]) -> list[Field[Any]]:
+    """Fields of a group, its own before those that it shares with others."""
+    shared = {name for base in group.__mro__[1:-1] for name in base.__annotations__}
+    return sorted(fields(cast(Any, group)), key=lambda each: each.name in shared)
+
+
+def _options(group: type[Flags]) -> Iterator[_Option]:
+    hints = get_type_hints(group)
+    for each in _fields(group):
+        if _is_group(hints[each.name]):
+            yield from _options(hints[each.name])
+            continue
+        settings = {**_kind(hints[each.name]), **each.metadata["settings"]}
+        if not settings.get("required"):  # a default would do for it
+            settings["default"] = each.default
+        if isinstance(settings["type"], click.IntRange):
+            settings.setdefault("metavar", "N")
+        if each.default not in (None, False, ()):
+            settings.setdefault("show_default", True)
+        made = _Option([each.name, *_spellings(each)], help=each.metadata["text"], **settings)
+        made.heading = _FIRST if each.metadata["first"] else group.heading
+        yield made
+
+
+def _spellings(each: Field[object]) -> tuple[str, ...]:
+    found: tuple[str, ...] = each.metadata["spellings"]
+    if any(spelling.startswith("--") for spelling in found):
+        return found
+    return (f"--{each.name.replace('_', '-')}", *found)
+
+
+def _kind(hint: object) -> dict[str, Any]:
+    """Arguments of `click.option` that follow from the type of a field."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(each for each in get_args(hint) if each is not NoneType)
+    if hint is bool:
+        return {"is_flag": True, "type": bool}
+    if get_origin(hint) is tuple:
+        return {"multiple": True, **_kind(get_args(hint)[0])}
+    if get_origin(hint) is Literal:
+        return {"type": click.Choice(list(get_args(hint)))}
+    return {"type": PATH if hint is Path else hint}
+
+
+def given(group: Flags, *names: str) -> Iterator[str]:
+    """Spellings of the options of a group, or of those fields of it that are named, that were given."""
+    for each in _fields(type(group)):
+        value = getattr(group, each.name)
+        if (not names or each.name in names) and not (value is None or value is False or value in ((), each.default)):
+            yield _spellings(each)[0].partition("/")[0]
+
+
+def refuse_idle(group: Flags, *names: str, wanted: str) -> None:
+    """Refuse options of a group, or those named, that would do nothing: a misunderstanding.
+
+    Raises:
+        SchemeError: says what the first of them is for, which is `wanted`.
+
+    """
+    for spelling in given(group, *names):
+        raise SchemeError(f"{spelling} is for {wanted}")
+
+
+# -- kinds of values --------------------------------------------------------------------------------------------------
 
 
 class _Size(click.ParamType[int]):
@@ -43,156 +229,433 @@ class _Size(click.ParamType[int]):
             self.fail(str(e), param, ctx)
 
 
-SIZE: Final = _Size()
-
-
 class _NamedPath(click.Path):
     """A path; an empty one, such as an unset variable gives, is not the current directory."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         if not str(value):
             self.fail("expected a path, found an empty one", param, ctx)
         return super().convert(value, param, ctx)
 
 
-_PATH: Final = _NamedPath(path_type=Path)
+class _Source(click.ParamType[Source]):
+    """A folder, or `owner/name[@revision]` with or without `hf://` before it."""
 
-source_argument = click.argument("source", metavar="SRC", type=_PATH)
-out_argument = click.argument("out", metavar="OUT", type=_PATH)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-manifest_option = click.option(
-    "--manifest", "-m", metavar="FILE", type=_PATH, help="Experts to keep, in any of the forms that manifests/ lists."
-)
-any_source_option = click.option(
-    "--any-source",
-    is_flag=True,
-    help="Prune by a manifest that was chosen on another checkpoint, such as the model that SRC was tuned from.",
-)
+    name = "source"
 
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Source:
+        text = str(value)
+        if not text:
+            self.fail("expected a path or owner/name, found an empty one", param, ctx)
+        try:
+            return parse_source(text)
+        except ShardxformError as e:
+            self.fail(str(e), param, ctx)
 
-expert_names_option = click.option(
-    "--expert-names",
-    type=click.Choice(["split", "fused-indexed"]),
-    default="split",
-    show_default=True,
-    help="split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
-)
-g_idx_option = click.option(
-    "--g-idx", is_flag=True, help="Also write the identity g_idx, which llama.cpp wants of gptq."
-)
-shard_size_option = click.option(
-    "--max-shard-size",
-    type=SIZE,
-    default="5GB",
-    show_default=True,
-    help="Most tensor data in one shard, in decimal units.",
-)
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Have the shell complete names of folders; of the hub's repositories nothing is known here."""
+        return [CompletionItem(incomplete, type="dir")]
 
 
-def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that decide which weights are rounded, to what, and how clients find them; see `read_scheme`."""
-    for option in (
-        click.option(
-            "--quantize",
-            metavar="PATTERN",
-            multiple=True,
-            help="Quantize modules that match although they would stay as they are; repeatable.",
-        ),
-        click.option(
-            "--keep-16bit", metavar="PATTERN", multiple=True, help="Leave modules that match as they are; repeatable."
-        ),
-        g_idx_option,
-        expert_names_option,
-        click.option(
-            "--scale-grid",
-            type=click.Choice(["fp16", "bf16"]),
-            default="bf16",
-            show_default=True,
-            help="bf16: scales exact in bfloat16 and float16, so that every client computes the same; fp16: "
-            "auto-round's.",
-        ),
-        click.option(
-            "--format",
-            type=click.Choice(list(FORMATS)),
-            default="auto-round",
-            show_default=True,
-            help="How clients find the weights.",
-        ),
-        click.option(
-            "--search/--no-search",
-            default=None,
-            help="Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: "
-            "with auto-round, as its start]",
-        ),
-        click.option(
-            "--group-size",
-            type=click.Choice(["128", "64", "32", "-1"]),
-            default="128",
-            show_default=True,
-            help="Input columns that share a scale; -1 for one scale per row.",
-        ),
-        click.option(
-            "--scheme",
-            type=click.Choice(list(PRESETS)),
-            default="W4A16",
-            show_default=True,
-            help="Bits of the weights.",
-        ),
-    ):
-        function = option(function)
-    return function
+class _Data(click.types.StringParamType):
+    """A file, a folder or a data set of the hub, as it is given; the shell completes the former two."""
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Have the shell complete names of files and folders."""
+        return [CompletionItem(incomplete, type="file")]
 
 
-def read_scheme(given: dict[str, Any], *, tuned: bool) -> Scheme:
-    """Take the options of the scheme out of `given`; `tuned` rounding starts from searched scales by default."""
-    search = given.pop("search")
-    grid = Grid(
-        bits=PRESETS[given.pop("scheme")],
-        group_size=int(given.pop("group_size")),
-        scale_grid=given.pop("scale_grid"),
-        search=tuned if search is None else search,
+class _Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
+        return value if isinstance(value, tuple) else tuple(name.strip() for name in str(value).split(","))
+
+
+class _Healed(click.Choice[str]):
+    """What to heal; the value may be left out, so a path that follows the option is taken for it."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            named = ", ".join(map(str, self.choices))
+            self.fail(f"{value!r} is none of {named}: put --heal after SRC and OUT, or write --heal=auto", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Blocks(click.ParamType[range]):
+    """`0-9` or `7`: decoder blocks, the last one included."""
+
+    name = "blocks"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        first, _, last = str(value).partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            self.fail(f"expected decoder blocks such as 0-9, found {value!r}", param, ctx)
+        return range(int(first), int(last or first) + 1)
+
+
+class _Address(click.ParamType[str]):
+    """What `--ray` may be followed by; anything else was meant to be an argument."""
+
+    name = "address"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return check_address(str(value))
+        except ShardxformError as e:
+            self.fail(str(e).removeprefix("`ray`: "), param, ctx)
+
+
+PATH: Final = _NamedPath(path_type=Path)
+SOURCE: Final = _Source()
+DATA: Final = _Data()
+_SIZE: Final = _Size()
+_AT_LEAST_1: Final = click.IntRange(1)
+_AT_LEAST_2: Final = click.IntRange(2)
+
+source_argument = click.argument("source", metavar="SRC", type=SOURCE)
+out_argument = click.argument("out", metavar="OUT", type=PATH)
+
+
+# -- what an output holds, and how it is stored -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneFlags(Flags, heading="What OUT holds"):
+    """By which manifest experts are taken out."""
+
+    manifest: Path | None = option(
+        "Experts to keep, in any of the forms that manifests/ lists.", "-m", metavar="FILE", first=True
     )
-    names = ("format", "expert_names", "g_idx", "keep_16bit", "quantize")
-    return Scheme(grid=grid, **{name: given.pop(name) for name in names})
+    any_source: bool = option(
+        "Prune by a manifest that was chosen on another checkpoint, such as the model that SRC was tuned from.",
+        default=False,
+    )
 
 
-def view_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that decide which tensors an output holds, and in which shards."""
-    for option in (
-        shard_size_option,
-        click.option(
-            "--mtp",
-            type=click.Choice(["auto", "keep", "drop"]),
-            default="auto",
-            show_default=True,
-            help="Multi-token-prediction layers: keep prunes them by the manifest's mtp_keep, drop removes them, "
-            "auto keeps them when that list is there or nothing is pruned.",
-        ),
-        click.option("--text-only", is_flag=True, help="Drop the vision tower and write the text-only class."),
-    ):
-        function = option(function)
-    return function
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewFlags(Flags, heading="What OUT holds"):
+    """Which tensors an output holds beside the experts."""
+
+    text_only: bool = option("Drop the vision tower and write the text-only class.", default=False)
+    mtp: MtpMode = option(
+        "Multi-token-prediction layers: keep prunes them by the manifest's mtp_keep, drop removes them, "
+        "auto keeps them when that list is there or nothing is pruned.",
+        default="auto",
+    )
+
+    def view(self, max_shard_bytes: int) -> ViewOptions:
+        """What the library calls it, with shards of at most this many bytes."""
+        return ViewOptions(text_only=self.text_only, mtp=self.mtp, max_shard_bytes=max_shard_bytes)
 
 
-def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that every command that writes has; none of them changes a byte of the output."""
-    for option in (
-        click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
-        json_option,
-        click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written."),
-        click.option(
-            "--force",
-            is_flag=True,
-            help="Start over in an OUT that shardxform made from other inputs. Never touches files it did not write.",
-        ),
-        click.option(
-            "--jobs",
-            "-j",
-            type=click.IntRange(1, 64),
-            default=_DEFAULT_JOBS,
-            show_default=True,
-            help="Steps at a time; the bytes are the same.",
-        ),
-    ):
-        function = option(function)
-    return function
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpellingFlags(Flags, heading="How weights are stored"):
+    """How the parts of quantized experts are called."""
+
+    expert_names: ExpertNames = option(
+        "split: experts.{id}.gate_proj; fused-indexed: experts.gate_up_proj.{id}, which current clients refuse.",
+        default="split",
+    )
+    g_idx: bool = option("Also write the identity g_idx, which llama.cpp wants of gptq.", default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeFlags(SpellingFlags):
+    """Which weights are rounded, to what, and how clients find them."""
+
+    scheme: Literal["W4A16", "W8A16"] = option("Bits of the weights.", default="W4A16", first=True)
+    format: Format = option("How clients find the weights.", default="auto-round", first=True)
+    group_size: Literal["128", "64", "32", "-1"] = option(
+        "Input columns that share a scale; -1 for one scale per row.", default="128"
+    )
+    search: bool | None = option(
+        "Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: "
+        "with auto-round, as its start]",
+        "--search/--no-search",
+    )
+    scale_grid: ScaleGrid = option(
+        "bf16: scales exact in bfloat16 and float16, so that every client computes the same; fp16: auto-round's.",
+        default="bf16",
+    )
+    keep_16bit: tuple[str, ...] = option(
+        "Leave modules that match as they are; repeatable.", default=(), metavar="PATTERN"
+    )
+    also_quantize: tuple[str, ...] = option(
+        "Quantize modules that match although they would stay as they are; repeatable.", default=(), metavar="PATTERN"
+    )
+
+    def read(self, *, tuned: bool) -> Scheme:
+        """The scheme; `tuned` rounding starts from searched scales unless told otherwise."""
+        grid = Grid(
+            bits=PRESETS[self.scheme],
+            group_size=int(self.group_size),
+            scale_grid=self.scale_grid,
+            search=tuned if self.search is None else self.search,
+        )
+        return Scheme(
+            grid=grid,
+            format=self.format,
+            expert_names=self.expert_names,
+            g_idx=self.g_idx,
+            keep_16bit=self.keep_16bit,
+            quantize=self.also_quantize,
+        )
+
+
+# -- what is tuned, and on which text ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealFlags(Flags, heading="Healing"):
+    """How pruned blocks are made to do what the unpruned ones did."""
+
+    heal: What | None = option(
+        "After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
+        "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.  "
+        "[alone: auto; then put it after SRC and OUT, or write --heal=auto]",
+        type=_Healed(list(get_args(What))),
+        is_flag=False,
+        flag_value="auto",
+        first=True,
+    )
+    heal_iters: int | None = option(f"Steps of healing a block.  [default: {HEAL_ITERS}]", type=click.IntRange(0))
+    heal_lr: float | None = option(
+        "First step of healing, as a part of a weight matrix's root mean square.  [default: by the amount of data, and "
+        "tried]",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="R",
+    )
+
+    def read(self, batch_size: int | None) -> Heal | None:
+        """What to heal; None without --heal, and with --heal-iters 0, which leaves blocks as they were pruned.
+
+        Raises:
+            SchemeError: options of healing without --heal.
+
+        """
+        if self.heal is None:
+            refuse_idle(self, wanted="--heal")
+        if self.heal is None or self.heal_iters == 0:
+            return None
+        iters = HEAL_ITERS if self.heal_iters is None else self.heal_iters
+        return Heal(what=self.heal, iters=iters, lr=self.heal_lr, batch_size=batch_size or BATCH_SIZE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFlags(Flags, heading="Tuning"):
+    """How many windows a step of healing or tuning sees."""
+
+    batch_size: int | None = option(f"Windows of a step.  [default: {BATCH_SIZE}]", type=_AT_LEAST_1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundingFlags(BatchFlags):
+    """How weights are rounded."""
+
+    method: Method = option(
+        "rtn: round to nearest, without data. auto-round: tune the rounding of each block on calibration data, --data.",
+        default="rtn",
+        first=True,
+    )
+    iters: int | None = option(f"Steps a block.  [default: {ITERS}]", type=_AT_LEAST_1)
+    inputs: Inputs | None = option(
+        "Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
+        "blocks independent.  [default: quantized]",
+    )
+    blocks: range | None = option(
+        "Tune these decoder blocks only, such as 0-9, and others elsewhere; needs --inputs fp.", type=_Blocks()
+    )
+    merge: tuple[Path, ...] = option(
+        "Take over the blocks that the same command with --blocks has tuned in PART; repeatable.",
+        default=(),
+        metavar="PART",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFlags(Flags, heading="Text"):
+    """Which text, and how it is cut into windows."""
+
+    usual_samples: ClassVar[int] = 256
+
+    data: str | None = option(
+        "Text: .jsonl, .json, .txt, .md or .parquet file, a directory of them, or a hub data set owner/name.",
+        metavar="D",
+        type=DATA,
+        first=True,
+    )
+    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=_AT_LEAST_1)
+    seqlen: int | None = option(f"Tokens of a window.  [default: {_SEQLEN}]", type=_AT_LEAST_2)
+    seed: int | None = option(f"Where data are sampled.  [default: {_SEED}]", type=click.IntRange(0))
+    no_pack: bool = option(
+        "One document a window, cut at --seqlen, shorter ones passed over, in an order that --seed gives.",
+        default=False,
+    )
+    chat_template: bool = option("Documents are conversations: render the chat template.", default=False)
+    text_key: str | None = option("Field or column of the documents.  [default: text]", metavar="KEY")
+    text_sources: tuple[str, ...] | None = option(
+        "Take only the documents whose field `source` is one of these.  [default: all]",
+        metavar="NAME[,NAME]",
+        type=_Names(),
+        multiple=False,
+    )
+
+    def read(self) -> DataOptions:
+        """What the library calls it; the text must be named.
+
+        Raises:
+            PlanError: numbers that no data could satisfy.
+
+        """
+        return DataOptions(
+            data=self.data or "",
+            samples=self.samples or self.usual_samples,
+            seqlen=self.seqlen or _SEQLEN,
+            seed=_SEED if self.seed is None else self.seed,
+            pack=not self.no_pack,
+            chat_template=self.chat_template,
+            text_key=self.text_key or "",
+            sources=self.text_sources or (),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningTextFlags(TextFlags):
+    """The text that blocks are healed and tuned on."""
+
+    usual_samples: ClassVar[int] = 128  # auto-round's
+
+    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=_AT_LEAST_1)
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeFlags(Flags, heading="Machine"):
+    """Where and in what type numbers are computed."""
+
+    device: str = option(
+        "Where the model is computed, and weights are rounded, to the same bits everywhere: cpu, or a torch device "
+        "such as cuda:0.",
+        default="cpu",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] | None = option(
+        "Of the computation; auto: float32 on the CPU, bfloat16 elsewhere, and for healing and tuning on a CPU that "
+        "has instructions for it.  [default: auto]",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFlags(Flags, heading="Machine"):
+    """How much is done at a time."""
+
+    jobs: int | None = option(
+        f"Steps at a time; the bytes are the same.  [default: {_DEFAULT_JOBS}]", "-j", type=click.IntRange(1, 64)
+    )
+
+    @property
+    def count(self) -> int:
+        """How many, whether given or not."""
+        return self.jobs or _DEFAULT_JOBS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFlags(Flags, heading="Machine"):
+    """How a repository of the hub is read."""
+
+    connections: int | None = option(
+        "Requests at a time to the hub, where a checkpoint is there.  [default: 4]", type=click.IntRange(1, 64)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFlags(HubFlags):
+    """How a repository of the hub is read by a command that runs the model."""
+
+    cache_limit: int | None = option(
+        "Most disk that what was fetched of the hub takes while the model is run; what is only copied or rounded "
+        "takes none.  [default: 10GB]",
+        type=_SIZE,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayFlags(Flags, heading="Machine"):
+    """On which machines steps are done."""
+
+    ray: str | None = option(
+        "Do the steps on a Ray cluster: at HOST:PORT; auto, the one that this machine belongs to; by itself, one of "
+        "this machine alone. All machines share the file system of SRC and OUT. The bytes are the same.",
+        metavar="[HOST:PORT|auto]",
+        is_flag=False,
+        flag_value=LOCAL,
+        type=_Address(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkFlags(Flags, heading="Machine"):
+    """Where hidden states lie."""
+
+    work: Path | None = option("Directory for hidden states while the command runs; removed at its end.", metavar="DIR")
+
+
+# -- what several commands take together ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealRequest(Flags):
+    """What is asked of a command that heals."""
+
+    rounding: BatchFlags
+    healing: HealFlags
+    text: TuningTextFlags
+    computation: ComputeFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRequest(HealRequest):
+    """What is asked of a command that tunes the rounding too."""
+
+    rounding: RoundingFlags
+
+
+# -- what is printed and written --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonFlags(Flags, heading="Output"):
+    """How the result is printed."""
+
+    as_json: bool = option("Print the result as JSON on stdout.", "--json", default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuietFlags(JsonFlags):
+    """Output of a command that shows progress."""
+
+    quiet: bool = option("No progress on stderr.", "-q", default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryFlags(QuietFlags):
+    """Output of a command that takes long, or writes."""
+
+    dry_run: bool = option("Say what would be done and what it takes; nothing is written.", default=False, first=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteFlags(DryFlags):
+    """Output of a command that writes a checkpoint."""
+
+    force: bool = option(
+        "Start over in an OUT that shardxform made from other inputs. Never touches files it did not write.",
+        default=False,
+    )
+    max_shard_size: int = option("Most tensor data in one shard, in decimal units.", default="5GB", type=_SIZE)

@@ -19,7 +19,7 @@ from shardxform.calibration.options import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cluster.worker import (
     Outcome,
-    Place,
+    StepPlace,
     ignore,
     opened_targets,
     refuse_other_source,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
     from shardxform.tuning.session import Tuner
 
-__all__ = ["BlockTuning", "make_states", "precision_of", "tune_block"]
+__all__ = ["BlockTuning", "do_block", "make_states", "precision_of"]
 
 _WIDTHS: Final = {"float32": 4, "bfloat16": 2}
 
@@ -53,7 +53,7 @@ class BlockTuning:
 
     """
 
-    place: Place
+    place: StepPlace
     view: Checkpoint
     windows: Windows
     hidden: int
@@ -105,7 +105,7 @@ def make_states(wanted: Mapping[str, str], tuning: bytes, number: int, before: O
 
 
 @reporting
-def tune_block(
+def do_block(
     wanted: Mapping[str, str],
     tuning: bytes,
     step: bytes,
@@ -158,5 +158,5 @@ def precision_of(device: str, dtype: str) -> Precision:
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as e:
-        raise ExecutionError(f"worker on {socket.gethostname()}: --device {device}: {str(e).splitlines()[0]}") from e
+        raise ExecutionError(f"worker on {socket.gethostname()}: `device` {device}: {str(e).splitlines()[0]}") from e
     return Precision(torch.device(device), getattr(torch, dtype))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.digests import Chunks
 from shardxform.cluster.session import Needs, Session
-from shardxform.cluster.worker import Place, do_step
+from shardxform.cluster.worker import StepPlace, do_step
 from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution.output import Output
 from shardxform.execution.steps import Facts
@@ -21,6 +21,7 @@ from shardxform.plan.plan import Copy, Plan, Step, tokens_of
 
 if TYPE_CHECKING:
     from shardxform.cluster.blocks import BlockTuning
+    from shardxform.plan.steps import TuneBlock
 
 __all__ = ["RayPool", "needs_of", "refuse_remote"]
 
@@ -35,7 +36,7 @@ def refuse_remote(origin: str, remote: object) -> None:
 
     """
     if remote:
-        raise PlanError(f"--ray: {origin} is on the hub; expected a folder that all machines of the cluster share")
+        raise PlanError(f"`ray`: {origin} is on the hub; expected a folder that all machines of the cluster share")
 
 
 def needs_of(step: Step, device: str = "cpu") -> Needs:
@@ -73,7 +74,7 @@ class RayPool:
         refuse_remote(output.plan.origin, output.plan.remote)
         self._session.open()
         self._chunks = output.plan.chunks
-        self._place = pickle.dumps(Place.of(output.plan, output.root, self._device))
+        self._place = pickle.dumps(StepPlace.of(output.plan, output.root, self._device))
         self._largest = largest_of(output.plan, self._device)
         self._session.refuse_too_large(self._largest)
         if self._tuning:
@@ -89,20 +90,20 @@ class RayPool:
         """Have a step done by some worker."""
         needs = needs_of(step, self._device)
         if tokens_of(step):
-            return self._session.future(self._submit_block(step, needs))
+            return self._session.future(self._submit_block(cast("TuneBlock", step), needs))
         return self._session.future(self._session.submit(do_step, needs, self._wanted, self._place, self._packed(step)))
 
     def stop(self) -> None:
         """Cancel what is not done."""
         self._session.stop()
 
-    def _submit_block(self, step: Any, needs: Needs) -> Any:  # noqa: ANN401
-        from shardxform.cluster.blocks import tune_block
+    def _submit_block(self, step: TuneBlock, needs: Needs) -> Any:  # noqa: ANN401
+        from shardxform.cluster.blocks import do_block
 
         if self._tuning is None:
             raise ExecutionError("the plan tunes blocks, but the pool has nothing to tune them with")
         states = (self._made(number, needs) for number in (step.layer, step.layer + 1))
-        return self._session.submit(tune_block, needs, self._wanted, self._tuned_with, self._packed(step), *states)
+        return self._session.submit(do_block, needs, self._wanted, self._tuned_with, self._packed(step), *states)
 
     def _packed(self, step: Step) -> bytes:
         """A step as it is handed over, with the chunks that it writes."""

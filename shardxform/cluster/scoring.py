@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform.base import computing, interrupts
-from shardxform.base.completions import Completions
-from shardxform.base.file_system import FileSystem
+from shardxform.base.file_system import FileSystem, write_new
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
 from shardxform.base.sharding import show_size
-from shardxform.base.small_files import write_new
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.calibration.options import Windows
 from shardxform.checkpoint.table import Checkpoint
@@ -39,8 +38,7 @@ from shardxform.cluster.worker import refuse_other_source, refuse_other_version,
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
 from shardxform.experts import Saliency
 from shardxform.experts.scoring import ScoreOptions, remove_work, run_facts, score, score_inputs
-from shardxform.forward.estimate import estimate
-from shardxform.forward.passes import BATCH_TOKENS
+from shardxform.forward.passes import BATCH_TOKENS, estimate
 from shardxform.forward.work import refuse_inside, refuse_other_work
 
 __all__ = ["remove_split", "score_part", "score_split"]
@@ -54,7 +52,7 @@ _LOOK: Final = 2.0  # seconds between looks at what the parts have done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class WindowPart:
     """What a worker is to score.
 
     Attributes:
@@ -81,7 +79,7 @@ class Part:
     @property
     def tokens(self) -> int:
         """Valid tokens of the windows."""
-        return int(self.windows.lengths_N.sum())
+        return self.windows.ids_NT.size
 
 
 # -- on a worker ------------------------------------------------------------------------------------------------------
@@ -97,7 +95,7 @@ def score_part(wanted: Mapping[str, str], part: bytes) -> bytes:
 
     """
     refuse_other_version(wanted)
-    given: Part = pickle.loads(part)  # noqa: S301 - the driver's own
+    given: WindowPart = pickle.loads(part)  # noqa: S301 - the driver's own
     if _mark(_split(given.work.parent).get("inputs", {})) != given.mark:
         raise ExecutionError(f"{given.work.parent}: not there; it must lie on a file system that all machines share")
     planned = {shard.name: [shard.nbytes, shard.header_sha256] for shard in given.source.shards}
@@ -159,21 +157,21 @@ def remove_split(source: Checkpoint, windows: Windows, options: ScoreOptions) ->
         fs.rmdir(options.work)
 
 
-def _remove_work(part: Part, options: ScoreOptions) -> None:
+def _remove_work(part: WindowPart, options: ScoreOptions) -> None:
     remove_work(part.source, part.windows, ScoreOptions(precision=options.precision, work=part.work))
 
 
 class _Split:
     """One run over the parts that are not done."""
 
-    def __init__(self, session: Session, options: ScoreOptions, parts: list[Part], blocks: int) -> None:
+    def __init__(self, session: Session, options: ScoreOptions, parts: list[WindowPart], blocks: int) -> None:
         self._session, self._options, self._parts, self._blocks = session, options, parts, blocks
         self._looked = 0.0
 
     def run(self, needs: Needs) -> list[Saliency]:
         wanted = computing.shared(str(self._options.precision.device))
         todo = [part for part in self._parts if not part.result.exists()]
-        under_way: Completions[bytes, Part] = Completions()
+        under_way: Completions[bytes, WindowPart] = Completions()
         with interrupts.deferred():
             try:
                 for part in todo:
@@ -195,7 +193,7 @@ class _Split:
                 raise
         return [Saliency.load(part.result) for part in self._parts]
 
-    def _save(self, finished: Collection[Future[bytes]], pending: dict[Future[bytes], Part]) -> None:
+    def _save(self, finished: Collection[Future[bytes]], pending: dict[Future[bytes], WindowPart]) -> None:
         for future in finished:
             part = pending.pop(future)
             write_new(part.result, future.result())
@@ -211,7 +209,7 @@ class _Split:
         self._options.on_progress(Progress(done, total, 0, "tokens"))
 
 
-def _blocks_done(part: Part, blocks: int) -> int:
+def _blocks_done(part: WindowPart, blocks: int) -> int:
     if part.result.exists():
         return blocks
     try:
@@ -221,7 +219,7 @@ def _blocks_done(part: Part, blocks: int) -> int:
     return sum(name.startswith("block ") for name in steps)
 
 
-def _mark(inputs: Mapping[str, Any]) -> str:
+def _mark(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(dumps(inputs).encode()).hexdigest()
 
 
@@ -234,7 +232,7 @@ def _split(work: Path) -> dict[str, Any]:
     return record if record.get("format") == _FORMAT else {}
 
 
-def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: int) -> list[Part]:
+def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: int) -> list[WindowPart]:
     """Cut the windows, or find how they were cut when the work began."""
     inputs, record = score_inputs(source, windows, options), _split(options.work)
     if not record:
@@ -243,7 +241,7 @@ def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: i
     refuse_other_work(options.work, record.get("inputs"), inputs)
     root, work = (Path(os.path.abspath(path)) for path in (source.root, options.work))
     return [
-        Part(
+        WindowPart(
             source=replace(source, root=root),
             windows=_slice(windows, start, stop),
             work=work / f"part-{number:04d}",
@@ -251,24 +249,24 @@ def _parts(source: Checkpoint, windows: Windows, options: ScoreOptions, slots: i
             device=str(options.precision.device),
             dtype=str(options.precision.dtype).removeprefix("torch."),
         )
-        for number, (start, stop) in enumerate(_bounds(record.get("parts"), options.work, len(windows.lengths_N)))
+        for number, (start, stop) in enumerate(_bounds(record.get("parts"), options.work, len(windows.ids_NT)))
     ]
 
 
-def _bounds(found: Any, work: Path, count: int) -> list[tuple[int, int]]:  # noqa: ANN401
+def _bounds(found: object, work: Path, count: int) -> list[tuple[int, int]]:
     """How the windows were cut, as the record has it.
 
     Raises:
         ResumeError: the record does not cut all windows, each once: somebody changed it.
 
     """
-    at, bounds = 0, []
-    for part in found if isinstance(found, list) else ():
+    at, bounds, parts = 0, [], found if isinstance(found, list) else []
+    for part in parts:
         if not (isinstance(part, list) and len(part) == 2 and part[0] == at and type(part[1]) is int and part[1] > at):
             break
         bounds.append((at, part[1]))
         at = part[1]
-    if at != count or len(bounds) != len(found):
+    if at != count or len(bounds) != len(parts):
         raise ResumeError(f"{work / _SPLIT}: expected parts that cut {count} windows, found others; remove {work}")
     return bounds
 
@@ -286,8 +284,7 @@ def _cut(windows: Windows, parts: int) -> Iterator[range]:
 
 def _slice(windows: Windows, start: int, stop: int) -> Windows:
     mark = hashlib.sha256(f"{windows.fingerprint} {start}:{stop}".encode()).hexdigest()
-    ids_NT, lengths_N = windows.ids_NT[start:stop], windows.lengths_N[start:stop]
-    return replace(windows, ids_NT=ids_NT, lengths_N=lengths_N, fingerprint=mark, notes=(), rows=())
+    return replace(windows, ids_NT=windows.ids_NT[start:stop], fingerprint=mark, notes=(), rows=())
 
 
 @contextlib.contextmanager
@@ -302,7 +299,7 @@ def _entered(work: Path) -> Iterator[None]:
         raise OutputError(f"{work}: expected a work directory or nothing, found something else")
     for entry in os.scandir(work) if work.is_dir() else ():
         if entry.name == "progress.json":
-            raise ResumeError(f"{work}: holds unfinished work of a run without --ray; go on without it, or remove it")
+            raise ResumeError(f"{work}: holds unfinished work of a run without `ray`; go on without it, or remove it")
         if not _OURS.fullmatch(entry.name):
             raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
     fs = FileSystem()

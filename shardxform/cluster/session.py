@@ -18,9 +18,12 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.errors import ExecutionError, PlanError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 __all__ = ["LOCAL", "Needs", "Session", "check_address"]
 
@@ -65,7 +68,7 @@ def check_address(text: str) -> str:
     """
     if text in (LOCAL, _RUNNING) or _ADDRESS.fullmatch(text):
         return text
-    raise PlanError(f"--ray: expected HOST:PORT, {_RUNNING} or nothing, found {text!r}")
+    raise PlanError(f"`ray`: expected HOST:PORT, {_RUNNING} or nothing, found {text!r}")
 
 
 class Session:
@@ -97,7 +100,7 @@ class Session:
         if self._ray is not None:
             return
         if find_spec("ray") is None:
-            raise PlanError("--ray needs ray: pip install 'shardxform[ray]'")
+            raise PlanError("`ray` needs ray: pip install 'shardxform[ray]'")
         _refuse_silent(self.address)
         os.environ.setdefault(_NO_HANDLER, "1")  # of its core, which prints a stack; looked at when it is imported
         import ray
@@ -107,7 +110,7 @@ class Session:
         with contextlib.suppress(AttributeError):
             private._private.worker._worker_logs_enabled = False
         if ray.is_initialized():
-            raise ExecutionError("--ray: this process is connected to Ray already: run ray.shutdown() first")
+            raise ExecutionError("`ray`: this process is connected to Ray already: run ray.shutdown() first")
         self._init(ray)
         self._ray = ray
 
@@ -120,9 +123,9 @@ class Session:
                 ray.init(self.address, **options)
         except Exception as e:  # whatever it is: no address, no right, another version of Ray or of Python
             if self.address == LOCAL:
-                raise ExecutionError(f"--ray: cannot start Ray here: {_first_line(e)}") from e
+                raise ExecutionError(f"`ray`: cannot start Ray here: {_first_line(e)}") from e
             raise ExecutionError(
-                f"--ray: no Ray cluster answers at {self.address}, or it wants a token (RAY_AUTH_MODE=token):"
+                f"`ray`: no Ray cluster answers at {self.address}, or it wants a token (RAY_AUTH_MODE=token):"
                 f" {_first_line(e)}"
             ) from e
 
@@ -144,7 +147,7 @@ class Session:
         nodes = self._machines()
         largest = {key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in ("CPU", "GPU", "memory")}
         raise ExecutionError(
-            f"--ray: a step takes {_show(needs.cpus, needs.gpus, needs.memory)}; of {len(nodes)} machines no one has"
+            f"`ray`: a step takes {_show(needs.cpus, needs.gpus, needs.memory)}; of {len(nodes)} machines no one has"
             f" that, the most there is are {_show(largest['CPU'], largest['GPU'], largest['memory'])}"
         )
 
@@ -161,7 +164,7 @@ class Session:
         """Give the cluster what many tasks take: a reference that stands for it among their arguments."""
         return self._ray.put(value)
 
-    def submit(self, function: Callable[..., Any], needs: Needs, *args: Any) -> Any:  # noqa: ANN401
+    def submit(self, function: Callable[..., Any], needs: Needs, *args: object) -> Any:  # noqa: ANN401
         """Have a `worker.reporting` function run: a reference, which may be an argument of other tasks.
 
         It is run again when the worker or its machine dies, and never for an error of its own.
@@ -171,7 +174,7 @@ class Session:
         options = {**needs.options(), "max_retries": _TRIES, "retry_exceptions": False}
         return self._functions[function].options(**options).remote(*args)
 
-    def future(self, ref: Any) -> Future[Any]:  # noqa: ANN401
+    def future(self, ref: ObjectRef[object]) -> Future[Any]:
         """The result of what was submitted, or its error, or what befell the worker as an `ExecutionError`."""
         future: Future[Any] = Future()
         self._refs[future] = ref
@@ -208,11 +211,11 @@ class Session:
         if isinstance(error, task_error) and not isinstance(cause, theirs):
             if _UNIMPORTED in str(error):
                 return ExecutionError(
-                    "--ray: a worker has no shardxform, or another: install the same on every machine"
+                    "`ray`: a worker has no shardxform, or another: install the same on every machine"
                 )
             return error
         return ExecutionError(
-            f"--ray: a worker failed for good, after {_TRIES} more tries: {type(cause or error).__name__}:"
+            f"`ray`: a worker failed for good, after {_TRIES} more tries: {type(cause or error).__name__}:"
             f" {_first_line(cause or error)}; finished steps are safe, run the same command again to go on"
         )
 
@@ -235,7 +238,7 @@ def _refuse_silent(address: str) -> None:
         socket.create_connection((found["host"].strip("[]"), int(found["port"])), _REACHED_WITHIN).close()
     except (OSError, OverflowError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise ExecutionError(f"--ray: no Ray cluster answers at {address}: {reason}") from e
+        raise ExecutionError(f"`ray`: no Ray cluster answers at {address}: {reason}") from e
 
 
 @contextlib.contextmanager

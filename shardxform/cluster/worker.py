@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from shardxform.base import computing
 from shardxform.base.digests import FACT, Chunk, digest_chunks
@@ -25,13 +25,13 @@ from shardxform.base.readers import FolderReader
 from shardxform.checkpoint.record import Record, read_record
 from shardxform.checkpoint.table import Folder
 from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
-from shardxform.execution.outdir import PARTIAL, PLAN, WORK, states_of
+from shardxform.execution.output import PARTIAL, PLAN, WORK, states_of
 from shardxform.execution.steps import Facts, OpenTargets, executor
 from shardxform.plan.plan import Plan, Step
 
 __all__ = [
     "Outcome",
-    "Place",
+    "StepPlace",
     "do_step",
     "ignore",
     "opened_targets",
@@ -78,7 +78,7 @@ def refuse_other_version(wanted: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class StepPlace:
     """Where a step reads and writes, and what plan it is of.
 
     Attributes:
@@ -96,7 +96,7 @@ class Place:
     device: str = "cpu"
 
     @classmethod
-    def of(cls, plan: Plan, out: Path, device: str) -> Place:
+    def of(cls, plan: Plan, out: Path, device: str) -> StepPlace:
         """Where the steps of a plan are done."""
         source = Path(os.path.abspath(plan.source))
         shards = tuple(shard.name for shard in plan.shards)
@@ -140,7 +140,7 @@ def do_step(wanted: Mapping[str, str], place: bytes, step: bytes) -> Facts:
 
     Args:
         wanted: see `refuse_other_version`.
-        place: a pickled `Place`.
+        place: a pickled `StepPlace`.
         step: a pickled step, and the chunks that it writes.
 
     Raises:
@@ -152,7 +152,7 @@ def do_step(wanted: Mapping[str, str], place: bytes, step: bytes) -> Facts:
     return _do(pickle.loads(place), *pickle.loads(step))  # noqa: S301 - the driver's own
 
 
-def _do(place: Place, step: Step, chunks: Sequence[Chunk]) -> Facts:
+def _do(place: StepPlace, step: Step, chunks: Sequence[Chunk]) -> Facts:
     fs = FileSystem()
     with (
         opened_targets(place, step, fs) as targets,
@@ -162,17 +162,17 @@ def _do(place: Place, step: Step, chunks: Sequence[Chunk]) -> Facts:
     return with_digests(facts, place, chunks, fs)
 
 
-def with_digests(facts: Facts, place: Place, chunks: Sequence[Chunk], fs: FileSystem) -> Facts:
+def with_digests(facts: Facts, place: StepPlace, chunks: Sequence[Chunk], fs: FileSystem) -> Facts:
     """Facts of a step that is durable, and the digests of what it wrote, read past the page cache."""
     return {**facts, FACT: digest_chunks(chunks, place.partial, fs, direct=True)}
 
 
 @contextlib.contextmanager
-def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTargets]:
+def opened_targets(place: StepPlace, step: Step, fs: FileSystem) -> Iterator[OpenTargets]:
     """Open what a step writes; durable when the block ends without an error.
 
     Raises:
-        ExecutionError: see `Place.record` and `refuse_other_source`.
+        ExecutionError: see `StepPlace.record` and `refuse_other_source`.
 
     """
     place.record()
@@ -186,7 +186,7 @@ def opened_targets(place: Place, step: Step, fs: FileSystem) -> Iterator[OpenTar
         targets.sync(step.writes)
 
 
-def refuse_other_source(root: Path, planned: Mapping[str, Sequence[Any]], names: Iterable[str]) -> None:
+def refuse_other_source(root: Path, planned: Mapping[str, Sequence[object]], names: Iterable[str]) -> None:
     """Refuse shards that have not the size and the SHA-256 of the header in `planned`, by name.
 
     Raises:

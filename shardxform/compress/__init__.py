@@ -1,8 +1,9 @@
 """The whole way in one call: score, select, prune and quantize in one pass, verify, evaluate.
 
-    from shardxform.compress import Pruning, Request, Settings, compress, prepare
+    from shardxform.compress import CompressOptions, Pruning, Request, compress, plan_compress
 
-    outcome = compress(prepare(Request(source=..., out=..., pruning=Pruning(keep=128), ...)), Settings())
+    request = Request(source=..., out=..., pruning=Pruning(keep=128), ...)
+    outcome = compress(plan_compress(request), CompressOptions())
 
 Every stage is a call of the library that can be made by itself, and gives the same bytes. What a stage gave lies in
 OUT.compress with a record of what it was made from: it is not made again, nor mistaken for the result of other inputs.
@@ -11,8 +12,18 @@ OUT.compress with a record of what it was made from: it is not made again, nor m
 from __future__ import annotations
 
 from shardxform.compress.driver import Outcome, Watcher, compress
-from shardxform.compress.forecast import forecast
-from shardxform.compress.prepared import Prepared, prepare
-from shardxform.compress.request import Pruning, Request, Settings
+from shardxform.compress.forecast import Forecast, forecast
+from shardxform.compress.request import CompressOptions, Prepared, Pruning, Request, plan_compress
 
-__all__ = ["Outcome", "Prepared", "Pruning", "Request", "Settings", "Watcher", "compress", "forecast", "prepare"]
+__all__ = [
+    "CompressOptions",
+    "Forecast",
+    "Outcome",
+    "Prepared",
+    "Pruning",
+    "Request",
+    "Watcher",
+    "compress",
+    "forecast",
+    "plan_compress",
+]

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shardxform.base import interrupts
-from shardxform.base.progress import OnProgress, peak_rss_bytes
+from shardxform.base.progress import OnProgress, Progress, peak_rss_bytes
 from shardxform.base.strict_json import parse_object
-from shardxform.compress.folder import EVALUATION, Folder
-from shardxform.compress.job import Job
-from shardxform.compress.overall import Overall
-from shardxform.compress.prepared import Prepared, made_of_others, refuse_others
-from shardxform.compress.request import CARD, EVALUATE, QUANTIZE, SCORE, VERIFY, Settings
-from shardxform.compress.showing import is_card_current, picture
-from shardxform.compress.stages import MAKERS, clean, is_complete, start
+from shardxform.compress.folder import EVALUATE, EVALUATION, QUANTIZE, ResultsFolder, refuse_changed
+from shardxform.compress.forecast import weights_of
+from shardxform.compress.request import CompressOptions, Prepared
+from shardxform.compress.stages import Stages
 from shardxform.errors import Interrupted
 from shardxform.execution.runner import Report
 
@@ -34,7 +31,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of it.
+    """What came of a call of `compress`.
 
     Attributes:
         out: the output.
@@ -59,7 +56,7 @@ class Outcome:
 
 def compress(
     prepared: Prepared,
-    settings: Settings,
+    options: CompressOptions,
     *,
     on_stage: Watcher | None = None,
     on_progress: OnProgress | None = None,
@@ -67,29 +64,26 @@ def compress(
     """Carry out every stage that is not done, or go on where an earlier call stopped.
 
     Raises:
-        ResumeError: OUT or a result was made from other inputs, and `settings.force` is not set.
+        ResumeError: OUT or a result was made from other inputs, and `options.force` is not set.
         OutputError: a result was changed since it was written, or another process works here.
         ExecutionError: a stage failed, or the output is not sound.
         Interrupted: KeyboardInterrupt; what was finished is safe, and the same call goes on.
 
     """
     started = time.monotonic()
-    overall = Overall(prepared.weights, on_progress)
-    with Folder(prepared.request.folder) as folder:
-        _refuse_or_forget(folder, prepared, settings)
-        job = Job(prepared=prepared, settings=settings, folder=folder)
-        spent, report = _stages(job, overall, on_stage)
-        facts = {stage: dict(folder.entries[stage].facts) for stage in prepared.inputs}
+    with ResultsFolder(prepared.request.folder) as folder:
+        _refuse_or_forget(folder, prepared, force=options.force)
+        stages = Stages(prepared=prepared, options=options, folder=folder)
+        spent, report = _all(stages, _Overall(weights_of(prepared), on_progress), on_stage)
+        facts = {stage: dict(folder.stages[stage].facts) for stage in prepared.inputs}
         if EVALUATE in facts:
             facts[EVALUATE] = parse_object(folder.read(EVALUATE, EVALUATION))
+    facts[QUANTIZE] |= {**prepared.sketch.summary, "bytes_after": prepared.sketch.data_bytes}
     return Outcome(
         out=prepared.request.out,
         folder=prepared.request.folder,
         made=tuple(spent),
-        facts={
-            **facts,
-            QUANTIZE: {**facts[QUANTIZE], **prepared.sketch.summary, "bytes_after": prepared.sketch.data_bytes},
-        },
+        facts=facts,
         spent=spent,
         report=report,
         seconds=time.monotonic() - started,
@@ -97,57 +91,67 @@ def compress(
     )
 
 
-def _refuse_or_forget(folder: Folder, prepared: Prepared, settings: Settings) -> None:
+def _refuse_or_forget(folder: ResultsFolder, prepared: Prepared, *, force: bool) -> None:
     """What was made from other inputs is refused, or by force no longer counts."""
-    if not settings.force:
-        refuse_others(prepared.request, folder.entries, prepared.inputs)
-    if found := made_of_others(prepared.request, folder.entries, prepared.inputs):
+    found = prepared.changed(folder.stages)
+    if not force:
+        refuse_changed(folder.root, folder.stages, found)
+    if found:
         folder.forget(found)
 
 
-def _stages(job: Job, overall: Overall, on_stage: Watcher | None) -> tuple[dict[str, tuple[float, int]], Report]:
+def _all(stages: Stages, overall: _Overall, on_stage: Watcher | None) -> tuple[dict[str, tuple[float, int]], Report]:
     """What the stages that were carried out took, and the report of writing the output."""
     spent: dict[str, tuple[float, int]] = {}
     report: Report | None = None
-    total = len(job.prepared.inputs)
-    for number, stage in enumerate(job.prepared.inputs, 1):
+    total = len(stages.prepared.inputs)
+    for number, stage in enumerate(stages.prepared.inputs, 1):
         began = time.monotonic()
         try:
             with interrupts.during(f"[{number}/{total}] {stage}"):
-                done = _is_done(job, stage)
+                done = stages.is_done(stage)
                 if on_stage:
                     on_stage(number, total, stage, done=done)
-                result = _carry_out(job, stage, overall, done=done)
+                report = stages.carry_out(stage, overall.of(stage), done=done) or report
+                overall.end(stage, found=done)
         except Interrupted as e:
             raise Interrupted(f"[{number}/{total}] {stage}: {e}") from e
         except KeyboardInterrupt as e:
             raise Interrupted(f"[{number}/{total}] {stage}: stopped; run the same command again to go on") from e
         if not done:
             spent[stage] = time.monotonic() - began, peak_rss_bytes()
-        report = result or report
     assert report is not None
     return spent, report
 
 
-def _carry_out(job: Job, stage: str, overall: Overall, *, done: bool) -> Report | None:
-    """Do a stage unless it is done, and what may have been left of it."""
-    report: Report | None = None
-    if not done:
-        start(job, stage)
-    if not done or stage == QUANTIZE:  # the run itself looks at the files of an output that is there
-        report = MAKERS[stage](job, overall.of(stage))
-    if stage == SCORE:
-        clean(job)
-    picture(job, stage)
-    (overall.found if done else overall.made)(stage)
-    return report
+class _Overall:
+    """One progress over all stages, each weighed by the time that it usually takes compared with the others."""
 
+    def __init__(self, weights: Mapping[str, int], on_progress: OnProgress | None) -> None:
+        self._weights = weights
+        self._on_progress = on_progress
+        self._done = dict.fromkeys(weights, 0)
+        self._resumed = dict.fromkeys(weights, 0)
 
-def _is_done(job: Job, stage: str) -> bool:
-    if not job.folder.is_done(stage):
-        return False
-    if stage == QUANTIZE:
-        return is_complete(job)
-    if stage == VERIFY:  # a quick one does not stand for a full one
-        return bool(job.folder.entries[VERIFY].facts.get("full")) >= job.settings.full_verify
-    return stage != CARD or is_card_current(job)
+    def of(self, stage: str) -> OnProgress | None:
+        """What a stage reports to; None when nobody listens."""
+        return (lambda p: self._update(stage, p)) if self._on_progress else None
+
+    def end(self, stage: str, *, found: bool) -> None:
+        """A stage is done; one that was found done is told with what is done next, if anything is."""
+        self._done[stage] = self._weights[stage]
+        if found:
+            self._resumed[stage] = self._weights[stage]
+        else:
+            self._tell()
+
+    def _update(self, stage: str, p: Progress) -> None:
+        weight = self._weights[stage]
+        self._done[stage] = weight * min(p.done, p.total) // max(p.total, 1)
+        self._resumed[stage] = weight * min(p.resumed, p.total) // max(p.total, 1)
+        self._tell(p.at)
+
+    def _tell(self, at: str = "") -> None:
+        if self._on_progress:
+            done, total, resumed = (sum(d.values()) for d in (self._done, self._weights, self._resumed))
+            self._on_progress(Progress(done, total, resumed, "work", at))

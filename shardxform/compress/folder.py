@@ -10,7 +10,6 @@ a run was killed; anything else is never overwritten or removed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -21,40 +20,79 @@ from typing import Any, Final
 
 from shardxform.base import computing
 from shardxform.base.file_system import FileSystem
-from shardxform.base.option_names import with_option
+from shardxform.base.owned import LOCK, OwnedDir, items_of
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
-from shardxform.compress.request import EVALUATE, SCORE, STAGES
-from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.checkpoint.record import PROVENANCE, read_record
+from shardxform.errors import OutputError, ResumeError
+from shardxform.execution.output import difference
 
 __all__ = [
+    "CARD",
+    "EVALUATE",
     "EVALUATION",
     "KEEP",
+    "PICTURES",
+    "QUANTIZE",
     "RECORD",
     "SALIENCY",
-    "Entry",
-    "Folder",
+    "SCORE",
+    "SELECT",
+    "STAGES",
+    "VERIFY",
+    "Results",
+    "ResultsFolder",
+    "StageRecord",
     "changed",
     "file_sha256",
+    "following",
     "plain",
-    "read_entries",
+    "read_stages",
     "refuse_changed",
+    "results_folder",
+    "results_of",
     "work_of",
 ]
+
+SCORE: Final = "score"
+SELECT: Final = "select"
+QUANTIZE: Final = "quantize"
+VERIFY: Final = "verify"
+EVALUATE: Final = "evaluate"
+CARD: Final = "card"
+STAGES: Final = (SCORE, SELECT, QUANTIZE, VERIFY, EVALUATE, CARD)
+"""In the order in which they are done."""
 
 RECORD: Final = "compress.json"
 SALIENCY: Final = "saliency.safetensors"
 KEEP: Final = "keep.json"
 EVALUATION: Final = "evaluation.json"
-_LOCK: Final = "lock"
-_FILES: Final = (RECORD, SALIENCY, KEEP, EVALUATION, "saliency.png", "evaluation.png")
-_OURS: Final = frozenset({_LOCK, *_FILES, *(f"{name}.tmp" for name in _FILES)})
+PICTURES: Final = {SELECT: "saliency.png", EVALUATE: "evaluation.png"}
+"""Stage -> what is drawn of it, when pictures are asked for."""
+
+_SHOWN: Final = ((SELECT, KEEP), (EVALUATE, EVALUATION), *PICTURES.items())
+_FILES: Final = (RECORD, SALIENCY, KEEP, EVALUATION, *PICTURES.values())
+_OURS: Final = frozenset({LOCK, *_FILES, *(f"{name}.tmp" for name in _FILES)})
+_MADE_FROM: Final = {SELECT: SCORE, QUANTIZE: SELECT, VERIFY: QUANTIZE, EVALUATE: QUANTIZE}
 _FORMAT: Final = "shardxform.compress"
 _MAX_BYTES: Final = 64 << 20
 
 
+def results_folder(out: Path) -> Path:
+    """Where results lie unless another place is named: beside the output."""
+    return out.with_name(out.name + ".compress")
+
+
+def following(stage: str) -> list[str]:
+    """Stages whose results are made from what a stage gives, directly or not; the card looks for itself."""
+    out = [later for later, earlier in _MADE_FROM.items() if earlier == stage]
+    return [*out, *(name for each in out for name in following(each))]
+
+
+# -- one process's work in it -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class StageRecord:
     """What the record says of one stage.
 
     Attributes:
@@ -65,48 +103,26 @@ class Entry:
 
     """
 
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, object]
     done: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Folder:
+class ResultsFolder(OwnedDir):
     """Owns the directory; use as a context manager, which holds its lock."""
 
     def __init__(self, root: Path, fs: FileSystem | None = None) -> None:
-        self.root = root
-        self.entries: dict[str, Entry] = {}
-        self._fs = fs or FileSystem()
-        self._stack = contextlib.ExitStack()
+        super().__init__(root, fs or FileSystem())
+        self.stages: dict[str, StageRecord] = {}
 
-    def __enter__(self) -> Folder:
-        """Make or enter the directory.
+    def refuse_foreign(self) -> None:
+        """Refuse what is not ours, and a damaged record."""
+        read_stages(self.root)
 
-        Raises:
-            OutputError: something stands there that is not ours, or another process works in it.
-
-        """
-        read_entries(self.root)  # refuses what is foreign before anything is written
-        with contextlib.ExitStack() as stack:
-            try:
-                self._fs.mkdir(self.root)
-                stack.enter_context(self._fs.locked(self.root / _LOCK))
-            except BlockingIOError as e:
-                raise OutputError(f"{self.root}: another process works here") from e
-            except OSError as e:
-                raise OutputError(f"{e.filename or self.root}: {e.strerror or e}") from e
-            self.entries = read_entries(self.root)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Let go of the directory; what the disk refused meanwhile becomes an `ExecutionError`."""
-        self._stack.close()
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise ExecutionError(
-                f"{error.filename or self.root}: {error.strerror or error}; run the same command again to go on"
-            ) from error
+    def load(self) -> None:
+        """Read the record."""
+        self.stages = read_stages(self.root)
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -117,30 +133,30 @@ class Folder:
             OutputError: one was changed since.
 
         """
-        entry = self.entries.get(stage)
+        entry = self.stages.get(stage)
         return entry is not None and entry.done and all(self._holds(stage, n) for n in entry.files if _is_result(n))
 
-    def is_as(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+    def is_as(self, stage: str, inputs: Mapping[str, object]) -> bool:
         """Whether a stage was begun with these inputs."""
-        return stage in self.entries and self.entries[stage].inputs == plain(inputs)
+        return stage in self.stages and self.stages[stage].inputs == plain(inputs)
 
-    def begin(self, stage: str, inputs: Mapping[str, Any], following: Iterable[str]) -> None:
-        """A stage is about to be carried out: what it gave before, and what was made from that, no longer counts."""
-        self.forget([name for name in following if name in self.entries])
+    def begin(self, stage: str, inputs: Mapping[str, object]) -> None:
+        """Have a stage begun in the record: what it gave before, and what was made from that, no longer counts."""
+        self.forget([name for name in following(stage) if name in self.stages])
         self._remove_files(stage)
-        self.entries[stage] = Entry(inputs=inputs)
+        self.stages[stage] = StageRecord(inputs=inputs)
         self._write()
 
-    def put(self, stage: str, files: Mapping[str, bytes], facts: Mapping[str, Any] | None = None) -> None:
+    def put(self, stage: str, files: Mapping[str, bytes], facts: Mapping[str, object] | None = None) -> None:
         """Write the results of a stage that has begun; when all are there it is done."""
         digests = {name: _sha256(data) for name, data in files.items()}
-        entry = replace(self.entries[stage], done=True, files=digests, facts=facts or {})
-        if entry != self.entries[stage] or not self.is_done(stage):
+        entry = replace(self.stages[stage], done=True, files=digests, facts=facts or {})
+        if entry != self.stages[stage] or not self.is_done(stage):
             self._name_and_write(stage, entry, files)
 
     def add(self, stage: str, name: str, data: bytes) -> None:
         """Write a further file of a stage that is done, such as a picture."""
-        entry = self.entries[stage]
+        entry = self.stages[stage]
         self._name_and_write(stage, replace(entry, files={**entry.files, name: _sha256(data)}), {name: data})
 
     def read(self, stage: str, name: str) -> bytes:
@@ -158,24 +174,24 @@ class Folder:
         """Remove what stages gave, and their place in the record."""
         for stage in stages:
             self._remove_files(stage)
-            self.entries.pop(stage, None)
+            self.stages.pop(stage, None)
         self._write()
 
     # -- files --------------------------------------------------------------------------------------------------
 
-    def _name_and_write(self, stage: str, entry: Entry, files: Mapping[str, bytes]) -> None:
+    def _name_and_write(self, stage: str, entry: StageRecord, files: Mapping[str, bytes]) -> None:
         for name in files:
             self._holds(stage, name)  # refuses what is not ours
-        self.entries[stage] = entry
+        self.stages[stage] = entry
         self._write()
         for name, data in files.items():
-            self._fs.write_atomic(self.root / name, data, self.root)
+            self.fs.write_atomic(self.root / name, data, self.root)
 
     def _remove_files(self, stage: str) -> None:
-        entry = self.entries.get(stage)
+        entry = self.stages.get(stage)
         for name in entry.files if entry else ():
             if self._holds(stage, name):
-                self._fs.remove_if_there(self.root / name)
+                self.fs.remove_if_there(self.root / name)
 
     def _holds(self, stage: str, name: str) -> bool:
         """Whether a file is there, as a stage wrote it.
@@ -187,33 +203,32 @@ class Folder:
         path = self.root / name
         if not os.path.lexists(path):
             return False
-        entry = self.entries.get(stage)
+        entry = self.stages.get(stage)
         if entry and name in entry.files and entry.files[name] == file_sha256(path):
             return True
-        raise OutputError(f"{path}: not as `compress` wrote it; move it away and run the same command again")
+        raise OutputError(f"{path}: not as compress wrote it; move it away and run the same command again")
 
     def _write(self) -> None:
-        stages = {stage: asdict(self.entries[stage]) for stage in STAGES if stage in self.entries}
+        stages = {stage: asdict(self.stages[stage]) for stage in STAGES if stage in self.stages}
         record = {"format": _FORMAT, "version": 1, "stages": stages}
-        self._fs.write_atomic(self.root / RECORD, pretty(record).encode(), self.root)
+        self.fs.write_atomic(self.root / RECORD, pretty(record).encode(), self.root)
 
 
-def read_entries(root: Path) -> dict[str, Entry]:
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+def read_stages(root: Path) -> dict[str, StageRecord]:
     """What the record of a directory says, by stage; nothing where there is none yet. Changes nothing.
 
     Raises:
         OutputError: the directory holds what is not ours, or its record is damaged.
 
     """
-    if not os.path.lexists(root):
-        return {}
-    if root.is_symlink() or not root.is_dir():
-        raise OutputError(f"{root}: expected a directory of `compress` or nothing, found something else")
-    for item in os.scandir(root):
+    for item in items_of(root, "a directory of compress"):
         ours = item.is_file(follow_symlinks=False) if item.name in _OURS else _is_work(item)
         if not ours:
             raise OutputError(f"{item.path}: not shardxform's; move it away, or name another OUT")
-    return _entries(root / RECORD)
+    return _stages(root / RECORD)
 
 
 def work_of(root: Path, stage: str) -> Path:
@@ -222,42 +237,42 @@ def work_of(root: Path, stage: str) -> Path:
 
 
 def changed(
-    entries: Mapping[str, Entry],
-    inputs: Mapping[str, Mapping[str, Any]],
-    names: Mapping[str, Sequence[str]] | None = None,
+    stages: Mapping[str, StageRecord], inputs: Mapping[str, Mapping[str, object]], names: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
     """Stages that were made, or begun, with other inputs than these, and the first difference of each.
 
-    What computed a stage counts as long as it is under way. `names` are the tensors of the source's shards.
+    What computed a stage counts as long as it is under way. A card is simply written again. `names` are the tensors of
+    the source's shards.
     """
     found: dict[str, str] = {}
     for stage, new in inputs.items():
-        if stage not in entries:
+        if stage == CARD or stage not in stages:
             continue
-        pair = entries[stage].inputs, plain(new)
-        old, now = map(computing.without, pair) if entries[stage].done else pair
-        if where := difference(old, now, names):
+        pair = stages[stage].inputs, plain(new)
+        old, now = map(computing.without, pair) if stages[stage].done else pair
+        if where := difference(old, now, names, stage):
             found[stage] = where
     return found
 
 
-def refuse_changed(root: Path, found: Mapping[str, str], kept: Iterable[str]) -> None:
-    """Refuse to go on with the results of other inputs; `kept` are stages whose results remain if it is forced.
+def refuse_changed(root: Path, stages: Mapping[str, StageRecord], found: Mapping[str, str]) -> None:
+    """Refuse to go on with results of other inputs, as `changed` found them; say what remains if it is forced.
 
     Raises:
         ResumeError: names the first stage and the first difference.
 
     """
-    listed = list(kept)
-    spared = f"which keeps what {', '.join(listed)} gave" if listed else "which makes everything again"
+    gone = {CARD, *found, *(later for stage in found for later in following(stage))}
+    kept = [stage for stage, record in stages.items() if stage not in gone and record.done]
+    spared = f"which keeps what {', '.join(kept)} gave" if kept else "which makes everything again"
     for stage, where in found.items():
         raise ResumeError(
-            f"{root}: '{stage}' was made from other inputs: {with_option(where, stage)}; name another OUT, or start"
-            f" over with --force, {spared}"
+            f"{root}: '{stage}' was made from other inputs: {where}; name another OUT, or start"
+            f" over with `force`, {spared}"
         )
 
 
-def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+def plain(value: Mapping[str, object]) -> dict[str, Any]:
     """As it comes back from JSON: tuples are lists, keys are text."""
     return parse_object(dumps(value).encode())
 
@@ -269,7 +284,7 @@ def file_sha256(path: Path) -> str:
     return _sha256(path.read_bytes())
 
 
-def _entries(path: Path) -> dict[str, Entry]:
+def _stages(path: Path) -> dict[str, StageRecord]:
     if not path.exists():
         return {}
     try:
@@ -283,17 +298,17 @@ def _entries(path: Path) -> dict[str, Entry]:
         raise OutputError(f"{path}: not a record of this version; move {path.parent} away and start over")
     if odd := next((name for name in stages if name not in STAGES), None):
         raise OutputError(f"{path}: stages: {odd!r} is none of {', '.join(STAGES)}; remove {path.parent}")
-    return {name: _entry(path, name, value) for name, value in stages.items()}
+    return {name: _stage(path, name, value) for name, value in stages.items()}
 
 
-def _entry(path: Path, stage: str, value: object) -> Entry:
+def _stage(path: Path, stage: str, value: object) -> StageRecord:
     shapes = {"inputs": dict, "done": bool, "files": dict, "facts": dict}
     if not isinstance(value, dict) or any(not isinstance(value.get(key), kind) for key, kind in shapes.items()):
         raise OutputError(f"{path}: stages.{stage}: expected inputs, done, files and facts; remove {path.parent}")
     for name in value["files"]:
         if name not in _FILES:
             raise OutputError(f"{path}: stages.{stage}: names {name!r}, which is no result; remove {path.parent}")
-    return Entry(**{key: value[key] for key in shapes})
+    return StageRecord(**{key: value[key] for key in shapes})
 
 
 def _is_work(item: os.DirEntry[str]) -> bool:
@@ -307,3 +322,69 @@ def _is_result(name: str) -> bool:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+# -- what lies beside an output ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What `compress` left beside an output, for whoever describes that.
+
+    Only results that are as the record has them, and of the very output that is described, count.
+
+    Attributes:
+        folder: the directory of results.
+        files: those that can be used.
+        why_not: why nothing of it can be; empty when something can.
+
+    """
+
+    folder: Path
+    files: tuple[Path, ...] = ()
+    why_not: str = ""
+
+    @property
+    def manifest(self) -> Path | None:
+        """The experts that were chosen."""
+        return next((path for path in self.files if path.name == KEEP), None)
+
+    @property
+    def evaluations(self) -> tuple[Path, ...]:
+        """What was measured."""
+        return tuple(path for path in self.files if path.name == EVALUATION)
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """What was drawn."""
+        return tuple(path for path in self.files if path.suffix == ".png")
+
+
+def results_of(out: Path) -> Results | None:
+    """Look for the directory that `compress` makes beside OUT; None where there is none. Changes nothing.
+
+    An unusable directory is no error: `why_not` says what is wrong with it.
+
+    Raises:
+        OutputError: OUT's record is damaged.
+
+    """
+    folder = results_folder(Path(os.path.abspath(out)) if out.name in ("", "..") else out)
+    if not folder.is_dir():
+        return None
+    record = read_record(out / PROVENANCE)
+    try:
+        stages = read_stages(folder)
+    except OutputError as e:
+        return Results(folder=folder, why_not=str(e))
+    made = stages.get(QUANTIZE)
+    if made is None or not made.done or record is None or made.facts.get("plan") != record.fingerprint:
+        return Results(folder=folder, why_not=f"not of {out} as it is")
+    files = tuple(folder / name for stage, name in _SHOWN if _is_whole(folder / name, stages.get(stage)))
+    return Results(folder=folder, files=files, why_not="" if files else "no result as it was written")
+
+
+def _is_whole(path: Path, entry: StageRecord | None) -> bool:
+    """Whether a file is as a finished stage wrote it."""
+    wanted = entry.files.get(path.name) if entry is not None and entry.done else None
+    return wanted is not None and wanted == file_sha256(path)

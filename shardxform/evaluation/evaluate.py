@@ -27,10 +27,10 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
-from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
-from shardxform.forward.skeleton import Head, Skeleton
+from shardxform.forward.runtime import on_device
+from shardxform.forward.skeleton import OutputHead, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 
@@ -148,7 +148,7 @@ def evaluate(
         for skeleton in chains.values():
             skeleton.weights.check()
         work = stack.enter_context(WorkDir(options.work, inputs))
-        head_tokens = int(windows.lengths_N.sum()) * len(chains)
+        head_tokens = windows.ids_NT.size * len(chains)
         job = Pass(windows, chains, work, options.on_progress, head_tokens)
         blocks = run_pass(job, _Differences())
         heads = _run_heads(job)
@@ -179,21 +179,16 @@ class _Differences:
     """A visitor that adds up how far the outputs of each block are from the reference's."""
 
     def __init__(self) -> None:
-        self._valid_BT = torch.zeros(0, 0, dtype=torch.bool)
         self.begin(0)
 
     def begin(self, layer: int) -> None:  # noqa: ARG002
         self._error = self._norm = 0.0
 
-    def before(self, batch: Batch) -> None:
-        self._valid_BT = batch.valid_BT
-
-    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:  # noqa: ARG002
+    def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         if _REFERENCE not in hidden:
             return
-        here = self._valid_BT.to(hidden[_REFERENCE].device)
-        reference_NH = hidden[_REFERENCE][here].float()
-        error_NH = hidden[_TESTED][here].float() - reference_NH
+        reference_NH = hidden[_REFERENCE].flatten(0, 1).float()
+        error_NH = hidden[_TESTED].flatten(0, 1).float() - reference_NH
         self._error += float(error_NH.square().sum(-1).double().sum())
         self._norm += float(reference_NH.square().sum(-1).double().sum())
 
@@ -218,7 +213,7 @@ def _run_heads(job: Pass) -> list[Mapping[str, Any]]:
             for name, batch in zip(steps, batches(job.windows), strict=True):
                 if name in undone:
                     job.work.record(name, _measure(batch, heads, readers))
-                job.progressed(int(batch.valid_BT.sum()) * len(job.chains), resumed=name not in undone)
+                job.progressed(batch.ids_BT.numel() * len(job.chains), resumed=name not in undone)
     except KeyboardInterrupt as e:
         raise Interrupted(
             f"stopped: all {job.num_blocks} blocks are safe in {job.work.root}; run the same command again to go on"
@@ -226,7 +221,7 @@ def _run_heads(job: Pass) -> list[Mapping[str, Any]]:
     return [job.work.steps[name] for name in steps]
 
 
-def _heads(job: Pass, stack: contextlib.ExitStack) -> Iterator[tuple[str, Head]]:
+def _heads(job: Pass, stack: contextlib.ExitStack) -> Iterator[tuple[str, OutputHead]]:
     """Load the head of every chain; one that is the same bytes of the same file is loaded once."""
     loaded: dict[object, torch.Tensor] = {}
     for name, skeleton in job.chains.items():
@@ -236,13 +231,12 @@ def _heads(job: Pass, stack: contextlib.ExitStack) -> Iterator[tuple[str, Head]]
         yield name, head
 
 
-def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, HiddenReader]) -> dict[str, Any]:
+def _measure(batch: Batch, heads: Mapping[str, OutputHead], readers: Mapping[str, HiddenReader]) -> dict[str, Any]:
     """Sums over one batch, per sequence: losses of each chain, divergence, agreement."""
     hidden = {name: reader.rows(batch.start, batch.stop) for name, reader in readers.items()}
     facts: dict[str, list[float]] = {}
     for row in range(batch.stop - batch.start):
-        length = int(batch.valid_BT[row].sum())
-        ids_T = batch.ids_BT[row, :length]
+        ids_T, length = batch.ids_BT[row], batch.ids_BT.shape[1]
         sums: dict[str, float] = {}
         for piece in _pieces(length, heads[_TESTED]):
             interrupts.check()
@@ -256,7 +250,7 @@ def _measure(batch: Batch, heads: Mapping[str, Head], readers: Mapping[str, Hidd
     return facts
 
 
-def _pieces(length: int, head: Head) -> Iterator[slice]:
+def _pieces(length: int, head: OutputHead) -> Iterator[slice]:
     size = max(1, _PIECE_LOGITS // len(head.weight))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
@@ -286,7 +280,7 @@ def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[M
             columns.setdefault(key, []).extend(values)
     errors = tuple(_relative(facts["error"], facts["norm"]) for facts in blocks)
     joined = bool(windows.provenance.get("pack", True))
-    every = tuple(rows for _, rows in windows.rows) or (range(len(windows.lengths_N)),)
+    every = tuple(rows for _, rows in windows.rows) or (range(len(windows.ids_NT)),)
     figures = _Figures(columns, Sampling(every, joined))
     apart = {name: _Figures(_rows(columns, rows), Sampling((range(len(rows)),), joined)) for name, rows in windows.rows}
     return replace(figures.evaluation(errors), sources={name: each.evaluation(()) for name, each in apart.items()})

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from shardxform.base.small_files import write_over
+from shardxform.base.file_system import write_over
 from shardxform.errors import OutputError
 from shardxform.evaluation.evaluate import Comparison, Evaluation
 
-__all__ = ["draw", "refuse_foreign"]
+__all__ = ["draw", "refuse_foreign_picture"]
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _MAKER: Final = "shardxform"
@@ -49,11 +49,11 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
         _draw_sources(places[1], sources)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": _MAKER})
-    refuse_foreign(path)
+    refuse_foreign_picture(path)
     write_over(path, picture.getvalue())
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign_picture(path: Path) -> None:
     """Refuse a name that anything but a picture of an earlier evaluation has.
 
     Raises:

@@ -17,7 +17,7 @@ from shardxform.base.file_system import FileSystem
 from shardxform.base.strict_json import dumps, parse_object
 from shardxform.errors import ResumeError
 
-__all__ = ["Journal"]
+__all__ = ["MEASURED", "Journal", "measured", "recorded"]
 
 _DEPTH: Final = 4  # of objects and lists in a report
 
@@ -139,3 +139,20 @@ def _parse(lines: bytes, steps: int, path: Path) -> dict[int, Mapping[str, Any]]
         if not 0 <= step < steps:
             raise ResumeError(f"{path}: names step {step}, but the plan has {steps}")
     return facts
+
+
+# -- what a clock says --------------------------------------------------------------------------------------------
+
+
+MEASURED: Final = "measured"
+
+
+def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what steps found, for the record."""
+    return {key: value for key, value in facts.items() if key != MEASURED}
+
+
+def measured(facts: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return what was measured of steps, one entry each."""
+    found = facts.get(MEASURED)
+    return tuple(each for each in found if isinstance(each, dict)) if isinstance(found, list) else ()

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from shardxform.base.digests import FACT, digest_chunks
-from shardxform.base.option_names import with_option
 from shardxform.checkpoint.identity import names_of
 from shardxform.checkpoint.record import read_record
 from shardxform.errors import OutputError, ResumeError
 from shardxform.execution.journal import Journal
-from shardxform.execution.outdir import JOURNAL, PARTIAL, PLAN, WORK, difference, holds
-from shardxform.execution.output import Output
+from shardxform.execution.output import JOURNAL, PARTIAL, PLAN, WORK, Output, difference, holds
 from shardxform.plan.plan import Step
 
 __all__ = ["adopt"]
@@ -39,9 +37,9 @@ def adopt(output: Output, journal: Journal, part: Path) -> int:
     """
     record = read_record(part / WORK / PLAN)
     if record is None:
-        raise OutputError(f"{part}: expected unfinished work of shardxform's, as `quantize --blocks` leaves it")
+        raise OutputError(f"{part}: expected unfinished work of shardxform's, as a run with `blocks` leaves it")
     if record.fingerprint != output.plan.fingerprint:
-        where = with_option(difference(record.inputs, output.plan.inputs, names_of(output.plan.source_shards)))
+        where = difference(record.inputs, output.plan.inputs, names_of(output.plan.source_shards))
         raise ResumeError(f"{part}: made from other inputs than {output.root}: {where or 'another plan'}")
     copied = 0
     facts = Journal.read(part / WORK / JOURNAL, output.plan.fingerprint, len(output.plan.steps))

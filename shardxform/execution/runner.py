@@ -16,20 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
 from shardxform.base.digests import FACT, Taken, digest_chunks
 from shardxform.base.file_system import FileSystem
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.sharding import show_size
 from shardxform.checkpoint.identity import changed_values
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.errors import ExecutionError, Interrupted, ResumeError
-from shardxform.execution.journal import Journal
-from shardxform.execution.measured import measured, recorded
+from shardxform.execution.journal import Journal, measured, recorded
 from shardxform.execution.merging import adopt
 from shardxform.execution.options import Report, RunOptions
-from shardxform.execution.outdir import damage, made_by_others, refuse_obstacles, refuse_other_plan, removable, state_of
-from shardxform.execution.output import Output
+from shardxform.execution.output import (
+    Output,
+    damage,
+    made_by_others,
+    refuse_obstacles,
+    refuse_other_plan,
+    removable,
+    state_of,
+)
 from shardxform.execution.steps import Facts, OpenTargets, executor, written_by
 from shardxform.plan.plan import Plan, Step, tokens_of
 
@@ -328,7 +334,7 @@ def _check_finished(output: Output) -> None:
     if damaged := damage(output.root, output.plan):
         raise ResumeError(
             f"{output.root / damaged}: missing or damaged in a finished output; run `shardxform verify`,"
-            " or start over with --force"
+            " or start over with `force`"
         )
 
 
@@ -352,7 +358,7 @@ def _merged(facts: Iterable[Facts]) -> Facts:
             if key == FACT:
                 continue
             if key in out and type(out[key]) is not type(value):
-                raise ResumeError(f"the journal's facts disagree on {key!r}; start over with --force")
+                raise ResumeError(f"the journal's facts disagree on {key!r}; start over with `force`")
             out[key] = out[key] + value if key in out else value
     return out
 

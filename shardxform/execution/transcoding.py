@@ -40,13 +40,13 @@ def rounder_on(device: str, items: Iterable[TranscodeItem]) -> Rounder:
 
     """
     if device == "cpu":
-        return functools.partial(quantize_into, measure=False)
+        return quantize_into
     if any(isinstance(item.target, Ints) and item.target.grid.search for item in items):
-        raise SchemeError("--search runs on the CPU only: leave out --device")
+        raise SchemeError("`search` runs on the CPU only: leave out `device`")
     try:
         from shardxform.formats import rounding_torch  # torch takes seconds to import, and only this needs it
     except ImportError as e:
-        raise SchemeError(f"--device {device} needs torch: pip install torch") from e
+        raise SchemeError(f"`device` {device} needs torch: pip install torch") from e
     return functools.partial(rounding_torch.quantize_on, device=rounding_torch.open_device(device))
 
 

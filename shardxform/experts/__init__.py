@@ -1,6 +1,6 @@
 """Saliency: what calibration data says about every expert, and which experts to keep because of it.
 
-    from shardxform.saliency import Saliency, choose
+    from shardxform.experts import Saliency, choose
 
     manifest = choose(Saliency.load("saliency.safetensors"), keep=128)
 
@@ -10,8 +10,7 @@ model, is elsewhere; so are pruning and everything else that reads a checkpoint.
 
 from __future__ import annotations
 
-from shardxform.experts.choosing import Choice, LayerChoice, choose, decide, keep_of_ratio, super_experts
-from shardxform.experts.criteria import CRITERIA
+from shardxform.experts.choosing import CRITERIA, Choice, LayerChoice, choose, decide, keep_of_ratio, super_experts
 from shardxform.experts.statistics import ExpertStats, Saliency, difference_of_models
 
 __all__ = [

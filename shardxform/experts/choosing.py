@@ -1,4 +1,7 @@
-"""Which experts stay: from statistics to a keep manifest. Pure and deterministic.
+"""Which experts stay: from statistics to scores, and from scores to a keep manifest. Pure and deterministic.
+
+A criterion is one function that takes an `ExpertStats` and gives a float64 score for each of its E experts, finite and
+not negative; the higher, the more the expert is worth keeping. Scores of different layers are not comparable.
 
 Every layer keeps equally many, because config.json has one number for them; with router groups every group does. The
 highest scores stay, ties go to the lower id, and super experts stay whatever their score when they are protected.
@@ -7,8 +10,9 @@ highest scores stay, ties go to the lower id, and super experts stay whatever th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -17,10 +21,95 @@ from numpy.typing import NDArray
 from shardxform import __version__
 from shardxform.ask.manifest import Manifest
 from shardxform.errors import PlanError
-from shardxform.experts.criteria import DEFAULT, scores
 from shardxform.experts.statistics import ExpertStats, Saliency
 
-__all__ = ["Choice", "LayerChoice", "choose", "decide", "keep_of_ratio", "super_experts"]
+__all__ = [
+    "CRITERIA",
+    "DEFAULT",
+    "Choice",
+    "LayerChoice",
+    "choose",
+    "decide",
+    "keep_of_ratio",
+    "scores",
+    "super_experts",
+]
+
+Scores = NDArray[np.float64]
+
+
+def reap(stats: ExpertStats) -> Scores:
+    """Mean of g * ||e||_2 over the tokens that reach the expert, 0 where none does.
+
+    Router-weighted expert activation pruning: Lasby et al. 2025, "REAP the Experts", equation 9.
+    """
+    return _mean(stats.reap_E, stats.count_E)
+
+
+def reap_sum(stats: ExpertStats) -> Scores:
+    """Sum of g * ||e||_2: as `reap`, times how often the expert is reached. A variant in REAP's own code."""
+    return stats.reap_E
+
+
+def ean(stats: ExpertStats) -> Scores:
+    """Mean of ||e||_2 over the tokens that reach the expert, 0 where none does. A variant in REAP's own code."""
+    return _mean(stats.ean_E, stats.count_E)
+
+
+def ean_sum(stats: ExpertStats) -> Scores:
+    """Sum of ||e||_2: the expert activation norm of Jaiswal et al. 2025, "Finding Fantastic Experts in MoEs"."""
+    return stats.ean_E
+
+
+def frequency(stats: ExpertStats) -> Scores:
+    """Tokens that reach the expert: the baseline of every study of expert pruning."""
+    return stats.count_E.astype(np.float64)
+
+
+def gate_sum(stats: ExpertStats) -> Scores:
+    """Sum of g: soft frequency, the heavy-hitter count of Muzio et al. 2024, "SEER-MoE"."""
+    return stats.gate_E
+
+
+def peak(stats: ExpertStats) -> Scores:
+    """Largest |activation| of the expert's output: what tells super experts in Su et al. 2025."""
+    return stats.peak_E
+
+
+CRITERIA: Final[Mapping[str, Callable[[ExpertStats], Scores]]] = MappingProxyType(
+    {
+        "reap": reap,
+        "reap-sum": reap_sum,
+        "ean": ean,
+        "ean-sum": ean_sum,
+        "frequency": frequency,
+        "gate-sum": gate_sum,
+        "peak": peak,
+    }
+)
+"""Criterion -> its function."""
+
+DEFAULT: Final = "reap"
+
+
+def scores(stats: ExpertStats, criterion: str) -> Scores:
+    """Score of each expert of a layer, float64 [E].
+
+    Raises:
+        PlanError: there is no such criterion.
+
+    """
+    if criterion not in CRITERIA:
+        raise PlanError(f"criterion: expected one of {', '.join(CRITERIA)}, found {criterion[:40]!r}")
+    return CRITERIA[criterion](stats)
+
+
+def _mean(sum_E: Scores, count_E: NDArray[np.int64]) -> Scores:
+    return np.divide(sum_E, count_E, out=np.zeros_like(sum_E), where=count_E > 0)
+
+
+# -- choices -----------------------------------------------------------------------------------------------------------
+
 
 _SUPER_PERCENTILE: Final = 99.5
 _SUPER_SHARE: Final = 0.1  # of the largest peak of all
@@ -132,7 +221,7 @@ def keep_of_ratio(num_experts: int, ratio: float) -> int:
 
     """
     if not 0 <= ratio < 1:  # NaN fails it too
-        raise PlanError(f"--ratio: expected the share of experts to remove, from 0 to below 1, found {ratio}")
+        raise PlanError(f"`ratio`: expected the share of experts to remove, from 0 to below 1, found {ratio}")
     return num_experts - math.floor(num_experts * ratio + 1e-9)
 
 
@@ -155,21 +244,21 @@ def _check_count(saliency: Saliency, keep: int) -> None:
     experts, top_k = saliency.num_experts, saliency.model["num_experts_per_tok"]
     groups = saliency.model["num_groups"]
     if keep > experts:
-        raise PlanError(f"--keep: {keep} experts per layer, but {saliency.where} has {experts}")
+        raise PlanError(f"`keep`: {keep} experts per layer, but {saliency.where} has {experts}")
     if keep < max(top_k, 1):
         raise PlanError(
-            f"--keep or --ratio: {keep} experts per layer would stay, but the router picks {top_k} per token; keep at"
+            f"`keep`: {keep} experts per layer would stay, but the router picks {top_k} per token; keep at"
             f" least {top_k}"
         )
     if keep % groups:
         below, above = keep - keep % groups, keep - keep % groups + groups
         raise PlanError(
-            f"--keep or --ratio: {keep} experts per layer, but the router has {groups} groups that must keep equally"
+            f"`keep`: {keep} experts per layer, but the router has {groups} groups that must keep equally"
             f" many; {below} or {above} would do"
         )
     if groups > 1 and keep // groups < 2:
         raise PlanError(
-            f"--keep or --ratio: {keep // groups} expert in each of the {groups} router groups, but the router scores a"
+            f"`keep`: {keep // groups} expert in each of the {groups} router groups, but the router scores a"
             f" group by its two best; keep at least {2 * groups}"
         )
 
@@ -209,7 +298,7 @@ def _measured(
     )
 
 
-def _share(values_E: NDArray[Any], kept_E: NDArray[np.bool_]) -> float | None:
+def _share(values_E: NDArray[np.float64] | NDArray[np.int64], kept_E: NDArray[np.bool_]) -> float | None:
     total = float(values_E.sum())
     return float(values_E[kept_E].sum()) / total if total else None
 

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.errors import PlanError
-from shardxform.experts.choosing import Choice, LayerChoice
-from shardxform.experts.criteria import scores
+from shardxform.experts.choosing import Choice, LayerChoice, scores
 from shardxform.experts.statistics import ExpertStats
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def plot_choice(choice: Choice) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise PlanError("--plot needs matplotlib: pip install 'shardxform[plot]'") from e
+        raise PlanError("`plot` needs matplotlib: pip install 'shardxform[plot]'") from e
     rows = _rows(choice)
     with mpl.rc_context(), style.context("default"):
         figure = Figure(figsize=(11.0, _height(len(rows))), dpi=_DPI, layout="constrained")

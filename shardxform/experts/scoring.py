@@ -21,19 +21,17 @@ from torch import nn
 
 from shardxform import __version__
 from shardxform.base import computing, interrupts
-from shardxform.base.option_names import with_option
 from shardxform.base.progress import OnProgress
 from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 from shardxform.experts import ExpertStats, Saliency, difference_of_models
-from shardxform.forward.arithmetic import on_device
 from shardxform.forward.experts import Observer
-from shardxform.forward.mtp import mtp_layer, mtp_numbers
-from shardxform.forward.passes import Batch, Pass, batches, fingerprint, pass_inputs, run_pass
-from shardxform.forward.skeleton import Skeleton
+from shardxform.forward.passes import Pass, batches, fingerprint, pass_inputs, run_pass
+from shardxform.forward.runtime import on_device
+from shardxform.forward.skeleton import Skeleton, mtp_layer, mtp_numbers
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import WorkDir, refuse_inside
 from shardxform.model.layout import Layout, layout_of
@@ -90,7 +88,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         numbers = mtp_numbers(skeleton)
         weights.check(numbers)
         with WorkDir(options.work, inputs) as work:
-            extra = int(windows.lengths_N.sum()) * len(numbers)
+            extra = windows.ids_NT.size * len(numbers)
             job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
             facts = run_pass(job, Scorer(layout.num_experts))
             mtp = _score_mtp(job, skeleton, numbers)
@@ -98,12 +96,12 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         model=model_facts(source, layout),
         layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
         mtp_layers=dict(enumerate(map(_stats, mtp))),
-        tokens=int(windows.lengths_N.sum()),
+        tokens=windows.ids_NT.size,
         runs=(run_facts(windows, inputs),),
     )
 
 
-def run_facts(windows: Windows, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def run_facts(windows: Windows, inputs: Mapping[str, object]) -> dict[str, Any]:
     """What a `Saliency` says of a run over `windows` with these inputs."""
     computed = {key: inputs[key] for key in ("windows", "dtype", "device", computing.KEY)}
     made = {"tool": f"shardxform {__version__}", **windows.provenance}
@@ -137,7 +135,7 @@ def difference_of_runs(found: Saliency, source: Checkpoint, windows: Windows, op
     if where := difference_of_models(found.model, model_facts(source), names_of(source.shards)):
         return where
     now = {key: inputs[key] for key in ("windows", "dtype", "device")}
-    return with_option(difference({key: found.runs[0].get(key) for key in now}, now)) or "of an earlier version"
+    return difference({key: found.runs[0].get(key) for key in now}, now) or "of an earlier version"
 
 
 def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:
@@ -174,8 +172,6 @@ class Scorer:
     def __init__(self, num_experts: int, kind: str = "block") -> None:
         self._num_experts = num_experts
         self._kind = kind
-        self._valid_N = torch.zeros(0, dtype=torch.bool)
-        self._whole = True
         self.begin(0)
 
     def begin(self, layer: int) -> None:
@@ -183,28 +179,14 @@ class Scorer:
         self._layer = layer
         self._sums = {name: np.zeros(self._num_experts, np.float64) for name in _STATS}
 
-    def before(self, batch: Batch) -> None:
-        """Padding does not count."""
-        self.look_at(batch.valid_BT)
-
-    def look_at(self, valid_BT: torch.Tensor) -> None:
-        """Positions that count in what comes next."""
-        self._valid_N = valid_BT.flatten()
-        self._whole = bool(self._valid_N.all())
-
-    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:
+    def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         """Blocks as a whole do not matter here."""
 
     def observer(self, chain: str) -> Observer:  # noqa: ARG002
         """Add up what every expert puts out."""
         return self._add
 
-    def _add(self, expert: int, token_n: torch.Tensor, weight_n: torch.Tensor, value_nH: torch.Tensor) -> None:
-        if not self._whole:
-            here_n = self._valid_N.to(token_n.device)[token_n]
-            weight_n, value_nH = weight_n[here_n], value_nH[here_n]
-        if not len(weight_n):
-            return
+    def _add(self, expert: int, weight_n: torch.Tensor, value_nH: torch.Tensor) -> None:
         value_nH = value_nH.float()
         norm_n = value_nH.norm(dim=-1).double()
         gate_n = weight_n.double()
@@ -261,10 +243,7 @@ def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more:
             hidden_BTH = reader.rows(batch.start, batch.stop).to(device)
             length = hidden_BTH.shape[1] - layer
             hidden_BTH = norm(hidden_BTH).to(hidden_BTH.dtype) if norm else hidden_BTH[:, :length]
-            valid_BT = batch.valid_BT[:, layer:]
-            scorer.look_at(valid_BT[:, 1:])
-            mask_BT = None if batch.mask() is None else valid_BT.long().to(device)
-            out_BTH = run(batch.ids_BT[:, layer:], hidden_BTH, mask_BT)
+            out_BTH = run(batch.ids_BT[:, layer:], hidden_BTH)
             if writer:
                 writer.put(batch.start, nn.functional.pad(out_BTH, (0, 0, 0, layer + 1)))
     job.work.record(f"mtp {layer}", scorer.facts())

@@ -1,14 +1,19 @@
-"""What calibration data says about every expert: sums over the tokens routed to it, as values that add up.
+"""What calibration data says about every expert: sums over the tokens routed to it, added up, and as a file.
 
 A `Saliency` that exists is well-formed: every layer has all experts, all numbers are finite and not negative, and an
-expert that no token reached has zeros. Scores are made of it by `criteria`, choices by `choosing`; nothing here runs a
-model.
+expert that no token reached has zeros. Scores and choices are made of it by `choosing`; nothing here runs a model.
+
+The file is a safetensors file with one JSON record in its metadata: the same bytes for the same content, since its
+tensors are in the reference writer's order, and one metadata key, because the reference writer orders several at
+random. Reading takes nothing on trust.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +22,152 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.ask.manifest_import import show
-from shardxform.base.small_files import write_new
+from shardxform.base import header
+from shardxform.base.file_system import write_new
+from shardxform.base.header import LENGTH_BYTES, Entry
+from shardxform.base.strict_json import JsonError, dumps, parse_object
+from shardxform.base.tensors import TensorSpec
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import CheckpointError, PlanError
-from shardxform.experts.storage import FIELDS, Arrays, decode, encode, read
 
-__all__ = ["ExpertStats", "Saliency", "difference_of_models"]
+__all__ = [
+    "FIELDS",
+    "KEY",
+    "VERSION",
+    "Arrays",
+    "ExpertStats",
+    "Saliency",
+    "decode_saliency",
+    "difference_of_models",
+    "encode_saliency",
+    "read_saliency",
+]
+
+KEY: Final = "shardxform.saliency"
+VERSION: Final = 1
+MAX_BYTES: Final = 64 << 20  # 100 layers of 512 experts are 2 MB; what is larger is a shard given by mistake
+FIELDS: Final = {"count": "I64", "reap": "F64", "ean": "F64", "gate": "F64", "peak": "F64"}
+"""Statistic -> dtype, as the tensors are named; each has shape [E]."""
+
+_NUMPY: Final = {"I64": "<i8", "F64": "<f8"}
+_NAME: Final = re.compile(rf"(layers|mtp_layers)\.(0|[1-9][0-9]{{0,5}})\.({'|'.join(FIELDS)})")
+_RECORD: Final = ("version", "model", "tokens", "runs")
+
+Arrays = dict[str, dict[int, dict[str, NDArray[Any]]]]
+"""`layers` or `mtp_layers` -> layer -> statistic -> array of E elements."""
+
+
+def read_saliency(path: str | os.PathLike[str]) -> bytes:
+    """Bytes of a file that can be a saliency file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, or is larger than any saliency file.
+
+    """
+    where = os.fspath(path)
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise CheckpointError(f"{where}: expected a saliency file, found something that is no file")
+        if info.st_size > MAX_BYTES:
+            raise CheckpointError(f"{where}: {info.st_size} bytes; a saliency file has at most {MAX_BYTES}")
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"{where}: {e.strerror or e}") from e
+
+
+def encode_saliency(arrays: Arrays, record: Mapping[str, object]) -> bytes:
+    """The file that holds `arrays` and `record`, whose `version` is added here.
+
+    Raises:
+        CheckpointError: the record is not plain JSON.
+
+    """
+    tensors = {
+        f"{scope}.{layer}.{field}": array
+        for scope, layers in arrays.items()
+        for layer, stats in layers.items()
+        for field, array in stats.items()
+    }
+    specs = [TensorSpec(name, FIELDS[name.rsplit(".", 1)[1]], array.shape) for name, array in tensors.items()]
+    entries = header.layout(specs)
+    data = [tensors[entry.spec.name].astype(_NUMPY[entry.spec.dtype]).tobytes() for entry in entries]
+    return b"".join([_header(entries, {"version": VERSION, **record}), *data])
+
+
+def _header(entries: Iterable[Entry], record: Mapping[str, object]) -> bytes:
+    """`header.encode` with our record instead of the format of a model's shard."""
+    try:
+        top: dict[str, Any] = {"__metadata__": {KEY: dumps(record)}}
+        for entry in entries:
+            spec = entry.spec
+            top[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (entry.begin, entry.end)}
+        text = dumps(top).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as e:  # NaN, half a surrogate pair, what has no JSON form
+        raise CheckpointError(f"saliency: expected runs and model of plain JSON values, found {e}") from e
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def decode_saliency(data: bytes, where: str) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays (read-only) and record of a file's bytes; `where` is its name for messages.
+
+    Raises:
+        CheckpointError: no safetensors file, none of ours, or tensors of other names, dtypes or ranks.
+
+    """
+    start = header.data_start(data[:LENGTH_BYTES], len(data), where)
+    text = data[LENGTH_BYTES:start]
+    entries = header.decode(text, len(data) - start, where)
+    record = _record(text, where)
+    arrays: Arrays = {"layers": {}, "mtp_layers": {}}
+    for entry in entries:
+        scope, layer, field = _place(entry.spec, where)
+        array = np.frombuffer(data, _NUMPY[entry.spec.dtype], entry.spec.shape[0], offset=start + entry.begin)
+        arrays[scope].setdefault(layer, {})[field] = array
+    _check_complete(arrays, where)
+    return arrays, record
+
+
+def _record(text: bytes, where: str) -> dict[str, Any]:
+    metadata = parse_object(text).get("__metadata__", {})  # header.decode has found it a map of strings
+    if set(metadata) != {KEY}:
+        found = show(sorted(metadata)) if metadata else "none"
+        raise CheckpointError(f"{where}: not a saliency file: expected the metadata key '{KEY}', found {found}")
+    try:
+        record = parse_object(metadata[KEY].encode("utf-8"))
+    except JsonError as e:
+        raise CheckpointError(f"{where}: metadata '{KEY}' is {e}") from e
+    version = record.pop("version", None)
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(f"{where}: version: expected {VERSION}, found {show(version)}")
+    if set(record) != set(_RECORD[1:]):
+        raise CheckpointError(f"{where}: expected the record {', '.join(_RECORD)}, found {show(sorted(record))}")
+    return record
+
+
+def _place(spec: TensorSpec, where: str) -> tuple[str, int, str]:
+    match = _NAME.fullmatch(spec.name)
+    if match is None:
+        raise CheckpointError(f"{where}: tensor {show(spec.name)}: expected a name such as 'layers.3.reap'")
+    scope, layer, field = match.groups()
+    if spec.dtype != FIELDS[field] or len(spec.shape) != 1:
+        raise CheckpointError(
+            f"{where}: tensor '{spec.name}': expected {FIELDS[field]} [experts], found {spec.dtype}"
+            f" {show(list(spec.shape))}"
+        )
+    return scope, int(layer), field
+
+
+def _check_complete(arrays: Arrays, where: str) -> None:
+    for scope, layers in arrays.items():
+        for layer, stats in layers.items():
+            if missing := [field for field in FIELDS if field not in stats]:
+                raise CheckpointError(f"{where}: tensor '{scope}.{layer}.{missing[0]}' is missing")
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
 
 _COUNTS: Final = ("num_layers", "num_experts", "num_experts_per_tok", "num_groups")
 _TEXTS: Final = ("model_type", "source_fingerprint")
@@ -121,7 +266,7 @@ class Saliency:
 
         """
         where = os.fspath(path)
-        arrays, record = decode(read(path), where)
+        arrays, record = decode_saliency(read_saliency(path), where)
         if not isinstance(record["runs"], list):
             raise CheckpointError(f"{where}: runs: expected a list, found {show(record['runs'])}")
         return cls(
@@ -145,7 +290,7 @@ class Saliency:
             for scope, layers in (("layers", self.layers), ("mtp_layers", self.mtp_layers))
         }
         record = {"model": dict(self.model), "tokens": self.tokens, "runs": [dict(run) for run in self.runs]}
-        return encode(arrays, record)
+        return encode_saliency(arrays, record)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the saliency file, durably and in one step; nothing happens when it is there already.
@@ -247,7 +392,7 @@ def _check_numbers(array: NDArray[Any], limit: float, at: str) -> None:
 
 
 def difference_of_models(
-    one: Mapping[str, Any], other: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None = None
+    one: Mapping[str, object], other: Mapping[str, object], names: Mapping[str, Sequence[str]] | None = None
 ) -> str:
     """Say in what two models that were scored differ, values included; empty where they are one.
 

@@ -69,23 +69,22 @@ class PartSpec:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Which rows of what is stored a matrix is: from `first` on, `count` of them, every `step`th, perhaps transposed.
+    """Which rows of what is stored a matrix is: `count` of them from `first` on, of the stored matrix or its transpose.
 
     Attributes:
-        first, count, step: rows of the stored matrix, or of its transpose.
+        first, count: of the rows.
         transposed: whether the stored matrix is [I, O].
 
     """
 
     first: int
     count: int
-    step: int = 1
     transposed: bool = False
 
     @property
     def is_run(self) -> bool:
         """Whether the rows are stored one after the other, so that a reference to them says it all."""
-        return self.step == 1 and not self.transposed
+        return not self.transposed
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Shape [O, I] of the matrix in what has the shape `stored`."""
@@ -94,7 +93,7 @@ class Cut:
     def of(self, stored: Any) -> Any:  # noqa: ANN401
         """View of the matrix in an array or tensor of what is stored."""
         whole = stored.T if self.transposed else stored
-        return whole[self.first : self.first + self.count * self.step : self.step]
+        return whole[self.first : self.first + self.count]
 
 
 class Rows(Protocol):

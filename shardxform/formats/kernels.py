@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numba import njit, types
+from numpy.typing import NDArray
 
-__all__ = ["Settings", "quantizer"]
+__all__ = ["RoundSettings", "quantizer"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,16 @@ I32: Final = np.int32
 U64: Final = np.uint64
 F32: Final = np.float32
 F64: Final = np.float64
+
+Bits = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Codes = NDArray[np.uint8]
+Words = NDArray[np.int32]
+Scales = tuple[Floats, Floats]
+"""Signed scales and the magnitudes or reciprocals beside them."""
+At = tuple[int, int]
+"""Where a row, a group or a tile stands, and how many there are."""
 
 LANES: Final = 32
 CHUNK: Final = 128
@@ -43,27 +54,27 @@ BYTES_OF_16: Final = np.uint64(0x00FF00FF00FF00FF)
 HALVES_OF_32: Final = np.uint64(0x0000FFFF0000FFFF)
 
 
-def jit(function: F, signature: Any = None) -> F:
+def jit(function: F, signature: object = None) -> F:
     """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
     try:
-        compiled: F = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
+        compiled = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:
         compiled = njit(signature, nogil=True, error_model="numpy")(function)
-    return compiled
+    return cast(F, compiled)
 
 
 @jit
-def _bits(x: Any) -> Any:
+def _bits(x: np.float32) -> np.uint32:
     return F32(x).view(U32)
 
 
 @jit
-def _float(u: Any) -> Any:
+def _float(u: np.uint32) -> np.float32:
     return U32(u).view(F32)
 
 
 @jit
-def _half_value(h: Any) -> Any:
+def _half_value(h: np.uint32) -> np.float32:
     """float16 bits -> float32, exact; infinities and NaN come out as finite values of at least 65536."""
     magnitude = h & U32(0x7FFF)
     if magnitude < U32(0x400):
@@ -74,7 +85,7 @@ def _half_value(h: Any) -> Any:
 
 
 @jit
-def _round_to_half(x: Any) -> Any:
+def _round_to_half(x: np.float32) -> np.float32:
     """Round x >= 0 to float16, ties to even, kept as float32; 65536 and more where float16 overflows."""
     a = _bits(x)
     normal = _float((a + U32(0xFFF) + ((a >> U32(13)) & U32(1))) & U32(0xFFFFE000))
@@ -83,7 +94,7 @@ def _round_to_half(x: Any) -> Any:
 
 
 @jit
-def _round_to_grid(x: Any, bf16: Any) -> Any:
+def _round_to_grid(x: np.float32, bf16: int) -> np.float32:
     """Round x >= 0 to the nearest scale of the grid, not yet clamped."""
     if bf16:
         a = _bits(x)
@@ -92,7 +103,7 @@ def _round_to_grid(x: Any, bf16: Any) -> Any:
 
 
 @jit
-def _half_bits(scale: Any) -> Any:
+def _half_bits(scale: np.float32) -> np.uint16:
     """float16 bits of a float32 that float16 can hold."""
     a = _bits(abs(scale))
     sign = U32(0x8000) if scale < F32(0) else U32(0)
@@ -102,7 +113,7 @@ def _half_bits(scale: Any) -> Any:
 
 
 @jit
-def _decode(row: Any, kind: Any, out: Any) -> None:
+def _decode(row: Bits | NDArray[np.uint16], kind: int, out: Bits) -> None:
     """Raw bits of a row -> float32 bits. ``kind``: 0 BF16, 1 F16, 2 F32."""
     if kind == 0:
         for k in range(row.size):
@@ -116,7 +127,7 @@ def _decode(row: Any, kind: Any, out: Any) -> None:
 
 
 @jit
-def _extremes(row: Any, start: Any, columns: Any) -> Any:
+def _extremes(row: Bits, start: int, columns: int) -> tuple[np.uint32, np.uint32]:
     """Float bits of max(w, 0), and of the magnitude of min(w, 0), by integer comparisons (LLVM may reorder those)."""
     high, low, base = I32(0), U32(0), U64(start)
     for k in range(columns):
@@ -127,7 +138,7 @@ def _extremes(row: Any, start: Any, columns: Any) -> Any:
 
 
 @jit
-def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
+def _first_nonfinite(row: Bits, start: int, columns: int, limit: np.uint32) -> int:
     for k in range(start, start + columns):
         if row[k] & MAGNITUDE >= limit:
             return k
@@ -135,7 +146,7 @@ def _first_nonfinite(row: Any, start: Any, columns: Any, limit: Any) -> Any:
 
 
 @jit
-def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
+def _spread(scale_GR: Floats, r: int, span: int, scale_I: Floats) -> None:
     """Write each group's scale to all of its columns."""
     for g in range(scale_GR.shape[0]):
         scale, base = scale_GR[g, r], U64(g * span)
@@ -144,7 +155,7 @@ def _spread(scale_GR: Any, r: Any, span: Any, scale_I: Any) -> None:
 
 
 @jit
-def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
+def _round_row(row: Floats, scale_I: Floats, codes: Codes, zero: int) -> None:
     low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
     for k in range(codes.size):
         q = min(max(np.rint(row[k] / scale_I[k]), low), high)
@@ -152,22 +163,7 @@ def _round_row(row: Any, scale_I: Any, codes: Any, zero: Any) -> None:
 
 
 @jit
-def _round_and_measure_row(row: Any, scale_I: Any, codes: Any, zero: Any, square_I: Any) -> Any:
-    """As ``_round_row``; adds squared errors per column, returns the float32 bits of the largest error in scales."""
-    low, high, shift = F32(-zero), F32(zero - 1), I32(zero)
-    worst = I32(0)
-    for k in range(codes.size):
-        ratio = row[k] / scale_I[k]
-        q = min(max(np.rint(ratio), low), high)
-        error = F32(row[k] - F32(scale_I[k] * q))
-        square_I[k] += F32(error * error)
-        worst = max(worst, I32(F32(ratio - q).view(I32) & I32(0x7FFFFFFF)))
-        codes[k] = U8(I32(q) + shift)
-    return worst
-
-
-@jit
-def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
+def _plain_scales(row: Bits, at: At, scales: Scales, p: RoundSettings, found: NDArray[np.int64]) -> None:
     """Min/max scales of one row, and what a report or a refusal needs to know about it."""
     r, number = at
     scale_GR, magnitude_GR = scales
@@ -189,7 +185,7 @@ def _plain_scales(row: Any, at: Any, scales: Any, p: Any, found: Any) -> None:
 
 
 @jit
-def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: Any) -> None:
+def _candidates(scale_R: Floats, magnitude_R: Floats, factors: Floats, bf16: int, out: Scales) -> None:
     """Scales tried per row, and their reciprocals: the min/max one, then each factor with its sign and the other."""
     scale_CR, step_CR = out
     largest = F32(65280.0) if bf16 else F32(65504.0)
@@ -207,7 +203,7 @@ def _candidates(scale_R: Any, magnitude_R: Any, factors: Any, bf16: Any, out: An
 
 
 @jit
-def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk_KR: Any) -> None:
+def _transpose_chunk(weights_RI: Floats, rows: int, start: int, columns: int, chunk_KR: Floats) -> None:
     base = U64(start)
     for r in range(rows):
         for k in range(columns):
@@ -215,7 +211,7 @@ def _transpose_chunk(weights_RI: Any, rows: Any, start: Any, columns: Any, chunk
 
 
 @jit
-def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: Any) -> None:
+def _plain_error(chunk_KR: Floats, columns: int, scale_R: Floats, zero: int, acc_R: Floats) -> None:
     """Squared error of a chunk under the min/max scale, with the codes that would be written."""
     low, high = F32(-zero), F32(zero - 1)
     for r in range(LANES):
@@ -228,7 +224,7 @@ def _plain_error(chunk_KR: Any, columns: Any, scale_R: Any, zero: Any, acc_R: An
 
 
 @jit
-def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_R: Any) -> None:
+def _candidate_error(chunk_KR: Floats, columns: int, scales_R: Scales, zero: int, acc_R: Floats) -> None:
     """The same under another scale, its codes from a product with the reciprocal: wrong only where two are as near."""
     scale_R, step_R = scales_R
     low, high = F32(-zero), F32(zero - 1)
@@ -242,7 +238,7 @@ def _candidate_error(chunk_KR: Any, columns: Any, scales_R: Any, zero: Any, acc_
 
 
 @jit
-def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> None:
+def _squared_errors(chunk_KR: Floats, columns: int, scratch: tuple[Floats, Floats, Floats, Doubles], zero: int) -> None:
     """Add each candidate's squared error over a chunk: float32 in column order within it, float64 across chunks."""
     scale_CR, step_CR, acc_CR, total_CR = scratch
     _plain_error(chunk_KR, columns, scale_CR[0], zero, acc_CR[0])
@@ -254,7 +250,14 @@ def _squared_errors(chunk_KR: Any, columns: Any, scratch: Any, zero: Any) -> Non
 
 
 @jit
-def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: Any, p: Any) -> None:
+def _search_group(
+    weights_RI: Floats,
+    at: At,
+    scales: Scales,
+    factors: Floats,
+    scratch: tuple[Floats, Floats, Floats, Floats, Doubles],
+    p: RoundSettings,
+) -> None:
     """Replace the scales of one group in all rows of the tile by the candidates of least squared error."""
     rows, g = at
     scale_GR, magnitude_GR = scales
@@ -274,7 +277,7 @@ def _search_group(weights_RI: Any, at: Any, scales: Any, factors: Any, scratch: 
 
 
 @jit
-def _pack_row(codes: Any, words: Any, bits: Any) -> None:
+def _pack_row(codes: Codes, words: Words, bits: int) -> None:
     """Codes of a row, one per byte -> int32 words, first code in the lowest bits."""
     if bits == 8:
         eight = codes.view(I32)
@@ -290,7 +293,7 @@ def _pack_row(codes: Any, words: Any, bits: Any) -> None:
 
 
 @jit
-def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_major: Any) -> None:
+def _emit(words_RW: Words, scale_GR: Floats, at: At, words: Words, scales: NDArray[np.uint16], row_major: int) -> None:
     """Store a tile's words and scale bits, rows of the weight along the first or the last dimension."""
     first, rows = at
     if row_major:
@@ -308,18 +311,13 @@ def _emit(words_RW: Any, scale_GR: Any, at: Any, words: Any, scales: Any, row_ma
                 scales[g, first + r] = _half_bits(scale_GR[g, r])
 
 
-@jit
-def _flush(square_I: Any, total_I: Any) -> None:
-    for k in range(square_I.size):
-        total_I[k] += F64(square_I[k])
-        square_I[k] = F32(0)
-
-
-def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
+def _quantize(
+    w_OI: Bits | NDArray[np.uint16], p: RoundSettings, factors: Floats, words: Words, scales: NDArray[np.uint16]
+) -> tuple[int, int, int, int]:
     """Round and pack all rows.
 
-    Returns (row, column) of the first non-finite weight, the first row with a scale beyond float16 (-1 for none),
-    the number of all-zero groups, the sum of squared errors and the largest error in scales (0 unless measured).
+    Returns row and column of the first non-finite weight, the first row with a scale beyond float16 (-1 for none), and
+    the number of all-zero groups.
     """
     O, I = w_OI.shape  # noqa: E741
     groups, row_words = -(-I // p.span), I * p.bits // 32
@@ -327,12 +325,12 @@ def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
     tile_RI = np.zeros((slots, I), U32)
     weights_RI = tile_RI.view(F32)
     grid = np.ones((groups, LANES), F32), np.zeros((groups, LANES), F32)
-    codes, scale_I, square_I = np.empty(I, U8), np.empty(I, F32), np.zeros(I, F32)
+    codes, scale_I = np.empty(I, U8), np.empty(I, F32)
     words_RW = np.empty((LANES, row_words + 16), I32)  # an odd number of cache lines: a column spreads over the sets
     floats_3CR = np.ones((3, 2 * factors.size + 1, LANES), F32)
     total_CR = np.zeros((2 * factors.size + 1, LANES), F64)
     scratch = np.zeros((CHUNK, LANES), F32), floats_3CR[0], floats_3CR[1], floats_3CR[2], total_CR
-    found, total_I, worst = np.array([-1, -1, -1, 0]), np.zeros(I, F64), I32(0)
+    found = np.array([-1, -1, -1, 0])
     for first in range(0, O, LANES):
         rows = min(LANES, O - first)
         for r in range(rows if factors.size else 0):
@@ -346,21 +344,13 @@ def _quantize(w_OI: Any, p: Any, factors: Any, words: Any, scales: Any) -> Any:
                 _decode(w_OI[first + r], p.kind, tile_RI[0])
                 _plain_scales(tile_RI[0], (r, first + r), grid, p, found)
             _spread(grid[0], r, p.span, scale_I)
-            if p.measure:
-                worst = max(worst, _round_and_measure_row(weights_RI[slot], scale_I, codes, p.zero, square_I))
-            else:
-                _round_row(weights_RI[slot], scale_I, codes, p.zero)
+            _round_row(weights_RI[slot], scale_I, codes, p.zero)
             _pack_row(codes, words_RW[r, :row_words], p.bits)
-        if p.measure:
-            _flush(square_I, total_I)
         _emit(words_RW, grid[0], (first, rows), words, scales, p.row_major)
-    squared_error = 0.0
-    for k in range(I):
-        squared_error += total_I[k]
-    return found[0], found[1], found[2], found[3], squared_error, I32(worst).view(F32)
+    return found[0], found[1], found[2], found[3]
 
 
-class Settings(NamedTuple):
+class RoundSettings(NamedTuple):
     """What a kernel is told besides its arrays; all plain integers.
 
     Attributes:
@@ -371,7 +361,6 @@ class Settings(NamedTuple):
         limit: float32 bits from which a decoded magnitude stands for an infinity or NaN.
         bf16: Scales on the bf16 grid.
         row_major: Words along the columns of a row ("row") rather than along the rows ("gptq").
-        measure: Compute the errors.
     """
 
     kind: int
@@ -381,14 +370,13 @@ class Settings(NamedTuple):
     limit: int
     bf16: int
     row_major: int
-    measure: int
 
 
 @cache
-def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int, float, float]]:
+def quantizer(wide: bool) -> Callable[..., tuple[int, int, int, int]]:
     """The compiled kernel for uint32 (``wide``) or uint16 source bits; compiles or loads from disk on first use."""
     source = types.Array(types.uint32 if wide else types.uint16, 2, "C", readonly=True)
-    settings = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
+    settings = types.NamedUniTuple(types.int64, len(RoundSettings._fields), RoundSettings)  # type: ignore[no-untyped-call]
     factors = types.Array(types.float32, 1, "C", readonly=True)
     signature = (source, settings, factors, types.int32[:, :], types.uint16[:, :])
     return jit(_quantize, signature)

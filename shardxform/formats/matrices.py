@@ -7,7 +7,7 @@ reference to bytes, and a `Cut` that leads from these to the matrix. This is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
@@ -17,7 +17,7 @@ from shardxform.formats.scheme import ExpertNames
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
-__all__ = ["Matrix", "Vector", "matrices_of", "stack_cuts", "vectors_of"]
+__all__ = ["Matrix", "matrices_of", "single_biases", "stack_cuts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +69,6 @@ class Matrix:
         return f"{self.home}.{before if last.isdigit() else last}"
 
 
-@dataclass(frozen=True, slots=True)
-class Vector:
-    """The bias of one expert's matrix, as every so many elements of a row of a stack [E, O]."""
-
-    name: str
-    row: TensorRef
-    cut: Cut
-    source: str
-    place: Place
-
-    @property
-    def stored(self) -> tuple[Storage, ...]:
-        """What is stored for it, as a matrix of one column."""
-        return storages_of(self.row, self.cut)
-
-
 def matrices_of(
     layout: Layout, tensors: Mapping[str, TensorRef], expert_names: ExpertNames = "split"
 ) -> Iterator[Matrix]:
@@ -111,31 +95,32 @@ def matrices_of(
             yield Matrix(name.removesuffix(".weight"), ref, (name,), place)
 
 
-def vectors_of(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Vector]:
-    """List the bias of every expert that is stacked, in table order, under the name that it has beside its matrix."""
+def single_biases(layout: Layout, tensors: Mapping[str, TensorRef], stack: str) -> Iterator[TensorRef]:
+    """List the biases that stand beside the matrices of a stack when these are written one by one; as a rule none."""
     experts = layout.family.experts
-    for name, ref in tensors.items():
-        place, stem = layout.places.get(name), name.removesuffix("_bias")
-        if place is None or place.template.variant != "fused" or stem == name:
-            continue
-        home, _, stack = stem.rpartition(".")
-        for expert in range(ref.spec.shape[0]):
-            for projection, cut in stack_cuts(experts, stack, ref.spec.shape[1]):
-                flat = replace(cut, transposed=False)
-                yield Vector(f"{home}.{expert}.{projection}.bias", ref.index(expert), flat, name, place)
+    ref = tensors.get(f"{stack}_bias")
+    if ref is None or not experts.bias:
+        return
+    home, _, name = stack.rpartition(".")
+    for expert in range(ref.spec.shape[0]):
+        row = ref.index(expert)
+        for projection, cut in stack_cuts(experts, name, ref.spec.shape[1]):
+            part = row.rows(cut.first, cut.first + cut.count)
+            yield part.renamed(f"{home}.{expert}.{projection}.bias")
 
 
 def stack_cuts(experts: ExpertLayout, stack: str, rows: int) -> Iterator[tuple[str, Cut]]:
-    """Names of the projections in a stack of the family, and what each is of the `rows` that an expert has there."""
+    """Names of the projections in a stack of the family, and what each is of the `rows` that an expert has there.
+
+    They are the halves of the first stack even where gate and up projection take turns in it: so auto-round's loader
+    reads them on transformers 5, which puts the halves one below the other again, and has the model take them apart.
+    """
     gate, up, down = experts.projections
     if stack != experts.stacks[0]:
-        yield down, Cut(0, rows, 1, experts.transposed)
-    elif experts.gate == "interleaved":
-        yield gate, Cut(0, rows // 2, 2, experts.transposed)
-        yield up, Cut(1, rows // 2, 2, experts.transposed)
+        yield down, Cut(0, rows, experts.transposed)
     else:
-        yield gate, Cut(0, rows // 2, 1, experts.transposed)
-        yield up, Cut(rows // 2, rows // 2, 1, experts.transposed)
+        yield gate, Cut(0, rows // 2, experts.transposed)
+        yield up, Cut(rows // 2, rows // 2, experts.transposed)
 
 
 def _unstacked(

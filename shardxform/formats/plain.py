@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from shardxform.base.dtypes import BITS
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import BITS, TensorRef
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import (
     DECODE_TILE,
@@ -88,7 +87,7 @@ class Plain:
             exactly = "" if packing.is_infinite(bits_RI[bad]) else " exactly"
             raise ExecutionError(
                 f"{rows.where(start + bad[0])}, column {bad[1]} stands for {values_RI[bad]}, which float16 cannot hold"
-                f"{exactly}; use --to bf16"
+                f"{exactly}; use `target.format` bf16"
             )
         return bits_RI
 

@@ -56,17 +56,12 @@ class RtnStats:
         overflow_row: First row with finite weights whose scale float16 cannot hold, or None.
         groups: Number of groups.
         zero_groups: Groups that hold nothing but zeros (of either sign).
-        squared_error: Sum of (w - w')^2; None if not measured or not ``ok``. Summed in a fixed order: float32 per
-            column within 32 rows, then float64.
-        worst_error: Largest |w/scale - q| before packing; above 0.5 where a weight was clipped. None as above.
     """
 
     nonfinite: tuple[int, int] | None
     overflow_row: int | None
     groups: int
     zero_groups: int
-    squared_error: float | None
-    worst_error: float | None
 
     @property
     def ok(self) -> bool:
@@ -104,27 +99,25 @@ class QuantizedWeight:
 
 
 def quantize(
-    w_OI: NDArray[Any],
+    w_OI: NDArray[np.generic],
     dtype: SourceDtype,
     grid: Grid,
     *,
     layout: Layout,
     backend: Backend = "auto",
-    measure: bool = True,
 ) -> tuple[QuantizedWeight, RtnStats]:
     """As ``quantize_into``, into new arrays."""
     out = QuantizedWeight.empty(layout, grid, _shape(w_OI))
-    return out, quantize_into(w_OI, dtype, grid, out, backend=backend, measure=measure)
+    return out, quantize_into(w_OI, dtype, grid, out, backend=backend)
 
 
 def quantize_into(
-    w_OI: NDArray[Any],
+    w_OI: NDArray[np.generic],
     dtype: SourceDtype,
     grid: Grid,
     out: QuantizedWeight,
     *,
     backend: Backend = "auto",
-    measure: bool = True,
 ) -> RtnStats:
     """Round ``w_OI`` to ``grid`` and pack it into ``out``.
 
@@ -137,7 +130,6 @@ def quantize_into(
         grid: Bits, groups and scales.
         out: Buffers of the shapes ``QuantizedWeight`` states; any strides.
         backend: "auto" takes numba where it is installed.
-        measure: Compute ``squared_error`` and ``worst_error`` (about a seventh more time, a third more in numpy).
 
     Returns:
         The statistics. Unless they are ``ok``, what was written to ``out`` is unspecified.
@@ -151,19 +143,13 @@ def quantize_into(
     if shape[1] == 0 or shape[1] % COLUMN_MULTIPLE:
         raise SchemeError(f"input channels: expected a multiple of {COLUMN_MULTIPLE}, found {shape[1]}")
     _check_out(out, grid, shape)
-    if _use_numba(backend):
-        found, square, worst = _run_kernel(bits_OI, dtype, grid, out, measure)
-    else:
-        found, square, worst = _run_numpy(bits_OI, dtype, grid, out, measure)
-    row, column, overflow, zeros = found
-    measured = measure and row < 0 and overflow < 0
+    run = _run_kernel if _use_numba(backend) else _run_numpy
+    row, column, overflow, zeros = run(bits_OI, dtype, grid, out)
     return RtnStats(
         nonfinite=None if row < 0 else (row, column),
         overflow_row=None if overflow < 0 else overflow,
         groups=shape[0] * grid.groups(shape[1]),
         zero_groups=zeros,
-        squared_error=square if measured else None,
-        worst_error=worst if measured else None,
     )
 
 
@@ -176,13 +162,13 @@ def search_factors(bits: int) -> NDArray[np.float32]:
     return ((top - step * np.arange(30)) / unit).astype(np.float32)
 
 
-def _shape(w_OI: NDArray[Any]) -> tuple[int, int]:
+def _shape(w_OI: NDArray[np.generic]) -> tuple[int, int]:
     if w_OI.ndim != 2:
         raise ValueError(f"weight: expected 2 dimensions, found shape {list(w_OI.shape)}")
     return w_OI.shape[0], w_OI.shape[1]
 
 
-def _raw_bits(w_OI: NDArray[Any], dtype: SourceDtype) -> NDArray[Any]:
+def _raw_bits(w_OI: NDArray[np.generic], dtype: SourceDtype) -> NDArray[Any]:
     """The weight as uint16 or uint32, aligned, without a copy where it is aligned already."""
     accepted = {"BF16": ("uint16",), "F16": ("uint16", "float16"), "F32": ("uint32", "float32")}
     if dtype not in accepted:
@@ -217,14 +203,14 @@ def _use_numba(backend: Backend) -> bool:
     return installed
 
 
-Found = tuple[tuple[int, int, int, int], float, float]
-"""(row, column, overflow row, zero groups) with -1 for none; squared error; worst error."""
+_Found = tuple[int, int, int, int]
+"""Row and column of what is not finite, and the row of an overflow, with -1 for none; zero groups."""
 
 
-def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, measure: bool) -> Found:
+def _run_kernel(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
     from shardxform.formats import kernels
 
-    settings = kernels.Settings(
+    settings = kernels.RoundSettings(
         kind=("BF16", "F16", "F32").index(dtype),
         bits=grid.bits,
         zero=grid.zero_code,
@@ -232,17 +218,15 @@ def _run_kernel(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: Quan
         limit=0x47800000 if dtype == "F16" else 0x7F800000,
         bf16=int(grid.scale_grid == "bf16"),
         row_major=int(out.layout == "row"),
-        measure=int(measure),
     )
     factors = search_factors(grid.bits) if grid.search else np.empty(0, np.float32)
     kernel = kernels.quantizer(wide=dtype == "F32")
-    row, column, overflow, zeros, square, worst = kernel(bits_OI, settings, factors, out.words, out.scales)
-    return (row, column, overflow, zeros), square, worst
+    found: _Found = kernel(bits_OI, settings, factors, out.words, out.scales)
+    return found
 
 
-def _run_numpy(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, measure: bool) -> Found:
-    row, column, overflow, zeros, worst = -1, -1, -1, 0, 0.0
-    total_I = np.zeros(bits_OI.shape[1])
+def _run_numpy(bits_OI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight) -> _Found:
+    row, column, overflow, zeros = -1, -1, -1, 0
     # Bits that cannot be represented are found and reported; until then they may overflow at will.
     with np.errstate(all="ignore"):
         for first, last in _row_tiles(*_shape(bits_OI)):
@@ -257,15 +241,9 @@ def _run_numpy(bits_OI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: Quant
             zeros += int((w_OGS == 0).all(axis=-1).sum())
             if grid.search:
                 scale_OG = _searched_scales(w_OGS, scale_OG, magnitude_OG, grid)
-            codes_OI, square_I, tile_worst = _round(w_OGS, scale_OG, grid, measure)
-            for squares in square_I[:, : total_I.size]:
-                total_I += squares
-            worst = max(worst, tile_worst)
-            _store(codes_OI[:, : w_OI.shape[1]], scale_OG, grid.bits, (first, last), out)
-    square = 0.0
-    for column_square in total_I.tolist():
-        square += column_square
-    return (row, column, overflow, zeros), square, worst
+            codes_OI = _codes(w_OGS, scale_OG, grid)[:, : w_OI.shape[1]]
+            _store(codes_OI, scale_OG, grid.bits, (first, last), out)
+    return row, column, overflow, zeros
 
 
 def _row_tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -347,24 +325,12 @@ def _squared_error(
     return total_P
 
 
-def _round(
-    w_OGS: NDArray[np.float32], scale_OG: NDArray[np.float32], grid: Grid, measure: bool
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], float]:
-    """Codes [O, G*S]; squared errors [tiles of 32 rows, G*S] summed per column; the worst error in scales."""
-    zero, scale = np.float32(grid.zero_code), scale_OG[:, :, None]
-    ratio = w_OGS / scale
-    q_OGS = np.clip(np.rint(ratio), -zero, zero - np.float32(1))
-    rows = w_OGS.shape[0]
-    codes_OI = (q_OGS + zero).astype(np.uint8).reshape(rows, -1)
-    if not measure:
-        return codes_OI, np.zeros((0, codes_OI.shape[1]), np.float32), 0.0
-    error_OI = (w_OGS - scale * q_OGS).reshape(rows, -1)
-    error_OI *= error_OI
-    sums = np.zeros((-(-rows // TILE_ROWS), error_OI.shape[1]), np.float32)
-    for r in range(min(TILE_ROWS, rows)):
-        squares = error_OI[r::TILE_ROWS]
-        sums[: squares.shape[0]] += squares
-    return codes_OI, sums, float(np.abs(ratio - q_OGS).max(initial=0.0))
+def _codes(w_OGS: NDArray[np.float32], scale_OG: NDArray[np.float32], grid: Grid) -> NDArray[np.uint8]:
+    """Codes [O, G*S]."""
+    zero = np.float32(grid.zero_code)
+    q_OGS = np.clip(np.rint(w_OGS / scale_OG[:, :, None]), -zero, zero - np.float32(1))
+    codes_OGS: NDArray[np.uint8] = (q_OGS + zero).astype(np.uint8)
+    return codes_OGS.reshape(w_OGS.shape[0], -1)
 
 
 def _store(

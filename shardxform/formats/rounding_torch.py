@@ -38,7 +38,7 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as e:
-        raise SchemeError(f"--device {name}: {str(e).splitlines()[0]}") from e
+        raise SchemeError(f"`device` {name}: {str(e).splitlines()[0]}") from e
     return device
 
 
@@ -60,7 +60,7 @@ def quantize_on(
 
     """
     if grid.search:
-        raise SchemeError("the scale search runs on the CPU only: leave out --device")
+        raise SchemeError("the scale search runs on the CPU only: leave out `device`")
     try:
         return _quantize_on(w_RI, dtype, grid, out, device)
     except torch.OutOfMemoryError as e:
@@ -85,8 +85,6 @@ def _quantize_on(
         overflow_row=None if not over_rg.any() else int(over_rg.any(1).to(torch.int8).argmax()),
         groups=scale_rg.numel(),
         zero_groups=int((w_rgs == 0).all(-1).sum()),
-        squared_error=None,
-        worst_error=None,
     )
 
 

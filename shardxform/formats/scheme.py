@@ -49,9 +49,9 @@ class Scheme:
         if self.format not in FORMATS:
             raise SchemeError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
         if self.g_idx and self.format == "compressed-tensors":
-            raise SchemeError("--g-idx: expected --format gptq or auto-round, which have such a tensor")
+            raise SchemeError("`g_idx`: expected `format` gptq or auto-round, which have such a tensor")
         if self.expert_names == "fused-indexed" and self.format == "compressed-tensors":
-            raise SchemeError("--expert-names: fused-indexed exists in auto-round and gptq checkpoints only")
+            raise SchemeError("`expert_names`: fused-indexed exists in auto-round and gptq checkpoints only")
 
     @classmethod
     def preset(

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shardxform.base.dtypes import FLOATS
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import FLOATS, TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.scheme import Scheme
@@ -85,7 +84,7 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
     family = layout.family
     if scheme.format not in family.formats:
         raise SchemeError(
-            f"--format {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
+            f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
             f" {' or '.join(family.formats)}"
         )
 
@@ -98,7 +97,7 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
         _refuse_unrunnable(module, scheme, layout)
         return ""
     if any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
-        return "--keep-16bit"
+        return "on request"
     if module.place.scope != "block" or module.place.template.role not in LINEAR_ROLES:
         return _BY_DEFAULT
     return _BY_DEFAULT if _is_kept(module.local, layout.family.keep_16bit) else ""
@@ -113,14 +112,14 @@ def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
     if role in ("router", "embeddings", "vision", "mtp"):
-        raise SchemeError(f"--quantize selects {module.name}, but no client runs {role} weights as integers")
+        raise SchemeError(f"`quantize` selects {module.name}, but no client runs {role} weights as integers")
     if role == "lm head" and is_tied(layout):
         raise SchemeError(
-            f"--quantize selects {module.name}, but config.json ties it to the embeddings (tie_word_embeddings),"
+            f"`quantize` selects {module.name}, but config.json ties it to the embeddings (tie_word_embeddings),"
             " which no client runs as integers"
         )
     if role == "lm head" and scheme.format == "compressed-tensors":
-        raise SchemeError(f"--quantize selects {module.name}, which vLLM cannot run in format compressed-tensors")
+        raise SchemeError(f"`quantize` selects {module.name}, which vLLM cannot run in format compressed-tensors")
 
 
 def _merged(layout: Layout, modules: Iterable[Matrix]) -> list[list[str]]:
@@ -151,10 +150,10 @@ def _refuse_split(groups: Iterable[list[str]], reasons: Mapping[str, str]) -> No
 def _refuse_idle_patterns(scheme: Scheme, modules: Iterable[Matrix]) -> None:
     """A pattern that matches nothing is a typing error that would surface as a wrong checkpoint."""
     names = [module.name for module in modules]
-    for option, patterns in (("--keep-16bit", scheme.keep_16bit), ("--quantize", scheme.quantize)):
+    for field, patterns in (("keep_16bit", scheme.keep_16bit), ("quantize", scheme.quantize)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise SchemeError(f"{option} {pattern!r} matches no module, such as {names[0]}")
+                raise SchemeError(f"`{field}` {pattern!r} matches no module, such as {names[0]}")
 
 
 def reasons_summary(selection: Selection) -> dict[str, int]:

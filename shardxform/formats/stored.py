@@ -22,9 +22,17 @@ from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.grid import Bits, Grid, ScaleGrid
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
-from shardxform.model.expectation import Expected, expected
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import COMPANIONS, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.layout import (
+    COMPANIONS,
+    Expected,
+    Layout,
+    expected,
+    is_quantized,
+    layout_of,
+    refuse_two_spellings,
+    variants_found,
+)
 
 __all__ = ["Stored", "decoded", "has_g_idx", "read_stored", "scan_stored"]
 

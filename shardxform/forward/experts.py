@@ -4,7 +4,7 @@ Registered with transformers as an experts implementation; gate and activation a
 in ascending order, as the model's plain implementation does, and only those that some token is routed to.
 """
 
-# T: tokens, K: experts per token, n: tokens of one expert, H: hidden size, I: intermediate size.
+# T: tokens, K: experts per token, n: tokens of one expert, H: hidden size, I: intermediate size, O: 2 * I.
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from shardxform.errors import FamilyError
-from shardxform.forward.weights import ExpertWeights, Precision
+from shardxform.forward.weights import ExpertValues, Precision, RoutedExpert
 
-__all__ = ["IMPLEMENTATION", "ExpertBank", "Observer", "attach", "detach", "experts_module"]
+__all__ = ["IMPLEMENTATION", "STACKS", "ExpertBank", "Observer", "attach", "detach", "experts_module"]
 
 IMPLEMENTATION: Final = "shardxform"
+STACKS: Final = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+"""Parameters of transformers' experts modules."""
 _BANK: Final = "shardxform_bank"
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with an expert, its tokens [n], the router's weights of them [n], and its outputs [n, H], not yet weighted."""
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called with an expert, the router's weights of its tokens [n], and its outputs [n, H], not yet weighted."""
 
 
 @dataclass(slots=True)
@@ -40,13 +42,13 @@ class ExpertBank:
 
     """
 
-    read: Callable[[int], ExpertWeights]
+    read: Callable[[int], RoutedExpert]
     precision: Precision
     observer: Observer | None = None
-    loaded: dict[int, ExpertWeights] = field(default_factory=dict)
+    loaded: dict[int, RoutedExpert] = field(default_factory=dict)
 
-    def dense(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate over up projection [2I, H], and down projection [H, I]."""
+    def dense(self, expert: int) -> ExpertValues:
+        """What an expert computes with."""
         if expert not in self.loaded:
             self.loaded[expert] = self.read(expert).on(self.precision.device)
         return self.loaded[expert].dense(self.precision)
@@ -63,8 +65,8 @@ def experts_module(block: nn.Module) -> nn.Module | None:
     if not found:
         return None
     module: Any = found[0]
-    if len(found) > 1 or module.has_bias or module.is_transposed or module.has_post_expert_norm or not module.has_gate:
-        raise FamilyError(f"{type(module).__name__}: experts with biases, transposed or without a gate are not run")
+    if len(found) > 1 or module.has_post_expert_norm or not module.has_gate:
+        raise FamilyError(f"{type(module).__name__}: experts of two kinds, with a norm or without a gate are not run")
     return found[0]
 
 
@@ -108,11 +110,11 @@ def _forward(
         start += count
         token_n = pairs // top_k_index.shape[1]
         weight_n = top_k_weights.flatten()[pairs]
-        gate_up_OH, down_HI = bank.dense(expert)
-        inner_nI = self._apply_gate(nn.functional.linear(hidden_states[token_n], gate_up_OH))
-        value_nH = nn.functional.linear(inner_nI, down_HI)
+        values = bank.dense(expert)
+        between_nO = nn.functional.linear(hidden_states[token_n], values.gate_up_OH, values.gate_up_bias_O)
+        value_nH = nn.functional.linear(self._apply_gate(between_nO), values.down_HI, values.down_bias_H)
         if bank.observer is not None:
-            bank.observer(expert, token_n, weight_n, value_nH)
+            bank.observer(expert, weight_n, value_nH)
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.
         out_TH[token_n] += (value_nH * weight_n[:, None]).to(out_TH.dtype)
     return out_TH

@@ -1,7 +1,8 @@
 """One or several models run over the same token windows in step, block by block, resumably.
 
 Hidden states live in the work directory between blocks. A visitor sees what every expert and every block puts out and
-gives facts of each block, which are recorded with it. The next block is asked of the disk while one computes.
+gives facts of each block, which are recorded with it. The next block is asked of the disk while one computes. What a
+pass will take is known from headers alone.
 """
 
 # N: sequences, T: positions, B: sequences of a batch, H: hidden size.
@@ -11,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 import torch
 
 from shardxform.base import computing, interrupts
 from shardxform.base.constants import BATCH_TOKENS
+from shardxform.base.file_system import FileSystem
 from shardxform.base.progress import OnProgress, Progress
 from shardxform.base.strict_json import dumps
 from shardxform.calibration import Windows
@@ -28,10 +32,10 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
-from shardxform.forward.weights import Precision
+from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenFile, WorkDir
 
-__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "fingerprint", "pass_inputs", "run_pass"]
+__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "estimate", "fingerprint", "pass_inputs", "run_pass"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +44,12 @@ class Batch:
 
     Attributes:
         ids_BT: token ids.
-        valid_BT: True where there is a token, False at padding.
 
     """
 
     start: int
     stop: int
     ids_BT: torch.Tensor
-    valid_BT: torch.Tensor
-
-    def mask(self) -> torch.Tensor | None:
-        """Attention mask [B, T] as models take it; None when nothing is padded."""
-        return None if bool(self.valid_BT.all()) else self.valid_BT.long()
 
 
 class Visitor(Protocol):
@@ -65,11 +63,7 @@ class Visitor(Protocol):
         """Forget the block before: `layer` begins."""
         ...
 
-    def before(self, batch: Batch) -> None:
-        """A batch is about to go through the block."""
-        ...
-
-    def after(self, batch: Batch, hidden: Mapping[str, torch.Tensor]) -> None:
+    def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         """A batch went through the block of every chain; `hidden` is what left it, [B, T, H]."""
         ...
 
@@ -107,7 +101,7 @@ class Pass:
     @property
     def block_tokens(self) -> int:
         """Tokens that go through one block of all chains."""
-        return int(self.windows.lengths_N.sum()) * len(self.chains)
+        return self.windows.ids_NT.size * len(self.chains)
 
     def hidden(self, chain: str, number: int) -> HiddenFile:
         """Hidden states of a chain that enter block `number`, or leave the last one."""
@@ -168,12 +162,9 @@ def batches(windows: Windows) -> Iterator[Batch]:
     """Cut the windows into batches of whole sequences."""
     count, length = windows.ids_NT.shape
     size = max(1, BATCH_TOKENS // length)
-    positions = torch.arange(length)
     for start in range(0, count, size):
         stop = min(start + size, count)
-        ids_BT = torch.from_numpy(windows.ids_NT[start:stop]).long()
-        lengths_B = torch.from_numpy(windows.lengths_N[start:stop])
-        yield Batch(start, stop, ids_BT, positions < lengths_B[:, None])
+        yield Batch(start, stop, torch.from_numpy(windows.ids_NT[start:stop]).long())
 
 
 def pass_inputs(
@@ -202,7 +193,7 @@ def pass_inputs(
     }
 
 
-def fingerprint(inputs: Mapping[str, Any]) -> str:
+def fingerprint(inputs: Mapping[str, object]) -> str:
     """SHA-256 of what decides the numbers of a pass but for what computes: the same on every machine."""
     return hashlib.sha256(dumps(computing.without(inputs)).encode()).hexdigest()
 
@@ -240,26 +231,23 @@ def _run_block(job: Pass, layer: int, visitor: Visitor) -> None:
         readers = {name: stack.enter_context(job.hidden(name, layer).reading()) for name in blocks}
         writers = {name: stack.enter_context(job.hidden(name, layer + 1).writing()) for name in blocks}
         for batch in batches(job.windows):
-            visitor.before(batch)
             hidden: dict[str, torch.Tensor] = {}
             for name, block in blocks.items():
                 device = job.chains[name].weights.precision.device
-                mask_BT = batch.mask()
-                entering_BTH = readers[name].rows(batch.start, batch.stop).to(device)
-                hidden[name] = block(entering_BTH, None if mask_BT is None else mask_BT.to(device))
+                hidden[name] = block(readers[name].rows(batch.start, batch.stop).to(device))
                 _refuse_non_finite(hidden[name], batch, f"{job.chains[name].weights.checkpoint.where}: block {layer}")
                 writers[name].put(batch.start, hidden[name])
-            visitor.after(batch, hidden)
-            job.progressed(int(batch.valid_BT.sum()) * len(blocks))
+            visitor.after(hidden)
+            job.progressed(batch.ids_BT.numel() * len(blocks))
     job.work.record(_name(layer), visitor.facts())
     _remove_inputs(job, layer)
 
 
 def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, where: str) -> None:
-    """Refuse NaN and infinity at the positions that count, which would spoil all that is computed from them."""
+    """Refuse NaN and infinity, which would spoil all that is computed from them."""
     if math.isfinite(float(hidden_BTH.sum(dtype=torch.float32))):  # most often, and at the speed of memory
         return
-    bad = (~hidden_BTH.isfinite().all(-1).cpu() & batch.valid_BT).nonzero()
+    bad = (~hidden_BTH.isfinite().all(-1)).nonzero()
     if len(bad):
         row, position = bad[0].tolist()
         raise ExecutionError(
@@ -271,3 +259,52 @@ def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, where: str) -> No
 def _remove_inputs(job: Pass, layer: int) -> None:
     for name in job.chains:
         job.hidden(name, layer).remove()
+
+
+# -- what a pass will take ---------------------------------------------------------------------------------------------
+
+
+_LIBRARIES: Final = 450_000_000  # python, torch, transformers and a tokenizer, resident
+_LIVE_STATES: Final = 90  # states that one block holds at its peak: activations, and what reading leaves behind
+
+
+def estimate(
+    checkpoints: Mapping[str, Checkpoint], windows: Windows, precision: Precision, work: Path | None = None
+) -> dict[str, Any]:
+    """Predict memory, disk and reading of a pass over `windows`; sizes in bytes, free ones where `work` will be.
+
+    Raises:
+        FamilyError, SchemeError, CheckpointError: see `Skeleton`.
+
+    """
+    blocks = heads = states = read = live = 0
+    layers = 0
+    for checkpoint in checkpoints.values():
+        with Weights(checkpoint, precision) as weights:
+            skeleton = Skeleton(weights)
+            sizes = Counter[tuple[str, int]]()
+            for name, place in weights.layout.places.items():
+                if place.scope in ("block", "mtp") and place.layer is not None:
+                    sizes[place.scope, place.layer] += _stored_bytes(weights, name)
+            blocks += max(sizes.values(), default=0)
+            heads += skeleton.head_ref.nbytes
+            read += sizes.total()
+            layers = skeleton.num_blocks
+            state = skeleton.hidden_size * precision.dtype.itemsize
+            states += 2 * windows.ids_NT.size * state
+            live = max(live, _LIVE_STATES * max(BATCH_TOKENS, windows.ids_NT.shape[1]) * state)
+    return {
+        "tokens": windows.ids_NT.size,
+        "blocks": layers,
+        "dtype": str(precision.dtype).removeprefix("torch."),
+        "device": str(precision.device),
+        "read_bytes": read,
+        "peak_memory_bytes": _LIBRARIES + max(blocks, heads) + live,
+        "work_bytes": states,
+        "free_disk_bytes": FileSystem().free_bytes(Path.cwd() / (work or "")),
+    }
+
+
+def _stored_bytes(weights: Weights, name: str) -> int:
+    """Size at rest; a quantized weight is shown as if in 16 bits, and is at most that."""
+    return weights.ref(name).nbytes if weights.has(name) else 0

@@ -2,6 +2,10 @@
 
 Whatever surrounds a block is the model's own code too: its `forward` is called with all blocks but one passing their
 input through, so that masks, rotary embeddings and positions are made as the model makes them.
+
+Transformers has no code for layers of multi-token prediction. They are run as vLLM's `qwen3_next_mtp` and
+`deepseek_mtp` run them: the embedding of the next token and the hidden state after the final norm, each normed, side by
+side through a projection, then a decoder block. A second one takes the first one's output and the token after.
 """
 
 # B: sequences, T: positions, H: hidden size, V: vocabulary.
@@ -11,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -20,13 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
-from shardxform.forward.experts import IMPLEMENTATION, ExpertBank, Observer, attach, detach, experts_module
-from shardxform.forward.memory import give_back, keep_few_kernels
+from shardxform.forward.experts import IMPLEMENTATION, STACKS, ExpertBank, Observer, attach, detach, experts_module
+from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
 from shardxform.model.layout import Layout
 from shardxform.model.tied_head import HEAD, is_tied
 
-__all__ = ["Skeleton"]
+__all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 
 _META: Final = torch.device("meta")
 _TILE_ROWS: Final = 16384
@@ -108,14 +112,14 @@ class Skeleton:
             yield self._normed
 
     @contextlib.contextmanager
-    def head(self, shared: torch.Tensor | None = None) -> Iterator[Head]:
+    def head(self, shared: torch.Tensor | None = None) -> Iterator[OutputHead]:
         """Load the final norm and the output head; `shared` is the same head, loaded for another model."""
         with self.final_norm():
-            yield Head(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared)
+            yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         with _computing(self._norm):
-            return self.call(hidden_BTH.float(), None)
+            return self.call(hidden_BTH.float())
 
     @property
     def head_ref(self) -> TensorRef:
@@ -206,17 +210,31 @@ class Skeleton:
             give_back()
 
     def stacked(self, layer: int) -> dict[str, torch.Tensor]:
-        """All routed experts of a block in the dtype they are stored in, [E, 2I, H] and [E, H, I]."""
+        """All routed experts of a block in the dtype they are stored in, by the names of the model's parameters.
+
+        They are [E, 2I, H] and [E, H, I] however the model's own module has them, rows in the order that its gate
+        takes, and biases [E, 2I] and [E, H] where it has any.
+        """
         stacks: dict[str, torch.Tensor] = {}
         for expert in range(self.layout.num_experts):
-            weights = self.weights.expert("block", layer, expert).at_rest()
-            for name, value in zip(("gate_up_proj", "down_proj"), weights, strict=True):
+            values = self.weights.expert("block", layer, expert).at_rest()
+            for name, value in zip(STACKS, values, strict=True):
+                if value is None:
+                    continue
                 if name not in stacks:
                     stacks[name] = torch.empty(
                         self.layout.num_experts, *value.shape, dtype=value.dtype, device=self.weights.precision.device
                     )
                 stacks[name][expert] = value
         return stacks
+
+    def module_name(self, name: str) -> str:
+        """What transformers calls a module or parameter of a block that is called `name` in the checkpoint."""
+        return _renamed(name, self.layout.family.renames)
+
+    def stored_name(self, name: str) -> str:
+        """What a module or parameter of a block is called in the checkpoint that transformers calls `name`."""
+        return _renamed(name, [(theirs, ours) for ours, theirs in self.layout.family.renames])
 
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
@@ -234,12 +252,12 @@ class Skeleton:
             if id(wanted) in inside:
                 continue
             dtype = torch.float32 if self._keeps_float32(local) else None
-            name = prefix + local
+            name = prefix + self.stored_name(local)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
                 raise CheckpointError(
-                    f"{self.weights.checkpoint.where}: tensor '{prefix + local}': shape {list(found.shape)},"
+                    f"{self.weights.checkpoint.where}: tensor '{name}': shape {list(found.shape)},"
                     f" but the model of config.json wants {list(wanted.shape)}"
                 )
             yield local, found
@@ -248,18 +266,14 @@ class Skeleton:
         patterns: Any = self._model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
-    def call(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    def call(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
 
-        States and mask may come from elsewhere, as those that were read from disk do.
+        The states may come from elsewhere, as those that were read from disk do.
         """
         device = self.weights.precision.device
         with _told():
-            out: torch.Tensor = self._decoder(
-                inputs_embeds=hidden_BTH.to(device),
-                attention_mask=None if mask_BT is None else mask_BT.to(device),
-                use_cache=False,
-            ).last_hidden_state
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
         return out
 
 
@@ -271,19 +285,10 @@ class Block:
         self.module = module
         self.bank = bank
 
-    def __call__(self, hidden_BTH: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the block.
-
-        Args:
-            hidden_BTH: hidden states that enter it.
-            mask_BT: 1 where there is a token, 0 at padding; None for no padding.
-
-        Returns:
-            hidden states [B, T, H] that leave it.
-
-        """
+    def __call__(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] that leave the block when `hidden_BTH` enter it."""
         with _computing(self.module):
-            return self._skeleton.call(hidden_BTH, mask_BT)
+            return self._skeleton.call(hidden_BTH)
 
 
 @contextlib.contextmanager
@@ -297,12 +302,16 @@ def _told() -> Iterator[None]:
         raise kind(f"transformers cannot run the model of config.json: {_line(e)}") from e
 
 
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    return next((name.replace(old, new, 1) for old, new in pairs if old in name), name)
+
+
 def _line(error: Exception) -> str:
     """All that an error of a library says, in a line; checks of configs say what they checked in the first of two."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-class Head:
+class OutputHead:
     """The final norm and the output head, computed in float32 whatever the blocks are.
 
     bfloat16 resolves logits of 16 to an eighth, so that tokens tie. `weight` is the head [V, H] in the dtype it is
@@ -350,13 +359,13 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     return model.eval().requires_grad_(False)
 
 
-def _pass_through(module: Any) -> None:  # noqa: ANN401
+def _pass_through(module: nn.Module) -> None:
     """Have a module hand its first argument on, until it is to compute."""
     module.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
 
 
 @contextlib.contextmanager
-def _computing(module: Any) -> Iterator[None]:  # noqa: ANN401
+def _computing(module: nn.Module) -> Iterator[None]:
     """Let a module compute that else passes through."""
     del module.forward
     try:
@@ -366,7 +375,7 @@ def _computing(module: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 @contextlib.contextmanager
-def _forward_of(module: Any, forward: Any) -> Iterator[None]:  # noqa: ANN401
+def _forward_of(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     module.forward = forward
     try:
         yield
@@ -400,3 +409,68 @@ def _slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
     return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+# -- multi-token prediction --------------------------------------------------------------------------------------------
+
+
+_EMBEDDING, _HIDDEN, _PROJECTION, _OUTPUT = range(4)
+_SHIFT: Final = 1
+
+
+class MtpLayer:
+    """An MTP layer that is loaded."""
+
+    def __init__(self, skeleton: Skeleton, block: Block, names: tuple[str, str, str, str]) -> None:
+        self._skeleton = skeleton
+        self._block = block
+        self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
+        self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
+
+    def __call__(self, ids_BT: torch.Tensor, normed_BTH: torch.Tensor) -> torch.Tensor:
+        """Run the layer at every position but the last, which has no next token.
+
+        Args:
+            ids_BT: token ids.
+            normed_BTH: hidden states of the same positions, after the final norm or the layer's before.
+
+        Returns:
+            its output [B, T - 1, H], normed: what a further MTP layer takes.
+
+        """
+        embedding_norm, hidden_norm, output_norm = self._norms
+        next_BTH = embedding_norm(self._skeleton.embed(ids_BT[:, _SHIFT:]))
+        both_BTI = torch.cat((next_BTH, hidden_norm(normed_BTH[:, :-_SHIFT])), dim=-1)
+        entering_BTH = nn.functional.linear(both_BTI, self._projection_HI)
+        out: torch.Tensor = output_norm(self._block(entering_BTH))
+        return out
+
+
+@contextlib.contextmanager
+def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iterator[MtpLayer]:
+    """Load MTP layer `layer`, counted from 0.
+
+    Raises:
+        FamilyError: the family has no such layer.
+        CheckpointError: one of its tensors is missing.
+
+    """
+    layout = skeleton.layout
+    mtp = layout.family.mtp
+    if mtp is None or layer >= layout.mtp_layers:
+        raise FamilyError(f"family {layout.family.name}: no MTP layer {layer}")
+    number = str(layout.num_layers + layer if mtp.follows_blocks else layer)
+    prefix, *inputs = (
+        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number) for name in (mtp.prefix, *mtp.inputs)
+    )
+    like = min(mtp.like(layout.text), skeleton.num_blocks - 1)
+    embedding, hidden, projection, output = inputs
+    with skeleton.block_of("mtp", layer, prefix, observer, as_layer=like) as block:
+        yield MtpLayer(skeleton, block, (embedding, hidden, projection, output))
+
+
+def mtp_numbers(skeleton: Skeleton) -> range:
+    """MTP layers that the checkpoint has tensors of, and whose experts can be scored."""
+    layout = skeleton.layout
+    there = [layer for layer in range(layout.mtp_layers) if skeleton.weights.has_experts("mtp", layer)]
+    return range(len(there)) if there == list(range(len(there))) else range(0)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,18 +21,19 @@ from numpy.typing import NDArray
 from shardxform.base import interrupts
 from shardxform.base.file_system import FileSystem
 from shardxform.base.tensors import ByteRange, TensorRef
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.encoding import Encoded, Opener, Storage
 from shardxform.formats.grid import Grid
 from shardxform.formats.packing import IntRows
 from shardxform.formats.stored import Stored, read_stored
-from shardxform.model.expectation import expected
-from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.families.base import ExpertLayout
+from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
 
-__all__ = ["ExpertWeights", "Precision", "Weights"]
+__all__ = ["ExpertValues", "Precision", "RoutedExpert", "Weights"]
 
+_BIAS: Final = "_bias"
 _BLOCKS_WANTED: Final = 2  # the one that is read, and the next
 _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -89,26 +90,66 @@ class _Packed:
         return _Packed(self.words_OW.to(device), self.scale_OG.to(device), self.grid)
 
 
+class ExpertValues(NamedTuple):
+    """One routed expert, as its model computes with it.
+
+    Attributes:
+        gate_up_OH: gate and up projection [2I, H], their rows in the order that the model's own gate takes.
+        down_HI: down projection.
+        gate_up_bias_O, down_bias_H: their biases, or None.
+
+    """
+
+    gate_up_OH: torch.Tensor
+    down_HI: torch.Tensor
+    gate_up_bias_O: torch.Tensor | None = None
+    down_bias_H: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One routed expert at rest: in memory as it is stored, its values made when they are needed."""
+class RoutedExpert:
+    """One routed expert at rest: in memory as it is stored, its values made when they are needed.
+
+    Attributes:
+        gate_up: both projections as a stack has them, or the gate and the up projection.
+        down: the down projection.
+        biases: of `gate_up`, part by part, and of `down`; empty where there are none.
+        layout: how the family's experts lie.
+
+    """
 
     gate_up: tuple[_Matrix, ...]
     down: _Matrix
+    biases: tuple[torch.Tensor, ...]
+    layout: ExpertLayout
 
-    def on(self, device: torch.device) -> ExpertWeights:
+    def on(self, device: torch.device) -> RoutedExpert:
         """The same there, still at rest: every batch needs it, and a block's experts are gigabytes to send."""
-        return ExpertWeights(tuple(part.on(device) for part in self.gate_up), self.down.on(device))
+        gate_up, biases = (part.on(device) for part in self.gate_up), (bias.to(device) for bias in self.biases)
+        return RoutedExpert(tuple(gate_up), self.down.on(device), tuple(biases), self.layout)
 
-    def at_rest(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same in the dtype they are stored in; for experts that are not quantized."""
+    def at_rest(self) -> ExpertValues:
+        """The values in the dtype they are stored in; for experts that are not quantized."""
         plain = [part.w_OI for part in (*self.gate_up, self.down) if isinstance(part, _Plain)]
-        return torch.cat(plain[:-1]), plain[-1]
+        return self._values(plain[:-1], plain[-1], self.biases)
 
-    def dense(self, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate over up projection [2I, H], and down projection [H, I]."""
-        parts = [part.dense(precision) for part in self.gate_up]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)), self.down.dense(precision)
+    def dense(self, precision: Precision) -> ExpertValues:
+        """The values to compute with."""
+        biases = [bias.to(precision.device, precision.dtype) for bias in self.biases]
+        return self._values([part.dense(precision) for part in self.gate_up], self.down.dense(precision), biases)
+
+    def _values(
+        self, gate_up: Sequence[torch.Tensor], down: torch.Tensor, biases: Sequence[torch.Tensor]
+    ) -> ExpertValues:
+        both = _one(gate_up)
+        if self.layout.transposed and len(gate_up) == 1:  # only stacks are
+            both, down = both.T, down.T
+        return ExpertValues(both, down, *((_one(biases[:-1]), biases[-1]) if biases else ()))
+
+
+def _one(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of gate and up projection together; where these take turns in a stack, the parts are its halves too."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 class Weights:
@@ -182,14 +223,18 @@ class Weights:
         """Rows `ids` of a 2-D tensor, read alone: the embeddings of the tokens that occur."""
         return self._matrix(self.ref(name).select(ids)).dense(self.precision)
 
-    def expert(self, scope: str, layer: int, expert: int) -> ExpertWeights:
+    def expert(self, scope: str, layer: int, expert: int) -> RoutedExpert:
         """Read one routed expert of a decoder block (`block`) or an MTP layer (`mtp`)."""
-        table = self._experts[scope, layer]
-        if "gate_up_proj" in table:
-            parts: tuple[_Matrix, ...] = (self._matrix(table["gate_up_proj"][0].index(expert)),)
-            return ExpertWeights(parts, self._matrix(table["down_proj"][0].index(expert)))
-        gate, up, down = (table[kind][expert] for kind in ("gate_proj", "up_proj", "down_proj"))
-        return ExpertWeights((self._matrix(gate), self._matrix(up)), self._matrix(down))
+        table, experts = self._experts[scope, layer], self.layout.family.experts
+        stacked = _are_stacked(table, experts)
+        parts = experts.stacks if stacked else experts.projections
+
+        def ref(kind: str) -> TensorRef:
+            return table[kind][0].index(expert) if stacked else table[kind][expert]
+
+        *gate_up, down = (self._matrix(ref(kind)) for kind in parts)
+        biases = tuple(self._plain(ref(kind + _BIAS)) for kind in parts if experts.bias)
+        return RoutedExpert(tuple(gate_up), down, biases, experts)
 
     def has_experts(self, scope: str, layer: int) -> bool:
         """Whether a block or MTP layer has routed experts here."""
@@ -285,7 +330,7 @@ class Weights:
         assert isinstance(rows, IntRows)
         return rows
 
-    def _fill(self, ref: TensorRef, into: NDArray[Any]) -> None:
+    def _fill(self, ref: TensorRef, into: NDArray[np.generic]) -> None:
         view = into.reshape(-1).view(np.uint8).data
         done = 0
         for piece in ref.ranges:
@@ -318,7 +363,7 @@ def _all_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> torch.Tensor:
+def _joined(parts: Sequence[NDArray[np.generic]]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts)))
 
 
@@ -332,22 +377,28 @@ def _expert_table(
 
     """
     out: defaultdict[tuple[str, int], defaultdict[str, dict[int, TensorRef]]] = defaultdict(lambda: defaultdict(dict))
-    for name, place, projection in _expert_places(layout):
-        assert place.layer is not None
-        out[place.scope, place.layer][projection][place.expert or 0] = tensors[name]
+    for name, place in layout.places.items():
+        if place.template.variant and not place.companion:
+            assert place.layer is not None
+            out[place.scope, place.layer][_kind(place)][place.expert or 0] = tensors[name]
+    experts = layout.family.experts
     for (scope, layer), table in out.items():
-        fused = "gate_up_proj" in table
-        for projection in ("gate_up_proj", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj"):
-            wanted = 1 if fused else layout.num_experts
-            found = len(table[projection].keys() & range(wanted))
+        stacked = _are_stacked(table, experts)
+        kinds = experts.stacks if stacked else experts.projections
+        for kind in (*kinds, *(kind + _BIAS for kind in kinds if experts.bias)):
+            wanted = 1 if stacked else layout.num_experts
+            found = len(table[kind].keys() & range(wanted))
             if found != wanted:
                 raise CheckpointError(
-                    f"{scope} {layer}: {found} of {wanted} tensors of experts' {projection}; see `shardxform verify`"
+                    f"{scope} {layer}: {found} of {wanted} tensors of experts' {kind}; see `shardxform verify`"
                 )
     return {key: dict(table) for key, table in out.items()}
 
 
-def _expert_places(layout: Layout) -> Iterator[tuple[str, Place, str]]:
-    for name, place in layout.places.items():
-        if place.template.variant and not place.companion:
-            yield name, place, name.removesuffix(".weight").rsplit(".", 1)[1]
+def _are_stacked(table: Collection[str], experts: ExpertLayout) -> bool:
+    return bool(experts.stacks) and experts.stacks[0] in table
+
+
+def _kind(place: Place) -> str:
+    """What of an expert a tensor is: a stack, a projection, or the bias of one, as `down_proj_bias`."""
+    return place.template.name.removesuffix(".weight").replace(".bias", _BIAS).rpartition(".")[2]

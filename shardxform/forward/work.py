@@ -25,65 +25,46 @@ import numpy as np
 import torch
 
 from shardxform.base.file_system import FileSystem
-from shardxform.base.option_names import with_option
+from shardxform.base.owned import LOCK, OwnedDir, items_of
 from shardxform.base.sharding import show_size
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.errors import ExecutionError, OutputError, ResumeError
-from shardxform.execution.outdir import difference
+from shardxform.execution.output import difference
 
 __all__ = ["HiddenFile", "WorkDir", "refuse_inside", "refuse_other_work"]
 
 _FORMAT: Final = "shardxform.work"
 _PROGRESS: Final = "progress.json"
-_LOCK: Final = "lock"
 _SPLIT: Final = "split.json"  # of `cluster.scoring`
 _OURS: Final = re.compile(r"progress\.json(\.tmp)?|lock|[a-z]+-\d{4,}\.hidden(\.tmp)?")
 
 
-class WorkDir:
+class WorkDir(OwnedDir):
     """Owns a work directory; use as a context manager, which holds its lock."""
 
-    def __init__(self, root: Path, inputs: Mapping[str, Any], fs: FileSystem | None = None) -> None:
+    def __init__(self, root: Path, inputs: Mapping[str, object], fs: FileSystem | None = None) -> None:
         """Name it; `inputs` is plain JSON that says what decides its content, all of which must be equal to go on."""
-        self.root = root
-        self.fs = fs or FileSystem()
+        super().__init__(root, fs or FileSystem())
         self._inputs = inputs
         self._done: dict[str, Mapping[str, Any]] = {}
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> WorkDir:
-        """Make or enter the directory.
+    def refuse_foreign(self) -> None:
+        """Refuse what shardxform did not make, and work that only goes on on a cluster."""
+        for entry in items_of(self.root, "a work directory"):
+            if entry.name == _SPLIT:
+                raise ResumeError(
+                    f"{self.root}: holds unfinished work of a run with `ray`; go on with it, or remove it"
+                )
+            if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
 
-        Raises:
-            OutputError: something stands there that shardxform did not make, or another process works in it.
-            ResumeError: it holds work of other inputs.
-
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                self._refuse_foreign()
-                self.fs.mkdir(self.root)
-                stack.enter_context(self.fs.locked(self.root / _LOCK))
-                path = self.root / _PROGRESS
-                if path.exists():
-                    self._done = self._read(path)
-                else:
-                    self._write()
-            except BlockingIOError as e:
-                raise OutputError(f"{self.root}: another process works here") from e
-            except OSError as e:
-                raise OutputError(f"{e.filename or self.root}: {e.strerror or e}") from e
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Let go of the directory; what the disk refused meanwhile becomes an `ExecutionError`."""
-        self._stack.close()
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise ExecutionError(
-                f"{error.filename or self.root}: {error.strerror or error};"
-                f" what was finished is safe in {self.root}: run the same command again to go on"
-            ) from error
+    def load(self) -> None:
+        """Read the steps that are done, or begin the record."""
+        path = self.root / _PROGRESS
+        if path.exists():
+            self._done = self._read(path)
+        else:
+            self._write()
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -92,7 +73,7 @@ class WorkDir:
         """Facts of the steps that are done, by name, in order."""
         return self._done
 
-    def record(self, step: str, facts: Mapping[str, Any]) -> None:
+    def record(self, step: str, facts: Mapping[str, object]) -> None:
         """Have a step durably done; its hidden states must be durable already.
 
         Raises:
@@ -128,26 +109,13 @@ class WorkDir:
 
     def remove(self) -> None:
         """Remove the directory and what is ours in it; what is not ours stays."""
-        for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name == _LOCK):
+        for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name == LOCK):
             if _OURS.fullmatch(entry.name):
                 self.fs.remove_if_there(Path(entry.path))
         with contextlib.suppress(OSError):
             self.fs.rmdir(self.root)
 
     # -- the record ---------------------------------------------------------------------------------------------
-
-    def _refuse_foreign(self) -> None:
-        if not os.path.lexists(self.root):
-            return
-        if self.root.is_symlink() or not self.root.is_dir():
-            raise OutputError(f"{self.root}: expected a work directory or nothing, found something else")
-        for entry in os.scandir(self.root):
-            if entry.name == _SPLIT:
-                raise ResumeError(
-                    f"{self.root}: holds unfinished work of a run with --ray; go on with it, or remove it"
-                )
-            if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
-                raise OutputError(f"{entry.path}: not shardxform's; move it away, or name another work directory")
 
     def _read(self, path: Path) -> dict[str, Mapping[str, Any]]:
         try:
@@ -166,7 +134,7 @@ class WorkDir:
         self.fs.write_atomic(self.root / _PROGRESS, dumps(record).encode(), self.root)
 
 
-def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, Any]) -> None:
+def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, object]) -> None:
     """Refuse to go on with unfinished work of other inputs.
 
     Raises:
@@ -176,9 +144,7 @@ def refuse_other_work(root: Path, bound: object, inputs: Mapping[str, Any]) -> N
     if bound == inputs:
         return
     where = difference(bound, inputs) if isinstance(bound, dict) else "of another version"
-    raise ResumeError(
-        f"{root}: holds unfinished work of other inputs: {with_option(where)}; remove it, or name another with --work"
-    )
+    raise ResumeError(f"{root}: holds unfinished work of other inputs: {where}; remove it, or name another with `work`")
 
 
 def refuse_inside(path: Path, roots: Iterable[Path]) -> None:

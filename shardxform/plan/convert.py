@@ -116,6 +116,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=steps,
         config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
@@ -139,10 +140,14 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
         rows, columns = module.shape
         why = scheme.encoding.misfit(rows, columns)
         if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and why):
-            raise SchemeError(f"module {module.name}: {why}, which {target.format} cannot hold; try --to bf16")
+            raise SchemeError(
+                f"module {module.name}: {why}, which {target.format} cannot hold; try `target.format` bf16"
+            )
     for name in stored.weights:
         if (role := stored.layout.places[name].template.role) in _FLOAT_ROLES:
-            raise SchemeError(f"tensor '{name}' is quantized, but no client runs a quantized {role}; try --to bf16")
+            raise SchemeError(
+                f"tensor '{name}' is quantized, but no client runs a quantized {role}; try `target.format` bf16"
+            )
     return scheme
 
 
@@ -151,7 +156,7 @@ def _refuse_half(view: View, target: Target) -> None:
     family = view.layout.family
     if target.format == "fp16" and family.bfloat16_only:
         raise SchemeError(
-            f"--to fp16: float16 overflows in the gated delta-net layers of family {family.name}; use --to bf16"
+            f"`target.format` fp16: float16 overflows in the gated delta-net layers of family {family.name}; use bf16"
         )
 
 
@@ -224,7 +229,7 @@ def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | No
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
     if scheme is None or scheme.format == "compressed-tensors":
         return {ref.name: ref for ref in released(stored.plain, view.layout)}
-    return kept_tensors(stored.plain, selection, scheme)
+    return kept_tensors(view.layout, stored.plain, selection, scheme)
 
 
 def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
@@ -339,7 +344,7 @@ def _summary(
     shards: Iterable[ShardPlan],
     scheme: Scheme | None,
 ) -> dict[str, Any]:
-    """Figures for people and for `--json`; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
+    """Figures for people and for JSON; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
     quantized = (
         {
             "scheme": asdict(scheme),
@@ -389,7 +394,7 @@ def _rounding(stored: Stored, target: Target) -> str:
         why = "8 bits" if stored.scheme.grid.bits == 8 else "scales that may not be exact in bfloat16"
         return f"float16: {product}, rounded to its 11 significant bits, which products of {why} do not fit"
     better = fits and not stored.layout.family.bfloat16_only
-    way = "; --to fp16 holds them exactly" if better else ""
+    way = "; `target.format` fp16 holds them exactly" if better else ""
     return f"bfloat16: {product}, rounded to its 8 significant bits, fewer than many need{way}"
 
 

@@ -29,7 +29,7 @@ def refuse_unpruned(view: View) -> None:
 
     """
     if view.layout.num_experts == view.source_layout.num_experts:
-        raise PlanError("--heal: nothing is pruned, so there is nothing to heal; give --manifest")
+        raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
 
 
 def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
@@ -67,7 +67,7 @@ def kept_items(
         dtype = tensors[name].spec.dtype
         if dtype not in _MOVABLE:
             raise PlanError(
-                f"--heal: tensor '{name}': expected {', '.join(_MOVABLE)}, found {dtype}, which cannot move"
+                f"`heal`: tensor '{name}': expected {', '.join(_MOVABLE)}, found {dtype}, which cannot move"
             )
         layer = places[name].layer
         assert layer is not None

@@ -130,12 +130,13 @@ class Plan:
         source: directory that the steps read, or that small files of `remote` are in.
         remote: the repository that shards are read from, if they are not in `source`.
         source_shards: shards of the source, as they were when planned.
+        view: the source as the plan takes it, pruned and without what is dropped; what blocks are tuned and healed in.
         shards: output shards, in order of their names.
         steps: in the order in which they are best run; any order gives the same bytes.
         config: bytes of config.json.
         sidecars: small files copied beside the shards, with their SHA-256.
         inputs: what the bytes depend on, by name; compared to say why a resume is refused.
-        summary: figures for people and for `--json`.
+        summary: figures for people and for JSON.
         notes: what a person should know, one sentence each.
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
 
@@ -144,6 +145,7 @@ class Plan:
     command: str
     source: Path
     source_shards: tuple[Shard, ...]
+    view: Checkpoint = field(repr=False)
     shards: tuple[ShardPlan, ...]
     steps: tuple[Step, ...]
     config: bytes

@@ -72,6 +72,7 @@ def plan_prune(
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=(*copies, *blocks),
         config=config_bytes(source, view),
@@ -111,7 +112,7 @@ def view_inputs(
 
 
 def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
-    """Figures of a view for people and for `--json`; sizes in bytes."""
+    """Figures of a view for people and for JSON; sizes in bytes."""
     roles: Counter[str] = Counter()
     for name, ref in view.checkpoint.tensors.items():
         place = view.layout.places.get(name)

@@ -22,12 +22,12 @@ from shardxform.formats.config_names import declarations
 from shardxform.formats.dialects import build
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import GROUP_SIZES
-from shardxform.formats.matrices import Matrix, vectors_of
+from shardxform.formats.matrices import Matrix, single_biases
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, Scheme
 from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
 from shardxform.formats.stored import decoded
-from shardxform.model.layout import is_quantized
+from shardxform.model.layout import Layout, is_quantized
 from shardxform.plan.block_size import BlockSize, block_sizes
 from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
@@ -62,9 +62,9 @@ def plan_quantize(
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    kept = kept_tensors(tensors, selection, scheme)
+    kept = kept_tensors(view.layout, tensors, selection, scheme)
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
-    gathered = gathered_tensors(view, selection, scheme, kept)
+    gathered = gathered_tensors(selection, scheme, kept)
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
     specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
     shards = lay_out(specs, options.max_shard_bytes)
@@ -80,6 +80,7 @@ def plan_quantize(
         source=source.root,
         remote=source.remote,
         source_shards=source.shards,
+        view=view.checkpoint,
         shards=shards,
         steps=(*copies, *computed),
         config=config_bytes(source, quantized_view),
@@ -104,11 +105,11 @@ def _view(
     """What is quantized of the source, as 16-bit weights; refuses what cannot be."""
     if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
         raise SchemeError(
-            "--format compressed-tensors needs --scale-grid bf16: transformers runs experts in the type of their"
+            "`format` compressed-tensors needs `scale_grid` bf16: transformers runs experts in the type of their"
             " scales, and float16 overflows where bfloat16 does not"
         )
     if recipe and scheme.expert_names != "split":
-        raise SchemeError("tuned and healed blocks are written with --expert-names split; see `shardxform convert`")
+        raise SchemeError("tuned and healed blocks are written with `expert_names` split; see `shardxform convert`")
     plain = decoded(source)
     if plain is None:
         _refuse_quantized(source)
@@ -213,11 +214,13 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
             odd = next(module for module in misfits if scheme.encoding.misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
-                f" --group-size {size} fits; to keep them in 16 bits, --keep-16bit '*.experts.*'"
+                f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
             )
 
 
-def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme) -> dict[str, TensorRef]:
+def kept_tensors(
+    layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme
+) -> dict[str, TensorRef]:
     """Tensors that stay as they are, byte for byte.
 
     Experts that stay 16-bit are un-fused too: the loader of auto-round and gptq un-fuses every block, whether any of
@@ -230,26 +233,23 @@ def kept_tensors(tensors: Mapping[str, TensorRef], selection: Selection, scheme:
         replaced.update(module.sources)
         if module.cut is None:
             unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
+    unfused |= {bias.name: bias for stack in replaced for bias in single_biases(layout, tensors, stack)}
     stacks = {f"{name}_bias" for name in replaced}
     return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
 
 
 def gathered_tensors(
-    view: View, selection: Selection, scheme: Scheme, kept: Mapping[str, TensorRef]
+    selection: Selection, scheme: Scheme, kept: Mapping[str, TensorRef]
 ) -> dict[str, tuple[TensorSpec, tuple[Storage, ...]]]:
     """Tensors that keep their values, but are no run of the source's bytes: what they are, and what is stored for them.
 
-    Experts that stay 16-bit, and biases of experts, where the family's stacks are transposed or interleaved; and what
-    is decoded.
+    Experts that stay 16-bit where the family's stacks are transposed, and what is decoded.
     """
     found = {name: (ref.spec, ref.sources) for name, ref in kept.items() if isinstance(ref, Encoded)}
     for module in _unfused(selection, scheme):
         if module.cut:
             spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
             found[spec.name] = spec, module.stored
-    for vector in vectors_of(view.layout, view.checkpoint.tensors):
-        if vector.source not in kept:
-            found[vector.name] = TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,)), vector.stored
     return found
 
 

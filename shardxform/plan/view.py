@@ -1,7 +1,7 @@
 """Pruning and text-only as functions from one checkpoint to a view of it: a new table and a new config, no bytes.
 
-A view is what `prune` writes, what `quantize --manifest` rounds in the same pass, and what `verify --source` holds an
-output against; all three call `pruned_view`.
+A view is what `prune` writes, what `quantize` rounds in the same pass, and what `verify` holds an output
+against; all three call `pruned_view`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
-from shardxform.model.expectation import expected
 from shardxform.model.families.base import Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
     Layout,
     Place,
     count_paths,
+    expected,
     is_quantized,
     layout_of,
+    refuse_strays,
     refuse_two_spellings,
     variants_found,
 )
-from shardxform.model.strays import refuse_strays
 from shardxform.model.tied_head import tied_notes
 
 __all__ = ["MtpMode", "View", "pruned_view"]
@@ -46,7 +46,7 @@ MtpMode = Literal["auto", "keep", "drop"]
 # Top-level keys of a multimodal config that still mean something once the text config is promoted.
 _CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
 
-_MTP_WAY_OUT = "; or leave the MTP layers out with --mtp drop"
+_MTP_WAY_OUT = "; or leave the MTP layers out with `mtp` drop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +305,7 @@ def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: 
         return False
     if mtp == "keep":
         raise ManifestError(
-            "--mtp keep: the MTP layers share the expert count and must be pruned too,"
+            "`mtp` keep: the MTP layers share the expert count and must be pruned too,"
             " but the manifest has no mtp_keep; expected one list per MTP layer"
         )
     notes.append("the MTP layers are dropped: they share the expert count, and the manifest has no mtp_keep for them")
@@ -365,7 +365,7 @@ def _undeclared(source: Checkpoint) -> Iterator[str]:
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
     if layout.wrapper.text_key is None:
-        notes.append("--text-only: the source is text-only already")
+        notes.append("`text_only`: the source is text-only already")
         return layout.wrapper
     for wrapper in layout.family.wrappers:
         if wrapper.text_key is None:

@@ -4,7 +4,17 @@ Only finished outputs of shardxform that `verify` finds sound are published, in 
 half a checkpoint. Nothing here imports huggingface_hub before an upload begins.
 """
 
-from shardxform.publish.contents import Contents, Item, contents_of, is_repo_name
-from shardxform.publish.push import Pushed, Target, Watch, push, verified
+from shardxform.publish.contents import Contents, contents_of, is_repo_name
+from shardxform.publish.push import Destination, Pushed, Watch, push, verified
 
-__all__ = ["Contents", "Item", "Pushed", "Target", "Watch", "contents_of", "is_repo_name", "push", "verified"]
+__all__ = [
+    "Contents",
+    "Destination",
+    "PublishedFile",
+    "Pushed",
+    "Watch",
+    "contents_of",
+    "is_repo_name",
+    "push",
+    "verified",
+]

@@ -20,10 +20,10 @@ from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.sidecars import fault_of, is_document
 from shardxform.checkpoint.table import CONFIG, INDEX
 from shardxform.errors import CheckpointError, OutputError
-from shardxform.execution.outdir import PARTIAL, WORK
+from shardxform.execution.output import PARTIAL, WORK
 from shardxform.publish.card.writing import read_readme
 
-__all__ = ["Contents", "Digests", "Item", "contents_of", "git_blob_id", "is_repo_name", "sha256_of_all"]
+__all__ = ["Contents", "Digests", "PublishedFile", "contents_of", "git_blob_id", "is_repo_name", "sha256_of_all"]
 
 Digests = Mapping[str, str]
 """SHA-256 of files, in hexadecimal, by their names."""
@@ -35,7 +35,7 @@ _REPO: Final = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/\w(?:[\w.-]*\w)?", re
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class PublishedFile:
     """One file to be published; `name` is relative to the output, with slashes."""
 
     name: str
@@ -60,7 +60,7 @@ class Contents:
     """
 
     root: Path
-    items: tuple[Item, ...]
+    items: tuple[PublishedFile, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -69,7 +69,7 @@ class Contents:
         return sum(item.nbytes for item in self.items)
 
     @property
-    def shards(self) -> tuple[Item, ...]:
+    def shards(self) -> tuple[PublishedFile, ...]:
         """The shards among the files."""
         return tuple(item for item in self.items if item.is_shard)
 
@@ -103,7 +103,7 @@ def contents_of(out: Path) -> Contents:
     return Contents(root=out, items=items, left_out=tuple(_left_out(out, names, wanted, folders)))
 
 
-def sha256_of_all(items: tuple[Item, ...], on_progress: OnProgress | None) -> Digests:
+def sha256_of_all(items: tuple[PublishedFile, ...], on_progress: OnProgress | None) -> Digests:
     """Hash files through one buffer, with progress after every piece or megabyte."""
     total, done, digests = sum(item.nbytes for item in items), 0, {}
     told = 0
@@ -149,7 +149,7 @@ def _documents(out: Path, names: list[str]) -> Iterator[str]:
             yield name
 
 
-def _item(out: Path, name: object) -> Item:
+def _item(out: Path, name: object) -> PublishedFile:
     """One file of the record, which a stranger may have written."""
     pure = PurePosixPath(name) if isinstance(name, str) and "\0" not in name else None
     if pure is None or pure.is_absolute() or len(pure.parts) > 2 or any(p.startswith(".") for p in pure.parts):
@@ -157,10 +157,10 @@ def _item(out: Path, name: object) -> Item:
     path = out / pure
     if not _is_plain(path) or (len(pure.parts) > 1 and path.parent.is_symlink()):
         raise OutputError(f"{path}: expected a file of the output, found {_found(path)}; not uploaded")
-    return Item(name=str(pure), path=path, nbytes=path.stat().st_size)
+    return PublishedFile(name=str(pure), path=path, nbytes=path.stat().st_size)
 
 
-def _refuse_faulty(items: tuple[Item, ...]) -> None:
+def _refuse_faulty(items: tuple[PublishedFile, ...]) -> None:
     """Refuse small files that no client can read; shards, index and config are verified as a whole."""
     for item in items:
         if item.is_shard or item.name in (CONFIG, INDEX, PROVENANCE) or item.name.endswith(".png"):

@@ -19,9 +19,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from shardxform import __version__
 from shardxform.base import interrupts
 from shardxform.errors import Interrupted, RemoteError
-from shardxform.publish.contents import Item, git_blob_id
+from shardxform.publish.contents import PublishedFile, git_blob_id
 
-__all__ = ["Add", "Hub", "Stored", "silenced", "uses_xet"]
+__all__ = ["Add", "Hub", "HubFile", "silenced", "uses_xet"]
 
 T = TypeVar("T")
 
@@ -32,14 +32,14 @@ _NETWORK: Final = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urll
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class HubFile:
     """A file as the hub has it: `digest` is the SHA-256 of a large file and the git blob's id of others."""
 
     nbytes: int
     digest: str
     is_large: bool
 
-    def holds(self, item: Item, sha256: str) -> bool:
+    def is_same(self, item: PublishedFile, sha256: str) -> bool:
         """Whether it is this file."""
         if self.nbytes != item.nbytes:
             return False
@@ -49,7 +49,9 @@ class Stored:
 class Add(CommitOperationAdd):
     """A file to be uploaded, which tells how far its reading is, and stops when it is told to."""
 
-    def __init__(self, item: Item, sha256: str, on_read: Callable[[str, int], None], stop: threading.Event) -> None:
+    def __init__(
+        self, item: PublishedFile, sha256: str, on_read: Callable[[str, int], None], stop: threading.Event
+    ) -> None:
         super().__init__(item.name, str(item.path))
         self.upload_info.sha256 = bytes.fromhex(sha256)
         self.item, self.on_read, self.stop = item, on_read, stop
@@ -116,7 +118,7 @@ class Hub:
         info = self._found(ask, errors.RevisionNotFoundError)
         return None if info is None else str(info.sha)
 
-    def stored(self, revision: str) -> dict[str, Stored]:
+    def stored(self, revision: str) -> dict[str, HubFile]:
         """The files of a commit."""
         tree = self._asked(lambda: list(self.api.list_repo_tree(self.repo, recursive=True, revision=revision)))
         return {file.path: _stored(file) for file in tree if hasattr(file, "blob_id")}
@@ -207,9 +209,9 @@ def uses_xet() -> bool:
     return find_spec("hf_xet") is not None and not getattr(constants, "HF_HUB_DISABLE_XET", False)
 
 
-def _stored(file: Any) -> Stored:  # noqa: ANN401
+def _stored(file: Any) -> HubFile:  # noqa: ANN401
     large = file.lfs
-    return Stored(nbytes=int(file.size), digest=str(large.sha256 if large else file.blob_id), is_large=bool(large))
+    return HubFile(nbytes=int(file.size), digest=str(large.sha256 if large else file.blob_id), is_large=bool(large))
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -247,11 +249,11 @@ def _refusal(what: str, error: BaseException, branch: str) -> Exception:
     elif isinstance(error, errors.LocalTokenNotFoundError):
         reason = "uploading needs a token, and there is none: run `hf auth login`, or set HF_TOKEN"
     elif isinstance(error, errors.RevisionNotFoundError):
-        reason = f"no branch {branch!r}; --create makes it"
+        reason = f"no branch {branch!r}; `create` makes it"
     elif status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
         reason = "the hub does not know the token: run `hf auth login` again, or set another HF_TOKEN"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        reason = "no such repository, or none that the token sees; --create makes it"
+        reason = "no such repository, or none that the token sees; `create` makes it"
     elif status == 403:
         reason = f"the token may not write here: {_said(error)}"
     elif status == 409:

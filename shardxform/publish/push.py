@@ -22,13 +22,13 @@ from shardxform.base import interrupts
 from shardxform.base.progress import OnProgress, Progress, peak_rss_bytes
 from shardxform.checkpoint.table import INDEX
 from shardxform.errors import OutputError, PlanError, RemoteError
-from shardxform.publish.contents import Contents, Digests, Item, is_repo_name, sha256_of_all
+from shardxform.publish.contents import Contents, Digests, PublishedFile, is_repo_name, sha256_of_all
 from shardxform.verification import VerifyReport, verify
 
 if TYPE_CHECKING:
-    from shardxform.publish.hub import Add, Hub, Stored
+    from shardxform.publish.hub import Add, Hub, HubFile
 
-__all__ = ["Pushed", "Target", "Watch", "push", "verified"]
+__all__ = ["Destination", "Pushed", "Watch", "push", "verified"]
 
 _AT_ONCE: Final = 4  # files under way
 _EVERY: Final = 1 << 20  # bytes between two words of progress
@@ -38,7 +38,7 @@ Stage = Callable[[str], AbstractContextManager[OnProgress | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Destination:
     """Where an output goes.
 
     Attributes:
@@ -95,7 +95,7 @@ class Pushed:
     peak_rss_bytes: int
 
 
-def push(contents: Contents, target: Target, watch: Watch | None = None) -> Pushed:
+def push(contents: Contents, target: Destination, watch: Watch | None = None) -> Pushed:
     """Publish an output; the same call goes on where one that was interrupted stopped.
 
     Raises:
@@ -151,7 +151,7 @@ class _Job:
         return whole and not any(name in files for name in self.stale)
 
 
-def _publish(job: _Job, there: _There, target: Target, watch: Watch) -> int:
+def _publish(job: _Job, there: _There, target: Destination, watch: Watch) -> int:
     """Send what is not there and commit it; give the bytes that were sent."""
     todo = [item for item in job.contents.items if not _holds(there.files, item, job.digests)]
     if not todo and not job.stale:
@@ -186,7 +186,7 @@ def verified(out: Path, stage: Stage, *, source: Path | None = None, quick: bool
         others = f" (and {more} more)" if more else ""
         raise OutputError(
             f"{out}: not sound, so not uploaded: {first.where}: {first.message}{others}\n"
-            f"  all of it: shardxform verify {out}{f' --source {source}' if source else ''}"
+            f"  all of it: shardxform verify {out}{f', with `source` {source}' if source else ''}"
         )
     return report
 
@@ -205,26 +205,26 @@ class _There:
 
     repo: bool
     branch: bool
-    files: Mapping[str, Stored]
+    files: Mapping[str, HubFile]
 
 
-def _refuse_early(hub: Hub, contents: Contents, target: Target) -> _There:
+def _refuse_early(hub: Hub, contents: Contents, target: Destination) -> _There:
     """Refuse what can be refused before an hour of work; nothing is changed."""
     user, owners = hub.user()
     private = hub.is_private()
     if private is None:
         owner = target.repo.split("/")[0]
         if not target.create:
-            raise RemoteError(f"{target.repo}: no such repository, or none that the token sees; --create makes it")
+            raise RemoteError(f"{target.repo}: no such repository, or none that the token sees; `create` makes it")
         if owner not in owners:
             raise RemoteError(f"{target.repo}: the token is {user}'s, who may not create repositories of {owner}")
         return _There(repo=False, branch=False, files={})
     if target.private and not private:
-        raise RemoteError(f"{target.repo}: is public, and --private makes only new repositories private; not uploaded")
+        raise RemoteError(f"{target.repo}: is public, and `private` makes only new repositories private; not uploaded")
     head = hub.head()
     if head is None:
         if not target.create:
-            raise RemoteError(f"{target.repo}: no branch {target.branch!r}; --create makes it")
+            raise RemoteError(f"{target.repo}: no branch {target.branch!r}; `create` makes it")
         files = hub.stored("main")  # what the branch is made from
     else:
         hub.refuse_reader()
@@ -233,7 +233,7 @@ def _refuse_early(hub: Hub, contents: Contents, target: Target) -> _There:
     return _There(repo=True, branch=head is not None, files=files)
 
 
-def _prepare(hub: Hub, target: Target, there: _There) -> None:
+def _prepare(hub: Hub, target: Destination, there: _There) -> None:
     """Make repository and branch where they are missing."""
     if not there.repo:
         hub.create(target.private)
@@ -241,7 +241,7 @@ def _prepare(hub: Hub, target: Target, there: _There) -> None:
         hub.create_branch()
 
 
-def _stale(contents: Contents, files: Mapping[str, Stored]) -> list[str]:
+def _stale(contents: Contents, files: Mapping[str, HubFile]) -> list[str]:
     """Shards and index on the hub that are not of this output, and that clients would load with it."""
     ours = {item.name for item in contents.items}
     return [
@@ -251,18 +251,18 @@ def _stale(contents: Contents, files: Mapping[str, Stored]) -> list[str]:
     ]
 
 
-def _refuse_stale(stale: Sequence[str], target: Target) -> None:
+def _refuse_stale(stale: Sequence[str], target: Destination) -> None:
     if stale and not target.replace:
         more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
         raise RemoteError(
             f"{target.repo}: has {stale[0]}{more}, of another checkpoint, which clients would load too;"
-            " --replace removes such files, --revision names another branch"
+            " `replace` removes such files, `branch` names another branch"
         )
 
 
-def _holds(files: Mapping[str, Stored], item: Item, digests: Digests) -> bool:
+def _holds(files: Mapping[str, HubFile], item: PublishedFile, digests: Digests) -> bool:
     stored = files.get(item.name)
-    return stored is not None and stored.holds(item, digests[item.name])
+    return stored is not None and stored.is_same(item, digests[item.name])
 
 
 def _checked(hub: Hub, contents: Contents, digests: Digests, stale: Sequence[str]) -> str:

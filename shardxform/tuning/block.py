@@ -1,49 +1,66 @@
-"""One decoder block whose quantized weights are being tuned: modules put in place, and what they became.
+"""One decoder block whose quantized weights are tuned: modules put in place, the descent, and what they became.
 
 Works on transformers' own layer module, whatever its attention: a linear layer is replaced by a `TunedLinear`, a fused
 experts module by a `TunedExperts`. Weights are taken from the modules, not copied; other parameters stay as they are
-and get no gradients. Loads and writes nothing.
+and get no gradients.
+
+Signed gradient descent moves rounding offsets and clips until the block's output resembles the original's. The same
+inputs, seed and options give the same codes whatever the number of threads. It starts from plain rounding and never
+ends with anything that is worse on the samples it is judged by, which it is not tuned on. Loads and writes nothing.
 """
 
-# E: experts, J: intermediate size, H: hidden size, O: output rows, I: input columns.
+# E: experts, J: intermediate size, H: hidden size, O: output rows, I: input columns, N: samples, B: samples of a
+# batch, T: positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from shardxform.base.constants import CLIP_RANGE, JUDGED_AT
 from shardxform.errors import SchemeError
-from shardxform.tuning.experts import TunedExperts
-from shardxform.tuning.linear import TunedLinear
-from shardxform.tuning.stacked import Codes, StackedWeight, prepare
+from shardxform.forward.experts import STACKS
+from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
+from shardxform.tuning.modules import ExpertBiases, TunedExperts, TunedLinear
+from shardxform.tuning.samples import (
+    Forward,
+    Judged,
+    Loss,
+    NonFiniteLoss,
+    Samples,
+    choose_judges,
+    descend,
+    judge,
+    learning_order,
+)
+from shardxform.tuning.stacked import Codes, StackedWeight, Tunable, stacked_weight
 
 if TYPE_CHECKING:
     from shardxform.formats.grid import Grid
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.workers import Workers
 
-__all__ = ["Stored", "TunedBlock", "install"]
+__all__ = ["BlockResult", "RoundedModule", "TuneOptions", "TunedBlock", "install", "tune_block"]
 
 _KEEP_ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stored:
+class RoundedModule:
     """One module as it will be stored.
 
     Attributes:
         module: name within the layer, such as "self_attn.q_proj" or "mlp.experts.3.up_proj".
-        expert: number of the routed expert, or None.
         codes: codes [O, I] and scales [O, G].
     """
 
     module: str
-    expert: int | None
     codes: Codes
 
 
@@ -73,11 +90,6 @@ class TunedBlock:
                 yield weight
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held beside the 16-bit weights, scratch memory apart."""
-        return sum(weight.nbytes for weight in self.weights)
-
-    @property
     def unreached(self) -> dict[str, list[int]]:
         """By local name, the experts that no token has reached yet."""
         experts = {name: module for name, module in self.modules.items() if isinstance(module, TunedExperts)}
@@ -105,17 +117,18 @@ class TunedBlock:
         for weight in self.weights:
             weight.settled = True
 
-    def stored(self) -> Iterator[Stored]:
-        """What was kept, one module at a time: linear layers, and each expert's gate_proj, up_proj and down_proj."""
+    def stored(self, projections: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Iterator[RoundedModule]:
+        """What was kept, one module at a time: linear layers, and each expert's `projections`."""
         for name, module in self.modules.items():
             if isinstance(module, TunedLinear):
-                yield _stored(name, None, module.tuned, slice(None))
+                yield _rounded(name, 0, module.tuned, slice(None))
                 continue
+            gate, up, down = projections
             half = module.gate_up.shape[1] // 2
             for expert in range(module.gate_up.shape[0]):
-                yield _stored(f"{name}.{expert}.gate_proj", expert, module.gate_up, slice(0, half))
-                yield _stored(f"{name}.{expert}.up_proj", expert, module.gate_up, slice(half, None))
-                yield _stored(f"{name}.{expert}.down_proj", expert, module.down, slice(None))
+                yield _rounded(f"{name}.{expert}.{gate}", expert, module.gate_up, slice(0, half))
+                yield _rounded(f"{name}.{expert}.{up}", expert, module.gate_up, slice(half, None))
+                yield _rounded(f"{name}.{expert}.{down}", expert, module.down, slice(None))
 
 
 def install(
@@ -160,22 +173,145 @@ def _find(layer: torch.nn.Module, name: str) -> torch.nn.Module:
 def _tuned(module: torch.nn.Module, name: str, grid: Grid, workers: Workers) -> TunedLinear | TunedExperts:
     if isinstance(module, torch.nn.Linear):
         bias = None if module.bias is None else module.bias.detach()
-        return TunedLinear(prepare(module.weight[None], grid, workers, name), workers, bias)
+        return TunedLinear(stacked_weight(module.weight[None], grid, workers, name), workers, bias)
     parameters = dict(module.named_parameters(recurse=False))
-    odd = [flag for flag in ("has_bias", "is_transposed") if getattr(module, flag, False)]
-    if parameters.keys() != {"gate_up_proj", "down_proj"} or odd or not hasattr(module, "_apply_gate"):
-        found = f"{type(module).__name__} with {sorted([*parameters, *odd])}"
-        raise SchemeError(f"module '{name}': expected a linear layer or fused experts, found {found}")
-    gate_up, down = (prepare(parameters[p], grid, workers, f"{name}.{p}") for p in ("gate_up_proj", "down_proj"))
+    if not _are_experts(module, parameters):
+        found = f"{type(module).__name__} with {[f'{key} {list(p.shape)}' for key, p in parameters.items()]}"
+        raise SchemeError(f"module '{name}': expected a linear layer or stacks of experts [E, O, I], found {found}")
+    gate_up, down = (stacked_weight(parameters[p], grid, workers, f"{name}.{p}") for p in STACKS[:2])
+    biases = [parameters[p].detach() for p in STACKS[2:] if p in parameters]
     gate: Any = module._apply_gate
-    return TunedExperts(gate_up, down, gate, workers)
+    return TunedExperts(gate_up, down, gate, workers, ExpertBiases(*biases) if biases else None)
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> bool:
+    """Whether it is a gated experts module whose stacks stand as `Skeleton.stacked` gives them."""
+    if parameters.keys() not in ({*STACKS[:2]}, {*STACKS}) or not hasattr(module, "_apply_gate"):
+        return False
+    gate_up, down = (parameters[p].shape for p in STACKS[:2])
+    return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], 2 * down[2], down[1])
+
+
+def _recomputed(forward: Callable[..., object], *args: object, **kwargs: Any) -> object:  # noqa: ANN401
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _stored(module: str, expert: int | None, weight: Any, rows: slice) -> Stored:  # noqa: ANN401
-    return Stored(module=module, expert=expert, codes=weight.codes(expert or 0, rows))
+def _rounded(module: str, expert: int, weight: Tunable, rows: slice) -> RoundedModule:
+    assert isinstance(weight, StackedWeight)  # as `install` makes them
+    return RoundedModule(module=module, codes=weight.codes(expert, rows))
+
+
+# -- the descent -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions:
+    """What to do; everything here changes the result.
+
+    Attributes:
+        seed: of the choice of the samples that judge, and with the block's number of the order of the others.
+        iters: steps.
+        batch_size: samples of a step.
+        dtype: type of the hidden states, and so of the products.
+    """
+
+    seed: int
+    iters: int = 200
+    batch_size: int = 8
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SchemeError(f"{name}: expected at least 1, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockResult:
+    """What became of a block.
+
+    Attributes:
+        start_loss: squared error of the block's output relative to the original's, the mean over the tokens of the
+            judges, as it began.
+        loss: of what was kept.
+        judged: what the judges were.
+        ratio_error: standard error of loss / start_loss over the judges; NaN for a single one.
+        iteration: after how many steps that was; 0 if nothing was better than the start.
+        unreached: by local name, experts that no token ever reached: they stay as they began.
+    """
+
+    start_loss: float
+    loss: float
+    judged: Judged
+    ratio_error: float
+    iteration: int
+    unreached: dict[str, list[int]]
+
+
+def tune_block(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> BlockResult:
+    """Tune, keep the best, and leave the block settled on it.
+
+    Args:
+        block: as `install` made it.
+        forward: runs its layer.
+        samples: inputs and targets.
+        options: what to do.
+
+    Raises:
+        NonFiniteLoss: the loss is NaN or infinite at any time; the block is left at its start.
+
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is not tuned is torch's own, and its sums may depend on the number of threads
+    block.restart()
+    try:
+        start, best, at = _descend(block, forward, samples, options)
+    except NonFiniteLoss:
+        block.restart()
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        block.settle()
+    return BlockResult(
+        start_loss=start.mean,
+        loss=best.mean,
+        ratio_error=best.ratio_error(start),
+        judged=choose_judges(samples, options.seed).judged(samples),
+        iteration=at,
+        unreached=block.unreached,
+    )
+
+
+def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: TuneOptions) -> tuple[Loss, Loss, int]:
+    """Loss at the start, loss of the best, and the step after which it was kept."""
+    random = np.random.Generator(np.random.PCG64([options.seed, samples.block]))
+    apart = choose_judges(samples, options.seed)
+    judged_at = {max(1, round(part * options.iters)) for part in JUDGED_AT}
+    start = best = judge(forward, samples, apart.judges_N, options.batch_size, options.dtype)
+    kept_at, rows = 0, learning_order(len(apart.learned_N), options.batch_size, random)
+    for done, pace in enumerate(_paces(options), start=1):
+        block.set_pace(pace)
+        descend(forward, samples, apart.learned_N[next(rows)], options.dtype)
+        if done in judged_at:
+            loss = judge(forward, samples, apart.judges_N, options.batch_size, options.dtype)
+            if loss.mean < best.mean:
+                block.keep()
+                best, kept_at = loss, done
+    return start, best, kept_at
+
+
+def _paces(options: TuneOptions) -> Iterator[Pace]:
+    """The step of every iteration: 1 / iters of a scale and of a clip at first, falling to zero linearly.
+
+    Those of the offsets are rounded to their unit so that the sum is not.
+    """
+    rate = 1 / options.iters
+    unit, walked, steps = UNITS_PER_STEP / ONE, 0.0, 0
+    for done in range(options.iters):
+        left = 1 - done / options.iters
+        walked += rate * left
+        size = round(walked / unit) - steps
+        steps += size
+        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(rate * left)), *CLIP_RANGE)

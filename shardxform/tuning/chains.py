@@ -116,10 +116,9 @@ class Chains:
         with self._file(chain, layer).reading() as reader, self._file(chain, layer + 1).writing() as out:
             for batch in batches(self._windows):
                 yield batch.ids_BT.numel()
-                mask = batch.mask()
                 entering_BTH = reader.rows(batch.start, batch.stop).to(device)
                 with torch.no_grad():
-                    leaving_BTH = block(entering_BTH, None if mask is None else mask.to(device))
+                    leaving_BTH = block(entering_BTH)
                 _refuse_non_finite(leaving_BTH, batch, chain, layer)
                 out.put(batch.start, leaving_BTH)
 
@@ -131,22 +130,17 @@ class Chains:
                 block=layer,
                 hidden_NTH=cast("NDArray[Any]", _Rows(entering)),
                 target_NTH=cast("NDArray[Any]", _Rows(leaving)),
-                length_N=self._windows.lengths_N.astype(np.int64),
             )
 
     def forward(self, block: Block, on_work: Callable[[int], None], stopped: Callable[[], None]) -> Forward:
-        """Make a function that runs a block on some windows, with their masks; counts tokens when it is to learn."""
-        lengths_N, length = self._windows.lengths_N.astype(np.int64), self._windows.ids_NT.shape[1]
+        """Make a function that runs a block on some windows; counts tokens when it is to learn."""
         device = self._precision.device
 
-        def run(hidden_BTH: torch.Tensor, rows_B: NDArray[np.int64]) -> torch.Tensor:
+        def run(hidden_BTH: torch.Tensor) -> torch.Tensor:
             stopped()
             if torch.is_grad_enabled():
-                on_work(len(rows_B) * length)
-            lengths_B = torch.from_numpy(lengths_N[rows_B])
-            valid_BT = torch.arange(length) < lengths_B[:, None]
-            mask = None if bool(valid_BT.all()) else valid_BT.long().to(device)
-            return block(hidden_BTH.to(device), mask)
+                on_work(hidden_BTH.shape[0] * hidden_BTH.shape[1])
+            return block(hidden_BTH.to(device))
 
         return run
 
@@ -173,7 +167,7 @@ class _Rows:
 
 
 def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, chain: str, layer: int) -> None:
-    if bool(torch.isfinite(hidden_BTH[batch.valid_BT.to(hidden_BTH.device)]).all()):
+    if bool(torch.isfinite(hidden_BTH).all()):
         return
     model = "the 16-bit model" if chain == ORIGINAL else "the model as it will be written"
     raise ExecutionError(

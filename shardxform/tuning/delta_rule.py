@@ -22,17 +22,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Final, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from shardxform.base.constants import DELTA_CHUNK as _CHUNK
+from shardxform.forward.runtime import PassContext
 
-__all__ = ["computes_the_same", "gated_delta_rule"]
+__all__ = ["Rule", "computes_the_same", "gated_delta_rule"]
 
 _EPSILON: Final = 1e-6
+
+Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""Queries, keys and values, decays and gates by name -> outputs [B, T, V, W], and a state or None."""
 
 
 def gated_delta_rule(
@@ -57,14 +61,17 @@ def gated_delta_rule(
 
     """
     tensors = query_BTGD, key_BTGD, value_BTVW, beta, g
-    out_BTVW: torch.Tensor = _Rule.apply(*tensors, use_qk_l2norm_in_kernel)  # type: ignore[no-untyped-call]
+    out_BTVW: torch.Tensor = _Rule.apply(use_qk_l2norm_in_kernel, *tensors)  # type: ignore[no-untyped-call]
     return out_BTVW, None
+
+
+class _RuleContext(PassContext, Protocol):
+    norm: bool
 
 
 class _Rule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # noqa: ANN401
-        *tensors, norm = inputs
+    def forward(ctx: _RuleContext, norm: bool, *tensors: torch.Tensor) -> torch.Tensor:
         kept = _Kept.empty(tensors[2])
         chunks = _Chunks.of(*tensors[:2], *tensors[3:], norm=norm)
         _within(chunks, kept)
@@ -75,7 +82,7 @@ class _Rule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: _RuleContext, gradient_BTVW: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, beta, g, inverse, attention, z = ctx.saved_tensors
         chunks = _Chunks.of(query, key, beta, g, norm=ctx.norm)
         gradient = _scan_back(chunks, _Kept(inverse, attention, z), _in_chunks(gradient_BTVW))
@@ -86,7 +93,7 @@ class _Rule(torch.autograd.Function):
             _positions_first(_added_up(gradient.decay.flip(2)).flip(2), g.shape),
         )
         inputs = query, key, value, beta, g
-        return (*(gradient.to(x.dtype) for gradient, x in zip(found, inputs, strict=True)), None)
+        return (None, *(gradient.to(x.dtype) for gradient, x in zip(found, inputs, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -329,7 +336,7 @@ def _positions_first(x_NHCD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 @cache
-def computes_the_same(rule: Callable[..., Any]) -> bool:
+def computes_the_same(rule: Rule) -> bool:
     """Whether `rule`, of whatever version of transformers, and this one agree on a small example.
 
     One that cannot be called so does not.

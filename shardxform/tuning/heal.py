@@ -2,30 +2,184 @@
 
 The rule is that of the rounding offsets: the sign of the gradient, applied in place as it arrives, and a step that
 falls to zero; for 16-bit weights the step is relative to the root mean square of their matrix. Held-out samples, never
-tuned on, choose among trials and decide whether the block is changed at all. Reads samples a batch at a time; no files.
+tuned on, choose among trials and decide whether the block is changed at all. The block is loaded from the pruned view
+anew for every trial; weights that healing leaves alone keep the source's bytes.
 """
 
-# N: samples, B: samples of a batch, T: positions, H: hidden size.
+# E: experts, O: output rows of one, I: input columns, R: any run of the E * O rows, N: samples, B: samples of a batch,
+# T: positions, H: hidden size, J: intermediate size.
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from shardxform.ask.recipe import Heal
 from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
-from shardxform.tuning.healed import HealedStack, signs
-from shardxform.tuning.samples import Forward, Judged, Loss, NonFiniteLoss, Samples, batches, descend, judge, split
+from shardxform.forward.experts import STACKS
+from shardxform.plan.heal import healed_names
+from shardxform.tuning.modules import ExpertBiases, TunedExperts
+from shardxform.tuning.samples import (
+    Forward,
+    Judged,
+    Loss,
+    NonFiniteLoss,
+    Samples,
+    choose_judges,
+    descend,
+    judge,
+    learning_order,
+)
 
 if TYPE_CHECKING:
-    from shardxform.ask.recipe import Heal, Trial
+    import numpy as np
+    from numpy.typing import NDArray
 
-__all__ = ["HealResult", "Healing", "Load", "Wide", "heal_block", "suggested_lr"]
+    from shardxform.ask.recipe import Heal, Trial
+    from shardxform.forward.skeleton import Block, Skeleton
+    from shardxform.tuning.samples import Forward, Samples
+    from shardxform.tuning.workers import Workers
+
+__all__ = [
+    "BlockHealer",
+    "HealResult",
+    "HealedStack",
+    "Load",
+    "Moving",
+    "MovingBlock",
+    "Wide",
+    "heal_block",
+    "signs",
+    "suggested_lr",
+]
+
+
+class Moving:
+    """Values [R, I] that can be read and moved; bfloat16 ones stay in the tensor they came in."""
+
+    def __init__(self, w_RI: torch.Tensor) -> None:
+        self._split = w_RI.dtype == torch.bfloat16
+        self._w_RI = w_RI if self._split else w_RI.float()
+        self._low_RI = torch.zeros(w_RI.shape, dtype=torch.int8, device=w_RI.device) if self._split else None
+        self._compiled = w_RI.device.type == "cpu" and find_spec("numba") is not None
+
+    @property
+    def nearest(self) -> torch.Tensor:
+        """The values [R, I]; for bfloat16, rounded to it."""
+        return self._w_RI
+
+    def exact_into(self, rows: slice, out_RI: torch.Tensor) -> None:
+        """Write the values of some rows, float32."""
+        if self._low_RI is None:
+            out_RI.copy_(self._w_RI[rows])
+        elif self._compiled:
+            from shardxform.tuning.kernels import joiner
+
+            joiner()(self._high(rows), self._low_RI[rows].numpy(), out_RI.view(torch.int32).numpy())
+        else:
+            out_RI.copy_(self._joined(rows, self._low_RI))
+
+    def step(self, rows: slice, step_R: torch.Tensor, gradient_RI: torch.Tensor) -> None:
+        """Move every weight of a row by that row's step, float32, against the sign of its gradient; NaN moves none."""
+        if self._low_RI is not None and self._compiled:
+            from shardxform.tuning.kernels import mover
+
+            wide = gradient_RI.dtype == torch.float32
+            gradient = gradient_RI.view(torch.uint32 if wide else torch.uint16).numpy()
+            mover(wide)(self._high(rows), self._low_RI[rows].numpy(), step_R.numpy(), gradient)
+            return
+        change_RI = signs(gradient_RI) * step_R[:, None]
+        if self._low_RI is None:
+            self._w_RI[rows].sub_(change_RI)
+            return
+        bits_RI = self._joined(rows, self._low_RI).sub_(change_RI).view(torch.int32)
+        bits_RI.add_(128).bitwise_right_shift_(8)  # the upper 24 bits, rounded
+        high_RI = (bits_RI + 128).bitwise_right_shift_(8)
+        self._low_RI[rows] = bits_RI.sub_(high_RI, alpha=256).to(torch.int8)
+        self._w_RI[rows] = high_RI.to(torch.int16).view(torch.bfloat16)
+
+    def _joined(self, rows: slice, low_RI: torch.Tensor) -> torch.Tensor:
+        bits_RI = self._w_RI[rows].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+        return bits_RI.add_(low_RI[rows].to(torch.int32), alpha=256).view(torch.float32)
+
+    def _high(self, rows: slice) -> NDArray[np.int16]:
+        return self._w_RI[rows].view(torch.int16).numpy()
+
+
+class HealedStack:
+    """Weights [E, O, I] of routed experts, as `stacked.Tunable`.
+
+    Attributes:
+        lr: what part of an expert's root mean square a step moves its weights by; 0 for no step.
+        moves: whether they are changed at all; one that is not wants no gradients.
+    """
+
+    def __init__(self, w_EOI: torch.Tensor, *, moves: bool) -> None:
+        self.lr, self.moves = 0.0, moves
+        self._shape = (w_EOI.shape[0], w_EOI.shape[1], w_EOI.shape[2])
+        self._stored = w_EOI.dtype
+        w_RI = w_EOI.reshape(-1, w_EOI.shape[2])
+        self._rms_E = torch.stack([_rms(w_OI) for w_OI in w_EOI]) if moves else None
+        self._values = Moving(w_RI) if moves else None
+        self._w_RI = self._values.nearest if self._values else w_RI
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, O, I]."""
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._w_RI.device
+
+    def stored(self, experts: int | slice) -> torch.Tensor:
+        """The weights of some experts in the type that they are stored in, [E, O, I] or [O, I]."""
+        return self._w_RI.view(self._shape)[experts].to(self._stored)
+
+    def values_into(self, first: int, out_RI: torch.Tensor) -> None:
+        """Write the rows from `first` on."""
+        rows = slice(first, first + out_RI.shape[0])
+        if self._values is None or out_RI.dtype == torch.bfloat16:
+            out_RI.copy_(self._w_RI[rows])
+            return
+        self._values.exact_into(rows, out_RI)
+
+    def settle(self) -> None:
+        """Stop moving; from now on the values are those that will be stored."""
+        self.lr = 0.0
+        if self._values is not None:
+            self._w_RI.copy_(self._w_RI.to(self._stored))
+            self._values = None
+
+    def update(self, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
+        """Take one signed step in the rows from `first` on; their values as they were into `before_RI`."""
+        if before_RI is not None:
+            self.values_into(first, before_RI)
+        if self._values is None or self._rms_E is None:
+            return
+        count, rows = gradient_RI.shape[0], self._shape[1]
+        expert_R = torch.arange(first, first + count, device=self.device) // rows
+        self._values.step(slice(first, first + count), self._rms_E[expert_R] * self.lr, gradient_RI)
+
+
+def signs(x: torch.Tensor) -> torch.Tensor:
+    """-1, 0 or 1 in float32; 0 for NaN."""
+    return torch.sign(torch.nan_to_num(x.float(), nan=0.0))
+
+
+def _rms(w_OI: torch.Tensor) -> torch.Tensor:
+    """Root mean square, float32, summed in an order of its own on each kind of device."""
+    return w_OI.float().square().mean().sqrt()
+
+
+# -- a block -----------------------------------------------------------------------------------------------------------
 
 
 class Wide:
@@ -61,7 +215,7 @@ class Wide:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Healing:
+class MovingBlock:
     """A block whose weights are in place and can move.
 
     Attributes:
@@ -96,7 +250,7 @@ class Healing:
             stack.settle()
 
 
-Load = Callable[[str | None], Healing]
+Load = Callable[[str | None], MovingBlock]
 """Loads the block anew as it was pruned, with its weights of `recipe.HEALED[...]` ready to move, or none."""
 
 
@@ -113,7 +267,6 @@ class HealResult:
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
-        seconds: time it took.
     """
 
     start_loss: float
@@ -124,12 +277,11 @@ class HealResult:
     lr: float
     tried: tuple[tuple[str, float, float], ...]
     diverged: bool
-    seconds: float
 
 
 def heal_block(
     load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[HealResult, Healing]:
+) -> tuple[HealResult, MovingBlock]:
     """Heal a block, unless nothing is better on the held-out samples than leaving it as it was pruned.
 
     Args:
@@ -146,12 +298,10 @@ def heal_block(
         NonFiniteLoss: the pruned block itself puts out no numbers.
 
     """
-    began = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums of torch's own may depend on the number of threads
     try:
-        run = _Run(load, samples, heal, seed, dtype)
-        return run.execute(began)
+        return _Run(load, samples, heal, seed, dtype).execute()
     finally:
         torch.set_num_threads(threads)
 
@@ -161,11 +311,11 @@ class _Run:
 
     def __init__(self, load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype) -> None:
         self._load, self._samples, self._heal, self._seed, self._dtype = load, samples, heal, seed, dtype
-        self._split = split(samples, seed)
+        self._split = choose_judges(samples, seed)
         self._diverged = False
         self._ratio_error = math.nan  # of the last descent
 
-    def execute(self, began: float) -> tuple[HealResult, Healing]:
+    def execute(self) -> tuple[HealResult, MovingBlock]:
         trials, tried = self._heal.trials, []
         start = math.nan
         for trial in trials if len(trials) > 1 else ():
@@ -189,18 +339,18 @@ class _Run:
             lr=lr if healed else 0.0,
             tried=tuple((what, rate, loss if math.isfinite(loss) else -1.0) for what, rate, loss in tried),
             diverged=self._diverged,
-            seconds=time.monotonic() - began,
         )
         return result, healing
 
-    def _descend(self, trial: Trial, iters: int) -> tuple[float, float, float, Healing]:
+    def _descend(self, trial: Trial, iters: int) -> tuple[float, float, float, MovingBlock]:
         """Loss before and after, the step size, and the block; infinite when the loss was no number on the way."""
         healing = self._load(trial.what)
         start = self._judge(healing)
         learned_N = self._split.learned_N
-        lr = trial.lr or trial.factor * suggested_lr(int(self._samples.length_N[learned_N].sum()), healing.weights)
+        tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
+        lr = trial.lr or trial.factor * suggested_lr(tokens, healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
-        rows = batches(len(learned_N), self._heal.batch_size, random)
+        rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
             for done in range(iters):
                 healing.set_lr(lr * (1 - done / iters))
@@ -214,13 +364,109 @@ class _Run:
             healing.settle()
             return start.mean, math.inf, lr, healing
 
-    def _judge(self, healing: Healing) -> Loss:
+    def _judge(self, healing: MovingBlock) -> Loss:
         return judge(healing.forward, self._samples, self._split.judges_N, self._heal.batch_size, self._dtype)
 
 
 def suggested_lr(tokens: int, weights: int) -> float:
     """A first step size that fits the amount of data: the fewer tokens a weight has, the less it should move.
 
-    Measured on examples/small-moe, as docs/healing.md tells: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
+    Fitted on the weights that examples/small-moe had at first: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
     """
     return max(SMALLEST_STEP, FULL_STEP * min(1.0, math.sqrt(tokens / weights / TOKENS_PER_WEIGHT)))
+
+
+# -- a block of a checkpoint -------------------------------------------------------------------------------------------
+
+
+class BlockHealer:
+    """Heals one block that `Skeleton.tunable` loaded without its experts."""
+
+    def __init__(self, skeleton: Skeleton, block: Block, layer: int, forward: Forward, workers: Workers) -> None:
+        self._skeleton, self._layer, self._forward, self._workers = skeleton, layer, forward, workers
+        self._weights, self._prefix = skeleton.weights, skeleton.prefix(layer)
+        self._module: Any = block.module
+        self._experts_name = skeleton.experts_name(layer)
+        self._experts: Any = self._module.get_submodule(self._experts_name)
+        inside = {id(parameter) for parameter in self._experts.parameters()}
+        named = self._module.named_parameters()
+        self._parameters = {name: parameter for name, parameter in named if id(parameter) not in inside}
+        self._moved: set[str] = set()
+        self._healing: MovingBlock | None = None
+        self._biases: ExpertBiases | None = None
+
+    def heal(self, samples: Samples, heal: Heal, seed: int) -> HealResult:
+        """Heal the block, or leave it as it was pruned if that is better on held-out samples."""
+        result, self._healing = heal_block(self._load, samples, heal, seed, self._weights.precision.dtype)
+        return result
+
+    def stored(self, local: str) -> torch.Tensor:
+        """A tensor of the block as it will be stored, by its name in the checkpoint less the block's prefix."""
+        assert self._healing is not None
+        name = self._skeleton.module_name(local)
+        if name in self._healing.wide:
+            return self._healing.wide[name].stored
+        if not name.startswith(f"{self._experts_name}."):
+            return self._weights.at_rest(self._prefix + local)
+        return self._of_experts(name.removeprefix(f"{self._experts_name}."), self._healing.stacks)
+
+    def _of_experts(self, name: str, healed: tuple[HealedStack, ...]) -> torch.Tensor:
+        """A stack or one expert's matrix, as the family's checkpoints have it."""
+        (gate_up, down), layout = healed, self._skeleton.layout.family.experts
+        if name in layout.stacks:
+            stack = (gate_up if name == layout.stacks[0] else down).stored(slice(None))
+            return stack.mT if layout.transposed else stack
+        expert, projection = name.removesuffix(".weight").split(".")
+        if projection == layout.projections[2]:
+            return down.stored(int(expert))
+        half = gate_up.shape[1] // 2
+        gate = projection == layout.projections[0]
+        return gate_up.stored(int(expert))[slice(0, half) if gate else slice(half, None)]
+
+    def make_ready(self, names: Sequence[str]) -> None:
+        """Put the weights of modules in place as they will be stored, for what is to be done with them next."""
+        assert self._healing is not None
+        for name in names:
+            if name == self._experts_name:
+                ready = [stack.stored(slice(None)) for stack in self._healing.stacks]
+                ready += [*astuple(self._biases)] if self._biases else []
+                for key, value in zip(STACKS, ready, strict=False):
+                    self._experts._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
+                self._put_experts(self._experts)
+            else:
+                linear: Any = self._module.get_submodule(name)
+                linear.weight.data = self.stored(self._skeleton.stored_name(f"{name}.weight"))
+
+    def _load(self, what: str | None) -> MovingBlock:
+        """The block as it was pruned, with some of its weights ready to move."""
+        self._healing = None
+        self._put_experts(self._experts)  # lets go of the stacks of the trial before
+        names = self._names(what)
+        wide: dict[str, Wide] = {}
+        for local in sorted(self._moved | (names & self._parameters.keys())):
+            name = self._prefix + self._skeleton.stored_name(local)
+            parameter, stored = self._parameters[local], self._weights.at_rest(name)
+            parameter.requires_grad_(False).copy_(stored)
+            if local in names:
+                wide[local] = Wide(parameter, stored)
+                self._moved.add(local)
+        moves = any(name.startswith(f"{self._experts_name}.") for name in names)
+        tensors = self._skeleton.stacked(self._layer)
+        gate_up, down = (HealedStack(tensors.pop(key), moves=moves) for key in STACKS[:2])
+        stacks = (gate_up, down)
+        self._biases = ExpertBiases(*tensors.values()) if tensors else None
+        self._put_experts(TunedExperts(*stacks, self._experts._apply_gate, self._workers, self._biases))
+        return MovingBlock(forward=self._forward, wide=wide, stacks=stacks)
+
+    def _names(self, what: str | None) -> set[str]:
+        """Local names of the tensors that move."""
+        if what is None:
+            return set()
+        layout = self._skeleton.layout
+        found = healed_names(layout, layout.places, what)
+        local = (name.removeprefix(self._prefix) for name in found if layout.places[name].layer == self._layer)
+        return {self._skeleton.module_name(name) for name in local}
+
+    def _put_experts(self, experts: torch.nn.Module) -> None:
+        parent, _, own = self._experts_name.rpartition(".")
+        setattr(self._module.get_submodule(parent), own, experts)

@@ -1,32 +1,148 @@
-"""Compiled passes of tuning: weights as they would be stored, and one signed step, each in a single sweep over memory.
+"""Compiled passes of tuning and healing: weights as they would be stored, and signed steps, in one sweep over memory.
 
-Bit-equal to `elementwise`, which says what the numbers mean. The global interpreter lock is released while a kernel
-runs; rows are independent. Importing this module needs numba; compiled code is cached as in `formats.kernels`.
+Bit-equal to `elementwise` and `heal`, which say what the numbers mean. The global interpreter lock is released while a
+kernel runs; rows are independent. Importing this module needs numba; compiled code is cached as in `formats.kernels`.
 
 BF16 is widened and narrowed inside the loops: to widen whole rows first took a quarter more time. What is done to a
-group is compiled into the loop over groups: constants in registers, and an eighth less time than by calls.
+group is compiled into the loop over groups: constants in registers, and an eighth less time than by calls. What numba
+has no words for are operations of LLVM.
 """
 
-# O: output rows, I: input columns, G: groups of a row; 32 lanes: every group is a multiple of 32 columns.
+# O: output rows, I: input columns, G: groups of a row; 32 lanes: every group is a multiple of 32 columns, R: any run
+# of rows.
 
-# ruff: noqa: ANN401
+# ruff: noqa: ANN401, ARG001
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
-from numba import njit, types
+from llvmlite import binding, ir
+from numba import extending, njit, types
+from numba.core.cpu import CPUContext
+from numba.core.registry import cpu_target
+from numba.core.typing.templates import Signature
 from numba.extending import overload
+from numpy.typing import NDArray
 
-from shardxform.formats.kernels import SMALLEST_SCALE, _half_value, _round_to_grid, jit
+from shardxform.base.constants import LANES
+from shardxform.formats.kernels import SMALLEST_SCALE, _decode, _half_value, _round_to_grid, jit
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
-from shardxform.tuning.intrinsics import HAS_BF16, LANES, multiply_add, narrow, sum_lanes
 
-__all__ = ["Settings", "keeper", "stepper", "valuer"]
+__all__ = [
+    "HAS_BF16",
+    "LANES",
+    "GridSettings",
+    "joiner",
+    "keeper",
+    "mover",
+    "multiply_add",
+    "narrow",
+    "stepper",
+    "sum_lanes",
+    "valuer",
+]
+
+
+_Typed = tuple[Signature, Callable[..., ir.Value]]
+"""The type of an operation, and what makes its instructions."""
+
+Values = NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]
+"""Weights: the bits of BF16, those of float16, or float32 itself."""
+Floats = NDArray[np.float32]
+Offsets = NDArray[np.int16]
+Scales = tuple[Floats, Floats]
+"""Scales to start from, and clips, of every group."""
+Group = tuple[np.uint64, int, np.float32]
+"""First column of a group, how many there are, and its scale."""
+
+
+def _target_features() -> str:
+    """Of the CPU that numba compiles for, which is the host's unless the environment says otherwise."""
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return str(features)
+
+
+HAS_BF16: Final = "+avx512bf16" in _target_features() and binding.llvm_version_info >= (20,)
+"""Whether `narrow` may be compiled: for other CPUs, LLVM calls a function of a library that numba does not link."""
+
+# Whose own type asks for the first parameter.
+_float_intrinsic: Final = cast(Callable[[object], Callable[..., np.float32]], extending.intrinsic)
+_bits_intrinsic: Final = cast(Callable[[object], Callable[..., np.uint16]], extending.intrinsic)
+
+
+class _BF16(ir.Type):  # type: ignore[misc]
+    """BF16, which LLVM knows and llvmlite does not."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BF16)
+
+    def __hash__(self) -> int:
+        return hash(_BF16)
+
+
+@_float_intrinsic
+def multiply_add(_typing: object, x: types.Type, y: types.Type, z: types.Type) -> _Typed:
+    """`x * y + z` in float32, rounded once or twice as is faster: for products that are exact."""
+
+    def generate(
+        _context: object, builder: ir.IRBuilder, _signature: object, arguments: Sequence[ir.Value]
+    ) -> ir.Value:
+        f32 = ir.FloatType()
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [f32], ir.FunctionType(f32, [f32] * 3))
+        return builder.call(function, arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@_bits_intrinsic
+def narrow(_typing: object, x: types.Type) -> _Typed:
+    """The bits of the BF16 that is nearest to a float32, ties to even; subnormal ones may become 0."""
+
+    def generate(
+        _context: object, builder: ir.IRBuilder, _signature: object, arguments: Sequence[ir.Value]
+    ) -> ir.Value:
+        return builder.bitcast(builder.fptrunc(arguments[0], _BF16()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@_float_intrinsic
+def sum_lanes(_typing: object, x_L: types.Type) -> _Typed:
+    """The sum of the LANES elements of a contiguous float32 array: upper half to lower half, as often as there are any.
+
+    That is the order of the additions; written as a loop, it is not made of vectors.
+    """
+
+    def generate(
+        context: CPUContext, builder: ir.IRBuilder, signature: Signature, arguments: Sequence[ir.Value]
+    ) -> ir.Value:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])  # type: ignore[no-untyped-call]
+        pointer = builder.bitcast(array.data, ir.VectorType(ir.FloatType(), LANES).as_pointer())
+        lanes = builder.load(pointer, align=4)
+        half = LANES
+        while half := half // 2:
+            lower, upper = (_taken(builder, lanes, range(first, first + half)) for first in (0, half))
+            lanes = builder.fadd(lower, upper)
+        return builder.extract_element(lanes, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(x_L), generate
+
+
+def _taken(builder: ir.IRBuilder, lanes: ir.Value, chosen: range) -> ir.Value:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), list(chosen))
+    return builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), mask)
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
+
 
 F32: Final = np.float32
 I32: Final = np.int32
@@ -41,7 +157,7 @@ OFFSET_BITS: Final = np.int32(-UNITS_PER_STEP)  # the other two bits of v hold w
 _inlined: Final = njit(inline="always", error_model="numpy")
 
 
-class Settings(NamedTuple):
+class GridSettings(NamedTuple):
     """What a kernel is told of the grid; plain integers.
 
     Attributes:
@@ -58,7 +174,7 @@ class Settings(NamedTuple):
 
 
 @jit
-def _scale(start: Any, clip: Any, bf16: Any) -> Any:
+def _scale(start: np.float32, clip: np.float32, bf16: int) -> np.float32:
     """The stored scale: start * clip, rounded to the grid, with the sign of start."""
     largest = F32(65280.0) if bf16 else F32(65504.0)
     magnitude = _round_to_grid(F32(abs(start) * clip), bf16)
@@ -67,15 +183,18 @@ def _scale(start: Any, clip: Any, bf16: Any) -> Any:
 
 
 @jit
-def _tag(held: Any) -> Any:
+def _tag(held: np.int16) -> np.float32:
     """The two low bits, -1, 0 or 1."""
     return F32(I32(I32(I32(held) & I32(3)) ^ I32(2)) - I32(2))
 
 
 @_inlined
-def _round(ratio: Any, held: Any) -> Any:
+def _round(ratio: np.float32, held: np.int16 | np.int32) -> np.float32:
     """Rounded weight in scales with the present offset, not yet clamped."""
-    return np.rint(multiply_add(F32(I32(held) & OFFSET_BITS), UNIT, ratio))
+    return np.rint(multiply_add(F32(I32(held) & OFFSET_BITS), UNIT, ratio))  # type: ignore[no-any-return]
+
+
+# numba compares the annotations of an overload with those of what it gives, so these have none that say more.
 
 
 def _wide(x: Any) -> Any:
@@ -103,7 +222,7 @@ def _put(out_I: Any, i: Any, x: Any) -> None:
 
 
 @overload(_put)
-def _compiled_put(out_I: Any, i: Any, x: Any) -> Any:  # noqa: ARG001
+def _compiled_put(out_I: Any, i: Any, x: Any) -> Any:
     def by_instruction(out_I: Any, i: Any, x: Any) -> None:
         out_I[i] = narrow(F32(x))
 
@@ -129,8 +248,8 @@ def _row(x_RI: Any, r: Any) -> Any:
 
 
 @overload(_row)
-def _compiled_row(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
-    def nothing(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
+def _compiled_row(x_RI: Any, r: Any) -> Any:
+    def nothing(x_RI: Any, r: Any) -> Any:
         return None
 
     def row(x_RI: Any, r: Any) -> Any:
@@ -140,7 +259,7 @@ def _compiled_row(x_RI: Any, r: Any) -> Any:  # noqa: ARG001
 
 
 @_inlined
-def _values_group(w_I: Any, v_I: Any, at: Any, p: Any, out_I: Any) -> None:
+def _values_group(w_I: Values, v_I: Offsets, at: Group, p: GridSettings, out_I: Values) -> None:
     base, columns, scale = at
     low, high = F32(-p.zero), F32(p.zero - 1)
     if p.kept:
@@ -156,7 +275,7 @@ def _values_group(w_I: Any, v_I: Any, at: Any, p: Any, out_I: Any) -> None:
 
 
 @_inlined
-def _keep_group(w_I: Any, v_I: Any, at: Any) -> None:
+def _keep_group(w_I: Values, v_I: Offsets, at: Group) -> None:
     base, columns, scale = at
     for k in range(columns):
         i = base + U64(k)
@@ -166,7 +285,12 @@ def _keep_group(w_I: Any, v_I: Any, at: Any) -> None:
 
 
 @_inlined
-def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
+def _step_group(
+    row: tuple[Values, Offsets, Values, Values | None],
+    at: tuple[np.uint64, int, np.float32, int],
+    acc_L: Floats,
+    pace: Pace,
+) -> np.float32:
     """Move the offsets of a group against the gradient, values as they were into `before_I`; gradient of its scale."""
     w_I, v_I, gradient_I, before_I = row
     base, columns, scale, zero = at
@@ -192,12 +316,12 @@ def _step_group(row: Any, at: Any, acc_L: Any, pace: Any) -> Any:
 
 
 @jit
-def _move_clip(clip: Any, slope: Any, pace: Any) -> Any:
+def _move_clip(clip: np.float32, slope: np.float32, pace: Pace) -> np.float32:
     move = F32(pace.clip) if slope > F32(0) else (F32(-pace.clip) if slope < F32(0) else F32(0))
     return min(max(F32(clip - move), F32(pace.low)), F32(pace.high))
 
 
-def _values(w_RI: Any, v_RI: Any, scales: Any, p: Any, out_RI: Any) -> None:
+def _values(w_RI: Values, v_RI: Offsets, scales: Scales, p: GridSettings, out_RI: Values) -> None:
     start_RG, clip_RG = scales
     columns = w_RI.shape[1]
     for r in range(w_RI.shape[0]):
@@ -207,7 +331,7 @@ def _values(w_RI: Any, v_RI: Any, scales: Any, p: Any, out_RI: Any) -> None:
             _values_group(w_I, v_I, at, p, out_I)
 
 
-def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
+def _keep(w_RI: Values, v_RI: Offsets, scales: Scales, p: GridSettings) -> None:
     start_RG, clip_RG = scales
     columns = w_RI.shape[1]
     for r in range(w_RI.shape[0]):
@@ -217,7 +341,15 @@ def _keep(w_RI: Any, v_RI: Any, scales: Any, p: Any) -> None:
             _keep_group(w_I, v_I, at)
 
 
-def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any, before_RI: Any) -> None:
+def _step(
+    w_RI: Values,
+    v_RI: Offsets,
+    scales: Scales,
+    p: GridSettings,
+    pace: Pace,
+    gradient_RI: Values,
+    before_RI: Values | None,
+) -> None:
     start_RG, clip_RG = scales
     columns, acc_L = w_RI.shape[1], np.empty(LANES, F32)
     for r in range(w_RI.shape[0]):
@@ -232,7 +364,7 @@ def _step(w_RI: Any, v_RI: Any, scales: Any, p: Any, pace: Any, gradient_RI: Any
 
 _ELEMENTS: Final = {"BF16": types.uint16, "F16": types.int16, "F32": types.float32}
 _SCALES: Final = types.UniTuple(types.float32[:, ::1], 2)  # type: ignore[no-untyped-call]
-_SETTINGS: Final = types.NamedUniTuple(types.int64, len(Settings._fields), Settings)  # type: ignore[no-untyped-call]
+_SETTINGS: Final = types.NamedUniTuple(types.int64, len(GridSettings._fields), GridSettings)  # type: ignore[no-untyped-call]
 _PACE: Final = types.NamedUniTuple(types.float64, len(Pace._fields), Pace)  # type: ignore[no-untyped-call]
 
 
@@ -263,3 +395,67 @@ def stepper(dtype: str, gradient: str, before: str | None = None) -> Callable[..
     """
     out = types.none if before is None else _ELEMENTS[before][:, ::1]
     return jit(_step, (_read(dtype), types.int16[:, ::1], _SCALES, _SETTINGS, _PACE, _read(gradient), out))
+
+
+# -- healing -----------------------------------------------------------------------------------------------------------
+
+
+I8: Final = np.int8
+
+
+@jit
+def _join_row(high_I: Offsets, low_I: NDArray[np.int8], bits_I: NDArray[np.int32]) -> None:
+    for i in range(bits_I.size):
+        bits_I[i] = I32(I32(I32(high_I[i]) << I32(16)) + I32(I32(low_I[i]) * I32(256)))
+
+
+@jit
+def _move_row(value_I: Floats, gradient_I: Floats, step: np.float32) -> None:
+    for i in range(value_I.size):
+        g = gradient_I[i]
+        value_I[i] -= step if g > F32(0) else (-step if g < F32(0) else F32(0))
+
+
+@jit
+def _part_row(bits_I: NDArray[np.int32], high_I: Offsets, low_I: NDArray[np.int8]) -> None:
+    for i in range(bits_I.size):
+        upper = I32(I32(bits_I[i] + I32(128)) >> I32(8))
+        high = I32(I32(upper + I32(128)) >> I32(8))
+        high_I[i] = I16(high)
+        low_I[i] = I8(I32(upper - I32(high * I32(256))))
+
+
+def _join(high_RI: Offsets, low_RI: NDArray[np.int8], out_RI: NDArray[np.int32]) -> None:
+    for r in range(high_RI.shape[0]):
+        _join_row(high_RI[r], low_RI[r], out_RI[r])
+
+
+def _move(
+    high_RI: Offsets, low_RI: NDArray[np.int8], step_R: Floats, gradient_RI: NDArray[np.uint16] | NDArray[np.uint32]
+) -> None:
+    columns = high_RI.shape[1]
+    bits_I, gradient_bits_I = np.empty(columns, I32), np.empty(columns, U32)
+    value_I, gradient_I = bits_I.view(F32), gradient_bits_I.view(F32)
+    kind = 0 if gradient_RI.itemsize == 2 else 2
+    for r in range(high_RI.shape[0]):
+        _join_row(high_RI[r], low_RI[r], bits_I)
+        _decode(gradient_RI[r], kind, gradient_bits_I)
+        _move_row(value_I, gradient_I, step_R[r])
+        _part_row(bits_I, high_RI[r], low_RI[r])
+
+
+_HIGH: Final = types.int16[:, ::1]
+_LOW: Final = types.int8[:, ::1]
+
+
+@cache
+def joiner() -> Callable[..., None]:
+    """Kernel `(high_RI, low_RI, out_RI)`; out is the bits of float32 as int32."""
+    return jit(_join, (_HIGH, _LOW, types.int32[:, ::1]))
+
+
+@cache
+def mover(wide_gradient: bool) -> Callable[..., None]:
+    """Kernel `(high_RI, low_RI, step_R, gradient bits)`; changes high and low in place."""
+    bits = types.Array(types.uint32 if wide_gradient else types.uint16, 2, "C", readonly=True)
+    return jit(_move, (_HIGH, _LOW, types.float32[::1], bits))

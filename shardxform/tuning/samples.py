@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,10 +24,21 @@ from shardxform.errors import ExecutionError, SchemeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Forward", "Judged", "Loss", "NonFiniteLoss", "Samples", "Split", "batches", "descend", "judge", "split"]
+__all__ = [
+    "Forward",
+    "Judged",
+    "Loss",
+    "NonFiniteLoss",
+    "Samples",
+    "Split",
+    "choose_judges",
+    "descend",
+    "judge",
+    "learning_order",
+]
 
-Forward = Callable[[torch.Tensor, "NDArray[np.int64]"], torch.Tensor]
-"""(hidden_BTD, sample numbers) -> hidden_BTD: the tuned layer, with the masks and rotary inputs of those samples."""
+Forward = Callable[[torch.Tensor], torch.Tensor]
+"""hidden_BTH -> hidden_BTH: the tuned layer."""
 
 
 class NonFiniteLoss(ExecutionError):
@@ -36,28 +47,33 @@ class NonFiniteLoss(ExecutionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
-    """What a block is tuned on.
+    """What a block is tuned on; the last position of each sample predicts nothing and is left out of every loss.
 
     Attributes:
         block: number of the block.
         hidden_NTH: its inputs in the quantized chain: float32, or uint16 bits of BF16; may be mapped from a file.
         target_NTH: outputs of the 16-bit block in the 16-bit chain, likewise.
-        length_N: valid positions of each sample; the last valid one predicts nothing and is left out with the padding.
     """
 
     block: int
-    hidden_NTH: NDArray[Any]
-    target_NTH: NDArray[Any]
-    length_N: NDArray[np.int64]
+    hidden_NTH: NDArray[np.generic]
+    target_NTH: NDArray[np.generic]
 
     def __post_init__(self) -> None:
         shape = self.hidden_NTH.shape
-        if len(shape) != 3 or self.target_NTH.shape != shape or self.length_N.shape != shape[:1] or not shape[0]:
-            found = f"{list(shape)}, {list(self.target_NTH.shape)} and {list(self.length_N.shape)}"
-            raise SchemeError(f"samples: expected hidden and target [N, T, H] and length [N], found {found}")
-        if self.length_N.min() < 2 or self.length_N.max() > shape[1]:
-            found = f"{self.length_N.min()} to {self.length_N.max()}"
-            raise SchemeError(f"samples: expected lengths of 2 to {shape[1]} positions, found {found}")
+        if len(shape) != 3 or self.target_NTH.shape != shape or not shape[0] or shape[1] < 2:
+            found = f"{list(shape)} and {list(self.target_NTH.shape)}"
+            raise SchemeError(f"samples: expected hidden and target [N, T, H] of at least 2 positions, found {found}")
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return int(self.hidden_NTH.shape[0])
+
+    @property
+    def counted(self) -> int:
+        """Positions of each sample that a loss is taken over."""
+        return int(self.hidden_NTH.shape[1]) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +99,22 @@ class Split:
 
     def judged(self, samples: Samples) -> Judged:
         """What the judges are."""
-        tokens = int((samples.length_N[self.judges_N] - 1).sum())
-        return Judged(len(self.judges_N), tokens, held_out=np.intersect1d(self.learned_N, self.judges_N).size == 0)
+        held_out = np.intersect1d(self.learned_N, self.judges_N).size == 0
+        return Judged(len(self.judges_N), len(self.judges_N) * samples.counted, held_out)
 
 
-def split(samples: Samples, seed: int) -> Split:
+def choose_judges(samples: Samples, seed: int) -> Split:
     """Choose the judges: `recipe.held_out` of the samples, the same for every block, healed or tuned.
 
     What enters a block comes from the blocks before it, which were fitted to the samples that they learned from: judges
     that differed from block to block would have been seen. A single sample is learned from and judges.
     """
-    count = len(samples.length_N)
-    order_N = np.random.Generator(np.random.PCG64([seed, JUDGES])).permutation(count)
-    judges = held_out(count)
+    order_N = np.random.Generator(np.random.PCG64([seed, JUDGES])).permutation(samples.count)
+    judges = held_out(samples.count)
     return Split(np.sort(order_N[judges:]), np.sort(order_N[: judges or 1]))
 
 
-def batches(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+def learning_order(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Sample numbers of one batch after the other; no sample twice before (almost) all came once."""
     size = min(size, samples)
     while True:
@@ -116,7 +131,7 @@ def descend(forward: Forward, samples: Samples, rows_B: NDArray[np.int64], dtype
         NonFiniteLoss: before anything moved.
 
     """
-    out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype), rows_B)
+    out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype))
     error_BTH, weight_BT1 = _errors(out_BTH.detach(), samples, rows_B)
     _finite(_sum(error_BTH, weight_BT1), samples)
     # The derivative of the loss but for a factor, which signs do not see.
@@ -145,7 +160,7 @@ class Loss:
 
 @torch.no_grad()
 def judge(forward: Forward, samples: Samples, rows_N: NDArray[np.int64], batch_size: int, dtype: torch.dtype) -> Loss:
-    """Relative squared errors over the valid positions of some samples.
+    """Relative squared errors of some samples.
 
     Raises:
         NonFiniteLoss: it is no number.
@@ -154,9 +169,9 @@ def judge(forward: Forward, samples: Samples, rows_N: NDArray[np.int64], batch_s
     sums, values = list[float](), 0
     for first in range(0, len(rows_N), batch_size):
         rows_B = rows_N[first : first + batch_size]
-        out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype), rows_B)
+        out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype))
         sums += _sums(*_errors(out_BTH, samples, rows_B)).tolist()
-        values += int((samples.length_N[rows_B] - 1).sum()) * out_BTH.shape[-1]
+        values += len(rows_B) * samples.counted * out_BTH.shape[-1]
     loss = Loss(tuple(sums), values)
     _finite(loss.mean, samples)
     return loss
@@ -172,20 +187,19 @@ def _sums(error_BTH: torch.Tensor, weight_BT1: torch.Tensor) -> torch.Tensor:
 
 
 def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differences to the target, zero at padding and at each sample's last position; what their squares count for.
+    """Differences to the target, zero at each sample's last position; what their squares count for.
 
     A token's error is relative to the size of its target: what reads a block's output normalises it first, and a plain
     mean square would care for the few tokens of huge activations alone.
     """
     target_BTH = _tensor(samples.target_NTH, rows_B).to(out_BTH.device)
-    length_B1 = torch.from_numpy(samples.length_N[rows_B]).to(out_BTH.device)[:, None]
-    counts_BT = torch.arange(out_BTH.shape[1], device=out_BTH.device) < length_B1 - 1
-    error_BTH = torch.where(counts_BT[..., None], out_BTH.float() - target_BTH, 0.0)
-    square_BT1 = target_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
-    return error_BTH, torch.where(counts_BT[..., None], 1 / square_BT1, 0.0)
+    error_BTH = out_BTH.float() - target_BTH
+    weight_BT1 = 1 / target_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
+    error_BTH[:, -1] = weight_BT1[:, -1] = 0
+    return error_BTH, weight_BT1
 
 
-def _tensor(values_NTH: NDArray[Any], rows_B: NDArray[np.int64]) -> torch.Tensor:
+def _tensor(values_NTH: NDArray[np.generic], rows_B: NDArray[np.int64]) -> torch.Tensor:
     """Some samples as float32."""
     rows = torch.from_numpy(np.ascontiguousarray(values_NTH[rows_B]))
     return rows.view(torch.bfloat16).float() if rows.dtype == torch.uint16 else rows

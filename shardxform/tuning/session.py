@@ -23,21 +23,18 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
 from shardxform.execution.copying import OpenTarget
-from shardxform.execution.measured import MEASURED
+from shardxform.execution.journal import MEASURED
 from shardxform.execution.transcoding import write_part
-from shardxform.forward.arithmetic import fixed_order, on_device
-from shardxform.forward.memory import give_back
+from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.plan.steps import TuneBlock
-from shardxform.tuning.block import TunedBlock, install
+from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, install, tune_block
 from shardxform.tuning.chains import ORIGINAL, TUNED, Chains
-from shardxform.tuning.heal import HealResult
-from shardxform.tuning.healing import BlockHealer
+from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import NonFiniteLoss
 from shardxform.tuning.stacked import packed
-from shardxform.tuning.tune import BlockResult, TuneOptions, tune_block
 from shardxform.tuning.workers import Workers
 
 __all__ = ["Tuner", "TunerOptions"]
@@ -261,7 +258,7 @@ class _BlockRun:
         experts = self._skeleton.experts_name(self._step.layer)
         names: dict[str, None] = {}
         for item in self._step.items:
-            local = item.module.removeprefix(prefix)
+            local = self._skeleton.module_name(item.module.removeprefix(prefix))
             names[experts if experts and local.startswith(f"{experts}.") else local] = None
         return list(names)
 
@@ -272,8 +269,8 @@ class _BlockRun:
         prefix, encoding = self._skeleton.prefix(self._step.layer), self._step.encoding
         assert encoding is not None
         items = {item.module: item for item in self._step.items}
-        for stored in tuned.stored():
-            item = items.pop(prefix + stored.module)
+        for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
+            item = items.pop(prefix + self._skeleton.stored_name(stored.module))
             out, extents = packed(stored.codes, encoding.grid, encoding.layout), dict(item.parts)
             for role, part in encoding.stored(out, item.shape):
                 write_part(part, extents[role], target, fs)

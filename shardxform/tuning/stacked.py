@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from shardxform.tuning.workers import Workers
 
-__all__ = ["Codes", "StackedWeight", "Tunable", "packed", "prepare"]
+__all__ = ["Codes", "StackedWeight", "Tunable", "packed", "stacked_weight"]
 
 _KINDS: Final[dict[torch.dtype, SourceDtype]] = {
     torch.bfloat16: "BF16",
@@ -83,7 +83,7 @@ class Codes:
 
 
 class StackedWeight:
-    """Weights [E, O, I] with rounding offsets and clips; `prepare` makes one.
+    """Weights [E, O, I] with rounding offsets and clips; `stacked_weight` makes one.
 
     The original is neither copied nor changed. `pace` says how far `update` moves; at first it moves nothing. Once
     `settled`, values are those that were kept.
@@ -110,12 +110,6 @@ class StackedWeight:
     def device(self) -> torch.device:
         """Where the weights and everything beside them are."""
         return self._w_RI.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beside the original weights."""
-        held = (self._v_RI, self._start_RG, self._clip_RG, self._kept_RG)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def values_into(self, first: int, out_RI: torch.Tensor) -> None:
         """Write the rows from `first` on as they would be stored, or once `settled`, as they will be."""
@@ -178,10 +172,10 @@ class StackedWeight:
         return _array(self._w_RI[rows]), self._v_RI[rows].numpy(), scales
 
     def _settings(self, *, kept: bool = False) -> Any:  # noqa: ANN401
-        from shardxform.tuning.kernels import Settings
+        from shardxform.tuning.kernels import GridSettings
 
         span = self.grid.span(self._shape[2])
-        return Settings(self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
+        return GridSettings(self.grid.zero_code, span, int(self.grid.scale_grid == "bf16"), int(kept))
 
 
 def _array(x: torch.Tensor) -> NDArray[Any]:
@@ -189,7 +183,7 @@ def _array(x: torch.Tensor) -> NDArray[Any]:
     return x.view(_ARRAYS[x.dtype]).numpy()
 
 
-def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> StackedWeight:
+def stacked_weight(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> StackedWeight:
     """Start from the scales that plain rounding takes, or the search if the grid asks for it.
 
     Args:
@@ -219,9 +213,7 @@ def prepare(w_EOI: torch.Tensor, grid: Grid, workers: Workers, name: str) -> Sta
 def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> NDArray[np.uint16]:
     """float16 bits of the scales of a run of rows."""
     part = w_RI[run[0] : run[1]].cpu()
-    out, stats = rounding.quantize(
-        part.view(_BITS[part.dtype]).numpy(), _KINDS[part.dtype], grid, layout="row", measure=False
-    )
+    out, stats = rounding.quantize(part.view(_BITS[part.dtype]).numpy(), _KINDS[part.dtype], grid, layout="row")
     if not stats.ok:
         row = stats.overflow_row if stats.nonfinite is None else stats.nonfinite[0]
         what = "a scale beyond float16" if stats.nonfinite is None else "NaN or an infinity"
@@ -230,7 +222,7 @@ def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> N
 
 
 def packed(codes: Codes, grid: Grid, layout: Layout) -> rounding.QuantizedWeight:
-    """Pack for writing, as `rtn.quantize` would have packed them."""
+    """Pack for writing, as `rounding.quantize` would have packed them."""
     out = rounding.QuantizedWeight.empty(layout, grid, (codes.codes_OI.shape[0], codes.codes_OI.shape[1]))
     words_OW = packing.pack(codes.codes_OI, grid.bits, "row")
     if layout == "gptq":

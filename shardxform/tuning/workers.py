@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from shardxform.errors import SchemeError
-from shardxform.forward.memory import keep_one_heap
+from shardxform.forward.runtime import keep_one_heap
 
 __all__ = ["Workers"]
 

@@ -22,8 +22,7 @@ from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError
 from shardxform.model.tied_head import HEAD, tied_notes
 from shardxform.plan.view import MtpMode
-from shardxform.verification.digests import check_digests
-from shardxform.verification.files import check_files, check_record, check_sidecars, read_checkpoint
+from shardxform.verification.files import check_digests, check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
 from shardxform.verification.report import Rounding, VerifyReport, WeightError
 from shardxform.verification.structure import Structure, check_structure

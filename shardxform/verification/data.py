@@ -18,11 +18,11 @@ import numpy as np
 
 from shardxform.base import digests as digesting
 from shardxform.base import interrupts
-from shardxform.base.completions import Completions
 from shardxform.base.file_system import FileSystem
+from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.formats.encoding import Opener, Read
@@ -39,8 +39,8 @@ from shardxform.verification.jobs import (
     Seen,
     Task,
     TensorJob,
+    TensorPiece,
     Weight,
-    Window,
     Written,
     merge,
     report_digests,
@@ -212,7 +212,7 @@ def _parts(stored: Stored) -> Iterator[tuple[str, PartOf]]:
 
 def _items(
     out: Checkpoint, table: Iterable[TensorJob], weights: Iterable[Weight], digests: Mapping[str, str]
-) -> Iterator[Window | Weight | Written]:
+) -> Iterator[TensorPiece | Weight | Written]:
     """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
     jobs = {job.ref.name: job for job in table}
     apart = {ref.name for weight in weights for _, ref in weight.pair.stored.parts}
@@ -234,9 +234,9 @@ def _chunks(ref: TensorRef) -> Iterator[Written]:
         yield Written(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
 
 
-def _tasks(items: Iterable[Window | Weight | Written]) -> Iterator[Task]:
+def _tasks(items: Iterable[TensorPiece | Weight | Written]) -> Iterator[Task]:
     """Items in runs of about `_TASK_BYTES`."""
-    task: list[Window | Weight | Written] = []
+    task: list[TensorPiece | Weight | Written] = []
     room = _TASK_BYTES
     for item in items:
         task.append(item)
@@ -248,16 +248,16 @@ def _tasks(items: Iterable[Window | Weight | Written]) -> Iterator[Task]:
         yield task
 
 
-def _pieces(job: TensorJob) -> Iterator[Window]:
+def _pieces(job: TensorJob) -> Iterator[TensorPiece]:
     """Cut a tensor so that no piece holds more than `CHUNK_BYTES`, and whole slabs or a part of one."""
     total, slab = job.ref.nbytes, job.slab
     if slab <= CHUNK_BYTES:
         step = CHUNK_BYTES // slab * slab
-        yield from (Window(job, start, min(start + step, total)) for start in range(0, total, step))
+        yield from (TensorPiece(job, start, min(start + step, total)) for start in range(0, total, step))
         return
     for home in range(0, total, slab):
         for start in range(home, home + slab, CHUNK_BYTES):
-            yield Window(job, start, min(start + CHUNK_BYTES, home + slab))
+            yield TensorPiece(job, start, min(start + CHUNK_BYTES, home + slab))
 
 
 def _in_parallel(
@@ -328,11 +328,11 @@ class _Reader:
     def _ask_for(self, task: Task, shards: Shards) -> None:
         """Have what a task compares with be on its way, all of it at once."""
         for item in task:
-            if isinstance(item, Window) and item.job.other and self._source:
+            if isinstance(item, TensorPiece) and item.job.other and self._source:
                 shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
 
-    def _item(self, item: Window | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
-        if isinstance(item, Window):
+    def _item(self, item: TensorPiece | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
+        if isinstance(item, TensorPiece):
             return self._piece(item, shards)
         return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
 
@@ -348,7 +348,7 @@ class _Reader:
 
         return Digest(chunk.ref.name, chunk.number, digesting.chunk_digest(pieces()))
 
-    def _piece(self, piece: Window, shards: Shards) -> Seen:
+    def _piece(self, piece: TensorPiece, shards: Shards) -> Seen:
         ours, theirs = self._buffers()
         job, count = piece.job, piece.nbytes
         seen, data = Seen(piece), ours[:count]

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.base.dtypes import BITS
+from shardxform.base.tensors import BITS
 from shardxform.formats import packing
 from shardxform.formats.encoding import DECODE_TILE, Opener, Rows, tiles
 from shardxform.formats.grid import Grid
@@ -74,7 +74,7 @@ def _bits(derived: Derived, rows: Rows, start: int, stop: int) -> NDArray[Any]:
 def _rounded(rows: Rows, start: int, stop: int, grid: Grid) -> NDArray[np.float32] | None:
     """What rounding makes of rows; None where it refuses."""
     bits_RI, dtype = rows.raw(start, stop)
-    again, stats = quantize(bits_RI, dtype, grid, layout="row", measure=False)
+    again, stats = quantize(bits_RI, dtype, grid, layout="row")
     if not stats.ok:
         return None
     codes_RI = packing.unpack(again.words, grid.bits, "row")

@@ -2,9 +2,9 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows the names of three families (qwen3_5_moe, qwen3_moe, deepseek_v3) and three formats
-(auto-round and gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor
-into memory.
+formats' definitions. It knows the names of five families (qwen3_5_moe, qwen3_moe, deepseek_v3, gpt_oss, mixtral) and
+three formats (auto-round and gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows
+of one tensor into memory.
 
 Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
 expert, quantized ones as the weights that they stand for. Names are those that the output must have.
@@ -37,9 +37,10 @@ _RUN: Final = 1 << 18  # elements at a time
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
-_EXPERT: Final = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.+)")
-_ROUTER: Final = re.compile(r"(.*\.mlp)\.gate\.(weight|e_score_correction_bias)")
+_EXPERT: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(.+)")
+_ROUTER: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe))\.(?:gate|router)\.(weight|bias|e_score_correction_bias)")
 _LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
@@ -76,7 +77,10 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized."""
+    """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
+
+    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab.
+    """
 
     name: str
     tensor: _Tensor
@@ -85,6 +89,7 @@ class _Weight:
     scales: _Tensor | None = None
     bits: int = 0
     group: int = 0
+    slab: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,6 +106,11 @@ class _Weight:
 
     def bits_of(self, start: int, stop: int) -> NDArray[Any]:
         """Bits of a run of rows of a plain weight."""
+        if self.slab is not None:
+            index, first = self.slab
+            whole = self.tensor.array().reshape(self.tensor.shape)[index]
+            columns = whole[..., first : first + self.shape[0]]
+            return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
         return np.asarray(self.tensor.array()[self._picked(start, stop)])
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -236,9 +246,11 @@ def _decoded(
 def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
-    if last in ("qweight", "weight_packed"):
+    if config.get("model_type") == "gpt_oss" and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
+        yield from _transposed(name, tensor, match)
+    elif last in ("qweight", "weight_packed"):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
-    elif f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors:
+    elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
         return
     elif (match := _FUSED.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
@@ -249,6 +261,18 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
+
+
+def _transposed(name: str, tensor: _Tensor, match: re.Match[str]) -> Iterator[tuple[str, _Weight]]:
+    """gpt-oss: stacks [E, I, O] and biases [E, O], the halves of the first one by one as auto-round reads them."""
+    last = "bias" if name.endswith("bias") else "weight"
+    for expert in range(tensor.shape[0]):
+        for part, first, number in _halves(match[2], 0, tensor.shape[-1]):
+            shape = (number, *tensor.shape[1:-1])
+            yield (
+                f"{match[1]}.{expert}.{part}.{last}",
+                _Weight(name, tensor, shape, ((0, number),), slab=(expert, first)),
+            )
 
 
 def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, int]]:

@@ -29,8 +29,8 @@ __all__ = [
     "Seen",
     "Task",
     "TensorJob",
+    "TensorPiece",
     "Weight",
-    "Window",
     "Written",
     "merge",
     "report_digests",
@@ -74,7 +74,7 @@ class TensorJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class TensorPiece:
     """Bytes `start`..`stop` of a job's tensor."""
 
     job: TensorJob
@@ -115,7 +115,7 @@ class Weight:
         return self.pair.source.nbytes
 
 
-Task = Sequence[Window | Weight | Written]
+Task = Sequence[TensorPiece | Weight | Written]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Digest:
 class Seen:
     """What one piece showed; positions are counted from the tensor's start, elements or bytes."""
 
-    piece: Window
+    piece: TensorPiece
     nonzero: NDArray[np.bool_] | None = None
     bad: int = 0
     first_bad: int = -1

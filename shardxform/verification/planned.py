@@ -42,5 +42,5 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
         others = f" (and {more} more)" if more else ""
         raise PlanError(
             f"{plan.origin}: its output would not be sound: {first.where}: {first.message}{others};"
-            f" see `shardxform verify {plan.origin} --quick`"
+            f" see `shardxform verify {plan.origin}`"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shardxform.base.file_system import FileSystem
 from shardxform.base.readers import SourceReader
 from shardxform.base.tensors import ByteRange
-from shardxform.checkpoint.remote.reading import open_source
+from shardxform.checkpoint.remote.repository import open_source
 
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote

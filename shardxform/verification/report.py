@@ -112,6 +112,6 @@ class VerifyReport:
         return self.values_left.get("healed", 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for JSON."""
         paths = {"out": str(self.out), "source": self.source}
         return {"sound": self.sound, **asdict(self), "tensors_healed": self.tensors_healed, **paths}

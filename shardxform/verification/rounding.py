@@ -165,7 +165,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
 
 def _round_again(tile: _Tile, grid: Grid, tally: Tally) -> None:
     """Round the source's rows as `quantize` did, and compare words and scales."""
-    again, stats = quantize(tile.bits, tile.dtype, grid, layout="row", measure=False)
+    again, stats = quantize(tile.bits, tile.dtype, grid, layout="row")
     tally.words_equal &= stats.ok and np.array_equal(again.words, tile.words)
     _compare_scales(tile.start, tile.scales, again.scales.view(np.float16).astype(np.float32), tally)
 

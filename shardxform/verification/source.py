@@ -69,7 +69,7 @@ def rebuild(
     if manifest and record.get("manifest"):
         made_with = _recorded_manifest(record["manifest"], layout, Findings())
         if made_with and (made_with.keep, made_with.mtp_keep) != (manifest.keep, manifest.mtp_keep):
-            findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given (--manifest)")
+            findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given (`manifest`)")
     elif record.get("manifest"):
         manifest = _recorded_manifest(record["manifest"], layout, findings)
         if manifest is None:
@@ -82,7 +82,7 @@ def rebuild(
     if mtp is None:
         mtp = cast(MtpMode, recorded["mtp"]) if recorded.get("mtp") in _MODES else "auto"
     if manifest is None and out is not None and _fewer_experts(out, layout):
-        findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (--manifest)")
+        findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given (`manifest`)")
         return None
     return pruned_view(source, manifest, text_only=text_only, mtp=mtp)
 

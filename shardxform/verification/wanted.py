@@ -18,7 +18,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import Grid
-from shardxform.formats.matrices import matrices_of, vectors_of
+from shardxform.formats.matrices import matrices_of, single_biases
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.selection import select
@@ -78,7 +78,7 @@ class Known:
 
     @property
     def dequantized(self) -> str:
-        """The type, where the output was written by `convert --to bf16` or `fp16`; else nothing."""
+        """The type, where the output was converted to bf16 or fp16; else nothing."""
         target = self.record.get("target")
         named = str(target.get("format")) if isinstance(target, Mapping) else ""
         return FLOATS.get(named, "") if self.record.get("command") == "convert" else ""
@@ -235,7 +235,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
             derived[name] = Derived(module.stored, module.weight.spec.dtype)
         else:
             tensors[name] = module.weight.renamed(name)
-    _take_biases_apart(view, out, tensors, derived)
+    _take_biases_apart(view, out, tensors)
     if skipped:
         more = f", such as {next(iter(skipped))}"
         findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
@@ -250,13 +250,15 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
 
-def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef], derived: dict[str, Derived]) -> None:
+def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef]) -> None:
     """Put biases of experts one by one in place of stacks that `out` does not hold."""
-    for vector in vectors_of(view.layout, view.checkpoint.tensors):
-        if vector.source not in out.tensors:
-            tensors.pop(vector.source, None)
-            tensors[vector.name] = TensorRef(TensorSpec(vector.name, vector.row.spec.dtype, (vector.cut.count,)), ())
-            derived[vector.name] = Derived(vector.stored, vector.row.spec.dtype)
+    stacks = [name.removesuffix("_bias") for name in view.layout.places if name.endswith("_bias")]
+    for stack in stacks:
+        if f"{stack}_bias" in out.tensors:
+            continue
+        for bias in single_biases(view.layout, view.checkpoint.tensors, stack):
+            tensors.pop(f"{stack}_bias", None)
+            tensors[bias.name] = bias
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:

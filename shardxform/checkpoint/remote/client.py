@@ -21,11 +21,10 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from shardxform.base import interrupts
-from shardxform.checkpoint.remote.names import RepoName
-from shardxform.checkpoint.remote.repository import Remote, RemoteFile, holds
+from shardxform.checkpoint.remote.repository import Remote, RemoteFile, RepoName, has_content
 from shardxform.errors import RemoteError
 
-__all__ = ["Client", "Listing", "cached_folder", "download", "folder_of", "list_repository"]
+__all__ = ["Client", "Listing", "cached_folder", "download", "list_repository", "snapshot_folder"]
 
 T = TypeVar("T")
 Listing = tuple[str, dict[str, RemoteFile]]
@@ -250,7 +249,7 @@ def download(remote: Remote, name: str) -> None:
 
     def get() -> None:
         path = Path(hf_hub_download(remote.repo, name, revision=remote.commit))
-        if not holds(path, remote.files[name]):
+        if not has_content(path, remote.files[name]):
             path.resolve().unlink()  # so that it is asked for again, rather than taken from the cache
             path.unlink(missing_ok=True)
             raise _Again("its content is not what the hub's hash says", mistaken=True)
@@ -265,7 +264,7 @@ def download(remote: Remote, name: str) -> None:
             bars.enable_progress_bars()
 
 
-def folder_of(name: RepoName, commit: str) -> Path:
+def snapshot_folder(name: RepoName, commit: str) -> Path:
     """Where the hub client keeps the files of a commit, whether there are any or not."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name

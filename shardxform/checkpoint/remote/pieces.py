@@ -1,4 +1,4 @@
-"""Which byte ranges of remote files are here, on their way, or wanted, and in which order they are fetched.
+"""Which byte ranges of remote files are here, on their way, or wanted, in which order, and where they lie.
 
 A piece is a range that fits into one slot of an arena. Readers wait for pieces, fetchers take runs of adjacent ones;
 what readers wait for goes first, then what was wanted first. Pieces that were read make room for others; one that
@@ -9,17 +9,19 @@ no network, and no file but the arena.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from bisect import bisect_right, insort
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 from shardxform.base import interrupts
-from shardxform.checkpoint.remote.arena import Arena
+from shardxform.base.file_system import FileSystem
 from shardxform.errors import RemoteError
 
-__all__ = ["File", "Piece", "Pieces"]
+__all__ = ["Arena", "DiskArena", "File", "MemoryArena", "Pieces", "RemotePiece"]
 
 File = tuple[str, str]
 """A repository at a commit, and a file of it."""
@@ -31,7 +33,10 @@ _LOST: Final = "lost"
 _LOOK: Final = 1.0  # seconds between two looks of a waiting thread: Ctrl-C must get through
 
 
-class Piece:
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+class RemotePiece:
     """Bytes `start`..`stop` of a file, in a slot or going to be."""
 
     __slots__ = ("awaited", "error", "file", "readers", "slot", "start", "state", "stop", "unread")
@@ -63,11 +68,11 @@ class Pieces:
         self._reserve = reserve
         self._free = list(range(arena.slots - 1, -1, -1))
         self._starts: defaultdict[File, list[int]] = defaultdict(list)
-        self._table: dict[tuple[File, int], Piece] = {}
-        self._placed: dict[int, Piece] = {}
-        self._read: OrderedDict[tuple[File, int], Piece] = OrderedDict()  # the longest unused one first
-        self._awaited: deque[Piece] = deque()
-        self._queue: deque[Piece] = deque()
+        self._table: dict[tuple[File, int], RemotePiece] = {}
+        self._placed: dict[int, RemotePiece] = {}
+        self._read: OrderedDict[tuple[File, int], RemotePiece] = OrderedDict()  # the longest unused one first
+        self._awaited: deque[RemotePiece] = deque()
+        self._queue: deque[RemotePiece] = deque()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -84,7 +89,7 @@ class Pieces:
             self._changed.notify_all()
 
     @contextlib.contextmanager
-    def reading(self, file: File, at: int, stop: int) -> Iterator[Piece]:
+    def reading(self, file: File, at: int, stop: int) -> Iterator[RemotePiece]:
         """Wait for the piece that holds byte `at`; it stays where it is inside the `with` block.
 
         Raises:
@@ -119,7 +124,7 @@ class Pieces:
 
     # -- fetchers -----------------------------------------------------------------------------------------------
 
-    def take(self) -> list[Piece]:
+    def take(self) -> list[RemotePiece]:
         """Wait for adjacent pieces to fetch, each with a slot; none when all is over."""
         with self._changed:
             while not self._closed:
@@ -128,14 +133,14 @@ class Pieces:
                 self._changed.wait(_LOOK)
         return []
 
-    def arrived(self, piece: Piece) -> None:
+    def arrived(self, piece: RemotePiece) -> None:
         """Have a piece be read, whose bytes are all in its slot."""
         with self._changed:
             piece.state = _HERE
             self._settle(piece)
             self._changed.notify_all()
 
-    def failed(self, run: list[Piece], error: BaseException) -> None:
+    def failed(self, run: list[RemotePiece], error: BaseException) -> None:
         """Tell those who wait for pieces that have not arrived why they will not; they are fetched when read again."""
         with self._changed:
             for piece in run:
@@ -146,7 +151,7 @@ class Pieces:
 
     # -- with the lock held -------------------------------------------------------------------------------------
 
-    def _await(self, file: File, at: int, stop: int) -> Piece:
+    def _await(self, file: File, at: int, stop: int) -> RemotePiece:
         with self._changed:
             piece = next(self._overlapping(file, at, at + 1), None)
             if piece is None:
@@ -170,7 +175,7 @@ class Pieces:
                 raise
         return piece
 
-    def _fill(self, file: File, start: int, stop: int) -> Iterator[Piece]:
+    def _fill(self, file: File, start: int, stop: int) -> Iterator[RemotePiece]:
         """Make pieces of what of a range has none, in order."""
         at = start
         for piece in list(self._overlapping(file, start, stop)):
@@ -178,14 +183,14 @@ class Pieces:
             at = piece.stop
         yield from self._cut(file, at, stop)
 
-    def _cut(self, file: File, start: int, stop: int) -> Iterator[Piece]:
+    def _cut(self, file: File, start: int, stop: int) -> Iterator[RemotePiece]:
         for at in range(start, stop, self._arena.slot_bytes):
-            piece = Piece(file, at, min(at + self._arena.slot_bytes, stop))
+            piece = RemotePiece(file, at, min(at + self._arena.slot_bytes, stop))
             insort(self._starts[file], at)
             self._table[file, at] = piece
             yield piece
 
-    def _overlapping(self, file: File, start: int, stop: int) -> Iterator[Piece]:
+    def _overlapping(self, file: File, start: int, stop: int) -> Iterator[RemotePiece]:
         starts = self._starts[file]
         number = max(bisect_right(starts, start) - 1, 0)
         while number < len(starts) and starts[number] < stop:
@@ -194,7 +199,7 @@ class Pieces:
                 yield piece
             number += 1
 
-    def _next_run(self) -> list[Piece]:
+    def _next_run(self) -> list[RemotePiece]:
         """Take the first piece that is due and can have a slot, and those that follow it in its file."""
         for queue, reserve in ((self._awaited, 0), (self._queue, self._reserve)):
             while queue and queue[0].state != _QUEUED:
@@ -203,7 +208,7 @@ class Pieces:
                 return self._run_from(queue.popleft())
         return []
 
-    def _run_from(self, piece: Piece) -> list[Piece]:
+    def _run_from(self, piece: RemotePiece) -> list[RemotePiece]:
         run = [self._place(piece)]
         nbytes = piece.stop - piece.start
         while self._has_room(self._reserve):
@@ -229,7 +234,7 @@ class Pieces:
             self._forget(parted[0] if parted else idle[-1])  # the last: what was fetched last is read last
         return bool(idle)
 
-    def _place(self, piece: Piece) -> Piece:
+    def _place(self, piece: RemotePiece) -> RemotePiece:
         if not self._free:
             self._forget(next(iter(self._read.values())))
         piece.slot = self._free.pop()
@@ -237,12 +242,12 @@ class Pieces:
         self._placed[piece.slot] = piece
         return piece
 
-    def _settle(self, piece: Piece) -> None:
+    def _settle(self, piece: RemotePiece) -> None:
         """Count a piece as one that may make room, if it was read and nobody reads it."""
         if piece.state == _HERE and not piece.readers and piece.unread <= 0:
             self._read[piece.file, piece.start] = piece
 
-    def _forget(self, piece: Piece) -> None:
+    def _forget(self, piece: RemotePiece) -> None:
         if piece.slot >= 0:
             self._free.append(piece.slot)
             del self._placed[piece.slot]
@@ -251,3 +256,121 @@ class Pieces:
         del self._table[piece.file, piece.start]
         starts = self._starts[piece.file]
         del starts[bisect_right(starts, piece.start) - 1]
+
+
+# -- the slots ---------------------------------------------------------------------------------------------------------
+
+
+class Arena(Protocol):
+    """Where fetched bytes lie until they are read: `slots` of `slot_bytes` each.
+
+    All methods may be called from any thread, for different slots at once.
+    """
+
+    slots: int
+    slot_bytes: int
+
+    def write(self, slot: int, at: int, data: memoryview) -> None:
+        """Put bytes at `at` of a slot."""
+        ...
+
+    def read_into(self, slot: int, at: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `at` of a slot."""
+        ...
+
+    def copy(self, slot: int, at: int, count: int, target: int, offset: int) -> None:
+        """Write `count` bytes from `at` of a slot to a file."""
+        ...
+
+    def close(self) -> None:
+        """Give memory or disk back."""
+        ...
+
+
+class MemoryArena:
+    """Slots in memory, allocated when first used."""
+
+    def __init__(self, slots: int, slot_bytes: int, fs: FileSystem) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self._fs = fs
+        self._buffers: dict[int, memoryview] = {}
+
+    def write(self, slot: int, at: int, data: memoryview) -> None:
+        """Put bytes at `at` of a slot."""
+        if slot not in self._buffers:
+            self._buffers[slot] = memoryview(bytearray(self.slot_bytes))
+        self._buffers[slot][at : at + len(data)] = data
+
+    def read_into(self, slot: int, at: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `at` of a slot."""
+        buffer[:] = self._buffers[slot][at : at + len(buffer)]
+
+    def copy(self, slot: int, at: int, count: int, target: int, offset: int) -> None:
+        """Write `count` bytes from `at` of a slot to a file."""
+        self._fs.write_all(target, self._buffers[slot][at : at + count], offset)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+
+
+class _Descriptor:
+    """A descriptor that is closed when nobody refers to it: a thread amid a write keeps its number in use."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class DiskArena:
+    """Slots in a nameless file in `folder`, which grows to `slots * slot_bytes` at most.
+
+    Nothing of it is left behind however the process ends.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, fs: FileSystem, folder: Path) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self._fs = fs
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._file: _Descriptor | None = None
+
+    def write(self, slot: int, at: int, data: memoryview) -> None:
+        """Put bytes at `at` of a slot.
+
+        Raises:
+            RemoteError: the disk is full, or cannot be written to.
+
+        """
+        try:
+            file = self._opened()
+            self._fs.write_all(file.fd, data, slot * self.slot_bytes + at)
+        except OSError as e:
+            raise RemoteError(
+                f"{self._folder}: no room for what was fetched: {e.strerror or e}; free some, or lower `cache_bytes`"
+            ) from e
+
+    def read_into(self, slot: int, at: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `at` of a slot."""
+        file = self._opened()
+        self._fs.read_exact_into(file.fd, buffer, slot * self.slot_bytes + at)
+
+    def copy(self, slot: int, at: int, count: int, target: int, offset: int) -> None:
+        """Write `count` bytes from `at` of a slot to a file."""
+        file = self._opened()
+        self._fs.copy(file.fd, slot * self.slot_bytes + at, target, offset, count)
+
+    def close(self) -> None:
+        """Give the disk back."""
+        with self._lock:
+            self._file = None
+
+    def _opened(self) -> _Descriptor:
+        with self._lock:
+            if self._file is None:
+                self._file = _Descriptor(self._fs.nameless(self._folder))
+            return self._file

@@ -178,7 +178,7 @@ class Family:
 
     Attributes:
         name: what `inspect` prints; the release's model_type.
-        wrappers: classes it is published under; the first text-only one is what `--text-only` writes.
+        wrappers: classes it is published under; the first text-only one is what a text-only view becomes.
         count_keys: config keys (in the text config) that count routed experts; those present must agree.
         top_k_key: config key of experts per token.
         group_key: config key of router groups whose members sit side by side, or empty.
@@ -189,7 +189,7 @@ class Family:
         vision: templates of the vision tower, with full names.
         vision_prefix: what every name of the vision tower begins with.
         vision_depth_key: key in `vision_config` that counts vision blocks.
-        vision_sidecars: files that only a multimodal class needs; left out by `--text-only`.
+        vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         vision_symbols: the same, of `vision_config`.
         types: what clients take as values of the keys of the text config, in the words of `config_values`.

@@ -6,7 +6,7 @@ out. Reads no tensor data. Replaces no README.md but the source's copied one and
 
 from shardxform.publish.card.facts import Facts
 from shardxform.publish.card.gathering import CardOptions, gather
-from shardxform.publish.card.render import render
+from shardxform.publish.card.rendering import render
 from shardxform.publish.card.writing import MARK, write_card
 
 __all__ = ["MARK", "CardOptions", "Facts", "gather", "render", "write_card"]

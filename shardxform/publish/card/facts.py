@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["BlockError", "Change", "Data", "Evaluation", "Facts", "Origin", "Pruning", "Quantization"]
+__all__ = [
+    "BlockError",
+    "Change",
+    "Data",
+    "EvaluationFacts",
+    "Facts",
+    "HealedBlock",
+    "HealingFacts",
+    "Origin",
+    "PruningFacts",
+    "QuantizationFacts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pruning:
+class PruningFacts:
     """Which experts were kept, as far as a manifest says why.
 
     Attributes:
@@ -99,7 +110,7 @@ class HealedBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Healing:
+class HealingFacts:
     """How the 16-bit weights of pruned blocks were tuned.
 
     Attributes:
@@ -118,7 +129,7 @@ class Healing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
+class QuantizationFacts:
     """How weights are stored.
 
     Attributes:
@@ -149,7 +160,7 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class EvaluationFacts:
     """What `evaluate --json` measured.
 
     Attributes:
@@ -178,7 +189,7 @@ class Evaluation:
     dtype: str = ""
     block_errors: tuple[float | None, ...] = ()
     source: str = ""
-    sources: tuple[Evaluation, ...] = ()
+    sources: tuple[EvaluationFacts, ...] = ()
     of_source: bool = False
 
     @property
@@ -229,10 +240,10 @@ class Facts:
     parameters: Change
     active: Change
     dropped: tuple[str, ...] = ()
-    pruning: Pruning | None = None
-    healing: Healing | None = None
-    quantization: Quantization | None = None
-    evaluations: tuple[Evaluation, ...] = ()
+    pruning: PruningFacts | None = None
+    healing: HealingFacts | None = None
+    quantization: QuantizationFacts | None = None
+    evaluations: tuple[EvaluationFacts, ...] = ()
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     dequantized: str = ""
@@ -245,5 +256,5 @@ class Facts:
         return self.dequantized or "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for JSON."""
         return asdict(self)

@@ -1,49 +1,54 @@
 """Gathering what a card says: an output's record and headers, a manifest, evaluations, and the source's own card.
 
-A record that contradicts the files beside it is refused; of what it does not say, nothing is said. Changes nothing.
+A record that contradicts the files beside it is refused; of what it does not say, nothing is said. What comes from the
+card of a stranger is matched against what it may look like, since it goes to others. Changes nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import not_a_directory
-from shardxform.checkpoint.identity import Identity
+from shardxform.base.strict_json import Fields, JsonError, parse_object
+from shardxform.calibration.options import MAX_SOURCES, is_source
+from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ManifestError, OutputError, PlanError
-from shardxform.execution.outdir import WORK, is_ours
+from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.counts import count_parameters, stored_of
-from shardxform.publish.card.evaluations import read_evaluation
-from shardxform.publish.card.facts import Change, Facts, Healing, Origin, Pruning, Quantization
-from shardxform.publish.card.frontmatter import is_hub_name, origin_of
-from shardxform.publish.card.record import (
-    block_errors,
-    data_of,
-    flag,
-    healed_blocks,
-    judged_apart,
-    section,
-    text,
-    whole,
+from shardxform.plan.inspection import count_parameters, stored_of
+from shardxform.publish.card.facts import (
+    BlockError,
+    Change,
+    Data,
+    EvaluationFacts,
+    Facts,
+    HealedBlock,
+    HealingFacts,
+    Origin,
+    PruningFacts,
+    QuantizationFacts,
 )
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
 
-__all__ = ["CardOptions", "gather"]
+__all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation"]
 
 _LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _HEAD_BYTES: Final = 4096
 _RECIPE: Final = ("samples", "seqlen", "iters", "batch_size", "seed", "inputs", "device", "dtype")
 _FLOATS: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _PARTS: Final = {"MTP layers": "MTP layers", "vision tower": "the vision tower"}
+_MAX_BYTES: Final = 16 << 20  # of an evaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,7 @@ class CardOptions:
     Attributes:
         base_model: hub name of the source; empty to take it from the source's card or config.
         manifest: the keep manifest that the output was pruned by, for the reasons that it gives.
-        evaluations: files that hold what `evaluate --json` printed.
+        evaluations: files that hold what `evaluate` printed as JSON.
         plots: pictures to show, as PNG.
 
     """
@@ -76,48 +81,45 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
 
     """
     options = options or CardOptions()
-    if options.base_model and not is_hub_name(options.base_model):
-        raise PlanError(f"--base-model: expected a hub name such as owner/name, found {options.base_model!r}")
+    if options.base_model and not _is_model_name(options.base_model):
+        raise PlanError(f"`base_model`: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
     checkpoint = Checkpoint.open(out)
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
-    inputs, summary = record.inputs, record.summary
-    manifest = _manifest(options.manifest, inputs, out)
-    before = _experts_before(inputs, summary, manifest, layout.num_experts)
+    manifest = _manifest(options.manifest, record, out)
+    before = _experts_before(record, manifest, layout.num_experts)
     counts = count_parameters(checkpoint, stored)
     top_k = layout.top_k
     origin = _origin(out, checkpoint, options.base_model)
-    origins = [
-        found for made in (inputs, section(inputs, "origin")) if (found := Identity.from_dict(made.get("source")))
-    ]
-    name = out.resolve().name or "OUT"
+    origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
+    name, dropped = out.resolve().name or "OUT", Fields(record.summary).section("dropped")
     return Facts(
         name=name,
-        command=text(inputs, "command"),
+        command=record.asked.text("command"),
         origin=origin,
         family=layout.family.name,
         architecture=layout.wrapper.architecture,
-        model_type=text(layout.config, "model_type"),
+        model_type=Fields(layout.config).text("model_type"),
         has_mtp=layout.has_mtp,
         vision=layout.wrapper.vision and layout.has_vision,
         bfloat16_only=layout.family.bfloat16_only,
         layers=layout.num_layers,
         moe_layers=len(layout.moe_layers),
         top_k=top_k,
-        max_positions=whole(layout.text, "max_position_embeddings") or 0,
+        max_positions=Fields(layout.text).whole("max_position_embeddings") or 0,
         experts=Change(before, layout.num_experts),
         nbytes=Change(_source_bytes(record), checkpoint.nbytes),
         parameters=Change(before and counts.total(before), counts.total(layout.num_experts)),
         active=Change(before and counts.active(before, top_k), counts.active(layout.num_experts, top_k)),
-        dropped=tuple(told for key, told in _PARTS.items() if whole(section(summary, "dropped"), key)),
-        pruning=None if before == layout.num_experts else _pruning(inputs, manifest),
+        dropped=tuple(told for key, told in _PARTS.items() if dropped.whole(key)),
+        pruning=None if before == layout.num_experts else _pruning(record, manifest),
         healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
         evaluations=tuple(read_evaluation(path, checkpoint, origins) for path in options.evaluations),
         plots=_plots(options.plots),
-        commands=commands(inputs, origin.base_model or "SRC", name),
-        dequantized=_FLOATS.get(text(section(inputs, "target"), "format"), ""),
+        commands=commands(record, origin.base_model or "SRC", name),
+        dequantized=_FLOATS.get(record.asked.section("target").text("format"), ""),
     )
 
 
@@ -138,23 +140,18 @@ def _record(out: Path) -> Record:
     return record
 
 
-def _origin_of_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was done to the 16-bit checkpoint: the inputs themselves, or for a converted output those before."""
-    return section(inputs, "origin") or inputs
-
-
 def _source_bytes(record: Record) -> int | None:
     """Bytes of all tensors of the checkpoint that was pruned or quantized first, as every command counts them."""
-    origin = section(record.inputs, "origin")
-    return whole(section(origin, "summary") if origin else record.summary, "bytes_before")
+    summary = record.before.section("summary") if record.before else Fields(record.summary)
+    return summary.whole("bytes_before")
 
 
-def _manifest(path: Path | None, inputs: Mapping[str, Any], out: Path) -> Manifest | None:
+def _manifest(path: Path | None, record: Record, out: Path) -> Manifest | None:
     """The manifest given, which must be the one that was used: its reasons are published as OUT's."""
     if path is None:
         return None
     manifest = Manifest.load(path)
-    recorded = section(_origin_of_inputs(inputs), "manifest", "keep")
+    recorded = record.first.section("manifest", "keep")
     if not recorded:
         raise ManifestError(f"{path}: {out} was not pruned by a manifest, says its {PROVENANCE}")
     for layer, ids in manifest.keep.items():
@@ -165,27 +162,24 @@ def _manifest(path: Path | None, inputs: Mapping[str, Any], out: Path) -> Manife
     return manifest
 
 
-def _experts_before(
-    inputs: Mapping[str, Any], summary: Mapping[str, Any], manifest: Manifest | None, after: int
-) -> int | None:
+def _experts_before(record: Record, manifest: Manifest | None, after: int) -> int | None:
     """Experts per layer of the source; a converted output's record has those of the pruned one alone."""
-    if not section(inputs, "origin", "manifest", "keep"):
-        before = whole(summary, "experts_before")
+    if not record.before.section("manifest", "keep"):
+        before = Fields(record.summary).whole("experts_before")
     else:
-        before = whole(manifest.model, "num_experts") if manifest else None
+        before = Fields(manifest.model).whole("num_experts") if manifest else None
     return before if before and before >= after else None
 
 
-def _pruning(inputs: Mapping[str, Any], manifest: Manifest | None) -> Pruning | None:
+def _pruning(record: Record, manifest: Manifest | None) -> PruningFacts | None:
     if manifest is None:
-        return Pruning() if section(_origin_of_inputs(inputs), "manifest", "keep") else None
-    told = manifest.provenance
-    runs = told.get("runs")
-    layers = section(told, "layers")
-    return Pruning(
+        return PruningFacts() if record.first.section("manifest", "keep") else None
+    told = Fields(manifest.provenance)
+    layers = told.section("layers")
+    return PruningFacts(
         criterion=manifest.criterion if manifest.criterion.isprintable() else "",
-        tokens=whole(told, "tokens"),
-        data=tuple(found for run in runs if (found := data_of(section(run)))) if isinstance(runs, list) else (),
+        tokens=told.whole("tokens"),
+        data=tuple(found for run in told.sections("runs") if (found := _data(run))),
         saliency_kept=_shares(layers.get("saliency_kept")),
         never_reached_kept=_sum(layers.get("never_reached_kept")),
     )
@@ -202,39 +196,39 @@ def _sum(values: object) -> int | None:
     return sum(values) if known and isinstance(values, list) else None
 
 
-def _healing(record: Record) -> Healing | None:
+def _healing(record: Record) -> HealingFacts | None:
     """How pruned blocks were healed, as the record has it."""
-    recipe = section(_origin_of_inputs(record.inputs), "recipe")
-    heal = section(recipe, "heal")
+    recipe = record.first.section("recipe")
+    heal = recipe.section("heal")
     if not heal:
         return None
-    return Healing(
-        what=text(heal, "what"),
-        iters=whole(heal, "iters"),
-        batch_size=whole(heal, "batch_size"),
-        data=data_of(section(recipe, "data")),
-        blocks=healed_blocks(record.facts),
+    return HealingFacts(
+        what=heal.text("what"),
+        iters=heal.whole("iters"),
+        batch_size=heal.whole("batch_size"),
+        data=_data(recipe.section("data")),
+        blocks=_healed_blocks(Fields(record.facts)),
     )
 
 
-def _quantization(record: Record, stored: Stored) -> Quantization:
+def _quantization(record: Record, stored: Stored) -> QuantizationFacts:
     """How weights are stored, as the headers have it, and how they came about, as the record has it."""
-    inputs = record.inputs
-    scheme = section(_origin_of_inputs(inputs), "scheme")
-    recipe = section(_origin_of_inputs(inputs), "recipe") if text(scheme, "method") == "auto-round" else {}
-    return Quantization(
+    scheme, facts = record.first.section("scheme"), Fields(record.facts)
+    recipe = record.first.section("recipe") if scheme.text("method") == "auto-round" else Fields(None)
+    numbers = {key: found for key in _RECIPE if (found := recipe.whole(key)) is not None}
+    return QuantizationFacts(
         bits=stored.scheme.grid.bits,
         group_size=stored.scheme.grid.group_size,
         format=stored.scheme.format,
         expert_names="fused-indexed" if "fused-indexed" in stored.spellings else "split",
         modules=len(stored.modules),
         g_idx=stored.scheme.g_idx,
-        method=text(scheme, "method"),
-        search=flag(section(scheme, "grid"), "search"),
-        data=data_of(section(recipe, "data")),
-        recipe={key: recipe[key] for key in _RECIPE if type(recipe.get(key)) is int or text(recipe, key)},
-        blocks=block_errors(record.facts),
-        judged_apart=judged_apart(record.facts),
+        method=scheme.text("method"),
+        search=scheme.section("grid").flag("search"),
+        data=_data(recipe.section("data")),
+        recipe={**numbers, **{key: told for key in _RECIPE if (told := recipe.text(key))}},
+        blocks=_block_errors(facts),
+        judged_apart=_judged_apart(facts),
     )
 
 
@@ -243,7 +237,7 @@ def _origin(out: Path, checkpoint: Checkpoint, base_model: str) -> Origin:
     card = read_readme(out)
     found = origin_of(card, _license_text(out), ours=is_card(card))
     config_name = checkpoint.config.get("_name_or_path")
-    guessed = config_name if isinstance(config_name, str) and is_hub_name(config_name) else ""
+    guessed = config_name if isinstance(config_name, str) and _is_model_name(config_name) else ""
     return replace(found, base_model=base_model or found.base_model or guessed)
 
 
@@ -262,3 +256,301 @@ def _plots(paths: Sequence[Path]) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise OutputError(f"{name}: two pictures of this name; they would lie in one directory")
     return names
+
+
+# -- tuned and healed blocks -------------------------------------------------------------------------------------------
+
+
+def _data(value: Fields) -> Data | None:
+    """Provenance of token windows; None when it names no data."""
+    name = value.text("data")
+    if not name:
+        return None
+    return Data(
+        name=name,
+        samples=value.whole("samples"),
+        seqlen=value.whole("seqlen"),
+        tokens=value.whole("tokens"),
+        content=value.text("revision") or value.text("sha256"),
+        sources=tuple(filter(is_source, value.texts("sources"))),
+    )
+
+
+def _block_errors(facts: Fields) -> tuple[BlockError, ...]:
+    """What tuning the rounding recorded of every block, in the order of the blocks."""
+    out: dict[int, BlockError] = {}
+    for layer, found in _blocks(facts):
+        if "rtn_error" not in found and "rounded_to_nearest" not in found:
+            continue  # it was healed only
+        unreached = found.get("experts_never_reached")
+        out[layer] = BlockError(
+            layer=layer,
+            rounded=found.number("rtn_error"),
+            tuned=found.number("tuned_error"),
+            ratio_error=found.number("ratio_standard_error"),
+            never_reached=len(unreached) if isinstance(unreached, list) else 0,
+        )
+    return tuple(out[layer] for layer in sorted(out))
+
+
+def _judged_apart(facts: Fields) -> bool | None:
+    """Whether errors of tuned blocks are those on text that was not tuned on; None where one of them does not say."""
+    found = [block.section("judged_on").get("held_out") for _, block in _blocks(facts) if "tuned_error" in block]
+    return all(found) if found and all(isinstance(each, bool) for each in found) else None
+
+
+def _healed_blocks(facts: Fields) -> tuple[HealedBlock, ...]:
+    """What healing recorded of every block, in the order of the blocks."""
+    out: dict[int, HealedBlock] = {}
+    for layer, found in _blocks(facts):
+        if healed := found.section("healed"):
+            before, after = healed.number("pruned_error"), healed.number("healed_error")
+            error = healed.number("ratio_standard_error")
+            out[layer] = HealedBlock(
+                layer=layer, pruned=before, healed=after, what=healed.text("what"), ratio_error=error
+            )
+    return tuple(out[layer] for layer in sorted(out))
+
+
+def _blocks(facts: Fields) -> Iterator[tuple[int, Fields]]:
+    for block in facts.sections("blocks"):
+        layer = block.whole("layer")
+        if layer is not None:
+            yield layer, block
+
+
+# -- evaluations -------------------------------------------------------------------------------------------------------
+
+
+def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> EvaluationFacts:
+    """Read one evaluation.
+
+    Args:
+        path: what `evaluate --json` printed.
+        checkpoint: what it must be of.
+        origins: what that was made from, directly or by way of another; its reference must be one of them.
+
+    Raises:
+        PlanError: it cannot be read, is no evaluation, or not one of this checkpoint with these values, or was held
+            against something else than its source.
+        CheckpointError: a shard cannot be read.
+
+    """
+    value = _object(path)
+    data = _data(value.section("data"))
+    if data is None:
+        raise _malformed(path, "data")
+    found = _figures(path, value, data)
+    errors, sources = _errors(path, value.section("against")), _sources(path, value, data)
+    _refuse_other(path, value, checkpoint)
+    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    return replace(found, block_errors=errors, sources=sources, of_source=of_source)
+
+
+def _refuse_other(path: Path, value: Fields, checkpoint: Checkpoint) -> None:
+    """Refuse figures of another checkpoint, or that do not say of which values they are."""
+    measured = Identity.from_dict(value.get("identity"))
+    if measured is None:
+        why = "says nothing of the values that it is of, as earlier versions did not" if "fingerprint" in value else ""
+        raise PlanError(f"{path}: {why or 'identity: missing or malformed'}; evaluate {checkpoint.where} again")
+    here = identify(checkpoint)
+    where = measured.difference(here, names_of(checkpoint.shards))
+    if not where and not measured.is_comparable(here):
+        where = "it was read in another way, so that its values cannot be compared"
+    if where:
+        raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.where}: {where}")
+
+
+def _refuse_other_reference(path: Path, against: Fields, checkpoint: Checkpoint, origins: Sequence[Identity]) -> bool:
+    """Refuse a reference that is none of the origins: its figures would not say what making the output has cost.
+
+    Returns:
+        whether it is one of them; where that is not recorded, or not comparable, nobody knows.
+
+    """
+    reference = Identity.from_dict(against.get("identity"))
+    if reference is None or not origins:
+        return False
+    where = [reference.difference(origin) for origin in origins]
+    if all(where):
+        raise PlanError(
+            f"{path}: its reference is not what {checkpoint.where} was made from: {where[0]};"
+            f" evaluate it again, --against its source"
+        )
+    return any(not told and reference.is_comparable(origin) for told, origin in zip(where, origins, strict=True))
+
+
+def _figures(path: Path, value: Fields, data: Data, source: str = "") -> EvaluationFacts:
+    """The figures of an evaluation, or of one source in it."""
+    windows, tokens = value.whole("windows"), value.whole("tokens")
+    if not windows or not tokens:
+        raise _malformed(path, "windows" if not windows else "tokens")
+    against = value.section("against")
+    top1 = _known(path, against, "top1_agreement")
+    if top1 is not None and top1 > 1:
+        raise PlanError(f"{path}: top1_agreement: expected a share from 0 to 1, found {top1}")
+    return EvaluationFacts(
+        data=data,
+        windows=windows,
+        tokens=tokens,
+        perplexity=_known(path, value, "perplexity"),
+        perplexity_error=_error(path, value, "perplexity_standard_error"),
+        reference=_known(path, against, "perplexity") if against else None,
+        ratio_error=_error(path, against, "perplexity_ratio_standard_error"),
+        kl=_known(path, against, "kl"),
+        kl_error=_error(path, against, "kl_standard_error"),
+        top1=top1,
+        top1_error=_error(path, against, "top1_standard_error"),
+        dtype=value.text("dtype"),
+        source=source,
+    )
+
+
+def _sources(path: Path, value: Fields, data: Data) -> tuple[EvaluationFacts, ...]:
+    """The figures of every source, in the order of the file."""
+    listed = value.get("sources") if "sources" in value else {}
+    if not isinstance(listed, dict) or len(listed) > MAX_SOURCES or not all(map(is_source, listed)):
+        raise PlanError(f"{path}: sources: expected at most {MAX_SOURCES} names, each with its figures")
+    return tuple(_figures(path, Fields(listed[name]), data, name) for name in listed)
+
+
+def _malformed(path: Path, what: str) -> PlanError:
+    return PlanError(f"{path}: {what}: missing or malformed; expected the output of `shardxform evaluate --json`")
+
+
+def _object(path: Path) -> Fields:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise PlanError(f"{path}: expected a file")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise PlanError(f"{path}: more than {_MAX_BYTES} bytes, which is no evaluation")
+        return Fields(parse_object(data))
+    except OSError as e:
+        raise PlanError(f"{path}: {e.strerror}") from e
+    except JsonError as e:
+        raise PlanError(f"{path}: {e}") from e
+
+
+def _known(path: Path, value: Fields, key: str) -> float | None:
+    """A figure; None where the evaluation says that it is not finite, or has none."""
+    if value.get(key) is None:
+        return None
+    found = value.number(key)
+    if found is None:
+        raise PlanError(f"{path}: {key}: expected a number, found {str(value.get(key))[:60]!r}")
+    return found
+
+
+def _error(path: Path, value: Fields, key: str) -> float | None:
+    """A standard error; None of a single window, and in evaluations of earlier versions."""
+    found = _known(path, value, key)
+    if found is not None and found < 0:
+        raise PlanError(f"{path}: {key}: expected no negative number, found {found}")
+    return found
+
+
+def _errors(path: Path, against: Fields) -> tuple[float | None, ...]:
+    listed = against.get("block_errors") if "block_errors" in against else []
+    if not isinstance(listed, list):
+        raise PlanError(f"{path}: block_errors: expected a list")
+    return tuple(_known(path, Fields({"block_errors": error}), "block_errors") for error in listed)
+
+
+# -- the source's own card ---------------------------------------------------------------------------------------------
+
+_KEY: Final = re.compile(r"([A-Za-z_][\w-]*):(?:[ \t]+(.*))?")
+_ITEM: Final = re.compile(r"[ \t]*-[ \t]+(.*)")
+_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_LICENSE_NAME: Final = re.compile(r"[A-Za-z0-9][\w.+ -]{0,95}", re.ASCII)
+_LINK: Final = re.compile(r"https://[\w./~%+:-]{1,200}|LICEN[SC]E[\w.-]{0,40}", re.ASCII)
+_LANGUAGE: Final = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})?|multilingual")
+_PLACE: Final = re.compile(r"https://[^/]+/([^/]+/[^/]+)/(?:blob|resolve|raw)/.*")
+_LICENSE_TEXTS: Final = (  # near the head of the file, white space folded
+    ("apache-2.0", re.compile(r"apache license,? version 2\.0", re.IGNORECASE)),
+    ("mit", re.compile(r"(the )?mit license\b|permission is hereby granted, free of charge", re.IGNORECASE)),
+)
+_HEAD: Final = 2000
+
+
+def _is_model_name(text: object) -> bool:
+    """Whether `text` looks like `owner/name` on a hub."""
+    return isinstance(text, str) and bool(_HUB_NAME.fullmatch(text)) and ".." not in text
+
+
+def front_matter_of(card: str) -> dict[str, str | list[str]]:
+    """Read the front matter of a card; empty when it has none."""
+    lines = card.removeprefix("\ufeff").splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        return {}
+    out: dict[str, str | list[str]] = {}
+    key = ""
+    for line in lines[1:]:
+        if line.rstrip() in ("---", "..."):
+            return out
+        item, entry = _ITEM.fullmatch(line), _KEY.fullmatch(line.rstrip())
+        if entry:
+            key = entry[1]
+            out[key] = _value(entry[2] or "")
+        elif item and key:
+            listed = out[key]
+            out[key] = [*(listed if isinstance(listed, list) else []), _scalar(item[1])]
+    return {}
+
+
+def origin_of(card: str, license_text: str, ours: bool) -> Origin:
+    """What a card, and the text of a licence file, say of the model.
+
+    A source's own card names in `base_model` what the source was made from, which is not the source; the link to its
+    licence does name it, unless that is the base model's.
+
+    Args:
+        card: README.md, or empty.
+        license_text: the head of LICENSE, or empty.
+        ours: whether the card is one of ours, whose `base_model` is the source.
+
+    """
+    found = front_matter_of(card)
+    link = _matching(found, "license_link", _LINK)
+    base = _matching(found, "base_model", _HUB_NAME)
+    if not ours:
+        place = _PLACE.fullmatch(link)
+        base = place[1] if place and _is_model_name(place[1]) and place[1] != base else ""
+    languages = found.get("language", [])
+    codes = [languages] if isinstance(languages, str) else languages
+    license_ = _matching(found, "license", _LICENSE) or _license_of(license_text)
+    return Origin(
+        base_model=base,
+        license=license_,
+        license_name=_matching(found, "license_name", _LICENSE_NAME),
+        license_link=link or ("LICENSE" if license_ == "other" and license_text else ""),
+        languages=tuple(code for code in codes if _LANGUAGE.fullmatch(code)),
+    )
+
+
+def _license_of(text: str) -> str:
+    """The hub's code of a licence by its text; `other` for a text that is not known, empty for none."""
+    head = " ".join(text[:_HEAD].split())
+    return next((code for code, pattern in _LICENSE_TEXTS if pattern.search(head)), "other" if head else "")
+
+
+def _matching(found: Mapping[str, str | list[str]], key: str, pattern: re.Pattern[str]) -> str:
+    value = found.get(key, "")
+    first = value if isinstance(value, str) else value[0] if len(value) == 1 else ""
+    return first if pattern.fullmatch(first) else ""
+
+
+def _value(text: str) -> str | list[str]:
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [_scalar(item) for item in text[1:-1].split(",") if item.strip()]
+    return _scalar(text)
+
+
+def _scalar(text: str) -> str:
+    text = text.strip()
+    if len(text) >= 2 and text[0] in "'\"" and text[-1] == text[0]:
+        return text[1:-1]
+    return text.split(" #")[0].rstrip()

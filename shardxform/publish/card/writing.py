@@ -21,7 +21,7 @@ from shardxform.base.file_system import FileSystem
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.errors import OutputError
 
-__all__ = ["MARK", "README", "is_card", "picture_name", "read_readme", "refuse_foreign", "write_card"]
+__all__ = ["MARK", "README", "is_card", "picture_name", "read_readme", "write_card"]
 
 MARK: Final = "<!-- shardxform card -->"
 README: Final = "README.md"
@@ -57,7 +57,7 @@ def picture_name(path: Path) -> str:
     return path.name
 
 
-def refuse_foreign(out: Path, plots: Sequence[Path] = ()) -> None:
+def _refuse_foreign(out: Path, plots: Sequence[Path] = ()) -> None:
     """Refuse to replace what is not ours.
 
     Raises:
@@ -96,7 +96,7 @@ def write_card(out: Path, card: str, plots: Sequence[Path] = (), fs: FileSystem 
 
     """
     fs = fs or FileSystem()
-    refuse_foreign(out, plots)
+    _refuse_foreign(out, plots)
     files: Mapping[str, bytes] = {**{plot.name: _png(plot) for plot in plots}, README: card.encode()}
     with interrupts.deferred(), _scratch(out, files, fs) as scratch:
         for name, data in files.items():

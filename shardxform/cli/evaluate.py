@@ -1,0 +1,264 @@
+"""`shardxform evaluate`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import click
+
+from shardxform.base.progress import peak_rss_bytes
+from shardxform.calibration.options import DataOptions
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import options
+from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
+from shardxform.cli.inputs import (
+    load_manifest,
+    load_text,
+    make_precision,
+    open_all_named,
+    refuse_no_data,
+    refuse_unwritable,
+    require,
+)
+from shardxform.errors import OutputError, SchemeError
+from shardxform.model.layout import layout_of
+from shardxform.model.tied_head import tied_notes
+from shardxform.plan.view import pruned_view
+
+if TYPE_CHECKING:
+    from shardxform.calibration import Windows
+    from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation
+
+__all__ = ["evaluate_command"]
+
+_WORK: Final = "shardxform-evaluate.work"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference(options.Flags, heading="What is measured"):
+    against: options.Source | None = options.option(
+        "Reference, such as the 16-bit source: compare.", metavar="REF", type=options.SOURCE, first=True
+    )
+    against_dtype: Literal["float32", "bfloat16"] | None = options.option(
+        "Type in which REF is computed.  [default: as --dtype]"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text(options.TextFlags):
+    by_text_source: bool = options.option(
+        "Keep the sources apart that documents name in their field `source`: --samples windows of each, and its own "
+        "figures beside those of all.",
+        default=False,
+    )
+
+    def read(self) -> DataOptions:
+        return replace(options.TextFlags.read(self), by_source=self.by_text_source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output(options.DryFlags):
+    plot: Path | None = options.option(
+        "Draw the errors of the blocks, and with --by-text-source the divergence on each source.", metavar="PNG"
+    )
+
+
+@options.command("evaluate")
+@click.argument("checkpoint", metavar="CKPT", type=options.SOURCE)
+def evaluate_command(
+    checkpoint: options.Source,
+    pruned: options.PruneFlags,
+    compared: _Reference,
+    text: _Text,
+    computation: options.ComputeFlags,
+    place: options.WorkFlags,
+    transfer: options.TransferFlags,
+    output: _Output,
+) -> None:
+    """Measure CKPT on held-out text, block by block: perplexity, and with --against how far it is from REF.
+
+    CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
+    in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
+    """
+    refuse_no_data(text)
+    against, plot, work = compared.against, output.plot, place.work or Path(_WORK)
+    if compared.against_dtype and not against:
+        raise click.UsageError("--against-dtype is the type of a reference: give --against")
+    if plot:
+        _refuse_plot(plot, against)
+    source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, work.parent)
+    tested, reference = _view(source, pruned), next(iter(others), None)
+    settings = _options(computation, compared, work)
+    from shardxform.evaluation.evaluate import evaluate, evaluation_facts, identified
+    from shardxform.forward.work import refuse_inside
+
+    for path in (work, *([plot] if plot else [])):
+        refuse_inside(path, [each.root for each in (source, *others)])
+    windows = load_text(text, source, against=reference)
+    if output.dry_run:
+        _show(tested, reference, windows, settings, output.as_json)
+        return
+    for each in (tested, *others):
+        for note in tied_notes(each, layout_of(each.config, each.tensors, each.where)):
+            tell(f"note: {each.where}: {note}")
+    started = time.monotonic()
+    with progress("evaluate", output.quiet) as settings.on_progress:
+        found = evaluate(tested, windows, settings, reference)
+    if output.as_json:
+        facts = identified(evaluation_facts(found, windows), tested, reference)
+        print_json({**facts, **_spent(windows, time.monotonic() - started)})
+    else:
+        _report(found, checkpoint, pruned.manifest, against, time.monotonic() - started)
+    if plot and found.against:  # last: a picture that fails must not cost the figures
+        from shardxform.evaluation.plot import draw
+
+        draw(found.against, plot, title=_title(checkpoint, pruned.manifest, against), sources=found.sources)
+
+
+def _options(computation: options.ComputeFlags, compared: _Reference, work: Path) -> EvaluateOptions:
+    precision, other = make_precision(computation), compared.against_dtype
+    from shardxform.evaluation.evaluate import EvaluateOptions
+
+    reference_dtype = make_precision(replace(computation, dtype=other)).dtype if other else None
+    return EvaluateOptions(precision=precision, work=work, against_dtype=reference_dtype)
+
+
+def _refuse_plot(plot: Path, against: options.Source | None) -> None:
+    """Refuse a picture that could not be drawn when all is done."""
+    if against is None:
+        raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
+    require("matplotlib", extra="plot")
+    if plot.suffix.lower() != ".png":
+        raise OutputError(f"{plot}: expected a name that ends in .png")
+    refuse_unwritable(plot)
+    from shardxform.evaluation.plot import refuse_foreign_picture
+
+    refuse_foreign_picture(plot)
+
+
+def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
+    if pruned.manifest is None:
+        return checkpoint
+    if checkpoint.config.get("quantization_config"):
+        raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
+    return pruned_view(checkpoint, load_manifest(pruned, checkpoint)).checkpoint
+
+
+def _show(
+    tested: Checkpoint, reference: Checkpoint | None, windows: Windows, settings: EvaluateOptions, as_json: bool
+) -> None:
+    from shardxform.forward.passes import estimate
+
+    chains = {"tested": tested} | ({"reference": reference} if reference else {})
+    widest = max(settings.precision, settings.against, key=lambda precision: precision.dtype.itemsize)
+    needs = estimate(chains, windows, widest if reference else settings.precision, settings.work)
+    if as_json:
+        told = {"data": dict(windows.provenance), "notes": list(windows.notes)}
+        print_json({"checkpoint": tested.where, **told, **needs})
+        return
+    click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
+    rows(
+        [
+            ("data", f"{count(len(windows.ids_NT), 'window')}, {short(needs['tokens'])} tokens"),
+            *([("sources", _of_sources(windows))] if windows.rows else []),
+            (
+                "blocks",
+                f"{needs['blocks']} each of {count(len(chains), 'model')}, {needs['dtype']} on {needs['device']}",
+            ),
+            ("memory", f"about {gb(needs['peak_memory_bytes'])}"),
+            ("work", f"{gb(needs['work_bytes'])} of {gb(needs['free_disk_bytes'])} free in {settings.work}"),
+        ]
+    )
+
+
+def _of_sources(windows: Windows) -> str:
+    return ", ".join(f"{name} {len(rows):,}" for name, rows in windows.rows) + " windows"
+
+
+def _title(checkpoint: options.Source, manifest: Path | None, against: options.Source | None) -> str:
+    pruned = f" pruned by {manifest.name}" if manifest else ""
+    return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
+
+
+def _spent(windows: Windows, seconds: float) -> dict[str, Any]:
+    return {"notes": list(windows.notes), "seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _report(
+    found: Evaluation, checkpoint: options.Source, manifest: Path | None, against: options.Source | None, seconds: float
+) -> None:
+    seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
+    click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
+    lines = [("perplexity", f"{found.perplexity:.4f}")]  # a number alone: scripts read it
+    if math.isfinite(found.perplexity_error):
+        lines.append(("its error", f"{found.perplexity_error:.4f}, by which another text of the kind may differ"))
+    if found.against:
+        change = found.ratio - 1
+        changed = f"{change:+.2%}{give_or_take(found.against.ratio_error, '{:.2%}')}"
+        lines += [
+            ("reference", f"{found.against.perplexity:.4f} ({against}); this is {changed}"),
+            *([("", LOWER)] if change < 0 else []),
+            ("KL divergence", f"{_divergence(found.against)} nats"),
+            ("same choice", f"{_agreement(found.against)} of positions"),
+        ]
+        lines += [("computed in", told)] if (told := _computed(found)) else []
+    rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
+    if found.sources:
+        click.echo()
+        table(*_source_lines(found))
+    if found.against:
+        click.echo()
+        table(("block", "error of its output", "added"), _block_lines(found.against))
+        if any(after < before for before, after in itertools.pairwise(found.against.block_errors)):
+            click.echo("  added: to the block before; negative where what goes through grows faster than the error")
+
+
+def _computed(found: Evaluation) -> str:
+    """What the type of the computation does to the figures; nothing of float32, whose rounding is far below them."""
+    against = found.against
+    if against is None or {found.dtype, against.dtype} <= {"float32", ""}:
+        return ""
+    if found.dtype != against.dtype:
+        return f"{found.dtype}, the reference in {against.dtype}: what that does is in these figures"
+    return (
+        f"{found.dtype}, whose own rounding is in these figures: with --against-dtype float32, the reference against"
+        " itself shows how much of them"
+    )
+
+
+def _divergence(against: Comparison) -> str:
+    return f"{against.kl:.6f}{give_or_take(against.kl_error, '{:.6f}')}"
+
+
+def _agreement(against: Comparison) -> str:
+    return f"{against.top1:.2%}{give_or_take(against.top1_error, '{:.2%}')}"
+
+
+def _source_lines(found: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of a table: the sources, and all of them together."""
+    head: tuple[str, ...] = ("source", "windows", "perplexity")
+    if found.against:
+        head = (*head, "reference", "ratio", "KL divergence", "same choice")
+    return head, [_source_line(name, each) for name, each in (*found.sources.items(), ("all", found))]
+
+
+def _source_line(name: str, found: Evaluation) -> tuple[str, ...]:
+    line = (name, f"{found.windows:,}", f"{found.perplexity:.4f}")
+    if found.against is None:
+        return line
+    against = found.against
+    ratio = f"{found.ratio:.4f}{give_or_take(against.ratio_error)}"
+    return (*line, f"{against.perplexity:.4f}", ratio, _divergence(against), _agreement(against))
+
+
+def _block_lines(against: Comparison) -> list[tuple[str, ...]]:
+    before = (0.0, *against.block_errors)
+    return [
+        (str(layer), f"{error:.2%}", f"{error - before[layer]:+.2%}")
+        for layer, error in enumerate(against.block_errors)
+    ]

@@ -1,0 +1,102 @@
+"""`shardxform manifest`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from shardxform.ask.manifest import Manifest
+from shardxform.base.file_system import why_not
+from shardxform.base.strict_json import pretty
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli.console import print_json, rows, table
+from shardxform.cli.options import PATH, Flags, JsonFlags, command, option
+from shardxform.errors import OutputError
+from shardxform.model.layout import Layout, layout_of
+
+__all__ = ["manifest_command"]
+
+_file_argument = click.argument("manifest", metavar="FILE", type=PATH)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read(Flags):
+    model: Path | None = option("Checkpoint the manifest is for; some forms cannot be read without it.", metavar="SRC")
+    sort: bool = option("Put ids in ascending order instead of refusing them.", default=False)
+
+
+@click.group("manifest")
+def manifest_command() -> None:
+    """Show, check and convert keep manifests: which experts every layer keeps."""
+
+
+@command("show")
+@_file_argument
+def _show(manifest: Path, how: _Read, output: JsonFlags) -> None:
+    """Show what FILE keeps, in whatever form it is."""
+    read = Manifest.load(manifest, _layout(how.model), sort=how.sort)
+    if output.as_json:
+        print_json(read.to_dict())
+        return
+    click.echo(f"{manifest}: keeps {read.num_kept} experts in each of {len(read.keep)} layers")
+    facts = [
+        ("criterion", read.criterion),
+        ("model", ", ".join(f"{key} {value}" for key, value in read.model.items())),
+        ("mtp_keep", str(len(read.mtp_keep))),
+    ]
+    rows((label, value) for label, value in facts if value)
+    table(("layer", "kept", "first", "last"), _lines(read))
+
+
+@command("check")
+@_file_argument
+@click.argument("source", metavar="SRC", type=PATH)
+def _check(manifest: Path, source: Path, output: JsonFlags) -> None:
+    """Check that FILE fits the checkpoint SRC; exit 1 and say where if it does not."""
+    layout = _layout(source)
+    assert layout is not None
+    read = Manifest.load(manifest, layout)
+    counts = Counter(len(keep) for keep in read.keep.values())
+    if output.as_json:
+        print_json({"fits": True, "kept": read.num_kept, "experts": layout.num_experts, "layers": counts.total()})
+    else:
+        click.echo(f"{manifest}: fits {source}: keeps {read.num_kept} of {layout.num_experts} experts per layer")
+
+
+@command("convert")
+@_file_argument
+@click.argument("target", metavar="TARGET", type=PATH)
+def _convert(manifest: Path, target: Path, how: _Read) -> None:
+    """Write FILE, in whatever form it is, to TARGET in shardxform's own form."""
+    read = Manifest.load(manifest, _layout(how.model), sort=how.sort)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(pretty(read.to_dict()))
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as e:
+        raise OutputError(f"{target}: {e.strerror}; name a file that does not exist yet") from e
+    except OSError as e:
+        raise OutputError(f"{target}: {why_not(target, e)}") from e
+    click.echo(f"{target}: keeps {read.num_kept} experts in each of {len(read.keep)} layers")
+
+
+def _layout(model: Path | None) -> Layout | None:
+    if model is None:
+        return None
+    checkpoint = Checkpoint.open(model)
+    return layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
+
+
+def _lines(manifest: Manifest) -> list[tuple[str, ...]]:
+    layers = [(str(layer), keep) for layer, keep in manifest.keep.items()]
+    layers += [(f"MTP {layer}", keep) for layer, keep in manifest.mtp_keep.items()]
+    return [(layer, str(len(keep)), str(keep[0]), str(keep[-1])) for layer, keep in layers]
+
+
+for _each in (_show, _check, _convert):
+    manifest_command.add_command(_each)
