@@ -114,8 +114,7 @@ def test_the_record_of_an_output_has_its_keep_lists() -> None:
     refused(record(origin={}), place.replace("inputs.manifest", "inputs.origin.manifest"))
     refused(
         record(manifest={"keep": {"0": [3, 1]}}),
-        'keep.json: inputs.manifest.keep["0"][1]: expert 1 after 3, but '
-        "ids must be ascending; `sort` sorts them",
+        'keep.json: inputs.manifest.keep["0"][1]: expert 1 after 3, but ids must be ascending; `sort` sorts them',
     )
 
 
@@ -271,8 +270,7 @@ def test_a_shard_given_by_mistake_is_not_read_into_memory(tmp_path: Path) -> Non
         (ours_of({"0": [1, 2, 1]}), 'keep["0"][2]: expert 1 is listed twice'),
         (
             ours_of({"0": [1, 3, 2]}),
-            'keep["0"][2]: expert 2 after 3, but ids must be ascending;'
-            " `sort` sorts them",
+            'keep["0"][2]: expert 2 after 3, but ids must be ascending; `sort` sorts them',
         ),
         (
             ours_of({"0": [0, 1], "1": [0, 1], "2": [0, 1, 2]}),
@@ -667,8 +665,7 @@ def test_layers_numbered_after_the_blocks_go_to_the_mtp_layers_of_a_family_that_
         ({"retained_experts": [1]}, "retained_experts: expected an object, found [1]"),
         (
             {"retained_experts": {"model.layers.1.mlp": [2, 1]}},
-            'retained_experts["model.layers.1.mlp"][1]: expert 1 after 2, but ids must be ascending;'
-            " `sort` sorts them",
+            'retained_experts["model.layers.1.mlp"][1]: expert 1 after 2, but ids must be ascending; `sort` sorts them',
         ),
         ({"version": 1, "kept": []}, "version: expected '1.0' in this form, found 1"),
         ({"kept": [[0, 1, 2]]}, "kept[0]: expected a layer and an expert, found [0, 1, 2]"),

@@ -486,7 +486,7 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path) -> None:
         "import sys; from shardxform.verification.data import *; from shardxform.verification.findings import *\n"
         "from shardxform.checkpoint.table import Checkpoint\n"
         "a, b = (Checkpoint.open(p) for p in sys.argv[1:])\n"
-        "print(check_data(a, None, Comparison(b.root, b.tensors), Findings(), jobs=2).bytes_compared)\n"
+        "print(check_data(a, None, Against(b.root, b.tensors), Findings(), jobs=2).bytes_compared)\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "print(int(status['VmHWM'].split()[0]) * 1024)"  # ru_maxrss would count what the parent had
     )

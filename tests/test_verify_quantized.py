@@ -648,7 +648,7 @@ def older(source: Path, tmp_path: Path) -> Path:
 def test_the_older_spelling_is_a_problem_with_a_way_out_but_its_weights_are_proven(source: Path, older: Path) -> None:
     report = verify(older, source=source)
     problem = only(report, "seed-spelling")
-    assert "`shardxform convert OUT NEW --to auto-round --expert-names split`" in problem.message
+    assert "`shardxform convert` to auto-round with `expert_names` split respells it" in problem.message
     assert report.experts == 4 * 4
     assert report.rounding is not None
     assert report.rounding.exact

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut, Encoded, Storage
 from shardxform.formats.plain import storages_of
+from shardxform.formats.scheme import ExpertNames
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
-__all__ = ["LINEAR_ROLES", "ExpertNames", "Matrix", "matrices_of", "single_biases", "stack_cuts"]
-
-ExpertNames = Literal["split", "fused-indexed"]
-
-LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention", "linear attention", "dense mlp"})
-"""Roles whose 2-D weights are linear layers that clients can run quantized."""
+__all__ = ["Matrix", "matrices_of", "single_biases", "stack_cuts"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,17 @@ Words as in compressed-tensors: scheme, group size, symmetric, pack-quantized.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from shardxform.errors import SchemeError
 from shardxform.formats.grid import Bits, Grid, Layout, ScaleGrid
-from shardxform.formats.integers import Ints
-from shardxform.formats.matrices import ExpertNames
+
+if TYPE_CHECKING:
+    from shardxform.formats.integers import Ints
 
 __all__ = ["FORMATS", "PRESETS", "ExpertNames", "Format", "Scheme"]
 
+ExpertNames = Literal["split", "fused-indexed"]
 Format = Literal["auto-round", "gptq", "compressed-tensors"]
 
 FORMATS: Final[tuple[Format, ...]] = ("auto-round", "gptq", "compressed-tensors")
@@ -75,6 +77,8 @@ class Scheme:
     @property
     def encoding(self) -> Ints:
         """How a selected weight is stored; scales are bfloat16 where the format allows it and it loses nothing."""
+        from shardxform.formats.integers import Ints  # most commands need a scheme to name formats alone
+
         layout: Layout = "row" if self.format == "compressed-tensors" else "gptq"
         bf16 = layout == "row" and self.grid.scale_grid == "bf16"
         return Ints(self.grid, layout, "BF16" if bf16 else "F16", self.g_idx)

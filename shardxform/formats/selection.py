@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 
 from shardxform.base.tensors import FLOATS, TensorRef
 from shardxform.errors import SchemeError
-from shardxform.formats.matrices import LINEAR_ROLES, Matrix, matrices_of
+from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.scheme import Scheme
+from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout
 from shardxform.model.tied_head import is_tied
 

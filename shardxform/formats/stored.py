@@ -20,8 +20,9 @@ from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.dialects import DECODED, Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.grid import Bits, Grid, ScaleGrid
-from shardxform.formats.matrices import LINEAR_ROLES, matrices_of
+from shardxform.formats.matrices import matrices_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
     COMPANIONS,
     Expected,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from shardxform.ask.recipe import HEALED
+from shardxform.ask.recipe import HEALED, Recipe
 from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
 from shardxform.model.layout import Layout, Place
-from shardxform.plan.plan import Extent
-from shardxform.plan.steps import KeptItem
+from shardxform.plan.block_size import block_sizes
+from shardxform.plan.plan import Extent, ShardPlan, extents_of
+from shardxform.plan.steps import KeptItem, TuneBlock
 from shardxform.plan.view import View
 
-__all__ = ["healed_names", "kept_items", "refuse_unpruned"]
+__all__ = ["heal_steps", "healed_names", "kept_items", "refuse_unpruned"]
 
 _NORM_BEFORE_EXPERTS: Final = "post_attention_layernorm.weight"
 _MOVABLE: Final = ("BF16", "F16", "F32")
@@ -28,6 +30,16 @@ def refuse_unpruned(view: View) -> None:
     """
     if view.layout.num_experts == view.source_layout.num_experts:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
+
+
+def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
+    """One step per pruned block, in order."""
+    refuse_unpruned(view)
+    assert recipe.heal is not None
+    places, tensors = view.layout.places, view.checkpoint.tensors
+    kept = kept_items(healed_names(view.layout, places, recipe.heal.widest), places, tensors, extents_of(shards))
+    sizes = block_sizes(source, view)
+    return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
 
 
 def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iterator[str]:

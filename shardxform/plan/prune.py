@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
@@ -17,11 +17,11 @@ from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError
-from shardxform.plan.block_size import block_sizes
-from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
-from shardxform.plan.plan import Plan, ShardPlan, copy_steps, extents_of, lay_out
-from shardxform.plan.steps import TuneBlock
+from shardxform.plan.plan import Plan, copy_steps, lay_out
 from shardxform.plan.view import MtpMode, View, pruned_view
+
+if TYPE_CHECKING:
+    from shardxform.plan.steps import TuneBlock
 
 __all__ = ["DEFAULT_SHARD_BYTES", "ViewOptions", "config_bytes", "plan_prune", "sidecar_digests"]
 
@@ -60,7 +60,11 @@ def plan_prune(
     tensors = view.checkpoint.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
     sidecars = sidecar_digests(view.checkpoint)
-    blocks = _heal_steps(source, view, shards, recipe) if recipe else ()
+    blocks: tuple[TuneBlock, ...] = ()
+    if recipe:
+        from shardxform.plan.heal import heal_steps  # most prunes only copy
+
+        blocks = heal_steps(source, view, shards, recipe)
     healed = {item.tensor.name for step in blocks for item in step.kept}
     copies = copy_steps(shards, {name: ref for name, ref in tensors.items() if name not in healed})
     plan = Plan(
@@ -83,16 +87,6 @@ def plan_prune(
     )
     plan.check()
     return plan
-
-
-def _heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
-    """One step per pruned block, in order."""
-    refuse_unpruned(view)
-    assert recipe.heal is not None
-    places, tensors = view.layout.places, view.checkpoint.tensors
-    kept = kept_items(healed_names(view.layout, places, recipe.heal.widest), places, tensors, extents_of(shards))
-    sizes = block_sizes(source, view)
-    return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
 
 
 def view_inputs(

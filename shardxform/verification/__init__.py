@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.collecting import uncollected
@@ -24,11 +24,12 @@ from shardxform.model.tied_head import HEAD, tied_notes
 from shardxform.plan.view import MtpMode
 from shardxform.verification.files import check_digests, check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem
-from shardxform.verification.parts import rule_of
 from shardxform.verification.report import Rounding, VerifyReport, WeightError
-from shardxform.verification.source import Options, compare_tables, rebuild
 from shardxform.verification.structure import Structure, check_structure
-from shardxform.verification.wanted import Wanted, known_of, wanted_of
+
+if TYPE_CHECKING:
+    from shardxform.verification.source import Options
+    from shardxform.verification.wanted import Wanted
 
 __all__ = ["DEFAULT_JOBS", "Problem", "Rounding", "VerifyReport", "WeightError", "verify"]
 
@@ -83,6 +84,8 @@ def verify(
         raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
     if independent and (origin is None or origin.remote):
         raise CheckpointError(f"{root}: an independent check reads the source itself, and needs it on this machine")
+    from shardxform.verification.source import Options  # what compares is loaded with it
+
     given = Options(manifest=manifest, text_only=text_only, mtp=mtp, tolerance=tolerance)
     if why := stopped(root):
         findings.problem("unfinished", ".", why)
@@ -149,6 +152,10 @@ class _Seen:
 @uncollected()
 def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findings) -> _Seen:
     """Everything that needs no tensor data."""
+    from shardxform.verification.parts import rule_of
+    from shardxform.verification.source import compare_tables, rebuild
+    from shardxform.verification.wanted import known_of, wanted_of
+
     checkpoint, lost = read_checkpoint(root, findings)
     check_files(root, checkpoint, findings)
     record = check_record(root, findings)

@@ -1,6 +1,7 @@
 """Verification of quantization: what config.json declares against what the shards hold, module by module.
 
-Names and dtypes, and how much of a row is stored where clients merge rows; other shapes are looked at in `parts`.
+Names and dtypes, and how much of a row is stored where clients merge rows; scales of FP8, of the shape and type that
+clients read; other shapes are looked at in `parts`.
 """
 
 from __future__ import annotations
@@ -8,19 +9,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
-from shardxform.formats.fp8 import FP8
-from shardxform.formats.matrices import LINEAR_ROLES
-from shardxform.model.families.base import Config, Scope, Template
+from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
+from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import Layout, Place
 from shardxform.model.tied_head import is_tied
 from shardxform.verification.findings import Findings, Item, place_of, spans
-from shardxform.verification.fp8 import check_scales
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "check_quantization", "readers_of"]
 
@@ -86,7 +85,7 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     modules = list(_modules(layout, tensors))
     declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     _check_float(layout, modules, findings)
-    check_scales(layout, tensors, findings)
+    _check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
     if declared in (None, {}):
         _check_undeclared(modules, findings)
@@ -309,6 +308,46 @@ def _ignored(declared: Mapping[str, Any]) -> Iterator[str]:
     for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
         listed = declared.get(key)
         yield from (name for name in (listed if isinstance(listed, list) else ()) if isinstance(name, str))
+
+
+# -- scales of FP8 ------------------------------------------------------------------------------------------------
+
+
+def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Findings) -> None:
+    """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
+    declared = layout.config.get("quantization_config")
+    rule = scale_rule(declared if isinstance(declared, Mapping) else {})
+    if isinstance(declared, Mapping) and rule is None:
+        text = f"weight_block_size: expected two sizes of blocks, found {declared.get('weight_block_size')!r}"
+        findings.problem("quantization-config", "config.json", f"quantization_config.{text}")
+    rule = rule or ScaleRule(SCALES, None)
+    findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)
+
+
+def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: ScaleRule) -> Iterator[Item]:
+    for name, place in layout.places.items():
+        spec = tensors[name].spec
+        if place.companion or spec.dtype not in FP8:
+            continue
+        stem = name.removesuffix("weight")
+        stored = next((last for last in SCALES if stem + last in tensors), None)
+        last = stored if stored in rule.names else rule.names[0]
+        if stem + last not in tensors:
+            found = f", and clients do not read {stored}" if stored else ""
+            detail = f"missing: its weight is {spec.dtype}, which means nothing without its scales{found}"
+            yield Item("scale", stem + last, replace(place, companion=last), detail)
+        elif wrong := rule.fault(tensors[stem + last].spec, spec.shape):
+            yield Item("scale", stem + last, replace(place, companion=last), wrong)
+
+
+def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
+    """Scales whose weight needs none: half of a conversion."""
+    for name, place in layout.places.items():
+        if place.companion not in (*SCALES, "input_scale"):
+            continue
+        weight = tensors.get(name.removesuffix(place.companion) + "weight")
+        if weight is not None and weight.spec.dtype in FLOATS:
+            yield Item("scale", name, place, f"a scale beside a weight that is {weight.spec.dtype} and needs none")
 
 
 # -- how clients read a config ------------------------------------------------------------------------------------

@@ -9,20 +9,21 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError
 from shardxform.formats.scheme import FORMATS
-from shardxform.formats.stored import Stored
 from shardxform.model.config_values import config_faults
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Scope
 from shardxform.model.layout import Expected, Layout, Place, expected, layout_of, looks_like, variants_found
 from shardxform.verification.findings import Findings, Item, place_of
-from shardxform.verification.parts import check_parts
 from shardxform.verification.quantized import check_quantization
+
+if TYPE_CHECKING:
+    from shardxform.formats.stored import Stored
 
 __all__ = ["PARTS", "Structure", "check_structure", "check_unknown", "seed_weights", "stored", "stored_form"]
 
@@ -97,8 +98,16 @@ def check_structure(
             _check_unexpected(layout, table, variants, findings)
             outside = {name: place for name, place in seed.items() if (place.expert or 0) >= layout.num_experts}
             findings.items([_beyond(layout, *each) for each in outside.items()], layout.num_experts)
-            parts = check_parts(checkpoint, layout, findings) if parts_too else None
+            parts = _check_parts(checkpoint, layout, findings) if parts_too else None
     return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
+
+
+def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
+    if not checkpoint.config.get("quantization_config"):
+        return None
+    from shardxform.verification.parts import check_parts  # and with it all that is known of encodings
+
+    return check_parts(checkpoint, layout, findings)
 
 
 def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 __all__ = [
     "COUNT_KEYS",
     "HARMLESS",
+    "LINEAR_ROLES",
     "Config",
     "ExpertLayout",
     "Family",
@@ -42,6 +43,9 @@ Role = Literal[
     "vision",
     "mtp",
 ]
+LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention", "linear attention", "dense mlp"})
+"""Roles whose 2-D weights are linear layers that clients can run quantized."""
+
 Scope = Literal["root", "block", "mtp", "vision"]
 Gate = Literal["concatenated", "interleaved"]
 
