@@ -253,6 +253,6 @@ def test_a_source_changed_meanwhile_is_not_resumed(small_moe: Path, tmp_path: Pa
         os.utime(shard)
     again = score(Checkpoint.open(copy), windows, options)  # touched, it is the same source
     flip(copy, "model.layers.1.mlp.gate.weight")
-    with pytest.raises(ResumeError, match=r"sources.scored.source.values: other values in .*; remove it, or name"):
+    with pytest.raises(ResumeError, match=r"`sources.scored.source.values`: other values in .*; remove it, or name"):
         score(Checkpoint.open(copy), windows, options)
     assert again.tokens == 128
