@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.base.progress import Progress  # noqa: E402
+from shardxform.base.standard_errors import Sampling, standard_error  # noqa: E402
 from shardxform.calibration import DataOptions, Windows, load_windows  # noqa: E402
 from shardxform.checkpoint.identity import identify  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
@@ -100,7 +101,8 @@ def test_against_a_reference(small_moe: Path, windows: Windows, tmp_path: Path) 
     assert found.against.perplexity == pytest.approx(reference_perplexity, rel=1e-4)
     kls = [float((r.exp() * (r - t)).sum(-1).mean()) for r, t in zip(reference_logps, logps, strict=True)]
     assert found.against.kl == pytest.approx(np.mean(kls), rel=1e-3)
-    assert found.against.kl_error == pytest.approx(np.std(kls, ddof=1) / math.sqrt(10), rel=1e-3)
+    apart = standard_error([128 * kl for kl in kls], [128.0] * 10, Sampling((range(10),), joined=True))
+    assert found.against.kl_error == pytest.approx(apart, rel=1e-3)
     same = [float((r.argmax(-1) == t.argmax(-1)).double().mean()) for r, t in zip(reference_logps, logps, strict=True)]
     assert found.against.top1 == pytest.approx(np.mean(same), abs=2e-3)
     for layer, error in enumerate(found.against.block_errors):

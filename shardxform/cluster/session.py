@@ -164,7 +164,7 @@ class Session:
         """Give the cluster what many tasks take: a reference that stands for it among their arguments."""
         return self._ray.put(value)
 
-    def submit(self, function: Callable[..., Any], needs: Needs, *args: object) -> Any:  # noqa: ANN401
+    def submit(self, function: Callable[..., object], needs: Needs, *args: object) -> Any:  # noqa: ANN401
         """Have a `worker.reporting` function run: a reference, which may be an argument of other tasks.
 
         It is run again when the worker or its machine dies, and never for an error of its own.

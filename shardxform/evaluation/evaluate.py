@@ -273,7 +273,9 @@ def _sums(logits: Mapping[str, torch.Tensor], targets_N: torch.Tensor) -> Iterat
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def _evaluation(windows: Windows, blocks: list[Mapping[str, Any]], heads: list[Mapping[str, Any]]) -> Evaluation:
+def _evaluation(
+    windows: Windows, blocks: list[Mapping[str, float]], heads: list[Mapping[str, list[float]]]
+) -> Evaluation:
     columns: dict[str, list[float]] = {}
     for facts in heads:
         for key, values in facts.items():

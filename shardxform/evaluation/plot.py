@@ -8,11 +8,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.file_system import write_over
 from shardxform.errors import OutputError
 from shardxform.evaluation.evaluate import Comparison, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["draw", "refuse_foreign_picture"]
 
@@ -75,18 +78,18 @@ def refuse_foreign_picture(path: Path) -> None:
         )
 
 
-def _draw_blocks(axes: Any, against: Comparison) -> None:  # noqa: ANN401
+def _draw_blocks(axes: Axes, against: Comparison) -> None:
     errors = [100 * error for error in against.block_errors]
     axes.bar(range(len(errors)), errors, color=_BLUE, width=0.8)
     axes.set_xlabel("decoder block")
     axes.set_ylabel("error of its output, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
 
 
-def _draw_sources(axes: Any, sources: Mapping[str, Evaluation]) -> None:  # noqa: ANN401
+def _draw_sources(axes: Axes, sources: Mapping[str, Evaluation]) -> None:
     """One bar a source, the first on top, with its standard error."""
     found = [(name, each.ratio, each.against) for name, each in sources.items() if each.against]
     errors = [against.kl_error if math.isfinite(against.kl_error) else 0.0 for _, _, against in found]

@@ -10,7 +10,7 @@ kept apart in a `Saliency`, of which every criterion is made and which add up ov
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -249,6 +249,6 @@ def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more:
     job.work.record(f"mtp {layer}", scorer.facts())
 
 
-def _stats(facts: Mapping[str, Any]) -> ExpertStats:
+def _stats(facts: Mapping[str, Sequence[float]]) -> ExpertStats:
     arrays = {f"{name}_E": np.array(facts[name], np.float64) for name in _STATS if name != "count"}
     return ExpertStats(count_E=np.array(facts["count"], np.int64), **arrays)

@@ -385,7 +385,7 @@ def _check_stats(saliency: Saliency, stats: ExpertStats, place: str) -> None:
         )
 
 
-def _check_numbers(array: NDArray[Any], limit: float, at: str) -> None:
+def _check_numbers(array: NDArray[np.float64] | NDArray[np.int64], limit: float, at: str) -> None:
     bad = np.flatnonzero(~((array >= 0) & (array <= limit)))  # NaN fails both
     if bad.size:
         raise CheckpointError(f"{at}[{bad[0]}]: expected a number from 0 to {limit}, found {array[bad[0]]}")
