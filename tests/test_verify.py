@@ -608,4 +608,4 @@ def test_a_manifest_other_than_the_recorded_one_is_named(tmp_path: Path) -> None
     other = Manifest(keep={layer: tuple(sorted(keep)) for layer, keep in layers.items()})
     report = verify(out, source=source, manifest=other)
     assert not report.sound
-    assert [each.message for each in report.warnings] == ["records another manifest than the one given (--manifest)"]
+    assert [each.message for each in report.warnings] == ["records another manifest than the one given (`manifest`)"]

@@ -274,7 +274,7 @@ class Opener:
         return self._last[1].cut(storage.cut) if storage.cut else self._last[1]
 
 
-def tiles(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
+def row_tiles(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
     """Runs of rows of at most so many weights, and of one row at least."""
     step = max(1, weights // max(columns, 1))
     for start in range(0, rows, step):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
-from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, tiles
+from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, row_tiles
 from shardxform.formats.grid import Grid, Layout
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Ints:
         """Round rows, tile by tile."""
         row = 0
         for rows in sources:
-            for start, stop in tiles(rows.count, writing.shape[1], ROUND_TILE):
+            for start, stop in row_tiles(rows.count, writing.shape[1], ROUND_TILE):
                 stats: RtnStats = writing.rounder(*rows.raw(start, stop), self.grid, out.rows(row, row + stop - start))
                 _refuse_bad(stats, writing.where, row)
                 writing.groups += stats.groups

@@ -21,7 +21,7 @@ from shardxform.formats.encoding import (
     SourceDtype,
     Storage,
     Writing,
-    tiles,
+    row_tiles,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Plain:
         """Give the values a tile at a time; float16 must not overflow, nor round what it is known to hold exactly."""
         offset = 0
         for rows in sources:
-            for start, stop in tiles(rows.count, writing.shape[1], DECODE_TILE):
+            for start, stop in row_tiles(rows.count, writing.shape[1], DECODE_TILE):
                 writing.stopped()
                 bits_RI = self.bits(rows, start, stop)
                 yield "values", offset, bits_RI

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shardxform.base.tensors import BITS
 from shardxform.formats import packing
-from shardxform.formats.encoding import DECODE_TILE, Opener, Rows, tiles
+from shardxform.formats.encoding import DECODE_TILE, Opener, Rows, row_tiles
 from shardxform.formats.grid import Grid
 from shardxform.formats.plain import Plain
 from shardxform.formats.rounding import quantize
@@ -54,7 +54,7 @@ def _rows(derived: Derived, first: int, last: int, opener: Opener) -> Iterator[t
         begin, end = max(first - home, 0), min(last - home, rows)
         if begin < end:
             opened = opener.open(source)
-            for start, stop in tiles(end - begin, columns, DECODE_TILE):
+            for start, stop in row_tiles(end - begin, columns, DECODE_TILE):
                 yield opened, begin + start, begin + stop
         home += rows
 

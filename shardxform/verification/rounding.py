@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.formats import packing
-from shardxform.formats.encoding import Opener, Read, SourceDtype, tiles
+from shardxform.formats.encoding import Opener, Read, SourceDtype, row_tiles
 from shardxform.formats.grid import COLUMN_MULTIPLE, Grid
 from shardxform.formats.packing import IntRows
 from shardxform.formats.rounding import quantize
@@ -121,7 +121,7 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         return _same(pair, stored, source)
     limits = Limits.of(rule, columns)
     tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
-    for start, stop in tiles(rows, columns, _TILE_WEIGHTS):
+    for start, stop in row_tiles(rows, columns, _TILE_WEIGHTS):
         _examine(_Tile(start, *source.raw(start, stop), *stored.turned(start, stop)), rule, limits, tally)
     if tally.sums:
         tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
