@@ -28,7 +28,7 @@ from shardxform.plan.steps import Transcode, TranscodeItem
 
 __all__ = ["Rounder", "reading", "rounder_on", "transcode_step", "write_part"]
 
-Rounder = Callable[[NDArray[Any], SourceDtype, Grid, QuantizedWeight], RtnStats]
+Rounder = Callable[[NDArray[np.generic], SourceDtype, Grid, QuantizedWeight], RtnStats]
 """Rounds a run of rows into an output; `rounding.quantize_into` and its like."""
 
 
@@ -102,7 +102,7 @@ def transcode_step(
 def reading(source: SourceReader) -> Read:
     """Make a function that fills an array with the bytes of a tensor, which are not read again as a rule."""
 
-    def read(ref: TensorRef, into: NDArray[Any]) -> None:
+    def read(ref: TensorRef, into: NDArray[np.generic]) -> None:
         view = into.reshape(-1).view(np.uint8).data
         done = 0
         for piece in ref.ranges:
@@ -119,7 +119,7 @@ def _where(item: TranscodeItem) -> str:
 
 
 def write_part(
-    part: NDArray[Any],
+    part: NDArray[np.generic],
     extent: Extent,
     target: OpenTarget,
     fs: FileSystem,

@@ -236,7 +236,7 @@ class ScaleRule:
         return Storage(encoding, (("values", weight), ("scales", scales)), (spec.shape[0], spec.shape[1]))
 
 
-def scale_rule(declared: Mapping[str, Any]) -> ScaleRule | None:
+def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:
     """Read how a quantization_config says that scales are stored; None for blocks that are none."""
     method = declared.get("quant_method")
     if method == "fp8":

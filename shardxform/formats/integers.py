@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
@@ -81,6 +81,8 @@ class Ints:
             ExecutionError: says what is there instead.
 
         """
+        import numpy as np
+
         from shardxform.formats import packing
 
         arrays = {role: packing.empty_of(ref) for role, ref in parts.items() if checked or role in ("words", "scales")}
@@ -90,10 +92,17 @@ class Ints:
                 packing.refuse_odd(role, parts[role], array, shape, self.grid)
         name = parts["words"].name.rpartition(".")[0]
         return packing.IntRows(
-            arrays["words"], arrays["scales"], self.layout, self.grid, parts["scales"].spec, name, 0, shape[0]
+            arrays["words"].view(np.int32),
+            arrays["scales"].view(np.uint16),
+            self.layout,
+            self.grid,
+            parts["scales"].spec,
+            name,
+            0,
+            shape[0],
         )
 
-    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
+    def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[np.generic]]]:
         """Give the parts of a matrix: the same integers and scales where the sources are integers, else rounded ones.
 
         Raises:
@@ -187,7 +196,7 @@ class Ints:
 
     def stored(
         self, out: QuantizedWeight, shape: tuple[int, int], *, as_read: bool = False
-    ) -> Iterator[tuple[Role, NDArray[Any]]]:
+    ) -> Iterator[tuple[Role, NDArray[np.generic]]]:
         """Give what is stored of packed words and scales; scales are float16, unless they are as they were read."""
         from shardxform.formats import packing
 
@@ -240,8 +249,8 @@ def _fault(
     what: str,
     at: NDArray[np.bool_],
     start: int,
-    found: NDArray[Any],
-    wanted: NDArray[Any] | int | None = None,
+    found: NDArray[np.generic],
+    wanted: NDArray[np.generic] | int | None = None,
 ) -> Iterator[Fault]:
     if not at.any():
         return

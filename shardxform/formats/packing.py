@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -35,7 +35,6 @@ __all__ = [
     "first_of",
     "float32_of",
     "half_bits_of",
-    "is_infinite",
     "move",
     "not_held",
     "pack",
@@ -46,6 +45,7 @@ __all__ = [
 ]
 
 TRANSPOSE_BLOCK = 128
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 _NUMPY: Final[dict[str, Any]] = {"F16": np.uint16, "BF16": np.uint16, "I32": np.int32, "I64": np.int64}
 _LARGEST_SCALE: Final = np.float32(2.0**119)  # times 128, the largest code, still a BF16
 
@@ -89,29 +89,28 @@ class IntRows:
 
     def turned(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """int32 words [R, W] and float32 scales [R, G] of rows `start`..`stop - 1`, whichever way they are stored."""
-        words, bits = (rows_between(a, self.layout, self.first + start, self.first + stop) for a in self.stored)
+        begin, end = self.first + start, self.first + stop
+        words = rows_between(self.words, self.layout, begin, end)
+        bits = rows_between(self.scales, self.layout, begin, end)
         if self.layout == "row":
             return words, float32_of(bits.copy(), self.scale_spec.dtype)
         words_RW = np.empty(words.shape[::-1], words.dtype)
         transpose_into(words, words_RW)
         return words_RW, np.ascontiguousarray(float32_of(bits.copy(), self.scale_spec.dtype).T)
 
-    @property
-    def stored(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Words and scales of the whole weight."""
-        return self.words, self.scales
-
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """`scale * (code - zero)`, exact in float32 [R, I]."""
         words_RW, scale_RG = self.turned(start, stop)
         return dequantize(unpack(words_RW, self.grid.bits, "row"), scale_RG, self.grid.bits, self.grid.group_size)
 
-    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+    def raw(self, start: int, stop: int) -> tuple[NDArray[np.generic], SourceDtype]:
         """The values: nothing narrower holds them."""
         return self.values(start, stop), "F32"
 
 
-def move(sources: Sequence[IntRows], out: tuple[NDArray[Any], NDArray[Any]], layout: Layout, scale_dtype: str) -> None:
+def move(
+    sources: Sequence[IntRows], out: tuple[NDArray[np.generic], NDArray[np.generic]], layout: Layout, scale_dtype: str
+) -> None:
     """Write words and scales of rows, one below the other, in a layout and with a dtype of scales, to the bit.
 
     Raises:
@@ -145,19 +144,19 @@ def _scales_as(dtype: str, rows: IntRows) -> NDArray[np.uint16]:
     return bits
 
 
-def empty_of(ref: TensorRef) -> NDArray[Any]:
+def empty_of(ref: TensorRef) -> NDArray[np.generic]:
     """Make an array for a part of an integer weight; floats are bits."""
     return np.empty(ref.spec.shape, _NUMPY[ref.spec.dtype])
 
 
-def determined(role: Role, shape: tuple[int, int], grid: Grid) -> NDArray[Any]:
+def determined(role: Role, shape: tuple[int, int], grid: Grid) -> NDArray[np.generic]:
     """What is stored of a weight's shape, or of columns in their own order."""
     if role == "shape":
         return np.array(shape, np.int64)
     return (np.arange(shape[1], dtype=np.int32) // grid.span(shape[1])).astype(np.int32)
 
 
-def refuse_odd(role: Role, ref: TensorRef, found: NDArray[Any], shape: tuple[int, int], grid: Grid) -> None:
+def refuse_odd(role: Role, ref: TensorRef, found: NDArray[np.generic], shape: tuple[int, int], grid: Grid) -> None:
     """Hold a part against what a symmetric weight in its own order determines of it.
 
     Raises:
@@ -193,12 +192,12 @@ def first_of(wrong: NDArray[np.bool_]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
 
 
-def rows_between(array: NDArray[Any], layout: Layout, start: int, stop: int) -> NDArray[Any]:
+def rows_between(array: NDArray[_Scalar], layout: Layout, start: int, stop: int) -> NDArray[_Scalar]:
     """View of the words or scales of rows `start`..`stop - 1` of a weight."""
     return array[:, start:stop] if layout == "gptq" else array[start:stop]
 
 
-def float32_of(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def float32_of(bits: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
     """Bits of BF16, F16 or F32 -> float32, exact."""
     if dtype == "BF16":
         wide = bits.astype(np.uint32)
@@ -268,7 +267,9 @@ def qzeros(groups: int, out_features: int, bits: int) -> NDArray[np.int32]:
     return np.full((groups, out_features * bits // 32), 0x77777777 if bits == 4 else 0x7F7F7F7F, np.int32)
 
 
-def dequantize(codes_OI: NDArray[np.uint8], scale_OG: NDArray[Any], bits: int, group_size: int) -> NDArray[np.float32]:
+def dequantize(
+    codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.generic], bits: int, group_size: int
+) -> NDArray[np.float32]:
     """Values of codes: ``scale * (code - zero)``, exact in float32.
 
     Args:
@@ -305,12 +306,7 @@ def not_held(half_bits: NDArray[np.uint16], values: NDArray[np.float32], exact: 
     return first_of(half != values if exact else np.isinf(half))
 
 
-def is_infinite(half_bit: Any) -> bool:  # noqa: ANN401
-    """Whether the bits of one float16 are those of an infinity."""
-    return (int(half_bit) & 0x7FFF) == 0x7C00
-
-
-def transpose_into(source: NDArray[Any], target: NDArray[Any]) -> None:
+def transpose_into(source: NDArray[np.generic], target: NDArray[np.generic]) -> None:
     """Copy ``source`` [A, B] transposed into ``target`` [B, A]: words or scales from one layout to the other.
 
     Copies block by block, so that neither side is walked against its grain, with no temporaries.
@@ -334,7 +330,7 @@ def _check(bits: int, channels: int) -> None:
         raise SchemeError(f"packing: expected a multiple of {32 // bits} channels, found {channels}")
 
 
-def _native(words: NDArray[Any]) -> NDArray[np.int32]:
+def _native(words: NDArray[np.generic]) -> NDArray[np.int32]:
     return words.view(np.int32) if sys.byteorder == "little" else words.astype(np.int32)
 
 

@@ -84,7 +84,7 @@ class Plain:
         assert self.dtype == "F16"
         bits_RI = packing.half_bits_of(values_RI)
         if bad := packing.not_held(bits_RI, values_RI, rows.fits_half):
-            exactly = "" if packing.is_infinite(bits_RI[bad]) else " exactly"
+            exactly = "" if int(bits_RI[bad]) & 0x7FFF == 0x7C00 else " exactly"  # not infinite
             raise ExecutionError(
                 f"{rows.where(start + bad[0])}, column {bad[1]} stands for {values_RI[bad]}, which float16 cannot hold"
                 f"{exactly}; use `target.format` bf16"

@@ -94,8 +94,11 @@ class QuantizedWeight:
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """View of what stands for rows `start`..`stop - 1` of the weight."""
-        words, scales = (packing.rows_between(a, self.layout, start, stop) for a in (self.words, self.scales))
-        return QuantizedWeight(layout=self.layout, words=words, scales=scales)
+        return QuantizedWeight(
+            layout=self.layout,
+            words=packing.rows_between(self.words, self.layout, start, stop),
+            scales=packing.rows_between(self.scales, self.layout, start, stop),
+        )
 
 
 def quantize(

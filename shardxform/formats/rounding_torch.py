@@ -8,7 +8,7 @@ torch's float32 division, rounding to even and float16 conversion are those of I
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def open_device(name: str) -> torch.device:
 
 
 def quantize_on(
-    w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
+    w_RI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
 ) -> RtnStats:
     """As `rounding.quantize_into` without measuring; every group must be full.
 
@@ -68,7 +68,7 @@ def quantize_on(
 
 
 def _quantize_on(
-    w_RI: NDArray[Any], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
+    w_RI: NDArray[np.generic], dtype: SourceDtype, grid: Grid, out: QuantizedWeight, device: torch.device
 ) -> RtnStats:
     rows, columns = w_RI.shape
     w_rgs = _to_float32(w_RI, dtype, device).reshape(rows, grid.groups(columns), grid.span(columns))
@@ -88,7 +88,7 @@ def _quantize_on(
     )
 
 
-def _to_float32(w: NDArray[Any], dtype: SourceDtype, device: torch.device) -> torch.Tensor:
+def _to_float32(w: NDArray[np.generic], dtype: SourceDtype, device: torch.device) -> torch.Tensor:
     if dtype == "F32":
         return torch.from_numpy(w).to(device)
     integers, floats = _BITS[dtype]

@@ -160,7 +160,7 @@ def _refuse_half(view: View, target: Target) -> None:
         )
 
 
-def config_of_half(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_of_half(config: Mapping[str, object]) -> dict[str, Any]:
     """The config of weights that became float16: clients that load what it says would round them to bfloat16."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(keys, "float16")}

@@ -394,7 +394,7 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     return {**named, **text, **carried, **named}  # first, and whatever the text config says of it
 
 
-def _carried_declarations(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _carried_declarations(config: Mapping[str, object], text: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
     """What the top level says of quantization; where the text config says it too, both must say the same.
 
     Raises:
@@ -409,7 +409,7 @@ def _carried_declarations(config: Mapping[str, Any], text: Mapping[str, Any]) ->
             yield key, above
 
 
-def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], object]) -> dict[str, Any]:
     out = dict(config)
     for (head, *rest), value in changes.items():
         out[head] = _with_changes(out[head], {tuple(rest): value}) if rest else value

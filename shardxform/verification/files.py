@@ -79,7 +79,7 @@ def check_sidecars(checkpoint: Checkpoint, wrapper: Wrapper | None, findings: Fi
         findings.warn("preprocessor", ".", f"no preprocessor_config.json, which vLLM needs for {wrapper.architecture}")
 
 
-def check_record(root: Path, findings: Findings) -> Mapping[str, Any]:
+def check_record(root: Path, findings: Findings) -> Mapping[str, object]:
     """Hold the files against shardxform.json, where there is one.
 
     Returns:
@@ -136,7 +136,7 @@ def _lost(index: Mapping[str, Any], checkpoint: Checkpoint, findings: Findings) 
     return frozenset(name for names in lost.values() for name in names)
 
 
-def _check_total_size(index: Mapping[str, Any], checkpoint: Checkpoint, findings: Findings) -> None:
+def _check_total_size(index: Mapping[str, object], checkpoint: Checkpoint, findings: Findings) -> None:
     metadata = index.get("metadata")
     if index and not isinstance(metadata, Mapping):
         found = "null" if metadata is None else repr(metadata)
@@ -147,7 +147,7 @@ def _check_total_size(index: Mapping[str, Any], checkpoint: Checkpoint, findings
         findings.warn("total-size", INDEX, f"metadata.total_size is {total}, the tensors have {checkpoint.nbytes}")
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _json(path: Path) -> Mapping[str, object]:
     try:
         return parse_object(path.read_bytes())
     except (OSError, JsonError):
@@ -167,7 +167,7 @@ def _sha256(path: Path) -> str:
 # -- digests of the record ----------------------------------------------------------------------------------------
 
 
-def check_digests(record: Mapping[str, Any], checkpoint: Checkpoint, findings: Findings) -> Mapping[str, str] | None:
+def check_digests(record: Mapping[str, object], checkpoint: Checkpoint, findings: Findings) -> Mapping[str, str] | None:
     """Hold what a record says of itself and of headers against what is there; tensors are left to who reads them.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
@@ -181,7 +181,7 @@ def pair_of(name: str, source: Sequence[Storage], stored: Stored) -> Pair | None
 
 def rule_of(
     stored: Stored,
-    record: Mapping[str, Any],
+    record: Mapping[str, object],
     tolerance: int | None,
     findings: Findings,
     packed: Stored | None = None,
@@ -218,7 +218,7 @@ def rule_of(
     return Rule(stored, grid, bound, plain=not tuned, freedom=freedom)
 
 
-def _steps(record: Mapping[str, Any]) -> int | None:
+def _steps(record: Mapping[str, object]) -> int | None:
     """Steps of tuning a block, by our record."""
     recipe = record.get("recipe")
     iters = recipe.get("iters") if isinstance(recipe, Mapping) else None

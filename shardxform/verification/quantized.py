@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
@@ -203,7 +203,7 @@ def _check_undeclared(modules: Sequence[_Module], findings: Findings) -> None:
         )
 
 
-def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Findings) -> None:
+def _check_config(layout: Layout, declared: Mapping[str, object], findings: Findings) -> None:
     def report(message: str) -> None:
         findings.problem("quantization-config", CONFIG, f"quantization_config.{message}")
 
@@ -231,7 +231,7 @@ def _check_config(layout: Layout, declared: Mapping[str, Any], findings: Finding
 
 
 def _check_declared(
-    layout: Layout, declared: Mapping[str, Any], modules: Sequence[_Module], findings: Findings
+    layout: Layout, declared: Mapping[str, object], modules: Sequence[_Module], findings: Findings
 ) -> None:
     """Hold every module that clients ask about against what each of them reads in the config."""
     method = str(declared.get("quant_method"))
@@ -259,7 +259,7 @@ def _check_declared(
     findings.warn_items(doubtful, layout.num_experts)
 
 
-def _kinds_of(declared: Mapping[str, Any]) -> Set[str]:
+def _kinds_of(declared: Mapping[str, object]) -> Set[str]:
     """How a method stores quantized weights; nothing where that is left open."""
     method, packing = declared.get("quant_method"), str(declared.get("packing_format"))
     if method in ("awq", "gptq") or (method == "auto-round" and "llm_compressor" not in packing):
@@ -269,7 +269,7 @@ def _kinds_of(declared: Mapping[str, Any]) -> Set[str]:
     return {"compressed-tensors"} if declared.get("format") == "pack-quantized" else frozenset()
 
 
-def _verdicts(m: _Module, declared: Mapping[str, Any], readers: Sequence[Reader]) -> frozenset[bool]:
+def _verdicts(m: _Module, declared: Mapping[str, object], readers: Sequence[Reader]) -> frozenset[bool]:
     """What clients say of a module; nothing of what no client runs quantized, and of routed experts alone elsewhere."""
     if not m.linear and m.kind == _PLAIN:
         return frozenset()
@@ -290,7 +290,7 @@ def _disagreement(m: _Module, method: str) -> str:
     return f"stored {stored}, which some clients do not read in what config.json declares ({method})"
 
 
-def _left_out(declared: Mapping[str, Any], module: str) -> bool:
+def _left_out(declared: Mapping[str, object], module: str) -> bool:
     """Whether lists of a method whose readers are not known name a module, or what it is part of."""
     parts = module.split(".")
     homes = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
@@ -304,7 +304,7 @@ def _matches(name: str, module: str) -> bool:
         return False
 
 
-def _ignored(declared: Mapping[str, Any]) -> Iterator[str]:
+def _ignored(declared: Mapping[str, object]) -> Iterator[str]:
     for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
         listed = declared.get(key)
         yield from (name for name in (listed if isinstance(listed, list) else ()) if isinstance(name, str))
@@ -390,7 +390,7 @@ Reader = Callable[[Asked], bool]
 """Tells whether a client takes a module for quantized."""
 
 
-def readers_of(declared: Mapping[str, Any], text: Config) -> tuple[Reader, ...]:
+def readers_of(declared: Mapping[str, object], text: Config) -> tuple[Reader, ...]:
     """Give the ways in which clients read a quantization_config, that of transformers first; none for other methods.
 
     Args:
@@ -398,7 +398,7 @@ def readers_of(declared: Mapping[str, Any], text: Config) -> tuple[Reader, ...]:
         text: config of the decoder, which says whether the head is tied.
 
     """
-    makers: Mapping[object, Callable[[Mapping[str, Any], bool], tuple[Reader, ...]]] = {
+    makers: Mapping[object, Callable[[Mapping[str, object], bool], tuple[Reader, ...]]] = {
         "auto-round": _auto_round,
         "awq": _awq,
         "compressed-tensors": _compressed_tensors,
@@ -410,7 +410,7 @@ def readers_of(declared: Mapping[str, Any], text: Config) -> tuple[Reader, ...]:
     return maker(declared, bool(text.get("tie_word_embeddings"))) if maker else ()
 
 
-def blocks_of(declared: Mapping[str, Any]) -> list[str]:
+def blocks_of(declared: Mapping[str, object]) -> list[str]:
     """Names of the blocks that auto-round's config says are quantized; none for all."""
     value = declared.get(BLOCKS_KEY)
     listed = value.split(",") if isinstance(value, str) else list(_flat(value))
@@ -420,10 +420,10 @@ def blocks_of(declared: Mapping[str, Any]) -> list[str]:
 # -- compressed-tensors -----------------------------------------------------------------------------------------------
 
 
-def _compressed_tensors(declared: Mapping[str, Any], _tied: bool) -> tuple[Reader, ...]:
+def _compressed_tensors(declared: Mapping[str, object], _tied: bool) -> tuple[Reader, ...]:
     """Read targets and ignore lists: exact names, classes, and `re:` patterns from the start of a name."""
-    groups = _mapping(declared.get("config_groups")).values()
-    targets = _Names(name for group in groups if _mapping(group).get("weights") for name in _flat(group.get("targets")))
+    groups = [_mapping(group) for group in _mapping(declared.get("config_groups")).values()]
+    targets = _Names(name for group in groups if group.get("weights") for name in _flat(group.get("targets")))
     ignored = _Names(_flat(declared.get("ignore")))
     return (lambda asked: targets.match(asked) and not ignored.match(asked),)
 
@@ -445,11 +445,11 @@ class _Names:
 # -- auto-round, gptq -------------------------------------------------------------------------------------------------
 
 
-def _auto_round(declared: Mapping[str, Any], _tied: bool) -> tuple[Reader, ...]:
+def _auto_round(declared: Mapping[str, object], _tied: bool) -> tuple[Reader, ...]:
     return _loader_of_auto_round(declared), _vllm_auto_round(declared)
 
 
-def _loader_of_auto_round(declared: Mapping[str, Any]) -> Reader:
+def _loader_of_auto_round(declared: Mapping[str, object]) -> Reader:
     """Read blocks, then what leaves modules of them out, then exact names, then patterns found anywhere in a name.
 
     It reads configs of gptq too: `dynamic`, whose exact names it skips, and `modules_in_block_to_quantize`.
@@ -475,7 +475,7 @@ def _loader_of_auto_round(declared: Mapping[str, Any]) -> Reader:
     return quantizes
 
 
-def _vllm_auto_round(declared: Mapping[str, Any]) -> Reader:
+def _vllm_auto_round(declared: Mapping[str, object]) -> Reader:
     """Read exact names, then blocks by what a name begins with, then names with special characters as patterns."""
     blocks, extra = tuple(blocks_of(declared)), dict(_extra_bits(declared))
     patterns = [(p, bits) for name, bits in extra.items() if _SPECIAL.search(name) and (p := _compiled(name))]
@@ -492,7 +492,7 @@ def _vllm_auto_round(declared: Mapping[str, Any]) -> Reader:
     return quantizes
 
 
-def _gptq(declared: Mapping[str, Any], _tied: bool) -> tuple[Reader, ...]:
+def _gptq(declared: Mapping[str, object], _tied: bool) -> tuple[Reader, ...]:
     """Read `lm_head`, the modules of a block, and `dynamic` from the start of a name; or the head by its flag alone."""
     inside = list(_flat(declared.get("modules_in_block_to_quantize")))
     rules = [(re.sub(r"^[-+]:", "", name), name[:2] != "-:") for name in _mapping(declared.get("dynamic"))]
@@ -509,7 +509,7 @@ def _gptq(declared: Mapping[str, Any], _tied: bool) -> tuple[Reader, ...]:
     return vllm, lambda asked: head if asked.is_head else loader(asked)
 
 
-def _extra_bits(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _extra_bits(declared: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Names and patterns in auto-round's `extra_config`, with the width that they say."""
     for name, scheme in _mapping(declared.get("extra_config")).items():
         bits = _mapping(scheme).get("bits", declared.get("bits"))
@@ -517,7 +517,7 @@ def _extra_bits(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield name, bits
 
 
-def _dynamic_bits(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _dynamic_bits(declared: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Patterns in gptq's `dynamic`, with the width that auto-round's loader gives them."""
     for name, rule in _mapping(declared.get("dynamic")).items():
         bits = 16 if name.startswith("-:") else _mapping(rule).get("bits", declared.get("bits"))
@@ -528,7 +528,7 @@ def _dynamic_bits(declared: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 # -- fp8, awq ---------------------------------------------------------------------------------------------------------
 
 
-def _fp8(declared: Mapping[str, Any], tied: bool) -> tuple[Reader, ...]:
+def _fp8(declared: Mapping[str, object], tied: bool) -> tuple[Reader, ...]:
     listed = declared.get("modules_to_not_convert")
     skipped = list(_flat(listed)) if listed is not None else _default_skips(tied)
     ignored = list(_flat(declared.get("ignored_layers"))) or list(_flat(listed))
@@ -541,7 +541,7 @@ def _fp8(declared: Mapping[str, Any], tied: bool) -> tuple[Reader, ...]:
     return _transformers_skips(skipped, of_experts=True), vllm
 
 
-def _awq(declared: Mapping[str, Any], tied: bool) -> tuple[Reader, ...]:
+def _awq(declared: Mapping[str, object], tied: bool) -> tuple[Reader, ...]:
     listed = list(_flat(declared.get("modules_to_not_convert")))
 
     def vllm(asked: Asked) -> bool:
@@ -588,5 +588,5 @@ def _flat(value: object) -> Iterator[str]:
         yield from _flat(item) if isinstance(item, list) else (item,) if isinstance(item, str) else ()
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}

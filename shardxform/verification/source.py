@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
 from shardxform.checkpoint.record import PROVENANCE
@@ -150,7 +150,7 @@ def _fewer_experts(out: Checkpoint, layout: Layout) -> bool:
     return any(type(count) is int and count < layout.num_experts for count in counts)
 
 
-def _check_origin(source: Checkpoint, record: Mapping[str, Any], findings: Findings) -> None:
+def _check_origin(source: Checkpoint, record: Mapping[str, object], findings: Findings) -> None:
     """Warn when the output records another source: its bytes may still be equal, the comparison tells."""
     recorded = record.get("source")
     if not isinstance(recorded, Mapping):
@@ -164,7 +164,7 @@ def _check_origin(source: Checkpoint, record: Mapping[str, Any], findings: Findi
                 break
 
 
-def _compare_configs(source: Mapping[str, Any], out: Mapping[str, Any], findings: Findings) -> None:
+def _compare_configs(source: Mapping[str, object], out: Mapping[str, object], findings: Findings) -> None:
     declared = "quantization_config"  # which declares nothing when it is null or empty
     source = {key: value for key, value in source.items() if key != declared or value}
     for path, expected, found in _differences(source, out):

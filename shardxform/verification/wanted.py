@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED
 from shardxform.base.tensors import TensorRef, TensorSpec
@@ -74,7 +74,7 @@ class Known:
 
     stored: Stored | None
     packed: Stored | None
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
 
     @property
     def dequantized(self) -> str:
@@ -117,7 +117,7 @@ class Wanted:
 # -- how it was made ----------------------------------------------------------------------------------------------
 
 
-def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, record: Mapping[str, Any]) -> Known:
+def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, record: Mapping[str, object]) -> Known:
     """Read a record against `source`.
 
     Args:
@@ -131,11 +131,12 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
 
     """
     packed = _packed_source(source, out, stored)
-    inputs = record.get("inputs", {})
+    inputs = record.get("inputs")
+    inputs = inputs if isinstance(inputs, Mapping) else {}
     return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
 
 
-def _inputs_for(source: Checkpoint, inputs: Mapping[str, Any], packed: Stored | None) -> Mapping[str, Any]:
+def _inputs_for(source: Checkpoint, inputs: Mapping[str, object], packed: Stored | None) -> Mapping[str, object]:
     """Those of a converted output also tell how what was converted had been made, which counts for another source."""
     origin, recorded = inputs.get("origin"), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
@@ -156,7 +157,7 @@ def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | 
     return packed if stored and form != other else None
 
 
-def _healed(view: View, record: Mapping[str, Any]) -> frozenset[str]:
+def _healed(view: View, record: Mapping[str, object]) -> frozenset[str]:
     """Tensors of the view that healing changed, by the record; where it does not name blocks, all that it may have."""
     recipe = record.get("recipe")
     heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
@@ -308,7 +309,7 @@ def _rounding(view: View, known: Known) -> _Rounding:
     return _Rounding(frozenset(names), None, "tuned")
 
 
-def _scheme_of(recorded: Mapping[str, Any]) -> Scheme:
+def _scheme_of(recorded: Mapping[str, object]) -> Scheme:
     """The scheme of a record.
 
     Raises:
