@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from shardxform.errors import SchemeError
 from shardxform.formats import packing, rounding
 from shardxform.formats.grid import Grid
 
+PACKAGE = Path(rounding.__file__).parents[1]
 SMALLEST = 0x00A8  # float16 bits of 1e-5
 BACKENDS = [
     "numpy",
@@ -596,6 +600,33 @@ def test_grid_arithmetic() -> None:
     assert four.word_shape("row", 128, 256) == (128, 32)
     assert four.scale_shape("gptq", 128, 256) == (2, 128)
     assert eight.word_shape("gptq", 128, 256) == (64, 128)
+
+
+def test_compiled_code_is_kept_apart_for_every_state_of_all_that_it_is_made_of(tmp_path: Path) -> None:
+    """Numba looks at the file of a kernel alone, not at those of what the kernel calls."""
+    kernels = pytest.importorskip("shardxform.formats.kernels")
+    copied = tmp_path / "shardxform"
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    folders = [kernels.cache_folder(copied)]
+    for name in kernels.SOURCES:
+        with (copied / name).open("a") as file:
+            file.write("# changed\n")
+        folders.append(kernels.cache_folder(copied))
+    assert len(set(folders)) == len(kernels.SOURCES) + 1
+
+
+def test_all_that_kernels_import_is_among_the_sources_of_compiled_code() -> None:
+    kernels = pytest.importorskip("shardxform.formats.kernels")
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("kernels.py")}
+    for name in sorted(found):
+        text = (PACKAGE / name).read_text(encoding="utf-8")
+        for room, names in re.findall(r"^(?:from|import) shardxform\.([\w.]+) import (.+)$", text, re.MULTILINE):
+            file = PACKAGE / f"{room.replace('.', '/')}.py"
+            modules = (
+                [file] if file.exists() else [file.with_suffix("") / f"{each.strip()}.py" for each in names.split(",")]
+            )
+            found |= {str(module.relative_to(PACKAGE)) for module in modules}
+    assert found | {"formats/rounding.py"} == set(kernels.SOURCES)
 
 
 def test_kernels_compile_where_no_cache_can_be_written() -> None:

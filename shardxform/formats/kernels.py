@@ -2,7 +2,7 @@
 
 Bit-equal to the numpy backend in ``rtn``. The global interpreter lock is released while a kernel runs, so callers
 may quantize different rows from different threads. Importing this module needs numba; compiled code is cached on disk
-where numba finds a writable place, and recompiled per process otherwise.
+where there is a writable place, and recompiled per process otherwise.
 
 What keeps the inner loops vectorised: they run over a row, a group, or the 32 rows of a tile, and reduce integers only
 (the order of float additions is part of the result); offsets are unsigned, because a signed index may wrap around;
@@ -15,12 +15,15 @@ reference count.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numpy as np
-from numba import njit, types
+from numba import config, njit, types
 from numpy.typing import NDArray
 
 __all__ = ["RoundSettings", "quantizer"]
@@ -54,12 +57,41 @@ BYTES_OF_16: Final = np.uint64(0x00FF00FF00FF00FF)
 HALVES_OF_32: Final = np.uint64(0x0000FFFF0000FFFF)
 
 
+SOURCES: Final = (
+    "base/constants.py",
+    "formats/kernels.py",
+    "formats/rounding.py",
+    "tuning/elementwise.py",
+    "tuning/kernels.py",
+    "verification/kernels.py",
+)
+"""All that compiled code is made of: it holds what a kernel calls and reads elsewhere, which numba does not look at."""
+
+
+def cache_folder(package: Path) -> Path:
+    """Where code compiled from these very sources is kept: where numba is told to, in the package, or in the home.
+
+    Code of other sources lies elsewhere, so that none of it runs after an update, nor is unpickled.
+    """
+    sources = hashlib.sha256(b"".join((package / name).read_bytes() for name in SOURCES)).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "shardxform")
+    within = home if not os.access(package, os.W_OK) else package / "__pycache__"
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or within, f"kernels-{sources[:16]}")
+
+
+_CACHE: Final = str(cache_folder(Path(__file__).parents[1]))
+
+
 def jit(function: F, signature: object = None) -> F:
-    """Compile, with a disk cache if numba finds a place for it (it raises where no directory is writable)."""
+    """Compile, with a disk cache if there is a place for it (numba raises where no directory is writable)."""
+    given = config.CACHE_DIR  # type: ignore[attr-defined]
+    config.CACHE_DIR = _CACHE  # type: ignore[attr-defined]
     try:
         compiled = njit(signature, nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:
         compiled = njit(signature, nogil=True, error_model="numpy")(function)
+    finally:
+        config.CACHE_DIR = given  # type: ignore[attr-defined]
     return cast(F, compiled)
 
 
