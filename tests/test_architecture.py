@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from test_layers import PACKAGE, ROOMS
 
 from shardxform.cli import main
+from shardxform.plan import plan, steps
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
 WALK = re.findall(r"^\d+\. `([a-z_]+/[a-z_/]+)\.([a-z_]+)`", PAGE, re.MULTILINE)
@@ -29,6 +30,14 @@ def test_every_module_that_is_named_is_there() -> None:
     for name in re.findall(r"`([a-z_]+/[a-z_/]+)(?:\.[a-z_]+)?`", PAGE):
         if name.split("/")[0] in ROOMS:
             assert (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir(), name
+
+
+def test_the_picture_names_the_steps_that_there_are() -> None:
+    picture = (PACKAGE.parent / "docs" / "pictures" / "architecture.svg").read_text(encoding="utf-8")
+    named = next(text for text in re.findall(r">([^<]+)</text>", picture) if "Copy" in text)
+    classes = [each for module in (plan, steps) for each in vars(module).values() if isinstance(each, type)]
+    made = {each.__name__ for each in classes if hasattr(each, "reads") and hasattr(each, "writes") and each is not plan.Step}
+    assert set(named.split(" · ")) == made
 
 
 def test_a_prune_comes_to_the_modules_that_are_named_in_their_order(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from shardxform.base.constants import DEVICE_HEADS_BYTES as _DEVICE_HEADS_BYTES
 from shardxform.base.constants import HEADS_BYTES as _HEADS_BYTES
 from shardxform.forward.runtime import PassContext, any_order, give_back
 from shardxform.tuning.delta_rule import Rule, computes_the_same, gated_delta_rule
-from shardxform.tuning.modules import tiles
+from shardxform.tuning.modules import slices_of
 from shardxform.tuning.workers import Workers
 
 __all__ = ["frugal_linear_attention", "one_by_one", "row_by_row", "storing_the_input"]
@@ -306,7 +306,7 @@ def _places(x_BCT: torch.Tensor) -> Iterator[_Place]:
     samples, channels, positions = x_BCT.shape
     width = max(1, _CHANNELS_BYTES // (torch.float32.itemsize * positions))
     for b in range(samples):
-        for run in tiles(channels, width):
+        for run in slices_of(channels, width):
             yield b, run
 
 
@@ -377,7 +377,7 @@ class _RowByRow(torch.autograd.Function):
 def _row_runs(x_RW: torch.Tensor) -> Iterator[slice]:
     """Some rows, one piece after the other."""
     rows = max(1, _ROWS_BYTES // (torch.float32.itemsize * x_RW.shape[1]))
-    return tiles(len(x_RW), rows)
+    return slices_of(len(x_RW), rows)
 
 
 # -- a layer -----------------------------------------------------------------------------------------------------------

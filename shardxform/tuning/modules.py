@@ -36,7 +36,7 @@ __all__ = [
     "TunedExperts",
     "TunedLinear",
     "route",
-    "tiles",
+    "slices_of",
 ]
 
 
@@ -93,7 +93,7 @@ class TunedLinear(torch.nn.Module):
     def _each(self, work: Callable[[slice], object], size: int, tile: int) -> None:
         """Do `work` for tiles of `size`: on the threads, or at once where a device has threads of its own."""
         if self.tuned.device.type == "cpu":
-            self.workers.each(work, tiles(size, tile))
+            self.workers.each(work, slices_of(size, tile))
         else:
             work(slice(0, size))
 
@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
             return ctx.module.pass_back(x_NI, gradient_NO, ctx.needs_input_grad[0]), None, None
 
 
-def tiles(size: int, tile: int) -> Iterator[slice]:
+def slices_of(size: int, tile: int) -> Iterator[slice]:
     """Cut `range(size)` into tiles."""
     for first in range(0, size, tile):
         yield slice(first, min(first + tile, size))
@@ -459,7 +459,7 @@ class TunedExperts(torch.nn.Module):
         if not weight.moves:
             return self._values(weight, expert, name, x_nI.dtype)
         w_OI = self.workers.scratch(name, (rows, columns), x_nI.dtype)
-        for run in tiles(rows, EXPERT_ROWS):
+        for run in slices_of(rows, EXPERT_ROWS):
             tile_RI = self.workers.scratch("rows", (run.stop - run.start, columns), x_nI.dtype)
             torch.mm(gradient_nO[:, run].T, x_nI, out=tile_RI)
             weight.update(expert * rows + run.start, tile_RI, w_OI[run])
