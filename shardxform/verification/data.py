@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -21,7 +22,8 @@ from shardxform.base import interrupts
 from shardxform.base.file_system import FileSystem
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.readers import SourceReader
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
@@ -30,7 +32,6 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.packing import code_sum
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import Layout
-from shardxform.verification.derived import derived_bytes
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     Digest,
@@ -48,9 +49,8 @@ from shardxform.verification.jobs import (
     report_tensor,
 )
 from shardxform.verification.parts import Pair, Rule
-from shardxform.verification.reading import Shards, UnreadableError, window
 from shardxform.verification.rounding import Tally, examine
-from shardxform.verification.values import FLOATS, Bytes, differing_bytes, scan_floats
+from shardxform.verification.values import FLOATS, Bytes, derived_bytes, differing_bytes, scan_floats
 from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:
@@ -312,47 +312,47 @@ class _Reader:
     def examine(self, task: Task) -> Result:
         """Examine every item of a task; what cannot be read ends it."""
         result = Result(sum(item.nbytes for item in task))
-        with Shards(self._fs, self._remotes) as shards:
+        with _Shards(self._fs, self._remotes) as shards:
             try:
                 self._ask_for(task, shards)
                 for item in task:
                     if self._stop.is_set():
                         break
                     result.seen.append(self._item(item, shards))
-            except UnreadableError as e:
+            except _UnreadableError as e:
                 if e.root != self._out:
                     raise CheckpointError(f"{e.root / e.file}: {e}") from e
                 result.error = f"{e.file}: cannot be read: {e}"
         return result
 
-    def _ask_for(self, task: Task, shards: Shards) -> None:
+    def _ask_for(self, task: Task, shards: _Shards) -> None:
         """Have what a task compares with be on its way, all of it at once."""
         for item in task:
             if isinstance(item, TensorPiece) and item.job.other and self._source:
-                shards.will_need(self._source, window(item.job.other.ranges, item.start, item.stop))
+                shards.will_need(self._source, _window(item.job.other.ranges, item.start, item.stop))
 
-    def _item(self, item: TensorPiece | Weight | Written, shards: Shards) -> Seen | Tally | Digest:
+    def _item(self, item: TensorPiece | Weight | Written, shards: _Shards) -> Seen | Tally | Digest:
         if isinstance(item, TensorPiece):
             return self._piece(item, shards)
         return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
 
-    def _written(self, chunk: Written, shards: Shards) -> Digest:
+    def _written(self, chunk: Written, shards: _Shards) -> Digest:
         """Digest a chunk, a buffer at a time."""
 
         def pieces() -> Iterator[memoryview]:
             buffer, _ = self._buffers()
             for start in range(chunk.start, chunk.stop, CHUNK_BYTES):
                 data = buffer[: min(CHUNK_BYTES, chunk.stop - start)].data
-                shards.read(self._out, window(chunk.ref.ranges, start, start + len(data)), data)
+                shards.read(self._out, _window(chunk.ref.ranges, start, start + len(data)), data)
                 yield data
 
         return Digest(chunk.ref.name, chunk.number, digesting.chunk_digest(pieces()))
 
-    def _piece(self, piece: TensorPiece, shards: Shards) -> Seen:
+    def _piece(self, piece: TensorPiece, shards: _Shards) -> Seen:
         ours, theirs = self._buffers()
         job, count = piece.job, piece.nbytes
         seen, data = Seen(piece), ours[:count]
-        shards.read(self._out, window(job.ref.ranges, piece.start, piece.stop), data.data)
+        shards.read(self._out, _window(job.ref.ranges, piece.start, piece.stop), data.data)
         if job.scan:
             seen.nonzero, seen.bad, first = scan_floats(data, job.scan, min(job.slab, count))
             seen.first_bad = piece.start // job.scan.nbytes + first if seen.bad else -1
@@ -364,7 +364,7 @@ class _Reader:
         wanted: Bytes | None = None
         if job.other and self._source:
             wanted = theirs[:count]
-            shards.read(self._source, window(job.other.ranges, piece.start, piece.stop), wanted.data)
+            shards.read(self._source, _window(job.other.ranges, piece.start, piece.stop), wanted.data)
         elif job.derived and self._source:
             wanted = derived_bytes(job.derived, piece.start, piece.stop, self._opener(shards))
         if wanted is not None:
@@ -372,11 +372,11 @@ class _Reader:
             seen.first_differing = piece.start + first if seen.differing else -1
         return seen
 
-    def _weight(self, item: Weight, shards: Shards) -> Tally:
+    def _weight(self, item: Weight, shards: _Shards) -> Tally:
         assert self._source is not None
         return examine(item.pair, item.rule, _reader(shards, self._out), _reader(shards, self._source))
 
-    def _opener(self, shards: Shards) -> Opener:
+    def _opener(self, shards: _Shards) -> Opener:
         """What opens the source; it keeps the last matrix, of which the next piece often has more rows."""
         assert self._source is not None
         self._local.read = _reader(shards, self._source)
@@ -393,5 +393,72 @@ class _Reader:
         return buffers
 
 
-def _reader(shards: Shards, root: Path) -> Read:
+def _reader(shards: _Shards, root: Path) -> Read:
     return lambda ref, into: shards.read(root, ref.ranges, into.reshape(-1).view(np.uint8).data)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+class _UnreadableError(Exception):
+    """A shard could not be read."""
+
+    def __init__(self, root: Path, file: str, error: OSError | EOFError) -> None:
+        super().__init__((error.strerror if isinstance(error, OSError) else "") or str(error))
+        self.root = root
+        self.file = file
+
+
+class _Shards:
+    """Open shards of any number of checkpoints, closed at the end of a `with` block; `remotes` of those on the hub."""
+
+    def __init__(self, fs: FileSystem, remotes: Mapping[Path, Remote] | None = None) -> None:
+        self._fs = fs
+        self._remotes = remotes or {}
+        self._sources: dict[Path, SourceReader] = {}
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for source in self._sources.values():
+            source.close()
+
+    def will_need(self, root: Path, ranges: Iterable[ByteRange]) -> None:
+        """Begin to bring ranges of a checkpoint on the hub; what lies here is near enough."""
+        if root in self._remotes:
+            self._of(root).will_need(ranges)
+
+    def read(self, root: Path, ranges: Iterable[ByteRange], into: memoryview) -> None:
+        """Fill `into` with `ranges`, one after the other.
+
+        Raises:
+            _UnreadableError: a shard cannot be opened, or ends too early.
+            RemoteError: the hub does not give it.
+
+        """
+        source = self._of(root)
+        done = 0
+        for part in ranges:
+            try:
+                source.read_into(part, into[done : done + part.length])
+            except (OSError, EOFError) as e:
+                raise _UnreadableError(root, part.file, e) from e
+            done += part.length
+
+    def _of(self, root: Path) -> SourceReader:
+        if root not in self._sources:
+            self._sources[root] = open_source(root, self._remotes.get(root), self._fs)
+        return self._sources[root]
+
+
+def _window(ranges: Sequence[ByteRange], start: int, stop: int) -> Iterator[ByteRange]:
+    """Bytes `start`..`stop` of the concatenation of `ranges`."""
+    home = 0
+    for piece in ranges:
+        begin, end = max(start, home), min(stop, home + piece.length)
+        if begin < end:
+            yield ByteRange(piece.file, piece.offset + begin - home, end - begin)
+        home += piece.length
+        if home >= stop:
+            return
