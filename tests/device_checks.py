@@ -159,9 +159,8 @@ def test_the_double_allows_what_a_gpu_allows(there: pretend.Counts) -> None:
 # -- score and evaluate -----------------------------------------------------------------------------------------------
 
 
-def ragged(vocab: int, lengths: tuple[int, ...]) -> Windows:
-    ids = torch.randint(1, vocab, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(3))
-    return windows_of(ids, lengths)
+def drawn(vocab: int, count: int, length: int) -> Windows:
+    return windows_of(torch.randint(1, vocab, (count, length), generator=torch.Generator().manual_seed(3)))
 
 
 def scored(path: Path, windows: Windows, device: Any, work: Path) -> Saliency:
@@ -176,7 +175,7 @@ def test_scores_are_those_of_the_cpu(
     tiny_checkpoints: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    windows = ragged(48, (12, 9, 12))
+    windows = drawn(48, 3, 12)
     wanted, found = (scored(tiny_checkpoints[kind], windows, at, tmp_path / at.type) for at in devices())
     assert found.mtp_layers
     for layers, others in ((found.layers, wanted.layers), (found.mtp_layers, wanted.mtp_layers)):
@@ -190,7 +189,7 @@ def test_a_block_is_sent_once_and_nothing_stays(
     there: pretend.Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "BATCH_TOKENS", 48)
-    scored(SMALL_MOE, ragged(2048, (48,) * 6), torch.device(pretend.NAME), tmp_path / "w")
+    scored(SMALL_MOE, drawn(2048, 6, 48), torch.device(pretend.NAME), tmp_path / "w")
     model = sum(path.stat().st_size for path in SMALL_MOE.glob("*.safetensors"))
     assert there.sent < 1.3 * model
     assert there.peak < 1.2 * model / 4 + 4e6  # a block, and an expert in float32 with its tokens
@@ -210,7 +209,7 @@ def test_figures_are_those_of_the_cpu(
     there: pretend.Counts,  # noqa: ARG001
     tmp_path: Path,
 ) -> None:
-    windows = ragged(2048, (48, 31))
+    windows = drawn(2048, 2, 48)
     wanted, found = (evaluated(windows, Precision(device, dtype), tmp_path / "w", 12) for device in devices())
     assert found.against is not None
     assert wanted.against is not None
@@ -507,8 +506,8 @@ def test_figures_and_tuning_compute_so(
 
     monkeypatch.setattr(Skeleton, "call", call_)
     device = torch.device(pretend.NAME)
-    scored(SMALL_MOE, ragged(2048, (8, 8)), device, tmp_path / "w")
-    evaluated(ragged(2048, (8, 8)), Precision(device, torch.float32), tmp_path / "v", 8)
+    scored(SMALL_MOE, drawn(2048, 2, 8), device, tmp_path / "w")
+    evaluated(drawn(2048, 2, 8), Precision(device, torch.float32), tmp_path / "v", 8)
     call(
         *("quantize", str(SMALL_MOE), str(tmp_path / "out"), "--device", pretend.NAME, "--method", "auto-round", *DATA),
         *("--samples", "2", "--seqlen", "16", "--iters", "1", "--inputs", "fp", "--blocks", "3-3"),

@@ -120,7 +120,7 @@ def test_sigint_stops_with_130_and_the_rerun_finishes(small_moe: Path, tmp_path:
     script = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored where the tests run
-        "from shardxform import runner as r\n"
+        "from shardxform.execution import runner as r\n"
         "step = r._Loop._step\n"
         "def slow(self, s):\n"
         "    facts = step(self, s)\n"

@@ -59,6 +59,8 @@ FAMILY: Final = Family(
         "num_local_experts": "int",
         "router_aux_loss_coef": "float",
         "sliding_window": "int or null",
+        "swiglu_alpha": "float",
+        "swiglu_limit": "float",
     },
     conditions={
         "attention bias": lambda config, _layer: bool(config.get("attention_bias", True)),
