@@ -18,4 +18,4 @@ unset PYTHONDONTWRITEBYTECODE # each worker would compile all tests anew
 step ruff check
 step ruff format --check
 step mypy
-step python -m pytest -n 2 "$@"
+step python -m pytest -n 3 "$@" # of which one waits, for a cluster or a process, as a rule
