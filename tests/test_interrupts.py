@@ -67,6 +67,23 @@ def test_a_barrage_ends_it_on_one_line_and_the_next_run_ends_it_well(
         assert not outcome.wrong, outcome
 
 
+def test_a_signal_that_strikes_while_the_last_line_is_said_does_not_keep_it_from_being_said() -> None:
+    script = (
+        "import os, signal\n"
+        "from shardxform.base import interrupts\n"
+        "say = interrupts._say\n"
+        "def struck():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    say()\n"
+        "interrupts._say = struck\n"
+        "interrupts.take_over()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.pause()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, f"shardxform: {interrupts.STOPPED}\n")
+
+
 @linux
 @pytest.mark.parametrize("name", ["verify", "score"])
 def test_a_hub_that_lets_it_wait_does_not_keep_it(

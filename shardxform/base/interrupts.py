@@ -59,6 +59,7 @@ class _State:
         self.taken = False  # all signals are ours until the end
         self.depth = 0  # of `deferred` blocks that the main thread is in
         self.asked = False  # to stop, inside of one
+        self.leaving = False  # the main thread is in a handler that ends the process
         self.where = ""  # what the command is doing, for the last line
         self.last_word = threading.Lock()  # whoever gets it says why the process ends; it is never given back
 
@@ -117,7 +118,8 @@ def _say() -> None:
 def _on_signal(_number: int, _frame: FrameType | None) -> None:
     if _state.depth or _state.asked:
         _state.asked = True
-    else:
+    elif not _state.leaving:  # else this one struck that one, which has the last word and goes on when this returns
+        _state.leaving = True
         leave()
 
 
