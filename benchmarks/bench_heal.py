@@ -216,7 +216,7 @@ def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from synth import Spec, write_checkpoint
 
     source, out, manifest = bench.scratch / "source", bench.scratch / "out", bench.scratch / "keep.json"
-    write_checkpoint(source, Spec(layers=args.layers, text_only=True, mtp=False))
+    write_checkpoint(source, Spec(layers=args.layers, text_only=True, mtp=False, vocab=2048))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMALL_MOE / name, source / name)
     keep = {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}

@@ -41,7 +41,7 @@ TEXT: Final = SMALL_MOE / "text" / "calib.jsonl"
 
 def make_checkpoint(out: Path, layers: int, mtp: bool) -> None:
     """Write blocks of the real shape, and a tokenizer whose ids all lie in its vocabulary."""
-    write_checkpoint(out, Spec(layers=layers, text_only=True, mtp=mtp))
+    write_checkpoint(out, Spec(layers=layers, text_only=True, mtp=mtp, vocab=2048))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMALL_MOE / name, out / name)
 
