@@ -74,9 +74,11 @@ def cache_folder(package: Path) -> Path:
     Code of other sources lies elsewhere, so that none of it runs after an update, nor is unpickled.
     """
     sources = hashlib.sha256(b"".join((package / name).read_bytes() for name in SOURCES)).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "shardxform")
-    within = home if not os.access(package, os.W_OK) else package / "__pycache__"
-    return Path(os.environ.get("NUMBA_CACHE_DIR") or within, f"kernels-{sources[:16]}")
+    folder = package / "__pycache__"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.access(package, os.W_OK) and os.path.isabs(home):
+        folder = Path(home, "shardxform")
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or folder, f"kernels-{sources[:16]}")
 
 
 _CACHE: Final = str(cache_folder(Path(__file__).parents[1]))
