@@ -56,7 +56,7 @@ from shardxform.cli import main
 main()
 """
 STEPS: Final = "shardxform.cluster.worker:do_step"
-BLOCK: Final = "shardxform.cluster.blocks:make_states,shardxform.cluster.blocks:do_block"
+BLOCK: Final = "shardxform.cluster.pool:make_states,shardxform.cluster.pool:do_block"
 PART: Final = "shardxform.cluster.scoring:score_part"
 TASKS: Final = {"prune": STEPS, "rtn": STEPS, "tune": f"{STEPS},{BLOCK}", "score": PART}
 

@@ -17,11 +17,10 @@ from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES, ALLOWED_M
 
 from shardxform.calibration.tokens import load_tokenizer
 from shardxform.errors import CheckpointError, FamilyError
-from shardxform.model import config_values
-from shardxform.model.config_values import config_faults
 from shardxform.model.families import FAMILIES
 from shardxform.model.layout import layout_of
-from shardxform.verification import verify
+from shardxform.verification import structure, verify
+from shardxform.verification.structure import config_faults
 
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 WORDS = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", type(None): "null"}
@@ -60,10 +59,10 @@ def test_types_are_those_of_transformers(family: Any) -> None:
 
 
 def test_names_of_layers_and_dtypes_are_those_of_transformers_and_torch() -> None:
-    known = config_values._LAYER_TYPES
+    known = structure._LAYER_TYPES
     assert known["layer_types"] >= set(ALLOWED_ATTN_LAYER_TYPES)
     assert known["mlp_layer_types"] == set(ALLOWED_MLP_LAYER_TYPES)
-    assert all(getattr(torch, name).is_floating_point for name in config_values._DTYPES)
+    assert all(getattr(torch, name).is_floating_point for name in structure._DTYPES)
 
 
 VALUES: list[tuple[str, Any]] = [

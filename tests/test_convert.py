@@ -26,7 +26,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError, ShardxformError
 from shardxform.execution.runner import RunOptions, run
-from shardxform.formats import plain, selection
+from shardxform.formats import dialects, plain
 from shardxform.formats.encoding import Cut
 from shardxform.formats.grid import Grid
 from shardxform.formats.plain import Plain
@@ -182,7 +182,7 @@ def test_g_idx_is_written_checked_and_dropped(quantized: Path, tmp_path: Path) -
 @pytest.fixture
 def mtp_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantize MTP weights as upstream does, which our own command refuses."""
-    monkeypatch.setattr(selection, "_refuse_unrunnable", lambda *_: None)
+    monkeypatch.setattr(dialects, "_refuse_unrunnable", lambda *_: None)
 
 
 @pytest.mark.usefixtures("mtp_allowed")

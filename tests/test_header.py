@@ -11,17 +11,16 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from strategies import TORCH_DTYPES, filled, mutations, spec_lists
 
-from shardxform.base import header
-from shardxform.base.header import Entry
-from shardxform.base.tensors import BITS, TensorSpec
+from shardxform.base import tensors
+from shardxform.base.tensors import BITS, Entry, TensorSpec
 from shardxform.errors import CheckpointError
 
 A = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
 
 
 def decode(shard: bytes) -> tuple[Entry, ...]:
-    start = header.data_start(shard[:8], len(shard), "s")
-    return header.decode(shard[8:start], len(shard) - start, "s")
+    start = tensors.data_start(shard[:8], len(shard), "s")
+    return tensors.decode(shard[8:start], len(shard) - start, "s")
 
 
 def reference(shard: bytes) -> dict[str, Raw] | None:
@@ -47,22 +46,22 @@ def test_a_header_is_encoded_to_exactly_these_bytes() -> None:
         b'"c":{"dtype":"BF16","shape":[0],"data_offsets":[16,16]}}'
     )
     padded = text + b" " * (-len(text) % 8)
-    assert header.encode(header.layout(specs)) == bytes([len(padded), 0, 0, 0, 0, 0, 0, 0]) + padded
+    assert tensors.encode(tensors.layout(specs)) == bytes([len(padded), 0, 0, 0, 0, 0, 0, 0]) + padded
 
 
 def test_a_header_of_no_tensors_is_encoded_to_exactly_these_bytes() -> None:
-    assert header.encode(()) == b"\x20\0\0\0\0\0\0\0" + b'{"__metadata__":{"format":"pt"}} '.ljust(32)[:32]
+    assert tensors.encode(()) == b"\x20\0\0\0\0\0\0\0" + b'{"__metadata__":{"format":"pt"}} '.ljust(32)[:32]
 
 
 def test_control_characters_and_unicode_are_escaped_as_the_reference_writer_escapes_them() -> None:
     name = '"\\/\b\f\n\r\t\x00\x1f\x7f\u2028é🙂'
-    text = header.encode([Entry(TensorSpec(name, "U8", ()), 0)])
+    text = tensors.encode([Entry(TensorSpec(name, "U8", ()), 0)])
     assert rb'"\"\\/\b\f\n\r\t\u0000\u001f' + "\x7f\u2028é🙂".encode() + b'":{' in text
 
 
 def test_tensors_are_laid_out_by_dtype_width_and_then_name() -> None:
     dtypes = ["BOOL", "F4", "U8", "BF16", "F16", "I64", "F32"]
-    entries = header.layout([TensorSpec(name, dtype, (2,)) for name in ("y", "x") for dtype in dtypes])
+    entries = tensors.layout([TensorSpec(name, dtype, (2,)) for name in ("y", "x") for dtype in dtypes])
     order = ["I64", "F32", "BF16", "F16", "U8", "F4", "BOOL"]
     assert [(e.spec.dtype, e.spec.name) for e in entries] == [(dtype, name) for dtype in order for name in "xy"]
     assert [e.begin for e in entries] == [0, 16, 32, 40, 48, 52, 56, 60, 64, 66, 68, 69, 70, 72]
@@ -84,8 +83,8 @@ def test_layout_and_encode_equal_the_reference_writer_byte_for_byte(specs: list[
         for name, raw in raws.items()
     }
     random.shuffle(specs)
-    entries = header.layout(specs)
-    ours = header.encode(entries) + b"".join(raws[e.spec.name].data for e in entries)
+    entries = tensors.layout(specs)
+    ours = tensors.encode(entries) + b"".join(raws[e.spec.name].data for e in entries)
     assert ours == save(tensors, {"format": "pt"})
     assert ours == shard_bytes(raws)  # the tests' own writer, for the dtypes that torch lacks
 
@@ -93,12 +92,12 @@ def test_layout_and_encode_equal_the_reference_writer_byte_for_byte(specs: list[
 @settings(max_examples=150)
 @given(spec_lists())
 def test_decode_reverses_encode_for_every_dtype(specs: list[TensorSpec]) -> None:
-    entries = header.layout(specs)
-    shard = header.encode(entries) + b"".join(filled(e.spec).data for e in entries)
+    entries = tensors.layout(specs)
+    shard = tensors.encode(entries) + b"".join(filled(e.spec).data for e in entries)
     assert set(decode(shard)) == set(entries)
     assert [e.begin for e in decode(shard)] == sorted(e.begin for e in entries)
     assert (
-        header.encode(entries)
+        tensors.encode(entries)
         == shard_bytes({s.name: filled(s) for s in specs})[: -sum(s.nbytes for s in specs) or None]
     )
     assert reference(shard) == {spec.name: filled(spec) for spec in specs}
@@ -124,12 +123,12 @@ def test_every_dtype_has_the_width_that_the_reference_reader_gives_it(dtype: str
 )
 def test_a_length_prefix_beyond_the_file_or_the_limit_is_refused(prefix: bytes, file_bytes: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"here: .*{message}"):
-        header.data_start(prefix, file_bytes, "here")
+        tensors.data_start(prefix, file_bytes, "here")
 
 
 def test_a_header_may_fill_the_file_and_reach_the_limit() -> None:
-    assert header.data_start(struct.pack("<Q", 92), 100, "s") == 100
-    assert header.data_start(struct.pack("<Q", 100_000_000), 1 << 40, "s") == 100_000_008
+    assert tensors.data_start(struct.pack("<Q", 92), 100, "s") == 100
+    assert tensors.data_start(struct.pack("<Q", 100_000_000), 1 << 40, "s") == 100_000_008
 
 
 TWO = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
@@ -256,7 +255,7 @@ def test_ambiguous_headers_are_refused_although_the_reference_reader_takes_them(
     ],
 )
 def test_unusual_but_sound_headers_are_read_as_the_reference_reader_reads_them(shard: bytes) -> None:
-    body = shard[header.data_start(shard[:8], len(shard), "s") :]
+    body = shard[tensors.data_start(shard[:8], len(shard), "s") :]
     ours = {e.spec.name: Raw(e.spec.dtype, e.spec.shape, body[e.begin : e.end]) for e in decode(shard)}
     assert ours == reference(shard)
 
@@ -295,5 +294,5 @@ def test_an_error_stays_short_however_long_the_hostile_value_is() -> None:
 
 
 def test_the_json_of_a_header_is_what_any_json_parser_reads() -> None:
-    text = header.encode(header.layout([TensorSpec('q"\n', "U8", (1, 2))]))[8:]
+    text = tensors.encode(tensors.layout([TensorSpec('q"\n', "U8", (1, 2))]))[8:]
     assert json.loads(text)['q"\n'] == {"dtype": "U8", "shape": [1, 2], "data_offsets": [0, 2]}

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prune import manifest_of
 
-from shardxform.base.header import Entry
-from shardxform.base.tensors import TensorSpec
+from shardxform.base.tensors import Entry, TensorSpec
 from shardxform.checkpoint import identity as module
 from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.table import Checkpoint

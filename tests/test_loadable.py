@@ -24,7 +24,7 @@ from shardxform.model.layout import layout_of
 from shardxform.plan.prune import ViewOptions, plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
-from shardxform.verification.planned import refuse_unsound
+from shardxform.verification.structure import refuse_unsound
 
 FILES = {"tokenizer.json": "{}\n", "preprocessor_config.json": "{}\n"}
 Config = dict[str, Any]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from structure import MODULES, tree_of
 
-from shardxform.cli.option_names import _OF_STAGES, _SHORT, option_of, with_options
+from shardxform.cli.console import _OF_STAGES, _SHORT, option_of, with_options
 
 COMMANDS = ("compress", "quantize", "prune", "convert", "select", "evaluate", "card", "push", "verify")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")

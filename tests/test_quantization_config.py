@@ -26,10 +26,10 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats import dialects, rounding
+from shardxform.formats.dialects import Selection, select
 from shardxform.formats.grid import Grid
 from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.scheme import FORMATS, Format, Scheme
-from shardxform.formats.selection import Selection, select
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize

@@ -27,7 +27,7 @@ from shardxform import Checkpoint, Manifest, plan_prune
 from shardxform.base import computing
 from shardxform.calibration import Windows
 from shardxform.cli import main
-from shardxform.cluster import blocks, pool, session, worker
+from shardxform.cluster import pool, session, worker
 from shardxform.errors import ExecutionError, PlanError, ResumeError
 from shardxform.experts import Saliency
 
@@ -471,7 +471,7 @@ def dying_tuner(folder: Path) -> Callable[..., Any]:
         import os
         import signal
 
-        from shardxform.cluster.blocks import do_block
+        from shardxform.cluster.pool import do_block
         from shardxform.execution.steps import OpenTargets
 
         def die(*_: Any) -> None:
@@ -488,7 +488,7 @@ def dying_tuner(folder: Path) -> Callable[..., Any]:
 def test_blocks_tuned_side_by_side_equal_a_local_run_though_a_worker_is_killed(
     cluster: str, tuned: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "do_block", dying_tuner(tmp_path))
+    monkeypatch.setattr(pool, "do_block", dying_tuner(tmp_path))
     result = call(*tuning(tmp_path / "out", "--ray", cluster))
     assert (tmp_path / "killed").exists()
     assert "squared error" in result.output
@@ -504,7 +504,7 @@ def test_states_that_are_there_are_not_made_again(
     def failing(wanted: Any, tuning: bytes, step: bytes, *states: Any) -> Any:
         import pickle
 
-        from shardxform.cluster.blocks import do_block
+        from shardxform.cluster.pool import do_block
         from shardxform.errors import ExecutionError as Error
 
         if pickle.loads(step)[0].layer == 2:
@@ -512,15 +512,15 @@ def test_states_that_are_there_are_not_made_again(
         return do_block(wanted, tuning, step, *states)
 
     def counting(*args: Any) -> Any:
-        from shardxform.cluster.blocks import make_states
+        from shardxform.cluster.pool import make_states
 
         with made.open("a") as file:
             file.write(f"{args[2]} ")
         return make_states(*args)
 
-    monkeypatch.setattr(blocks, "make_states", counting)
+    monkeypatch.setattr(pool, "make_states", counting)
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "do_block", failing)
+        patch.setattr(pool, "do_block", failing)
         result = call(*tuning(tmp_path / "out", "--ray", cluster), code=1)
     assert told(result.output) == ["shardxform: block 2: no"]
     call(*tuning(tmp_path / "out", "--ray", cluster))

@@ -26,7 +26,7 @@ from shardxform.errors import CheckpointError, ExecutionError, ManifestError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.prune import ViewOptions, plan_prune
-from shardxform.verification import Problem, VerifyReport, data, values, verify
+from shardxform.verification import Problem, VerifyReport, data, jobs, verify
 
 INDEX = "model.safetensors.index.json"
 SIDECARS = {"tokenizer.json": "{}\n", "preprocessor_config.json": "{}\n", "README.md": "# tiny\n"}
@@ -410,7 +410,7 @@ def test_the_scan_equals_numpy_on_any_bits(dtype: str, rows: int, bad: int, seed
     if zero < rows:
         bits[zero] = rng.choice(np.array([0, sign], code), 16)
     expected = nonfinite(flat)
-    nonzero, count, first = values.scan_floats(bits.view("u1").reshape(-1), values.FLOATS[dtype], bits.nbytes // rows)
+    nonzero, count, first = jobs.scan_floats(bits.view("u1").reshape(-1), jobs.FLOATS[dtype], bits.nbytes // rows)
     assert count == expected.sum()
     assert first == (expected.argmax() if expected.any() else -1)
     assert nonzero.tolist() == [bool(((row & (sign - 1)) != 0).any()) for row in bits]

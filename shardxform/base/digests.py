@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from blake3 import blake3
 
 from shardxform.base.file_system import FileSystem
-from shardxform.base.header import Entry
+from shardxform.base.tensors import Entry
 from shardxform.errors import ExecutionError, PlanError
 
 __all__ = [

@@ -15,21 +15,33 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from shardxform.base import interrupts
-from shardxform.errors import OutputError
+from shardxform.base.tensors import ByteRange
+from shardxform.errors import ExecutionError, OutputError
 
-__all__ = ["refuse_other", "write_new", "write_over"]
+__all__ = [
+    "BUFFER_BYTES",
+    "LOCK",
+    "FileSystem",
+    "FolderReader",
+    "OwnedDir",
+    "SourceReader",
+    "items_of",
+    "nearest",
+    "not_a_directory",
+    "why_not",
+]
 
 try:
     import fcntl
 except ImportError:  # no flock on this platform: two runs in one directory go unnoticed, nothing else changes
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BUFFER_BYTES", "FileSystem", "nearest", "not_a_directory", "why_not"]
 
 BUFFER_BYTES: Final = 4 << 20
 """Size of the buffer that a copy through memory uses, where the kernel cannot copy by itself."""
@@ -373,3 +385,146 @@ def _publish(fs: FileSystem, temporary: Path, path: Path) -> bool:
             return False
         fs.rename(temporary, path)
     return True
+
+
+class SourceReader(Protocol):
+    """Reads byte ranges of shards by name; safe to use from several threads."""
+
+    def read_into(self, place: ByteRange, buffer: memoryview) -> None:
+        """Fill `buffer` with a range of its length.
+
+        Raises:
+            EOFError: the shard ends too early.
+            OSError, RemoteError: it cannot be read.
+
+        """
+        ...
+
+    def copy(self, place: ByteRange, target: int, offset: int) -> None:
+        """Write a range to the descriptor `target` at `offset`; raises like `read_into`."""
+        ...
+
+    def will_need(self, places: Iterable[ByteRange]) -> None:
+        """Begin to bring ranges that will be read, in this order. A hint."""
+        ...
+
+    def done_with(self, place: ByteRange) -> None:
+        """Let go of a range that is not read again. A hint."""
+        ...
+
+    def stop(self) -> None:
+        """End the waiting of other threads, with an error; nothing is read any more."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open."""
+        ...
+
+
+class FolderReader:
+    """Shards of a folder, opened when first read."""
+
+    def __init__(self, root: Path, fs: FileSystem) -> None:
+        self._root = root
+        self._fs = fs
+        self._fds: dict[str, int] = {}
+        self._opening = threading.Lock()
+
+    def read_into(self, place: ByteRange, buffer: memoryview) -> None:
+        """Fill `buffer` with a range of its length."""
+        self._fs.read_exact_into(self._fd(place.file), buffer, place.offset)
+
+    def copy(self, place: ByteRange, target: int, offset: int) -> None:
+        """Write a range to the descriptor `target` at `offset`."""
+        self._fs.copy(self._fd(place.file), place.offset, target, offset, place.length)
+
+    def will_need(self, places: Iterable[ByteRange]) -> None:
+        """Ask the kernel to read ranges."""
+        for place in places:
+            self._fs.will_need(self._fd(place.file), place.offset, place.length)
+
+    def done_with(self, place: ByteRange) -> None:
+        """Let the kernel forget a range."""
+        self._fs.done_with(self._fd(place.file), place.offset, place.length)
+
+    def stop(self) -> None:
+        """Nothing waits long here."""
+
+    def close(self) -> None:
+        """Close the shards."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _fd(self, name: str) -> int:
+        with self._opening:
+            if name not in self._fds:
+                self._fds[name] = self._fs.open(self._root / name, os.O_RDONLY)
+            return self._fds[name]
+
+
+LOCK: Final = "lock"
+"""File that the process at work holds."""
+
+_Dir = TypeVar("_Dir", bound="OwnedDir")
+
+
+class OwnedDir:
+    """Holds the lock of a directory as a context manager; a subclass says what may lie there, and reads it."""
+
+    def __init__(self, root: Path, fs: FileSystem) -> None:
+        self.root = root
+        self.fs = fs
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self: _Dir) -> _Dir:
+        """Make or enter the directory.
+
+        Raises:
+            OutputError: something stands there that shardxform did not make, or another process works in it.
+            ResumeError: it holds work of other inputs, as far as the subclass looks.
+
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.refuse_foreign()
+                self.fs.mkdir(self.root)
+                stack.enter_context(self.fs.locked(self.root / LOCK))
+                self.load()
+            except BlockingIOError as e:
+                raise OutputError(f"{self.root}: another process works here") from e
+            except OSError as e:
+                raise OutputError(f"{e.filename or self.root}: {e.strerror or e}") from e
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Let go of the directory; what the disk refused meanwhile becomes an `ExecutionError`."""
+        self._stack.close()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise ExecutionError(
+                f"{error.filename or self.root}: {error.strerror or error};"
+                f" what was finished is safe in {self.root}: run the same command again to go on"
+            ) from error
+
+    def refuse_foreign(self) -> None:
+        """Refuse what somebody else put there, before anything is written."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Read what an earlier process left; the lock is held."""
+        raise NotImplementedError
+
+
+def items_of(root: Path, expected: str) -> list[os.DirEntry[str]]:
+    """Return what lies in a directory; nothing where there is none.
+
+    Raises:
+        OutputError: a link or a file stands there; `expected` is what should.
+
+    """
+    if not os.path.lexists(root):
+        return []
+    if root.is_symlink() or not root.is_dir():
+        raise OutputError(f"{root}: expected {expected} or nothing, found something else")
+    return list(os.scandir(root))

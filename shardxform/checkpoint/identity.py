@@ -26,8 +26,8 @@ from typing import Any, Final
 
 from blake3 import blake3
 
-from shardxform.base.header import Entry
 from shardxform.base.strict_json import dumps
+from shardxform.base.tensors import Entry
 from shardxform.checkpoint.table import Checkpoint, Shard
 from shardxform.errors import CheckpointError
 

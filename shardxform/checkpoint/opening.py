@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from shardxform.base import header, interrupts
+from shardxform.base import interrupts, tensors
 from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.remote.reading import Downloads, Transfer
@@ -197,6 +197,6 @@ def _fetch_head(remote: Remote, name: str, guess: int) -> Head:
             remote.downloads.client.fetch(remote, name, len(data), stop, data.extend)
 
     fetch(min(guess, _MOST_HEAD, nbytes))
-    start = header.data_start(bytes(data[: header.LENGTH_BYTES]), nbytes, f"{remote}/{name}")
+    start = tensors.data_start(bytes(data[: tensors.LENGTH_BYTES]), nbytes, f"{remote}/{name}")
     fetch(start)
     return Head(bytes(data[:start]), nbytes, 0)

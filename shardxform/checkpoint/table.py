@@ -16,11 +16,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from shardxform.base import header
-from shardxform.base.collecting import uncollected
+from shardxform.base import tensors
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.base.tensors import ByteRange, TensorRef
+from shardxform.base.tensors import ByteRange, TensorRef, uncollected
 from shardxform.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class Shard:
     data_start: int
     header_sha256: str
     mtime_ns: int
-    entries: tuple[header.Entry, ...] = field(default=(), repr=False)
+    entries: tuple[tensors.Entry, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +253,9 @@ class Folder:
         _refuse_irregular(path)
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
-            prefix = file.read(header.LENGTH_BYTES)
-            start = header.data_start(prefix, info.st_size, str(path))
-            return Head(prefix + file.read(start - header.LENGTH_BYTES), info.st_size, info.st_mtime_ns)
+            prefix = file.read(tensors.LENGTH_BYTES)
+            start = tensors.data_start(prefix, info.st_size, str(path))
+            return Head(prefix + file.read(start - tensors.LENGTH_BYTES), info.st_size, info.st_mtime_ns)
 
 
 def is_plain_name(name: object) -> bool:
@@ -338,7 +337,7 @@ def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
         detail = "listed in the index but missing" if listed else e.strerror
         raise CheckpointError(f"{path}: {detail}") from e
     start = len(head.data)
-    entries = header.decode(head.data[header.LENGTH_BYTES :], head.nbytes - start, str(path))
+    entries = tensors.decode(head.data[tensors.LENGTH_BYTES :], head.nbytes - start, str(path))
     digest = hashlib.sha256(head.data).hexdigest()
     table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, tuple(entries)))
     for entry in entries:

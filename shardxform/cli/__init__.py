@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from shardxform.base import interrupts
-from shardxform.cli.option_names import with_options
+from shardxform.cli.console import with_options
 from shardxform.errors import ShardxformError
 
 __all__ = ["main"]

@@ -26,9 +26,9 @@ from shardxform.cli.console import (
     span,
     table,
     tell,
+    with_options,
 )
 from shardxform.cli.inputs import load_text, make_precision, open_named, require
-from shardxform.cli.option_names import with_options
 from shardxform.cli.outputs import Block, judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
 from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned

@@ -11,7 +11,7 @@ import click
 from shardxform.cli import options
 from shardxform.cli.inputs import open_named
 from shardxform.cli.outputs import execute
-from shardxform.execution.options import RunOptions
+from shardxform.execution.runner import RunOptions
 from shardxform.formats.scheme import FORMATS, Format
 from shardxform.plan.convert import FLOATS, ConvertOptions, Float, Target, plan_convert
 

@@ -30,8 +30,8 @@ from shardxform.cli.options import PATH, JsonFlags, command, option
 from shardxform.errors import SchemeError
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
-from shardxform.plan.block_size import sizes_of
 from shardxform.plan.inspection import inspect_checkpoint
+from shardxform.plan.steps import sizes_of
 
 __all__ = [
     "REFERENCE",

@@ -19,7 +19,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, Inputs, What
-from shardxform.base.sharding import parse_size
+from shardxform.base.tensors import parse_size
 from shardxform.calibration.options import DataOptions
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.cluster.session import LOCAL, check_address

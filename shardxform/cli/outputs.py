@@ -10,14 +10,25 @@ from typing import Any, Final
 import click
 
 from shardxform.base.file_system import FileSystem
-from shardxform.cli.console import count, gb, give_or_take, pasteable, print_json, progress, rows, short, table, tell
-from shardxform.cli.option_names import with_options
+from shardxform.cli.console import (
+    count,
+    gb,
+    give_or_take,
+    pasteable,
+    print_json,
+    progress,
+    rows,
+    short,
+    table,
+    tell,
+    with_options,
+)
 from shardxform.cli.options import WriteFlags
 from shardxform.cli.tuning import OnRay, RayTasks, open_pool, ray_tasks
 from shardxform.execution.output import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.plan.plan import Plan
-from shardxform.verification.planned import refuse_unsound
+from shardxform.verification.structure import refuse_unsound
 
 __all__ = ["Block", "execute", "judged_on", "tell_blocks", "told_blocks"]
 

@@ -10,7 +10,7 @@ from shardxform.cli import options
 from shardxform.cli.inputs import load_manifest, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
-from shardxform.execution.options import RunOptions
+from shardxform.execution.runner import RunOptions
 from shardxform.plan.prune import plan_prune
 
 __all__ = ["prune_command"]

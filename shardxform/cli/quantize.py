@@ -9,7 +9,7 @@ from shardxform.cli import options
 from shardxform.cli.inputs import load_manifest, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned, tunes
-from shardxform.execution.options import RunOptions
+from shardxform.execution.runner import RunOptions
 from shardxform.plan.quantize import plan_quantize
 
 __all__ = ["quantize_command"]

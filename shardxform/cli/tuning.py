@@ -25,8 +25,8 @@ from shardxform.model.layout import layout_of
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.checkpoint.table import Checkpoint
-    from shardxform.cluster.blocks import BlockTuning
-    from shardxform.execution.options import StepPool, StepTuner
+    from shardxform.cluster.pool import BlockTuning
+    from shardxform.execution.runner import StepPool, StepTuner
     from shardxform.forward.weights import Precision
     from shardxform.plan.plan import Plan
 
@@ -229,7 +229,7 @@ def open_pool(ray: OnRay | None) -> Iterator[StepPool | None]:
 
 def block_tuning(plan: Plan, out: Path, tuning: Tuning) -> BlockTuning:
     """What blocks are tuned with on a cluster."""
-    from shardxform.cluster.blocks import BlockTuning
+    from shardxform.cluster.pool import BlockTuning
     from shardxform.cluster.worker import StepPlace
 
     view, device = plan.view, str(tuning.precision.device)

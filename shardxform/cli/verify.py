@@ -9,9 +9,8 @@ from typing import Final
 
 import click
 
-from shardxform.cli.console import count, gb, print_json, progress
+from shardxform.cli.console import count, gb, print_json, progress, with_options
 from shardxform.cli.inputs import open_named
-from shardxform.cli.option_names import with_options
 from shardxform.cli.options import SOURCE, Flags, HubFlags, QuietFlags, Source, command, option, out_argument
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify

@@ -6,24 +6,168 @@ tied to machines: every byte of the source is read once, so no machine is nearer
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import socket
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.digests import Chunks
+from shardxform.base.file_system import FileSystem
+from shardxform.calibration.options import Windows
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cluster.session import Needs, Session
-from shardxform.cluster.worker import StepPlace, do_step
+from shardxform.cluster.worker import (
+    Outcome,
+    StepPlace,
+    do_step,
+    ignore,
+    opened_targets,
+    refuse_other_source,
+    refuse_other_version,
+    reporting,
+    with_digests,
+)
 from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution.output import Output
 from shardxform.execution.steps import Facts
 from shardxform.plan.plan import Copy, Plan, Step, tokens_of
 
 if TYPE_CHECKING:
-    from shardxform.cluster.blocks import BlockTuning
+    from shardxform.forward.weights import Precision
     from shardxform.plan.steps import TuneBlock
+    from shardxform.tuning.session import Tuner
 
-__all__ = ["RayPool", "needs_of", "refuse_remote"]
+__all__ = ["BlockTuning", "RayPool", "do_block", "make_states", "needs_of", "precision_of", "refuse_remote"]
+
+_WIDTHS: Final = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTuning:
+    """What all blocks of a plan are tuned with.
+
+    Attributes:
+        place: where that is.
+        view: what is written; its root is absolute.
+        windows: calibration data.
+        hidden: channels of a hidden state.
+        layers: decoder blocks that have a step.
+        device, dtype: of the computation, as torch names them.
+
+    """
+
+    place: StepPlace
+    view: Checkpoint
+    windows: Windows
+    hidden: int
+    layers: tuple[int, ...]
+    device: str
+    dtype: str
+
+    @property
+    def state_bytes(self) -> int:
+        """Disk that the states that enter one block take."""
+        count, length = self.windows.ids_NT.shape
+        return int(count * length) * self.hidden * _WIDTHS[self.dtype]
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk that those between all blocks take, from the embeddings to what leaves the last that is tuned."""
+        return (max(self.layers) + 2) * self.state_bytes
+
+    def has_states(self, number: int) -> bool:
+        """Whether the states that enter block `number` are on disk."""
+        from shardxform.tuning.chains import states_file
+
+        path = states_file(self.place.states, number)
+        return path.is_file() and path.stat().st_size == self.state_bytes
+
+
+@reporting
+def make_states(wanted: Mapping[str, str], tuning: bytes, number: int, before: Outcome[None] | None) -> None:
+    """Make the states that enter block `number`.
+
+    Args:
+        wanted: see `refuse_other_version`.
+        tuning: a pickled `BlockTuning`.
+        number: of the block.
+        before: what came of making the states that enter the block before; None where they are there.
+
+    Raises:
+        ExecutionError: another version, plan or source; activations that are not finite.
+
+    """
+    refuse_other_version(wanted)
+    _refuse_failed(before)
+    given: BlockTuning = pickle.loads(tuning)  # noqa: S301 - the driver's own
+    planned = given.place.record().inputs["source"]["shards"]
+    refuse_other_source(given.place.source, planned, planned)
+    with _tuner(given) as tuner:
+        FileSystem().mkdir(given.place.states)
+        tuner.make_states(number, given.place.states)
+
+
+@reporting
+def do_block(
+    wanted: Mapping[str, str],
+    tuning: bytes,
+    step: bytes,
+    entering: Outcome[None] | None,
+    leaving: Outcome[None] | None,
+) -> Facts:
+    """Tune a block and make its bytes durable; raises like `make_states`, whose results it comes after."""
+    refuse_other_version(wanted)
+    _refuse_failed(entering, leaving)
+    given: BlockTuning = pickle.loads(tuning)  # noqa: S301 - the driver's own
+    (todo, chunks), fs = pickle.loads(step), FileSystem()  # noqa: S301
+    with opened_targets(given.place, todo, fs) as targets, _tuner(given) as tuner:
+        facts = tuner.tune(todo, given.place.states, targets.target, fs, ignore, ignore)
+    return with_digests(facts, given.place, chunks, fs)
+
+
+def _refuse_failed(*outcomes: Outcome[None] | None) -> None:
+    """Fail as what came before failed."""
+    for outcome in outcomes:
+        if outcome and outcome[1]:
+            raise outcome[1]
+
+
+@contextlib.contextmanager
+def _tuner(given: BlockTuning) -> Iterator[Tuner]:
+    import torch
+
+    from shardxform.tuning.session import Tuner, TunerOptions
+
+    options = TunerOptions(
+        precision=precision_of(given.device, given.dtype), threads=torch.get_num_threads(), stored=True
+    )
+    with Tuner(given.view, given.windows, given.layers, options) as tuner:
+        yield tuner
+
+
+def precision_of(device: str, dtype: str) -> Precision:
+    """Device and type of a computation on this machine.
+
+    Raises:
+        ExecutionError: there is no such device here.
+
+    """
+    import torch
+    from transformers.utils import logging
+
+    from shardxform.forward.weights import Precision
+
+    vars(logging)["disable_progress_bar"]()
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as e:
+        raise ExecutionError(f"worker on {socket.gethostname()}: `device` {device}: {str(e).splitlines()[0]}") from e
+    return Precision(torch.device(device), getattr(torch, dtype))
+
 
 _WORKER_BYTES: Final = 240 << 20  # a worker's process: interpreter, ray, numpy, compiled kernels; measured 238 MB
 
@@ -98,7 +242,7 @@ class RayPool:
         self._session.stop()
 
     def _submit_block(self, step: TuneBlock, needs: Needs) -> Any:  # noqa: ANN401
-        from shardxform.cluster.blocks import do_block
+        from shardxform.cluster.pool import do_block
 
         if self._tuning is None:
             raise ExecutionError("the plan tunes blocks, but the pool has nothing to tune them with")
@@ -112,7 +256,7 @@ class RayPool:
 
     def _made(self, number: int, needs: Needs) -> Any:  # noqa: ANN401
         """What the states that enter block `number` come of: a task, after the one of the block before, or None."""
-        from shardxform.cluster.blocks import make_states
+        from shardxform.cluster.pool import make_states
 
         assert self._tuning is not None
         if number not in self._states and self._tuning.has_states(number):

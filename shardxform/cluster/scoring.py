@@ -27,12 +27,11 @@ from shardxform.base import computing, interrupts
 from shardxform.base.file_system import FileSystem, write_new
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
-from shardxform.base.sharding import show_size
 from shardxform.base.strict_json import JsonError, dumps, parse_object
+from shardxform.base.tensors import show_size
 from shardxform.calibration.options import Windows
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cluster.blocks import precision_of
-from shardxform.cluster.pool import refuse_remote
+from shardxform.cluster.pool import precision_of, refuse_remote
 from shardxform.cluster.session import Needs, Session
 from shardxform.cluster.worker import refuse_other_source, refuse_other_version, reporting
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError

@@ -20,8 +20,7 @@ from typing import ParamSpec, TypeVar
 
 from shardxform.base import computing
 from shardxform.base.digests import FACT, Chunk, digest_chunks
-from shardxform.base.file_system import FileSystem
-from shardxform.base.readers import FolderReader
+from shardxform.base.file_system import FileSystem, FolderReader
 from shardxform.checkpoint.record import Record, read_record
 from shardxform.checkpoint.table import Folder
 from shardxform.errors import CheckpointError, ExecutionError, ShardxformError

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform.base import computing
-from shardxform.base.file_system import FileSystem
-from shardxform.base.owned import LOCK, OwnedDir, items_of
+from shardxform.base.file_system import LOCK, FileSystem, OwnedDir, items_of
 from shardxform.base.strict_json import JsonError, dumps, parse_object, pretty
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.errors import OutputError, ResumeError

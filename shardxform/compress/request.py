@@ -45,7 +45,7 @@ from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan, source_inputs
 from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
-from shardxform.verification.planned import refuse_unsound
+from shardxform.verification.structure import refuse_unsound
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from shardxform.base.file_system import FileSystem
-from shardxform.base.readers import SourceReader
+from shardxform.base.file_system import FileSystem, SourceReader
 from shardxform.base.tensors import ByteRange
 from shardxform.plan.plan import Copy, Segment
 

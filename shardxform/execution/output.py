@@ -27,9 +27,8 @@ from typing import Any, BinaryIO, Final, Literal
 
 from shardxform.base import computing
 from shardxform.base.digests import tensor_digest
-from shardxform.base.file_system import FileSystem, not_a_directory
-from shardxform.base.readers import SourceReader
-from shardxform.base.sharding import show_size
+from shardxform.base.file_system import FileSystem, SourceReader, not_a_directory
+from shardxform.base.tensors import show_size
 from shardxform.checkpoint.identity import names_of, values_difference
 from shardxform.checkpoint.record import PROVENANCE, Record, ShardRecord, read_record
 from shardxform.checkpoint.remote.repository import open_source

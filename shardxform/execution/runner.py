@@ -12,24 +12,31 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shardxform.base import interrupts
 from shardxform.base.digests import FACT, Taken, digest_chunks
 from shardxform.base.file_system import FileSystem
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress, peak_rss_bytes
-from shardxform.base.sharding import show_size
-from shardxform.checkpoint.identity import changed_values
+from shardxform.base.tensors import show_size
+from shardxform.checkpoint.identity import changed_values, names_of
 from shardxform.checkpoint.record import PROVENANCE, read_record
-from shardxform.errors import ExecutionError, Interrupted, ResumeError
+from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
+from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import Journal, measured, recorded
-from shardxform.execution.merging import adopt
-from shardxform.execution.options import Report, RunOptions
 from shardxform.execution.output import (
+    JOURNAL,
+    PARTIAL,
+    PLAN,
+    WORK,
     Output,
     damage,
+    difference,
+    holds,
     made_by_others,
     refuse_obstacles,
     refuse_other_plan,
@@ -39,7 +46,175 @@ from shardxform.execution.output import (
 from shardxform.execution.steps import Facts, OpenTargets, executor, written_by
 from shardxform.plan.plan import Plan, Step, tokens_of
 
-__all__ = ["Report", "RunOptions", "run"]
+__all__ = ["Report", "RunOptions", "StepPool", "StepTuner", "adopt", "run"]
+
+
+class StepTuner(Protocol):
+    """What tunes blocks; see `tuning.session.Tuner`."""
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk that it needs beside the shards."""
+        ...
+
+    def can_start(self, step: Any, work: Path) -> bool:  # noqa: ANN401
+        """Whether the states that `step` needs are there."""
+        ...
+
+    def tune(
+        self,
+        step: Any,  # noqa: ANN401
+        work: Path,
+        target: OpenTarget,
+        fs: FileSystem,
+        on_work: Callable[[int], None],
+        stopped: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Tune a block and write its parts."""
+        ...
+
+
+class StepPool(Protocol):
+    """Where steps are done when that is not on threads of this process; see `cluster.pool.RayPool`."""
+
+    @property
+    def work_bytes(self) -> int:
+        """Disk that it needs beside the shards."""
+        ...
+
+    def begin(self, output: Output) -> None:
+        """Get ready for the steps of an output, or refuse: nothing is written yet."""
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """Steps that it wants at once."""
+        ...
+
+    def submit(self, step: Step) -> Future[Mapping[str, Any]]:
+        """Have a step done: a future of its facts, which comes true when its bytes are durable."""
+        ...
+
+    def stop(self) -> None:
+        """Give up what was submitted; every future comes true soon, or fails."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Settings that change speed, safety checks and how much is done now, never a byte of the output.
+
+    Attributes:
+        jobs: steps in flight at once.
+        device: where weights are rounded: `cpu`, or a torch device; the bits are the same.
+        force: start over an output of shardxform's own that was made from other inputs.
+        tuner: carries out the steps that tune a block, which are done one after the other, last.
+        blocks: decoder blocks to tune now; None for all. Others may be tuned elsewhere.
+        pool: where steps are done, those that tune included; `jobs`, `device` and `tuner` are then not looked at.
+        parts: unfinished outputs of the same plan, whose steps are taken over before anything else is done.
+        on_progress: called from the loop after every chunk.
+
+    """
+
+    jobs: int = 2
+    device: str = "cpu"
+    force: bool = False
+    tuner: StepTuner | None = None
+    blocks: range | None = None
+    pool: StepPool | None = None
+    parts: tuple[Path, ...] = ()
+    on_progress: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        already_done: the output stood there complete, and nothing was written.
+        left: steps that this run was not asked for and nobody has done yet; the output is complete when there are none.
+        made_by_others: what else computed an output that was there than would compute it now; empty where nothing did.
+        facts: what the steps found worth recording, such as modules whose weights are all zero; of an output that was
+            there, what its record says.
+        measured: by blocks, their time and memory in whichever run did them; nothing where all was there.
+
+    """
+
+    out: Path
+    already_done: bool
+    written_bytes: int
+    resumed_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    left: int = 0
+    made_by_others: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    measured: tuple[Mapping[str, Any], ...] = ()
+
+
+def adopt(output: Output, journal: Journal, part: Path) -> int:
+    """Copy the steps that are done in `part` and not yet here, and record them.
+
+    Returns:
+        bytes copied.
+
+    Raises:
+        OutputError: `part` is no unfinished output of shardxform's, or a shard of it is missing.
+        ResumeError: it was made from other inputs.
+
+    """
+    record = read_record(part / WORK / PLAN)
+    if record is None:
+        raise OutputError(f"{part}: expected unfinished work of shardxform's, as a run with `blocks` leaves it")
+    if record.fingerprint != output.plan.fingerprint:
+        where = difference(record.inputs, output.plan.inputs, names_of(output.plan.source_shards))
+        raise ResumeError(f"{part}: made from other inputs than {output.root}: {where or 'another plan'}")
+    copied = 0
+    facts = Journal.read(part / WORK / JOURNAL, output.plan.fingerprint, len(output.plan.steps))
+    for number in sorted(facts.keys() - journal.done):
+        copied += _copy(output, output.plan.steps[number], part)
+        _refuse_damaged(output, output.plan.steps[number], facts[number], part)
+        journal.record({number: facts[number]})
+    return copied
+
+
+def _copy(output: Output, step: Step, part: Path) -> int:
+    """Copy what a step has written, durably."""
+    fs, copied = output.fs, 0
+    output.reopen({extent.shard for extent in step.writes})
+    with contextlib.ExitStack() as stack:
+        opened: dict[int, tuple[int, int]] = {}
+        for extent in step.writes:
+            if extent.shard not in opened:
+                source = fs.open(_shard(output, part, extent.shard), os.O_RDONLY)
+                stack.callback(os.close, source)
+                target = fs.open(output.partial(extent.shard), os.O_RDWR)
+                stack.callback(os.close, target)
+                opened[extent.shard] = (source, target)
+            source, target = opened[extent.shard]
+            fs.copy(source, extent.offset, target, extent.offset, extent.length)
+            copied += extent.length
+        for _, target in opened.values():
+            fs.sync(target)
+    return copied
+
+
+def _refuse_damaged(output: Output, step: Step, facts: Mapping[str, Any], part: Path) -> None:
+    """Hold what was copied against the digests that were taken when it was written."""
+    chunks = output.plan.chunks.of(step.writes)
+    found = digest_chunks(chunks, output.partial, output.fs)
+    for chunk, digest, noted in zip_longest(chunks, found, facts.get(FACT, [])):
+        if digest != noted or chunk is None:
+            name = f"tensor '{chunk.tensor}'" if chunk else "a step"
+            raise OutputError(f"{part}: {name} is not as it was written: its digest differs; tune that part again")
+
+
+def _shard(output: Output, part: Path, number: int) -> Path:
+    shard = output.plan.shards[number]
+    for path in (part / (shard.name + PARTIAL), part / shard.name):
+        if holds(path, shard):
+            return path
+    raise OutputError(f"{part / shard.name}: missing or damaged, though its steps are recorded as done")
 
 
 def run(

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.base.digests import Taken, take
-from shardxform.base.file_system import FileSystem
-from shardxform.base.readers import SourceReader
+from shardxform.base.file_system import FileSystem, SourceReader
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.execution.copying import Files, OpenTarget

@@ -22,11 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.ask.manifest_import import show
-from shardxform.base import header
 from shardxform.base.file_system import write_new
-from shardxform.base.header import LENGTH_BYTES, Entry
 from shardxform.base.strict_json import JsonError, dumps, parse_object
-from shardxform.base.tensors import TensorSpec
+from shardxform.base.tensors import LENGTH_BYTES, Entry, TensorSpec, data_start, decode, layout
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import CheckpointError, PlanError
 
@@ -90,13 +88,13 @@ def encode_saliency(arrays: Arrays, record: Mapping[str, object]) -> bytes:
         for field, array in stats.items()
     }
     specs = [TensorSpec(name, FIELDS[name.rsplit(".", 1)[1]], array.shape) for name, array in tensors.items()]
-    entries = header.layout(specs)
+    entries = layout(specs)
     data = [tensors[entry.spec.name].astype(_NUMPY[entry.spec.dtype]).tobytes() for entry in entries]
     return b"".join([_header(entries, {"version": VERSION, **record}), *data])
 
 
 def _header(entries: Iterable[Entry], record: Mapping[str, object]) -> bytes:
-    """`header.encode` with our record instead of the format of a model's shard."""
+    """`encode` of headers with our record instead of the format of a model's shard."""
     try:
         top: dict[str, Any] = {"__metadata__": {KEY: dumps(record)}}
         for entry in entries:
@@ -116,9 +114,9 @@ def decode_saliency(data: bytes, where: str) -> tuple[Arrays, dict[str, Any]]:
         CheckpointError: no safetensors file, none of ours, or tensors of other names, dtypes or ranks.
 
     """
-    start = header.data_start(data[:LENGTH_BYTES], len(data), where)
+    start = data_start(data[:LENGTH_BYTES], len(data), where)
     text = data[LENGTH_BYTES:start]
-    entries = header.decode(text, len(data) - start, where)
+    entries = decode(text, len(data) - start, where)
     record = _record(text, where)
     arrays: Arrays = {"layers": {}, "mtp_layers": {}}
     for entry in entries:
@@ -130,7 +128,7 @@ def decode_saliency(data: bytes, where: str) -> tuple[Arrays, dict[str, Any]]:
 
 
 def _record(text: bytes, where: str) -> dict[str, Any]:
-    metadata = parse_object(text).get("__metadata__", {})  # header.decode has found it a map of strings
+    metadata = parse_object(text).get("__metadata__", {})  # `decode` has found it a map of strings
     if set(metadata) != {KEY}:
         found = show(sorted(metadata)) if metadata else "none"
         raise CheckpointError(f"{where}: not a saliency file: expected the metadata key '{KEY}', found {found}")

@@ -28,8 +28,7 @@ from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.experts import IMPLEMENTATION, STACKS, ExpertBank, Observer, attach, detach, experts_module
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import Weights
-from shardxform.model.layout import Layout
-from shardxform.model.tied_head import HEAD, is_tied
+from shardxform.model.layout import HEAD, Layout, is_tied
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 

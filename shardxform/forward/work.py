@@ -24,10 +24,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from shardxform.base.file_system import FileSystem
-from shardxform.base.owned import LOCK, OwnedDir, items_of
-from shardxform.base.sharding import show_size
+from shardxform.base.file_system import LOCK, FileSystem, OwnedDir, items_of
 from shardxform.base.strict_json import JsonError, dumps, parse_object
+from shardxform.base.tensors import show_size
 from shardxform.errors import ExecutionError, OutputError, ResumeError
 from shardxform.execution.output import difference
 

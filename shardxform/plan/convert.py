@@ -13,18 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.base import computing
-from shardxform.base.collecting import uncollected
-from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
+from shardxform.base.tensors import TensorRef, TensorSpec, coalesce, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.dialects import build
+from shardxform.formats.dialects import Selection, build, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
-from shardxform.formats.selection import Selection, reasons_summary, refuse_unread
 from shardxform.formats.stored import Stored, has_g_idx, read_stored
 from shardxform.model.layout import Layout
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from shardxform.ask.manifest import Manifest
-from shardxform.base.collecting import uncollected
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.formats.dialects import select
 from shardxform.formats.scheme import Scheme
-from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view

@@ -14,11 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from shardxform.base import header
+from shardxform.base import tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
-from shardxform.base.sharding import natural_key, shard_names, split
 from shardxform.base.strict_json import dumps, pretty, pretty_strings
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, natural_key, shard_names, split
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
@@ -112,7 +111,7 @@ class ShardPlan:
     """One output shard: its final name, its entries, its encoded header."""
 
     name: str
-    entries: tuple[header.Entry, ...]
+    entries: tuple[tensors.Entry, ...]
     head: bytes
 
     @property
@@ -258,10 +257,10 @@ def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPla
         raise PlanError("the output would hold no tensor")
     shards: list[ShardPlan] = []
     for name, group in zip(shard_names(len(groups)), groups, strict=True):
-        entries = header.layout(group)
-        head = header.encode(entries)
-        if len(head) - header.LENGTH_BYTES > header.MAX_HEADER_BYTES:
-            raise PlanError(f"{name}: a header of {len(head)} bytes, readers accept {header.MAX_HEADER_BYTES}")
+        entries = tensors.layout(group)
+        head = tensors.encode(entries)
+        if len(head) - tensors.LENGTH_BYTES > tensors.MAX_HEADER_BYTES:
+            raise PlanError(f"{name}: a header of {len(head)} bytes, readers accept {tensors.MAX_HEADER_BYTES}")
         shards.append(ShardPlan(name, entries, head))
     return tuple(shards)
 

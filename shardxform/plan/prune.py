@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
-from shardxform.base.collecting import uncollected
 from shardxform.base.strict_json import pretty
+from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
 from shardxform.checkpoint.table import CONFIG, Checkpoint
@@ -62,7 +62,7 @@ def plan_prune(
     sidecars = sidecar_digests(view.checkpoint)
     blocks: tuple[TuneBlock, ...] = ()
     if recipe:
-        from shardxform.plan.heal import heal_steps  # most prunes only copy
+        from shardxform.plan.steps import heal_steps  # most prunes only copy
 
         blocks = heal_steps(source, view, shards, recipe)
     healed = {item.tensor.name for step in blocks for item in step.kept}

@@ -14,25 +14,32 @@ from typing import Any
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
-from shardxform.base.collecting import uncollected
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
-from shardxform.formats.dialects import build
+from shardxform.formats.dialects import Selection, build, reasons_summary, refuse_unread, select
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import GROUP_SIZES
 from shardxform.formats.matrices import Matrix, single_biases
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, Scheme
-from shardxform.formats.selection import Selection, reasons_summary, refuse_unread, select
 from shardxform.formats.stored import decoded
 from shardxform.model.layout import Layout, is_quantized
-from shardxform.plan.block_size import BlockSize, block_sizes
-from shardxform.plan.heal import healed_names, kept_items, refuse_unpruned
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
-from shardxform.plan.steps import KeptItem, TranscodeItem, TuneBlock, transcode_item, transcode_steps
+from shardxform.plan.steps import (
+    BlockSize,
+    KeptItem,
+    TranscodeItem,
+    TuneBlock,
+    block_sizes,
+    healed_names,
+    kept_items,
+    refuse_unpruned,
+    transcode_item,
+    transcode_steps,
+)
 from shardxform.plan.view import View, pruned_view
 
 __all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]

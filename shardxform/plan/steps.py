@@ -2,19 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, cast
 
-from shardxform.ask.recipe import Recipe
+from shardxform.ask.recipe import HEALED, Recipe
+from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import PlanError
 from shardxform.formats.encoding import TILE_BYTES, Role, Storage, Writable
 from shardxform.formats.integers import Ints
+from shardxform.model.layout import Layout, Place
 from shardxform.plan import plan as plans
-from shardxform.plan.block_size import BlockSize
-from shardxform.plan.plan import Extent
+from shardxform.plan.plan import Extent, ShardPlan, extents_of
+from shardxform.plan.view import View
 
-__all__ = ["KeptItem", "Transcode", "TranscodeItem", "TuneBlock", "transcode_item", "transcode_steps"]
+__all__ = [
+    "BlockSize",
+    "KeptItem",
+    "Transcode",
+    "TranscodeItem",
+    "TuneBlock",
+    "block_sizes",
+    "heal_steps",
+    "healed_names",
+    "kept_items",
+    "refuse_unpruned",
+    "sizes_of",
+    "transcode_item",
+    "transcode_steps",
+]
+
+_LIBRARIES: Final = 750_000_000  # python, torch, transformers, and kernels as they are compiled
+_SLACK: Final = 0.5  # bytes a byte of the block: tiles, and holes that freed memory leaves
+_TUNED: Final = 1.0  # an offset of two bytes beside each weight of 16 bits
+_HEALED: Final = 0.5  # one byte beside it
+_PER_FEATURE: Final = 34  # bytes that a token leaves behind for each row and column of the block's widest linear layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSize:
+    """One decoder block.
+
+    Attributes:
+        nbytes: its weights as they are tuned, after pruning.
+        original_nbytes: its weights in the source.
+        features: rows and columns of its widest linear layer.
+
+    """
+
+    nbytes: int
+    original_nbytes: int
+    features: int
+
+    def peak_bytes(self, recipe: Recipe) -> int:
+        """Of the process that does the step: the original block puts out its states first, then the block is tuned."""
+        beside = _TUNED if recipe.iters else _HEALED
+        resting = max(self.original_nbytes, int((1 + beside) * self.nbytes)) + int(_SLACK * self.nbytes)
+        return _LIBRARIES + resting + _PER_FEATURE * self.features * (BATCH_TOKENS + recipe.batch_tokens)
+
+
+def sizes_of(tensors: Mapping[str, TensorRef], places: Mapping[str, Place]) -> dict[int, BlockSize]:
+    """By number, the sizes of decoder blocks that nothing was taken from."""
+    nbytes, features = Counter[int](), Counter[int]()
+    for name, place in places.items():
+        if place.scope != "block" or place.layer is None or name not in tensors:
+            continue
+        ref = tensors[name]
+        nbytes[place.layer] += ref.nbytes
+        if len(ref.spec.shape) == 2 and place.expert is None:
+            features[place.layer] = max(features[place.layer], sum(ref.spec.shape))
+    return {
+        layer: BlockSize(nbytes=size, original_nbytes=size, features=features[layer]) for layer, size in nbytes.items()
+    }
+
+
+def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
+    """By number, the sizes of the decoder blocks of a view of `source`."""
+    before = sizes_of(source.tensors, view.source_layout.places)
+    after = sizes_of(view.checkpoint.tensors, view.layout.places)
+    return {layer: replace(size, original_nbytes=before[layer].nbytes) for layer, size in after.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,3 +218,61 @@ class TuneBlock:
     def block_tokens(self) -> int:
         """Tokens that go through the block: the step's share of the work."""
         return self.recipe.block_tokens
+
+
+_NORM_BEFORE_EXPERTS: Final = "post_attention_layernorm.weight"
+_MOVABLE: Final = ("BF16", "F16", "F32")
+
+
+def refuse_unpruned(view: View) -> None:
+    """Refuse to heal what nothing was taken from.
+
+    Raises:
+        PlanError: says what to give.
+
+    """
+    if view.layout.num_experts == view.source_layout.num_experts:
+        raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
+
+
+def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
+    """One step per pruned block, in order."""
+    refuse_unpruned(view)
+    assert recipe.heal is not None
+    places, tensors = view.layout.places, view.checkpoint.tensors
+    kept = kept_items(healed_names(view.layout, places, recipe.heal.widest), places, tensors, extents_of(shards))
+    sizes = block_sizes(source, view)
+    return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
+
+
+def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iterator[str]:
+    """Of the names in `places`, those of weights in pruned blocks that healing `what` may change."""
+    roles, layers = HEALED[what], frozenset(layout.moe_layers)
+    for name, place in places.items():
+        if place.template.variant and not place.template.is_expert_weight:
+            continue  # of experts: they are few, and nothing moves them
+        wanted = place.role in roles or (what != "router" and place.template.name == _NORM_BEFORE_EXPERTS)
+        if place.scope == "block" and place.layer in layers and wanted:
+            yield name
+
+
+def kept_items(
+    names: Iterable[str], places: Mapping[str, Place], tensors: Mapping[str, TensorRef], extents: Mapping[str, Extent]
+) -> dict[int, tuple[KeptItem, ...]]:
+    """By layer, what healing writes as wide as it was.
+
+    Raises:
+        PlanError: one of them is no float of 16 or 32 bits, as in a quantized source.
+
+    """
+    out: dict[int, list[KeptItem]] = {}
+    for name in names:
+        dtype = tensors[name].spec.dtype
+        if dtype not in _MOVABLE:
+            raise PlanError(
+                f"`heal`: tensor '{name}': expected {', '.join(_MOVABLE)}, found {dtype}, which cannot move"
+            )
+        layer = places[name].layer
+        assert layer is not None
+        out.setdefault(layer, []).append(KeptItem(tensors[name], extents[name]))
+    return {layer: tuple(items) for layer, items in sorted(out.items())}

@@ -35,9 +35,9 @@ from shardxform.model.layout import (
     layout_of,
     refuse_strays,
     refuse_two_spellings,
+    tied_notes,
     variants_found,
 )
-from shardxform.model.tied_head import tied_notes
 
 __all__ = ["MtpMode", "View", "pruned_view"]
 

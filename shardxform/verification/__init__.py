@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.manifest import Manifest
-from shardxform.base.collecting import uncollected
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.progress import Progress, peak_rss_bytes
+from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError
-from shardxform.model.tied_head import HEAD, tied_notes
+from shardxform.model.layout import HEAD, tied_notes
 from shardxform.plan.view import MtpMode
 from shardxform.verification.files import check_digests, check_files, check_record, check_sidecars, read_checkpoint
-from shardxform.verification.findings import Findings, Problem
-from shardxform.verification.report import Rounding, VerifyReport, WeightError
+from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
 from shardxform.verification.structure import Structure, check_structure
 
 if TYPE_CHECKING:

@@ -19,10 +19,9 @@ import numpy as np
 
 from shardxform.base import digests as digesting
 from shardxform.base import interrupts
-from shardxform.base.file_system import FileSystem
+from shardxform.base.file_system import FileSystem, SourceReader
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
-from shardxform.base.readers import SourceReader
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
@@ -34,6 +33,8 @@ from shardxform.formats.stored import Stored
 from shardxform.model.layout import Layout
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
+    FLOATS,
+    Bytes,
     Digest,
     PartOf,
     Result,
@@ -43,14 +44,16 @@ from shardxform.verification.jobs import (
     TensorPiece,
     Weight,
     Written,
+    derived_bytes,
+    differing_bytes,
     merge,
     report_digests,
     report_faults,
     report_tensor,
+    scan_floats,
 )
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally, examine
-from shardxform.verification.values import FLOATS, Bytes, derived_bytes, differing_bytes, scan_floats
 from shardxform.verification.wanted import Derived
 
 if TYPE_CHECKING:

@@ -25,9 +25,8 @@ from shardxform.formats.encoding import Opener, Read, SourceDtype, row_tiles
 from shardxform.formats.grid import COLUMN_MULTIPLE, Grid
 from shardxform.formats.packing import IntRows
 from shardxform.formats.rounding import quantize
-from shardxform.verification.findings import Findings
+from shardxform.verification.findings import Findings, Rounding, WeightError
 from shardxform.verification.parts import Pair, Rule
-from shardxform.verification.report import Rounding, WeightError
 from shardxform.verification.systematic import STEP, Sums, found_in
 
 __all__ = ["Tally", "examine", "report_tallies"]

@@ -6,26 +6,139 @@ vLLM loads a quantized checkpoint without an expert, and SGLang any, without a w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.base.tensors import TensorRef
+from shardxform.base.strict_json import parse_object
+from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
-from shardxform.errors import FamilyError
+from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.scheme import FORMATS
-from shardxform.model.config_values import config_faults
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Scope
 from shardxform.model.layout import Expected, Layout, Place, expected, layout_of, looks_like, variants_found
+from shardxform.plan.plan import Plan
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
 
 if TYPE_CHECKING:
     from shardxform.formats.stored import Stored
 
-__all__ = ["PARTS", "Structure", "check_structure", "check_unknown", "seed_weights", "stored", "stored_form"]
+__all__ = [
+    "PARTS",
+    "Structure",
+    "check_structure",
+    "check_unknown",
+    "config_faults",
+    "refuse_unsound",
+    "seed_weights",
+    "stored",
+    "stored_form",
+]
+
+_TYPES: Final[Mapping[str, type | None]] = {
+    "bool": bool,
+    "float": float,
+    "int": int,
+    "null": None,
+    "object": dict,
+    "str": str,
+}
+_DTYPES: Final = frozenset(
+    {
+        *("bfloat16", "double", "float", "float16", "float32", "float64", "half"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    }
+)
+_LAYER_TYPES: Final = {
+    "layer_types": frozenset(
+        {
+            *("full_attention", "sliding_attention", "chunked_attention", "window_attention", "indexed_attention"),
+            *("compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse", "conv", "moe"),
+            *("hybrid", "hybrid_sliding", "reference_sliding_attention", "linear_attention"),
+            *("attention", "deepseek_sparse_attention", "mamba", "qwen_sparse_attention"),  # of earlier versions
+        }
+    ),
+    "mlp_layer_types": frozenset({"dense", "sparse"}),
+}
+_SCALINGS: Final = {  # what each way of scaling positions cannot do without
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
+}
+
+
+def config_faults(layout: Layout) -> Iterator[str]:
+    """Yield what clients refuse in a config, one sentence each that begins with the key."""
+    family, key = layout.family, layout.wrapper.text_key
+    if key is None:
+        yield from _of_decoder(layout.config, family.types, "")
+        return
+    yield from _of_part(layout.config, family.wrapper_types, "")
+    parts = ((key, family.types, _of_decoder), ("vision_config", family.vision_types, _of_part))
+    for name, types, look in parts:
+        part = layout.config.get(name)
+        if isinstance(part, Mapping):
+            yield from look(part, types, f"{name}.")
+
+
+def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
+    yield from _of_part(config, types, home)
+    yield from _of_layers(config, home)
+    yield from _of_positions(config, home)
+
+
+def _of_part(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
+    for key, words in types.items():
+        if key in config and not any(_is(config[key], word) for word in words.split(" or ")):
+            yield f"{home}{key}: expected {words}, found {_brief(config[key])}"
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    dtype = config.get(key)
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        yield f"{home}{key}: expected the name of a dtype such as bfloat16, found {_brief(dtype)}"
+
+
+def _of_layers(config: Mapping[str, Any], home: str) -> Iterator[str]:
+    for key, known in _LAYER_TYPES.items():
+        listed, count = config.get(key), config.get("num_hidden_layers")
+        if not isinstance(listed, list):
+            continue
+        other = next((kind for kind in listed if not isinstance(kind, str) or kind not in known), None)
+        if other is not None:
+            yield f"{home}{key}: {_brief(other)} is no kind of layer"
+        elif type(count) is int and len(listed) != count:
+            yield f"{home}{key}: {len(listed)} of them, but {home}num_hidden_layers is {count}"
+
+
+def _of_positions(config: Mapping[str, Any], home: str) -> Iterator[str]:
+    """Look at how positions are scaled, under the newer key and the older one."""
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if not isinstance(value, Mapping):
+            if value and key == "rope_scaling":
+                yield f"{home}{key}: expected object or null, found {_brief(value)}"
+            continue
+        kind = value.get("rope_type", value.get("type"))
+        for part in _SCALINGS.get(kind, ()) if isinstance(kind, str) else ():
+            if part not in value:
+                yield f"{home}{key}: scaling {kind!r} needs {part!r}, which is missing"
+
+
+def _is(value: object, word: str) -> bool:
+    if word.startswith("list of "):
+        return isinstance(value, list) and all(_is(item, word.removeprefix("list of ")) for item in value)
+    kind = _TYPES[word]
+    return value is None if kind is None else type(value) is kind  # bool is an int to Python, not to transformers
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
 
 PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "qweight": ("qweight", "qzeros", "scales"),
@@ -439,3 +552,30 @@ def _where(layout: Layout, names: list[str]) -> str:
     if len(names) == 1 or None in blocks or len(scopes) > 1:
         return names[0]
     return place_of(scopes.pop(), sorted(block[1] for block in blocks if block))
+
+
+@uncollected()
+def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
+    """Refuse a plan whose output would not be sound, by what headers and config tell.
+
+    Args:
+        plan: of any command.
+        but: codes of problems that are wanted, such as a spelling for old clients.
+
+    Raises:
+        PlanError: says what verification would find first, and how much more.
+
+    """
+    specs = (entry.spec for shard in plan.shards for entry in shard.entries)
+    tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
+    planned = Checkpoint(plan.source, parse_object(plan.config), tensors, ())
+    findings = Findings()
+    check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
+    found = [problem for problem in findings.problems if problem.code not in but]
+    if found:
+        first, more = found[0], len(found) - 1
+        others = f" (and {more} more)" if more else ""
+        raise PlanError(
+            f"{plan.origin}: its output would not be sound: {first.where}: {first.message}{others};"
+            f" see `shardxform verify {plan.origin}`"
+        )

@@ -16,17 +16,17 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.grid import Grid
 from shardxform.formats.matrices import matrices_of, single_biases
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
-from shardxform.formats.selection import select
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import COMPANIONS, Layout
 from shardxform.plan.convert import FLOATS, config_of_half, released
-from shardxform.plan.heal import healed_names
+from shardxform.plan.steps import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule, grid_of, pair_of

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shardxform.base.file_system import FileSystem
-from shardxform.base.readers import FolderReader
+from shardxform.base.file_system import FileSystem, FolderReader
 from shardxform.base.tensors import ByteRange
 from shardxform.checkpoint.remote.client import Client, download
 from shardxform.checkpoint.remote.pieces import Arena, DiskArena, File, MemoryArena, Pieces, RemotePiece

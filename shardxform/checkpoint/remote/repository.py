@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from shardxform.base.file_system import FileSystem
-from shardxform.base.readers import FolderReader, SourceReader
+from shardxform.base.file_system import FileSystem, FolderReader, SourceReader
 from shardxform.errors import CheckpointError, RemoteError
 
 __all__ = ["SCHEME", "Remote", "RemoteFile", "RepoName", "has_content", "is_ambiguous", "open_source", "parse_source"]

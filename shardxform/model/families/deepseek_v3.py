@@ -9,8 +9,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardxform.model.families.base import Config, Family, Mtp, Template, Wrapper
-from shardxform.model.families.parts import EMBEDDINGS, NORMS, TYPES, experts, mlp, size, tied, untied
+from shardxform.model.families.base import (
+    EMBEDDINGS,
+    NORMS,
+    TYPES,
+    Config,
+    Family,
+    Mtp,
+    Template,
+    Wrapper,
+    experts,
+    mlp,
+    size,
+    tied,
+    untied,
+)
 
 __all__ = ["FAMILY"]
 

@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardxform.model.families.base import ExpertLayout, Family, Template, Wrapper
-from shardxform.model.families.parts import EMBEDDINGS, NORMS, TYPES, experts, tied, untied
+from shardxform.model.families.base import (
+    EMBEDDINGS,
+    NORMS,
+    TYPES,
+    ExpertLayout,
+    Family,
+    Template,
+    Wrapper,
+    experts,
+    tied,
+    untied,
+)
 
 __all__ = ["FAMILY"]
 

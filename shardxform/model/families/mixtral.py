@@ -7,8 +7,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardxform.model.families.base import Config, ExpertLayout, Family, Template, Wrapper
-from shardxform.model.families.parts import EMBEDDINGS, NORMS, TYPES, experts, size, tied, untied
+from shardxform.model.families.base import (
+    EMBEDDINGS,
+    NORMS,
+    TYPES,
+    Config,
+    ExpertLayout,
+    Family,
+    Template,
+    Wrapper,
+    experts,
+    size,
+    tied,
+    untied,
+)
 
 __all__ = ["FAMILY"]
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardxform.model.families.base import Config, Family, Mtp, Template, Wrapper
-from shardxform.model.families.parts import (
+from shardxform.model.families.base import (
     EMBEDDINGS,
     GROUPED_ATTENTION,
     NORMS,
     TYPES,
+    Config,
+    Family,
+    Mtp,
+    Template,
+    Wrapper,
     experts,
     mlp,
     size,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardxform.model.families.base import Config, Family, Template, Wrapper
-from shardxform.model.families.parts import (
+from shardxform.model.families.base import (
     EMBEDDINGS,
     GROUPED_ATTENTION,
     NORMS,
     TYPES,
+    Config,
+    Family,
+    Template,
+    Wrapper,
     experts,
     mlp,
     size,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Final
 
-from shardxform.base.sharding import show_size
+from shardxform.base.tensors import show_size
 from shardxform.publish.card.facts import (
     BlockError,
     Change,
