@@ -23,8 +23,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shardxform.formats import rounding
-from shardxform.formats.grid import Bits, Grid, Layout
 from shardxform.formats.packing import bf16_bits_of
+from shardxform.formats.scheme import Bits, Grid, Layout
 
 BITS: tuple[Bits, ...] = (4, 8)
 LAYOUTS: tuple[Layout, ...] = ("gptq", "row")

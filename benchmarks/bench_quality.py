@@ -31,8 +31,7 @@ from transformers.utils import logging
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid, ScaleGrid
-from shardxform.formats.scheme import PRESETS, Scheme
+from shardxform.formats.scheme import PRESETS, Grid, ScaleGrid, Scheme
 from shardxform.plan.quantize import plan_quantize
 
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"

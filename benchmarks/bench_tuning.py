@@ -113,7 +113,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from shardxform.formats.grid import Grid
+    from shardxform.formats.scheme import Grid
     from shardxform.forward.runtime import give_back, keep_few_kernels
     from shardxform.tuning.block import TuneOptions, install, tune_block
     from shardxform.tuning.linear_attention import frugal_linear_attention

@@ -338,7 +338,7 @@ def measure_tuning(run: Run, kind: str) -> None:
     """An iteration of tuning a block, and making it ready."""
     import torch
 
-    from shardxform.formats.grid import Grid
+    from shardxform.formats.scheme import Grid
     from shardxform.forward.runtime import fixed_order, on_device
     from shardxform.tuning.block import install
     from shardxform.tuning.elementwise import Pace
@@ -409,9 +409,8 @@ def measure_scoring(run: Run) -> None:
     import torch
 
     from shardxform.experts.scoring import Scorer
-    from shardxform.forward.experts import ExpertBank, attach
     from shardxform.forward.runtime import on_device
-    from shardxform.forward.weights import Precision
+    from shardxform.forward.weights import ExpertBank, Precision, attach
 
     shape, device = run.shape, torch.device(run.device)
     scorer = Scorer(shape.scored_experts)
@@ -438,7 +437,7 @@ def measure_rounding(run: Run) -> None:
     import numpy as np
 
     from shardxform.formats import rounding, rounding_torch
-    from shardxform.formats.grid import Grid
+    from shardxform.formats.scheme import Grid
 
     grid, shape = Grid(search=False), (run.shape.rounded_rows, max(run.shape.hidden, 128))
     bits = (np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)

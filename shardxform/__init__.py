@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from shardxform.formats.scheme import Scheme
     from shardxform.plan.convert import plan_convert
     from shardxform.plan.plan import Plan
-    from shardxform.plan.prune import ViewOptions, plan_prune
+    from shardxform.plan.prune import plan_prune
     from shardxform.plan.quantize import plan_quantize
+    from shardxform.plan.view import ViewOptions
     from shardxform.verification import VerifyReport, verify
 
 __all__ = [

@@ -36,7 +36,7 @@ from shardxform.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate
 from shardxform.experts import Saliency  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats import rounding_torch  # noqa: E402
-from shardxform.formats.grid import Grid  # noqa: E402
+from shardxform.formats.scheme import Grid  # noqa: E402
 from shardxform.forward import passes, runtime  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402

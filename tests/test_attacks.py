@@ -35,12 +35,12 @@ from shardxform.errors import OutputError, PlanError, ResumeError, ShardxformErr
 from shardxform.execution import runner
 from shardxform.execution.journal import Journal
 from shardxform.formats.dialects import resolve
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Plan
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 
 FORCE = RunOptions(force=True)
 WIDE = {"hidden_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}

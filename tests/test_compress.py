@@ -43,10 +43,9 @@ from shardxform.compress import (  # noqa: E402
     plan_compress,
 )
 from shardxform.compress.folder import ResultsFolder, read_stages  # noqa: E402
-from shardxform.compress.forecast import weights_of  # noqa: E402
+from shardxform.compress.request import weights_of  # noqa: E402
 from shardxform.errors import ExecutionError, Interrupted, OutputError, PlanError, ResumeError  # noqa: E402
-from shardxform.formats.grid import Grid  # noqa: E402
-from shardxform.formats.scheme import Scheme  # noqa: E402
+from shardxform.formats.scheme import Grid, Scheme  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.tuning import session  # noqa: E402
 

@@ -19,7 +19,8 @@ from build import tiny, write_checkpoint
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.view import ViewOptions
 
 Reads = Callable[[str, str], bool]
 """Whether a string of a config is about a module."""

@@ -28,16 +28,15 @@ from shardxform.errors import CheckpointError, ExecutionError, FamilyError, Sche
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats import dialects, plain
 from shardxform.formats.encoding import Cut
-from shardxform.formats.grid import Grid
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.formats.stored import read_stored, scan_stored
 from shardxform.plan import plan as plan_module
 from shardxform.plan.convert import ConvertOptions, Target, plan_convert
 from shardxform.plan.plan import Plan
-from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.steps import Transcode
+from shardxform.plan.view import ViewOptions
 
 SHARD_BYTES = 150_000
 SPELLINGS: tuple[tuple[Any, Any], ...] = (

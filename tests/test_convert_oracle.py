@@ -14,8 +14,7 @@ from test_prune_oracle import logits
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.convert import Target, plan_convert
 from shardxform.plan.quantize import plan_quantize
 

@@ -25,13 +25,13 @@ from shardxform.checkpoint.record import Record, RecordError, is_as_written, rea
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, OutputError, PlanError
 from shardxform.execution.runner import RunOptions, run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan import plan as plan_module
 from shardxform.plan.convert import Target, plan_convert
 from shardxform.plan.plan import Extent
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import verify
 
 

@@ -18,8 +18,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import FamilyError, SchemeError
 from shardxform.execution.runner import RunOptions, run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.convert import Target, plan_convert
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize

@@ -28,7 +28,7 @@ from shardxform.cli import main  # noqa: E402
 from shardxform.execution.runner import run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.formats import rounding  # noqa: E402
-from shardxform.formats.grid import Grid  # noqa: E402
+from shardxform.formats.scheme import Grid  # noqa: E402
 from shardxform.forward import attention  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402

@@ -22,12 +22,12 @@ from shardxform.cli import main
 from shardxform.errors import ResumeError
 from shardxform.execution.output import states_of
 from shardxform.execution.runner import RunOptions, run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Plan
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 
 FORCE = RunOptions(jobs=1, force=True)
 

@@ -24,9 +24,8 @@ from shardxform.execution.runner import RunOptions, run
 from shardxform.formats import fp8, integers, plain
 from shardxform.formats.encoding import Cut, Opener, Storage, Writing
 from shardxform.formats.fp8 import Fp8, decoded_codes
-from shardxform.formats.grid import Grid
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import Format, Scheme
+from shardxform.formats.scheme import Format, Grid, Scheme
 from shardxform.formats.stored import decoded
 from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify

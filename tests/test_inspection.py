@@ -17,8 +17,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize

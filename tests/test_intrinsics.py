@@ -71,7 +71,7 @@ def test_narrowing_rounds_to_nearest_ties_to_even() -> None:
 
 ELSEWHERE = """
 import torch
-from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Grid
 from shardxform.tuning import kernels
 from shardxform.tuning.stacked import stacked_weight
 from shardxform.tuning.workers import Workers

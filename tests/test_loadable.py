@@ -18,11 +18,11 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import PlanError, SchemeError
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Format, Scheme
+from shardxform.formats.scheme import Format, Grid, Scheme
 from shardxform.model.layout import layout_of
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import verify
 from shardxform.verification.structure import refuse_unsound
 

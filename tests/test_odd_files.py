@@ -15,7 +15,8 @@ from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.execution.runner import run
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import verify
 
 KEEP = Manifest(keep=dict.fromkeys(range(3), (1, 3, 4)))

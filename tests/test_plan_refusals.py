@@ -20,12 +20,12 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import FamilyError, PlanError, SchemeError, ShardxformError
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import FORMATS, Format
+from shardxform.formats.scheme import FORMATS, Format, Grid
 from shardxform.plan.convert import Target, plan_convert
 from shardxform.plan.plan import Plan
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import verify
 
 DROP = ViewOptions(mtp="drop")

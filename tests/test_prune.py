@@ -22,8 +22,8 @@ from shardxform.errors import FamilyError, ManifestError, PlanError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan import plan as plan_module
-from shardxform.plan.prune import ViewOptions, plan_prune
-from shardxform.plan.view import pruned_view
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.view import ViewOptions, pruned_view
 
 COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 

@@ -27,12 +27,12 @@ from shardxform.errors import SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats import dialects, rounding
 from shardxform.formats.dialects import Selection, select
-from shardxform.formats.grid import Grid
+from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of
-from shardxform.formats.scheme import FORMATS, Format, Scheme
+from shardxform.formats.scheme import FORMATS, Format, Grid, Scheme
 from shardxform.model.layout import Layout, layout_of
-from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32}
 QWEN35: dict[str, Any] = {
@@ -391,10 +391,10 @@ def test_parts_are_what_rounding_returns(
     grid = Grid(bits=bits, group_size=group_size, scale_grid=scale_grid)
     scheme = Scheme(grid=grid, format=format_, g_idx=g_idx and format_ != "compressed-tensors")
     values = np.random.default_rng(rows * columns).standard_normal((rows, columns)).astype(np.float32)
-    out, stats = rounding.quantize(values, "F32", grid, layout=scheme.encoding.layout, backend="numpy")
+    out, stats = rounding.quantize(values, "F32", grid, layout=Ints.of(scheme).layout, backend="numpy")
     assert stats.ok
-    assert scheme.encoding.misfit(rows, columns) == ""
-    parts = {part.role: part.spec("m") for part in scheme.encoding.parts(rows, columns)}
+    assert Ints.of(scheme).misfit(rows, columns) == ""
+    parts = {part.role: part.spec("m") for part in Ints.of(scheme).parts(rows, columns)}
     assert (parts["words"].dtype, parts["words"].shape) == ("I32", out.words.shape)
     assert parts["words"].nbytes == out.words.nbytes
     assert parts["scales"].dtype == ("BF16" if (format_, scale_grid) == ("compressed-tensors", "bf16") else "F16")

@@ -20,13 +20,13 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, SchemeError, ShardxformError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats import integers
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Copy
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.steps import Transcode
+from shardxform.plan.view import ViewOptions
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32}
 QWEN35: dict[str, Any] = {**SIZES, "shared_expert_intermediate_size": 32, "head_dim": 32, "linear_value_head_dim": 32}

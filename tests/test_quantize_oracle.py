@@ -23,10 +23,9 @@ from test_prune_oracle import KEEP, prune_loaded, tokens
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
-from shardxform.plan.prune import ViewOptions
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

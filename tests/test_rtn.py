@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shardxform.errors import SchemeError
 from shardxform.formats import packing, rounding
-from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Grid
 
 PACKAGE = Path(rounding.__file__).parents[1]
 SMALLEST = 0x00A8  # float16 bits of 1e-5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shardxform.errors import SchemeError
 from shardxform.formats import rounding
-from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Grid
 
 pytestmark = pytest.mark.oracle
 

@@ -25,7 +25,8 @@ from shardxform.execution.output import difference, state_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.plan import plan as plan_module
 from shardxform.plan.plan import Plan
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.view import ViewOptions
 
 SMALL = ViewOptions(max_shard_bytes=20_000)
 

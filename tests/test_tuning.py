@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import packing, rounding
-from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Grid
 
 torch = pytest.importorskip("torch")
 

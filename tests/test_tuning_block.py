@@ -12,7 +12,7 @@ import pytest
 
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import packing, rounding
-from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Grid
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

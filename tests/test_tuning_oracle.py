@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardxform.formats.grid import Grid
+from shardxform.formats.scheme import Grid
 
 torch = pytest.importorskip("torch")
 

@@ -25,7 +25,8 @@ from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, ManifestError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.model.layout import layout_of
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import Problem, VerifyReport, data, jobs, verify
 
 INDEX = "model.safetensors.index.json"

@@ -22,8 +22,7 @@ from test_verify_quantized import G32, change, convert, edit_json, make, only, q
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.verification import VerifyReport, data, verify
 
 LEFT = "only shape, type and finiteness"

@@ -25,12 +25,12 @@ from shardxform.cli import main
 from shardxform.errors import CheckpointError
 from shardxform.execution.runner import run
 from shardxform.formats import matrices
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.layout import layout_of
 from shardxform.plan import view
-from shardxform.plan.prune import ViewOptions, plan_prune
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import Problem, independent, verify
 from shardxform.verification.findings import Findings
 from shardxform.verification.independent import CODE, check_independently

@@ -22,12 +22,11 @@ from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.execution.runner import run
-from shardxform.formats.grid import Grid
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.layout import layout_of
 from shardxform.plan.convert import Target, plan_convert
-from shardxform.plan.prune import ViewOptions
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 from shardxform.verification import Problem, VerifyReport, rounding, verify
 from shardxform.verification.rounding import Limits
 

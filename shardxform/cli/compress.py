@@ -38,7 +38,8 @@ from shardxform.experts.choosing import DEFAULT
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
-    from shardxform.compress import Forecast, Outcome, Prepared
+    from shardxform.compress.driver import Outcome
+    from shardxform.compress.request import Forecast, Prepared
 
 __all__ = ["compress_command"]
 
@@ -163,7 +164,8 @@ def compress_command(source: options.Source, out: Path, asked: _Asked) -> None:
         full_verify=asked.checks.full_verify,
         plot=output.plots,
     )
-    from shardxform.compress import compress, plan_compress
+    from shardxform.compress.driver import compress
+    from shardxform.compress.request import plan_compress
 
     prepared = plan_compress(request, force=settings.force)
     if output.dry_run:
@@ -302,7 +304,7 @@ def _size(windows: Windows | None) -> str:
 def _show(prepared: Prepared, settings: CompressOptions, *, as_json: bool) -> None:
     """Print what every stage would take; the machine is measured for it."""
     from shardxform.base.file_system import FileSystem
-    from shardxform.compress.forecast import forecast
+    from shardxform.compress.request import forecast
 
     request, stages = prepared.request, forecast(prepared, settings, timed=True)
     totals: dict[str, float] = {

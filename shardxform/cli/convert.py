@@ -13,7 +13,8 @@ from shardxform.cli.inputs import open_named
 from shardxform.cli.outputs import execute
 from shardxform.execution.runner import RunOptions
 from shardxform.formats.scheme import FORMATS, Format
-from shardxform.plan.convert import FLOATS, ConvertOptions, Float, Target, plan_convert
+from shardxform.formats.stored import HALF_DTYPES, Float
+from shardxform.plan.convert import ConvertOptions, Target, plan_convert
 
 __all__ = ["convert_command"]
 
@@ -33,7 +34,7 @@ class _Target(options.SpellingFlags):
     to: Format | Float = options.option(
         "Format of OUT; bf16 (bfloat16) and fp16 (float16) dequantize into the release's own layout, for llama.cpp and "
         "MLX.",
-        type=_Format([*FORMATS, *FLOATS]),
+        type=_Format([*FORMATS, *HALF_DTYPES]),
         required=True,
         first=True,
     )

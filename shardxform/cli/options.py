@@ -24,10 +24,8 @@ from shardxform.calibration.options import DataOptions
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.cluster.session import LOCAL, check_address
 from shardxform.errors import SchemeError, ShardxformError
-from shardxform.formats.grid import Grid, ScaleGrid
-from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Scheme
-from shardxform.plan.prune import ViewOptions
-from shardxform.plan.view import MtpMode
+from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.plan.view import MtpMode, ViewOptions
 
 __all__ = [
     "DATA",

@@ -81,7 +81,7 @@ class BlockTuning:
 
     def has_states(self, number: int) -> bool:
         """Whether the states that enter block `number` are on disk."""
-        from shardxform.tuning.chains import states_file
+        from shardxform.tuning.session import states_file
 
         path = states_file(self.place.states, number)
         return path.is_file() and path.stat().st_size == self.state_bytes

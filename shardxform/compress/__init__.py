@@ -12,8 +12,7 @@ OUT.compress with a record of what it was made from: it is not made again, nor m
 from __future__ import annotations
 
 from shardxform.compress.driver import Outcome, Watcher, compress
-from shardxform.compress.forecast import Forecast, forecast
-from shardxform.compress.request import CompressOptions, Prepared, Pruning, Request, plan_compress
+from shardxform.compress.request import CompressOptions, Forecast, Prepared, Pruning, Request, forecast, plan_compress
 
 __all__ = [
     "CompressOptions",

@@ -33,8 +33,7 @@ from shardxform.compress.folder import (
     refuse_changed,
     work_of,
 )
-from shardxform.compress.forecast import weights_of
-from shardxform.compress.request import CompressOptions, Prepared, Request, plan_for
+from shardxform.compress.request import CompressOptions, Prepared, Request, plan_for, weights_of
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
 from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run

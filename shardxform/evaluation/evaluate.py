@@ -27,11 +27,10 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
-from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import OutputHead, Skeleton
-from shardxform.forward.weights import Precision, Weights
+from shardxform.forward.weights import Observer, Precision, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts", "identified"]

@@ -19,9 +19,9 @@ from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.execution.copying import Files, OpenTarget
 from shardxform.formats.encoding import Opener, Read, SourceDtype, Writing
-from shardxform.formats.grid import Grid
 from shardxform.formats.integers import Ints
 from shardxform.formats.rounding import QuantizedWeight, RtnStats, quantize_into
+from shardxform.formats.scheme import Grid
 from shardxform.plan.plan import Extent
 from shardxform.plan.steps import Transcode, TranscodeItem
 

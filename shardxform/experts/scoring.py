@@ -28,11 +28,10 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
 from shardxform.execution.output import difference
 from shardxform.experts import ExpertStats, Saliency, difference_of_models
-from shardxform.forward.experts import Observer
 from shardxform.forward.passes import Pass, batches, fingerprint, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import Skeleton, mtp_layer, mtp_numbers
-from shardxform.forward.weights import Precision, Weights
+from shardxform.forward.weights import Observer, Precision, Weights
 from shardxform.forward.work import WorkDir, refuse_inside
 from shardxform.model.layout import Layout, layout_of
 

@@ -15,16 +15,27 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from shardxform.base.tensors import FLOATS, TensorRef
+from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
+from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.fp8 import ScaleRule, scale_rule
-from shardxform.formats.grid import Grid
-from shardxform.formats.matrices import Matrix, matrices_of
-from shardxform.formats.scheme import Format, Scheme
+from shardxform.formats.integers import Ints
+from shardxform.formats.matrices import Matrix, matrices_of, single_biases
+from shardxform.formats.scheme import Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout, is_tied
 
-__all__ = ["DECODED", "Resolved", "Selection", "build", "refuse_unread", "resolve", "select"]
+__all__ = [
+    "DECODED",
+    "Resolved",
+    "Selection",
+    "build",
+    "gathered_tensors",
+    "kept_tensors",
+    "refuse_unread",
+    "resolve",
+    "select",
+]
 
 _BY_DEFAULT = "16-bit by default"
 _ROUNDED = FLOATS - {"F64"}
@@ -62,7 +73,7 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfit = functools.cache(scheme.encoding.misfit)  # of one shape, as a rule, for ten thousand experts
+    misfit = functools.cache(Ints.of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
     misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
@@ -421,3 +432,46 @@ def _check(resolved: Resolved, selection: Selection, grid: Grid, modules: Mappin
             continue  # no linear layer: no client asks
         if resolved.bits_of(name) != (grid.bits if name in quantized else 16):
             raise SchemeError(f"internal: quantization_config says {resolved.bits_of(name)} bits for {name}")
+
+
+def kept_tensors(
+    layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme
+) -> dict[str, TensorRef]:
+    """Tensors that stay as they are, byte for byte.
+
+    Experts that stay 16-bit are un-fused too: the loader of auto-round and gptq un-fuses every block, whether any of
+    its experts is quantized or not, and would leave fused ones at their random initial values with only a warning.
+    That of compressed-tensors looks at each block, and wants 16-bit experts as the release has them.
+    """
+    replaced = {name for module in selection.quantized for name in module.sources}
+    unfused: dict[str, TensorRef] = {}
+    for module in _unfused(selection, scheme):
+        replaced.update(module.sources)
+        if module.cut is None:
+            unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
+    unfused |= {bias.name: bias for stack in replaced for bias in single_biases(layout, tensors, stack)}
+    stacks = {f"{name}_bias" for name in replaced}
+    return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
+
+
+def gathered_tensors(
+    selection: Selection, scheme: Scheme, kept: Mapping[str, TensorRef]
+) -> dict[str, tuple[TensorSpec, tuple[Storage, ...]]]:
+    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what is stored for them.
+
+    Experts that stay 16-bit where the family's stacks are transposed, and what is decoded.
+    """
+    found = {name: (ref.spec, ref.sources) for name, ref in kept.items() if isinstance(ref, Encoded)}
+    for module in _unfused(selection, scheme):
+        if module.cut:
+            spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
+            found[spec.name] = spec, module.stored
+    return found
+
+
+def _unfused(selection: Selection, scheme: Scheme) -> Iterator[Matrix]:
+    """Experts that stay 16-bit, and are written one by one all the same."""
+    if scheme.expert_names == "split" and scheme.format != "compressed-tensors":
+        for module in selection.kept_modules:
+            if module.place.template.variant == "fused" and module.place.scope == "block":
+                yield module

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, row_tiles
-from shardxform.formats.grid import Grid, Layout
+from shardxform.formats.scheme import Grid, Layout, Scheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,13 @@ class Ints:
     layout: Layout = "gptq"
     scale_dtype: str = "F16"
     g_idx: bool = False
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> Ints:
+        """How weights of a scheme are stored; scales are BF16 where the format allows it and nothing is lost."""
+        layout: Layout = "row" if scheme.format == "compressed-tensors" else "gptq"
+        bf16 = layout == "row" and scheme.grid.scale_grid == "bf16"
+        return cls(scheme.grid, layout, "BF16" if bf16 else "F16", scheme.g_idx)
 
     @property
     def fits_half(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats.encoding import Cut, Role, SourceDtype
-from shardxform.formats.grid import Grid, Layout
+from shardxform.formats.scheme import Grid, Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -24,7 +24,7 @@ from shardxform.base.constants import SEARCH_MARGIN
 from shardxform.errors import SchemeError
 from shardxform.formats import packing
 from shardxform.formats.encoding import SourceDtype
-from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.formats.scheme import COLUMN_MULTIPLE, Grid, Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,8 +15,8 @@ import torch
 
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats.encoding import SourceDtype
-from shardxform.formats.grid import Grid
 from shardxform.formats.rounding import QuantizedWeight, RtnStats
+from shardxform.formats.scheme import Grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

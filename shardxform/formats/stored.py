@@ -10,18 +10,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.dialects import DECODED, Resolved, resolve
+from shardxform.formats.dialects import (
+    DECODED,
+    Resolved,
+    resolve,
+)
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
-from shardxform.formats.grid import Bits, Grid, ScaleGrid
+from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
-from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.formats.plain import storages_of
+from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
     COMPANIONS,
@@ -34,7 +39,17 @@ from shardxform.model.layout import (
     variants_found,
 )
 
-__all__ = ["Stored", "decoded", "has_g_idx", "read_stored", "scan_stored"]
+__all__ = [
+    "HALF_DTYPES",
+    "Float",
+    "Stored",
+    "config_of_half",
+    "decoded",
+    "has_g_idx",
+    "read_stored",
+    "released",
+    "scan_stored",
+]
 
 _GPTQ: Final = ("qweight", "qzeros", "scales")
 _ROW: Final = ("weight_packed", "weight_scale", "weight_shape")
@@ -294,11 +309,11 @@ def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Map
     shape = _shape(stem, parts[rules.kinds[0]].spec, rules)
     scheme = Scheme(grid=rules.grid, format=rules.format, g_idx="g_idx" in parts)
     found: list[tuple[Role, TensorRef]] = []
-    for part in scheme.encoding.parts(*shape):
+    for part in Ints.of(scheme).parts(*shape):
         ref = parts[part.suffix]
         _refuse_other(ref.spec, part.spec(stem), shape, rules)
         found.append((part.role, ref))
-    encoding = replace(scheme.encoding, scale_dtype=dict(found)["scales"].spec.dtype)
+    encoding = replace(Ints.of(scheme), scale_dtype=dict(found)["scales"].spec.dtype)
     return Storage(encoding, tuple(found), shape)
 
 
@@ -402,3 +417,51 @@ def _contradictions(
             and resolved.bits_of(module.name) != 16
         ):
             yield f"quantization_config declares {module.name} quantized, but it is stored in 16 bits"
+
+
+Float = Literal["bf16", "fp16"]
+"""16-bit types that weights are dequantized to."""
+
+
+HALF_DTYPES: Final[Mapping[str, str]] = {"bf16": "BF16", "fp16": "F16"}
+"""What safetensors calls them."""
+
+
+def config_of_half(config: Mapping[str, object]) -> dict[str, Any]:
+    """The config of weights that became float16: clients that load what it says would round them to bfloat16."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, "float16")}
+
+
+def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
+    """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
+    out: list[TensorRef] = []
+    fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
+    for name, ref in refs.items():
+        place = layout.places.get(name)
+        if place is None or place.expert is None or place.scope != "block" or not layout.family.fused_release:
+            out.append(ref)
+            continue
+        parts = name.split(".")
+        stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
+        fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
+    for stem, experts in fused.items():
+        order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
+        out.append(_stacked(f"{stem}.gate_up_proj", [[e["gate_proj"], e["up_proj"]] for e in order]))
+        out.append(_stacked(f"{stem}.down_proj", [[e["down_proj"]] for e in order]))
+    return out
+
+
+def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
+    """Weights one below the other, and those of each expert as one slab of a tensor [E, O, I]."""
+    first = experts[0][0].spec
+    for ref in (ref for refs in experts for ref in refs):
+        if ref.spec.dtype != first.dtype:
+            raise SchemeError(
+                f"tensor '{ref.name}' is {ref.spec.dtype}, but '{first.name}' is {first.dtype}; cannot fuse"
+            )
+    refs = [ref for refs in experts for ref in refs]
+    spec = TensorSpec(name, first.dtype, (len(experts), sum(ref.spec.shape[0] for ref in experts[0]), first.shape[1]))
+    if any(isinstance(ref, Encoded) for ref in refs):
+        return Encoded(spec, (), tuple(source for ref in refs for source in storages_of(ref)))
+    return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))

@@ -30,9 +30,8 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted
-from shardxform.forward.experts import Observer
 from shardxform.forward.skeleton import Block, Skeleton
-from shardxform.forward.weights import Precision, Weights
+from shardxform.forward.weights import Observer, Precision, Weights
 from shardxform.forward.work import HiddenFile, WorkDir
 
 __all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "estimate", "fingerprint", "pass_inputs", "run_pass"]

@@ -25,9 +25,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.attention import attend_by_rows
-from shardxform.forward.experts import IMPLEMENTATION, STACKS, ExpertBank, Observer, attach, detach, experts_module
 from shardxform.forward.runtime import give_back, keep_few_kernels
-from shardxform.forward.weights import Weights
+from shardxform.forward.weights import (
+    IMPLEMENTATION,
+    STACKS,
+    ExpertBank,
+    Observer,
+    Weights,
+    attach,
+    detach,
+    experts_module,
+)
 from shardxform.model.layout import HEAD, Layout, is_tied
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]

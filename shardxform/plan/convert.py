@@ -10,42 +10,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from shardxform.base import computing
-from shardxform.base.tensors import TensorRef, TensorSpec, coalesce, uncollected
+from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.dialects import Selection, build, reasons_summary, refuse_unread
+from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
-from shardxform.formats.plain import Plain, storages_of
+from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
-from shardxform.formats.stored import Stored, has_g_idx, read_stored
-from shardxform.model.layout import Layout
+from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
-from shardxform.plan.prune import DEFAULT_SHARD_BYTES, config_bytes, sidecar_digests, view_summary
-from shardxform.plan.quantize import kept_tensors
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
-from shardxform.plan.view import View, pruned_view
+from shardxform.plan.view import DEFAULT_SHARD_BYTES, View, config_bytes, pruned_view, sidecar_digests, view_summary
 
 __all__ = [
-    "FLOATS",
     "ConvertOptions",
-    "Float",
     "Target",
-    "config_of_half",
     "plan_convert",
-    "released",
 ]
 
-Float = Literal["bf16", "fp16"]
-"""16-bit types that weights are dequantized to."""
-
-FLOATS: Final[Mapping[str, str]] = {"bf16": "BF16", "fp16": "F16"}
-"""What safetensors calls them."""
 
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms", "vision"})
 _IN_SOURCE: Final = "16-bit in the source"
@@ -67,7 +55,7 @@ class Target:
     g_idx: bool = False
 
     def __post_init__(self) -> None:
-        if self.format in FLOATS and (self.g_idx or self.expert_names != "split"):
+        if self.format in HALF_DTYPES and (self.g_idx or self.expert_names != "split"):
             raise SchemeError(f"{self.format} has no g_idx and one spelling of experts: the release's")
 
 
@@ -106,7 +94,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     elif target.format == "fp16":
         config = config_of_half(config)
     shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
-    encoding = scheme.encoding if scheme else Plain(FLOATS[target.format])
+    encoding = Ints.of(scheme) if scheme else Plain(HALF_DTYPES[target.format])
     steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, encoding))
     sidecars = sidecar_digests(source)
     plan = Plan(
@@ -136,7 +124,7 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     refuse_unread(stored.layout, scheme)
     for module in stored.modules.values():
         rows, columns = module.shape
-        why = scheme.encoding.misfit(rows, columns)
+        why = Ints.of(scheme).misfit(rows, columns)
         if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and why):
             raise SchemeError(
                 f"module {module.name}: {why}, which {target.format} cannot hold; try `target.format` bf16"
@@ -158,12 +146,6 @@ def _refuse_half(view: View, target: Target) -> None:
         )
 
 
-def config_of_half(config: Mapping[str, object]) -> dict[str, Any]:
-    """The config of weights that became float16: clients that load what it says would round them to bfloat16."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(keys, "float16")}
-
-
 def _refuse_nothing(stored: Stored, target: Target) -> None:
     same_index = all(has_g_idx(module) == target.g_idx for module in stored.modules.values())
     if stored.scheme.format == target.format and stored.spellings <= {target.expert_names} and same_index:
@@ -179,7 +161,7 @@ def _refuse_restacking(stored: Stored, target: Target) -> None:
 
     """
     family = stored.layout.family
-    if target.format in FLOATS and family.experts.stacks and (family.experts.transposed or family.experts.bias):
+    if target.format in HALF_DTYPES and family.experts.stacks and (family.experts.transposed or family.experts.bias):
         raise SchemeError(
             f"family {family.name} stacks its experts transposed, which is not written from quantized ones; start from"
             " the checkpoint that was quantized"
@@ -201,7 +183,7 @@ def _specs(plain: Mapping[str, TensorRef], weights: Iterable[Encoded], scheme: S
         if scheme is None:
             yield weight.spec
         else:
-            yield from (part.spec(weight.name) for part in scheme.encoding.parts(*_shape(weight)))
+            yield from (part.spec(weight.name) for part in Ints.of(scheme).parts(*_shape(weight)))
 
 
 def _shape(weight: Encoded) -> tuple[int, int]:
@@ -211,7 +193,7 @@ def _shape(weight: Encoded) -> tuple[int, int]:
 
 def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[Encoded]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
-    dtype = FLOATS.get(target.format)
+    dtype = HALF_DTYPES.get(target.format)
     if dtype is None:
         return [_encoded(module.weight.renamed(module.name)) for module in selection.quantized]
     weights = [_encoded(ref) for ref in released(stored.weights, view.layout)]
@@ -228,40 +210,6 @@ def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | No
     if scheme is None or scheme.format == "compressed-tensors":
         return {ref.name: ref for ref in released(stored.plain, view.layout)}
     return kept_tensors(view.layout, stored.plain, selection, scheme)
-
-
-def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
-    """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
-    out: list[TensorRef] = []
-    fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
-    for name, ref in refs.items():
-        place = layout.places.get(name)
-        if place is None or place.expert is None or place.scope != "block" or not layout.family.fused_release:
-            out.append(ref)
-            continue
-        parts = name.split(".")
-        stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
-        fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
-    for stem, experts in fused.items():
-        order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
-        out.append(_stacked(f"{stem}.gate_up_proj", [[e["gate_proj"], e["up_proj"]] for e in order]))
-        out.append(_stacked(f"{stem}.down_proj", [[e["down_proj"]] for e in order]))
-    return out
-
-
-def _stacked(name: str, experts: list[list[TensorRef]]) -> TensorRef:
-    """Weights one below the other, and those of each expert as one slab of a tensor [E, O, I]."""
-    first = experts[0][0].spec
-    for ref in (ref for refs in experts for ref in refs):
-        if ref.spec.dtype != first.dtype:
-            raise SchemeError(
-                f"tensor '{ref.name}' is {ref.spec.dtype}, but '{first.name}' is {first.dtype}; cannot fuse"
-            )
-    refs = [ref for refs in experts for ref in refs]
-    spec = TensorSpec(name, first.dtype, (len(experts), sum(ref.spec.shape[0] for ref in experts[0]), first.shape[1]))
-    if any(isinstance(ref, Encoded) for ref in refs):
-        return Encoded(spec, (), tuple(source for ref in refs for source in storages_of(ref)))
-    return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
 
 
 def _steps(shards: Sequence[ShardPlan], weights: Iterable[Encoded], encoding: Ints | Plain) -> Iterator[Transcode]:
@@ -366,7 +314,7 @@ def _summary(
 def _notes(stored: Stored, target: Target) -> Iterator[str]:
     before, bits = stored.scheme.format, stored.scheme.grid.bits
     weights = f"{len(stored.modules):,} weight matrices of {bits} bits"
-    if target.format in FLOATS:
+    if target.format in HALF_DTYPES:
         yield f"{weights} become {_rounding(stored, target)}"
         yield "this cannot be undone: quantizing OUT again need not give the same integers and scales"
         yield from _notes_of_dtype(stored, target)
@@ -379,13 +327,13 @@ def _notes(stored: Stored, target: Target) -> Iterator[str]:
             yield f"experts are named otherwise: {new} for {old}"
     if stored.contradictions:
         more = f", and {len(stored.contradictions) - 1} more like it" if len(stored.contradictions) > 1 else ""
-        then = "" if target.format in FLOATS else "; the new one says what is stored"
+        then = "" if target.format in HALF_DTYPES else "; the new one says what is stored"
         yield stored.contradictions[0] + more + then
 
 
 def _rounding(stored: Stored, target: Target) -> str:
     """What becomes of a product in 16 bits, and what to do where it is not exact."""
-    product, fits = "each integer times its scale", stored.scheme.encoding.fits_half
+    product, fits = "each integer times its scale", Ints.of(stored.scheme).fits_half
     if target.format == "fp16":
         if fits:
             return f"float16: {product}, exactly"

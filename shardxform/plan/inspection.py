@@ -14,6 +14,7 @@ from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
 from shardxform.formats.dialects import select
+from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import Scheme
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
@@ -163,7 +164,7 @@ def _quantized_bytes(view: View, scheme: Scheme) -> int:
     replaced = {name for module in selection.quantized for name in module.sources}
     total = sum(ref.nbytes * times[name] for name, ref in sample.items() if name not in replaced)
     for module in selection.quantized:
-        parts = scheme.encoding.parts(*module.shape)
+        parts = Ints.of(scheme).parts(*module.shape)
         total += sum(part.spec(module.name).nbytes for part in parts) * times[module.sources[0]]
     return total
 

@@ -18,16 +18,22 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
-from shardxform.formats.dialects import Selection, build, reasons_summary, refuse_unread, select
+from shardxform.formats.dialects import (
+    Selection,
+    build,
+    gathered_tensors,
+    kept_tensors,
+    reasons_summary,
+    refuse_unread,
+    select,
+)
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.grid import GROUP_SIZES
-from shardxform.formats.matrices import Matrix, single_biases
+from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import FORMATS, Scheme
+from shardxform.formats.scheme import FORMATS, GROUP_SIZES, Scheme
 from shardxform.formats.stored import decoded
-from shardxform.model.layout import Layout, is_quantized
+from shardxform.model.layout import is_quantized
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
-from shardxform.plan.prune import ViewOptions, config_bytes, sidecar_digests, view_inputs, view_summary
 from shardxform.plan.steps import (
     BlockSize,
     KeptItem,
@@ -40,9 +46,17 @@ from shardxform.plan.steps import (
     transcode_item,
     transcode_steps,
 )
-from shardxform.plan.view import View, pruned_view
+from shardxform.plan.view import (
+    View,
+    ViewOptions,
+    config_bytes,
+    pruned_view,
+    sidecar_digests,
+    view_inputs,
+    view_summary,
+)
 
-__all__ = ["gathered_tensors", "kept_tensors", "plan_quantize"]
+__all__ = ["plan_quantize"]
 
 
 @uncollected()
@@ -73,7 +87,7 @@ def plan_quantize(
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
     gathered = gathered_tensors(selection, scheme, kept)
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
-    specs += [part.spec(m.name) for m in selection.quantized for part in scheme.encoding.parts(*m.shape)]
+    specs += [part.spec(m.name) for m in selection.quantized for part in Ints.of(scheme).parts(*m.shape)]
     shards = lay_out(specs, options.max_shard_bytes)
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
@@ -144,7 +158,7 @@ def _computed(
     recipe: Recipe | None,
 ) -> Iterator[Step]:
     """Steps that compute: values that are moved or decoded, weights that are rounded, blocks that are tuned."""
-    extents, encoding = extents_of(shards), scheme.encoding
+    extents, encoding = extents_of(shards), Ints.of(scheme)
     tuned: list[tuple[int | None, TranscodeItem]] = []
     rounded: list[tuple[TranscodeItem, int]] = []
     for module in selection.quantized:
@@ -217,55 +231,12 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
-        if not any(other.encoding.misfit(*shape) for shape in shapes):
-            odd = next(module for module in misfits if scheme.encoding.misfit(*module.shape))
+        if not any(Ints.of(other).misfit(*shape) for shape in shapes):
+            odd = next(module for module in misfits if Ints.of(scheme).misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
                 f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
             )
-
-
-def kept_tensors(
-    layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection, scheme: Scheme
-) -> dict[str, TensorRef]:
-    """Tensors that stay as they are, byte for byte.
-
-    Experts that stay 16-bit are un-fused too: the loader of auto-round and gptq un-fuses every block, whether any of
-    its experts is quantized or not, and would leave fused ones at their random initial values with only a warning.
-    That of compressed-tensors looks at each block, and wants 16-bit experts as the release has them.
-    """
-    replaced = {name for module in selection.quantized for name in module.sources}
-    unfused: dict[str, TensorRef] = {}
-    for module in _unfused(selection, scheme):
-        replaced.update(module.sources)
-        if module.cut is None:
-            unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
-    unfused |= {bias.name: bias for stack in replaced for bias in single_biases(layout, tensors, stack)}
-    stacks = {f"{name}_bias" for name in replaced}
-    return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
-
-
-def gathered_tensors(
-    selection: Selection, scheme: Scheme, kept: Mapping[str, TensorRef]
-) -> dict[str, tuple[TensorSpec, tuple[Storage, ...]]]:
-    """Tensors that keep their values, but are no run of the source's bytes: what they are, and what is stored for them.
-
-    Experts that stay 16-bit where the family's stacks are transposed, and what is decoded.
-    """
-    found = {name: (ref.spec, ref.sources) for name, ref in kept.items() if isinstance(ref, Encoded)}
-    for module in _unfused(selection, scheme):
-        if module.cut:
-            spec = TensorSpec(f"{module.name}.weight", module.weight.spec.dtype, module.shape)
-            found[spec.name] = spec, module.stored
-    return found
-
-
-def _unfused(selection: Selection, scheme: Scheme) -> Iterator[Matrix]:
-    """Experts that stay 16-bit, and are written one by one all the same."""
-    if scheme.expert_names == "split" and scheme.format != "compressed-tensors":
-        for module in selection.kept_modules:
-            if module.place.template.variant == "fused" and module.place.scope == "block":
-                yield module
 
 
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardxform.base.constants import CLIP_RANGE, JUDGED_AT
 from shardxform.errors import SchemeError
-from shardxform.forward.experts import STACKS
+from shardxform.forward.weights import STACKS
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
 from shardxform.tuning.modules import ExpertBiases, TunedExperts, TunedLinear
 from shardxform.tuning.samples import (
@@ -42,7 +42,7 @@ from shardxform.tuning.samples import (
 from shardxform.tuning.stacked import Codes, StackedWeight, Tunable, stacked_weight
 
 if TYPE_CHECKING:
-    from shardxform.formats.grid import Grid
+    from shardxform.formats.scheme import Grid
     from shardxform.tuning.elementwise import Pace
     from shardxform.tuning.workers import Workers
 

@@ -18,7 +18,7 @@ from shardxform.base.constants import LANES, OFFSET_STEP, OFFSET_UNITS
 from shardxform.formats.rounding import LARGEST_SCALE, SMALLEST_SCALE
 
 if TYPE_CHECKING:
-    from shardxform.formats.grid import Grid
+    from shardxform.formats.scheme import Grid
 
 __all__ = ["LIMIT", "ONE", "UNITS_PER_STEP", "Pace", "codes", "keep", "scales", "step", "values"]
 

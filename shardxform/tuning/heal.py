@@ -22,7 +22,7 @@ import torch
 
 from shardxform.ask.recipe import Heal
 from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
-from shardxform.forward.experts import STACKS
+from shardxform.forward.weights import STACKS
 from shardxform.plan.steps import healed_names
 from shardxform.tuning.modules import ExpertBiases, TunedExperts
 from shardxform.tuning.samples import (

@@ -19,7 +19,7 @@ import torch
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import packing, rounding
 from shardxform.formats.encoding import SourceDtype
-from shardxform.formats.grid import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.formats.scheme import COLUMN_MULTIPLE, Grid, Layout
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import Pace
 

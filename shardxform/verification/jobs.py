@@ -16,10 +16,10 @@ from shardxform.base.digests import tensor_digest
 from shardxform.base.tensors import BITS, TensorRef
 from shardxform.formats import packing
 from shardxform.formats.encoding import DECODE_TILE, Fault, Opener, Role, Rows, row_tiles
-from shardxform.formats.grid import Grid
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.rounding import quantize
+from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.parts import Pair, Rule

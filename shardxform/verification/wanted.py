@@ -18,14 +18,12 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.grid import Grid
 from shardxform.formats.matrices import matrices_of, single_biases
 from shardxform.formats.plain import Plain, storages_of
-from shardxform.formats.scheme import ExpertNames, Format, Scheme
-from shardxform.formats.stored import Stored, read_stored
+from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
+from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import COMPANIONS, Layout
-from shardxform.plan.convert import FLOATS, config_of_half, released
 from shardxform.plan.steps import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
@@ -81,7 +79,7 @@ class Known:
         """The type, where the output was converted to bf16 or fp16; else nothing."""
         target = self.record.get("target")
         named = str(target.get("format")) if isinstance(target, Mapping) else ""
-        return FLOATS.get(named, "") if self.record.get("command") == "convert" else ""
+        return HALF_DTYPES.get(named, "") if self.record.get("command") == "convert" else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Final
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
 from shardxform.base.strict_json import Fields
 from shardxform.checkpoint.record import PROVENANCE, Record
-from shardxform.plan.prune import DEFAULT_SHARD_BYTES
+from shardxform.plan.view import DEFAULT_SHARD_BYTES
 
 __all__ = ["commands"]
 
