@@ -17,7 +17,7 @@ from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES, ALLOWED_M
 
 from shardxform.calibration.tokens import load_tokenizer
 from shardxform.errors import CheckpointError, FamilyError
-from shardxform.model.families import FAMILIES
+from shardxform.model.families import all_families
 from shardxform.model.layout import layout_of
 from shardxform.verification import structure, verify
 from shardxform.verification.structure import config_faults
@@ -45,7 +45,7 @@ def words(hint: Any) -> list[str]:
     return [word for each in inside for word in words(each)] if inside else ["object"]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
 def test_types_are_those_of_transformers(family: Any) -> None:
     text = next(wrapper for wrapper in family.wrappers if wrapper.text_key is None)
     pairs = [(CONFIG_MAPPING[text.model_type], family.types)]

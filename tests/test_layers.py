@@ -26,7 +26,7 @@ LIGHT = (
     *("model.layout", "checkpoint.table", "ask.manifest", "plan.prune", "execution.runner", "publish.card"),
     *("cli", "cli.prune", "cli.inspect", "cli.card", "cli.doctor"),
 )
-PURE = ("errors", "base.dtypes", "base.strict_json", "base.tensors", "base.header", "model.layout", "model.families.*")
+PURE = ("errors", "base.strict_json", "base.tensors", "model.layout", "model.families.*")
 
 
 def room(module: str) -> str:

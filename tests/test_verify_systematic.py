@@ -19,7 +19,7 @@ from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.packing import code_sum
 from shardxform.formats.scheme import Grid, Scheme
-from shardxform.verification import VerifyReport, parts, verify
+from shardxform.verification import VerifyReport, parts, systematic, verify
 
 KIND = "qwen3_moe"
 LAYER = "model.layers.1"
@@ -395,7 +395,7 @@ def test_constants_are_those_of_the_code_that_quantizes() -> None:
     assert float(rounding.SMALLEST_SCALE) == parts._SMALLEST_SCALE
     assert CLIP_RANGE[1] == parts._WIDEST_CLIP
     kernels = pytest.importorskip("shardxform.verification.kernels")
-    assert kernels.STEP == parts.STEP
+    assert kernels.STEP == systematic.STEP
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 50, 200, 1000])
@@ -417,7 +417,7 @@ def test_the_share_that_chance_does_not_reach() -> None:
         return sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(least, n + 1))
 
     for p, n in ((0.0025, 64), (0.0025, 512), (0.05, 128), (0.5, 512)):
-        most = int(parts._most(p, n) * n)
+        most = int(systematic._most(p, n) * n)
         assert tail(p, n, most + 1) < 1.3e-14 < tail(p, n, int(0.8 * most))
-    assert parts._most(0.0, 32) < 0.5  # a row of 32 codes off by one is found
-    assert parts._most(1.0, 32) == 1.0
+    assert systematic._most(0.0, 32) < 0.5  # a row of 32 codes off by one is found
+    assert systematic._most(1.0, 32) == 1.0

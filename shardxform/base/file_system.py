@@ -387,6 +387,13 @@ def _publish(fs: FileSystem, temporary: Path, path: Path) -> bool:
     return True
 
 
+# -- readers -----------------------------------------------------------------------------------------------------------
+# Where the shards of a source are read from: files of a folder, or ranges of a repository that pass by.
+#
+# The one way in which tensor data of a source is read while there is work to do. What is not here yet is fetched
+# before a read returns: no reader ever sees a byte that did not come from the source.
+
+
 class SourceReader(Protocol):
     """Reads byte ranges of shards by name; safe to use from several threads."""
 
@@ -462,6 +469,9 @@ class FolderReader:
                 self._fds[name] = self._fs.open(self._root / name, os.O_RDONLY)
             return self._fds[name]
 
+
+# -- owned -------------------------------------------------------------------------------------------------------------
+# A directory that belongs to one kind of work, and to one process at a time.
 
 LOCK: Final = "lock"
 """File that the process at work holds."""

@@ -243,6 +243,14 @@ FLOATS: Final[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
 """Plain floating-point dtypes: what a weight that is not quantized is stored in."""
 
 
+# -- header ------------------------------------------------------------------------------------------------------------
+# The header of a shard: pure functions between bytes and specs, no I/O.
+#
+# Layout of a shard (safetensors): 8 bytes little-endian length N, N bytes of JSON, the data. `layout` and `encode`
+# reproduce the reference writer (tensors by dtype rank descending, then name; header padded with spaces to 8 bytes),
+# so a shard written through them equals what `safetensors.torch.save_file` writes, byte for byte. `decode` refuses
+# whatever the reference reader refuses, and what is ambiguous besides, such as a name that occurs twice.
+
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
 _LFS_POINTER: Final = b"version "
@@ -386,6 +394,9 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# -- sharding ----------------------------------------------------------------------------------------------------------
+# Which tensor goes into which shard, and what the shards are called: Hugging Face's policy, as pure functions.
+
 _UNITS: Final = {
     "": 1,
     "KB": 10**3,
@@ -450,6 +461,13 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+# -- collecting --------------------------------------------------------------------------------------------------------
+# Making many values without looks for cyclic garbage.
+#
+# A plan of 72 GB is a million small frozen values that hold no cycle. While they are made, the interpreter looks
+# through all of them for cycles again and again, which takes longer than making them.
 
 
 @contextlib.contextmanager

@@ -38,6 +38,13 @@ __all__ = [
     "with_options",
 ]
 
+# -- option names ------------------------------------------------------------------------------------------------------
+# Which option of the command line gives a field of the library.
+#
+# The library knows fields alone: in its messages a field stands in backquotes, by the path that records have for it
+# or by the last part of that, and is replaced by its option before a person reads it. A field that no option gives,
+# such as the headers of a source, keeps its name.
+
 _OPTIONS: Final[Mapping[str, str]] = {
     "options.text_only": "--text-only",
     "options.mtp": "--mtp",
@@ -147,6 +154,8 @@ def with_options(message: str, stage: str = "") -> str:
     start = f"{stage}." if stage else ""
     return re.sub(r"`([^`\s]+)`", lambda found: option_of(start + found[1]), message)
 
+
+# -- console -----------------------------------------------------------------------------------------------------------
 
 _PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal, and more as time goes on
 _PLAIN_SHARE: Final = 0.05

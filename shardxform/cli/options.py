@@ -13,19 +13,20 @@ from dataclasses import Field, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
 
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, Inputs, What
 from shardxform.base.tensors import parse_size
-from shardxform.calibration.options import DataOptions
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
-from shardxform.cluster.session import LOCAL, check_address
 from shardxform.errors import SchemeError, ShardxformError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
 from shardxform.plan.view import MtpMode, ViewOptions
+
+if TYPE_CHECKING:
+    from shardxform.calibration.options import DataOptions
 
 __all__ = [
     "DATA",
@@ -302,6 +303,8 @@ class _Address(click.ParamType[str]):
     name = "address"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from shardxform.cluster.session import check_address  # few ask for a cluster
+
         try:
             return check_address(str(value))
         except ShardxformError as e:
@@ -510,6 +513,8 @@ class TextFlags(Flags, heading="Text"):
             PlanError: numbers that no data could satisfy.
 
         """
+        from shardxform.calibration.options import DataOptions  # most commands read no text
+
         return DataOptions(
             data=self.data or "",
             samples=self.samples or self.usual_samples,
@@ -592,7 +597,7 @@ class RayFlags(Flags, heading="Machine"):
         "this machine alone. All machines share the file system of SRC and OUT. The bytes are the same.",
         metavar="[HOST:PORT|auto]",
         is_flag=False,
-        flag_value=LOCAL,
+        flag_value="local",
         type=_Address(),
     )
 

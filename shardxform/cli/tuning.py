@@ -18,7 +18,6 @@ from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe
 from shardxform.cli import options
 from shardxform.cli.console import count, gb
 from shardxform.cli.inputs import load_text, make_precision
-from shardxform.cluster.session import LOCAL, Needs
 from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import layout_of
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.checkpoint.table import Checkpoint
     from shardxform.cluster.pool import BlockTuning
+    from shardxform.cluster.session import Needs
     from shardxform.execution.runner import StepPool, StepTuner
     from shardxform.forward.weights import Precision
     from shardxform.plan.plan import Plan
@@ -293,4 +293,4 @@ def ray_tasks(plan: Plan, ray: OnRay) -> RayTasks:
 
 def ray_place(address: str) -> str:
     """What people call a cluster."""
-    return "this machine" if address == LOCAL else address
+    return "this machine" if address == "local" else address

@@ -43,6 +43,13 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockTuning", "RayPool", "do_block", "make_states", "needs_of", "precision_of", "refuse_remote"]
 
+# -- blocks ------------------------------------------------------------------------------------------------------------
+# What workers do to tune blocks side by side: the states around each made once, by a chain of tasks; then the block.
+#
+# States are files in the work directory of the output, one for each block that is entered. A task that makes them
+# comes after the one that made those before, and a block is tuned after both that it reads: Ray keeps that order. A
+# file that is whole is not made again, so that a chain that broke goes on from where it was.
+
 _WIDTHS: Final = {"float32": 4, "bfloat16": 2}
 
 
@@ -168,6 +175,8 @@ def precision_of(device: str, dtype: str) -> Precision:
         raise ExecutionError(f"worker on {socket.gethostname()}: `device` {device}: {str(e).splitlines()[0]}") from e
     return Precision(torch.device(device), getattr(torch, dtype))
 
+
+# -- pool --------------------------------------------------------------------------------------------------------------
 
 _WORKER_BYTES: Final = 240 << 20  # a worker's process: interpreter, ray, numpy, compiled kernels; measured 238 MB
 

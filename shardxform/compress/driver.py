@@ -47,6 +47,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Stages", "Watcher", "compress"]
 
+# -- stages ------------------------------------------------------------------------------------------------------------
+# The stages: each a call of the library, its results put into the folder.
+#
+# A stage is carried out as often as it takes: killed at any instant it goes on where the library goes on. In which
+# order stages are done is the driver's business.
+
 _README: Final = "README.md"
 
 _Result = TypeVar("_Result")
@@ -351,6 +357,9 @@ def _comparison(facts: Mapping[str, Any]) -> Comparison:
         top1_error=number(facts.get("top1_standard_error")),
         block_errors=tuple(map(number, facts["block_errors"])),
     )
+
+
+# -- driver ------------------------------------------------------------------------------------------------------------
 
 
 class Watcher(Protocol):

@@ -333,6 +333,12 @@ def _hash(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(dumps(computing.without(inputs)).encode()).hexdigest()
 
 
+# -- forecast ----------------------------------------------------------------------------------------------------------
+# What every stage will take, before anything is done: memory, disk, work, and time on this machine.
+#
+# Time is arithmetic: a stage is a row of amounts of a few kinds of work, a machine a row of seconds for one of each,
+# and time their product. What is not measured is as it usually is, which is enough to weigh stages.
+
 _LIBRARIES: Final = 450_000_000  # python with torch and transformers, resident, once any stage has run the model
 _PLAIN: Final = 100_000_000  # python with numpy and the compiled kernels
 _UNIT_SECONDS: Final = 1e-3  # of progress

@@ -49,6 +49,10 @@ from shardxform.plan.plan import Plan, Step, tokens_of
 __all__ = ["Report", "RunOptions", "StepPool", "StepTuner", "adopt", "run"]
 
 
+# -- options -----------------------------------------------------------------------------------------------------------
+# What a run is asked for and what it tells: values, and what it may be handed: a tuner, and a pool for its steps.
+
+
 class StepTuner(Protocol):
     """What tunes blocks; see `tuning.session.Tuner`."""
 
@@ -152,6 +156,13 @@ class Report:
     measured: tuple[Mapping[str, Any], ...] = ()
 
 
+# -- merging -----------------------------------------------------------------------------------------------------------
+# Taking over steps that another run of the same plan has done in a directory of its own.
+#
+# The part is only read: its record must name the same plan, its journal says which steps are done, and their bytes
+# are copied to the same places. Both may be unfinished; the part may be on another disk.
+
+
 def adopt(output: Output, journal: Journal, part: Path) -> int:
     """Copy the steps that are done in `part` and not yet here, and record them.
 
@@ -215,6 +226,9 @@ def _shard(output: Output, part: Path, number: int) -> Path:
         if holds(path, shard):
             return path
     raise OutputError(f"{part / shard.name}: missing or damaged, though its steps are recorded as done")
+
+
+# -- runner ------------------------------------------------------------------------------------------------------------
 
 
 def run(

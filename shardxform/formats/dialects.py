@@ -37,6 +37,12 @@ __all__ = [
     "select",
 ]
 
+# -- selection ---------------------------------------------------------------------------------------------------------
+# Which modules a scheme quantizes, and why the others stay as they are: decided once, by names and shapes.
+#
+# What config.json will say and what the shards will hold are both made from the one `Selection`, so they cannot
+# differ.
+
 _BY_DEFAULT = "16-bit by default"
 _ROUNDED = FLOATS - {"F64"}
 
@@ -176,6 +182,8 @@ def reasons_summary(selection: Selection) -> dict[str, int]:
     """Count kept modules by reason, for the plan."""
     return dict(Counter(selection.kept.values()))
 
+
+# -- dialects ----------------------------------------------------------------------------------------------------------
 
 DECODED: Final[Mapping[str, Callable[[Mapping[str, Any]], ScaleRule | None]]] = {
     "fp8": scale_rule,

@@ -24,6 +24,11 @@ __all__ = [
     "Scheme",
 ]
 
+# -- grid --------------------------------------------------------------------------------------------------------------
+# The grid a weight is rounded to: how many bits, how many columns share a scale, which floats a scale may be.
+#
+# Pure integer arithmetic; a ``Grid`` holds no data and knows no tensor.
+
 Bits = Literal[4, 8]
 Layout = Literal["gptq", "row"]
 ScaleGrid = Literal["fp16", "bf16"]
@@ -91,6 +96,8 @@ class Grid:
         groups = self.groups(in_features)
         return (groups, out_features) if layout == "gptq" else (out_features, groups)
 
+
+# -- scheme ------------------------------------------------------------------------------------------------------------
 
 ExpertNames = Literal["split", "fused-indexed"]
 Format = Literal["auto-round", "gptq", "compressed-tensors"]

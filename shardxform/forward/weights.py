@@ -422,6 +422,12 @@ def _kind(place: Place) -> str:
 # T: tokens, K: experts per token, n: tokens of one expert, H: hidden size, I: intermediate size, O: 2 * I.
 
 
+# -- experts -----------------------------------------------------------------------------------------------------------
+# Routed experts as transformers runs them, with weights that are read when a token reaches them.
+#
+# Registered with transformers as an experts implementation; gate and activation are the model's own. Experts are
+# visited in ascending order, as the model's plain implementation does, and only those that some token is routed to.
+
 IMPLEMENTATION: Final = "shardxform"
 STACKS: Final = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 """Parameters of transformers' experts modules."""

@@ -610,6 +610,12 @@ def _is_quantized(layout: Layout, stem: str) -> bool:
     return any(f"{stem}.{part}" in layout.places for part in ("qweight", "weight_packed", "weight_scale"))
 
 
+# -- tied head ---------------------------------------------------------------------------------------------------------
+# An output head that config.json ties to the embeddings, and that is stored all the same: clients disagree on it.
+#
+# transformers runs the stored one where the two differ; vLLM and SGLang skip it and run the embeddings. Most such
+# heads are a copy, which is harmless, so the values are looked at: in a few hundred places, or all of them.
+
 HEAD: Final = "lm_head.weight"
 _PLACES: Final = 256
 _BYTES: Final = 64  # of each place

@@ -35,6 +35,12 @@ __all__ = [
     "transcode_steps",
 ]
 
+# -- block size --------------------------------------------------------------------------------------------------------
+# What healing and tuning a decoder block takes in memory, from headers alone.
+#
+# The constants are fits to what was measured with Qwen3.5-35B-A3B's blocks pruned to 128 experts, in bfloat16 and
+# float32 (docs/quantization.md has the table); they err on the side of too much.
+
 _LIBRARIES: Final = 750_000_000  # python, torch, transformers, and kernels as they are compiled
 _SLACK: Final = 0.5  # bytes a byte of the block: tiles, and holes that freed memory leaves
 _TUNED: Final = 1.0  # an offset of two bytes beside each weight of 16 bits
@@ -84,6 +90,9 @@ def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
     before = sizes_of(source.tensors, view.source_layout.places)
     after = sizes_of(view.checkpoint.tensors, view.layout.places)
     return {layer: replace(size, original_nbytes=before[layer].nbytes) for layer, size in after.items()}
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +228,9 @@ class TuneBlock:
         """Tokens that go through the block: the step's share of the work."""
         return self.recipe.block_tokens
 
+
+# -- heal --------------------------------------------------------------------------------------------------------------
+# Which tensors of a pruned view healing may change, and the steps that do it. Names and places only; no numbers.
 
 _NORM_BEFORE_EXPERTS: Final = "post_attention_layernorm.weight"
 _MOVABLE: Final = ("BF16", "F16", "F32")

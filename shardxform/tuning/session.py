@@ -49,6 +49,17 @@ __all__ = ["ORIGINAL", "TUNED", "Chains", "Tuner", "TunerOptions", "states_file"
 # N: windows, B: windows of a batch, T: positions, H: hidden size.
 
 
+# -- chains ------------------------------------------------------------------------------------------------------------
+# The two chains of hidden states that blocks are healed and tuned by, on disk between blocks.
+#
+#     WORK/original-0003.hidden   hidden states that enter block 3 in the 16-bit model, before pruning when it is healed
+#     WORK/tuned-0003.hidden      the same in the model whose blocks so far are done
+#
+# A step reads the states that enter its block, writes those that leave it, and is journaled when these and its parts
+# are durable; the states it read are removed when the next step begins. So a step that is done again starts from the
+# same bytes. With inputs `fp` there is one chain, and a block needs no other to be done: when its states are made
+# beforehand and stored, blocks are done side by side.
+
 ORIGINAL: Final = "original"
 TUNED: Final = "tuned"
 
@@ -189,6 +200,8 @@ def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, chain: str, layer
         " expected finite hidden states"
     )
 
+
+# -- session -----------------------------------------------------------------------------------------------------------
 
 _FINITE_TILE: Final = 1 << 20
 

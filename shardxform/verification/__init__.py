@@ -22,7 +22,6 @@ from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError
 from shardxform.model.layout import HEAD, tied_notes
 from shardxform.plan.view import MtpMode
-from shardxform.verification.files import check_digests, check_files, check_record, check_sidecars, read_checkpoint
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
 from shardxform.verification.structure import Structure, check_structure
 
@@ -151,6 +150,7 @@ class _Seen:
 @uncollected()
 def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findings) -> _Seen:
     """Everything that needs no tensor data."""
+    from shardxform.verification.files import check_digests, check_files, check_record, check_sidecars, read_checkpoint
     from shardxform.verification.parts import rule_of
     from shardxform.verification.source import compare_tables, rebuild
     from shardxform.verification.wanted import known_of, wanted_of

@@ -154,6 +154,10 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+# -- report ------------------------------------------------------------------------------------------------------------
+# What verification says in the end, as values.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightError:
     """How far one quantized weight is from the source's.

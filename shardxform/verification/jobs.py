@@ -49,6 +49,14 @@ __all__ = [
     "scan_floats",
 ]
 
+# -- values ------------------------------------------------------------------------------------------------------------
+# What runs of a tensor's bytes show: non-finite values, zeros, differences; and bytes that follow from the source.
+#
+# Functions over bytes as they were read; what they return counts elements from the tensor's start. Every piece of a
+# tensor can be looked at by itself, in any order. Values that OUT holds, and that are no bytes of the source, are
+# worked out again: those that its quantized weights stand for, or 16-bit weights rounded as the record says, or in
+# another order.
+
 Bytes = NDArray[np.uint8]
 
 _NOTHING: Final = np.uint16(0xFFFF)  # a NaN, which no dequantized weight is
@@ -178,6 +186,9 @@ def _rounded(rows: Rows, start: int, stop: int, grid: Grid) -> NDArray[np.float3
         return None
     codes_RI = packing.unpack(again.words, grid.bits, "row")
     return packing.dequantize(codes_RI, again.scales, grid.bits, grid.group_size)
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

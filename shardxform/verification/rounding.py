@@ -26,7 +26,8 @@ from shardxform.formats.packing import IntRows
 from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import COLUMN_MULTIPLE, Grid
 from shardxform.verification.findings import Findings, Rounding, WeightError
-from shardxform.verification.parts import STEP, Pair, Rule, Sums, found_in
+from shardxform.verification.parts import Pair, Rule
+from shardxform.verification.systematic import STEP, Sums, found_in
 
 __all__ = ["Tally", "examine", "report_tallies"]
 

@@ -38,6 +38,13 @@ __all__ = [
     "stored_form",
 ]
 
+# -- config values -----------------------------------------------------------------------------------------------------
+# Values in config.json that transformers refuses, and clients that read it through transformers with it.
+#
+# transformers 5 checks the type of every field that a model's config declares, the list of layer types, the scaling
+# of positions and the name of the dtype. The families hold the types as data, and a test compares both with
+# transformers.
+
 _TYPES: Final[Mapping[str, type | None]] = {
     "bool": bool,
     "float": float,
@@ -139,6 +146,8 @@ def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
+
+# -- structure ---------------------------------------------------------------------------------------------------------
 
 PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "qweight": ("qweight", "qzeros", "scales"),
@@ -552,6 +561,13 @@ def _where(layout: Layout, names: list[str]) -> str:
     if len(names) == 1 or None in blocks or len(scopes) > 1:
         return names[0]
     return place_of(scopes.pop(), sorted(block[1] for block in blocks if block))
+
+
+# -- planned -----------------------------------------------------------------------------------------------------------
+# An output that is only planned, held to what verification will say of its names, shapes and config when it is made.
+#
+# What a command would write and then call unsound is refused before its first byte, and before the first hour of
+# work.
 
 
 @uncollected()

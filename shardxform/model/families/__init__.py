@@ -1,22 +1,25 @@
-"""The families that shardxform knows, and how one is recognised from config.json."""
+"""The families that shardxform knows, and how one is recognised from config.json. Each is loaded when it is met."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from typing import Final
 
 from shardxform.errors import FamilyError
-from shardxform.model.families import deepseek_v3, gpt_oss, mixtral, qwen3_5_moe, qwen3_moe
 from shardxform.model.families.base import Config, Family, Wrapper
 
-__all__ = ["FAMILIES", "family_of"]
+__all__ = ["HOMES", "all_families", "family_of"]
 
-FAMILIES: Final[tuple[Family, ...]] = (
-    qwen3_5_moe.FAMILY,
-    qwen3_moe.FAMILY,
-    deepseek_v3.FAMILY,
-    gpt_oss.FAMILY,
-    mixtral.FAMILY,
-)
+HOMES: Final[Mapping[str, str]] = {
+    "deepseek_v3": "deepseek_v3",
+    "gpt_oss": "gpt_oss",
+    "mixtral": "mixtral",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+    "qwen3_moe": "qwen3_moe",
+}
+"""The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 
 
 def family_of(config: Config) -> tuple[Family, Wrapper]:
@@ -30,14 +33,24 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"config.json: architectures: expected a list of names, found {architectures!r}")
-    for family in FAMILIES:
-        for wrapper in family.wrappers:
-            if wrapper.model_type == model_type:
-                if architectures and wrapper.architecture not in architectures:
-                    raise FamilyError(
-                        f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"
-                        f" but architectures is {architectures}"
-                    )
-                return family, wrapper
-    known = ", ".join(sorted(w.model_type for family in FAMILIES for w in family.wrappers))
-    raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
+    if not isinstance(model_type, str) or model_type not in HOMES:
+        known = ", ".join(sorted(HOMES))
+        raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
+    family = _load(HOMES[model_type])
+    wrapper = next(each for each in family.wrappers if each.model_type == model_type)
+    if architectures and wrapper.architecture not in architectures:
+        raise FamilyError(
+            f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"
+            f" but architectures is {architectures}"
+        )
+    return family, wrapper
+
+
+def all_families() -> tuple[Family, ...]:
+    """Load every family, in the order of their modules' names."""
+    return tuple(_load(module) for module in sorted(set(HOMES.values())))
+
+
+def _load(module: str) -> Family:
+    family: Family = importlib.import_module(f"shardxform.model.families.{module}").FAMILY
+    return family

@@ -256,6 +256,10 @@ class Family:
         return not when or self.conditions[when](config, layer)
 
 
+# -- parts -------------------------------------------------------------------------------------------------------------
+# Groups of templates that many families share. Shapes as in `base.Template`.
+
+
 def mlp(prefix: str, width: str, role: Role, when: str = "") -> tuple[Template, ...]:
     """Gate, up and down projection of a gated MLP under `prefix`; `width` is its intermediate size."""
     return (
