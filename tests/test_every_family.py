@@ -1,0 +1,268 @@
+"""What must be true of every family, against transformers' own classes: one entry of `CASES` each.
+
+A tiny checkpoint is saved by transformers in the names of releases. A pruned one must be slices of the loaded model;
+the block runner's logits must be the model's; scores those of hooks; quantized outputs must load and hold what the
+codes stand for; tuned must be better than rounded, healed better than pruned; and verify must tell sound from not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build import Raw, read_checkpoint, write_checkpoint
+from click.testing import CliRunner
+from texts import few
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import any_moe  # noqa: E402
+
+from shardxform.ask.manifest import Manifest  # noqa: E402
+from shardxform.calibration import Windows  # noqa: E402
+from shardxform.checkpoint.table import Checkpoint  # noqa: E402
+from shardxform.cli import main  # noqa: E402
+from shardxform.execution.runner import RunOptions, run  # noqa: E402
+from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.forward.skeleton import Skeleton  # noqa: E402
+from shardxform.forward.weights import Precision, Weights  # noqa: E402
+from shardxform.model.layout import layout_of  # noqa: E402
+from shardxform.plan.prune import plan_prune  # noqa: E402
+from shardxform.verification import verify  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a family's tiny checkpoint is made and what of it is asked.
+
+    Attributes:
+        over: keys of the config beside those of `any_moe.tiny_config`.
+        formats: quantized formats whose outputs transformers loads with every weight in its place.
+        runs: whether decoder blocks can be run.
+        group_size: of quantized weights.
+
+    """
+
+    over: dict[str, Any] = field(default_factory=dict)
+    formats: tuple[str, ...] = ("auto-round",)
+    runs: bool = True
+    group_size: int = 32
+
+
+CASES: dict[str, Case] = {
+    "deepseek_v3": Case(),
+    "mixtral": Case(formats=("compressed-tensors",)),
+    "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
+    "qwen3_moe": Case(),
+}
+RUN = [name for name, case in CASES.items() if case.runs]
+IDS = torch.randint(1, any_moe.VOCAB, (3, 24), generator=torch.Generator().manual_seed(2))
+FLOAT32 = Precision(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def model_of(kind: str) -> Any:
+    """The whole model, float32."""
+    return any_moe.build(kind, **CASES[kind].over)
+
+
+def source_of(kind: str, folder: Path) -> Path:
+    """Its checkpoint."""
+    root = folder / kind
+    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root)
+
+
+def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
+    """Other experts in every layer: four of six."""
+    layout = layout_of(source.config, source.tensors)
+    return {layer: tuple(e for e in range(6) if (e + layer) % 3) for layer in layout.moe_layers}
+
+
+def loaded(root: Path) -> Any:
+    """What transformers makes of a checkpoint, which must hold all that it wants and nothing else."""
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
+    assert {key: list(value) for key, value in told.items() if value} == {}
+    return model.eval()
+
+
+def sliced(model: Any, smaller: Any, keep: dict[int, tuple[int, ...]]) -> dict[str, Any]:
+    """The state of `model` with the experts of every layer selected, wherever `smaller` has fewer of something."""
+    wanted = smaller.state_dict()
+    out = {}
+    for name, value in model.state_dict().items():
+        axes = [at for at, (a, b) in enumerate(zip(value.shape, wanted[name].shape, strict=True)) if a != b]
+        if axes:
+            layer = next(int(part) for part in name.split(".") if part.isdigit())
+            value = value.index_select(axes[0], torch.tensor(keep[layer]))
+        out[name] = value
+    return out
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
+    source = Checkpoint.open(source_of(kind, folder))
+    assert layout_of(source.config, source.tensors).unknown == ()
+    report = verify(source.root)
+    assert report.problems == ()
+    assert {each.code for each in report.warnings} <= {"mtp-absent"}  # transformers has no code for these layers
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_pruned_output_is_slices_of_the_loaded_model(kind: str, folder: Path) -> None:
+    source, out = Checkpoint.open(source_of(kind, folder)), folder / f"{kind}-pruned"
+    keep = keep_of(source)
+    run(plan_prune(source, Manifest(keep=keep)), out, RunOptions(jobs=1))
+    smaller = loaded(out)
+    wanted = sliced(model_of(kind), smaller, keep)
+    assert all(torch.equal(value, wanted[name]) for name, value in smaller.state_dict().items())
+    report = verify(out, source=source)
+    assert (report.problems, report.tensors_differing) == ((), 0)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_an_output_with_a_defect_is_not_sound(kind: str, folder: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(source_of(kind, folder))
+    config = copy.deepcopy(source.config)
+    tensors = read_checkpoint(source.root)
+    layout = layout_of(config, tensors)
+    of_experts = [name for name, place in layout.places.items() if place.role == "routed experts"]
+    routers = [name for name, place in layout.places.items() if place.role == "router"]
+    for at, name in enumerate((of_experts[-1], routers[0])):
+        less = {other: value for other, value in tensors.items() if other != name}
+        assert verify(write_checkpoint(tmp_path / f"less-{at}", less, config)).problems, name
+        rows, data = tensors[name].shape[0], tensors[name].data
+        shorter = Raw(tensors[name].dtype, (rows - 1, *tensors[name].shape[1:]), data[: len(data) // rows * (rows - 1)])
+        torn = {**tensors, name: shorter}
+        assert verify(write_checkpoint(tmp_path / f"torn-{at}", torn, config)).problems, name
+
+
+@pytest.mark.parametrize("kind", RUN)
+@torch.no_grad()
+def test_the_block_runner_gives_the_logits_of_the_model(kind: str, folder: Path) -> None:
+    with Weights(Checkpoint.open(source_of(kind, folder)), FLOAT32) as weights:
+        skeleton = Skeleton(weights)
+        hidden = skeleton.embed(IDS)
+        for layer in range(skeleton.num_blocks):
+            with skeleton.block(layer) as block:
+                hidden = block(hidden)
+        with skeleton.head() as head:
+            found = head.logits(hidden.flatten(0, 1)).view(*IDS.shape, -1)
+    wanted = model_of(kind)(input_ids=IDS).logits
+    torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+def hooked(model: Any) -> list[dict[str, np.ndarray]]:
+    """REAP's sums of every layer with experts, in float64: the module itself is asked what an expert puts out."""
+    found: list[dict[str, np.ndarray]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        hidden, index, weights = (*args, *kwargs.values())[:3]
+        hidden, index, weights = (x.flatten(0, -2) for x in (hidden, index, weights))
+        reap, count = np.zeros(any_moe.EXPERTS), np.zeros(any_moe.EXPERTS)
+        for expert in range(any_moe.EXPERTS):
+            rows = (index == expert).any(-1)
+            if rows.any():
+                only = torch.full((int(rows.sum()), 1), expert)
+                values = type(module).forward(module, hidden[rows], only, torch.ones(only.shape)).double()
+                gates = (weights * (index == expert)).sum(-1)[rows].double()
+                reap[expert], count[expert] = float((gates * values.norm(dim=-1)).sum()), float(rows.sum())
+        found.append({"reap_E": reap, "count_E": count})
+
+    handles = [
+        module.register_forward_pre_hook(look, with_kwargs=True)
+        for module in model.modules()
+        if type(module).__name__.endswith("Experts") and hasattr(module, "num_experts")
+    ]
+    with torch.no_grad():
+        model(input_ids=IDS)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", RUN)
+def test_scores_are_those_of_hooks(kind: str, folder: Path, tmp_path: Path) -> None:
+    windows = Windows(ids_NT=IDS.numpy().astype(np.int32), fingerprint="x", provenance={"data": "random"}, notes=())
+    source = Checkpoint.open(source_of(kind, folder))
+    found = score(source, windows, ScoreOptions(precision=FLOAT32, work=tmp_path / "w"))
+    for stats, wanted in zip(found.layers.values(), hooked(model_of(kind)), strict=True):
+        for name, values in wanted.items():
+            np.testing.assert_allclose(getattr(stats, name), values, rtol=1e-4, err_msg=name)
+
+
+FORMATS = [(kind, name) for kind in RUN for name in CASES[kind].formats]
+
+
+@pytest.mark.parametrize(("kind", "name"), FORMATS, ids=["-".join(each) for each in FORMATS])
+def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, folder: Path, tmp_path: Path) -> None:
+    root, out = source_of(kind, folder), tmp_path / "out"
+    source = Checkpoint.open(root)
+    keep = {str(layer): list(ids) for layer, ids in keep_of(source).items()}
+    (tmp_path / "keep.json").write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
+    command = ["quantize", str(root), str(out), "-m", str(tmp_path / "keep.json"), "--format", name, "-q"]
+    command += ["--method", "auto-round", "--iters", "20", "--heal", "all", "--heal-iters", "8", "--heal-lr", "0.005"]
+    command += ["--group-size", str(CASES[kind].group_size), "--data", str(few("calib.jsonl")), "--samples", "8"]
+    command += ["--seqlen", "32", "--batch-size", "4", "--dtype", "float32"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    blocks = json.loads((out / "shardxform.json").read_text())["facts"]["blocks"]
+    assert len(blocks) == any_moe.LAYERS
+    healed = [block["healed"] for block in blocks if block["layer"] in keep_of(source)]
+    for errors, before, after in ((blocks, "rtn_error", "tuned_error"), (healed, "pruned_error", "healed_error")):
+        assert all(each[after] <= each[before] for each in errors)
+        assert any(each[after] < 0.999 * each[before] for each in errors)
+    assert verify(out, source=source).problems == ()
+    assert_loads(out)
+
+
+@contextlib.contextmanager
+def classes_put_back(model: Any) -> Iterator[None]:
+    """Undo what auto-round's loader does to the classes of a type: it replaces them for the whole process."""
+    namespace = vars(sys.modules[type(model).__module__])
+    before = dict(namespace)
+    try:
+        yield
+    finally:
+        namespace.update(before)
+
+
+def assert_loads(out: Path) -> None:
+    """Logits of a quantized output are those of its own values, written as a 16-bit checkpoint."""
+    plain = out.with_name("plain")
+    result = CliRunner().invoke(main, ["convert", str(out), str(plain), "--to", "bf16", "-q"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model = loaded(plain).bfloat16()
+    with torch.no_grad(), classes_put_back(model):
+        wanted = model(input_ids=IDS).logits.float()
+        quantized, told = transformers.AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.bfloat16, output_loading_info=True
+        )
+        found = quantized.eval()(input_ids=IDS).logits.float()
+    assert not told["missing_keys"]
+    # A weight in a wrong place moves every logit; bfloat16 alone flips a choice of experts here and there.
+    assert float((found - wanted).abs().median()) < 0.02 * float(wanted.std())
