@@ -182,7 +182,7 @@ def check_independently(
         findings.problem(CODE, ".", f"cannot be derived: {e}")
         return 0
     _check_names(wanted, ours, findings)
-    _check_counts(how, made, findings)
+    _check_counts(how, made, any(map(how.is_mtp, theirs)), findings)
     both = [name for name in wanted if name in ours]
     for name in both:
         if text := how.difference(name, wanted[name], ours[name]):
@@ -371,15 +371,19 @@ class _How:
             dequantized=converted and "quantization_config" not in config,
         )
 
+    def is_mtp(self, name: str) -> bool:
+        """Whether a tensor is of an MTP layer."""
+        layer = _LAYER.match(name)
+        return name.startswith("mtp.") or bool(layer and layer[1] != "mtp." and int(layer[2]) >= self.layers)
+
     def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
         """What the output must hold, by its names there."""
         prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
         for name, weight in weights.items():
-            layer = _LAYER.match(name)
-            mtp = name.startswith("mtp.") or (layer and layer[1] != "mtp." and int(layer[2]) >= self.layers)
+            layer, mtp = _LAYER.match(name), self.is_mtp(name)
             if (mtp and self.drops_mtp) or (self.text_only and name.startswith("model.visual.")):
                 continue
-            if new := self._renumbered(name, weight, self._ids(layer, bool(mtp)), prefixes):
+            if new := self._renumbered(name, weight, self._ids(layer, mtp), prefixes):
                 yield self._renamed(new[0]), new[1]
 
     def _ids(self, layer: re.Match[str] | None, mtp: bool) -> list[int] | None:
@@ -559,13 +563,13 @@ def _check_names(wanted: Mapping[str, _Weight], found: Mapping[str, _Weight], fi
         findings.problem(CODE, found[name].name, f"{name}: nothing in the source gives it")
 
 
-def _check_counts(how: _How, config: Mapping[str, Any], findings: Findings) -> None:
+def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings: Findings) -> None:
     """The config counts the experts, and the MTP layers, that are there."""
     text = config.get("text_config", config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
     for key in _COUNTS if how.keep else ():
         if key in text and {text[key]} != kept:
             findings.problem(CODE, "config.json", f"{key} is {text[key]}, but layers keep {sorted(kept)}")
-    for key in _MTP_COUNTS if how.drops_mtp else ():
+    for key in _MTP_COUNTS if how.drops_mtp and had_mtp else ():
         if text.get(key):
             findings.problem(CODE, "config.json", f"{key} is {text[key]}, but the MTP layers are left out")
