@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
     "Storage",
     "Writable",
     "Writing",
+    "ranges_of",
 ]
 
 Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx"]
@@ -234,6 +235,13 @@ class Encoded(TensorRef):
         first = source.cut.first if source.cut else 0
         rows = tuple(replace(source, cut=Cut(first + row, 1)) for row in keep)
         return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), rows)
+
+
+def ranges_of(ref: TensorRef) -> Iterator[ByteRange]:
+    """The bytes that a tensor's values come from: its own, or those of what is stored for it."""
+    yield from ref.ranges
+    if isinstance(ref, Encoded):
+        yield from (piece for source in ref.sources for _, part in source.parts for piece in part.ranges)
 
 
 @dataclass(slots=True)

@@ -134,11 +134,6 @@ def _view(
     plain = decoded(source)
     if plain is None:
         _refuse_quantized(source)
-    elif recipe:
-        raise SchemeError(
-            "config.json: the source is in FP8, from which no model is run: weights are rounded to nearest; leave out"
-            " what tunes or heals them, or start from a 16-bit checkpoint of the model"
-        )
     view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=options.mtp)
     if recipe and recipe.heal:
         refuse_unpruned(view)
