@@ -22,11 +22,11 @@ from shardxform.cli import main
 from shardxform.errors import CheckpointError, ExecutionError, SchemeError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats import fp8, integers, plain
+from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Cut, Opener, Storage, Writing
 from shardxform.formats.fp8 import Fp8, decoded_codes
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Format, Grid, Scheme
-from shardxform.formats.stored import decoded
 from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
 
@@ -78,7 +78,7 @@ def test_every_code_is_what_torch_makes_of_it(dtype: str) -> None:
 
     kinds = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
     codes = np.arange(256, dtype=np.uint8)
-    ours = fp8._powers(codes) if dtype == "F8_E8M0" else decoded_codes(dtype)
+    ours = fp8.powers_of_two(codes) if dtype == "F8_E8M0" else decoded_codes(dtype)
     theirs = torch.from_numpy(codes).view(kinds[dtype]).to(torch.float32).numpy()
     assert np.array_equal(ours.view(np.uint32)[~np.isnan(ours)], theirs.view(np.uint32)[~np.isnan(theirs)])
     assert np.array_equal(np.isnan(ours), np.isnan(theirs))

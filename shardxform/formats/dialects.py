@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -18,7 +18,6 @@ from typing import Any, Final
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.fp8 import ScaleRule, scale_rule
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
 from shardxform.formats.scheme import Format, Grid, Scheme
@@ -26,7 +25,6 @@ from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout, is_tied
 
 __all__ = [
-    "DECODED",
     "Resolved",
     "Selection",
     "build",
@@ -184,12 +182,6 @@ def reasons_summary(selection: Selection) -> dict[str, int]:
 
 
 # -- dialects ----------------------------------------------------------------------------------------------------------
-
-DECODED: Final[Mapping[str, Callable[[Mapping[str, Any]], ScaleRule | None]]] = {
-    "fp8": scale_rule,
-    "fbgemm_fp8": scale_rule,
-}
-"""Methods whose weights are read to be decoded, and what reads their rule from a quantization_config."""
 
 _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under the text-only and the multimodal class; both, so that either client class finds its own."""

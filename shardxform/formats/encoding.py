@@ -35,7 +35,7 @@ __all__ = [
     "ranges_of",
 ]
 
-Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx"]
+Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx", "whole"]
 """What a stored tensor holds of a matrix."""
 
 SourceDtype = Literal["BF16", "F16", "F32"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FP8", "SCALES", "Fp8", "Fp8Rows", "ScaleRule", "scale_rule"]
+__all__ = ["FP8", "SCALES", "Fp8", "Fp8Rows", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
 
 FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """Dtypes of weights that mean nothing without a scale."""
@@ -82,7 +82,7 @@ class Fp8:
         ref = parts["scales"]
         bits = np.empty(ref.spec.shape, {"F32": "f4", "BF16": "u2", "F16": "u2"}.get(ref.spec.dtype, "u1"))
         read(ref, bits)
-        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else _powers(bits)
+        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else powers_of_two(bits)
         scale_ST = scales.reshape(self.parts(*shape)[1].shape)
         if checked and (bad := packing.first_of(~np.isfinite(scale_ST))):
             raise ExecutionError(f"tensor '{ref.name}': scale {scale_ST[bad]} at {list(bad)}; expected finite scales")
@@ -163,7 +163,7 @@ def decoded_codes(dtype: str) -> NDArray[np.float32]:
     return np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
 
 
-def _powers(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+def powers_of_two(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Scales of E8M0: powers of two, and a NaN."""
     import numpy as np
 

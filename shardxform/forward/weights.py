@@ -25,10 +25,11 @@ from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
+from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Storage, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
 from shardxform.formats.scheme import Grid
-from shardxform.formats.stored import decoded, read_stored
+from shardxform.formats.stored import read_stored
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
 

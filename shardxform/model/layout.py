@@ -45,13 +45,17 @@ Rows = Literal["rows", "blocks", "none", "inside"]
 
 COMPANIONS: Final[Mapping[str, Rows]] = {
     "g_idx": "none",
+    "input_global_scale": "none",
     "input_scale": "none",
     "qweight": "inside",
     "qzeros": "inside",
     "scales": "inside",
+    "scale": "blocks",
     "weight_g_idx": "none",
+    "weight_global_scale": "none",
     "weight_packed": "rows",
     "weight_scale": "blocks",
+    "weight_scale_2": "none",
     "weight_scale_inv": "blocks",
     "weight_shape": "inside",
     "weight_zero_point": "inside",
@@ -63,12 +67,13 @@ rows are counted on another axis, packed into words, or said by the values, so t
 """
 
 
+_TELLING: Final = COMPANIONS.keys() - {"scale"}  # which routers have too
 _QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and dtype != "BOOL"} | {"U32"})
 
 
 def is_quantized(spec: TensorSpec) -> bool:
     """Whether a tensor is of a quantized weight, by its name or by a dtype that no other tensor has."""
-    return spec.name.rpartition(".")[2] in COMPANIONS or spec.dtype in _QUANTIZED
+    return spec.name.rpartition(".")[2] in _TELLING or spec.dtype in _QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declarations
+from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import (
     Selection,
     build,
@@ -31,7 +32,6 @@ from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GROUP_SIZES, Scheme
-from shardxform.formats.stored import decoded
 from shardxform.model.layout import is_quantized
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (

@@ -17,7 +17,7 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
-from shardxform.formats.stored import decoded
+from shardxform.formats.decoding import decoded
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.view import MtpMode, View, pruned_view

@@ -1,0 +1,265 @@
+"""Checkpoints in small floats as they are released: every verb on each, against a twin that holds the same values.
+
+The twin is written with torch's float8 types and plain numpy: each encoded weight decoded by hand. Scales are powers of
+two wherever the encoding allows it, so that the twin is exact in bfloat16, and whatever is made from the source must be
+what is made from the twin, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build import Raw, bf16, read_checkpoint, write_checkpoint
+from click.testing import CliRunner, Result
+from texts import few
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import any_moe  # noqa: E402
+
+from shardxform.cli import main  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+Tensors = dict[str, Raw]
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+FP4_GROUP = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
+
+
+def e4m3(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, and what they stand for, by torch."""
+    codes = torch.from_numpy(values).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8).numpy(), codes.to(torch.float32).numpy()
+
+
+def e2m1(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two codes a byte, the first in the lower half, and what they stand for."""
+    codes = np.abs(values[..., None] - E2M1).argmin(-1).astype(np.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, E2M1[codes]
+
+
+def exponents(blocks: np.ndarray, most: float) -> np.ndarray:
+    """Power of two for each block, under which its largest value is at most `most`."""
+    return np.ceil(np.log2(np.maximum(np.abs(blocks).max(-1), 2.0**-20) / most)).astype(np.int64)
+
+
+def raw(dtype: str, array: np.ndarray) -> Raw:
+    return Raw(dtype, array.shape, np.ascontiguousarray(array).tobytes())
+
+
+def fp8_blocks(w: np.ndarray, size: int = 24) -> tuple[Tensors, np.ndarray]:
+    rows, columns = w.shape
+    shape = (math.ceil(rows / size), math.ceil(columns / size))
+    scale = np.empty(shape, np.float32)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            block = w[i * size : (i + 1) * size, j * size : (j + 1) * size]
+            scale[i, j] = 2.0 ** exponents(block.reshape(1, -1), 256)[0]
+    wide = np.repeat(np.repeat(scale, size, 0), size, 1)[:rows, :columns]
+    codes, values = e4m3(w / wide)
+    return {"weight": raw("F8_E4M3", codes), "weight_scale_inv": raw("F32", scale)}, values * wide
+
+
+def fp8_channels(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    scale = (2.0 ** exponents(w, 256))[:, None].astype(np.float32)
+    codes, values = e4m3(w / scale)
+    return {"weight": raw("F8_E4M3", codes), "weight_scale": raw("F32", scale)}, values * scale
+
+
+def fp8_whole(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    scale = np.float32(2.0 ** exponents(w.reshape(1, -1), 256)[0])
+    codes, values = e4m3(w / scale)
+    parts = {"weight": raw("F8_E4M3", codes), "weight_scale": raw("F32", np.array(scale))}
+    return {**parts, "input_scale": raw("F32", np.array(np.float32(0.5)))}, values * scale
+
+
+def mxfp4(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    blocks = w.reshape(len(w), -1, 32)
+    power = exponents(blocks, 6)
+    packed, values = e2m1(blocks / np.exp2(power)[..., None].astype(np.float32))
+    parts = {
+        "weight_packed": raw("U8", packed.reshape(len(w), -1)),
+        "weight_scale": raw("U8", (power + 127).astype(np.uint8)),
+    }
+    return parts, (values * np.exp2(power)[..., None].astype(np.float32)).reshape(w.shape)
+
+
+def mxfp8(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    blocks = w.reshape(len(w), -1, 32)
+    power = exponents(blocks, 256)
+    codes, values = e4m3(blocks / np.exp2(power)[..., None].astype(np.float32))
+    parts = {
+        "weight": raw("F8_E4M3", codes.reshape(w.shape)),
+        "weight_scale": raw("U8", (power + 127).astype(np.uint8)),
+    }
+    return parts, (values * np.exp2(power)[..., None].astype(np.float32)).reshape(w.shape)
+
+
+def nvfp4(w: np.ndarray, divided: bool) -> tuple[Tensors, np.ndarray]:
+    blocks = w.reshape(len(w), -1, 16)
+    codes, scale = e4m3(np.exp2(exponents(blocks, 6) + 3).astype(np.float32))
+    packed, values = e2m1(blocks / (scale / 8)[..., None])
+    whole = np.array(np.float32(8.0 if divided else 0.125))
+    names = ("weight_packed", "weight_global_scale") if divided else ("weight", "weight_scale_2")
+    parts = {
+        names[0]: raw("U8", packed.reshape(len(w), -1)),
+        "weight_scale": raw("F8_E4M3", codes),
+        names[1]: raw("F32", whole.reshape(1) if divided else whole),
+    }
+    return parts, (values * (scale / 8)[..., None]).reshape(w.shape)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How weights are stored: parts and values of one, and what the config says."""
+
+    encode: Callable[[np.ndarray], tuple[Tensors, np.ndarray]]
+    declared: dict[str, Any]
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"type": "float", "symmetric": True, "dynamic": False, **weights}}
+    return {**COMPRESSED, "format": form, "config_groups": {"group_0": {**group, "format": form}}}
+
+
+KINDS: dict[str, Kind] = {
+    "fp8 blocks": Kind(
+        fp8_blocks, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 24]}
+    ),
+    "fp8 channels": Kind(fp8_channels, compressed("float-quantized", num_bits=8, strategy="channel")),
+    "fp8 whole": Kind(fp8_whole, {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
+    "mxfp4": Kind(mxfp4, compressed("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32)),
+    "mxfp8": Kind(mxfp8, {"quant_method": "mxfp8", "modules_to_not_convert": ["lm_head"]}),
+    "nvfp4": Kind(
+        lambda w: nvfp4(w, True), compressed("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16)
+    ),
+    "nvfp4 of modelopt": Kind(
+        lambda w: nvfp4(w, False), {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}
+    ),
+}
+every = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("floats")
+
+
+def made(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A checkpoint, and its twin in bfloat16."""
+    plain, source, twin = folder / "plain", folder / kind, folder / f"{kind} twin"
+    if source.exists():
+        return source, twin
+    if not plain.exists():
+        any_moe.save(any_moe.build("qwen3_moe"), plain)
+    config = json.loads((plain / "config.json").read_text())
+    tensors = read_checkpoint(plain)
+    stored, values = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        parts, decoded = KINDS[kind].encode(tensors[name].float32())
+        del stored[name]
+        stored |= {name.removesuffix("weight") + last: part for last, part in parts.items()}
+        values[name] = bf16(decoded)
+        assert np.array_equal(values[name].float32(), decoded), name
+    files = {p.name: p.read_text() for p in plain.glob("tokenizer*")}
+    write_checkpoint(twin, values, config, files=files)
+    write_checkpoint(source, stored, {**config, "quantization_config": KINDS[kind].declared}, files=files)
+    return source, twin
+
+
+def call(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def keep_file(folder: Path) -> Path:
+    keep = {"0": [0, 2, 3, 5], "1": [1, 2, 4, 5]}
+    path = folder / "keep.json"
+    path.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
+    return path
+
+
+def shards(root: Path) -> Tensors:
+    return read_checkpoint(root)
+
+
+DATA = ("--data", few("calib.jsonl"), "--samples", 6, "--seqlen", 32, "--dtype", "float32")
+
+
+@every
+def test_pruning_copies_codes_and_scales(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, _ = made(folder, kind)
+    out, keep = tmp_path / "out", keep_file(tmp_path)
+    call("prune", source, out, "-m", keep, "-q")
+    before, after = read_checkpoint(source), read_checkpoint(out)
+    for new, old in enumerate((1, 2, 4, 5)):
+        stem = "model.layers.1.mlp.experts"
+        names = [name for name in before if name.startswith(f"{stem}.{old}.")]
+        assert names and all(
+            after[name.replace(f".{old}.", f".{new}.", 1) if False else f"{stem}.{new}.{name.split('.', 6)[6]}"]
+            == before[name]
+            for name in names
+        )
+    call("verify", out, "--source", source)
+
+
+@every
+def test_rounding_to_nearest_is_that_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    keep = keep_file(tmp_path)
+    for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
+        call("quantize", root, out, "-m", keep, "--group-size", 32, "-q")
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    call("verify", tmp_path / "a", "--source", source)
+
+
+@every
+def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    keep = keep_file(tmp_path)
+    for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
+        how = ("--method", "auto-round", "--iters", 3, "--heal", "all", "--heal-iters", 3, "--heal-lr", "0.005")
+        call("quantize", root, out, "-m", keep, "--group-size", 32, "-q", *how, "--batch-size", 3, *DATA)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    call("verify", tmp_path / "a", "--source", source)
+
+
+@every
+def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    found = []
+    for number, root in enumerate((source, twin)):
+        out = tmp_path / f"{number}.saliency"
+        call("score", root, "-o", out, "-q", *DATA)
+        data = out.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        found.append(data[8 + length :])
+    assert found[0] == found[1]
+    told = json.loads(call("evaluate", source, "--against", twin, "--json", *DATA).stdout)
+    assert told["kl"]["mean"] == 0
+
+
+@every
+def test_it_converts_to_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    call("convert", source, tmp_path / "out", "--to", "bf16", "-q")
+    assert shards(tmp_path / "out") == shards(twin)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((twin / "config.json").read_text())
+    call("verify", tmp_path / "out", "--source", source)
+
+
+@every
+def test_inspect_names_the_encoding(kind: str, folder: Path) -> None:
+    source, _ = made(folder, kind)
+    assert kind.split()[0] in call("inspect", source).output.lower()
+    call("verify", source)
