@@ -18,7 +18,7 @@ from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule
 
-__all__ = ["DECODED", "decoded", "is_decoded"]
+__all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded"]
 
 _UNUSED: Final = ("input_scale", "input_global_scale")
 """Scales of activations, which stand beside a weight and say nothing of it."""
@@ -103,12 +103,29 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Rule]]]] = {
 """Methods whose weights are read to be decoded, and what reads their rules from a quantization_config."""
 
 
-def is_decoded(config: Mapping[str, Any]) -> bool:
-    """Whether a config declares weights that are read only to be decoded."""
+def is_microscaled(config: Mapping[str, Any]) -> bool:
+    """Whether a config declares weights with scales for blocks along their rows."""
     try:
-        return bool(_rules(config))
+        return any(isinstance(rule, MicroscalingRule) for rule in _rules(config))
     except SchemeError:
-        return True
+        return False
+
+
+def scan_decoded(source: Checkpoint) -> tuple[Checkpoint, list[tuple[str, str]]]:
+    """Give what `decoded` does, weights that are not stored as the config says left out; and these, with the reason.
+
+    Raises:
+        SchemeError: the config does not say how weights are stored.
+
+    """
+    rules, found, faults = _rules(source.config), dict[str, Storage | None](), list[tuple[str, str]]()
+    for name, ref in source.tensors.items():
+        try:
+            found[name] = _storage(rules, ref, source.tensors)
+        except CheckpointError as e:
+            found[name] = None
+            faults.append((name, str(e)))
+    return _plain(source, found), faults
 
 
 def decoded(source: Checkpoint) -> Checkpoint | None:
@@ -127,8 +144,11 @@ def decoded(source: Checkpoint) -> Checkpoint | None:
     except SchemeError as e:
         raise SchemeError(f"{source.where}/{CONFIG}: quantization_config.{e}") from e
     found = {name: _storage(rules, ref, source.tensors) for name, ref in source.tensors.items()} if rules else {}
-    if not any(found.values()):
-        return None
+    return _plain(source, found) if any(found.values()) else None
+
+
+def _plain(source: Checkpoint, found: Mapping[str, Storage | None]) -> Checkpoint:
+    """The checkpoint with `Encoded` tensors for what was found stored, in its place."""
     stored = [storage for storage in found.values() if storage]
     parts = {ref.name for storage in stored for _, ref in storage.parts[1:]}
     unused = {f"{storage.name}.{last}" for storage in stored for last in _UNUSED}

@@ -56,6 +56,12 @@ class Fp8:
     scale_suffix: str
     scale_dtype: str
 
+    def __str__(self) -> str:
+        rows, columns = self.block
+        if rows and columns:
+            return f"FP8 in blocks of {rows} x {columns}"
+        return "FP8, a scale a row" if rows else "FP8, one scale"
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
         scales = (-(-rows // (self.block[0] or rows)), -(-columns // (self.block[1] or columns)))
@@ -215,8 +221,8 @@ class ScaleRule:
 
         """
         spec = weight.spec
-        if spec.dtype not in FP8:
-            return None
+        if spec.dtype not in FP8 or spec.name.rpartition(".")[2] in (*self.names, *SCALES):
+            return None  # scales may be FP8 themselves
         if spec.dtype not in _READ or len(spec.shape) != 2 or self.block is None:
             kinds = " and ".join(_READ)
             raise CheckpointError(

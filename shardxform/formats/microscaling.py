@@ -52,6 +52,11 @@ class Microscaled:
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale")
     dtypes: tuple[str, ...] = ("U8", "U8")
 
+    def __str__(self) -> str:
+        if self.element != "E2M1":
+            return f"MXFP8 in blocks of {self.group}"
+        return f"{'NVFP4' if self.whole else 'MXFP4'} in blocks of {self.group}"
+
     @property
     def per_byte(self) -> int:
         """Codes in a byte."""

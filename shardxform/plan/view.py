@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import FamilyError, ManifestError, PlanError
 from shardxform.formats.config_names import (
     DECLARATIONS,
@@ -274,13 +274,18 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
             raise FamilyError(
                 f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
             )
-        if item.shape is not None and ref.spec.shape != item.shape:
+        if item.shape is not None and not _fits(ref.spec, item.shape):
             found = list(ref.spec.shape)
             raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():
         counted = (place.template.sliced or place.template.numbered) and not place.companion
         if counted and name not in wanted and not name.startswith(dropped):
             _refuse_uncounted(layout, name, place)
+
+
+def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has a shape, or packs two codes of a row of it into a byte."""
+    return spec.shape == shape or (spec.dtype in _PAIRS and spec.shape == (*shape[:-1], shape[-1] // 2))
 
 
 def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
@@ -429,6 +434,7 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], o
     return out
 
 
+_PAIRS: Final = ("I8", "U8")  # dtypes of bytes that hold two codes
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
 

@@ -15,6 +15,7 @@ from shardxform.base.strict_json import parse_object
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
+from shardxform.formats.decoding import is_microscaled, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Scope
@@ -207,6 +208,9 @@ def check_structure(
     for fault in config_faults(layout):
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
+    if is_microscaled(checkpoint.config):
+        checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
+        layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
     if checkpoint.tensors:
@@ -222,6 +226,14 @@ def check_structure(
             findings.items([_beyond(layout, *each) for each in outside.items()], layout.num_experts)
             parts = _check_parts(checkpoint, layout, findings) if parts_too else None
     return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
+
+
+def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Checkpoint:
+    """The 16-bit checkpoint that small floats stand for; what is not stored as the config says is reported."""
+    plain, faults = scan_decoded(checkpoint)
+    known = [(name, why, layout.places[name]) for name, why in faults if name in layout.places]
+    findings.items([Item("parts", name, place, why) for name, why, place in known], layout.num_experts)
+    return plain
 
 
 def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
