@@ -40,6 +40,7 @@ _INTEGERS: Final = frozenset(_KINDS.values())
 _PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor")  # vLLM's list
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms"})
 _FLOAT_MODULES: Final = ("*conv1d", "*shared_expert_gate", "*.A_log", "*.dt_bias")
+_SECOND: Final = ("input_global_scale", "scale", "weight_global_scale", "weight_scale_2")
 _NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells experts of a layer apart
 
 _Block = tuple[Scope, int]
@@ -344,11 +345,13 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
 def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
     """Scales whose weight needs none: half of a conversion."""
     for name, place in layout.places.items():
-        if place.companion not in (*SCALES, "input_scale"):
+        if place.companion not in (*SCALES, "input_scale", *_SECOND):
             continue
         weight = tensors.get(name.removesuffix(place.companion) + "weight")
         if weight is not None and weight.spec.dtype in FLOATS:
             yield Item("scale", name, place, f"a scale beside a weight that is {weight.spec.dtype} and needs none")
+        elif place.companion in _SECOND:
+            yield Item("scale", name, place, "no client looks for it by what config.json declares")
 
 
 # -- how clients read a config ------------------------------------------------------------------------------------
