@@ -383,7 +383,7 @@ UNSOUND: list[tuple[str, Callable[[Config, Tensors], object], str]] = [
     (
         "qwen3_moe",
         lambda _, t: t.update({"model.layers.1.self_attn.q_proj.weight_scale_2": bf16(np.zeros(1))}),
-        "a scale beside a weight that is BF16 and needs none",
+        "BF16",
     ),
     ("qwen3_moe", lambda _, t: t.update({"lm_head.weight": bf16(np.zeros((47, 16)))}), "shape [47, 16]"),
     ("qwen3_moe", lambda _, t: t.update({"model.layers.7.norm.weight": bf16(np.zeros(4))}), "beyond the 3 layers"),
