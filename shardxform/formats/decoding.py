@@ -7,16 +7,16 @@ own tensors; where two would read it differently it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
-from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule
+from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 
 __all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded"]
 
@@ -32,8 +32,8 @@ _DEEPSEEK_V4: Final = Microscaled("E2M1", 32, "", ("weight", "scale"), ("I8", "F
 class Rule(Protocol):
     """How one kind of weight is stored."""
 
-    def storage(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
-        """What is stored for a weight; None where it is not of this kind.
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The weight, or stack of them, whose codes are `weight`; None where it is not of this kind.
 
         Raises:
             CheckpointError: it is, and its other parts are missing or are none of it.
@@ -59,6 +59,10 @@ def _fp8_rules(declared: Declared) -> Iterator[Rule]:
 def _modelopt_rules(_: Declared) -> Iterator[Rule]:
     yield MicroscalingRule(_MODELOPT)
     yield ScaleRule(("weight_scale",), ())
+
+
+def _mxfp4_rules(_: Declared) -> Iterator[Rule]:
+    yield StackRule()
 
 
 def _mxfp8_rules(_: Declared) -> Iterator[Rule]:
@@ -98,6 +102,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Rule]]]] = {
     "fp8": _fp8_rules,
     "modelopt": _modelopt_rules,
     "modelopt_fp4": _modelopt_rules,
+    "mxfp4": _mxfp4_rules,
     "mxfp8": _mxfp8_rules,
 }
 """Methods whose weights are read to be decoded, and what reads their rules from a quantization_config."""
@@ -106,7 +111,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Rule]]]] = {
 def is_microscaled(config: Mapping[str, Any]) -> bool:
     """Whether a config declares weights with scales for blocks along their rows."""
     try:
-        return any(isinstance(rule, MicroscalingRule) for rule in _rules(config))
+        return any(isinstance(rule, MicroscalingRule | StackRule) for rule in _rules(config))
     except SchemeError:
         return False
 
@@ -118,12 +123,12 @@ def scan_decoded(source: Checkpoint) -> tuple[Checkpoint, list[tuple[str, str]]]
         SchemeError: the config does not say how weights are stored.
 
     """
-    rules, found, faults = _rules(source.config), dict[str, Storage | None](), list[tuple[str, str]]()
+    rules, found, faults = _rules(source.config), dict[str, Encoded](), list[tuple[str, str]]()
     for name, ref in source.tensors.items():
         try:
-            found[name] = _storage(rules, ref, source.tensors)
+            if weight := _weight(rules, ref, source.tensors):
+                found[name] = weight
         except CheckpointError as e:
-            found[name] = None
             faults.append((name, str(e)))
     return _plain(source, found), faults
 
@@ -143,20 +148,20 @@ def decoded(source: Checkpoint) -> Checkpoint | None:
         rules = _rules(source.config)
     except SchemeError as e:
         raise SchemeError(f"{source.where}/{CONFIG}: quantization_config.{e}") from e
-    found = {name: _storage(rules, ref, source.tensors) for name, ref in source.tensors.items()} if rules else {}
-    return _plain(source, found) if any(found.values()) else None
+    tensors = source.tensors if rules else {}
+    found = {name: weight for name, ref in tensors.items() if (weight := _weight(rules, ref, tensors))}
+    return _plain(source, found) if found else None
 
 
-def _plain(source: Checkpoint, found: Mapping[str, Storage | None]) -> Checkpoint:
-    """The checkpoint with `Encoded` tensors for what was found stored, in its place."""
-    stored = [storage for storage in found.values() if storage]
-    parts = {ref.name for storage in stored for _, ref in storage.parts[1:]}
-    unused = {f"{storage.name}.{last}" for storage in stored for last in _UNUSED}
+def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
+    """The checkpoint with weights in place of their codes; `found` has them by the names of these."""
+    parts = {ref.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
+    parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
-        if storage := found[name]:
-            tensors[f"{storage.name}.weight"] = _encoded(storage)
-        elif name not in parts | unused:
+        if name in found:
+            tensors[found[name].name] = found[name]
+        elif name not in parts:
             tensors[name] = ref
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     return replace(source, tensors=tensors, config=config)
@@ -170,31 +175,26 @@ def _rules(config: Mapping[str, Any]) -> list[Rule]:
     return list(read(declared)) if read else []
 
 
-def _storage(rules: list[Rule], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
-    """The one way in which a weight is stored; None for what is no such weight.
+def _weight(rules: Iterable[Rule], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+    """The one weight whose codes a tensor is; None for any other tensor.
 
     Raises:
-        CheckpointError: no rule holds for a weight that is one by its dtype; or several do, and say different things.
+        CheckpointError: no rule holds for what are codes by their dtype; or several do, and say different things.
 
     """
-    found: list[Storage] = []
+    found: list[Encoded] = []
     errors: list[CheckpointError] = []
     for rule in rules:
         try:
-            storage = rule.storage(ref, tensors)
+            weight = rule.encoded(ref, tensors)
         except CheckpointError as e:
             errors.append(e)
             continue
-        if storage and storage not in found:
-            found.append(storage)
+        if weight and weight not in found:
+            found.append(weight)
     if len(found) > 1:
-        raise CheckpointError(
-            f"tensor '{ref.name}': the config has two readings of it: {found[0].encoding}, {found[1].encoding}"
-        )
+        one, other = (weight.sources[0].encoding for weight in found[:2])
+        raise CheckpointError(f"tensor '{ref.name}': the config has two readings of it: {one}, {other}")
     if not found and errors:
         raise errors[0]
     return found[0] if found else None
-
-
-def _encoded(storage: Storage) -> Encoded:
-    return Encoded(TensorSpec(f"{storage.name}.weight", "BF16", storage.whole), (), (storage,))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import Cut, PartSpec, Read, Role, SourceDtype, Storage
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Rows, SourceDtype, Storage, Turned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,9 +70,10 @@ class Fp8:
             PartSpec("scales", self.scale_suffix, self.scale_dtype, scales),
         )
 
-    def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
-        """The scales, in float32; rows are read when they are asked for."""
-        return 4 * parts["scales"].nbytes
+    def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
+        """The scales, in float32, and all values where they are turned; else rows are read when they are asked for."""
+        turned = 0 if cut is None or cut.is_run else 4 * parts["values"].nbytes
+        return 4 * parts["scales"].nbytes + turned
 
     def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> Fp8Rows:
         """Read the scales.
@@ -116,9 +117,10 @@ class Fp8Rows:
         """Name a row in a message."""
         return f"tensor '{self.ref.name}': row {self.first + row}"
 
-    def cut(self, cut: Cut) -> Fp8Rows:
-        """A run of the rows."""
-        assert cut.is_run
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows, or of those of the transpose."""
+        if not cut.is_run:
+            return Turned(self, cut)
         return replace(self, first=self.first + cut.first, count=cut.count)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -213,8 +215,8 @@ class ScaleRule:
         blocks = f" in blocks of {list(self.block)}" if self.block else ""
         return f"shape {list(scale.shape)}, expected {list(shapes[0])} for a weight {list(weight)}{blocks}"
 
-    def storage(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
-        """What is stored for a weight; None for one that is not FP8.
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The weight [O, I], or stack of them [E, O, I], whose codes are `weight`; None for one that is not FP8.
 
         Raises:
             CheckpointError: its scales are missing, or are none of it; or it is FP8 of a kind that is not read.
@@ -223,7 +225,7 @@ class ScaleRule:
         spec = weight.spec
         if spec.dtype not in FP8 or spec.name.rpartition(".")[2] in (*self.names, *SCALES):
             return None  # scales may be FP8 themselves
-        if spec.dtype not in _READ or len(spec.shape) != 2 or self.block is None:
+        if spec.dtype not in _READ or len(spec.shape) not in (2, 3) or self.block is None:
             kinds = " and ".join(_READ)
             raise CheckpointError(
                 f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
@@ -239,7 +241,12 @@ class ScaleRule:
             raise CheckpointError(f"tensor '{scales.name}': {wrong}")
         block = (self.block[0], self.block[1]) if self.block else (1 if self.rows else None, None)
         encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype)
-        return Storage(encoding, (("values", weight), ("scales", scales)), (spec.shape[0], spec.shape[1]))
+        rows, columns = spec.shape[-2:]
+        pairs = [(weight, scales)]
+        if len(spec.shape) == 3:
+            pairs = [(weight.index(at), scales.index(at)) for at in range(spec.shape[0])]
+        storages = [Storage(encoding, (("values", one), ("scales", its)), (rows, columns)) for one, its in pairs]
+        return Encoded(TensorSpec(spec.name, "BF16", spec.shape), (), tuple(storages))
 
 
 def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import Cut, PartSpec, Read, Role, SourceDtype, Storage
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Rows, SourceDtype, Storage, Turned
 from shardxform.formats.fp8 import decoded_codes, powers_of_two
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["E2M1", "MXFP4", "MXFP8", "NVFP4", "Microscaled", "MicroscaledRows", "MicroscalingRule"]
+__all__ = ["E2M1", "MXFP4", "MXFP8", "NVFP4", "Microscaled", "MicroscaledRows", "MicroscalingRule", "StackRule"]
 
 E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the eight codes without a sign."""
@@ -69,9 +69,10 @@ class Microscaled:
         found = zip(roles, self.suffixes, self.dtypes, shapes, strict=False)
         return tuple(PartSpec(role, suffix, dtype, shape) for role, suffix, dtype, shape in found)
 
-    def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
-        """The scales, in float32; rows are read when they are asked for."""
-        return 4 * parts["scales"].spec.shape[0] * parts["scales"].spec.shape[1]
+    def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
+        """The scales, in float32, and all values where they are turned; else rows are read when they are asked for."""
+        turned = 0 if cut is None or cut.is_run else 4 * self.per_byte * parts["values"].nbytes
+        return 4 * parts["scales"].spec.shape[0] * parts["scales"].spec.shape[1] + turned
 
     def open(
         self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool
@@ -135,9 +136,10 @@ class MicroscaledRows:
         """Name a row in a message."""
         return f"tensor '{self.ref.name}': row {self.first + row}"
 
-    def cut(self, cut: Cut) -> MicroscaledRows:
-        """A run of the rows."""
-        assert cut.is_run
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows, or of those of the transpose."""
+        if not cut.is_run:
+            return Turned(self, cut)
         return replace(self, first=self.first + cut.first, count=cut.count)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -191,6 +193,11 @@ class MicroscalingRule:
 
     encoding: Microscaled
 
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The weight whose codes are `weight`; raises as `storage` does."""
+        storage = self.storage(weight, tensors)
+        return Encoded.of(storage, f"{storage.name}.weight") if storage else None
+
     def storage(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
         """What is stored for the weight whose codes are `weight`; None where they are no such codes.
 
@@ -214,6 +221,49 @@ class MicroscalingRule:
                 raise CheckpointError(f"tensor '{ref.name}': {wrong} for a weight {[rows, columns]}")
             found.append((part.role, ref))
         return Storage(encoding, tuple(found), (rows, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class StackRule:
+    """Stacks as gpt-oss has them: codes `<stack>_blocks` [E, O, G, 16] and scales `<stack>_scales` [E, O, G].
+
+    They are stored row by row, and the stacks of 16 bits that they stand for hold each matrix transposed, [E, I, O].
+    """
+
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The stack that codes stand for; None for other tensors.
+
+        Raises:
+            CheckpointError: scales are missing, or codes and scales are no stacks.
+
+        """
+        spec = weight.spec
+        stem = spec.name.removesuffix("_blocks")
+        if stem == spec.name:
+            return None
+        scales = tensors.get(f"{stem}_scales")
+        if scales is None:
+            raise CheckpointError(f"tensor '{stem}_scales' is missing; '{spec.name}' means nothing without")
+        half = MXFP4.group // 2
+        if spec.dtype != "U8" or len(spec.shape) != 4 or spec.shape[3] != half:
+            raise CheckpointError(
+                f"tensor '{spec.name}': {spec.dtype} {list(spec.shape)}, expected U8 [E, O, G, {half}]"
+            )
+        if scales.spec.dtype != "U8" or scales.spec.shape != spec.shape[:3]:
+            found = f"{scales.spec.dtype} {list(scales.spec.shape)}"
+            raise CheckpointError(f"tensor '{scales.name}': {found}, expected U8 {list(spec.shape[:3])}")
+        count, rows, groups, _ = spec.shape
+        shape = (rows, groups * MXFP4.group)
+        turned = Cut(0, shape[1], transposed=True)
+        sources = []
+        for one in range(count):
+            codes = weight.index(one).reshaped((rows, groups * half))
+            parts: tuple[tuple[Role, TensorRef], ...] = (("values", codes), ("scales", scales.index(one)))
+            sources.append(Storage(_STACKED, parts, shape, turned))
+        return Encoded(TensorSpec(stem, "BF16", (count, shape[1], rows)), (), tuple(sources))
+
+
+_STACKED: Final = Microscaled("E2M1", 32, suffixes=("blocks", "scales"))
 
 
 def _fault(found: TensorSpec, part: PartSpec) -> str:

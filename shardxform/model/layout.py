@@ -59,14 +59,19 @@ COMPANIONS: Final[Mapping[str, Rows]] = {
     "weight_scale_inv": "blocks",
     "weight_shape": "inside",
     "weight_zero_point": "inside",
+    "_blocks": "rows",
+    "_scales": "rows",
 }
 """Last name parts that stand for, or beside, a quantized `weight`, and share its place; and what its axis 0 counts.
+
+Those that begin with `_` are the end of a last part, beside stacks of experts: `gate_up_proj_blocks`.
 
 `rows`: the rows of the weight. `blocks`: blocks of them, of one row, some, or all. `none`: not the rows. `inside`: the
 rows are counted on another axis, packed into words, or said by the values, so that taking some out needs the data.
 """
 
 
+_OF_STACKS: Final = tuple(name for name in COMPANIONS if name.startswith("_"))
 _TELLING: Final = COMPANIONS.keys() - {"scale"}  # which routers have too
 _QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and dtype != "BOOL"} | {"U32"})
 
@@ -335,6 +340,10 @@ class _Finder:
         if candidates is None and last in COMPANIONS:
             companion = last
             candidates = self._table.get(f"{key}{dot}weight")
+        elif candidates is None and last.endswith(_OF_STACKS):
+            at = last.rindex("_")
+            companion = last[at:]
+            candidates = self._table.get(f"{key}{dot}{last[:at]}")
         place = self._chosen(candidates or (), numbers, digits, companion)
         if place:
             self._found[name] = place

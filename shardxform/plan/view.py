@@ -299,7 +299,7 @@ def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
 
 def _has_companion(name: str, layout: Layout) -> bool:
     stem = name.removesuffix("weight")
-    return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed"))
+    return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed", "_blocks"))
 
 
 def _dropped_mtp(
