@@ -182,7 +182,7 @@ LEFT_OUT = [
     "lm_head",
     *(f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in ("gate", "shared_expert_gate")),
     *(f"model.layers.0.linear_attn.in_proj_{name}" for name in ("a", "b", "qkv", "z")),
-    *(f"model.layers.0.linear_attn.{name}" for name in ("conv1d", "out_proj")),
+    "model.layers.0.linear_attn.conv1d",
 ]
 KINDS["fp8 blocks, fused in 16 bits"] = Kind(
     fp8_blocks,
