@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from build import Raw, bf16, read_checkpoint, write_checkpoint
 from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from texts import few
 
 torch = pytest.importorskip("torch")
@@ -25,7 +27,11 @@ pytest.importorskip("transformers")
 
 import any_moe  # noqa: E402
 
+from shardxform.base.tensors import ByteRange, TensorRef  # noqa: E402
 from shardxform.cli import main  # noqa: E402
+from shardxform.errors import ExecutionError  # noqa: E402
+from shardxform.formats.encoding import Cut  # noqa: E402
+from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -330,3 +336,125 @@ def test_inspect_names_the_encoding(kind: str, folder: Path) -> None:
     assert told["parameters"] == other["parameters"]
     assert told["outlook"].keys() == other["outlook"].keys()
     call("verify", source)
+
+
+# -- one weight -------------------------------------------------------------------------------------------------------
+
+
+def opened(encoding: Microscaled, codes: np.ndarray, scales: np.ndarray, whole: float | None = None) -> Any:
+    """Rows of a weight in memory."""
+    data = {"values": codes, "scales": scales, "whole": np.array(whole or 0, np.float32)}
+
+    def read(ref: TensorRef, into: np.ndarray) -> None:
+        flat = b"".join(data[piece.file].tobytes()[piece.offset : piece.end] for piece in ref.ranges)
+        into.reshape(-1).view(np.uint8)[:] = np.frombuffer(flat, np.uint8)
+
+    rows, columns = len(codes), codes.shape[1] * encoding.per_byte
+    parts = {
+        part.role: TensorRef(part.spec("m"), (ByteRange(part.role, 0, part.spec("m").nbytes),))
+        for part in encoding.parts(rows, columns)
+    }
+    return encoding.open(parts, (rows, columns), read, checked=True)
+
+
+def test_every_code_of_four_bits_is_the_value_that_it_stands_for() -> None:
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    low = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+    values = opened(MXFP4, codes, np.full((16, 1), 128, np.uint8)).values(0, 16)
+    assert values.dtype == np.float32
+    for row in range(16):
+        assert [2 * value for value in low] == values[row, ::2].tolist()
+        assert {2 * low[row]} == set(values[row, 1::2].tolist())
+    assert np.signbit(values[0, 16])
+
+
+def test_a_scale_is_of_its_block_and_the_whole_multiplies_or_divides() -> None:
+    codes = np.full((2, 16), 0x21, np.uint8)  # 0.5, then 1
+    scales = np.array([[0x38, 0x40], [0x30, 0xB8]], np.uint8)  # 1, 2; 0.5, -1
+    for whole, factor in ((NVFP4, 1 / 3), (replace(NVFP4, whole="multiplied"), 3)):
+        values = opened(whole, codes, scales, 3.0).values(0, 2)
+        scale = np.float32([[1, 2], [0.5, -1]]) * np.float32(3) if factor == 3 else np.float32([[1, 2], [0.5, -1]]) / 3
+        wanted = np.tile(np.float32([0.5, 1]), 16) * np.repeat(scale.astype(np.float32), 16, axis=1)
+        assert np.array_equal(values, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    encoding=st.sampled_from([MXFP4, MXFP8, NVFP4]),
+    cut=st.tuples(st.integers(0, 95), st.integers(1, 96)),
+    seed=st.integers(0, 9),
+)
+def test_any_run_of_rows_or_columns_is_that_of_the_whole(
+    rows: int, groups: int, encoding: Microscaled, cut: tuple[int, int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    columns = groups * encoding.group
+    most = 256 if encoding.per_byte == 2 else 0x7F
+    codes = rng.integers(0, most, (rows, columns // encoding.per_byte), np.uint8)
+    scales = rng.integers(100, 0x7E, (rows, groups), np.uint8)
+    weight = opened(encoding, codes, scales, 2.0)
+    whole = weight.values(0, rows)
+    for row in range(rows):
+        assert np.array_equal(weight.values(row, row + 1)[0], whole[row])
+        assert np.array_equal(weight.cut(Cut(row, rows - row)).values(0, rows - row), whole[row:])
+    first = cut[0] % columns
+    count = min(cut[1], columns - first)
+    assert np.array_equal(
+        weight.cut(Cut(first, count, transposed=True)).values(0, count), whole.T[first : first + count]
+    )
+
+
+def test_scales_and_codes_that_are_no_numbers_are_refused_by_name() -> None:
+    codes, scales = np.zeros((2, 16), np.uint8), np.array([[127], [255]], np.uint8)
+    with pytest.raises(ExecutionError, match=r"'m.weight_scale': scale nan at \[1, 0\]"):
+        opened(MXFP4, codes, scales)
+    codes = np.zeros((2, 32), np.uint8)
+    codes[1, 3] = 0x7F
+    with pytest.raises(ExecutionError, match=r"'m.weight': NaN or infinity at row 1, column 3"):
+        opened(MXFP8, codes, np.full((2, 1), 127, np.uint8)).values(0, 2)
+    with pytest.raises(ExecutionError, match=r"'m.weight_scale': scale inf at \[0, 0\]"):
+        opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x38, np.uint8), 0.0)
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]] = {
+    "no scale": ("mxfp4", lambda _, t: t.pop(f"{Q}weight_scale"), "missing; its weight means nothing without"),
+    "another shape": (
+        "nvfp4",
+        lambda _, t: t.update({f"{Q}weight_scale": raw("F8_E4M3", np.zeros((64, 2), "u1"))}),
+        "expected",
+    ),
+    "no global scale": ("nvfp4", lambda _, t: t.pop(f"{Q}weight_global_scale"), "missing"),
+    "no scale of a stack": ("mxfp4 of gpt-oss", lambda _, t: t.pop(f"{STACK}_scales"), "missing"),
+    "stacks of another shape": (
+        "mxfp4 of gpt-oss",
+        lambda _, t: t.update({f"{STACK}_scales": raw("U8", np.zeros((6, 64, 1), "u1"))}),
+        ", 192, 2]",
+    ),
+    "groups that are not read": (
+        "mxfp4",
+        lambda c, _: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=64),
+        "floats of 4 bits in groups of 64 are not read",
+    ),
+}
+Q = "model.layers.0.self_attn.q_proj."
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folder: Path, tmp_path: Path) -> None:
+    kind, spoil, message = FAULTS[fault]
+    source, _ = made(folder, kind)
+    config, tensors = json.loads((source / "config.json").read_text()), read_checkpoint(source)
+    spoil(config, tensors)
+    spoilt = write_checkpoint(tmp_path / "spoilt", tensors, config)
+    for command in (
+        ("quantize", "--group-size", 32),
+        ("convert", "--to", "bf16"),
+        ("prune", "-m", keep_file(tmp_path)),
+    ):
+        result = call(command[0], spoilt, tmp_path / command[0], *command[1:], code=1)
+        assert message in result.output, result.output
+        assert not (tmp_path / command[0]).exists()
+    assert "not sound" in call("verify", spoilt, code=1).output

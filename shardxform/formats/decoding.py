@@ -18,7 +18,7 @@ from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 
-__all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded"]
+__all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded", "unreadable"]
 
 _UNUSED: Final = ("input_scale", "input_global_scale")
 """Scales of activations, which stand beside a weight and say nothing of it."""
@@ -114,6 +114,15 @@ def is_microscaled(config: Mapping[str, Any]) -> bool:
         return any(isinstance(rule, MicroscalingRule | StackRule) for rule in _rules(config))
     except SchemeError:
         return False
+
+
+def unreadable(config: Mapping[str, Any]) -> str:
+    """Why a quantization_config does not say how its small floats are stored; empty where it does, or has none."""
+    try:
+        _rules(config)
+    except SchemeError as e:
+        return str(e)
+    return ""
 
 
 def scan_decoded(source: Checkpoint) -> tuple[Checkpoint, list[tuple[str, str]]]:

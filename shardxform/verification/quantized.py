@@ -15,7 +15,7 @@ from typing import Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
-from shardxform.formats.decoding import is_microscaled
+from shardxform.formats.decoding import is_microscaled, unreadable
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import Layout, Place, is_tied
@@ -86,6 +86,8 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     modules = list(_modules(layout, tensors))
     declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     _check_float(layout, modules, findings)
+    if why := unreadable(layout.config):
+        findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
     if not is_microscaled(layout.config):
         _check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
@@ -319,9 +321,6 @@ def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Fi
     """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
     declared = layout.config.get("quantization_config")
     rule = scale_rule(declared if isinstance(declared, Mapping) else {})
-    if isinstance(declared, Mapping) and rule is None:
-        text = f"weight_block_size: expected two sizes of blocks, found {declared.get('weight_block_size')!r}"
-        findings.problem("quantization-config", "config.json", f"quantization_config.{text}")
     rule = rule or ScaleRule(SCALES, None)
     findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)
 
