@@ -124,6 +124,21 @@ def nvfp4(w: np.ndarray, divided: bool) -> tuple[Tensors, np.ndarray]:
     return parts, (values * (scale / 8)[..., None]).reshape(w.shape)
 
 
+def integers(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    """As Kimi-K2-Thinking has its experts."""
+    blocks = w.reshape(len(w), -1, 32)
+    power = exponents(blocks, 7)
+    scale = np.exp2(power).astype(np.float32)
+    codes = np.clip(np.rint(blocks / scale[..., None]), -8, 7)
+    words = (codes.astype(np.int64) + 8).reshape(len(w), -1, 8) << np.arange(0, 32, 4)
+    parts = {
+        "weight_packed": raw("I32", words.sum(-1).astype(np.uint32).view(np.int32)),
+        "weight_scale": bf16(scale),
+        "weight_shape": raw("I64", np.array(w.shape, np.int64)),
+    }
+    return parts, ((codes + 0.0) * scale[..., None]).astype(np.float32).reshape(w.shape)
+
+
 def stacked(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     """A stack [E, I, O] of gpt-oss: stored row by row, in blocks."""
     rows = np.ascontiguousarray(w.transpose(0, 2, 1))
@@ -177,6 +192,21 @@ KINDS: dict[str, Kind] = {
         lambda w: nvfp4(w, False), {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}
     ),
 }
+KINDS["4-bit integers of experts"] = Kind(
+    integers,
+    {
+        **COMPRESSED,
+        "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*self_attn.*"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+            }
+        },
+    },
+    weights=("down_proj.weight", "gate_proj.weight", "up_proj.weight"),
+)
 KINDS["mxfp4 of gpt-oss"] = Kind(
     stacked,
     {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]},
@@ -196,6 +226,7 @@ KINDS["fp8 blocks, fused in 16 bits"] = Kind(
     "qwen3_5_moe_text",
 )
 every = pytest.mark.parametrize("kind", KINDS)
+floats = pytest.mark.parametrize("kind", [kind for kind in KINDS if "integers" not in kind])
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +293,7 @@ def test_pruning_copies_codes_and_scales(kind: str, folder: Path, tmp_path: Path
     call("verify", out, "--source", source)
 
 
-@every
+@floats
 def test_rounding_to_nearest_is_that_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)
     keep = keep_file(tmp_path)
@@ -272,7 +303,7 @@ def test_rounding_to_nearest_is_that_of_the_twin(kind: str, folder: Path, tmp_pa
     call("verify", tmp_path / "a", "--source", source)
 
 
-@every
+@floats
 def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)
     keep = keep_file(tmp_path)
