@@ -29,6 +29,8 @@ __all__ = [
     "Template",
     "Wrapper",
     "experts",
+    "head_dim",
+    "listed_as_sparse",
     "mlp",
     "size",
     "tied",
@@ -161,7 +163,7 @@ class Mtp:
     """Multi-token-prediction layers.
 
     Attributes:
-        count_key: config key that counts them; 0 or absent means none.
+        count_key: config key that counts them; 0 means none, and so does its absence, unless `uncounted`.
         prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
@@ -169,6 +171,7 @@ class Mtp:
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
         layer: templates beyond a decoder block's own ones.
         root: templates that exist once, with full names.
+        uncounted: releases have them without the key in their configs: there are as many as there are tensors of.
 
     """
 
@@ -179,6 +182,7 @@ class Mtp:
     inputs: tuple[str, str, str, str]
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
+    uncounted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -300,6 +304,26 @@ def size(config: Config, key: str) -> int:
     if type(value) is not int:  # bool is an int, and 8.7 would be cut to 8
         raise ValueError(f"{key}: expected a size, found {value!r}")
     return value
+
+
+def head_dim(config: Config) -> int:
+    """Channels of an attention head: as the config says, or what there is for each of the query heads."""
+    if config.get("head_dim") is not None:
+        return size(config, "head_dim")
+    return size(config, "hidden_size") // size(config, "num_attention_heads")
+
+
+def listed_as_sparse(config: Config, layer: int, dense: int) -> bool:
+    """Whether `mlp_layer_types` makes a block a MoE block; where there is no list, all but the first `dense` are.
+
+    Layers of multi-token prediction, which are numbered on, are in no list, and have experts.
+    """
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return layer >= dense
+    if not isinstance(kinds, list) or not {"dense", "sparse"}.issuperset(kinds):
+        raise ValueError("mlp_layer_types: expected a list of dense or sparse")
+    return layer >= len(kinds) or bool(layer >= 0 and kinds[layer] == "sparse")
 
 
 def untied(config: Config, _layer: int) -> bool:
