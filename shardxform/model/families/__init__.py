@@ -20,6 +20,7 @@ HOMES: Final[Mapping[str, str]] = {
     "glm4_moe_lite": "glm4_moe_lite",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
+    "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "olmoe": "olmoe",
     "qwen2_moe": "qwen2_moe",
