@@ -47,6 +47,7 @@ Role = Literal[
     "router",
     "shared experts",
     "attention",
+    "indexer",
     "linear attention",
     "dense mlp",
     "norms",

@@ -2,8 +2,8 @@
 
 Names and shapes from transformers' `deepseek_v32`, which has no MTP layers; theirs from vLLM's `deepseek_mtp`, which
 builds them as the other layers, indexer and all. The indexer is run as transformers runs it: in 16 bits, without the
-Hadamard transform, which changes no product of a query and a key. It stays 16-bit, since vLLM merges
-`wk` and `weights_proj` unquantized.
+Hadamard transform, which changes no product of a query and a key. It is never quantized to integers: vLLM merges `wk`
+and `weights_proj` unquantized. In the release, `weights_proj` alone is not FP8.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FAMILY: Final = Family(
     root=EMBEDDINGS,
     block=(
         *(template for template in DEEPSEEK_V3.block if template.when != "full query"),
-        Template("self_attn.indexer.wq_b.weight", "IH*ID,QA", "attention"),
-        Template("self_attn.indexer.wk.weight", "ID,H", "attention"),
+        Template("self_attn.indexer.wq_b.weight", "IH*ID,QA", "indexer"),
+        Template("self_attn.indexer.wk.weight", "ID,H", "indexer"),
         Template("self_attn.indexer.k_norm.weight", "ID", "norms"),
         Template("self_attn.indexer.k_norm.bias", "ID", "norms"),
-        Template("self_attn.indexer.weights_proj.weight", "IH,H", "attention"),
+        Template("self_attn.indexer.weights_proj.weight", "IH,H", "indexer"),
     ),
     mtp=DEEPSEEK_V3.mtp,
     symbols={**DEEPSEEK_V3.symbols, "ID": "index_head_dim", "IH": "index_n_heads"},
@@ -65,6 +65,6 @@ FAMILY: Final = Family(
         "moe": _is_moe,
     },
     moe="moe",
-    keep_16bit=(*DEEPSEEK_V3.keep_16bit, "self_attn.indexer.*"),
+    keep_16bit=(*DEEPSEEK_V3.keep_16bit, "self_attn.indexer.*"),  # for clients that go by names
     merged=DEEPSEEK_V3.merged,
 )
