@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from build import raw, read_checkpoint, write_checkpoint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import any_moe  # noqa: E402
 
+from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.errors import FamilyError  # noqa: E402
+from shardxform.errors import FamilyError, SchemeError  # noqa: E402
+from shardxform.execution.runner import RunOptions, run  # noqa: E402
+from shardxform.formats.scheme import Grid, Scheme  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.model.layout import layout_of  # noqa: E402
+from shardxform.plan.prune import plan_prune  # noqa: E402
+from shardxform.plan.quantize import plan_quantize  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -90,3 +96,32 @@ def test_a_list_of_dense_layers_says_more_than_their_number() -> None:
         assert layout_of({**config, "mlp_layer_types": listed}, []).moe_layers == layers
     with pytest.raises(FamilyError, match="expected a list of dense or sparse"):
         layout_of({**config, "mlp_layer_types": ["sparse", "full"]}, [])
+
+
+def in_fp8(root: Path, out: Path, *but: str) -> Path:
+    """The same checkpoint with its linear layers in FP8, one block each, but for those whose names end with one."""
+    tensors, config = read_checkpoint(root), json.loads((root / "config.json").read_text())
+    for name, value in list(tensors.items()):
+        if len(value.shape) == 2 and ".layers." in name and not name.endswith(but):
+            values = torch.from_numpy(value.float32().copy())
+            scale = values.abs().max().reshape(1, 1) / 448
+            tensors |= {name: raw((values / scale).to(torch.float8_e4m3fn)), f"{name}_scale_inv": raw(scale)}
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return write_checkpoint(out, tensors, config | {"quantization_config": fp8}, files={"tokenizer.json": "{}"})
+
+
+def test_an_indexer_is_pruned_along_in_fp8_and_never_quantized_to_integers(tmp_path: Path) -> None:
+    plain = any_moe.save(any_moe.build("deepseek_v32"), tmp_path / "plain")
+    root = in_fp8(plain, tmp_path / "fp8", "mlp.gate.weight", "indexer.weights_proj.weight")
+    assert verify(root).problems == ()
+    source, keep = Checkpoint.open(root), Manifest(keep={1: (0, 2, 3, 5)})
+    indexer = {name for name in source.tensors if ".indexer." in name}
+    run(plan_prune(source, keep), tmp_path / "pruned", RunOptions(jobs=1))
+    assert verify(tmp_path / "pruned", source=source, independent=True).problems == ()
+    assert indexer <= set(read_checkpoint(tmp_path / "pruned"))
+    run(plan_quantize(source, Scheme(grid=Grid(group_size=32)), keep), tmp_path / "int4", RunOptions(jobs=1))
+    assert verify(tmp_path / "int4", source=source, independent=True).problems == ()
+    found = read_checkpoint(tmp_path / "int4")
+    assert {found[name].dtype for name in found if ".indexer." in name} == {"BF16"}
+    with pytest.raises(SchemeError, match="no client runs indexer weights as integers"):
+        plan_quantize(Checkpoint.open(plain), Scheme(grid=Grid(group_size=32), quantize=("*.indexer.wk",)))

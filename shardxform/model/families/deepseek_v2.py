@@ -1,6 +1,7 @@
 """DeepSeek-V2 and its kin: the attention and experts of DeepSeek-V3, softmax routing without a bias, no MTP layer.
 
-Names and shapes from transformers' `deepseek_v2`. Groups count only where `topk_method` is `group_limited_greedy`.
+Names and shapes from transformers' `deepseek_v2`. The router looks at groups only where `topk_method` is
+`group_limited_greedy`; pruning keeps as many of each wherever `n_group` says that there are some.
 """
 
 from __future__ import annotations
