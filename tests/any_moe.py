@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
 from transformers.utils import logging
 
 logging.set_verbosity_error()
@@ -63,6 +63,8 @@ SIZES = {
 }
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_KS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
+CLASSES = {"kimi_k2": "deepseek_v3"}
+"""Types that transformers does not know, and the type whose class they are of."""
 NOT_KEPT = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path"),
     *("rope_scaling", "rope_theta", "per_layer_config"),
@@ -88,6 +90,7 @@ def plain(value: Any) -> Any:
 
 def tiny_config(model_type: str, *, layers: int = LAYERS, experts: int = EXPERTS, **over: Any) -> dict[str, Any]:
     """Keys of a small config; `over` replaces what is not as the type wants it."""
+    model_type = CLASSES.get(model_type, model_type)
     c = dict(text_of(plain(AutoConfig.for_model(model_type).to_dict())))
     before = c.get("num_hidden_layers", layers)
     for key in NOT_KEPT:
@@ -140,12 +143,23 @@ def build(model_type: str, seed: int = 0, **over: Any) -> Any:
     return randomized(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), seed)
 
 
-def save(model: Any, root: Path, vocab: int = VOCAB) -> Path:
+def save(model: Any, root: Path, vocab: int = VOCAB, model_type: str = "") -> Path:
     """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it."""
     from test_calibration import byte_tokenizer
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(root)
-    config = (root / "config.json").read_text()
+    config = json.loads((root / "config.json").read_text()) | {"dtype": "bfloat16"}
     byte_tokenizer(root, vocab_size=vocab)
-    (root / "config.json").write_text(json.dumps({**json.loads(config), "dtype": "bfloat16"}, indent=2))
+    config["model_type"] = model_type or config["model_type"]
+    (root / "config.json").write_text(json.dumps(config, indent=2))
     return root
+
+
+def load(root: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of a checkpoint, and what it says of the keys it found."""
+    config = json.loads((root / "config.json").read_text())
+    known = CLASSES.get(config["model_type"])
+    over: dict[str, Any] = {"config": AutoConfig.for_model(**{**config, "model_type": known})} if known else {}
+    if config.get("quantization_config", {}).get("quant_method") == "gptq":  # whose own loader is not installed
+        over["quantization_config"] = AutoRoundConfig(backend="torch")
+    return AutoModelForCausalLM.from_pretrained(root, dtype=dtype, output_loading_info=True, **over)

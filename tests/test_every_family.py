@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import Raw, read_checkpoint, write_checkpoint
+from build import KINDS, Raw, read_checkpoint, write_checkpoint
 from click.testing import CliRunner
 from texts import few
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import any_moe  # noqa: E402
 
@@ -52,6 +52,7 @@ class Case:
         formats: quantized formats whose outputs transformers loads with every weight in its place.
         runs: whether decoder blocks can be run.
         group_size: of quantized weights.
+        more: other configs, in the manner of `over`, whose checkpoints hold what the first one lacks.
 
     """
 
@@ -59,13 +60,24 @@ class Case:
     formats: tuple[str, ...] = ("auto-round",)
     runs: bool = True
     group_size: int = 32
+    more: tuple[dict[str, Any], ...] = ()
 
 
 CASES: dict[str, Case] = {
+    "beam": Case(more=({"attention_bias": True},)),
+    "deepseek_v2": Case(more=({"q_lora_rank": None},)),
     "deepseek_v3": Case(),
+    "deepseek_v32": Case(),
+    "glm4_moe": Case(over={"attention_bias": True, "use_qk_norm": True}),
+    "glm4_moe_lite": Case(more=({"q_lora_rank": None},)),
+    "kimi_k2": Case(more=({"q_lora_rank": None},)),
+    "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
+    "olmoe": Case(more=({"attention_bias": True},)),
+    "qwen2_moe": Case(more=({"mlp_only_layers": [0]},)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
+    "qwen3_next": Case(more=({"mlp_only_layers": [0], "attention_bias": True},)),
 }
 RUN = [name for name, case in CASES.items() if case.runs]
 IDS = torch.randint(1, any_moe.VOCAB, (3, 24), generator=torch.Generator().manual_seed(2))
@@ -94,7 +106,7 @@ def model_of(kind: str) -> Any:
 def source_of(kind: str, folder: Path) -> Path:
     """Its checkpoint."""
     root = folder / kind
-    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root)
+    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root, model_type=kind)
 
 
 def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
@@ -105,7 +117,7 @@ def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
 
 def loaded(root: Path) -> Any:
     """What transformers makes of a checkpoint, which must hold all that it wants and nothing else."""
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
+    model, told = any_moe.load(root, torch.float32)
     assert {key: list(value) for key, value in told.items() if value} == {}
     return model.eval()
 
@@ -130,6 +142,20 @@ def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
     report = verify(source.root)
     assert report.problems == ()
     assert {each.code for each in report.warnings} <= {"mtp-absent"}  # transformers has no code for these layers
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in KINDS])  # these: see test_families.py
+def test_every_template_is_seen_in_some_release(kind: str, folder: Path, tmp_path: Path) -> None:
+    roots = [source_of(kind, folder)]
+    for at, over in enumerate(CASES[kind].more):
+        roots.append(any_moe.save(any_moe.build(kind, **{**CASES[kind].over, **over}), tmp_path / str(at)))
+        assert verify(roots[-1]).problems == ()
+    layouts = [layout_of(source.config, source.tensors) for source in map(Checkpoint.open, roots)]
+    assert all(layout.unknown == () for layout in layouts)
+    seen = {place.template.name for layout in layouts for place in layout.places.values()}
+    family, spelled = layouts[0].family, {place.template.variant for place in layouts[0].places.values()}
+    templates = [each for each in (*family.root, *family.block) if not each.optional and each.variant in spelled]
+    assert {each.name for each in templates} <= seen
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -259,9 +285,7 @@ def assert_loads(out: Path) -> None:
     model = loaded(plain).bfloat16()
     with torch.no_grad(), classes_put_back(model):
         wanted = model(input_ids=IDS).logits.float()
-        quantized, told = transformers.AutoModelForCausalLM.from_pretrained(
-            out, dtype=torch.bfloat16, output_loading_info=True
-        )
+        quantized, told = any_moe.load(out, torch.bfloat16)
         found = quantized.eval()(input_ids=IDS).logits.float()
     assert not told["missing_keys"]
     # A weight in a wrong place moves every logit; bfloat16 alone flips a choice of experts here and there.

@@ -20,6 +20,7 @@ __all__ = [
     "NORMS",
     "TYPES",
     "Config",
+    "Decoder",
     "ExpertLayout",
     "Family",
     "Gate",
@@ -29,6 +30,8 @@ __all__ = [
     "Template",
     "Wrapper",
     "experts",
+    "head_dim",
+    "listed_as_sparse",
     "mlp",
     "size",
     "tied",
@@ -44,6 +47,7 @@ Role = Literal[
     "router",
     "shared experts",
     "attention",
+    "indexer",
     "linear attention",
     "dense mlp",
     "norms",
@@ -56,7 +60,7 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 """Roles whose 2-D weights are linear layers that clients can run quantized."""
 
 Scope = Literal["root", "block", "mtp", "vision"]
-Gate = Literal["concatenated", "interleaved"]
+Gate = Literal["concatenated", "interleaved", "none"]
 
 COUNT_KEYS: Final = frozenset(
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
@@ -115,25 +119,60 @@ class Template:
 class ExpertLayout:
     """How routed experts lie in a checkpoint: as stacks of all, as one matrix each, or in either way.
 
-    The flags are those of transformers' own classes (`is_transposed`, `is_concatenated`, `has_bias`); a test compares.
+    The flags are those of transformers' own classes (`is_transposed`, `is_concatenated`, `has_gate`, `has_bias`); a
+    test compares.
 
     Attributes:
         home: name of the module that holds them, within its block.
         stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
             where no checkpoint stacks them.
-        projections: names of the gate, up and down projection of one expert.
+        projections: names of the gate, up and down projection of one expert; of the last two where there is no gate.
         transposed: a stack holds matrices [I, O] instead of [O, I].
-        gate: gate and up projection are the halves of the stacked one, or every second of its rows.
+        gate: gate and up projection are the halves of the stacked one, or every second of its rows; or `none`: there
+            is an up projection alone, and an activation of its outputs.
         bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
+        width: symbol of the channels that an expert takes and gives.
 
     """
 
     home: str = "mlp.experts"
     stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     transposed: bool = False
     gate: Gate = "concatenated"
     bias: bool = False
+    width: str = "H"
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate projection beside the up projection."""
+        return self.gate != "none"
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Projections into the intermediate size, in the order of a stack's halves: gate and up, or up alone."""
+        return self.projections[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """What the parts of a decoder are called.
+
+    Attributes:
+        embeddings, norm: the token embeddings and the final norm in checkpoints, under the wrapper's prefix.
+        blocks: what holds the decoder blocks, likewise.
+        attributes: (ours, theirs) of those that transformers' class calls otherwise.
+
+    """
+
+    embeddings: str = "embed_tokens"
+    blocks: str = "layers"
+    norm: str = "norm"
+    attributes: tuple[tuple[str, str], ...] = ()
+
+    def attribute(self, name: str) -> str:
+        """What transformers' class calls the part that checkpoints call `name`."""
+        return dict(self.attributes).get(name, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +185,7 @@ class Wrapper:
         text_key: key of the nested text config, or None when the top level is the text config.
         prefix: what decoder names begin with, such as `model.language_model.`.
         vision: whether the class has a vision tower.
+        head: name of the output head, in full.
 
     """
 
@@ -154,6 +194,11 @@ class Wrapper:
     text_key: str | None
     prefix: str
     vision: bool = False
+    head: str = "lm_head"
+
+    def full(self, name: str) -> str:
+        """Put this class's names in the place of `{decoder}` and `{head}`."""
+        return name.replace("{decoder}", self.prefix).replace("{head}", self.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +206,7 @@ class Mtp:
     """Multi-token-prediction layers.
 
     Attributes:
-        count_key: config key that counts them; 0 or absent means none.
+        count_key: config key that counts them; 0 means none, and so does its absence, unless `uncounted`.
         prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
@@ -169,6 +214,7 @@ class Mtp:
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
         layer: templates beyond a decoder block's own ones.
         root: templates that exist once, with full names.
+        uncounted: releases have them without the key in their configs: there are as many as there are tensors of.
 
     """
 
@@ -179,6 +225,7 @@ class Mtp:
     inputs: tuple[str, str, str, str]
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
+    uncounted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -191,7 +238,9 @@ class Family:
         count_keys: config keys (in the text config) that count routed experts; those present must agree.
         top_k_key: config key of experts per token.
         group_key: config key of router groups whose members sit side by side, or empty.
-        root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix.
+        root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
+            the output head.
+        decoder: what embeddings, blocks and final norm are called.
         block: templates of one decoder block, relative to its prefix.
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
@@ -211,6 +260,7 @@ class Family:
             them at random values, or refuse.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
+        experts_norm: the norm before the experts, within a block; healing moves it with them.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
@@ -225,6 +275,7 @@ class Family:
     group_key: str = ""
     root: tuple[Template, ...]
     block: tuple[Template, ...]
+    decoder: Decoder = field(default_factory=Decoder)
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
     mtp: Mtp | None = None
@@ -242,6 +293,7 @@ class Family:
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
     fused_release: bool = False
     bfloat16_only: bool = False
@@ -250,6 +302,11 @@ class Family:
     def spelling(self) -> str:
         """How experts are spelled where nothing tells: `fused` in families that have stacks, else `per-expert`."""
         return "fused" if self.experts.stacks else "per-expert"
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """What holds the decoder blocks under each class, such as `model.layers`."""
+        return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
@@ -273,19 +330,20 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     """Routed experts as `layout` has them: stacked under its home, `[E, 2I, H]` and `[E, H, I]`, and one by one."""
     layout = layout or ExpertLayout()
     role: Role = "routed experts"
-    shapes = ("E,H,2*I", "E,I,H") if layout.transposed else ("E,2*I,H", "E,H,I")
+    rows, width = ("2*I" if layout.gated else "I"), layout.width
+    shapes = (f"E,{width},{rows}", f"E,I,{width}") if layout.transposed else (f"E,{rows},{width}", f"E,{width},I")
     out = [
         Template(f"{layout.home}.{stack}", shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
     ]
     if layout.bias:
-        biases = zip(layout.stacks, ("E,2*I", "E,H"), strict=False)
+        biases = zip(layout.stacks, (f"E,{rows}", f"E,{width}"), strict=False)
         out += [Template(f"{layout.home}.{stack}_bias", shape, role, when, "fused") for stack, shape in biases]
-    for projection, rows, columns in zip(layout.projections, "IIH", "HHI", strict=True):
-        name = f"{layout.home}.{{e}}.{projection}"
-        out.append(Template(f"{name}.weight", f"{rows},{columns}", role, when, "per-expert"))
+    for projection in layout.projections:
+        name, inner = f"{layout.home}.{{e}}.{projection}", projection in layout.inner
+        out.append(Template(f"{name}.weight", f"I,{width}" if inner else f"{width},I", role, when, "per-expert"))
         if layout.bias:
-            out.append(Template(f"{name}.bias", rows, role, when, "per-expert"))
+            out.append(Template(f"{name}.bias", "I" if inner else width, role, when, "per-expert"))
     return tuple(out)
 
 
@@ -300,6 +358,26 @@ def size(config: Config, key: str) -> int:
     if type(value) is not int:  # bool is an int, and 8.7 would be cut to 8
         raise ValueError(f"{key}: expected a size, found {value!r}")
     return value
+
+
+def head_dim(config: Config) -> int:
+    """Channels of an attention head: as the config says, or what there is for each of the query heads."""
+    if config.get("head_dim") is not None:
+        return size(config, "head_dim")
+    return size(config, "hidden_size") // size(config, "num_attention_heads")
+
+
+def listed_as_sparse(config: Config, layer: int, dense: int) -> bool:
+    """Whether `mlp_layer_types` makes a block a MoE block; where there is no list, all but the first `dense` are.
+
+    Layers of multi-token prediction, which are numbered on, are in no list, and have experts.
+    """
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return layer >= dense
+    if not isinstance(kinds, list) or not {"dense", "sparse"}.issuperset(kinds):
+        raise ValueError("mlp_layer_types: expected a list of dense or sparse")
+    return layer >= len(kinds) or bool(layer >= 0 and kinds[layer] == "sparse")
 
 
 def untied(config: Config, _layer: int) -> bool:
@@ -340,8 +418,8 @@ TYPES: Final = {
 EMBEDDINGS: Final = (
     Template("{decoder}embed_tokens.weight", "V,H", "embeddings"),
     Template("{decoder}norm.weight", "H", "norms"),
-    Template("lm_head.weight", "V,H", "lm head", "untied"),
-    Template("lm_head.weight", "V,H", "lm head", "tied", optional=True),  # stored all the same: harmless, and common
+    Template("{head}.weight", "V,H", "lm head", "untied"),
+    Template("{head}.weight", "V,H", "lm head", "tied", optional=True),  # stored all the same: harmless, and common
 )
 
 NORMS: Final = (
