@@ -184,7 +184,7 @@ class MicroscaledRows:
 
 @functools.cache
 def _pairs() -> NDArray[np.uint64]:
-    """Both values of every byte [256], the lower half first, as the bits of two floats: one look at the table a byte."""
+    """Both values of every byte [256], the lower half first, as the bits of two floats."""
     import numpy as np
 
     values = np.array((*E2M1, *(-value for value in E2M1)), np.float32)
