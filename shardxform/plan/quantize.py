@@ -305,7 +305,7 @@ def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iter
     )
     if any("FP4" in name for name in found) and bits >= 4:
         yield (
-            "weights of 4 bits are rounded a second time, and do not become smaller: `prune` keeps their bytes, which is"
+            "weights of 4 bits are rounded a second time and become no smaller: `prune` keeps their bytes, which is"
             " lossless"
         )
 
