@@ -36,12 +36,16 @@ CODE: Final = "independent"
 _RUN: Final = 1 << 18  # elements at a time
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
-_FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|layers\.\d+)"
+_FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
-_EXPERT: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(.+)")
-_ROUTER: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe))\.(?:gate|router)\.(weight|bias|e_score_correction_bias)")
-_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
+_EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
+_ROUTER: Final = re.compile(
+    rf"(.*\.{_HOME})\.(?:expert_bias"
+    r"|(?:gate|router)\.(?:(?:proj\.)?weight|bias|e_score_correction_bias|per_expert_scale))"
+)
+_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.|backbone\.)layers\.(\d+)\.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
