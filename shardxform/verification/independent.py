@@ -327,6 +327,7 @@ class _How:
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
         layers: decoder blocks; a block of a higher number is an MTP layer.
+        mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
@@ -337,6 +338,7 @@ class _How:
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
     layers: int
+    mtp_blocks: int
     text_only: bool
     drops_mtp: bool
     exact: Mapping[str, Any] | None
@@ -366,7 +368,9 @@ class _How:
         return cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
-            layers=text["num_hidden_layers"],
+            layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
+            or text["num_hidden_layers"],
+            mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
             text_only=bool(options.get("text_only") if text_only is None else text_only),
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
@@ -395,7 +399,7 @@ class _How:
         if layer is None or self.keep is None:
             return None
         number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
-        return self.mtp_keep[str(number)] if mtp else self.keep.get(layer[2])
+        return self.mtp_keep[str(number // self.mtp_blocks)] if mtp else self.keep.get(layer[2])
 
     @staticmethod
     def _renumbered(name: str, weight: _Weight, ids: list[int] | None, experts: set[str]) -> tuple[str, _Weight] | None:

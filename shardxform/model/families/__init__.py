@@ -17,6 +17,7 @@ HOMES: Final[Mapping[str, str]] = {
     "jamba": "jamba",
     "lfm2_moe": "lfm2_moe",
     "mixtral": "mixtral",
+    "nemotron_h": "nemotron_h",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
