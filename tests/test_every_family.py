@@ -70,14 +70,25 @@ NEMOTRON = {
     "n_groups": 2,
     "chunk_size": 16,
 }
-JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0, "mamba_dt_rank": 8}
+GEMMA4 = {
+    "enable_moe_block": True,
+    "num_experts": any_moe.EXPERTS,
+    "top_k_experts": any_moe.TOP_K,
+    "moe_intermediate_size": 32,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "global_head_dim": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_expand": 1, "mamba_dt_rank": 8}
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
+    "gemma4_text": Case(over=GEMMA4),
     "jamba": Case(over=JAMBA),
     "lfm2_moe": Case(over={"layer_types": ["conv", "full_attention"]}, formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
-    "nemotron_h": Case(over=NEMOTRON, formats=("auto-round", "compressed-tensors")),
+    "nemotron_h": Case(over=NEMOTRON),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
 }

@@ -301,7 +301,9 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         else:
             yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
     if layout.wrapper.vision:
-        yield r".*visual.*"
+        prefixes = layout.family.vision_prefix
+        for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
+            yield rf".*{prefix.removesuffix('.').rpartition('.')[2]}.*"
     yield from _mtp_patterns(quantized, modules, layout)
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:

@@ -199,7 +199,7 @@ def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
 
 def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     family, wrapper = family_of(config)
-    text = _text_config(config, wrapper)
+    text = _text_config(config, family, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
     num_experts = _expert_count(config, family, wrapper)
@@ -403,14 +403,14 @@ def _is_id(part: str) -> bool:
     return part.isdigit() and part.isascii() and (part == "0" or part[0] != "0") and len(part) <= 9
 
 
-def _text_config(config: Config, wrapper: Wrapper) -> Config:
+def _text_config(config: Config, family: Family, wrapper: Wrapper) -> Config:
     if wrapper.text_key is None:
         return config
     text = config.get(wrapper.text_key)
     if not isinstance(text, Mapping):
         raise FamilyError(f"config.json: {wrapper.architecture} needs an object '{wrapper.text_key}'")
     # A multimodal class ties its head by the top level alone; what the text config says of it is not looked at.
-    return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+    return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", family.tied_by_default)}
 
 
 def read_count(config: Config, key: str, home: str, default: int | None = None) -> int:
@@ -428,7 +428,7 @@ def read_count(config: Config, key: str, home: str, default: int | None = None) 
 
 def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     paths = count_paths(config, family, wrapper)
-    text = _text_config(config, wrapper)
+    text = _text_config(config, family, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")

@@ -46,6 +46,7 @@ _ROUTER: Final = re.compile(
     r"|(?:gate|router)\.(?:(?:proj\.)?weight|bias|e_score_correction_bias|per_expert_scale))"
 )
 _LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.|backbone\.)layers\.(\d+)\.")
+_VISION: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
@@ -389,7 +390,7 @@ class _How:
         prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
-            if (mtp and self.drops_mtp) or (self.text_only and name.startswith("model.visual.")):
+            if (mtp and self.drops_mtp) or (self.text_only and name.startswith(_VISION)):
                 continue
             if new := self._renumbered(name, weight, self._ids(layer, mtp), prefixes):
                 yield self._renamed(new[0]), new[1]

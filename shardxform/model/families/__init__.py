@@ -13,6 +13,8 @@ __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
     "deepseek_v3": "deepseek_v3",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
     "gpt_oss": "gpt_oss",
     "jamba": "jamba",
     "lfm2_moe": "lfm2_moe",

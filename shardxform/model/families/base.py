@@ -246,7 +246,8 @@ class Family:
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
         vision: templates of the vision tower, with full names.
-        vision_prefix: what every name of the vision tower begins with.
+        vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
+            decoder have names apart.
         vision_depth_key: key in `vision_config` that counts vision blocks.
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
@@ -261,6 +262,7 @@ class Family:
             them at random values, or refuse.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
+        tied_by_default: the output head is the embeddings where the config does not say.
         experts_norm: the norm before the experts, within a block; healing moves it with them.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
@@ -282,7 +284,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
-    vision_prefix: str = ""
+    vision_prefix: str | tuple[str, ...] = ""
     vision_depth_key: str = "depth"
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
@@ -295,6 +297,7 @@ class Family:
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied_by_default: bool = False
     experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
     fused_release: bool = False
