@@ -36,6 +36,7 @@ from shardxform.execution.runner import RunOptions, run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
+from shardxform.model.families import family_of  # noqa: E402
 from shardxform.model.layout import layout_of  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
@@ -155,6 +156,14 @@ def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
     report = verify(source.root)
     assert report.problems == ()
     assert {each.code for each in report.warnings} <= {"mtp-absent"}  # transformers has no code for these layers
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_experts_lie_as_the_flags_of_transformers_class_say(kind: str) -> None:
+    experts = family_of({"model_type": kind})[0].experts
+    found = next(module for module in model_of(kind).modules() if hasattr(module, "is_transposed"))
+    assert (found.is_transposed, found.has_gate, found.has_bias) == (experts.transposed, experts.gated, experts.bias)
+    assert found.is_concatenated == (experts.gate != "interleaved")
 
 
 @pytest.mark.parametrize("kind", CASES)
