@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def test_kinds_of_blocks_may_be_a_pattern_and_the_count_of_layers_be_missing(sou
     for said in ({"hybrid_override_pattern": "ME*-"}, {"layers_block_type": ["mamba", "moe", "attention", "mlp"]}):
         layout = layout_of({**config, **said}, checkpoint.tensors)
         assert (layout.num_layers, layout.moe_layers, layout.unknown) == (4, (MOE,), ())
+        with Weights(dataclasses.replace(checkpoint, config={**config, **said}), FLOAT32) as weights:
+            assert type(Skeleton(weights).module(MOE).mixer).__name__ == "NemotronHMoE"
     for wrong in ({"hybrid_override_pattern": "ME+-"}, {"layers_block_type": ["moe", 3]}, {}):
         with pytest.raises(FamilyError, match="cannot tell how many layers there are: layers_block_type"):
             layout_of({**config, **wrong}, checkpoint.tensors)
