@@ -36,6 +36,7 @@ from shardxform.execution.runner import RunOptions, run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
+from shardxform.model.families import family_of  # noqa: E402
 from shardxform.model.layout import layout_of  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
@@ -63,6 +64,27 @@ class Case:
     more: tuple[dict[str, Any], ...] = ()
 
 
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    "moe_latent_size": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
+GEMMA4 = {
+    "enable_moe_block": True,
+    "num_experts": any_moe.EXPERTS,
+    "top_k_experts": any_moe.TOP_K,
+    "moe_intermediate_size": 32,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "global_head_dim": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_expand": 1, "mamba_dt_rank": 8}
+
 CASES: dict[str, Case] = {
     "beam": Case(more=({"attention_bias": True},)),
     "deepseek_v2": Case(more=({"q_lora_rank": None},)),
@@ -75,6 +97,10 @@ CASES: dict[str, Case] = {
     "mixtral": Case(formats=("compressed-tensors",)),
     "olmoe": Case(more=({"attention_bias": True},)),
     "qwen2_moe": Case(more=({"mlp_only_layers": [0]},)),
+    "gemma4_text": Case(over=GEMMA4),
+    "jamba": Case(over=JAMBA),
+    "lfm2_moe": Case(over={"layer_types": ["conv", "full_attention"]}, formats=("compressed-tensors",)),
+    "nemotron_h": Case(over=NEMOTRON),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
     "qwen3_next": Case(more=({"mlp_only_layers": [0], "attention_bias": True},)),
@@ -156,6 +182,14 @@ def test_every_template_is_seen_in_some_release(kind: str, folder: Path, tmp_pat
     family, spelled = layouts[0].family, {place.template.variant for place in layouts[0].places.values()}
     templates = [each for each in (*family.root, *family.block) if not each.optional and each.variant in spelled]
     assert {each.name for each in templates} <= seen
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_experts_lie_as_the_flags_of_transformers_class_say(kind: str) -> None:
+    experts = family_of({"model_type": kind})[0].experts
+    found = next(module for module in model_of(kind).modules() if hasattr(module, "is_transposed"))
+    assert (found.is_transposed, found.has_gate, found.has_bias) == (experts.transposed, experts.gated, experts.bias)
+    assert found.is_concatenated == (experts.gate != "interleaved")
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -257,7 +291,7 @@ def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, fol
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     blocks = json.loads((out / "shardxform.json").read_text())["facts"]["blocks"]
-    assert len(blocks) == any_moe.LAYERS
+    assert len(blocks) == layout_of(source.config, source.tensors).num_layers
     healed = [block["healed"] for block in blocks if block["layer"] in keep_of(source)]
     for errors, before, after in ((blocks, "rtn_error", "tuned_error"), (healed, "pruned_error", "healed_error")):
         assert all(each[after] <= each[before] for each in errors)

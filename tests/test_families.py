@@ -266,8 +266,7 @@ def test_the_layout_of_experts_is_that_of_the_flags_of_transformers_class(kind: 
     found = next(m for m in blocks[layout.moe_layers[0]].modules() if hasattr(m, "is_transposed"))
     assert found.is_transposed == experts.transposed
     assert found.is_concatenated == (experts.gate == "concatenated")
-    assert found.has_bias == experts.bias
-    assert found.has_gate
+    assert (found.has_bias, found.has_gate) == (experts.bias, experts.gated)
 
 
 @pytest.mark.oracle

@@ -293,7 +293,9 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         else:
             yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
     if layout.wrapper.vision:
-        yield r".*visual.*"
+        prefixes = layout.family.vision_prefix
+        for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
+            yield rf".*{prefix.removesuffix('.').rpartition('.')[2]}.*"
     yield from _mtp_patterns(quantized, modules, layout)
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:
@@ -308,7 +310,7 @@ def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: La
     if any(name in quantized for name in names):
         yield from (re.escape(name) for name in names if name not in quantized)
     elif layout.family.mtp and layout.family.mtp.follows_blocks:
-        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers)
+        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers * layout.mtp_blocks)
         yield rf".*\.layers\.({'|'.join(map(str, numbers))})\..*"
         yield r".*\.decoder\..*"  # what SGLang calls the layer
     else:

@@ -36,15 +36,17 @@ CODE: Final = "independent"
 _RUN: Final = 1 << 18  # elements at a time
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
-_FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|layers\.\d+)"
+_FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
-_EXPERT: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(.+)")
+_EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
-    r"(.*\.(?:mlp|block_sparse_moe))\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
-    r"|(?:gate|router)\.(?:layer\.)?(?:weight|bias))"
+    rf"(.*\.{_HOME})\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
+    r"|(?:gate|router)\.(?:(?:layer\.|proj\.)?(?:weight|bias)|per_expert_scale))"
 )
-_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
+_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.|backbone\.)layers\.(\d+)\.")
+_VISION: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
@@ -326,6 +328,7 @@ class _How:
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
         layers: decoder blocks; a block of a higher number is an MTP layer.
+        mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
@@ -336,6 +339,7 @@ class _How:
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
     layers: int
+    mtp_blocks: int
     text_only: bool
     drops_mtp: bool
     exact: Mapping[str, Any] | None
@@ -365,7 +369,9 @@ class _How:
         return cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
-            layers=text["num_hidden_layers"],
+            layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
+            or text["num_hidden_layers"],
+            mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
             text_only=bool(options.get("text_only") if text_only is None else text_only),
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
@@ -384,7 +390,7 @@ class _How:
         prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
-            if (mtp and self.drops_mtp) or (self.text_only and name.startswith("model.visual.")):
+            if (mtp and self.drops_mtp) or (self.text_only and name.startswith(_VISION)):
                 continue
             if new := self._renumbered(name, weight, self._ids(layer, mtp), prefixes):
                 yield self._renamed(new[0]), new[1]
@@ -394,7 +400,7 @@ class _How:
         if layer is None or self.keep is None:
             return None
         number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
-        return self.mtp_keep[str(number)] if mtp else self.keep.get(layer[2])
+        return self.mtp_keep[str(number // self.mtp_blocks)] if mtp else self.keep.get(layer[2])
 
     @staticmethod
     def _renumbered(name: str, weight: _Weight, ids: list[int] | None, experts: set[str]) -> tuple[str, _Weight] | None:

@@ -19,6 +19,7 @@ __all__ = [
     "LINEAR_ROLES",
     "NORMS",
     "TYPES",
+    "Condition",
     "Config",
     "Decoder",
     "ExpertLayout",
@@ -211,10 +212,13 @@ class Mtp:
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
         inputs: the tensors that make its input, in full, with `{l}` and `{decoder}` as in `prefix`: norm of the next
-            token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
+            token's embedding, norm of the hidden state, projection of the two side by side, norm of its output;
+            `{last}` stands for the number of its last block.
         layer: templates beyond a decoder block's own ones.
         root: templates that exist once, with full names.
         uncounted: releases have them without the key in their configs: there are as many as there are tensors of.
+        blocks: how many blocks an MTP layer is made of, where there are several: these are what `{l}` counts, and one
+            of them has experts. Block b of each is like decoder block `like` + b.
 
     """
 
@@ -226,6 +230,7 @@ class Mtp:
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
     uncounted: bool = False
+    blocks: Callable[[Config], int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -237,6 +242,7 @@ class Family:
         wrappers: classes it is published under; the first text-only one is what a text-only view becomes.
         count_keys: config keys (in the text config) that count routed experts; those present must agree.
         top_k_key: config key of experts per token.
+        layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
             the output head.
@@ -245,7 +251,8 @@ class Family:
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
         vision: templates of the vision tower, with full names.
-        vision_prefix: what every name of the vision tower begins with.
+        vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
+            decoder have names apart.
         vision_depth_key: key in `vision_config` that counts vision blocks.
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
@@ -260,6 +267,7 @@ class Family:
             them at random values, or refuse.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
+        tied_by_default: the output head is the embeddings where the config does not say.
         experts_norm: the norm before the experts, within a block; healing moves it with them.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
@@ -272,6 +280,7 @@ class Family:
     wrappers: tuple[Wrapper, ...]
     count_keys: tuple[str, ...]
     top_k_key: str = "num_experts_per_tok"
+    layers: Symbol = "num_hidden_layers"
     group_key: str = ""
     root: tuple[Template, ...]
     block: tuple[Template, ...]
@@ -280,7 +289,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
-    vision_prefix: str = ""
+    vision_prefix: str | tuple[str, ...] = ""
     vision_depth_key: str = "depth"
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
@@ -293,6 +302,7 @@ class Family:
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied_by_default: bool = False
     experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
     fused_release: bool = False
