@@ -29,7 +29,7 @@ from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid
 from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
-    COMPANIONS,
+    TELLING,
     Expected,
     Layout,
     expected,
@@ -242,7 +242,7 @@ def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, Tens
     plain: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, last = name.rpartition(".")
-        if last in COMPANIONS:
+        if last in TELLING:
             groups.setdefault(stem, {})[last] = ref
         else:
             plain[name] = ref

@@ -22,6 +22,7 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Sy
 __all__ = [
     "COMPANIONS",
     "MAX_LAYERS",
+    "TELLING",
     "Layout",
     "Place",
     "count_paths",
@@ -71,13 +72,15 @@ rows are counted on another axis, packed into words, or said by the values, so t
 
 
 _OF_STACKS: Final = tuple(name for name in COMPANIONS if name.startswith("_"))
-_TELLING: Final = COMPANIONS.keys() - {"scale"}  # which routers have too
+TELLING: Final = COMPANIONS.keys() - {"scale"}
+"""Companions that only quantized weights have: a router may have a scale too."""
+
 _QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and dtype != "BOOL"} | {"U32"})
 
 
 def is_quantized(spec: TensorSpec) -> bool:
     """Whether a tensor is of a quantized weight, by its name or by a dtype that no other tensor has."""
-    return spec.name.rpartition(".")[2] in _TELLING or spec.dtype in _QUANTIZED
+    return spec.name.rpartition(".")[2] in TELLING or spec.dtype in _QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
