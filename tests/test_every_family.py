@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import Raw, read_checkpoint, write_checkpoint
+from build import KINDS, Raw, read_checkpoint, write_checkpoint
 from click.testing import CliRunner
 from texts import few
 
@@ -52,6 +52,7 @@ class Case:
         formats: quantized formats whose outputs transformers loads with every weight in its place.
         runs: whether decoder blocks can be run.
         group_size: of quantized weights.
+        more: other configs, in the manner of `over`, whose checkpoints hold what the first one lacks.
 
     """
 
@@ -59,13 +60,46 @@ class Case:
     formats: tuple[str, ...] = ("auto-round",)
     runs: bool = True
     group_size: int = 32
+    more: tuple[dict[str, Any], ...] = ()
 
 
 CASES: dict[str, Case] = {
+    "afmoe": Case(over={"mup_enabled": True}, more=({"attention_bias": True},)),
+    "cohere2_moe": Case(
+        over={
+            "num_shared_experts": 2,
+            "expert_selection_fn": "sigmoid",
+            "first_k_dense_replace": 1,
+            "mlp_layer_types": None,
+            "prefix_dense_intermediate_size": 96,
+            "intermediate_size": 32,
+        },
+        more=({"attention_bias": True, "tie_word_embeddings": False},),
+    ),
     "deepseek_v3": Case(),
+    "dots1": Case(more=({"attention_bias": True},)),
+    "exaone_moe": Case(over={"head_dim": 32}),
+    "flex_olmo": Case(over={"pad_token_id": None}, more=({"attention_bias": True},)),
+    "hunyuan_v1_moe": Case(over={"moe_topk": [2, 2]}, more=({"attention_bias": True},)),
+    "hy_v3": Case(more=({"attention_bias": True, "mlp_bias": True},)),
+    "laguna": Case(
+        over={
+            "num_attention_heads_per_layer": [4, 8],
+            "layer_types": ["sliding_attention", "full_attention"],
+            "moe_routed_scaling_factor": 2.5,
+            "moe_router_logit_softcapping": 5.0,
+        },
+        more=({"attention_bias": True, "gating": "per-element"},),
+    ),
+    "mellum": Case(
+        over={"layer_types": ["full_attention", "sliding_attention"]},
+        more=({"attention_bias": True, "mlp_layer_types": ["dense", "sparse"]},),
+    ),
+    "mimo_v2_flash": Case(over={"v_head_dim": 8}, more=({"attention_bias": True},), formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
+    "solar_open": Case(more=({"attention_bias": True},)),
 }
 RUN = [name for name, case in CASES.items() if case.runs]
 IDS = torch.randint(1, any_moe.VOCAB, (3, 24), generator=torch.Generator().manual_seed(2))
@@ -130,6 +164,20 @@ def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
     report = verify(source.root)
     assert report.problems == ()
     assert {each.code for each in report.warnings} <= {"mtp-absent"}  # transformers has no code for these layers
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in KINDS])  # these: see test_families.py
+def test_every_template_is_seen_in_some_release(kind: str, folder: Path, tmp_path: Path) -> None:
+    roots = [source_of(kind, folder)]
+    for at, over in enumerate(CASES[kind].more):
+        roots.append(any_moe.save(any_moe.build(kind, **{**CASES[kind].over, **over}), tmp_path / str(at)))
+        assert verify(roots[-1]).problems == ()
+    layouts = [layout_of(source.config, source.tensors) for source in map(Checkpoint.open, roots)]
+    assert all(layout.unknown == () for layout in layouts)
+    seen = {place.template.name for layout in layouts for place in layout.places.values()}
+    family, spelled = layouts[0].family, {place.template.variant for place in layouts[0].places.values()}
+    templates = [each for each in (*family.root, *family.block) if not each.optional and each.variant in spelled]
+    assert {each.name for each in templates} <= seen
 
 
 @pytest.mark.parametrize("kind", CASES)

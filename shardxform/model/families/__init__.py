@@ -12,12 +12,23 @@ from shardxform.model.families.base import Config, Family, Wrapper
 __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
+    "afmoe": "afmoe",
+    "cohere2_moe": "cohere2_moe",
     "deepseek_v3": "deepseek_v3",
+    "dots1": "dots1",
+    "exaone_moe": "exaone_moe",
+    "flex_olmo": "flex_olmo",
     "gpt_oss": "gpt_oss",
+    "hunyuan_v1_moe": "hunyuan_v1_moe",
+    "hy_v3": "hy_v3",
+    "laguna": "laguna",
+    "mellum": "mellum",
+    "mimo_v2_flash": "mimo_v2_flash",
     "mixtral": "mixtral",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
+    "solar_open": "solar_open",
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 
@@ -37,7 +48,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
         known = ", ".join(sorted(HOMES))
         raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
     family = _load(HOMES[model_type])
-    wrapper = next(each for each in family.wrappers if each.model_type == model_type)
+    own = [each for each in family.wrappers if each.model_type == model_type]
+    wrapper = next((each for each in own if each.architecture in architectures), own[0])
     if architectures and wrapper.architecture not in architectures:
         raise FamilyError(
             f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"
