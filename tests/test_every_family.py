@@ -94,6 +94,37 @@ CASES: dict[str, Case] = {
     "glm4_moe_lite": Case(more=({"q_lora_rank": None},)),
     "kimi_k2": Case(more=({"q_lora_rank": None},)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
+    "afmoe": Case(over={"mup_enabled": True}, more=({"attention_bias": True},)),
+    "cohere2_moe": Case(
+        over={
+            "num_shared_experts": 2,
+            "expert_selection_fn": "sigmoid",
+            "first_k_dense_replace": 1,
+            "mlp_layer_types": None,
+            "prefix_dense_intermediate_size": 96,
+            "intermediate_size": 32,
+        },
+        more=({"attention_bias": True, "tie_word_embeddings": False},),
+    ),
+    "dots1": Case(more=({"attention_bias": True},)),
+    "exaone_moe": Case(over={"head_dim": 32}),
+    "flex_olmo": Case(over={"pad_token_id": None}, more=({"attention_bias": True},)),
+    "hunyuan_v1_moe": Case(over={"moe_topk": [2, 2]}, more=({"attention_bias": True},)),
+    "hy_v3": Case(more=({"attention_bias": True, "mlp_bias": True},)),
+    "laguna": Case(
+        over={
+            "num_attention_heads_per_layer": [4, 8],
+            "layer_types": ["sliding_attention", "full_attention"],
+            "moe_routed_scaling_factor": 2.5,
+            "moe_router_logit_softcapping": 5.0,
+        },
+        more=({"attention_bias": True, "gating": "per-element"},),
+    ),
+    "mellum": Case(
+        over={"layer_types": ["full_attention", "sliding_attention"]},
+        more=({"attention_bias": True, "mlp_layer_types": ["dense", "sparse"]},),
+    ),
+    "mimo_v2_flash": Case(over={"v_head_dim": 8}, more=({"attention_bias": True},), formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "olmoe": Case(more=({"attention_bias": True},)),
     "qwen2_moe": Case(more=({"mlp_only_layers": [0]},)),
@@ -108,6 +139,7 @@ CASES: dict[str, Case] = {
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
     "qwen3_next": Case(more=({"mlp_only_layers": [0], "attention_bias": True},)),
+    "solar_open": Case(more=({"attention_bias": True},)),
 }
 RUN = [name for name, case in CASES.items() if case.runs]
 IDS = torch.randint(1, any_moe.VOCAB, (3, 24), generator=torch.Generator().manual_seed(2))

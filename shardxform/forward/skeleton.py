@@ -53,7 +53,6 @@ _NOT_THE_MODEL: Final = {  # what a config may say besides: how it is stored and
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
-    "pad_token_id",
     "quantization_config",
     "return_dict",
     "torch_dtype",
@@ -132,8 +131,7 @@ class Skeleton:
             yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared, bias)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        with _computing(self._norm):
-            return self.call(hidden_BTH.float())
+        return self.call(hidden_BTH.float(), self._norm)
 
     @property
     def head_ref(self) -> TensorRef:
@@ -261,7 +259,7 @@ class Skeleton:
         for local, wanted in module.state_dict(keep_vars=True).items():
             if id(wanted) in inside:
                 continue
-            dtype = torch.float32 if self._keeps_float32(local) else None
+            dtype = torch.float32 if wanted.dtype == torch.float32 or self._keeps_float32(local) else None
             name = prefix + self.stored_name(local)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
@@ -276,14 +274,14 @@ class Skeleton:
         patterns: Any = self._model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
-    def call(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
+    def call(self, hidden_BTH: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """Call the decoder on hidden states that enter `module`, which is loaded; the others pass them on.
 
         The states may come from elsewhere, as those that were read from disk do.
         """
-        device = self.weights.precision.device
-        with _told():
-            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
+        hidden_BTH = hidden_BTH.to(self.weights.precision.device)
+        with _computing(module, hidden_BTH), _told():
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH, use_cache=False).last_hidden_state
         return out
 
 
@@ -297,8 +295,7 @@ class Block:
 
     def __call__(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that leave the block when `hidden_BTH` enter it."""
-        with _computing(self.module):
-            return self._skeleton.call(hidden_BTH)
+        return self._skeleton.call(hidden_BTH, self.module)
 
 
 @contextlib.contextmanager
@@ -344,8 +341,8 @@ class OutputHead:
             logits = torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
             return logits if bias is None else logits + bias
 
-        with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
-            hidden = hidden_NH[None].to(weight.device, torch.float32)
+        hidden = hidden_NH[None].to(weight.device, torch.float32)
+        with _computing(self._skeleton._norm, hidden), _forward_of(module, tiled), _told():
             logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]
 
@@ -355,6 +352,7 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     text = {key: _number(value) for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
     text["model_type"] = wrapper.model_type
+    text["pad_token_id"] = 0  # it says nothing of values, and must be a row: only those of tokens that occur are loaded
     try:
         config = AutoConfig.for_model(**text)
         config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
@@ -406,13 +404,16 @@ def _pass_through(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _computing(module: nn.Module) -> Iterator[None]:
-    """Let a module compute that else passes through."""
+def _computing(module: nn.Module, entering_BTH: torch.Tensor) -> Iterator[None]:
+    """Let a module compute that else passes through, on these states: some decoders scale all that is given to them."""
+    passing = module.forward
     del module.forward
+    compute = module.forward
+    module.forward = lambda hidden_states, *args, **kwargs: compute(entering_BTH, *args, **kwargs)  # noqa: ARG005
     try:
         yield
     finally:
-        _pass_through(module)
+        module.forward = passing
 
 
 @contextlib.contextmanager
