@@ -413,8 +413,8 @@ class BlockHealer:
     def _of_experts(self, name: str, healed: tuple[HealedStack, ...]) -> torch.Tensor:
         """A stack or one expert's matrix, as the family's checkpoints have it."""
         (gate_up, down), layout = healed, self._skeleton.layout.family.experts
-        if name in layout.stacks:
-            stack = (gate_up if name == layout.stacks[0] else down).stored(slice(None))
+        if name in STACKS:
+            stack = (gate_up if name == STACKS[0] else down).stored(slice(None))
             return stack.mT if layout.transposed else stack
         expert, projection = name.removesuffix(".weight").split(".")
         if projection == layout.projections[2]:

@@ -121,6 +121,7 @@ class ExpertLayout:
         home: name of the module that holds them, within its block.
         stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
             where no checkpoint stacks them.
+        stack_home: name of the module that holds stacks instead of `home`, whose tensors are called `<stack>.weight`.
         projections: names of the gate, up and down projection of one expert.
         transposed: a stack holds matrices [I, O] instead of [O, I].
         gate: gate and up projection are the halves of the stacked one, or every second of its rows.
@@ -130,10 +131,15 @@ class ExpertLayout:
 
     home: str = "mlp.experts"
     stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    stack_home: str = ""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     transposed: bool = False
     gate: Gate = "concatenated"
     bias: bool = False
+
+    def stacked(self, stack: str) -> str:
+        """Name of a stack within its block."""
+        return f"{self.stack_home}.{stack}.weight" if self.stack_home else f"{self.home}.{stack}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +281,7 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     role: Role = "routed experts"
     shapes = ("E,H,2*I", "E,I,H") if layout.transposed else ("E,2*I,H", "E,H,I")
     out = [
-        Template(f"{layout.home}.{stack}", shape, role, when, "fused")
+        Template(layout.stacked(stack), shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
     ]
     if layout.bias:
