@@ -65,12 +65,8 @@ class Case:
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
-    "granitemoe": Case(
-        formats=("auto-round", "compressed-tensors"),
-        over={"embedding_multiplier": 3.0},
-        more=({"attention_bias": True},),
-    ),
-    "granitemoeshared": Case(formats=("auto-round", "compressed-tensors"), more=({"attention_bias": True},)),
+    "granitemoe": Case(over={"embedding_multiplier": 3.0}, more=({"attention_bias": True},)),
+    "granitemoeshared": Case(more=({"attention_bias": True},)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),

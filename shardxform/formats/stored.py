@@ -436,6 +436,7 @@ def config_of_half(config: Mapping[str, object]) -> dict[str, Any]:
 def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
     """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
     out: list[TensorRef] = []
+    lying = layout.family.experts
     fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
     for name, ref in refs.items():
         place = layout.places.get(name)
@@ -445,10 +446,12 @@ def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
         parts = name.split(".")
         stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
         fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
+    gate, up, down = lying.projections
     for stem, experts in fused.items():
         order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
-        out.append(_stacked(f"{stem}.gate_up_proj", [[e["gate_proj"], e["up_proj"]] for e in order]))
-        out.append(_stacked(f"{stem}.down_proj", [[e["down_proj"]] for e in order]))
+        both, single = (stem.removesuffix(lying.home) + lying.stacked(stack) for stack in lying.stacks)
+        out.append(_stacked(both, [[e[gate], e[up]] for e in order]))
+        out.append(_stacked(single, [[e[down]] for e in order]))
     return out
 
 

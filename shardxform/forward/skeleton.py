@@ -280,10 +280,23 @@ class Skeleton:
 
         The states may come from elsewhere, as those that were read from disk do.
         """
-        device = self.weights.precision.device
-        with _told():
-            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
+        hidden_BTH = hidden_BTH.to(self.weights.precision.device)
+        with self.entering(hidden_BTH), _told():
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH, use_cache=False).last_hidden_state
         return out
+
+    @contextlib.contextmanager
+    def entering(self, hidden_BTH: torch.Tensor) -> Iterator[None]:
+        """Have the first block get hidden states as they are: a decoder may scale what it takes for embeddings."""
+
+        def as_they_are(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return ((hidden_BTH, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden_BTH})
+
+        handle = self._layers[0].register_forward_pre_hook(as_they_are, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class Block:
@@ -343,8 +356,8 @@ class OutputHead:
             logits = torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
             return logits if bias is None else logits + bias
 
-        with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
-            hidden = hidden_NH[None].to(weight.device, torch.float32)
+        hidden = hidden_NH[None].to(weight.device, torch.float32)
+        with _computing(self._skeleton._norm), _forward_of(module, tiled), self._skeleton.entering(hidden), _told():
             logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]
 

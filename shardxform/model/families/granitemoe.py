@@ -95,5 +95,7 @@ FAMILY: Final = Family(
         "untied": untied,
     },
     keep_16bit=("block_sparse_moe.router.layer",),
+    formats=("auto-round",),  # the loader of compressed-tensors has no names for experts one by one
+    fused_release=True,
     merged={"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
 )
