@@ -27,6 +27,7 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import storages_of
 from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
     COMPANIONS,
@@ -195,7 +196,7 @@ def _resolved(source: Checkpoint) -> Resolved:
     if not isinstance(declared, Mapping):
         raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")
     try:
-        resolved = resolve(declared)
+        resolved = resolve(declared, family_of(config)[0].holders)
         _refuse_beyond(declared, resolved)
     except (AttributeError, TypeError, ValueError) as e:
         raise SchemeError(f"{where}: quantization_config is malformed: {e}") from e
@@ -436,7 +437,6 @@ def config_of_half(config: Mapping[str, object]) -> dict[str, Any]:
 def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
     """The same tensors in the release's layout: the experts of a block as one tensor where releases fuse them."""
     out: list[TensorRef] = []
-    lying = layout.family.experts
     fused: dict[str, dict[int, dict[str, TensorRef]]] = {}
     for name, ref in refs.items():
         place = layout.places.get(name)
@@ -446,12 +446,12 @@ def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
         parts = name.split(".")
         stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
         fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
-    gate, up, down = lying.projections
+    lying = layout.family.experts
     for stem, experts in fused.items():
         order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
-        both, single = (stem.removesuffix(lying.home) + lying.stacked(stack) for stack in lying.stacks)
-        out.append(_stacked(both, [[e[gate], e[up]] for e in order]))
-        out.append(_stacked(single, [[e[down]] for e in order]))
+        for stack, inside in zip(lying.stacks, (lying.inner, lying.projections[-1:]), strict=True):
+            name = stem.removesuffix(lying.home) + lying.stacked(stack)
+            out.append(_stacked(name, [[each[part] for part in inside] for each in order]))
     return out
 
 
