@@ -63,9 +63,18 @@ class Case:
     more: tuple[dict[str, Any], ...] = ()
 
 
+GRANITE_4 = {
+    "layer_types": ["mamba", "attention"],
+    **dict.fromkeys(("mamba_chunk_size", "mamba_d_head", "mamba_d_state"), 16),
+    "mamba_n_heads": 8,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+}
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
     "granitemoe": Case(over={"embedding_multiplier": 3.0}, more=({"attention_bias": True},)),
+    "granitemoehybrid": Case(over=GRANITE_4, more=({"attention_bias": True, "mamba_proj_bias": True},)),
     "granitemoeshared": Case(more=({"attention_bias": True},)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),

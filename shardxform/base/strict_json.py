@@ -1,6 +1,7 @@
 """JSON from strangers: UTF-8 only, no duplicate keys, no NaN, no bottomless nesting; one error type.
 
-`dumps` writes the compact form that the reference safetensors writer gives a header, `pretty` what people read.
+`dumps` writes the compact form that the reference safetensors writer gives a header, `pretty` what people read. Configs
+of models with Mamba layers say `Infinity`, as Python's own json writes and reads it: they are read, and written, so.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
-__all__ = ["JsonError", "dumps", "parse_object", "pretty", "pretty_strings"]
+__all__ = ["INFINITE", "JsonError", "dumps", "parse_object", "pretty", "pretty_strings"]
 
 
+INFINITE: Final = "__float__"
+"""The one key of the object that transformers 5 writes for an infinite number, whose name is its value."""
 MAX_DEPTH: Final = 100
 """Levels of nesting that are read; no config comes near it."""
 
@@ -22,8 +25,8 @@ class JsonError(ValueError):
     """The text is not the JSON object that was expected; the message says why."""
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Parse `data` as one JSON object.
+def parse_object(data: bytes, *, infinity: bool = False) -> dict[str, Any]:
+    """Parse `data` as one JSON object; with `infinity`, Infinity is a number.
 
     Raises:
         JsonError: not UTF-8, not JSON, not an object, a duplicate key, a non-finite number, nested too deeply.
@@ -37,7 +40,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
+            parse_constant=_infinite if infinity else _no_constant,
             parse_float=_finite,
             parse_int=_integer,
         )
@@ -55,14 +58,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def dumps(value: object) -> str:
+def dumps(value: object, *, infinity: bool = False) -> str:
     """Compact JSON, keys in the order given, non-ASCII text kept."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=infinity)
 
 
-def pretty(value: object) -> str:
+def pretty(value: object, *, infinity: bool = False) -> str:
     """JSON as people read it: indented by 2, keys in the order given, a newline at the end."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=infinity) + "\n"
 
 
 def pretty_strings(value: dict[str, str], level: int) -> str:
@@ -116,6 +119,10 @@ def _check_depth_and_text(value: object, has_escapes: bool) -> None:
 
 def _no_constant(text: str) -> NoReturn:
     raise JsonError(f"{text} is not JSON")
+
+
+def _infinite(text: str) -> float:
+    return math.inf if text == "Infinity" else _no_constant(text)
 
 
 class Fields:

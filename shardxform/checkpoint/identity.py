@@ -174,7 +174,7 @@ def names_of(shards: Iterable[Shard]) -> dict[str, tuple[str, ...]]:
 
 def config_sha256(config: Mapping[str, Any]) -> str:
     """What identifies a config, whatever its formatting."""
-    return hashlib.sha256(dumps(config).encode()).hexdigest()
+    return hashlib.sha256(dumps(config, infinity=True).encode()).hexdigest()
 
 
 def values_difference(old: object, new: object, names: Mapping[str, Sequence[str]]) -> str:

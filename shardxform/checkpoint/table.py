@@ -281,7 +281,7 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES + 1)
         if len(data) > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
-        return parse_object(data)
+        return parse_object(data, infinity=path.name == CONFIG)
     except FileNotFoundError as e:
         unfinished = f"unfinished: {stopped(root)}" if stopped(root) else ""
         raise CheckpointError(f"{root}: {unfinished or f'no {path.name}; expected a checkpoint directory'}") from e

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shardxform.base.strict_json import INFINITE
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.attention import attend_by_rows
@@ -369,7 +370,7 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
     text["model_type"] = wrapper.model_type
     try:
-        config = AutoConfig.for_model(**text)
+        config = AutoConfig.for_model(**_with_infinity(text))
         config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
         auto: Any = AutoModelForCausalLM
         with _META:
@@ -382,6 +383,14 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _with_infinity(value: Any) -> Any:  # noqa: ANN401
+    """Read what transformers 5 writes for infinite numbers."""
+    if isinstance(value, dict):
+        tagged = value.keys() == {INFINITE} and isinstance(value[INFINITE], str)
+        return float(value[INFINITE]) if tagged else {key: _with_infinity(each) for key, each in value.items()}
+    return [_with_infinity(each) for each in value] if isinstance(value, list) else value
 
 
 @torch.no_grad()

@@ -506,7 +506,7 @@ def config_bytes(source: Checkpoint, view: View) -> bytes:
     """
     if view.checkpoint.config == source.config:
         return _read(source, CONFIG)
-    return pretty(view.checkpoint.config).encode()
+    return pretty(view.checkpoint.config, infinity=True).encode()
 
 
 def sidecar_digests(checkpoint: Checkpoint) -> dict[str, str]:

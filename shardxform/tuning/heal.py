@@ -413,8 +413,9 @@ class BlockHealer:
     def _of_experts(self, name: str, healed: tuple[HealedStack, ...]) -> torch.Tensor:
         """A stack or one expert's matrix, as the family's checkpoints have it."""
         (gate_up, down), layout = healed, self._skeleton.layout.family.experts
-        if name in STACKS:
-            stack = (gate_up if name == STACKS[0] else down).stored(slice(None))
+        stacks = dict(zip(stack_names(self._experts), healed, strict=False))
+        if name in stacks:
+            stack = stacks[name].stored(slice(None))
             return stack.mT if layout.transposed else stack
         expert, projection = name.removesuffix(".weight").split(".")
         if projection == layout.projections[-1]:

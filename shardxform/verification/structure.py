@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.base.strict_json import parse_object
+from shardxform.base.strict_json import INFINITE, parse_object
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
@@ -139,6 +139,8 @@ def _is(value: object, word: str) -> bool:
     if word.startswith("list of "):
         return isinstance(value, list) and all(_is(item, word.removeprefix("list of ")) for item in value)
     kind = _TYPES[word]
+    if kind is float and isinstance(value, Mapping):  # infinity, as transformers 5 writes it
+        return value.keys() == {INFINITE}
     return value is None if kind is None else type(value) is kind  # bool is an int to Python, not to transformers
 
 
@@ -584,7 +586,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """
     specs = (entry.spec for shard in plan.shards for entry in shard.entries)
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = Checkpoint(plan.source, parse_object(plan.config), tensors, ())
+    planned = Checkpoint(plan.source, parse_object(plan.config, infinity=True), tensors, ())
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     found = [problem for problem in findings.problems if problem.code not in but]

@@ -15,6 +15,7 @@ HOMES: Final[Mapping[str, str]] = {
     "deepseek_v3": "deepseek_v3",
     "gpt_oss": "gpt_oss",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoeshared",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
