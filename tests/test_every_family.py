@@ -78,6 +78,7 @@ CASES: dict[str, Case] = {
     "granitemoeshared": Case(more=({"attention_bias": True},)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
+    "phimoe": Case(over={"attention_bias": True, "lm_head_bias": True}, formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
 }

@@ -291,11 +291,18 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         if layers:
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
+    homes = {layout.family.experts.home}
+    for kind in list(kept_in):  # transformers looks for the names of its modules
+        name = layout.family.module_name(kind)
+        if name != kind:
+            kept_in[name] |= kept_in[kind]
+            quantized_in[name] |= quantized_in[kind]
+            homes |= {name} if kind in homes else set()
     blocks = re.escape(layout.family.decoder.blocks)
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        tail = re.escape(kind) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
+        tail = re.escape(kind) + (r"(\..*)?" if kind in homes else "$")
         if not quantized_in[kind]:
             yield rf".*\.{tail}"
         else:

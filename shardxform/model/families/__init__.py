@@ -19,6 +19,7 @@ HOMES: Final[Mapping[str, str]] = {
     "granitemoeshared": "granitemoeshared",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
+    "phimoe": "phimoe",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
@@ -41,7 +42,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
         known = ", ".join(sorted(HOMES))
         raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
     family = _load(HOMES[model_type])
-    wrapper = next(each for each in family.wrappers if each.model_type == model_type)
+    own = [each for each in family.wrappers if each.model_type == model_type]
+    wrapper = next((each for each in own if each.architecture in architectures), own[0])
     if architectures and wrapper.architecture not in architectures:
         raise FamilyError(
             f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"
