@@ -104,6 +104,10 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
+    if not family.formats:
+        raise SchemeError(
+            f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
+        )
     if scheme.format not in family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"

@@ -436,7 +436,7 @@ class BlockHealer:
                 self._put_experts(self._experts)
             else:
                 linear: Any = self._module.get_submodule(name)
-                linear.weight.data = self.stored(self._skeleton.stored_name(f"{name}.weight"))
+                linear.weight.data = self.stored(self._skeleton.stored_name(f"{name}.weight", self._prefix))
 
     def _load(self, what: str | None) -> MovingBlock:
         """The block as it was pruned, with some of its weights ready to move."""
@@ -445,7 +445,7 @@ class BlockHealer:
         names = self._names(what)
         wide: dict[str, Wide] = {}
         for local in sorted(self._moved | (names & self._parameters.keys())):
-            name = self._prefix + self._skeleton.stored_name(local)
+            name = self._prefix + self._skeleton.stored_name(local, self._prefix)
             parameter, stored = self._parameters[local], self._weights.at_rest(name)
             parameter.requires_grad_(False).copy_(stored)
             if local in names:

@@ -12,11 +12,13 @@ from shardxform.model.families.base import Config, Family, Wrapper
 __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
+    "bailing_hybrid": "bailing_hybrid",
     "deepseek_v3": "deepseek_v3",
     "gpt_oss": "gpt_oss",
     "granitemoe": "granitemoe",
     "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoeshared",
+    "kimi_linear": "kimi_linear",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "phimoe": "phimoe",

@@ -86,6 +86,7 @@ class Template:
         when: name of the family's condition on (config, layer) under which the tensor exists; empty for always.
         variant: `fused` or `per-expert` for experts; one of the two is present in a block.
         optional: accepted when present, never missed.
+        instead: name of the tensor that it is, where transformers saves a release again under this name.
 
     """
 
@@ -95,6 +96,7 @@ class Template:
     when: str = ""
     variant: str = ""
     optional: bool = False
+    instead: str = ""
 
     @property
     def numbered(self) -> bool:
@@ -245,6 +247,9 @@ class Family:
         block: templates of one decoder block, relative to its prefix.
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
+        joined: parameters of a block of transformers' class, and the tensors of checkpoints that each is made of, one
+            below the other.
+        aliases: config keys under which transformers saves a config again, and what releases call them.
         vision: templates of the vision tower, with full names.
         vision_prefix: what every name of the vision tower begins with.
         vision_depth_key: key in `vision_config` that counts vision blocks.
@@ -259,6 +264,7 @@ class Family:
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
         formats: quantized formats whose loaders find its experts, the usual one first; loaders of other formats leave
             them at random values, or refuse.
+        unread: why none is read, where `formats` is empty.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
         experts_norm: the norm before the experts, within a block; healing moves it with them.
@@ -279,6 +285,8 @@ class Family:
     decoder: Decoder = field(default_factory=Decoder)
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
     vision_prefix: str = ""
@@ -293,6 +301,7 @@ class Family:
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
+    unread: str = ""
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
