@@ -2,9 +2,8 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows the names of five families (qwen3_5_moe, qwen3_moe, deepseek_v3, gpt_oss, mixtral) and
-three formats (auto-round and gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows
-of one tensor into memory.
+formats' definitions. It knows what the families call experts, routers and MTP layers, and three formats (auto-round and
+gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor into memory.
 
 Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
 expert, quantized ones as the weights that they stand for. Names are those that the output must have.

@@ -7,28 +7,24 @@ attention, under names of its own. Ling 2.5 shares the model_type, but has anoth
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from shardxform.model.families.base import (
     NORMS,
-    TYPES,
     Config,
     Decoder,
     Family,
     Mtp,
+    Symbol,
     Template,
     Wrapper,
     experts,
     mlp,
     size,
-    tied,
-    untied,
 )
+from shardxform.model.families.delta import LATENT_SYMBOLS, LATENT_TYPES, UNREAD, conditions
 
-__all__ = ["FAMILY", "UNREAD"]
-
-UNREAD: Final = "transformers does not put the convolutions of a quantized checkpoint together"
-"""Its loader for compressed-tensors fails over it, and that of auto-round leaves them at random values."""
+__all__ = ["FAMILY"]
 
 
 def _is_moe(config: Config, layer: int) -> bool:
@@ -50,11 +46,7 @@ def _is_latent(config: Config, layer: int) -> bool:
     return bool((layer + 1) % group == 0 or layer >= blocks // group * group)
 
 
-def _has_query_rank(config: Config, layer: int) -> bool:
-    return _is_latent(config, layer) and config.get("q_lora_rank") is not None
-
-
-def _either(*keys: str) -> Any:  # noqa: ANN401
+def _either(*keys: str) -> Symbol:
     """Size under the first of the keys that is there: transformers saves some under names of its own."""
     return lambda config: size(config, next((key for key in keys if config.get(key) is not None), keys[-1]))
 
@@ -140,61 +132,30 @@ FAMILY: Final = Family(
         ),
     ),
     symbols={
+        **LATENT_SYMBOLS,
         "C": _either("linear_conv_kernel_dim", "short_conv_kernel_size"),
-        "F": "intermediate_size",
-        "H": "hidden_size",
-        "I": "moe_intermediate_size",
-        "KA": "kv_lora_rank",
         "LD": _either("linear_head_dim", "head_dim"),
         "LQ": _either("linear_num_heads", "num_attention_heads"),
-        "N": "qk_nope_head_dim",
-        "NS": "num_shared_experts",
-        "Q": "num_attention_heads",
-        "QA": "q_lora_rank",
-        "R": "qk_rope_head_dim",
         "S": _either("moe_shared_expert_intermediate_size", "moe_intermediate_size"),
-        "V": "vocab_size",
-        "VD": "v_head_dim",
     },
     types={
-        **TYPES,
+        **LATENT_TYPES,
         "attention_dropout": "float",
         "first_k_dense_replace": "int",
         "head_dim": "int",
-        "intermediate_size": "int",
         "kda_lower_bound": "float",
         "kda_safe_gate": "bool",
-        "kv_lora_rank": "int",
         "layer_group_size": "int",
-        "layer_types": "list of str or null",
-        "mlp_layer_types": "list of str or null",
         "mtp_loss_scaling_factor": "float or int",
         "n_group": "int",
         "norm_topk_prob": "bool",
-        "num_experts": "int",
-        "num_key_value_heads": "int or null",
         "num_nextn_predict_layers": "int",
-        "num_shared_experts": "int",
-        "pretraining_tp": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
         "rope_theta": "float or int",
-        "routed_scaling_factor": "float",
         "short_conv_kernel_size": "int",
         "topk_group": "int",
         "v_head_dim": "int",
     },
-    conditions={
-        "delta": lambda config, layer: not _is_latent(config, layer),
-        "dense": lambda config, layer: not _is_moe(config, layer),
-        "full query": lambda config, layer: _is_latent(config, layer) and not _has_query_rank(config, layer),
-        "latent": _is_latent,
-        "latent bias": lambda config, layer: _is_latent(config, layer) and bool(config.get("attention_bias")),
-        "moe": _is_moe,
-        "query rank": _has_query_rank,
-        "tied": tied,
-        "untied": untied,
-    },
+    conditions=conditions(_is_latent, _is_moe),
     moe="moe",
     keep_16bit=("mlp.gate", "attention.kv_b_proj"),
     formats=(),

@@ -6,27 +6,26 @@ has its dense layers under `mlp`; transformers saves them under `block_sparse_mo
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from shardxform.model.families.bailing_hybrid import UNREAD
 from shardxform.model.families.base import (
     EMBEDDINGS,
     NORMS,
-    TYPES,
     Config,
     ExpertLayout,
     Family,
+    Symbol,
     Template,
     Wrapper,
     experts,
     mlp,
     size,
-    tied,
-    untied,
 )
+from shardxform.model.families.delta import LATENT_SYMBOLS, LATENT_TYPES, UNREAD, conditions
 
 __all__ = ["FAMILY"]
 
+_ABSENT: Final = ("max_position_embeddings", "num_experts_per_tok", "rope_parameters")
 _EXPERTS: Final = ExpertLayout(home="block_sparse_moe.experts", stacks=(), projections=("w1", "w3", "w2"))
 
 
@@ -45,19 +44,14 @@ def _is_latent(config: Config, layer: int) -> bool:
     return layer + 1 in listed["full_attn_layers"] if listed else layer > 0 and layer % 4 == 0
 
 
-def _has_query_rank(config: Config, layer: int) -> bool:
-    return _is_latent(config, layer) and config.get("q_lora_rank") is not None
+def _of_delta(ours: str, theirs: str) -> Symbol:
+    """Size of delta attention: in an object of its own in releases, at the top level in what transformers saves."""
 
+    def read(config: Config) -> int:
+        nested = config.get("linear_attn_config")
+        return size(nested, ours) if nested else size(config, theirs)
 
-def _of_delta(ours: str, theirs: str) -> Any:  # noqa: ANN401
-    """Size of delta attention: in an object of its own in releases, which comes first."""
-    return lambda config: size(
-        {**config, **(config.get("linear_attn_config") or {})}, ours if _nested(config) else theirs
-    )
-
-
-def _nested(config: Config) -> bool:
-    return bool(config.get("linear_attn_config"))
+    return read
 
 
 _DELTA: Final = tuple(
@@ -128,62 +122,26 @@ FAMILY: Final = Family(
     ),
     joined={"self_attn.conv1d.weight": tuple(f"self_attn.{name}_conv1d.weight" for name in "qkv")},
     symbols={
+        **LATENT_SYMBOLS,
         "C": _of_delta("short_conv_kernel_size", "linear_conv_kernel_dim"),
-        "F": "intermediate_size",
-        "H": "hidden_size",
-        "I": "moe_intermediate_size",
-        "KA": "kv_lora_rank",
         "LD": _of_delta("head_dim", "linear_head_dim"),
         "LQ": _of_delta("num_heads", "linear_num_heads"),
-        "N": "qk_nope_head_dim",
-        "NS": "num_shared_experts",
-        "Q": "num_attention_heads",
-        "QA": "q_lora_rank",
-        "R": "qk_rope_head_dim",
-        "V": "vocab_size",
-        "VD": "v_head_dim",
     },
     types={
-        **{
-            key: value
-            for key, value in TYPES.items()
-            if key not in ("max_position_embeddings", "num_experts_per_tok", "rope_parameters")
-        },
+        **{key: value for key, value in LATENT_TYPES.items() if key not in _ABSENT},
         "attention_dropout": "float or int or null",
-        "intermediate_size": "int",
-        "kv_lora_rank": "int",
-        "layer_types": "list of str or null",
         "linear_conv_kernel_dim": "int",
         "linear_head_dim": "int",
         "linear_num_heads": "int",
-        "mlp_layer_types": "list of str or null",
         "model_max_length": "int",
         "moe_renormalize": "bool",
         "num_expert_group": "int",
-        "num_experts": "int",
         "num_experts_per_token": "int or null",
-        "num_key_value_heads": "int or null",
-        "num_shared_experts": "int",
-        "pretraining_tp": "int or null",
         "q_lora_rank": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
-        "routed_scaling_factor": "float",
         "topk_group": "int or null",
         "v_head_dim": "int or null",
     },
-    conditions={
-        "delta": lambda config, layer: not _is_latent(config, layer),
-        "dense": lambda config, layer: not _is_moe(config, layer),
-        "full query": lambda config, layer: _is_latent(config, layer) and not _has_query_rank(config, layer),
-        "latent": _is_latent,
-        "latent bias": lambda config, layer: _is_latent(config, layer) and bool(config.get("attention_bias")),
-        "moe": _is_moe,
-        "query rank": _has_query_rank,
-        "query rank bias": lambda config, layer: _has_query_rank(config, layer) and bool(config.get("attention_bias")),
-        "tied": tied,
-        "untied": untied,
-    },
+    conditions=conditions(_is_latent, _is_moe),
     moe="moe",
     keep_16bit=("block_sparse_moe.gate", "self_attn.kv_b_proj"),
     formats=(),
