@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -239,11 +239,20 @@ class Skeleton:
 
     def module_name(self, name: str) -> str:
         """What transformers calls a module or parameter of a block that is called `name` in the checkpoint."""
-        return _renamed(name, self.layout.family.renames)
+        return self.layout.family.module_name(name)
 
-    def stored_name(self, name: str) -> str:
-        """What a module or parameter of a block is called in the checkpoint that transformers calls `name`."""
-        return _renamed(name, [(theirs, ours) for ours, theirs in self.layout.family.renames])
+    def stored_name(self, name: str, prefix: str) -> str:
+        """What a module or parameter of the block under `prefix` is called in the checkpoint.
+
+        Where it may have several names, such as that of a release and the one that transformers saves it under, it is
+        the one that is there.
+        """
+        pairs = self.layout.family.renames
+        names = [name.replace(theirs, ours, 1) for ours, theirs in pairs if theirs in name] + [name]
+        there = (
+            each for each in names if self.weights.has(prefix + each) or self.weights.has(f"{prefix}{each}.weight")
+        )
+        return next(there, names[0])
 
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
@@ -260,7 +269,10 @@ class Skeleton:
             if id(wanted) in inside:
                 continue
             dtype = torch.float32 if wanted.dtype == torch.float32 or self._keeps_float32(local) else None
-            name = prefix + self.stored_name(local)
+            if parts := self.layout.family.joined.get(local):
+                yield local, torch.cat([self.weights.tensor(prefix + part, dtype) for part in parts])
+                continue
+            name = prefix + self.stored_name(local, prefix)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
@@ -307,10 +319,6 @@ def _told() -> Iterator[None]:
         memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
         kind = ExecutionError if memory else FamilyError
         raise kind(f"transformers cannot run the model of config.json: {_line(e)}") from e
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    return next((name.replace(old, new, 1) for old, new in pairs if old in name), name)
 
 
 def _line(error: Exception) -> str:

@@ -213,6 +213,7 @@ def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
 def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     family, wrapper = family_of(config)
     text = _text_config(config, family, wrapper)
+    text = {**{ours: text[theirs] for theirs, ours in family.aliases.items() if theirs in text}, **text}
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
     num_experts = _expert_count(config, family, wrapper)
@@ -586,8 +587,10 @@ def _block(
     variant: str,
     sizes: _Sizes,
 ) -> Iterator[tuple[str, Expected]]:
-    for template in templates:
-        if template.variant not in ("", variant) or not layout.family.holds(template.when, layout.text, like):
+    held = [each for each in templates if layout.family.holds(each.when, layout.text, like)]
+    resaved = {each.instead for each in held if each.instead and _is_there(layout, prefix + each.name)}
+    for template in held:
+        if template.variant not in ("", variant) or template.name in resaved or template.instead not in ("", *resaved):
             continue
         if not template.numbered:
             yield prefix + template.name, _expect(Place(template, scope, layer), sizes, like)
@@ -597,6 +600,12 @@ def _block(
         for expert in range(layout.num_experts):
             name = prefix + template.name.replace("{e}", str(expert))
             yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
+
+
+def _is_there(layout: Layout, name: str) -> bool:
+    """Whether a tensor is stored, as it is or quantized."""
+    stem = name.removesuffix("weight")
+    return name in layout.places or any(f"{stem}{part}" in layout.places for part in COMPANIONS)
 
 
 def _expected_mtp(

@@ -39,6 +39,8 @@ _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
+_GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
+_STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
     rf"(.*\.{_HOME})\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias)"
@@ -257,11 +259,12 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
     elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
         return
-    elif (match := _FUSED.fullmatch(name)) and len(tensor.shape) == 3:
+    elif (match := _FUSED.fullmatch(name) or _GRANITE.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
+        home, stack = (f"{match[1]}.experts", _STACKS[match[2]]) if match.re is _GRANITE else match.groups()
         for expert in range(count):
-            for part, first, number in _halves(match[2], expert * rows, rows):
-                key = f"{match[1]}.{expert}.{part}.weight"
+            for part, first, number in _halves(stack, expert * rows, rows):
+                key = f"{home}.{expert}.{part}.weight"
                 yield key, _Weight(name, tensor, (number, columns), ((first, number),))
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count

@@ -31,6 +31,7 @@ __all__ = [
     "Mtp",
     "Role",
     "Scope",
+    "Symbol",
     "Template",
     "Wrapper",
     "conditions",
@@ -97,6 +98,7 @@ class Template:
         when: name of the family's condition on (config, layer) under which the tensor exists; empty for always.
         variant: `fused` or `per-expert` for experts; one of the two is present in a block.
         optional: accepted when present, never missed.
+        instead: name of the tensor that it is, where transformers saves a release again under this name.
 
     """
 
@@ -106,6 +108,7 @@ class Template:
     when: str = ""
     variant: str = ""
     optional: bool = False
+    instead: str = ""
 
     @property
     def numbered(self) -> bool:
@@ -134,6 +137,7 @@ class ExpertLayout:
         home: name of the module that holds them, within its block.
         stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
             where no checkpoint stacks them.
+        stack_home: name of the module that holds stacks instead of `home`, whose tensors are called `<stack>.weight`.
         projections: names of the gate, up and down projection of one expert; of the last two where there is no gate.
         transposed: a stack holds matrices [I, O] instead of [O, I].
         gate: gate and up projection are the halves of the stacked one, or every second of its rows; or `none`: there
@@ -145,6 +149,7 @@ class ExpertLayout:
 
     home: str = "mlp.experts"
     stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    stack_home: str = ""
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     transposed: bool = False
     gate: Gate = "concatenated"
@@ -160,6 +165,10 @@ class ExpertLayout:
     def inner(self) -> tuple[str, ...]:
         """Projections into the intermediate size, in the order of a stack's halves: gate and up, or up alone."""
         return self.projections[:-1]
+
+    def stacked(self, stack: str) -> str:
+        """Name of a stack within its block."""
+        return f"{self.stack_home}.{stack}.weight" if self.stack_home else f"{self.home}.{stack}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +268,9 @@ class Family:
         block: templates of one decoder block, relative to its prefix.
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
+        joined: parameters of a block of transformers' class, and the tensors of checkpoints that each is made of, one
+            below the other.
+        aliases: config keys under which transformers saves a config again, and what releases call them.
         vision: templates of the vision tower, with full names.
         vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
             decoder have names apart.
@@ -275,6 +287,7 @@ class Family:
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
         formats: quantized formats whose loaders find its experts, the usual one first; loaders of other formats leave
             them at random values, or refuse.
+        unread: why none is read, where `formats` is empty.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
         tied_by_default: the output head is the embeddings where the config does not say.
@@ -298,6 +311,8 @@ class Family:
     decoder: Decoder = field(default_factory=Decoder)
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
     vision_prefix: str | tuple[str, ...] = ""
@@ -313,6 +328,7 @@ class Family:
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
+    unread: str = ""
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied_by_default: bool = False
     experts_norm: str = "post_attention_layernorm.weight"
@@ -329,6 +345,10 @@ class Family:
     def holders(self) -> tuple[str, ...]:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
+
+    def module_name(self, name: str) -> str:
+        """What transformers calls a module or parameter of a block that is called `name` in checkpoints."""
+        return next((name.replace(ours, theirs, 1) for ours, theirs in self.renames if ours in name), name)
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
@@ -355,7 +375,7 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     rows, width = ("2*I" if layout.gated else "I"), layout.width
     shapes = (f"E,{width},{rows}", f"E,I,{width}") if layout.transposed else (f"E,{rows},{width}", f"E,{width},I")
     out = [
-        Template(f"{layout.home}.{stack}", shape, role, when, "fused")
+        Template(layout.stacked(stack), shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
     ]
     if layout.bias:
