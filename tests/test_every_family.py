@@ -65,6 +65,7 @@ class Case:
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
+    "glm_moe_dsa": Case(over={"indexer_types": ["full", "shared"]}),  # the others load too
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
@@ -193,7 +194,7 @@ def test_the_block_runner_gives_the_logits_of_the_model(kind: str, folder: Path)
     torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6)
 
 
-def hooked(model: Any) -> list[dict[str, np.ndarray]]:
+def hooked(model: Any, **inputs: Any) -> list[dict[str, np.ndarray]]:
     """REAP's sums of every layer with experts, in float64: the module itself is asked what an expert puts out."""
     found: list[dict[str, np.ndarray]] = []
 
@@ -216,7 +217,7 @@ def hooked(model: Any) -> list[dict[str, np.ndarray]]:
         if type(module).__name__.endswith("Experts") and hasattr(module, "num_experts")
     ]
     with torch.no_grad():
-        model(input_ids=IDS)
+        model(**(inputs or {"input_ids": IDS}))
     for handle in handles:
         handle.remove()
     return found
@@ -274,10 +275,12 @@ def assert_loads(out: Path) -> None:
     result = CliRunner().invoke(main, ["convert", str(out), str(plain), "--to", "bf16", "-q"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     model = loaded(plain).bfloat16()
+    gptq = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    how = {"quantization_config": transformers.AutoRoundConfig(backend="torch")} if gptq else {}
     with torch.no_grad(), classes_put_back(model):
         wanted = model(input_ids=IDS).logits.float()
         quantized, told = transformers.AutoModelForCausalLM.from_pretrained(
-            out, dtype=torch.bfloat16, output_loading_info=True
+            out, dtype=torch.bfloat16, output_loading_info=True, **how
         )
         found = quantized.eval()(input_ids=IDS).logits.float()
     assert not told["missing_keys"]

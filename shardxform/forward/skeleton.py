@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardxform.base.tensors import TensorRef
+from shardxform.calibration import Windows
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
 from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.runtime import give_back, keep_few_kernels
@@ -36,7 +37,7 @@ from shardxform.forward.weights import (
     detach,
     experts_module,
 )
-from shardxform.model.layout import HEAD, Layout, is_tied
+from shardxform.model.layout import HEAD, Layout, is_tied, refuse_longer
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 
@@ -82,8 +83,9 @@ class Skeleton:
         self._decoder: Any = self._model.get_decoder()
         self._blocks: list[nn.Module] = list(self._decoder.layers)
         self._norm: nn.Module = self._decoder.norm
-        for module in (*self._blocks, self._norm):
-            _pass_through(module)
+        for module in self._blocks:
+            _pass_through(module, _with_all_positions if self.layout.family.shares_selection else _alone)
+        _pass_through(self._norm, _alone)
 
     @property
     def num_blocks(self) -> int:
@@ -147,6 +149,10 @@ class Skeleton:
     def prefix(self, layer: int) -> str:
         """What the names of a decoder block's tensors begin with."""
         return f"{self.layout.wrapper.prefix}layers.{layer}."
+
+    def refuse_longer(self, windows: Windows) -> None:
+        """Refuse windows of more tokens than every block attends to in full; see `layout.refuse_longer`."""
+        refuse_longer(self.layout, int(windows.ids_NT.shape[1]), self.weights.checkpoint.where)
 
     def module(self, layer: int) -> nn.Module:
         """Look at the module of a decoder block, which has no weights unless it is loaded."""
@@ -368,19 +374,31 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     return model.eval().requires_grad_(False)
 
 
-def _pass_through(module: nn.Module) -> None:
-    """Have a module hand its first argument on, until it is to compute."""
-    module.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+def _pass_through(module: nn.Module, hand_on: Callable[[torch.Tensor], Any]) -> None:
+    """Have a module hand its first argument on, and what belongs to it, until it is to compute."""
+    module.forward = lambda hidden_states, *_args, **_kwargs: hand_on(hidden_states)
+
+
+def _alone(hidden_BTH: torch.Tensor) -> torch.Tensor:
+    return hidden_BTH
+
+
+def _with_all_positions(hidden_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a block that gives its selection of positions to the next: all of them, as no window is longer than it."""
+    batch, length, _ = hidden_BTH.shape
+    positions = torch.arange(length, dtype=torch.int32, device=hidden_BTH.device)
+    return hidden_BTH, positions.expand(batch, length, length)
 
 
 @contextlib.contextmanager
 def _computing(module: nn.Module) -> Iterator[None]:
     """Let a module compute that else passes through."""
+    passing = module.forward
     del module.forward
     try:
         yield
     finally:
-        _pass_through(module)
+        module.forward = passing
 
 
 @contextlib.contextmanager

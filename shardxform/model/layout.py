@@ -31,6 +31,7 @@ __all__ = [
     "is_tied",
     "layout_of",
     "read_count",
+    "refuse_longer",
     "refuse_two_spellings",
     "tied_notes",
     "variants_found",
@@ -38,6 +39,7 @@ __all__ = [
 
 MAX_LAYERS: Final = 10_000
 _MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
+_SELECTED: Final = 2048  # positions, where a config does not say: the default of transformers' classes
 _MOST_FOUND: Final = 1_000_000  # places that are kept for the next time
 
 
@@ -229,6 +231,27 @@ def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[
         if path not in allowed:
             raise FamilyError(f"config.json: {'.'.join(path)} counts experts where {family.name} does not expect it")
     return found
+
+
+def refuse_longer(layout: Layout, tokens: int, where: str = "") -> None:
+    """Refuse windows of so many tokens that an indexer would choose which of them a token attends to.
+
+    Args:
+        layout: of a checkpoint that is to be run.
+        tokens: of a window.
+        where: the checkpoint, for messages.
+
+    Raises:
+        FamilyError: names the key that says how many there may be.
+
+    """
+    key = layout.family.selection_key
+    most = read_count(layout.text, key, "", default=_SELECTED) if key else tokens
+    if tokens > most:
+        raise FamilyError(
+            f"{f'{where}/' if where else ''}config.json: {key} is {most}, and of longer windows a token attends to a"
+            f" selection, which is not run: expected `seqlen` of at most {most}, found {tokens}"
+        )
 
 
 def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:

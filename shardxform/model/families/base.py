@@ -213,6 +213,9 @@ class Family:
             merged module in vLLM.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
+        selection_key: config key of how many positions a token attends to at most, chosen by an indexer, or empty where
+            it attends to all. Blocks are run over windows of so many tokens, where the choice is all of them.
+        shares_selection: a block of transformers' class gives its choice to the next, as a second value.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
@@ -243,6 +246,8 @@ class Family:
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     harmless: tuple[str, ...] = HARMLESS
+    selection_key: str = ""
+    shares_selection: bool = False
     fused_release: bool = False
     bfloat16_only: bool = False
 
