@@ -52,6 +52,7 @@ class Case:
         formats: quantized formats whose outputs transformers loads with every weight in its place.
         runs: whether decoder blocks can be run.
         group_size: of quantized weights.
+        names: parts of names as transformers saves them, and as releases have them, where these differ.
         more: other configs, in the manner of `over`, whose checkpoints hold what the first one lacks.
 
     """
@@ -60,13 +61,31 @@ class Case:
     formats: tuple[str, ...] = ("auto-round",)
     runs: bool = True
     group_size: int = 32
+    names: tuple[tuple[str, str], ...] = ()
     more: tuple[dict[str, Any], ...] = ()
 
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
     "glm_moe_dsa": Case(over={"indexer_types": ["full", "shared"]}),  # the others load too
+    "kimi_k25": Case(
+        names=(
+            ("language_model.model.blocks.", "language_model.model.layers."),
+            ("vision_tower.encoder.patch_embed.proj", "vision_tower.patch_embed.proj"),
+            ("model.mm_projector.", "mm_projector."),
+        ),
+        formats=("compressed-tensors",),
+    ),
     "minimax_m2": Case(formats=("compressed-tensors",)),
+    "minimax_m3_vl": Case(
+        over={
+            "layer_types": ["minimax_m3_sparse", "full_attention"],
+            "mlp_layer_types": ["sparse", "sparse"],
+            "routed_scaling_factor": 0.25,
+        },
+        formats=(),
+        more=({"mlp_layer_types": ["dense", "sparse"]},),
+    ),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
@@ -98,7 +117,7 @@ def model_of(kind: str) -> Any:
 def source_of(kind: str, folder: Path) -> Path:
     """Its checkpoint."""
     root = folder / kind
-    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root)
+    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root, names=CASES[kind].names)
 
 
 def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
@@ -109,7 +128,8 @@ def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
 
 def loaded(root: Path) -> Any:
     """What transformers makes of a checkpoint, which must hold all that it wants and nothing else."""
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
+    auto = any_moe.auto_class(json.loads((root / "config.json").read_text()))
+    model, told = auto.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
     assert {key: list(value) for key, value in told.items() if value} == {}
     return model.eval()
 
@@ -133,14 +153,19 @@ def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
     assert layout_of(source.config, source.tensors).unknown == ()
     report = verify(source.root)
     assert report.problems == ()
-    assert {each.code for each in report.warnings} <= {"mtp-absent"}  # transformers has no code for these layers
+    beside = {"mtp-absent", "preprocessor"}  # transformers has no code for these layers, and no file was written
+    assert {each.code for each in report.warnings} <= beside
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in KINDS])  # these: see test_families.py
 def test_every_template_is_seen_in_some_release(kind: str, folder: Path, tmp_path: Path) -> None:
     roots = [source_of(kind, folder)]
     for at, over in enumerate(CASES[kind].more):
-        roots.append(any_moe.save(any_moe.build(kind, **{**CASES[kind].over, **over}), tmp_path / str(at)))
+        roots.append(
+            any_moe.save(
+                any_moe.build(kind, **{**CASES[kind].over, **over}), tmp_path / str(at), names=CASES[kind].names
+            )
+        )
         assert verify(roots[-1]).problems == ()
     layouts = [layout_of(source.config, source.tensors) for source in map(Checkpoint.open, roots)]
     assert all(layout.unknown == () for layout in layouts)
@@ -258,6 +283,28 @@ def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, fol
     assert_loads(out)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in RUN if not CASES[kind].formats])
+def test_a_family_that_no_format_is_read_of_is_healed_and_not_quantized(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(source_of(kind, folder))
+    keep = {str(layer): list(ids) for layer, ids in keep_of(source).items()}
+    (tmp_path / "keep.json").write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
+    command = ["prune", str(source.root), str(tmp_path / "out"), "-m", str(tmp_path / "keep.json"), "-q"]
+    command += ["--heal", "all", "--heal-iters", "8", "--heal-lr", "0.005", "--data", str(few("calib.jsonl"))]
+    command += ["--samples", "8", "--seqlen", "32", "--batch-size", "4", "--dtype", "float32"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    blocks = json.loads((tmp_path / "out" / "shardxform.json").read_text())["facts"]["blocks"]
+    assert any(each["healed"]["healed_error"] < 0.999 * each["healed"]["pruned_error"] for each in blocks)
+    assert verify(tmp_path / "out", source=source, independent=True).problems == ()
+    loaded(tmp_path / "out")
+    result = CliRunner().invoke(main, ["quantize", str(source.root), str(tmp_path / "quantized")])
+    assert result.exit_code == 1
+    assert "do not find experts" in result.output
+    assert not (tmp_path / "quantized").exists()
+
+
 @contextlib.contextmanager
 def classes_put_back(model: Any) -> Iterator[None]:
     """Undo what auto-round's loader does to the classes of a type: it replaces them for the whole process."""
@@ -275,11 +322,12 @@ def assert_loads(out: Path) -> None:
     result = CliRunner().invoke(main, ["convert", str(out), str(plain), "--to", "bf16", "-q"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     model = loaded(plain).bfloat16()
-    gptq = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    config = json.loads((out / "config.json").read_text())
+    gptq = config["quantization_config"]["quant_method"] == "gptq"
     how = {"quantization_config": transformers.AutoRoundConfig(backend="torch")} if gptq else {}
     with torch.no_grad(), classes_put_back(model):
         wanted = model(input_ids=IDS).logits.float()
-        quantized, told = transformers.AutoModelForCausalLM.from_pretrained(
+        quantized, told = any_moe.auto_class(config).from_pretrained(
             out, dtype=torch.bfloat16, output_loading_info=True, **how
         )
         found = quantized.eval()(input_ids=IDS).logits.float()

@@ -106,8 +106,8 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
     family = layout.family
     if scheme.format not in family.formats:
         raise SchemeError(
-            f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
-            f" {' or '.join(family.formats)}"
+            f"`format` {scheme.format}: its loaders do not find experts of family {family.name};"
+            + (f" they are read in {' or '.join(family.formats)}" if family.formats else " those of no format here do")
         )
 
 
@@ -277,6 +277,12 @@ def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
         raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
 
 
+def _vision_patterns(layout: Layout) -> Iterator[str]:
+    prefixes = layout.family.vision_prefix if layout.wrapper.vision else ()
+    for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
+        yield rf".*{prefix.removesuffix('.').rpartition('.')[2]}.*"
+
+
 def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
     """Patterns that cover exactly the kept linear modules, fewest first: whole kinds, then kinds in some blocks."""
     quantized = {module.name for module in selection.quantized}
@@ -295,17 +301,19 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        tail = re.escape(kind) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
-        if not quantized_in[kind]:
-            yield rf".*\.{tail}"
-        else:
-            yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
-    if layout.wrapper.vision:
-        yield r".*visual.*"
+        for name in dict.fromkeys((kind, layout.family.module_of(kind))):
+            tail = re.escape(name) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
+            if not quantized_in[kind]:
+                yield rf".*\.{tail}"
+            else:
+                yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+    yield from _vision_patterns(layout)
     yield from _mtp_patterns(quantized, modules, layout)
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:
         yield _LM_HEAD
+        if layout.wrapper.head != _LM_HEAD:
+            yield re.escape(layout.wrapper.head)
 
 
 def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:

@@ -16,12 +16,12 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
@@ -81,7 +81,7 @@ class Skeleton:
         self.weights = weights
         self.layout = weights.layout
         self._model = _meta_model(self.layout, weights)
-        self._decoder: Any = self._model.get_decoder()
+        self._decoder: Any = _decoder_of(self._model)
         names = self.layout.family.decoder
         self._layers: Any = getattr(self._decoder, names.attribute(names.blocks))
         self._blocks: list[nn.Module] = list(self._layers)
@@ -99,12 +99,12 @@ class Skeleton:
     @property
     def hidden_size(self) -> int:
         """Channels of a hidden state."""
-        return int(self._model.config.hidden_size)
+        return int(self._decoder.config.hidden_size)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the output head."""
-        return int(self._model.config.vocab_size)
+        return int(self._decoder.config.vocab_size)
 
     # -- before and after the blocks ----------------------------------------------------------------------------
 
@@ -357,24 +357,61 @@ class OutputHead:
 
 
 def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
-    """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not."""
+    """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not.
+
+    Where there is none of the text alone it is the whole one, whose other parts are never called.
+    """
     text = {key: value for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
-    text["model_type"] = wrapper.model_type
+    auto: Any = AutoModelForCausalLM
+    if wrapper.text_key is None:
+        text["model_type"] = wrapper.model_type
+    else:
+        whole = {key: value for key, value in layout.config.items() if key not in _NOT_THE_MODEL}
+        text, auto = {**whole, wrapper.text_key: text}, AutoModelForImageTextToText
     try:
         config = AutoConfig.for_model(**text)
-        config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
-        auto: Any = AutoModelForCausalLM
+        config.get_text_config().pad_token_id = None  # changes nothing here, and may lie beyond a table made smaller
         with _META:
             model = auto.from_config(
                 config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
             )
+        _take_apart(_decoder_of(model), layout.family.joined)
         attend_by_rows(model)
         _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _decoder_of(model: Any) -> Any:  # noqa: ANN401
+    """The module that calls the decoder blocks; some classes say that they themselves are it."""
+    found = model.get_decoder()
+    return found.model if hasattr(found, "model") and hasattr(found, "lm_head") else found
+
+
+class _SideBySide(nn.Module):
+    """A linear module whose rows are those of several, which are its children."""
+
+    def __init__(self, joined: nn.Linear, names: tuple[str, ...]) -> None:
+        super().__init__()
+        for name in names:
+            part = nn.Linear(joined.in_features, joined.out_features // len(names), joined.bias is not None)
+            self.add_module(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+
+def _take_apart(decoder: nn.Module, joined: Mapping[str, tuple[str, ...]]) -> None:
+    """Have linear modules that a checkpoint holds in parts hold these."""
+    for module in list(decoder.modules()):
+        for name in joined.keys() & dict(module.named_children()).keys():
+            whole = module.get_submodule(name)
+            assert isinstance(whole, nn.Linear)
+            with _META:
+                setattr(module, name, _SideBySide(whole, joined[name]))
 
 
 @torch.no_grad()
@@ -511,7 +548,8 @@ def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iter
         raise FamilyError(f"family {layout.family.name}: no MTP layer {layer}")
     number = str(layout.num_layers + layer if mtp.follows_blocks else layer)
     prefix, *inputs = (
-        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number) for name in (mtp.prefix, *mtp.inputs)
+        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number)
+        for name in (mtp.prefix + mtp.inner, *mtp.inputs)
     )
     like = min(mtp.like(layout.text), skeleton.num_blocks - 1)
     embedding, hidden, projection, output = inputs

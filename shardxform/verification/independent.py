@@ -44,9 +44,19 @@ _ROUTER: Final = re.compile(
     r"(.*\.(?:mlp|block_sparse_moe))\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
     r"|(?:gate|router)\.(?:layer\.)?(?:weight|bias))"
 )
-_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
+_LAYER: Final = re.compile(
+    r"(mtp\.|model\.|model\.language_model\.|language_model\.model\.|language_model\.model\.mtp\.)layers\.(\d+)\."
+)
+_MTP: Final = ("mtp.", "language_model.model.mtp.")
+_OF_TEXT: Final = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""What names begin with in multimodal checkpoints, and in those of the text alone."""
+_VISION: Final = ("model.visual.", "vision_tower.", "mm_projector.", "multi_modal_projector.", "patch_merge_mlp.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
-_MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
@@ -377,14 +387,14 @@ class _How:
     def is_mtp(self, name: str) -> bool:
         """Whether a tensor is of an MTP layer."""
         layer = _LAYER.match(name)
-        return name.startswith("mtp.") or bool(layer and layer[1] != "mtp." and int(layer[2]) >= self.layers)
+        return name.startswith(_MTP) or bool(layer and layer[1] not in _MTP and int(layer[2]) >= self.layers)
 
     def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
         """What the output must hold, by its names there."""
         prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
-            if (mtp and self.drops_mtp) or (self.text_only and name.startswith("model.visual.")):
+            if (mtp and self.drops_mtp) or (self.text_only and name.startswith(_VISION)):
                 continue
             if new := self._renumbered(name, weight, self._ids(layer, mtp), prefixes):
                 yield self._renamed(new[0]), new[1]
@@ -393,7 +403,7 @@ class _How:
         """Ids kept in a layer; None where all are."""
         if layer is None or self.keep is None:
             return None
-        number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
+        number = int(layer[2]) - (self.layers if mtp and layer[1] not in _MTP else 0)
         return self.mtp_keep[str(number)] if mtp else self.keep.get(layer[2])
 
     @staticmethod
@@ -410,8 +420,10 @@ class _How:
         return name, weight
 
     def _renamed(self, name: str) -> str:
-        old = "model.language_model."
-        return f"model.{name.removeprefix(old)}" if self.text_only and name.startswith(old) else name
+        for old, new in _OF_TEXT if self.text_only else ():
+            if name.startswith(old):
+                return f"{new}{name.removeprefix(old)}"
+        return name
 
     # -- values ---------------------------------------------------------------------------------------------------
 

@@ -216,7 +216,8 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
     if method in _REQUIRED and method not in layout.family.formats:
         known = " or ".join(layout.family.formats)
         report(
-            f"quant_method: {method}, whose loaders do not find experts of {layout.family.name}, as those of {known} do"
+            f"quant_method: {method}, whose loaders do not find experts of {layout.family.name}"
+            + (f", as those of {known} do" if known else "")
         )
     bits, packing = declared.get("bits"), declared.get("packing_format")
     if method == "gptq" and declared.get("sym") is False:

@@ -15,7 +15,9 @@ HOMES: Final[Mapping[str, str]] = {
     "deepseek_v3": "deepseek_v3",
     "glm_moe_dsa": "glm_moe_dsa",
     "gpt_oss": "gpt_oss",
+    "kimi_k25": "kimi_k25",
     "minimax_m2": "minimax_m2",
+    "minimax_m3_vl": "minimax_m3_vl",
     "mixtral": "mixtral",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
@@ -39,7 +41,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
         known = ", ".join(sorted(HOMES))
         raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
     family = _load(HOMES[model_type])
-    wrapper = next(each for each in family.wrappers if each.model_type == model_type)
+    wrappers = [each for each in family.wrappers if each.model_type == model_type]
+    wrapper = next((each for each in wrappers if each.architecture in architectures), wrappers[0])
     if architectures and wrapper.architecture not in architectures:
         raise FamilyError(
             f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"

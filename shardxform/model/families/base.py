@@ -30,7 +30,9 @@ __all__ = [
     "Template",
     "Wrapper",
     "experts",
+    "linear",
     "mlp",
+    "normed",
     "size",
     "tied",
     "untied",
@@ -205,11 +207,12 @@ class Mtp:
     Attributes:
         count_key: config key that counts them; 0 or absent means none.
         prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
+        inner: what names of its decoder block begin with, after `prefix`.
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
         inputs: the tensors that make its input, in full, with `{l}` and `{decoder}` as in `prefix`: norm of the next
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
-        layer: templates beyond a decoder block's own ones.
+        layer: templates beyond a decoder block's own ones, relative to `prefix`.
         root: templates that exist once, with full names.
 
     """
@@ -219,6 +222,7 @@ class Mtp:
     follows_blocks: bool
     like: Callable[[Config], int]
     inputs: tuple[str, str, str, str]
+    inner: str = ""
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
 
@@ -239,9 +243,12 @@ class Family:
         block: templates of one decoder block, relative to its prefix.
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
+        joined: linear modules of transformers' class that hold several of the checkpoint's, of the same size, one above
+            the other, by their last name; they are run as these, under the module's name.
         vision: templates of the vision tower, with full names.
-        vision_prefix: what every name of the vision tower begins with.
-        vision_depth_key: key in `vision_config` that counts vision blocks.
+        vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
+            decoder have names apart.
+        vision_depth_key: key in `vision_config` that counts vision blocks; of several, the first that is there.
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         vision_symbols: the same, of `vision_config`.
@@ -251,8 +258,8 @@ class Family:
         conditions: named predicates on (text config, layer); layer is -1 in the root scope.
         moe: name of the condition that makes a block a MoE block, or empty when all are.
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
-        formats: quantized formats whose loaders find its experts, the usual one first; loaders of other formats leave
-            them at random values, or refuse.
+        formats: quantized formats whose loaders find its experts, the usual one first, maybe none; loaders of others
+            leave them at random values, or refuse.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
         experts_norm: the norm before the experts, within a block; healing moves it with them.
@@ -276,10 +283,11 @@ class Family:
     decoder: Decoder = field(default_factory=Decoder)
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
-    vision_prefix: str = ""
-    vision_depth_key: str = "depth"
+    vision_prefix: str | tuple[str, ...] = ""
+    vision_depth_key: str | tuple[str, ...] = "depth"
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
     vision_symbols: Mapping[str, Symbol] = field(default_factory=dict)
@@ -307,6 +315,12 @@ class Family:
     def holders(self) -> tuple[str, ...]:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
+
+    def module_of(self, name: str) -> str:
+        """What transformers calls a module of a block, the one that holds it where several are one."""
+        found = next((name.replace(ours, theirs, 1) for ours, theirs in self.renames if ours in name), name)
+        holder, _, last = found.rpartition(".")
+        return holder if last in self.joined.get(holder.rpartition(".")[2], ()) else found
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
@@ -345,6 +359,16 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
         if layout.bias:
             out.append(Template(f"{name}.bias", "I" if inner else width, role, when, "per-expert"))
     return tuple(out)
+
+
+def linear(module: str, shape: str, role: Role = "vision") -> tuple[Template, ...]:
+    """Weight and bias of a linear module."""
+    return Template(f"{module}.weight", shape, role), Template(f"{module}.bias", shape.split(",")[0], role)
+
+
+def normed(module: str, width: str, role: Role = "vision") -> tuple[Template, ...]:
+    """Weight and bias of a layer norm."""
+    return Template(f"{module}.weight", width, role), Template(f"{module}.bias", width, role)
 
 
 def size(config: Config, key: str) -> int:
