@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoRoundConfig
 from transformers.utils import logging
 
 logging.set_verbosity_error()
@@ -79,6 +79,8 @@ VISION_SIZES = {
 """Of a vision tower, and of what joins it to the decoder."""
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_KS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
+CLASSES = {"kimi_k2": "deepseek_v3"}
+"""Types that transformers does not know, and the type whose class they are of."""
 NOT_KEPT = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path"),
     *("rope_scaling", "rope_theta", "per_layer_config"),
@@ -104,6 +106,7 @@ def plain(value: Any) -> Any:
 
 def tiny_config(model_type: str, *, layers: int = LAYERS, experts: int = EXPERTS, **over: Any) -> dict[str, Any]:
     """Keys of a small config; `over` replaces what is not as the type wants it."""
+    model_type = CLASSES.get(model_type, model_type)
     c = dict(text_of(plain(AutoConfig.for_model(model_type).to_dict())))
     before = c.get("num_hidden_layers", layers)
     for key in NOT_KEPT:
@@ -152,7 +155,10 @@ def randomized(model: Any, seed: int = 0) -> Any:
 
 def whole_config(model_type: str, *, vision: dict[str, Any] | None = None, **over: Any) -> dict[str, Any]:
     """Keys of a small config, of a multimodal class where the type is one: `over` is for its text, `vision` not."""
-    text, whole = tiny_config(model_type, **over), plain(AutoConfig.for_model(model_type).to_dict())
+    text, whole = (
+        tiny_config(model_type, **over),
+        plain(AutoConfig.for_model(CLASSES.get(model_type, model_type)).to_dict()),
+    )
     if not isinstance(whole.get("vision_config"), dict):
         return text
     tower = {key: VISION_SIZES.get(key, value) for key, value in whole["vision_config"].items() if key not in NOT_KEPT}
@@ -179,7 +185,9 @@ def renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def save(model: Any, root: Path, vocab: int = VOCAB, names: tuple[tuple[str, str], ...] = ()) -> Path:
+def save(
+    model: Any, root: Path, vocab: int = VOCAB, model_type: str = "", names: tuple[tuple[str, str], ...] = ()
+) -> Path:
     """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it.
 
     `names` are parts of names as transformers saves them, and as releases have them.
@@ -192,7 +200,18 @@ def save(model: Any, root: Path, vocab: int = VOCAB, names: tuple[tuple[str, str
         tensors, config = read_checkpoint(root), json.loads((root / "config.json").read_text())
         shutil.rmtree(root)
         write_checkpoint(root, {renamed(name, names): value for name, value in tensors.items()}, config)
-    config = (root / "config.json").read_text()
+    config = json.loads((root / "config.json").read_text()) | {"dtype": "bfloat16"}
     byte_tokenizer(root, vocab_size=vocab)
-    (root / "config.json").write_text(json.dumps({**json.loads(config), "dtype": "bfloat16"}, indent=2))
+    config["model_type"] = model_type or config["model_type"]
+    (root / "config.json").write_text(json.dumps(config, indent=2))
     return root
+
+
+def load(root: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of a checkpoint, and what it says of the keys it found."""
+    config = json.loads((root / "config.json").read_text())
+    known = CLASSES.get(config["model_type"])
+    over: dict[str, Any] = {"config": AutoConfig.for_model(**{**config, "model_type": known})} if known else {}
+    if config.get("quantization_config", {}).get("quant_method") == "gptq":  # whose own loader is not installed
+        over["quantization_config"] = AutoRoundConfig(backend="torch")
+    return auto_class(config).from_pretrained(root, dtype=dtype, output_loading_info=True, **over)

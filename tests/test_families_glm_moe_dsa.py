@@ -24,7 +24,7 @@ from shardxform.cli import main  # noqa: E402
 from shardxform.errors import FamilyError  # noqa: E402
 from shardxform.execution.runner import run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
-from shardxform.model.layout import layout_of  # noqa: E402
+from shardxform.model.layout import layout_of, refuse_longer  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.plan.view import ViewOptions  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
@@ -135,6 +135,16 @@ def test_a_caller_of_the_library_is_refused_too(source: Path, tmp_path: Path) ->
     with pytest.raises(FamilyError, match="index_topk is 24"):
         score(Checkpoint.open(source), windows, ScoreOptions(precision=FLOAT32, work=tmp_path / "w"))
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("said", [{}, {"index_topk": 1024}])
+def test_every_family_whose_indexer_would_select_is_refused(kind: str, said: dict[str, int]) -> None:
+    config = {"model_type": kind, "num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 2, **said}
+    layout, most = layout_of(config, []), said.get("index_topk", 2048)
+    refuse_longer(layout, most)
+    with pytest.raises(FamilyError, match=f"index_topk is {most}, .* of at most {most}, found {most + 1}"):
+        refuse_longer(layout, most + 1)
 
 
 PATTERNS = [

@@ -133,7 +133,7 @@ def _is_kept(local: str, patterns: tuple[str, ...]) -> bool:
 def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
-    if role in ("router", "embeddings", "vision", "mtp"):
+    if role in ("router", "indexer", "embeddings", "vision", "mtp"):
         raise SchemeError(f"`quantize` selects {module.name}, but no client runs {role} weights as integers")
     if role == "lm head" and is_tied(layout):
         raise SchemeError(

@@ -214,6 +214,9 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     mtp = family.mtp
     mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
     placed = _finder(family, wrapper, num_layers, mtp_layers).places(names)
+    if mtp and mtp.uncounted and mtp.count_key not in text:
+        numbers = {place.layer for place in placed.values() if place and place.scope == "mtp"}
+        mtp_layers = len(numbers - {None})
     scopes = {place.scope for place in placed.values() if place}
     apart = [name for name, place in placed.items() if not place]
     harmless = tuple(name for name in apart if any(fnmatchcase(name, pattern) for pattern in family.harmless))

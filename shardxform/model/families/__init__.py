@@ -12,16 +12,25 @@ from shardxform.model.families.base import Config, Family, Wrapper
 __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
+    "beam": "beam",
+    "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "deepseek_v32": "deepseek_v32",
+    "glm4_moe": "glm4_moe",
+    "glm4_moe_lite": "glm4_moe_lite",
     "glm_moe_dsa": "glm_moe_dsa",
     "gpt_oss": "gpt_oss",
+    "kimi_k2": "deepseek_v3",
     "kimi_k25": "kimi_k25",
     "minimax_m2": "minimax_m2",
     "minimax_m3_vl": "minimax_m3_vl",
     "mixtral": "mixtral",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2_moe",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 

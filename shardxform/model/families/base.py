@@ -30,7 +30,9 @@ __all__ = [
     "Template",
     "Wrapper",
     "experts",
+    "head_dim",
     "linear",
+    "listed_as_sparse",
     "mlp",
     "normed",
     "size",
@@ -47,6 +49,7 @@ Role = Literal[
     "router",
     "shared experts",
     "attention",
+    "indexer",
     "linear attention",
     "dense mlp",
     "norms",
@@ -205,7 +208,7 @@ class Mtp:
     """Multi-token-prediction layers.
 
     Attributes:
-        count_key: config key that counts them; 0 or absent means none.
+        count_key: config key that counts them; 0 means none, and so does its absence, unless `uncounted`.
         prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
         inner: what names of its decoder block begin with, after `prefix`.
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
@@ -214,6 +217,7 @@ class Mtp:
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
         layer: templates beyond a decoder block's own ones, relative to `prefix`.
         root: templates that exist once, with full names.
+        uncounted: releases have them without the key in their configs: there are as many as there are tensors of.
 
     """
 
@@ -225,6 +229,7 @@ class Mtp:
     inner: str = ""
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
+    uncounted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -382,6 +387,26 @@ def size(config: Config, key: str) -> int:
     if type(value) is not int:  # bool is an int, and 8.7 would be cut to 8
         raise ValueError(f"{key}: expected a size, found {value!r}")
     return value
+
+
+def head_dim(config: Config) -> int:
+    """Channels of an attention head: as the config says, or what there is for each of the query heads."""
+    if config.get("head_dim") is not None:
+        return size(config, "head_dim")
+    return size(config, "hidden_size") // size(config, "num_attention_heads")
+
+
+def listed_as_sparse(config: Config, layer: int, dense: int) -> bool:
+    """Whether `mlp_layer_types` makes a block a MoE block; where there is no list, all but the first `dense` are.
+
+    Layers of multi-token prediction, which are numbered on, are in no list, and have experts.
+    """
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return layer >= dense
+    if not isinstance(kinds, list) or not {"dense", "sparse"}.issuperset(kinds):
+        raise ValueError("mlp_layer_types: expected a list of dense or sparse")
+    return layer >= len(kinds) or bool(layer >= 0 and kinds[layer] == "sparse")
 
 
 def untied(config: Config, _layer: int) -> bool:

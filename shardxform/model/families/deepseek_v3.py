@@ -1,8 +1,9 @@
-"""DeepSeek-V3 and its kin: latent attention, dense first layers, grouped routing with a correction bias, MTP layers.
+"""DeepSeek-V3, Kimi-K2 and their kin: latent attention, dense first layers, grouped routing with a bias, MTP layers.
 
 Names and shapes from the release of DeepSeek-V3 and transformers' `deepseek_v3`. The MTP layer follows the decoder
 blocks under the next layer number. Releases in FP8 carry a `weight_scale_inv` beside each weight; see
-`layout.COMPANIONS`.
+`layout.COMPANIONS`. Kimi-K2 is the same class under a `model_type` that transformers does not know, and is run as the
+first one.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ _ATTENTION: Final = (
 
 FAMILY: Final = Family(
     name="deepseek_v3",
-    wrappers=(Wrapper("DeepseekV3ForCausalLM", "deepseek_v3", None, "model."),),
-    count_keys=("n_routed_experts",),
+    wrappers=(
+        Wrapper("DeepseekV3ForCausalLM", "deepseek_v3", None, "model."),
+        Wrapper("DeepseekV3ForCausalLM", "kimi_k2", None, "model."),
+    ),
+    count_keys=("n_routed_experts", "num_local_experts"),
     group_key="n_group",
     root=EMBEDDINGS,
     block=(

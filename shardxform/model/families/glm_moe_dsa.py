@@ -1,7 +1,7 @@
-"""GLM-5 and its successors: DeepSeek-V3's latent attention and experts, and an indexer that selects positions.
+"""GLM-5 and its successors: DeepSeek-V3.2, but that some blocks have no indexer of their own.
 
-Names and shapes from transformers' `glm_moe_dsa`. Some blocks have no indexer and take the selection of the block
-before, which transformers' blocks hand on beside their hidden states; the MTP layer has an indexer of its own.
+Names and shapes from transformers' `glm_moe_dsa`. Blocks without an indexer take the selection of the block before,
+which transformers' blocks hand on beside their hidden states. The MTP layer has an indexer, by releases and vLLM.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from shardxform.model.families.base import Config, Template, Wrapper, size
-from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+from shardxform.model.families.base import Config, Wrapper, listed_as_sparse, size
+from shardxform.model.families.deepseek_v32 import FAMILY as DEEPSEEK_V32
 
-__all__ = ["FAMILY", "INDEXER", "INDEXER_SYMBOLS"]
+__all__ = ["FAMILY"]
 
 
 def _is_moe(config: Config, layer: int) -> bool:
-    kinds = config.get("mlp_layer_types")
-    if kinds is None:
-        return layer >= size({"first_k_dense_replace": 3, **config}, "first_k_dense_replace")
-    return layer >= 0 and kinds[layer] == "sparse"
+    return listed_as_sparse(config, layer, int(config.get("first_k_dense_replace", 3)))
 
 
 def _has_indexer(config: Config, layer: int) -> bool:
@@ -36,53 +33,20 @@ def _last_whole(config: Config) -> int:
     return max((each for each in layers if _is_moe(config, each) and _has_indexer(config, each)), default=layers[-1])
 
 
-INDEXER: Final = (
-    *(
-        Template(f"self_attn.indexer.{name}.weight", shape, "attention", "indexer")
-        for name, shape in (("wq_b", "IQ*ID,QA"), ("wk", "ID,H"), ("weights_proj", "IQ,H"))
-    ),
-    Template("self_attn.indexer.k_norm.weight", "ID", "norms", "indexer"),
-    Template("self_attn.indexer.k_norm.bias", "ID", "norms", "indexer"),
-)
-"""What selects the positions that a token attends to."""
-
-INDEXER_SYMBOLS: Final = {"ID": "index_head_dim", "IQ": "index_n_heads"}
-
-_NOT_ITS_OWN: Final = ("num_nextn_predict_layers", "pretraining_tp", "rope_interleave")
-
-assert DEEPSEEK_V3.mtp is not None
+assert DEEPSEEK_V32.mtp is not None
 
 FAMILY: Final = replace(
-    DEEPSEEK_V3,
+    DEEPSEEK_V32,
     name="glm_moe_dsa",
     wrappers=(Wrapper("GlmMoeDsaForCausalLM", "glm_moe_dsa", None, "model."),),
-    count_keys=("n_routed_experts", "num_local_experts", "num_experts"),
-    block=(*(each for each in DEEPSEEK_V3.block if each.when != "full query"), *INDEXER),
-    mtp=replace(DEEPSEEK_V3.mtp, like=_last_whole),
-    symbols={**DEEPSEEK_V3.symbols, **INDEXER_SYMBOLS},
-    types={
-        **{key: value for key, value in DEEPSEEK_V3.types.items() if key not in _NOT_ITS_OWN},
-        "attention_dropout": "float or int",
-        "first_k_dense_replace": "int",
-        "head_dim": "int",
-        "index_head_dim": "int",
-        "index_n_heads": "int",
-        "index_topk": "int",
-        "indexer_types": "list of str or null",
-        "layer_types": "list of str or null",
-        "mlp_bias": "bool",
-        "mlp_layer_types": "list of str or null",
-        **dict.fromkeys(("n_group", "topk_group", "num_experts_per_tok", "num_key_value_heads"), "int"),
-        "norm_topk_prob": "bool",
-        **dict.fromkeys(("q_lora_rank", "v_head_dim"), "int"),
-    },
+    block=tuple(replace(each, when="indexer") if "indexer" in each.name else each for each in DEEPSEEK_V32.block),
+    mtp=replace(DEEPSEEK_V32.mtp, like=_last_whole),
+    types={**DEEPSEEK_V32.types, "indexer_types": "list of str or null"},
     conditions={
-        **{name: holds for name, holds in DEEPSEEK_V3.conditions.items() if name != "full query"},
+        **DEEPSEEK_V32.conditions,
         "dense": lambda config, layer: not _is_moe(config, layer),
         "indexer": _has_indexer,
         "moe": _is_moe,
     },
-    keep_16bit=(*DEEPSEEK_V3.keep_16bit, "self_attn.indexer.*"),  # as auto-round keeps them
-    selection_key="index_topk",
     shares_selection=True,
 )

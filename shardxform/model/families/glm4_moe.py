@@ -1,0 +1,97 @@
+"""GLM-4.5 to GLM-4.7: grouped-query attention with biases, dense first layers, routing as DeepSeek-V3, one MTP layer.
+
+Names and shapes from transformers' `glm4_moe`, those of the MTP layer from its `MtpModel` and from vLLM's
+`glm4_moe_mtp`: it follows the decoder blocks under the next layer number. Only GLM-4.5, 4.6 and 4.7 have norms of
+queries and keys, not Air.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shardxform.model.families.base import (
+    EMBEDDINGS,
+    NORMS,
+    TYPES,
+    Config,
+    Family,
+    Template,
+    Wrapper,
+    experts,
+    head_dim,
+    mlp,
+    tied,
+    untied,
+)
+from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+
+__all__ = ["FAMILY"]
+
+
+def _is_moe(config: Config, layer: int) -> bool:
+    return layer >= int(config.get("first_k_dense_replace", 1))
+
+
+FAMILY: Final = Family(
+    name="glm4_moe",
+    wrappers=(Wrapper("Glm4MoeForCausalLM", "glm4_moe", None, "model."),),
+    count_keys=("n_routed_experts", "num_local_experts"),
+    group_key="n_group",
+    root=EMBEDDINGS,
+    block=(
+        *NORMS,
+        Template("self_attn.q_proj.weight", "Q*D,H", "attention"),
+        Template("self_attn.k_proj.weight", "KV*D,H", "attention"),
+        Template("self_attn.v_proj.weight", "KV*D,H", "attention"),
+        Template("self_attn.o_proj.weight", "H,Q*D", "attention"),
+        Template("self_attn.q_proj.bias", "Q*D", "attention", "attention bias"),
+        Template("self_attn.k_proj.bias", "KV*D", "attention", "attention bias"),
+        Template("self_attn.v_proj.bias", "KV*D", "attention", "attention bias"),
+        Template("self_attn.q_norm.weight", "D", "norms", "head norms"),
+        Template("self_attn.k_norm.weight", "D", "norms", "head norms"),
+        Template("mlp.gate.weight", "E,H", "router", "moe"),
+        Template("mlp.gate.e_score_correction_bias", "E", "router", "moe"),
+        *experts("moe"),
+        *mlp("mlp.shared_experts", "NS*I", "shared experts", "moe"),
+        *mlp("mlp", "F", "dense mlp", "dense"),
+    ),
+    mtp=DEEPSEEK_V3.mtp,
+    symbols={
+        "D": head_dim,
+        "F": "intermediate_size",
+        "H": "hidden_size",
+        "I": "moe_intermediate_size",
+        "KV": "num_key_value_heads",
+        "NS": "n_shared_experts",
+        "Q": "num_attention_heads",
+        "V": "vocab_size",
+    },
+    types={
+        **TYPES,
+        "first_k_dense_replace": "int",
+        "intermediate_size": "int",
+        "n_group": "int",
+        "n_routed_experts": "int",
+        "n_shared_experts": "int",
+        "norm_topk_prob": "bool",
+        "num_nextn_predict_layers": "int",
+        "routed_scaling_factor": "float",
+        "topk_group": "int",
+        "use_qk_norm": "bool",
+    },
+    conditions={
+        "attention bias": lambda config, _layer: bool(config.get("attention_bias")),
+        "dense": lambda config, layer: not _is_moe(config, layer),
+        "head norms": lambda config, _layer: bool(config.get("use_qk_norm")),
+        "moe": _is_moe,
+        "tied": tied,
+        "untied": untied,
+    },
+    moe="moe",
+    keep_16bit=("mlp.gate",),
+    merged={
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.shared_experts.gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+)
