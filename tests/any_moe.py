@@ -186,18 +186,26 @@ def renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
 
 
 def save(
-    model: Any, root: Path, vocab: int = VOCAB, model_type: str = "", names: tuple[tuple[str, str], ...] = ()
+    model: Any,
+    root: Path,
+    vocab: int = VOCAB,
+    model_type: str = "",
+    names: tuple[tuple[str, str], ...] = (),
+    turned: str = "",
 ) -> Path:
     """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it.
 
-    `names` are parts of names as transformers saves them, and as releases have them.
+    `names` are parts of names as transformers saves them, and as releases have them; `turned` is a pattern of those
+    that releases have with their last two dimensions the other way round.
     """
-    from build import read_checkpoint, write_checkpoint
+    from build import raw, read_checkpoint, write_checkpoint
     from test_calibration import byte_tokenizer
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(root)
-    if names:
+    if names or turned:
         tensors, config = read_checkpoint(root), json.loads((root / "config.json").read_text())
+        for name in [name for name in tensors if turned and re.search(turned, name)]:
+            tensors[name] = raw(torch.tensor(tensors[name].float32()).bfloat16().mT)
         shutil.rmtree(root)
         write_checkpoint(root, {renamed(name, names): value for name, value in tensors.items()}, config)
     config = json.loads((root / "config.json").read_text()) | {"dtype": "bfloat16"}

@@ -57,6 +57,7 @@ _OF_TEXT: Final = (
 _VISION: Final = ("model.visual.", "vision_tower.", "mm_projector.", "multi_modal_projector.", "patch_merge_mlp.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
+_TURNED: Final = ("gpt_oss", "qwen3_vl_moe")  # types whose stacks are transposed
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
@@ -259,7 +260,7 @@ def _decoded(
 def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
-    if config.get("model_type") == "gpt_oss" and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
+    if config.get("model_type") in _TURNED and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
         yield from _transposed(name, tensor, match)
     elif last in ("qweight", "weight_packed"):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))

@@ -18,6 +18,7 @@ HOMES: Final[Mapping[str, str]] = {
     "deepseek_v32": "deepseek_v32",
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
+    "glm4v_moe": "glm4v_moe",
     "glm_moe_dsa": "glm_moe_dsa",
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
@@ -31,6 +32,7 @@ HOMES: Final[Mapping[str, str]] = {
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
+    "qwen3_vl_moe": "qwen3_vl_moe",
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 
