@@ -67,6 +67,8 @@ class Case:
     more: tuple[dict[str, Any], ...] = ()
 
 
+LLAMA4 = {"num_experts_per_tok": 1, "intermediate_size_mlp": 96, "layer_types": None, "no_rope_layers": None}
+
 CASES: dict[str, Case] = {
     "beam": Case(more=({"attention_bias": True},)),
     "deepseek_v2": Case(more=({"q_lora_rank": None},)),
@@ -94,6 +96,16 @@ CASES: dict[str, Case] = {
             ("model.mm_projector.", "mm_projector."),
         ),
         formats=("compressed-tensors",),
+    ),
+    "llama4": Case(
+        over={**LLAMA4, "moe_layers": None},
+        formats=("compressed-tensors",),
+        more=({"moe_layers": [1], "attention_bias": True},),
+    ),
+    "llama4_text": Case(
+        over={**LLAMA4, "moe_layers": None},
+        formats=("compressed-tensors",),
+        more=({"attention_bias": True, "interleave_moe_layer_step": 2},),
     ),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "minimax_m3_vl": Case(
@@ -259,6 +271,13 @@ def hooked(model: Any, **inputs: Any) -> list[dict[str, np.ndarray]]:
     found: list[dict[str, np.ndarray]] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
+        if len(args) == 1:  # all tokens for each expert, weighed, and times zero those that are not its own
+            (entering,) = args
+            ours = entering.view(module.num_experts, -1, entering.shape[-1])
+            norms = type(module).forward(module, entering).view(ours.shape).double().norm(dim=-1)
+            there = (ours != 0).any(-1)
+            found.append({"reap_E": (norms * there).sum(1).numpy(), "count_E": there.sum(1).numpy()})
+            return
         hidden, index, weights = (*args, *kwargs.values())[:3]
         hidden, index, weights = (x.flatten(0, -2) for x in (hidden, index, weights))
         reap, count = np.zeros(any_moe.EXPERTS), np.zeros(any_moe.EXPERTS)

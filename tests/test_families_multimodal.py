@@ -28,8 +28,8 @@ from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
-MULTIMODAL = ("glm4v_moe", "kimi_k25", "minimax_m3_vl", "qwen3_vl_moe")
-WITH_TEXT = ("kimi_k25",)
+MULTIMODAL = ("glm4v_moe", "kimi_k25", "llama4", "minimax_m3_vl", "qwen3_vl_moe")
+WITH_TEXT = ("kimi_k25", "llama4")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
+from shardxform.forward.adapting import take_apart, weigh_inputs
 from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import (
@@ -38,6 +39,7 @@ from shardxform.forward.weights import (
     experts_module,
     stack_names,
 )
+from shardxform.model.families.base import Family
 from shardxform.model.layout import Layout, is_tied, refuse_longer
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
@@ -376,7 +378,8 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
             model = auto.from_config(
                 config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
             )
-        _take_apart(_decoder_of(model), layout.family.joined)
+        with _META:
+            _adapt(_decoder_of(model), layout.family)
         attend_by_rows(model)
         _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version
@@ -385,33 +388,16 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     return model.eval().requires_grad_(False)
 
 
+def _adapt(decoder: nn.Module, family: Family) -> None:
+    take_apart(decoder, family.joined)
+    if family.experts.weighs_inputs:
+        weigh_inputs(decoder, family.experts.home)
+
+
 def _decoder_of(model: Any) -> Any:  # noqa: ANN401
     """The module that calls the decoder blocks; some classes say that they themselves are it."""
     found = model.get_decoder()
     return found.model if hasattr(found, "model") and hasattr(found, "lm_head") else found
-
-
-class _SideBySide(nn.Module):
-    """A linear module whose rows are those of several, which are its children."""
-
-    def __init__(self, joined: nn.Linear, names: tuple[str, ...]) -> None:
-        super().__init__()
-        for name in names:
-            part = nn.Linear(joined.in_features, joined.out_features // len(names), joined.bias is not None)
-            self.add_module(name, part)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self.children()], dim=-1)
-
-
-def _take_apart(decoder: nn.Module, joined: Mapping[str, tuple[str, ...]]) -> None:
-    """Have linear modules that a checkpoint holds in parts hold these."""
-    for module in list(decoder.modules()):
-        for name in joined.keys() & dict(module.named_children()).keys():
-            whole = module.get_submodule(name)
-            assert isinstance(whole, nn.Linear)
-            with _META:
-                setattr(module, name, _SideBySide(whole, joined[name]))
 
 
 @torch.no_grad()

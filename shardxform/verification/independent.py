@@ -36,12 +36,13 @@ CODE: Final = "independent"
 _RUN: Final = 1 << 18  # elements at a time
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
-_FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
-_BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
-_INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
-_EXPERT: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(.+)")
+_HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward)"
+_FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
+_BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_bias")
+_INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
+_EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
-    r"(.*\.(?:mlp|block_sparse_moe))\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
+    rf"(.*\.{_HOME})\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
     r"|(?:gate|router)\.(?:layer\.)?(?:weight|bias))"
 )
 _LAYER: Final = re.compile(
@@ -54,10 +55,17 @@ _OF_TEXT: Final = (
     ("language_model.lm_head.", "lm_head."),
 )
 """What names begin with in multimodal checkpoints, and in those of the text alone."""
-_VISION: Final = ("model.visual.", "vision_tower.", "mm_projector.", "multi_modal_projector.", "patch_merge_mlp.")
+_VISION: Final = (
+    "model.visual.",
+    "vision_model.",
+    "vision_tower.",
+    "mm_projector.",
+    "multi_modal_projector.",
+    "patch_merge_mlp.",
+)
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
-_TURNED: Final = ("gpt_oss", "qwen3_vl_moe")  # types whose stacks are transposed
+_TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 

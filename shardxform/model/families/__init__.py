@@ -23,6 +23,8 @@ HOMES: Final[Mapping[str, str]] = {
     "gpt_oss": "gpt_oss",
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "kimi_k25",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
     "minimax_m2": "minimax_m2",
     "minimax_m3_vl": "minimax_m3_vl",
     "mixtral": "mixtral",

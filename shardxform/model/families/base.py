@@ -134,6 +134,7 @@ class ExpertLayout:
             is an up projection alone, and an activation of its outputs.
         bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
         width: symbol of the channels that an expert takes and gives.
+        weighs_inputs: the router's weight multiplies what an expert takes, instead of what it gives.
 
     """
 
@@ -144,6 +145,7 @@ class ExpertLayout:
     gate: Gate = "concatenated"
     bias: bool = False
     width: str = "H"
+    weighs_inputs: bool = False
 
     @property
     def gated(self) -> bool:
