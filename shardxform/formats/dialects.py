@@ -297,16 +297,22 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         if layers:
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
+    homes = {layout.family.experts.home}
+    for kind in list(kept_in):  # transformers looks for the names of its modules
+        name = layout.family.module_name(kind)
+        if name != kind:
+            kept_in[name] |= kept_in[kind]
+            quantized_in[name] |= quantized_in[kind]
+            homes |= {name} if kind in homes else set()
     blocks = re.escape(layout.family.decoder.blocks)
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        for name in dict.fromkeys((kind, layout.family.module_of(kind))):
-            tail = re.escape(name) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
-            if not quantized_in[kind]:
-                yield rf".*\.{tail}"
-            else:
-                yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+        tail = re.escape(kind) + (r"(\..*)?" if kind in homes else "$")
+        if not quantized_in[kind]:
+            yield rf".*\.{tail}"
+        else:
+            yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
     yield from _vision_patterns(layout)
     yield from _mtp_patterns(quantized, modules, layout)
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))

@@ -249,7 +249,7 @@ class Skeleton:
 
     def module_name(self, name: str) -> str:
         """What transformers calls a module or parameter of a block that is called `name` in the checkpoint."""
-        return _renamed(name, self.layout.family.renames)
+        return self.layout.family.module_name(name)
 
     def stored_name(self, name: str) -> str:
         """What a module or parameter of a block is called in the checkpoint that transformers calls `name`."""

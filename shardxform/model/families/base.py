@@ -323,11 +323,9 @@ class Family:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
 
-    def module_of(self, name: str) -> str:
-        """What transformers calls a module of a block, the one that holds it where several are one."""
-        found = next((name.replace(ours, theirs, 1) for ours, theirs in self.renames if ours in name), name)
-        holder, _, last = found.rpartition(".")
-        return holder if last in self.joined.get(holder.rpartition(".")[2], ()) else found
+    def module_name(self, name: str) -> str:
+        """What transformers calls a module or parameter of a block that is called `name` in checkpoints."""
+        return next((name.replace(ours, theirs, 1) for ours, theirs in self.renames if ours in name), name)
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
