@@ -93,7 +93,7 @@ def request_of(source: Path, out: Path, *more: str) -> Request:
         raise Interrupted("that is all")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shardxform.compress.plan_compress", stop)
+        patch.setattr("shardxform.compress.request.plan_compress", stop)
         invoke("compress", source, out, *arguments(source), *more)
     return found[0]
 

@@ -101,5 +101,5 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     write_checkpoint(tmp_path, tensors, {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    known = ", ".join(sorted(HOMES))
-    assert f"{tmp_path}/config.json: model_type 'llama' is not a known family; known: {known}" in result.stderr
+    said = f"{tmp_path}/config.json: model_type 'llama' is not a known family; known: {', '.join(sorted(HOMES))}"
+    assert said in result.stderr

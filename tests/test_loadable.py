@@ -349,14 +349,14 @@ def test_unknown_tensors_are_copied_reported_and_a_warning(tmp_path: Path) -> No
     "name",
     [
         "model.layers.1.mlp.experts.gate_up_proj_bias",
-        "model.layers.1.mlp.experts.2.up_proj.weight_scale_2",
+        "model.layers.1.mlp.experts.2.up_proj.weight_scale_3",
         "model.layers.1.mlp.experts.2.up_proj.bias",
         "model.layers.1.mlp.gate.bias",
         "model.layers.1.mlp.gate.e_score_correction_bias",
         "model.layers.1.mlp.router.scale",
         "model.layers.1.mlp.moe_statics.weight",
         "model.experts_scale",
-        "model.layers.1.self_attn.q_proj.weight_scale_2",
+        "model.layers.1.self_attn.q_proj.weight_scale_3",
         "model.layers.1.self_attn.q_proj.weight.absmax",
         "model.layers.1.self_attn.q_proj_scale",
     ],
@@ -380,6 +380,11 @@ UNSOUND: list[tuple[str, Callable[[Config, Tensors], object], str]] = [
     ("qwen3_5_moe_text", lambda c, _: c.update(dtype="float16"), "dtype is float16"),
     ("qwen3_moe", lambda c, _: c.update(rms_norm_eps="1e-6"), "rms_norm_eps"),
     ("qwen3_moe", drop("model.norm.weight"), "missing"),
+    (
+        "qwen3_moe",
+        lambda _, t: t.update({"model.layers.1.self_attn.q_proj.weight_scale_2": bf16(np.zeros(1))}),
+        "BF16",
+    ),
     ("qwen3_moe", lambda _, t: t.update({"lm_head.weight": bf16(np.zeros((47, 16)))}), "shape [47, 16]"),
     ("qwen3_moe", lambda _, t: t.update({"model.layers.7.norm.weight": bf16(np.zeros(4))}), "beyond the 3 layers"),
     (

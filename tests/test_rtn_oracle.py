@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardxform.formats import grid as grids
 from shardxform.formats import packing, rounding
+from shardxform.formats import scheme as grids
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("auto_round")

@@ -105,7 +105,8 @@ def _facts(i: Inspection) -> Iterator[tuple[str, str]]:
     yield "vision tower", "yes" if i.vision else "no"
     yield "dtypes", ", ".join(f"{dtype} {gb(nbytes)}" for dtype, nbytes in i.dtypes.items())
     if i.quantization:
-        yield "quantized", i.quantization
+        each = [f"{name} ({count:,} weights, {gb(nbytes)})" for name, (count, nbytes) in i.encodings.items()]
+        yield "quantized", ", ".join([i.quantization, *each])
     yield "shards", f"{i.shards}, {i.tensors:,} tensors"
     yield "sidecars", ", ".join(i.sidecars) or "none"
     if i.unread:

@@ -18,7 +18,6 @@ from typing import Any, Final
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.fp8 import ScaleRule, scale_rule
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
 from shardxform.formats.scheme import Format, Grid, Scheme
@@ -26,7 +25,6 @@ from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout, is_tied
 
 __all__ = [
-    "DECODED",
     "Resolved",
     "Selection",
     "build",
@@ -185,12 +183,6 @@ def reasons_summary(selection: Selection) -> dict[str, int]:
 
 # -- dialects ----------------------------------------------------------------------------------------------------------
 
-DECODED: Final[Mapping[str, Callable[[Mapping[str, Any]], ScaleRule | None]]] = {
-    "fp8": scale_rule,
-    "fbgemm_fp8": scale_rule,
-}
-"""Methods whose weights are read to be decoded, and what reads their rule from a quantization_config."""
-
 _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
@@ -330,7 +322,7 @@ def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: La
     if any(name in quantized for name in names):
         yield from (re.escape(name) for name in names if name not in quantized)
     elif layout.family.mtp and layout.family.mtp.follows_blocks:
-        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers)
+        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers * layout.mtp_blocks)
         yield rf".*\.layers\.({'|'.join(map(str, numbers))})\..*"
         yield r".*\.decoder\..*"  # what SGLang calls the layer
     else:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,11 +30,13 @@ __all__ = [
     "Rows",
     "SourceDtype",
     "Storage",
+    "Turned",
     "Writable",
     "Writing",
+    "ranges_of",
 ]
 
-Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx"]
+Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx", "whole"]
 """What a stored tensor holds of a matrix."""
 
 SourceDtype = Literal["BF16", "F16", "F32"]
@@ -89,6 +91,16 @@ class Cut:
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Shape [O, I] of the matrix in what has the shape `stored`."""
         return self.count, stored[0] if self.transposed else stored[1]
+
+    def then(self, cut: Cut, stored: tuple[int, int]) -> Cut:
+        """The part `cut` of the matrix that this one is of what has the shape `stored`, as one cut.
+
+        Columns of a matrix are no cut: of a turned one, only what is turned back is, whose columns are all there.
+        """
+        if not cut.transposed:
+            return Cut(self.first + cut.first, cut.count, self.transposed)
+        assert self == Cut(0, self.shape(stored)[0], self.transposed)
+        return Cut(cut.first, cut.count, not self.transposed)
 
     def of(self, stored: Any) -> Any:  # noqa: ANN401
         """View of the matrix in an array or tensor of what is stored."""
@@ -206,6 +218,10 @@ class Storage:
         """Size of all parts in bytes."""
         return sum(ref.nbytes for _, ref in self.parts)
 
+    def part(self, cut: Cut) -> Storage:
+        """Where a part of the matrix lies."""
+        return replace(self, cut=self.cut.then(cut, self.whole) if self.cut else cut)
+
     @property
     def held(self) -> int:
         """Bytes in memory while it is open."""
@@ -221,6 +237,11 @@ class Encoded(TensorRef):
 
     sources: tuple[Storage, ...] = field(default=())
 
+    @classmethod
+    def of(cls, storage: Storage, name: str) -> Encoded:
+        """Give one matrix a name."""
+        return cls(TensorSpec(name, "BF16", storage.shape), (), (storage,))
+
     def __repr__(self) -> str:
         return f"Encoded(spec={self.spec!r}, sources={self.sources!r})"
 
@@ -228,12 +249,37 @@ class Encoded(TensorRef):
         """The same under another name."""
         return replace(self, spec=replace(self.spec, name=name))
 
+    def rows(self, start: int, stop: int) -> Encoded:
+        """Matrices of a stack, or rows of the one matrix that it is."""
+        return self.select(range(start, stop))
+
+    def index(self, i: int) -> Encoded:
+        """Matrix `i` of a stack, each of which is stored by itself."""
+        return Encoded(self.spec.of_shape(self.spec.shape[1:]), (), (self.sources[i],))
+
+    def slabs(self, count: int = 1) -> Iterator[Encoded]:
+        """The matrices of a stack, each cut into `count` of as many rows."""
+        rows = self.spec.shape[1] // count
+        spec = self.spec.of_shape((rows, self.spec.shape[2]))
+        for source in self.sources:
+            yield from (Encoded(spec, (), (source.part(Cut(part * rows, rows)),)) for part in range(count))
+
     def select(self, keep: Sequence[int]) -> Encoded:
-        """Rows `keep` of the one matrix that it is."""
+        """Matrices `keep` of a stack, or rows of the one matrix that it is."""
+        if len(self.spec.shape) > 2:
+            stacked = tuple(self.sources[each] for each in keep)
+            return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), stacked)
         (source,) = self.sources
         first = source.cut.first if source.cut else 0
         rows = tuple(replace(source, cut=Cut(first + row, 1)) for row in keep)
         return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), rows)
+
+
+def ranges_of(ref: TensorRef) -> Iterator[ByteRange]:
+    """The bytes that a tensor's values come from: its own, or those of what is stored for it."""
+    yield from ref.ranges
+    if isinstance(ref, Encoded):
+        yield from (piece for source in ref.sources for _, part in source.parts for piece in part.ranges)
 
 
 @dataclass(slots=True)
@@ -255,6 +301,46 @@ class Writing:
     stopped: Callable[[], None]
     groups: int = 0
     zero_groups: int = 0
+
+
+@dataclass(slots=True)
+class Turned:
+    """Rows of the transpose of a matrix whose rows are decoded, or of a run of them: held in float32, once."""
+
+    whole: Rows
+    part: Cut
+    _values: list[NDArray[np.float32]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.part.count
+
+    @property
+    def fits_half(self) -> bool:
+        """As the whole."""
+        return self.whole.fits_half
+
+    def where(self, row: int) -> str:
+        """Name a row in a message."""
+        return f"{self.whole.where(0)}, column {self.part.first + row}"
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Values of rows, float32 [R, I]."""
+        import numpy as np
+
+        if not self._values:
+            self._values.append(self.whole.values(0, self.whole.count))
+        return np.ascontiguousarray(self.part.of(self._values[0])[start:stop])
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The values."""
+        return self.values(start, stop), "F32"
+
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows."""
+        assert cut.is_run
+        return Turned(self.whole, Cut(self.part.first + cut.first, cut.count, transposed=True), self._values)
 
 
 class Opener:

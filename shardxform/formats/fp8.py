@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import Cut, PartSpec, Read, Role, SourceDtype, Storage
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Rows, SourceDtype, Storage, Turned
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FP8", "SCALES", "Fp8", "Fp8Rows", "ScaleRule", "scale_rule"]
+__all__ = ["FP8", "SCALES", "Fp8", "Fp8Rows", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
 
 FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """Dtypes of weights that mean nothing without a scale."""
@@ -56,6 +56,12 @@ class Fp8:
     scale_suffix: str
     scale_dtype: str
 
+    def __str__(self) -> str:
+        rows, columns = self.block
+        if rows and columns:
+            return f"FP8 in blocks of {rows} x {columns}"
+        return "FP8, a scale a row" if rows else "FP8, one scale"
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
         scales = (-(-rows // (self.block[0] or rows)), -(-columns // (self.block[1] or columns)))
@@ -64,9 +70,10 @@ class Fp8:
             PartSpec("scales", self.scale_suffix, self.scale_dtype, scales),
         )
 
-    def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
-        """The scales, in float32; rows are read when they are asked for."""
-        return 4 * parts["scales"].nbytes
+    def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
+        """The scales, in float32, and all values where they are turned; else rows are read when they are asked for."""
+        turned = 0 if cut is None or cut.is_run else 4 * parts["values"].nbytes
+        return 4 * parts["scales"].nbytes + turned
 
     def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> Fp8Rows:
         """Read the scales.
@@ -82,7 +89,7 @@ class Fp8:
         ref = parts["scales"]
         bits = np.empty(ref.spec.shape, {"F32": "f4", "BF16": "u2", "F16": "u2"}.get(ref.spec.dtype, "u1"))
         read(ref, bits)
-        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else _powers(bits)
+        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else powers_of_two(bits)
         scale_ST = scales.reshape(self.parts(*shape)[1].shape)
         if checked and (bad := packing.first_of(~np.isfinite(scale_ST))):
             raise ExecutionError(f"tensor '{ref.name}': scale {scale_ST[bad]} at {list(bad)}; expected finite scales")
@@ -110,9 +117,10 @@ class Fp8Rows:
         """Name a row in a message."""
         return f"tensor '{self.ref.name}': row {self.first + row}"
 
-    def cut(self, cut: Cut) -> Fp8Rows:
-        """A run of the rows."""
-        assert cut.is_run
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows, or of those of the transpose."""
+        if not cut.is_run:
+            return Turned(self, cut)
         return replace(self, first=self.first + cut.first, count=cut.count)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -163,7 +171,7 @@ def decoded_codes(dtype: str) -> NDArray[np.float32]:
     return np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
 
 
-def _powers(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+def powers_of_two(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Scales of E8M0: powers of two, and a NaN."""
     import numpy as np
 
@@ -207,17 +215,17 @@ class ScaleRule:
         blocks = f" in blocks of {list(self.block)}" if self.block else ""
         return f"shape {list(scale.shape)}, expected {list(shapes[0])} for a weight {list(weight)}{blocks}"
 
-    def storage(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
-        """What is stored for a weight; None for one that is not FP8.
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The weight [O, I], or stack of them [E, O, I], whose codes are `weight`; None for one that is not FP8.
 
         Raises:
             CheckpointError: its scales are missing, or are none of it; or it is FP8 of a kind that is not read.
 
         """
         spec = weight.spec
-        if spec.dtype not in FP8:
-            return None
-        if spec.dtype not in _READ or len(spec.shape) != 2 or self.block is None:
+        if spec.dtype not in FP8 or spec.name.rpartition(".")[2] in (*self.names, *SCALES):
+            return None  # scales may be FP8 themselves
+        if spec.dtype not in _READ or len(spec.shape) not in (2, 3) or self.block is None:
             kinds = " and ".join(_READ)
             raise CheckpointError(
                 f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
@@ -233,7 +241,12 @@ class ScaleRule:
             raise CheckpointError(f"tensor '{scales.name}': {wrong}")
         block = (self.block[0], self.block[1]) if self.block else (1 if self.rows else None, None)
         encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype)
-        return Storage(encoding, (("values", weight), ("scales", scales)), (spec.shape[0], spec.shape[1]))
+        rows, columns = spec.shape[-2:]
+        pairs = [(weight, scales)]
+        if len(spec.shape) == 3:
+            pairs = [(weight.index(at), scales.index(at)) for at in range(spec.shape[0])]
+        storages = [Storage(encoding, (("values", one), ("scales", its)), (rows, columns)) for one, its in pairs]
+        return Encoded(TensorSpec(spec.name, "BF16", spec.shape), (), tuple(storages))
 
 
 def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:

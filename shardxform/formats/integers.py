@@ -48,6 +48,10 @@ class Ints:
     scale_dtype: str = "F16"
     g_idx: bool = False
 
+    def __str__(self) -> str:
+        groups = "a scale a row" if self.grid.group_size == -1 else f"groups of {self.grid.group_size}"
+        return f"{self.grid.bits}-bit integers, {groups}"
+
     @classmethod
     def of(cls, scheme: Scheme) -> Ints:
         """How weights of a scheme are stored; scales are BF16 where the format allows it and nothing is lost."""

@@ -157,7 +157,7 @@ class PlainRows:
 def storages_of(ref: TensorRef, cut: Cut | None = None) -> tuple[Storage, ...]:
     """What is stored for a matrix, or with a cut for a part of what `ref` holds; a vector is a matrix of one column."""
     if isinstance(ref, Encoded):
-        return ref.sources
+        return tuple(source.part(cut) for source in ref.sources) if cut else ref.sources
     whole = ref if len(ref.spec.shape) == 2 else ref.reshaped((*ref.spec.shape, 1))
     rows, columns = whole.spec.shape
     return (Storage(Plain(ref.spec.dtype), (("values", whole),), (rows, columns), cut),)

@@ -18,7 +18,6 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.dialects import (
-    DECODED,
     Resolved,
     resolve,
 )
@@ -30,7 +29,7 @@ from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid
 from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
-    COMPANIONS,
+    TELLING,
     Expected,
     Layout,
     expected,
@@ -45,7 +44,6 @@ __all__ = [
     "Float",
     "Stored",
     "config_of_half",
-    "decoded",
     "has_g_idx",
     "read_stored",
     "released",
@@ -140,41 +138,6 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     scheme = Scheme(grid=grid, format=resolved.format, g_idx=g_idx and resolved.format != "compressed-tensors")
     said = tuple(_contradictions(resolved, layout, weights, plain))
     return Stored(scheme, spellings, modules, plain, weights, layout, said), errors
-
-
-def decoded(source: Checkpoint) -> Checkpoint | None:
-    """Give a checkpoint of weights that are only read, such as FP8, as the 16-bit one that they stand for.
-
-    Its table has `Encoded` tensors in place of weights and their scales, and its config declares no quantization. None
-    for any other checkpoint.
-
-    Raises:
-        CheckpointError: a weight is not stored as the config says.
-        SchemeError: the config does not say how.
-
-    """
-    declared = source.config.get("quantization_config")
-    method = str(declared.get("quant_method")) if isinstance(declared, Mapping) else ""
-    if method not in DECODED or not isinstance(declared, Mapping):
-        return None
-    rule = DECODED[method](declared)
-    if rule is None:
-        raise SchemeError(
-            f"{source.where}/{CONFIG}: quantization_config.weight_block_size: expected two sizes of blocks, found"
-            f" {declared.get('weight_block_size')!r}"
-        )
-    found = {name: rule.storage(ref, source.tensors) for name, ref in source.tensors.items()}
-    if not any(found.values()):
-        return None
-    parts = {ref.name for storage in found.values() if storage for _, ref in storage.parts[1:]}
-    unused = {f"{storage.name}.input_scale" for storage in found.values() if storage}  # of activations
-    tensors = {
-        name: Encoded(TensorSpec(name, "BF16", ref.spec.shape), (), (storage,)) if (storage := found[name]) else ref
-        for name, ref in source.tensors.items()
-        if name not in parts | unused
-    }
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    return replace(source, tensors=tensors, config=config)
 
 
 def has_g_idx(module: Storage) -> bool:
@@ -279,7 +242,7 @@ def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, Tens
     plain: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, last = name.rpartition(".")
-        if last in COMPANIONS:
+        if last in TELLING:
             groups.setdefault(stem, {})[last] = ref
         else:
             plain[name] = ref

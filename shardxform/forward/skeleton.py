@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -56,7 +56,6 @@ _NOT_THE_MODEL: Final = {  # what a config may say besides: how it is stored and
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
-    "pad_token_id",
     "quantization_config",
     "return_dict",
     "torch_dtype",
@@ -136,8 +135,7 @@ class Skeleton:
             yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared, bias)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        with _computing(self._norm):
-            return self.call(hidden_BTH.float())
+        return self.call(hidden_BTH.float(), self._norm)
 
     @property
     def head_ref(self) -> TensorRef:
@@ -269,7 +267,7 @@ class Skeleton:
         for local, wanted in module.state_dict(keep_vars=True).items():
             if id(wanted) in inside:
                 continue
-            dtype = torch.float32 if self._keeps_float32(local) else None
+            dtype = torch.float32 if wanted.dtype == torch.float32 or self._keeps_float32(local) else None
             name = prefix + self.stored_name(local)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
@@ -284,14 +282,14 @@ class Skeleton:
         patterns: Any = self._model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
-    def call(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
+    def call(self, hidden_BTH: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """Call the decoder on hidden states that enter `module`, which is loaded; the others pass them on.
 
         The states may come from elsewhere, as those that were read from disk do.
         """
-        device = self.weights.precision.device
-        with _told():
-            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
+        hidden_BTH = hidden_BTH.to(self.weights.precision.device)
+        with _computing(module, hidden_BTH), _told():
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH, use_cache=False).last_hidden_state
         return out
 
 
@@ -305,8 +303,7 @@ class Block:
 
     def __call__(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that leave the block when `hidden_BTH` enter it."""
-        with _computing(self.module):
-            return self._skeleton.call(hidden_BTH)
+        return self._skeleton.call(hidden_BTH, self.module)
 
 
 @contextlib.contextmanager
@@ -352,8 +349,8 @@ class OutputHead:
             logits = torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
             return logits if bias is None else logits + bias
 
-        with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
-            hidden = hidden_NH[None].to(weight.device, torch.float32)
+        hidden = hidden_NH[None].to(weight.device, torch.float32)
+        with _computing(self._skeleton._norm, hidden), _forward_of(module, tiled), _told():
             logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]
 
@@ -363,8 +360,9 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
 
     Where there is none of the text alone it is the whole one, whose other parts are never called.
     """
-    text = {key: value for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
+    text = {key: _number(value) for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
+    text["pad_token_id"] = 0  # it says nothing of values, and must be a row: only those of tokens that occur are loaded
     auto: Any = AutoModelForCausalLM
     if wrapper.text_key is None:
         text["model_type"] = wrapper.model_type
@@ -373,7 +371,6 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         text, auto = {**whole, wrapper.text_key: text}, AutoModelForImageTextToText
     try:
         config = AutoConfig.for_model(**text)
-        config.get_text_config().pad_token_id = None  # changes nothing here, and may lie beyond a table made smaller
         with _META:
             model = auto.from_config(
                 config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
@@ -398,6 +395,15 @@ def _decoder_of(model: Any) -> Any:  # noqa: ANN401
     """The module that calls the decoder blocks; some classes say that they themselves are it."""
     found = model.get_decoder()
     return found.model if hasattr(found, "model") and hasattr(found, "lm_head") else found
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401
+    """A value of a config as its class takes it: infinity is written in several ways."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        value = value["__float__"]
+    return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
 @torch.no_grad()
@@ -437,10 +443,12 @@ def _with_all_positions(hidden_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @contextlib.contextmanager
-def _computing(module: nn.Module) -> Iterator[None]:
-    """Let a module compute that else passes through."""
+def _computing(module: nn.Module, entering_BTH: torch.Tensor) -> Iterator[None]:
+    """Let a module compute that else passes through, on these states: some decoders scale all that is given to them."""
     passing = module.forward
     del module.forward
+    compute = module.forward
+    module.forward = lambda hidden_states, *args, **kwargs: compute(entering_BTH, *args, **kwargs)  # noqa: ARG005
     try:
         yield
     finally:
@@ -494,9 +502,9 @@ _SHIFT: Final = 1
 class MtpLayer:
     """An MTP layer that is loaded."""
 
-    def __init__(self, skeleton: Skeleton, block: Block, names: tuple[str, str, str, str]) -> None:
+    def __init__(self, skeleton: Skeleton, blocks: Sequence[Block], names: tuple[str, str, str, str]) -> None:
         self._skeleton = skeleton
-        self._block = block
+        self._blocks = blocks
         self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
         self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
 
@@ -514,8 +522,10 @@ class MtpLayer:
         embedding_norm, hidden_norm, output_norm = self._norms
         next_BTH = embedding_norm(self._skeleton.embed(ids_BT[:, _SHIFT:]))
         both_BTI = torch.cat((next_BTH, hidden_norm(normed_BTH[:, :-_SHIFT])), dim=-1)
-        entering_BTH = nn.functional.linear(both_BTI, self._projection_HI)
-        out: torch.Tensor = output_norm(self._block(entering_BTH))
+        hidden_BTH = nn.functional.linear(both_BTI, self._projection_HI)
+        for block in self._blocks:
+            hidden_BTH = block(hidden_BTH)
+        out: torch.Tensor = output_norm(hidden_BTH)
         return out
 
 
@@ -532,15 +542,34 @@ def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iter
     mtp = layout.family.mtp
     if mtp is None or layer >= layout.mtp_layers:
         raise FamilyError(f"family {layout.family.name}: no MTP layer {layer}")
-    number = str(layout.num_layers + layer if mtp.follows_blocks else layer)
-    prefix, *inputs = (
-        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number)
-        for name in (mtp.prefix + mtp.inner, *mtp.inputs)
+    first = layer * layout.mtp_blocks + (layout.num_layers if mtp.follows_blocks else 0)
+    numbers = range(first, first + layout.mtp_blocks)
+    embedding, hidden, projection, output = (
+        layout.wrapper.full(name).replace("{l}", str(first)).replace("{last}", str(numbers[-1])) for name in mtp.inputs
     )
-    like = min(mtp.like(layout.text), skeleton.num_blocks - 1)
-    embedding, hidden, projection, output = inputs
-    with skeleton.block_of("mtp", layer, prefix, observer, as_layer=like) as block:
-        yield MtpLayer(skeleton, block, (embedding, hidden, projection, output))
+    like = [_block_like(skeleton, mtp.like(layout.text) + at) for at in range(layout.mtp_blocks)]
+    if len(set(like)) < len(like):
+        raise FamilyError(f"family {layout.family.name}: MTP layers of several blocks of one kind are not run")
+    with contextlib.ExitStack() as stack:
+        blocks = []
+        for number, as_layer in zip(numbers, like, strict=True):
+            prefix = layout.wrapper.full(mtp.prefix + mtp.inner).replace("{l}", str(number))
+            blocks.append(stack.enter_context(skeleton.block_of("mtp", layer, prefix, observer, as_layer=as_layer)))
+        yield MtpLayer(skeleton, blocks, (embedding, hidden, projection, output))
+
+
+def _block_like(skeleton: Skeleton, like: int) -> int:
+    """A decoder block that has the tensors of block `like`, which may be beyond the last: the nearest to it."""
+    family, text = skeleton.layout.family, skeleton.layout.text
+
+    def tensors(layer: int) -> list[bool]:
+        return [family.holds(template.when, text, layer) for template in family.block]
+
+    wanted = tensors(like)
+    for layer in range(min(like, skeleton.num_blocks - 1), -1, -1):
+        if tensors(layer) == wanted:
+            return layer
+    raise FamilyError(f"family {family.name}: no decoder block is like those of its MTP layers, which are not run")
 
 
 def mtp_numbers(skeleton: Skeleton) -> range:

@@ -6,9 +6,10 @@ and scales that become values when asked for, exactly (`scale * (code - zero)` i
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -24,10 +25,11 @@ from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
-from shardxform.formats.encoding import Encoded, Opener, Storage
+from shardxform.formats.decoding import decoded
+from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Storage, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
 from shardxform.formats.scheme import Grid
-from shardxform.formats.stored import Stored, read_stored
+from shardxform.formats.stored import read_stored
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
 
@@ -76,13 +78,19 @@ class _Matrix(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
+    """Values; `resting` is the dtype they are at rest in, where they were decoded to a wider one to compute with."""
+
     w_OI: torch.Tensor
+    resting: torch.dtype | None = None
 
     def dense(self, precision: Precision) -> torch.Tensor:
         return self.w_OI.to(precision.device, precision.dtype)
 
     def on(self, device: torch.device) -> _Matrix:
-        return _Plain(self.w_OI.to(device))
+        return _Plain(self.w_OI.to(device), self.resting)
+
+    def at_rest(self) -> torch.Tensor:
+        return self.w_OI if self.resting is None else self.w_OI.to(self.resting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,7 @@ class RoutedExpert:
 
     def at_rest(self) -> ExpertValues:
         """The values in the dtype they are stored in; for experts that are not quantized."""
-        plain = [part.w_OI for part in (*self.gate_up, self.down) if isinstance(part, _Plain)]
+        plain = [part.at_rest() for part in (*self.gate_up, self.down) if isinstance(part, _Plain)]
         return self._values(plain[:-1], plain[-1], self.biases)
 
     def dense(self, precision: Precision) -> ExpertValues:
@@ -189,17 +197,13 @@ class Weights:
         self.checkpoint = checkpoint
         self.precision = precision
         self._wanted: deque[tuple[ByteRange, ...]] = deque()
-        self._stored: Stored | None = None
-        if checkpoint.config.get("quantization_config"):
-            self._stored = read_stored(checkpoint)
-            if self._stored.contradictions:
-                raise SchemeError(f"{checkpoint.where}: {self._stored.contradictions[0]}; see `shardxform verify`")
-        stored = self._stored
-        self.layout: Layout = (
-            stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
-        )
+        plain = decoded(checkpoint) or checkpoint
+        stored = read_stored(plain) if plain.config.get("quantization_config") else None
+        if stored and stored.contradictions:
+            raise SchemeError(f"{checkpoint.where}: {stored.contradictions[0]}; see `shardxform verify`")
+        self.layout: Layout = stored.layout if stored else layout_of(plain.config, plain.tensors, plain.where)
         refuse_two_spellings(self.layout)
-        self._tensors = {**self._stored.plain, **self._stored.weights} if self._stored else checkpoint.tensors
+        self._tensors = {**stored.plain, **stored.weights} if stored else plain.tensors
         self._experts = _expert_table(self.layout, self._tensors)
         self._source = open_source(checkpoint.root, checkpoint.remote, fs or FileSystem(), ahead=True)
         self._opener = Opener(self._fill)
@@ -234,7 +238,9 @@ class Weights:
     def at_rest(self, name: str) -> torch.Tensor:
         """A tensor in the dtype it is stored in; a quantized one in the dtype of all."""
         matrix = self._matrix(self.ref(name))
-        return matrix.w_OI.to(self.precision.device) if isinstance(matrix, _Plain) else matrix.dense(self.precision)
+        return (
+            matrix.at_rest().to(self.precision.device) if isinstance(matrix, _Plain) else matrix.dense(self.precision)
+        )
 
     def rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
         """Rows `ids` of a 2-D tensor, read alone: the embeddings of the tokens that occur."""
@@ -293,7 +299,7 @@ class Weights:
         Of a repository, what was asked for two calls ago and not read since is let go of: blocks are read in order.
         """
         tensors = self.checkpoint.tensors.values()
-        ranges = _merged(piece for ref in tensors if ref.name.startswith(prefix) for piece in ref.ranges)
+        ranges = _merged(piece for ref in tensors if ref.name.startswith(prefix) for piece in ranges_of(ref))
         self._source.will_need(ranges)
         self._wanted.append(ranges)
         while self.checkpoint.remote and len(self._wanted) > _BLOCKS_WANTED:
@@ -315,8 +321,22 @@ class Weights:
         if not isinstance(ref, Encoded):
             return _Plain(self._plain(ref))
         opened = [self._open(source) for source in ref.sources]
-        words, scales = zip(*(rows.turned(0, rows.count) for rows in opened), strict=True)
-        return _Packed(_joined(words), _joined(scales), opened[0].grid)
+        packed = [rows for rows in opened if isinstance(rows, IntRows)]
+        if len(packed) < len(opened):
+            return _Plain(self._decoded(ref, opened), _DTYPES[ref.spec.dtype])
+        words, scales = zip(*(rows.turned(0, rows.count) for rows in packed), strict=True)
+        return _Packed(_joined(words), _joined(scales), packed[0].grid)
+
+    def _decoded(self, ref: TensorRef, opened: Sequence[Rows]) -> torch.Tensor:
+        """Values of a weight that is stored in another encoding, in the dtype of all: a tile of rows at a time."""
+        values_OI = torch.empty(ref.spec.shape, dtype=self.precision.dtype)
+        tiles = ((rows, *tile) for rows in opened for tile in row_tiles(rows.count, values_OI.shape[1], DECODE_TILE))
+        at = 0
+        with self._telling():
+            for rows, start, stop in tiles:
+                values_OI[at : at + stop - start] = torch.from_numpy(rows.values(start, stop))
+                at += stop - start
+        return values_OI
 
     def _plain(self, ref: TensorRef) -> torch.Tensor:
         if ref.spec.dtype not in _DTYPES:
@@ -337,15 +357,19 @@ class Weights:
             )
         return values
 
-    def _open(self, storage: Storage) -> IntRows:
+    def _open(self, storage: Storage) -> Rows:
+        with self._telling():
+            return self._opener.open(storage)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say whose weights they are that cannot be read."""
         try:
-            rows = self._opener.open(storage)
+            yield
         except EOFError as e:
             raise ExecutionError(f"{self.checkpoint.where}: truncated while it was read: {e}") from e
         except ExecutionError as e:
             raise ExecutionError(f"{self.checkpoint.where}: {e}") from e
-        assert isinstance(rows, IntRows)
-        return rows
 
     def _fill(self, ref: TensorRef, into: NDArray[np.generic]) -> None:
         view = into.reshape(-1).view(np.uint8).data

@@ -17,6 +17,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
@@ -78,6 +79,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
 
     """
     options = options or ConvertOptions()
+    if floats := decoded(source):
+        return _plan_decoded(source, floats, target, options)
     stored = read_stored(source)
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
@@ -114,6 +117,59 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     )
     plan.check()
     return plan
+
+
+def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
+    """Plan the 16-bit checkpoint that a source in small floats stands for, in the release's layout.
+
+    Raises:
+        SchemeError: a target of integers, which are rounded anew and not converted.
+
+    """
+    if target.format not in HALF_DTYPES:
+        raise SchemeError(
+            f"`target.format` {target.format}: the source is in small floats, which no integers hold exactly; use"
+            " `shardxform quantize`, or `target.format` bf16"
+        )
+    view = pruned_view(plain, None)
+    _refuse_half(view, target)
+    tensors = released(view.checkpoint.tensors, view.layout)
+    dtype = HALF_DTYPES[target.format]
+    weights = [replace(ref, spec=replace(ref.spec, dtype=dtype)) for ref in tensors if isinstance(ref, Encoded)]
+    copied = {ref.name: ref for ref in tensors if not isinstance(ref, Encoded)}
+    config = config_of_half(plain.config) if target.format == "fp16" else plain.config
+    shards = lay_out(_specs(copied, weights, None), options.max_shard_bytes)
+    sidecars = sidecar_digests(source)
+    count = len(plain.tensors) - sum(not isinstance(ref, Encoded) for ref in plain.tensors.values())
+    plan = Plan(
+        command="convert",
+        source=source.root,
+        remote=source.remote,
+        source_shards=source.shards,
+        view=view.checkpoint,
+        shards=shards,
+        steps=(*copy_steps(shards, copied), *_steps(shards, weights, Plain(dtype))),
+        config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
+        sidecars=sidecars,
+        inputs=_inputs(source, target, options, sidecars, None),
+        summary={
+            **view_summary(source, view),
+            "from": source.config["quantization_config"]["quant_method"],
+            "tensors_after": sum(len(shard.entries) for shard in shards),
+            "copied": len(copied),
+            "converted_modules": count,
+        },
+        notes=(f"{count:,} weight matrices in small floats become {_HALVES[target.format]}", *view.notes),
+        unread=source.unread,
+    )
+    plan.check()
+    return plan
+
+
+_HALVES: Final[Mapping[str, str]] = {
+    "bf16": "bfloat16: each code times its scale, rounded to 8 significant bits where these are fewer than it has",
+    "fp16": "float16: each code times its scale, which must fit exactly",
+}
 
 
 def _scheme(stored: Stored, target: Target) -> Scheme | None:

@@ -13,7 +13,9 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
+from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import Scheme
 from shardxform.formats.stored import Stored, read_stored
@@ -32,6 +34,8 @@ class Inspection:
     Attributes:
         roles: role -> number of tensors and bytes, largest first.
         dtypes: dtype -> bytes.
+        encodings: of quantized weights -> number of them and bytes, scales included; nothing where they are not
+            understood.
         experts_spelling: `fused`, `per-expert`, or both.
         parameters: of the decoder with embeddings and output head, quantized weights counted by their elements; None
             where they are quantized in a form that is not understood.
@@ -61,6 +65,7 @@ class Inspection:
     shards: int
     roles: Mapping[str, tuple[int, int]]
     dtypes: Mapping[str, int]
+    encodings: Mapping[str, tuple[int, int]]
     sidecars: tuple[str, ...]
     unknown: tuple[str, ...]
     unread: tuple[str, ...]
@@ -69,7 +74,8 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         roles = {role: {"tensors": count, "bytes": nbytes} for role, (count, nbytes) in self.roles.items()}
-        return {**asdict(self), "roles": roles}
+        encodings = {name: {"weights": count, "bytes": nbytes} for name, (count, nbytes) in self.encodings.items()}
+        return {**asdict(self), "roles": roles, "encodings": encodings}
 
 
 @uncollected()
@@ -90,7 +96,8 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         counts[role] += 1
         sizes[role] += ref.nbytes
         dtypes[ref.spec.dtype] += ref.nbytes
-    found = _parameters(source, layout)
+    plain, stored = _understood(source)
+    found = _parameters(plain or source, stored)
     return Inspection(
         path=source.where,
         family=layout.family.name,
@@ -111,19 +118,36 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         shards=len(source.shards),
         roles={role: (counts[role], nbytes) for role, nbytes in sizes.most_common()},
         dtypes=dict(dtypes.most_common()),
+        encodings=dict(_encodings(plain, stored)),
         sidecars=tuple(sidecar.name for sidecar in source.sidecars),
         unknown=layout.unknown,
         unread=source.unread,
-        outlook=dict(_outlook(source, layout)),
+        outlook=dict(_outlook(source, plain or source, layout)),
     )
 
 
-def _parameters(source: Checkpoint, layout: Layout) -> Parameters | None:
-    try:
-        stored = stored_of(source)
-    except CheckpointError:  # not as its config says; `verify` tells what is wrong
-        stored = None
-    if stored is None and any(place.companion in _WORDS for place in layout.places.values()):
+def _understood(source: Checkpoint) -> tuple[Checkpoint | None, Stored | None]:
+    """The 16-bit checkpoint that small floats stand for, or the weights that are quantized as `quantize` does it."""
+    with suppress(CheckpointError, SchemeError):  # not as its config says; `verify` tells what is wrong
+        plain = decoded(source)
+        return plain, None if plain else stored_of(source)
+    return None, None
+
+
+def _encodings(plain: Checkpoint | None, stored: Stored | None) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name, number and size of weights in each encoding, the largest first."""
+    storages = [*stored.modules.values()] if stored else []
+    for ref in plain.tensors.values() if plain else ():
+        storages += ref.sources if isinstance(ref, Encoded) else ()
+    counts = Counter(str(storage.encoding) for storage in storages)
+    sizes = Counter[str]()
+    for storage in storages:
+        sizes[str(storage.encoding)] += storage.nbytes
+    yield from ((name, (counts[name], nbytes)) for name, nbytes in sizes.most_common())
+
+
+def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
+    if stored is None and any(name.rpartition(".")[2] in _WORDS for name in source.tensors):
         return None
     return count_parameters(source, stored)
 
@@ -133,8 +157,8 @@ def _quantization(source: Checkpoint) -> str:
     return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
 
 
-def _outlook(source: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:
-    """Sizes of what prune and quantize would write; nothing where they would refuse."""
+def _outlook(source: Checkpoint, plain: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:
+    """Sizes of what prune and quantize would write; nothing where they would refuse. `plain` is what is quantized."""
     keep = _half(layout)
     halved = f"prune to {len(keep)} experts" if keep else ""
     for manifest in (None, Manifest(keep=dict.fromkeys(layout.moe_layers, keep))) if keep else (None,):
@@ -144,6 +168,7 @@ def _outlook(source: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:
             continue
         if manifest:
             yield halved, view.checkpoint.nbytes
+        view = view if plain is source else pruned_view(plain, manifest)
         with suppress(SchemeError):
             name = f"{halved} and quantize to W4A16" if manifest else "quantize to W4A16"
             yield name, _quantized_bytes(view, Scheme.preset("W4A16"))

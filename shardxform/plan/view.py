@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.ask.manifest import Manifest
-from shardxform.base.strict_json import pretty
+from shardxform.ask.manifest import Manifest, mtp_moe_layers
+from shardxform.base.strict_json import config_text
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
 from shardxform.checkpoint.table import CONFIG, Checkpoint
@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import FamilyError, ManifestError, PlanError
 from shardxform.formats.config_names import (
     DECLARATIONS,
@@ -277,13 +277,18 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
             raise FamilyError(
                 f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
             )
-        if item.shape is not None and ref.spec.shape != item.shape:
+        if item.shape is not None and not _fits(ref.spec, item.shape):
             found = list(ref.spec.shape)
             raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():
         counted = (place.template.sliced or place.template.numbered) and not place.companion
         if counted and name not in wanted and not name.startswith(dropped):
             _refuse_uncounted(layout, name, place)
+
+
+def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has a shape, or packs two codes of a row of it into a byte."""
+    return spec.shape == shape or (spec.dtype in _PAIRS and spec.shape == (*shape[:-1], shape[-1] // 2))
 
 
 def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
@@ -297,7 +302,7 @@ def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
 
 def _has_companion(name: str, layout: Layout) -> bool:
     stem = name.removesuffix("weight")
-    return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed"))
+    return any(stem + suffix in layout.places for suffix in ("qweight", "weight_packed", "_blocks"))
 
 
 def _dropped_mtp(
@@ -317,7 +322,7 @@ def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: 
         if declared and prunes:
             notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
         return False
-    if not prunes or (manifest and manifest.mtp_keep):
+    if not prunes or (manifest and manifest.mtp_keep) or not mtp_moe_layers(layout):
         return False
     if mtp == "keep":
         raise ManifestError(
@@ -393,7 +398,9 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     """The config of the view: expert count, MTP count and wrapper; every other key as it was, in its order."""
     changes: dict[tuple[str, ...], Any] = {}
     if kept != layout.num_experts:
-        changes.update(dict.fromkeys(count_paths(layout.config, layout.family, layout.wrapper), kept))
+        for path in count_paths(layout.config, layout.family, layout.wrapper):
+            counts = layout.text[path[-1]]
+            changes[path] = [kept] * len(counts) if isinstance(counts, list) else kept
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
         home = (layout.wrapper.text_key,) if layout.wrapper.text_key else ()
@@ -432,6 +439,7 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], o
     return out
 
 
+_PAIRS: Final = ("I8", "U8")  # dtypes of bytes that hold two codes
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
 
@@ -506,7 +514,7 @@ def config_bytes(source: Checkpoint, view: View) -> bytes:
     """
     if view.checkpoint.config == source.config:
         return _read(source, CONFIG)
-    return pretty(view.checkpoint.config).encode()
+    return config_text(view.checkpoint.config).encode()
 
 
 def sidecar_digests(checkpoint: Checkpoint) -> dict[str, str]:

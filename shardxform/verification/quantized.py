@@ -15,6 +15,7 @@ from typing import Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
+from shardxform.formats.decoding import is_microscaled, unreadable
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import Layout, Place, is_tied
@@ -39,6 +40,7 @@ _INTEGERS: Final = frozenset(_KINDS.values())
 _PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor")  # vLLM's list
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms"})
 _FLOAT_MODULES: Final = ("*conv1d", "*shared_expert_gate", "*.A_log", "*.dt_bias")
+_SECOND: Final = ("input_global_scale", "scale", "weight_global_scale", "weight_scale_2")
 _NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells experts of a layer apart
 
 _Block = tuple[Scope, int]
@@ -84,7 +86,10 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     modules = list(_modules(layout, tensors))
     declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     _check_float(layout, modules, findings)
-    _check_scales(layout, tensors, findings)
+    if why := unreadable(layout.config):
+        findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
+    if not is_microscaled(layout.config):
+        _check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
     if declared in (None, {}):
         _check_undeclared(modules, findings)
@@ -317,9 +322,6 @@ def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Fi
     """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
     declared = layout.config.get("quantization_config")
     rule = scale_rule(declared if isinstance(declared, Mapping) else {})
-    if isinstance(declared, Mapping) and rule is None:
-        text = f"weight_block_size: expected two sizes of blocks, found {declared.get('weight_block_size')!r}"
-        findings.problem("quantization-config", "config.json", f"quantization_config.{text}")
     rule = rule or ScaleRule(SCALES, None)
     findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)
 
@@ -343,11 +345,13 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
 def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
     """Scales whose weight needs none: half of a conversion."""
     for name, place in layout.places.items():
-        if place.companion not in (*SCALES, "input_scale"):
+        if place.companion not in (*SCALES, "input_scale", *_SECOND):
             continue
         weight = tensors.get(name.removesuffix(place.companion) + "weight")
         if weight is not None and weight.spec.dtype in FLOATS:
             yield Item("scale", name, place, f"a scale beside a weight that is {weight.spec.dtype} and needs none")
+        elif place.companion in _SECOND:
+            yield Item("scale", name, place, "no client looks for it by what config.json declares")
 
 
 # -- how clients read a config ------------------------------------------------------------------------------------

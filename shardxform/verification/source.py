@@ -17,7 +17,7 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
-from shardxform.formats.stored import decoded
+from shardxform.formats.decoding import decoded
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.view import MtpMode, View, pruned_view
@@ -179,7 +179,7 @@ def _differences(expected: object, found: object, path: str = "") -> Iterator[tu
         for key in [*expected, *(key for key in found if key not in expected)]:
             inner = f"{path}.{key}" if path else str(key)
             yield from _differences(expected.get(key, _ABSENT), found.get(key, _ABSENT), inner)
-    elif type(expected) is not type(found) or expected != found:
+    elif expected is not found and (type(expected) is not type(found) or expected != found):  # NaN is not itself
         yield path, expected, found
 
 

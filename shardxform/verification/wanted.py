@@ -295,6 +295,8 @@ def _rounding(view: View, known: Known) -> _Rounding:
     if known.packed:
         return _Rounding(frozenset(known.packed.weights), None, "unknown")
     tensors, recorded = view.checkpoint.tensors, known.record.get("scheme")
+    if decoded := frozenset(name for name, ref in tensors.items() if isinstance(ref, Encoded)):
+        return _Rounding(decoded, None, "unknown")
     recorded = recorded if isinstance(recorded, Mapping) else {}
     try:
         scheme = _scheme_of(recorded)

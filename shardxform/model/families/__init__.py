@@ -12,22 +12,37 @@ from shardxform.model.families.base import Config, Family, Wrapper
 __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
+    "afmoe": "afmoe",
     "beam": "beam",
+    "cohere2_moe": "cohere2_moe",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "deepseek_v32": "deepseek_v32",
+    "dots1": "dots1",
+    "exaone_moe": "exaone_moe",
+    "flex_olmo": "flex_olmo",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "glm4v_moe": "glm4v_moe",
     "glm_moe_dsa": "glm_moe_dsa",
     "gpt_oss": "gpt_oss",
+    "hunyuan_v1_moe": "hunyuan_v1_moe",
+    "hy_v3": "hy_v3",
+    "jamba": "jamba",
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "kimi_k25",
+    "laguna": "laguna",
+    "lfm2_moe": "lfm2_moe",
     "llama4": "llama4",
     "llama4_text": "llama4",
+    "mellum": "mellum",
+    "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",
     "minimax_m3_vl": "minimax_m3_vl",
     "mixtral": "mixtral",
+    "nemotron_h": "nemotron_h",
     "olmoe": "olmoe",
     "qwen2_moe": "qwen2_moe",
     "qwen3_5_moe": "qwen3_5_moe",
@@ -35,6 +50,7 @@ HOMES: Final[Mapping[str, str]] = {
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
     "qwen3_vl_moe": "qwen3_vl_moe",
+    "solar_open": "solar_open",
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 
@@ -54,8 +70,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
         known = ", ".join(sorted(HOMES))
         raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
     family = _load(HOMES[model_type])
-    wrappers = [each for each in family.wrappers if each.model_type == model_type]
-    wrapper = next((each for each in wrappers if each.architecture in architectures), wrappers[0])
+    own = [each for each in family.wrappers if each.model_type == model_type]
+    wrapper = next((each for each in own if each.architecture in architectures), own[0])
     if architectures and wrapper.architecture not in architectures:
         raise FamilyError(
             f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"

@@ -1,0 +1,209 @@
+"""Checkpoints in small floats, seen as the 16-bit ones that they stand for: what a config says is stored, and how.
+
+Such weights are read and never written, but for bytes that are copied. A rule says how one kind of them is stored; a
+config may give several, since experts are often smaller than the rest. Which of them holds for a weight is told by its
+own tensors; where two would read it differently it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+from shardxform.base.tensors import TensorRef
+from shardxform.checkpoint.table import CONFIG, Checkpoint
+from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.encoding import Encoded
+from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
+from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
+
+__all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded", "unreadable"]
+
+_UNUSED: Final = ("input_scale", "input_global_scale")
+"""Scales of activations, which stand beside a weight and say nothing of it."""
+
+_MODELOPT: Final = Microscaled(
+    "E2M1", 16, "multiplied", ("weight", "weight_scale", "weight_scale_2"), ("U8", "F8_E4M3", "F32")
+)
+_DEEPSEEK_V4: Final = Microscaled("E2M1", 32, "", ("weight", "scale"), ("I8", "F8_E8M0"))
+
+
+class Rule(Protocol):
+    """How one kind of weight is stored."""
+
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The weight, or stack of them, whose codes are `weight`; None where it is not of this kind.
+
+        Raises:
+            CheckpointError: it is, and its other parts are missing or are none of it.
+
+        """
+        ...
+
+
+Declared = Mapping[str, Any]
+
+
+def _fp8_rules(declared: Declared) -> Iterator[Rule]:
+    rule = scale_rule(declared)
+    if rule is None:
+        raise SchemeError(
+            f"weight_block_size: expected two sizes of blocks, found {declared.get('weight_block_size')!r}"
+        )
+    yield replace(rule, names=("scale",)) if declared.get("expert_dtype") else rule
+    if declared.get("expert_dtype") == "fp4":
+        yield MicroscalingRule(_DEEPSEEK_V4)
+
+
+def _modelopt_rules(_: Declared) -> Iterator[Rule]:
+    yield MicroscalingRule(_MODELOPT)
+    yield ScaleRule(("weight_scale",), ())
+
+
+def _mxfp4_rules(_: Declared) -> Iterator[Rule]:
+    yield StackRule()
+
+
+def _mxfp8_rules(_: Declared) -> Iterator[Rule]:
+    for suffix in SCALES:
+        yield MicroscalingRule(replace(MXFP8, suffixes=("weight", suffix)))
+
+
+def _compressed_rules(declared: Declared) -> Iterator[Rule]:
+    """One rule for each group of floats; none where all groups are integers, which `stored` reads."""
+    for group in _groups(declared):
+        weights = group.get("weights")
+        if not isinstance(weights, Mapping) or weights.get("type") != "float":
+            continue
+        bits, size = weights.get("num_bits"), weights.get("group_size")
+        if bits == 8 and size is None:
+            rule = scale_rule({**declared, "config_groups": {"group": group}})
+            if rule is None or rule.block is None:
+                raise SchemeError(f"config_groups: strategy {weights.get('strategy')!r} of 8-bit floats is not read")
+            yield rule
+        elif (bits, size) in _SMALL:
+            yield MicroscalingRule(_SMALL[bits, size])
+        else:
+            raise SchemeError(f"config_groups: floats of {bits} bits in groups of {size} are not read")
+
+
+_SMALL: Final[Mapping[tuple[object, object], Microscaled]] = {(4, 32): MXFP4, (4, 16): NVFP4, (8, 32): MXFP8}
+
+
+def _groups(declared: Declared) -> list[Mapping[str, Any]]:
+    groups = declared.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+
+
+DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Rule]]]] = {
+    "compressed-tensors": _compressed_rules,
+    "fbgemm_fp8": _fp8_rules,
+    "fp8": _fp8_rules,
+    "modelopt": _modelopt_rules,
+    "modelopt_fp4": _modelopt_rules,
+    "mxfp4": _mxfp4_rules,
+    "mxfp8": _mxfp8_rules,
+}
+"""Methods whose weights are read to be decoded, and what reads their rules from a quantization_config."""
+
+
+def is_microscaled(config: Mapping[str, Any]) -> bool:
+    """Whether a config declares weights with scales for blocks along their rows."""
+    try:
+        return any(isinstance(rule, MicroscalingRule | StackRule) for rule in _rules(config))
+    except SchemeError:
+        return False
+
+
+def unreadable(config: Mapping[str, Any]) -> str:
+    """Why a quantization_config does not say how its small floats are stored; empty where it does, or has none."""
+    try:
+        _rules(config)
+    except SchemeError as e:
+        return str(e)
+    return ""
+
+
+def scan_decoded(source: Checkpoint) -> tuple[Checkpoint, list[tuple[str, str]]]:
+    """Give what `decoded` does, weights that are not stored as the config says left out; and these, with the reason.
+
+    Raises:
+        SchemeError: the config does not say how weights are stored.
+
+    """
+    rules, found, faults = _rules(source.config), dict[str, Encoded](), list[tuple[str, str]]()
+    for name, ref in source.tensors.items():
+        try:
+            if weight := _weight(rules, ref, source.tensors):
+                found[name] = weight
+        except CheckpointError as e:
+            faults.append((name, str(e)))
+    return _plain(source, found), faults
+
+
+def decoded(source: Checkpoint) -> Checkpoint | None:
+    """Give a checkpoint of weights that are only read, such as FP8, as the 16-bit one that they stand for.
+
+    Its table has `Encoded` tensors in place of weights and their scales, and its config declares no quantization. None
+    for any other checkpoint.
+
+    Raises:
+        CheckpointError: a weight is not stored as the config says.
+        SchemeError: the config does not say how.
+
+    """
+    try:
+        rules = _rules(source.config)
+    except SchemeError as e:
+        raise SchemeError(f"{source.where}/{CONFIG}: quantization_config.{e}") from e
+    tensors = source.tensors if rules else {}
+    found = {name: weight for name, ref in tensors.items() if (weight := _weight(rules, ref, tensors))}
+    return _plain(source, found) if found else None
+
+
+def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
+    """The checkpoint with weights in place of their codes; `found` has them by the names of these."""
+    parts = {ref.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
+    parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in source.tensors.items():
+        if name in found:
+            tensors[found[name].name] = found[name]
+        elif name not in parts:
+            tensors[name] = ref
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return replace(source, tensors=tensors, config=config)
+
+
+def _rules(config: Mapping[str, Any]) -> list[Rule]:
+    declared = config.get("quantization_config")
+    if not isinstance(declared, Mapping):
+        return []
+    read = DECODED.get(str(declared.get("quant_method")))
+    return list(read(declared)) if read else []
+
+
+def _weight(rules: Iterable[Rule], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+    """The one weight whose codes a tensor is; None for any other tensor.
+
+    Raises:
+        CheckpointError: no rule holds for what are codes by their dtype; or several do, and say different things.
+
+    """
+    found: list[Encoded] = []
+    errors: list[CheckpointError] = []
+    for rule in rules:
+        try:
+            weight = rule.encoded(ref, tensors)
+        except CheckpointError as e:
+            errors.append(e)
+            continue
+        if weight and weight not in found:
+            found.append(weight)
+    if len(found) > 1:
+        one, other = (weight.sources[0].encoding for weight in found[:2])
+        raise CheckpointError(f"tensor '{ref.name}': the config has two readings of it: {one}, {other}")
+    if not found and errors:
+        raise errors[0]
+    return found[0] if found else None

@@ -1,0 +1,280 @@
+"""Small floats in blocks along a row, as releases store them: MXFP4, MXFP8 and NVFP4. Read only.
+
+A block is 32 columns (OCP Microscaling Formats, version 1.0) or 16 (NVFP4) that share a scale: a power of two (E8M0),
+or an E4M3 float which a float32 of the whole tensor multiplies or divides. Codes of four bits (E2M1) lie two in a byte,
+the lower column in the lower half. A value is its code times its scale: exact in float32 where the scale is a power of
+two; else `code * (scale * whole)` or `code * (scale / whole)`, each product rounded once, as compressed-tensors and
+ModelOpt compute it.
+"""
+
+# O: output channels, I: input channels, R: a run of rows, G: blocks of a row, S: columns of a block.
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.errors import CheckpointError, ExecutionError
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Rows, SourceDtype, Storage, Turned
+from shardxform.formats.fp8 import decoded_codes, powers_of_two
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["E2M1", "MXFP4", "MXFP8", "NVFP4", "Microscaled", "MicroscaledRows", "MicroscalingRule", "StackRule"]
+
+E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Values of the eight codes without a sign."""
+
+Element = Literal["E2M1", "F8_E4M3", "F8_E5M2"]
+Whole = Literal["", "multiplied", "divided"]
+
+
+@dataclass(frozen=True, slots=True)
+class Microscaled:
+    """Codes with a scale for each block of columns.
+
+    Attributes:
+        element: what a code is.
+        group: columns of a block.
+        whole: whether a scale of the whole tensor multiplies the scales of blocks, or divides them, or is not there.
+        suffixes, dtypes: of the codes, the scales, and the scale of the whole tensor.
+
+    """
+
+    element: Element
+    group: int
+    whole: Whole = ""
+    suffixes: tuple[str, ...] = ("weight_packed", "weight_scale")
+    dtypes: tuple[str, ...] = ("U8", "U8")
+
+    def __str__(self) -> str:
+        if self.element != "E2M1":
+            return f"MXFP8 in blocks of {self.group}"
+        return f"{'NVFP4' if self.whole else 'MXFP4'} in blocks of {self.group}"
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 2 if self.element == "E2M1" else 1
+
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
+        """List the codes, their scales, and the scale of all."""
+        shapes = ((rows, columns // self.per_byte), (rows, columns // self.group), ())
+        roles: tuple[Role, ...] = ("values", "scales", "whole")
+        found = zip(roles, self.suffixes, self.dtypes, shapes, strict=False)
+        return tuple(PartSpec(role, suffix, dtype, shape) for role, suffix, dtype, shape in found)
+
+    def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
+        """The scales, in float32, and all values where they are turned; else rows are read when they are asked for."""
+        turned = 0 if cut is None or cut.is_run else 4 * self.per_byte * parts["values"].nbytes
+        return 4 * parts["scales"].spec.shape[0] * parts["scales"].spec.shape[1] + turned
+
+    def open(
+        self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool
+    ) -> MicroscaledRows:
+        """Read the scales.
+
+        Raises:
+            ExecutionError: one is not finite.
+
+        """
+        import numpy as np
+
+        from shardxform.formats.packing import first_of
+
+        ref = parts["scales"]
+        bits_OG = np.empty((shape[0], shape[1] // self.group), np.uint8)
+        read(ref, bits_OG)
+        if not self.whole:
+            scale_OG = powers_of_two(bits_OG)
+        else:
+            whole = np.empty((), np.float32)
+            read(parts["whole"], whole)
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                scales = decoded_codes("F8_E4M3")[bits_OG]
+                scale_OG = scales * whole if self.whole == "multiplied" else scales / whole
+        if checked and (bad := first_of(~np.isfinite(scale_OG))):
+            raise ExecutionError(f"tensor '{ref.name}': scale {scale_OG[bad]} at {list(bad)}; expected finite scales")
+        return MicroscaledRows(parts["values"], read, self, scale_OG, checked, 0, shape[0])
+
+
+MXFP4: Final = Microscaled("E2M1", 32)
+MXFP8: Final = Microscaled("F8_E4M3", 32, suffixes=("weight", "weight_scale"), dtypes=("F8_E4M3", "U8"))
+NVFP4: Final = Microscaled(
+    "E2M1",
+    16,
+    "divided",
+    ("weight_packed", "weight_scale", "weight_global_scale"),
+    ("U8", "F8_E4M3", "F32"),
+)
+"""As compressed-tensors has them; others differ in names and dtypes of the parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroscaledRows:
+    """Rows of such a weight, `count` from `first` on, read when they are asked for."""
+
+    ref: TensorRef
+    read: Read
+    encoding: Microscaled
+    scale_OG: NDArray[np.float32]
+    checked: bool
+    first: int
+    count: int
+
+    @property
+    def fits_half(self) -> bool:
+        """No: scales have any size."""
+        return False
+
+    def where(self, row: int) -> str:
+        """Name a row in a message."""
+        return f"tensor '{self.ref.name}': row {self.first + row}"
+
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows, or of those of the transpose."""
+        if not cut.is_run:
+            return Turned(self, cut)
+        return replace(self, first=self.first + cut.first, count=cut.count)
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Codes times their scales, in float32.
+
+        Raises:
+            ExecutionError: a value is NaN or too large; names it.
+
+        """
+        import numpy as np
+
+        from shardxform.formats.packing import first_of
+
+        begin, end = self.first + start, self.first + stop
+        ref = self.ref.rows(begin, end)
+        codes = np.empty(ref.spec.shape, np.uint8)
+        self.read(ref, codes)
+        rows = end - begin
+        if self.encoding.element == "E2M1":
+            values_RI = np.take(_pairs(), codes.reshape(rows, -1)).view(np.float32)
+        else:
+            values_RI = np.take(decoded_codes(self.encoding.element), codes.reshape(rows, -1))
+        blocks_RGS = values_RI.reshape(rows, -1, self.encoding.group)
+        with np.errstate(over="ignore", invalid="ignore"):
+            blocks_RGS *= self.scale_OG[begin:end, :, None]
+        if self._may_overflow and (bad := first_of(~np.isfinite(values_RI))):
+            raise ExecutionError(
+                f"tensor '{self.ref.name}': NaN or infinity at row {begin + bad[0]}, column {bad[1]};"
+                " expected finite weights"
+            )
+        return values_RI
+
+    @property
+    def _may_overflow(self) -> bool:
+        """Whether values are to be looked at: codes of four bits are numbers, and small scales leave them so."""
+        return self.checked and not (self.encoding.element == "E2M1" and float(abs(self.scale_OG).max()) < 1e37)
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The values: nothing narrower is known to hold them."""
+        return self.values(start, stop), "F32"
+
+
+@functools.cache
+def _pairs() -> NDArray[np.uint64]:
+    """Both values of every byte [256], the lower half first, as the bits of two floats."""
+    import numpy as np
+
+    values = np.array((*E2M1, *(-value for value in E2M1)), np.float32)
+    codes = np.arange(256)
+    return np.stack((values[codes & 15], values[codes >> 4]), axis=-1).view(np.uint64)[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroscalingRule:
+    """What a config says is stored in one way: `encoding` has the names and dtypes of the parts."""
+
+    encoding: Microscaled
+
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The weight whose codes are `weight`; raises as `storage` does."""
+        storage = self.storage(weight, tensors)
+        return Encoded.of(storage, f"{storage.name}.weight") if storage else None
+
+    def storage(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Storage | None:
+        """What is stored for the weight whose codes are `weight`; None where they are no such codes.
+
+        Raises:
+            CheckpointError: scales are missing, or are none of it.
+
+        """
+        encoding, spec = self.encoding, weight.spec
+        stem, _, last = spec.name.rpartition(".")
+        if last != encoding.suffixes[0] or spec.dtype != encoding.dtypes[0] or len(spec.shape) != 2:
+            return None
+        rows, columns = spec.shape[0], spec.shape[1] * encoding.per_byte
+        if columns % encoding.group:
+            raise CheckpointError(f"tensor '{spec.name}': {columns} columns are no blocks of {encoding.group}")
+        found: list[tuple[Role, TensorRef]] = [("values", weight)]
+        for part in encoding.parts(rows, columns)[1:]:
+            ref = tensors.get(f"{stem}.{part.suffix}")
+            if ref is None:
+                raise CheckpointError(f"tensor '{stem}.{part.suffix}' is missing; its weight means nothing without")
+            if wrong := _fault(ref.spec, part):
+                raise CheckpointError(f"tensor '{ref.name}': {wrong} for a weight {[rows, columns]}")
+            found.append((part.role, ref))
+        return Storage(encoding, tuple(found), (rows, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class StackRule:
+    """Stacks as gpt-oss has them: codes `<stack>_blocks` [E, O, G, 16] and scales `<stack>_scales` [E, O, G].
+
+    They are stored row by row, and the stacks of 16 bits that they stand for hold each matrix transposed, [E, I, O].
+    """
+
+    def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+        """The stack that codes stand for; None for other tensors.
+
+        Raises:
+            CheckpointError: scales are missing, or codes and scales are no stacks.
+
+        """
+        spec = weight.spec
+        stem = spec.name.removesuffix("_blocks")
+        if stem == spec.name:
+            return None
+        scales = tensors.get(f"{stem}_scales")
+        if scales is None:
+            raise CheckpointError(f"tensor '{stem}_scales' is missing; '{spec.name}' means nothing without")
+        half = MXFP4.group // 2
+        if spec.dtype != "U8" or len(spec.shape) != 4 or spec.shape[3] != half:
+            raise CheckpointError(
+                f"tensor '{spec.name}': {spec.dtype} {list(spec.shape)}, expected U8 [E, O, G, {half}]"
+            )
+        if scales.spec.dtype != "U8" or scales.spec.shape != spec.shape[:3]:
+            found = f"{scales.spec.dtype} {list(scales.spec.shape)}"
+            raise CheckpointError(f"tensor '{scales.name}': {found}, expected U8 {list(spec.shape[:3])}")
+        count, rows, groups, _ = spec.shape
+        shape = (rows, groups * MXFP4.group)
+        turned = Cut(0, shape[1], transposed=True)
+        sources = []
+        for one in range(count):
+            codes = weight.index(one).reshaped((rows, groups * half))
+            parts: tuple[tuple[Role, TensorRef], ...] = (("values", codes), ("scales", scales.index(one)))
+            sources.append(Storage(_STACKED, parts, shape, turned))
+        return Encoded(TensorSpec(stem, "BF16", (count, shape[1], rows)), (), tuple(sources))
+
+
+_STACKED: Final = Microscaled("E2M1", 32, suffixes=("blocks", "scales"))
+
+
+def _fault(found: TensorSpec, part: PartSpec) -> str:
+    """Say why a tensor is not a part; empty when it is. A scale of all may be a vector of one."""
+    shapes = (part.shape,) if part.shape else ((), (1,))
+    dtypes = {part.dtype, "F8_E8M0"} if part.dtype == "U8" and part.role == "scales" else {part.dtype}
+    if found.shape in shapes and found.dtype in dtypes:
+        return ""
+    return f"{found.dtype} {list(found.shape)}, expected {' or '.join(sorted(dtypes))} {list(shapes[-1])}"
