@@ -137,9 +137,7 @@ FAMILY: Final = Family(
         ),
         layer=(
             Template("eh_proj.weight", "H,2*H", "mtp"),
-            Template("enorm.weight", "H", "mtp"),
-            Template("final_layernorm.weight", "H", "mtp"),
-            Template("hnorm.weight", "H", "mtp"),
+            *(Template(f"{name}.weight", "H", "mtp") for name in ("enorm", "final_layernorm", "hnorm")),
         ),
     ),
     vision=_VISION,
