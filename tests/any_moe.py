@@ -125,11 +125,12 @@ def shortened(values: list[Any], layers: int) -> list[Any]:
 
 
 def randomized(model: Any, seed: int = 0) -> Any:
-    """Give every parameter and buffer random values that bfloat16 holds; norms are near 1."""
+    """Give all that a checkpoint holds random values that bfloat16 holds; norms are near 1."""
     generator = torch.Generator().manual_seed(seed)
+    stored = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or re.search("rotary|inv_freq", name):
+            if not tensor.is_floating_point() or name not in stored:
                 continue
             around = 1.0 if re.search(r"norm.*weight$|scale|scalar", name) else 0.0
             values = torch.randn(tensor.shape, generator=generator) * (0.1 if tensor.ndim > 1 else 0.05) + around

@@ -24,7 +24,7 @@ from shardxform.verification import structure, verify
 from shardxform.verification.structure import config_faults
 
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-WORDS = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", type(None): "null"}
+WORDS = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", list: "list", type(None): "null"}
 
 
 def fields_of(kind: Any, known: Collection[str]) -> dict[str, set[str]]:
@@ -41,6 +41,10 @@ def words(hint: Any) -> list[str]:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin is list:
         return [f"list of {word}" for word in words(inside[0])]
+    if origin is dict:
+        return ["object"]
+    if origin is typing.Literal:
+        return sorted({WORDS[type(each)] for each in inside})
     if origin is tuple or (isinstance(hint, type) and issubclass(hint, PreTrainedConfig)):
         return []
     return [word for each in inside for word in words(each)] if inside else ["object"]
@@ -54,7 +58,9 @@ def test_types_are_those_of_transformers(family: Any) -> None:
         if wrapper.text_key:
             whole = CONFIG_MAPPING[wrapper.model_type]
             pairs.append((whole, family.wrapper_types))
-            pairs.append((type(whole().vision_config), family.vision_types))
+            vision = whole().vision_config
+            kind = type(vision) if vision else CONFIG_MAPPING[f"{wrapper.model_type}_vision"]
+            pairs.append((kind, family.vision_types))
     for kind, types in pairs:
         assert {key: set(value.split(" or ")) for key, value in types.items()} == fields_of(kind, types)
 

@@ -74,12 +74,12 @@ def test_architectures_that_are_no_list_of_names_are_refused(architectures: Any)
 @every_family
 def test_every_symbol_and_condition_of_a_template_is_defined(family: Family) -> None:
     for template in templates(family):
-        symbols = family.vision_symbols if template.role == "vision" else family.symbols
+        symbols = family.vision_symbols if template.role == "vision" else {**family.symbols, **family.layer_symbols}
         used = set(re.findall(r"[A-Z]+", template.shape))
         assert used <= {"E", *symbols}, template.name
         assert template.when in ("", *family.conditions), template.name
     used_symbols = {s for t in templates(family) for s in re.findall(r"[A-Z]+", t.shape)}
-    assert used_symbols >= {*family.symbols, *family.vision_symbols}
+    assert used_symbols >= {*family.symbols, *family.layer_symbols, *family.vision_symbols}
 
 
 @every_family
@@ -266,8 +266,7 @@ def test_the_layout_of_experts_is_that_of_the_flags_of_transformers_class(kind: 
     found = next(m for m in blocks[layout.moe_layers[0]].modules() if hasattr(m, "is_transposed"))
     assert found.is_transposed == experts.transposed
     assert found.is_concatenated == (experts.gate == "concatenated")
-    assert found.has_bias == experts.bias
-    assert found.has_gate
+    assert (found.has_bias, found.has_gate) == (experts.bias, experts.gated)
 
 
 @pytest.mark.oracle

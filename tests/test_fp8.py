@@ -373,7 +373,7 @@ def test_rounding_from_fp8_is_told(tmp_path: Path) -> None:
     source = write(tmp_path / "s", config, tensors)
     result = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "out"), "--group-size", "32"])
     assert result.exit_code == 0, result.output
-    assert "weights of the source are in FP8" in result.output
+    assert "weights of the source are in small floats (" in result.output
 
 
 def test_other_checkpoints_are_not_decoded(tmp_path: Path) -> None:

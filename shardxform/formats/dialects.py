@@ -102,6 +102,10 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
+    if not family.formats:
+        raise SchemeError(
+            f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
+        )
     if scheme.format not in family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
@@ -272,6 +276,30 @@ def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
 def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
     """Patterns that cover exactly the kept linear modules, fewest first: whole kinds, then kinds in some blocks."""
     quantized = {module.name for module in selection.quantized}
+    kept_in, quantized_in, homes = _layers_by_kind(quantized, modules, layout)
+    blocks = re.escape(layout.family.decoder.blocks)
+    for kind, layers in sorted(kept_in.items()):
+        if not layers:
+            continue
+        tail = re.escape(kind) + (r"(\..*)?" if kind in homes else "$")
+        if not quantized_in[kind]:
+            yield rf".*\.{tail}"
+        else:
+            yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+    if layout.wrapper.vision:
+        prefixes = layout.family.vision_prefix
+        for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
+            yield rf".*{prefix.removesuffix('.').rpartition('.')[2]}.*"
+    yield from _mtp_patterns(quantized, modules, layout)
+    yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
+    if _LM_HEAD not in quantized:
+        yield _LM_HEAD
+
+
+def _layers_by_kind(
+    quantized: set[str], modules: Mapping[str, Matrix], layout: Layout
+) -> tuple[Mapping[str, set[int]], Mapping[str, set[int]], set[str]]:
+    """In which blocks each kind of module is kept, and quantized, merged ones too; and which kinds hold experts."""
     kept_in: defaultdict[str, set[int]] = defaultdict(set)
     quantized_in: defaultdict[str, set[int]] = defaultdict(set)
     for name, module in modules.items():
@@ -283,21 +311,14 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         if layers:
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
-    blocks = re.escape(layout.family.decoder.blocks)
-    for kind, layers in sorted(kept_in.items()):
-        if not layers:
-            continue
-        tail = re.escape(kind) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
-        if not quantized_in[kind]:
-            yield rf".*\.{tail}"
-        else:
-            yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
-    if layout.wrapper.vision:
-        yield r".*visual.*"
-    yield from _mtp_patterns(quantized, modules, layout)
-    yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
-    if _LM_HEAD not in quantized:
-        yield _LM_HEAD
+    homes = {layout.family.experts.home}
+    for kind in list(kept_in):  # transformers looks for the names of its modules
+        name = layout.family.module_name(kind)
+        if name != kind:
+            kept_in[name] |= kept_in[kind]
+            quantized_in[name] |= quantized_in[kind]
+            homes |= {name} if kind in homes else set()
+    return kept_in, quantized_in, homes
 
 
 def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
@@ -308,7 +329,7 @@ def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: La
     if any(name in quantized for name in names):
         yield from (re.escape(name) for name in names if name not in quantized)
     elif layout.family.mtp and layout.family.mtp.follows_blocks:
-        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers)
+        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers * layout.mtp_blocks)
         yield rf".*\.layers\.({'|'.join(map(str, numbers))})\..*"
         yield r".*\.decoder\..*"  # what SGLang calls the layer
     else:

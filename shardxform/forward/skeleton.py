@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -53,7 +53,6 @@ _NOT_THE_MODEL: Final = {  # what a config may say besides: how it is stored and
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
-    "pad_token_id",
     "quantization_config",
     "return_dict",
     "torch_dtype",
@@ -132,8 +131,7 @@ class Skeleton:
             yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared, bias)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        with _computing(self._norm):
-            return self.call(hidden_BTH.float())
+        return self.call(hidden_BTH.float(), self._norm)
 
     @property
     def head_ref(self) -> TensorRef:
@@ -241,11 +239,20 @@ class Skeleton:
 
     def module_name(self, name: str) -> str:
         """What transformers calls a module or parameter of a block that is called `name` in the checkpoint."""
-        return _renamed(name, self.layout.family.renames)
+        return self.layout.family.module_name(name)
 
-    def stored_name(self, name: str) -> str:
-        """What a module or parameter of a block is called in the checkpoint that transformers calls `name`."""
-        return _renamed(name, [(theirs, ours) for ours, theirs in self.layout.family.renames])
+    def stored_name(self, name: str, prefix: str) -> str:
+        """What a module or parameter of the block under `prefix` is called in the checkpoint.
+
+        Where it may have several names, such as that of a release and the one that transformers saves it under, it is
+        the one that is there.
+        """
+        pairs = self.layout.family.renames
+        names = [name.replace(theirs, ours, 1) for ours, theirs in pairs if theirs in name] + [name]
+        there = (
+            each for each in names if self.weights.has(prefix + each) or self.weights.has(f"{prefix}{each}.weight")
+        )
+        return next(there, names[0])
 
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
@@ -261,8 +268,11 @@ class Skeleton:
         for local, wanted in module.state_dict(keep_vars=True).items():
             if id(wanted) in inside:
                 continue
-            dtype = torch.float32 if self._keeps_float32(local) else None
-            name = prefix + self.stored_name(local)
+            dtype = torch.float32 if wanted.dtype == torch.float32 or self._keeps_float32(local) else None
+            if parts := self.layout.family.joined.get(local):
+                yield local, torch.cat([self.weights.tensor(prefix + part, dtype) for part in parts])
+                continue
+            name = prefix + self.stored_name(local, prefix)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
@@ -276,14 +286,14 @@ class Skeleton:
         patterns: Any = self._model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
-    def call(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
+    def call(self, hidden_BTH: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """Call the decoder on hidden states that enter `module`, which is loaded; the others pass them on.
 
         The states may come from elsewhere, as those that were read from disk do.
         """
-        device = self.weights.precision.device
-        with _told():
-            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
+        hidden_BTH = hidden_BTH.to(self.weights.precision.device)
+        with _computing(module, hidden_BTH), _told():
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH, use_cache=False).last_hidden_state
         return out
 
 
@@ -297,8 +307,7 @@ class Block:
 
     def __call__(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that leave the block when `hidden_BTH` enter it."""
-        with _computing(self.module):
-            return self._skeleton.call(hidden_BTH)
+        return self._skeleton.call(hidden_BTH, self.module)
 
 
 @contextlib.contextmanager
@@ -310,10 +319,6 @@ def _told() -> Iterator[None]:
         memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
         kind = ExecutionError if memory else FamilyError
         raise kind(f"transformers cannot run the model of config.json: {_line(e)}") from e
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    return next((name.replace(old, new, 1) for old, new in pairs if old in name), name)
 
 
 def _line(error: Exception) -> str:
@@ -344,17 +349,18 @@ class OutputHead:
             logits = torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
             return logits if bias is None else logits + bias
 
-        with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
-            hidden = hidden_NH[None].to(weight.device, torch.float32)
+        hidden = hidden_NH[None].to(weight.device, torch.float32)
+        with _computing(self._skeleton._norm, hidden), _forward_of(module, tiled), _told():
             logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]
 
 
 def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not."""
-    text = {key: value for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
+    text = {key: _number(value) for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
     text["model_type"] = wrapper.model_type
+    text["pad_token_id"] = 0  # it says nothing of values, and must be a row: only those of tokens that occur are loaded
     try:
         config = AutoConfig.for_model(**text)
         config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
@@ -369,6 +375,15 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401
+    """A value of a config as its class takes it: infinity is written in several ways."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        value = value["__float__"]
+    return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
 @torch.no_grad()
@@ -397,13 +412,16 @@ def _pass_through(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _computing(module: nn.Module) -> Iterator[None]:
-    """Let a module compute that else passes through."""
+def _computing(module: nn.Module, entering_BTH: torch.Tensor) -> Iterator[None]:
+    """Let a module compute that else passes through, on these states: some decoders scale all that is given to them."""
+    passing = module.forward
     del module.forward
+    compute = module.forward
+    module.forward = lambda hidden_states, *args, **kwargs: compute(entering_BTH, *args, **kwargs)  # noqa: ARG005
     try:
         yield
     finally:
-        _pass_through(module)
+        module.forward = passing
 
 
 @contextlib.contextmanager
@@ -453,9 +471,9 @@ _SHIFT: Final = 1
 class MtpLayer:
     """An MTP layer that is loaded."""
 
-    def __init__(self, skeleton: Skeleton, block: Block, names: tuple[str, str, str, str]) -> None:
+    def __init__(self, skeleton: Skeleton, blocks: Sequence[Block], names: tuple[str, str, str, str]) -> None:
         self._skeleton = skeleton
-        self._block = block
+        self._blocks = blocks
         self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
         self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
 
@@ -473,8 +491,10 @@ class MtpLayer:
         embedding_norm, hidden_norm, output_norm = self._norms
         next_BTH = embedding_norm(self._skeleton.embed(ids_BT[:, _SHIFT:]))
         both_BTI = torch.cat((next_BTH, hidden_norm(normed_BTH[:, :-_SHIFT])), dim=-1)
-        entering_BTH = nn.functional.linear(both_BTI, self._projection_HI)
-        out: torch.Tensor = output_norm(self._block(entering_BTH))
+        hidden_BTH = nn.functional.linear(both_BTI, self._projection_HI)
+        for block in self._blocks:
+            hidden_BTH = block(hidden_BTH)
+        out: torch.Tensor = output_norm(hidden_BTH)
         return out
 
 
@@ -491,14 +511,34 @@ def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iter
     mtp = layout.family.mtp
     if mtp is None or layer >= layout.mtp_layers:
         raise FamilyError(f"family {layout.family.name}: no MTP layer {layer}")
-    number = str(layout.num_layers + layer if mtp.follows_blocks else layer)
-    prefix, *inputs = (
-        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number) for name in (mtp.prefix, *mtp.inputs)
+    first = layer * layout.mtp_blocks + (layout.num_layers if mtp.follows_blocks else 0)
+    numbers = range(first, first + layout.mtp_blocks)
+    embedding, hidden, projection, output = (
+        layout.wrapper.full(name).replace("{l}", str(first)).replace("{last}", str(numbers[-1])) for name in mtp.inputs
     )
-    like = min(mtp.like(layout.text), skeleton.num_blocks - 1)
-    embedding, hidden, projection, output = inputs
-    with skeleton.block_of("mtp", layer, prefix, observer, as_layer=like) as block:
-        yield MtpLayer(skeleton, block, (embedding, hidden, projection, output))
+    like = [_block_like(skeleton, mtp.like(layout.text) + at) for at in range(layout.mtp_blocks)]
+    if len(set(like)) < len(like):
+        raise FamilyError(f"family {layout.family.name}: MTP layers of several blocks of one kind are not run")
+    with contextlib.ExitStack() as stack:
+        blocks = []
+        for number, as_layer in zip(numbers, like, strict=True):
+            prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
+            blocks.append(stack.enter_context(skeleton.block_of("mtp", layer, prefix, observer, as_layer=as_layer)))
+        yield MtpLayer(skeleton, blocks, (embedding, hidden, projection, output))
+
+
+def _block_like(skeleton: Skeleton, like: int) -> int:
+    """A decoder block that has the tensors of block `like`, which may be beyond the last: the nearest to it."""
+    family, text = skeleton.layout.family, skeleton.layout.text
+
+    def tensors(layer: int) -> list[bool]:
+        return [family.holds(template.when, text, layer) for template in family.block]
+
+    wanted = tensors(like)
+    for layer in range(min(like, skeleton.num_blocks - 1), -1, -1):
+        if tensors(layer) == wanted:
+            return layer
+    raise FamilyError(f"family {family.name}: no decoder block is like those of its MTP layers, which are not run")
 
 
 def mtp_numbers(skeleton: Skeleton) -> range:

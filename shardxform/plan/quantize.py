@@ -6,6 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -113,7 +114,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(view, kept), *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection)),
         unread=source.unread,
     )
     plan.check()
@@ -286,14 +287,26 @@ def _summary(
     }
 
 
-def _decoded_notes(view: View, kept: Mapping[str, TensorRef]) -> Iterator[str]:
+def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iterator[str]:
     """Say what becomes of weights that are no 16-bit ones in the source."""
-    found = [ref for ref in view.checkpoint.tensors.values() if isinstance(ref, Encoded)]
-    if found:
-        stay = sum(isinstance(ref, Encoded) for ref in kept.values())
+    found = Counter(
+        str(source.encoding)
+        for ref in view.checkpoint.tensors.values()
+        if isinstance(ref, Encoded)
+        for source in ref.sources
+    )
+    if not found:
+        return
+    stay = sum(len(ref.sources) for ref in kept.values() if isinstance(ref, Encoded))
+    how = ", ".join(f"{count:,} in {name}" for name, count in found.most_common())
+    yield (
+        f"weights of the source are in small floats ({how}): {stay:,} of them are written as bfloat16, and the others"
+        " rounded from float32"
+    )
+    if any("FP4" in name for name in found) and bits >= 4:
         yield (
-            f"{len(found):,} weights of the source are in FP8: {stay:,} of them are written as bfloat16, and the others"
-            " rounded from float32, in which every code times its scale is rounded once"
+            "weights of 4 bits are rounded a second time and become no smaller: `prune` keeps their bytes, which is"
+            " lossless"
         )
 
 
