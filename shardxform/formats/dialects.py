@@ -484,8 +484,8 @@ def kept_tensors(
         if module.cut is None:
             unfused[f"{module.name}.weight"] = module.weight.renamed(f"{module.name}.weight")
     unfused |= {bias.name: bias for stack in replaced for bias in single_biases(layout, tensors, stack)}
-    stacks = {f"{name}_bias" for name in replaced}
-    return {**{name: ref for name, ref in tensors.items() if name not in replaced | stacks}, **unfused}
+    replaced |= {f"{name}_bias" for name in replaced}
+    return {**{name: ref for name, ref in tensors.items() if name not in replaced}, **unfused}
 
 
 def gathered_tensors(

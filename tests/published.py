@@ -1,0 +1,292 @@
+"""Releases at full size: names, shapes and dtypes of their tensors, from their configs and transformers' own classes.
+
+The model is built on the meta device, its names turned back into those of releases by transformers' own mapping, and
+what its `quantization_config` says is done to shapes and dtypes. Layers of multi-token prediction, which transformers
+has no code for, are blocks with a few tensors beside them. Nothing here knows of shardxform: see releases/README.md for
+where configs and counts are from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+HOME = Path(__file__).parent / "releases"
+CLASSES = {"kimi_k2": "deepseek_v3"}  # types that transformers does not know, and the type whose class they are of
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}
+SHARD = 5_000_000_000
+
+Spec = tuple[str, tuple[int, ...]]
+Tensors = dict[str, Spec]
+
+_LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*)$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What is known of a release beside its config.
+
+    Attributes:
+        parameters: of the decoder with embeddings and head, as published.
+        tensors, elements: in the release's own files, where somebody listed them; scales count like weights.
+        mtp: where layers of multi-token prediction lie: `blocks` after the decoder's, numbered on, or `mtp` apart.
+        mtp_ends: whether each has embeddings and a head of its own.
+        text: whether the decoder is taken out of a multimodal config, to stand alone.
+        float32: names that the release keeps in F32.
+        scales: dtype of the scales of FP8 blocks.
+        more: names, as in a format with `l`, of tensors in every block that no class of transformers has.
+        stacked: whether experts of blocks lie in stacks, as transformers' modules have them.
+        group_size: of quantized weights, where 128 does not fit.
+
+    """
+
+    parameters: float
+    tensors: int = 0
+    elements: int = 0
+    mtp: str = ""
+    mtp_ends: bool = False
+    text: bool = False
+    float32: str = r"e_score_correction_bias$"
+    scales: str = "F32"
+    more: Mapping[str, tuple[int, ...]] | None = None
+    stacked: bool = False
+    group_size: int = 128
+
+
+RELEASES = {
+    "DeepSeek-V2-Lite": Release(parameters=15.7e9, tensors=5_291, elements=15_706_484_224),
+    "DeepSeek-V3": Release(
+        parameters=671e9, tensors=91_991, elements=684_531_386_000, mtp="blocks", mtp_ends=True
+    ),
+    "DeepSeek-V3.1": Release(parameters=671e9, mtp="blocks", mtp_ends=True),
+    "DeepSeek-V3.2": Release(
+        parameters=671e9,
+        tensors=92_425,
+        elements=685_396_921_376,
+        mtp="blocks",
+        mtp_ends=True,
+        float32=r"e_score_correction_bias$|norm\.(weight|bias)$",
+    ),
+    "GLM-4.5": Release(parameters=355e9, mtp="blocks", mtp_ends=True),
+    "GLM-4.7-Flash": Release(parameters=30e9, tensors=9_703, elements=31_221_488_576, mtp="blocks", mtp_ends=True),
+    "Kimi-K2-Instruct": Release(
+        parameters=1.026e12,
+        tensors=139_644,
+        elements=1_026_470_731_056,
+        more={"model.layers.{l}.self_attn.rotary_emb.inv_freq": (56,)},
+    ),
+    "Kimi-K2.6": Release(parameters=1.026e12, tensors=208_215, elements=170_267_038_208, text=True),
+    "MiniMax-M2": Release(
+        parameters=230e9,
+        tensors=96_103,
+        elements=228_703_644_928,
+        float32=r"e_score_correction_bias$|block_sparse_moe\.gate\.weight$",
+    ),
+    "Mixtral-8x7B-v0.1": Release(parameters=46.7e9),
+    "Qwen3-235B-A22B": Release(parameters=235e9),
+    "Qwen3-30B-A3B": Release(parameters=30.5e9),
+    "Qwen3-30B-A3B-FP8": Release(parameters=30.5e9, tensors=37_491, elements=30_533_947_392, scales="BF16"),
+    "Qwen3-Next-80B-A3B": Release(parameters=80e9, tensors=75_944, elements=81_324_862_720, mtp="mtp"),
+    "Qwen3.5-35B-A3B": Release(
+        parameters=35e9,
+        tensors=1_811,
+        elements=35_951_822_704,
+        mtp="mtp",
+        stacked=True,
+        float32=r"A_log$|linear_attn\.norm\.weight$",
+    ),
+    "gpt-oss-120b": Release(parameters=116.8e9, group_size=32),
+    "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=32),
+}
+"""Releases of families that shardxform knows."""
+
+NOT_YET = (
+    "DeepSeek-V4-Flash",
+    "GLM-5",
+    "GLM-5.2",
+    "Gemma-4-26B-A4B",
+    "Jamba-1.5-Mini",
+    "Kimi-Linear-48B-A3B",
+    "Llama-4-Scout-17B-16E",
+    "MiMo-V2-Flash",
+    "Nemotron-3-Nano-30B-A3B",
+    "Phi-3.5-MoE",
+)
+"""Releases whose families it does not know."""
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """A release's config.json."""
+    config: dict[str, Any] = json.loads((HOME / f"{name}.json").read_text())
+    return config["text_config"] if name in RELEASES and RELEASES[name].text else config
+
+
+def tensors_of(name: str) -> Tensors:
+    """Every tensor of a release: dtype and shape by name."""
+    release, config = RELEASES[name], config_of(name)
+    text = config.get("text_config") or config
+    shapes = _decoder(config, release.stacked)
+    for pattern, shape in (release.more or {}).items():
+        shapes |= {pattern.format(l=layer): shape for layer in range(text["num_hidden_layers"])}
+    shapes |= dict(_mtp(release, text, shapes))
+    found: Tensors = {}
+    for tensor, shape in shapes.items():
+        found |= _stored(tensor, shape, text, release)
+    return found
+
+
+def write(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Path:
+    """A checkpoint whose shards are headers and holes: no data, no space."""
+    root.mkdir(parents=True)
+    (root / "config.json").write_text(json.dumps(config))
+    shards = list(_shards(tensors.items()))
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        header, end = {}, 0
+        for tensor, (dtype, shape) in shard.items():
+            begin, end = end, end + nbytes(dtype, shape)
+            header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        head = json.dumps(header, separators=(",", ":")).encode()
+        with (root / file).open("wb") as out:
+            out.write(struct.pack("<Q", len(head)) + head)
+            out.truncate(8 + len(head) + end)
+    (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return root
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor."""
+    return BYTES[dtype] * math.prod(shape)
+
+
+def _decoder(config: dict[str, Any], stacked: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names that a release in 16 bits has, without what transformers has no code for."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    kept["model_type"] = CLASSES.get(kept["model_type"], kept["model_type"])
+    with torch.device("meta"):
+        model = getattr(transformers, config["architectures"][0])(AutoConfig.for_model(**kept))
+    state = {name: value for name, value in model.state_dict().items() if name not in _tied(model)}
+    layers: dict[tuple[str, int], list[tuple[str, torch.Tensor]]] = {}
+    found = {name: tuple(value.shape) for name, value in state.items() if stacked and ".experts." in name}
+    state = {name: value for name, value in state.items() if name not in found}
+    some = dict(state)
+    for name, value in state.items():
+        if match := _LAYER.match(name):
+            layers.setdefault((match[1], int(match[2])), []).append((match[3], value))
+            del some[name]
+    first: dict[Any, int] = {}
+    same: dict[int, list[int]] = {}
+    for (prefix, layer), parts in layers.items():  # the blocks of a kind are alike: one of each is turned back
+        kind = prefix, tuple((part, tuple(value.shape)) for part, value in parts)
+        same.setdefault(first.setdefault(kind, layer), []).append(layer)
+        if first[kind] == layer:
+            some |= {f"{prefix}{layer}{part}": value for part, value in parts}
+    for name, value in revert_weight_conversion(model, some).items():
+        match = _LAYER.match(name)
+        for layer in same[int(match[2])] if match else ():
+            found[f"{match[1]}{layer}{match[3]}"] = tuple(value.shape)  # type: ignore[index]
+        if not match:
+            found[name] = tuple(value.shape)
+    return found
+
+
+def _tied(model: Any) -> frozenset[str]:
+    config = model.config.get_text_config()
+    return frozenset(model._tied_weights_keys or ()) if config.tie_word_embeddings else frozenset()
+
+
+def _mtp(
+    release: Release, text: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Layers of multi-token prediction: copies of a block with full attention and experts, and what joins them."""
+    if not release.mtp:
+        return
+    hidden, last = text["hidden_size"], text["num_hidden_layers"] - 1
+    ends = {"embed_tokens": (text["vocab_size"], hidden), "shared_head.head": (text["vocab_size"], hidden)}
+    if release.mtp == "blocks":
+        prefix, norms = f"model.layers.{last + 1}.", ("enorm", "hnorm", "shared_head.norm")
+        yield f"{prefix}eh_proj.weight", (hidden, 2 * hidden)
+        if release.mtp_ends:
+            yield from ((f"{prefix}{end}.weight", shape) for end, shape in ends.items())
+    else:
+        prefix, norms = "mtp.layers.0.", ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        yield "mtp.fc.weight", (hidden, 2 * hidden)
+    for norm in norms:
+        yield f"{prefix if release.mtp == 'blocks' else 'mtp.'}{norm}.weight", (hidden,)
+    for name, shape in shapes.items():
+        match = _LAYER.match(name)
+        if not match or int(match[2]) != last or name.endswith("inv_freq"):
+            continue
+        if match[3].startswith(".mlp.experts.") and len(shape) == 3:  # those that lie stacked in blocks do not here
+            yield from _unstacked(prefix + match[3][1:], shape)
+        else:
+            yield prefix + match[3][1:], shape
+
+
+def _unstacked(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    home, _, stack = name.rpartition(".")
+    count, rows, columns = shape
+    for expert in range(count):
+        if stack == "down_proj":
+            yield f"{home}.{expert}.down_proj.weight", (rows, columns)
+        else:
+            yield f"{home}.{expert}.gate_proj.weight", (rows // 2, columns)
+            yield f"{home}.{expert}.up_proj.weight", (rows // 2, columns)
+
+
+def _stored(name: str, shape: tuple[int, ...], text: Mapping[str, Any], release: Release) -> Tensors:
+    """How the release stores a tensor: as it is, or as a quantized weight and what belongs to it."""
+    plain: Tensors = {name: ("F32" if re.search(release.float32, name) else "BF16", shape)}
+    quantization = text.get("quantization_config")
+    if quantization is None:
+        return plain
+    if quantization["quant_method"] == "mxfp4":
+        return _mxfp4(name, shape) if re.search(r"experts\.(gate_up|down)_proj$", name) else plain
+    if len(shape) != 2 or not re.search(r"(proj|proj_with_mqa|w[123kq]|wq_b)\.weight$", name) or "eh_proj" in name:
+        return plain
+    rows, columns = shape
+    if quantization["quant_method"] == "fp8":
+        if name.endswith("weights_proj.weight"):
+            return plain
+        scales = tuple(-(-size // block) for size, block in zip(shape, quantization["weight_block_size"], strict=True))
+        return {name: ("F8_E4M3", shape), f"{name}_scale_inv": (release.scales, scales)}
+    if not _EXPERT.search(name):
+        return plain
+    weights = quantization["config_groups"]["group_0"]["weights"]
+    return {
+        f"{name}_packed": ("I32", (rows, columns * weights["num_bits"] // 32)),
+        f"{name}_scale": ("BF16", (rows, columns // weights["group_size"])),
+        f"{name}_shape": ("I32", (2,)),
+    }
+
+
+def _mxfp4(name: str, shape: tuple[int, ...]) -> Tensors:
+    count, inputs, outputs = shape
+    blocks = (count, outputs, inputs // 32)
+    return {f"{name}_blocks": ("U8", (*blocks, 16)), f"{name}_scales": ("U8", blocks)}
+
+
+def _shards(tensors: Iterable[tuple[str, Spec]]) -> Iterator[Tensors]:
+    shard: Tensors = {}
+    size = 0
+    for name, spec in tensors:
+        if shard and size + nbytes(*spec) > SHARD:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = spec
+        size += nbytes(*spec)
+    yield shard
