@@ -24,7 +24,7 @@ from shardxform.verification import structure, verify
 from shardxform.verification.structure import config_faults
 
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-WORDS = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", type(None): "null"}
+WORDS = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", list: "list", type(None): "null"}
 
 
 def fields_of(kind: Any, known: Collection[str]) -> dict[str, set[str]]:

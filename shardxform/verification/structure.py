@@ -50,6 +50,7 @@ _TYPES: Final[Mapping[str, type | None]] = {
     "bool": bool,
     "float": float,
     "int": int,
+    "list": list,
     "null": None,
     "object": dict,
     "str": str,
