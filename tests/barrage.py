@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from texts import few
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_MOE = ROOT / "examples" / "small-moe"
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"
@@ -363,7 +365,7 @@ def _writing(*words: str | Path) -> Case:
 
 
 def _text(name: str, samples: int, seqlen: int) -> list[str]:
-    return ["--data", str(SMALL_MOE / "text" / name), "--samples", str(samples), "--seqlen", str(seqlen)]
+    return ["--data", str(few(name)), "--samples", str(samples), "--seqlen", str(seqlen)]
 
 
 def cases(made: Path, repository: str = "", ray: str = "") -> dict[str, Case]:
@@ -377,7 +379,7 @@ def cases(made: Path, repository: str = "", ray: str = "") -> dict[str, Case]:
     """
     calib, held_out = _text("calib.jsonl", 12, 64), _text("heldout.jsonl", 4, 64)
     compress = ["--keep", "8", *_text("calib.jsonl", 4, 64), "--iters", "2"]
-    compress += ["--eval-data", str(SMALL_MOE / "text/heldout.jsonl"), "--eval-samples", "2", "--eval-seqlen", "64"]
+    compress += ["--eval-data", str(few("heldout.jsonl")), "--eval-samples", "2", "--eval-seqlen", "64"]
     pruned = ("-m", KEEP, "--max-shard-size", "300KB")
     found = {
         "prune": _writing("prune", SMALL_MOE, *pruned, "-j", "2"),

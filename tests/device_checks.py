@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 
 import pretend  # noqa: E402
 from test_scoring import NAMES, windows_of  # noqa: E402
+from texts import few  # noqa: E402
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.base.constants import STORED_TOKENS  # noqa: E402
@@ -53,7 +54,7 @@ pytestmark = pytest.mark.oracle
 
 
 SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
-TEXT = SMALL_MOE / "text" / "calib.jsonl"
+TEXT = few("calib.jsonl")
 CPU = torch.device("cpu")
 DATA = ("--data", str(TEXT), "--dtype", "float32", "-q")
 

@@ -13,6 +13,7 @@ import test_remote
 from hubserver import HubServer
 from test_remote import KEEP, NAME, files, headers, record
 from test_remote import server as server
+from texts import few
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.oracle
 command = partial(test_remote.command, modules=tuple(barrage.COMPUTING))
 STAGES = ["score", "select", "quantize", "verify", "card"]
 DATA = ("--samples", 8, "--seqlen", 128, "-q")
-CALIB = Path(__file__).resolve().parents[1] / "examples" / "small-moe" / "text" / "calib.jsonl"
+CALIB = few("calib.jsonl")
 
 
 def shard_bytes(source: Path) -> int:
@@ -99,7 +100,7 @@ def test_a_dry_run_of_the_whole_way_fetches_headers_and_a_sample(
 def test_the_whole_way_from_a_repository_gives_what_it_gives_from_a_folder(
     server: HubServer, small_moe: Path, tmp_path: Path
 ) -> None:
-    home, held_out = tmp_path / "home", CALIB.with_name("heldout.jsonl")
+    home, held_out = tmp_path / "home", few("heldout.jsonl")
     options = ("--keep", 8, "--iters", 2, "--tune-samples", 8, "--tune-seqlen", 64, "--data", CALIB, *DATA)
     options = (*options, "--eval-data", held_out, "--eval-samples", 4, "--eval-seqlen", 64, "--full-verify")
     command(server, home, "compress", small_moe, tmp_path / "local", *options)

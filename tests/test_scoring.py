@@ -95,7 +95,7 @@ def assert_same(found: ExpertStats, wanted: dict[str, Any], rtol: float = 1e-5) 
 
 def test_scores_equal_hooks_on_the_loaded_model(small_moe: Path, tmp_path: Path) -> None:
     """The bar: 1e-5 relative in float32; real text, every expert reached."""
-    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=12, seqlen=256))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl", 5)), samples=12, seqlen=256))
     model = loaded(small_moe)
     hooked = Hooked(model)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(small_moe: Path, tmp_path: Path) -> None:
-    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=32, seqlen=128))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl", 5)), samples=32, seqlen=128))
     source = Checkpoint.open(small_moe)
     whole = score(source, windows, ScoreOptions(precision=FLOAT32, work=tmp_path / "whole")).to_bytes()
     for stop_at in (1, 3, 4, 7):
@@ -202,7 +202,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(small_moe: Path, tmp_
 
 
 def arguments(small_moe: Path, out: Path) -> list[str]:
-    data = ["--data", str(few("calib.jsonl")), "--samples", "24", "--seqlen", "256"]
+    data = ["--data", str(few("calib.jsonl", 5)), "--samples", "24", "--seqlen", "256"]
     return ["score", str(small_moe), "-o", str(out), "--quiet", *data]
 
 
@@ -223,7 +223,7 @@ def test_killed_in_several_blocks_the_command_ends_with_the_same_file(small_moe:
 
 def test_the_command_refuses_to_replace_another_run_and_knows_its_own(small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.safetensors"
-    data = ["--data", str(few("calib.jsonl")), "--samples", "2", "--seqlen"]
+    data = ["--data", str(few("calib.jsonl", 5)), "--samples", "2", "--seqlen"]
     runner = CliRunner()
     base = ["score", str(small_moe), "-o", str(out), "-q"]
     first = runner.invoke(main, [*base, *data, "64", "--dry-run"])
@@ -246,7 +246,7 @@ def test_the_command_refuses_to_replace_another_run_and_knows_its_own(small_moe:
 def test_a_source_changed_meanwhile_is_not_resumed(small_moe: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small_moe, copy)
-    windows = load_windows(copy, DataOptions(data=str(few("calib.jsonl")), samples=2, seqlen=64))
+    windows = load_windows(copy, DataOptions(data=str(few("calib.jsonl", 5)), samples=2, seqlen=64))
     options = ScoreOptions(precision=FLOAT32, work=tmp_path / "w")
     score(Checkpoint.open(copy), windows, options)
     for shard in copy.glob("*.safetensors"):

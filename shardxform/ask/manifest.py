@@ -22,7 +22,7 @@ from shardxform.checkpoint.identity import Identity
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
 
-__all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text"]
+__all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text", "mtp_moe_layers"]
 
 FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
@@ -205,7 +205,7 @@ def keep_all(layout: Layout) -> Manifest:
     every = tuple(range(layout.num_experts))
     return Manifest(
         keep=dict.fromkeys(layout.moe_layers, every),
-        mtp_keep=dict.fromkeys(_mtp_moe_layers(layout), every),
+        mtp_keep=dict.fromkeys(mtp_moe_layers(layout), every),
         model={
             "model_type": layout.wrapper.model_type,
             "num_layers": layout.num_layers,
@@ -300,7 +300,7 @@ def _check_layers(place: str, layers: Mapping[int, object], layout: Layout) -> N
 
 
 def _check_mtp_layers(place: str, layers: Mapping[int, object], layout: Layout) -> None:
-    there = _mtp_moe_layers(layout)
+    there = mtp_moe_layers(layout)
     if not there:
         raise ManifestError(f"{place}: this checkpoint has no MTP layer with experts")
     have = f"the model has experts in MTP layers {_spans(there)}"
@@ -364,7 +364,7 @@ def _entries(manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield f'{manifest.where}: {key}["{layer}"]', f"{label} {layer}", ids
 
 
-def _mtp_moe_layers(layout: Layout) -> tuple[int, ...]:
+def mtp_moe_layers(layout: Layout) -> tuple[int, ...]:
     """MTP layers with a tensor that counts experts; the config's count says nothing, since tools drop `mtp.*`."""
     return tuple(
         sorted(

@@ -93,14 +93,14 @@ def _parsed(data: bytes, constant: Callable[[str], float]) -> dict[str, Any]:
     return value
 
 
-def dumps(value: object) -> str:
+def dumps(value: object, *, infinity: bool = False) -> str:
     """Compact JSON, keys in the order given, non-ASCII text kept."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=infinity)
 
 
-def pretty(value: object) -> str:
+def pretty(value: object, *, infinity: bool = False) -> str:
     """JSON as people read it: indented by 2, keys in the order given, a newline at the end."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=infinity) + "\n"
 
 
 def pretty_strings(value: dict[str, str], level: int) -> str:

@@ -81,36 +81,58 @@ def _fields(facts: Facts, block: Sequence[str]) -> Iterator[list[str]]:
     yield [f'    name="{probe.model_type}",']
     wrapper = f'Wrapper("{probe.architecture}", "{probe.model_type}", None, "{facts.prefix}")'
     yield [f"    wrappers=({wrapper},),"]
-    yield [f"    count_keys={_value(tuple(_count_keys(probe)))},"]
-    if (top_k := probe.stored(probe.top_k_key)) != "num_experts_per_tok":
-        yield [f'    top_k_key="{top_k}",']
-    if probe.group_key:
-        yield [f'    group_key="{probe.stored(probe.group_key)}",']
+    yield list(_counts(probe))
     yield list(_root(facts))
-    if facts.decoder:
-        yield [_call("    decoder=Decoder", [f"{key}={_value(value)}" for key, value in facts.decoder.items()], ",")]
     yield ["    block=(", *block, "    ),"]
-    if facts.layout:
-        yield ["    experts=_EXPERTS,"]
-    if facts.renames:
-        yield _call("    renames=", [_value(pair) for pair in facts.renames], ",", single=True).splitlines()
+    yield list(_names(facts))
     yield ["    symbols={", *(f'        "{key}": {value},' for key, value in sorted(facts.symbols.items())), "    },"]
     yield ["    types={", *_types(probe), "    },"]
     yield ["    conditions={", *_conditions(facts), "    },"]
     if facts.moe:
         yield [f'    moe="{facts.moe.name}",']
-    yield _call("    keep_16bit=", [f'"{name}"' for name in _kept(facts)], ",", single=True).splitlines()
-    if "projections" in facts.layout:
-        yield ['    formats=("compressed-tensors",),']
-    merged = [_call(f'        "{key}": ', [f'"{module}"' for module in value], ",") for key, value in _merged(facts)]
-    if merged:
-        yield ["    merged={", *"\n".join(merged).splitlines(), "    },"]
+    yield list(_of_quantizing(facts))
     if probe.fields.get("tie_word_embeddings"):
         yield ["    tied_by_default=True,"]
     if facts.norm not in ("", "post_attention_layernorm.weight"):
         yield [f'    experts_norm="{facts.norm}",']
     if facts.stacked:
         yield ["    fused_release=True,"]
+
+
+def _counts(probe: Probe) -> Iterator[str]:
+    """Which keys count what."""
+    yield f"    count_keys={_value(tuple(_count_keys(probe)))},"
+    if (top_k := probe.stored(probe.top_k_key)) != "num_experts_per_tok":
+        yield f'    top_k_key="{top_k}",'
+    if "list of int" in (*_words(probe.hints[probe.count_key]), *_words(probe.hints.get(probe.top_k_key))):
+        yield "    listed_counts=True,"
+    if probe.group_key:
+        yield f'    group_key="{probe.stored(probe.group_key)}",'
+
+
+def _names(facts: Facts) -> Iterator[str]:
+    """What has other names than usual, and in transformers' modules than in releases."""
+    if facts.decoder:
+        yield _call("    decoder=Decoder", [f"{key}={_value(value)}" for key, value in facts.decoder.items()], ",")
+    if facts.layout:
+        yield "    experts=_EXPERTS,"
+    if facts.renames:
+        yield _call("    renames=", [_value(pair) for pair in facts.renames], ",", single=True)
+    if facts.joined:
+        yield "    joined={"
+        for key, names in facts.joined.items():
+            yield _call(f'        "{key}": ', [f'"{name}"' for name in names], ",")
+        yield "    },"
+
+
+def _of_quantizing(facts: Facts) -> Iterator[str]:
+    """What clients cannot run quantized, and what they merge."""
+    yield _call("    keep_16bit=", [f'"{name}"' for name in _kept(facts)], ",", single=True)
+    if "projections" in facts.layout:
+        yield '    formats=("compressed-tensors",),'
+    merged = [_call(f'        "{key}": ', [f'"{module}"' for module in value], ",") for key, value in _merged(facts)]
+    if merged:
+        yield from ("    merged={", *merged, "    },")
 
 
 def _count_keys(probe: Probe) -> Iterator[str]:

@@ -83,6 +83,7 @@ class Facts:
         symbols: symbol -> key of the config, or the name of a function in `helpers`.
         helpers: functions that symbols are, by name.
         renames: see `Family.renames`.
+        joined: see `Family.joined`.
         decide: what a person must decide, one sentence each.
 
     """
@@ -99,6 +100,7 @@ class Facts:
     symbols: dict[str, str] = field(default_factory=dict)
     helpers: dict[str, str] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     decide: list[str] = field(default_factory=list)
 
 
@@ -198,15 +200,20 @@ class _Finder:
 
     def _stacks(self, name: str, released: Mapping[str, list[str]]) -> dict[str, Any]:
         weights = [parts[0] for parameter, parts in released.items() if not parameter.endswith("bias")]
-        home = _inner(_general(name))
-        while home and not all(each.startswith(f"{home}.") for each in weights):
-            home = home.rpartition(".")[0]
-        stacks = tuple(each[len(home) + 1 :] if home else each for each in weights)
         theirs = [parameter for parameter in released if not parameter.endswith("bias")]
-        if len(stacks) != 2 or list(stacks) != theirs:
-            called = f"stacks called {', '.join(stacks)} in releases and {', '.join(theirs)} in modules"
-            self._decide.append(f"experts: {called}; see ExpertLayout")
-        return {"home": home, "stacks": stacks}
+        local = _inner(_general(name))
+        if all(each == f"{local}.{parameter}" for each, parameter in zip(weights, theirs, strict=True)):
+            stacks = tuple(theirs)
+            layout: dict[str, Any] = {"home": local, "stacks": stacks}
+        else:
+            stacks = tuple(each.removesuffix(".weight").rpartition(".")[2] for each in weights)
+            homes = {each.removesuffix(".weight").rpartition(".")[0] for each in weights}
+            layout = {"home": local, "stacks": stacks, "stack_home": min(homes)}
+            if len(homes) > 1 or not all(each.endswith(".weight") for each in weights):
+                self._decide.append(f"experts: stacks are called {', '.join(weights)}; see ExpertLayout")
+        if len(stacks) != 2:
+            self._decide.append(f"experts: stacks of {', '.join(stacks)}; see ExpertLayout")
+        return layout
 
     def _projections(self, name: str, released: Mapping[str, list[str]]) -> dict[str, Any]:
         parts = [part for group in released.values() for part in group if part.endswith(".weight")]
@@ -237,8 +244,7 @@ class _Finder:
                 elif general not in self._experts:
                     for part in self._parts_of[general]:
                         self._template(general, flag, samples, part)
-                    made_of = ", ".join(map(_inner, self._parts_of[general]))
-                    self._decide.append(f"{_inner(general)} is made of {made_of}: renames cannot say so, to run it")
+                    self.facts.joined[_inner(general)] = tuple(map(_inner, self._parts_of[general]))
             known |= names
 
     def _template(self, general: str, flag: Flag | None, samples: Sequence[Sample], part: str = "") -> None:
@@ -348,6 +354,12 @@ class _Finder:
                 self.facts.symbols[symbol] = self._value(key)
         if "D" in used and "D" not in self.facts.symbols:
             self.facts.symbols["D"] = self._function("_head_dim", _HEAD_DIM)
+        for key in self._probe.sizes:
+            found, stored = self._probe.base.config.get(self._probe.stored(key)), self._probe.stored(key)
+            if found not in (None, self._probe.base.given[key]):
+                self._decide.append(
+                    f"{stored}: transformers overwrites it, so that what it saves is not what releases say"
+                )
         if missing := used - {"E", *self.facts.symbols}:
             self._decide.append(f"symbols without a key: {', '.join(sorted(missing))}")
 

@@ -180,7 +180,8 @@ def modules_moved(
 
 def _unfused(old: str, new: str, layout: Layout, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
     """Names that clients give the experts of a fused tensor."""
-    stem, now = old.rpartition(".")[0], new.rpartition(".")[0]
+    home, stack = layout.family.experts.home, layout.places[old].template.name
+    stem, now = old.removesuffix(stack) + home, new.removesuffix(stack) + home
     places = {expert: at for at, expert in enumerate(ids)} if new else {}
     for expert in range(layout.num_experts):
         to = f"{now}.{places[expert]}" if expert in places else ""

@@ -102,6 +102,10 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
+    if not family.formats:
+        raise SchemeError(
+            f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
+        )
     if scheme.format not in family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
@@ -272,22 +276,12 @@ def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
 def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
     """Patterns that cover exactly the kept linear modules, fewest first: whole kinds, then kinds in some blocks."""
     quantized = {module.name for module in selection.quantized}
-    kept_in: defaultdict[str, set[int]] = defaultdict(set)
-    quantized_in: defaultdict[str, set[int]] = defaultdict(set)
-    for name, module in modules.items():
-        if module.place.scope == "block" and module.place.layer is not None:
-            kind = module.home if module.expert is not None else module.local
-            (quantized_in if name in quantized else kept_in)[kind].add(module.place.layer)
-    for merged, members in layout.family.merged.items():
-        layers = set.intersection(*(kept_in[member] for member in members))
-        if layers:
-            kept_in[merged] |= layers
-            quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
+    kept_in, quantized_in, homes = _layers_by_kind(quantized, modules, layout)
     blocks = re.escape(layout.family.decoder.blocks)
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        tail = re.escape(kind) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
+        tail = re.escape(kind) + (r"(\..*)?" if kind in homes else "$")
         if not quantized_in[kind]:
             yield rf".*\.{tail}"
         else:
@@ -300,6 +294,31 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:
         yield _LM_HEAD
+
+
+def _layers_by_kind(
+    quantized: set[str], modules: Mapping[str, Matrix], layout: Layout
+) -> tuple[Mapping[str, set[int]], Mapping[str, set[int]], set[str]]:
+    """In which blocks each kind of module is kept, and quantized, merged ones too; and which kinds hold experts."""
+    kept_in: defaultdict[str, set[int]] = defaultdict(set)
+    quantized_in: defaultdict[str, set[int]] = defaultdict(set)
+    for name, module in modules.items():
+        if module.place.scope == "block" and module.place.layer is not None:
+            kind = module.home if module.expert is not None else module.local
+            (quantized_in if name in quantized else kept_in)[kind].add(module.place.layer)
+    for merged, members in layout.family.merged.items():
+        layers = set.intersection(*(kept_in[member] for member in members))
+        if layers:
+            kept_in[merged] |= layers
+            quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
+    homes = {layout.family.experts.home}
+    for kind in list(kept_in):  # transformers looks for the names of its modules
+        name = layout.family.module_name(kind)
+        if name != kind:
+            kept_in[name] |= kept_in[kind]
+            quantized_in[name] |= quantized_in[kind]
+            homes |= {name} if kind in homes else set()
+    return kept_in, quantized_in, homes
 
 
 def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:

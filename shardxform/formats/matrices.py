@@ -125,9 +125,10 @@ def _unstacked(
     name: str, ref: TensorRef, place: Place, experts: ExpertLayout, expert_names: ExpertNames
 ) -> Iterator[Matrix]:
     """Matrices of one stack."""
-    stem, stack = name.rsplit(".", 1)
-    if stack not in experts.stacks:
+    kinds = {experts.stacked(stack): stack for stack in experts.stacks}
+    if place.template.name not in kinds:
         return
+    stack, stem = kinds[place.template.name], name.removesuffix(place.template.name) + experts.home
     sources, home = (name,), experts.home
     if expert_names == "fused-indexed":
         for expert, weight in enumerate(ref.slabs()):

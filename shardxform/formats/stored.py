@@ -29,7 +29,7 @@ from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid
 from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
-    COMPANIONS,
+    TELLING,
     Expected,
     Layout,
     expected,
@@ -242,7 +242,7 @@ def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, Tens
     plain: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, last = name.rpartition(".")
-        if last in COMPANIONS:
+        if last in TELLING:
             groups.setdefault(stem, {})[last] = ref
         else:
             plain[name] = ref
@@ -409,11 +409,12 @@ def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
         parts = name.split(".")
         stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
         fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
-    names = layout.family.experts
+    lying = layout.family.experts
     for stem, experts in fused.items():
         order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
-        for stack, inside in zip(names.stacks, (names.inner, names.projections[-1:]), strict=True):
-            out.append(_stacked(f"{stem}.{stack}", [[each[part] for part in inside] for each in order]))
+        for stack, inside in zip(lying.stacks, (lying.inner, lying.projections[-1:]), strict=True):
+            name = stem.removesuffix(lying.home) + lying.stacked(stack)
+            out.append(_stacked(name, [[each[part] for part in inside] for each in order]))
     return out
 
 

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -53,7 +53,6 @@ _NOT_THE_MODEL: Final = {  # what a config may say besides: how it is stored and
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
-    "pad_token_id",
     "quantization_config",
     "return_dict",
     "torch_dtype",
@@ -132,8 +131,7 @@ class Skeleton:
             yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared, bias)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        with _computing(self._norm):
-            return self.call(hidden_BTH.float())
+        return self.call(hidden_BTH.float(), self._norm)
 
     @property
     def head_ref(self) -> TensorRef:
@@ -241,11 +239,20 @@ class Skeleton:
 
     def module_name(self, name: str) -> str:
         """What transformers calls a module or parameter of a block that is called `name` in the checkpoint."""
-        return _renamed(name, self.layout.family.renames)
+        return self.layout.family.module_name(name)
 
-    def stored_name(self, name: str) -> str:
-        """What a module or parameter of a block is called in the checkpoint that transformers calls `name`."""
-        return _renamed(name, [(theirs, ours) for ours, theirs in self.layout.family.renames])
+    def stored_name(self, name: str, prefix: str) -> str:
+        """What a module or parameter of the block under `prefix` is called in the checkpoint.
+
+        Where it may have several names, such as that of a release and the one that transformers saves it under, it is
+        the one that is there.
+        """
+        pairs = self.layout.family.renames
+        names = [name.replace(theirs, ours, 1) for ours, theirs in pairs if theirs in name] + [name]
+        there = (
+            each for each in names if self.weights.has(prefix + each) or self.weights.has(f"{prefix}{each}.weight")
+        )
+        return next(there, names[0])
 
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
@@ -261,8 +268,11 @@ class Skeleton:
         for local, wanted in module.state_dict(keep_vars=True).items():
             if id(wanted) in inside:
                 continue
-            dtype = torch.float32 if self._keeps_float32(local) else None
-            name = prefix + self.stored_name(local)
+            dtype = torch.float32 if wanted.dtype == torch.float32 or self._keeps_float32(local) else None
+            if parts := self.layout.family.joined.get(local):
+                yield local, torch.cat([self.weights.tensor(prefix + part, dtype) for part in parts])
+                continue
+            name = prefix + self.stored_name(local, prefix)
             resting = local.endswith(".weight") and local.removesuffix(".weight") in at_rest
             found = self.weights.at_rest(name) if resting else self.weights.tensor(name, dtype)
             if found.shape != wanted.shape:
@@ -276,14 +286,14 @@ class Skeleton:
         patterns: Any = self._model._keep_in_fp32_modules_strict or ()
         return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", local) for pattern in patterns)
 
-    def call(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """Call the decoder on hidden states: whichever block is loaded computes, the others pass them on.
+    def call(self, hidden_BTH: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """Call the decoder on hidden states that enter `module`, which is loaded; the others pass them on.
 
         The states may come from elsewhere, as those that were read from disk do.
         """
-        device = self.weights.precision.device
-        with _told():
-            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH.to(device), use_cache=False).last_hidden_state
+        hidden_BTH = hidden_BTH.to(self.weights.precision.device)
+        with _computing(module, hidden_BTH), _told():
+            out: torch.Tensor = self._decoder(inputs_embeds=hidden_BTH, use_cache=False).last_hidden_state
         return out
 
 
@@ -297,8 +307,7 @@ class Block:
 
     def __call__(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that leave the block when `hidden_BTH` enter it."""
-        with _computing(self.module):
-            return self._skeleton.call(hidden_BTH)
+        return self._skeleton.call(hidden_BTH, self.module)
 
 
 @contextlib.contextmanager
@@ -310,10 +319,6 @@ def _told() -> Iterator[None]:
         memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
         kind = ExecutionError if memory else FamilyError
         raise kind(f"transformers cannot run the model of config.json: {_line(e)}") from e
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    return next((name.replace(old, new, 1) for old, new in pairs if old in name), name)
 
 
 def _line(error: Exception) -> str:
@@ -344,8 +349,8 @@ class OutputHead:
             logits = torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
             return logits if bias is None else logits + bias
 
-        with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
-            hidden = hidden_NH[None].to(weight.device, torch.float32)
+        hidden = hidden_NH[None].to(weight.device, torch.float32)
+        with _computing(self._skeleton._norm, hidden), _forward_of(module, tiled), _told():
             logits: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).logits
         return logits[0]
 
@@ -355,6 +360,7 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     text = {key: _number(value) for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
     text["model_type"] = wrapper.model_type
+    text["pad_token_id"] = 0  # it says nothing of values, and must be a row: only those of tokens that occur are loaded
     try:
         config = AutoConfig.for_model(**text)
         config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
@@ -406,13 +412,16 @@ def _pass_through(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _computing(module: nn.Module) -> Iterator[None]:
-    """Let a module compute that else passes through."""
+def _computing(module: nn.Module, entering_BTH: torch.Tensor) -> Iterator[None]:
+    """Let a module compute that else passes through, on these states: some decoders scale all that is given to them."""
+    passing = module.forward
     del module.forward
+    compute = module.forward
+    module.forward = lambda hidden_states, *args, **kwargs: compute(entering_BTH, *args, **kwargs)  # noqa: ARG005
     try:
         yield
     finally:
-        _pass_through(module)
+        module.forward = passing
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
@@ -22,6 +22,7 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Sy
 __all__ = [
     "COMPANIONS",
     "MAX_LAYERS",
+    "TELLING",
     "Layout",
     "Place",
     "count_paths",
@@ -71,13 +72,15 @@ rows are counted on another axis, packed into words, or said by the values, so t
 
 
 _OF_STACKS: Final = tuple(name for name in COMPANIONS if name.startswith("_"))
-_TELLING: Final = COMPANIONS.keys() - {"scale"}  # which routers have too
+TELLING: Final = COMPANIONS.keys() - {"scale"}
+"""Companions that only quantized weights have: a router may have a scale too."""
+
 _QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and dtype != "BOOL"} | {"U32"})
 
 
 def is_quantized(spec: TensorSpec) -> bool:
     """Whether a tensor is of a quantized weight, by its name or by a dtype that no other tensor has."""
-    return spec.name.rpartition(".")[2] in _TELLING or spec.dtype in _QUANTIZED
+    return spec.name.rpartition(".")[2] in TELLING or spec.dtype in _QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class Layout:
         if mtp is None:
             return ()
         if not mtp.follows_blocks:
-            return (mtp.prefix.split(".")[0] + ".",)
+            return (mtp.prefix.partition("{l}")[0].removesuffix("layers.").replace("{decoder}", self.wrapper.prefix),)
         return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers * self.mtp_blocks))
 
     def undeclared_mtp_prefixes(self) -> tuple[str, ...]:
@@ -210,10 +213,11 @@ def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
 def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     family, wrapper = family_of(config)
     text = _text_config(config, family, wrapper)
+    text = {**{ours: text[theirs] for theirs, ours in family.aliases.items() if theirs in text}, **text}
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
     num_experts = _expert_count(config, family, wrapper)
-    top_k = read_count(text, family.top_k_key, home)
+    top_k = _read_per_layer(text, family.top_k_key, home, family)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
     if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
@@ -443,13 +447,20 @@ def read_count(config: Config, key: str, home: str, default: int | None = None) 
     return value
 
 
+def _read_per_layer(config: Config, key: str, home: str, family: Family) -> int:
+    """Read a count that may be a list of the same for every layer, in families where it may."""
+    value = config.get(key)
+    same = isinstance(value, list) and len(value) > 0 and all(each == value[0] for each in value)
+    return read_count({key: value[0]} if family.listed_counts and same and value else config, key, home)
+
+
 def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     paths = count_paths(config, family, wrapper)
     text = _text_config(config, family, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
-    counts = {path[-1]: read_count(text, path[-1], home) for path in paths}
+    counts = {path[-1]: _read_per_layer(text, path[-1], home, family) for path in paths}
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")
     return next(iter(counts.values()))
@@ -511,7 +522,7 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
 
     """
     family, text = layout.family, layout.text
-    sizes = _Sizes(family.symbols, text, layout.num_experts)
+    sizes = _Sizes(family.symbols, text, layout.num_experts, family.layer_symbols)
     for template in family.root:
         if family.holds(template.when, text, -1):
             yield layout.wrapper.full(template.name), _expect(Place(template, "root"), sizes)
@@ -532,34 +543,38 @@ class _Sizes:
     symbols: Mapping[str, Symbol]
     config: Config
     num_experts: int
+    layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
 
-    def shape(self, expression: str) -> tuple[int, ...] | None:
+    def shape(self, expression: str, layer: int = -1) -> tuple[int, ...] | None:
         if expression == "?":
             return None
         return tuple(
-            sum(math.prod(self._value(factor) for factor in term.split("*")) for term in dimension.split("+"))
+            sum(math.prod(self._value(factor, layer) for factor in term.split("*")) for term in dimension.split("+"))
             for dimension in expression.split(",")
         )
 
-    def _value(self, factor: str) -> int:
+    def _value(self, factor: str, layer: int) -> int:
         if factor.isdigit():
             return int(factor)
         if factor == "E":
             return self.num_experts
-        symbol = self.symbols[factor]
         try:
-            value = symbol(self.config) if callable(symbol) else self.config[symbol]
+            if factor in self.layer_symbols:
+                value: object = self.layer_symbols[factor](self.config, layer)
+            else:
+                symbol = self.symbols[factor]
+                value = symbol(self.config) if callable(symbol) else self.config[symbol]
         except KeyError as e:
             raise FamilyError(f"config.json: missing {e.args[0]!r}, which the family needs for its shapes") from e
-        except (ArithmeticError, TypeError, ValueError) as e:
+        except (ArithmeticError, IndexError, TypeError, ValueError) as e:
             raise FamilyError(f"config.json: {e}") from e
         if type(value) is not int or value < 0:
             raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
         return value
 
 
-def _expect(place: Place, sizes: _Sizes) -> Expected:
-    return Expected(place, sizes.shape(place.template.shape), place.template.optional)
+def _expect(place: Place, sizes: _Sizes, like: int = -1) -> Expected:
+    return Expected(place, sizes.shape(place.template.shape, like), place.template.optional)
 
 
 def _block(
@@ -572,17 +587,25 @@ def _block(
     variant: str,
     sizes: _Sizes,
 ) -> Iterator[tuple[str, Expected]]:
-    for template in templates:
-        if template.variant not in ("", variant) or not layout.family.holds(template.when, layout.text, like):
+    held = [each for each in templates if layout.family.holds(each.when, layout.text, like)]
+    resaved = {each.instead for each in held if each.instead and _is_there(layout, prefix + each.name)}
+    for template in held:
+        if template.variant not in ("", variant) or template.name in resaved or template.instead not in ("", *resaved):
             continue
         if not template.numbered:
-            yield prefix + template.name, _expect(Place(template, scope, layer), sizes)
+            yield prefix + template.name, _expect(Place(template, scope, layer), sizes, like)
             continue
         at = (prefix + template.name).split(".").index("{e}")
-        shape = sizes.shape(template.shape)
+        shape = sizes.shape(template.shape, like)
         for expert in range(layout.num_experts):
             name = prefix + template.name.replace("{e}", str(expert))
             yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
+
+
+def _is_there(layout: Layout, name: str) -> bool:
+    """Whether a tensor is stored, as it is or quantized."""
+    stem = name.removesuffix("weight")
+    return name in layout.places or any(f"{stem}{part}" in layout.places for part in COMPANIONS)
 
 
 def _expected_mtp(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest import Manifest, mtp_moe_layers
 from shardxform.base.strict_json import config_text
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -323,7 +323,7 @@ def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: 
         if declared and prunes:
             notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
         return False
-    if not prunes or (manifest and manifest.mtp_keep):
+    if not prunes or (manifest and manifest.mtp_keep) or not mtp_moe_layers(layout):
         return False
     if mtp == "keep":
         raise ManifestError(
@@ -399,7 +399,9 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     """The config of the view: expert count, MTP count and wrapper; every other key as it was, in its order."""
     changes: dict[tuple[str, ...], Any] = {}
     if kept != layout.num_experts:
-        changes.update(dict.fromkeys(count_paths(layout.config, layout.family, layout.wrapper), kept))
+        for path in count_paths(layout.config, layout.family, layout.wrapper):
+            counts = layout.text[path[-1]]
+            changes[path] = [kept] * len(counts) if isinstance(counts, list) else kept
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
         home = (layout.wrapper.text_key,) if layout.wrapper.text_key else ()

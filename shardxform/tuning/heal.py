@@ -413,8 +413,9 @@ class BlockHealer:
     def _of_experts(self, name: str, healed: tuple[HealedStack, ...]) -> torch.Tensor:
         """A stack or one expert's matrix, as the family's checkpoints have it."""
         (gate_up, down), layout = healed, self._skeleton.layout.family.experts
-        if name in layout.stacks:
-            stack = (gate_up if name == layout.stacks[0] else down).stored(slice(None))
+        stacks = dict(zip(stack_names(self._experts), healed, strict=False))
+        if name in stacks:
+            stack = stacks[name].stored(slice(None))
             return stack.mT if layout.transposed else stack
         expert, projection = name.removesuffix(".weight").split(".")
         if projection == layout.projections[-1]:
@@ -435,7 +436,7 @@ class BlockHealer:
                 self._put_experts(self._experts)
             else:
                 linear: Any = self._module.get_submodule(name)
-                linear.weight.data = self.stored(self._skeleton.stored_name(f"{name}.weight"))
+                linear.weight.data = self.stored(self._skeleton.stored_name(f"{name}.weight", self._prefix))
 
     def _load(self, what: str | None) -> MovingBlock:
         """The block as it was pruned, with some of its weights ready to move."""
@@ -444,7 +445,7 @@ class BlockHealer:
         names = self._names(what)
         wide: dict[str, Wide] = {}
         for local in sorted(self._moved | (names & self._parameters.keys())):
-            name = self._prefix + self._skeleton.stored_name(local)
+            name = self._prefix + self._skeleton.stored_name(local, self._prefix)
             parameter, stored = self._parameters[local], self._weights.at_rest(name)
             parameter.requires_grad_(False).copy_(stored)
             if local in names:

@@ -210,19 +210,21 @@ _Place = tuple[int, slice]
 
 
 def storing_the_input(convolve: Callable[..., torch.Tensor], workers: Workers) -> Callable[..., torch.Tensor]:
-    """`convolve(hidden_BCT, weight_CK, bias_C, activation=...)`, whose gradient of `hidden_BCT` is computed here.
+    """`convolve(hidden_BCT, weight, bias, activation=...)`, whose gradient of `hidden_BCT` is computed here.
 
-    Other calls than transformers makes of frozen kernels on the CPU go to `convolve` as they are.
+    Models pass weight and bias by position or by name. Other calls than transformers makes of frozen kernels on the CPU
+    go to `convolve` as they are.
     """
 
     @functools.wraps(convolve)
     def convolved(
         hidden_BCT: torch.Tensor,
-        weight_CK: torch.Tensor,
-        bias_C: torch.Tensor | None = None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
         activation: str | None = None,
         **options: object,
     ) -> torch.Tensor:
+        weight_CK, bias_C = weight, bias
         given = functools.partial(convolve, activation=activation, **options)
         frozen = not weight_CK.requires_grad and (bias_C is None or not bias_C.requires_grad)
         asked = [name for name, value in options.items() if value is not None and value is not False]

@@ -434,7 +434,7 @@ class _BlockRun:
         assert encoding is not None
         items = {item.module: item for item in self._step.items}
         for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
-            item = items.pop(prefix + self._skeleton.stored_name(stored.module))
+            item = items.pop(prefix + self._skeleton.stored_name(stored.module, prefix))
             out, extents = packed(stored.codes, encoding.grid, encoding.layout), dict(item.parts)
             for role, part in encoding.stored(out, item.shape):
                 write_part(part, extents[role], target, fs)

@@ -2,9 +2,8 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows the names of five families (qwen3_5_moe, qwen3_moe, deepseek_v3, gpt_oss, mixtral) and
-three formats (auto-round and gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows
-of one tensor into memory.
+formats' definitions. It knows what the families call experts, routers and MTP layers, and three formats (auto-round and
+gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor into memory.
 
 Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
 expert, quantized ones as the weights that they stand for. Names are those that the output must have.
@@ -17,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -40,13 +39,16 @@ _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
+_GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
+_STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
-    rf"(.*\.{_HOME})\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
-    r"|(?:gate|router)\.(?:(?:layer\.|proj\.)?(?:weight|bias)|per_expert_scale))"
+    rf"(.*\.{_HOME})\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias)"
+    r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.)?(?:weight|bias)|per_expert_scale))"
 )
-_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.|backbone\.)layers\.(\d+)\.")
+_LAYER: Final = re.compile(r"(mtp\.|model\.mtp\.|model\.|model\.language_model\.|backbone\.)layers\.(\d+)\.")
 _VISION: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.")
+_MTP: Final = ("mtp.", "model.mtp.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
@@ -181,7 +183,7 @@ def check_independently(
     try:
         ours, made = _checkpoint(out)
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
-        how = _How.of(config, record, manifest, given)
+        how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
     except (OSError, ValueError, KeyError, TypeError) as e:
         findings.problem(CODE, ".", f"cannot be derived: {e}")
@@ -257,11 +259,12 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
     elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
         return
-    elif (match := _FUSED.fullmatch(name)) and len(tensor.shape) == 3:
+    elif (match := _FUSED.fullmatch(name) or _GRANITE.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
+        home, stack = (f"{match[1]}.experts", _STACKS[match[2]]) if match.re is _GRANITE else match.groups()
         for expert in range(count):
-            for part, first, number in _halves(match[2], expert * rows, rows):
-                key = f"{match[1]}.{expert}.{part}.weight"
+            for part, first, number in _halves(stack, expert * rows, rows):
+                key = f"{home}.{expert}.{part}.weight"
                 yield key, _Weight(name, tensor, (number, columns), ((first, number),))
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
@@ -354,8 +357,9 @@ class _How:
         record: Mapping[str, Any],
         manifest: Mapping[str, Any] | None,
         given: Mapping[str, Any],
+        names: Iterable[str] = (),
     ) -> _How:
-        """Read a record, and what goes before it."""
+        """Read a record, and what goes before it; `names` are the source's."""
         inputs = record.get("inputs", {})
         converted = inputs.get("command") == "convert"
         if converted:
@@ -366,7 +370,7 @@ class _How:
         experts = next(text[key] for key in _COUNTS if key in text)
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
         text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
-        return cls(
+        how = cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
             layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
@@ -379,11 +383,14 @@ class _How:
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
         )
+        # MTP layers without experts of their own have nothing to lose.
+        bound = any(how.is_mtp(name) and (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name)) for name in names)
+        return how if bound or mtp == "drop" else replace(how, drops_mtp=False)
 
     def is_mtp(self, name: str) -> bool:
         """Whether a tensor is of an MTP layer."""
         layer = _LAYER.match(name)
-        return name.startswith("mtp.") or bool(layer and layer[1] != "mtp." and int(layer[2]) >= self.layers)
+        return name.startswith(_MTP) or bool(layer and layer[1] not in _MTP and int(layer[2]) >= self.layers)
 
     def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
         """What the output must hold, by its names there."""
@@ -399,8 +406,8 @@ class _How:
         """Ids kept in a layer; None where all are."""
         if layer is None or self.keep is None:
             return None
-        number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
-        return self.mtp_keep[str(number // self.mtp_blocks)] if mtp else self.keep.get(layer[2])
+        number = int(layer[2]) - (self.layers if mtp and layer[1] not in _MTP else 0)
+        return self.mtp_keep.get(str(number // self.mtp_blocks)) if mtp else self.keep.get(layer[2])
 
     @staticmethod
     def _renumbered(name: str, weight: _Weight, ids: list[int] | None, experts: set[str]) -> tuple[str, _Weight] | None:

@@ -219,10 +219,9 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
     if method in _REQUIRED and method not in layout.family.formats:
-        known = " or ".join(layout.family.formats)
-        report(
-            f"quant_method: {method}, whose loaders do not find experts of {layout.family.name}, as those of {known} do"
-        )
+        family, known = layout.family, " or ".join(layout.family.formats)
+        why = f"do not find experts of {family.name}, as those of {known} do" if known else f"fail: {family.unread}"
+        report(f"quant_method: {method}, whose loaders {why}")
     bits, packing = declared.get("bits"), declared.get("packing_format")
     if method == "gptq" and declared.get("sym") is False:
         report(f"sym: false, which vLLM and SGLang refuse for experts (bits={bits}, sym=False)")

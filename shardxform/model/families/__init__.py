@@ -17,27 +17,44 @@ from shardxform.model.families.outside import Outside, of_entry_point
 __all__ = ["GROUP", "HOMES", "Outside", "all_families", "family_of", "family_origin", "in_use", "installed", "use"]
 
 HOMES: Final[Mapping[str, str]] = {
+    "afmoe": "afmoe",
+    "bailing_hybrid": "bailing_hybrid",
     "beam": "beam",
+    "cohere2_moe": "cohere2_moe",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "deepseek_v32": "deepseek_v32",
+    "dots1": "dots1",
+    "exaone_moe": "exaone_moe",
+    "flex_olmo": "flex_olmo",
     "gemma4": "gemma4",
     "gemma4_text": "gemma4",
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "gpt_oss": "gpt_oss",
+    "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitemoehybrid",
+    "granitemoeshared": "granitemoeshared",
+    "hunyuan_v1_moe": "hunyuan_v1_moe",
+    "hy_v3": "hy_v3",
     "jamba": "jamba",
     "kimi_k2": "deepseek_v3",
+    "kimi_linear": "kimi_linear",
+    "laguna": "laguna",
     "lfm2_moe": "lfm2_moe",
+    "mellum": "mellum",
+    "mimo_v2_flash": "mimo_v2_flash",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "nemotron_h": "nemotron_h",
     "olmoe": "olmoe",
+    "phimoe": "phimoe",
     "qwen2_moe": "qwen2_moe",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
     "qwen3_next": "qwen3_next",
+    "solar_open": "solar_open",
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 
@@ -90,7 +107,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
     if family is None:
         known = ", ".join(sorted({*HOMES, *_named, *_entry_points()}))
         raise UnknownFamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
-    wrapper = next(each for each in family.wrappers if each.model_type == model_type)
+    own = [each for each in family.wrappers if each.model_type == model_type]
+    wrapper = next((each for each in own if each.architecture in architectures), own[0])
     if architectures and wrapper.architecture not in architectures:
         raise FamilyError(
             f"config.json: model_type '{model_type}' belongs to {wrapper.architecture},"

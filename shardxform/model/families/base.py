@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 __all__ = [
+    "ATTENTION",
     "COUNT_KEYS",
     "EMBEDDINGS",
     "GROUPED_ATTENTION",
     "HARMLESS",
+    "HEADS",
     "LINEAR_ROLES",
     "NORMS",
+    "QK_NORMS",
     "TYPES",
     "Condition",
     "Config",
@@ -28,14 +31,19 @@ __all__ = [
     "Mtp",
     "Role",
     "Scope",
+    "Symbol",
     "Template",
     "Wrapper",
+    "conditions",
     "experts",
     "head_dim",
+    "is_sparse",
     "listed_as_sparse",
+    "merged",
     "mlp",
     "size",
     "tied",
+    "types",
     "untied",
 ]
 
@@ -90,6 +98,7 @@ class Template:
         when: name of the family's condition on (config, layer) under which the tensor exists; empty for always.
         variant: `fused` or `per-expert` for experts; one of the two is present in a block.
         optional: accepted when present, never missed.
+        instead: name of the tensor that it is, where transformers saves a release again under this name.
 
     """
 
@@ -99,6 +108,7 @@ class Template:
     when: str = ""
     variant: str = ""
     optional: bool = False
+    instead: str = ""
 
     @property
     def numbered(self) -> bool:
@@ -127,6 +137,7 @@ class ExpertLayout:
         home: name of the module that holds them, within its block.
         stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
             where no checkpoint stacks them.
+        stack_home: name of the module that holds stacks instead of `home`, whose tensors are called `<stack>.weight`.
         projections: names of the gate, up and down projection of one expert; of the last two where there is no gate.
         transposed: a stack holds matrices [I, O] instead of [O, I].
         gate: gate and up projection are the halves of the stacked one, or every second of its rows; or `none`: there
@@ -138,6 +149,7 @@ class ExpertLayout:
 
     home: str = "mlp.experts"
     stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    stack_home: str = ""
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     transposed: bool = False
     gate: Gate = "concatenated"
@@ -153,6 +165,10 @@ class ExpertLayout:
     def inner(self) -> tuple[str, ...]:
         """Projections into the intermediate size, in the order of a stack's halves: gate and up, or up alone."""
         return self.projections[:-1]
+
+    def stacked(self, stack: str) -> str:
+        """Name of a stack within its block."""
+        return f"{self.stack_home}.{stack}.weight" if self.stack_home else f"{self.home}.{stack}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,18 +260,24 @@ class Family:
         top_k_key: config key of experts per token.
         layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
+        listed_counts: configs may give the counts of experts, and of those per token, as lists of one entry per layer,
+            which must be the same in all.
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
             the output head.
         decoder: what embeddings, blocks and final norm are called.
         block: templates of one decoder block, relative to its prefix.
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
+        joined: parameters of a block of transformers' class, and the tensors of checkpoints that each is made of, one
+            below the other.
+        aliases: config keys under which transformers saves a config again, and what releases call them.
         vision: templates of the vision tower, with full names.
         vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
             decoder have names apart.
         vision_depth_key: key in `vision_config` that counts vision blocks.
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
+        layer_symbols: the same where layers differ: functions of (text config, layer).
         vision_symbols: the same, of `vision_config`.
         types: what clients take as values of the keys of the text config, in the words of `config_values`.
         vision_types: the same, of `vision_config`.
@@ -265,6 +287,7 @@ class Family:
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
         formats: quantized formats whose loaders find its experts, the usual one first; loaders of other formats leave
             them at random values, or refuse.
+        unread: why none is read, where `formats` is empty.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
         tied_by_default: the output head is the embeddings where the config does not say.
@@ -282,17 +305,21 @@ class Family:
     top_k_key: str = "num_experts_per_tok"
     layers: Symbol = "num_hidden_layers"
     group_key: str = ""
+    listed_counts: bool = False
     root: tuple[Template, ...]
     block: tuple[Template, ...]
     decoder: Decoder = field(default_factory=Decoder)
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
     vision_prefix: str | tuple[str, ...] = ""
     vision_depth_key: str = "depth"
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
+    layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
     vision_symbols: Mapping[str, Symbol] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     vision_types: Mapping[str, str] = field(default_factory=dict)
@@ -301,6 +328,7 @@ class Family:
     moe: str = ""
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
+    unread: str = ""
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied_by_default: bool = False
     experts_norm: str = "post_attention_layernorm.weight"
@@ -317,6 +345,10 @@ class Family:
     def holders(self) -> tuple[str, ...]:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
+
+    def module_name(self, name: str) -> str:
+        """What transformers calls a module or parameter of a block that is called `name` in checkpoints."""
+        return next((name.replace(ours, theirs, 1) for ours, theirs in self.renames if ours in name), name)
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
@@ -343,7 +375,7 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     rows, width = ("2*I" if layout.gated else "I"), layout.width
     shapes = (f"E,{width},{rows}", f"E,I,{width}") if layout.transposed else (f"E,{rows},{width}", f"E,{width},I")
     out = [
-        Template(f"{layout.home}.{stack}", shape, role, when, "fused")
+        Template(layout.stacked(stack), shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
     ]
     if layout.bias:
@@ -400,6 +432,47 @@ def tied(config: Config, layer: int) -> bool:
     return not untied(config, layer)
 
 
+def attention_bias(config: Config, _layer: int) -> bool:
+    """The linear layers of attention have biases."""
+    return bool(config.get("attention_bias"))
+
+
+def conditions(moe: Condition | None = None, **more: Condition) -> dict[str, Condition]:
+    """Name what many families ask of a block; with `moe`, also whether it is a MoE block or a dense one."""
+    usual: dict[str, Condition] = {"attention bias": attention_bias, "tied": tied, "untied": untied, **more}
+    return usual if moe is None else {**usual, "moe": moe, "dense": lambda config, layer: not moe(config, layer)}
+
+
+def is_sparse(config: Config, layer: int, dense_key: str = "first_k_dense_replace", dense: int = 0) -> bool:
+    """Tell a MoE block by `mlp_layer_types`, or where there is none by its number, dense ones coming first."""
+    return listed_as_sparse(config, layer, int(config.get(dense_key, dense) or 0))
+
+
+def _key_heads(config: Config) -> int:
+    return size(config, "num_attention_heads" if config.get("num_key_value_heads") is None else "num_key_value_heads")
+
+
+HEADS: Final[Mapping[str, Symbol]] = {
+    "D": head_dim,
+    "H": "hidden_size",
+    "KV": _key_heads,
+    "Q": "num_attention_heads",
+    "V": "vocab_size",
+}
+"""What the symbols of `ATTENTION` and `EMBEDDINGS` mean in most families."""
+
+
+def merged(*mlps: str) -> dict[str, tuple[str, ...]]:
+    """What vLLM merges in most families: the projections that attention begins with, and those of gated MLPs."""
+    attention = {"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    return attention | {f"{each}.gate_up_proj": (f"{each}.gate_proj", f"{each}.up_proj") for each in mlps}
+
+
+def types(*without: str, **more: str) -> dict[str, str]:
+    """Values that transformers takes: the usual ones of `TYPES`, but for some keys, and `more`."""
+    return {**{key: words for key, words in TYPES.items() if key not in without}, **more}
+
+
 TYPES: Final = {
     "attention_bias": "bool",
     "attention_dropout": "float or int",
@@ -435,6 +508,22 @@ EMBEDDINGS: Final = (
 NORMS: Final = (
     Template("input_layernorm.weight", "H", "norms"),
     Template("post_attention_layernorm.weight", "H", "norms"),
+)
+
+ATTENTION: Final = (
+    Template("self_attn.q_proj.weight", "Q*D,H", "attention"),
+    Template("self_attn.k_proj.weight", "KV*D,H", "attention"),
+    Template("self_attn.v_proj.weight", "KV*D,H", "attention"),
+    Template("self_attn.o_proj.weight", "H,Q*D", "attention"),
+    Template("self_attn.q_proj.bias", "Q*D", "attention", "attention bias"),
+    Template("self_attn.k_proj.bias", "KV*D", "attention", "attention bias"),
+    Template("self_attn.v_proj.bias", "KV*D", "attention", "attention bias"),
+    Template("self_attn.o_proj.bias", "H", "attention", "attention bias"),
+)
+
+QK_NORMS: Final = (
+    Template("self_attn.q_norm.weight", "D", "norms"),
+    Template("self_attn.k_norm.weight", "D", "norms"),
 )
 
 GROUPED_ATTENTION: Final = (

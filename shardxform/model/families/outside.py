@@ -43,7 +43,7 @@ class Outside:
     @property
     def model_types(self) -> tuple[str, ...]:
         """What it claims to know."""
-        return tuple(wrapper.model_type for wrapper in self.family.wrappers)
+        return tuple(dict.fromkeys(wrapper.model_type for wrapper in self.family.wrappers))
 
 
 def read_text(text: str, origin: str, where: str = "") -> Outside:
