@@ -17,6 +17,7 @@ __all__ = [
     "ResumeError",
     "SchemeError",
     "ShardxformError",
+    "UnknownFamilyError",
 ]
 
 
@@ -32,6 +33,10 @@ class CheckpointError(ShardxformError):
 
 class FamilyError(ShardxformError):
     """The architecture is unknown, or its config contradicts its tensors."""
+
+
+class UnknownFamilyError(FamilyError):
+    """No family knows the architecture."""
 
 
 class ManifestError(ShardxformError):

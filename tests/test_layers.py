@@ -16,15 +16,16 @@ from structure import MODULES, PACKAGE, cycle, imported, imports, tree_of
 # From bottom to top. A module imports modules of its own room and of rooms that stand before it; `errors` is for all.
 ROOMS = (
     *("errors", "base", "calibration", "checkpoint", "model", "formats", "ask", "plan", "execution"),
-    *("forward", "evaluation", "experts", "tuning", "cluster", "verification", "publish", "compress"),
+    *("forward", "drafting", "evaluation", "experts", "tuning", "cluster", "verification", "publish", "compress"),
     *("__init__", "cli", "__main__"),
 )
 PUBLIC = "__init__"  # what users import; only the commands do here
 
 # Importing these loads neither torch nor numpy: a command that moves bytes starts at once.
 LIGHT = (
-    *("model.layout", "checkpoint.table", "ask.manifest", "plan.prune", "execution.runner", "publish.card"),
-    *("cli", "cli.prune", "cli.inspect", "cli.card", "cli.doctor"),
+    *("model.layout", "model.family_files", "checkpoint.table", "ask.manifest", "plan.prune"),
+    *("execution.runner", "publish.card"),
+    *("cli", "cli.prune", "cli.inspect", "cli.card", "cli.doctor", "cli.family"),
 )
 PURE = ("errors", "base.strict_json", "base.tensors", "model.layout", "model.families.*")
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,25 @@ def test_bytes_equal_a_local_run_though_workers_are_killed(
     call(*command(what, tmp_path / "out", "--ray", cluster))
     assert (tmp_path / "killed-1").exists()
     assert tree(tmp_path / "out") == local(what)
+
+
+ACME = """\
+from dataclasses import replace
+from shardxform.model.families.qwen3_5_moe import FAMILY as KIN
+FAMILY = replace(KIN, name="acme", wrappers=(replace(KIN.wrappers[1], model_type="acme"),))
+"""
+
+
+def test_workers_know_a_family_that_a_file_says(cluster: str, tmp_path: Path) -> None:
+    source, file = tmp_path / "src", tmp_path / "acme.py"
+    shutil.copytree(SMALL_MOE, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "acme"}))
+    file.write_text(ACME)
+    words = ("quantize", source, "--max-shard-size", "300KB", "-q", "--family", file)
+    call(*words, tmp_path / "local")
+    call(*words, tmp_path / "out", "--ray", cluster)
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
 
 
 SLOW = """

@@ -14,7 +14,7 @@ import click
 
 from shardxform.base import interrupts
 from shardxform.cli.console import with_options
-from shardxform.errors import ShardxformError
+from shardxform.errors import ShardxformError, UnknownFamilyError
 
 __all__ = ["main"]
 
@@ -33,6 +33,7 @@ _COMMANDS: Final = {
     "push": "Publish an output on the hub: verified, resumable, in one commit.",
     "doctor": "Show what this machine has, and which commands that is enough for.",
     "manifest": "Show, check and convert keep manifests.",
+    "family": "Draft the entry of a family that is not built in, for --family.",
 }
 
 
@@ -63,7 +64,7 @@ class _Lazy(click.Group):
                 sys.stdout.flush()  # here, where an error can still be told
             return result
         except ShardxformError as e:
-            message, code = with_options(str(e)), e.exit_code
+            message, code = _told(e), e.exit_code
         except KeyboardInterrupt:
             message, code = interrupts.STOPPED, 130
         except OSError as e:
@@ -81,6 +82,12 @@ class _Lazy(click.Group):
             with contextlib.suppress(OSError, ValueError):
                 click.echo(f"shardxform: {message}", err=True)
         return ctx.exit(code)
+
+
+def _told(error: ShardxformError) -> str:
+    """What a person should read, and do, about an error."""
+    way_out = "; --family names the file of another one, and `shardxform family draft` makes one"
+    return with_options(str(error)) + (way_out if isinstance(error, UnknownFamilyError) else "")
 
 
 def _drop_stdout() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from shardxform.cli.console import print_json, tell
-from shardxform.cli.options import Flags, JsonFlags, command, option, out_argument
+from shardxform.cli.options import FamilyFlags, Flags, JsonFlags, command, option, out_argument
 from shardxform.publish.card import CardOptions, gather, render, write_card
 
 __all__ = ["card_command"]
@@ -39,7 +39,7 @@ class _Output(JsonFlags):
 
 @command("card")
 @out_argument
-def card_command(out: Path, shown: _Shown, output: _Output) -> None:
+def card_command(out: Path, shown: _Shown, family: FamilyFlags, output: _Output) -> None:
     """Make a model card for OUT: sizes, experts, parameters, how it was made and measured, how to load it.
 
     Every figure is read from OUT or from the files named; what is not known is left out. --manifest is the keep
@@ -47,6 +47,7 @@ def card_command(out: Path, shown: _Shown, output: _Output) -> None:
     `shardxform compress` left for OUT in OUT.compress is shown. --write replaces a README.md only if it is the source's
     copied one or an earlier card.
     """
+    family.load()
     options = _with_results(out, shown.read())
     facts = gather(out, options)
     written = write_card(out, render(facts), options.plots) if output.write else None

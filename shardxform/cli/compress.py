@@ -28,7 +28,7 @@ from shardxform.cli.console import (
     tell,
     with_options,
 )
-from shardxform.cli.inputs import load_text, make_precision, open_named, require
+from shardxform.cli.inputs import family_words, load_text, make_precision, open_named, require
 from shardxform.cli.outputs import Block, judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
 from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned
@@ -119,6 +119,7 @@ class _Asked(options.Flags):
     checks: _CheckFlags
     computation: options.ComputeFlags
     jobs: options.JobFlags
+    family: options.FamilyFlags
     transfer: options.TransferFlags
     output: _Output
 
@@ -155,6 +156,7 @@ def compress_command(source: options.Source, out: Path, asked: _Asked) -> None:
     it refuses to go on; --force then makes again what depends on them, and keeps what the other stages gave.
     """
     output = asked.output
+    asked.family.load()
     _refuse_idle(asked)
     request = _request(open_named(source, asked.transfer, out.parent), out, asked)
     settings = CompressOptions(
@@ -445,7 +447,7 @@ def _lines(outcome: Outcome, source: options.Source) -> Iterator[tuple[str, str]
     card = "" if facts["card"].get("left") else f", {outcome.out / 'README.md'}"
     yield "results", f"{outcome.folder}{card}"
     if not checked["full"]:
-        yield "prove it", pasteable("shardxform", "verify", outcome.out, "--source", source)
+        yield "prove it", pasteable("shardxform", "verify", outcome.out, "--source", source, *family_words())
 
 
 def _block_lines(blocks: Sequence[Block]) -> Iterator[tuple[str, str]]:

@@ -88,6 +88,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "data.text_key": "--text-key",
     "data.sources": "--text-sources",
     "data.by_source": "--by-text-source",
+    "family": "--family",
     "keep": "--keep or --ratio",
     "ratio": "--ratio",
     "criterion": "--criterion",

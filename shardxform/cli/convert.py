@@ -49,6 +49,7 @@ def convert_command(
     target: _Target,
     jobs: options.JobFlags,
     hub: options.HubFlags,
+    family: options.FamilyFlags,
     output: options.WriteFlags,
 ) -> None:
     """Write OUT, the quantized SRC in another format or expert spelling, without changing a weight.
@@ -58,6 +59,7 @@ def convert_command(
     fp16 the weights are dequantized: fp16 holds every value of 4 bits whose scale is exact in bfloat16, as scales of
     quantize are, and bf16 rounds; families with gated delta-net layers run in bf16 alone.
     """
+    family.load()
     checkpoint = open_named(source, hub, out.parent)
     wanted = Target(format=target.to, expert_names=target.expert_names, g_idx=target.g_idx)
     plan = plan_convert(checkpoint, wanted, ConvertOptions(max_shard_bytes=output.max_shard_size))

@@ -26,7 +26,7 @@ from shardxform.base.file_system import FileSystem, nearest
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, table
-from shardxform.cli.options import PATH, JsonFlags, command, option
+from shardxform.cli.options import PATH, FamilyFlags, JsonFlags, command, option
 from shardxform.errors import SchemeError
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
@@ -159,12 +159,13 @@ class _Output(JsonFlags):
 
 @command("doctor")
 @click.argument("source", metavar="[SRC]", required=False, type=PATH)
-def doctor_command(source: Path | None, output: _Output) -> None:
+def doctor_command(source: Path | None, family: FamilyFlags, output: _Output) -> None:
     """Show memory, disk, cores, GPUs and libraries, and which commands they are enough for.
 
     What a command takes is worked out from SRC's headers; without SRC, for Qwen3.5-35B-A3B. Exits with 1 when
     something is missing without which nothing works.
     """
+    family.load()
     found = libraries()
     machine = machine_of(output.disk, found["torch"].version)
     sizes = model_sizes(Checkpoint.open(source)) if source else REFERENCE

@@ -77,6 +77,7 @@ def evaluate_command(
     computation: options.ComputeFlags,
     place: options.WorkFlags,
     transfer: options.TransferFlags,
+    family: options.FamilyFlags,
     output: _Output,
 ) -> None:
     """Measure CKPT on held-out text, block by block: perplexity, and with --against how far it is from REF.
@@ -84,6 +85,7 @@ def evaluate_command(
     CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
     in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
+    family.load()
     refuse_no_data(text)
     against, plot, work = compared.against, output.plot, place.work or Path(_WORK)
     if compared.against_dtype and not against:

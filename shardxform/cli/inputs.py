@@ -20,6 +20,7 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
 from shardxform.cli.console import tell
 from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, TextFlags, TransferFlags
 from shardxform.errors import CheckpointError, OutputError, PlanError
+from shardxform.model.families import in_use
 from shardxform.model.layout import layout_of, refuse_longer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
 
 __all__ = [
+    "family_words",
     "load_manifest",
     "load_text",
     "make_precision",
@@ -95,6 +97,11 @@ def _open_folder(path: Path) -> Checkpoint:
 def _existing(folder: Path) -> Path:
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def family_words() -> list[str]:
+    """The options that name the families in use, for a command line that is proposed."""
+    return [word for each in in_use() if each.path for word in ("--family", each.path)]
 
 
 def load_manifest(pruned: PruneFlags, checkpoint: Checkpoint) -> Manifest | None:

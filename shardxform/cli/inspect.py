@@ -12,7 +12,7 @@ import click
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, short, table
 from shardxform.cli.inputs import open_named
-from shardxform.cli.options import HubFlags, JsonFlags, Source, command, option, source_argument
+from shardxform.cli.options import FamilyFlags, HubFlags, JsonFlags, Source, command, option, source_argument
 from shardxform.plan.inspection import Inspection, inspect_checkpoint
 
 __all__ = ["inspect_command"]
@@ -31,11 +31,12 @@ class _Shown(JsonFlags):
 
 @command("inspect")
 @source_argument
-def inspect_command(source: Source, hub: HubFlags, shown: _Shown) -> None:
+def inspect_command(source: Source, family: FamilyFlags, hub: HubFlags, shown: _Shown) -> None:
     """Show what SRC is made of: family, experts, sizes by role, and what pruning would make of it.
 
     Reads headers only, never tensor data.
     """
+    family.load()
     checkpoint = open_named(source, hub, Path())
     if shown.pattern is not None:
         _list_tensors(checkpoint, shown.pattern, shown.as_json)

@@ -14,7 +14,7 @@ from shardxform.base.file_system import why_not
 from shardxform.base.strict_json import pretty
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import print_json, rows, table
-from shardxform.cli.options import PATH, Flags, JsonFlags, command, option
+from shardxform.cli.options import PATH, FamilyFlags, Flags, JsonFlags, command, option
 from shardxform.errors import OutputError
 from shardxform.model.layout import Layout, layout_of
 
@@ -36,8 +36,9 @@ def manifest_command() -> None:
 
 @command("show")
 @_file_argument
-def _show(manifest: Path, how: _Read, output: JsonFlags) -> None:
+def _show(manifest: Path, how: _Read, family: FamilyFlags, output: JsonFlags) -> None:
     """Show what FILE keeps, in whatever form it is."""
+    family.load()
     read = Manifest.load(manifest, _layout(how.model), sort=how.sort)
     if output.as_json:
         print_json(read.to_dict())
@@ -55,8 +56,9 @@ def _show(manifest: Path, how: _Read, output: JsonFlags) -> None:
 @command("check")
 @_file_argument
 @click.argument("source", metavar="SRC", type=PATH)
-def _check(manifest: Path, source: Path, output: JsonFlags) -> None:
+def _check(manifest: Path, source: Path, family: FamilyFlags, output: JsonFlags) -> None:
     """Check that FILE fits the checkpoint SRC; exit 1 and say where if it does not."""
+    family.load()
     layout = _layout(source)
     assert layout is not None
     read = Manifest.load(manifest, layout)
@@ -70,8 +72,9 @@ def _check(manifest: Path, source: Path, output: JsonFlags) -> None:
 @command("convert")
 @_file_argument
 @click.argument("target", metavar="TARGET", type=PATH)
-def _convert(manifest: Path, target: Path, how: _Read) -> None:
+def _convert(manifest: Path, target: Path, how: _Read, family: FamilyFlags) -> None:
     """Write FILE, in whatever form it is, to TARGET in shardxform's own form."""
+    family.load()
     read = Manifest.load(manifest, _layout(how.model), sort=how.sort)
     try:
         with target.open("x", encoding="utf-8") as file:

@@ -23,6 +23,7 @@ from shardxform.base.tensors import parse_size
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.errors import SchemeError, ShardxformError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.model.families import in_use
 from shardxform.plan.view import MtpMode, ViewOptions
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "BatchFlags",
     "ComputeFlags",
     "DryFlags",
+    "FamilyFlags",
     "Flags",
     "HealFlags",
     "HealRequest",
@@ -566,6 +568,30 @@ class JobFlags(Flags, heading="Machine"):
     def count(self) -> int:
         """How many, whether given or not."""
         return self.jobs or _DEFAULT_JOBS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyFlags(Flags, heading="Family"):
+    """Families that are not built in."""
+
+    family: tuple[Path, ...] = option(
+        "Also know the family of this file, which is executed: name only what you would run. `shardxform family draft` "
+        "makes one; repeatable.",
+        default=(),
+        metavar="FILE.py",
+    )
+
+    def load(self) -> None:
+        """Have them known, and none that was named before.
+
+        Raises:
+            FamilyError: see `family_files.load_files`.
+
+        """
+        if self.family or in_use():
+            from shardxform.model.family_files import load_files  # most commands need none
+
+            load_files(self.family)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

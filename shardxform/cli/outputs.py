@@ -23,6 +23,7 @@ from shardxform.cli.console import (
     tell,
     with_options,
 )
+from shardxform.cli.inputs import family_words
 from shardxform.cli.options import WriteFlags
 from shardxform.cli.tuning import OnRay, RayTasks, open_pool, ray_tasks
 from shardxform.execution.output import refuse_obstacles, refuse_other_plan, state_of
@@ -198,7 +199,7 @@ def _say_done(plan: Plan, report: Report) -> None:
             ("time", f"{report.seconds:.1f} s{rate}{resumed}"),
             ("memory", f"{gb(report.peak_rss_bytes)} peak"),
             *_zero_lines(report),
-            ("check it", pasteable("shardxform", "verify", report.out, "--source", plan.origin)),
+            ("check it", pasteable("shardxform", "verify", report.out, "--source", plan.origin, *family_words())),
         ]
     )
     tell_blocks(report.facts, report.measured)

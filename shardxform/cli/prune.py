@@ -28,6 +28,7 @@ def prune_command(
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
+    family: options.FamilyFlags,
     output: options.WriteFlags,
 ) -> None:
     """Write OUT, a copy of SRC with only the routed experts that the manifest keeps.
@@ -36,6 +37,7 @@ def prune_command(
     rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
     shapes and types are the same. Interrupted, the same command goes on where it stopped.
     """
+    family.load()
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
     refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")

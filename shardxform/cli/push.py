@@ -13,7 +13,7 @@ import click
 
 from shardxform.base.progress import OnProgress
 from shardxform.cli.console import count, gb, print_json, progress, rows, tell
-from shardxform.cli.options import DryFlags, Flags, command, option, out_argument
+from shardxform.cli.options import DryFlags, FamilyFlags, Flags, command, option, out_argument
 from shardxform.publish import Contents, Destination, Pushed, Watch, contents_of, is_repo_name, push, verified
 
 __all__ = ["push_command"]
@@ -63,13 +63,14 @@ class _Target(Flags, heading="The repository"):
 @command("push")
 @out_argument
 @click.argument("repo", metavar="OWNER/NAME", type=_RepoName())
-def push_command(out: Path, repo: str, how: _Target, output: DryFlags) -> None:
+def push_command(out: Path, repo: str, how: _Target, family: FamilyFlags, output: DryFlags) -> None:
     """Publish the output OUT as OWNER/NAME on the hub, through huggingface_hub and the token it finds (HF_TOKEN).
 
     Refuses what `verify` finds unsound. Uploads the files that belong to the checkpoint, its card and licence, and
     makes them visible in one commit; then compares every size and hash with what the hub has. Interrupted, the same
     command goes on: files that arrived are not sent again.
     """
+    family.load()
     contents = contents_of(out)
     facts = {"repo": repo, "branch": how.branch, "private": how.private}
     target = how.read(repo)

@@ -28,6 +28,7 @@ def quantize_command(
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
+    family: options.FamilyFlags,
     output: options.WriteFlags,
 ) -> None:
     """Write OUT, SRC with its weights rounded to 4 or 8 bits; pruned by --manifest, and healed, in the same pass.
@@ -35,6 +36,7 @@ def quantize_command(
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
     MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
     """
+    family.load()
     rounding, device = asked.rounding, asked.computation.device
     refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")
     ray = on_ray(cluster, device, jobs=jobs.jobs, healing=asked.healing, rounding=rounding)

@@ -48,6 +48,7 @@ def score_command(
     place: options.WorkFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
+    family: options.FamilyFlags,
     output: _Output,
 ) -> None:
     """Run SRC over calibration data, block by block, and write what every routed expert did.
@@ -55,6 +56,7 @@ def score_command(
     Counts and sums are stored, so that `select` makes any criterion of them, REAP first, and `saliency add` joins runs.
     Hidden states lie in FILE.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
+    family.load()
     refuse_no_data(text)
     refuse_unwritable(output.out)
     ray = on_ray(cluster, computation.device)

@@ -11,7 +11,17 @@ import click
 
 from shardxform.cli.console import count, gb, print_json, progress, with_options
 from shardxform.cli.inputs import open_named
-from shardxform.cli.options import SOURCE, Flags, HubFlags, QuietFlags, Source, command, option, out_argument
+from shardxform.cli.options import (
+    SOURCE,
+    FamilyFlags,
+    Flags,
+    HubFlags,
+    QuietFlags,
+    Source,
+    command,
+    option,
+    out_argument,
+)
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
 
@@ -52,7 +62,7 @@ class _Output(QuietFlags):
 
 @command("verify")
 @out_argument
-def verify_command(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output: _Output) -> None:
+def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, hub: HubFlags, output: _Output) -> None:
     """Check the checkpoint OUT, and prove it against SRC.
 
     Looks at every tensor's name, shape and numbers, at config, index and sidecars, and lists everything that is
@@ -64,6 +74,7 @@ def verify_command(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output:
     were healed, all but the values must be SRC's. The last line says how many values were compared, and why the
     others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
     """
+    family.load()
     if made.source is None and (made.manifest or made.text_only or made.mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
     if made.source is None and hub.connections is not None:

@@ -20,7 +20,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform.cluster.worker import with_families
 from shardxform.errors import ExecutionError, PlanError
+from shardxform.model.families import in_use
+from shardxform.model.family_files import carried
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -165,10 +168,12 @@ class Session:
         return self._ray.put(value)
 
     def submit(self, function: Callable[..., object], needs: Needs, *args: object) -> Any:  # noqa: ANN401
-        """Have a `worker.reporting` function run: a reference, which may be an argument of other tasks.
+        """Have a `worker.reporting` function of a `wanted` run: a reference, which may be an argument of other tasks.
 
         It is run again when the worker or its machine dies, and never for an error of its own.
         """
+        if families := carried(in_use()):
+            function, args = with_families, (families, function, *args)
         if function not in self._functions:
             self._functions[function] = self._ray.remote(function)
         options = {**needs.options(), "max_retries": _TRIES, "retry_exceptions": False}

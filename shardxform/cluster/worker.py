@@ -23,9 +23,10 @@ from shardxform.base.digests import FACT, Chunk, digest_chunks
 from shardxform.base.file_system import FileSystem, FolderReader
 from shardxform.checkpoint.record import Record, read_record
 from shardxform.checkpoint.table import Folder
-from shardxform.errors import CheckpointError, ExecutionError, ShardxformError
+from shardxform.errors import CheckpointError, ExecutionError, FamilyError, ShardxformError
 from shardxform.execution.output import PARTIAL, PLAN, WORK, states_of
 from shardxform.execution.steps import Facts, OpenTargets, executor
+from shardxform.model.family_files import Carried, restore
 from shardxform.plan.plan import Plan, Step
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "refuse_other_version",
     "reporting",
     "with_digests",
+    "with_families",
 ]
 
 _P = ParamSpec("_P")
@@ -74,6 +76,20 @@ def refuse_other_version(wanted: Mapping[str, str]) -> None:
                 f"worker on {socket.gethostname()}: {name} {found[name]}, but the driver has {version};"
                 " install the same on machines of one kind"
             )
+
+
+def with_families(
+    families: Sequence[Carried], function: Callable[..., Outcome[_R]], wanted: Mapping[str, str], *args: object
+) -> Outcome[_R]:
+    """Do what `function` does where families from outside are known, as they are to the driver."""
+    try:
+        refuse_other_version(wanted)
+        restore(families)
+    except FamilyError as e:
+        return None, ExecutionError(f"worker on {socket.gethostname()}: {e}")
+    except ExecutionError as e:
+        return None, e
+    return function(wanted, *args)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,7 @@ from shardxform.experts import ExpertStats, Saliency, choose
 from shardxform.experts.choosing import DEFAULT, keep_of_ratio
 from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import Grid, Scheme
+from shardxform.model.families import family_origin
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.plan import Plan, source_inputs, tokens_of
 from shardxform.plan.quantize import plan_quantize
@@ -305,7 +306,7 @@ def _inputs(request: Request, sketch: Plan) -> dict[str, dict[str, object]]:
     pruning, windows = request.pruning, request.score_windows
     if pruning is not None and windows is not None:
         run = {"data": windows.provenance, "windows": windows.fingerprint, **_computed(request)}
-        out[SCORE] = {"source": source_inputs(request.source, {}), **run}
+        out[SCORE] = {"source": source_inputs(request.source, {}), **family_origin(request.source.config), **run}
         kept = pruning.kept(int(sketch.summary["experts_before"]))
         asked = {"keep": kept, "ratio": pruning.ratio, "criterion": pruning.criterion, "protect": pruning.protect}
         out[SELECT] = {**asked, "saliency": _hash(out[SCORE])}

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _CHAIN: Final = "scored"
+_COMPARED: Final = ("windows", "dtype", "device", "family")  # of runs that are finished
 _STATS: Final = ("count", "reap", "ean", "gate", "peak")
 
 
@@ -103,7 +104,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
 
 def run_facts(windows: Windows, inputs: Mapping[str, object]) -> dict[str, Any]:
     """What a `Saliency` says of a run over `windows` with these inputs."""
-    computed = {key: inputs[key] for key in ("windows", "dtype", "device", computing.KEY)}
+    computed = {key: inputs[key] for key in (*_COMPARED, computing.KEY) if key in inputs}
     made = {"tool": f"shardxform {__version__}", **windows.provenance}
     return {**made, **computed, "fingerprint": fingerprint(inputs)}
 
@@ -134,8 +135,9 @@ def difference_of_runs(found: Saliency, source: Checkpoint, windows: Windows, op
         return f"it adds up {len(found.runs)} runs"
     if where := difference_of_models(found.model, model_facts(source), names_of(source.shards)):
         return where
-    now = {key: inputs[key] for key in ("windows", "dtype", "device")}
-    return difference({key: found.runs[0].get(key) for key in now}, now) or "of an earlier version"
+    now = {key: inputs[key] for key in _COMPARED if key in inputs}
+    before = {key: found.runs[0][key] for key in _COMPARED if key in found.runs[0]}
+    return difference(before, now) or "of an earlier version"
 
 
 def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> None:

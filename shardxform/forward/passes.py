@@ -33,6 +33,7 @@ from shardxform.errors import ExecutionError, Interrupted
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Observer, Precision, Weights
 from shardxform.forward.work import HiddenFile, WorkDir
+from shardxform.model.families import family_origin
 
 __all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "estimate", "fingerprint", "pass_inputs", "run_pass"]
 
@@ -182,9 +183,11 @@ def pass_inputs(
         }
         for name, checkpoint in checkpoints.items()
     }
+    family = {key: value for each in checkpoints.values() for key, value in family_origin(each.config).items()}
     return {
         "purpose": purpose,
         "sources": sources,
+        **family,
         "windows": windows.fingerprint,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "device": precision.device.type,

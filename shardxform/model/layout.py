@@ -209,7 +209,7 @@ def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
     try:
         return _layout_of(config, names)
     except FamilyError as e:
-        raise FamilyError(f"{where}/{e}" if where else str(e)) from e
+        raise type(e)(f"{where}/{e}" if where else str(e)) from e
 
 
 def _layout_of(config: Config, names: Iterable[str]) -> Layout:

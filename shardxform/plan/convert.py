@@ -25,6 +25,7 @@ from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
+from shardxform.model.families import family_origin
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
 from shardxform.plan.view import DEFAULT_SHARD_BYTES, View, config_bytes, pruned_view, sidecar_digests, view_summary
@@ -304,6 +305,7 @@ def _inputs(
         "options": {"max_shard_bytes": options.max_shard_bytes},
         "target": asdict(target),
         "source": source_inputs(source, sidecars),
+        **family_origin(source.config),
         **({"scheme": asdict(scheme)} if scheme else {}),
         **({"origin": origin} if origin else {}),
         computing.KEY: computing.of_rounding(),

@@ -37,6 +37,7 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
+from shardxform.model.families import family_origin
 from shardxform.model.families.base import Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
@@ -478,6 +479,7 @@ def view_inputs(
         "options": {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes},
         "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
         "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
+        **family_origin(source.config),
     }
 
 

@@ -18,8 +18,10 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
+from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import Checkpoint, stopped
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, UnknownFamilyError
+from shardxform.model.families import HOMES, family_origin
 from shardxform.model.layout import tied_notes
 from shardxform.plan.view import MtpMode
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
@@ -162,6 +164,7 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
         if origin:
             rebuild(origin, None, given, known_of(origin, None, None, record), findings)
         return _Seen()
+    _check_family(root, checkpoint, record, findings)
     digests = check_digests(record, checkpoint, findings)
     structure = check_structure(checkpoint, lost, findings)
     check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
@@ -176,6 +179,26 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
             wanted = replace(wanted, rule=rule)
         compare_tables(wanted, checkpoint, lost, findings)
     return _Seen(checkpoint=checkpoint, structure=structure, wanted=wanted, digests=digests)
+
+
+def _check_family(root: Path, checkpoint: Checkpoint, record: Mapping[str, object], findings: Findings) -> None:
+    """Ask for a family from outside that the record names, and say that what is known by now is another text of it.
+
+    Raises:
+        UnknownFamilyError: names the file.
+
+    """
+    inputs = record.get("inputs")
+    named = inputs.get("family") if isinstance(inputs, Mapping) else None
+    if not isinstance(named, dict) or not named:
+        return
+    origin = next(iter(named))
+    found = family_origin(checkpoint.config).get("family", {})
+    known = checkpoint.config.get("model_type") in HOMES
+    if not found and not known:
+        raise UnknownFamilyError(f"{root}: made with the family of {origin}, which is not built in")
+    if found != named and not known:
+        findings.warn("family", PROVENANCE, f"made with another text of {origin} than that of {next(iter(found))}")
 
 
 _LISTS: Final = ("keep", "mtp_keep")

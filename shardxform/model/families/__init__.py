@@ -1,15 +1,20 @@
-"""The families that shardxform knows, and how one is recognised from config.json. Each is loaded when it is met."""
+"""The families that shardxform knows, and how one is recognised from config.json. Each is loaded when it is met.
+
+Families may come from outside too: from files that were named (`use`), and from entry points of installed packages.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
-from shardxform.errors import FamilyError
+from shardxform.errors import FamilyError, UnknownFamilyError
 from shardxform.model.families.base import Config, Family, Wrapper
+from shardxform.model.families.outside import Outside, of_entry_point
 
-__all__ = ["HOMES", "all_families", "family_of"]
+__all__ = ["GROUP", "HOMES", "Outside", "all_families", "family_of", "family_origin", "in_use", "installed", "use"]
 
 HOMES: Final[Mapping[str, str]] = {
     "afmoe": "afmoe",
@@ -60,22 +65,55 @@ HOMES: Final[Mapping[str, str]] = {
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 
+GROUP: Final = "shardxform.families"
+"""Entry points of installed packages: `MODEL_TYPE = "package.module:FAMILY"`."""
+
+
+_named: dict[str, Outside] = {}
+
+
+def use(families: Iterable[Outside]) -> None:
+    """Have these known, and none of those that were named before.
+
+    Raises:
+        FamilyError: two families claim one `model_type`.
+
+    """
+    claimed: dict[str, Outside] = {}
+    for each in families:
+        for model_type in each.model_types:
+            if model_type in HOMES:
+                raise FamilyError(f"{each.origin}: model_type '{model_type}' is built in")
+            other = claimed.get(model_type) or installed(model_type)
+            if other:
+                raise FamilyError(f"{each.origin} and {other.origin} both claim model_type '{model_type}'")
+            claimed[model_type] = each
+    _named.clear()
+    _named.update(claimed)
+
+
+def in_use() -> tuple[Outside, ...]:
+    """Families that were named, and those of entry points that were met."""
+    met = [found for found in _installed.values() if found]
+    return (*dict.fromkeys(_named.values()), *met)
+
 
 def family_of(config: Config) -> tuple[Family, Wrapper]:
     """The family and the wrapper class that a config.json describes.
 
     Raises:
-        FamilyError: an unknown `model_type`, or one that contradicts `architectures`.
+        UnknownFamilyError: no family has that `model_type`.
+        FamilyError: it contradicts `architectures`.
 
     """
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"config.json: architectures: expected a list of names, found {architectures!r}")
-    if not isinstance(model_type, str) or model_type not in HOMES:
-        known = ", ".join(sorted(HOMES))
-        raise FamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
-    family = _load(HOMES[model_type])
+    family = _family(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        known = ", ".join(sorted({*HOMES, *_named, *_entry_points()}))
+        raise UnknownFamilyError(f"config.json: model_type {model_type!r} is not a known family; known: {known}")
     own = [each for each in family.wrappers if each.model_type == model_type]
     wrapper = next((each for each in own if each.architecture in architectures), own[0])
     if architectures and wrapper.architecture not in architectures:
@@ -86,11 +124,66 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
     return family, wrapper
 
 
+def family_origin(config: Config) -> dict[str, dict[str, str]]:
+    """What is to be bound to a family from outside: under `family` its origin and the digest of its text.
+
+    Nothing for a family of this package, whose version is bound otherwise, or for none.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type in HOMES:
+        return {}
+    found = _named.get(model_type) or installed(model_type)
+    return {"family": {found.origin: found.sha256}} if found else {}
+
+
 def all_families() -> tuple[Family, ...]:
-    """Load every family, in the order of their modules' names."""
+    """Load every family of this package, in the order of their modules' names."""
     return tuple(_load(module) for module in sorted(set(HOMES.values())))
+
+
+def _family(model_type: str) -> Family | None:
+    """Look where families are: files that were named, this package, entry points."""
+    if model_type in HOMES:  # no file claims one of these
+        return _load(HOMES[model_type])
+    found = _named.get(model_type) or installed(model_type)
+    return found.family if found else None
 
 
 def _load(module: str) -> Family:
     family: Family = importlib.import_module(f"shardxform.model.families.{module}").FAMILY
     return family
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+_installed: dict[str, Outside | None] = {}
+
+
+def installed(model_type: str) -> Outside | None:
+    """The family of an installed package that knows a `model_type`; loaded here, and only then.
+
+    Raises:
+        FamilyError: two packages claim it, or what is there is no family of it.
+
+    """
+    if model_type not in _installed:
+        found = _entry_points().get(model_type, ())
+        if len(found) > 1:
+            names = " and ".join(f"{each.value} of {each.dist.name}" for each in found)
+            raise FamilyError(f"{names} both claim model_type '{model_type}'; uninstall one")
+        if found:
+            _installed[model_type] = of_entry_point(model_type, found[0])
+        else:
+            _installed[model_type] = None
+    return _installed[model_type]
+
+
+@functools.cache
+def _entry_points() -> Mapping[str, tuple[Any, ...]]:
+    """Entry points by name; looked for only when a `model_type` is met that this package does not know."""
+    from importlib.metadata import entry_points
+
+    out: dict[str, tuple[Any, ...]] = {}
+    for each in entry_points(group=GROUP):
+        out[each.name] = (*out.get(each.name, ()), each)
+    return out
