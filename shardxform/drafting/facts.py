@@ -125,6 +125,7 @@ class _Finder:
         self._decide = self.facts.decide
         self._by_layer = layer_conditions(probe)
         self._letters = _symbols_of(probe.sizes)
+        self._homes: list[tuple[str, str]] = []  # of experts, in releases and in modules
         self._parts_of: dict[str, list[str]] = {}
         self._names = self._released_names()
         name = next((name for name in self._names if ".layers.{l}." in name), "")
@@ -154,7 +155,12 @@ class _Finder:
 
     def _renames(self) -> None:
         inner = {_inner(theirs): _inner(ours) for ours, theirs in self._names.items() if ".{l}." in theirs}
-        found = renames(inner)
+        inner |= dict(self._homes)
+        modules = {(ours.rpartition("."), theirs.rpartition(".")) for ours, theirs in inner.items()}
+        stems = {ours[0]: theirs[0] for ours, theirs in modules if ours[2] == theirs[2] in ("weight", "bias")}
+        found = renames(inner | stems)  # modules are asked for by their names too
+        if found is None:
+            found = renames(inner)
         if found is None:
             changed = ", ".join(f"{ours} is {theirs}" for ours, theirs in inner.items() if ours != theirs)
             self._decide.append(f"renames, of which no pairs of parts were found: {changed}")
@@ -218,6 +224,7 @@ class _Finder:
     def _projections(self, name: str, released: Mapping[str, list[str]]) -> dict[str, Any]:
         parts = [part for group in released.values() for part in group if part.endswith(".weight")]
         home = parts[0].partition(".{e}.")[0]
+        self._homes.append((home, _inner(_general(name))))
         projections = tuple(part.partition(".{e}.")[2].removesuffix(".weight") for part in parts)
         if projections == _GATED[1:]:
             return {"home": home, "projections": projections, "stacks": ("up_proj", "down_proj")}
@@ -356,7 +363,7 @@ class _Finder:
             self.facts.symbols["D"] = self._function("_head_dim", _HEAD_DIM)
         for key in self._probe.sizes:
             found, stored = self._probe.base.config.get(self._probe.stored(key)), self._probe.stored(key)
-            if found not in (None, self._probe.base.given[key]):
+            if self._letters[key] in used and found not in (None, self._probe.base.given[key]):
                 self._decide.append(
                     f"{stored}: transformers overwrites it, so that what it saves is not what releases say"
                 )
