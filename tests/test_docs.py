@@ -158,6 +158,14 @@ def test_commands_of_the_readme_are_all_there_are() -> None:
     assert set(main.list_commands(click.Context(main))) <= listed
 
 
+def test_the_page_of_families_is_what_the_families_say() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "families.py")]
+    page = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert page == (ROOT / "docs" / "families.md").read_text(encoding="utf-8"), (
+        "python scripts/families.py > docs/families.md"
+    )
+
+
 # -- scripts and names ------------------------------------------------------------------------------------------------
 
 
