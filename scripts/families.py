@@ -61,9 +61,9 @@ RELEASES = {
 }
 HEAD = """# Families
 
-What is known of each architecture: `inspect`, `prune`, `verify`, `card` and `push` work for all of them; `score`, `evaluate`,
-healing and tuned rounding for those whose blocks are run; `quantize` and `convert` for the formats whose loaders find the
-experts. Written by `scripts/families.py` from the entries themselves. [Adding one](adding-a-family.md).
+What is known of each architecture. `inspect`, `prune`, `verify`, `card` and `push` work for all of them; `score`,
+`evaluate`, healing and tuned rounding for those whose blocks are run; `quantize` and `convert` for the formats whose
+loaders find the experts. Written by `scripts/families.py` from the entries; [adding one](adding-a-family.md).
 
 | model_type | releases | experts | MTP layers | quantized for | run |
 |---|---|---|---|---|---|
