@@ -116,7 +116,9 @@ def stack_cuts(experts: ExpertLayout, stack: str, rows: int) -> Iterator[tuple[s
     reads them on transformers 5, which puts the halves one below the other again, and has the model take them apart.
     """
     gate, up, down = experts.projections
-    if stack != experts.stacks[0]:
+    if experts.gate == "separate":
+        yield experts.projections[experts.stacks.index(stack)], Cut(0, rows, experts.transposed)
+    elif stack != experts.stacks[0]:
         yield down, Cut(0, rows, experts.transposed)
     else:
         yield gate, Cut(0, rows // 2, experts.transposed)
@@ -127,9 +129,10 @@ def _unstacked(
     name: str, ref: TensorRef, place: Place, experts: ExpertLayout, expert_names: ExpertNames
 ) -> Iterator[Matrix]:
     """Matrices of one stack."""
-    stem, stack = name.rsplit(".", 1)
-    if stack not in experts.stacks:
+    kinds = {experts.stacked(stack): stack for stack in experts.stacks}
+    if place.template.name not in kinds:
         return
+    stack, stem = kinds[place.template.name], name.removesuffix(place.template.name) + experts.home
     sources, home = (name,), experts.home
     if expert_names == "fused-indexed":
         for expert, weight in enumerate(ref.slabs()):

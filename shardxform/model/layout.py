@@ -365,7 +365,7 @@ class _Finder:
         """The layer within its scope, or -1 when the number lies outside the scope."""
         if layer is None:
             return None
-        if scope == "block":
+        if scope in ("root", "block"):
             return layer if layer < self._num_layers else -1
         if scope == "mtp" and self._follows:
             return layer - self._num_layers if self._num_layers <= layer < self._mtp_end else -1
@@ -457,8 +457,11 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
     sizes = _Sizes(family.symbols, text, layout.num_experts)
     decoder = layout.wrapper.prefix
     for template in family.root:
-        if family.holds(template.when, text, -1):
-            yield template.name.format(decoder=decoder), _expect(Place(template, "root"), sizes)
+        name = template.name.replace("{decoder}", decoder)
+        if "{l}" in name:
+            yield from _of_layers(layout, template, name, sizes)
+        elif family.holds(template.when, text, -1):
+            yield name, _expect(Place(template, "root"), sizes)
     for layer in range(layout.num_layers):
         prefix = f"{decoder}layers.{layer}."
         variant = variants.get(("block", layer), family.spelling)
@@ -500,6 +503,13 @@ class _Sizes:
         if type(value) is not int or value < 0:
             raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
         return value
+
+
+def _of_layers(layout: Layout, template: Template, name: str, sizes: _Sizes) -> Iterator[tuple[str, Expected]]:
+    """A tensor of every decoder block for which its condition holds, though it does not lie there."""
+    for layer in range(layout.num_layers):
+        if layout.family.holds(template.when, layout.text, layer):
+            yield name.replace("{l}", str(layer)), _expect(Place(template, "root", layer), sizes)
 
 
 def _expect(place: Place, sizes: _Sizes) -> Expected:

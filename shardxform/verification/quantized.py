@@ -101,7 +101,7 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
 def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Module]:
     found: dict[str, _Module] = {}
     for name, place in layout.places.items():
-        if place.template.variant and not place.template.is_expert_weight:
+        if place.template.ids or (place.template.variant and not place.template.is_expert_weight):
             continue
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:

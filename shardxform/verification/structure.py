@@ -12,12 +12,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.strict_json import parse_object
-from shardxform.base.tensors import TensorRef, uncollected
+from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.families import family_of
-from shardxform.model.families.base import Scope
+from shardxform.model.families.base import Scope, Slicing
 from shardxform.model.layout import Expected, Layout, Place, expected, layout_of, looks_like, variants_found
 from shardxform.plan.plan import Plan
 from shardxform.verification.findings import Findings, Item, place_of
@@ -394,15 +394,26 @@ def _check_table(
                 detail = "all experts missing" if item.place.template.variant == "fused" else "missing"
                 found.append(Item("mtp" if in_mtp else "missing", name, item.place, detail))
         elif item.shape is not None and ref.spec.shape != item.shape:
-            counts = item.place.template.sliced and ref.spec.shape[1:] == item.shape[1:]
+            counts = _counts_otherwise(item.place.template.slicing, ref.spec.shape, item.shape)
             code = "mtp" if in_mtp else "expert-count" if counts else "shape"
-            found.append(Item(code, name, item.place, _misshapen(ref.spec.shape, item.shape, counts)))
+            found.append(Item(code, name, item.place, counts or _misshapen(ref.spec.shape, item.shape)))
+        elif item.place.template.ids and ref.spec.dtype not in ID_DTYPES:
+            found.append(Item("expert-id", name, item.place, f"{ref.spec.dtype}, expected ids of experts as integers"))
     findings.items(found, layout.num_experts)
 
 
-def _misshapen(found: tuple[int, ...], wanted: tuple[int, ...], counts: bool) -> str:
-    if counts and found:
-        return f"{found[0]} experts, but config.json says {wanted[0]}"
+def _counts_otherwise(slicing: Slicing | None, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Say that a shape is right but for the number of experts; empty where it is not."""
+    if slicing is None or len(found) != len(wanted):
+        return ""
+    axis = slicing.axis
+    if found[:axis] + found[axis + 1 :] != wanted[:axis] + wanted[axis + 1 :]:
+        return ""
+    what = "experts" if slicing == Slicing(axis) else "positions of experts and others"
+    return f"{found[axis]} {what}, but config.json says {wanted[axis]}"
+
+
+def _misshapen(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     return f"shape {list(found)}, expected {list(wanted)}"
 
 
@@ -445,7 +456,7 @@ def _count_experts(layout: Layout, tensors: Mapping[str, TensorRef], seed: Mappi
         if place.expert is not None:
             single.add((place.scope, place.layer, place.expert))
         elif place.template.variant == "fused" and (shape := tensors[name].spec.shape):
-            fused[place.scope, place.layer] = shape[0]
+            fused[place.scope, place.layer] = shape[0] if place.template.slicing == Slicing(0) else layout.num_experts
     return len(single) + sum(fused.values())
 
 

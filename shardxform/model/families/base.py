@@ -7,7 +7,8 @@ both questions that are ever asked: "what is this tensor?" (`layout.Layout`) and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -26,6 +27,7 @@ __all__ = [
     "Mtp",
     "Role",
     "Scope",
+    "Slicing",
     "Template",
     "Wrapper",
     "experts",
@@ -56,7 +58,7 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 """Roles whose 2-D weights are linear layers that clients can run quantized."""
 
 Scope = Literal["root", "block", "mtp", "vision"]
-Gate = Literal["concatenated", "interleaved"]
+Gate = Literal["concatenated", "interleaved", "separate"]
 
 COUNT_KEYS: Final = frozenset(
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
@@ -74,17 +76,81 @@ HARMLESS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Slicing:
+    """Where a tensor counts routed experts, so that pruning takes positions out of it.
+
+    Attributes:
+        axis: the dimension that counts them.
+        several: every expert has as many positions there, one after another, as in `E*I`; else one, as in `E`.
+        others: after those of experts there are positions that belong to no expert and stay, as in `E+Z`.
+
+    """
+
+    axis: int
+    several: bool = False
+    others: bool = False
+
+    def positions(self, size: int, experts: int, keep: Sequence[int]) -> list[int]:
+        """Positions that stay of `size`, where `keep` of so many experts stay.
+
+        Raises:
+            ValueError: `size` cannot be of so many experts.
+
+        """
+        each = self.per_expert(size, experts)
+        stays = range(experts * each, size)
+        return [expert * each + at for expert in keep for at in range(each)] + list(stays)
+
+    def per_expert(self, size: int, experts: int) -> int:
+        """Positions that each expert has.
+
+        Raises:
+            ValueError: `size` cannot be of so many experts.
+
+        """
+        each = size // experts if self.several else 1
+        if size < experts * each or (not self.others and size != experts * each):
+            raise ValueError(f"{size} positions are not those of {experts} experts")
+        return each
+
+
+@functools.lru_cache(maxsize=4096)
+def _slicing_of(shape: str) -> Slicing | None:
+    """Where `E` stands in the dimensions of a shape.
+
+    Raises:
+        ValueError: in more than one place, or not in front of what each expert has or of what stays.
+
+    """
+    found = [(axis, terms) for axis, terms in enumerate(each.split("+") for each in shape.split(",")) if _counts(terms)]
+    if not found:
+        return None
+    axis, (first, *others) = found[0]
+    experts, *each = first.split("*")
+    if len(found) > 1 or experts != "E" or "E" in each or _counts(others):
+        raise ValueError(f"shape {shape}: expected E once, as in E, E*I or E+Z")
+    return Slicing(axis, bool(each), bool(others))
+
+
+def _counts(terms: Iterable[str]) -> bool:
+    return any("E" in term.split("*") for term in terms)
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
     """One tensor of a family.
 
     Attributes:
-        name: relative to its scope's prefix; `{e}` stands for an expert id, `{b}` for a vision block.
+        name: relative to its scope's prefix; `{e}` stands for an expert id, `{b}` for a vision block. In the root scope
+            `{l}` stands for a decoder block.
         shape: dimensions separated by commas, each a sum of products of symbols and integers, as in `E,2*I,H`.
-            A leading `E` means one row per expert: pruning slices it. `?` leaves the shape unchecked.
+            The dimension with an `E` counts experts, and pruning slices it: `E` alone has one position per expert,
+            `E*I` has I of each, one after another, and `E+Z` has Z more that stay. `?` leaves the shape unchecked.
         role: what its size is counted under.
         when: name of the family's condition on (config, layer) under which the tensor exists; empty for always.
         variant: `fused` or `per-expert` for experts; one of the two is present in a block.
         optional: accepted when present, never missed.
+        ids: its values are ids of experts, [rows, ids of each], which pruning renumbers; see `formats.remaking`.
 
     """
 
@@ -94,6 +160,7 @@ class Template:
     when: str = ""
     variant: str = ""
     optional: bool = False
+    ids: bool = False
 
     @property
     def numbered(self) -> bool:
@@ -106,9 +173,19 @@ class Template:
         return bool(self.variant) and not self.name.endswith("bias")
 
     @property
+    def slicing(self) -> Slicing | None:
+        """Where it counts routed experts, or None."""
+        return _slicing_of(self.shape)
+
+    @property
     def sliced(self) -> bool:
-        """Whether dim 0 counts routed experts."""
-        return self.shape.split(",")[0] == "E"
+        """Whether it counts routed experts."""
+        return self.slicing is not None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether pruning changes it: it counts routed experts, is of one, or holds their ids."""
+        return self.numbered or self.ids or self.sliced
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +198,26 @@ class ExpertLayout:
         home: name of the module that holds them, within its block.
         stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
             where no checkpoint stacks them.
+        stack_home: name of the module that holds stacks instead of `home`, whose tensors are called `<stack>.weight`.
         projections: names of the gate, up and down projection of one expert.
         transposed: a stack holds matrices [I, O] instead of [O, I].
-        gate: gate and up projection are the halves of the stacked one, or every second of its rows.
+        gate: gate and up projection are the halves of the stacked one, every second of its rows, or stacks of their
+            own, of which `stacks` has the names: gate, up, down.
         bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
 
     """
 
     home: str = "mlp.experts"
     stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    stack_home: str = ""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     transposed: bool = False
     gate: Gate = "concatenated"
     bias: bool = False
+
+    def stacked(self, stack: str) -> str:
+        """Name of a stack within its block."""
+        return f"{self.stack_home}.{stack}.weight" if self.stack_home else f"{self.home}.{stack}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +357,11 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     """Routed experts as `layout` has them: stacked under its home, `[E, 2I, H]` and `[E, H, I]`, and one by one."""
     layout = layout or ExpertLayout()
     role: Role = "routed experts"
-    shapes = ("E,H,2*I", "E,I,H") if layout.transposed else ("E,2*I,H", "E,H,I")
+    shapes: tuple[str, ...] = ("E,H,2*I", "E,I,H") if layout.transposed else ("E,2*I,H", "E,H,I")
+    if layout.gate == "separate":
+        shapes = ("E,I,H", "E,I,H", "E,H,I")
     out = [
-        Template(f"{layout.home}.{stack}", shape, role, when, "fused")
+        Template(layout.stacked(stack), shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
     ]
     if layout.bias:
