@@ -285,6 +285,7 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         if layers:
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
+    blocks = re.escape(layout.family.decoder.blocks)
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
@@ -292,7 +293,7 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
         if not quantized_in[kind]:
             yield rf".*\.{tail}"
         else:
-            yield rf".*\.layers\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+            yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
     if layout.wrapper.vision:
         yield r".*visual.*"
     yield from _mtp_patterns(quantized, modules, layout)

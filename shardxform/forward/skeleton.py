@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final
@@ -36,7 +37,7 @@ from shardxform.forward.weights import (
     detach,
     experts_module,
 )
-from shardxform.model.layout import HEAD, Layout, is_tied
+from shardxform.model.layout import Layout, is_tied
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 
@@ -80,8 +81,11 @@ class Skeleton:
         self.layout = weights.layout
         self._model = _meta_model(self.layout, weights)
         self._decoder: Any = self._model.get_decoder()
-        self._blocks: list[nn.Module] = list(self._decoder.layers)
-        self._norm: nn.Module = self._decoder.norm
+        names = self.layout.family.decoder
+        self._layers: Any = getattr(self._decoder, names.attribute(names.blocks))
+        self._blocks: list[nn.Module] = list(self._layers)
+        self._norm: nn.Module = getattr(self._decoder, names.attribute(names.norm))
+        self._table: nn.Module = getattr(self._decoder, names.attribute(names.embeddings))
         for module in (*self._blocks, self._norm):
             _pass_through(module)
 
@@ -106,24 +110,26 @@ class Skeleton:
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that enter the first block; reads the embeddings of the tokens that occur."""
         unique, local_BT = torch.unique(ids_BT, return_inverse=True)
-        rows = self.weights.rows(self._embeddings, unique.tolist())
-        table = self._decoder.embed_tokens
-        with _filled(table, {"weight": rows}), _told():
+        rows = self.weights.rows(self.layout.embeddings, unique.tolist())
+        with _filled(self._table, {"weight": rows}), _told():
             hidden: torch.Tensor = self._decoder(input_ids=local_BT.to(rows.device), use_cache=False).last_hidden_state
         return hidden
 
     @contextlib.contextmanager
     def final_norm(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Load the final norm: a function of hidden states [B, T, H] that left the last block, both float32."""
-        norm = self.weights.tensor(f"{self.layout.wrapper.prefix}norm.weight", torch.float32)
-        with _filled(self._norm, {"weight": norm}):
+        names = [(each, f"{self.layout.norm}.{each}") for each in self._norm.state_dict()]
+        with _filled(self._norm, {each: self.weights.tensor(name, torch.float32) for each, name in names}):
             yield self._normed
 
     @contextlib.contextmanager
     def head(self, shared: torch.Tensor | None = None) -> Iterator[OutputHead]:
         """Load the final norm and the output head; `shared` is the same head, loaded for another model."""
+        module: Any = self._model.get_output_embeddings()
+        biased = getattr(module, "bias", None) is not None
+        bias = self.weights.tensor(f"{self.layout.wrapper.head}.bias", torch.float32) if biased else None
         with self.final_norm():
-            yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared)
+            yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared, bias)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         with _computing(self._norm):
@@ -135,18 +141,14 @@ class Skeleton:
 
         A tied head that is stored all the same is run as transformers runs it: as it is stored.
         """
-        embeddings = is_tied(self.layout) and not self.weights.has(HEAD)
-        return self.weights.ref(self._embeddings if embeddings else HEAD)
-
-    @property
-    def _embeddings(self) -> str:
-        return f"{self.layout.wrapper.prefix}embed_tokens.weight"
+        embeddings = is_tied(self.layout) and not self.weights.has(self.layout.head)
+        return self.weights.ref(self.layout.embeddings if embeddings else self.layout.head)
 
     # -- blocks -------------------------------------------------------------------------------------------------
 
     def prefix(self, layer: int) -> str:
         """What the names of a decoder block's tensors begin with."""
-        return f"{self.layout.wrapper.prefix}layers.{layer}."
+        return f"{self.layout.blocks}{layer}."
 
     def module(self, layer: int) -> nn.Module:
         """Look at the module of a decoder block, which has no weights unless it is loaded."""
@@ -198,7 +200,7 @@ class Skeleton:
                 are stored in. The weights of other experts are read as tokens reach them.
 
         """
-        original = self._decoder.layers[layer]
+        original = self._layers[layer]
         module = copy.deepcopy(original)
         experts = experts_module(module)
         local = next((name for name, each in module.named_modules() if each is experts), "")
@@ -209,11 +211,11 @@ class Skeleton:
             _put(experts, self.stacked(layer))
         elif experts is not None:
             attach(experts, bank)
-        self._decoder.layers[layer] = module
+        self._layers[layer] = module
         try:
             yield Block(self, module, bank)
         finally:
-            self._decoder.layers[layer] = original
+            self._layers[layer] = original
             bank.loaded.clear()
             give_back()
 
@@ -246,9 +248,8 @@ class Skeleton:
 
     def norm_like_final(self, name: str) -> nn.Module:
         """Make another norm of the kind of the final one, with the weight of that name."""
-        kind: Any = type(self._norm)
-        with _META:
-            norm: nn.Module = kind(self.hidden_size, eps=self._model.config.rms_norm_eps)
+        norm = copy.deepcopy(self._norm)
+        norm.__dict__.pop("forward", None)  # as `_pass_through` leaves it
         norm.load_state_dict({"weight": self.weights.tensor(name)}, assign=True)
         return norm.requires_grad_(False)
 
@@ -323,22 +324,24 @@ class OutputHead:
     """The final norm and the output head, computed in float32 whatever the blocks are.
 
     bfloat16 resolves logits of 16 to an eighth, so that tokens tie. `weight` is the head [V, H] in the dtype it is
-    stored in, on the device.
+    stored in, on the device; `bias` [V] is float32, or None.
     """
 
-    def __init__(self, skeleton: Skeleton, weight: torch.Tensor) -> None:
+    def __init__(self, skeleton: Skeleton, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._skeleton = skeleton
         self.weight = weight
+        self._bias = bias
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Logits [N, V], float32, of hidden states [N, H] that left the last block, wherever they are."""
         model: Any = self._skeleton._model
-        module, weight = model.get_output_embeddings(), self.weight
+        module, weight, bias = model.get_output_embeddings(), self.weight, self._bias
 
         def tiled(hidden: torch.Tensor) -> torch.Tensor:
             """The head a tile of rows at a time: it is a gigabyte, and would be two in float32."""
             tiles = (weight[at : at + _TILE_ROWS].float() for at in range(0, len(weight), _TILE_ROWS))
-            return torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
+            logits = torch.cat([nn.functional.linear(hidden, tile) for tile in tiles], dim=-1)
+            return logits if bias is None else logits + bias
 
         with _computing(self._skeleton._norm), _forward_of(module, tiled), _told():
             hidden = hidden_NH[None].to(weight.device, torch.float32)
@@ -353,19 +356,38 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     text["model_type"] = wrapper.model_type
     try:
         config = AutoConfig.for_model(**text)
+        config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
         auto: Any = AutoModelForCausalLM
         with _META:
             model = auto.from_config(
                 config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
             )
         attend_by_rows(model)
-        rotary = model.get_decoder().rotary_emb
-        with weights.precision.device:
-            model.get_decoder().rotary_emb = type(rotary)(config=model.config)
+        _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _make_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
+    """Make the buffers that no checkpoint holds, as transformers does when it loads one: by its own initialization.
+
+    Raises:
+        ValueError: there is one that it leaves as it is.
+
+    """
+    for path, module in model.named_modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        for name in names:
+            empty = torch.empty_like(module._buffers[name], device=device)
+            module._buffers[name] = empty.fill_(math.nan) if empty.is_floating_point() else empty
+        if names:
+            model._init_weights(module)
+        for name in names:
+            if bool(module._buffers[name].isnan().any()):
+                raise ValueError(f"nothing says what the buffer {path}.{name} holds")
 
 
 def _pass_through(module: nn.Module) -> None:

@@ -21,7 +21,6 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Sy
 
 __all__ = [
     "COMPANIONS",
-    "HEAD",
     "MAX_LAYERS",
     "Layout",
     "Place",
@@ -134,6 +133,26 @@ class Layout:
     harmless: tuple[str, ...] = ()
 
     @property
+    def blocks(self) -> str:
+        """What every name of a decoder block begins with."""
+        return f"{self.wrapper.prefix}{self.family.decoder.blocks}."
+
+    @property
+    def embeddings(self) -> str:
+        """Name of the token embeddings."""
+        return f"{self.wrapper.prefix}{self.family.decoder.embeddings}.weight"
+
+    @property
+    def norm(self) -> str:
+        """Name of the final norm, less its parameters."""
+        return f"{self.wrapper.prefix}{self.family.decoder.norm}"
+
+    @property
+    def head(self) -> str:
+        """Name of the output head, whether it is stored or tied to the embeddings."""
+        return f"{self.wrapper.head}.weight"
+
+    @property
     def mtp_prefixes(self) -> tuple[str, ...]:
         """What every name of an MTP layer that the config declares begins with, known to the family or not."""
         mtp = self.family.mtp
@@ -148,14 +167,14 @@ class Layout:
         mtp = self.family.mtp
         if mtp is None or not mtp.follows_blocks:
             return ()
-        blocks, end = self.wrapper.prefix + "layers.", self.num_layers + self.mtp_layers
+        blocks, end = self.blocks, self.num_layers + self.mtp_layers
         beyond = {name[len(blocks) :].partition(".")[0] for name in self.unknown if name.startswith(blocks)}
         return self._mtp_prefixes(sorted(int(number) for number in beyond if _is_id(number) and int(number) >= end))
 
     def _mtp_prefixes(self, numbers: Iterable[int]) -> tuple[str, ...]:
         assert self.family.mtp is not None
         prefix = self.family.mtp.prefix
-        return tuple(prefix.format(decoder=self.wrapper.prefix, l=number) for number in numbers)
+        return tuple(self.wrapper.full(prefix).replace("{l}", str(number)) for number in numbers)
 
 
 def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
@@ -291,13 +310,13 @@ class _Finder:
         self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
         self._stems: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {}
-        blocks = wrapper.prefix + "layers.{l}."
+        blocks = f"{wrapper.prefix}{family.decoder.blocks}.{{l}}."
         for template in family.root:
-            self._add("root", template.name.replace("{decoder}", wrapper.prefix), template)
+            self._add("root", wrapper.full(template.name), template)
         for template in family.block:
             self._add("block", blocks + template.name, template)
         if family.mtp:
-            prefix = family.mtp.prefix.replace("{decoder}", wrapper.prefix)
+            prefix = wrapper.full(family.mtp.prefix)
             for template in (*family.block, *family.mtp.layer):
                 self._add("mtp", prefix + template.name, template)
             for template in family.mtp.root:
@@ -455,15 +474,14 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
     """
     family, text = layout.family, layout.text
     sizes = _Sizes(family.symbols, text, layout.num_experts)
-    decoder = layout.wrapper.prefix
     for template in family.root:
-        name = template.name.replace("{decoder}", decoder)
+        name = layout.wrapper.full(template.name)
         if "{l}" in name:
             yield from _of_layers(layout, template, name, sizes)
         elif family.holds(template.when, text, -1):
             yield name, _expect(Place(template, "root"), sizes)
     for layer in range(layout.num_layers):
-        prefix = f"{decoder}layers.{layer}."
+        prefix = f"{layout.blocks}{layer}."
         variant = variants.get(("block", layer), family.spelling)
         yield from _block(layout, family.block, "block", layer, layer, prefix, variant, sizes)
     if family.mtp and layout.mtp_layers:
@@ -548,7 +566,7 @@ def _expected_mtp(
         yield template.name, _expect(Place(template, "mtp"), sizes)
     for layer in range(layout.mtp_layers):
         number = layout.num_layers + layer if mtp.follows_blocks else layer
-        prefix = mtp.prefix.replace("{decoder}", layout.wrapper.prefix).replace("{l}", str(number))
+        prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
         variant = variants.get(("mtp", layer), "per-expert")
         templates = (*layout.family.block, *mtp.layer)
         yield from _block(layout, templates, "mtp", layer, mtp.like(layout.text), prefix, variant, sizes)
@@ -626,7 +644,6 @@ def _is_quantized(layout: Layout, stem: str) -> bool:
 # transformers runs the stored one where the two differ; vLLM and SGLang skip it and run the embeddings. Most such
 # heads are a copy, which is harmless, so the values are looked at: in a few hundred places, or all of them.
 
-HEAD: Final = "lm_head.weight"
 _PLACES: Final = 256
 _BYTES: Final = 64  # of each place
 _PIECE: Final = 1 << 20
@@ -649,12 +666,13 @@ def tied_notes(checkpoint: Checkpoint, layout: Layout, *, whole: bool = False) -
     differs = head_differs(checkpoint, layout, whole=whole)
     if differs:
         yield (
-            f"config.json ties the output head to the embeddings, but {HEAD} is stored and differs from them:"
+            f"config.json ties the output head to the embeddings, but {layout.head} is stored and differs from them:"
             " transformers, and figures here, run what is stored, vLLM and SGLang the embeddings; set"
             " tie_word_embeddings to false, or remove the tensor"
         )
     elif differs is None:
-        yield f"config.json ties the output head to the embeddings, but {HEAD} is stored; the two were not compared"
+        told = "config.json ties the output head to the embeddings"
+        yield f"{told}, but {layout.head} is stored; the two were not compared"
 
 
 def head_differs(checkpoint: Checkpoint, layout: Layout, *, whole: bool = False) -> bool | None:
@@ -662,8 +680,8 @@ def head_differs(checkpoint: Checkpoint, layout: Layout, *, whole: bool = False)
 
     Nothing is fetched from a hub for it.
     """
-    head = checkpoint.tensors.get(HEAD)
-    embeddings = checkpoint.tensors.get(f"{layout.wrapper.prefix}embed_tokens.weight")
+    head = checkpoint.tensors.get(layout.head)
+    embeddings = checkpoint.tensors.get(layout.embeddings)
     if head is None or embeddings is None or not is_tied(layout):
         return False
     if (head.spec.dtype, head.spec.shape) != (embeddings.spec.dtype, embeddings.spec.shape):

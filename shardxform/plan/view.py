@@ -227,8 +227,11 @@ class _Builder:
         return keeps.get(place.layer)
 
     def _rename(self, ref: TensorRef) -> TensorRef:
-        old, new = self._layout.wrapper.prefix, self._wrapper.prefix
-        return ref.renamed(new + ref.name[len(old) :]) if old != new and ref.name.startswith(old) else ref
+        before, after = self._layout.wrapper, self._wrapper
+        for old, new in ((before.prefix, after.prefix), (f"{before.head}.", f"{after.head}.")):
+            if ref.name.startswith(old):
+                return ref.renamed(new + ref.name[len(old) :]) if old != new else ref
+        return ref
 
 
 _MOST_RUNS: Final = 64
@@ -386,7 +389,7 @@ def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: 
 
 def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...]) -> None:
     """Refuse what slicing could leave inconsistent without anyone noticing."""
-    blocks = (layout.wrapper.prefix + "layers.", *layout.mtp_prefixes)
+    blocks = (layout.blocks, *layout.mtp_prefixes)
     undeclared = layout.undeclared_mtp_prefixes()
     for name in layout.unknown:
         if name.startswith(dropped):

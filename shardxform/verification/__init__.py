@@ -20,7 +20,7 @@ from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError
-from shardxform.model.layout import HEAD, tied_notes
+from shardxform.model.layout import tied_notes
 from shardxform.plan.view import MtpMode
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
 from shardxform.verification.structure import Structure, check_structure
@@ -94,7 +94,7 @@ def verify(
     compared: frozenset[str] = frozenset()
     if seen.checkpoint and seen.structure:
         for note in tied_notes(seen.checkpoint, seen.structure.layout, whole=not quick):
-            findings.warn("tied-head", HEAD, note)
+            findings.warn("tied-head", seen.structure.layout.head, note)
     if seen.checkpoint and (not quick or written):
         figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress, only_written=quick)
     rederived = _rederive(root, origin, given, findings) if independent and origin and seen.checkpoint else None

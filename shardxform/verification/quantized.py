@@ -224,7 +224,7 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
     if method == "auto-round" and packing is not None and packing not in _PACKINGS:
         report(f"packing_format: {packing!r}, clients take {' or '.join(_PACKINGS)}")
     blocks = blocks_of(declared)
-    here = layout.wrapper.prefix + "layers"
+    here = layout.blocks.removesuffix(".")
     if method == "auto-round" and blocks and here not in blocks:
         report(f"block_name_to_quantize: {', '.join(blocks)}; without {here} clients take everything for 16-bit")
 

@@ -558,7 +558,7 @@ def _block(layout: Layout, name: str) -> tuple[Scope, int] | None:
     number = int(layer[1])
     if mtp and not mtp.follows_blocks and name.startswith(layout.mtp_prefixes):
         return "mtp", number
-    if not name.startswith(layout.wrapper.prefix + "layers."):
+    if not name.startswith(layout.blocks):
         return None
     if name.startswith(layout.mtp_prefixes or "\0"):
         return "mtp", number - layout.num_layers

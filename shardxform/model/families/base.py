@@ -21,6 +21,7 @@ __all__ = [
     "NORMS",
     "TYPES",
     "Config",
+    "Decoder",
     "ExpertLayout",
     "Family",
     "Gate",
@@ -221,6 +222,27 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoder:
+    """What the parts of a decoder are called.
+
+    Attributes:
+        embeddings, norm: the token embeddings and the final norm in checkpoints, under the wrapper's prefix.
+        blocks: what holds the decoder blocks, likewise.
+        attributes: (ours, theirs) of those that transformers' class calls otherwise.
+
+    """
+
+    embeddings: str = "embed_tokens"
+    blocks: str = "layers"
+    norm: str = "norm"
+    attributes: tuple[tuple[str, str], ...] = ()
+
+    def attribute(self, name: str) -> str:
+        """What transformers' class calls the part that checkpoints call `name`."""
+        return dict(self.attributes).get(name, name)
+
+
+@dataclass(frozen=True, slots=True)
 class Wrapper:
     """One class under which the family's checkpoints are published.
 
@@ -230,6 +252,7 @@ class Wrapper:
         text_key: key of the nested text config, or None when the top level is the text config.
         prefix: what decoder names begin with, such as `model.language_model.`.
         vision: whether the class has a vision tower.
+        head: name of the output head, in full.
 
     """
 
@@ -238,6 +261,11 @@ class Wrapper:
     text_key: str | None
     prefix: str
     vision: bool = False
+    head: str = "lm_head"
+
+    def full(self, name: str) -> str:
+        """Put this class's names in the place of `{decoder}` and `{head}`."""
+        return name.replace("{decoder}", self.prefix).replace("{head}", self.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +303,9 @@ class Family:
         count_keys: config keys (in the text config) that count routed experts; those present must agree.
         top_k_key: config key of experts per token.
         group_key: config key of router groups whose members sit side by side, or empty.
-        root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix.
+        root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
+            the output head.
+        decoder: what embeddings, blocks and final norm are called.
         block: templates of one decoder block, relative to its prefix.
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
@@ -309,6 +339,7 @@ class Family:
     group_key: str = ""
     root: tuple[Template, ...]
     block: tuple[Template, ...]
+    decoder: Decoder = field(default_factory=Decoder)
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
     mtp: Mtp | None = None
@@ -426,8 +457,8 @@ TYPES: Final = {
 EMBEDDINGS: Final = (
     Template("{decoder}embed_tokens.weight", "V,H", "embeddings"),
     Template("{decoder}norm.weight", "H", "norms"),
-    Template("lm_head.weight", "V,H", "lm head", "untied"),
-    Template("lm_head.weight", "V,H", "lm head", "tied", optional=True),  # stored all the same: harmless, and common
+    Template("{head}.weight", "V,H", "lm head", "untied"),
+    Template("{head}.weight", "V,H", "lm head", "tied", optional=True),  # stored all the same: harmless, and common
 )
 
 NORMS: Final = (
