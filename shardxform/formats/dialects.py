@@ -192,7 +192,7 @@ DECODED: Final[Mapping[str, Callable[[Mapping[str, Any]], ScaleRule | None]]] = 
 """Methods whose weights are read to be decoded, and what reads their rule from a quantization_config."""
 
 _BLOCKS: Final = ("model.layers", "model.language_model.layers")
-"""Decoder blocks under the text-only and the multimodal class; both, so that either client class finds its own."""
+"""Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
 _LM_HEAD: Final = "lm_head"
@@ -208,6 +208,7 @@ class Resolved:
         bits, group_size: of quantized modules; group size -1 for one scale per row.
         kept: patterns of 16-bit modules, matched against whole names.
         also: modules outside the decoder blocks that are quantized all the same.
+        blocks: what holds decoder blocks; for auto-round, which takes all else for 16-bit.
 
     """
 
@@ -216,6 +217,7 @@ class Resolved:
     group_size: int
     kept: tuple[re.Pattern[str], ...]
     also: frozenset[str] = frozenset()
+    blocks: tuple[str, ...] = _BLOCKS
 
     def bits_of(self, module: str) -> int:
         """Width of a linear module's weights: `bits`, or 16."""
@@ -224,7 +226,7 @@ class Resolved:
         if any(pattern.fullmatch(module) for pattern in self.kept):
             return 16
         if self.format == "auto-round":
-            return self.bits if module.startswith(tuple(block + "." for block in _BLOCKS)) else 16
+            return self.bits if module.startswith(tuple(block + "." for block in self.blocks)) else 16
         return self.bits
 
 
@@ -239,26 +241,30 @@ def build(selection: Selection, scheme: Scheme, layout: Layout, iters: int = 0) 
     patterns = [*_patterns(selection, modules, layout)]
     outside = sorted((m for m in selection.quantized if m.place.scope != "block"), key=lambda m: m.name)
     if scheme.format == "auto-round":
-        config = _auto_round(scheme, patterns, outside)
+        config = _auto_round(scheme, patterns, outside, layout)
     elif scheme.format == "gptq":
         config = _gptq(scheme, patterns, outside)
     else:
         config = _compressed_tensors(scheme, patterns)
     if "iters" in config:
         config["iters"] = iters
-    _check(resolve(config), selection, scheme.grid, modules)
+    _check(resolve(config, layout.family.holders), selection, scheme.grid, modules)
     return config
 
 
-def resolve(config: Mapping[str, Any]) -> Resolved:
+def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
     """Read a `quantization_config` of one of the three formats.
+
+    Args:
+        config: what is read.
+        holders: what holds the decoder blocks of the family, beside the usual names.
 
     Raises:
         SchemeError: another method, or a field that clients require is missing or not one they run.
 
     """
-    readers = {
-        "auto-round": _resolve_auto_round,
+    readers: Mapping[str, Callable[[Mapping[str, Any]], Resolved]] = {
+        "auto-round": lambda declared: _resolve_auto_round(declared, holders),
         "gptq": _resolve_gptq,
         "compressed-tensors": _resolve_compressed_tensors,
     }
@@ -317,7 +323,7 @@ def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: La
         yield r".*mtp.*"
 
 
-def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Matrix]) -> dict[str, Any]:
+def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Matrix], layout: Layout) -> dict[str, Any]:
     grid = scheme.grid
     weights = {"bits": grid.bits, "group_size": grid.group_size, "sym": True, "data_type": "int"}
     return {
@@ -326,7 +332,7 @@ def _auto_round(scheme: Scheme, patterns: Iterable[str], outside: Iterable[Matri
         **weights,
         "iters": 0,
         "autoround_version": _AUTO_ROUND_VERSION,
-        "block_name_to_quantize": list(_BLOCKS),
+        "block_name_to_quantize": list(dict.fromkeys((*_BLOCKS, *layout.family.holders))),
         "extra_config": {
             **{pattern: {"bits": 16, "data_type": "float"} for pattern in patterns},
             **{module.name: dict(weights) for module in outside},
@@ -371,7 +377,7 @@ def _compressed_tensors(scheme: Scheme, patterns: Iterable[str]) -> dict[str, An
     }
 
 
-def _resolve_auto_round(config: Mapping[str, Any]) -> Resolved:
+def _resolve_auto_round(config: Mapping[str, Any], holders: Iterable[str]) -> Resolved:
     packing = _field(config, "packing_format", str)
     if packing not in ("auto_round:auto_gptq", "auto_round:gptq"):
         raise SchemeError(f"quantization_config: packing_format {packing!r}, expected 'auto_round:auto_gptq'")
@@ -379,10 +385,11 @@ def _resolve_auto_round(config: Mapping[str, Any]) -> Resolved:
     kept = [name for name, item in extra.items() if isinstance(item, Mapping) and item.get("bits", 16) >= 16]
     blocks = config.get("block_name_to_quantize") or []
     named = blocks.split(",") if isinstance(blocks, str) else list(blocks)
-    if named and not set(named) & set(_BLOCKS):
+    known = tuple(dict.fromkeys((*_BLOCKS, *holders)))
+    if named and not set(named) & set(known):
         raise SchemeError(f"quantization_config: block_name_to_quantize {named} names no decoder blocks")
     also = frozenset(name for name in extra if name not in kept)
-    return Resolved("auto-round", *_integers(config), _compile(kept), also)
+    return Resolved("auto-round", *_integers(config), _compile(kept), also, known)
 
 
 def _resolve_gptq(config: Mapping[str, Any]) -> Resolved:

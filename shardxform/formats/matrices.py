@@ -115,14 +115,10 @@ def stack_cuts(experts: ExpertLayout, stack: str, rows: int) -> Iterator[tuple[s
     They are the halves of the first stack even where gate and up projection take turns in it: so auto-round's loader
     reads them on transformers 5, which puts the halves one below the other again, and has the model take them apart.
     """
-    gate, up, down = experts.projections
-    if experts.gate == "separate":
-        yield experts.projections[experts.stacks.index(stack)], Cut(0, rows, experts.transposed)
-    elif stack != experts.stacks[0]:
-        yield down, Cut(0, rows, experts.transposed)
-    else:
-        yield gate, Cut(0, rows // 2, experts.transposed)
-        yield up, Cut(rows // 2, rows // 2, experts.transposed)
+    names = experts.held(stack)
+    share = rows // len(names)
+    for at, name in enumerate(names):
+        yield name, Cut(at * share, share, experts.transposed)
 
 
 def _unstacked(

@@ -27,6 +27,7 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import storages_of
 from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import (
     COMPANIONS,
@@ -195,7 +196,7 @@ def _resolved(source: Checkpoint) -> Resolved:
     if not isinstance(declared, Mapping):
         raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")
     try:
-        resolved = resolve(declared)
+        resolved = resolve(declared, family_of(config)[0].holders)
         _refuse_beyond(declared, resolved)
     except (AttributeError, TypeError, ValueError) as e:
         raise SchemeError(f"{where}: quantization_config is malformed: {e}") from e
@@ -445,10 +446,13 @@ def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
         parts = name.split(".")
         stem, projection = ".".join(parts[: place.expert_at]), parts[place.expert_at + 1]
         fused.setdefault(stem, {}).setdefault(place.expert, {})[projection] = ref
+    names = layout.family.experts
     for stem, experts in fused.items():
         order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
-        out.append(_stacked(f"{stem}.gate_up_proj", [[e["gate_proj"], e["up_proj"]] for e in order]))
-        out.append(_stacked(f"{stem}.down_proj", [[e["down_proj"]] for e in order]))
+        block = stem.removesuffix(names.home)
+        for stack in names.stacks:
+            inside = names.held(stack)
+            out.append(_stacked(f"{block}{names.stacked(stack)}", [[each[part] for part in inside] for each in order]))
     return out
 
 

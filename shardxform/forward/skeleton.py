@@ -29,13 +29,13 @@ from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import (
     IMPLEMENTATION,
-    STACKS,
     ExpertBank,
     Observer,
     Weights,
     attach,
     detach,
     experts_module,
+    stack_names,
 )
 from shardxform.model.layout import Layout, is_tied
 
@@ -223,12 +223,13 @@ class Skeleton:
         """All routed experts of a block in the dtype they are stored in, by the names of the model's parameters.
 
         They are [E, 2I, H] and [E, H, I] however the model's own module has them, rows in the order that its gate
-        takes, and biases [E, 2I] and [E, H] where it has any.
+        takes, and biases [E, 2I] and [E, H] where it has any; I for 2I where there is no gate.
         """
         stacks: dict[str, torch.Tensor] = {}
+        names = stack_names(experts_module(self._blocks[layer]))
         for expert in range(self.layout.num_experts):
             values = self.weights.expert("block", layer, expert).at_rest()
-            for name, value in zip(STACKS, values, strict=True):
+            for name, value in zip(names, values, strict=True):
                 if value is None:
                     continue
                 if name not in stacks:

@@ -33,16 +33,17 @@ from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_t
 
 __all__ = [
     "IMPLEMENTATION",
-    "STACKS",
     "ExpertBank",
     "ExpertValues",
     "Observer",
     "Precision",
     "RoutedExpert",
     "Weights",
+    "activation",
     "attach",
     "detach",
     "experts_module",
+    "stack_names",
 ]
 
 # E: experts, O: output channels, I: input channels, W: words of a row, G: groups of a row.
@@ -109,7 +110,8 @@ class ExpertValues(NamedTuple):
     """One routed expert, as its model computes with it.
 
     Attributes:
-        gate_up_OH: gate and up projection [2I, H], their rows in the order that the model's own gate takes.
+        gate_up_OH: gate and up projection [2I, H], their rows in the order that the model's own gate takes; the up
+            projection [I, H] where there is no gate.
         down_HI: down projection.
         gate_up_bias_O, down_bias_H: their biases, or None.
 
@@ -421,7 +423,7 @@ def _kind(place: Place) -> str:
     return place.template.name.removesuffix(".weight").replace(".bias", _BIAS).rpartition(".")[2]
 
 
-# T: tokens, K: experts per token, n: tokens of one expert, H: hidden size, I: intermediate size, O: 2 * I.
+# T: tokens, K: experts per token, n: tokens of one expert, H: hidden size, I: intermediate size, O: 2 * I, or I.
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -431,8 +433,6 @@ def _kind(place: Place) -> str:
 # visited in ascending order, as the model's plain implementation does, and only those that some token is routed to.
 
 IMPLEMENTATION: Final = "shardxform"
-STACKS: Final = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-"""Parameters of transformers' experts modules."""
 _BANK: Final = "shardxform_bank"
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -474,9 +474,21 @@ def experts_module(block: nn.Module) -> nn.Module | None:
     if not found:
         return None
     module: Any = found[0]
-    if len(found) > 1 or module.has_post_expert_norm or not module.has_gate:
-        raise FamilyError(f"{type(module).__name__}: experts of two kinds, with a norm or without a gate are not run")
+    if len(found) > 1 or module.has_post_expert_norm:
+        raise FamilyError(f"{type(module).__name__}: experts of two kinds or with a norm are not run")
     return found[0]
+
+
+def stack_names(experts: Any) -> tuple[str, str, str, str]:  # noqa: ANN401
+    """Parameters of an experts module of transformers: two stacks, and their biases, which it need not have."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    return first, "down_proj", f"{first}_bias", "down_proj_bias"
+
+
+def activation(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:  # noqa: ANN401
+    """What an experts module does between its two products: its gate, or its activation where there is none."""
+    between: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
+    return between
 
 
 def attach(module: nn.Module, bank: ExpertBank) -> None:
@@ -508,6 +520,7 @@ def _forward(
 
     """
     bank: ExpertBank = getattr(self, _BANK)
+    between = activation(self)
     out_TH = torch.zeros_like(hidden_states)
     order = top_k_index.flatten().argsort(stable=True)
     counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
@@ -520,8 +533,8 @@ def _forward(
         token_n = pairs // top_k_index.shape[1]
         weight_n = top_k_weights.flatten()[pairs]
         values = bank.dense(expert)
-        between_nO = nn.functional.linear(hidden_states[token_n], values.gate_up_OH, values.gate_up_bias_O)
-        value_nH = nn.functional.linear(self._apply_gate(between_nO), values.down_HI, values.down_bias_H)
+        pre_nO = nn.functional.linear(hidden_states[token_n], values.gate_up_OH, values.gate_up_bias_O)
+        value_nH = nn.functional.linear(between(pre_nO), values.down_HI, values.down_bias_H)
         if bank.observer is not None:
             bank.observer(expert, weight_n, value_nH)
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.

@@ -232,7 +232,6 @@ class TuneBlock:
 # -- heal --------------------------------------------------------------------------------------------------------------
 # Which tensors of a pruned view healing may change, and the steps that do it. Names and places only; no numbers.
 
-_NORM_BEFORE_EXPERTS: Final = "post_attention_layernorm.weight"
 _MOVABLE: Final = ("BF16", "F16", "F32")
 
 
@@ -263,7 +262,7 @@ def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iter
     for name, place in places.items():
         if place.template.ids or (place.template.variant and not place.template.is_expert_weight):
             continue  # no numbers that can move; biases of experts, which are few
-        wanted = place.role in roles or (what != "router" and place.template.name == _NORM_BEFORE_EXPERTS)
+        wanted = place.role in roles or (what != "router" and place.template.name == layout.family.experts_norm)
         if place.scope == "block" and place.layer in layers and wanted:
             yield name
 

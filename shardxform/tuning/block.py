@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardxform.base.constants import CLIP_RANGE, JUDGED_AT
 from shardxform.errors import SchemeError
-from shardxform.forward.weights import STACKS
+from shardxform.forward.weights import activation, stack_names
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
 from shardxform.tuning.modules import ExpertBiases, TunedExperts, TunedLinear
 from shardxform.tuning.samples import (
@@ -123,11 +123,12 @@ class TunedBlock:
             if isinstance(module, TunedLinear):
                 yield _rounded(name, 0, module.tuned, slice(None))
                 continue
-            gate, up, down = projections
-            half = module.gate_up.shape[1] // 2
+            *inner, down = projections
+            share = module.gate_up.shape[1] // len(inner)
             for expert in range(module.gate_up.shape[0]):
-                yield _rounded(f"{name}.{expert}.{gate}", expert, module.gate_up, slice(0, half))
-                yield _rounded(f"{name}.{expert}.{up}", expert, module.gate_up, slice(half, None))
+                for at, each in enumerate(inner):
+                    rows = slice(at * share, (at + 1) * share)
+                    yield _rounded(f"{name}.{expert}.{each}", expert, module.gate_up, rows)
                 yield _rounded(f"{name}.{expert}.{down}", expert, module.down, slice(None))
 
 
@@ -178,18 +179,22 @@ def _tuned(module: torch.nn.Module, name: str, grid: Grid, workers: Workers) -> 
     if not _are_experts(module, parameters):
         found = f"{type(module).__name__} with {[f'{key} {list(p.shape)}' for key, p in parameters.items()]}"
         raise SchemeError(f"module '{name}': expected a linear layer or stacks of experts [E, O, I], found {found}")
-    gate_up, down = (stacked_weight(parameters[p], grid, workers, f"{name}.{p}") for p in STACKS[:2])
-    biases = [parameters[p].detach() for p in STACKS[2:] if p in parameters]
-    gate: Any = module._apply_gate
-    return TunedExperts(gate_up, down, gate, workers, ExpertBiases(*biases) if biases else None)
+    names = stack_names(module)
+    gate_up, down = (stacked_weight(parameters[p], grid, workers, f"{name}.{p}") for p in names[:2])
+    biases = [parameters[p].detach() for p in names[2:] if p in parameters]
+    return TunedExperts(gate_up, down, activation(module), workers, ExpertBiases(*biases) if biases else None)
 
 
 def _are_experts(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> bool:
-    """Whether it is a gated experts module whose stacks stand as `Skeleton.stacked` gives them."""
-    if parameters.keys() not in ({*STACKS[:2]}, {*STACKS}) or not hasattr(module, "_apply_gate"):
+    """Whether it is an experts module whose stacks stand as `Skeleton.stacked` gives them."""
+    if not hasattr(module, "has_gate"):
         return False
-    gate_up, down = (parameters[p].shape for p in STACKS[:2])
-    return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], 2 * down[2], down[1])
+    names = stack_names(module)
+    if parameters.keys() not in ({*names[:2]}, {*names}):
+        return False
+    gate_up, down = (parameters[p].shape for p in names[:2])
+    parts = 2 if module.has_gate else 1
+    return (gate_up[0], gate_up[1], gate_up[2]) == (down[0], parts * down[2], down[1])
 
 
 def _recomputed(forward: Callable[..., object], *args: object, **kwargs: Any) -> object:  # noqa: ANN401

@@ -22,7 +22,7 @@ import torch
 
 from shardxform.ask.recipe import Heal
 from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
-from shardxform.forward.weights import STACKS
+from shardxform.forward.weights import activation, stack_names
 from shardxform.plan.steps import healed_names
 from shardxform.tuning.modules import ExpertBiases, TunedExperts
 from shardxform.tuning.samples import (
@@ -417,11 +417,11 @@ class BlockHealer:
             stack = (gate_up if name == layout.stacks[0] else down).stored(slice(None))
             return stack.mT if layout.transposed else stack
         expert, projection = name.removesuffix(".weight").split(".")
-        if projection == layout.projections[2]:
+        if projection == layout.projections[-1]:
             return down.stored(int(expert))
-        half = gate_up.shape[1] // 2
-        gate = projection == layout.projections[0]
-        return gate_up.stored(int(expert))[slice(0, half) if gate else slice(half, None)]
+        share = gate_up.shape[1] // len(layout.inner)
+        first = layout.inner.index(projection) * share
+        return gate_up.stored(int(expert))[first : first + share]
 
     def make_ready(self, names: Sequence[str]) -> None:
         """Put the weights of modules in place as they will be stored, for what is to be done with them next."""
@@ -430,7 +430,7 @@ class BlockHealer:
             if name == self._experts_name:
                 ready = [stack.stored(slice(None)) for stack in self._healing.stacks]
                 ready += [*astuple(self._biases)] if self._biases else []
-                for key, value in zip(STACKS, ready, strict=False):
+                for key, value in zip(stack_names(self._experts), ready, strict=False):
                     self._experts._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
                 self._put_experts(self._experts)
             else:
@@ -452,10 +452,10 @@ class BlockHealer:
                 self._moved.add(local)
         moves = any(name.startswith(f"{self._experts_name}.") for name in names)
         tensors = self._skeleton.stacked(self._layer)
-        gate_up, down = (HealedStack(tensors.pop(key), moves=moves) for key in STACKS[:2])
+        gate_up, down = (HealedStack(tensors.pop(key), moves=moves) for key in stack_names(self._experts)[:2])
         stacks = (gate_up, down)
         self._biases = ExpertBiases(*tensors.values()) if tensors else None
-        self._put_experts(TunedExperts(*stacks, self._experts._apply_gate, self._workers, self._biases))
+        self._put_experts(TunedExperts(*stacks, activation(self._experts), self._workers, self._biases))
         return MovingBlock(forward=self._forward, wide=wide, stacks=stacks)
 
     def _names(self, what: str | None) -> set[str]:

@@ -59,7 +59,7 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 """Roles whose 2-D weights are linear layers that clients can run quantized."""
 
 Scope = Literal["root", "block", "mtp", "vision"]
-Gate = Literal["concatenated", "interleaved", "separate"]
+Gate = Literal["concatenated", "interleaved", "separate", "none"]
 
 COUNT_KEYS: Final = frozenset(
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
@@ -193,28 +193,48 @@ class Template:
 class ExpertLayout:
     """How routed experts lie in a checkpoint: as stacks of all, as one matrix each, or in either way.
 
-    The flags are those of transformers' own classes (`is_transposed`, `is_concatenated`, `has_bias`); a test compares.
+    The flags are those of transformers' own classes (`is_transposed`, `is_concatenated`, `has_gate`, `has_bias`); a
+    test compares.
 
     Attributes:
         home: name of the module that holds them, within its block.
         stacks: names under `home` of the stacked gate and up projection, and of the stacked down projection; empty
             where no checkpoint stacks them.
         stack_home: name of the module that holds stacks instead of `home`, whose tensors are called `<stack>.weight`.
-        projections: names of the gate, up and down projection of one expert.
+        projections: names of the gate, up and down projection of one expert; of the last two where there is no gate.
         transposed: a stack holds matrices [I, O] instead of [O, I].
-        gate: gate and up projection are the halves of the stacked one, every second of its rows, or stacks of their
-            own, of which `stacks` has the names: gate, up, down.
+        gate: gate and up projection are the halves of the stacked one, every second of its rows, or `separate`: stacks
+            of their own, of which `stacks` has the names: gate, up, down; or `none`: there is an up projection alone,
+            and an activation of its outputs.
         bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
+        width: symbol of the channels that an expert takes and gives.
 
     """
 
     home: str = "mlp.experts"
     stacks: tuple[str, ...] = ("gate_up_proj", "down_proj")
     stack_home: str = ""
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     transposed: bool = False
     gate: Gate = "concatenated"
     bias: bool = False
+    width: str = "H"
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate projection beside the up projection."""
+        return self.gate != "none"
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Projections into the intermediate size, in the order of a stack's halves: gate and up, or up alone."""
+        return self.projections[:-1]
+
+    def held(self, stack: str) -> tuple[str, ...]:
+        """Projections that a stack holds of each expert."""
+        if self.gate == "separate":
+            return (self.projections[self.stacks.index(stack)],)
+        return self.inner if stack == self.stacks[0] else self.projections[-1:]
 
     def stacked(self, stack: str) -> str:
         """Name of a stack within its block."""
@@ -325,6 +345,7 @@ class Family:
             them at random values, or refuse.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
+        experts_norm: the norm before the experts, within a block; healing moves it with them.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
@@ -357,6 +378,7 @@ class Family:
     keep_16bit: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("auto-round", "gptq", "compressed-tensors")
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
     fused_release: bool = False
     bfloat16_only: bool = False
@@ -365,6 +387,11 @@ class Family:
     def spelling(self) -> str:
         """How experts are spelled where nothing tells: `fused` in families that have stacks, else `per-expert`."""
         return "fused" if self.experts.stacks else "per-expert"
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """What holds the decoder blocks under each class, such as `model.layers`."""
+        return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
@@ -388,21 +415,22 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     """Routed experts as `layout` has them: stacked under its home, `[E, 2I, H]` and `[E, H, I]`, and one by one."""
     layout = layout or ExpertLayout()
     role: Role = "routed experts"
-    shapes: tuple[str, ...] = ("E,H,2*I", "E,I,H") if layout.transposed else ("E,2*I,H", "E,H,I")
+    rows, width = ("2*I" if layout.gated else "I"), layout.width
+    shapes = [f"E,{width},{rows}", f"E,I,{width}"] if layout.transposed else [f"E,{rows},{width}", f"E,{width},I"]
     if layout.gate == "separate":
-        shapes = ("E,I,H", "E,I,H", "E,H,I")
+        shapes[:1] = [f"E,I,{width}"] * 2
     out = [
         Template(layout.stacked(stack), shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
     ]
     if layout.bias:
-        biases = zip(layout.stacks, ("E,2*I", "E,H"), strict=False)
+        biases = zip(layout.stacks, (f"E,{rows}", f"E,{width}"), strict=False)
         out += [Template(f"{layout.home}.{stack}_bias", shape, role, when, "fused") for stack, shape in biases]
-    for projection, rows, columns in zip(layout.projections, "IIH", "HHI", strict=True):
-        name = f"{layout.home}.{{e}}.{projection}"
-        out.append(Template(f"{name}.weight", f"{rows},{columns}", role, when, "per-expert"))
+    for projection in layout.projections:
+        name, inner = f"{layout.home}.{{e}}.{projection}", projection in layout.inner
+        out.append(Template(f"{name}.weight", f"I,{width}" if inner else f"{width},I", role, when, "per-expert"))
         if layout.bias:
-            out.append(Template(f"{name}.bias", rows, role, when, "per-expert"))
+            out.append(Template(f"{name}.bias", "I" if inner else width, role, when, "per-expert"))
     return tuple(out)
 
 
