@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import Raw, read_checkpoint, write_checkpoint
+from build import KINDS, Raw, read_checkpoint, write_checkpoint
 from click.testing import CliRunner
 from texts import few
 
@@ -52,6 +52,7 @@ class Case:
         formats: quantized formats whose outputs transformers loads with every weight in its place.
         runs: whether decoder blocks can be run.
         group_size: of quantized weights.
+        more: other configs, in the manner of `over`, whose checkpoints hold what the first one lacks.
 
     """
 
@@ -59,10 +60,12 @@ class Case:
     formats: tuple[str, ...] = ("auto-round",)
     runs: bool = True
     group_size: int = 32
+    more: tuple[dict[str, Any], ...] = ()
 
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
+    "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
@@ -130,6 +133,20 @@ def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
     report = verify(source.root)
     assert report.problems == ()
     assert {each.code for each in report.warnings} <= {"mtp-absent"}  # transformers has no code for these layers
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind not in KINDS])  # these: see test_families.py
+def test_every_template_is_seen_in_some_release(kind: str, folder: Path, tmp_path: Path) -> None:
+    roots = [source_of(kind, folder)]
+    for at, over in enumerate(CASES[kind].more):
+        roots.append(any_moe.save(any_moe.build(kind, **{**CASES[kind].over, **over}), tmp_path / str(at)))
+        assert verify(roots[-1]).problems == ()
+    layouts = [layout_of(source.config, source.tensors) for source in map(Checkpoint.open, roots)]
+    assert all(layout.unknown == () for layout in layouts)
+    seen = {place.template.name for layout in layouts for place in layout.places.values()}
+    family, spelled = layouts[0].family, {place.template.variant for place in layouts[0].places.values()}
+    templates = [each for each in (*family.root, *family.block) if not each.optional and each.variant in spelled]
+    assert {each.name for each in templates} <= seen
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -40,7 +40,10 @@ _FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _EXPERT: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(.+)")
-_ROUTER: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe))\.(?:gate|router)\.(weight|bias|e_score_correction_bias)")
+_ROUTER: Final = re.compile(
+    r"(.*\.(?:mlp|block_sparse_moe))\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
+    r"|(?:gate|router)\.(?:layer\.)?(?:weight|bias))"
+)
 _LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")

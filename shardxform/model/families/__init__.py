@@ -14,6 +14,7 @@ __all__ = ["HOMES", "all_families", "family_of"]
 HOMES: Final[Mapping[str, str]] = {
     "deepseek_v3": "deepseek_v3",
     "gpt_oss": "gpt_oss",
+    "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
