@@ -65,6 +65,7 @@ class Case:
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
+    "ernie4_5_moe": Case(more=({"tie_word_embeddings": False},)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),

@@ -159,7 +159,9 @@ class Layout:
         if mtp is None:
             return ()
         if not mtp.follows_blocks:
-            return (mtp.prefix.split(".")[0] + ".",)
+            names = (mtp.prefix, *(each.name for each in mtp.root if "{l}" in each.name))
+            full = (self.wrapper.full(name).partition("{l}")[0].removesuffix("layers.") for name in names)
+            return tuple(dict.fromkeys(full))
         return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers))
 
     def undeclared_mtp_prefixes(self) -> tuple[str, ...]:
@@ -320,7 +322,7 @@ class _Finder:
             for template in (*family.block, *family.mtp.layer):
                 self._add("mtp", prefix + template.name, template)
             for template in family.mtp.root:
-                self._add("mtp", template.name, template)
+                self._add("mtp", wrapper.full(template.name), template)
         if wrapper.vision:
             for template in family.vision:
                 self._add("vision", template.name, template)
@@ -563,9 +565,14 @@ def _expected_mtp(
     mtp = layout.family.mtp
     assert mtp is not None
     for template in mtp.root:
-        yield template.name, _expect(Place(template, "mtp"), sizes)
+        name = layout.wrapper.full(template.name)
+        if "{l}" not in name:
+            yield name, _expect(Place(template, "mtp"), sizes)
     for layer in range(layout.mtp_layers):
         number = layout.num_layers + layer if mtp.follows_blocks else layer
+        for template in (each for each in mtp.root if "{l}" in each.name):
+            name = layout.wrapper.full(template.name).replace("{l}", str(number))
+            yield name, _expect(Place(template, "mtp", layer), sizes)
         prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
         variant = variants.get(("mtp", layer), "per-expert")
         templates = (*layout.family.block, *mtp.layer)

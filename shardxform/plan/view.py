@@ -376,7 +376,8 @@ def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: 
         if declared and prunes:
             notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
         return False
-    if not prunes or (manifest and manifest.mtp_keep):
+    without = not any(place.scope == "mtp" and place.template.pruned for place in layout.places.values())
+    if not prunes or without or (manifest and manifest.mtp_keep):
         return False
     if mtp == "keep":
         raise ManifestError(

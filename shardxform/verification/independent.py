@@ -2,7 +2,7 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows the names of five families (qwen3_5_moe, qwen3_moe, deepseek_v3, gpt_oss, mixtral) and
+formats' definitions. It knows the names of families by a few patterns, and
 three formats (auto-round and gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows
 of one tensor into memory.
 
@@ -39,13 +39,19 @@ _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "B
 _FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
-_EXPERT: Final = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(.+)")
+_BLOCK: Final = r"(?:mlp|block_sparse_moe|moe|ffn)"
+_EXPERT: Final = re.compile(rf"(.*\.{_BLOCK}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
-    r"(.*\.(?:mlp|block_sparse_moe))\.(?:(?:(?:gate|router)\.)?(?:e_score_correction_bias|expert_bias)"
-    r"|(?:gate|router)\.(?:layer\.)?(?:weight|bias))"
+    rf".*\.{_BLOCK}\.(?:(?:(?:gate|router|moe_statics)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
+    r"|(?:gate|router)\.(?:layer\.|classifier\.)?(?:weight|bias))"
 )
-_LAYER: Final = re.compile(r"(mtp\.|model\.|model\.language_model\.)layers\.(\d+)\.")
-_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+_ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
+_SEVERAL: Final = re.compile(r".*\.ffn\.experts\.mlp\.(?:w1|v1|w2)")  # [E * I, H]
+_IDS: Final = re.compile(r".*\.ffn\.gate\.tid2eid")
+_LAYER: Final = re.compile(
+    r"(mtp\.|(?:thinker\.)?model\.(?:language_model\.)?|transformer\.|)(?:layers\.|blocks\.|(?<=^mtp\.))(\d+)\."
+)
+_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
@@ -82,7 +88,8 @@ class _Tensor:
 class _Weight:
     """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
 
-    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab.
+    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
+    `columns` are there; with `ids` its values are numbers of experts, of which these stay.
     """
 
     name: str
@@ -93,6 +100,8 @@ class _Weight:
     bits: int = 0
     group: int = 0
     slab: tuple[int, int] | None = None
+    columns: tuple[int, ...] | None = None
+    ids: tuple[int, ...] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -114,7 +123,10 @@ class _Weight:
             whole = self.tensor.array().reshape(self.tensor.shape)[index]
             columns = whole[..., first : first + self.shape[0]]
             return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
-        return np.asarray(self.tensor.array()[self._picked(start, stop)])
+        found = np.asarray(self.tensor.array()[self._picked(start, stop)])
+        if self.ids is not None:
+            return np.array([_renumbered_row(row, self.ids) for row in found.tolist()], found.dtype)
+        return found if self.columns is None else found[:, list(self.columns)]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows of a plain weight."""
@@ -153,6 +165,17 @@ class _Float8(_Weight):
         return np.asarray(np.where(codes > 127, -size, size).astype(np.float32) * factors)
 
 
+def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:
+    """New numbers of the experts of a row: of one that goes, that of the next that stays and is not there yet."""
+    there = {number for number in row if number in keep}
+    for slot, number in enumerate(row):
+        if number not in keep:
+            after = [each for each in keep if each > number] + [each for each in keep if each < number]
+            row[slot] = next(each for each in after if each not in there)
+            there.add(row[slot])
+    return [keep.index(number) for number in row]
+
+
 def check_independently(
     out: Path, source: Path, findings: Findings, manifest: Mapping[str, Any] | None = None, **given: object
 ) -> int:
@@ -180,6 +203,8 @@ def check_independently(
         ours, made = _checkpoint(out)
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         how = _How.of(config, record, manifest, given)
+        if how.mtp == "auto" and not any(how.is_mtp(name) and _EXPERT.fullmatch(name) for name in theirs):
+            how = replace(how, drops_mtp=False)  # they do not share the count
         wanted = dict(how.wanted(theirs))
     except (OSError, ValueError, KeyError, TypeError) as e:
         findings.problem(CODE, ".", f"cannot be derived: {e}")
@@ -325,7 +350,9 @@ class _How:
 
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
+        experts: in a layer of the source.
         layers: decoder blocks; a block of a higher number is an MTP layer.
+        mtp: what was asked of MTP layers.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
@@ -335,8 +362,10 @@ class _How:
 
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
+    experts: int
     layers: int
     text_only: bool
+    mtp: str
     drops_mtp: bool
     exact: Mapping[str, Any] | None
     offset: float
@@ -358,15 +387,17 @@ class _How:
             inputs = {} if "quantization_config" in config else inputs.get("origin", {})
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
-        keep, text = manifest.get("keep"), config.get("text_config", config)
-        experts = next(text[key] for key in _COUNTS if key in text)
+        keep, text = manifest.get("keep"), _text_of(config)
+        experts = next(_counts_of(config))[1]
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
         text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
         return cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
-            layers=text["num_hidden_layers"],
+            experts=experts,
+            layers=next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
             text_only=bool(options.get("text_only") if text_only is None else text_only),
+            mtp=mtp,
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
             offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
@@ -377,16 +408,17 @@ class _How:
     def is_mtp(self, name: str) -> bool:
         """Whether a tensor is of an MTP layer."""
         layer = _LAYER.match(name)
-        return name.startswith("mtp.") or bool(layer and layer[1] != "mtp." and int(layer[2]) >= self.layers)
+        return name.startswith(("mtp.", "model.mtp_")) or bool(
+            layer and layer[1] != "mtp." and int(layer[2]) >= self.layers
+        )
 
     def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
         """What the output must hold, by its names there."""
-        prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
             if (mtp and self.drops_mtp) or (self.text_only and name.startswith("model.visual.")):
                 continue
-            if new := self._renumbered(name, weight, self._ids(layer, mtp), prefixes):
+            if new := self._renumbered(name, weight, self._ids(layer, mtp)):
                 yield self._renamed(new[0]), new[1]
 
     def _ids(self, layer: re.Match[str] | None, mtp: bool) -> list[int] | None:
@@ -396,18 +428,23 @@ class _How:
         number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
         return self.mtp_keep[str(number)] if mtp else self.keep.get(layer[2])
 
-    @staticmethod
-    def _renumbered(name: str, weight: _Weight, ids: list[int] | None, experts: set[str]) -> tuple[str, _Weight] | None:
-        """A weight under its number in the output, or rows of a router; None of an expert that goes."""
+    def _renumbered(self, name: str, weight: _Weight, ids: list[int] | None) -> tuple[str, _Weight] | None:
+        """A weight under its number in the output, or what stays of a router; None of an expert that goes."""
         if ids is None:
             return name, weight
         if match := _EXPERT.fullmatch(name):
             old = int(match[2])
             return (f"{match[1]}.{ids.index(old)}.{match[3]}", weight) if old in ids else None
-        if (match := _ROUTER.fullmatch(name)) and f"{match[1]}.experts" in experts:
-            shape = (len(ids), *weight.shape[1:])
-            return name, replace(weight, shape=shape, rows=tuple((each, 1) for each in ids))
-        return name, weight
+        if _ACROSS.fullmatch(name):
+            return name, replace(weight, shape=(*weight.shape[:-1], len(ids)), columns=tuple(ids))
+        if _IDS.fullmatch(name):
+            return name, replace(weight, ids=tuple(ids))
+        if not (_ROUTER.fullmatch(name) or _SEVERAL.fullmatch(name)):
+            return name, weight
+        each = weight.shape[0] // self.experts if _SEVERAL.fullmatch(name) else 1
+        others = (self.experts * each, weight.shape[0] - self.experts * each)  # of no expert: they stay
+        rows = (*((old * each, each) for old in ids), *([others] if others[1] else []))
+        return name, replace(weight, shape=(sum(number for _, number in rows), *weight.shape[1:]), rows=rows)
 
     def _renamed(self, name: str) -> str:
         old = "model.language_model."
@@ -481,6 +518,19 @@ class _How:
             weights += off.size
         mean, most = signed / max(weights, 1), 0.25 + 4 / max(found.size[0], 1) ** 0.5
         return f"mean signed error {mean:+.3f} codes, expected at most {most:.3f}" if abs(mean) > most else ""
+
+
+def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the decoder."""
+    inner = next((config[home] for home in ("text_config", "thinker_config") if home in config), None)
+    return config if inner is None else _text_of(inner)
+
+
+def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Keys that count the decoder's experts, and what they say."""
+    text = _text_of(config)
+    for home in (text, text.get("ffn_config") or {}):
+        yield from ((key, home[key]) for key in _COUNTS if key in home)
 
 
 def _rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -568,11 +618,11 @@ def _check_names(wanted: Mapping[str, _Weight], found: Mapping[str, _Weight], fi
 
 def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings: Findings) -> None:
     """The config counts the experts, and the MTP layers, that are there."""
-    text = config.get("text_config", config)
+    text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
-    for key in _COUNTS if how.keep else ():
-        if key in text and {text[key]} != kept:
-            findings.problem(CODE, "config.json", f"{key} is {text[key]}, but layers keep {sorted(kept)}")
+    for key, count in _counts_of(config) if how.keep else ():
+        if {count} != kept:
+            findings.problem(CODE, "config.json", f"{key} is {count}, but layers keep {sorted(kept)}")
     for key in _MTP_COUNTS if how.drops_mtp and had_mtp else ():
         if text.get(key):
             findings.problem(CODE, "config.json", f"{key} is {text[key]}, but the MTP layers are left out")

@@ -300,7 +300,7 @@ class Mtp:
         inputs: the tensors that make its input, in full, with `{l}` and `{decoder}` as in `prefix`: norm of the next
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
         layer: templates beyond a decoder block's own ones.
-        root: templates that exist once, with full names.
+        root: templates outside the layer's prefix, with full names: of each layer where there is an `{l}`, else once.
 
     """
 
