@@ -1,4 +1,4 @@
-"""What transformers has no code for in families that are sliced otherwise: tensors made by hand, in names of releases."""
+"""What transformers has no code for in families that are sliced otherwise: tensors by hand, in names of releases."""
 
 from __future__ import annotations
 
