@@ -63,9 +63,13 @@ class Case:
     more: tuple[dict[str, Any], ...] = ()
 
 
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0, "mamba_dt_rank": 8}
+
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
     "ernie4_5_moe": Case(more=({"tie_word_embeddings": False},)),
+    "jamba": Case(over=JAMBA),
+    "lfm2_moe": Case(over={"layer_types": ["conv", "full_attention"]}, formats=("compressed-tensors",)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "mixtral": Case(formats=("compressed-tensors",)),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),

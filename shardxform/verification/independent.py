@@ -36,20 +36,21 @@ CODE: Final = "independent"
 _RUN: Final = 1 << 18  # elements at a time
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
-_FUSED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)"
+_FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
-_BLOCK: Final = r"(?:mlp|block_sparse_moe|moe|ffn)"
-_EXPERT: Final = re.compile(rf"(.*\.{_BLOCK}\.experts)\.(\d+)\.(.+)")
+_EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
-    rf".*\.{_BLOCK}\.(?:(?:(?:gate|router|moe_statics)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
-    r"|(?:gate|router)\.(?:layer\.|classifier\.)?(?:weight|bias))"
+    rf".*\.{_HOME}\.(?:(?:(?:gate|router|moe_statics)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
+    r"|(?:gate|router)\.(?:(?:layer|classifier|proj)\.)?(?:weight|bias|per_expert_scale))"
 )
 _ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
 _SEVERAL: Final = re.compile(r".*\.ffn\.experts\.mlp\.(?:w1|v1|w2)")  # [E * I, H]
 _IDS: Final = re.compile(r".*\.ffn\.gate\.tid2eid")
 _LAYER: Final = re.compile(
-    r"(mtp\.|(?:thinker\.)?model\.(?:language_model\.)?|transformer\.|)(?:layers\.|blocks\.|(?<=^mtp\.))(\d+)\."
+    r"(mtp\.|(?:thinker\.)?model\.(?:language_model\.)?|transformer\.|backbone\.|)"
+    r"(?:layers\.|blocks\.|(?<=^mtp\.))(\d+)\."
 )
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")

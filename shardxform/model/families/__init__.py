@@ -15,6 +15,8 @@ HOMES: Final[Mapping[str, str]] = {
     "deepseek_v3": "deepseek_v3",
     "ernie4_5_moe": "ernie4_5_moe",
     "gpt_oss": "gpt_oss",
+    "jamba": "jamba",
+    "lfm2_moe": "lfm2_moe",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "qwen3_5_moe": "qwen3_5_moe",
