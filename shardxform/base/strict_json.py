@@ -1,5 +1,6 @@
 """JSON from strangers: UTF-8 only, no duplicate keys, no NaN, no bottomless nesting; one error type.
 
+config.json alone may hold Infinity and NaN as Python writes them, which are no JSON: transformers reads them there.
 `dumps` writes the compact form that the reference safetensors writer gives a header, `pretty` what people read.
 """
 
@@ -8,10 +9,19 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn
 
-__all__ = ["JsonError", "dumps", "parse_object", "pretty", "pretty_strings"]
+__all__ = [
+    "JsonError",
+    "compact_config",
+    "config_text",
+    "dumps",
+    "parse_config",
+    "parse_object",
+    "pretty",
+    "pretty_strings",
+]
 
 
 MAX_DEPTH: Final = 100
@@ -22,6 +32,10 @@ class JsonError(ValueError):
     """The text is not the JSON object that was expected; the message says why."""
 
 
+_CONSTANTS: Final = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""One object each, so that containers that hold the same are equal."""
+
+
 def parse_object(data: bytes) -> dict[str, Any]:
     """Parse `data` as one JSON object.
 
@@ -29,6 +43,30 @@ def parse_object(data: bytes) -> dict[str, Any]:
         JsonError: not UTF-8, not JSON, not an object, a duplicate key, a non-finite number, nested too deeply.
 
     """
+    return _parsed(data, _no_constant)
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Parse a config.json, which may hold Infinity and NaN; `config_text` writes them so again.
+
+    Raises:
+        JsonError: anything else that `parse_object` refuses.
+
+    """
+    return _parsed(data, _CONSTANTS.__getitem__)
+
+
+def compact_config(config: object) -> str:
+    """Give a config as `dumps` does, with Infinity and NaN where it holds them."""
+    return json.dumps(config, separators=(",", ":"), ensure_ascii=False)
+
+
+def config_text(config: object) -> str:
+    """Give a config as people read it, with Infinity and NaN where it holds them."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _parsed(data: bytes, constant: Callable[[str], float]) -> dict[str, Any]:
     if data.startswith(codecs.BOM_UTF8):
         raise JsonError(
             "not JSON: it begins with a byte-order mark, which no client takes; save it as UTF-8 without BOM"
@@ -37,7 +75,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
+            parse_constant=constant,
             parse_float=_finite,
             parse_int=_integer,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardxform.base.file_system import not_a_directory
-from shardxform.base.strict_json import JsonError, dumps, parse_object
+from shardxform.base.strict_json import JsonError, dumps, parse_config, parse_object
 from shardxform.calibration.documents import Passage
 from shardxform.calibration.readers import DataRecord
 from shardxform.errors import CheckpointError, PlanError
@@ -177,7 +177,7 @@ def _json(path: Path) -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES + 1)
         if len(data) > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: expected at most 64 MiB, found more")
-        return parse_object(data)
+        return parse_config(data) if path.name == _CONFIG else parse_object(data)
     except JsonError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except OSError as e:

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from blake3 import blake3
 
-from shardxform.base.strict_json import dumps
+from shardxform.base.strict_json import compact_config, dumps
 from shardxform.base.tensors import Entry
 from shardxform.checkpoint.table import Checkpoint, Shard
 from shardxform.errors import CheckpointError
@@ -174,7 +174,7 @@ def names_of(shards: Iterable[Shard]) -> dict[str, tuple[str, ...]]:
 
 def config_sha256(config: Mapping[str, Any]) -> str:
     """What identifies a config, whatever its formatting."""
-    return hashlib.sha256(dumps(config).encode()).hexdigest()
+    return hashlib.sha256(compact_config(config).encode()).hexdigest()
 
 
 def values_difference(old: object, new: object, names: Mapping[str, Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shardxform.base import tensors
 from shardxform.base.file_system import not_a_directory
-from shardxform.base.strict_json import JsonError, parse_object
+from shardxform.base.strict_json import JsonError, parse_config, parse_object
 from shardxform.base.tensors import ByteRange, TensorRef, uncollected
 from shardxform.errors import CheckpointError
 
@@ -281,7 +281,7 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES + 1)
         if len(data) > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
-        return parse_object(data)
+        return parse_config(data) if path.name == CONFIG else parse_object(data)
     except FileNotFoundError as e:
         unfinished = f"unfinished: {stopped(root)}" if stopped(root) else ""
         raise CheckpointError(f"{root}: {unfinished or f'no {path.name}; expected a checkpoint directory'}") from e

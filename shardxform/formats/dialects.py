@@ -316,7 +316,7 @@ def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: La
     if any(name in quantized for name in names):
         yield from (re.escape(name) for name in names if name not in quantized)
     elif layout.family.mtp and layout.family.mtp.follows_blocks:
-        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers)
+        numbers = range(layout.num_layers, layout.num_layers + layout.mtp_layers * layout.mtp_blocks)
         yield rf".*\.layers\.({'|'.join(map(str, numbers))})\..*"
         yield r".*\.decoder\..*"  # what SGLang calls the layer
     else:

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -352,7 +352,7 @@ class OutputHead:
 
 def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not."""
-    text = {key: value for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
+    text = {key: _number(value) for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
     text["model_type"] = wrapper.model_type
     try:
@@ -369,6 +369,15 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401
+    """A value of a config as its class takes it: infinity is written in several ways."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        value = value["__float__"]
+    return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
 @torch.no_grad()
@@ -453,9 +462,9 @@ _SHIFT: Final = 1
 class MtpLayer:
     """An MTP layer that is loaded."""
 
-    def __init__(self, skeleton: Skeleton, block: Block, names: tuple[str, str, str, str]) -> None:
+    def __init__(self, skeleton: Skeleton, blocks: Sequence[Block], names: tuple[str, str, str, str]) -> None:
         self._skeleton = skeleton
-        self._block = block
+        self._blocks = blocks
         self._norms = [skeleton.norm_like_final(names[at]) for at in (_EMBEDDING, _HIDDEN, _OUTPUT)]
         self._projection_HI = skeleton.weights.tensor(names[_PROJECTION])  # its shape: see `Weights.check`
 
@@ -473,8 +482,10 @@ class MtpLayer:
         embedding_norm, hidden_norm, output_norm = self._norms
         next_BTH = embedding_norm(self._skeleton.embed(ids_BT[:, _SHIFT:]))
         both_BTI = torch.cat((next_BTH, hidden_norm(normed_BTH[:, :-_SHIFT])), dim=-1)
-        entering_BTH = nn.functional.linear(both_BTI, self._projection_HI)
-        out: torch.Tensor = output_norm(self._block(entering_BTH))
+        hidden_BTH = nn.functional.linear(both_BTI, self._projection_HI)
+        for block in self._blocks:
+            hidden_BTH = block(hidden_BTH)
+        out: torch.Tensor = output_norm(hidden_BTH)
         return out
 
 
@@ -491,14 +502,34 @@ def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iter
     mtp = layout.family.mtp
     if mtp is None or layer >= layout.mtp_layers:
         raise FamilyError(f"family {layout.family.name}: no MTP layer {layer}")
-    number = str(layout.num_layers + layer if mtp.follows_blocks else layer)
-    prefix, *inputs = (
-        name.replace("{decoder}", layout.wrapper.prefix).replace("{l}", number) for name in (mtp.prefix, *mtp.inputs)
+    first = layer * layout.mtp_blocks + (layout.num_layers if mtp.follows_blocks else 0)
+    numbers = range(first, first + layout.mtp_blocks)
+    embedding, hidden, projection, output = (
+        layout.wrapper.full(name).replace("{l}", str(first)).replace("{last}", str(numbers[-1])) for name in mtp.inputs
     )
-    like = min(mtp.like(layout.text), skeleton.num_blocks - 1)
-    embedding, hidden, projection, output = inputs
-    with skeleton.block_of("mtp", layer, prefix, observer, as_layer=like) as block:
-        yield MtpLayer(skeleton, block, (embedding, hidden, projection, output))
+    like = [_block_like(skeleton, mtp.like(layout.text) + at) for at in range(layout.mtp_blocks)]
+    if len(set(like)) < len(like):
+        raise FamilyError(f"family {layout.family.name}: MTP layers of several blocks of one kind are not run")
+    with contextlib.ExitStack() as stack:
+        blocks = []
+        for number, as_layer in zip(numbers, like, strict=True):
+            prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
+            blocks.append(stack.enter_context(skeleton.block_of("mtp", layer, prefix, observer, as_layer=as_layer)))
+        yield MtpLayer(skeleton, blocks, (embedding, hidden, projection, output))
+
+
+def _block_like(skeleton: Skeleton, like: int) -> int:
+    """A decoder block that has the tensors of block `like`, which may be beyond the last: the nearest to it."""
+    family, text = skeleton.layout.family, skeleton.layout.text
+
+    def tensors(layer: int) -> list[bool]:
+        return [family.holds(template.when, text, layer) for template in family.block]
+
+    wanted = tensors(like)
+    for layer in range(min(like, skeleton.num_blocks - 1), -1, -1):
+        if tensors(layer) == wanted:
+            return layer
+    raise FamilyError(f"family {family.name}: no decoder block is like those of its MTP layers, which are not run")
 
 
 def mtp_numbers(skeleton: Skeleton) -> range:

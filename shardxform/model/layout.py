@@ -109,6 +109,7 @@ class Layout:
         groups: router groups (1 when the router has none).
         moe_layers: decoder blocks that have routed experts, ascending.
         mtp_layers: number of MTP layers that the config declares.
+        mtp_blocks: blocks that each of them is made of.
         has_mtp, has_vision: whether any tensor of an MTP layer, of a vision tower is there.
         places: every tensor whose name the family knows.
         unknown: names the family does not know, in source order.
@@ -131,6 +132,7 @@ class Layout:
     places: Mapping[str, Place]
     unknown: tuple[str, ...]
     harmless: tuple[str, ...] = ()
+    mtp_blocks: int = 1
 
     @property
     def blocks(self) -> str:
@@ -162,14 +164,14 @@ class Layout:
             names = (mtp.prefix, *(each.name for each in mtp.root if "{l}" in each.name))
             full = (self.wrapper.full(name).partition("{l}")[0].removesuffix("layers.") for name in names)
             return tuple(dict.fromkeys(full))
-        return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers))
+        return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers * self.mtp_blocks))
 
     def undeclared_mtp_prefixes(self) -> tuple[str, ...]:
         """Give what names of layers beyond those of the config begin with, where the family has MTP layers there."""
         mtp = self.family.mtp
         if mtp is None or not mtp.follows_blocks:
             return ()
-        blocks, end = self.blocks, self.num_layers + self.mtp_layers
+        blocks, end = self.blocks, self.num_layers + self.mtp_layers * self.mtp_blocks
         beyond = {name[len(blocks) :].partition(".")[0] for name in self.unknown if name.startswith(blocks)}
         return self._mtp_prefixes(sorted(int(number) for number in beyond if _is_id(number) and int(number) >= end))
 
@@ -201,7 +203,7 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     family, wrapper = family_of(config)
     text = _text_config(config, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
-    num_layers = read_count(text, "num_hidden_layers", home)
+    num_layers = _layer_count(family, text, home)
     num_experts = _expert_count(config, family, wrapper)
     top_k = read_count(text, family.top_k_key, home)
     if top_k > num_experts:
@@ -213,7 +215,8 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp
     mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
-    placed = _finder(family, wrapper, num_layers, mtp_layers).places(names)
+    mtp_blocks = _mtp_blocks(family, text)
+    placed = _finder(family, wrapper, num_layers, mtp_layers, mtp_blocks).places(names)
     scopes = {place.scope for place in placed.values() if place}
     apart = [name for name, place in placed.items() if not place]
     harmless = tuple(name for name in apart if any(fnmatchcase(name, pattern) for pattern in family.harmless))
@@ -233,6 +236,7 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         places={name: place for name, place in placed.items() if place},
         unknown=tuple(name for name in apart if name not in harmless),
         harmless=harmless,
+        mtp_blocks=mtp_blocks,
     )
 
 
@@ -305,9 +309,10 @@ class _Finder:
     was found is kept.
     """
 
-    def __init__(self, family: Family, wrapper: Wrapper, num_layers: int, mtp_layers: int) -> None:
+    def __init__(self, family: Family, wrapper: Wrapper, num_layers: int, mtp_layers: int, mtp_blocks: int) -> None:
         self._num_layers = num_layers
-        self._mtp_end = num_layers + mtp_layers
+        self._mtp_end = num_layers + mtp_layers * mtp_blocks
+        self._mtp_blocks = mtp_blocks
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
@@ -389,8 +394,8 @@ class _Finder:
         if scope in ("root", "block"):
             return layer if layer < self._num_layers else -1
         if scope == "mtp" and self._follows:
-            return layer - self._num_layers if self._num_layers <= layer < self._mtp_end else -1
-        return layer
+            return (layer - self._num_layers) // self._mtp_blocks if self._num_layers <= layer < self._mtp_end else -1
+        return layer // self._mtp_blocks if scope == "mtp" else layer
 
 
 _finder = functools.lru_cache(maxsize=4)(_Finder)
@@ -433,6 +438,22 @@ def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")
     return next(iter(counts.values()))
+
+
+def _layer_count(family: Family, text: Config, home: str) -> int:
+    if isinstance(family.layers, str):
+        return read_count(text, family.layers, home)
+    try:
+        return read_count({"layers": family.layers(text)}, "layers", home)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise FamilyError(f"config.json: cannot tell how many layers there are: {e}") from e
+
+
+def _mtp_blocks(family: Family, text: Config) -> int:
+    try:
+        return max(1, family.mtp.blocks(text)) if family.mtp and family.mtp.blocks else 1
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise FamilyError(f"config.json: cannot tell what its MTP layers are made of: {e}") from e
 
 
 def _moe_layers(family: Family, text: Config, num_layers: int) -> tuple[int, ...]:
@@ -568,15 +589,16 @@ def _expected_mtp(
         name = layout.wrapper.full(template.name)
         if "{l}" not in name:
             yield name, _expect(Place(template, "mtp"), sizes)
-    for layer in range(layout.mtp_layers):
-        number = layout.num_layers + layer if mtp.follows_blocks else layer
+    for block in range(layout.mtp_layers * layout.mtp_blocks):
+        layer, at = divmod(block, layout.mtp_blocks)
+        number = layout.num_layers + block if mtp.follows_blocks else block
         for template in (each for each in mtp.root if "{l}" in each.name):
             name = layout.wrapper.full(template.name).replace("{l}", str(number))
             yield name, _expect(Place(template, "mtp", layer), sizes)
         prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
         variant = variants.get(("mtp", layer), "per-expert")
         templates = (*layout.family.block, *mtp.layer)
-        yield from _block(layout, templates, "mtp", layer, mtp.like(layout.text), prefix, variant, sizes)
+        yield from _block(layout, templates, "mtp", layer, mtp.like(layout.text) + at, prefix, variant, sizes)
 
 
 def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:

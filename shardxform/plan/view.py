@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest
-from shardxform.base.strict_json import pretty
+from shardxform.base.strict_json import config_text
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -566,7 +566,7 @@ def config_bytes(source: Checkpoint, view: View) -> bytes:
     """
     if view.checkpoint.config == source.config:
         return _read(source, CONFIG)
-    return pretty(view.checkpoint.config).encode()
+    return config_text(view.checkpoint.config).encode()
 
 
 def sidecar_digests(checkpoint: Checkpoint) -> dict[str, str]:

@@ -354,6 +354,7 @@ class _How:
         experts: in a layer of the source.
         layers: decoder blocks; a block of a higher number is an MTP layer.
         mtp: what was asked of MTP layers.
+        mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
@@ -365,6 +366,7 @@ class _How:
     mtp_keep: Mapping[str, list[int]]
     experts: int
     layers: int
+    mtp_blocks: int
     text_only: bool
     mtp: str
     drops_mtp: bool
@@ -396,7 +398,9 @@ class _How:
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
             experts=experts,
-            layers=next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
+            layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
+            or next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
+            mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
             text_only=bool(options.get("text_only") if text_only is None else text_only),
             mtp=mtp,
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
@@ -427,7 +431,7 @@ class _How:
         if layer is None or self.keep is None:
             return None
         number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
-        return self.mtp_keep[str(number)] if mtp else self.keep.get(layer[2])
+        return self.mtp_keep[str(number // self.mtp_blocks)] if mtp else self.keep.get(layer[2])
 
     def _renumbered(self, name: str, weight: _Weight, ids: list[int] | None) -> tuple[str, _Weight] | None:
         """A weight under its number in the output, or what stays of a router; None of an expert that goes."""

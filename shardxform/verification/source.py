@@ -179,7 +179,7 @@ def _differences(expected: object, found: object, path: str = "") -> Iterator[tu
         for key in [*expected, *(key for key in found if key not in expected)]:
             inner = f"{path}.{key}" if path else str(key)
             yield from _differences(expected.get(key, _ABSENT), found.get(key, _ABSENT), inner)
-    elif type(expected) is not type(found) or expected != found:
+    elif expected is not found and (type(expected) is not type(found) or expected != found):  # NaN is not itself
         yield path, expected, found
 
 

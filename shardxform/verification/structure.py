@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.base.strict_json import parse_object
+from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
@@ -138,6 +138,8 @@ def _of_positions(config: Mapping[str, Any], home: str) -> Iterator[str]:
 def _is(value: object, word: str) -> bool:
     if word.startswith("list of "):
         return isinstance(value, list) and all(_is(item, word.removeprefix("list of ")) for item in value)
+    if word == "float" and isinstance(value, Mapping):
+        return value.keys() == {"__float__"}  # as transformers 5 writes infinity
     kind = _TYPES[word]
     return value is None if kind is None else type(value) is kind  # bool is an int to Python, not to transformers
 
@@ -557,11 +559,11 @@ def _block(layout: Layout, name: str) -> tuple[Scope, int] | None:
         return None
     number = int(layer[1])
     if mtp and not mtp.follows_blocks and name.startswith(layout.mtp_prefixes):
-        return "mtp", number
+        return "mtp", number // layout.mtp_blocks
     if not name.startswith(layout.blocks):
         return None
     if name.startswith(layout.mtp_prefixes or "\0"):
-        return "mtp", number - layout.num_layers
+        return "mtp", (number - layout.num_layers) // layout.mtp_blocks
     return "block", number
 
 
@@ -595,7 +597,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """
     specs = (entry.spec for shard in plan.shards for entry in shard.entries)
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = Checkpoint(plan.source, parse_object(plan.config), tensors, ())
+    planned = Checkpoint(plan.source, parse_config(plan.config), tensors, ())
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     found = [problem for problem in findings.problems if problem.code not in but]

@@ -19,6 +19,7 @@ HOMES: Final[Mapping[str, str]] = {
     "lfm2_moe": "lfm2_moe",
     "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
+    "nemotron_h": "nemotron_h",
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",

@@ -20,6 +20,7 @@ __all__ = [
     "LINEAR_ROLES",
     "NORMS",
     "TYPES",
+    "Condition",
     "Config",
     "Decoder",
     "ExpertLayout",
@@ -298,9 +299,12 @@ class Mtp:
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
         inputs: the tensors that make its input, in full, with `{l}` and `{decoder}` as in `prefix`: norm of the next
-            token's embedding, norm of the hidden state, projection of the two side by side, norm of its output.
+            token's embedding, norm of the hidden state, projection of the two side by side, norm of its output;
+            `{last}` stands for the number of its last block.
         layer: templates beyond a decoder block's own ones.
         root: templates outside the layer's prefix, with full names: of each layer where there is an `{l}`, else once.
+        blocks: how many blocks an MTP layer is made of, where there are several: these are what `{l}` counts, and one
+            of them has experts. Block b of each is like decoder block `like` + b.
 
     """
 
@@ -311,6 +315,7 @@ class Mtp:
     inputs: tuple[str, str, str, str]
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
+    blocks: Callable[[Config], int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -322,6 +327,7 @@ class Family:
         wrappers: classes it is published under; the first text-only one is what a text-only view becomes.
         count_keys: config keys (in the text config) that count routed experts; those present must agree.
         top_k_key: config key of experts per token.
+        layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
             the output head.
@@ -357,6 +363,7 @@ class Family:
     wrappers: tuple[Wrapper, ...]
     count_keys: tuple[str, ...]
     top_k_key: str = "num_experts_per_tok"
+    layers: Symbol = "num_hidden_layers"
     group_key: str = ""
     root: tuple[Template, ...]
     block: tuple[Template, ...]
