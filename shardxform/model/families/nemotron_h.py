@@ -29,7 +29,7 @@ from shardxform.model.families.base import (
 
 __all__ = ["FAMILY"]
 
-_EXPERTS: Final = ExpertLayout("mixer.experts", (), ("up_proj", "down_proj"), gate="none", width="L")
+_EXPERTS: Final = ExpertLayout("mixer.experts", (), projections=("up_proj", "down_proj"), gate="none", width="L")
 _KINDS: Final = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 _NAMES: Final = {"linear_attention": "mamba", "full_attention": "attention"}  # as transformers 5 has them
 
