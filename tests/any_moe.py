@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -67,6 +70,12 @@ NOT_KEPT = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path"),
     *("rope_scaling", "rope_theta", "per_layer_config"),
 )
+
+
+def _renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    for pattern, new in renames:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -134,17 +143,39 @@ def randomized(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def build(model_type: str, seed: int = 0, **over: Any) -> Any:
-    """The whole model in memory, float32."""
-    config = AutoConfig.for_model(**tiny_config(model_type, **over))
-    return randomized(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), seed)
+def class_of(name: str) -> Any:
+    """A class of transformers by its name; that which finds the class of a decoder where there is none."""
+    return getattr(transformers, name) if name else AutoModelForCausalLM
 
 
-def save(model: Any, root: Path, vocab: int = VOCAB) -> Path:
-    """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it."""
+def build(
+    model_type: str, seed: int = 0, *, class_name: str = "", around: dict[str, Any] | None = None, **over: Any
+) -> Any:
+    """The whole model in memory, float32; `around` is the config of a class that nests that of its decoder."""
+    text = tiny_config(model_type, **over)
+    if around is None:
+        config = AutoConfig.for_model(**text)
+    else:
+        config = AutoConfig.for_model(model_type, **around, text_config=text)
+    of = class_of(class_name)
+    model = (
+        of.from_config(config, dtype=torch.float32) if not class_name else of._from_config(config, dtype=torch.float32)
+    )
+    return randomized(model.eval(), seed)
+
+
+def save(model: Any, root: Path, vocab: int = VOCAB, renames: Sequence[tuple[str, str]] = ()) -> Path:
+    """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it.
+
+    `renames` are regular expressions and what stands for them, where transformers' way back is not that of releases.
+    """
     from test_calibration import byte_tokenizer
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(root)
+    if renames:
+        (shard,) = root.glob("*.safetensors")
+        tensors = {_renamed(name, renames): value for name, value in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
     config = (root / "config.json").read_text()
     byte_tokenizer(root, vocab_size=vocab)
     (root / "config.json").write_text(json.dumps({**json.loads(config), "dtype": "bfloat16"}, indent=2))

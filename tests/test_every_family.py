@@ -52,6 +52,10 @@ class Case:
         formats: quantized formats whose outputs transformers loads with every weight in its place.
         runs: whether decoder blocks can be run.
         group_size: of quantized weights.
+        class_name: of transformers' class, where that which finds the class of a decoder does not know the type.
+        around: the config of a class that nests that of its decoder.
+        renames: regular expressions and what stands for them in names, where transformers' way back is not that of
+            releases.
         more: other configs, in the manner of `over`, whose checkpoints hold what the first one lacks.
 
     """
@@ -60,6 +64,9 @@ class Case:
     formats: tuple[str, ...] = ("auto-round",)
     runs: bool = True
     group_size: int = 32
+    class_name: str = ""
+    around: dict[str, Any] | None = None
+    renames: tuple[tuple[str, str], ...] = ()
     more: tuple[dict[str, Any], ...] = ()
 
 
@@ -76,6 +83,17 @@ JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 
 
 CASES: dict[str, Case] = {
     "deepseek_v3": Case(),
+    "deepseek_v4": Case(
+        over={"o_groups": 2, "o_lora_rank": 32},
+        runs=False,
+        formats=("compressed-tensors",),
+        renames=(
+            (r"^model\.", ""),
+            (r"^embed_tokens", "embed"),
+            (r"^hc_head\.hc_", "hc_head_"),
+            (r"(layers\.\d+\.attn)\.norm", r"\1.kv_norm"),
+        ),
+    ),
     "ernie4_5_moe": Case(more=({"tie_word_embeddings": False},)),
     "jamba": Case(over=JAMBA),
     "lfm2_moe": Case(over={"layer_types": ["conv", "full_attention"]}, formats=("compressed-tensors",)),
@@ -106,13 +124,18 @@ def one_thread() -> Any:
 @cache
 def model_of(kind: str) -> Any:
     """The whole model, float32."""
-    return any_moe.build(kind, **CASES[kind].over)
+    return built(kind, CASES[kind].over)
+
+
+def built(kind: str, over: dict[str, Any]) -> Any:
+    """A model of another config."""
+    return any_moe.build(kind, class_name=CASES[kind].class_name, around=CASES[kind].around, **over)
 
 
 def source_of(kind: str, folder: Path) -> Path:
     """Its checkpoint."""
     root = folder / kind
-    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root)
+    return root if (root / "config.json").exists() else any_moe.save(model_of(kind), root, renames=CASES[kind].renames)
 
 
 def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
@@ -121,11 +144,34 @@ def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(e for e in range(6) if (e + layer) % 3) for layer in layout.moe_layers}
 
 
-def loaded(root: Path) -> Any:
+def loaded(root: Path, class_name: str = "") -> Any:
     """What transformers makes of a checkpoint, which must hold all that it wants and nothing else."""
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
+    of = any_moe.class_of(class_name)
+    model, told = of.from_pretrained(root, dtype=torch.float32, output_loading_info=True)
     assert {key: list(value) for key, value in told.items() if value} == {}
     return model.eval()
+
+
+def positions(before: int, after: int, keep: tuple[int, ...]) -> Any:
+    """What stays of a dimension: one position for each expert, and others that stay, or several for each."""
+    experts = any_moe.EXPERTS
+    if before - after == experts - len(keep):
+        return torch.tensor([*keep, *range(experts, before)])
+    each = before // experts
+    return torch.tensor([e * each + at for e in keep for at in range(each)])
+
+
+def renumbered(table: Any, keep: tuple[int, ...]) -> Any:
+    """Ids of experts after pruning, one after the other: of one that goes, the next that stays and is not there yet."""
+    out = table.clone()
+    for row in out:
+        there = set(row.tolist()) & set(keep)
+        for at, old in enumerate(row.tolist()):
+            if old not in keep:
+                new = next(e for e in [*range(old, any_moe.EXPERTS), *range(old)] if e in keep and e not in there)
+                there.add(new)
+                row[at] = new
+    return torch.tensor([[keep.index(e) for e in row] for row in out.tolist()])
 
 
 def sliced(model: Any, smaller: Any, keep: dict[int, tuple[int, ...]]) -> dict[str, Any]:
@@ -134,10 +180,12 @@ def sliced(model: Any, smaller: Any, keep: dict[int, tuple[int, ...]]) -> dict[s
     out = {}
     for name, value in model.state_dict().items():
         axes = [at for at, (a, b) in enumerate(zip(value.shape, wanted[name].shape, strict=True)) if a != b]
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         if axes:
-            layer = next(int(part) for part in name.split(".") if part.isdigit())
-            value = value.index_select(axes[0], torch.tensor(keep[layer]))
-        out[name] = value
+            value = value.index_select(
+                axes[0], positions(value.shape[axes[0]], wanted[name].shape[axes[0]], keep[layer])
+            )
+        out[name] = renumbered(value, keep[layer]) if name.endswith("tid2eid") else value
     return out
 
 
@@ -154,7 +202,8 @@ def test_a_release_is_known_to_the_last_tensor(kind: str, folder: Path) -> None:
 def test_every_template_is_seen_in_some_release(kind: str, folder: Path, tmp_path: Path) -> None:
     roots = [source_of(kind, folder)]
     for at, over in enumerate(CASES[kind].more):
-        roots.append(any_moe.save(any_moe.build(kind, **{**CASES[kind].over, **over}), tmp_path / str(at)))
+        model = built(kind, {**CASES[kind].over, **over})
+        roots.append(any_moe.save(model, tmp_path / str(at), renames=CASES[kind].renames))
         assert verify(roots[-1]).problems == ()
     layouts = [layout_of(source.config, source.tensors) for source in map(Checkpoint.open, roots)]
     assert all(layout.unknown == () for layout in layouts)
@@ -169,7 +218,7 @@ def test_a_pruned_output_is_slices_of_the_loaded_model(kind: str, folder: Path) 
     source, out = Checkpoint.open(source_of(kind, folder)), folder / f"{kind}-pruned"
     keep = keep_of(source)
     run(plan_prune(source, Manifest(keep=keep)), out, RunOptions(jobs=1))
-    smaller = loaded(out)
+    smaller = loaded(out, CASES[kind].class_name)
     wanted = sliced(model_of(kind), smaller, keep)
     assert all(torch.equal(value, wanted[name]) for name, value in smaller.state_dict().items())
     report = verify(out, source=source, independent=True)
@@ -191,6 +240,31 @@ def test_an_output_with_a_defect_is_not_sound(kind: str, folder: Path, tmp_path:
         shorter = Raw(tensors[name].dtype, (rows - 1, *tensors[name].shape[1:]), data[: len(data) // rows * (rows - 1)])
         torn = {**tensors, name: shorter}
         assert verify(write_checkpoint(tmp_path / f"torn-{at}", torn, config)).problems, name
+
+
+@pytest.mark.parametrize("kind", [kind for kind, case in CASES.items() if not case.runs])
+@pytest.mark.parametrize("verb", ["score", "evaluate", "quantize", "prune"])
+def test_what_cannot_be_run_is_said_in_one_line_before_anything_is_written(
+    kind: str, verb: str, folder: Path, tmp_path: Path
+) -> None:
+    root, out = source_of(kind, folder), tmp_path / "out"
+    keep = keep_of(Checkpoint.open(root))
+    lists = {str(layer): list(ids) for layer, ids in keep.items()}
+    (tmp_path / "keep.json").write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": lists}))
+    data = ["--data", str(few("calib.jsonl")), "--samples", "2", "--seqlen", "16"]
+    command = {
+        "score": ["score", str(root), "-o", str(out), *data],
+        "evaluate": ["evaluate", str(root), *data],
+        "quantize": ["quantize", str(root), str(out), "--method", "auto-round", "--group-size", "32", *data],
+        "prune": ["prune", str(root), str(out), "-m", str(tmp_path / "keep.json"), "--heal", "all", *data],
+    }[verb]
+    family = layout_of(Checkpoint.open(root).config, []).family
+    if verb == "quantize":
+        command += ["--format", family.formats[0]]
+    result = CliRunner().invoke(main, [*command, "-q"], catch_exceptions=False)
+    assert result.exit_code
+    assert result.output.splitlines()[-1].endswith(f"family {family.name} is not run: {family.not_run}")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", RUN)
@@ -272,6 +346,19 @@ def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, fol
     assert_loads(out)
 
 
+ROUNDED = [(kind, name) for kind in CASES if not CASES[kind].runs for name in CASES[kind].formats]
+
+
+@pytest.mark.parametrize(("kind", "name"), ROUNDED, ids=["-".join(each) for each in ROUNDED])
+def test_a_rounded_output_of_what_is_not_run_loads(kind: str, name: str, folder: Path, tmp_path: Path) -> None:
+    root, out = source_of(kind, folder), tmp_path / "out"
+    command = ["quantize", str(root), str(out), "--format", name, "--group-size", str(CASES[kind].group_size), "-q"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert verify(out, source=root, independent=True).problems == ()
+    assert_loads(out, CASES[kind].class_name)
+
+
 @contextlib.contextmanager
 def classes_put_back(model: Any) -> Iterator[None]:
     """Undo what auto-round's loader does to the classes of a type: it replaces them for the whole process."""
@@ -283,17 +370,16 @@ def classes_put_back(model: Any) -> Iterator[None]:
         namespace.update(before)
 
 
-def assert_loads(out: Path) -> None:
+def assert_loads(out: Path, class_name: str = "") -> None:
     """Logits of a quantized output are those of its own values, written as a 16-bit checkpoint."""
     plain = out.with_name("plain")
     result = CliRunner().invoke(main, ["convert", str(out), str(plain), "--to", "bf16", "-q"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    model = loaded(plain).bfloat16()
+    model = loaded(plain, class_name).bfloat16()
     with torch.no_grad(), classes_put_back(model):
         wanted = model(input_ids=IDS).logits.float()
-        quantized, told = transformers.AutoModelForCausalLM.from_pretrained(
-            out, dtype=torch.bfloat16, output_loading_info=True
-        )
+        of = any_moe.class_of(class_name)
+        quantized, told = of.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
         found = quantized.eval()(input_ids=IDS).logits.float()
     assert not told["missing_keys"]
     # A weight in a wrong place moves every logit; bfloat16 alone flips a choice of experts here and there.

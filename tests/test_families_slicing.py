@@ -6,7 +6,7 @@ from pathlib import Path
 
 import any_moe
 import pytest
-from build import random_tensors, read_checkpoint, write_checkpoint
+from build import Raw, random_tensors, read_checkpoint, write_checkpoint
 
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
@@ -43,3 +43,53 @@ def test_mtp_layers_of_ernie_have_no_experts_and_stay_as_they_are(mtp: MtpMode, 
     out = read_checkpoint(pruned(source, tmp_path / "out", Manifest(keep={1: (0, 2, 5)}), mtp))
     assert {name: out.get(name) for name in extra} == (extra if mtp == "auto" else dict.fromkeys(extra))
     assert Checkpoint.open(tmp_path / "out").config["num_nextn_predict_layers"] == (mtp == "auto")
+
+
+def deepseek_v4(root: Path, *, packed: bool = False) -> Path:
+    """A tiny DeepSeek-V4 with an MTP layer, its experts in 16 bits or as releases have them, two codes to a byte."""
+    from test_every_family import CASES
+
+    case = CASES["deepseek_v4"]
+    saved = any_moe.save(any_moe.build("deepseek_v4", **case.over), root / "plain", renames=case.renames)
+    tensors, config = read_checkpoint(saved), dict(Checkpoint.open(saved).config)
+    like = {name: raw.shape for name, raw in tensors.items() if name.startswith("layers.1.")}
+    shapes = {name.replace("layers.1.", "mtp.0."): shape for name, shape in like.items()}
+    shapes = {name: shape for name, shape in shapes.items() if "indexer" not in name and "compressor" not in name}
+    shapes |= {f"mtp.0.{name}.weight": (64,) for name in ("enorm", "hnorm", "norm")}
+    shapes |= {f"mtp.0.{name}.weight": (64, 64) for name in ("e_proj", "h_proj")}
+    shapes |= {f"mtp.0.{name}": tensors[name].shape for name in ("hc_head_base", "hc_head_fn", "hc_head_scale")}
+    tensors |= random_tensors(shapes)
+    config["num_nextn_predict_layers"] = 1
+    if packed:
+        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        plain = [name for name, raw in tensors.items() if len(raw.shape) == 2 and ".experts." not in name]
+        config["quantization_config"]["modules_to_not_convert"] = [name.removesuffix(".weight") for name in plain]
+        config["expert_dtype"] = "fp4"
+        for name in [name for name in tensors if ".ffn.experts." in name]:
+            rows, columns = tensors[name].shape
+            tensors[name] = Raw("I8", (rows, columns // 2), tensors[name].data[: rows * columns // 2])
+            scale = name.replace("weight", "scale")
+            tensors[scale] = Raw(
+                "F8_E8M0", (rows, columns // 32), bytes([120 + at % 9 for at in range(rows * columns // 32)])
+            )
+    return write_checkpoint(root / "in", tensors, config)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_deepseek_v4_is_pruned_with_its_mtp_layer_and_its_hash_tables(packed: bool, tmp_path: Path) -> None:
+    source = Checkpoint.open(deepseek_v4(tmp_path, packed=packed))
+    layout = layout_of(source.config, source.tensors)
+    assert (layout.unknown, layout.mtp_layers, layout.has_mtp) == ((), 1, True)
+    assert verify(source.root).problems == ()
+    keep = Manifest(keep={0: (0, 2, 5), 1: (1, 2, 3)}, mtp_keep={0: (0, 4, 5)})
+    before = read_checkpoint(source.root)
+    after = read_checkpoint(pruned(source.root, tmp_path / "out", keep))
+    for prefix, ids in (("layers.0", (0, 2, 5)), ("layers.1", (1, 2, 3)), ("mtp.0", (0, 4, 5))):
+        for new, old in enumerate(ids):
+            for part in ("w1.weight", "w2.weight", "w3.weight", *(("w1.scale",) if packed else ())):
+                assert after[f"{prefix}.ffn.experts.{new}.{part}"] == before[f"{prefix}.ffn.experts.{old}.{part}"]
+        assert f"{prefix}.ffn.experts.3.w1.weight" not in after
+        assert after[f"{prefix}.ffn.gate.weight"].shape == (3, 64)
+    dropped = read_checkpoint(pruned(source.root, tmp_path / "dropped", Manifest(keep=keep.keep)))
+    assert not any(name.startswith("mtp.") for name in dropped)
+    assert Checkpoint.open(tmp_path / "dropped").config["num_nextn_predict_layers"] == 0

@@ -292,18 +292,23 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
     blocks = re.escape(layout.family.decoder.blocks)
+    routers = {module.local for module in modules.values() if module.place.role == "router"}  # no linear modules there
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        tail = re.escape(kind) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
-        if not quantized_in[kind]:
-            yield rf".*\.{tail}"
-        else:
-            yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+        for name in dict.fromkeys((kind, layout.family.module_name(kind) if kind not in routers else kind)):
+            tail = re.escape(name) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
+            if not quantized_in[kind]:
+                yield rf".*\.{tail}"
+            else:
+                yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
     if layout.wrapper.vision:
         yield r".*visual.*"
+    yield from (re.escape(tower.name).replace(r"\*", ".*") for tower in layout.family.towers)
     yield from _mtp_patterns(quantized, modules, layout)
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
+    if layout.wrapper.head not in (*quantized, _LM_HEAD):
+        yield re.escape(layout.wrapper.head)
     if _LM_HEAD not in quantized:
         yield _LM_HEAD
 

@@ -73,9 +73,12 @@ class Skeleton:
         """Make the model on the meta device.
 
         Raises:
-            FamilyError: transformers does not take the config.
+            FamilyError: blocks of the family are not run, or transformers does not take the config.
 
         """
+        family = weights.layout.family
+        if family.not_run:
+            raise FamilyError(f"family {family.name} is not run: {family.not_run}")
         keep_few_kernels()
         self.weights = weights
         self.layout = weights.layout

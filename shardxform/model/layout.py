@@ -27,11 +27,13 @@ __all__ = [
     "count_paths",
     "head_differs",
     "is_quantized",
+    "is_shape",
     "is_tied",
     "layout_of",
     "read_count",
     "refuse_two_spellings",
     "tied_notes",
+    "value_at",
     "variants_found",
 ]
 
@@ -47,6 +49,7 @@ COMPANIONS: Final[Mapping[str, Rows]] = {
     "input_scale": "none",
     "qweight": "inside",
     "qzeros": "inside",
+    "scale": "blocks",
     "scales": "inside",
     "weight_g_idx": "none",
     "weight_packed": "rows",
@@ -67,7 +70,10 @@ _QUANTIZED: Final = frozenset({dtype for dtype in BITS if BITS[dtype] <= 8 and d
 
 def is_quantized(spec: TensorSpec) -> bool:
     """Whether a tensor is of a quantized weight, by its name or by a dtype that no other tensor has."""
-    return spec.name.rpartition(".")[2] in COMPANIONS or spec.dtype in _QUANTIZED
+    last = spec.name.rpartition(".")[2]
+    return (
+        last in COMPANIONS and last != "scale"
+    ) or spec.dtype in _QUANTIZED  # there are other scales than of weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +254,7 @@ def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[
 
     """
     home = (wrapper.text_key,) if wrapper.text_key else ()
-    allowed = {(*home, key) for key in family.count_keys}
+    allowed = {(*home, *key.split(".")) for key in family.count_keys}
     found = [path for path in _walk(config) if path[-1] in COUNT_KEYS]
     for path in found:
         if path not in allowed:
@@ -263,6 +269,13 @@ def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
         if place.template.variant and place.layer is not None:
             out.setdefault((place.scope, place.layer), place.template.variant)
     return out
+
+
+def is_shape(spec: TensorSpec, shape: tuple[int, ...] | None) -> bool:
+    """Whether a tensor has the shape that its family gives it, or that of a weight with two codes of 4 bits a byte."""
+    if shape is None or spec.shape == shape:
+        return True
+    return spec.dtype in ("I8", "U8") and bool(shape) and spec.shape == (*shape[:-1], shape[-1] // 2)
 
 
 def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_out: str = "") -> None:
@@ -313,6 +326,7 @@ class _Finder:
         self._num_layers = num_layers
         self._mtp_end = num_layers + mtp_layers * mtp_blocks
         self._mtp_blocks = mtp_blocks
+        self._towers = family.towers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
@@ -344,7 +358,10 @@ class _Finder:
         if len(self._found) > _MOST_FOUND:
             self._found.clear()
             self._stems.clear()
-        return {name: self._found.get(name) or self._find(name) for name in names}
+        return {name: self._found.get(name) or self._find(name) or self._in_tower(name) for name in names}
+
+    def _in_tower(self, name: str) -> Place | None:
+        return next((Place(each, "vision") for each in self._towers if fnmatchcase(name, each.name)), None)
 
     def _find(self, name: str) -> Place | None:
         stem, dot, last = name.rpartition(".")
@@ -416,8 +433,11 @@ def _text_config(config: Config, wrapper: Wrapper) -> Config:
 
 
 def read_count(config: Config, key: str, home: str, default: int | None = None) -> int:
-    """Read a count from the part of config.json called `home`; with a default it may be absent or 0."""
-    value = config.get(key)
+    """Read a count from the part of config.json called `home`; with a default it may be absent or 0.
+
+    A `key` may lead into objects: `ffn_config.moe_num_experts`.
+    """
+    value = value_at(config, key)
     if value is None and default is not None:
         return default
     where = home + key
@@ -428,13 +448,22 @@ def read_count(config: Config, key: str, home: str, default: int | None = None) 
     return value
 
 
+def value_at(config: Config, key: str) -> Any:  # noqa: ANN401
+    """What a key, or keys with dots between them, lead to; None where there is nothing."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
 def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     paths = count_paths(config, family, wrapper)
     text = _text_config(config, wrapper)
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
-    counts = {path[-1]: read_count(text, path[-1], home) for path in paths}
+    inside = [".".join(path[1:] if wrapper.text_key else path) for path in paths]
+    counts = {key: read_count(text, key, home) for key in inside}
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")
     return next(iter(counts.values()))

@@ -37,6 +37,7 @@ from shardxform.model.layout import (
     count_paths,
     expected,
     is_quantized,
+    is_shape,
     layout_of,
     refuse_strays,
     refuse_two_spellings,
@@ -336,7 +337,7 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
             raise FamilyError(
                 f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
             )
-        if item.shape is not None and ref.spec.shape != item.shape:
+        if not is_shape(ref.spec, item.shape):
             found = list(ref.spec.shape)
             raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():

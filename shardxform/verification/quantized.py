@@ -246,16 +246,21 @@ def _check_declared(
         if key not in decided:  # as a rule experts of a layer have one scheme: a look at the first is enough
             decided[key] = _verdicts(m, declared, readers)
         stored, said = m.kind != _PLAIN, decided[key]
-        if stored and kinds and m.kind not in kinds:
+        if stored and kinds and m.kind not in (kinds | _FOURS if m.place.template.variant and kinds == FP8 else kinds):
             detail = f"stored as {m.kind}, but config.json declares {method}"
             items.append(Item("quantization-kind", m.tensor, m.place, detail))
-        elif said and stored not in said:
+        elif said and stored not in said and not (kinds == FP8 and not stored and _stays(layout, m)):
             code = "undeclared" if stored else "not-quantized"
             items.append(Item(code, m.tensor, m.place, _contradiction(m, method)))
         elif len(said) > 1 and m.place.scope != "mtp":
             doubtful.append(Item("quantization-clients", m.tensor, m.place, _disagreement(m, method)))
     findings.items(items, layout.num_experts)
     findings.warn_items(doubtful, layout.num_experts)
+
+
+def _stays(layout: Layout, m: _Module) -> bool:
+    """Whether it is one of those that clients of the family never run quantized, whatever a config says."""
+    return any(fnmatchcase(m.local, pattern) for pattern in layout.family.keep_16bit)
 
 
 def _kinds_of(declared: Mapping[str, object]) -> Set[str]:
@@ -356,6 +361,7 @@ BLOCKS_KEY: Final = "block_name_to_quantize"
 
 _SPECIAL: Final = re.compile(r"[*+?^$()\[\]{}|\\]")  # without one of these, vLLM takes a name for no pattern
 _LM_HEAD: Final = "lm_head"
+_FOURS: Final = frozenset({"I8"})  # experts in FP4, two codes a byte, beside weights in FP8
 _MOST_BITS: Final = 8  # of a quantized weight
 
 
@@ -377,7 +383,7 @@ class Asked:
     @property
     def is_head(self) -> bool:
         """Whether it is the output head, which vLLM keeps apart from linear layers."""
-        return self.name == _LM_HEAD
+        return self.name in (_LM_HEAD, "head")
 
     @property
     def whole(self) -> str:

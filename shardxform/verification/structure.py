@@ -17,8 +17,18 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.families import family_of
-from shardxform.model.families.base import Scope, Slicing
-from shardxform.model.layout import Expected, Layout, Place, expected, layout_of, looks_like, variants_found
+from shardxform.model.families.base import Family, Scope, Slicing
+from shardxform.model.layout import (
+    Expected,
+    Layout,
+    Place,
+    expected,
+    is_shape,
+    layout_of,
+    looks_like,
+    value_at,
+    variants_found,
+)
 from shardxform.plan.plan import Plan
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
@@ -83,19 +93,19 @@ def config_faults(layout: Layout) -> Iterator[str]:
     """Yield what clients refuse in a config, one sentence each that begins with the key."""
     family, key = layout.family, layout.wrapper.text_key
     if key is None:
-        yield from _of_decoder(layout.config, family.types, "")
+        yield from _of_decoder(layout.config, family.types, "", family)
         return
     yield from _of_part(layout.config, family.wrapper_types, "")
-    parts = ((key, family.types, _of_decoder), ("vision_config", family.vision_types, _of_part))
-    for name, types, look in parts:
-        part = layout.config.get(name)
-        if isinstance(part, Mapping):
-            yield from look(part, types, f"{name}.")
+    decoder, vision = value_at(layout.config, key), layout.config.get("vision_config")
+    if isinstance(decoder, Mapping):
+        yield from _of_decoder(decoder, family.types, f"{key}.", family)
+    if isinstance(vision, Mapping):
+        yield from _of_part(vision, family.vision_types, "vision_config.")
 
 
-def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
+def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str, family: Family) -> Iterator[str]:
     yield from _of_part(config, types, home)
-    yield from _of_layers(config, home)
+    yield from _of_layers(config, home, family)
     yield from _of_positions(config, home)
 
 
@@ -109,16 +119,21 @@ def _of_part(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> 
         yield f"{home}{key}: expected the name of a dtype such as bfloat16, found {_brief(dtype)}"
 
 
-def _of_layers(config: Mapping[str, Any], home: str) -> Iterator[str]:
-    for key, known in _LAYER_TYPES.items():
+def _of_layers(config: Mapping[str, Any], home: str, family: Family) -> Iterator[str]:
+    for key, known in {**_LAYER_TYPES, **family.layer_kinds}.items():
         listed, count = config.get(key), config.get("num_hidden_layers")
         if not isinstance(listed, list):
             continue
         other = next((kind for kind in listed if not isinstance(kind, str) or kind not in known), None)
         if other is not None:
             yield f"{home}{key}: {_brief(other)} is no kind of layer"
-        elif type(count) is int and len(listed) != count:
+        elif type(count) is int and len(listed) not in (count, count + _padding(config, family)):
             yield f"{home}{key}: {len(listed)} of them, but {home}num_hidden_layers is {count}"
+
+
+def _padding(config: Mapping[str, Any], family: Family) -> int:
+    more = config.get(family.mtp.count_key) if family.mtp and family.pads_lists else 0
+    return more if type(more) is int else 0
 
 
 def _of_positions(config: Mapping[str, Any], home: str) -> Iterator[str]:
@@ -395,7 +410,7 @@ def _check_table(
             if not item.optional and name not in gone:
                 detail = "all experts missing" if item.place.template.variant == "fused" else "missing"
                 found.append(Item("mtp" if in_mtp else "missing", name, item.place, detail))
-        elif item.shape is not None and ref.spec.shape != item.shape:
+        elif item.shape is not None and not is_shape(ref.spec, item.shape):
             counts = _counts_otherwise(item.place.template.slicing, ref.spec.shape, item.shape)
             code = "mtp" if in_mtp else "expert-count" if counts else "shape"
             found.append(Item(code, name, item.place, counts or _misshapen(ref.spec.shape, item.shape)))
@@ -429,6 +444,8 @@ def _check_unexpected(
             continue
         base = name.removesuffix(place.companion) + "weight" if place.companion else name
         template = place.template
+        if template in layout.family.towers:
+            continue
         if base in table:
             if not place.companion and stored_form(name, layout.places):
                 found.append(Item("stray", name, place, "a 16-bit weight beside its quantized form"))

@@ -13,6 +13,7 @@ __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
     "deepseek_v3": "deepseek_v3",
+    "deepseek_v4": "deepseek_v4",
     "ernie4_5_moe": "ernie4_5_moe",
     "gpt_oss": "gpt_oss",
     "jamba": "jamba",

@@ -325,7 +325,8 @@ class Family:
     Attributes:
         name: what `inspect` prints; the release's model_type.
         wrappers: classes it is published under; the first text-only one is what a text-only view becomes.
-        count_keys: config keys (in the text config) that count routed experts; those present must agree.
+        count_keys: config keys (in the text config) that count routed experts; those present must agree. A key may lead
+            into objects, as `ffn_config.moe_num_experts` does.
         top_k_key: config key of experts per token.
         layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
@@ -336,6 +337,10 @@ class Family:
         experts: how its routed experts lie; `parts.experts` makes their templates from it.
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
         vision: templates of the vision tower, with full names.
+        towers: parts beside the decoder that are copied without being understood: encoders, projectors. Their names
+            are patterns, matched with `fnmatch`.
+        layer_kinds: what lists with an entry per block may name, by key, where that is not what all families may.
+        pads_lists: such lists may go on for MTP layers.
         vision_prefix: what every name of the vision tower begins with.
         vision_depth_key: key in `vision_config` that counts vision blocks.
         vision_sidecars: files that only a multimodal class needs; left out with it.
@@ -354,6 +359,7 @@ class Family:
         experts_norm: the norm before the experts, within a block; healing moves it with them.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
+        not_run: why its blocks cannot be run one at a time, such as what they hand on beside hidden states.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
@@ -372,6 +378,9 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
+    towers: tuple[Template, ...] = ()
+    layer_kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pads_lists: bool = False
     vision_prefix: str = ""
     vision_depth_key: str = "depth"
     vision_sidecars: tuple[str, ...] = ()
@@ -387,6 +396,7 @@ class Family:
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
+    not_run: str = ""
     fused_release: bool = False
     bfloat16_only: bool = False
 
@@ -399,6 +409,10 @@ class Family:
     def holders(self) -> tuple[str, ...]:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
+
+    def module_name(self, name: str) -> str:
+        """What transformers' modules call a part of a block that checkpoints call `name`."""
+        return next((name.replace(old, new, 1) for old, new in self.renames if old in name), name)
 
     def holds(self, when: str, config: Config, layer: int) -> bool:
         """Whether condition `when` holds for `layer`; the empty condition always does."""
