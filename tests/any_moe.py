@@ -167,7 +167,8 @@ def build(
 def save(model: Any, root: Path, vocab: int = VOCAB, renames: Sequence[tuple[str, str]] = ()) -> Path:
     """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it.
 
-    `renames` are regular expressions and what stands for them, where transformers' way back is not that of releases.
+    `renames` are regular expressions and what stands for them, where transformers' way back is not that of releases;
+    what is left without a name is left out.
     """
     from test_calibration import byte_tokenizer
 
@@ -175,6 +176,7 @@ def save(model: Any, root: Path, vocab: int = VOCAB, renames: Sequence[tuple[str
     if renames:
         (shard,) = root.glob("*.safetensors")
         tensors = {_renamed(name, renames): value for name, value in load_file(shard).items()}
+        tensors.pop("", None)
         save_file(tensors, shard, metadata={"format": "pt"})
     config = (root / "config.json").read_text()
     byte_tokenizer(root, vocab_size=vocab)

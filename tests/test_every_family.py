@@ -51,6 +51,7 @@ class Case:
         over: keys of the config beside those of `any_moe.tiny_config`.
         formats: quantized formats whose outputs transformers loads with every weight in its place.
         runs: whether decoder blocks can be run.
+        loads: whether transformers loads releases.
         group_size: of quantized weights.
         class_name: of transformers' class, where that which finds the class of a decoder does not know the type.
         around: the config of a class that nests that of its decoder.
@@ -63,6 +64,7 @@ class Case:
     over: dict[str, Any] = field(default_factory=dict)
     formats: tuple[str, ...] = ("auto-round",)
     runs: bool = True
+    loads: bool = True
     group_size: int = 32
     class_name: str = ""
     around: dict[str, Any] | None = None
@@ -97,7 +99,24 @@ CASES: dict[str, Case] = {
     "ernie4_5_moe": Case(more=({"tie_word_embeddings": False},)),
     "jamba": Case(over=JAMBA),
     "lfm2_moe": Case(over={"layer_types": ["conv", "full_attention"]}, formats=("compressed-tensors",)),
+    "longcat_flash": Case(
+        over={
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "zero_expert_num": 3,
+            "num_layers": 2,
+            "qk_head_dim": 32,
+        },
+        runs=False,
+        loads=False,  # transformers 5.23 wants a gate and up projection of experts that have none, and refuses releases
+        renames=((r".*\.experts\.[678]\..*", ""),),
+    ),
     "minimax_m2": Case(formats=("compressed-tensors",)),
+    "mistral4": Case(
+        over={"head_dim": 32, "qk_head_dim": 32},
+        more=({"q_lora_rank": None},),
+        class_name="Mistral4ForCausalLM",
+    ),
     "mixtral": Case(formats=("compressed-tensors",)),
     "nemotron_h": Case(over=NEMOTRON, formats=("auto-round", "compressed-tensors")),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
@@ -218,9 +237,10 @@ def test_a_pruned_output_is_slices_of_the_loaded_model(kind: str, folder: Path) 
     source, out = Checkpoint.open(source_of(kind, folder)), folder / f"{kind}-pruned"
     keep = keep_of(source)
     run(plan_prune(source, Manifest(keep=keep)), out, RunOptions(jobs=1))
-    smaller = loaded(out, CASES[kind].class_name)
-    wanted = sliced(model_of(kind), smaller, keep)
-    assert all(torch.equal(value, wanted[name]) for name, value in smaller.state_dict().items())
+    if CASES[kind].loads:
+        smaller = loaded(out, CASES[kind].class_name)
+        wanted = sliced(model_of(kind), smaller, keep)
+        assert all(torch.equal(value, wanted[name]) for name, value in smaller.state_dict().items())
     report = verify(out, source=source, independent=True)
     assert (report.problems, report.tensors_differing) == ((), 0)
 
@@ -343,7 +363,7 @@ def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, fol
         assert all(each[after] <= each[before] for each in errors)
         assert any(each[after] < 0.999 * each[before] for each in errors)
     assert verify(out, source=source, independent=True).problems == ()
-    assert_loads(out)
+    assert_loads(out, CASES[kind].class_name)
 
 
 ROUNDED = [(kind, name) for kind in CASES if not CASES[kind].runs for name in CASES[kind].formats]
@@ -356,7 +376,8 @@ def test_a_rounded_output_of_what_is_not_run_loads(kind: str, name: str, folder:
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert verify(out, source=root, independent=True).problems == ()
-    assert_loads(out, CASES[kind].class_name)
+    if CASES[kind].loads:
+        assert_loads(out, CASES[kind].class_name)
 
 
 @contextlib.contextmanager

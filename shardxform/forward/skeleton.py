@@ -20,8 +20,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
@@ -361,11 +362,11 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     try:
         config = AutoConfig.for_model(**text)
         config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
-        auto: Any = AutoModelForCausalLM
+        make: Any = AutoModelForCausalLM.from_config
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # a decoder all the same, which it has no entry for
+            make = getattr(transformers, wrapper.architecture)._from_config
         with _META:
-            model = auto.from_config(
-                config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
-            )
+            model = make(config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION)
         attend_by_rows(model)
         _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version

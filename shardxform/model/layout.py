@@ -306,13 +306,14 @@ def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A template that a name may be of: how many numbers the name has, and which of them is the layer, the expert."""
+    """A template that a name may be of: its numbers, which of them is the layer, the expert, and which are given."""
 
     scope: Scope
     template: Template
     numbers: int
     layer: int
     expert: int
+    given: tuple[tuple[int, int], ...]
 
 
 class _Finder:
@@ -348,9 +349,11 @@ class _Finder:
 
     def _add(self, scope: Scope, name: str, template: Template) -> None:
         parts = name.split(".")
-        slots = "".join(part[1] for part in parts if part.startswith("{"))
-        key = ".".join("#" if part.startswith("{") else part for part in parts)
-        candidate = _Candidate(scope, template, len(slots), slots.find("l"), slots.find("e"))
+        numbers = [part for part in parts if part.startswith("{") or _is_id(part)]
+        slots = "".join(part[1] if part.startswith("{") else "n" for part in numbers)
+        key = ".".join("#" if part in numbers else part for part in parts)
+        given = tuple((at, int(part)) for at, part in enumerate(numbers) if _is_id(part))
+        candidate = _Candidate(scope, template, len(slots), slots.find("l"), slots.find("e"), given)
         self._table.setdefault(key, []).append(candidate)
 
     def places(self, names: Iterable[str]) -> dict[str, Place | None]:
@@ -382,7 +385,7 @@ class _Finder:
         self, candidates: Iterable[_Candidate], numbers: tuple[int, ...], digits: tuple[int, ...], companion: str
     ) -> Place | None:
         for each in candidates:
-            if each.numbers != len(numbers):
+            if each.numbers != len(numbers) or any(numbers[at] != number for at, number in each.given):
                 continue
             layer = self._layer(each.scope, numbers[each.layer] if each.layer >= 0 else None)
             if layer == -1:
