@@ -104,6 +104,8 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
+    if not family.formats:
+        raise SchemeError(f"`format` {scheme.format}: no loader of a quantized format finds experts of {family.name}")
     if scheme.format not in family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"

@@ -211,7 +211,8 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
     num_experts = _expert_count(config, family, wrapper)
-    top_k = read_count(text, family.top_k_key, home)
+    spellings = (family.top_k_key, *family.other_top_k_keys)
+    top_k = read_count(text, next((key for key in spellings if value_at(text, key) is not None), spellings[0]), home)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
     if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:

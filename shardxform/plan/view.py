@@ -194,8 +194,10 @@ class _Builder:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
             return "MTP layers"
         vision = self._layout.family.vision_prefix
-        if self._wrapper is not self._layout.wrapper and vision and name.startswith(vision):
-            return "vision tower"
+        if self._wrapper is not self._layout.wrapper:
+            place = self._layout.places.get(name)
+            if (vision and name.startswith(vision)) or (place and place.template in self._layout.family.towers):
+                return "vision tower"
         return ""
 
     def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:

@@ -38,6 +38,7 @@ _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32":
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
+_APART: Final = re.compile(r"(.*)\.moe\.(gate_proj|up_proj|down_proj)\.weight")
 _BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
@@ -287,6 +288,11 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
             for part, first, number in _halves(match[2], expert * rows, rows):
                 key = f"{match[1]}.{expert}.{part}.weight"
                 yield key, _Weight(name, tensor, (number, columns), ((first, number),))
+    elif (match := _APART.fullmatch(name)) and len(tensor.shape) == 3:
+        count, rows, columns = tensor.shape
+        for expert in range(count):
+            whole = _Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
+            yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))

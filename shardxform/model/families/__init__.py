@@ -26,6 +26,8 @@ HOMES: Final[Mapping[str, str]] = {
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
+    "step3p5": "step3p7",
+    "step3p7": "step3p7",
 }
 """The module of this package that knows a `model_type`, as it stands at the top level of config.json."""
 

@@ -328,6 +328,7 @@ class Family:
         count_keys: config keys (in the text config) that count routed experts; those present must agree. A key may lead
             into objects, as `ffn_config.moe_num_experts` does.
         top_k_key: config key of experts per token.
+        other_top_k_keys: what the same is called where that key is not there.
         layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
@@ -369,6 +370,7 @@ class Family:
     wrappers: tuple[Wrapper, ...]
     count_keys: tuple[str, ...]
     top_k_key: str = "num_experts_per_tok"
+    other_top_k_keys: tuple[str, ...] = ()
     layers: Symbol = "num_hidden_layers"
     group_key: str = ""
     root: tuple[Template, ...]
