@@ -94,6 +94,17 @@ SMALL_VISION = {
 }
 
 CASES: dict[str, Case] = {
+    "dbrx": Case(
+        over={
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 6, "moe_top_k": 2},
+        },
+        runs=False,
+        formats=(),
+    ),
     "deepseek_v3": Case(),
     "deepseek_v4": Case(
         over={"o_groups": 2, "o_lora_rank": 32},

@@ -93,3 +93,36 @@ def test_deepseek_v4_is_pruned_with_its_mtp_layer_and_its_hash_tables(packed: bo
     dropped = read_checkpoint(pruned(source.root, tmp_path / "dropped", Manifest(keep=keep.keep)))
     assert not any(name.startswith("mtp.") for name in dropped)
     assert Checkpoint.open(tmp_path / "dropped").config["num_nextn_predict_layers"] == 0
+
+
+def test_step3p5_as_its_release_has_it_is_pruned_beside_dense_mtp_layers(tmp_path: Path) -> None:
+    from test_every_family import CASES
+
+    case = CASES["step3p7"]
+    over = {**case.over, "layer_types": ["sliding_attention", "full_attention"]}
+    model = any_moe.build("step3p7", class_name=case.class_name, around=case.around, **over)
+    saved = any_moe.save(model, tmp_path / "saved")
+    config = dict(Checkpoint.open(saved).config)["text_config"]
+    for key in ("mlp_layer_types", "num_experts_per_tok", "n_routed_experts", "num_key_value_heads"):
+        config.pop(key)
+    config = {key: value for key, value in config.items() if not key.startswith(("mtp_", "num_sliding"))}
+    config |= {"architectures": ["Step3p5ForCausalLM"], "moe_num_experts": 6, "moe_top_k": 2, "moe_layers_enum": "1"}
+    config |= {"num_attention_groups": 2, "attention_other_setting": {"num_attention_heads": 6}}
+    config |= {"layer_types": [*config["layer_types"], "sliding_attention"], "num_nextn_predict_layers": 1}
+    tensors = {name: raw for name, raw in read_checkpoint(saved).items() if name.startswith(("model.", "lm_head."))}
+    dense = {name: raw.shape for name, raw in tensors.items() if name.startswith("model.layers.0.")}
+    extra = {name.replace("layers.0.", "layers.2."): shape for name, shape in dense.items()}
+    extra |= {f"model.layers.2.{name}.weight": (64,) for name in ("enorm", "hnorm", "transformer.shared_head.norm")}
+    extra |= {
+        "model.layers.2.eh_proj.weight": (64, 128),
+        "model.layers.2.transformer.shared_head.output.weight": (258, 64),
+    }
+    source = write_checkpoint(tmp_path / "in", {**tensors, **random_tensors(extra)}, config)
+    checkpoint = Checkpoint.open(source)
+    layout = layout_of(checkpoint.config, checkpoint.tensors)
+    assert (layout.unknown, layout.moe_layers, layout.mtp_layers, layout.top_k) == ((), (1,), 1, 2)
+    assert verify(source).problems == ()
+    out = read_checkpoint(pruned(source, tmp_path / "out", Manifest(keep={1: (0, 2, 5)})))
+    assert extra.keys() <= out.keys()
+    assert out["model.layers.1.moe.up_proj.weight"].shape == (3, 32, 64)
+    assert Checkpoint.open(tmp_path / "out").config["moe_num_experts"] == 3

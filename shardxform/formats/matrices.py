@@ -126,7 +126,7 @@ def _unstacked(
 ) -> Iterator[Matrix]:
     """Matrices of one stack."""
     kinds = {experts.stacked(stack): stack for stack in experts.stacks}
-    if place.template.name not in kinds:
+    if place.template.name not in kinds or len(ref.spec.shape) != 3:
         return
     stack, stem = kinds[place.template.name], name.removesuffix(place.template.name) + experts.home
     sources, home = (name,), experts.home

@@ -437,7 +437,7 @@ class _How:
         if layer is None or self.keep is None:
             return None
         number = int(layer[2]) - (self.layers if mtp and layer[1] != "mtp." else 0)
-        return self.mtp_keep[str(number // self.mtp_blocks)] if mtp else self.keep.get(layer[2])
+        return self.mtp_keep.get(str(number // self.mtp_blocks)) if mtp else self.keep.get(layer[2])
 
     def _renumbered(self, name: str, weight: _Weight, ids: list[int] | None) -> tuple[str, _Weight] | None:
         """A weight under its number in the output, or what stays of a router; None of an expert that goes."""

@@ -12,6 +12,7 @@ from shardxform.model.families.base import Config, Family, Wrapper
 __all__ = ["HOMES", "all_families", "family_of"]
 
 HOMES: Final[Mapping[str, str]] = {
+    "dbrx": "dbrx",
     "deepseek_v3": "deepseek_v3",
     "deepseek_v4": "deepseek_v4",
     "ernie4_5_moe": "ernie4_5_moe",
