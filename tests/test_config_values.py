@@ -47,12 +47,14 @@ def words(hint: Any) -> list[str]:
 
 @pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
 def test_types_are_those_of_transformers(family: Any) -> None:
-    text = next(wrapper for wrapper in family.wrappers if wrapper.text_key is None)
-    pairs = [(CONFIG_MAPPING[text.model_type], family.types)]
+    texts = [wrapper for wrapper in family.wrappers if wrapper.text_key is None]
+    pairs = [(CONFIG_MAPPING[text.model_type], family.types) for text in texts[:1]]
     for wrapper in family.wrappers:
         if wrapper.text_key:
             whole = CONFIG_MAPPING[wrapper.model_type]
             pairs.append((whole, family.wrapper_types))
+            if not texts:
+                pairs.append((type(whole().get_text_config()), family.types))
             pairs.append((type(whole().vision_config), family.vision_types))
     for kind, types in pairs:
         assert {key: set(value.split(" or ")) for key, value in types.items()} == fields_of(kind)

@@ -118,6 +118,12 @@ CASES: dict[str, Case] = {
         ),
     ),
     "ernie4_5_moe": Case(more=({"tie_word_embeddings": False},)),
+    "glm5_next": Case(
+        over={"qk_rope_head_dim": 0, "linear_head_dim": 16, "linear_num_heads": 4},
+        class_name="Glm5NextForConditionalGeneration",
+        around={"vision_config": SMALL_VISION},
+        runs=False,
+    ),
     "jamba": Case(over=JAMBA),
     "lfm2_moe": Case(over={"layer_types": ["conv", "full_attention"]}, formats=("compressed-tensors",)),
     "longcat_flash": Case(
@@ -139,9 +145,40 @@ CASES: dict[str, Case] = {
         class_name="Mistral4ForCausalLM",
     ),
     "mixtral": Case(formats=("compressed-tensors",)),
+    "muse_spark": Case(
+        over={"moe_hidden_size": 32},
+        more=({"mlp_layer_types": ["dense", "sparse"]},),
+        class_name="MuseSparkForConditionalGeneration",
+        around={
+            "vision_config": {key: SMALL_VISION[key] for key in list(SMALL_VISION)[:4]},
+            "audio_config": {"out_hidden_size": 64, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
+            "projector_hidden_size": 32,
+        },
+        runs=False,
+        formats=(),
+    ),
     "nemotron_h": Case(over=NEMOTRON, formats=("auto-round", "compressed-tensors")),
     "qwen3_5_moe_text": Case(over={"layer_types": ["linear_attention", "full_attention"]}),
     "qwen3_moe": Case(),
+    "qwen4_exp": Case(
+        over={
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": 64,
+            "ngram_vocab_size_base": 50,
+            "split_ngram_parts": 2,
+            "hc_lowrank": 32,
+            "eos_token_id": 256,
+            "layer_types": ["linear_attention", "indexed_attention"],
+        },
+        class_name="Qwen4ExpForConditionalGeneration",
+        around={"vision_config": SMALL_VISION},
+        runs=False,
+    ),
     "step3p7": Case(
         over={
             "share_expert_dim": 32,
@@ -434,10 +471,10 @@ def assert_loads(out: Path, class_name: str = "") -> None:
     assert result.exit_code == 0, result.output
     model = loaded(plain, class_name).bfloat16()
     with torch.no_grad(), classes_put_back(model):
-        wanted = model(input_ids=IDS).logits.float()
+        wanted = model(input_ids=IDS, use_cache=False).logits.float()
         of = any_moe.class_of(class_name)
         quantized, told = of.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
-        found = quantized.eval()(input_ids=IDS).logits.float()
+        found = quantized.eval()(input_ids=IDS, use_cache=False).logits.float()
     assert not told["missing_keys"]
     # A weight in a wrong place moves every logit; bfloat16 alone flips a choice of experts here and there.
     assert float((found - wanted).abs().median()) < 0.02 * float(wanted.std())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
-from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
+from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
@@ -106,6 +106,8 @@ def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Modu
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:
             spec = tensors[name].spec
+            if place.template in layout.family.towers and spec.dtype in ID_DTYPES:
+                continue  # tables of numbers
             kind_of = _PLAIN if spec.dtype in FLOATS else spec.dtype
             found.setdefault(stem, _Module(stem, name, place, kind_of, _is_linear(name, spec, place)))
         elif (kind := _KINDS.get(place.companion)) and (stem not in found or found[stem].kind not in _INTEGERS):

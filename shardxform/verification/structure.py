@@ -111,12 +111,18 @@ def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str, 
 
 def _of_part(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
     for key, words in types.items():
-        if key in config and not any(_is(config[key], word) for word in words.split(" or ")):
+        if key in config and not _is_any(config[key], words.split(" or ")):
             yield f"{home}{key}: expected {words}, found {_brief(config[key])}"
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     dtype = config.get(key)
     if isinstance(dtype, str) and dtype not in _DTYPES:
         yield f"{home}{key}: expected the name of a dtype such as bfloat16, found {_brief(dtype)}"
+
+
+def _is_any(value: object, words: Collection[str]) -> bool:
+    """Whether a value is of one of the kinds; what a list holds may be of several."""
+    single = isinstance(value, list) and all(any(_is([each], word) for word in words) for each in value)
+    return single or any(_is(value, word) for word in words)
 
 
 def _of_layers(config: Mapping[str, Any], home: str, family: Family) -> Iterator[str]:
