@@ -156,7 +156,10 @@ def build(
     if around is None:
         config = AutoConfig.for_model(**text)
     else:
-        config = AutoConfig.for_model(model_type, **around, text_config=text)
+        inside = {**around.get("thinker_config", around), "text_config": text}
+        config = AutoConfig.for_model(
+            model_type, **({**around, "thinker_config": inside} if "thinker_config" in around else inside)
+        )
     of = class_of(class_name)
     model = (
         of.from_config(config, dtype=torch.float32) if not class_name else of._from_config(config, dtype=torch.float32)

@@ -55,7 +55,8 @@ def test_types_are_those_of_transformers(family: Any) -> None:
             pairs.append((whole, family.wrapper_types))
             if not texts:
                 pairs.append((type(whole().get_text_config()), family.types))
-            pairs.append((type(whole().vision_config), family.vision_types))
+            if hasattr(whole(), "vision_config"):
+                pairs.append((type(whole().vision_config), family.vision_types))
     for kind, types in pairs:
         assert {key: set(value.split(" or ")) for key, value in types.items()} == fields_of(kind)
 

@@ -304,15 +304,23 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
                 yield rf".*\.{tail}"
             else:
                 yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+    yield from (re.escape(tower.name).replace(r"\*", ".*") for tower in layout.family.towers)
     if layout.wrapper.vision:
         yield r".*visual.*"
-    yield from (re.escape(tower.name).replace(r"\*", ".*") for tower in layout.family.towers)
     yield from _mtp_patterns(quantized, modules, layout)
+    yield from (re.escape(name) for name, module in modules.items() if name not in quantized and _stands_alone(module))
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
-    if layout.wrapper.head not in (*quantized, _LM_HEAD):
-        yield re.escape(layout.wrapper.head)
-    if _LM_HEAD not in quantized:
-        yield _LM_HEAD
+    yield from (name for name in _heads(layout) if name not in quantized)
+
+
+def _heads(layout: Layout) -> list[str]:
+    """What clients call the output head."""
+    return list(dict.fromkeys((re.escape(layout.wrapper.head), _LM_HEAD)))
+
+
+def _stands_alone(module: Matrix) -> bool:
+    """Whether it is outside all blocks, and no embeddings and no head, of which clients know."""
+    return module.place.scope == "root" and module.place.role not in ("embeddings", "lm head")
 
 
 def _mtp_patterns(quantized: set[str], modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:

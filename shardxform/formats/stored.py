@@ -279,7 +279,7 @@ def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, Tens
     plain: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, last = name.rpartition(".")
-        if last in COMPANIONS:
+        if last in COMPANIONS and last != "scale":  # there are other scales than of weights
             groups.setdefault(stem, {})[last] = ref
         else:
             plain[name] = ref

@@ -254,9 +254,10 @@ def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[
         FamilyError: a key that counts experts stands where this family does not expect one.
 
     """
-    home = (wrapper.text_key,) if wrapper.text_key else ()
+    home = tuple(wrapper.text_key.split(".")) if wrapper.text_key else ()
+    others = {tuple(key.split(".")) for key in family.other_counts}
     allowed = {(*home, *key.split(".")) for key in family.count_keys}
-    found = [path for path in _walk(config) if path[-1] in COUNT_KEYS]
+    found = [path for path in _walk(config) if path[-1] in COUNT_KEYS and path not in others]
     for path in found:
         if path not in allowed:
             raise FamilyError(f"config.json: {'.'.join(path)} counts experts where {family.name} does not expect it")
@@ -429,7 +430,7 @@ def _is_id(part: str) -> bool:
 def _text_config(config: Config, wrapper: Wrapper) -> Config:
     if wrapper.text_key is None:
         return config
-    text = config.get(wrapper.text_key)
+    text = value_at(config, wrapper.text_key)
     if not isinstance(text, Mapping):
         raise FamilyError(f"config.json: {wrapper.architecture} needs an object '{wrapper.text_key}'")
     # A multimodal class ties its head by the top level alone; what the text config says of it is not looked at.
@@ -466,7 +467,7 @@ def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
-    inside = [".".join(path[1:] if wrapper.text_key else path) for path in paths]
+    inside = [".".join(path).removeprefix(home) for path in paths]
     counts = {key: read_count(text, key, home) for key in inside}
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")

@@ -459,7 +459,7 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
         changes.update(dict.fromkeys(count_paths(layout.config, layout.family, layout.wrapper), kept))
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
-        home = (layout.wrapper.text_key,) if layout.wrapper.text_key else ()
+        home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
         changes[(*home, mtp.count_key)] = 0
     config = _with_changes(layout.config, changes)
     if wrapper is layout.wrapper or layout.wrapper.text_key is None:

@@ -29,6 +29,7 @@ HOMES: Final[Mapping[str, str]] = {
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_omni_moe": "qwen3_omni_moe",
     "qwen4_exp": "qwen4_exp",
     "qwen4_exp_text": "qwen4_exp",
     "step3p5": "step3p7",

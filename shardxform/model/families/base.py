@@ -270,7 +270,8 @@ class Wrapper:
     Attributes:
         architecture: as in config.json's `architectures`.
         model_type: at the top level of config.json.
-        text_key: key of the nested text config, or None when the top level is the text config.
+        text_key: key of the nested text config, with dots where it is nested deeper, or None when the top level is the
+            text config.
         prefix: what decoder names begin with, such as `model.language_model.`.
         vision: whether the class has a vision tower.
         head: name of the output head, in full.
@@ -327,6 +328,7 @@ class Family:
         wrappers: classes it is published under; the first text-only one is what a text-only view becomes.
         count_keys: config keys (in the text config) that count routed experts; those present must agree. A key may lead
             into objects, as `ffn_config.moe_num_experts` does.
+        other_counts: keys, in full, that count experts of other parts, which stay; refused where not named.
         top_k_key: config key of experts per token.
         other_top_k_keys: what the same is called where that key is not there.
         layers: config key that counts decoder blocks, or a function of the text config.
@@ -369,6 +371,7 @@ class Family:
     name: str
     wrappers: tuple[Wrapper, ...]
     count_keys: tuple[str, ...]
+    other_counts: tuple[str, ...] = ()
     top_k_key: str = "num_experts_per_tok"
     other_top_k_keys: tuple[str, ...] = ()
     layers: Symbol = "num_hidden_layers"

@@ -210,5 +210,6 @@ FAMILY: Final = Family(
         "mlp.shared_experts.gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     },
+    formats=("auto-round", "gptq"),  # transformers' conversion of what compressed-tensors packs fails
     not_run="its blocks hand on four residual streams [B, T, 4, H] and the positions that an indexer chose",
 )

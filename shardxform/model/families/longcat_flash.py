@@ -103,5 +103,6 @@ FAMILY: Final = Family(
         for at in (0, 1)
     }
     | {f"mlps.{at}.gate_up_proj": (f"mlps.{at}.gate_proj", f"mlps.{at}.up_proj") for at in (0, 1)},
+    formats=("compressed-tensors",),  # transformers leaves experts of the others at random, and refuses any release
     not_run="its router also chooses experts that hand on their input as it is, and its experts are no module to run",
 )

@@ -54,5 +54,6 @@ FAMILY: Final = Family(
     moe="moe",
     keep_16bit=_LIKE.keep_16bit,
     merged=_LIKE.merged,
+    formats=("auto-round", "gptq"),  # that of compressed-tensors wants stacks
     fused_release=True,
 )

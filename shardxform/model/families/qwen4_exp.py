@@ -166,6 +166,7 @@ FAMILY: Final = Family(
     },
     keep_16bit=_LIKE.keep_16bit,
     merged=_LIKE.merged,
+    formats=("auto-round", "gptq"),  # that of compressed-tensors wants stacks
     fused_release=True,
     bfloat16_only=True,
     not_run="its blocks hand on four residual streams [B, T, 4 * H], and some want the tokens before",
