@@ -209,6 +209,7 @@ CASES: dict[str, Case] = {
         class_name="Qwen3OmniMoeForConditionalGeneration",
         around=SMALL_OMNI,
         runs=False,
+        formats=(),
         more=({"mlp_only_layers": [0], "attention_bias": True},),
     ),
     "qwen4_exp": Case(

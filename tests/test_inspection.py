@@ -18,6 +18,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Grid, Scheme
+from shardxform.model.families import HOMES
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
@@ -101,6 +102,6 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
     assert (
-        f"{tmp_path}/config.json: model_type 'llama' is not a known family; known: deepseek_v3, gpt_oss, mixtral, qwen"
+        f"{tmp_path}/config.json: model_type 'llama' is not a known family; known: {', '.join(sorted(HOMES))}"
         in result.stderr
     )

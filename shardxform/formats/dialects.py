@@ -294,11 +294,12 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
             kept_in[merged] |= layers
             quantized_in[merged] |= set.union(*(quantized_in[member] for member in members))
     blocks = re.escape(layout.family.decoder.blocks)
-    routers = {module.local for module in modules.values() if module.place.role == "router"}  # no linear modules there
+    stacked = {module.local for module in modules.values() if module.place.role == "router"}  # not linear in clients
+    stacked.add(layout.family.experts.home)
     for kind, layers in sorted(kept_in.items()):
         if not layers:
             continue
-        for name in dict.fromkeys((kind, layout.family.module_name(kind) if kind not in routers else kind)):
+        for name in dict.fromkeys((kind, kind if kind in stacked else layout.family.module_name(kind))):
             tail = re.escape(name) + (r"(\..*)?" if kind == layout.family.experts.home else "$")
             if not quantized_in[kind]:
                 yield rf".*\.{tail}"

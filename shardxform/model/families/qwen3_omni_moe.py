@@ -61,5 +61,6 @@ FAMILY: Final = Family(
     moe="moe",
     keep_16bit=_LIKE.keep_16bit,
     merged=_LIKE.merged,
+    formats=(),  # transformers leaves experts of the thinker, in any of them, at random values
     not_run="transformers has no class of its decoder alone",
 )
