@@ -67,9 +67,7 @@ class Release:
 
 RELEASES = {
     "DeepSeek-V2-Lite": Release(parameters=15.7e9, tensors=5_291, elements=15_706_484_224),
-    "DeepSeek-V3": Release(
-        parameters=671e9, tensors=91_991, elements=684_531_386_000, mtp="blocks", mtp_ends=True
-    ),
+    "DeepSeek-V3": Release(parameters=671e9, tensors=91_991, elements=684_531_386_000, mtp="blocks", mtp_ends=True),
     "DeepSeek-V3.1": Release(parameters=671e9, mtp="blocks", mtp_ends=True),
     "DeepSeek-V3.2": Release(
         parameters=671e9,
