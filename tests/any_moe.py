@@ -11,10 +11,12 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoRoundConfig
 from transformers.utils import logging
 
@@ -154,12 +156,19 @@ def randomized(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def whole_config(model_type: str, *, vision: dict[str, Any] | None = None, **over: Any) -> dict[str, Any]:
-    """Keys of a small config, of a multimodal class where the type is one: `over` is for its text, `vision` not."""
-    text, whole = (
-        tiny_config(model_type, **over),
-        plain(AutoConfig.for_model(CLASSES.get(model_type, model_type)).to_dict()),
-    )
+def whole_config(
+    model_type: str, *, vision: dict[str, Any] | None = None, around: dict[str, Any] | None = None, **over: Any
+) -> dict[str, Any]:
+    """Keys of a small config, of a multimodal class where the type is one: `over` is for its text, `vision` not.
+
+    `around` is what such a class has around the config of its decoder, where that is not found by itself.
+    """
+    text = tiny_config(model_type, **over)
+    if around is not None:
+        inside = {**around.get("thinker_config", around), "text_config": text}
+        whole = {**around, "thinker_config": inside} if "thinker_config" in around else inside
+        return {**whole, "model_type": model_type}
+    whole = plain(AutoConfig.for_model(CLASSES.get(model_type, model_type)).to_dict())
     if not isinstance(whole.get("vision_config"), dict):
         return text
     tower = {key: VISION_SIZES.get(key, value) for key, value in whole["vision_config"].items() if key not in NOT_KEPT}
@@ -167,22 +176,27 @@ def whole_config(model_type: str, *, vision: dict[str, Any] | None = None, **ove
     return {**top, "tie_word_embeddings": False, "text_config": text, "vision_config": {**tower, **(vision or {})}}
 
 
-def auto_class(config: dict[str, Any]) -> Any:
-    """What makes a model of a config."""
+def class_of(config: dict[str, Any], name: str = "") -> Any:
+    """What makes a model of a config: a class of transformers by its name, or what finds it."""
+    if name:
+        return getattr(transformers, name)
     return AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
 
 
-def build(model_type: str, seed: int = 0, **over: Any) -> Any:
-    """The whole model in memory, float32."""
-    config = whole_config(model_type, **over)
-    model = auto_class(config).from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    return randomized(model.eval(), seed)
+def build(
+    model_type: str, seed: int = 0, *, class_name: str = "", around: dict[str, Any] | None = None, **over: Any
+) -> Any:
+    """The whole model in memory, float32; `around` is the config of a class that nests that of its decoder."""
+    config = whole_config(model_type, around=around, **over)
+    of = class_of(config, class_name)
+    make = of._from_config if class_name else of.from_config
+    return randomized(make(AutoConfig.for_model(**config), dtype=torch.float32).eval(), seed)
 
 
-def renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
-    """What a release calls a tensor."""
-    for saved, released in names:
-        name = name.replace(saved, released)
+def renamed(name: str, names: Sequence[tuple[str, str]]) -> str:
+    """What a release calls a tensor; nothing where it has none."""
+    for pattern, released in names:
+        name = re.sub(pattern, released, name)
     return name
 
 
@@ -191,24 +205,27 @@ def save(
     root: Path,
     vocab: int = VOCAB,
     model_type: str = "",
-    names: tuple[tuple[str, str], ...] = (),
+    renames: Sequence[tuple[str, str]] = (),
     turned: str = "",
 ) -> Path:
     """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it.
 
-    `names` are parts of names as transformers saves them, and as releases have them; `turned` is a pattern of those
+    `renames` are regular expressions and what stands for them, where transformers' way back is not that of releases;
+    what is left without a name is left out. `turned` is a pattern of the names, as transformers saves them, of tensors
     that releases have with their last two dimensions the other way round.
     """
     from build import raw, read_checkpoint, write_checkpoint
     from test_calibration import byte_tokenizer
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(root)
-    if names or turned:
+    if renames or turned:
         tensors, config = read_checkpoint(root), json.loads((root / "config.json").read_text())
         for name in [name for name in tensors if turned and re.search(turned, name)]:
             tensors[name] = raw(torch.tensor(tensors[name].float32()).bfloat16().mT)
         shutil.rmtree(root)
-        write_checkpoint(root, {renamed(name, names): value for name, value in tensors.items()}, config)
+        released = {renamed(name, renames): value for name, value in tensors.items()}
+        released.pop("", None)
+        write_checkpoint(root, released, config)
     config = json.loads((root / "config.json").read_text()) | {"dtype": "bfloat16"}
     byte_tokenizer(root, vocab_size=vocab)
     config["model_type"] = model_type or config["model_type"]
@@ -216,11 +233,11 @@ def save(
     return root
 
 
-def load(root: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def load(root: Path, dtype: torch.dtype, class_name: str = "") -> tuple[Any, dict[str, Any]]:
     """What transformers makes of a checkpoint, and what it says of the keys it found."""
     config = json.loads((root / "config.json").read_text())
     known = CLASSES.get(config["model_type"])
     over: dict[str, Any] = {"config": AutoConfig.for_model(**{**config, "model_type": known})} if known else {}
     if config.get("quantization_config", {}).get("quant_method") == "gptq":  # whose own loader is not installed
         over["quantization_config"] = AutoRoundConfig(backend="torch")
-    return auto_class(config).from_pretrained(root, dtype=dtype, output_loading_info=True, **over)
+    return class_of(config, class_name).from_pretrained(root, dtype=dtype, output_loading_info=True, **over)

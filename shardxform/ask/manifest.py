@@ -372,7 +372,7 @@ def mtp_moe_layers(layout: Layout) -> tuple[int, ...]:
                 place.layer
                 for place in layout.places.values()
                 if place.scope == "mtp" and place.layer is not None
-                if place.template.numbered or place.template.sliced
+                if place.template.pruned
             }
         )
     )

@@ -13,8 +13,8 @@ import gc
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.errors import CheckpointError, PlanError
@@ -22,11 +22,13 @@ from shardxform.errors import CheckpointError, PlanError
 __all__ = [
     "BITS",
     "FLOATS",
+    "ID_DTYPES",
     "LENGTH_BYTES",
     "MAX_HEADER_BYTES",
     "RANK",
     "ByteRange",
     "Entry",
+    "Remade",
     "TensorRef",
     "TensorSpec",
     "data_start",
@@ -86,14 +88,37 @@ class ByteRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Remade:
+    """How a matrix is made whose values are not byte ranges of `source` [R, C], each row by itself.
+
+    Attributes:
+        source: what it is made of.
+        keep: columns, or ids of experts, that stay, ascending.
+        what: `columns` stay as they are, those in `keep`; or its values are `ids` of experts, which are renumbered.
+        experts: number of those that ids may name.
+
+    """
+
+    source: TensorRef
+    keep: tuple[int, ...]
+    what: Literal["columns", "ids"]
+    experts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor and the byte ranges that hold it: their concatenation, in order, is its row-major data."""
+    """A tensor and the byte ranges that hold it: their concatenation, in order, is its row-major data.
+
+    Where there is `remade`, no ranges hold it: its values are to be worked out, as a plan's own step does it.
+    """
 
     spec: TensorSpec
     ranges: tuple[ByteRange, ...]
+    remade: Remade | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        return f"TensorRef(spec={self.spec!r}, ranges={self.ranges!r})"
+        remade = f", remade={self.remade!r}" if self.remade else ""
+        return f"TensorRef(spec={self.spec!r}, ranges={self.ranges!r}{remade})"
 
     @property
     def name(self) -> str:
@@ -107,13 +132,13 @@ class TensorRef:
 
     def renamed(self, name: str) -> TensorRef:
         """Same bytes under another name."""
-        return TensorRef(TensorSpec(name, self.spec.dtype, self.spec.shape), self.ranges)
+        return TensorRef(TensorSpec(name, self.spec.dtype, self.spec.shape), self.ranges, remade=self.remade)
 
     def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
         """Same bytes under another shape of as many elements."""
         if math.prod(shape) != math.prod(self.spec.shape):
             raise ValueError(f"{self.name}: cannot view {self.spec.shape} as {shape}")
-        return TensorRef(self.spec.of_shape(shape), self.ranges)
+        return TensorRef(self.spec.of_shape(shape), self.ranges, remade=self.remade)
 
     def select(self, keep: Sequence[int]) -> TensorRef:
         """Rows `keep` of dim 0, in that order: `result[i] == self[keep[i]]`.
@@ -129,6 +154,15 @@ class TensorRef:
             raise IndexError(f"{self.name}: row outside 0..{rows - 1}")
         pieces = (piece for index in keep for piece in _cut(self.ranges, index * row, row))
         return TensorRef(self.spec.of_shape((len(keep), *self.spec.shape[1:])), coalesce(pieces))
+
+    def take(self, axis: int, keep: Sequence[int]) -> TensorRef:
+        """Positions `keep` of dimension `axis`, in that order; as many runs of bytes as there are before it."""
+        if not axis:
+            return self.select(keep)
+        before, (rows, *after) = self.spec.shape[:axis], self.spec.shape[axis:]
+        flat = self.reshaped((math.prod(before) * rows, *after))
+        picked = flat.select([first * rows + each for first in range(math.prod(before)) for each in keep])
+        return picked.reshaped((*before, len(keep), *after))
 
     def rows(self, start: int, stop: int) -> TensorRef:
         """Rows `start`..`stop - 1` of dim 0."""
@@ -154,6 +188,8 @@ class TensorRef:
             yield TensorRef(spec, pieces)
 
     def _row_bytes(self) -> int:
+        if self.remade:
+            raise CheckpointError(f"tensor '{self.name}' is to be worked out first: it has no bytes to take rows from")
         if not self.spec.shape:
             raise CheckpointError(f"tensor '{self.name}' is a scalar; expected a leading dimension to slice")
         bits = math.prod(self.spec.shape[1:]) * BITS[self.spec.dtype]
@@ -241,6 +277,9 @@ RANK: Final[dict[str, int]] = {name: rank for rank, name in enumerate(BITS)}
 
 FLOATS: Final[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
 """Plain floating-point dtypes: what a weight that is not quantized is stored in."""
+
+ID_DTYPES: Final[frozenset[str]] = frozenset({"I32", "I64"})
+"""Dtypes of tables of ids."""
 
 
 # -- header ------------------------------------------------------------------------------------------------------------

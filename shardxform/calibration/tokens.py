@@ -160,7 +160,9 @@ def _end_of_text(inner: Any, config: Mapping[str, object], root: Path) -> int:  
 
 def _number(config: Mapping[str, object], key: str) -> int | None:
     """A number of the config or of its text part; the first where it is a list."""
-    text = config.get("text_config")
+    thinker = config.get("thinker_config")
+    outer = thinker if isinstance(thinker, dict) else config
+    text = outer.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):
         value = part.get(key)
         value = value[0] if isinstance(value, list) and value else value

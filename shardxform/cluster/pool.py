@@ -34,7 +34,7 @@ from shardxform.cluster.worker import (
 from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution.output import Output
 from shardxform.execution.steps import Facts
-from shardxform.plan.plan import Copy, Plan, Step, tokens_of
+from shardxform.plan.plan import Copy, Plan, Remake, Step, tokens_of
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
@@ -195,7 +195,8 @@ def refuse_remote(origin: str, remote: object) -> None:
 def needs_of(step: Step, device: str = "cpu") -> Needs:
     """What a step is promised: its memory, a CPU, and a GPU where that computes."""
     process = 0 if tokens_of(step) else _WORKER_BYTES  # the memory of a tuned block is all there is of it
-    return Needs(memory=step.peak_bytes + process, gpus=0 if device == "cpu" or isinstance(step, Copy) else 1)
+    computes = device != "cpu" and not isinstance(step, (Copy, Remake))
+    return Needs(memory=step.peak_bytes + process, gpus=int(computes))
 
 
 class RayPool:

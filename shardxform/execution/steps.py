@@ -15,7 +15,7 @@ from typing import Any
 from shardxform.base.digests import Taken, runs_of
 from shardxform.base.file_system import FileSystem
 from shardxform.execution.copying import copy_step
-from shardxform.plan.plan import Copy, Extent, Step
+from shardxform.plan.plan import Copy, Extent, Remake, Step
 
 __all__ = ["Facts", "OpenTargets", "executor", "written_by"]
 
@@ -35,6 +35,10 @@ def executor(step: Step, device: str, taken: Taken | None = None) -> Callable[..
     """
     if isinstance(step, Copy):
         return functools.partial(copy_step, step)
+    if isinstance(step, Remake):
+        from shardxform.execution.remaking import remake_step
+
+        return functools.partial(remake_step, step, taken=taken)
     from shardxform.plan.steps import Transcode
 
     if isinstance(step, Transcode):

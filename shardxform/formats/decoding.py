@@ -20,6 +20,9 @@ from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, Mi
 
 __all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded", "unreadable"]
 
+_BESIDE: Final = ("expert_dtype",)
+"""What DeepSeek-V4's releases say at the top level of the config, and others in the quantization_config."""
+
 _UNUSED: Final = ("input_scale", "input_global_scale")
 """Scales of activations, which stand beside a weight and say nothing of it."""
 
@@ -172,7 +175,7 @@ def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
             tensors[found[name].name] = found[name]
         elif name not in parts:
             tensors[name] = ref
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in source.config.items() if key not in ("quantization_config", *_BESIDE)}
     return replace(source, tensors=tensors, config=config)
 
 
@@ -181,7 +184,8 @@ def _rules(config: Mapping[str, Any]) -> list[Rule]:
     if not isinstance(declared, Mapping):
         return []
     read = DECODED.get(str(declared.get("quant_method")))
-    return list(read(declared)) if read else []
+    beside = {key: config[key] for key in _BESIDE if key in config}
+    return list(read({**beside, **declared})) if read else []
 
 
 def _weight(rules: Iterable[Rule], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:

@@ -292,13 +292,20 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
             yield rf".*\.{tail}"
         else:
             yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
+    yield from (re.escape(tower.name).replace(r"\*", ".*") for tower in layout.family.towers)
     yield from _vision_patterns(layout)
     yield from _mtp_patterns(quantized, modules, layout)
+    yield from (re.escape(name) for name, module in modules.items() if name not in quantized and _stands_alone(module))
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:
         yield _LM_HEAD
         if layout.wrapper.head != _LM_HEAD:
             yield re.escape(layout.wrapper.head)
+
+
+def _stands_alone(module: Matrix) -> bool:
+    """Whether it is outside all blocks, and no embeddings and no head, of which clients know."""
+    return module.place.scope == "root" and module.place.role not in ("embeddings", "lm head")
 
 
 def _layers_by_kind(

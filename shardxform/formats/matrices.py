@@ -115,7 +115,7 @@ def stack_cuts(experts: ExpertLayout, stack: str, rows: int) -> Iterator[tuple[s
     They are the halves of the first stack even where gate and up projection take turns in it: so auto-round's loader
     reads them on transformers 5, which puts the halves one below the other again, and has the model take them apart.
     """
-    names = experts.inner if stack == experts.stacks[0] else experts.projections[-1:]
+    names = experts.held(stack)
     share = rows // len(names)
     for at, name in enumerate(names):
         yield name, Cut(at * share, share, experts.transposed)
@@ -126,7 +126,7 @@ def _unstacked(
 ) -> Iterator[Matrix]:
     """Matrices of one stack."""
     kinds = {experts.stacked(stack): stack for stack in experts.stacks}
-    if place.template.name not in kinds:
+    if place.template.name not in kinds or len(ref.spec.shape) != 3:
         return
     stack, stem = kinds[place.template.name], name.removesuffix(place.template.name) + experts.home
     sources, home = (name,), experts.home

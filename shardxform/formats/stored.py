@@ -412,8 +412,8 @@ def released(refs: Mapping[str, TensorRef], layout: Layout) -> list[TensorRef]:
     lying = layout.family.experts
     for stem, experts in fused.items():
         order = [experts[expert] for expert in sorted(experts)]  # complete: `pruned_view` saw every expert
-        for stack, inside in zip(lying.stacks, (lying.inner, lying.projections[-1:]), strict=True):
-            name = stem.removesuffix(lying.home) + lying.stacked(stack)
+        for stack in lying.stacks:
+            name, inside = stem.removesuffix(lying.home) + lying.stacked(stack), lying.held(stack)
             out.append(_stacked(name, [[each[part] for part in inside] for each in order]))
     return out
 

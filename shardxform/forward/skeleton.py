@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
@@ -75,9 +77,12 @@ class Skeleton:
         """Make the model on the meta device.
 
         Raises:
-            FamilyError: transformers does not take the config.
+            FamilyError: blocks of the family are not run, or transformers does not take the config.
 
         """
+        family = weights.layout.family
+        if family.not_run:
+            raise FamilyError(f"family {family.name} is not run: {family.not_run}")
         keep_few_kernels()
         self.weights = weights
         self.layout = weights.layout
@@ -379,10 +384,12 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         text, auto = {**whole, wrapper.text_key: text}, AutoModelForImageTextToText
     try:
         config = AutoConfig.for_model(**text)
+        if auto is AutoModelForCausalLM and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # it has no entry for it
+            make: Any = getattr(transformers, wrapper.architecture)._from_config
+        else:
+            make = functools.partial(auto.from_config, trust_remote_code=False)
         with _META:
-            model = auto.from_config(
-                config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
-            )
+            model = make(config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION)
         with _META:
             _adapt(_decoder_of(model), layout.family)
         attend_by_rows(model)

@@ -345,6 +345,8 @@ class Weights:
                 f"{self.checkpoint.where}: tensor '{ref.name}' is {ref.spec.dtype};"
                 f" the model is run from {', '.join(_DTYPES)} and from W4A16 and W8A16 checkpoints"
             )
+        if ref.remade:
+            raise CheckpointError(f"{self.checkpoint.where}: tensor '{ref.name}' must be written before it can be run")
         buffer = np.empty(ref.nbytes, np.uint8)
         view = buffer.data
         done = 0

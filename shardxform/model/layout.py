@@ -28,12 +28,14 @@ __all__ = [
     "count_paths",
     "head_differs",
     "is_quantized",
+    "is_shape",
     "is_tied",
     "layout_of",
     "read_count",
     "refuse_longer",
     "refuse_two_spellings",
     "tied_notes",
+    "value_at",
     "variants_found",
 ]
 
@@ -51,8 +53,8 @@ COMPANIONS: Final[Mapping[str, Rows]] = {
     "input_scale": "none",
     "qweight": "inside",
     "qzeros": "inside",
-    "scales": "inside",
     "scale": "blocks",
+    "scales": "inside",
     "weight_g_idx": "none",
     "weight_global_scale": "none",
     "weight_packed": "rows",
@@ -176,7 +178,9 @@ class Layout:
         if mtp is None:
             return ()
         if not mtp.follows_blocks:
-            return (mtp.prefix.partition("{l}")[0].removesuffix("layers.").replace("{decoder}", self.wrapper.prefix),)
+            names = (mtp.prefix, *(each.name for each in mtp.root if "{l}" in each.name))
+            full = (self.wrapper.full(name).partition("{l}")[0].removesuffix("layers.") for name in names)
+            return tuple(dict.fromkeys(full))
         return self._mtp_prefixes(range(self.num_layers, self.num_layers + self.mtp_layers * self.mtp_blocks))
 
     def undeclared_mtp_prefixes(self) -> tuple[str, ...]:
@@ -219,7 +223,9 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
     num_experts = _expert_count(config, family, wrapper)
-    top_k = _read_per_layer(text, family.top_k_key, home, family)
+    spellings = (family.top_k_key, *family.other_top_k_keys)
+    top_k_key = next((key for key in spellings if value_at(text, key) is not None), spellings[0])
+    top_k = _read_per_layer(text, top_k_key, home, family)
     if top_k > num_experts:
         raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
     if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
@@ -264,9 +270,10 @@ def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[
         FamilyError: a key that counts experts stands where this family does not expect one.
 
     """
-    home = (wrapper.text_key,) if wrapper.text_key else ()
-    allowed = {(*home, key) for key in family.count_keys}
-    found = [path for path in _walk(config) if path[-1] in COUNT_KEYS]
+    home = tuple(wrapper.text_key.split(".")) if wrapper.text_key else ()
+    others = {tuple(key.split(".")) for key in family.other_counts}
+    allowed = {(*home, *key.split(".")) for key in family.count_keys}
+    found = [path for path in _walk(config) if path[-1] in COUNT_KEYS and path not in others]
     for path in found:
         if path not in allowed:
             raise FamilyError(f"config.json: {'.'.join(path)} counts experts where {family.name} does not expect it")
@@ -301,6 +308,13 @@ def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
         if place.template.variant and place.layer is not None:
             out.setdefault((place.scope, place.layer), place.template.variant)
     return out
+
+
+def is_shape(spec: TensorSpec, shape: tuple[int, ...] | None) -> bool:
+    """Whether a tensor has the shape that its family gives it, or that of a weight with two codes of 4 bits a byte."""
+    if shape is None or spec.shape == shape:
+        return True
+    return spec.dtype in ("I8", "U8") and bool(shape) and spec.shape == (*shape[:-1], shape[-1] // 2)
 
 
 def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_out: str = "") -> None:
@@ -355,6 +369,7 @@ class _Finder:
         self._num_layers = num_layers
         self._mtp_end = num_layers + mtp_layers * mtp_blocks
         self._mtp_blocks = mtp_blocks
+        self._towers = family.towers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
@@ -371,7 +386,7 @@ class _Finder:
             for template in family.mtp.layer:
                 self._add("mtp", prefix + template.name, template)
             for template in family.mtp.root:
-                self._add("mtp", template.name, template)
+                self._add("mtp", wrapper.full(template.name), template)
         if wrapper.vision:
             for template in family.vision:
                 self._add("vision", template.name, template)
@@ -390,7 +405,10 @@ class _Finder:
         if len(self._found) > _MOST_FOUND:
             self._found.clear()
             self._stems.clear()
-        return {name: self._found.get(name) or self._find(name) for name in names}
+        return {name: self._found.get(name) or self._find(name) or self._in_tower(name) for name in names}
+
+    def _in_tower(self, name: str) -> Place | None:
+        return next((Place(each, "vision") for each in self._towers if fnmatchcase(name, each.name)), None)
 
     def _find(self, name: str) -> Place | None:
         stem, dot, last = name.rpartition(".")
@@ -441,7 +459,7 @@ class _Finder:
         """The layer within its scope, or -1 when the number lies outside the scope."""
         if layer is None:
             return None
-        if scope == "block":
+        if scope in ("root", "block"):
             return layer if layer < self._num_layers else -1
         if scope == "mtp" and self._follows:
             return (layer - self._num_layers) // self._mtp_blocks if self._num_layers <= layer < self._mtp_end else -1
@@ -458,7 +476,7 @@ def _is_id(part: str) -> bool:
 def _text_config(config: Config, family: Family, wrapper: Wrapper) -> Config:
     if wrapper.text_key is None:
         return config
-    text = config.get(wrapper.text_key)
+    text = value_at(config, wrapper.text_key)
     if not isinstance(text, Mapping):
         raise FamilyError(f"config.json: {wrapper.architecture} needs an object '{wrapper.text_key}'")
     # A multimodal class ties its head by the top level alone; what the text config says of it is not looked at.
@@ -466,23 +484,36 @@ def _text_config(config: Config, family: Family, wrapper: Wrapper) -> Config:
 
 
 def read_count(config: Config, key: str, home: str, default: int | None = None) -> int:
-    """Read a count from the part of config.json called `home`; with a default it may be absent or 0."""
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    where = home + key
+    """Read a count from the part of config.json called `home`; with a default it may be absent or 0.
+
+    A `key` may lead into objects: `ffn_config.moe_num_experts`.
+    """
+    value = value_at(config, key)
+    return default if value is None and default is not None else _count(value, home + key, 1 if default is None else 0)
+
+
+def _count(value: object, where: str, least: int = 1) -> int:
     if value is None:
         raise FamilyError(f"config.json: missing {where}")
-    if type(value) is not int or value < (1 if default is None else 0) or value > 1_000_000:
+    if type(value) is not int or not least <= value <= 1_000_000:
         raise FamilyError(f"config.json: {where}: expected a count, found {value!r}")
     return value
 
 
 def _read_per_layer(config: Config, key: str, home: str, family: Family) -> int:
     """Read a count that may be a list of the same for every layer, in families where it may."""
-    value = config.get(key)
-    same = isinstance(value, list) and len(value) > 0 and all(each == value[0] for each in value)
-    return read_count({key: value[0]} if family.listed_counts and same and value else config, key, home)
+    value = value_at(config, key)
+    if family.listed_counts and isinstance(value, list) and value and all(each == value[0] for each in value):
+        value = value[0]
+    return _count(value, home + key)
+
+
+def value_at(config: Config, key: str) -> Any:  # noqa: ANN401
+    """What a key, or keys with dots between them, lead to; None where there is nothing."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
@@ -491,7 +522,8 @@ def _expert_count(config: Config, family: Family, wrapper: Wrapper) -> int:
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     if not paths:
         raise FamilyError(f"config.json: missing the expert count, expected {home}{family.count_keys[0]}")
-    counts = {path[-1]: _read_per_layer(text, path[-1], home, family) for path in paths}
+    inside = [".".join(path).removeprefix(home) for path in paths]
+    counts = {key: _read_per_layer(text, key, home, family) for key in inside}
     if len(set(counts.values())) > 1:
         raise FamilyError(f"config.json: expert counts disagree: {counts}")
     return next(iter(counts.values()))
@@ -555,8 +587,11 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
     family, text = layout.family, layout.text
     sizes = _Sizes(family.symbols, text, layout.num_experts, family.layer_symbols)
     for template in family.root:
-        if family.holds(template.when, text, -1):
-            yield layout.wrapper.full(template.name), _expect(Place(template, "root"), sizes)
+        name = layout.wrapper.full(template.name)
+        if "{l}" in name:
+            yield from _of_layers(layout, template, name, sizes)
+        elif family.holds(template.when, text, -1):
+            yield name, _expect(Place(template, "root"), sizes)
     for layer in range(layout.num_layers):
         prefix = f"{layout.blocks}{layer}."
         variant = variants.get(("block", layer), family.spelling)
@@ -604,6 +639,13 @@ class _Sizes:
         return value
 
 
+def _of_layers(layout: Layout, template: Template, name: str, sizes: _Sizes) -> Iterator[tuple[str, Expected]]:
+    """A tensor of every decoder block for which its condition holds, though it does not lie there."""
+    for layer in range(layout.num_layers):
+        if layout.family.holds(template.when, layout.text, layer):
+            yield name.replace("{l}", str(layer)), _expect(Place(template, "root", layer), sizes, layer)
+
+
 def _expect(place: Place, sizes: _Sizes, like: int = -1) -> Expected:
     return Expected(place, sizes.shape(place.template.shape, like), place.template.optional)
 
@@ -645,10 +687,15 @@ def _expected_mtp(
     mtp = layout.family.mtp
     assert mtp is not None
     for template in mtp.root:
-        yield template.name, _expect(Place(template, "mtp"), sizes)
+        name = layout.wrapper.full(template.name)
+        if "{l}" not in name:
+            yield name, _expect(Place(template, "mtp"), sizes)
     for block in range(layout.mtp_layers * layout.mtp_blocks):
         layer, at = divmod(block, layout.mtp_blocks)
         number = layout.num_layers + block if mtp.follows_blocks else block
+        for template in (each for each in mtp.root if "{l}" in each.name):
+            name = layout.wrapper.full(template.name).replace("{l}", str(number))
+            yield name, _expect(Place(template, "mtp", layer), sizes)
         prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
         variant = variants.get(("mtp", layer), "per-expert")
         for templates, inner in ((layout.family.block, mtp.inner), (mtp.layer, "")):

@@ -268,8 +268,11 @@ def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
             apart += size
         elif place.template.variant:
             routed += size
-        elif place.template.sliced:
-            router += size
+        elif slicing := place.template.slicing:
+            positions = ref.spec.shape[slicing.axis]
+            of_experts = size // positions * slicing.per_expert(positions, layout.num_experts) * layout.num_experts
+            router += of_experts
+            shared += size - of_experts
         else:
             shared += size
     experts = layout.num_experts

@@ -30,6 +30,7 @@ __all__ = [
     "Copy",
     "Extent",
     "Plan",
+    "Remake",
     "Segment",
     "ShardPlan",
     "Step",
@@ -41,6 +42,9 @@ __all__ = [
 
 STEP_BYTES: Final = 256 << 20
 """Most bytes one step writes: the unit of resume. Part of the plan, since the journal counts steps."""
+
+REMADE_BYTES: Final = 4 << 20
+"""Most bytes of rows that are worked out at a time, but for a single row."""
 
 _BASE_MEMORY: Final = 48 << 20  # interpreter, modules, and the plan of a 72 GB checkpoint
 _KERNEL_MEMORY: Final = 100_000_000  # numpy, numba and LLVM, where weights are rounded
@@ -104,6 +108,29 @@ class Copy:
     def peak_bytes(self) -> int:
         """The copy buffer, used where the kernel cannot copy by itself."""
         return 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Remake:
+    """Work out one tensor, rows at a time; see `formats.remaking`."""
+
+    remade: tensors.Remade
+    target: Extent
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """The whole source."""
+        return self.remade.source.ranges
+
+    @property
+    def writes(self) -> Iterable[Extent]:
+        """One extent."""
+        return (self.target,)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Rows as they are, and as they become."""
+        return _KERNEL_MEMORY + 4 * REMADE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,11 +292,19 @@ def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPla
     return tuple(shards)
 
 
-def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
-    """Steps that fill `shards` by copying every tensor found in `tensors`, in file order.
+def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy | Remake]:
+    """Steps that fill `shards` with every tensor found in `tensors`, copied in file order, or else worked out.
 
-    A step writes whole chunks, of which digests are taken, and at most `STEP_BYTES`.
+    A step writes whole chunks, of which digests are taken, and as it copies at most `STEP_BYTES`.
     """
+    extents = extents_of(shards)
+    yield from _copies(shards, tensors)
+    for name, ref in tensors.items():
+        if ref.remade and ref.nbytes:
+            yield Remake(ref.remade, extents[name])
+
+
+def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
     for number, shard in enumerate(shards):
         pending: list[Segment] = []
         room = STEP_BYTES

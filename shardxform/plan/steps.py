@@ -260,8 +260,8 @@ def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iter
     """Of the names in `places`, those of weights in pruned blocks that healing `what` may change."""
     roles, layers = HEALED[what], frozenset(layout.moe_layers)
     for name, place in places.items():
-        if place.template.variant and not place.template.is_expert_weight:
-            continue  # of experts: they are few, and nothing moves them
+        if place.template.ids or (place.template.variant and not place.template.is_expert_weight):
+            continue  # no numbers that can move; biases of experts, which are few
         wanted = place.role in roles or (what != "router" and place.template.name == layout.family.experts_norm)
         if place.scope == "block" and place.layer in layers and wanted:
             yield name

@@ -7,28 +7,20 @@ against; all three call `pruned_view`.
 from __future__ import annotations
 
 import hashlib
+import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
 from shardxform.base.strict_json import config_text
+from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
 from shardxform.checkpoint.table import CONFIG, Checkpoint
-from shardxform.errors import CheckpointError
-
-if TYPE_CHECKING:
-    pass
-
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Literal
-
-from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.errors import FamilyError, ManifestError, PlanError
+from shardxform.errors import CheckpointError, FamilyError, ManifestError, PlanError
 from shardxform.formats.config_names import (
     DECLARATIONS,
     Changes,
@@ -38,7 +30,7 @@ from shardxform.formats.config_names import (
     without_empty,
 )
 from shardxform.model.families import family_origin
-from shardxform.model.families.base import Wrapper
+from shardxform.model.families.base import Slicing, Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
     Layout,
@@ -46,10 +38,12 @@ from shardxform.model.layout import (
     count_paths,
     expected,
     is_quantized,
+    is_shape,
     layout_of,
     refuse_strays,
     refuse_two_spellings,
     tied_notes,
+    value_at,
     variants_found,
 )
 
@@ -121,6 +115,11 @@ def pruned_view(
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
     builder = _Builder(layout, manifest, dropped, wrapper)
     tensors = _unique(builder.tensors(source.tensors))
+    if builder.renumbered:
+        notes.append(
+            f"'{builder.renumbered[0]}' names experts by token: in place of a pruned one stands the next by number that"
+            f" stays and that the token has not ({len(builder.renumbered)} such tables)"
+        )
     config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
     if any(declarations(config)):
         modules = modules_moved(layout, builder.moved, builder.keeps)
@@ -163,6 +162,7 @@ class _Builder:
         self._wrapper = wrapper
         self.sliced = 0
         self.renamed = 0
+        self.renumbered: list[str] = []
         self.dropped: Counter[str] = Counter()
         self.moved: dict[str, str] = {}
 
@@ -196,19 +196,24 @@ class _Builder:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
             return "MTP layers"
         vision = self._layout.family.vision_prefix
-        if self._wrapper is not self._layout.wrapper and vision and name.startswith(vision):
-            return "vision tower"
+        if self._wrapper is not self._layout.wrapper:
+            place = self._layout.places.get(name)
+            if (vision and name.startswith(vision)) or (place and place.template in self._layout.family.towers):
+                return "vision tower"
         return ""
 
     def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:
         keep = self._keep(place)
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
-        if place.template.sliced:
-            if place.companion and not _has_rows(ref, place.companion, self._layout.num_experts):
+        if place.template.slicing:
+            if place.companion and not _has_rows(ref, place, self._layout.num_experts):
                 return ref
             self.sliced += 1
-            return ref.select(keep)
+            return _sliced(ref, place.template.slicing, self._layout.num_experts, keep)
+        if place.template.ids and not place.companion:
+            self.renumbered.append(ref.name)
+            return _with_ids(ref, self._layout.num_experts, keep)
         if place.expert is None:
             return ref
         new = bisect_left(keep, place.expert)  # keep is ascending: checked by the manifest
@@ -219,9 +224,11 @@ class _Builder:
         return ref.renamed(".".join(parts))
 
     def _keep(self, place: Place) -> tuple[int, ...] | None:
-        if self._manifest is None or place.layer is None:
+        if self._manifest is None or (place.layer is None and not place.template.pruned):
             return None
         keeps = self._manifest.mtp_keep if place.scope == "mtp" else self._manifest.keep
+        if place.layer is None:
+            return _common(place.template.name, keeps)
         return keeps.get(place.layer)
 
     def _rename(self, ref: TensorRef) -> TensorRef:
@@ -232,15 +239,71 @@ class _Builder:
         return ref
 
 
-def _has_rows(ref: TensorRef, companion: str, rows: int) -> bool:
+_MOST_RUNS: Final = 64
+"""Runs of bytes, before the dimension that counts experts, up to which a tensor is cut into them."""
+
+
+def _sliced(ref: TensorRef, slicing: Slicing, experts: int, keep: tuple[int, ...]) -> TensorRef:
+    """A tensor with the positions of the experts that stay; those of a long matrix are to be worked out.
+
+    Raises:
+        PlanError: it has not the positions of so many experts.
+
+    """
+    axis, shape = slicing.axis, ref.spec.shape
+    before, after = shape[:axis], shape[axis + 1 :]
+    try:
+        positions = slicing.positions(shape[axis], experts, keep)
+    except (IndexError, ValueError) as e:
+        raise PlanError(f"tensor '{ref.name}' {list(shape)} cannot be pruned: {e}") from e
+    out = (*before, len(positions), *after)
+    if not after and math.prod(before) > _MOST_RUNS:
+        matrix = ref.reshaped((math.prod(before), shape[axis]))
+        return TensorRef(ref.spec.of_shape(out), (), remade=Remade(matrix, tuple(positions), "columns"))
+    if slicing.several and not slicing.others:
+        return ref.reshaped((*before, experts, shape[axis] // experts, *after)).take(axis, keep).reshaped(out)
+    return ref.take(axis, positions)
+
+
+def _with_ids(ref: TensorRef, experts: int, keep: tuple[int, ...]) -> TensorRef:
+    """A table of experts' ids, [rows, ids], with those of the experts that stay.
+
+    Raises:
+        PlanError: it is no table of integers, or more ids stand in a row than experts stay.
+
+    """
+    shape = ref.spec.shape
+    if ref.spec.dtype not in ID_DTYPES or len(shape) != 2:
+        raise PlanError(
+            f"tensor '{ref.name}' {ref.spec.dtype} {list(shape)}: expected rows of experts' ids, as integers"
+        )
+    if shape[1] > len(keep):
+        raise PlanError(f"tensor '{ref.name}' gives {shape[1]} experts to each row, but {len(keep)} stay")
+    return TensorRef(ref.spec, (), remade=Remade(ref, keep, "ids", experts))
+
+
+def _common(name: str, keeps: Mapping[int, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """What every layer keeps, for a tensor that all of them share.
+
+    Raises:
+        PlanError: some keep other experts.
+
+    """
+    if len(set(keeps.values())) > 1:
+        raise PlanError(f"all layers share '{name}': it can be pruned only if every layer keeps the same experts")
+    return next(iter(keeps.values()), None)
+
+
+def _has_rows(ref: TensorRef, place: Place, rows: int) -> bool:
     """Whether axis 0 of what stands for, or beside, a router's weight counts its rows, so that pruning slices it.
 
     Raises:
         PlanError: neither that, nor a tensor that stays as it is whichever rows are taken out.
 
     """
-    counts, shape = COMPANIONS[companion], ref.spec.shape
-    if counts in ("rows", "blocks") and shape and shape[0] == rows:
+    counts, shape = COMPANIONS[place.companion], ref.spec.shape
+    plain = place.template.slicing == Slicing(0)
+    if plain and counts in ("rows", "blocks") and shape and shape[0] == rows:
         return True
     if counts == "none" or (counts == "blocks" and (not shape or shape[0] == 1)):  # one block that holds every row
         return False
@@ -264,7 +327,7 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
     wanted: set[str] = set()
     for name, item in expected(layout, variants_found(layout)):
         template = item.place.template
-        if not (template.sliced or template.numbered) or (item.place.scope == "mtp" and not layout.has_mtp):
+        if not template.pruned or (item.place.scope == "mtp" and not layout.has_mtp):
             continue
         if name.startswith(dropped):
             continue
@@ -278,18 +341,13 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
             raise FamilyError(
                 f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
             )
-        if item.shape is not None and not _fits(ref.spec, item.shape):
+        if not is_shape(ref.spec, item.shape):
             found = list(ref.spec.shape)
             raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():
-        counted = (place.template.sliced or place.template.numbered) and not place.companion
+        counted = place.template.pruned and not place.companion
         if counted and name not in wanted and not name.startswith(dropped):
             _refuse_uncounted(layout, name, place)
-
-
-def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has a shape, or packs two codes of a row of it into a byte."""
-    return spec.shape == shape or (spec.dtype in _PAIRS and spec.shape == (*shape[:-1], shape[-1] // 2))
 
 
 def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
@@ -400,11 +458,11 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     changes: dict[tuple[str, ...], Any] = {}
     if kept != layout.num_experts:
         for path in count_paths(layout.config, layout.family, layout.wrapper):
-            counts = layout.text[path[-1]]
+            counts = value_at(layout.config, ".".join(path))
             changes[path] = [kept] * len(counts) if isinstance(counts, list) else kept
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
-        home = (layout.wrapper.text_key,) if layout.wrapper.text_key else ()
+        home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
         changes[(*home, mtp.count_key)] = 0
     config = _with_changes(layout.config, changes)
     if wrapper is layout.wrapper or layout.wrapper.text_key is None:
@@ -440,7 +498,6 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], o
     return out
 
 
-_PAIRS: Final = ("I8", "U8")  # dtypes of bytes that hold two codes
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
 

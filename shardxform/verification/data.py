@@ -22,15 +22,17 @@ from shardxform.base import interrupts
 from shardxform.base.file_system import FileSystem, SourceReader
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.base.tensors import ID_DTYPES, ByteRange, TensorRef, TensorSpec
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Opener, Read
+from shardxform.formats.encoding import Fault, Opener, Read
 from shardxform.formats.integers import Ints
 from shardxform.formats.packing import code_sum
+from shardxform.formats.remaking import strange_ids
 from shardxform.formats.stored import Stored
-from shardxform.model.layout import Layout
+from shardxform.model.families.base import Slicing
+from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings
 from shardxform.verification.jobs import (
     FLOATS,
@@ -47,6 +49,7 @@ from shardxform.verification.jobs import (
     derived_bytes,
     differing_bytes,
     merge,
+    remade_bytes,
     report_digests,
     report_faults,
     report_tensor,
@@ -181,12 +184,29 @@ def _jobs(
         derived = comparison.derived.get(name) if comparison and _is_derivable(ref, comparison) else None
         kind = FLOATS.get(ref.spec.dtype)
         part = None if name in examined else rules.get(name)
-        if not ref.nbytes or not (kind or other or derived or part):
-            continue
         place = layout.places.get(name) if layout else None
+        ids = place and place.template.ids and ref.spec.dtype in ID_DTYPES
+        if not ref.nbytes or not (kind or other or derived or part or ids):
+            continue
+        experts = _experts_of(ref, place, layout.num_experts) if layout else 0
         fused = kind and place and place.template.variant == "fused" and len(ref.spec.shape) > 1
-        slab = ref.nbytes // ref.spec.shape[0] if fused else ref.nbytes
-        yield TensorJob(ref, place, kind, other, slab, np.zeros(ref.nbytes // slab, np.bool_), part, derived)
+        slab = ref.nbytes // (experts or ref.spec.shape[0]) if fused else ref.nbytes
+        nonzero = np.zeros(ref.nbytes // slab, np.bool_)
+        yield TensorJob(ref, place, kind, other, slab, nonzero, part, derived, experts)
+
+
+def _experts_of(ref: TensorRef, place: Place | None, experts: int) -> int:
+    """How many experts the tensor counts or names; 0 where its shape does not say."""
+    if place is None or place.template.ids:
+        return experts if place and place.template.ids else 0
+    slicing = place.template.slicing
+    if slicing is None or len(ref.spec.shape) <= slicing.axis:
+        return 0
+    size = ref.spec.shape[slicing.axis]
+    if slicing == Slicing(slicing.axis):
+        return size
+    fits = size >= experts and (slicing.others or not size % experts)
+    return experts if fits else 0
 
 
 def _is_derivable(ref: TensorRef, comparison: Against) -> bool:
@@ -364,8 +384,12 @@ class _Reader:
             seen.faults = tuple(encoding.faults(job.part.role, dtype, job.part.shape, data, piece.start))
             if job.part.role == "words":
                 seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, encoding.grid.bits)
+        if job.place and job.place.template.ids and job.ref.spec.dtype in ID_DTYPES:
+            seen.faults = tuple(_strange_ids(data, job.ref.spec.dtype, job.experts, piece.start))
         wanted: Bytes | None = None
-        if job.other and self._source:
+        if job.other and job.other.remade and self._source:
+            wanted = remade_bytes(job.other.remade, piece.start, piece.stop, _reader(shards, self._source))
+        elif job.other and self._source:
             wanted = theirs[:count]
             shards.read(self._source, _window(job.other.ranges, piece.start, piece.stop), wanted.data)
         elif job.derived and self._source:
@@ -394,6 +418,15 @@ class _Reader:
             self._local.buffers = (np.empty(CHUNK_BYTES, np.uint8), np.empty(CHUNK_BYTES, np.uint8))
         buffers: tuple[Bytes, Bytes] = self._local.buffers
         return buffers
+
+
+def _strange_ids(data: Bytes, dtype: str, experts: int, start: int) -> Iterator[Fault]:
+    ids = data.view("<i8" if dtype == "I64" else "<i4")
+    if (strange := strange_ids(ids, experts)).any():
+        first = int(strange.argmax())
+        what = "ids name no expert"
+        count, at = int(strange.sum()), start // ids.itemsize + first
+        yield Fault("expert-id", what, count, at, str(ids[first]), f"0 to {experts - 1}")
 
 
 def _reader(shards: _Shards, root: Path) -> Read:

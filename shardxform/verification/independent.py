@@ -35,21 +35,26 @@ CODE: Final = "independent"
 _RUN: Final = 1 << 18  # elements at a time
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
-_HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|layers\.\d+)"
+_HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
+_APART: Final = re.compile(r"(.*)\.moe\.(gate_proj|up_proj|down_proj)\.weight")
 _BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_bias")
 _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
-    rf"(.*\.{_HOME})\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias)"
-    r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.)?(?:weight|bias)|per_expert_scale))"
+    rf".*\.{_HOME}\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
+    r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.|classifier\.)?(?:weight|bias)|per_expert_scale))"
 )
+_ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
+_SEVERAL: Final = re.compile(r".*\.ffn\.experts\.mlp\.(?:w1|v1|w2)")  # [E * I, H]
+_IDS: Final = re.compile(r".*\.ffn\.gate\.tid2eid")
 _LAYER: Final = re.compile(
-    r"(mtp\.|model\.mtp\.|model\.|model\.language_model\.|backbone\.|language_model\.model\.(?:mtp\.)?)layers\.(\d+)\."
+    r"(mtp\.|model\.mtp\.|(?:thinker\.)?model\.(?:language_model\.)?|language_model\.model\.(?:mtp\.)?"
+    r"|transformer\.|backbone\.|)(?:layers\.|blocks\.|(?<=^mtp\.))(\d+)\."
 )
-_MTP: Final = ("mtp.", "model.mtp.", "language_model.model.mtp.")
+_MTP: Final = ("mtp.", "model.mtp.", "model.mtp_", "language_model.model.mtp.")
 _OF_TEXT: Final = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -66,7 +71,7 @@ _VISION: Final = (
     "multi_modal_projector.",
     "patch_merge_mlp.",
 )
-_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
@@ -104,7 +109,8 @@ class _Tensor:
 class _Weight:
     """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
 
-    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab.
+    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
+    `columns` are there; with `ids` its values are numbers of experts, of which these stay.
     """
 
     name: str
@@ -115,6 +121,8 @@ class _Weight:
     bits: int = 0
     group: int = 0
     slab: tuple[int, int] | None = None
+    columns: tuple[int, ...] | None = None
+    ids: tuple[int, ...] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -136,7 +144,10 @@ class _Weight:
             whole = self.tensor.array().reshape(self.tensor.shape)[index]
             columns = whole[..., first : first + self.shape[0]]
             return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
-        return np.asarray(self.tensor.array()[self._picked(start, stop)])
+        found = np.asarray(self.tensor.array()[self._picked(start, stop)])
+        if self.ids is not None:
+            return np.array([_renumbered_row(row, self.ids) for row in found.tolist()], found.dtype)
+        return found if self.columns is None else found[:, list(self.columns)]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows of a plain weight."""
@@ -173,6 +184,17 @@ class _Float8(_Weight):
         table = _floats(np.asarray(self.factors.array()), self.factors.dtype)
         factors = table[rows[:, None] // self.block[0], np.arange(codes.shape[1]) // self.block[1]]
         return np.asarray(np.where(codes > 127, -size, size).astype(np.float32) * factors)
+
+
+def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:
+    """New numbers of the experts of a row: of one that goes, that of the next that stays and is not there yet."""
+    there = {number for number in row if number in keep}
+    for slot, number in enumerate(row):
+        if number not in keep:
+            after = [each for each in keep if each > number] + [each for each in keep if each < number]
+            row[slot] = next(each for each in after if each not in there)
+            there.add(row[slot])
+    return [keep.index(number) for number in row]
 
 
 def check_independently(
@@ -284,6 +306,11 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
             for part, first, number in _halves(stack, expert * rows, rows):
                 key = f"{home}.{expert}.{part}.weight"
                 yield key, _Weight(name, tensor, (number, columns), ((first, number),))
+    elif (match := _APART.fullmatch(name)) and len(tensor.shape) == 3:
+        count, rows, columns = tensor.shape
+        for expert in range(count):
+            whole = _Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
+            yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
@@ -348,6 +375,7 @@ class _How:
 
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
+        experts: in a layer of the source.
         layers: decoder blocks; a block of a higher number is an MTP layer.
         mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
@@ -359,6 +387,7 @@ class _How:
 
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
+    experts: int
     layers: int
     mtp_blocks: int
     text_only: bool
@@ -384,15 +413,16 @@ class _How:
             inputs = {} if "quantization_config" in config else inputs.get("origin", {})
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
-        keep, text = manifest.get("keep"), config.get("text_config", config)
-        experts = next(text[key] for key in _COUNTS if key in text)
+        keep, text = manifest.get("keep"), _text_of(config)
+        experts = next(_counts_of(config))[1]
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
         text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
         how = cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
+            experts=experts,
             layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
-            or text["num_hidden_layers"],
+            or next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
             mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
             text_only=bool(options.get("text_only") if text_only is None else text_only),
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
@@ -412,12 +442,11 @@ class _How:
 
     def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
         """What the output must hold, by its names there."""
-        prefixes = {match[1] for name in weights if (match := _EXPERT.fullmatch(name))}
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
             if (mtp and self.drops_mtp) or (self.text_only and name.startswith(_VISION)):
                 continue
-            if new := self._renumbered(name, weight, self._ids(layer, mtp), prefixes):
+            if new := self._renumbered(name, weight, self._ids(layer, mtp)):
                 yield self._renamed(new[0]), new[1]
 
     def _ids(self, layer: re.Match[str] | None, mtp: bool) -> list[int] | None:
@@ -427,18 +456,23 @@ class _How:
         number = int(layer[2]) - (self.layers if mtp and layer[1] not in _MTP else 0)
         return self.mtp_keep.get(str(number // self.mtp_blocks)) if mtp else self.keep.get(layer[2])
 
-    @staticmethod
-    def _renumbered(name: str, weight: _Weight, ids: list[int] | None, experts: set[str]) -> tuple[str, _Weight] | None:
-        """A weight under its number in the output, or rows of a router; None of an expert that goes."""
+    def _renumbered(self, name: str, weight: _Weight, ids: list[int] | None) -> tuple[str, _Weight] | None:
+        """A weight under its number in the output, or what stays of a router; None of an expert that goes."""
         if ids is None:
             return name, weight
         if match := _EXPERT.fullmatch(name):
             old = int(match[2])
             return (f"{match[1]}.{ids.index(old)}.{match[3]}", weight) if old in ids else None
-        if (match := _ROUTER.fullmatch(name)) and f"{match[1]}.experts" in experts:
-            shape = (len(ids), *weight.shape[1:])
-            return name, replace(weight, shape=shape, rows=tuple((each, 1) for each in ids))
-        return name, weight
+        if _ACROSS.fullmatch(name):
+            return name, replace(weight, shape=(*weight.shape[:-1], len(ids)), columns=tuple(ids))
+        if _IDS.fullmatch(name):
+            return name, replace(weight, ids=tuple(ids))
+        if not (_ROUTER.fullmatch(name) or _SEVERAL.fullmatch(name)):
+            return name, weight
+        each = weight.shape[0] // self.experts if _SEVERAL.fullmatch(name) else 1
+        others = (self.experts * each, weight.shape[0] - self.experts * each)  # of no expert: they stay
+        rows = (*((old * each, each) for old in ids), *([others] if others[1] else []))
+        return name, replace(weight, shape=(sum(number for _, number in rows), *weight.shape[1:]), rows=rows)
 
     def _renamed(self, name: str) -> str:
         for old, new in _OF_TEXT if self.text_only else ():
@@ -514,6 +548,19 @@ class _How:
             weights += off.size
         mean, most = signed / max(weights, 1), 0.25 + 4 / max(found.size[0], 1) ** 0.5
         return f"mean signed error {mean:+.3f} codes, expected at most {most:.3f}" if abs(mean) > most else ""
+
+
+def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the decoder."""
+    inner = next((config[home] for home in ("text_config", "thinker_config") if home in config), None)
+    return config if inner is None else _text_of(inner)
+
+
+def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Keys that count the decoder's experts, and what they say."""
+    text = _text_of(config)
+    for home in (text, text.get("ffn_config") or {}):
+        yield from ((key, home[key]) for key in _COUNTS if key in home)
 
 
 def _rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -601,11 +648,11 @@ def _check_names(wanted: Mapping[str, _Weight], found: Mapping[str, _Weight], fi
 
 def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings: Findings) -> None:
     """The config counts the experts, and the MTP layers, that are there."""
-    text = config.get("text_config", config)
+    text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
-    for key in _COUNTS if how.keep else ():
-        if key in text and {text[key]} != kept:
-            findings.problem(CODE, "config.json", f"{key} is {text[key]}, but layers keep {sorted(kept)}")
+    for key, count in _counts_of(config) if how.keep else ():
+        if {count} != kept:
+            findings.problem(CODE, "config.json", f"{key} is {count}, but layers keep {sorted(kept)}")
     for key in _MTP_COUNTS if how.drops_mtp and had_mtp else ():
         if text.get(key):
             findings.problem(CODE, "config.json", f"{key} is {text[key]}, but the MTP layers are left out")

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.base.digests import tensor_digest
-from shardxform.base.tensors import BITS, TensorRef
+from shardxform.base.tensors import BITS, Remade, TensorRef
 from shardxform.formats import packing
-from shardxform.formats.encoding import DECODE_TILE, Fault, Opener, Role, Rows, row_tiles
+from shardxform.formats.encoding import DECODE_TILE, Fault, Opener, Read, Role, Rows, row_tiles
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
+from shardxform.formats.remaking import DTYPES, remade_rows, strange_ids
 from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
@@ -43,6 +44,7 @@ __all__ = [
     "differing_bytes",
     "merge",
     "merged",
+    "remade_bytes",
     "report_digests",
     "report_faults",
     "report_tensor",
@@ -153,6 +155,29 @@ def derived_bytes(derived: Derived, start: int, stop: int, opener: Opener) -> By
     return data[start - first * row : stop - first * row]
 
 
+def remade_bytes(remade: Remade, start: int, stop: int, read: Read) -> Bytes:
+    """Bytes `start`..`stop - 1` of a tensor whose rows are worked out from the source's, as they must be.
+
+    Args:
+        remade: how they are.
+        start: first byte.
+        stop: the byte after the last.
+        read: fills an array with the bytes of a tensor of the source.
+
+    """
+    source = remade.source
+    width = BITS[source.spec.dtype] // 8
+    row = width * (len(remade.keep) if remade.what == "columns" else source.spec.shape[1])
+    first, last = start // row, -(-stop // row)
+    part = source.rows(first, last)
+    rows = np.empty(part.spec.shape, f"<i{width}" if remade.what == "ids" else DTYPES[width])
+    read(part, rows)
+    if remade.what == "ids" and strange_ids(rows, remade.experts).any():
+        return np.zeros(stop - start, np.uint8)  # what no step can have written: it is said by the ids themselves
+    data = remade_rows(remade, rows).reshape(-1).view(np.uint8)
+    return data[start - first * row : stop - first * row]
+
+
 def _rows(derived: Derived, first: int, last: int, opener: Opener) -> Iterator[tuple[Rows, int, int]]:
     """Tiles of rows `first`..`last - 1` of all sources."""
     home = 0
@@ -205,8 +230,8 @@ class TensorJob:
     """One tensor to read: how to scan it, what to hold it against, and what was found so far.
 
     `slab` is the size in bytes of what must not be all zero: an expert of a fused tensor, else the whole. `part` is
-    for parts of quantized weights; `other` holds the very bytes, `derived` what they are worked out from. `codes` is
-    their sum, in words of a quantized weight.
+    for parts of quantized weights; `other` holds the very bytes, `derived` what they are worked out from. `experts` is
+    how many there are, where config.json agrees with its shape. `codes` is their sum, in words of a quantized weight.
     """
 
     ref: TensorRef
@@ -217,6 +242,7 @@ class TensorJob:
     nonzero: NDArray[np.bool_]
     part: PartOf | None = None
     derived: Derived | None = None
+    experts: int = 0
     bad: int = 0
     first_bad: int = -1
     differing: int = 0
@@ -385,7 +411,11 @@ def _made(job: TensorJob) -> str:
 
 
 def _expert(job: TensorJob, byte: int) -> str:
-    """Name the expert that a byte of the tensor belongs to, where dim 0 counts experts."""
-    if job.place is None or not job.place.template.sliced or not job.ref.spec.shape:
+    """Name the expert that a byte of the tensor belongs to, where a dimension counts experts."""
+    slicing = job.place.template.slicing if job.place else None
+    if slicing is None or len(job.ref.spec.shape) <= slicing.axis or not job.experts:
         return ""
-    return f" (expert {byte // (job.ref.nbytes // job.ref.spec.shape[0])})"
+    element = byte * 8 // BITS[job.ref.spec.dtype]
+    at = int(np.unravel_index(element, job.ref.spec.shape)[slicing.axis])
+    expert = at // slicing.per_expert(job.ref.spec.shape[slicing.axis], job.experts)
+    return f" (expert {expert})" if expert < job.experts else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
-from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
+from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
 from shardxform.formats.decoding import is_microscaled, unreadable
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
@@ -106,11 +106,13 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
 def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Module]:
     found: dict[str, _Module] = {}
     for name, place in layout.places.items():
-        if place.template.variant and not place.template.is_expert_weight:
+        if place.template.ids or (place.template.variant and not place.template.is_expert_weight):
             continue
         stem = name.removesuffix(place.companion or "weight").removesuffix(".")
         if not place.companion:
             spec = tensors[name].spec
+            if place.template in layout.family.towers and spec.dtype in ID_DTYPES:
+                continue  # tables of numbers
             kind_of = _PLAIN if spec.dtype in FLOATS else spec.dtype
             found.setdefault(stem, _Module(stem, name, place, kind_of, _is_linear(name, spec, place)))
         elif (kind := _KINDS.get(place.companion)) and (stem not in found or found[stem].kind not in _INTEGERS):
@@ -250,16 +252,21 @@ def _check_declared(
         if key not in decided:  # as a rule experts of a layer have one scheme: a look at the first is enough
             decided[key] = _verdicts(m, declared, readers)
         stored, said = m.kind != _PLAIN, decided[key]
-        if stored and kinds and m.kind not in kinds:
+        if stored and kinds and m.kind not in (kinds | _FOURS if m.place.template.variant and kinds == FP8 else kinds):
             detail = f"stored as {m.kind}, but config.json declares {method}"
             items.append(Item("quantization-kind", m.tensor, m.place, detail))
-        elif said and stored not in said:
+        elif said and stored not in said and not (kinds == FP8 and not stored and _stays(layout, m)):
             code = "undeclared" if stored else "not-quantized"
             items.append(Item(code, m.tensor, m.place, _contradiction(m, method)))
         elif len(said) > 1 and m.place.scope != "mtp":
             doubtful.append(Item("quantization-clients", m.tensor, m.place, _disagreement(m, method)))
     findings.items(items, layout.num_experts)
     findings.warn_items(doubtful, layout.num_experts)
+
+
+def _stays(layout: Layout, m: _Module) -> bool:
+    """Whether it is one of those that clients of the family never run quantized, whatever a config says."""
+    return any(fnmatchcase(m.local, pattern) for pattern in layout.family.keep_16bit)
 
 
 def _kinds_of(declared: Mapping[str, object]) -> Set[str]:
@@ -359,6 +366,7 @@ BLOCKS_KEY: Final = "block_name_to_quantize"
 
 _SPECIAL: Final = re.compile(r"[*+?^$()\[\]{}|\\]")  # without one of these, vLLM takes a name for no pattern
 _LM_HEAD: Final = "lm_head"
+_FOURS: Final = frozenset({"I8"})  # experts in FP4, two codes a byte, beside weights in FP8
 _MOST_BITS: Final = 8  # of a quantized weight
 
 
@@ -380,7 +388,7 @@ class Asked:
     @property
     def is_head(self) -> bool:
         """Whether it is the output head, which vLLM keeps apart from linear layers."""
-        return self.name == _LM_HEAD
+        return self.name in (_LM_HEAD, "head")
 
     @property
     def whole(self) -> str:

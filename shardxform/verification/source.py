@@ -18,7 +18,7 @@ from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
 from shardxform.formats.decoding import decoded
-from shardxform.model.layout import Layout, layout_of
+from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.view import MtpMode, View, pruned_view
 from shardxform.verification.files import file_bytes
@@ -145,8 +145,8 @@ def _recorded_manifest(recorded: object, layout: Layout, findings: Findings) -> 
 
 def _fewer_experts(out: Checkpoint, layout: Layout) -> bool:
     """Whether the output is pruned, by its config; only a plain count is believed."""
-    home = out.config.get(layout.wrapper.text_key or "", out.config)
-    counts = [home.get(key) for key in layout.family.count_keys] if isinstance(home, Mapping) else []
+    home = value_at(out.config, layout.wrapper.text_key) if layout.wrapper.text_key else out.config
+    counts = [value_at(home, key) for key in layout.family.count_keys] if isinstance(home, Mapping) else []
     return any(type(count) is int and count < layout.num_experts for count in counts)
 
 

@@ -12,14 +12,24 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.strict_json import parse_config
-from shardxform.base.tensors import TensorRef, uncollected
+from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.decoding import is_microscaled, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.families import family_of
-from shardxform.model.families.base import Scope
-from shardxform.model.layout import Expected, Layout, Place, expected, layout_of, looks_like, variants_found
+from shardxform.model.families.base import Family, Scope, Slicing
+from shardxform.model.layout import (
+    Expected,
+    Layout,
+    Place,
+    expected,
+    is_shape,
+    layout_of,
+    looks_like,
+    value_at,
+    variants_found,
+)
 from shardxform.plan.plan import Plan
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
@@ -85,25 +95,25 @@ def config_faults(layout: Layout) -> Iterator[str]:
     """Yield what clients refuse in a config, one sentence each that begins with the key."""
     family, key = layout.family, layout.wrapper.text_key
     if key is None:
-        yield from _of_decoder(layout.config, family.types, "")
+        yield from _of_decoder(layout.config, family.types, "", family)
         return
     yield from _of_part(layout.config, family.wrapper_types, "")
-    parts = ((key, family.types, _of_decoder), ("vision_config", family.vision_types, _of_part))
-    for name, types, look in parts:
-        part = layout.config.get(name)
-        if isinstance(part, Mapping):
-            yield from look(part, types, f"{name}.")
+    decoder, vision = value_at(layout.config, key), layout.config.get("vision_config")
+    if isinstance(decoder, Mapping):
+        yield from _of_decoder(decoder, family.types, f"{key}.", family)
+    if isinstance(vision, Mapping):
+        yield from _of_part(vision, family.vision_types, "vision_config.")
 
 
-def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
+def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str, family: Family) -> Iterator[str]:
     yield from _of_part(config, types, home)
-    yield from _of_layers(config, home)
+    yield from _of_layers(config, home, family)
     yield from _of_positions(config, home)
 
 
 def _of_part(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
     for key, words in types.items():
-        if key in config and not any(_is(config[key], word) for word in words.split(" or ")):
+        if key in config and not _is_any(config[key], words.split(" or ")):
             yield f"{home}{key}: expected {words}, found {_brief(config[key])}"
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     dtype = config.get(key)
@@ -111,16 +121,27 @@ def _of_part(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> 
         yield f"{home}{key}: expected the name of a dtype such as bfloat16, found {_brief(dtype)}"
 
 
-def _of_layers(config: Mapping[str, Any], home: str) -> Iterator[str]:
-    for key, known in _LAYER_TYPES.items():
+def _is_any(value: object, words: Collection[str]) -> bool:
+    """Whether a value is of one of the kinds; what a list holds may be of several."""
+    single = isinstance(value, list) and all(any(_is([each], word) for word in words) for each in value)
+    return single or any(_is(value, word) for word in words)
+
+
+def _of_layers(config: Mapping[str, Any], home: str, family: Family) -> Iterator[str]:
+    for key, known in {**_LAYER_TYPES, **family.layer_kinds}.items():
         listed, count = config.get(key), config.get("num_hidden_layers")
         if not isinstance(listed, list):
             continue
         other = next((kind for kind in listed if not isinstance(kind, str) or kind not in known), None)
         if other is not None:
             yield f"{home}{key}: {_brief(other)} is no kind of layer"
-        elif type(count) is int and len(listed) != count:
+        elif type(count) is int and len(listed) not in (count, count + _padding(config, family)):
             yield f"{home}{key}: {len(listed)} of them, but {home}num_hidden_layers is {count}"
+
+
+def _padding(config: Mapping[str, Any], family: Family) -> int:
+    more = config.get(family.mtp.count_key) if family.mtp and family.pads_lists else 0
+    return more if type(more) is int else 0
 
 
 def _of_positions(config: Mapping[str, Any], home: str) -> Iterator[str]:
@@ -408,16 +429,27 @@ def _check_table(
             if not item.optional and name not in gone:
                 detail = "all experts missing" if item.place.template.variant == "fused" else "missing"
                 found.append(Item("mtp" if in_mtp else "missing", name, item.place, detail))
-        elif item.shape is not None and ref.spec.shape != item.shape:
-            counts = item.place.template.sliced and ref.spec.shape[1:] == item.shape[1:]
+        elif item.shape is not None and not is_shape(ref.spec, item.shape):
+            counts = _counts_otherwise(item.place.template.slicing, ref.spec.shape, item.shape)
             code = "mtp" if in_mtp else "expert-count" if counts else "shape"
-            found.append(Item(code, name, item.place, _misshapen(ref.spec.shape, item.shape, counts)))
+            found.append(Item(code, name, item.place, counts or _misshapen(ref.spec.shape, item.shape)))
+        elif item.place.template.ids and ref.spec.dtype not in ID_DTYPES:
+            found.append(Item("expert-id", name, item.place, f"{ref.spec.dtype}, expected ids of experts as integers"))
     findings.items(found, layout.num_experts)
 
 
-def _misshapen(found: tuple[int, ...], wanted: tuple[int, ...], counts: bool) -> str:
-    if counts and found:
-        return f"{found[0]} experts, but config.json says {wanted[0]}"
+def _counts_otherwise(slicing: Slicing | None, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Say that a shape is right but for the number of experts; empty where it is not."""
+    if slicing is None or len(found) != len(wanted):
+        return ""
+    axis = slicing.axis
+    if found[:axis] + found[axis + 1 :] != wanted[:axis] + wanted[axis + 1 :]:
+        return ""
+    what = "experts" if slicing == Slicing(axis) else "positions of experts and others"
+    return f"{found[axis]} {what}, but config.json says {wanted[axis]}"
+
+
+def _misshapen(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     return f"shape {list(found)}, expected {list(wanted)}"
 
 
@@ -431,6 +463,8 @@ def _check_unexpected(
             continue
         base = name.removesuffix(place.companion) + "weight" if place.companion else name
         template = place.template
+        if template in layout.family.towers:
+            continue
         if base in table:
             if not place.companion and stored_form(name, layout.places):
                 found.append(Item("stray", name, place, "a 16-bit weight beside its quantized form"))
@@ -460,7 +494,7 @@ def _count_experts(layout: Layout, tensors: Mapping[str, TensorRef], seed: Mappi
         if place.expert is not None:
             single.add((place.scope, place.layer, place.expert))
         elif place.template.variant == "fused" and (shape := tensors[name].spec.shape):
-            fused[place.scope, place.layer] = shape[0]
+            fused[place.scope, place.layer] = shape[0] if place.template.slicing == Slicing(0) else layout.num_experts
     return len(single) + sum(fused.values())
 
 

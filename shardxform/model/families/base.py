@@ -7,7 +7,8 @@ both questions that are ever asked: "what is this tensor?" (`layout.Layout`) and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -31,6 +32,7 @@ __all__ = [
     "Mtp",
     "Role",
     "Scope",
+    "Slicing",
     "Symbol",
     "Template",
     "Wrapper",
@@ -71,7 +73,7 @@ LINEAR_ROLES: Final = frozenset({"routed experts", "shared experts", "attention"
 """Roles whose 2-D weights are linear layers that clients can run quantized."""
 
 Scope = Literal["root", "block", "mtp", "vision"]
-Gate = Literal["concatenated", "interleaved", "none"]
+Gate = Literal["concatenated", "interleaved", "separate", "none"]
 
 COUNT_KEYS: Final = frozenset(
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"}
@@ -89,17 +91,81 @@ HARMLESS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Slicing:
+    """Where a tensor counts routed experts, so that pruning takes positions out of it.
+
+    Attributes:
+        axis: the dimension that counts them.
+        several: every expert has as many positions there, one after another, as in `E*I`; else one, as in `E`.
+        others: after those of experts there are positions that belong to no expert and stay, as in `E+Z`.
+
+    """
+
+    axis: int
+    several: bool = False
+    others: bool = False
+
+    def positions(self, size: int, experts: int, keep: Sequence[int]) -> list[int]:
+        """Positions that stay of `size`, where `keep` of so many experts stay.
+
+        Raises:
+            ValueError: `size` cannot be of so many experts.
+
+        """
+        each = self.per_expert(size, experts)
+        stays = range(experts * each, size)
+        return [expert * each + at for expert in keep for at in range(each)] + list(stays)
+
+    def per_expert(self, size: int, experts: int) -> int:
+        """Positions that each expert has.
+
+        Raises:
+            ValueError: `size` cannot be of so many experts.
+
+        """
+        each = size // experts if self.several else 1
+        if size < experts * each or (not self.others and size != experts * each):
+            raise ValueError(f"{size} positions are not those of {experts} experts")
+        return each
+
+
+@functools.lru_cache(maxsize=4096)
+def _slicing_of(shape: str) -> Slicing | None:
+    """Where `E` stands in the dimensions of a shape.
+
+    Raises:
+        ValueError: in more than one place, or not in front of what each expert has or of what stays.
+
+    """
+    found = [(axis, terms) for axis, terms in enumerate(each.split("+") for each in shape.split(",")) if _counts(terms)]
+    if not found:
+        return None
+    axis, (first, *others) = found[0]
+    experts, *each = first.split("*")
+    if len(found) > 1 or experts != "E" or "E" in each or _counts(others):
+        raise ValueError(f"shape {shape}: expected E once, as in E, E*I or E+Z")
+    return Slicing(axis, bool(each), bool(others))
+
+
+def _counts(terms: Iterable[str]) -> bool:
+    return any("E" in term.split("*") for term in terms)
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
     """One tensor of a family.
 
     Attributes:
-        name: relative to its scope's prefix; `{e}` stands for an expert id, `{b}` for a vision block.
+        name: relative to its scope's prefix; `{e}` stands for an expert id, `{b}` for a vision block. In the root scope
+            `{l}` stands for a decoder block.
         shape: dimensions separated by commas, each a sum of products of symbols and integers, as in `E,2*I,H`.
-            A leading `E` means one row per expert: pruning slices it. `?` leaves the shape unchecked.
+            The dimension with an `E` counts experts, and pruning slices it: `E` alone has one position per expert,
+            `E*I` has I of each, one after another, and `E+Z` has Z more that stay. `?` leaves the shape unchecked.
         role: what its size is counted under.
         when: name of the family's condition on (config, layer) under which the tensor exists; empty for always.
         variant: `fused` or `per-expert` for experts; one of the two is present in a block.
         optional: accepted when present, never missed.
+        ids: its values are ids of experts, [rows, ids of each], which pruning renumbers; see `formats.remaking`.
         instead: name of the tensor that it is, where transformers saves a release again under this name.
 
     """
@@ -110,6 +176,7 @@ class Template:
     when: str = ""
     variant: str = ""
     optional: bool = False
+    ids: bool = False
     instead: str = ""
 
     @property
@@ -123,9 +190,19 @@ class Template:
         return bool(self.variant) and not self.name.endswith("bias")
 
     @property
+    def slicing(self) -> Slicing | None:
+        """Where it counts routed experts, or None."""
+        return _slicing_of(self.shape)
+
+    @property
     def sliced(self) -> bool:
-        """Whether dim 0 counts routed experts."""
-        return self.shape.split(",")[0] == "E"
+        """Whether it counts routed experts."""
+        return self.slicing is not None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether pruning changes it: it counts routed experts, is of one, or holds their ids."""
+        return self.numbered or self.ids or self.sliced
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +219,9 @@ class ExpertLayout:
         stack_home: name of the module that holds stacks instead of `home`, whose tensors are called `<stack>.weight`.
         projections: names of the gate, up and down projection of one expert; of the last two where there is no gate.
         transposed: a stack holds matrices [I, O] instead of [O, I].
-        gate: gate and up projection are the halves of the stacked one, or every second of its rows; or `none`: there
-            is an up projection alone, and an activation of its outputs.
+        gate: gate and up projection are the halves of the stacked one, every second of its rows, or `separate`: stacks
+            of their own, of which `stacks` has the names: gate, up, down; or `none`: there is an up projection alone,
+            and an activation of its outputs.
         bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
         width: symbol of the channels that an expert takes and gives.
         weighs_inputs: the router's weight multiplies what an expert takes, instead of what it gives.
@@ -169,6 +247,12 @@ class ExpertLayout:
     def inner(self) -> tuple[str, ...]:
         """Projections into the intermediate size, in the order of a stack's halves: gate and up, or up alone."""
         return self.projections[:-1]
+
+    def held(self, stack: str) -> tuple[str, ...]:
+        """Projections that a stack holds of each expert."""
+        if self.gate == "separate":
+            return (self.projections[self.stacks.index(stack)],)
+        return self.inner if stack == self.stacks[0] else self.projections[-1:]
 
     def stacked(self, stack: str) -> str:
         """Name of a stack within its block."""
@@ -203,7 +287,8 @@ class Wrapper:
     Attributes:
         architecture: as in config.json's `architectures`.
         model_type: at the top level of config.json.
-        text_key: key of the nested text config, or None when the top level is the text config.
+        text_key: key of the nested text config, with dots where it is nested deeper, or None when the top level is the
+            text config.
         prefix: what decoder names begin with, such as `model.language_model.`.
         vision: whether the class has a vision tower.
         head: name of the output head, in full.
@@ -236,7 +321,7 @@ class Mtp:
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output;
             `{last}` stands for the number of its last block.
         layer: templates beyond a decoder block's own ones, relative to `prefix`.
-        root: templates that exist once, with full names.
+        root: templates outside the layer's prefix, with full names: of each layer where there is an `{l}`, else once.
         uncounted: releases have them without the key in their configs: there are as many as there are tensors of.
         blocks: how many blocks an MTP layer is made of, where there are several: these are what `{l}` counts, and one
             of them has experts. Block b of each is like decoder block `like` + b.
@@ -262,8 +347,11 @@ class Family:
     Attributes:
         name: what `inspect` prints; the release's model_type.
         wrappers: classes it is published under; the first text-only one is what a text-only view becomes.
-        count_keys: config keys (in the text config) that count routed experts; those present must agree.
+        count_keys: config keys (in the text config) that count routed experts; those present must agree. A key may lead
+            into objects, as `ffn_config.moe_num_experts` does.
+        other_counts: keys, in full, that count experts of other parts, which stay; refused where not named.
         top_k_key: config key of experts per token.
+        other_top_k_keys: what the same is called where that key is not there.
         layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
         listed_counts: configs may give the counts of experts, and of those per token, as lists of one entry per layer,
@@ -283,6 +371,10 @@ class Family:
         vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
             decoder have names apart.
         vision_depth_key: key in `vision_config` that counts vision blocks; of several, the first that is there.
+        towers: parts beside the decoder that are copied without being understood: encoders, projectors. Their names
+            are patterns, matched with `fnmatch`.
+        layer_kinds: what lists with an entry per block may name, by key, where that is not what all families may.
+        pads_lists: such lists may go on for MTP layers.
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         layer_symbols: the same where layers differ: functions of (text config, layer).
@@ -305,6 +397,7 @@ class Family:
         selection_key: config key of how many positions a token attends to at most, chosen by an indexer, or empty where
             it attends to all. Blocks are run over windows of so many tokens, where the choice is all of them.
         shares_selection: a block of transformers' class gives its choice to the next, as a second value.
+        not_run: why its blocks cannot be run one at a time, such as what they hand on beside hidden states.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
@@ -313,7 +406,9 @@ class Family:
     name: str
     wrappers: tuple[Wrapper, ...]
     count_keys: tuple[str, ...]
+    other_counts: tuple[str, ...] = ()
     top_k_key: str = "num_experts_per_tok"
+    other_top_k_keys: tuple[str, ...] = ()
     layers: Symbol = "num_hidden_layers"
     group_key: str = ""
     listed_counts: bool = False
@@ -329,6 +424,9 @@ class Family:
     vision: tuple[Template, ...] = ()
     vision_prefix: str | tuple[str, ...] = ""
     vision_depth_key: str | tuple[str, ...] = "depth"
+    towers: tuple[Template, ...] = ()
+    layer_kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pads_lists: bool = False
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
     layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
@@ -347,6 +445,7 @@ class Family:
     harmless: tuple[str, ...] = HARMLESS
     selection_key: str = ""
     shares_selection: bool = False
+    not_run: str = ""
     fused_release: bool = False
     bfloat16_only: bool = False
 
@@ -387,7 +486,9 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
     layout = layout or ExpertLayout()
     role: Role = "routed experts"
     rows, width = ("2*I" if layout.gated else "I"), layout.width
-    shapes = (f"E,{width},{rows}", f"E,I,{width}") if layout.transposed else (f"E,{rows},{width}", f"E,{width},I")
+    shapes = [f"E,{width},{rows}", f"E,I,{width}"] if layout.transposed else [f"E,{rows},{width}", f"E,{width},I"]
+    if layout.gate == "separate":
+        shapes[:1] = [f"E,I,{width}"] * 2
     out = [
         Template(layout.stacked(stack), shape, role, when, "fused")
         for stack, shape in zip(layout.stacks, shapes, strict=False)
