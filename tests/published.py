@@ -81,7 +81,7 @@ RELEASES = {
     ),
     "GLM-4.5": Release(parameters=355e9, mtp="blocks", mtp_ends=True),
     "GLM-4.7-Flash": Release(parameters=30e9, tensors=9_703, elements=31_221_488_576, mtp="blocks", mtp_ends=True),
-    "Gemma-4-26B-A4B": Release(parameters=25.2e9, stacked=True),
+    "Gemma-4-26B-A4B": Release(parameters=25.2e9, stacked=True, group_size=64),
     "Jamba-1.5-Mini": Release(parameters=51.6e9),
     "Kimi-K2-Instruct": Release(
         parameters=1.026e12,
@@ -101,7 +101,7 @@ RELEASES = {
         float32=r"e_score_correction_bias$|block_sparse_moe\.gate\.weight$",
     ),
     "Mixtral-8x7B-v0.1": Release(parameters=46.7e9),
-    "Nemotron-3-Nano-30B-A3B": Release(parameters=31.6e9),
+    "Nemotron-3-Nano-30B-A3B": Release(parameters=31.6e9, group_size=64),
     "Phi-3.5-MoE": Release(parameters=41.9e9),
     "Qwen3-235B-A22B": Release(parameters=235e9),
     "Qwen3-30B-A3B": Release(parameters=30.5e9),

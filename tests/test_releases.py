@@ -31,7 +31,12 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.")
 OF_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)|(gate|router)\.(proj\.)?(weight|bias)$")
 OF_ALL_TOO = re.compile(r"e_score_correction_bias$|per_expert_scale$|feed_forward\.router\.weight$")
 LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
-QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "Kimi-K2.6", "MiniMax-M2", "Mixtral-8x7B-v0.1")
+QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
+GROUPS = {
+    "Gemma-4-26B-A4B": (64, "quantize to W4A16 in groups of 64"),
+    "Mixtral-8x7B-v0.1": (128, "quantize to W4A16"),
+    "gpt-oss-20b": (32, "quantize to W4A16 in groups of 32"),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,15 @@ def test_four_bits_are_as_many_bytes_as_words_and_scales(case: Case) -> None:
     layout = layout_of(case.source.config, case.source.tensors)
     scheme = Scheme.preset("W4A16", format=layout.family.formats[0])
     assert plan_quantize(case.source, scheme).data_bytes == sum(quantized(case, scheme.format, layout.blocks))
+
+
+def test_the_outlook_is_in_groups_that_experts_fit(case: Case) -> None:
+    if case.name not in GROUPS:
+        pytest.skip("seen in others")
+    group_size, label = GROUPS[case.name]
+    formats = layout_of(case.source.config, case.source.tensors).family.formats
+    scheme = Scheme.preset("W4A16", format=formats[0], group_size=group_size)
+    assert inspect_checkpoint(case.source).outlook[label] == plan_quantize(case.source, scheme).data_bytes
 
 
 def quantized(case: Case, format: str, blocks: str) -> Iterator[int]:  # noqa: A002
