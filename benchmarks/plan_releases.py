@@ -16,20 +16,20 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import published  # noqa: E402
+import published  # type: ignore[import-not-found]
 
-from shardxform.ask.manifest import Manifest, keep_all  # noqa: E402
-from shardxform.checkpoint.table import Checkpoint  # noqa: E402
-from shardxform.errors import SchemeError  # noqa: E402
-from shardxform.formats.scheme import Scheme  # noqa: E402
-from shardxform.model.layout import layout_of  # noqa: E402
-from shardxform.plan.inspection import inspect_checkpoint  # noqa: E402
-from shardxform.plan.prune import plan_prune  # noqa: E402
-from shardxform.plan.quantize import plan_quantize  # noqa: E402
+from shardxform.ask.manifest import Manifest, keep_all
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import SchemeError
+from shardxform.formats.scheme import Format, Scheme
+from shardxform.model.layout import layout_of
+from shardxform.plan.inspection import inspect_checkpoint
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.quantize import plan_quantize
 
 T = TypeVar("T")
 
@@ -60,9 +60,8 @@ def _row(name: str, folder: Path) -> str:
     pruned, pruning = _timed(lambda: plan_prune(source, manifest))
     size, quantizing = "refused", 0.0
     try:
-        scheme = Scheme.preset(
-            "W4A16", format=(*layout.family.formats, "auto-round")[0], group_size=published.RELEASES[name].group_size
-        )
+        kind = cast("Format", (*layout.family.formats, "auto-round")[0])
+        scheme = Scheme.preset("W4A16", format=kind, group_size=published.RELEASES[name].group_size)
         plan, quantizing = _timed(lambda: plan_quantize(source, scheme))
         size = f"{plan.data_bytes / 1e9:.1f}"
     except SchemeError:

@@ -67,9 +67,7 @@ class Release:
 
 RELEASES = {
     "DeepSeek-V2-Lite": Release(parameters=15.7e9, tensors=5_291, elements=15_706_484_224),
-    "DeepSeek-V3": Release(
-        parameters=671e9, tensors=91_991, elements=684_531_386_000, mtp="blocks", mtp_ends=True
-    ),
+    "DeepSeek-V3": Release(parameters=671e9, tensors=91_991, elements=684_531_386_000, mtp="blocks", mtp_ends=True),
     "DeepSeek-V3.1": Release(parameters=671e9, mtp="blocks", mtp_ends=True),
     "DeepSeek-V3.2": Release(
         parameters=671e9,
@@ -115,8 +113,8 @@ RELEASES = {
         stacked=True,
         float32=r"A_log$|linear_attn\.norm\.weight$",
     ),
-    "gpt-oss-120b": Release(parameters=116.8e9, group_size=32),
-    "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=32),
+    "gpt-oss-120b": Release(parameters=116.8e9, group_size=64),
+    "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=64),
 }
 """Releases of families that shardxform knows."""
 

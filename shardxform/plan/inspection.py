@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
@@ -17,7 +17,7 @@ from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
-from shardxform.formats.scheme import GROUP_SIZES, Scheme
+from shardxform.formats.scheme import GROUP_SIZES, Format, Scheme
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
@@ -163,12 +163,12 @@ def _outlook(source: Checkpoint, plain: Checkpoint, layout: Layout) -> Iterator[
     halved = f"prune to {len(keep)} experts" if keep else ""
     for manifest in (None, Manifest(keep=dict.fromkeys(layout.moe_layers, keep))) if keep else (None,):
         try:
-            view = pruned_view(source, manifest)
+            view = pruned_view(source if manifest else plain, manifest)
         except ShardxformError:
             continue
         if manifest:
             yield halved, view.checkpoint.nbytes
-        view = view if plain is source else pruned_view(plain, manifest)
+            view = view if plain is source else pruned_view(plain, manifest)
         with suppress(SchemeError):
             group_size, nbytes = _quantized(view)
             groups = "" if group_size == GROUP_SIZES[0] else f" in groups of {group_size}"
@@ -197,7 +197,7 @@ def _quantized(view: View) -> tuple[int, int]:
         sample[name] = ref.rows(0, 1) if fused else ref
         times[name] = view.layout.num_experts if place and place.template.variant else 1
     for group_size in GROUP_SIZES:
-        scheme = Scheme.preset("W4A16", group_size=group_size, format=formats[0])
+        scheme = Scheme.preset("W4A16", group_size=group_size, format=cast("Format", formats[0]))
         selection = select(view.layout, sample, scheme)
         if any(module.expert is not None for module in selection.quantized):
             break
