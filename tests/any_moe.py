@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoRoundConfig
 from transformers.utils import logging
 
 logging.set_verbosity_error()
@@ -61,6 +62,21 @@ SIZES = {
     "prefix_dense_intermediate_size": 96,
     "swa_attention_head_dim": 16,
 }
+VISION_SIZES = {
+    **dict.fromkeys(("depth", "num_hidden_layers"), 2),
+    **dict.fromkeys(("num_heads", "num_attention_heads"), 2),
+    **dict.fromkeys(("hidden_size", "embed_dim"), 32),
+    "intermediate_size": 48,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "image_size": 16,
+    "num_position_embeddings": 16,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+    "projection_hidden_size": 32,
+    "projector_hidden_size": 48,
+}
+"""Of a vision tower, and of what joins it to the decoder."""
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_KS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 CLASSES = {"kimi_k2": "deepseek_v3"}
@@ -138,17 +154,61 @@ def randomized(model: Any, seed: int = 0) -> Any:
     return model
 
 
+def whole_config(model_type: str, *, vision: dict[str, Any] | None = None, **over: Any) -> dict[str, Any]:
+    """Keys of a small config, of a multimodal class where the type is one: `over` is for its text, `vision` not."""
+    text, whole = (
+        tiny_config(model_type, **over),
+        plain(AutoConfig.for_model(CLASSES.get(model_type, model_type)).to_dict()),
+    )
+    if not isinstance(whole.get("vision_config"), dict):
+        return text
+    tower = {key: VISION_SIZES.get(key, value) for key, value in whole["vision_config"].items() if key not in NOT_KEPT}
+    top = {key: VISION_SIZES.get(key, value) for key, value in whole.items() if key not in NOT_KEPT}
+    return {**top, "tie_word_embeddings": False, "text_config": text, "vision_config": {**tower, **(vision or {})}}
+
+
+def auto_class(config: dict[str, Any]) -> Any:
+    """What makes a model of a config."""
+    return AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+
+
 def build(model_type: str, seed: int = 0, **over: Any) -> Any:
     """The whole model in memory, float32."""
-    config = AutoConfig.for_model(**tiny_config(model_type, **over))
-    return randomized(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), seed)
+    config = whole_config(model_type, **over)
+    model = auto_class(config).from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    return randomized(model.eval(), seed)
 
 
-def save(model: Any, root: Path, vocab: int = VOCAB, model_type: str = "") -> Path:
-    """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it."""
+def renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
+    """What a release calls a tensor."""
+    for saved, released in names:
+        name = name.replace(saved, released)
+    return name
+
+
+def save(
+    model: Any,
+    root: Path,
+    vocab: int = VOCAB,
+    model_type: str = "",
+    names: tuple[tuple[str, str], ...] = (),
+    turned: str = "",
+) -> Path:
+    """Write a model in bfloat16 as a release has it, and a tokenizer of bytes beside it.
+
+    `names` are parts of names as transformers saves them, and as releases have them; `turned` is a pattern of those
+    that releases have with their last two dimensions the other way round.
+    """
+    from build import raw, read_checkpoint, write_checkpoint
     from test_calibration import byte_tokenizer
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(root)
+    if names or turned:
+        tensors, config = read_checkpoint(root), json.loads((root / "config.json").read_text())
+        for name in [name for name in tensors if turned and re.search(turned, name)]:
+            tensors[name] = raw(torch.tensor(tensors[name].float32()).bfloat16().mT)
+        shutil.rmtree(root)
+        write_checkpoint(root, {renamed(name, names): value for name, value in tensors.items()}, config)
     config = json.loads((root / "config.json").read_text()) | {"dtype": "bfloat16"}
     byte_tokenizer(root, vocab_size=vocab)
     config["model_type"] = model_type or config["model_type"]
@@ -163,4 +223,4 @@ def load(root: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     over: dict[str, Any] = {"config": AutoConfig.for_model(**{**config, "model_type": known})} if known else {}
     if config.get("quantization_config", {}).get("quant_method") == "gptq":  # whose own loader is not installed
         over["quantization_config"] = AutoRoundConfig(backend="torch")
-    return AutoModelForCausalLM.from_pretrained(root, dtype=dtype, output_loading_info=True, **over)
+    return auto_class(config).from_pretrained(root, dtype=dtype, output_loading_info=True, **over)

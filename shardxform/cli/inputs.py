@@ -20,7 +20,7 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
 from shardxform.cli.console import tell
 from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, TextFlags, TransferFlags
 from shardxform.errors import CheckpointError, OutputError, PlanError
-from shardxform.model.layout import layout_of
+from shardxform.model.layout import layout_of, refuse_longer
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
@@ -125,6 +125,7 @@ def load_text(text: TextFlags, source: Checkpoint, *, against: Checkpoint | None
     Raises:
         RemoteError: the tokenizer is on the hub, which does not give it.
         CheckpointError: the tokenizer is none, or not the model's; see `calibration.load_windows`.
+        FamilyError: windows are longer than the model is run over.
         PlanError: no data named, or none found, or two models that read it otherwise; see there too.
 
     """
@@ -134,6 +135,7 @@ def load_text(text: TextFlags, source: Checkpoint, *, against: Checkpoint | None
     from shardxform.calibration import load_windows
 
     for checkpoint in filter(None, (source, against)):
+        refuse_longer(layout_of(checkpoint.config, (), checkpoint.where), options.seqlen, checkpoint.where)
         checkpoint.bring()
     windows = load_windows(source.root, options, against.root if against else None)
     for note in windows.notes:

@@ -145,6 +145,7 @@ def evaluate(
         }
         _refuse_other_shapes(chains)
         for skeleton in chains.values():
+            skeleton.refuse_longer(windows)
             skeleton.weights.check()
         work = stack.enter_context(WorkDir(options.work, inputs))
         head_tokens = windows.ids_NT.size * len(chains)

@@ -84,6 +84,7 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         layout = skeleton.layout
         if not layout.moe_layers:
             raise FamilyError(f"{source.where}: no layer has experts; there is nothing to score")
+        skeleton.refuse_longer(windows)
         numbers = mtp_numbers(skeleton)
         weights.check(numbers)
         with WorkDir(options.work, inputs) as work:

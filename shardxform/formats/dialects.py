@@ -273,6 +273,12 @@ def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
         raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
 
 
+def _vision_patterns(layout: Layout) -> Iterator[str]:
+    prefixes = layout.family.vision_prefix if layout.wrapper.vision else ()
+    for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
+        yield rf".*{prefix.removesuffix('.').rpartition('.')[2]}.*"
+
+
 def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layout) -> Iterator[str]:
     """Patterns that cover exactly the kept linear modules, fewest first: whole kinds, then kinds in some blocks."""
     quantized = {module.name for module in selection.quantized}
@@ -286,14 +292,13 @@ def _patterns(selection: Selection, modules: Mapping[str, Matrix], layout: Layou
             yield rf".*\.{tail}"
         else:
             yield rf".*\.{blocks}\.({'|'.join(map(str, sorted(layers)))})\.{tail}"
-    if layout.wrapper.vision:
-        prefixes = layout.family.vision_prefix
-        for prefix in (prefixes,) if isinstance(prefixes, str) else prefixes:
-            yield rf".*{prefix.removesuffix('.').rpartition('.')[2]}.*"
+    yield from _vision_patterns(layout)
     yield from _mtp_patterns(quantized, modules, layout)
     yield from (re.escape(name.removesuffix(".weight")) for name in layout.unknown if name.endswith(".weight"))
     if _LM_HEAD not in quantized:
         yield _LM_HEAD
+        if layout.wrapper.head != _LM_HEAD:
+            yield re.escape(layout.wrapper.head)
 
 
 def _layers_by_kind(

@@ -21,10 +21,12 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shardxform.base.tensors import TensorRef
+from shardxform.calibration import Windows
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
+from shardxform.forward.adapting import take_apart, weigh_inputs
 from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import (
@@ -37,7 +39,8 @@ from shardxform.forward.weights import (
     experts_module,
     stack_names,
 )
-from shardxform.model.layout import Layout, is_tied
+from shardxform.model.families.base import Family
+from shardxform.model.layout import Layout, is_tied, refuse_longer
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 
@@ -79,14 +82,15 @@ class Skeleton:
         self.weights = weights
         self.layout = weights.layout
         self._model = _meta_model(self.layout, weights)
-        self._decoder: Any = self._model.get_decoder()
+        self._decoder: Any = _decoder_of(self._model)
         names = self.layout.family.decoder
         self._layers: Any = getattr(self._decoder, names.attribute(names.blocks))
         self._blocks: list[nn.Module] = list(self._layers)
         self._norm: nn.Module = getattr(self._decoder, names.attribute(names.norm))
         self._table: nn.Module = getattr(self._decoder, names.attribute(names.embeddings))
-        for module in (*self._blocks, self._norm):
-            _pass_through(module)
+        for module in self._blocks:
+            _pass_through(module, _with_all_positions if self.layout.family.shares_selection else _alone)
+        _pass_through(self._norm, _alone)
 
     @property
     def num_blocks(self) -> int:
@@ -96,12 +100,12 @@ class Skeleton:
     @property
     def hidden_size(self) -> int:
         """Channels of a hidden state."""
-        return int(self._model.config.hidden_size)
+        return int(self._decoder.config.hidden_size)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the output head."""
-        return int(self._model.config.vocab_size)
+        return int(self._decoder.config.vocab_size)
 
     # -- before and after the blocks ----------------------------------------------------------------------------
 
@@ -147,6 +151,10 @@ class Skeleton:
     def prefix(self, layer: int) -> str:
         """What the names of a decoder block's tensors begin with."""
         return f"{self.layout.blocks}{layer}."
+
+    def refuse_longer(self, windows: Windows) -> None:
+        """Refuse windows of more tokens than every block attends to in full; see `layout.refuse_longer`."""
+        refuse_longer(self.layout, int(windows.ids_NT.shape[1]), self.weights.checkpoint.where)
 
     def module(self, layer: int) -> nn.Module:
         """Look at the module of a decoder block, which has no weights unless it is loaded."""
@@ -356,25 +364,45 @@ class OutputHead:
 
 
 def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
-    """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not."""
+    """Transformers' text model for the config of a checkpoint, its buffers real and its parameters not.
+
+    Where there is none of the text alone it is the whole one, whose other parts are never called.
+    """
     text = {key: _number(value) for key, value in layout.text.items() if key not in _NOT_THE_MODEL}
     wrapper = next((w for w in layout.family.wrappers if w.text_key is None), layout.wrapper)
-    text["model_type"] = wrapper.model_type
     text["pad_token_id"] = 0  # it says nothing of values, and must be a row: only those of tokens that occur are loaded
+    auto: Any = AutoModelForCausalLM
+    if wrapper.text_key is None:
+        text["model_type"] = wrapper.model_type
+    else:
+        whole = {key: value for key, value in layout.config.items() if key not in _NOT_THE_MODEL}
+        text, auto = {**whole, wrapper.text_key: text}, AutoModelForImageTextToText
     try:
         config = AutoConfig.for_model(**text)
-        config.pad_token_id = None  # it changes nothing here, and may lie beyond a table that was made smaller
-        auto: Any = AutoModelForCausalLM
         with _META:
             model = auto.from_config(
                 config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=False
             )
+        with _META:
+            _adapt(_decoder_of(model), layout.family)
         attend_by_rows(model)
         _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _adapt(decoder: nn.Module, family: Family) -> None:
+    take_apart(decoder, family.split)
+    if family.experts.weighs_inputs:
+        weigh_inputs(decoder, family.experts.home)
+
+
+def _decoder_of(model: Any) -> Any:  # noqa: ANN401
+    """The module that calls the decoder blocks; some classes say that they themselves are it."""
+    found = model.get_decoder()
+    return found.model if hasattr(found, "model") and hasattr(found, "lm_head") else found
 
 
 def _number(value: Any) -> Any:  # noqa: ANN401
@@ -406,9 +434,20 @@ def _make_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
                 raise ValueError(f"nothing says what the buffer {path}.{name} holds")
 
 
-def _pass_through(module: nn.Module) -> None:
-    """Have a module hand its first argument on, until it is to compute."""
-    module.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+def _pass_through(module: nn.Module, hand_on: Callable[[torch.Tensor], Any]) -> None:
+    """Have a module hand its first argument on, and what belongs to it, until it is to compute."""
+    module.forward = lambda hidden_states, *_args, **_kwargs: hand_on(hidden_states)
+
+
+def _alone(hidden_BTH: torch.Tensor) -> torch.Tensor:
+    return hidden_BTH
+
+
+def _with_all_positions(hidden_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a block that gives its selection of positions to the next: all of them, as no window is longer than it."""
+    batch, length, _ = hidden_BTH.shape
+    positions = torch.arange(length, dtype=torch.int32, device=hidden_BTH.device)
+    return hidden_BTH, positions.expand(batch, length, length)
 
 
 @contextlib.contextmanager
@@ -522,7 +561,7 @@ def mtp_layer(skeleton: Skeleton, layer: int, observer: Observer | None) -> Iter
     with contextlib.ExitStack() as stack:
         blocks = []
         for number, as_layer in zip(numbers, like, strict=True):
-            prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
+            prefix = layout.wrapper.full(mtp.prefix + mtp.inner).replace("{l}", str(number))
             blocks.append(stack.enter_context(skeleton.block_of("mtp", layer, prefix, observer, as_layer=as_layer)))
         yield MtpLayer(skeleton, blocks, (embedding, hidden, projection, output))
 

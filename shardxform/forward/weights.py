@@ -25,6 +25,7 @@ from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
+from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Storage, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
@@ -198,7 +199,7 @@ class Weights:
         self.precision = precision
         self._wanted: deque[tuple[ByteRange, ...]] = deque()
         plain = decoded(checkpoint) or checkpoint
-        stored = read_stored(plain) if plain.config.get("quantization_config") else None
+        stored = read_stored(plain) if any(declarations(plain.config)) else None
         if stored and stored.contradictions:
             raise SchemeError(f"{checkpoint.where}: {stored.contradictions[0]}; see `shardxform verify`")
         self.layout: Layout = stored.layout if stored else layout_of(plain.config, plain.tensors, plain.where)

@@ -31,6 +31,7 @@ __all__ = [
     "is_tied",
     "layout_of",
     "read_count",
+    "refuse_longer",
     "refuse_two_spellings",
     "tied_notes",
     "variants_found",
@@ -38,6 +39,7 @@ __all__ = [
 
 MAX_LAYERS: Final = 10_000
 _MAX_EXPERTS: Final = 10_000_000  # in all layers: a hundred times the largest model, and still enumerable
+_SELECTED: Final = 2048  # positions, where a config does not say: the default of transformers' classes
 _MOST_FOUND: Final = 1_000_000  # places that are kept for the next time
 
 
@@ -271,6 +273,27 @@ def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[
     return found
 
 
+def refuse_longer(layout: Layout, tokens: int, where: str = "") -> None:
+    """Refuse windows of so many tokens that an indexer would choose which of them a token attends to.
+
+    Args:
+        layout: of a checkpoint that is to be run.
+        tokens: of a window.
+        where: the checkpoint, for messages.
+
+    Raises:
+        FamilyError: names the key that says how many there may be.
+
+    """
+    key = layout.family.selection_key
+    most = read_count(layout.text, key, "", default=_SELECTED) if key else tokens
+    if tokens > most:
+        raise FamilyError(
+            f"{f'{where}/' if where else ''}config.json: {key} is {most}, and of longer windows a token attends to a"
+            f" selection, which is not run: expected `seqlen` of at most {most}, found {tokens}"
+        )
+
+
 def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
     """Which spelling of the routed experts each block uses; the first one met where a block mixes them."""
     out: dict[tuple[Scope, int], str] = {}
@@ -308,13 +331,17 @@ def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A template that a name may be of: how many numbers the name has, and which of them is the layer, the expert."""
+    """A template that a name may be of: how many numbers the name has, and which of them is the layer, the expert.
+
+    `fixed` are those that stand in the template itself, by where they are among the numbers.
+    """
 
     scope: Scope
     template: Template
     numbers: int
     layer: int
     expert: int
+    fixed: tuple[tuple[int, int], ...] = ()
 
 
 class _Finder:
@@ -339,7 +366,9 @@ class _Finder:
             self._add("block", blocks + template.name, template)
         if family.mtp:
             prefix = wrapper.full(family.mtp.prefix)
-            for template in (*family.block, *family.mtp.layer):
+            for template in family.block:
+                self._add("mtp", prefix + family.mtp.inner + template.name, template)
+            for template in family.mtp.layer:
                 self._add("mtp", prefix + template.name, template)
             for template in family.mtp.root:
                 self._add("mtp", template.name, template)
@@ -349,9 +378,11 @@ class _Finder:
 
     def _add(self, scope: Scope, name: str, template: Template) -> None:
         parts = name.split(".")
-        slots = "".join(part[1] for part in parts if part.startswith("{"))
-        key = ".".join("#" if part.startswith("{") else part for part in parts)
-        candidate = _Candidate(scope, template, len(slots), slots.find("l"), slots.find("e"))
+        numbers = [part for part in parts if part.startswith("{") or _is_id(part)]
+        slots = "".join(part.lstrip("{")[0] for part in numbers)
+        key = ".".join("#" if part.startswith("{") or _is_id(part) else part for part in parts)
+        fixed = tuple((at, int(part)) for at, part in enumerate(numbers) if _is_id(part))
+        candidate = _Candidate(scope, template, len(slots), slots.find("l"), slots.find("e"), fixed)
         self._table.setdefault(key, []).append(candidate)
 
     def places(self, names: Iterable[str]) -> dict[str, Place | None]:
@@ -384,7 +415,7 @@ class _Finder:
         self, candidates: Iterable[_Candidate], numbers: tuple[int, ...], digits: tuple[int, ...], companion: str
     ) -> Place | None:
         for each in candidates:
-            if each.numbers != len(numbers):
+            if each.numbers != len(numbers) or any(numbers[at] != number for at, number in each.fixed):
                 continue
             layer = self._layer(each.scope, numbers[each.layer] if each.layer >= 0 else None)
             if layer == -1:
@@ -620,8 +651,10 @@ def _expected_mtp(
         number = layout.num_layers + block if mtp.follows_blocks else block
         prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
         variant = variants.get(("mtp", layer), "per-expert")
-        templates = (*layout.family.block, *mtp.layer)
-        yield from _block(layout, templates, "mtp", layer, mtp.like(layout.text) + at, prefix, variant, sizes)
+        for templates, inner in ((layout.family.block, mtp.inner), (mtp.layer, "")):
+            yield from _block(
+                layout, templates, "mtp", layer, mtp.like(layout.text) + at, prefix + inner, variant, sizes
+            )
 
 
 def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
@@ -630,9 +663,11 @@ def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
     if not isinstance(config, Mapping):
         raise FamilyError(f"config.json: {layout.wrapper.architecture} needs an object 'vision_config'")
     sizes = _Sizes(family.vision_symbols, config, layout.num_experts)
-    depth = read_count(config, family.vision_depth_key, "vision_config.")
+    keys = (family.vision_depth_key,) if isinstance(family.vision_depth_key, str) else family.vision_depth_key
+    key = next((each for each in keys if each in config), keys[0])
+    depth = read_count(config, key, "vision_config.")
     if depth > MAX_LAYERS:
-        raise FamilyError(f"config.json: vision_config.{family.vision_depth_key}: {depth} is absurd")
+        raise FamilyError(f"config.json: vision_config.{key}: {depth} is absurd")
     for template in family.vision:
         for block in range(depth if "{b}" in template.name else 1):
             yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)

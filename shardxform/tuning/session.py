@@ -250,6 +250,7 @@ class Tuner:
         self._stored = options.stored
         with contextlib.ExitStack() as stack:
             self._skeleton = Skeleton(stack.enter_context(Weights(view, options.precision)))
+            self._skeleton.refuse_longer(windows)
             self._original = self._skeleton
             if original is not None:
                 self._original = Skeleton(stack.enter_context(Weights(original, options.precision)))

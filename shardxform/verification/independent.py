@@ -37,8 +37,8 @@ _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32":
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
-_BIASES: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)_bias")
-_INDEXED: Final = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
+_BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_bias")
+_INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
@@ -46,11 +46,29 @@ _ROUTER: Final = re.compile(
     rf"(.*\.{_HOME})\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias)"
     r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.)?(?:weight|bias)|per_expert_scale))"
 )
-_LAYER: Final = re.compile(r"(mtp\.|model\.mtp\.|model\.|model\.language_model\.|backbone\.)layers\.(\d+)\.")
-_VISION: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.")
-_MTP: Final = ("mtp.", "model.mtp.")
+_LAYER: Final = re.compile(
+    r"(mtp\.|model\.mtp\.|model\.|model\.language_model\.|backbone\.|language_model\.model\.(?:mtp\.)?)layers\.(\d+)\."
+)
+_MTP: Final = ("mtp.", "model.mtp.", "language_model.model.mtp.")
+_OF_TEXT: Final = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""What names begin with in multimodal checkpoints, and in those of the text alone."""
+_VISION: Final = (
+    "model.visual.",
+    "model.vision_tower.",
+    "model.embed_vision.",
+    "vision_model.",
+    "vision_tower.",
+    "mm_projector.",
+    "multi_modal_projector.",
+    "patch_merge_mlp.",
+)
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
-_MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
+_TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
 _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
@@ -253,7 +271,7 @@ def _decoded(
 def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
-    if config.get("model_type") == "gpt_oss" and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
+    if config.get("model_type") in _TURNED and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
         yield from _transposed(name, tensor, match)
     elif last in ("qweight", "weight_packed"):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
@@ -423,8 +441,10 @@ class _How:
         return name, weight
 
     def _renamed(self, name: str) -> str:
-        old = "model.language_model."
-        return f"model.{name.removeprefix(old)}" if self.text_only and name.startswith(old) else name
+        for old, new in _OF_TEXT if self.text_only else ():
+            if name.startswith(old):
+                return f"{new}{name.removeprefix(old)}"
+        return name
 
     # -- values ---------------------------------------------------------------------------------------------------
 

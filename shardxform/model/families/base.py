@@ -38,9 +38,11 @@ __all__ = [
     "experts",
     "head_dim",
     "is_sparse",
+    "linear",
     "listed_as_sparse",
     "merged",
     "mlp",
+    "normed",
     "size",
     "tied",
     "types",
@@ -144,6 +146,7 @@ class ExpertLayout:
             is an up projection alone, and an activation of its outputs.
         bias: there are biases, `<stack>_bias` [E, O] beside stacks, and `<projection>.bias` [O] beside matrices.
         width: symbol of the channels that an expert takes and gives.
+        weighs_inputs: the router's weight multiplies what an expert takes, instead of what it gives.
 
     """
 
@@ -155,6 +158,7 @@ class ExpertLayout:
     gate: Gate = "concatenated"
     bias: bool = False
     width: str = "H"
+    weighs_inputs: bool = False
 
     @property
     def gated(self) -> bool:
@@ -225,12 +229,13 @@ class Mtp:
     Attributes:
         count_key: config key that counts them; 0 means none, and so does its absence, unless `uncounted`.
         prefix: of the layer, with `{l}` for the layer and `{decoder}` for the wrapper's decoder prefix.
+        inner: what names of its decoder block begin with, after `prefix`.
         follows_blocks: `{l}` counts on after the last decoder block (DeepSeek) instead of from 0.
         like: the decoder block that an MTP layer is built like, whose conditions therefore hold for it.
         inputs: the tensors that make its input, in full, with `{l}` and `{decoder}` as in `prefix`: norm of the next
             token's embedding, norm of the hidden state, projection of the two side by side, norm of its output;
             `{last}` stands for the number of its last block.
-        layer: templates beyond a decoder block's own ones.
+        layer: templates beyond a decoder block's own ones, relative to `prefix`.
         root: templates that exist once, with full names.
         uncounted: releases have them without the key in their configs: there are as many as there are tensors of.
         blocks: how many blocks an MTP layer is made of, where there are several: these are what `{l}` counts, and one
@@ -243,6 +248,7 @@ class Mtp:
     follows_blocks: bool
     like: Callable[[Config], int]
     inputs: tuple[str, str, str, str]
+    inner: str = ""
     layer: tuple[Template, ...] = ()
     root: tuple[Template, ...] = ()
     uncounted: bool = False
@@ -270,11 +276,13 @@ class Family:
         renames: parts of names in checkpoints, and what they are in transformers' modules, tried in order.
         joined: parameters of a block of transformers' class, and the tensors of checkpoints that each is made of, one
             below the other.
+        split: linear modules of transformers' class that hold several of the checkpoint's, of the same size, one above
+            the other, by their last name; they are run as these, under the module's name.
         aliases: config keys under which transformers saves a config again, and what releases call them.
         vision: templates of the vision tower, with full names.
         vision_prefix: what every name of the vision tower begins with; several where it and what joins it to the
             decoder have names apart.
-        vision_depth_key: key in `vision_config` that counts vision blocks.
+        vision_depth_key: key in `vision_config` that counts vision blocks; of several, the first that is there.
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         layer_symbols: the same where layers differ: functions of (text config, layer).
@@ -285,8 +293,8 @@ class Family:
         conditions: named predicates on (text config, layer); layer is -1 in the root scope.
         moe: name of the condition that makes a block a MoE block, or empty when all are.
         keep_16bit: patterns of modules in a block that clients cannot run quantized, matched with `fnmatch`.
-        formats: quantized formats whose loaders find its experts, the usual one first; loaders of other formats leave
-            them at random values, or refuse.
+        formats: quantized formats whose loaders find its experts, the usual one first, maybe none; loaders of others
+            leave them at random values, or refuse.
         unread: why none is read, where `formats` is empty.
         merged: modules of a block that clients merge, which must share one quantization scheme, by the name of the
             merged module in vLLM.
@@ -294,6 +302,9 @@ class Family:
         experts_norm: the norm before the experts, within a block; healing moves it with them.
         harmless: patterns of whole names, matched with `fnmatch`, of tensors that are no part of the model and that no
             client minds; copied without a word.
+        selection_key: config key of how many positions a token attends to at most, chosen by an indexer, or empty where
+            it attends to all. Blocks are run over windows of so many tokens, where the choice is all of them.
+        shares_selection: a block of transformers' class gives its choice to the next, as a second value.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
@@ -312,11 +323,12 @@ class Family:
     experts: ExpertLayout = field(default_factory=ExpertLayout)
     renames: tuple[tuple[str, str], ...] = ()
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     mtp: Mtp | None = None
     vision: tuple[Template, ...] = ()
     vision_prefix: str | tuple[str, ...] = ""
-    vision_depth_key: str = "depth"
+    vision_depth_key: str | tuple[str, ...] = "depth"
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
     layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
@@ -333,6 +345,8 @@ class Family:
     tied_by_default: bool = False
     experts_norm: str = "post_attention_layernorm.weight"
     harmless: tuple[str, ...] = HARMLESS
+    selection_key: str = ""
+    shares_selection: bool = False
     fused_release: bool = False
     bfloat16_only: bool = False
 
@@ -387,6 +401,16 @@ def experts(when: str = "", layout: ExpertLayout | None = None) -> tuple[Templat
         if layout.bias:
             out.append(Template(f"{name}.bias", "I" if inner else width, role, when, "per-expert"))
     return tuple(out)
+
+
+def linear(module: str, shape: str, role: Role = "vision") -> tuple[Template, ...]:
+    """Weight and bias of a linear module."""
+    return Template(f"{module}.weight", shape, role), Template(f"{module}.bias", shape.split(",")[0], role)
+
+
+def normed(module: str, width: str, role: Role = "vision") -> tuple[Template, ...]:
+    """Weight and bias of a layer norm."""
+    return Template(f"{module}.weight", width, role), Template(f"{module}.bias", width, role)
 
 
 def size(config: Config, key: str) -> int:

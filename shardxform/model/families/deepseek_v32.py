@@ -67,4 +67,5 @@ FAMILY: Final = Family(
     moe="moe",
     keep_16bit=(*DEEPSEEK_V3.keep_16bit, "self_attn.indexer.*"),  # for clients that go by names
     merged=DEEPSEEK_V3.merged,
+    selection_key="index_topk",
 )
