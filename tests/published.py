@@ -12,6 +12,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ RELEASES = {
     ),
     "GLM-4.5": Release(parameters=355e9, mtp="blocks", mtp_ends=True),
     "GLM-4.7-Flash": Release(parameters=30e9, tensors=9_703, elements=31_221_488_576, mtp="blocks", mtp_ends=True),
+    "GLM-5": Release(parameters=744e9, tensors=59_870, elements=753_864_139_008, mtp="blocks"),
+    "GLM-5.2": Release(parameters=744e9, tensors=59_585, elements=753_329_940_480, mtp="blocks"),
     "Gemma-4-26B-A4B": Release(parameters=25.2e9, stacked=True, group_size=64),
     "Jamba-1.5-Mini": Release(parameters=51.6e9),
     "Kimi-K2-Instruct": Release(
@@ -91,6 +94,7 @@ RELEASES = {
     "Kimi-Linear-48B-A3B": Release(
         parameters=49.1e9, tensors=20_493, elements=49_122_681_728, float32=r"A_log$|dt_bias$"
     ),
+    "Llama-4-Scout-17B-16E": Release(parameters=109e9, stacked=True),
     "MiMo-V2-Flash": Release(parameters=309e9),
     "MiniMax-M2": Release(
         parameters=230e9,
@@ -118,12 +122,7 @@ RELEASES = {
 }
 """Releases of families that shardxform knows."""
 
-NOT_YET = (
-    "DeepSeek-V4-Flash",
-    "GLM-5",
-    "GLM-5.2",
-    "Llama-4-Scout-17B-16E",
-)
+NOT_YET = ("DeepSeek-V4-Flash",)
 """Releases whose families it does not know."""
 
 
@@ -233,14 +232,22 @@ def _mtp(
         yield "mtp.fc.weight", (hidden, 2 * hidden)
     for norm in norms:
         yield f"{prefix if release.mtp == 'blocks' else 'mtp.'}{norm}.weight", (hidden,)
+    like = _fullest(shapes)
     for name, shape in shapes.items():
         match = _LAYER.match(name)
-        if not match or int(match[2]) != last or name.endswith("inv_freq"):
+        if not match or int(match[2]) != like or name.endswith("inv_freq"):
             continue
         if match[3].startswith(".mlp.experts.") and len(shape) == 3:  # those that lie stacked in blocks do not here
             yield from _unstacked(prefix + match[3][1:], shape)
         else:
             yield prefix + match[3][1:], shape
+
+
+def _fullest(shapes: Iterable[str]) -> int:
+    """The last of the blocks with full attention that have most tensors."""
+    counts = Counter(int(match[2]) for name in shapes if (match := _LAYER.match(name)))
+    full = {int(match[2]) for name in shapes if ".self_attn." in name and (match := _LAYER.match(name))}
+    return max(full, key=lambda layer: (counts[layer], layer))
 
 
 def _unstacked(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -32,7 +32,16 @@ OF_ALL_TOO = re.compile(r"e_score_correction_bias$|per_expert_scale$|feed_forwar
 LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
 SLOW = (  # alike to others, or the largest
-    *("DeepSeek-V3", "DeepSeek-V3.1", "GLM-4.5", "Kimi-K2-Instruct", "Kimi-K2.6", "MiMo-V2-Flash", "MiniMax-M2"),
+    *(
+        "DeepSeek-V3",
+        "DeepSeek-V3.1",
+        "GLM-4.5",
+        "GLM-5",
+        "Kimi-K2-Instruct",
+        "Kimi-K2.6",
+        "MiMo-V2-Flash",
+        "MiniMax-M2",
+    ),
     *("Qwen3-235B-A22B", "Qwen3-30B-A3B", "Qwen3-Next-80B-A3B"),
 )
 GROUPS = {
