@@ -12,6 +12,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 HOME = Path(__file__).parent / "releases"
@@ -79,6 +80,10 @@ RELEASES = {
     ),
     "GLM-4.5": Release(parameters=355e9, mtp="blocks", mtp_ends=True),
     "GLM-4.7-Flash": Release(parameters=30e9, tensors=9_703, elements=31_221_488_576, mtp="blocks", mtp_ends=True),
+    "GLM-5": Release(parameters=744e9, tensors=59_870, elements=753_864_139_008, mtp="blocks"),
+    "GLM-5.2": Release(parameters=744e9, tensors=59_585, elements=753_329_940_480, mtp="blocks"),
+    "Gemma-4-26B-A4B": Release(parameters=25.2e9, stacked=True, group_size=64),
+    "Jamba-1.5-Mini": Release(parameters=51.6e9),
     "Kimi-K2-Instruct": Release(
         parameters=1.026e12,
         tensors=139_644,
@@ -86,6 +91,11 @@ RELEASES = {
         more={"model.layers.{l}.self_attn.rotary_emb.inv_freq": (56,)},
     ),
     "Kimi-K2.6": Release(parameters=1.026e12, tensors=208_215, elements=170_267_038_208, text=True),
+    "Kimi-Linear-48B-A3B": Release(
+        parameters=49.1e9, tensors=20_493, elements=49_122_681_728, float32=r"A_log$|dt_bias$"
+    ),
+    "Llama-4-Scout-17B-16E": Release(parameters=109e9, stacked=True),
+    "MiMo-V2-Flash": Release(parameters=309e9),
     "MiniMax-M2": Release(
         parameters=230e9,
         tensors=96_103,
@@ -93,6 +103,8 @@ RELEASES = {
         float32=r"e_score_correction_bias$|block_sparse_moe\.gate\.weight$",
     ),
     "Mixtral-8x7B-v0.1": Release(parameters=46.7e9),
+    "Nemotron-3-Nano-30B-A3B": Release(parameters=31.6e9, group_size=64),
+    "Phi-3.5-MoE": Release(parameters=41.9e9),
     "Qwen3-235B-A22B": Release(parameters=235e9),
     "Qwen3-30B-A3B": Release(parameters=30.5e9),
     "Qwen3-30B-A3B-FP8": Release(parameters=30.5e9, tensors=37_491, elements=30_533_947_392, scales="BF16"),
@@ -105,23 +117,12 @@ RELEASES = {
         stacked=True,
         float32=r"A_log$|linear_attn\.norm\.weight$",
     ),
-    "gpt-oss-120b": Release(parameters=116.8e9, group_size=32),
-    "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=32),
+    "gpt-oss-120b": Release(parameters=116.8e9, group_size=64),
+    "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=64),
 }
 """Releases of families that shardxform knows."""
 
-NOT_YET = (
-    "DeepSeek-V4-Flash",
-    "GLM-5",
-    "GLM-5.2",
-    "Gemma-4-26B-A4B",
-    "Jamba-1.5-Mini",
-    "Kimi-Linear-48B-A3B",
-    "Llama-4-Scout-17B-16E",
-    "MiMo-V2-Flash",
-    "Nemotron-3-Nano-30B-A3B",
-    "Phi-3.5-MoE",
-)
+NOT_YET = ("DeepSeek-V4-Flash",)
 """Releases whose families it does not know."""
 
 
@@ -131,17 +132,22 @@ def config_of(name: str) -> dict[str, Any]:
     return config["text_config"] if name in RELEASES and RELEASES[name].text else config
 
 
-def tensors_of(name: str) -> Tensors:
-    """Every tensor of a release: dtype and shape by name."""
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a release would have if none of its weights were quantized."""
     release, config = RELEASES[name], config_of(name)
     text = config.get("text_config") or config
     shapes = _decoder(config, release.stacked)
     for pattern, shape in (release.more or {}).items():
         shapes |= {pattern.format(l=layer): shape for layer in range(text["num_hidden_layers"])}
-    shapes |= dict(_mtp(release, text, shapes))
+    return shapes | dict(_mtp(release, text, shapes))
+
+
+def tensors_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Every tensor of a release: dtype and shape by name."""
+    config = config_of(name)
     found: Tensors = {}
     for tensor, shape in shapes.items():
-        found |= _stored(tensor, shape, text, release)
+        found |= _stored(tensor, shape, config.get("text_config") or config, RELEASES[name])
     return found
 
 
@@ -176,7 +182,8 @@ def _decoder(config: dict[str, Any], stacked: bool) -> dict[str, tuple[int, ...]
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     kept["model_type"] = CLASSES.get(kept["model_type"], kept["model_type"])
     with torch.device("meta"):
-        model = getattr(transformers, config["architectures"][0])(AutoConfig.for_model(**kept))
+        build = getattr(transformers, config["architectures"][0], AutoModelForCausalLM.from_config)
+        model = build(AutoConfig.for_model(**kept))
     state = {name: value for name, value in model.state_dict().items() if name not in _tied(model)}
     layers: dict[tuple[str, int], list[tuple[str, torch.Tensor]]] = {}
     found = {name: tuple(value.shape) for name, value in state.items() if stacked and ".experts." in name}
@@ -225,14 +232,22 @@ def _mtp(
         yield "mtp.fc.weight", (hidden, 2 * hidden)
     for norm in norms:
         yield f"{prefix if release.mtp == 'blocks' else 'mtp.'}{norm}.weight", (hidden,)
+    like = _fullest(shapes)
     for name, shape in shapes.items():
         match = _LAYER.match(name)
-        if not match or int(match[2]) != last or name.endswith("inv_freq"):
+        if not match or int(match[2]) != like or name.endswith("inv_freq"):
             continue
         if match[3].startswith(".mlp.experts.") and len(shape) == 3:  # those that lie stacked in blocks do not here
             yield from _unstacked(prefix + match[3][1:], shape)
         else:
             yield prefix + match[3][1:], shape
+
+
+def _fullest(shapes: Iterable[str]) -> int:
+    """The last of the blocks with full attention that have most tensors."""
+    counts = Counter(int(match[2]) for name in shapes if (match := _LAYER.match(name)))
+    full = {int(match[2]) for name in shapes if ".self_attn." in name and (match := _LAYER.match(name))}
+    return max(full, key=lambda layer: (counts[layer], layer))
 
 
 def _unstacked(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -258,7 +273,8 @@ def _stored(name: str, shape: tuple[int, ...], text: Mapping[str, Any], release:
         return plain
     rows, columns = shape
     if quantization["quant_method"] == "fp8":
-        if name.endswith("weights_proj.weight"):
+        kept = (*quantization.get("ignored_layers", ()), *quantization.get("modules_to_not_convert", ()))
+        if name.endswith("weights_proj.weight") or name.removesuffix(".weight") in kept:
             return plain
         scales = tuple(-(-size // block) for size, block in zip(shape, quantization["weight_block_size"], strict=True))
         return {name: ("F8_E4M3", shape), f"{name}_scale_inv": (release.scales, scales)}

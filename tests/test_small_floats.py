@@ -134,7 +134,7 @@ def integers(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     parts = {
         "weight_packed": raw("I32", words.sum(-1).astype(np.uint32).view(np.int32)),
         "weight_scale": bf16(scale),
-        "weight_shape": raw("I64", np.array(w.shape, np.int64)),
+        "weight_shape": raw("I32", np.array(w.shape, np.int32)),
     }
     return parts, ((codes + 0.0) * scale[..., None]).astype(np.float32).reshape(w.shape)
 

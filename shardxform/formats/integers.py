@@ -159,7 +159,8 @@ class Ints:
             what = "columns are not in the group of their place"
             yield from _fault("g-idx", what, groups != wanted, first, groups, wanted)
         elif role == "shape":
-            sizes, first = data.view("<i8"), start // 8
+            width = 4 if dtype == "I32" else 8
+            sizes, first = data.view(f"<i{width}"), start // width
             wanted = np.array(shape)[first : first + sizes.size]
             yield from _fault("weight-shape", "sizes are not the weight's", sizes != wanted, first, sizes, wanted)
         elif role == "scales":

@@ -285,6 +285,8 @@ def _refuse_other(found: TensorSpec, wanted: TensorSpec, shape: tuple[int, int],
     dtypes = {wanted.dtype}
     if rules.format == "compressed-tensors" and wanted.name.endswith(".weight_scale"):
         dtypes = {"F16", "BF16"}
+    elif rules.format == "compressed-tensors" and wanted.name.endswith(".weight_shape"):
+        dtypes = {"I32", "I64"}  # the former in releases of Kimi-K2
     if found.shape == wanted.shape and found.dtype in dtypes:
         return
     groups = "one group a row" if rules.grid.group_size == -1 else f"groups of {rules.grid.group_size}"

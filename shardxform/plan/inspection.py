@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
@@ -17,7 +17,7 @@ from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
-from shardxform.formats.scheme import Scheme
+from shardxform.formats.scheme import GROUP_SIZES, Format, Scheme
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
@@ -163,19 +163,30 @@ def _outlook(source: Checkpoint, plain: Checkpoint, layout: Layout) -> Iterator[
     halved = f"prune to {len(keep)} experts" if keep else ""
     for manifest in (None, Manifest(keep=dict.fromkeys(layout.moe_layers, keep))) if keep else (None,):
         try:
-            view = pruned_view(source, manifest)
+            view = pruned_view(source if manifest else plain, manifest)
         except ShardxformError:
             continue
         if manifest:
             yield halved, view.checkpoint.nbytes
-        view = view if plain is source else pruned_view(plain, manifest)
+            view = view if plain is source else pruned_view(plain, manifest)
         with suppress(SchemeError):
-            name = f"{halved} and quantize to W4A16" if manifest else "quantize to W4A16"
-            yield name, _quantized_bytes(view, Scheme.preset("W4A16"))
+            group_size, nbytes = _quantized(view)
+            groups = "" if group_size == GROUP_SIZES[0] else f" in groups of {group_size}"
+            yield f"{halved} and quantize to W4A16{groups}" if manifest else f"quantize to W4A16{groups}", nbytes
 
 
-def _quantized_bytes(view: View, scheme: Scheme) -> int:
-    """Bytes of a view once quantized, worked out on one routed expert of every layer and multiplied."""
+def _quantized(view: View) -> tuple[int, int]:
+    """Group size that experts fit, the usual one if they do, and bytes of a view once quantized so.
+
+    Worked out on one routed expert of every layer and multiplied.
+
+    Raises:
+        SchemeError: see `dialects.select`; or no format's loader finds the experts.
+
+    """
+    formats = view.layout.family.formats
+    if not formats:
+        raise SchemeError("no format has a loader that finds the experts")
     sample: dict[str, TensorRef] = {}
     times: dict[str, int] = {}
     for name, ref in view.checkpoint.tensors.items():
@@ -185,13 +196,17 @@ def _quantized_bytes(view: View, scheme: Scheme) -> int:
         fused = place is not None and place.template.variant == "fused"
         sample[name] = ref.rows(0, 1) if fused else ref
         times[name] = view.layout.num_experts if place and place.template.variant else 1
-    selection = select(view.layout, sample, scheme)
+    for group_size in GROUP_SIZES:
+        scheme = Scheme.preset("W4A16", group_size=group_size, format=cast("Format", formats[0]))
+        selection = select(view.layout, sample, scheme)
+        if any(module.expert is not None for module in selection.quantized):
+            break
     replaced = {name for module in selection.quantized for name in module.sources}
     total = sum(ref.nbytes * times[name] for name, ref in sample.items() if name not in replaced)
     for module in selection.quantized:
         parts = Ints.of(scheme).parts(*module.shape)
         total += sum(part.spec(module.name).nbytes for part in parts) * times[module.sources[0]]
-    return total
+    return group_size, total
 
 
 def _half(layout: Layout) -> tuple[int, ...] | None:

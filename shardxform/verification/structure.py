@@ -181,7 +181,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
 """What must be stored instead of a quantized `weight`, by the part that holds its integers."""
 
 _SIGNS: Final = {"qweight": ("qweight", "qzeros", "scales"), "weight_packed": ("weight_packed", "weight_shape")}
-_MAX_TENSORS: Final = 200_000  # three times the largest checkpoint known, before quantization
+_MAX_TENSORS: Final = 1_000_000  # four times the largest checkpoint known, before quantization: Kimi-K3
 _CONFIG_FAULTS: Final = (
     FamilyError,
     ArithmeticError,

@@ -1,0 +1,154 @@
+"""Releases at full size, as holes: `inspect` knows every tensor, and plans are as large as plain arithmetic says."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import published
+
+from shardxform.ask.manifest import Manifest, keep_all
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.formats.scheme import Scheme
+from shardxform.model.families import HOMES
+from shardxform.model.layout import layout_of
+from shardxform.plan.inspection import inspect_checkpoint
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.quantize import plan_quantize
+
+pytestmark = pytest.mark.oracle
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+OF_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)|(gate|router)\.(proj\.)?(weight|bias)$")
+OF_ALL_TOO = re.compile(r"e_score_correction_bias$|per_expert_scale$|feed_forward\.router\.weight$")
+LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
+QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
+SLOW = (  # alike to others, or the largest
+    *(
+        "DeepSeek-V3",
+        "DeepSeek-V3.1",
+        "GLM-4.5",
+        "GLM-5",
+        "Kimi-K2-Instruct",
+        "Kimi-K2.6",
+        "MiMo-V2-Flash",
+        "MiniMax-M2",
+    ),
+    *("Qwen3-235B-A22B", "Qwen3-30B-A3B", "Qwen3-Next-80B-A3B"),
+)
+GROUPS = {
+    "Gemma-4-26B-A4B": (64, "quantize to W4A16 in groups of 64"),
+    "Mixtral-8x7B-v0.1": (128, "quantize to W4A16"),
+    "gpt-oss-20b": (64, "quantize to W4A16 in groups of 64"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A release on disk."""
+
+    name: str
+    release: published.Release
+    shapes: dict[str, tuple[int, ...]]
+    tensors: published.Tensors
+    source: Checkpoint
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in published.RELEASES],
+)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    name = request.param
+    shapes = published.shapes_of(name)
+    tensors = published.tensors_of(name, shapes)
+    root = published.write(tmp_path_factory.mktemp("releases") / name, published.config_of(name), tensors)
+    yield Case(name, published.RELEASES[name], shapes, tensors, Checkpoint.open(root))
+    shutil.rmtree(root)
+
+
+def test_every_config_is_of_a_family_or_waits_for_one() -> None:
+    files = {path.stem for path in published.HOME.glob("*.json")}
+    assert files == published.RELEASES.keys() | set(published.NOT_YET)
+    assert not published.RELEASES.keys() & set(published.NOT_YET)
+    waiting = {published.config_of(name)["model_type"] for name in published.NOT_YET}
+    assert not waiting & HOMES.keys()
+
+
+def test_names_are_as_many_as_in_the_release(case: Case) -> None:
+    if case.release.tensors:
+        assert len(case.tensors) == case.release.tensors
+        assert sum(math.prod(shape) for _, shape in case.tensors.values()) == case.release.elements
+
+
+def test_every_tensor_is_known_and_parameters_are_those_published(case: Case) -> None:
+    found = inspect_checkpoint(case.source)
+    assert found.unknown == ()
+    assert found.parameters == pytest.approx(case.release.parameters, rel=0.015)
+    assert found.nbytes == sum(published.nbytes(*spec) for spec in case.tensors.values())
+
+
+def test_half_the_experts_are_half_their_bytes(case: Case) -> None:
+    plan = plan_prune(case.source, halved(case.source))
+    assert plan.data_bytes == sum(nbytes for _, nbytes in pruned(case))
+    assert len([entry for shard in plan.shards for entry in shard.entries]) == len(list(pruned(case)))
+
+
+def test_four_bits_are_as_many_bytes_as_words_and_scales(case: Case) -> None:
+    if case.name not in QUANTIZED:
+        pytest.skip("a second each")
+    layout = layout_of(case.source.config, case.source.tensors)
+    scheme = Scheme.preset("W4A16", format=layout.family.formats[0])
+    assert plan_quantize(case.source, scheme).data_bytes == sum(quantized(case, scheme.format, layout.blocks))
+
+
+def test_the_outlook_is_in_groups_that_experts_fit(case: Case) -> None:
+    if case.name not in GROUPS:
+        pytest.skip("seen in others")
+    group_size, label = GROUPS[case.name]
+    formats = layout_of(case.source.config, case.source.tensors).family.formats
+    scheme = Scheme.preset("W4A16", format=formats[0], group_size=group_size)
+    assert inspect_checkpoint(case.source).outlook[label] == plan_quantize(case.source, scheme).data_bytes
+
+
+def quantized(case: Case, format: str, blocks: str) -> Iterator[int]:  # noqa: A002
+    """Bytes of every weight: four bits an element, and scales and zeros of 128 each, or 16 bits."""
+    layers = case.source.config["num_hidden_layers"]
+    for name, shape in case.shapes.items():
+        size = math.prod(shape)
+        layer = name.removeprefix(blocks).partition(".")[0]
+        in_block = name.startswith(blocks) and int(layer) < layers
+        if not in_block or not LINEAR.search(name) or shape[1] % 128:
+            yield published.nbytes("F32" if re.search(case.release.float32, name) else "BF16", shape)
+        elif format == "compressed-tensors":
+            yield size // 2 + size // 128 * 2 + 2 * 8
+        else:
+            yield size // 2 + size // 128 * 2 + size // 128 // 2
+
+
+def halved(source: Checkpoint) -> Manifest:
+    """Every second expert of every layer."""
+    every = keep_all(layout_of(source.config, source.tensors))
+    return Manifest(
+        keep={layer: kept[::2] for layer, kept in every.keep.items()},
+        mtp_keep={layer: kept[::2] for layer, kept in every.mtp_keep.items()},
+        model=every.model,
+    )
+
+
+def pruned(case: Case) -> Iterator[tuple[str, int]]:
+    """Names and bytes of what is left when every second expert goes."""
+    for name, spec in case.tensors.items():
+        match = EXPERT.search(name)
+        of_all = not match and (OF_ALL.search(name) or OF_ALL_TOO.search(name)) and "shared" not in name
+        if match and int(match[1]) % 2:
+            continue
+        yield name, published.nbytes(*spec) // (2 if of_all else 1)
