@@ -122,8 +122,8 @@ RELEASES = {
 }
 """Releases of families that shardxform knows."""
 
-NOT_YET = ("DeepSeek-V4-Flash",)
-"""Releases whose families it does not know."""
+NAMED_OTHERWISE = ("DeepSeek-V4-Flash",)
+"""Releases that are not what transformers saves under another spelling: their configs alone are looked at."""
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_layout_and_encode_equal_the_reference_writer_byte_for_byte(specs: list[
 
     types = {**_TYPES, "F8_E8M0": torch.float8_e8m0fnu}
     raws = {spec.name: filled(spec) for spec in specs}
-    tensors = {
+    values = {
         name: torch.frombuffer(bytearray(raw.data), dtype=torch.uint8).view(types[raw.dtype]).reshape(raw.shape)
         if raw.data
         else torch.empty(raw.shape, dtype=types[raw.dtype])
@@ -85,7 +85,7 @@ def test_layout_and_encode_equal_the_reference_writer_byte_for_byte(specs: list[
     random.shuffle(specs)
     entries = tensors.layout(specs)
     ours = tensors.encode(entries) + b"".join(raws[e.spec.name].data for e in entries)
-    assert ours == save(tensors, {"format": "pt"})
+    assert ours == save(values, {"format": "pt"})
     assert ours == shard_bytes(raws)  # the tests' own writer, for the dtypes that torch lacks
 
 

@@ -18,7 +18,6 @@ import published
 from shardxform.ask.manifest import Manifest, keep_all
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.formats.scheme import Scheme
-from shardxform.model.families import HOMES
 from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
@@ -75,12 +74,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shutil.rmtree(root)
 
 
-def test_every_config_is_of_a_family_or_waits_for_one() -> None:
+def test_every_config_is_of_a_family_and_held_at_full_size_but_for_those_named() -> None:
     files = {path.stem for path in published.HOME.glob("*.json")}
-    assert files == published.RELEASES.keys() | set(published.NOT_YET)
-    assert not published.RELEASES.keys() & set(published.NOT_YET)
-    waiting = {published.config_of(name)["model_type"] for name in published.NOT_YET}
-    assert not waiting & HOMES.keys()
+    assert files == published.RELEASES.keys() | set(published.NAMED_OTHERWISE)
+    assert not published.RELEASES.keys() & set(published.NAMED_OTHERWISE)
+    for name in files:
+        assert layout_of(published.config_of(name), ()).moe_layers, name
 
 
 def test_names_are_as_many_as_in_the_release(case: Case) -> None:
