@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
+from typing import TypeVar
 
 from build import Raw, random_tensor
 from hypothesis import HealthCheck, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from shardxform.base.tensors import BITS, TensorSpec
 
+_T = TypeVar("_T")
 ALL = os.environ.get("SHARDXFORM_TESTS") == "all"  # as a nightly run sets it
 settings.register_profile(
     "shardxform",
@@ -24,6 +27,11 @@ settings.load_profile("shardxform")
 def some(count: int) -> int:
     """Examples of a test whose examples take long: a few, or all where SHARDXFORM_TESTS=all."""
     return count if ALL else max(20, count // 4)
+
+
+def picked(cases: Iterable[_T], every: int) -> list[_T]:
+    """Cases of a test that takes long: the first and every so manieth after it, or all where SHARDXFORM_TESTS=all."""
+    return list(cases) if ALL else list(cases)[::every]
 
 
 # What torch and the reference library's torch module can both save, one element per item.

@@ -20,6 +20,7 @@ import pytest
 from build import tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import Counting, Failing, die_at_effect, forked, kill_when_there
+from strategies import picked
 from test_quantize import KIND_SIZES
 from test_verify_independent import found as second_opinion
 from texts import few
@@ -308,7 +309,7 @@ def test_the_card_of_an_output_is_no_obstacle_to_starting_it_over(tmp_path: Path
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", picked(STAGES, 2))
 def test_stopped_before_a_stage_it_goes_on_to_the_same_files(
     prepared: Prepared, finished: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -322,7 +323,7 @@ def test_stopped_before_a_stage_it_goes_on_to_the_same_files(
     assert tree(tmp_path / "out") == tree(finished)
 
 
-@pytest.mark.parametrize("stage", ["score", "quantize", "evaluate"])
+@pytest.mark.parametrize("stage", picked(["quantize", "score", "evaluate"], 3))
 def test_stopped_within_a_stage_it_goes_on_to_the_same_files(
     prepared: Prepared, finished: Path, tmp_path: Path, stage: str
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
 from click.testing import CliRunner
 from faults import Counting, Crashing, Failing, Short, forked, sampled
+from strategies import picked
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES, make, without_record
 from test_run import looks_complete, tree
@@ -100,7 +101,7 @@ def quantized(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", picked(KINDS, 2))
 def test_converting_equals_quantizing_to_that_format(kind: str, bits: int, group_size: int, tmp_path: Path) -> None:
     """Round and round: every format and spelling is made from the one before it."""
     source = make(tmp_path / "source", kind)
@@ -437,7 +438,7 @@ def test_steps_read_every_stored_byte_and_tile_the_output(tmp_path: Path, monkey
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("to", ["compressed-tensors", "bf16"])
+@pytest.mark.parametrize("to", picked(["compressed-tensors", "bf16"], 2))
 def test_a_crash_at_any_effect_ends_with_the_same_bytes(
     to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import barrage
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+from strategies import picked
 from texts import few
 
 from shardxform.cli import main
@@ -115,7 +116,10 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("options", [("quantize", "--iters", "2"), ("prune", "--heal=all", "--heal-iters", "2")])
+TUNED = [("quantize", "--iters", "2"), ("prune", "--heal=all", "--heal-iters", "2")]
+
+
+@pytest.mark.parametrize("options", picked(TUNED, 2))
 def test_tuning_and_healing_take_no_more_than_planned(options: tuple[str, ...], computed: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     command, *what = options

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from build import Raw, read_checkpoint, tiny, write_checkpoint
 from conversions import forget_changes
+from strategies import picked
 from test_prune_oracle import KEEP, prune_loaded, tokens
 
 from shardxform.ask.manifest import Manifest
@@ -348,7 +349,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "format_", "view"), CASES)
+@pytest.mark.parametrize(("kind", "format_", "view"), picked(CASES, 2))
 def test_every_family_and_wrapper_loads_and_computes_with_the_stored_weights(
     kind: str, format_: Any, view: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from raycluster import RayCluster
+from strategies import picked
 from test_run import tree
 from texts import few
 
@@ -216,7 +217,7 @@ def started(out: Path, address: str, more: Mapping[str, str] | None = None) -> s
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", picked([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 3))
 def test_a_driver_that_was_stopped_is_gone_on_with(number: int, cluster: str, local: Local, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = started(out, cluster)

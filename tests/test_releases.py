@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import published
+from strategies import ALL
 
 from shardxform.ask.manifest import Manifest, keep_all
 from shardxform.checkpoint.table import Checkpoint
@@ -30,12 +31,13 @@ OF_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)|(gate|router)\.(proj\.
 OF_ALL_TOO = re.compile(r"e_score_correction_bias$|per_expert_scale$|feed_forward\.router\.weight$")
 LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
-SLOW = (  # alike to others, or the largest
+NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker ones
     *(
         "DeepSeek-V3",
         "DeepSeek-V3.1",
         "GLM-4.5",
         "GLM-5",
+        "GLM-5.2",
         "Kimi-K2-Instruct",
         "Kimi-K2.6",
         "MiMo-V2-Flash",
@@ -63,7 +65,7 @@ class Case:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in published.RELEASES],
+    params=[name for name in published.RELEASES if ALL or name not in NIGHTLY],
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     name = request.param

@@ -11,6 +11,7 @@ import barrage
 import pytest
 import test_remote
 from hubserver import HubServer
+from strategies import picked
 from test_remote import KEEP, NAME, files, headers, record
 from test_remote import server as server
 from texts import few
@@ -69,11 +70,14 @@ def test_evaluating_what_was_not_written_against_its_source_fetches_both_once(
 
 @pytest.mark.parametrize(
     ("options", "share"),
-    [
-        (("quantize", "--method", "auto-round", "--iters", 2, "--batch-size", 4), 0.67),  # pruned experts never
-        (("prune", "--heal", "all", "--heal-iters", 2, "--heal-lr", 0.01), 1.02),
-        (("prune", "--heal", "shared", "--heal-iters", 2, "--heal-lr", 0.01), 1.5),  # and what is copied once more
-    ],
+    picked(
+        [
+            (("quantize", "--method", "auto-round", "--iters", 2, "--batch-size", 4), 0.67),  # pruned experts never
+            (("prune", "--heal", "all", "--heal-iters", 2, "--heal-lr", 0.01), 1.02),
+            (("prune", "--heal", "shared", "--heal-iters", 2, "--heal-lr", 0.01), 1.5),  # and what is copied once more
+        ],
+        3,
+    ),
 )
 def test_tuning_and_healing_a_repository_give_the_bytes_of_a_folder(
     server: HubServer, small_moe: Path, tmp_path: Path, options: tuple[object, ...], share: float
