@@ -20,6 +20,7 @@ from build import Raw, bf16, read_checkpoint, write_checkpoint
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import picked
 from texts import few
 
 torch = pytest.importorskip("torch")
@@ -226,7 +227,8 @@ KINDS["fp8 blocks, fused in 16 bits"] = Kind(
     "qwen3_5_moe_text",
 )
 every = pytest.mark.parametrize("kind", KINDS)
-floats = pytest.mark.parametrize("kind", [kind for kind in KINDS if "integers" not in kind])
+FLOATS = [kind for kind in KINDS if "integers" not in kind]
+floats = pytest.mark.parametrize("kind", FLOATS)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +305,7 @@ def test_rounding_to_nearest_is_that_of_the_twin(kind: str, folder: Path, tmp_pa
     call("verify", tmp_path / "a", "--source", source)
 
 
-@floats
+@pytest.mark.parametrize("kind", picked(FLOATS, 2))
 def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)
     keep = keep_file(tmp_path)
@@ -314,7 +316,7 @@ def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_p
     call("verify", tmp_path / "a", "--source", source)
 
 
-@every
+@pytest.mark.parametrize("kind", picked(KINDS, 2))
 def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)
     found = []
