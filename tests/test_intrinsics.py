@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from strategies import ALL
 
 pytest.importorskip("numba")
 torch = pytest.importorskip("torch")
@@ -88,6 +89,7 @@ weight.update(0, narrow, narrow.clone())
 """
 
 
+@pytest.mark.skipif(not ALL, reason="by night: all kernels are compiled anew")
 def test_a_cpu_without_the_instruction_needs_none_of_it(tmp_path: Path) -> None:
     """As the environment has numba compile for one."""
     env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -150,7 +150,7 @@ def dying(folder: Path, times: int = 1) -> Callable[..., Any]:
 # -- the same bytes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["prune", "rtn"])
+@pytest.mark.parametrize("what", picked(["rtn", "prune"], 2))
 def test_bytes_equal_a_local_run_though_workers_are_killed(
     what: str, cluster: str, local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

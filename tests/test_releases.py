@@ -32,18 +32,23 @@ OF_ALL_TOO = re.compile(r"e_score_correction_bias$|per_expert_scale$|feed_forwar
 LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
 NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker ones
-    *(
-        "DeepSeek-V3",
-        "DeepSeek-V3.1",
-        "GLM-4.5",
-        "GLM-5",
-        "GLM-5.2",
-        "Kimi-K2-Instruct",
-        "Kimi-K2.6",
-        "MiMo-V2-Flash",
-        "MiniMax-M2",
-    ),
-    *("Qwen3-235B-A22B", "Qwen3-30B-A3B", "Qwen3-Next-80B-A3B"),
+    "DeepSeek-V3",
+    "DeepSeek-V3.1",
+    "DeepSeek-V3.2",
+    "GLM-4.5",
+    "GLM-5",
+    "GLM-5.2",
+    "Kimi-K2-Instruct",
+    "Kimi-K2.6",
+    "Kimi-Linear-48B-A3B",
+    "Llama-4-Scout-17B-16E",
+    "MiMo-V2-Flash",
+    "MiniMax-M2",
+    "Phi-3.5-MoE",
+    "Qwen3-235B-A22B",
+    "Qwen3-30B-A3B",
+    "Qwen3-Next-80B-A3B",
+    "gpt-oss-120b",
 )
 GROUPS = {
     "Gemma-4-26B-A4B": (64, "quantize to W4A16 in groups of 64"),

@@ -185,7 +185,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(small_moe: Path, tmp_
     windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl", 5)), samples=16, seqlen=64))
     source = Checkpoint.open(small_moe)
     whole = score(source, windows, ScoreOptions(precision=FLOAT32, work=tmp_path / "whole")).to_bytes()
-    for stop_at in picked((3, 1, 7, 4), 2):
+    for stop_at in picked((2, 1, 3), 3):
         seen: list[Progress] = []
 
         def stop(p: Progress, seen: list[Progress] = seen, stop_at: int = stop_at) -> None:
