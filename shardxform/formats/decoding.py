@@ -32,7 +32,7 @@ _MODELOPT: Final = Microscaled(
 _DEEPSEEK_V4: Final = Microscaled("E2M1", 32, "", ("weight", "scale"), ("I8", "F8_E8M0"))
 
 
-class Rule(Protocol):
+class Reading(Protocol):
     """How one kind of weight is stored."""
 
     def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
@@ -48,7 +48,7 @@ class Rule(Protocol):
 Declared = Mapping[str, Any]
 
 
-def _fp8_rules(declared: Declared) -> Iterator[Rule]:
+def _fp8_rules(declared: Declared) -> Iterator[Reading]:
     rule = scale_rule(declared)
     if rule is None:
         raise SchemeError(
@@ -59,21 +59,21 @@ def _fp8_rules(declared: Declared) -> Iterator[Rule]:
         yield MicroscalingRule(_DEEPSEEK_V4)
 
 
-def _modelopt_rules(_: Declared) -> Iterator[Rule]:
+def _modelopt_rules(_: Declared) -> Iterator[Reading]:
     yield MicroscalingRule(_MODELOPT)
     yield ScaleRule(("weight_scale",), ())
 
 
-def _mxfp4_rules(_: Declared) -> Iterator[Rule]:
+def _mxfp4_rules(_: Declared) -> Iterator[Reading]:
     yield StackRule()
 
 
-def _mxfp8_rules(_: Declared) -> Iterator[Rule]:
+def _mxfp8_rules(_: Declared) -> Iterator[Reading]:
     for suffix in SCALES:
         yield MicroscalingRule(replace(MXFP8, suffixes=("weight", suffix)))
 
 
-def _compressed_rules(declared: Declared) -> Iterator[Rule]:
+def _compressed_rules(declared: Declared) -> Iterator[Reading]:
     """One rule for each group of floats; none where all groups are integers, which `stored` reads."""
     for group in _groups(declared):
         weights = group.get("weights")
@@ -99,7 +99,7 @@ def _groups(declared: Declared) -> list[Mapping[str, Any]]:
     return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
 
 
-DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Rule]]]] = {
+DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
     "compressed-tensors": _compressed_rules,
     "fbgemm_fp8": _fp8_rules,
     "fp8": _fp8_rules,
@@ -179,7 +179,7 @@ def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
     return replace(source, tensors=tensors, config=config)
 
 
-def _rules(config: Mapping[str, Any]) -> list[Rule]:
+def _rules(config: Mapping[str, Any]) -> list[Reading]:
     declared = config.get("quantization_config")
     if not isinstance(declared, Mapping):
         return []
@@ -188,7 +188,7 @@ def _rules(config: Mapping[str, Any]) -> list[Rule]:
     return list(read({**beside, **declared})) if read else []
 
 
-def _weight(rules: Iterable[Rule], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+def _weight(rules: Iterable[Reading], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
     """The one weight whose codes a tensor is; None for any other tensor.
 
     Raises:

@@ -22,7 +22,7 @@ from shardxform.model.families.base import (
     mlp,
     size,
 )
-from shardxform.model.families.delta import LATENT_SYMBOLS, LATENT_TYPES, UNREAD, conditions
+from shardxform.model.families.delta import LATENT_SYMBOLS, LATENT_TYPES, UNREAD, delta_conditions
 
 __all__ = ["FAMILY"]
 
@@ -155,7 +155,7 @@ FAMILY: Final = Family(
         "topk_group": "int",
         "v_head_dim": "int",
     },
-    conditions=conditions(_is_latent, _is_moe),
+    conditions=delta_conditions(_is_latent, _is_moe),
     moe="moe",
     keep_16bit=("mlp.gate", "attention.kv_b_proj"),
     formats=(),

@@ -6,7 +6,7 @@ from typing import Final
 
 from shardxform.model.families.base import TYPES, Condition, Config, tied, untied
 
-__all__ = ["LATENT_SYMBOLS", "LATENT_TYPES", "UNREAD", "conditions"]
+__all__ = ["LATENT_SYMBOLS", "LATENT_TYPES", "UNREAD", "delta_conditions"]
 
 UNREAD: Final = "transformers does not put the convolutions of a quantized checkpoint together"
 """Its loader for compressed-tensors fails over it, and that of auto-round leaves them at random values."""
@@ -39,7 +39,7 @@ LATENT_TYPES: Final = {
 }
 
 
-def conditions(is_latent: Condition, is_moe: Condition) -> dict[str, Condition]:
+def delta_conditions(is_latent: Condition, is_moe: Condition) -> dict[str, Condition]:
     """Name what is asked of a block of delta attention and latent attention, of experts and dense ones."""
 
     def has_query_rank(config: Config, layer: int) -> bool:

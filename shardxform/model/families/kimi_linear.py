@@ -21,7 +21,7 @@ from shardxform.model.families.base import (
     mlp,
     size,
 )
-from shardxform.model.families.delta import LATENT_SYMBOLS, LATENT_TYPES, UNREAD, conditions
+from shardxform.model.families.delta import LATENT_SYMBOLS, LATENT_TYPES, UNREAD, delta_conditions
 
 __all__ = ["FAMILY"]
 
@@ -141,7 +141,7 @@ FAMILY: Final = Family(
         "topk_group": "int or null",
         "v_head_dim": "int or null",
     },
-    conditions=conditions(_is_latent, _is_moe),
+    conditions=delta_conditions(_is_latent, _is_moe),
     moe="moe",
     keep_16bit=("block_sparse_moe.gate", "self_attn.kv_b_proj"),
     formats=(),
