@@ -465,6 +465,13 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]] 
         lambda _, t: t.update({f"{STACK}_scales": raw("U8", np.zeros((6, 64, 1), "u1"))}),
         ", 192, 2]",
     ),
+    "integers beside floats": (
+        "mxfp4",
+        lambda c, _: c["quantization_config"]["config_groups"].update(
+            group_1={"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}
+        ),
+        "floats beside integers",
+    ),
     "groups that are not read": (
         "mxfp4",
         lambda c, _: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=64),

@@ -75,10 +75,12 @@ def _mxfp8_rules(_: Declared) -> Iterator[Reading]:
 
 def _compressed_rules(declared: Declared) -> Iterator[Reading]:
     """One rule for each group of floats; none where all groups are integers, which `stored` reads."""
-    for group in _groups(declared):
-        weights = group.get("weights")
-        if not isinstance(weights, Mapping) or weights.get("type") != "float":
-            continue
+    weights_of = [group.get("weights") for group in _groups(declared)]
+    floats = [each for each in weights_of if isinstance(each, Mapping) and each.get("type") == "float"]
+    if floats and len(floats) < len(weights_of):
+        raise SchemeError("config_groups: floats beside integers, of which only the one or the other is read")
+    for group in _groups(declared) if floats else ():
+        weights = group["weights"]
         bits, size = weights.get("num_bits"), weights.get("group_size")
         if bits == 8 and size is None:
             rule = scale_rule({**declared, "config_groups": {"group": group}})
