@@ -9,9 +9,10 @@ import pytest
 from build import KINDS, text_of, tiny
 
 from shardxform.errors import FamilyError
+from shardxform.model.expected import expected
 from shardxform.model.families import HOMES, all_families, family_of
 from shardxform.model.families.base import COUNT_KEYS, Family, Template
-from shardxform.model.layout import expected, layout_of, variants_found
+from shardxform.model.layout import layout_of, variants_found
 
 every_family = pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
 built_here = pytest.mark.parametrize(  # the others are held against transformers alone: see test_every_family.py

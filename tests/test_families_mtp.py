@@ -27,8 +27,9 @@ from shardxform.execution.runner import RunOptions, run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.forward.skeleton import Skeleton, mtp_layer  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
+from shardxform.model.expected import expected  # noqa: E402
 from shardxform.model.families import family_of  # noqa: E402
-from shardxform.model.layout import expected, layout_of, variants_found  # noqa: E402
+from shardxform.model.layout import layout_of, variants_found  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
 from shardxform.plan.view import ViewOptions  # noqa: E402
 from shardxform.verification import verify  # noqa: E402

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardxform.errors import FamilyError
+from shardxform.model.expected import expected
 from shardxform.model.families import family_of
-from shardxform.model.layout import Layout, count_paths, expected, layout_of, variants_found
+from shardxform.model.layout import Layout, count_paths, layout_of, variants_found
 
 
 def layout(kind: str, names: Iterable[str] | None = None, *, top: dict[str, Any] | None = None, **over: Any) -> Layout:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.errors import ExecutionError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cut",
+    "DecodedRows",
     "Encoded",
     "Encoding",
     "Fault",
@@ -34,6 +36,7 @@ __all__ = [
     "Writable",
     "Writing",
     "ranges_of",
+    "refuse_scales",
 ]
 
 Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx", "whole"]
@@ -301,6 +304,91 @@ class Writing:
     stopped: Callable[[], None]
     groups: int = 0
     zero_groups: int = 0
+
+
+class Decoding(Protocol):
+    """What turns codes and scales into values."""
+
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Values of rows `begin`.. of a weight, float32 [R, I], of their codes as they are stored and all scales."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedRows:
+    """Rows of a weight of codes with scales, `count` from `first` on, read when they are asked for.
+
+    Attributes:
+        codes: [O, bytes of a row].
+        read: fills an array.
+        decoding: makes the values.
+        scales: all of them.
+        checked: whether a value may be no number, and is refused.
+        first, count: of the rows.
+
+    """
+
+    codes: TensorRef
+    read: Read
+    decoding: Decoding
+    scales: NDArray[np.float32]
+    checked: bool
+    first: int
+    count: int
+
+    @property
+    def fits_half(self) -> bool:
+        """No: scales have any size."""
+        return False
+
+    def where(self, row: int) -> str:
+        """Name a row in a message."""
+        return f"tensor '{self.codes.name}': row {self.first + row}"
+
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows, or of those of the transpose."""
+        return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else Turned(self, cut)
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Codes times their scales.
+
+        Raises:
+            ExecutionError: a value is NaN or too large; names it.
+
+        """
+        import numpy as np
+
+        begin = self.first + start
+        ref = self.codes.rows(begin, self.first + stop)
+        codes_RB = np.empty(ref.spec.shape, np.uint8)
+        self.read(ref, codes_RB)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values_RI = self.decoding.decoded(codes_RB, self.scales, begin)
+        if self.checked and not np.isfinite(values_RI).all():
+            row, column = np.argwhere(~np.isfinite(values_RI))[0]
+            raise ExecutionError(
+                f"tensor '{self.codes.name}': NaN or infinity at row {begin + row}, column {column};"
+                " expected finite weights"
+            )
+        return values_RI
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The values: nothing narrower is known to hold them."""
+        return self.values(start, stop), "F32"
+
+
+def refuse_scales(scales: NDArray[np.float32], name: str) -> None:
+    """Refuse scales that are no numbers.
+
+    Raises:
+        ExecutionError: names the first.
+
+    """
+    import numpy as np
+
+    if not np.isfinite(scales).all():
+        at = tuple(np.argwhere(~np.isfinite(scales))[0].tolist())
+        raise ExecutionError(f"tensor '{name}': scale {scales[at]} at {list(at)}; expected finite scales")
 
 
 @dataclass(slots=True)

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Rows, SourceDtype, Storage, Turned
+from shardxform.errors import CheckpointError
+from shardxform.formats.encoding import Cut, DecodedRows, Encoded, PartSpec, Read, Role, Storage, refuse_scales
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FP8", "SCALES", "Fp8", "Fp8Rows", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
+__all__ = ["FP8", "SCALES", "Fp8", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
 
 FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """Dtypes of weights that mean nothing without a scale."""
@@ -75,7 +75,7 @@ class Fp8:
         turned = 0 if cut is None or cut.is_run else 4 * parts["values"].nbytes
         return 4 * parts["scales"].nbytes + turned
 
-    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> Fp8Rows:
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> DecodedRows:
         """Read the scales.
 
         Raises:
@@ -84,77 +84,28 @@ class Fp8:
         """
         import numpy as np
 
-        from shardxform.formats import packing
+        from shardxform.formats.packing import float32_of
 
         ref = parts["scales"]
         bits = np.empty(ref.spec.shape, {"F32": "f4", "BF16": "u2", "F16": "u2"}.get(ref.spec.dtype, "u1"))
         read(ref, bits)
-        scales = packing.float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else powers_of_two(bits)
+        scales = float32_of(bits, ref.spec.dtype) if bits.itemsize > 1 else powers_of_two(bits)
         scale_ST = scales.reshape(self.parts(*shape)[1].shape)
-        if checked and (bad := packing.first_of(~np.isfinite(scale_ST))):
-            raise ExecutionError(f"tensor '{ref.name}': scale {scale_ST[bad]} at {list(bad)}; expected finite scales")
-        return Fp8Rows(parts["values"], read, self, scale_ST, checked, 0, shape[0])
+        if checked:
+            refuse_scales(scale_ST, ref.name)
+        return DecodedRows(parts["values"], read, self, scale_ST, checked, 0, shape[0])
 
-
-@dataclass(frozen=True, slots=True)
-class Fp8Rows:
-    """Rows of an FP8 weight, `count` from `first` on, read when they are asked for."""
-
-    ref: TensorRef
-    read: Read
-    encoding: Fp8
-    scale_ST: NDArray[np.float32]
-    checked: bool
-    first: int
-    count: int
-
-    @property
-    def fits_half(self) -> bool:
-        """No: scales have 24 bits, and any size."""
-        return False
-
-    def where(self, row: int) -> str:
-        """Name a row in a message."""
-        return f"tensor '{self.ref.name}': row {self.first + row}"
-
-    def cut(self, cut: Cut) -> Rows:
-        """A run of the rows, or of those of the transpose."""
-        if not cut.is_run:
-            return Turned(self, cut)
-        return replace(self, first=self.first + cut.first, count=cut.count)
-
-    def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Codes times their scales, in float32.
-
-        Raises:
-            ExecutionError: a value is NaN or too large; names it.
-
-        """
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Codes times the scale of their block, each product rounded once."""
         import numpy as np
 
-        from shardxform.formats.packing import first_of
-
-        begin, end = self.first + start, self.first + stop
-        ref = self.ref.rows(begin, end)
-        codes_RI = np.empty(ref.spec.shape, np.uint8)
-        self.read(ref, codes_RI)
-        rows, columns = self.encoding.block
-        rows = rows or self.ref.spec.shape[0]
-        values_RI = np.take(decoded_codes(self.encoding.dtype), codes_RI)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for block in range(begin // rows, -(-end // rows)):
-                scale_I = np.repeat(self.scale_ST[block], columns or codes_RI.shape[1])[: codes_RI.shape[1]]
-                values_RI[max(block * rows - begin, 0) : (block + 1) * rows - begin] *= scale_I
-        if self.checked and (bad := first_of(~np.isfinite(values_RI))):
-            raise ExecutionError(
-                f"tensor '{self.ref.name}': NaN or infinity at row {begin + bad[0]}, column {bad[1]};"
-                " expected finite weights"
-            )
+        values_RI = np.take(decoded_codes(self.dtype), codes_RB)
+        end, columns = begin + len(values_RI), values_RI.shape[1]
+        rows = self.block[0] or end  # of one scale for all rows, they are in block 0
+        for block in range(begin // rows, -(-end // rows)):
+            scale_I = np.repeat(scales[block], self.block[1] or columns)[:columns]
+            values_RI[max(block * rows - begin, 0) : (block + 1) * rows - begin] *= scale_I
         return values_RI
-
-    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
-        """The values: nothing narrower holds them."""
-        return self.values(start, stop), "F32"
 
 
 @functools.cache

@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Rows, SourceDtype, Storage, Turned
+from shardxform.errors import CheckpointError
+from shardxform.formats.encoding import Cut, DecodedRows, Encoded, PartSpec, Read, Role, Storage, refuse_scales
 from shardxform.formats.fp8 import decoded_codes, powers_of_two
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["E2M1", "MXFP4", "MXFP8", "NVFP4", "Microscaled", "MicroscaledRows", "MicroscalingRule", "StackRule"]
+__all__ = ["E2M1", "MXFP4", "MXFP8", "NVFP4", "Microscaled", "MicroscalingRule", "StackRule"]
 
 E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the eight codes without a sign."""
+
+_HUGE: Final = 1e37
 
 Element = Literal["E2M1", "F8_E4M3", "F8_E5M2"]
 Whole = Literal["", "multiplied", "divided"]
@@ -74,9 +76,7 @@ class Microscaled:
         turned = 0 if cut is None or cut.is_run else 4 * self.per_byte * parts["values"].nbytes
         return 4 * parts["scales"].spec.shape[0] * parts["scales"].spec.shape[1] + turned
 
-    def open(
-        self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool
-    ) -> MicroscaledRows:
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> DecodedRows:
         """Read the scales.
 
         Raises:
@@ -84,8 +84,6 @@ class Microscaled:
 
         """
         import numpy as np
-
-        from shardxform.formats.packing import first_of
 
         ref = parts["scales"]
         bits_OG = np.empty((shape[0], shape[1] // self.group), np.uint8)
@@ -98,9 +96,22 @@ class Microscaled:
             with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
                 scales = decoded_codes("F8_E4M3")[bits_OG]
                 scale_OG = scales * whole if self.whole == "multiplied" else scales / whole
-        if checked and (bad := first_of(~np.isfinite(scale_OG))):
-            raise ExecutionError(f"tensor '{ref.name}': scale {scale_OG[bad]} at {list(bad)}; expected finite scales")
-        return MicroscaledRows(parts["values"], read, self, scale_OG, checked, 0, shape[0])
+        if checked:
+            refuse_scales(scale_OG, ref.name)
+        # Codes of four bits are numbers, and stay numbers under all but huge scales.
+        numbers = self.element == "E2M1" and float(np.abs(scale_OG).max(initial=0)) < _HUGE
+        return DecodedRows(parts["values"], read, self, scale_OG, checked and not numbers, 0, shape[0])
+
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Codes times the scale of their block."""
+        import numpy as np
+
+        table = _pairs() if self.element == "E2M1" else decoded_codes(self.element)
+        values_RI = np.take(table, codes_RB).view(np.float32)
+        rows = len(values_RI)
+        blocks_RGS = values_RI.reshape(rows, -1, self.group)
+        blocks_RGS *= scales[begin : begin + rows, :, None]
+        return values_RI
 
 
 MXFP4: Final = Microscaled("E2M1", 32)
@@ -113,73 +124,6 @@ NVFP4: Final = Microscaled(
     ("U8", "F8_E4M3", "F32"),
 )
 """As compressed-tensors has them; others differ in names and dtypes of the parts."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroscaledRows:
-    """Rows of such a weight, `count` from `first` on, read when they are asked for."""
-
-    ref: TensorRef
-    read: Read
-    encoding: Microscaled
-    scale_OG: NDArray[np.float32]
-    checked: bool
-    first: int
-    count: int
-
-    @property
-    def fits_half(self) -> bool:
-        """No: scales have any size."""
-        return False
-
-    def where(self, row: int) -> str:
-        """Name a row in a message."""
-        return f"tensor '{self.ref.name}': row {self.first + row}"
-
-    def cut(self, cut: Cut) -> Rows:
-        """A run of the rows, or of those of the transpose."""
-        if not cut.is_run:
-            return Turned(self, cut)
-        return replace(self, first=self.first + cut.first, count=cut.count)
-
-    def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Codes times their scales, in float32.
-
-        Raises:
-            ExecutionError: a value is NaN or too large; names it.
-
-        """
-        import numpy as np
-
-        from shardxform.formats.packing import first_of
-
-        begin, end = self.first + start, self.first + stop
-        ref = self.ref.rows(begin, end)
-        codes = np.empty(ref.spec.shape, np.uint8)
-        self.read(ref, codes)
-        rows = end - begin
-        if self.encoding.element == "E2M1":
-            values_RI = np.take(_pairs(), codes.reshape(rows, -1)).view(np.float32)
-        else:
-            values_RI = np.take(decoded_codes(self.encoding.element), codes.reshape(rows, -1))
-        blocks_RGS = values_RI.reshape(rows, -1, self.encoding.group)
-        with np.errstate(over="ignore", invalid="ignore"):
-            blocks_RGS *= self.scale_OG[begin:end, :, None]
-        if self._may_overflow and (bad := first_of(~np.isfinite(values_RI))):
-            raise ExecutionError(
-                f"tensor '{self.ref.name}': NaN or infinity at row {begin + bad[0]}, column {bad[1]};"
-                " expected finite weights"
-            )
-        return values_RI
-
-    @property
-    def _may_overflow(self) -> bool:
-        """Whether values are to be looked at: codes of four bits are numbers, and small scales leave them so."""
-        return self.checked and not (self.encoding.element == "E2M1" and float(abs(self.scale_OG).max()) < 1e37)
-
-    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
-        """The values: nothing narrower is known to hold them."""
-        return self.values(start, stop), "F32"
 
 
 @functools.cache

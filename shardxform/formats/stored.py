@@ -26,18 +26,10 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import storages_of
 from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import (
-    TELLING,
-    Expected,
-    Layout,
-    expected,
-    is_quantized,
-    layout_of,
-    refuse_two_spellings,
-    variants_found,
-)
+from shardxform.model.layout import TELLING, Layout, is_quantized, layout_of, refuse_two_spellings, variants_found
 
 __all__ = [
     "HALF_DTYPES",

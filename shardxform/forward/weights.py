@@ -31,8 +31,9 @@ from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Stor
 from shardxform.formats.packing import IntRows
 from shardxform.formats.scheme import Grid
 from shardxform.formats.stored import read_stored
+from shardxform.model.expected import expected
 from shardxform.model.families.base import ExpertLayout
-from shardxform.model.layout import Layout, Place, expected, layout_of, refuse_two_spellings, variants_found
+from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
 
 __all__ = [
     "IMPLEMENTATION",

@@ -29,6 +29,7 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
+from shardxform.model.expected import expected
 from shardxform.model.families import family_origin
 from shardxform.model.families.base import Slicing, Wrapper
 from shardxform.model.layout import (
@@ -36,7 +37,6 @@ from shardxform.model.layout import (
     Layout,
     Place,
     count_paths,
-    expected,
     is_quantized,
     is_shape,
     layout_of,

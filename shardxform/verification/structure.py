@@ -17,19 +17,10 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.decoding import is_microscaled, scan_decoded
 from shardxform.formats.scheme import FORMATS
+from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
-from shardxform.model.layout import (
-    Expected,
-    Layout,
-    Place,
-    expected,
-    is_shape,
-    layout_of,
-    looks_like,
-    value_at,
-    variants_found,
-)
+from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
 from shardxform.plan.plan import Plan
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization

@@ -2,7 +2,7 @@
 
 A family lists its tensors as templates: a name with placeholders, a symbolic shape, a role. The same list answers
 both questions that are ever asked: "what is this tensor?" (`layout.Layout`) and "which tensors must be there?"
-(`layout.expected`). Names only; no bytes, no files. Adding a family is one entry: see docs/adding-a-family.md.
+(`expected.expected`). Names only; no bytes, no files. Adding a family is one entry: see docs/adding-a-family.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,167 @@
+"""The tensors that must be there: every name and shape that a family's templates give for a config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from shardxform.errors import FamilyError
+from shardxform.model.families.base import Config, Scope, Symbol, Template
+from shardxform.model.layout import COMPANIONS, MAX_LAYERS, Layout, Place, read_count
+
+__all__ = ["Expected", "expected"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor that must (or, when `optional`, may) be there. `shape` is None where the family leaves it open."""
+
+    place: Place
+    shape: tuple[int, ...] | None
+    optional: bool
+
+
+def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Iterator[tuple[str, Expected]]:
+    """Every tensor that the family's templates give for this config, in template order.
+
+    Args:
+        layout: of the checkpoint.
+        variants: `fused` or `per-expert` for each block, as `variants_found` gives it; the family's own
+            where absent.
+
+    """
+    family, text = layout.family, layout.text
+    sizes = _Sizes(family.symbols, text, layout.num_experts, family.layer_symbols)
+    for template in family.root:
+        name = layout.wrapper.full(template.name)
+        if "{l}" in name:
+            yield from _of_layers(layout, template, name, sizes)
+        elif family.holds(template.when, text, -1):
+            yield name, _expect(Place(template, "root"), sizes)
+    for layer in range(layout.num_layers):
+        prefix = f"{layout.blocks}{layer}."
+        variant = variants.get(("block", layer), family.spelling)
+        yield from _block(layout, family.block, "block", layer, layer, prefix, variant, sizes)
+    if family.mtp and layout.mtp_layers:
+        yield from _expected_mtp(layout, variants, sizes)
+    if layout.wrapper.vision:
+        yield from _expected_vision(layout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Evaluates symbolic shapes against one part of the config."""
+
+    symbols: Mapping[str, Symbol]
+    config: Config
+    num_experts: int
+    layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
+
+    def shape(self, expression: str, layer: int = -1) -> tuple[int, ...] | None:
+        if expression == "?":
+            return None
+        return tuple(
+            sum(math.prod(self._value(factor, layer) for factor in term.split("*")) for term in dimension.split("+"))
+            for dimension in expression.split(",")
+        )
+
+    def _value(self, factor: str, layer: int) -> int:
+        if factor.isdigit():
+            return int(factor)
+        if factor == "E":
+            return self.num_experts
+        try:
+            if factor in self.layer_symbols:
+                value: object = self.layer_symbols[factor](self.config, layer)
+            else:
+                symbol = self.symbols[factor]
+                value = symbol(self.config) if callable(symbol) else self.config[symbol]
+        except KeyError as e:
+            raise FamilyError(f"config.json: missing {e.args[0]!r}, which the family needs for its shapes") from e
+        except (ArithmeticError, IndexError, TypeError, ValueError) as e:
+            raise FamilyError(f"config.json: {e}") from e
+        if type(value) is not int or value < 0:
+            raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
+        return value
+
+
+def _of_layers(layout: Layout, template: Template, name: str, sizes: _Sizes) -> Iterator[tuple[str, Expected]]:
+    """A tensor of every decoder block for which its condition holds, though it does not lie there."""
+    for layer in range(layout.num_layers):
+        if layout.family.holds(template.when, layout.text, layer):
+            yield name.replace("{l}", str(layer)), _expect(Place(template, "root", layer), sizes, layer)
+
+
+def _expect(place: Place, sizes: _Sizes, like: int = -1) -> Expected:
+    return Expected(place, sizes.shape(place.template.shape, like), place.template.optional)
+
+
+def _block(
+    layout: Layout,
+    templates: Iterable[Template],
+    scope: Scope,
+    layer: int,
+    like: int,
+    prefix: str,
+    variant: str,
+    sizes: _Sizes,
+) -> Iterator[tuple[str, Expected]]:
+    held = [each for each in templates if layout.family.holds(each.when, layout.text, like)]
+    resaved = {each.instead for each in held if each.instead and _is_there(layout, prefix + each.name)}
+    for template in held:
+        if template.variant not in ("", variant) or template.name in resaved or template.instead not in ("", *resaved):
+            continue
+        if not template.numbered:
+            yield prefix + template.name, _expect(Place(template, scope, layer), sizes, like)
+            continue
+        at = (prefix + template.name).split(".").index("{e}")
+        shape = sizes.shape(template.shape, like)
+        for expert in range(layout.num_experts):
+            name = prefix + template.name.replace("{e}", str(expert))
+            yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
+
+
+def _is_there(layout: Layout, name: str) -> bool:
+    """Whether a tensor is stored, as it is or quantized."""
+    stem = name.removesuffix("weight")
+    return name in layout.places or any(f"{stem}{part}" in layout.places for part in COMPANIONS)
+
+
+def _expected_mtp(
+    layout: Layout, variants: Mapping[tuple[Scope, int], str], sizes: _Sizes
+) -> Iterator[tuple[str, Expected]]:
+    mtp = layout.family.mtp
+    assert mtp is not None
+    for template in mtp.root:
+        name = layout.wrapper.full(template.name)
+        if "{l}" not in name:
+            yield name, _expect(Place(template, "mtp"), sizes)
+    for block in range(layout.mtp_layers * layout.mtp_blocks):
+        layer, at = divmod(block, layout.mtp_blocks)
+        number = layout.num_layers + block if mtp.follows_blocks else block
+        for template in (each for each in mtp.root if "{l}" in each.name):
+            name = layout.wrapper.full(template.name).replace("{l}", str(number))
+            yield name, _expect(Place(template, "mtp", layer), sizes)
+        prefix = layout.wrapper.full(mtp.prefix).replace("{l}", str(number))
+        variant = variants.get(("mtp", layer), "per-expert")
+        for templates, inner in ((layout.family.block, mtp.inner), (mtp.layer, "")):
+            yield from _block(
+                layout, templates, "mtp", layer, mtp.like(layout.text) + at, prefix + inner, variant, sizes
+            )
+
+
+def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
+    family = layout.family
+    config = layout.config.get("vision_config")
+    if not isinstance(config, Mapping):
+        raise FamilyError(f"config.json: {layout.wrapper.architecture} needs an object 'vision_config'")
+    sizes = _Sizes(family.vision_symbols, config, layout.num_experts)
+    keys = (family.vision_depth_key,) if isinstance(family.vision_depth_key, str) else family.vision_depth_key
+    key = next((each for each in keys if each in config), keys[0])
+    depth = read_count(config, key, "vision_config.")
+    if depth > MAX_LAYERS:
+        raise FamilyError(f"config.json: vision_config.{key}: {depth} is absurd")
+    for template in family.vision:
+        for block in range(depth if "{b}" in template.name else 1):
+            yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)
