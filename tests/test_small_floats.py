@@ -316,6 +316,20 @@ def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_p
     call("verify", tmp_path / "a", "--source", source)
 
 
+@floats
+def test_as_much_memory_is_planned_as_for_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Whose unpruned blocks, most of what is held here, are as large: they are decoded to 16 bits."""
+    (tmp_path / "keep.json").write_text(
+        json.dumps({"format": "shardxform.keep", "version": 1, "keep": {"0": [0, 1], "1": [2, 3]}})
+    )
+    how = ("--group-size", 32, "--method", "auto-round", "--heal", *DATA, "--dry-run", "--json")
+    found = [
+        json.loads(call("quantize", root, tmp_path / "out", "-m", tmp_path / "keep.json", *how).stdout)
+        for root in made(folder, kind)
+    ]
+    assert found[0]["peak_memory_bytes"] == found[1]["peak_memory_bytes"]
+
+
 @pytest.mark.parametrize("kind", picked(KINDS, 2))
 def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)

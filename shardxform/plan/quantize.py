@@ -169,7 +169,9 @@ def _computed(
     )
     yield from transcode_steps(rounded)
     if recipe:
-        yield from _tune_steps(tuned, healed, block_sizes(source, view), partial(TuneBlock, recipe=recipe))
+        yield from _tune_steps(
+            tuned, healed, block_sizes(decoded(source) or source, view), partial(TuneBlock, recipe=recipe)
+        )
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
