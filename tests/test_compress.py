@@ -309,7 +309,7 @@ def test_the_card_of_an_output_is_no_obstacle_to_starting_it_over(tmp_path: Path
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", picked(STAGES, 2))
+@pytest.mark.parametrize("stage", picked(STAGES, 3))
 def test_stopped_before_a_stage_it_goes_on_to_the_same_files(
     prepared: Prepared, finished: Path, tmp_path: Path, stage: str
 ) -> None:

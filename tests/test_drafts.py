@@ -93,7 +93,7 @@ def drafted(kind: str) -> Draft:
     return draft(kind)
 
 
-@pytest.mark.parametrize("kind", picked(RIGHT, 4))
+@pytest.mark.parametrize("kind", picked(RIGHT, 6))
 def test_a_draft_is_a_right_entry(kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name, home in families.HOMES.items() if home == families.HOMES.get(kind)]:
         monkeypatch.delitem(families.HOMES, name)
@@ -128,7 +128,7 @@ def test_drafts_are_formatted_as_entries_are(tmp_path: Path) -> None:
     if ruff is None:
         pytest.skip("ruff is not installed")
     settings = str(Path(__file__).resolve().parents[1] / "pyproject.toml")
-    for kind in (*picked(RIGHT, 4), "ernie4_5_moe", "laguna"):
+    for kind in (*picked(RIGHT, 6), "ernie4_5_moe", "laguna"):
         (tmp_path / f"{kind}.py").write_text(drafted(kind).text)
     for each in (("format", "--check"), ("check",)):
         done = subprocess.run([ruff, *each, "--config", settings, str(tmp_path)], capture_output=True, text=True)

@@ -330,7 +330,7 @@ def test_as_much_memory_is_planned_as_for_the_twin(kind: str, folder: Path, tmp_
     assert found[0]["peak_memory_bytes"] == found[1]["peak_memory_bytes"]
 
 
-@pytest.mark.parametrize("kind", picked(KINDS, 2))
+@pytest.mark.parametrize("kind", picked(KINDS, 3))
 def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)
     found = []
