@@ -90,8 +90,10 @@ def plan_quantize(
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
     specs += [part.spec(m.name) for m in selection.quantized for part in Ints.of(scheme).parts(*m.shape)]
     shards = lay_out(specs, options.max_shard_bytes)
-    healed = _healed(view, selection, copied, shards, recipe)
-    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
+    apart = {name: Encoded(spec, (), stored) for name, (spec, stored) in gathered.items()}
+    healed = _healed(view, selection, {**copied, **apart}, shards, recipe)
+    moved = {item.tensor.name for items in healed.values() for item in items}
+    unchanged, gathered = copied.keys() - moved, {name: gathered[name] for name in gathered if name not in moved}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
     computed = _computed(source, view, shards, gathered, selection, scheme, healed, recipe)
     config = {**view.checkpoint.config, "quantization_config": quantization}
@@ -138,6 +140,8 @@ def _view(
     view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=options.mtp)
     if recipe and recipe.heal:
         refuse_unpruned(view)
+        if recipe.heal.encoding:
+            raise SchemeError("`heal.encoding`: what is healed is rounded, or stays in 16 bits; leave it out")
     _refuse_unscaled(view)
     refuse_unread(view.layout, scheme)
     return view

@@ -203,8 +203,6 @@ def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, chain: str, layer
 
 # -- session -----------------------------------------------------------------------------------------------------------
 
-_FINITE_TILE: Final = 1 << 20
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunerOptions:
@@ -376,15 +374,12 @@ class _BlockRun:
         layer, recipe = self._step.layer, self._step.recipe
         assert recipe.heal is not None
         forward = self._chains.forward(block, self._on_work, self._stopped)
-        healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers)
+        healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers, self._step.kept)
         with self._chains.samples(layer) as samples:
             self._healed = healer.heal(samples, recipe.heal, recipe.seed)
-        prefix = self._skeleton.prefix(layer)
         for item in self._step.kept:
-            value = healer.stored(item.tensor.name.removeprefix(prefix))
-            if not _finite(value):
-                raise ExecutionError(f"tensor '{item.tensor.name}': not finite after healing")
-            write_part(value.cpu().contiguous().view(torch.uint8).numpy(), item.extent, target, fs)
+            for (_, extent), part in zip(item.parts, healer.parts(item), strict=True):
+                write_part(part, extent, target, fs)
         healer.make_ready(names)
 
     # -- rounding -----------------------------------------------------------------------------------------------
@@ -468,11 +463,6 @@ class _BlockRun:
         if self._device.type == "cuda":
             found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self._device)
         return found
-
-
-def _finite(value: torch.Tensor) -> bool:
-    """Whether all is; a few megabytes at a time, since stacked experts are a gigabyte."""
-    return all(bool(torch.isfinite(part).all()) for part in torch.split(value.flatten(), _FINITE_TILE))
 
 
 def _number(value: float) -> float | None:
