@@ -188,8 +188,8 @@ def decoded_in_part(
     found = {name: weight for name, ref in source.tensors.items() if (weight := _weight(rules, ref, source.tensors))}
     part = {name: weight for name, weight in found.items() if weight.name in names}
     plain = _plain(source, part)
-    if len(part) == len(found):
-        return plain
+    if not part or len(part) == len(found):
+        return plain if part else source
     beside = next((key for key in _BESIDE if key in {**source.config, **source.config["quantization_config"]}), "")
     if beside:
         raise SchemeError(f"clients read all routed experts as {beside} says, and some would be in 16 bits")

@@ -298,19 +298,12 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
         written = decoded_in_part(view.checkpoint, frozenset(names), modules, sorted(homes, key=natural_key))
     except SchemeError as e:
         raise PlanError(f"`heal.encoding` 16bit: {e}; use source") from e
-    if written.config.get("quantization_config") and (said := _said_elsewhere(view.checkpoint)):
-        raise PlanError(f"`heal.encoding` 16bit: {said} would say that what is healed is quantized; use source")
     return replace(view, checkpoint=written, layout=layout_of(written.config, written.tensors)), heal
 
 
 def _is_small(ref: TensorRef) -> bool:
     """Whether it is decoded from small floats."""
     return isinstance(ref, Encoded)
-
-
-def _said_elsewhere(checkpoint: Checkpoint) -> str:
-    """A sidecar that says what is quantized, beside the config; it is copied as it is."""
-    return next((each.name for each in checkpoint.sidecars if each.name == "hf_quant_config.json"), "")
 
 
 def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iterator[str]:

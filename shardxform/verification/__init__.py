@@ -92,7 +92,7 @@ def verify(
         seen = _Seen(unfinished=True)
     else:
         seen = _look(root, origin, given, findings)
-    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None, "values_compared": 0}
+    figures: Mapping[str, Any] = {**dict.fromkeys((*_FIGURES, "values_compared", "values_near"), 0), "rounding": None}
     compared: frozenset[str] = frozenset()
     if seen.checkpoint and seen.structure:
         for note in tied_notes(seen.checkpoint, seen.structure.layout, whole=not quick):
@@ -232,7 +232,16 @@ def _check_data(
     if wanted and not only_written:
         source = wanted.view.checkpoint
         shapes = {name: wanted.tensors[name].spec for name in wanted.derived}
-        comparison = Against(source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote)
+        comparison = Against(
+            root=source.root,
+            tensors=wanted.same_bytes,
+            derived=wanted.derived,
+            shapes=shapes,
+            pairs=wanted.pairs,
+            rule=rule,
+            healed=wanted.healed,
+            remote=source.remote,
+        )
     figures = check_data(
         checkpoint,
         layout,
@@ -246,4 +255,5 @@ def _check_data(
     )
     rounding = report_tallies(figures.tallies, rule, findings) if rule and comparison else None
     told = {key: getattr(figures, key) for key in _FIGURES}
-    return {**told, "rounding": rounding, "values_compared": len(figures.compared)}, figures.compared
+    counts = {"values_compared": len(figures.compared), "values_near": len(figures.near)}
+    return {**told, "rounding": rounding, **counts}, figures.compared
