@@ -89,13 +89,13 @@ def rebuild(
     view = pruned_view(source, manifest, text_only=text_only, mtp=mtp)
     if not _in_16bit(record):
         return view
-    what = heal_of(record).get("what")
+    what = (heal_of(record) or {}).get("what")
     return healed_view(view, Heal(what=cast(Any, what if what in HEALED else "auto"), encoding="16bit"))[0]
 
 
 def _in_16bit(record: Mapping[str, object]) -> bool:
     """Whether what was healed of small floats was written in 16 bits."""
-    return heal_of(record).get("encoding") == "16bit"
+    return (heal_of(record) or {}).get("encoding") == "16bit"
 
 
 def _method(checkpoint: Checkpoint) -> object:

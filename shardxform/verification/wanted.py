@@ -159,7 +159,7 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     """
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
-    packed = None if heal_of(inputs).get("encoding") else _packed_source(source, out, stored)
+    packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored)
     return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
 
 
@@ -204,16 +204,16 @@ class _Healing:
     iters: int = 0
 
 
-def heal_of(record: Mapping[str, object]) -> Mapping[str, object]:
-    """How blocks were healed, as a record has it; empty when they were not."""
+def heal_of(record: Mapping[str, object]) -> Mapping[str, object] | None:
+    """How blocks were healed, as a record has it; None when they were not."""
     recipe = record.get("recipe")
     heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
-    return heal if isinstance(heal, Mapping) else {}
+    return heal if isinstance(heal, Mapping) else None
 
 
 def _healing(view: View, record: Mapping[str, object]) -> _Healing:
     heal = heal_of(record)
-    if not heal:
+    if heal is None:
         return _Healing(view)
     as_stored = heal.get("encoding") == "source"
     if as_stored and (plain := decoded(view.checkpoint)):
@@ -248,7 +248,7 @@ def _rates(facts: object) -> Iterator[tuple[int | None, float]]:
     for block in blocks if isinstance(blocks, list) else ():
         healed = block.get("healed") if isinstance(block, Mapping) else None
         rate = healed.get("lr") if isinstance(healed, Mapping) else None
-        if type(block.get("layer")) is int and isinstance(rate, float) and 0 < rate <= 1:
+        if isinstance(rate, float) and 0 < rate <= 1 and type(block.get("layer")) is int:
             yield block["layer"], rate
 
 
