@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import BLOCKS, TensorRef
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import RtnStats
 
-__all__ = ["EXACT", "FLOATS", "Ggml", "GgmlRows", "encoding_of"]
+__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of"]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -49,7 +50,10 @@ FLOATS: Final = ("F32", "F16", "BF16")
 EXACT: Final[Mapping[str, tuple[int, ...]]] = {"Q4_0": (4,), "Q8_0": (4, 8)}
 """Types that hold symmetric integers exactly, and of how many bits."""
 
-_WRITTEN: Final = ("Q4_0", "Q8_0")
+WRITTEN: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K")
+"""Types that floats are rounded to; others are read."""
+
+_UNKNOWN: Final = ("Q1_0", "Q2_0")  # to the gguf package too
 
 
 def encoding_of(type_name: str, grid: Grid | None = None) -> Writable:
@@ -83,8 +87,8 @@ class Ggml:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        if self.type not in _WRITTEN:
-            raise SchemeError(f"ggml type: expected one of {', '.join((*FLOATS, *_WRITTEN))}, found {self.type!r}")
+        if self.type not in BLOCKS:
+            raise SchemeError(f"ggml type: expected one of {', '.join((*FLOATS, *BLOCKS))}, found {self.type!r}")
         if self.grid and self.grid.bits not in EXACT.get(self.type, ()):
             raise SchemeError(f"ggml type {self.type}: expected none for integers of {self.grid.bits} bits")
 
@@ -96,12 +100,23 @@ class Ggml:
         """Of a block."""
         return BLOCKS[self.type][0]
 
+    @property
+    def unreadable(self) -> str:
+        """Why values cannot be read here; empty when they can."""
+        if self.type in _UNKNOWN:
+            return f"blocks of {self.type} are not read"
+        if self.type not in WRITTEN and find_spec("gguf") is None:
+            return f"blocks of {self.type} are read by the gguf package: pip install shardxform[gguf]"
+        return ""
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row."""
         return columns // self.columns * BLOCKS[self.type][1]
 
     def misfit(self, rows: int, columns: int) -> str:
         """Say why a matrix cannot be stored so; empty when it can."""
+        if self.type not in WRITTEN:
+            return f"{self.type} is only read; expected one of {', '.join(WRITTEN)}"
         if columns == 0 or columns % self.columns:
             return f"[{rows}, {columns}]: {columns} input channels do not fill blocks of {self.columns}"
         if self.grid and columns % self.grid.span(columns):
@@ -122,7 +137,14 @@ class Ggml:
         return 0
 
     def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> GgmlRows:
-        """Open a tensor; rows are read when they are asked for."""
+        """Open a tensor; rows are read when they are asked for.
+
+        Raises:
+            ExecutionError: nothing here reads the type.
+
+        """
+        if self.unreadable:
+            raise ExecutionError(f"tensor '{parts['values'].name}': {self.unreadable}")
         return GgmlRows(parts["values"], read, self.type, checked, 0, shape[0])
 
     def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
