@@ -1,8 +1,8 @@
 """llama.cpp as an oracle: its C interface in the shared library of `xllamacpp`, by ctypes.
 
-`with Llama(path) as llama: llama.logits([1, 2, 3])` gives an array [tokens, vocabulary]. By default the cache is float32
-and attention is plain, so that what remains to a float32 reference is rounding. A file that llama.cpp does not load is
-a `LlamaError` with what it said.
+`with Llama(path) as llama: llama.logits([1, 2, 3])` gives an array [tokens, vocabulary]. By default the cache is
+float32 and attention plain, so that what remains to a float32 reference is rounding. A file that does not load is a
+`LlamaError` with what llama.cpp said.
 """
 
 from __future__ import annotations
