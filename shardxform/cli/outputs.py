@@ -59,7 +59,8 @@ def execute(
         PlanError: what it would write is not sound.
 
     """
-    refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
+    if plan.container == "safetensors":  # names and shapes of GGUF are another matter
+        refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if output.dry_run:
         tasks = ray_tasks(plan, ray) if ray else None
         if not output.force:
