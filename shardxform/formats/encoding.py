@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from shardxform.formats.scheme import Grid
+
 __all__ = [
     "Cut",
     "DecodedRows",
     "Encoded",
     "Encoding",
     "Fault",
+    "Gridded",
     "Opener",
     "PartSpec",
     "Read",
@@ -194,6 +197,15 @@ class Writable(Encoding, Protocol):
 
     def gathered(self, extent_bytes: int) -> int:
         """Bytes of the parts that are in memory before they are written."""
+        ...
+
+
+class Gridded(Writable, Protocol):
+    """An encoding of integers on a grid: what it rounds values to, and what a tuner gives it, are codes and scales."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Bits and groups; None where values are rounded in another way."""
         ...
 
 

@@ -12,8 +12,8 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.formats.encoding import TILE_BYTES, Role, Storage, Writable
-from shardxform.formats.integers import Ints
+from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Storage, Writable
+from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, ShardPlan, extents_of
@@ -197,11 +197,11 @@ class TuneBlock:
     size: BlockSize
 
     @property
-    def encoding(self) -> Ints | None:
-        """How `items` are packed, all alike; None when there are none."""
-        targets = {item.target for item in self.items}
-        assert len(targets) < 2
-        return cast(Ints, targets.pop()) if targets else None
+    def grid(self) -> Grid | None:
+        """What `items` are rounded to, all alike; None when there are none."""
+        grids = {cast(Gridded, item.target).grid for item in self.items}
+        assert len(grids) < 2
+        return grids.pop() if grids else None
 
     @property
     def reads(self) -> Iterator[ByteRange]:

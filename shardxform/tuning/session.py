@@ -28,6 +28,8 @@ from shardxform.errors import ExecutionError
 from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import MEASURED
 from shardxform.execution.transcoding import write_part
+from shardxform.formats.encoding import Writing
+from shardxform.formats.rounding import quantize_into
 from shardxform.forward.passes import Batch, batches
 from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton
@@ -38,7 +40,7 @@ from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, instal
 from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples
-from shardxform.tuning.stacked import packed
+from shardxform.tuning.stacked import rows_of
 from shardxform.tuning.workers import Workers
 
 if TYPE_CHECKING:
@@ -391,10 +393,10 @@ class _BlockRun:
 
     def _round(self, block: Block, names: Sequence[str], target: OpenTarget, fs: FileSystem) -> None:
         """Tune the rounding of the block, or round to nearest, and write what is packed."""
-        encoding = self._step.encoding
-        assert encoding is not None
+        grid = self._step.grid
+        assert grid is not None
         recompute = self._step.recipe.batch_tokens > STORED_TOKENS
-        tuned = install(block.module, names, encoding.grid, self._tuner._workers, recompute=recompute)
+        tuned = install(block.module, names, grid, self._tuner._workers, recompute=recompute)
         give_back()
         if self._step.recipe.iters:
             self._tuned = self._tune(tuned, block)
@@ -431,14 +433,15 @@ class _BlockRun:
 
     def _write(self, tuned: TunedBlock, target: OpenTarget, fs: FileSystem) -> None:
         """Pack and write every module, one at a time."""
-        prefix, encoding = self._skeleton.prefix(self._step.layer), self._step.encoding
-        assert encoding is not None
+        prefix = self._skeleton.prefix(self._step.layer)
         items = {item.module: item for item in self._step.items}
         for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
             item = items.pop(prefix + self._skeleton.stored_name(stored.module, prefix))
-            out, extents = packed(stored.codes, encoding.grid, encoding.layout), dict(item.parts)
-            for role, part in encoding.stored(out, item.shape):
-                write_part(part, extents[role], target, fs)
+            writing = Writing(item.module, item.shape, quantize_into, self._stopped)
+            extents = dict(item.parts)
+            rows = rows_of(stored.codes, tuned.grid, item.module)
+            for role, offset, part in item.target.written([rows], writing):
+                write_part(part, extents[role], target, fs, offset=offset)
         if items:
             raise ExecutionError(f"internal: {next(iter(items))} was not tuned")
 
