@@ -12,7 +12,7 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Storage, Writable
+from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Source, Writable
 from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.plan import plan as plans
@@ -97,10 +97,10 @@ def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
 
 @dataclass(frozen=True, slots=True)
 class TranscodeItem:
-    """One matrix to write: what is stored for its rows, one below the other, how it is encoded, where its parts go."""
+    """One matrix to write: what its rows are made of, one below the other, how it is encoded, where its parts go."""
 
     module: str
-    sources: tuple[Storage, ...]
+    sources: tuple[Source, ...]
     target: Writable
     parts: tuple[tuple[Role, Extent], ...]
 
@@ -117,7 +117,7 @@ class TranscodeItem:
     @property
     def reads(self) -> Iterator[ByteRange]:
         """The ranges of every source."""
-        return (piece for source in self.sources for _, ref in source.parts for piece in ref.ranges)
+        return (piece for source in self.sources for piece in source.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Transcode:
 
 
 def transcode_item(
-    module: str, sources: tuple[Storage, ...], target: Writable, extents: Mapping[str, Extent]
+    module: str, sources: tuple[Source, ...], target: Writable, extents: Mapping[str, Extent]
 ) -> TranscodeItem:
     """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`."""
     rows = sum(source.shape[0] for source in sources)

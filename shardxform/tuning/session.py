@@ -439,7 +439,8 @@ class _BlockRun:
             item = items.pop(prefix + self._skeleton.stored_name(stored.module, prefix))
             writing = Writing(item.module, item.shape, quantize_into, self._stopped)
             extents = dict(item.parts)
-            rows = rows_of(stored.codes, tuned.grid, item.module)
+            (source,) = item.sources
+            rows = source.of(rows_of(stored.codes, tuned.grid, item.module))
             for role, offset, part in item.target.written([rows], writing):
                 write_part(part, extents[role], target, fs, offset=offset)
         if items:
