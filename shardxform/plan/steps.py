@@ -12,7 +12,7 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Source, Writable
+from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Source, Writable, ranges_of
 from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.plan import plan as plans
@@ -20,6 +20,7 @@ from shardxform.plan.plan import Extent, ShardPlan, extents_of
 from shardxform.plan.view import View
 
 __all__ = [
+    "HEALED_FILE",
     "BlockSize",
     "KeptItem",
     "Transcode",
@@ -90,6 +91,10 @@ def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
     before = sizes_of(source.tensors, view.source_layout.places)
     after = sizes_of(view.checkpoint.tensors, view.layout.places)
     return {layer: replace(size, original_nbytes=before[layer].nbytes) for layer, size in after.items()}
+
+
+HEALED_FILE: Final = "healed:"
+"""What names of files begin with that hold tensors after healing: they are never written, but kept in memory."""
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -185,6 +190,8 @@ class TuneBlock:
         layer: of the block.
         items: weights that are packed.
         kept: tensors that are healed and stay as wide as they are.
+        moved: tensors that are made of healed ones, whose bytes they read in files of the name `HEALED_FILE` begins.
+        healed: those healed ones, as they are in the source.
         recipe: what is done.
         size: of the block.
 
@@ -193,6 +200,8 @@ class TuneBlock:
     layer: int
     items: tuple[TranscodeItem, ...] = ()
     kept: tuple[KeptItem, ...] = ()
+    moved: tuple[TranscodeItem, ...] = ()
+    healed: tuple[TensorRef, ...] = ()
     recipe: Recipe
     size: BlockSize
 
@@ -208,13 +217,13 @@ class TuneBlock:
         """The ranges of every weight."""
         for item in self.items:
             yield from item.reads
-        for kept in self.kept:
-            yield from kept.tensor.ranges
+        for tensor in (*(kept.tensor for kept in self.kept), *self.healed):
+            yield from ranges_of(tensor)
 
     @property
     def writes(self) -> Iterator[Extent]:
         """One extent per stored part."""
-        for item in self.items:
+        for item in (*self.items, *self.moved):
             yield from (extent for _, extent in item.parts)
         yield from (kept.extent for kept in self.kept)
 
