@@ -1,4 +1,4 @@
-"""What a GGUF output holds: every tensor of the file, what it is made of and in which type, and the steps that write it.
+"""What a GGUF output holds: every tensor, what it is made of and in which type, and the steps that write it.
 
 Names, shapes and keys are llama.cpp's, see `runtimes.gguf`; here is what each verb makes of them. A weight of integers
 keeps its codes and scales to the bit, whatever rows and columns change places: what cannot, because columns leave the
@@ -8,37 +8,44 @@ block that shares their scale, is written in a wider type, and it is said. Pure:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
-from shardxform.base.gguf import KeyValue
+from shardxform.base import computing
+from shardxform.base.gguf import KeyValue, Kind
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.encoding import Encoded, Source, Writable
-from shardxform.formats.ggml import EXACT, FLOATS, Ggml, encoding_of
+from shardxform.formats.decoding import decoded
+from shardxform.formats.encoding import Source, Writable
+from shardxform.formats.ggml import FLOATS, Ggml, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
-from shardxform.plan.plan import Extent, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
+from shardxform.formats.sources import Constant, Rounded
+from shardxform.formats.stored import read_stored
+from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
 from shardxform.plan.steps import (
     HEALED_FILE,
     BlockSize,
     TranscodeItem,
     TuneBlock,
+    block_sizes,
     healed_names,
+    refuse_unpruned,
     transcode_steps,
 )
-from shardxform.plan.view import View
+from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, sidecar_digests, view_inputs, view_summary
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
-from shardxform.runtimes.gguf.sources import Constant, Rounded
+from shardxform.runtimes.gguf.metadata import metadata_of
 
-__all__ = ["Contents", "Types", "contents_of", "gguf_steps", "moved_columns"]
+__all__ = ["Blocks", "Contents", "Types", "contents_of", "crossing", "documents_of", "gguf_steps", "plan_stored"]
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
@@ -79,11 +86,6 @@ class Types:
             if bits <= {4, 8} and len(bits) == 1 and not self.plain:
                 return Ggml("Q4_0" if bits == {4} else "Q8_0")
         return Plain(self.plain or _float_of(named))
-
-
-def integer_type(grid: Grid) -> str:
-    """ggml's type of integers with a scale for a group of columns."""
-    return next(name for name, bits in EXACT.items() if grid.bits in bits)
 
 
 def _encodings(named: Named) -> Iterator[object]:
@@ -144,8 +146,8 @@ class Written:
             storage = piece.storage
             if piece.transform or storage.encoding != self.target or (storage.cut and not storage.cut.is_run):
                 return None
-            ref = storage.parts[0][1]
-            ranges += (ref.rows(storage.cut.first, storage.cut.first + storage.cut.count) if storage.cut else ref).ranges
+            ref, cut = storage.parts[0][1], storage.cut
+            ranges += (ref.rows(cut.first, cut.first + cut.count) if cut else ref).ranges
         return TensorRef(self.spec, coalesce(ranges)) if self.named.pieces else None
 
     def sources(self) -> tuple[Source, ...]:
@@ -153,10 +155,10 @@ class Written:
         if self.named.values:
             return (Constant(self.named.name, self.named.values),)
         grid = self.target.grid if isinstance(self.target, Ggml) else None
-        return tuple(Rounded(piece, grid) if grid and moved_columns(piece) else piece for piece in self.named.pieces)
+        return tuple(Rounded(piece, grid) if grid and _moves_columns(piece) else piece for piece in self.named.pieces)
 
 
-def moved_columns(piece: Piece) -> bool:
+def _moves_columns(piece: Piece) -> bool:
     """Whether columns change places."""
     return piece.transform is not None and piece.transform.columns is not None
 
@@ -187,9 +189,20 @@ class Contents:
                 sizes[each.spec.dtype] += each.shape[0] * each.shape[1]
         return FILE_TYPES.get(max(sizes, key=lambda name: (sizes[name], name)), 0) if sizes else 0
 
-    def shards(self, metadata: Sequence[KeyValue], max_shard_bytes: int | None) -> tuple[ShardPlan, ...]:
-        """The files with their heads; raises like `lay_out_gguf`."""
-        return lay_out_gguf(metadata, (each.spec for each in self.written), max_shard_bytes)
+    @property
+    def copies(self) -> int:
+        """Tensors whose bytes are the source's."""
+        return sum(each.copied is not None for each in self.written)
+
+    def shards(self, source: Checkpoint, options: GgufOptions, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+        """The files with their heads.
+
+        Raises:
+            SchemeError: the config lacks what llama.cpp needs, or the tokenizer is missing, or unknown to it.
+            PlanError: see `lay_out_gguf`.
+
+        """
+        return lay_out_gguf(_keys(self, source, options), (each.spec for each in self.written), max_shard_bytes)
 
 
 def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Contents:
@@ -217,14 +230,29 @@ def _after_healing(ref: TensorRef) -> TensorRef:
     return TensorRef(ref.spec, (ByteRange(HEALED_FILE + ref.name, 0, ref.nbytes),))
 
 
-def keys_of(contents: Contents, tokenizer: Iterable[KeyValue]) -> tuple[KeyValue, ...]:
-    """All keys of the file: those of the model, then those of its tokenizer."""
-    found = contents.architecture.metadata(contents.file_type)
-    values = (
-        KeyValue.array(key.name, key.of, key.value) if key.type == "ARRAY" else KeyValue.of(key.name, key.type, key.value)
+def crossing(view: View) -> frozenset[str]:
+    """Modules whose columns leave the blocks that share a scale: integers of theirs cannot stay as they are."""
+    tensors = architecture_of(view.layout).tensors(view.checkpoint.tensors)
+    return frozenset(piece.matrix for named in tensors for piece in named.pieces if not piece.keeps_codes)
+
+
+def _keys(contents: Contents, source: Checkpoint, options: GgufOptions) -> tuple[KeyValue, ...]:
+    """All keys of the file: of the model, and of its tokenizer, whose files lie beside the source by now."""
+    source.bring()
+    found = metadata_of(
+        contents.architecture,
+        [each.named for each in contents.written],
+        source.root,
+        name=contents.architecture.layout.wrapper.architecture.partition("For")[0],  # not a folder's, which may change
+        file_type=contents.file_type,
+        pre_tokenizer=options.pre_tokenizer,
+    )
+    return tuple(
+        KeyValue.array(key.name, cast(Kind, key.of), key.value)
+        if key.type == "ARRAY"
+        else KeyValue.of(key.name, cast(Kind, key.type), key.value)
         for key in found
     )
-    return (*values, *tokenizer)
 
 
 def documents_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -253,9 +281,10 @@ def gguf_steps(contents: Contents, view: View, shards: Sequence[ShardPlan], bloc
     rest: list[TranscodeItem] = []
     for each in contents.written:
         extent = extents[each.named.name]
-        if (layer := _healed_in(each, layers)) is not None:
-            healed.setdefault(layer, []).append(_item(each, extent))
-        elif blocks and isinstance(each.target, Ggml) and (layer := contents.types.modules.get(each.named.pieces[0].matrix)) is not None:
+        layer = contents.types.modules.get(each.named.pieces[0].matrix) if each.named.pieces else None
+        if (at := _healed_in(each, layers)) is not None:
+            healed.setdefault(at, []).append(_item(each, extent))
+        elif blocks and layer is not None and isinstance(each.target, Ggml):
             tuned.setdefault(layer, []).extend(_tuned_items(each, extent))
         elif ref := each.copied:
             copied[each.named.name] = ref
@@ -298,3 +327,108 @@ def _healed_in(each: Written, layers: Mapping[str, int | None]) -> int | None:
             if place.file.startswith(HEALED_FILE):
                 return layers[place.file.removeprefix(HEALED_FILE)]
     return None
+
+
+# -- weights as they are stored ---------------------------------------------------------------------------------------
+
+
+def plan_stored(
+    command: str,
+    source: Checkpoint,
+    manifest: Manifest | None,
+    options: ViewOptions,
+    recipe: Recipe | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan a GGUF file of weights as they are in the source: floats as wide, integers with their codes and scales.
+
+    Small floats are decoded, as everywhere.
+
+    Args:
+        command: verb that is planned.
+        source: what is read.
+        manifest: experts that stay; None for all.
+        options: what else decides bytes; those of `gguf` must be there.
+        recipe: how pruned blocks are healed; None to heal none.
+        beside: what else is recorded of how it was made.
+
+    Raises:
+        SchemeError: llama.cpp does not run the family, or a weight is stored in a way that is not read.
+        CheckpointError, FamilyError, ManifestError, PlanError: see `view.pruned_view`.
+
+    """
+    asked = options.gguf or GgufOptions()
+    plain = as_weights(source)
+    view = pruned_view(plain, manifest, text_only=options.text_only, mtp=options.mtp)
+    healed: list[str] = []
+    blocks = None
+    if recipe:
+        refuse_unpruned(view)
+        assert recipe.heal is not None
+        healed = list(healed_names(view.layout, view.layout.places, recipe.heal.widest))
+        blocks = Blocks(recipe, block_sizes(plain, view))
+    contents = contents_of(view, Types(), healed)
+    shards = contents.shards(source, asked, options.max_shard_bytes)
+    sidecars = sidecar_digests(documents_of(view.checkpoint))
+    plan = Plan(
+        command=command,
+        source=source.root,
+        remote=source.remote,
+        source_shards=source.shards,
+        view=view.checkpoint,
+        shards=shards,
+        steps=tuple(gguf_steps(contents, view, shards, blocks)),
+        config=b"",
+        container="gguf",
+        sidecars=sidecars,
+        inputs={
+            **view_inputs(command, source, manifest, options, sidecars),
+            **(beside or {}),
+            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+        }
+        | ({"recipe": recipe.facts()} if recipe else {}),
+        summary={
+            **view_summary(source, view),
+            "tensors_after": len(contents.written),
+            "copied": contents.copies,
+            **({"healed": len(healed)} if recipe else {}),
+        },
+        notes=(*view.notes, *_stored_notes(contents)),
+        unread=source.unread,
+    )
+    plan.check()
+    return plan
+
+
+def as_weights(source: Checkpoint) -> Checkpoint:
+    """A checkpoint whose table has weights, whatever stands for them: small floats, integers, or themselves.
+
+    Raises:
+        SchemeError: it is quantized in a way that is not read.
+        CheckpointError: a weight is not stored as the config says.
+
+    """
+    if plain := decoded(source):
+        return plain
+    if not source.config.get("quantization_config"):
+        return source
+    stored = read_stored(source)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+
+
+def _stored_notes(contents: Contents) -> Iterator[str]:
+    """Say what becomes of integers, and of those that no block of ggml's holds as they are."""
+    kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
+    for dtype, count in kinds.items():
+        yield f"{count:,} tensors of integers are stored as {dtype}: every integer and every scale keeps its value"
+    wider = [each for each in contents.written if isinstance(each.target, Plain) and _is_of_integers(each.named)]
+    for each in wider:
+        yield (
+            f"{each.named.name} becomes {each.spec.dtype}, which holds its values exactly: its columns leave the"
+            " blocks that share a scale in GGUF"
+        )
+
+
+def _is_of_integers(named: Named) -> bool:
+    return any(isinstance(encoding, Ints) for encoding in _encodings(named))
