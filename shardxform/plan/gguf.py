@@ -17,7 +17,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.gguf import KeyValue, Kind
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, natural_key
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
@@ -221,7 +221,8 @@ def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Content
     tensors = dict(view.checkpoint.tensors)
     moved = {name: tensors[name] for name in healed}
     tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
-    written = tuple(Written(named, types.of(named)) for named in architecture.tensors(tensors))
+    found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
+    written = tuple(Written(named, types.of(named)) for named in found)
     return Contents(architecture=architecture, types=types, written=written, healed=moved)
 
 
