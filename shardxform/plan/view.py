@@ -518,12 +518,10 @@ class GgufOptions:
     """What decides the bytes of a GGUF file beside what it is made of.
 
     Attributes:
-        type: in which type weights are stored, in llama.cpp's words; empty for what the verb makes of them.
         pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
 
     """
 
-    type: str = ""
     pre_tokenizer: str = ""
 
 
