@@ -17,10 +17,11 @@ from typing import Any, Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
-from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.encoding import Encoded, Gridded, Storage
+from shardxform.formats.ggml import Ggml, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
-from shardxform.formats.scheme import ROW_FORMATS, Format, Grid, Scheme
+from shardxform.formats.scheme import GGUF, ROW_FORMATS, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout, is_tied
 
@@ -34,6 +35,7 @@ __all__ = [
     "refuse_unread",
     "resolve",
     "select",
+    "target_of",
 ]
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfit = functools.cache(Ints.of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
+    misfit = functools.cache(target_of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
     misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
@@ -95,6 +97,11 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
 
 
+def target_of(scheme: Scheme) -> Gridded:
+    """How weights of a scheme are stored."""
+    return Ggml(integer_type(scheme.grid), scheme.grid) if scheme.format == GGUF else Ints.of(scheme)
+
+
 def refuse_unread(layout: Layout, scheme: Scheme) -> None:
     """Refuse a format in which no client finds the experts of a family.
 
@@ -103,8 +110,8 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
-    if scheme.format == "mlx":
-        return  # see `runtimes.mlx.refuse_unrun`
+    if scheme.format in (GGUF, "mlx"):  # what those run they are asked themselves
+        return
     if not family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
@@ -138,6 +145,8 @@ def _is_kept(local: str, patterns: tuple[str, ...]) -> bool:
 def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
+    if scheme.format == GGUF and role in ("embeddings", "lm head", "mtp"):
+        return
     if role in ("router", "indexer", "embeddings", "vision", "mtp"):
         raise SchemeError(f"`quantize` selects {module.name}, but no client runs {role} weights as integers")
     if role == "lm head" and is_tied(layout):

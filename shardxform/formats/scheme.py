@@ -13,6 +13,7 @@ from shardxform.errors import SchemeError
 __all__ = [
     "COLUMN_MULTIPLE",
     "FORMATS",
+    "GGUF",
     "GROUP_SIZES",
     "PRESETS",
     "ROW_FORMATS",
@@ -101,12 +102,15 @@ class Grid:
 # -- scheme ------------------------------------------------------------------------------------------------------------
 
 ExpertNames = Literal["split", "fused-indexed"]
-Format = Literal["auto-round", "gptq", "compressed-tensors", "mlx"]
+Format = Literal["auto-round", "gptq", "compressed-tensors", "mlx", "gguf"]
 
 FORMATS: Final[tuple[Format, ...]] = ("auto-round", "gptq", "compressed-tensors", "mlx")
-ROW_FORMATS: Final[tuple[Format, ...]] = ("compressed-tensors", "mlx")
-"""Formats whose words lie row by row: without a g_idx, and with one spelling of experts."""
+"""Those that a config declares, beside shards of safetensors."""
 
+ROW_FORMATS: Final[tuple[Format, ...]] = ("compressed-tensors", "mlx")
+"""Of those, the ones whose words lie row by row."""
+
+GGUF: Final = "gguf"
 PRESETS: Final[dict[str, Bits]] = {"W4A16": 4, "W8A16": 8}
 
 
@@ -133,13 +137,13 @@ class Scheme:
     quantize: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise SchemeError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
+        if self.format not in (*FORMATS, GGUF):
+            raise SchemeError(f"format: expected one of {', '.join((*FORMATS, GGUF))}, found {self.format!r}")
         if self.format == "mlx":
             _refuse_beyond_mlx(self.grid)
-        if self.g_idx and self.format in ROW_FORMATS:
+        if self.g_idx and self.format in (*ROW_FORMATS, GGUF):
             raise SchemeError("`g_idx`: expected `format` gptq or auto-round, which have such a tensor")
-        if self.expert_names == "fused-indexed" and self.format in ROW_FORMATS:
+        if self.expert_names == "fused-indexed" and self.format in (*ROW_FORMATS, GGUF):
             raise SchemeError("`expert_names`: fused-indexed exists in auto-round and gptq checkpoints only")
 
     @classmethod

@@ -42,6 +42,10 @@ def plan_prune(
 
     """
     options, source = options or ViewOptions(), mlx.single(source)
+    if options.gguf:
+        from shardxform.plan.gguf import plan_stored  # most prunes only copy
+
+        return plan_stored("prune", source, manifest, options, recipe)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     written = view.checkpoint
     if mlx.is_mlx(source.config):

@@ -1,1 +1,1 @@
-"""What other runtimes than transformers, vLLM and SGLang call the tensors of a model, and how these lie there."""
+"""What other runtimes call the parts of a model, and how they want them laid out: pure data, no numbers are read."""

@@ -238,8 +238,11 @@ def unrun(config: Mapping[str, Any]) -> Iterator[str]:
 
 def single(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint of MLX with its experts one by one and the config of its family; any other as it is."""
-    if not isinstance(checkpoint.config.get(QUANTIZATION), Mapping):
+    declared = checkpoint.config.get(QUANTIZATION)
+    if not isinstance(declared, Mapping) or not declared.keys() >= {"bits", "group_size"}:
         return checkpoint
+    if not any(ref.spec.dtype == "U32" for ref in checkpoint.tensors.values()):
+        return checkpoint  # a declaration of nothing
     config = _config(checkpoint.config)
     try:
         family, _ = family_of(config)
