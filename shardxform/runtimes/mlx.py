@@ -179,10 +179,9 @@ def _is_stacked(module: Matrix) -> bool:
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a quantized checkpoint of MLX, as mlx-lm has it or as `single` gives it."""
+    """Whether a config is that of a quantized checkpoint of MLX, as `single` gives it."""
     declared = config.get("quantization_config")
-    single = isinstance(declared, Mapping) and method_of(declared) == "mlx"
-    return single or isinstance(config.get(QUANTIZATION), Mapping)
+    return isinstance(declared, Mapping) and method_of(declared) == "mlx" and QUANTIZATION not in config
 
 
 def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
 from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
 from shardxform.plan.plan import Plan
-from shardxform.runtimes.mlx import QUANTIZATION, is_mlx, single, unrun
+from shardxform.runtimes.mlx import QUANTIZATION, single, unrun
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
 
@@ -303,7 +303,7 @@ def stored_form(name: str, tensors: Mapping[str, object]) -> str:
 def check_mlx(checkpoint: Checkpoint, findings: Findings) -> None:
     """Report what mlx-lm does not take of a config that is one of its own, as it lies in config.json."""
     config = checkpoint.config
-    if not is_mlx(config):
+    if single(checkpoint) is checkpoint:
         return
     declared, beside = config[QUANTIZATION], config.get("quantization_config")
     if beside is not None and beside != declared:
