@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import RtnStats
 
-__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of"]
+__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type"]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -54,6 +54,11 @@ WRITTEN: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "IQ4_NL", "Q4
 """Types that floats are rounded to; others are read."""
 
 _UNKNOWN: Final = ("Q1_0", "Q2_0")  # to the gguf package too
+
+
+def integer_type(grid: Grid) -> str:
+    """The smallest type that holds integers of a grid."""
+    return next(name for name, bits in EXACT.items() if grid.bits in bits)
 
 
 def encoding_of(type_name: str, grid: Grid | None = None) -> Writable:
@@ -132,7 +137,7 @@ class Ggml:
         rows, columns = parts["values"].spec.shape[-2:]
         return 0 if cut is None or cut.is_run else 4 * rows * columns
 
-    def gathered(self, _extent_bytes: int) -> int:
+    def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
         return 0
 
