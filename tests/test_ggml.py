@@ -21,10 +21,9 @@ from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import ggml_blocks, packing, rounding
 from shardxform.formats.encoding import Cut, Rows, Writing
-from shardxform.formats.ggml import Ggml, encoding_of
+from shardxform.formats.ggml import Ggml, encoding_of, rounded
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
-from shardxform.formats.regrouping import Regrouped, RegroupedRows, Runs
 from shardxform.formats.scheme import Grid
 
 TYPES = {
@@ -183,50 +182,6 @@ def test_zero_groups_of_a_grid_are_counted() -> None:
     assert (told.groups, told.zero_groups) == (8, 1)
 
 
-# -- columns in another order -------------------------------------------------------------------------------------
-
-
-def regrouped(values: np.ndarray, runs: Runs) -> np.ndarray:
-    """Column by column, by the definition."""
-    order = [
-        (outer * runs.inner + inner) * runs.width + at
-        for inner in range(runs.inner)
-        for outer in range(runs.outer)
-        for at in range(runs.width)
-    ]
-    return values[:, order]
-
-
-@pytest.mark.parametrize("group_size", [32, 128, -1])
-def test_runs_of_columns_take_their_codes_and_scales_along(group_size: int) -> None:
-    """Groups may be wider than runs: they are of the columns as they are stored."""
-    values, grid, runs = normal(32, 384), Grid(bits=4, group_size=group_size), Runs(2, 3, 64)
-    twin = ints(values, grid, "gptq")
-    for encoding, rows in ((Ggml("Q4_0"), twin), (Ggml("Q4_0", grid), rows_of(values))):
-        found = blocks_of(encoding, [RegroupedRows(rows, runs)], (32, 384))
-        wanted = regrouped(twin.values(0, 32), runs)
-        np.testing.assert_array_equal(opened("Q4_0", found, 384).values(0, 32), wanted)
-
-
-def test_floats_in_another_order() -> None:
-    values, runs, memory = normal(6, 48), Runs(4, 3, 4), Memory()
-    wanted = regrouped(values, runs)
-    ref = memory.put("x.weight", "F32", values.shape, values)
-    encoding = Regrouped(Plain("F32"), runs)
-    rows = encoding.open({"values": ref}, (6, 48), memory.read, True)
-    assert (runs.columns, rows.count, str(encoding.parts(6, 48)[0].dtype)) == (48, 6, "F32")
-    np.testing.assert_array_equal(rows.cut(Cut(2, 3)).values(1, 3), wanted[3:5])
-    np.testing.assert_array_equal(rows.cut(Cut(5, 3, transposed=True)).values(0, 3), wanted.T[5:8])
-    written = [data for _, _, data in Plain("F32").written([rows], writing((6, 48)))]
-    np.testing.assert_array_equal(np.concatenate(written), wanted)
-
-
-def test_runs_narrower_than_a_block_are_turned_before_ggml_rounds_them() -> None:
-    values, runs = normal(8, 96), Runs(3, 4, 8)
-    found = blocks_of(Ggml("Q8_0"), [RegroupedRows(rows_of(values), runs)], (8, 96))
-    np.testing.assert_array_equal(found, ggml_blocks.rounded(regrouped(values, runs), "Q8_0"))
-
-
 # -- ggml's own rules ---------------------------------------------------------------------------------------------
 
 
@@ -280,7 +235,7 @@ def read_by_ggml(blocks: np.ndarray, type_name: str, columns: int) -> np.ndarray
 @pytest.mark.parametrize(("type_name", "backend"), RULES)
 def test_rounding_equals_ggmls(type_name: str, backend: rounding.Backend) -> None:
     for name, values in cases(512):
-        found = ggml_blocks.rounded(values, type_name, backend)
+        found = rounded(values, type_name, backend)
         np.testing.assert_array_equal(found, by_ggml(values, type_name), err_msg=name)
 
 
@@ -292,7 +247,7 @@ def test_rounding_equals_ggmls(type_name: str, backend: rounding.Backend) -> Non
 )
 def test_rounding_any_values_equals_ggmls(rule: tuple[str, rounding.Backend], values: np.ndarray, power: int) -> None:
     values = np.ldexp(values, power)
-    np.testing.assert_array_equal(ggml_blocks.rounded(values, *rule), by_ggml(values, rule[0]))
+    np.testing.assert_array_equal(rounded(values, *rule), by_ggml(values, rule[0]))
 
 
 @pytest.mark.oracle
@@ -309,15 +264,15 @@ def test_decoding_equals_ggmls(type_name: str) -> None:
 @pytest.mark.parametrize("type_name", COMPILED)
 def test_blocks_that_do_not_fill_the_lanes_of_a_kernel(type_name: str) -> None:
     values = normal(3, 256 * 7)
-    compiled = ggml_blocks.rounded(values, type_name, "numba")
-    np.testing.assert_array_equal(compiled, ggml_blocks.rounded(values, type_name, "numpy"))
+    compiled = rounded(values, type_name, "numba")
+    np.testing.assert_array_equal(compiled, rounded(values, type_name, "numpy"))
 
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_what_is_rounded_is_near(type_name: str) -> None:
     """Whatever the oracle is: within one step of the largest value of a block."""
     values = normal(16, 512)
-    found = ggml_blocks.decoded(ggml_blocks.rounded(values, type_name, "numpy"), type_name)
+    found = ggml_blocks.decoded(rounded(values, type_name, "numpy"), type_name)
     bits = {"MXFP4": 2, "IQ4_NL": 3}.get(type_name) or int(type_name[1])
     assert np.abs(found - values).max() < 2.0 ** (1 - bits) * np.abs(values).max()
 
@@ -343,7 +298,7 @@ def test_what_cannot_be_said_is_refused_by_name(type_name: str) -> None:
         return
     with pytest.raises(ExecutionError, match=rf"row 2 needs a scale beyond float16 .* of {type_name}"):
         blocks_of(Ggml(type_name), [rows_of(values)], (4, 256))
-    blocks = ggml_blocks.rounded(values, type_name)
+    blocks = rounded(values, type_name)
     assert not np.isfinite(opened(type_name, blocks, 256, checked=False).values(0, 4)).all()
     with pytest.raises(ExecutionError, match=r"tensor 'y.weight': row 2, column \d+: NaN or infinity"):
         opened(type_name, blocks, 256).values(1, 4)

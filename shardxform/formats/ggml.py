@@ -32,7 +32,6 @@ from shardxform.formats.encoding import (
 )
 from shardxform.formats.integers import refuse_bad
 from shardxform.formats.plain import Plain
-from shardxform.formats.regrouping import RegroupedRows
 from shardxform.formats.scheme import Grid
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardxform.formats.packing import IntRows
-    from shardxform.formats.rounding import RtnStats
+    from shardxform.formats.rounding import Backend, RtnStats
 
-__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type"]
+__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type", "rounded"]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -169,22 +168,15 @@ class Ggml:
 
     def _blocks(self, rows: Rows, start: int, stop: int, writing: Writing, at: int) -> NDArray[np.uint8]:
         """Blocks of rows `start`..`stop - 1`, of which the first is row `at` of the matrix."""
-        if isinstance(rows, RegroupedRows) and rows.runs.width % self.columns == 0:
-            if (blocks_RB := self._as_stored(rows.stored, start, stop, writing, at)) is not None:
-                return rows.runs.turned(blocks_RB)
-        elif (blocks_RB := self._as_stored(rows, start, stop, writing, at)) is not None:
-            return blocks_RB
-        return self._rounded(rows, start, stop, writing.where, at)
-
-    def _as_stored(self, rows: Rows, start: int, stop: int, writing: Writing, at: int) -> NDArray[np.uint8] | None:
-        """Blocks in the order of columns in which they are stored; None for what ggml's rule rounds."""
         from shardxform.formats.packing import IntRows
 
         if isinstance(rows, GgmlRows) and rows.type == self.type:
             return rows.blocks(start, stop)
         if isinstance(rows, IntRows) and rows.grid.bits in EXACT.get(self.type, ()):
             return self._of_ints(rows, start, stop)
-        return self._to_grid(rows, start, stop, writing, at) if self.grid else None
+        if self.grid:
+            return self._to_grid(rows, start, stop, writing, at)
+        return self._rounded(rows, start, stop, writing.where, at)
 
     def _of_ints(self, rows: IntRows, start: int, stop: int) -> NDArray[np.uint8]:
         from shardxform.formats import ggml_blocks, packing
@@ -222,13 +214,42 @@ class Ggml:
             raise ExecutionError(
                 f"{where}: NaN or infinity at row {at + bad[0]}, column {bad[1]}; expected finite weights"
             )
-        blocks_RB = ggml_blocks.rounded(values_RI, self.type)
+        blocks_RB = rounded(values_RI, self.type)
         if bad := ggml_blocks.overflowing(blocks_RB, self.type):
             raise ExecutionError(
                 f"{where}: row {at + bad[0]} needs a scale beyond float16 in block {bad[1]} of {self.type}; keep the"
                 " weight in BF16"
             )
         return blocks_RB
+
+
+def rounded(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
+    """Blocks of values by ggml's rule, bit for bit, with either backend.
+
+    Args:
+        values_RI: float32 [R, I], finite; I a multiple of the columns of a block.
+        type_name: one of `WRITTEN`.
+        backend: `auto` takes numba where it is installed.
+
+    Returns:
+        uint8 [R, bytes of a row]; scales that float16 does not hold are infinite: see `ggml_blocks.overflowing`.
+
+    Raises:
+        ValueError: the backend is not installed.
+
+    """
+    import numpy as np
+
+    from shardxform.formats.rounding import use_numba
+
+    values_NS = np.ascontiguousarray(values_RI).reshape(-1, BLOCKS[type_name][0])
+    if use_numba(backend):
+        from shardxform.formats import ggml_kernels
+
+        return ggml_kernels.rounded(values_NS, type_name).reshape(len(values_RI), -1)
+    from shardxform.formats import ggml_blocks
+
+    return ggml_blocks.rounded(values_NS, type_name).reshape(len(values_RI), -1)
 
 
 @dataclass(frozen=True, slots=True)

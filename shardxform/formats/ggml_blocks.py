@@ -8,7 +8,6 @@ as ggml's library computes it where its compiler does not fuse a product with a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from shardxform.base.tensors import BLOCKS
-from shardxform.formats.rounding import Backend, use_numba
 from shardxform.formats.scheme import Grid
 
 if TYPE_CHECKING:
@@ -64,32 +62,10 @@ def overflowing(blocks_RB: Bytes, type_name: str) -> tuple[int, ...]:
     return ()
 
 
-def rounded(values_RI: Floats, type_name: str, backend: Backend = "auto") -> Bytes:
-    """Blocks of values by ggml's rule, bit for bit, with either backend.
-
-    Args:
-        values_RI: float32 [R, I], finite, C-contiguous; I a multiple of the columns of a block.
-        type_name: as ggml calls it, in capitals.
-        backend: "auto" takes numba where it is installed.
-
-    Returns:
-        uint8 [R, bytes of a row]; scales that float16 does not hold are infinite, see ``overflowing``.
-
-    Raises:
-        ValueError: the backend is not installed.
-
-    """
-    columns, nbytes = BLOCKS[type_name]
-    values_NS = np.ascontiguousarray(values_RI).reshape(-1, columns)
-    if use_numba(backend):
-        from shardxform.formats import ggml_kernels
-
-        blocks_NB = np.empty((len(values_NS), nbytes), np.uint8)
-        ggml_kernels.rounder(type_name)(values_NS, blocks_NB)
-    else:
-        with np.errstate(all="ignore"):  # scales may be zero, or overflow, as in C
-            blocks_NB = _RULES[type_name](values_NS)
-    return blocks_NB.reshape(len(values_RI), -1)
+def rounded(values_NS: Floats, type_name: str) -> Bytes:
+    """Blocks uint8 [N, B] of finite values float32 [N, S], by ggml's rule: what ``ggml_kernels.rounded`` compiles."""
+    with np.errstate(all="ignore"):  # scales may be zero, or overflow, as in C
+        return _RULES[type_name](values_NS)
 
 
 def decoded(blocks_RB: Bytes, type_name: str) -> Floats:
@@ -242,6 +218,9 @@ def _of_q8_0(blocks_NB: Bytes) -> Floats:
     return blocks_NB[:, 2:].view(np.int8).astype(np.float32) * _number(blocks_NB)
 
 
+EPSILON: Final = np.float32(1e-15)
+"""Largest value of a group that is all zeros to ggml (GROUP_MAX_EPS)."""
+
 # -- codes that stand for numbers of a table ---------------------------------------------------------------------------
 
 E2M1: Final = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)
@@ -249,6 +228,9 @@ E2M1: Final = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 UNEVEN: Final = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
 """What a code of IQ4_NL stands for."""
+
+STEPS: Final = (UNEVEN[:-1] + UNEVEN[1:]) / np.float32(2)
+"""From which numbers on the next code is the nearest: also by ggml's comparison of differences in float32."""
 
 
 def _to_mxfp4(values_NS: Floats) -> Bytes:
@@ -275,23 +257,6 @@ def _half_powers(power: Bytes) -> Floats:
 
 def _of_mxfp4(blocks_NB: Bytes) -> Floats:
     return E2M1[_halved(blocks_NB[:, 1:])] * _half_powers(blocks_NB[:, :1])
-
-
-def thresholds(values: Floats) -> Floats:
-    """From which number on the nearest of ascending values is the next one, as ggml's best_index_int8 compares them.
-
-    A number between two of them is nearer to the lower one where x - low < high - x, in float32. Both sides are
-    monotonic in x, so there is one float from which on that does not hold.
-    """
-    found = []
-    for low, high in itertools.pairwise(values):
-        x = (low + high) / np.float32(2)
-        while not x - low < high - x:
-            x = np.nextafter(x, low)
-        while x - low < high - x:
-            x = np.nextafter(x, high)
-        found.append(x)
-    return np.array(found, np.float32)
 
 
 def _to_iq4_nl(values_NS: Floats) -> Bytes:
@@ -325,12 +290,6 @@ def _fit(x_SN: Floats, inverse: Floats, so_far: tuple[Floats, Floats] | None) ->
 
 def _of_iq4_nl(blocks_NB: Bytes) -> Floats:
     return UNEVEN[_halved(blocks_NB[:, 2:])] * _number(blocks_NB)
-
-
-EPSILON: Final = np.float32(1e-15)
-"""Largest value of a group that is all zeros to ggml (GROUP_MAX_EPS)."""
-
-STEPS: Final = thresholds(UNEVEN)
 
 
 # -- blocks of 256 columns ---------------------------------------------------------------------------------------------

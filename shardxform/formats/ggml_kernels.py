@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numba import types
 
+from shardxform.base.tensors import BLOCKS
 from shardxform.formats.ggml_blocks import E2M1, EPSILON, STEPS, UNEVEN
 from shardxform.formats.kernels import _bits, _float, _round_to_half, jit
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Bytes = NDArray[np.uint8]
 
-__all__ = ["rounder"]
+__all__ = ["rounded"]
 
 U8: Final = np.uint8
 U32: Final = np.uint32
@@ -585,12 +586,9 @@ def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
     return jit(kernel, (values, types.Array(types.uint8, 2, "C"), types.int64, types.int64))
 
 
-def rounder(type_name: str) -> Callable[[Floats, Bytes], None]:
-    """The compiled rule that writes blocks [N, B] of values [N, S]; compiles or loads from disk on first use."""
+def rounded(values_NS: Floats, type_name: str) -> Bytes:
+    """Blocks uint8 [N, B] of finite values float32 [N, S], C-contiguous; compiles, or loads from disk, on first use."""
     kernel, first, second = _KERNELS[type_name]
-    compiled = _compiled(kernel)
-
-    def run(values_NS: Floats, out_NB: Bytes) -> None:
-        compiled(values_NS, out_NB, first, second)
-
-    return run
+    blocks_NB = np.empty((len(values_NS), BLOCKS[type_name][1]), np.uint8)
+    _compiled(kernel)(values_NS, blocks_NB, first, second)
+    return blocks_NB
