@@ -475,6 +475,18 @@ class BlockHealer:
             return self._weights.at_rest(self._prefix + local)
         return self._of_experts(name.removeprefix(f"{self._experts_name}."), self._healing.stacks)
 
+    def values_of(self, name: str) -> NDArray[np.uint8]:
+        """Bytes of a tensor after healing, in the type that it moves in.
+
+        Raises:
+            ExecutionError: a value is not finite.
+
+        """
+        value = self.stored(name.removeprefix(self._prefix))
+        if not _finite(value):
+            raise ExecutionError(f"tensor '{name}': not finite after healing")
+        return value.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+
     def parts(self, item: KeptItem) -> Iterator[NDArray[np.uint8]]:
         """Bytes of each part of what is healed, as it will be stored.
 
@@ -484,10 +496,7 @@ class BlockHealer:
         """
         local = item.tensor.name.removeprefix(self._prefix)
         if local not in self._small:
-            value = self.stored(local)
-            if not _finite(value):
-                raise ExecutionError(f"tensor '{item.tensor.name}': not finite after healing")
-            yield value.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+            yield self.values_of(item.tensor.name)
             return
         assert isinstance(item.tensor, Encoded)
         coded = self._coded.get(local) or [self._weights.stored(source)[0] for source in item.tensor.sources]
