@@ -325,3 +325,46 @@ def test_a_block_of_zeros_has_a_scale_that_is_a_number() -> None:
         assert not parts["values"].any()
         assert np.isfinite(encoding.scales(parts["scales"])).all()
         assert not w.any()
+
+
+# -- a second opinion -------------------------------------------------------------------------------------------------
+
+HOWS: dict[str, tuple[object, ...]] = {
+    "prune": ("prune",),
+    "quantize": ("quantize", "--group-size", 32),
+    "as the source": ("prune", "--heal", "moe", *HEAL),
+    "in 16 bits": ("prune", "--heal", "moe", *HEAL, "--heal-encoding", "16bit"),
+}
+
+
+@pytest.mark.parametrize(("kind", "how"), picked([(kind, how) for kind in FLOATS for how in HOWS], 5))
+def test_the_independent_check_knows_small_floats(kind: str, how: str, folder: Path, tmp_path: Path) -> None:
+    source, _ = made(folder, kind)
+    command, *options = HOWS[how]
+    call(command, source, tmp_path / "out", "-m", keep_file(tmp_path), *options, "-q")
+    report = verify(tmp_path / "out", source=source, independent=True)
+    assert report.sound, report.problems
+    assert report.rederived
+    assert report.rederived >= 30
+
+
+@pytest.mark.parametrize("kind", picked(FLOATS, 4))
+def test_the_independent_check_finds_one_wrong_code(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Of the source, so that what was rounded from it is not what rounding it gives."""
+    source, _ = made(folder, kind)
+    out = folder / f"{kind} rounded"
+    if not out.exists():
+        call("quantize", source, out, "-m", keep_file(folder), "--group-size", 32, "-q")
+    tensors, config = read_checkpoint(source), config_of(source)
+    codes = [n for n in tensors if "layers.1.mlp.experts" in n and n.endswith(("_packed", ".weight", "_blocks"))]
+    name = next(n for n in codes if "experts.1." in n or n.endswith("_blocks"))
+    data = bytearray(tensors[name].data)
+    begin = len(data) // 6 if name.endswith("_blocks") else 0  # of the second of six experts
+    for at in range(begin, begin + 32):
+        data[at] ^= 0x88  # other signs
+    spoilt = write_checkpoint(
+        tmp_path / "src", {**tensors, name: Raw(tensors[name].dtype, tensors[name].shape, bytes(data))}, config
+    )
+    found = [p for p in verify(out, source=spoilt, independent=True).problems if p.code == "independent"]
+    assert len(found) == 1, found
+    assert "layers.1.mlp.experts" in found[0].where

@@ -25,6 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.errors import CheckpointError
+from shardxform.verification.definitions import (
+    SMALL,
+    floats,
+    nearest_bf16,
+    nearest_half,
+    rounded,
+    small_floats,
+    spread,
+)
 from shardxform.verification.findings import Findings
 
 __all__ = ["CODE", "check_independently"]
@@ -39,6 +48,7 @@ _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _APART: Final = re.compile(r"(.*)\.moe\.(gate_proj|up_proj|down_proj)\.weight")
 _BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_bias")
+_PARTS: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.((?:gate_up_proj|down_proj)_(?:blocks|scales))")
 _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
@@ -74,7 +84,6 @@ _VISION: Final = (
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
-_SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
 Rows = tuple[tuple[int, int], ...]
@@ -151,7 +160,7 @@ class _Weight:
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows of a plain weight."""
-        return _floats(self.bits_of(start, stop), self.tensor.dtype)
+        return floats(self.bits_of(start, stop), self.tensor.dtype)
 
     def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Codes less the zero point [R, I], and the scale of each [R, I], of a run of rows of a quantized weight."""
@@ -162,28 +171,30 @@ class _Weight:
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
         packed = np.ascontiguousarray(words[rows]).view(np.uint32)
         codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
-        spread = np.repeat(_floats(np.ascontiguousarray(scales[rows]), self.scales.dtype), self.group, axis=1)
+        spread = np.repeat(floats(np.ascontiguousarray(scales[rows]), self.scales.dtype), self.group, axis=1)
         return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Float8(_Weight):
-    """Rows of an E4M3 weight, and factors for blocks of rows and columns."""
+class _Small(_Weight):
+    """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them."""
 
     factors: _Tensor | None = None
-    block: tuple[int, int] = (0, 0)
+    block: tuple[int, int] | None = None
+    times: _Tensor | None = None
+    over: _Tensor | None = None
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows, by the definition of the format."""
         assert self.factors is not None
-        rows = self._picked(start, stop)
-        codes = self.tensor.array()[rows].astype(np.int64)
-        exponent, fraction = (codes >> 3) & 15, (codes & 7) / 8
-        size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 7), fraction * 2.0**-6)
-        size[codes & 127 == 127] = np.nan
-        table = _floats(np.asarray(self.factors.array()), self.factors.dtype)
-        factors = table[rows[:, None] // self.block[0], np.arange(codes.shape[1]) // self.block[1]]
-        return np.asarray(np.where(codes > 127, -size, size).astype(np.float32) * factors)
+        rows, tensor = self._picked(start, stop), self.tensor
+        total = math.prod(tensor.shape[: 2 if len(tensor.shape) == 4 else -1])
+        numbers = small_floats(np.asarray(tensor.array().reshape(total, -1)[rows]), tensor.dtype)
+        scales = floats(np.asarray(self.factors.array()), self.factors.dtype)
+        for whole in filter(None, (self.times, self.over)):
+            size = floats(np.asarray(whole.array()), whole.dtype).reshape(-1)[0]
+            scales = scales * size if whole is self.times else scales / size
+        return numbers * spread(scales, rows, numbers.shape[1], self.block)
 
 
 def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:
@@ -216,12 +227,13 @@ def check_independently(
         CheckpointError: the source cannot be read.
 
     """
+    decode = _decodes(source, out)
     try:
-        theirs, config = _checkpoint(source, decode=_method(source) == "fp8" != _method(out))
+        theirs, config = _checkpoint(source, decode=decode)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
     try:
-        ours, made = _checkpoint(out)
+        ours, made = _checkpoint(out, decode=decode)
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
@@ -247,16 +259,8 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _method(root: Path) -> object:
-    """How weights are quantized, as the config says; None where it says nothing."""
-    try:
-        return _object(root / "config.json").get("quantization_config", {}).get("quant_method")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight], dict[str, Any]]:
-    """Weights of a checkpoint under their own names, FP8 ones as their values if told to `decode`, and its config."""
+    """Weights of a checkpoint under their own names, small floats as values if told to `decode`, and its config."""
     config = _object(root / "config.json")
     tensors: dict[str, _Tensor] = {}
     for path in sorted(root.glob("*.safetensors")):
@@ -271,23 +275,80 @@ def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight]
                 if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
                     raise ValueError(f"{path.name}: {name} lies outside the file")
                 tensors[name] = _Tensor(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
-    weights = dict(weight for name in tensors for weight in _weights(name, tensors, config))
-    if decode:
-        blocks = config["quantization_config"]["weight_block_size"]
-        weights = dict(_decoded(weights, tensors, (int(blocks[0]), int(blocks[1]))))
-    return weights, config
+    if decode and _is_small(config):
+        return dict(_decoded(tensors, config)), config
+    return dict(weight for name in tensors for weight in _weights(name, tensors, config)), config
 
 
-def _decoded(
-    weights: Mapping[str, _Weight], tensors: Mapping[str, _Tensor], block: tuple[int, int]
-) -> Iterator[tuple[str, _Weight]]:
-    """The same weights without what stands beside FP8 ones, and these with their factors."""
-    for name, weight in weights.items():
-        if weight.tensor.dtype == "F8_E4M3":
-            factors = tensors[f"{name}_scale_inv"]
-            yield name, _Float8(name, weight.tensor, weight.shape, weight.rows, factors=factors, block=block)
-        elif not name.endswith((".weight_scale_inv", ".input_scale")):
-            yield name, weight
+def _decodes(source: Path, out: Path) -> bool:
+    """Whether small floats are compared as values: they are stored in another way, or were healed."""
+    try:
+        record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
+        healed = bool((record.get("inputs", {}).get("recipe") or {}).get("heal"))
+        return healed or _form(_object(source / "config.json")) != _form(_object(out / "config.json"))
+    except (OSError, ValueError, AttributeError):
+        return False  # what cannot be read is said when it is
+
+
+def _is_small(config: Mapping[str, Any]) -> bool:
+    """Whether weights are small floats, as far as the config says."""
+    declared = config.get("quantization_config") or {}
+    groups = (declared.get("config_groups") or {}).values()
+    if declared.get("quant_method") == "compressed-tensors":
+        return any((group.get("weights") or {}).get("type") == "float" for group in groups)
+    return declared.get("quant_method") in ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "mxfp8")
+
+
+def _form(config: Mapping[str, Any]) -> tuple[object, object]:
+    """How weights are quantized."""
+    declared = config.get("quantization_config") or {}
+    return declared.get("quant_method"), declared.get("format")
+
+
+def _decoded(tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
+    size = _block_of(config["quantization_config"])
+    used: set[str] = set()
+    for name, tensor in tensors.items():
+        stem = next((name.removesuffix(last) for last in _CODES if name.endswith(last)), "")
+        beside = [f"{stem}{last}" for last in _FACTORS if stem and f"{stem}{last}" in tensors]
+        if not beside or tensor.dtype not in SMALL:
+            continue
+        part = {last: tensors.get(f"{stem}{last}") for last in (*_TIMES, *_OVER)}
+        used |= {name, *beside, *(f"{stem}{last}" for last in (*part, *_UNUSED))}
+        factors = tensors[beside[0]]
+        block = size if factors.dtype not in ("U8", "F8_E4M3") and tensor.dtype not in ("U8", "I8") else None
+        times, over = (next((part[last] for last in names if part[last]), None) for names in (_TIMES, _OVER))
+        columns = math.prod(tensor.shape[2:] if len(tensor.shape) == 4 else tensor.shape[-1:])
+        shape = (math.prod(tensor.shape[:2]), columns * (2 if tensor.dtype in ("U8", "I8") else 1))
+        one = _Small(name, tensor, shape, (), factors=factors, block=block, times=times, over=over)
+        if len(tensor.shape) == 4:
+            count, rows = tensor.shape[:2]
+            home, _, stack = stem.rpartition(".")
+            for expert in range(count):
+                for half, first, number in _halves(stack, expert * rows, rows):
+                    whole = replace(one, shape=(number, shape[1]), rows=((first, number),))
+                    yield f"{home}.{expert}.{half}.weight", whole
+        else:
+            yield f"{stem}.weight", replace(one, shape=(tensor.shape[0], shape[1]), rows=((0, tensor.shape[0]),))
+    rest = {name: tensor for name, tensor in tensors.items() if name not in used}
+    for name in rest:
+        yield from _weights(name, rest, config)
+
+
+_CODES: Final = (".weight_packed", "_blocks", ".weight")
+_FACTORS: Final = (".weight_scale_inv", ".weight_scale", ".scale", "_scales")
+_TIMES: Final = (".weight_scale_2",)
+_OVER: Final = (".weight_global_scale",)
+_UNUSED: Final = (".input_scale", ".input_global_scale")
+
+
+def _block_of(declared: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the config says so."""
+    found = declared.get("weight_block_size")
+    for group in (declared.get("config_groups") or {}).values():
+        found = (group.get("weights") or {}).get("block_structure") or found
+    return (int(found[0]), int(found[1])) if found else None
 
 
 def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
@@ -295,6 +356,16 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
     if config.get("model_type") in _TURNED and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
         yield from _transposed(name, tensor, match)
+    elif match := _PARTS.fullmatch(name):
+        count, rows = tensor.shape[0], math.prod(tensor.shape[1:-1])
+        for expert in range(count):
+            yield (
+                f"{match[1]}.{expert}.{match[2]}",
+                _Weight(name, tensor, (rows, tensor.shape[-1]), ((expert * rows, rows),)),
+            )
+    elif _is_small(config) and any(f"{stem}.{each}" in tensors for each in ("weight_packed", "weight_scale")):
+        rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
+        yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
     elif last in ("qweight", "weight_packed"):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
     elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
@@ -356,14 +427,6 @@ def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Itera
     for part, first, number in _halves(match[2], 0, rows) if match else [("", 0, rows)]:
         key = f"{match[1]}.{match[3]}.{part}.weight" if match else f"{stem}.weight"
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
-
-
-def _floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype in ("F16", "F32", "F64"):
-        return bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float32)
-    raise ValueError(f"{dtype} holds no weights that are understood")
 
 
 # -- names and numbers --------------------------------------------------------------------------------------------
@@ -493,8 +556,8 @@ class _How:
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
-            if isinstance(wanted, _Float8) and found.tensor.dtype == "BF16":
-                pairs = ((found.bits_of(a, b), _nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
+            if isinstance(wanted, _Small) and found.tensor.dtype == "BF16":
+                pairs = ((found.bits_of(a, b), nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
                 return _first(found, pairs)
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
                 return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
@@ -516,11 +579,11 @@ class _How:
     def _dequantized(self, weight: _Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
         if weight.scales is None:
             assert self.exact is not None
-            codes, scale = _rounded(weight.values(start, stop), self.exact)
+            codes, scale = rounded(weight.values(start, stop), self.exact)
         else:
             codes, scale = weight.codes(start, stop)
         values = codes.astype(np.float32) * scale
-        return _nearest_half(values) if half else _nearest_bf16(values)
+        return nearest_half(values) if half else nearest_bf16(values)
 
     def _rounding(self, wanted: _Weight, found: _Weight) -> str:
         """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
@@ -528,7 +591,7 @@ class _How:
         for start, stop in found.runs():
             values, (codes, scale) = wanted.values(start, stop), found.codes(start, stop)
             if self.exact is not None:
-                right, expected = _rounded(values, self.exact)
+                right, expected = rounded(values, self.exact)
                 if text := _first(found, [(codes, right, start)]) or _first(found, [(scale, expected, start)], "scale"):
                     return text
                 continue
@@ -561,39 +624,6 @@ def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     text = _text_of(config)
     for home in (text, text.get("ffn_config") or {}):
         yield from ((key, home[key]) for key in _COUNTS if key in home)
-
-
-def _rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Round to nearest: the largest weight of a group goes to the lower end of the range, by the sign of its scale."""
-    end, columns = np.float32(2 ** (grid["bits"] - 1)), values.shape[1]
-    span = columns if grid["group_size"] == -1 else grid["group_size"]
-    groups = values.reshape(len(values), -1, span)
-    high, low = np.maximum(groups.max(axis=2), 0), np.maximum(-groups.min(axis=2), 0)
-    size = np.maximum(high, low) / end
-    if grid["scale_grid"] == "bf16":
-        size = _floats(_nearest_bf16(size), "BF16")
-    size = size.astype(np.float16).astype(np.float32)
-    scale = np.where((high >= low) & (size > 0), -1, 1).astype(np.float32) * np.maximum(size, _SMALLEST)
-    spread = np.repeat(scale, span, axis=1)
-    return np.clip(np.rint(values / spread), -end, end - 1).astype(np.int32), spread
-
-
-def _nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even, by the definition: of the two neighbours the one that is nearer."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    below, rest = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
-    up = (rest > 0x8000) | ((rest == 0x8000) & (below & np.uint32(1) == 1))
-    return np.asarray(below + up, np.uint16)
-
-
-def _nearest_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest float16, ties to even: to whole units of the last of 11 bits, 2^-24 at least, in float64."""
-    size = np.abs(values.astype(np.float64))
-    exponent = np.frexp(np.maximum(size, 2.0**-30))[1]  # of zero, as of all that is smaller than the last unit
-    unit = np.ldexp(1.0, np.maximum(exponent - 11, -24))
-    steps = np.rint(size / unit)  # to even, as numpy rounds
-    normal = np.maximum(exponent + 13, 0) * 1024 + steps  # the leading bit of a normal number adds one to its exponent
-    return np.asarray(normal.astype(np.uint16) | np.where(np.signbit(values), 0x8000, 0).astype(np.uint16))
 
 
 def _same_codes(wanted: _Weight, found: _Weight) -> str:
