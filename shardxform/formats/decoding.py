@@ -15,10 +15,11 @@ from typing import Any, Final, Protocol
 
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import CONFIG, Checkpoint
-from shardxform.errors import CheckpointError, SchemeError
+from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
+from shardxform.model.families import family_of
 
 __all__ = ["DECODED", "decoded", "decoded_in_part", "is_microscaled", "scan_decoded", "unreadable"]
 
@@ -225,6 +226,7 @@ def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
     """The checkpoint with weights in place of their codes; `found` has them by the names of these."""
     parts = {ref.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
     parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
+    parts |= {f"{weight.name}_activation_scale" for weight in found.values()}
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         if name in found:
@@ -241,7 +243,19 @@ def _rules(config: Mapping[str, Any]) -> list[Reading]:
         return []
     read = DECODED.get(str(declared.get("quant_method")))
     beside = {key: config[key] for key in _BESIDE if key in config}
-    return list(read({**beside, **declared})) if read else []
+    rules = list(read({**beside, **declared})) if read else []
+    if not any(isinstance(rule, ScaleRule) for rule in rules):
+        return rules
+    turned = _are_stacks_transposed(config)
+    return [replace(rule, transposed=turned) if isinstance(rule, ScaleRule) else rule for rule in rules]
+
+
+def _are_stacks_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether stacks of the family hold matrices [I, O]; of one that is not known, whose layout is refused, no."""
+    try:
+        return family_of(config)[0].experts.transposed
+    except FamilyError:
+        return False
 
 
 def _weight(rules: Iterable[Reading], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:

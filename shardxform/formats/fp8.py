@@ -96,6 +96,7 @@ class Fp8:
         block: rows and columns that share a scale; None for all of them. The last blocks may be partial.
         scale_suffix, scale_dtype: of the scales as they are stored.
         powers: whether scales are powers of two, in whatever dtype.
+        turned: whether scales are stored by columns and rows of blocks, [T, S].
 
     """
 
@@ -104,6 +105,7 @@ class Fp8:
     scale_suffix: str
     scale_dtype: str
     powers: bool = False
+    turned: bool = False
 
     def __str__(self) -> str:
         rows, columns = self.block
@@ -114,6 +116,7 @@ class Fp8:
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
         scales = (-(-rows // (self.block[0] or rows)), -(-columns // (self.block[1] or columns)))
+        scales = scales[::-1] if self.turned else scales
         return (
             PartSpec("values", "weight", self.dtype, (rows, columns)),
             PartSpec("scales", self.scale_suffix, self.scale_dtype, scales),
@@ -136,7 +139,7 @@ class Fp8:
         ref = parts["scales"]
         bits = np.empty(ref.spec.shape, {"F32": "f4", "BF16": "u2", "F16": "u2"}.get(ref.spec.dtype, "u1"))
         read(ref, bits)
-        scale_ST = self.scales(bits).reshape(self.parts(*shape)[1].shape)
+        scale_ST = self.scales(bits.reshape(self.parts(*shape)[1].shape))
         if checked:
             refuse_scales(scale_ST, ref.name)
         return DecodedRows(parts["values"], read, self, scale_ST, checked, 0, shape[0])
@@ -157,7 +160,8 @@ class Fp8:
         """Scales of what is stored for them."""
         from shardxform.formats.packing import float32_of
 
-        return float32_of(bits, self.scale_dtype) if bits.itemsize > 1 else powers_of_two(bits)
+        scales = float32_of(bits, self.scale_dtype) if bits.itemsize > 1 else powers_of_two(bits)
+        return scales.T if self.turned else scales
 
     # -- rounding values to it --------------------------------------------------------------------------------
 
@@ -181,6 +185,7 @@ class Fp8:
 
         from shardxform.formats import packing
 
+        most_ST = np.ascontiguousarray(most_ST.T) if self.turned else most_ST
         scale_ST = most_ST / np.float32(ELEMENTS[self.dtype].largest)
         scale_ST = np.where(scale_ST > 0, np.maximum(scale_ST, np.float32(_SMALLEST)), np.float32(1))
         if self.powers or self.scale_dtype in _POWER_DTYPES:
@@ -239,13 +244,15 @@ class ScaleRule:
     """How a config says that scales are stored: `names` that clients read, and dtypes.
 
     `block` is rows and columns of a block, empty for one scale a weight or, with `rows`, one a row; None where the
-    config does not say.
+    config does not say. `transposed` says that stacks of the family hold matrices [I, O]: scales may be stored like
+    them, or like the matrices [O, I].
     """
 
     names: tuple[str, ...]
     block: tuple[int, ...] | None
     rows: bool = False
     dtypes: frozenset[str] = _SCALE_DTYPES
+    transposed: bool = False
 
     @property
     def powers(self) -> bool:
@@ -258,7 +265,8 @@ class ScaleRule:
             return None
         *stacked, rows, columns = weight
         if self.block:
-            return ((*stacked, -(-rows // self.block[0]), -(-columns // self.block[1])),)
+            either = ((rows, columns), (columns, rows)) if self.transposed and stacked else ((rows, columns),)
+            return tuple((*stacked, -(-a // self.block[0]), -(-b // self.block[1])) for a, b in either)
         if self.rows:
             return (*stacked, rows, 1), (*stacked, rows)
         return (tuple(stacked), (*stacked, 1), (*stacked, 1, 1))
@@ -272,6 +280,12 @@ class ScaleRule:
             return ""
         blocks = f" in blocks of {list(self.block)}" if self.block else ""
         return f"shape {list(scale.shape)}, expected {list(shapes[0])} for a weight {list(weight)}{blocks}"
+
+    def beside(self, weight: TensorSpec) -> tuple[str, tuple[str, ...]]:
+        """What names of scales of a weight begin with, and may end with: stacks may have no last part of their own."""
+        if len(weight.shape) == 3 and not weight.name.endswith("weight"):
+            return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in self.names)
+        return weight.name.removesuffix("weight"), self.names
 
     def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
         """The weight [O, I], or stack of them [E, O, I], whose codes are `weight`; None for one that is not FP8.
@@ -288,23 +302,47 @@ class ScaleRule:
             raise CheckpointError(
                 f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
             )
-        stem = spec.name.removesuffix("weight")
-        suffix = next((name for name in self.names if stem + name in tensors), None)
+        stem, names = self.beside(spec)
+        suffix = next((name for name in names if stem + name in tensors), None)
         if suffix is None:
             raise CheckpointError(
-                f"tensor '{stem}{self.names[0]}' is missing; its weight is {spec.dtype}, which means nothing without"
+                f"tensor '{stem}{names[0]}' is missing; its weight is {spec.dtype}, which means nothing without"
             )
         scales = tensors[stem + suffix]
+        turned = self._is_turned(scales.spec, spec.shape)
         if wrong := self.fault(scales.spec, spec.shape):
             raise CheckpointError(f"tensor '{scales.name}': {wrong}")
         block = (self.block[0], self.block[1]) if self.block else (1 if self.rows else None, None)
-        encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype, self.powers)
+        encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype, self.powers, turned)
         rows, columns = spec.shape[-2:]
         pairs = [(weight, scales)]
         if len(spec.shape) == 3:
             pairs = [(weight.index(at), scales.index(at)) for at in range(spec.shape[0])]
         storages = [Storage(encoding, (("values", one), ("scales", its)), (rows, columns)) for one, its in pairs]
         return Encoded(TensorSpec(spec.name, "BF16", spec.shape), (), tuple(storages))
+
+    def _is_turned(self, scales: TensorSpec, stack: Shape) -> bool:
+        """Whether the scales of a stack of transposed matrices are those of the matrices as they are meant.
+
+        Raises:
+            CheckpointError: blocks are no squares, or there are as many of them in either direction.
+
+        """
+        if not (self.transposed and self.block and len(stack) == 3):
+            return False
+        aligned, turned = self.shapes(stack) or ((), ())
+        if self.block[0] != self.block[1]:
+            raise CheckpointError(
+                f"tensor '{scales.name}': scales of a stack that is stored transposed, in blocks of {list(self.block)}:"
+                " which size is that of rows cannot be told; expected square blocks"
+            )
+        if aligned == turned:
+            raise CheckpointError(
+                f"tensor '{scales.name}': {list(scales.shape)} scales of a stack that is stored transposed"
+                f" {list(stack)}: whether they are transposed too cannot be told from a square; read a checkpoint with"
+                " experts one by one, or in 16 bits"
+            )
+        return scales.shape == turned
 
 
 def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:

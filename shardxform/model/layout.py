@@ -63,7 +63,10 @@ COMPANIONS: Final[Mapping[str, Rows]] = {
     "weight_scale_inv": "blocks",
     "weight_shape": "inside",
     "weight_zero_point": "inside",
+    "_activation_scale": "rows",
     "_blocks": "rows",
+    "_scale": "rows",
+    "_scale_inv": "rows",
     "_scales": "rows",
 }
 """Last name parts that stand for, or beside, a quantized `weight`, and share its place; and what its axis 0 counts.
@@ -423,9 +426,8 @@ class _Finder:
             companion = last
             candidates = self._table.get(f"{key}{dot}weight")
         elif candidates is None and last.endswith(_OF_STACKS):
-            at = last.rindex("_")
-            companion = last[at:]
-            candidates = self._table.get(f"{key}{dot}{last[:at]}")
+            companion = max((end for end in _OF_STACKS if last.endswith(end)), key=len)
+            candidates = self._table.get(f"{key}{dot}{last.removesuffix(companion)}")
         place = self._chosen(candidates or (), numbers, digits, companion)
         if place:
             self._found[name] = place

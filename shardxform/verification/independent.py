@@ -48,7 +48,9 @@ _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _APART: Final = re.compile(r"(.*)\.moe\.(gate_proj|up_proj|down_proj)\.weight")
 _BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_bias")
-_PARTS: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.((?:gate_up_proj|down_proj)_(?:blocks|scales))")
+_PARTS: Final = re.compile(
+    rf"(.*\.{_HOME}\.experts)\.((?:gate_up_proj|down_proj)_(?:blocks|scales|scale|scale_inv|activation_scale))"
+)
 _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
@@ -307,6 +309,10 @@ def _form(config: Mapping[str, Any]) -> tuple[object, object]:
 
 def _decoded(tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
     """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
+    if glued := next(
+        (name for name, tensor in tensors.items() if _FUSED.fullmatch(name) and tensor.dtype in SMALL), ""
+    ):
+        raise ValueError(f"{glued}: stacks of {tensors[glued].dtype} are compared only as they are stored")
     size = _block_of(config["quantization_config"])
     used: set[str] = set()
     for name, tensor in tensors.items():
@@ -358,11 +364,10 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
         yield from _transposed(name, tensor, match)
     elif match := _PARTS.fullmatch(name):
         count, rows = tensor.shape[0], math.prod(tensor.shape[1:-1])
+        shape = (rows, tensor.shape[-1]) if len(tensor.shape) > 1 else (1, 1)
         for expert in range(count):
-            yield (
-                f"{match[1]}.{expert}.{match[2]}",
-                _Weight(name, tensor, (rows, tensor.shape[-1]), ((expert * rows, rows),)),
-            )
+            one = _Weight(name, tensor, shape, ((expert * rows, rows),))
+            yield f"{match[1]}.{expert}.{match[2]}", one
     elif _is_small(config) and any(f"{stem}.{each}" in tensors for each in ("weight_packed", "weight_scale")):
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))

@@ -335,7 +335,7 @@ def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Fi
     """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
     declared = layout.config.get("quantization_config")
     rule = scale_rule(declared if isinstance(declared, Mapping) else {})
-    rule = rule or ScaleRule(SCALES, None)
+    rule = replace(rule or ScaleRule(SCALES, None), transposed=layout.family.experts.transposed)
     findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)
 
 
@@ -344,9 +344,9 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
         spec = tensors[name].spec
         if place.companion or spec.dtype not in FP8:
             continue
-        stem = name.removesuffix("weight")
-        stored = next((last for last in SCALES if stem + last in tensors), None)
-        last = stored if stored in rule.names else rule.names[0]
+        stem, names = rule.beside(spec)
+        stored = next((last for last in replace(rule, names=SCALES).beside(spec)[1] if stem + last in tensors), None)
+        last = stored if stored in names else names[0]
         if stem + last not in tensors:
             found = f", and clients do not read {stored}" if stored else ""
             detail = f"missing: its weight is {spec.dtype}, which means nothing without its scales{found}"

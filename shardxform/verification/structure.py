@@ -473,7 +473,8 @@ def _check_unexpected(
     for name, place in layout.places.items():
         if place.scope == "mtp" and not layout.mtp_layers:
             continue
-        base = name.removesuffix(place.companion) + "weight" if place.companion else name
+        whole = "" if place.companion.startswith("_") or not place.companion else "weight"
+        base = name.removesuffix(place.companion) + whole
         template = place.template
         if template in layout.family.towers:
             continue
