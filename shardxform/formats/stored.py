@@ -17,6 +17,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.config_names import declarations, declared_in, undeclared
 from shardxform.formats.dialects import (
     Resolved,
     resolve,
@@ -35,6 +36,7 @@ __all__ = [
     "HALF_DTYPES",
     "Float",
     "Stored",
+    "as_plain",
     "config_of_half",
     "has_g_idx",
     "read_stored",
@@ -93,6 +95,11 @@ def read_stored(source: Checkpoint) -> Stored:
     return stored
 
 
+def as_plain(source: Checkpoint, stored: Stored) -> Checkpoint:
+    """Give a quantized checkpoint as the 16-bit one that its weights stand for."""
+    return replace(source, tensors={**stored.weights, **stored.plain}, config=undeclared(source.config))
+
+
 def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     """Read a quantized checkpoint, and list every module that is not stored as its config and family say.
 
@@ -102,7 +109,7 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
 
     """
     groups, plain = _grouped(source.tensors)
-    if source.config.get("quantization_config") and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+    if any(declarations(source.config)) and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
         raise SchemeError(
             f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized: remove it from config.json,"
             " and the checkpoint is the 16-bit one that the shards hold"
@@ -142,11 +149,11 @@ def has_g_idx(module: Storage) -> bool:
 
 def _resolved(source: Checkpoint) -> Resolved:
     config, where = source.config, f"{source.where}/{CONFIG}"
-    declared = config.get("quantization_config")
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value.get("quantization_config"):
-            raise SchemeError(f"{where}: {key}.quantization_config, expected it at the top level alone")
-    if declared in (None, {}):
+    try:
+        declared = declared_in(config)
+    except SchemeError as e:
+        raise SchemeError(f"{where}: {e}") from e
+    if declared is None:
         raise SchemeError(f"{where}: no quantization_config: the source is not quantized; see `shardxform quantize`")
     if not isinstance(declared, Mapping):
         raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")

@@ -17,14 +17,24 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.decoding import decoded
+from shardxform.formats.config_names import declared_in, with_declared
+from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import ExpertNames, Format, Scheme
-from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
+from shardxform.formats.stored import (
+    HALF_DTYPES,
+    Float,
+    Stored,
+    as_plain,
+    config_of_half,
+    has_g_idx,
+    read_stored,
+    released,
+)
 from shardxform.model.families import family_origin
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
@@ -86,15 +96,16 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
     _refuse_restacking(stored, target)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
+    plain_source = as_plain(source, stored)
+    config = dict(plain_source.config)
+    view = pruned_view(plain_source, None)
     _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
     weights = _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
     if scheme is not None:
         quantization = build(selection, scheme, view.layout)
-        config = {**source.config, "quantization_config": quantization}
+        config = with_declared(source.config, quantization)
     elif target.format == "fp16":
         config = config_of_half(config)
     shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
@@ -121,16 +132,17 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
 
 
 def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
-    """Plan the 16-bit checkpoint that a source in small floats stands for, in the release's layout.
+    """Plan the 16-bit checkpoint that a source that is only read stands for, in the release's layout.
 
     Raises:
         SchemeError: a target of integers, which are rounded anew and not converted.
 
     """
+    kinds = encodings_of(plain.tensors.values())
     if target.format not in HALF_DTYPES:
         raise SchemeError(
-            f"`target.format` {target.format}: the source is in small floats, which no integers hold exactly; use"
-            " `shardxform quantize`, or `target.format` bf16"
+            f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which no integers with one scale"
+            " a group hold exactly; use `shardxform quantize`, or `target.format` bf16"
         )
     view = pruned_view(plain, None)
     _refuse_half(view, target)
@@ -155,12 +167,12 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
         inputs=_inputs(source, target, options, sidecars, None),
         summary={
             **view_summary(source, view),
-            "from": source.config["quantization_config"]["quant_method"],
+            "from": declared_in(source.config)["quant_method"],
             "tensors_after": sum(len(shard.entries) for shard in shards),
             "copied": len(copied),
             "converted_modules": count,
         },
-        notes=(f"{count:,} weight matrices in small floats become {_HALVES[target.format]}", *view.notes),
+        notes=(f"{count:,} weight matrices in {' and '.join(kinds)} become {_HALVES[target.format]}", *view.notes),
         unread=source.unread,
     )
     plan.check()

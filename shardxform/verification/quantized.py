@@ -15,7 +15,7 @@ from typing import Final
 
 from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
-from shardxform.formats.decoding import is_microscaled, unreadable
+from shardxform.formats.decoding import is_packed, unreadable
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import Layout, Place, is_tied
@@ -88,7 +88,7 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     _check_float(layout, modules, findings)
     if why := unreadable(layout.config):
         findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
-    if not is_microscaled(layout.config):
+    if not is_packed(layout.config):
         _check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
     if declared in (None, {}):

@@ -15,7 +15,7 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.decoding import is_microscaled, scan_decoded
+from shardxform.formats.decoding import is_packed, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
@@ -223,7 +223,7 @@ def check_structure(
     for fault in config_faults(layout):
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
-    if is_microscaled(checkpoint.config):
+    if is_packed(checkpoint.config):
         checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
         layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
