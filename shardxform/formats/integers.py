@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import QuantizedWeight, RtnStats
 
-__all__ = ["Ints"]
+__all__ = ["Ints", "refuse_bad"]
 
 _SMALLEST_SCALE: Final = 1e-5  # below it a scale is a denormal that no tool writes: auto-round and we clamp there
 _SIGMAS: Final = 8
@@ -201,7 +201,7 @@ class Ints:
         for rows in sources:
             for start, stop in row_tiles(rows.count, writing.shape[1], ROUND_TILE):
                 stats: RtnStats = writing.rounder(*rows.raw(start, stop), self.grid, out.rows(row, row + stop - start))
-                _refuse_bad(stats, writing.where, row)
+                refuse_bad(stats, writing.where, row)
                 writing.groups += stats.groups
                 writing.zero_groups += stats.zero_groups
                 row += stop - start
@@ -243,7 +243,13 @@ def _parts(ints: Ints, rows: int, columns: int) -> tuple[PartSpec, ...]:
     )
 
 
-def _refuse_bad(stats: RtnStats, where: str, first_row: int) -> None:
+def refuse_bad(stats: RtnStats, where: str, first_row: int) -> None:
+    """Refuse weights that a grid cannot say, `first_row` being that of the run that was rounded.
+
+    Raises:
+        ExecutionError: names tensor and row.
+
+    """
     if stats.nonfinite is not None:
         row, column = stats.nonfinite
         raise ExecutionError(

@@ -33,7 +33,7 @@ __all__ = ["Plain", "PlainRows", "storages_of"]
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Values of one dtype. What is not plain itself is rounded to BF16 or F16 when it is written so."""
+    """Values of one dtype. What has another is rounded to BF16 or F16 when it is written so, and is exact in F32."""
 
     dtype: str
 
@@ -79,6 +79,8 @@ class Plain:
         from shardxform.formats import packing
 
         values_RI = rows.values(start, stop)
+        if self.dtype == "F32":
+            return values_RI
         if self.dtype == "BF16":
             return packing.bf16_bits_of(values_RI)
         assert self.dtype == "F16"
