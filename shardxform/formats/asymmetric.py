@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "Width", "Zeros"]
+__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "Width", "Zeros", "reread"]
 
 Order = Literal["gptq", "awq", "row"]
 """How words lie."""
@@ -65,6 +65,7 @@ class Asymmetric:
         group_size: columns that share a scale; -1 for a whole row.
         order: of the words.
         zeros: how zero points are stored.
+        symmetric: whether each is the middle of the range, stored or not.
         scale_dtype: F16, BF16 or F32.
         g_idx: whether the group of each column is stored.
 
@@ -74,19 +75,25 @@ class Asymmetric:
     group_size: int
     order: Order
     zeros: Zeros
+    symmetric: bool = False
     scale_dtype: str = "F16"
     g_idx: bool = False
 
     def __str__(self) -> str:
         groups = "a scale a row" if self.group_size == -1 else f"groups of {self.group_size}"
-        zeros = " with zero points" if self.zeros else ""
+        zeros = "" if self.symmetric else " with zero points"
         return f"{self.bits}-bit integers{zeros}, {groups}{', in the order of AWQ' if self.order == 'awq' else ''}"
 
     @classmethod
     def of(cls, ints: Ints) -> Asymmetric:
         """Symmetric integers, to be decoded: rows of these are values, and no integers that can be moved."""
         zeros: Zeros = "less one" if ints.layout == "gptq" else ""
-        return cls(ints.grid.bits, ints.grid.group_size, ints.layout, zeros, ints.scale_dtype, ints.g_idx)
+        return cls(ints.grid.bits, ints.grid.group_size, ints.layout, zeros, True, ints.scale_dtype, ints.g_idx)
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.bits
 
     def span(self, columns: int) -> int:
         """Columns of a full group."""
@@ -176,7 +183,16 @@ class Asymmetric:
         if self.order == "awq":
             codes_GO = _in_order(codes_GO)
         zero_OG = np.ascontiguousarray(codes_GO.T[: shape[0]]).astype(np.float32)
-        if self.zeros == "stored":
+        less = np.float32(self.zeros == "less one")
+        if self.symmetric:
+            middle = np.float32(1 << (self.bits - 1))
+            if checked and (bad := packing.first_of(zero_OG + less != middle)):
+                raise ExecutionError(
+                    f"tensor '{parts['zeros'].name}': zero point {int(zero_OG[bad] + less)} of row {bad[0]}, group"
+                    f" {bad[1]}, expected {int(middle)} of a weight that the config calls symmetric"
+                )
+            return None
+        if not less:
             return zero_OG
         if checked and (bad := packing.first_of(zero_OG == (1 << self.bits) - 1)):
             raise ExecutionError(
@@ -184,7 +200,7 @@ class Asymmetric:
                 f" clients of checkpoint_format gptq read as {1 << self.bits} or as 0, with the next one off by one;"
                 " expected smaller ones, or checkpoint_format gptq_v2"
             )
-        return zero_OG + np.float32(1)
+        return zero_OG + less
 
     def _groups(
         self, found: NDArray[Any] | None, parts: Mapping[Role, TensorRef], shape: tuple[int, int], checked: bool
@@ -274,6 +290,17 @@ class AsymmetricRows:
         return self.values(start, stop), "F32"
 
 
+def reread(ref: TensorRef) -> TensorRef:
+    """The same tensor, of symmetric integers as values alone, which are rounded where the integers would be moved."""
+    if not isinstance(ref, Encoded):
+        return ref
+    sources = (
+        replace(source, encoding=Asymmetric.of(source.encoding)) if isinstance(source.encoding, Ints) else source
+        for source in ref.sources
+    )
+    return replace(ref, sources=tuple(sources))
+
+
 # -- what configs say of it ---------------------------------------------------------------------------------------
 
 
@@ -321,7 +348,8 @@ class IntegerRule:
             width.bits,
             width.group_size,
             self.order,
-            self.zeros if width.zeros else "",
+            self.zeros if width.zeros or self.order != "row" else "",
+            not width.zeros,
             scales.spec.dtype if scales and scales.spec.dtype in _SCALES else "F16",
             f"{stem}.{'weight_g_idx' if self.order == 'row' else 'g_idx'}" in tensors,
         )

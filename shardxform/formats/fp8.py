@@ -62,6 +62,11 @@ class Fp8:
             return f"FP8 in blocks of {rows} x {columns}"
         return "FP8, a scale a row" if rows else "FP8, one scale"
 
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return 8
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
         scales = (-(-rows // (self.block[0] or rows)), -(-columns // (self.block[1] or columns)))

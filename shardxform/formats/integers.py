@@ -60,9 +60,20 @@ class Ints:
         return cls(scheme.grid, layout, "BF16" if bf16 else "F16", scheme.g_idx)
 
     @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.grid.bits
+
+    @property
     def fits_half(self) -> bool:
         """Whether 11 significant bits hold every value: 8 of a bfloat16 scale, and 3 of a code of at most 8 in size."""
         return self.grid.bits == 4 and self.grid.scale_grid == "bf16"
+
+    def holds(self, other: Ints) -> bool:
+        """Whether integers and scales of another kind are stored so without a change, but for the type of a scale."""
+        ours, theirs = self.grid, other.grid
+        exact = ours.scale_grid == "fp16" or theirs.scale_grid == "bf16"
+        return exact and (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
 
     def misfit(self, rows: int, columns: int) -> str:
         """Say why a matrix cannot be stored so; empty when it can."""

@@ -318,7 +318,7 @@ def _inputs(
         "target": asdict(target),
         "source": source_inputs(source, sidecars),
         **family_origin(source.config),
-        **({"scheme": asdict(scheme)} if scheme else {}),
+        **({"scheme": scheme.facts()} if scheme else {}),
         **({"origin": origin} if origin else {}),
         computing.KEY: computing.of_rounding(),
     }
@@ -363,7 +363,7 @@ def _summary(
     """Figures for people and for JSON; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
     quantized = (
         {
-            "scheme": asdict(scheme),
+            "scheme": scheme.facts(),
             "quantized_modules": len(selection.quantized),
             "quantized_weight_bytes": sum(module.nbytes for module in selection.quantized),
             "kept_modules": reasons_summary(selection),

@@ -13,6 +13,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded
@@ -153,7 +154,7 @@ def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
 
 
 def _quantization(source: Checkpoint) -> str:
-    config = source.config.get("quantization_config")
+    config = next((value for _, value in declarations(source.config)), None)
     return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
 
 
@@ -252,7 +253,7 @@ def stored_of(checkpoint: Checkpoint) -> Stored | None:
         CheckpointError: quantized so, but not as its config says.
 
     """
-    if not checkpoint.config.get("quantization_config"):
+    if not any(declarations(checkpoint.config)):
         return None
     try:
         return read_stored(checkpoint)

@@ -6,9 +6,8 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,21 +17,26 @@ from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declarations
-from shardxform.formats.decoding import decoded
+from shardxform.formats.asymmetric import Asymmetric, reread
+from shardxform.formats.config_names import declarations, declared_in, with_declared
+from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import (
     Selection,
     build,
     gathered_tensors,
+    is_carried,
     kept_tensors,
     reasons_summary,
     refuse_unread,
     select,
 )
 from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.fp8 import Fp8
 from shardxform.formats.integers import Ints
+from shardxform.formats.microscaling import Microscaled
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import FORMATS, GROUP_SIZES, Scheme
+from shardxform.formats.scheme import FORMATS, GROUP_SIZES, Grid, Scheme
+from shardxform.formats.stored import Stored, as_plain, read_stored
 from shardxform.model.layout import is_quantized
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
@@ -79,10 +83,14 @@ def plan_quantize(
 
     """
     options = options or ViewOptions()
-    view = _view(source, scheme, manifest, options, recipe)
+    stored = _integers(source) if (plain := decoded(source)) is None else None
+    plain = plain or (_of_integers(source, stored, scheme) if stored else None)
+    view = _view(source, plain, scheme, manifest, options, recipe)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
+    _refuse_second_rounding(selection, scheme, stored)
+    _refuse_still(view, selection, scheme, recipe)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
     kept = kept_tensors(view.layout, tensors, selection, scheme)
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
@@ -93,8 +101,8 @@ def plan_quantize(
     healed = _healed(view, selection, copied, shards, recipe)
     unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    computed = _computed(source, view, shards, gathered, selection, scheme, healed, recipe)
-    config = {**view.checkpoint.config, "quantization_config": quantization}
+    computed = _computed(plain or source, view, shards, gathered, selection, scheme, healed, recipe)
+    config = with_declared(view.checkpoint.config, quantization)
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
     plan = Plan(
@@ -114,7 +122,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(selection, kept, scheme), *_misfit_notes(selection)),
         unread=source.unread,
     )
     plan.check()
@@ -122,9 +130,14 @@ def plan_quantize(
 
 
 def _view(
-    source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
+    source: Checkpoint,
+    plain: Checkpoint | None,
+    scheme: Scheme,
+    manifest: Manifest | None,
+    options: ViewOptions,
+    recipe: Recipe | None,
 ) -> View:
-    """What is quantized of the source, as 16-bit weights; refuses what cannot be."""
+    """What is quantized of the source, which a quantized one has as `plain`; refuses what cannot be."""
     if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
         raise SchemeError(
             "`format` compressed-tensors needs `scale_grid` bf16: transformers runs experts in the type of their"
@@ -132,7 +145,6 @@ def _view(
         )
     if recipe and scheme.expert_names != "split":
         raise SchemeError("tuned and healed blocks are written with `expert_names` split; see `shardxform convert`")
-    plain = decoded(source)
     if plain is None:
         _refuse_quantized(source)
     view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=options.mtp)
@@ -141,6 +153,99 @@ def _view(
     _refuse_unscaled(view)
     refuse_unread(view.layout, scheme)
     return view
+
+
+def _integers(source: Checkpoint) -> Stored | None:
+    """A source of integers of one scheme; None for one that declares none.
+
+    Raises:
+        SchemeError, CheckpointError: not as the config says.
+
+    """
+    declared = declared_in(source.config)
+    method = declared.get("quant_method") if isinstance(declared, Mapping) else None
+    if method not in FORMATS or not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+        return None
+    stored = read_stored(source)
+    if stored.contradictions:
+        raise SchemeError(f"{source.where}: {stored.contradictions[0]}; see `shardxform verify`")
+    return stored
+
+
+def _of_integers(source: Checkpoint, stored: Stored, scheme: Scheme) -> Checkpoint:
+    """The 16-bit checkpoint that integers stand for.
+
+    Those that are of the grid asked for stay what they are; others are values, which can be rounded.
+    """
+    plain = as_plain(source, stored)
+    if not scheme.requantize and Ints.of(scheme).holds(Ints.of(stored.scheme)):
+        return plain
+    return replace(plain, tensors={name: reread(ref) for name, ref in plain.tensors.items()})
+
+
+def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored | None) -> None:
+    """Refuse to round what is no larger than what is asked for, unless it is to be rounded anew.
+
+    It cannot stay as it is beside others: clients read one kind of quantized weights in a checkpoint.
+
+    Raises:
+        SchemeError: names one, and what can be done.
+
+    """
+    if scheme.requantize:
+        return
+    found = [
+        (module.name, source.encoding)
+        for module in selection.quantized
+        for source in module.stored
+        if isinstance(source.encoding, Ints | Asymmetric | Fp8 | Microscaled)
+        and source.encoding.width <= scheme.grid.bits
+        and not is_carried(module, scheme)
+    ]
+    if not found:
+        return
+    (name, encoding), way = found[0], _way_to_carry(scheme.grid, stored.scheme.grid) if stored else ""
+    raise SchemeError(
+        f"{len(found):,} weights of the source, such as {name}, are {encoding}: no larger than {Ints.of(scheme)}, and"
+        f" no client reads both in one checkpoint; {way}`requantize` rounds them a second time, with a loss, and"
+        " `shardxform prune` keeps every byte"
+    )
+
+
+def _refuse_still(view: View, selection: Selection, scheme: Scheme, recipe: Recipe | None) -> None:
+    """Refuse to heal or tune where it is integers that stay as they are.
+
+    Raises:
+        SchemeError: says which.
+
+    """
+    still = [module for module in selection.quantized if is_carried(module, scheme) and module.place.scope == "block"]
+    if not recipe or not still:
+        return
+    if recipe.heal:
+        names = set(healed_names(view.layout, view.layout.places, recipe.heal.widest))
+        if moved := [module.name for module in still if not names.isdisjoint(module.sources)]:
+            raise SchemeError(
+                f"`heal`: {len(moved):,} weights, such as {moved[0]}, are integers that stay as they are, and cannot"
+                " move; `requantize` heals and rounds them"
+            )
+    if recipe.iters and len(still) == sum(module.place.scope == "block" for module in selection.quantized):
+        raise SchemeError(
+            f"nothing to tune: all {len(still):,} weights are {Ints.of(scheme)} already, and stay as they are;"
+            " `requantize` tunes and rounds them anew"
+        )
+
+
+def _way_to_carry(asked: Grid, found: Grid) -> str:
+    """What to ask for so that integers stay as they are."""
+    ways = []
+    if asked.bits != found.bits:
+        ways.append(f"`grid.bits` W{found.bits}A16")
+    if asked.group_size != found.group_size:
+        ways.append(f"`group_size` {found.group_size}")
+    if (asked.scale_grid, found.scale_grid) == ("bf16", "fp16"):
+        ways.append("`scale_grid` fp16")
+    return f"{' and '.join(ways)} takes them over as they are, " if ways else ""
 
 
 def _computed(
@@ -159,7 +264,7 @@ def _computed(
     rounded: list[tuple[TranscodeItem, int]] = []
     for module in selection.quantized:
         item = transcode_item(module.name, module.stored, encoding, extents)
-        if recipe and module.place.scope == "block":
+        if recipe and module.place.scope == "block" and not is_carried(module, scheme):
             tuned.append((module.place.layer, item))
         else:
             rounded.append((item, module.nbytes))
@@ -169,9 +274,7 @@ def _computed(
     )
     yield from transcode_steps(rounded)
     if recipe:
-        yield from _tune_steps(
-            tuned, healed, block_sizes(decoded(source) or source, view), partial(TuneBlock, recipe=recipe)
-        )
+        yield from _tune_steps(tuned, healed, block_sizes(source, view), partial(TuneBlock, recipe=recipe))
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -239,7 +342,7 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
 
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
     """Describe a scheme as plain data, for the record and for comparison."""
-    return {"method": "auto-round" if recipe and recipe.iters else "rtn", **asdict(scheme)}
+    return {"method": "auto-round" if recipe and recipe.iters else "rtn", **scheme.facts()}
 
 
 def _healed(
@@ -289,27 +392,26 @@ def _summary(
     }
 
 
-def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iterator[str]:
-    """Say what becomes of weights that are no 16-bit ones in the source."""
-    found = Counter(
-        str(source.encoding)
-        for ref in view.checkpoint.tensors.values()
-        if isinstance(ref, Encoded)
-        for source in ref.sources
-    )
-    if not found:
-        return
-    stay = sum(len(ref.sources) for ref in kept.values() if isinstance(ref, Encoded))
-    how = ", ".join(f"{count:,} in {name}" for name, count in found.most_common())
-    yield (
-        f"weights of the source are in small floats ({how}): {stay:,} of them are written as bfloat16, and the others"
-        " rounded from float32"
-    )
-    if any("FP4" in name for name in found) and bits >= 4:
+def _decoded_notes(selection: Selection, kept: Mapping[str, TensorRef], scheme: Scheme) -> Iterator[str]:
+    """Say what becomes of weights that are no 16-bit ones in the source, and what of it is lossless."""
+    carried = [module for module in selection.quantized if is_carried(module, scheme)]
+    if carried:
         yield (
-            "weights of 4 bits are rounded a second time and become no smaller: `prune` keeps their bytes, which is"
-            " lossless"
+            f"{len(carried):,} weights keep every integer and every scale: the source holds them in"
+            f" {Ints.of(scheme)} already"
         )
+    rounded = encodings_of(module.weight for module in selection.quantized if not is_carried(module, scheme))
+    written = encodings_of(kept.values())
+    if rounded:
+        yield f"rounded from their values: {_listed(rounded)} in the source"
+    if written:
+        yield f"written as bfloat16, rounded to its 8 significant bits: {_listed(written)} in the source"
+    if scheme.requantize and rounded:
+        yield "what is rounded a second time is not what the source holds: `shardxform prune` keeps its bytes"
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} weights that are {name}" for name, count in counts.items())
 
 
 def _misfit_notes(selection: Selection) -> Iterator[str]:

@@ -86,6 +86,9 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     modules = list(_modules(layout, tensors))
     declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     _check_float(layout, modules, findings)
+    above, below = layout.config.get("quantization_config"), layout.text.get("quantization_config")
+    if layout.wrapper.text_key and above and below and above != below:
+        findings.problem("quantization-config", CONFIG, "quantization_config and that of the text config differ")
     if why := unreadable(layout.config):
         findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
     if not is_packed(layout.config):
@@ -226,7 +229,12 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
         report(f"quant_method: {method}, whose loaders {why}")
     bits, packing = declared.get("bits"), declared.get("packing_format")
     if method == "gptq" and declared.get("sym") is False:
-        report(f"sym: false, which vLLM and SGLang refuse for experts (bits={bits}, sym=False)")
+        findings.warn(
+            "quantization-config",
+            CONFIG,
+            f"quantization_config.sym: false ({bits} bits), of which vLLM and SGLang run"
+            " experts only when told to (quantization moe_wna16)",
+        )
     if method == "auto-round" and packing is not None and packing not in _PACKINGS:
         report(f"packing_format: {packing!r}, clients take {' or '.join(_PACKINGS)}")
     blocks = blocks_of(declared)
@@ -325,7 +333,7 @@ def _ignored(declared: Mapping[str, object]) -> Iterator[str]:
 
 def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Findings) -> None:
     """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
-    declared = layout.config.get("quantization_config")
+    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     rule = scale_rule(declared if isinstance(declared, Mapping) else {})
     rule = rule or ScaleRule(SCALES, None)
     findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)

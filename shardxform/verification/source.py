@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Final, cast
@@ -17,7 +17,9 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
+from shardxform.formats.config_names import declared_in
 from shardxform.formats.decoding import decoded
+from shardxform.formats.stored import as_plain
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.view import MtpMode, View, pruned_view
@@ -60,9 +62,8 @@ def rebuild(
     record, packed = known.record, known.packed
     _check_origin(source, record, findings)
     if packed:
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
-    elif out is not None and _method(out) != _method(source):
+        source = as_plain(source, packed)
+    elif out is not None and (_method(out) != _method(source) or record.get("command") in ("convert", "quantize")):
         source = decoded(source) or source
     layout = layout_of(source.config, source.tensors)
     manifest = _given_manifest(options, layout)
@@ -88,7 +89,7 @@ def rebuild(
 
 
 def _method(checkpoint: Checkpoint) -> object:
-    declared = checkpoint.config.get("quantization_config")
+    declared = declared_in(checkpoint.config)
     return declared.get("quant_method") if isinstance(declared, Mapping) else None
 
 

@@ -15,6 +15,7 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
+from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import is_packed, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
@@ -252,7 +253,7 @@ def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Chec
 
 
 def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
-    if not checkpoint.config.get("quantization_config"):
+    if not any(declarations(checkpoint.config)):
         return None
     from shardxform.verification.parts import check_parts  # and with it all that is known of encodings
 
@@ -558,7 +559,7 @@ def _meaning(layout: Layout, name: str) -> tuple[str, str]:
 
 
 def _way_out(layout: Layout) -> str:
-    declared = layout.config.get("quantization_config")
+    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     method = declared.get("quant_method") if isinstance(declared, Mapping) else None
     if method not in FORMATS:
         return ""

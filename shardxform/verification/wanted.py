@@ -16,6 +16,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.config_names import declarations
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.matrices import matrices_of, single_biases
@@ -128,9 +129,9 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
         CheckpointError: a quantized source is not stored as its config says.
 
     """
-    packed = _packed_source(source, out, stored)
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
+    packed = _packed_source(source, out, stored, inputs)
     return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
 
 
@@ -141,18 +142,26 @@ def _inputs_for(source: Checkpoint, inputs: Mapping[str, object], packed: Stored
     return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
 
 
-def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
-    """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other."""
-    if not source.config.get("quantization_config") or out is None:
+def _packed_source(
+    source: Checkpoint, out: Checkpoint | None, stored: Stored | None, inputs: Mapping[str, object]
+) -> Stored | None:
+    """A source of integers that OUT holds in another form, or beside more of them; None for any other.
+
+    So `convert` writes it, and `quantize`, which rounds what is not quantized in the source.
+    """
+    if not any(declarations(source.config)) or out is None:
         return None
     try:
         packed = read_stored(source)
     except SchemeError:
         return None  # a form that is not understood can only have been copied
-    if not out.config.get("quantization_config"):
+    if not any(declarations(out.config)):
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
-    return packed if stored and form != other else None
+    if stored is None or (form == other and inputs.get("command") != "quantize"):
+        more = stored and any(name in packed.plain for name in stored.weights)
+        return packed if more else None
+    return packed
 
 
 def _healed(view: View, record: Mapping[str, object]) -> frozenset[str]:
@@ -187,9 +196,9 @@ def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
 def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
     """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
     healed = _healed(view, known.record)
-    if not out.config.get("quantization_config") and (known.packed or known.dequantized):
+    if not any(declarations(out.config)) and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
-    if not out.config.get("quantization_config") or view.checkpoint.config.get("quantization_config"):
+    if not any(declarations(out.config)) or any(declarations(view.checkpoint.config)):
         return _apart(Wanted(view, view.checkpoint.tensors), healed)
     return _apart(_quantized(view, out, known, findings), healed)
 

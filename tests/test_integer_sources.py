@@ -1,0 +1,317 @@
+"""Checkpoints of integers as sources of every verb, against a twin in bfloat16 that holds the same values.
+
+They are packed here in plain numpy, a code at a time, from the layouts of AutoAWQ, GPTQModel, auto-round and
+compressed-tensors. Scales are powers of two, so that the twin is exact in bfloat16, and whatever is made from the
+source must be what is made from the twin, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build import bf16, read_checkpoint, write_checkpoint
+from strategies import picked
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import any_moe  # noqa: E402
+from test_small_floats import DATA, Tensors, as_released, call, keep_file, raw, shards  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+MIXED = re.compile(r".*self_attn\.(q|k|v)_proj")
+
+
+def words_of(codes: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
+    """Codes [.., N] as int32 words [.., N * bits / 32]; nibble i of a word holds the code `order[i]` of its run."""
+    count = 32 // bits
+    runs = codes.astype(np.uint32).reshape(*codes.shape[:-1], -1, count)
+    words = np.zeros(runs.shape[:-1], np.uint32)
+    for i, at in enumerate(order or range(count)):
+        words |= runs[..., at] << np.uint32(bits * i)
+    return words.view(np.int32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Codes, zero points and scales of a weight; `group` is that of each column."""
+
+    codes_OI: np.ndarray
+    zero_OG: np.ndarray
+    scale_OG: np.ndarray
+    group_I: np.ndarray
+    bits: int
+
+    @property
+    def values(self) -> np.ndarray:
+        of = self.group_I
+        return (self.codes_OI - self.zero_OG[:, of]).astype(np.float32) * self.scale_OG[:, of].astype(np.float32)
+
+
+def packed(w: np.ndarray, *, bits: int = 4, size: int = 32, sym: bool = False, mixed: bool = False) -> Packed:
+    """Rounded so that values have at most 8 bits; with `mixed` columns belong to groups in no order."""
+    columns, top = w.shape[1], (1 << min(bits, 7)) - 1
+    group_I = np.arange(columns) // (columns if size == -1 else size)
+    if mixed:
+        group_I = np.random.default_rng(7).permutation(group_I)
+    groups = int(group_I.max()) + 1
+    low = np.stack([np.minimum(w[:, group_I == g].min(1), 0) for g in range(groups)], 1)
+    high = np.stack([np.maximum(w[:, group_I == g].max(1), 0) for g in range(groups)], 1)
+    if sym:
+        high = np.maximum(-low, high)
+        low = -high
+    scale = 2.0 ** np.ceil(np.log2(np.maximum(high - low, 2.0**-12) / top))
+    zero = np.full_like(scale, 1 << (bits - 1)) if sym else np.clip(np.rint(-low / scale), 1, top)
+    least, most = (zero - (1 << (min(bits, 7) - 1)), zero + top // 2) if sym else (zero * 0, zero * 0 + top)
+    codes = np.clip(np.rint(w / scale[:, group_I]) + zero[:, group_I], least[:, group_I], most[:, group_I])
+    return Packed(codes.astype(np.int64), zero.astype(np.int64), scale, group_I, bits)
+
+
+def gptq(p: Packed, less: int = 1, index: bool = False) -> Tensors:
+    """`less` is taken from zero points in the first version of the format."""
+    parts = {
+        "qweight": raw("I32", words_of(p.codes_OI, p.bits).T),
+        "qzeros": raw("I32", words_of(p.zero_OG.T - less, p.bits)),
+        "scales": raw("F16", p.scale_OG.T.astype(np.float16).view(np.uint16)),
+    }
+    return {**parts, **({"g_idx": raw("I32", p.group_I.astype(np.int32))} if index else {})}
+
+
+def awq(p: Packed) -> Tensors:
+    return {
+        "qweight": raw("I32", words_of(p.codes_OI.T, 4, AWQ)),
+        "qzeros": raw("I32", words_of(p.zero_OG.T, 4, AWQ)),
+        "scales": raw("F16", p.scale_OG.T.astype(np.float16).view(np.uint16)),
+    }
+
+
+def rows(p: Packed, zeros: bool = True, index: bool = False) -> Tensors:
+    parts = {
+        "weight_packed": raw("I32", words_of(p.codes_OI, p.bits)),
+        "weight_scale": bf16(p.scale_OG.astype(np.float32)),
+        "weight_shape": raw("I64", np.array(p.codes_OI.shape)),
+    }
+    if zeros:
+        parts["weight_zero_point"] = raw("I32", words_of(p.zero_OG.T, p.bits).T)
+    return {**parts, **({"weight_g_idx": raw("I32", p.group_I.astype(np.int32))} if index else {})}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How weights are stored.
+
+    Attributes:
+        store: gives the parts and the values of a weight.
+        declared: what the config says.
+        encodings: what `inspect` says.
+        weights: ends of the names of the weights that are stored so.
+        nested: whether the config of the decoder says it.
+
+    """
+
+    store: Callable[[str, np.ndarray], tuple[Tensors, Packed]]
+    declared: dict[str, Any]
+    encodings: tuple[str, ...]
+    weights: tuple[str, ...] = ("_proj.weight",)
+    model_type: str = "qwen3_moe"
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def plainly(write: Callable[..., Tensors], how: dict[str, Any], **more: Any) -> Callable[..., tuple[Tensors, Packed]]:
+    def store(_: str, w: np.ndarray) -> tuple[Tensors, Packed]:
+        p = packed(w, **how)
+        return write(p, **more), p
+
+    return store
+
+
+def by_name(name: str, w: np.ndarray) -> tuple[Tensors, Packed]:
+    """Of 8 bits where attention reads."""
+    p = packed(w, bits=8, size=64, sym=True) if MIXED.match(name) else packed(w, sym=True)
+    return gptq(p), p
+
+
+def compressed(ignore: list[str], **weights: Any) -> dict[str, Any]:
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "dynamic": False, **weights}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    found = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    return {**found, "config_groups": {"group_0": group}, "ignore": ["lm_head", *ignore], "kv_cache_scheme": None}
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False, "lm_head": False}
+ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+ROUND |= {"block_name_to_quantize": "model.layers", "iters": 200}
+SKIPPED = ["re:.*self_attn.*"]
+ROUTERS = {"-:.*mlp\\.gate$": {}}
+KEPT = {"model.layers.0.mlp.gate": {"bits": 16}, "model.layers.1.mlp.gate": {"bits": 16}}
+
+KINDS: dict[str, Kind] = {
+    "awq": Kind(
+        plainly(awq, {}),
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 32,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["mlp.gate"],
+        },
+        ("4-bit integers with zero points, groups of 32, in the order of AWQ",),
+    ),
+    "gptq with zero points": Kind(
+        plainly(gptq, {}), {**GPTQ, "dynamic": ROUTERS}, ("4-bit integers with zero points, groups of 32",)
+    ),
+    "gptq in another order": Kind(
+        plainly(gptq, {"mixed": True}, less=0, index=True),
+        {**GPTQ, "desc_act": True, "checkpoint_format": "gptq_v2", "dynamic": ROUTERS},
+        ("4-bit integers with zero points, groups of 32",),
+    ),
+    "gptq of 8 bits": Kind(
+        plainly(gptq, {"bits": 8, "size": -1}),
+        {**GPTQ, "bits": 8, "group_size": -1, "dynamic": ROUTERS},
+        ("8-bit integers with zero points, a scale a row",),
+    ),
+    "auto-round of two widths": Kind(
+        by_name,
+        {
+            **ROUND,
+            "sym": True,
+            "packing_format": "auto_round:auto_gptq",
+            "extra_config": {**KEPT, MIXED.pattern: {"bits": 8, "group_size": 64}},
+        },
+        ("4-bit integers, groups of 32", "8-bit integers, groups of 64"),
+    ),
+    "auto-round in the order of awq": Kind(
+        plainly(awq, {}),
+        {**ROUND, "packing_format": "auto_round:auto_awq", "extra_config": KEPT},
+        ("4-bit integers with zero points, groups of 32, in the order of AWQ",),
+    ),
+    "compressed-tensors with zero points": Kind(
+        plainly(rows, {"mixed": True}, index=True),
+        compressed(SKIPPED, symmetric=False, group_size=32, actorder="group"),
+        ("4-bit integers with zero points, groups of 32",),
+        ("down_proj.weight", "gate_proj.weight", "up_proj.weight"),
+    ),
+    "compressed-tensors in groups of 16": Kind(
+        plainly(rows, {"sym": True, "size": 16}, zeros=False),
+        compressed(SKIPPED, symmetric=True, group_size=16),
+        ("4-bit integers, groups of 16",),
+        ("down_proj.weight", "gate_proj.weight", "up_proj.weight"),
+    ),
+}
+every = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("integers")
+
+
+def made(folder: Path, kind: str, kinds: dict[str, Kind] = KINDS) -> tuple[Path, Path]:
+    """A checkpoint, and its twin in bfloat16."""
+    model_type = kinds[kind].model_type
+    plain, source, twin = folder / model_type, folder / kind, folder / f"{kind} twin"
+    if source.exists():
+        return source, twin
+    if not plain.exists():
+        any_moe.save(any_moe.build(model_type), plain)
+    config, tensors = json.loads((plain / "config.json").read_text()), read_checkpoint(plain)
+    stored, values = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if name.endswith(kinds[kind].weights)]:
+        parts, p = kinds[kind].store(name, tensors[name].float32())
+        del stored[name]
+        stored |= {name.removesuffix("weight") + last: part for last, part in parts.items()}
+        values[name] = bf16(p.values)
+        assert np.array_equal(values[name].float32(), p.values), name
+    files = {p.name: p.read_text() for p in plain.glob("tokenizer*")}
+    write_checkpoint(twin, values, config, files=files)
+    write_checkpoint(source, stored, {**config, "quantization_config": kinds[kind].declared}, files=files)
+    return source, twin
+
+
+def test_words_are_what_the_layouts_say() -> None:
+    codes = np.arange(8)[None]
+    assert words_of(codes, 4)[0, 0] == 0x76543210
+    assert words_of(codes, 4, AWQ)[0, 0] == 0x75316420
+    assert words_of(codes[:, :4], 8)[0, 0] == 0x03020100
+
+
+@every
+def test_pruning_copies_integers(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, _ = made(folder, kind)
+    call("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), "-q")
+    before, after = read_checkpoint(source), read_checkpoint(tmp_path / "out")
+    stem = "model.layers.1.mlp.experts.{}."
+    for new, old in enumerate((1, 2, 4, 5)):
+        names = [name for name in before if name.startswith(stem.format(old))]
+        assert len(names) >= 9
+        assert all(after[name.replace(stem.format(old), stem.format(new))] == before[name] for name in names)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == KINDS[kind].declared
+    call("verify", tmp_path / "out", "--source", source)
+
+
+@every
+def test_rounding_anew_is_that_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    how = ("-m", keep_file(tmp_path), "--group-size", 32, "-q", "--requantize")
+    for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
+        call("quantize", root, out, *how)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    call("verify", tmp_path / "a", "--source", source)
+
+
+@pytest.mark.parametrize("kind", picked(KINDS, 3))
+def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    how = ("-m", keep_file(tmp_path), "--group-size", 32, "-q", "--requantize", "--method", "auto-round", "--iters", 3)
+    heal = ("--heal", "all", "--heal-iters", 3, "--heal-lr", "0.005", "--batch-size", 3)
+    for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
+        call("quantize", root, out, *how, *heal, *DATA)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    call("verify", tmp_path / "a", "--source", source)
+
+
+@pytest.mark.parametrize("kind", picked(KINDS, 3))
+def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    found = []
+    for number, root in enumerate((source, twin)):
+        out = tmp_path / f"{number}.saliency"
+        call("score", root, "-o", out, "-q", *DATA)
+        data = out.read_bytes()
+        found.append(data[8 + int.from_bytes(data[:8], "little") :])
+    assert found[0] == found[1]
+    told = json.loads(call("evaluate", source, "--against", twin, "--json", *DATA).stdout)
+    assert told["against"]["block_errors"] == [0.0, 0.0]
+
+
+@every
+def test_it_converts_to_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    call("convert", source, tmp_path / "out", "--to", "bf16", "-q")
+    assert shards(tmp_path / "out") == as_released(shards(twin), kind)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((twin / "config.json").read_text())
+    call("verify", tmp_path / "out", "--source", source)
+
+
+@every
+def test_inspect_names_the_encodings(kind: str, folder: Path) -> None:
+    source, twin = made(folder, kind)
+    told = json.loads(call("inspect", source, "--json").stdout)
+    before, after = read_checkpoint(source), read_checkpoint(twin)
+    assert sorted(told["encodings"]) == sorted(KINDS[kind].encodings)
+    found = told["encodings"].values()
+    assert sum(each["weights"] for each in found) == len([name for name in after if name not in before])
+    assert sum(each["bytes"] for each in found) == sum(len(before[n].data) for n in before if n not in after)
+    assert told["parameters"] == json.loads(call("inspect", twin, "--json").stdout)["parameters"]
+    call("verify", source)
