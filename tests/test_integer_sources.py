@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ class Kind:
         declared: what the config says.
         encodings: what `inspect` says.
         weights: ends of the names of the weights that are stored so.
+        model_type: of the checkpoint.
         nested: whether the config of the decoder says it.
 
     """
@@ -123,7 +124,7 @@ class Kind:
     encodings: tuple[str, ...]
     weights: tuple[str, ...] = ("_proj.weight",)
     model_type: str = "qwen3_moe"
-    files: dict[str, str] = field(default_factory=dict)
+    nested: bool = False
 
 
 def plainly(write: Callable[..., Tensors], how: dict[str, Any], **more: Any) -> Callable[..., tuple[Tensors, Packed]]:
@@ -208,6 +209,14 @@ KINDS: dict[str, Kind] = {
         ("down_proj.weight", "gate_proj.weight", "up_proj.weight"),
     ),
 }
+KINDS["in the config of the decoder"] = Kind(
+    plainly(rows, {"sym": True, "size": 16}, zeros=False),
+    compressed([*SKIPPED, "re:.*visual.*", "re:.*shared_experts.*"], symmetric=True, group_size=16),
+    ("4-bit integers, groups of 16",),
+    tuple(f"{expert}.{part}_proj.weight" for expert in range(6) for part in ("down", "gate", "up")),
+    "glm4v_moe",
+    nested=True,
+)
 every = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -223,7 +232,8 @@ def made(folder: Path, kind: str, kinds: dict[str, Kind] = KINDS) -> tuple[Path,
     if source.exists():
         return source, twin
     if not plain.exists():
-        any_moe.save(any_moe.build(model_type), plain)
+        dense = {"first_k_dense_replace": 0} if kinds[kind].nested else {}
+        any_moe.save(any_moe.build(model_type, **dense), plain)
     config, tensors = json.loads((plain / "config.json").read_text()), read_checkpoint(plain)
     stored, values = dict(tensors), dict(tensors)
     for name in [name for name in tensors if name.endswith(kinds[kind].weights)]:
@@ -234,7 +244,9 @@ def made(folder: Path, kind: str, kinds: dict[str, Kind] = KINDS) -> tuple[Path,
         assert np.array_equal(values[name].float32(), p.values), name
     files = {p.name: p.read_text() for p in plain.glob("tokenizer*")}
     write_checkpoint(twin, values, config, files=files)
-    write_checkpoint(source, stored, {**config, "quantization_config": kinds[kind].declared}, files=files)
+    declared = {"quantization_config": kinds[kind].declared}
+    said = {**config, "text_config": {**config["text_config"], **declared}} if kinds[kind].nested else config | declared
+    write_checkpoint(source, stored, said, files=files)
     return source, twin
 
 
@@ -250,13 +262,14 @@ def test_pruning_copies_integers(kind: str, folder: Path, tmp_path: Path) -> Non
     source, _ = made(folder, kind)
     call("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), "-q")
     before, after = read_checkpoint(source), read_checkpoint(tmp_path / "out")
-    stem = "model.layers.1.mlp.experts.{}."
+    home = next(name for name in before if ".layers.1.mlp.experts.0." in name).partition("layers.")[0]
+    stem = home + "layers.1.mlp.experts.{}."
     for new, old in enumerate((1, 2, 4, 5)):
         names = [name for name in before if name.startswith(stem.format(old))]
         assert len(names) >= 9
         assert all(after[name.replace(stem.format(old), stem.format(new))] == before[name] for name in names)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["quantization_config"] == KINDS[kind].declared
+    assert any_moe.text_of(config)["quantization_config"] == KINDS[kind].declared
     call("verify", tmp_path / "out", "--source", source)
 
 
@@ -322,6 +335,12 @@ def test_inspect_names_the_encodings(kind: str, folder: Path) -> None:
 SYM = {"sym": True}
 EXPERTS = ("down_proj.weight", "gate_proj.weight", "up_proj.weight")
 STILL: dict[str, Kind] = {
+    "compressed-tensors in the config of the decoder": replace(
+        KINDS["in the config of the decoder"],
+        store=plainly(rows, {"sym": True}, zeros=False),
+        declared=compressed([*SKIPPED, "re:.*visual.*", "re:.*shared_experts.*"], symmetric=True, group_size=32),
+        encodings=("4-bit integers, groups of 32",),
+    ),
     "auto-round": Kind(
         plainly(gptq, {"sym": True}),
         {**ROUND, **SYM, "packing_format": "auto_round:auto_gptq", "extra_config": KEPT},
@@ -358,7 +377,7 @@ def codes_of(tensors: Tensors, name: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", [kind for kind in STILL if kind != "8 bits"])
 def test_integers_of_the_grid_asked_for_stay_what_they_are(kind: str, to: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind, STILL)
-    grid = ("--group-size", 32) if kind == "compressed-tensors" else GRID
+    grid = ("--group-size", 32) if "compressed" in kind else GRID
     how = ("-m", keep_file(tmp_path), *grid, "--format", to)
     if to == "compressed-tensors" and grid == GRID:
         assert "--requantize" in call("quantize", source, tmp_path / "no", *how[:4], *how[6:], code=1).output
@@ -368,14 +387,14 @@ def test_integers_of_the_grid_asked_for_stay_what_they_are(kind: str, to: str, f
     names = [name for name in plain if name.endswith(STILL[kind].weights) and ".experts." in name and ".1." in name]
     assert f"{len([n for n in plain if n not in before]) - 2 * 2 * 3} weights keep every integer" in told
     for name in names:
-        layer, expert, rest = re.fullmatch(r"model\.layers\.(\d)\.mlp\.experts\.(\d)\.(\w+)\.weight", name).groups()
+        home, layer, expert, rest = re.fullmatch(r"(.*)layers\.(\d)\.mlp\.experts\.(\d)\.(\w+)\.weight", name).groups()
         if int(layer) != 1 or int(expert) not in (1, 2, 4, 5):
             continue
-        new = f"model.layers.1.mlp.experts.{(1, 2, 4, 5).index(int(expert))}.{rest}"
+        new = f"{home}layers.1.mlp.experts.{(1, 2, 4, 5).index(int(expert))}.{rest}"
         for ours, theirs in zip(codes_of(after, new), codes_of(before, name.removesuffix(".weight")), strict=True):
             assert np.array_equal(ours, theirs), name
     call("verify", tmp_path / "out", "--source", source)
-    if kind == "compressed-tensors":  # attention, which is in 16 bits there, is rounded as that of the twin
+    if "compressed" in kind:  # attention, which is in 16 bits there, is rounded as that of the twin
         call("quantize", twin, tmp_path / "twin", *how, "-q")
         other = shards(tmp_path / "twin")
         assert all(after[name] == other[name] for name in other if "self_attn" in name)
