@@ -89,6 +89,12 @@ def fp8_whole(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     return {**parts, "input_scale": raw("F32", np.array(np.float32(0.5)))}, values * scale
 
 
+def fp8_of_mistral(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    parts, values = fp8_whole(w)
+    names = {"weight_scale": "qscale_weight", "input_scale": "qscale_act"}
+    return {names.get(last, last): part for last, part in parts.items()}, values
+
+
 def mxfp4(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     blocks = w.reshape(len(w), -1, 32)
     power = exponents(blocks, 6)
@@ -184,6 +190,11 @@ KINDS: dict[str, Kind] = {
     ),
     "fp8 channels": Kind(fp8_channels, compressed("float-quantized", num_bits=8, strategy="channel")),
     "fp8 whole": Kind(fp8_whole, {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
+    "fp8 of mistral": Kind(fp8_of_mistral, {"quant_method": "fp8", "activation_scheme": "static"}),
+    "fp8 blocks of mistral": Kind(
+        lambda w: (lambda p, v: ({"weight": p["weight"], "qscale_weight": p["weight_scale_inv"]}, v))(*fp8_blocks(w)),
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 24]},
+    ),
     "mxfp4": Kind(mxfp4, compressed("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32)),
     "mxfp8": Kind(mxfp8, {"quant_method": "mxfp8", "modules_to_not_convert": ["lm_head"]}),
     "nvfp4": Kind(
@@ -383,7 +394,9 @@ def test_inspect_names_the_encoding(kind: str, folder: Path) -> None:
     encoded = [name for name in after if name not in before or before[name] != after[name]]
     assert sizes["weights"] == sum(len(after[name].array()) if after[name].array().ndim > 2 else 1 for name in encoded)
     parts = [name for name in before if name not in after or name in encoded]
-    assert sizes["bytes"] == sum(len(before[name].data) for name in parts if not name.endswith("input_scale"))
+    assert sizes["bytes"] == sum(
+        len(before[name].data) for name in parts if not name.endswith(("input_scale", "qscale_act"))
+    )
     other = json.loads(call("inspect", twin, "--json").stdout)
     assert told["parameters"] == other["parameters"]
     assert told["outlook"].keys() == other["outlook"].keys()

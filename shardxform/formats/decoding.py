@@ -29,7 +29,7 @@ __all__ = ["DECODED", "decoded", "encodings_of", "is_packed", "scan_decoded", "u
 _BESIDE: Final = ("expert_dtype",)
 """What DeepSeek-V4's releases say at the top level of the config, and others in the quantization_config."""
 
-_UNUSED: Final = ("input_scale", "input_global_scale")
+_UNUSED: Final = ("activation_scale", "input_scale", "input_global_scale", "qscale_act")
 """Scales of activations, which stand beside a weight and say nothing of it."""
 
 _MODELOPT: Final = Microscaled(

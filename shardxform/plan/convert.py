@@ -141,8 +141,8 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
     kinds = encodings_of(plain.tensors.values())
     if target.format not in HALF_DTYPES:
         raise SchemeError(
-            f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which no integers with one scale"
-            " a group hold exactly; use `shardxform quantize`, or `target.format` bf16"
+            f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which symmetric integers of one"
+            " scheme do not hold; use `shardxform quantize`, or `target.format` bf16"
         )
     view = pruned_view(plain, None)
     _refuse_half(view, target)

@@ -213,13 +213,18 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
 
 
 def _refuse_still(view: View, selection: Selection, scheme: Scheme, recipe: Recipe | None) -> None:
-    """Refuse to heal or tune where it is integers that stay as they are.
+    """Refuse to round, heal or tune where it is integers that stay as they are.
 
     Raises:
         SchemeError: says which.
 
     """
     still = [module for module in selection.quantized if is_carried(module, scheme) and module.place.scope == "block"]
+    if len(still) == len(selection.quantized) and view.layout.num_experts == view.source_layout.num_experts:
+        raise SchemeError(
+            f"nothing to round: all {len(still):,} weights are {Ints.of(scheme)} already; see `shardxform convert`, or"
+            " `requantize` to round them anew"
+        )
     if not recipe or not still:
         return
     if recipe.heal:

@@ -40,6 +40,7 @@ _INTEGERS: Final = frozenset(_KINDS.values())
 _PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor")  # vLLM's list
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms"})
 _FLOAT_MODULES: Final = ("*conv1d", "*shared_expert_gate", "*.A_log", "*.dt_bias")
+_BESIDE: Final = ("activation_scale", "input_scale", "qscale_act", "qscale_weight")
 _SECOND: Final = ("input_global_scale", "scale", "weight_global_scale", "weight_scale_2")
 _NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells experts of a layer apart
 
@@ -345,7 +346,7 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
         if place.companion or spec.dtype not in FP8:
             continue
         stem = name.removesuffix("weight")
-        stored = next((last for last in SCALES if stem + last in tensors), None)
+        stored = next((last for last in (*rule.names, *SCALES) if stem + last in tensors), None)
         last = stored if stored in rule.names else rule.names[0]
         if stem + last not in tensors:
             found = f", and clients do not read {stored}" if stored else ""
@@ -358,7 +359,7 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
 def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
     """Scales whose weight needs none: half of a conversion."""
     for name, place in layout.places.items():
-        if place.companion not in (*SCALES, "input_scale", *_SECOND):
+        if place.companion not in (*SCALES, *_BESIDE, *_SECOND):
             continue
         weight = tensors.get(name.removesuffix(place.companion) + "weight")
         if weight is not None and weight.spec.dtype in FLOATS:
