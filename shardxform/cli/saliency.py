@@ -12,7 +12,7 @@ import click
 
 from shardxform.cli.console import count, print_json, rows, table, tell
 from shardxform.cli.options import PATH, JsonFlags, command
-from shardxform.experts.choosing import super_experts
+from shardxform.experts.choosing import criteria_of, super_experts
 from shardxform.experts.statistics import ExpertStats, Saliency
 
 __all__ = ["saliency_command"]
@@ -39,7 +39,7 @@ def _show(file: Path, output: JsonFlags) -> None:
     model = read.model
     click.echo(f"{file}: {read.num_experts} experts in each of {count(len(read.layers), 'layer')}")
     groups = f", {model['num_groups']} router groups" if model["num_groups"] > 1 else ""
-    supers = [f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in super_experts(read).items()]
+    supers = [f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in _supers(read).items()]
     rows(
         [
             (
@@ -49,7 +49,8 @@ def _show(file: Path, output: JsonFlags) -> None:
             ("source", _value(model["source_fingerprint"])),
             ("tokens", f"{read.tokens:,} in {count(len(read.runs), 'run')}"),
             *(line for number, run in enumerate(read.runs, 1) for line in _run_lines(f"run {number}", run)),
-            ("super experts", "; ".join(supers) or "none"),
+            ("criteria", ", ".join(criteria_of(read))),
+            ("super experts", "; ".join(supers) or "none" if "peak" in read.known else "not known"),
         ]
     )
     table(
@@ -104,13 +105,18 @@ def _layers(saliency: Saliency) -> list[tuple[str, ExpertStats]]:
     return named + [(f"MTP {number}", stats) for number, stats in saliency.mtp_layers.items()]
 
 
+def _supers(saliency: Saliency) -> dict[int, tuple[int, ...]]:
+    return super_experts(saliency) if "peak" in saliency.known else {}
+
+
 def _facts(stats: ExpertStats) -> dict[str, Any]:
     return {
-        "reached": int((stats.count_E > 0).sum()),
-        "least_tokens": int(stats.count_E.min()),
-        "mean_tokens": float(stats.count_E.mean()),
-        "most_tokens": int(stats.count_E.max()),
-        "largest_peak": float(stats.peak_E.max()),
+        "known": list(stats.arrays()),
+        "reached": None if stats.count_E is None else int((stats.count_E > 0).sum()),
+        "least_tokens": None if stats.count_E is None else int(stats.count_E.min()),
+        "mean_tokens": None if stats.count_E is None else float(stats.count_E.mean()),
+        "most_tokens": None if stats.count_E is None else int(stats.count_E.max()),
+        "largest_peak": None if stats.peak_E is None else float(stats.peak_E.max()),
     }
 
 
@@ -118,12 +124,16 @@ def _line(label: str, stats: ExpertStats) -> tuple[str, ...]:
     facts = _facts(stats)
     return (
         label,
-        f"{facts['reached']} of {stats.count_E.size}",
-        f"{facts['least_tokens']:,}",
-        f"{facts['mean_tokens']:,.0f}",
-        f"{facts['most_tokens']:,}",
-        f"{facts['largest_peak']:.4g}",
+        "-" if facts["reached"] is None else f"{facts['reached']} of {stats.size}",
+        _number(facts["least_tokens"], ","),
+        _number(facts["mean_tokens"], ",.0f"),
+        _number(facts["most_tokens"], ","),
+        _number(facts["largest_peak"], ".4g"),
     )
+
+
+def _number(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def _as_json(saliency: Saliency) -> dict[str, Any]:
@@ -131,7 +141,8 @@ def _as_json(saliency: Saliency) -> dict[str, Any]:
         "model": dict(saliency.model),
         "tokens": saliency.tokens,
         "runs": [dict(run) for run in saliency.runs],
-        "super_experts": {str(layer): list(ids) for layer, ids in super_experts(saliency).items()},
+        "criteria": list(criteria_of(saliency)),
+        "super_experts": {str(layer): list(ids) for layer, ids in _supers(saliency).items()},
         "layers": {str(number): _facts(stats) for number, stats in saliency.layers.items()},
         "mtp_layers": {str(number): _facts(stats) for number, stats in saliency.mtp_layers.items()},
     }

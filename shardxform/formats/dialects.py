@@ -17,10 +17,11 @@ from typing import Any, Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
-from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.encoding import Encoded, Gridded, Storage
+from shardxform.formats.ggml import Ggml, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
-from shardxform.formats.scheme import Format, Grid, Scheme
+from shardxform.formats.scheme import GGUF, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout, is_tied
 
@@ -34,6 +35,8 @@ __all__ = [
     "refuse_unread",
     "resolve",
     "select",
+    "takes_over",
+    "target_of",
 ]
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfit = functools.cache(Ints.of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
+    misfit = functools.cache(target_of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
     misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
@@ -95,6 +98,11 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
 
 
+def target_of(scheme: Scheme) -> Gridded:
+    """How weights of a scheme are stored."""
+    return Ggml(integer_type(scheme.grid), scheme.grid) if scheme.format == GGUF else Ints.of(scheme)
+
+
 def refuse_unread(layout: Layout, scheme: Scheme) -> None:
     """Refuse a format in which no client finds the experts of a family.
 
@@ -103,6 +111,8 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
+    if scheme.format == GGUF:  # what llama.cpp runs it is asked itself
+        return
     if not family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
@@ -133,7 +143,14 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
 def is_carried(module: Matrix, scheme: Scheme) -> bool:
     """Whether a matrix is stored in integers of the grid that is asked for, which are moved as they are."""
     encodings = [source.encoding for source in module.stored]
-    return all(isinstance(each, Ints) and Ints.of(scheme).holds(each) for each in encodings)
+    return all(isinstance(each, Ints) and takes_over(scheme, each) for each in encodings)
+
+
+def takes_over(scheme: Scheme, found: Ints) -> bool:
+    """Whether the scheme stores integers and scales without a change; GGUF repeats a scale every 32 columns."""
+    if scheme.requantize:
+        return False
+    return found.width == scheme.grid.bits if scheme.format == GGUF else Ints.of(scheme).holds(found)
 
 
 def _stays(module: Matrix, layout: Layout) -> bool:
@@ -155,6 +172,8 @@ def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
 def _unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> str:
     """Say why no client runs a module as integers; empty where some do."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
+    if scheme.format == GGUF and role in ("embeddings", "lm head", "mtp"):
+        return ""
     if role in ("router", "indexer", "embeddings", "vision", "mtp"):
         return f"but no client runs {role} weights as integers"
     if role == "lm head" and is_tied(layout):

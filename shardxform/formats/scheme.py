@@ -13,6 +13,7 @@ from shardxform.errors import SchemeError
 __all__ = [
     "COLUMN_MULTIPLE",
     "FORMATS",
+    "GGUF",
     "GROUP_SIZES",
     "PRESETS",
     "Bits",
@@ -100,9 +101,12 @@ class Grid:
 # -- scheme ------------------------------------------------------------------------------------------------------------
 
 ExpertNames = Literal["split", "fused-indexed"]
-Format = Literal["auto-round", "gptq", "compressed-tensors"]
+Format = Literal["auto-round", "gptq", "compressed-tensors", "gguf"]
 
 FORMATS: Final[tuple[Format, ...]] = ("auto-round", "gptq", "compressed-tensors")
+"""Those that a config declares, beside shards of safetensors."""
+
+GGUF: Final = "gguf"
 PRESETS: Final[dict[str, Bits]] = {"W4A16": 4, "W8A16": 8}
 
 
@@ -131,11 +135,11 @@ class Scheme:
     requantize: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise SchemeError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
-        if self.g_idx and self.format == "compressed-tensors":
+        if self.format not in (*FORMATS, GGUF):
+            raise SchemeError(f"format: expected one of {', '.join((*FORMATS, GGUF))}, found {self.format!r}")
+        if self.g_idx and self.format in ("compressed-tensors", GGUF):
             raise SchemeError("`g_idx`: expected `format` gptq or auto-round, which have such a tensor")
-        if self.expert_names == "fused-indexed" and self.format == "compressed-tensors":
+        if self.expert_names == "fused-indexed" and self.format in ("compressed-tensors", GGUF):
             raise SchemeError("`expert_names`: fused-indexed exists in auto-round and gptq checkpoints only")
 
     def facts(self) -> dict[str, Any]:

@@ -461,8 +461,9 @@ def _kind(place: Place) -> str:
 IMPLEMENTATION: Final = "shardxform"
 _BANK: Final = "shardxform_bank"
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""Called with an expert, the router's weights of its tokens [n], and its outputs [n, H], not yet weighted."""
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with an expert, the router's weights of its tokens [n], what enters its down projection [n, I], and what
+leaves it [n, H], not yet weighted."""
 
 
 @dataclass(slots=True)
@@ -560,9 +561,10 @@ def _forward(
         weight_n = top_k_weights.flatten()[pairs]
         values = bank.dense(expert)
         pre_nO = nn.functional.linear(hidden_states[token_n], values.gate_up_OH, values.gate_up_bias_O)
-        value_nH = nn.functional.linear(between(pre_nO), values.down_HI, values.down_bias_H)
+        inner_nI = between(pre_nO)
+        value_nH = nn.functional.linear(inner_nI, values.down_HI, values.down_bias_H)
         if bank.observer is not None:
-            bank.observer(expert, weight_n, value_nH)
+            bank.observer(expert, weight_n, inner_nI, value_nH)
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.
         out_TH[token_n] += (value_nH * weight_n[:, None]).to(out_TH.dtype)
     return out_TH

@@ -24,7 +24,7 @@ from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.formats.scheme import GGUF, ExpertNames, Format, Scheme
 from shardxform.formats.stored import (
     HALF_DTYPES,
     Float,
@@ -36,9 +36,19 @@ from shardxform.formats.stored import (
     released,
 )
 from shardxform.model.families import family_origin
+from shardxform.plan.gguf import plan_stored
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
-from shardxform.plan.view import DEFAULT_SHARD_BYTES, View, config_bytes, pruned_view, sidecar_digests, view_summary
+from shardxform.plan.view import (
+    DEFAULT_SHARD_BYTES,
+    GgufOptions,
+    View,
+    ViewOptions,
+    config_bytes,
+    pruned_view,
+    sidecar_digests,
+    view_summary,
+)
 
 __all__ = [
     "ConvertOptions",
@@ -56,7 +66,8 @@ class Target:
     """What to write.
 
     Attributes:
-        format: a quantized format, or `bf16` or `fp16` for dequantized weights in the release's layout.
+        format: a quantized format, or `bf16` or `fp16` for dequantized weights in the release's layout; or `gguf`, of
+            16-bit weights too.
         expert_names: see `Scheme`; has no meaning for dequantized weights.
         g_idx: see `Scheme`.
 
@@ -67,20 +78,29 @@ class Target:
     g_idx: bool = False
 
     def __post_init__(self) -> None:
+        if self.format == GGUF and (self.g_idx or self.expert_names != "split"):
+            raise SchemeError("gguf has no g_idx, and one spelling of experts: llama.cpp's")
         if self.format in HALF_DTYPES and (self.g_idx or self.expert_names != "split"):
             raise SchemeError(f"{self.format} has no g_idx and one spelling of experts: the release's")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What decides an output's bytes beside source and target: most bytes of tensor data in one shard."""
+    """What decides an output's bytes beside source and target.
+
+    Attributes:
+        max_shard_bytes: most bytes of tensor data in one shard.
+        gguf: how a GGUF file is written, where the target is one.
+
+    """
 
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    gguf: GgufOptions | None = None
 
 
 @uncollected()
 def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | None = None) -> Plan:
-    """Plan a conversion of a quantized checkpoint.
+    """Plan a conversion of a quantized checkpoint; to GGUF, of any.
 
     Raises:
         SchemeError: the source is not quantized, or in a way that is not supported; there is nothing to convert; the
@@ -90,6 +110,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
 
     """
     options = options or ConvertOptions()
+    if target.format == GGUF:
+        return _plan_gguf(source, target, options)
     if floats := decoded(source):
         return _plan_decoded(source, floats, target, options)
     stored = read_stored(source)
@@ -129,6 +151,14 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     )
     plan.check()
     return plan
+
+
+def _plan_gguf(source: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
+    """Plan a GGUF file of all that a checkpoint holds."""
+    origin = _origin(source)
+    beside = {"target": asdict(target), **({"origin": origin} if origin else {})}
+    asked = ViewOptions(max_shard_bytes=options.max_shard_bytes, gguf=options.gguf or GgufOptions())
+    return plan_stored("convert", source, None, asked, beside=beside)
 
 
 def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:

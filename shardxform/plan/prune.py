@@ -39,6 +39,10 @@ def plan_prune(
 
     """
     options = options or ViewOptions()
+    if options.gguf:
+        from shardxform.plan.gguf import plan_stored  # most prunes only copy
+
+        return plan_stored("prune", source, manifest, options, recipe)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
     tensors = view.checkpoint.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)

@@ -6,10 +6,10 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
@@ -29,15 +29,18 @@ from shardxform.formats.dialects import (
     reasons_summary,
     refuse_unread,
     select,
+    takes_over,
+    target_of,
 )
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.fp8 import Fp8
 from shardxform.formats.integers import Ints
 from shardxform.formats.microscaling import Microscaled
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import FORMATS, GROUP_SIZES, Grid, Scheme
+from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Grid, Scheme
 from shardxform.formats.stored import Stored, as_plain, read_stored
 from shardxform.model.layout import is_quantized
+from shardxform.plan.gguf import Blocks, Types, contents_of, crossing, documents_of, gguf_steps
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
     BlockSize,
@@ -52,6 +55,7 @@ from shardxform.plan.steps import (
     transcode_steps,
 )
 from shardxform.plan.view import (
+    GgufOptions,
     View,
     ViewOptions,
     config_bytes,
@@ -83,8 +87,9 @@ def plan_quantize(
 
     """
     options = options or ViewOptions()
-    stored = _integers(source) if (plain := decoded(source)) is None else None
-    plain = plain or (_of_integers(source, stored, scheme) if stored else None)
+    if scheme.format == GGUF:
+        return _plan_gguf(source, scheme, manifest, options, recipe)
+    plain, stored = _plain(source, scheme)
     view = _view(source, plain, scheme, manifest, options, recipe)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
@@ -129,6 +134,75 @@ def plan_quantize(
     return plan
 
 
+def _plan_gguf(
+    source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
+) -> Plan:
+    """Plan the same as a GGUF file: the codes and scales of the selected weights are those of the other formats."""
+    asked = options.gguf or GgufOptions()
+    plain, stored = _plain(source, scheme)
+    view = _view(source, plain, scheme, manifest, options, recipe)
+    chosen = select(view.layout, view.checkpoint.tensors, scheme)
+    selection = _without(chosen, crossing(view))
+    _refuse_no_expert(selection, scheme)
+    _refuse_second_rounding(selection, scheme, stored)
+    _refuse_still(view, selection, scheme, recipe)
+    tuned = {m.name for m in selection.quantized if m.place.scope == "block" and not is_carried(m, scheme)}
+    modules = {m.name: m.place.layer if m.name in tuned else None for m in selection.quantized}
+    rounded = {name for module in selection.quantized for name in module.sources}
+    healed = healed_names(view.layout, view.layout.places, recipe.heal.widest) if recipe and recipe.heal else ()
+    types = Types(grid=scheme.grid, modules=modules)
+    contents = contents_of(view, types, [name for name in healed if name not in rounded])
+    shards = contents.shards(source, asked, options.max_shard_bytes)
+    blocks = Blocks(recipe, block_sizes(plain or source, view)) if recipe else None
+    documents = documents_of(view.checkpoint)
+    sidecars = sidecar_digests(documents)
+    told = scheme_inputs(scheme, recipe)
+    plan = Plan(
+        command="quantize",
+        source=source.root,
+        remote=source.remote,
+        source_shards=source.shards,
+        view=view.checkpoint,
+        shards=shards,
+        steps=tuple(gguf_steps(contents, view, shards, blocks)),
+        config=b"",
+        container="gguf",
+        sidecars=sidecars,
+        inputs={
+            **view_inputs("quantize", source, manifest, replace(options, gguf=asked), sidecars),
+            "scheme": told,
+            **({"recipe": recipe.facts()} if recipe else {}),
+            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+        },
+        summary=_summary(source, view, selection, told, len(contents.written), contents.copies),
+        notes=(
+            *view.notes,
+            *_decoded_notes(selection, {}, scheme),
+            *_gguf_notes(chosen, selection),
+            *_misfit_notes(selection),
+        ),
+        unread=source.unread,
+    )
+    plan.check()
+    return plan
+
+
+_CROSSING: Final = "its columns leave the blocks that share a scale in GGUF"
+
+
+def _without(selection: Selection, apart: Collection[str]) -> Selection:
+    """The selection less some modules, which stay in 16 bits."""
+    quantized = tuple(module for module in selection.quantized if module.name not in apart)
+    kept = tuple(module for module in selection.quantized if module.name in apart)
+    reasons = {**selection.kept, **{module.name: _CROSSING for module in kept}}
+    return Selection(quantized, reasons, selection.misfits, (*selection.kept_modules, *kept))
+
+
+def _gguf_notes(chosen: Selection, selection: Selection) -> Iterator[str]:
+    if count := len(chosen.quantized) - len(selection.quantized):
+        yield f"{count:,} weights stay in 16 bits: {_CROSSING}"
+
+
 def _view(
     source: Checkpoint,
     plain: Checkpoint | None,
@@ -155,6 +229,14 @@ def _view(
     return view
 
 
+def _plain(source: Checkpoint, scheme: Scheme) -> tuple[Checkpoint | None, Stored | None]:
+    """The 16-bit checkpoint that a quantized source stands for, and its integers, if they are those of one scheme."""
+    if plain := decoded(source):
+        return plain, None
+    stored = _integers(source)
+    return (_of_integers(source, stored, scheme), stored) if stored else (None, None)
+
+
 def _integers(source: Checkpoint) -> Stored | None:
     """A source of integers of one scheme; None for one that declares none.
 
@@ -178,7 +260,7 @@ def _of_integers(source: Checkpoint, stored: Stored, scheme: Scheme) -> Checkpoi
     Those that are of the grid asked for stay what they are; others are values, which can be rounded.
     """
     plain = as_plain(source, stored)
-    if not scheme.requantize and Ints.of(scheme).holds(Ints.of(stored.scheme)):
+    if takes_over(scheme, Ints.of(stored.scheme)):
         return plain
     return replace(plain, tensors={name: reread(ref) for name, ref in plain.tensors.items()})
 
@@ -337,8 +419,8 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
-        if not any(Ints.of(other).misfit(*shape) for shape in shapes):
-            odd = next(module for module in misfits if Ints.of(scheme).misfit(*module.shape))
+        if not any(target_of(other).misfit(*shape) for shape in shapes):
+            odd = next(module for module in misfits if target_of(scheme).misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
                 f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
