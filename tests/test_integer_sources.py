@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from build import bf16, read_checkpoint, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import picked
 
 torch = pytest.importorskip("torch")
@@ -24,6 +26,11 @@ pytest.importorskip("transformers")
 
 import any_moe  # noqa: E402
 from test_small_floats import DATA, Tensors, as_released, call, keep_file, raw, shards  # noqa: E402
+
+from shardxform.base.tensors import TensorRef  # noqa: E402
+from shardxform.errors import ExecutionError  # noqa: E402
+from shardxform.formats.asymmetric import Asymmetric  # noqa: E402
+from shardxform.formats.encoding import Cut  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -399,3 +406,152 @@ def test_integers_of_the_grid_asked_for_stay_what_they_are(kind: str, to: str, f
         other = shards(tmp_path / "twin")
         assert all(after[name] == other[name] for name in other if "self_attn" in name)
         assert any("self_attn.q_proj.qweight" in name or "q_proj.weight_packed" in name for name in other)
+
+
+# -- one weight, against other implementations ------------------------------------------------------------------------
+
+
+def opened(encoding: Asymmetric, parts: Tensors, shape: tuple[int, int]) -> Any:
+    """Rows of a weight in memory."""
+
+    def read(ref: TensorRef, into: np.ndarray) -> None:
+        into.reshape(-1).view(np.uint8)[:] = np.frombuffer(parts[ref.name.removeprefix("m.")].data, np.uint8)
+
+    refs = {part.role: TensorRef(part.spec("m"), ()) for part in encoding.parts(*shape)}
+    return encoding.open(refs, shape, read, checked=True)
+
+
+def random_codes(rows_: int, columns: int, size: int, bits: int = 4, seed: int = 0, zeros: bool = True) -> Packed:
+    rng = np.random.default_rng(seed)
+    group_I = np.arange(columns) // size
+    shape, most = (rows_, int(group_I[-1]) + 1), 1 << bits
+    zero = rng.integers(1, most, shape) if zeros else np.full(shape, most // 2)
+    scale = 2.0 ** rng.integers(-12, -2, shape) * rng.choice([-1.0, 1.0], shape)
+    return Packed(rng.integers(0, most, (rows_, columns)), zero, scale, group_I, bits)
+
+
+def test_awq_is_what_compressed_tensors_reads() -> None:
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    p = random_codes(64, 96, 32)
+    scale = np.random.default_rng(3).normal(size=p.scale_OG.shape).astype(np.float16)
+    parts = {**awq(p), "scales": raw("F16", scale.T.view(np.uint16))}
+    qweight, qzeros = (torch.from_numpy(parts[name].array().copy()) for name in ("qweight", "qzeros"))
+    converter = AutoAWQConverter(bits=4, group_size=32)
+    codes, scales, zeros = converter._convert_gemm_module(qweight, torch.from_numpy(scale.T.copy()), qzeros)
+    wide = [each.float().repeat_interleave(32, dim=1) for each in (scales, zeros)]
+    theirs = (codes.float() - wide[1]) * wide[0]
+    assert np.array_equal(opened(Asymmetric(4, 32, "awq", "stored"), parts, (64, 96)).values(0, 64), theirs.numpy())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("less", [0, 1])
+def test_gptq_with_zero_points_is_what_auto_round_runs(bits: int, less: int) -> None:
+    from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
+
+    p = random_codes(64, 96, 32, bits)
+    parts = gptq(p, less)
+    layer = (qlinear_torch_zp if less else qlinear_torch).QuantLinear(bits, 32, 96, 64, bias=False)
+    for name in ("qweight", "qzeros"):
+        setattr(layer, name, torch.from_numpy(parts[name].array().copy()))
+    layer.scales = torch.from_numpy(parts["scales"].array().copy().view(np.float16))
+    theirs = layer.forward(torch.eye(96)).T.numpy()
+    encoding = Asymmetric(bits, 32, "gptq", "less one" if less else "stored")
+    ours = opened(encoding, parts, (64, 96)).values(0, 64)
+    if bits == 4:
+        assert np.array_equal(ours, theirs)
+    else:  # which holds zero points of 8 bits in int16, and products in float16
+        assert np.allclose(ours, theirs, rtol=2.0**-10)
+    assert np.array_equal(ours, p.values.astype(np.float32))
+
+
+def test_columns_in_another_order_are_in_the_group_that_is_named() -> None:
+    p = random_codes(32, 64, 32)
+    p = replace(p, group_I=np.random.default_rng(1).permutation(p.group_I))
+    for order, zeros, parts in (("gptq", "less one", gptq(p, 1, True)), ("row", "stored", rows(p, True, True))):
+        dtype = "BF16" if order == "row" else "F16"
+        encoding = Asymmetric(4, 32, order, zeros, scale_dtype=dtype, g_idx=True)
+        values = opened(encoding, parts, (32, 64)).values(0, 32)
+        for column, group in enumerate(p.group_I):
+            wanted = (p.codes_OI[:, column] - p.zero_OG[:, group]) * p.scale_OG[:, group]
+            assert np.array_equal(values[:, column], wanted.astype(np.float32))
+
+
+def test_zero_points_of_rows_are_what_compressed_tensors_unpacks() -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    p = random_codes(64, 96, 16)
+    parts = rows(p)
+    words, zeros = (torch.from_numpy(parts[f"weight_{name}"].array().copy()) for name in ("packed", "zero_point"))
+    codes = unpack_from_int32(words, 4, torch.Size((64, 96))).float()
+    zero = unpack_from_int32(zeros, 4, torch.Size((64, 6)), packed_dim=0).float().repeat_interleave(16, dim=1)
+    theirs = (codes - zero) * torch.from_numpy(parts["weight_scale"].float32().copy()).repeat_interleave(16, dim=1)
+    encoding = Asymmetric(4, 16, "row", "stored", scale_dtype="BF16")
+    assert np.array_equal(opened(encoding, parts, (64, 96)).values(0, 64), theirs.numpy())
+
+
+@given(
+    order=st.sampled_from(["gptq", "awq", "row"]),
+    cut=st.tuples(st.integers(0, 63), st.integers(1, 64)),
+    size=st.sampled_from([16, 32, 64]),
+    seed=st.integers(0, 99),
+)
+def test_any_run_of_rows_or_columns_is_that_of_the_whole(
+    order: Any, cut: tuple[int, int], size: int, seed: int
+) -> None:
+    p = random_codes(64, 64, size, seed=seed)
+    parts = {"gptq": lambda: gptq(p, 0), "awq": lambda: awq(p), "row": lambda: rows(p)}[order]()
+    encoding = Asymmetric(4, size, order, "stored", scale_dtype="BF16" if order == "row" else "F16")
+    weight = opened(encoding, parts, (64, 64))
+    first, count = cut[0], min(cut[1], 64 - cut[0])
+    whole = p.values.astype(np.float32)
+    assert np.array_equal(weight.values(first, first + count), whole[first : first + count])
+    assert np.array_equal(weight.cut(Cut(first, count)).values(0, count), whole[first : first + count])
+    turned = weight.cut(Cut(first, count, transposed=True))
+    assert np.array_equal(turned.values(0, count), whole.T[first : first + count])
+
+
+def with_array(parts: Tensors, name: str, change: Callable[[np.ndarray], object]) -> Tensors:
+    array = parts[name].array().copy()
+    change(array)
+    return {**parts, name: raw(parts[name].dtype, array)}
+
+
+def put(at: Any, value: Any) -> Callable[[np.ndarray], object]:
+    return lambda array: array.__setitem__(at, value)
+
+
+ODD: dict[str, tuple[Asymmetric, Tensors, str]] = {
+    "a zero point that clients read in two ways": (
+        Asymmetric(4, 32, "gptq", "less one"),
+        with_array(gptq(random_codes(32, 64, 32)), "qzeros", put((1, 2), np.int32(0x1111F111))),
+        r"'m.qzeros': zero point 15 of row 19, group 1, .* gptq_v2",
+    ),
+    "zero points of a symmetric weight": (
+        Asymmetric(4, 32, "gptq", "less one", symmetric=True),
+        gptq(random_codes(32, 64, 32)),
+        r"'m.qzeros': zero point \d+ of row 0, group 0, expected 8 ",
+    ),
+    "a scale that is no number": (
+        Asymmetric(4, 32, "awq", "stored"),
+        with_array(awq(random_codes(32, 64, 32)), "scales", put((1, 3), np.inf)),
+        r"'m.scales': scale inf at \[3, 1\]",
+    ),
+    "a column in no group": (
+        Asymmetric(4, 32, "gptq", "stored", g_idx=True),
+        with_array(gptq(random_codes(32, 64, 32), 0, True), "g_idx", put(5, 2)),
+        r"'m.g_idx': column 5 is in group 2, expected one of 2",
+    ),
+    "another shape": (
+        Asymmetric(4, 32, "row", "stored", scale_dtype="BF16"),
+        with_array(rows(random_codes(32, 64, 32)), "weight_shape", put(1, 60)),
+        r"'m.weight_shape': \[32, 60\], expected the weight's shape \[32, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_data_that_means_nothing_is_refused_by_name(case: str) -> None:
+    encoding, parts, message = ODD[case]
+    with pytest.raises(ExecutionError, match=message):
+        opened(encoding, parts, (32, 64))

@@ -530,3 +530,50 @@ def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folde
         assert message in result.output, result.output
         assert not (tmp_path / command[0]).exists()
     assert "not sound" in call("verify", spoilt, code=1).output
+
+
+# -- declared elsewhere -----------------------------------------------------------------------------------------------
+
+
+def apart(source: Path, out: Path, **said: Any) -> Path:
+    """The same checkpoint, with what it says of quantized weights in ModelOpt's own file."""
+    config = json.loads((source / "config.json").read_text())
+    declared = config.pop("quantization_config")
+    quantization = {key: value for key, value in declared.items() if key != "quant_method"}
+    whole = {"producer": {"name": "modelopt"}, "quantization": {"kv_cache_quant_algo": None, **quantization, **said}}
+    files = {p.name: p.read_text() for p in source.glob("tokenizer*")}
+    write_checkpoint(out, read_checkpoint(source), config, files={**files, "hf_quant_config.json": json.dumps(whole)})
+    return out
+
+
+@pytest.mark.parametrize("kind", ["fp8 whole", "nvfp4 of modelopt"])
+def test_what_modelopt_says_in_a_file_of_its_own_is_read(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    root = apart(source, tmp_path / "apart")
+    told = json.loads(call("inspect", root, "--json").stdout)
+    assert told["encodings"] == json.loads(call("inspect", source, "--json").stdout)["encodings"]
+    assert told["quantization"] == "modelopt"
+    assert "hf_quant_config.json" not in told["unread"]
+    call("convert", root, tmp_path / "half", "--to", "bf16", "-q")
+    assert shards(tmp_path / "half") == shards(twin)
+    for number, more in enumerate((("--mtp", "drop"), ("-m", keep_file(tmp_path)))):
+        out = tmp_path / f"pruned{number}"
+        call("prune", root, out, *more, "-q")
+        declared = json.loads((out / "config.json").read_text())["quantization_config"]
+        method, algorithm = "modelopt", KINDS[kind].declared["quant_algo"]
+        assert declared == {"quant_method": method, "quant_algo": algorithm, "ignore": ["lm_head"]}
+        call("verify", out, "--source", root)
+        call("verify", out)
+    assert shards(tmp_path / "pruned0") == shards(source)
+
+
+def test_what_it_says_goes_after_the_config_and_without_such_weights_for_nothing(folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, "fp8 whole")
+    half = write_checkpoint(tmp_path / "half", read_checkpoint(twin), json.loads((twin / "config.json").read_text()))
+    (half / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert json.loads(call("inspect", half, "--json").stdout)["quantization"] == ""
+    call("quantize", half, tmp_path / "out", "--group-size", 32, "-q")
+    root = apart(source, tmp_path / "apart", quant_algo=8)
+    assert "expected an object 'quantization' with a quant_algo" in call("inspect", root, code=1).output
+    (root / "config.json").write_text((source / "config.json").read_text())
+    assert json.loads(call("inspect", root, "--json").stdout)["quantization"] == "modelopt"
