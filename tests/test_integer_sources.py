@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from shardxform.formats.encoding import Cut  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
+EXPERT = "model.layers.1.mlp.experts.1.up_proj"
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 MIXED = re.compile(r".*self_attn\.(q|k|v)_proj")
 
@@ -555,3 +557,81 @@ def test_data_that_means_nothing_is_refused_by_name(case: str) -> None:
     encoding, parts, message = ODD[case]
     with pytest.raises(ExecutionError, match=message):
         opened(encoding, parts, (32, 64))
+
+
+# -- defects ----------------------------------------------------------------------------------------------------------
+
+
+def flipped(root: Path, name: str, out: Path) -> Path:
+    """The same output with one bit of a tensor changed, and no record of what was written."""
+    tensors = read_checkpoint(root)
+    data = bytearray(tensors[name].data)
+    data[len(data) // 2] ^= 0x10
+    tensors[name] = replace(tensors[name], data=bytes(data))
+    files = {p.name: p.read_text() for p in root.glob("tokenizer*")}
+    return write_checkpoint(out, tensors, json.loads((root / "config.json").read_text()), files=files)
+
+
+@pytest.mark.parametrize(
+    ("kind", "verb", "name"),
+    [
+        ("compressed-tensors", ("quantize", "--group-size", 32), "mlp.experts.1.up_proj.qweight"),
+        ("compressed-tensors", ("quantize", "--group-size", 32), "mlp.experts.1.up_proj.scales"),
+        ("compressed-tensors", ("quantize", "--group-size", 32), "self_attn.q_proj.qweight"),
+        ("gptq", ("quantize", *GRID, "--requantize"), "mlp.experts.1.up_proj.qweight"),
+    ],
+)
+def test_a_changed_bit_of_what_was_taken_over_or_rounded_is_found(
+    kind: str, verb: tuple[Any, ...], name: str, folder: Path, tmp_path: Path
+) -> None:
+    source, _ = made(folder, kind, STILL)
+    keep = keep_file(tmp_path)
+    call(verb[0], source, tmp_path / "out", "-m", keep, "-q", *verb[1:])
+    bare = shutil.copytree(tmp_path / "out", tmp_path / "bare")
+    record = json.loads((bare / "shardxform.json").read_text())
+    del record["digests"], record["checksum"]
+    (bare / "shardxform.json").write_text(json.dumps(record))
+    call("verify", bare, "--source", source)
+    bad = flipped(tmp_path / "out", f"model.layers.1.{name}", tmp_path / "bad")
+    (bad / "shardxform.json").write_text(json.dumps(record))
+    told = call("verify", bad, "--source", source, code=1).output
+    assert f"model.layers.1.{name.rpartition('.')[0]}" in told
+    assert "not sound" in told
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]] = {
+    "no zero points": ("awq", lambda _, t: t.pop(f"{EXPERT}.qzeros"), "missing"),
+    "zero points of another shape": (
+        "awq",
+        lambda _, t: t.update({f"{EXPERT}.qzeros": raw("I32", np.zeros((1, 4), "i4"))}),
+        r"I32 \[1, 4\], expected I32 \[2, 4\]",
+    ),
+    "another version": ("awq", lambda c, _: c.update(version="gemv"), "expected 'gemm' with zero_point true"),
+    "groups that columns do not fill": ("awq", lambda c, _: c.update(group_size=48), "no groups of 48"),
+    "no groups": (
+        "gptq in another order",
+        lambda _, t: t.update({f"{EXPERT}.g_idx": raw("I32", np.zeros(32, "i4"))}),
+        r"I32 \[32\], expected I32 \[64\]",
+    ),
+    "three bits": ("gptq with zero points", lambda c, _: c.update(bits=3), "expected 4 or 8, found 3"),
+    "marlin": ("gptq with zero points", lambda c, _: c.update(checkpoint_format="marlin"), "'marlin' .* is not read"),
+    "rotations": (
+        "compressed-tensors with zero points",
+        lambda c, _: c.update(transform_config={"config_groups": {"a": {}}}),
+        "transform_config beside integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folder: Path, tmp_path: Path) -> None:
+    kind, spoil, message = FAULTS[fault]
+    source, _ = made(folder, kind)
+    config, tensors = json.loads((source / "config.json").read_text()), read_checkpoint(source)
+    spoil(config["quantization_config"], tensors)
+    spoilt = write_checkpoint(tmp_path / "spoilt", tensors, config)
+    for verb in (("quantize", "--requantize"), ("convert", "--to", "bf16")):
+        told = call(verb[0], spoilt, tmp_path / verb[0], *verb[1:], code=1).output
+        assert re.search(message, told), told
+        assert not (tmp_path / verb[0]).exists()
+    assert "not sound" in call("verify", spoilt, code=1).output
