@@ -35,13 +35,12 @@ from shardxform.formats.encoding import (
     Turned,
     refuse_scales,
 )
-from shardxform.formats.integers import Ints
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "Width", "Zeros", "reread"]
+__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "Width", "Zeros"]
 
 Order = Literal["gptq", "awq", "row"]
 """How words lie."""
@@ -83,12 +82,6 @@ class Asymmetric:
         groups = "a scale a row" if self.group_size == -1 else f"groups of {self.group_size}"
         zeros = "" if self.symmetric else " with zero points"
         return f"{self.bits}-bit integers{zeros}, {groups}{', in the order of AWQ' if self.order == 'awq' else ''}"
-
-    @classmethod
-    def of(cls, ints: Ints) -> Asymmetric:
-        """Symmetric integers, to be decoded: rows of these are values, and no integers that can be moved."""
-        zeros: Zeros = "less one" if ints.layout == "gptq" else ""
-        return cls(ints.grid.bits, ints.grid.group_size, ints.layout, zeros, True, ints.scale_dtype, ints.g_idx)
 
     @property
     def width(self) -> int:
@@ -288,17 +281,6 @@ class AsymmetricRows:
     def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
         """The values: nothing narrower is known to hold them."""
         return self.values(start, stop), "F32"
-
-
-def reread(ref: TensorRef) -> TensorRef:
-    """The same tensor, of symmetric integers as values alone, which are rounded where the integers would be moved."""
-    if not isinstance(ref, Encoded):
-        return ref
-    sources = (
-        replace(source, encoding=Asymmetric.of(source.encoding)) if isinstance(source.encoding, Ints) else source
-        for source in ref.sources
-    )
-    return replace(ref, sources=tuple(sources))
 
 
 # -- what configs say of it ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ __all__ = [
     "Changes",
     "declarations",
     "declared_in",
+    "declares",
     "modules_moved",
     "undeclared",
     "with_declared",
@@ -111,6 +112,11 @@ def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Itera
                 yield (*path, key), value
         elif isinstance(value, Mapping):
             yield from declarations(value, (*path, key))
+
+
+def declares(config: Mapping[str, Any]) -> bool:
+    """Whether a config says of weights that they are quantized, at its top level or in the config of the decoder."""
+    return any(path[-1] == DECLARATIONS[0] for path, _ in declarations(config))
 
 
 def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401

@@ -21,7 +21,7 @@ from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, 
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declarations
+from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Source, Writable
 from shardxform.formats.ggml import FLOATS, Ggml, integer_type
@@ -412,7 +412,7 @@ def as_weights(source: Checkpoint) -> Checkpoint:
     """
     if plain := decoded(source):
         return plain
-    return as_plain(source, read_stored(source)) if any(declarations(source.config)) else source
+    return as_plain(source, read_stored(source)) if declares(source.config) else source
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:

@@ -13,15 +13,16 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
-from shardxform.formats.config_names import declarations
+from shardxform.formats.config_names import DECLARATIONS, declarations, declares
 from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import select
+from shardxform.formats.dialects import method_of, select
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import GROUP_SIZES, Format, Scheme
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
+from shardxform.runtimes.mlx import single
 
 __all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "stored_of"]
 
@@ -87,6 +88,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         FamilyError: unknown family, or a config that contradicts itself.
 
     """
+    source = single(source)
     layout = layout_of(source.config, source.tensors, source.where)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -112,7 +114,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         mtp_layers=layout.mtp_layers,
         vision=layout.has_vision,
         quantization=_quantization(source),
-        tensors=len(source.tensors),
+        tensors=sum(len(shard.entries) for shard in source.shards),
         parameters=found.total(layout.num_experts) if found else None,
         parameters_apart=found.apart if found else 0,
         nbytes=source.nbytes,
@@ -154,8 +156,8 @@ def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
 
 
 def _quantization(source: Checkpoint) -> str:
-    config = next((value for _, value in declarations(source.config)), None)
-    return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
+    config = next((value for path, value in declarations(source.config) if path[-1] == DECLARATIONS[0]), None)
+    return str(method_of(config) or "unknown method") if isinstance(config, Mapping) else ""
 
 
 def _outlook(source: Checkpoint, plain: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:
@@ -253,7 +255,7 @@ def stored_of(checkpoint: Checkpoint) -> Stored | None:
         CheckpointError: quantized so, but not as its config says.
 
     """
-    if not any(declarations(checkpoint.config)):
+    if not declares(checkpoint.config):
         return None
     try:
         return read_stored(checkpoint)

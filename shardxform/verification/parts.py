@@ -15,13 +15,14 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.formats.config_names import declared_in
+from shardxform.formats.dialects import method_of
 from shardxform.formats.encoding import Storage
 from shardxform.formats.scheme import FORMATS, Grid
 from shardxform.formats.stored import Stored, scan_stored
 from shardxform.model.layout import COMPANIONS, Layout
 from shardxform.verification.findings import Findings, Item
 
-__all__ = ["Freedom", "Pair", "Rule", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
+__all__ = ["Freedom", "Pair", "Rule", "check_merged_rows", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
 
 _ABOUT: Final = re.compile(r"tensor '([^']+)'(?: is |: )(.*)", re.DOTALL)
 _MALFORMED: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -110,7 +111,7 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
     declared: object = None
     with suppress(SchemeError):  # which is told where the config is looked at
         declared = declared_in(checkpoint.config)
-    if not isinstance(declared, Mapping) or declared.get("quant_method") not in FORMATS:
+    if not isinstance(declared, Mapping) or method_of(declared) not in FORMATS:
         return None
     if not any(name.rpartition(".")[2] in COMPANIONS for name in checkpoint.tensors):
         return None
@@ -120,7 +121,7 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
         if not any(problem.code == "quantization-config" for problem in findings.problems):
             text = str(e).removeprefix(f"{checkpoint.where}/").removeprefix(f"{CONFIG}: ")
             findings.warn("not-understood", CONFIG, f"quantized weights are not looked into: {text}")
-        _check_merged_rows(checkpoint, layout, findings)
+        check_merged_rows(checkpoint, layout, findings)
         return None
     except _MALFORMED as e:  # shapes or values that nothing can mean; as a rule a problem says so already
         if not findings.problems:
@@ -150,13 +151,14 @@ def _items(errors: list[CheckpointError], layout: Layout, findings: Findings) ->
             continue
         code = "missing" if detail.startswith("missing") else "part-shape" if "expected" in detail else "parts"
         place = layout.places.get(name)
-        if place is None and f"{stem}.qweight" in layout.places:  # a part that is not there has its module's place
-            place = replace(layout.places[f"{stem}.qweight"], companion=last)
+        words = next((each for each in (f"{stem}.qweight", f"{stem}.weight") if each in layout.places), "")
+        if place is None and words:  # a part that is not there has its module's place
+            place = replace(layout.places[words], companion=last)
         if "unknown to family" not in detail:
             yield Item(code, name, place, detail) if place else (code, name, detail)
 
 
-def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
+def check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
     """Members of a merged module have as many words and scales a row, that is the same bits and groups.
 
     Where one scheme holds for all weights, every shape is checked against it, and this says nothing more.

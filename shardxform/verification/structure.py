@@ -15,7 +15,7 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.config_names import declarations
+from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import is_packed, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
@@ -23,6 +23,7 @@ from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
 from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import QUANTIZATION, single, unrun
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PARTS",
     "Structure",
+    "check_mlx",
     "check_structure",
     "check_unknown",
     "config_faults",
@@ -169,10 +171,15 @@ def _brief(value: object) -> str:
 PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "qweight": ("qweight", "qzeros", "scales"),
     "weight_packed": ("weight_packed", "weight_scale", "weight_shape"),
+    "biases": ("weight", "scales", "biases"),
 }
 """What must be stored instead of a quantized `weight`, by the part that holds its integers."""
 
-_SIGNS: Final = {"qweight": ("qweight", "qzeros", "scales"), "weight_packed": ("weight_packed", "weight_shape")}
+_SIGNS: Final = {
+    "biases": ("biases",),
+    "qweight": ("qweight", "qzeros", "scales"),
+    "weight_packed": ("weight_packed", "weight_shape"),
+}
 _MAX_TENSORS: Final = 1_000_000  # four times the largest checkpoint known, before quantization: Kimi-K3
 _CONFIG_FAULTS: Final = (
     FamilyError,
@@ -225,6 +232,7 @@ def check_structure(
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
     if is_packed(checkpoint.config):
+        _check_merged_rows(checkpoint, layout, findings)
         checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
         layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
@@ -252,8 +260,14 @@ def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Chec
     return plain
 
 
+def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
+    from shardxform.verification.parts import check_merged_rows
+
+    check_merged_rows(checkpoint, layout, findings)
+
+
 def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
-    if not any(declarations(checkpoint.config)):
+    if not declares(checkpoint.config):
         return None
     from shardxform.verification.parts import check_parts  # and with it all that is known of encodings
 
@@ -265,7 +279,8 @@ def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
 
     Shapes of quantized parts are left open here.
     """
-    forms = {name: stored_form(name, tensors) for name in table}
+    words = {name for name, ref in tensors.items() if ref.spec.dtype == "U32"}
+    forms = {name: "biases" if name in words else stored_form(name, tensors) for name in table}
     usual: dict[str, str] = {}  # by template: what a weight that is not there at all would be stored as
     for name, form in forms.items():
         if form:
@@ -279,7 +294,8 @@ def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
         stem = name.removesuffix("weight")
         for part in PARTS[form]:
             place = item.place
-            place = Place(place.template, place.scope, place.layer, place.expert, place.expert_at, part)
+            companion = "" if part == "weight" else part
+            place = Place(place.template, place.scope, place.layer, place.expert, place.expert_at, companion)
             out[stem + part] = Expected(place, None, item.optional)
     return out
 
@@ -290,6 +306,18 @@ def stored_form(name: str, tensors: Mapping[str, object]) -> str:
         return ""
     stem = name.removesuffix("weight")
     return next((form for form, signs in _SIGNS.items() if any(stem + sign in tensors for sign in signs)), "")
+
+
+def check_mlx(checkpoint: Checkpoint, findings: Findings) -> None:
+    """Report what mlx-lm does not take of a config that is one of its own, as it lies in config.json."""
+    config = checkpoint.config
+    if single(checkpoint) is checkpoint:
+        return
+    declared, beside = config[QUANTIZATION], config.get("quantization_config")
+    if beside is not None and beside != declared:
+        findings.problem("quantization-config", CONFIG, f"{QUANTIZATION} and quantization_config differ; expected one")
+    for why in unrun(config):
+        findings.problem("class", CONFIG, why)
 
 
 def _layout(checkpoint: Checkpoint, findings: Findings) -> Layout | None:
@@ -458,7 +486,7 @@ def _check_unexpected(
         if template in layout.family.towers:
             continue
         if base in table:
-            if not place.companion and stored_form(name, layout.places):
+            if not place.companion and "weight" not in PARTS.get(stored_form(name, layout.places), ("weight",)):
                 found.append(Item("stray", name, place, "a 16-bit weight beside its quantized form"))
             continue
         code, detail = "stray", "config.json gives this place no such tensor"
@@ -625,7 +653,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """
     specs = (entry.spec for shard in plan.shards for entry in shard.entries)
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = Checkpoint(plan.source, parse_config(plan.config), tensors, ())
+    planned = single(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     found = [problem for problem in findings.problems if problem.code not in but]

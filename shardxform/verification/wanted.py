@@ -16,7 +16,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declarations
+from shardxform.formats.config_names import declares
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.matrices import matrices_of, single_biases
@@ -149,13 +149,13 @@ def _packed_source(
 
     So `convert` writes it, and `quantize`, which rounds what is not quantized in the source.
     """
-    if not any(declarations(source.config)) or out is None:
+    if not declares(source.config) or out is None:
         return None
     try:
         packed = read_stored(source)
     except SchemeError:
         return None  # a form that is not understood can only have been copied
-    if not any(declarations(out.config)):
+    if not declares(out.config):
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
     if stored is None or (form == other and inputs.get("command") != "quantize"):
@@ -196,9 +196,9 @@ def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
 def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
     """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
     healed = _healed(view, known.record)
-    if not any(declarations(out.config)) and (known.packed or known.dequantized):
+    if not declares(out.config) and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
-    if not any(declarations(out.config)) or any(declarations(view.checkpoint.config)):
+    if not declares(out.config) or declares(view.checkpoint.config):
         return _apart(Wanted(view, view.checkpoint.tensors), healed)
     return _apart(_quantized(view, out, known, findings), healed)
 
@@ -223,12 +223,13 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     derived: dict[str, Derived] = {}
     skipped: dict[str, set[str]] = {}
     for module in matrices_of(view.layout, view.checkpoint.tensors):
-        if all(name in out.tensors for name in module.sources):
+        if all(name in out.tensors and out.tensors[name].spec.dtype != "U32" for name in module.sources):
             continue
         for name in module.sources:
             tensors.pop(name, None)
         name = f"{module.name}.weight"
         found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
+        found |= {name} if name in out.tensors and out.tensors[name].spec.dtype == "U32" else set()
         pair = pair_of(name, module.stored, stored) if stored else None
         if pair:
             found |= {ref.name for _, ref in pair.stored.parts}
