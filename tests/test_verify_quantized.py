@@ -616,7 +616,7 @@ def test_a_config_with_several_schemes_is_held_against_merged_rows_only(out: Pat
         rewritten(out, tmp_path / "a", lambda c, _: c["quantization_config"]["extra_config"].update(several))
     )
     problem = only(report, "parts")
-    assert "for a weight [64, 32] in 8-bit integers, groups of 32" in problem.message
+    assert "for a weight [128, 32] in 8-bit integers, groups of 32" in problem.message
 
     def edit(config: dict[str, Any], tensors: dict[str, Raw]) -> None:
         config["quantization_config"]["extra_config"].update(several)
