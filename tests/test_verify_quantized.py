@@ -623,7 +623,7 @@ def test_a_config_with_several_schemes_is_held_against_merged_rows_only(out: Pat
         wider(config, tensors)
 
     problems = verify(rewritten(out, tmp_path / "b", edit)).problems
-    assert [p.code for p in problems] == ["merged"]
+    assert [p.code for p in problems] == ["merged", "parts", "parts"]
     assert "16 elements a row, but 8 in model.layers.1.mlp.experts.0.up_proj.qweight" in problems[0].message
 
 

@@ -261,9 +261,12 @@ def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Chec
 
 
 def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
-    from shardxform.verification.parts import check_merged_rows
+    """Hold merged modules against each other, where weights are words of integers of any width."""
+    words = (ref.spec for name, ref in checkpoint.tensors.items() if name.endswith(tuple(PARTS)))
+    if any(spec.dtype == "I32" for spec in words):
+        from shardxform.verification.parts import check_merged_rows
 
-    check_merged_rows(checkpoint, layout, findings)
+        check_merged_rows(checkpoint, layout, findings)
 
 
 def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
