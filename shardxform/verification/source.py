@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
+from shardxform.ask.recipe import HEALED, Heal
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
@@ -23,11 +24,12 @@ from shardxform.formats.dialects import method_of
 from shardxform.formats.stored import as_plain
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
+from shardxform.plan.steps import healed_view
 from shardxform.plan.view import MtpMode, View, pruned_view
 from shardxform.runtimes import mlx
 from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
-from shardxform.verification.wanted import Known, Wanted
+from shardxform.verification.wanted import Known, Wanted, heal_of
 
 __all__ = ["Options", "compare_tables", "rebuild"]
 
@@ -65,7 +67,7 @@ def rebuild(
     _check_origin(source, record, findings)
     if packed:
         source = as_plain(source, packed)
-    elif out is not None and (_method(out) != _method(source) or record.get("command") in ("convert", "quantize")):
+    elif out is not None and _is_decoded(source, out, record):
         source = decoded(source) or source
     layout = layout_of(source.config, source.tensors)
     manifest = _given_manifest(options, layout)
@@ -89,11 +91,30 @@ def rebuild(
     if manifest is None and out is not None and _fewer_experts(out, layout):
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given")
         return None
-    view = pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+    return _as_written(pruned_view(source, manifest, text_only=text_only, mtp=mtp), out, record)
+
+
+def _as_written(view: View, out: Checkpoint | None, record: Mapping[str, object]) -> View:
+    """The view as a format has it, or as healing wrote it."""
     if out is not None and _method(out) == "mlx":
         told = mlx.as_read(view.checkpoint.config, view.layout)
         view = replace(view, checkpoint=replace(view.checkpoint, config=told))
-    return view
+    if not _in_16bit(record):
+        return view
+    what = (heal_of(record) or {}).get("what")
+    return healed_view(view, Heal(what=cast(Any, what if what in HEALED else "auto"), encoding="16bit"))[0]
+
+
+def _in_16bit(record: Mapping[str, object]) -> bool:
+    """Whether what was healed of small floats was written in 16 bits."""
+    return (heal_of(record) or {}).get("encoding") == "16bit"
+
+
+def _is_decoded(source: Checkpoint, out: Checkpoint, record: Mapping[str, object]) -> bool:
+    """Whether OUT holds other weights than those that are stored in the source."""
+    if record.get("command") in ("convert", "quantize"):
+        return True
+    return _method(out) != _method(source) and not _in_16bit(record)
 
 
 def _method(checkpoint: Checkpoint) -> object:
