@@ -357,6 +357,12 @@ class _Candidate:
     fixed: tuple[tuple[int, int], ...] = ()
 
 
+_Stem = tuple[str, tuple[int, ...], tuple[int, ...], int]
+"""Of a part of a name: its key, its numbers, where among its parts they are, how many parts there are."""
+
+_NO_STEM: Final[_Stem] = ("", (), (), 0)
+
+
 class _Finder:
     """Finds the template of a name: its digits become `#`, and the rest is looked up.
 
@@ -372,7 +378,7 @@ class _Finder:
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
-        self._stems: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {}
+        self._stems: dict[str, _Stem] = {}
         blocks = f"{wrapper.prefix}{family.decoder.blocks}.{{l}}."
         for template in family.root:
             self._add("root", wrapper.full(template.name), template)
@@ -404,16 +410,17 @@ class _Finder:
         if len(self._found) > _MOST_FOUND:
             self._found.clear()
             self._stems.clear()
-        return {name: self._found.get(name) or self._find(name) or self._in_tower(name) for name in names}
+        found = self._found.get
+        return {name: found(name) or self._find(name) or self._in_tower(name) for name in names}
 
     def _in_tower(self, name: str) -> Place | None:
         return next((Place(each, "vision") for each in self._towers if fnmatchcase(name, each.name)), None)
 
     def _find(self, name: str) -> Place | None:
         stem, dot, last = name.rpartition(".")
-        if _is_id(last):
+        if last[:1].isdigit() and _is_id(last):
             stem, dot, last = name, "", ""
-        key, numbers, digits = self._stem(stem)
+        key, numbers, digits, _ = self._stem(stem)
         companion = ""
         candidates = self._table.get(f"{key}{dot}{last}")
         if candidates is None and last in COMPANIONS:
@@ -432,7 +439,9 @@ class _Finder:
         self, candidates: Iterable[_Candidate], numbers: tuple[int, ...], digits: tuple[int, ...], companion: str
     ) -> Place | None:
         for each in candidates:
-            if each.numbers != len(numbers) or any(numbers[at] != number for at, number in each.fixed):
+            if each.numbers != len(numbers):
+                continue
+            if each.fixed and any(numbers[at] != number for at, number in each.fixed):
                 continue
             layer = self._layer(each.scope, numbers[each.layer] if each.layer >= 0 else None)
             if layer == -1:
@@ -442,16 +451,17 @@ class _Finder:
             return Place(each.template, each.scope, layer, numbers[each.expert], digits[each.expert], companion)
         return None
 
-    def _stem(self, stem: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """A name less its last part: its key, its numbers, and where among its parts they are."""
+    def _stem(self, stem: str) -> _Stem:
+        """A name less its last part; what is known of one less its own last part is made use of."""
         known = self._stems.get(stem)
         if known is None:
-            parts = stem.split(".") if stem else []
-            digits = tuple(at for at, part in enumerate(parts) if _is_id(part))
-            numbers = tuple(int(parts[at]) for at in digits)
-            for at in digits:
-                parts[at] = "#"
-            known = self._stems[stem] = (".".join(parts), numbers, digits)
+            above, dot, last = stem.rpartition(".")
+            key, numbers, digits, count = self._stem(above) if dot else _NO_STEM
+            if _is_id(last):
+                known = f"{key}{dot}#", (*numbers, int(last)), (*digits, count), count + 1
+            else:
+                known = f"{key}{dot}{last}", numbers, digits, count + bool(stem)
+            self._stems[stem] = known
         return known
 
     def _layer(self, scope: Scope, layer: int | None) -> int | None:
@@ -469,6 +479,7 @@ _finder = functools.lru_cache(maxsize=4)(_Finder)
 
 
 def _is_id(part: str) -> bool:
+    """Whether a part of a name is a number, as Python writes it."""
     return part.isdigit() and part.isascii() and (part == "0" or part[0] != "0") and len(part) <= 9
 
 

@@ -6,6 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -157,8 +158,9 @@ def _computed(
     extents, encoding = extents_of(shards), Ints.of(scheme)
     tuned: list[tuple[int | None, TranscodeItem]] = []
     rounded: list[tuple[TranscodeItem, int]] = []
+    parts_of = functools.cache(encoding.parts)  # of one shape, as a rule, for ten thousand experts
     for module in selection.quantized:
-        item = transcode_item(module.name, module.stored, encoding, extents)
+        item = transcode_item(module.name, module.stored, encoding, extents, parts_of)
         if recipe and module.place.scope == "block":
             tuned.append((module.place.layer, item))
         else:
