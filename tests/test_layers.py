@@ -15,7 +15,7 @@ from structure import MODULES, PACKAGE, cycle, imported, imports, tree_of
 
 # From bottom to top. A module imports modules of its own room and of rooms that stand before it; `errors` is for all.
 ROOMS = (
-    *("errors", "base", "calibration", "checkpoint", "model", "formats", "ask", "plan", "execution"),
+    *("errors", "base", "calibration", "checkpoint", "model", "formats", "runtimes", "ask", "plan", "execution"),
     *("forward", "drafting", "evaluation", "experts", "tuning", "cluster", "verification", "publish", "compress"),
     *("__init__", "cli", "__main__"),
 )

@@ -65,7 +65,7 @@ def test_a_file_is_exactly_these_bytes() -> None:
         '\\"num_groups\\":1,\\"source_fingerprint\\":\\"ab12\\"}'
     )
     text = (
-        '{"__metadata__":{"shardxform.saliency":"{\\"version\\":1,\\"model\\":' + model + ',\\"tokens\\":10,'
+        '{"__metadata__":{"shardxform.saliency":"{\\"version\\":2,\\"model\\":' + model + ',\\"tokens\\":10,'
         '\\"runs\\":[{\\"data\\":\\"calib.jsonl\\",\\"seed\\":0}]}"},'
         '"layers.1.count":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},'
         '"layers.1.ean":{"dtype":"F64","shape":[1],"data_offsets":[8,16]},'
@@ -88,7 +88,7 @@ def test_the_reference_library_reads_and_writes_the_same(tmp_path: Path) -> None
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert set(metadata) == {KEY}
-    assert json.loads(metadata[KEY]) == {"version": 1, "model": MODEL, "tokens": 10, "runs": [RUN]}
+    assert json.loads(metadata[KEY]) == {"version": 2, "model": MODEL, "tokens": 10, "runs": [RUN]}
     assert tensors["layers.0.count"].tolist() == [10, 0, 4, 6]
     assert tensors["mtp_layers.0.peak"].tolist() == [1.5, 3, 4.5, 6]
     assert save(tensors, metadata) == one.to_bytes()
@@ -295,7 +295,7 @@ def file_of(record: object, tensors: Mapping[str, tuple[str, int]] | None = None
     return header_bytes(header) + bytes(at)
 
 
-RECORD = {"version": 1, "model": MODEL, "tokens": 10, "runs": [RUN]}
+RECORD = {"version": 2, "model": MODEL, "tokens": 10, "runs": [RUN]}
 NAMES = {f"layers.0.{name}": ("I64" if name == "count" else "F64", 4) for name in ("count", "reap", "ean", "gate")}
 
 
@@ -306,13 +306,16 @@ NAMES = {f"layers.0.{name}": ("I64" if name == "count" else "F64", 4) for name i
         (file_of(RECORD)[:-1], "s: truncated"),
         (file_of(RECORD, key="format"), r"s: not a saliency file: .* found \['format'\]"),
         (file_of("{"), "s: metadata 'shardxform.saliency' is not JSON"),
-        (file_of(RECORD | {"version": 2}), "s: version: expected 1, found 2"),
-        (file_of(RECORD | {"version": True}), "s: version: expected 1, found True"),
+        (file_of(RECORD | {"version": 3}), "s: version: expected one to 2, found 3"),
+        (file_of(RECORD | {"version": True}), "s: version: expected one to 2, found True"),
         (file_of(RECORD | {"more": 1}), "s: expected the record version, model, tokens, runs"),
         (file_of(RECORD | {"runs": {}}), "s: runs: expected a list, found {}"),
         (file_of(RECORD | {"runs": [1]}), r"s: runs\[0\]: expected an object"),
         (file_of(RECORD | {"model": 3}), "s: model: expected an object, found 3"),
-        (file_of(RECORD, NAMES), "s: tensor 'layers.0.peak' is missing"),
+        (
+            file_of(RECORD, NAMES | {"layers.1.peak": ("F64", 4)}),
+            "s: tensor 'layers.0.peak' is missing",
+        ),
         (file_of(RECORD, {"layers.00.peak": ("F64", 4)}), "s: tensor 'layers.00.peak': expected a name such as"),
         (file_of(RECORD, {"model.norm": ("F64", 4)}), "s: tensor 'model.norm': expected a name such as"),
         (
@@ -369,6 +372,7 @@ def test_saliency_show(tmp_path: Path) -> None:
         "  source         ab12",
         "  tokens         10 in 1 run",
         "  run 1          data calib.jsonl, seed 0",
+        "  criteria       reap, reap-sum, ean, ean-sum, frequency, gate-sum, peak",
         "  super experts  layer 0: 0",
         "  layer  reached  tokens, least  mean  most  largest peak",
         "  0       3 of 4              0     5    10            15",
@@ -380,6 +384,25 @@ def test_saliency_show(tmp_path: Path) -> None:
     assert shown["super_experts"] == {"0": [0]}
     assert shown["layers"]["0"]["reached"] == 3
     assert shown["mtp_layers"]["0"]["mean_tokens"] == 2.5
+
+
+def test_what_is_not_known_is_not_shown(tmp_path: Path) -> None:
+    known = {0: ExpertStats(spread_E=np.array([1.0, 2.0, 3.0, 4.0]))}
+    saliency(layers=known, mtp_layers={}, tokens=0).save(tmp_path / "s")
+    result = CliRunner().invoke(saliency_command, ["show", str(tmp_path / "s")], catch_exceptions=False)
+    lines = result.stdout.splitlines()
+    assert lines[5:7] == ["  criteria       aimer", "  super experts  not known"]
+    assert lines[-1].split() == ["0", "-", "-", "-", "-", "-"]
+
+
+def test_layers_know_the_same_and_what_both_know_is_added() -> None:
+    one, peak = stats([5, 5, 5, 5]), ExpertStats(peak_E=np.array([1.0, 1, 1, 1]))
+    with pytest.raises(CheckpointError, match=r"saliency: layers\.1\.count: expected it, as other layers have it"):
+        saliency(layers={0: one, 1: peak}, mtp_layers={})
+    assert one.added(peak).arrays().keys() == {"peak"}
+    weights = ExpertStats(spread_E=np.array([1.0, 2.0, 3.0, 4.0]))
+    with pytest.raises(PlanError, match="no statistic in common that adds up"):
+        weights.added(weights)
 
 
 def test_a_run_is_shown_whole_and_its_digests_short(tmp_path: Path) -> None:

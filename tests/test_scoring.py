@@ -28,13 +28,14 @@ from shardxform.cli import main  # noqa: E402
 from shardxform.errors import FamilyError, Interrupted, ResumeError  # noqa: E402
 from shardxform.experts import ExpertStats, Saliency  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.experts.weighing import weigh  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.forward.work import HiddenWriter  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)
-NAMES = ("count_E", "reap_E", "ean_E", "gate_E", "peak_E")
+NAMES = ("count_E", "reap_E", "ean_E", "gate_E", "peak_E", "square_E", "energy_E")
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +81,12 @@ class Hooked:
             if not rows.any():
                 continue
             gate, up = (hidden[rows] @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-            out = ((torch.nn.functional.silu(gate) * up) @ module.down_proj[expert].T).double()
+            inner = torch.nn.functional.silu(gate) * up
+            out = (inner @ module.down_proj[expert].T).double()
             g = weights[chosen].double()
             norm = out.pow(2).sum(-1).sqrt()
-            values = (rows.sum(), (g * norm).sum(), norm.sum(), g.sum(), out.abs().max())
+            squares = out.pow(2).sum(), inner.double().pow(2).sum()
+            values = (rows.sum(), (g * norm).sum(), norm.sum(), g.sum(), out.abs().max(), *squares)
             for name, value in zip(NAMES, values, strict=True):
                 found[name][expert] = float(value)
         self.stats.append(found)
@@ -92,6 +95,19 @@ class Hooked:
 def assert_same(found: ExpertStats, wanted: dict[str, Any], rtol: float = 1e-5) -> None:
     for name in NAMES:
         np.testing.assert_allclose(getattr(found, name), wanted[name], rtol=rtol, err_msg=name)
+
+
+def test_what_weights_tell_equals_numpy_over_the_loaded_model(small_moe: Path) -> None:
+    found = weigh(Checkpoint.open(small_moe))
+    model = loaded(small_moe)
+    assert (found.known, found.tokens, sorted(found.layers)) == (("spread",), 0, [0, 1, 2, 3])
+    for layer, stats in found.layers.items():
+        experts = model.model.layers[layer].mlp.experts
+        for expert in range(16):
+            each = [stack[expert].detach().numpy().ravel() for stack in (experts.gate_up_proj, experts.down_proj)]
+            w = np.concatenate(each).astype(np.float64)
+            wanted = np.sqrt((w**2).mean()) / np.abs(w).mean()
+            np.testing.assert_allclose(stats.of("spread")[expert], wanted, rtol=1e-6)
 
 
 def test_scores_equal_hooks_on_the_loaded_model(small_moe: Path, tmp_path: Path) -> None:

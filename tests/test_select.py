@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from build import tiny, write_checkpoint
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.experts import CRITERIA, ExpertStats, Saliency, choose, decide, keep_of_ratio, super_experts
 from shardxform.experts.plotting import plot_choice
 
+PROJECTIONS = ("gate", "up", "down")
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -34,7 +36,10 @@ def layer(reap: list[float], count: list[int] | None = None, peak: list[float] |
     count_E = np.array([4] * len(reap) if count is None else count, np.int64)
     reap_E = np.array(reap, np.float64) * count_E
     peak_E = np.array([1.0] * len(reap) if peak is None else peak) * (count_E > 0)
-    return ExpertStats(count_E=count_E, reap_E=reap_E, ean_E=2 * reap_E, gate_E=count_E * 0.25, peak_E=peak_E)
+    known = {"reap_E": reap_E, "ean_E": 2 * reap_E, "gate_E": count_E * 0.25, "peak_E": peak_E}
+    return ExpertStats(
+        count_E=count_E, **known, square_E=4 * reap_E, energy_E=3 * reap_E, output_E=5 * reap_E, spread_E=1 + reap_E
+    )
 
 
 def saliency(*layers: ExpertStats, **changes: Any) -> Saliency:
@@ -64,6 +69,10 @@ def saliency(*layers: ExpertStats, **changes: Any) -> Saliency:
         ("frequency", [2.0, 0.0, 4.0]),
         ("gate-sum", [1.0, 0.0, 0.5]),
         ("peak", [9.0, 0.0, 7.0]),
+        ("energy", [5.0, 0.0, 6.0]),
+        ("output-energy", [7.0, 0.0, 2.5]),
+        ("msan", [4.0, 0.0, 3.0]),
+        ("aimer", [1.25, 1.5, 1.0]),
     ],
 )
 def test_scores(criterion: str, expected: list[float]) -> None:
@@ -73,13 +82,17 @@ def test_scores(criterion: str, expected: list[float]) -> None:
         ean_E=np.array([6.0, 0.0, 8.0]),
         gate_E=np.array([1.0, 0.0, 0.5]),
         peak_E=np.array([9.0, 0.0, 7.0]),
+        square_E=np.array([8.0, 0.0, 12.0]),
+        energy_E=np.array([5.0, 0.0, 6.0]),
+        output_E=np.array([7.0, 0.0, 2.5]),
+        spread_E=np.array([1.25, 1.5, 1.0]),
     )
     score_E = CRITERIA[criterion](stats)
     assert (score_E.dtype, score_E.tolist()) == (np.float64, expected)
 
 
 def test_every_criterion_is_tested_above() -> None:
-    assert len(CRITERIA) == 7
+    assert len(CRITERIA) == 11
 
 
 # -- the cut ------------------------------------------------------------------------------------------------------
@@ -442,6 +455,34 @@ def test_the_ratio_that_was_asked_for_is_recorded(scored: Path, tmp_path: Path) 
     assert select(scored, "--ratio", 0.3, "-o", tmp_path / "keep.json").exit_code == 0
     read = Manifest.load(tmp_path / "keep.json")
     assert (read.ratio, read.num_kept) == (0.3, 3)
+
+
+def test_a_checkpoint_tells_of_its_weights_alone(tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe")
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    refused = select(source, "--keep", 4, "-o", tmp_path / "k.json")
+    assert isinstance(refused.exception, PlanError)
+    assert "of which only aimer can be told; give a file of `shardxform score`" in str(refused.exception)
+    result = select(source, "--keep", 4, "--criterion", "aimer", "-o", tmp_path / "k.json")
+    assert result.exit_code == 0, result.output
+    read = Manifest.load(tmp_path / "k.json")
+    assert (read.criterion, read.num_kept, len(read.keep)) == ("aimer", 4, config["num_hidden_layers"])
+    for layer, keep in read.keep.items():
+        spread = []
+        for expert in range(config["num_experts"]):
+            stem = f"model.layers.{layer}.mlp.experts.{expert}"
+            w = np.concatenate([tensors[f"{stem}.{each}_proj.weight"].float32().ravel() for each in PROJECTIONS])
+            spread.append(np.sqrt(np.mean(w**2)) / np.mean(np.abs(w)))
+        assert keep == tuple(sorted(np.argsort(-np.array(spread), kind="stable")[:4]))
+
+
+def test_a_saliency_of_text_knows_nothing_of_weights(scored: Path) -> None:
+    known = replace(Saliency.load(scored), layers={0: ExpertStats(energy_E=np.arange(4.0))}, mtp_layers={})
+    with pytest.raises(PlanError, match=r"`criterion` aimer: .* only energy; .* give the checkpoint itself"):
+        choose(known, 2, "aimer")
+    with pytest.raises(PlanError, match=r"`protect`: .* has no peaks"):
+        choose(known, 2, "energy", protect=True)
+    assert choose(known, 2, "energy").keep == {0: (2, 3)}
 
 
 def test_a_dry_run_writes_nothing(scored: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Chunks:
         self._entries = [[entry for entry in shard.entries if entry.nbytes] for shard in shards]
         self._begins = [[entry.begin for entry in entries] for entries in self._entries]
         self._cuts = [
-            {start, *(start + entry.end for entry in shard.entries)}
+            {start + at for entry in shard.entries for at in (entry.begin, entry.end)}
             for start, shard in zip(self._starts, shards, strict=True)
         ]
 

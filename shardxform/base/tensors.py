@@ -23,6 +23,7 @@ from shardxform.errors import CheckpointError, PlanError
 
 __all__ = [
     "BITS",
+    "BLOCKS",
     "FLOATS",
     "ID_DTYPES",
     "LENGTH_BYTES",
@@ -48,7 +49,10 @@ __all__ = [
 
 @functools.lru_cache(maxsize=1024)
 def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * BITS[dtype] // 8
+    if bits := BITS.get(dtype):
+        return math.prod(shape) * bits // 8
+    elements, size = BLOCKS[dtype]
+    return math.prod(shape) // elements * size
 
 
 class TensorSpec(NamedTuple):
@@ -65,6 +69,11 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return _nbytes(self.shape, self.dtype)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     def of_shape(self, shape: tuple[int, ...]) -> TensorSpec:
         """The same name and dtype with another shape."""
@@ -192,9 +201,15 @@ class TensorRef:
             raise CheckpointError(f"tensor '{self.name}' is to be worked out first: it has no bytes to take rows from")
         if not self.spec.shape:
             raise CheckpointError(f"tensor '{self.name}' is a scalar; expected a leading dimension to slice")
-        bits = math.prod(self.spec.shape[1:]) * BITS[self.spec.dtype]
+        dtype, shape = self.spec.dtype, self.spec.shape
+        if dtype in BLOCKS:
+            elements, size = BLOCKS[dtype]
+            if len(shape) < 2 or shape[-1] % elements:
+                raise CheckpointError(f"tensor '{self.name}': rows of {dtype} {shape} split a block of {elements}")
+            return math.prod(shape[1:]) // elements * size
+        bits = math.prod(shape[1:]) * BITS[dtype]
         if bits % 8:
-            raise CheckpointError(f"tensor '{self.name}': rows of {self.spec.dtype} {self.spec.shape} split a byte")
+            raise CheckpointError(f"tensor '{self.name}': rows of {dtype} {shape} split a byte")
         return bits // 8
 
 
@@ -271,6 +286,36 @@ BITS: Final[dict[str, int]] = {
     "U64": 64,
 }
 """Width of one element in bits, by dtype name."""
+
+BLOCKS: Final[dict[str, tuple[int, int]]] = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74),
+    "IQ3_XXS": (256, 98),
+    "IQ1_S": (256, 50),
+    "IQ4_NL": (32, 18),
+    "IQ3_S": (256, 110),
+    "IQ2_S": (256, 82),
+    "IQ4_XS": (256, 136),
+    "IQ1_M": (256, 56),
+    "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
+    "MXFP4": (32, 17),
+    "NVFP4": (64, 36),
+    "Q1_0": (128, 18),
+    "Q2_0": (64, 18),
+}
+"""Elements and bytes of one block, by name of GGML's block types; rows are whole blocks. No header of safetensors names
+them. Q8_1 and Q8_K are left out: they are of values under way, and in no file."""
 
 RANK: Final[dict[str, int]] = {name: rank for rank, name in enumerate(BITS)}
 """Position in the reference writer's order; tensors of the highest rank come first in a shard."""

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from shardxform.cli.console import count, print_json, rows, table, tell
-from shardxform.cli.options import PATH, JsonFlags, command
-from shardxform.experts.choosing import super_experts
+from shardxform.checkpoint.gguf import GgufModel
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli.console import count, print_json, progress, rows, table, tell
+from shardxform.cli.inputs import open_gguf_named, open_named, refuse_unwritable
+from shardxform.cli.options import (
+    PATH,
+    SOURCE,
+    FamilyFlags,
+    HubFlags,
+    JsonFlags,
+    QuietFlags,
+    Source,
+    command,
+    option,
+)
+from shardxform.experts.choosing import criteria_of, super_experts
 from shardxform.experts.statistics import ExpertStats, Saliency
 
 __all__ = ["saliency_command"]
@@ -25,7 +39,7 @@ _MOST_SHOWN: Final = 80  # characters of one thing of it
 
 @click.group("saliency")
 def saliency_command() -> None:
-    """Look at saliency files, and add up those of several runs."""
+    """Look at saliency files, add up those of several runs, and make them of importance matrices."""
 
 
 @command("show")
@@ -39,7 +53,7 @@ def _show(file: Path, output: JsonFlags) -> None:
     model = read.model
     click.echo(f"{file}: {read.num_experts} experts in each of {count(len(read.layers), 'layer')}")
     groups = f", {model['num_groups']} router groups" if model["num_groups"] > 1 else ""
-    supers = [f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in super_experts(read).items()]
+    supers = [f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in _supers(read).items()]
     rows(
         [
             (
@@ -49,7 +63,8 @@ def _show(file: Path, output: JsonFlags) -> None:
             ("source", _value(model["source_fingerprint"])),
             ("tokens", f"{read.tokens:,} in {count(len(read.runs), 'run')}"),
             *(line for number, run in enumerate(read.runs, 1) for line in _run_lines(f"run {number}", run)),
-            ("super experts", "; ".join(supers) or "none"),
+            ("criteria", ", ".join(criteria_of(read))),
+            ("super experts", "; ".join(supers) or "none" if "peak" in read.known else "not known"),
         ]
     )
     table(
@@ -74,6 +89,49 @@ def _add(files: tuple[Path, ...], out: Path) -> None:
     )
     if twice := sum(run in total.runs[:at] for at, run in enumerate(total.runs)):
         tell(f"note: {count(twice, 'run')} with the provenance of another: the same data may count twice")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Imported(QuietFlags):
+    source: Source = option(
+        "The checkpoint that experts are to be chosen of, in safetensors or in GGUF.",
+        metavar="SRC",
+        type=SOURCE,
+        required=True,
+        first=True,
+    )
+    out: Path = option("The saliency file to write.", "--out", "-o", metavar="FILE", required=True, first=True)
+    weigh: bool = option(
+        "Also read the experts' down projections once, for the criterion output-energy.", default=False
+    )
+
+
+@command("import")
+@click.argument("imatrix", metavar="IMATRIX", type=PATH)
+def _import(imatrix: Path, family: FamilyFlags, hub: HubFlags, asked: _Imported) -> None:
+    """Make a saliency file of IMATRIX, an importance matrix of llama.cpp in GGUF, without running the model.
+
+    It tells how many tokens reached every expert, and the energy inside it: criteria frequency and energy.
+    """
+    from shardxform.experts.imatrix import UNKNOWN, import_imatrix, open_imatrix
+
+    refuse_unwritable(asked.out)
+    read = open_imatrix(imatrix)
+    source: Checkpoint | GgufModel | None = open_gguf_named(asked.source)
+    if source is None:
+        family.load()
+        source = open_named(asked.source, hub, asked.out.parent)
+    with progress("read", asked.quiet or not asked.weigh) as on_progress:
+        made = import_imatrix(read, source, weigh=asked.weigh, on_progress=on_progress)
+    made.save(asked.out)
+    tell(f"note: {UNKNOWN}")
+    if asked.as_json:
+        print_json(_as_json(made))
+    else:
+        click.echo(
+            f"{asked.out}: {made.tokens:,} tokens, {made.num_experts} experts in each of"
+            f" {count(len(made.layers), 'layer')}; criteria {', '.join(criteria_of(made))}"
+        )
 
 
 def _run_lines(label: str, run: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -104,13 +162,18 @@ def _layers(saliency: Saliency) -> list[tuple[str, ExpertStats]]:
     return named + [(f"MTP {number}", stats) for number, stats in saliency.mtp_layers.items()]
 
 
+def _supers(saliency: Saliency) -> dict[int, tuple[int, ...]]:
+    return super_experts(saliency) if "peak" in saliency.known else {}
+
+
 def _facts(stats: ExpertStats) -> dict[str, Any]:
     return {
-        "reached": int((stats.count_E > 0).sum()),
-        "least_tokens": int(stats.count_E.min()),
-        "mean_tokens": float(stats.count_E.mean()),
-        "most_tokens": int(stats.count_E.max()),
-        "largest_peak": float(stats.peak_E.max()),
+        "known": list(stats.arrays()),
+        "reached": None if stats.count_E is None else int((stats.count_E > 0).sum()),
+        "least_tokens": None if stats.count_E is None else int(stats.count_E.min()),
+        "mean_tokens": None if stats.count_E is None else float(stats.count_E.mean()),
+        "most_tokens": None if stats.count_E is None else int(stats.count_E.max()),
+        "largest_peak": None if stats.peak_E is None else float(stats.peak_E.max()),
     }
 
 
@@ -118,12 +181,16 @@ def _line(label: str, stats: ExpertStats) -> tuple[str, ...]:
     facts = _facts(stats)
     return (
         label,
-        f"{facts['reached']} of {stats.count_E.size}",
-        f"{facts['least_tokens']:,}",
-        f"{facts['mean_tokens']:,.0f}",
-        f"{facts['most_tokens']:,}",
-        f"{facts['largest_peak']:.4g}",
+        "-" if facts["reached"] is None else f"{facts['reached']} of {stats.size}",
+        _number(facts["least_tokens"], ","),
+        _number(facts["mean_tokens"], ",.0f"),
+        _number(facts["most_tokens"], ","),
+        _number(facts["largest_peak"], ".4g"),
     )
+
+
+def _number(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def _as_json(saliency: Saliency) -> dict[str, Any]:
@@ -131,11 +198,12 @@ def _as_json(saliency: Saliency) -> dict[str, Any]:
         "model": dict(saliency.model),
         "tokens": saliency.tokens,
         "runs": [dict(run) for run in saliency.runs],
-        "super_experts": {str(layer): list(ids) for layer, ids in super_experts(saliency).items()},
+        "criteria": list(criteria_of(saliency)),
+        "super_experts": {str(layer): list(ids) for layer, ids in _supers(saliency).items()},
         "layers": {str(number): _facts(stats) for number, stats in saliency.layers.items()},
         "mtp_layers": {str(number): _facts(stats) for number, stats in saliency.mtp_layers.items()},
     }
 
 
-for _each in (_show, _add):
+for _each in (_show, _add, _import):
     saliency_command.add_command(_each)

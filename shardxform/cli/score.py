@@ -154,7 +154,7 @@ def _show(facts: dict[str, Any], output: Path, work: Path, as_json: bool) -> Non
 
 def _report(saliency: Saliency, windows: Windows, output: Path, outcome: str, as_json: bool) -> None:
     layers = [*saliency.layers.values(), *saliency.mtp_layers.values()]
-    unreached = [int((stats.count_E == 0).sum()) for stats in layers]
+    unreached = [int(stats.unreached.sum()) for stats in layers]
     if as_json:
         print_json(
             {

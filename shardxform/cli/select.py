@@ -11,12 +11,14 @@ import click
 
 from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.file_system import refuse_other, write_new
-from shardxform.cli.console import count, print_json, rows, table, tell
-from shardxform.cli.options import PATH, Flags, JsonFlags, command, option
-from shardxform.errors import OutputError
-from shardxform.experts.choosing import CRITERIA, DEFAULT, Choice, LayerChoice, decide, keep_of_ratio
+from shardxform.cli.console import count, print_json, progress, rows, table, tell
+from shardxform.cli.inputs import open_named
+from shardxform.cli.options import SOURCE, FamilyFlags, Flags, HubFlags, JsonFlags, Source, command, option
+from shardxform.errors import OutputError, PlanError
+from shardxform.experts.choosing import CRITERIA, DEFAULT, WEIGHTS, Choice, LayerChoice, decide, keep_of_ratio
 from shardxform.experts.plotting import plot_choice
 from shardxform.experts.statistics import Saliency
+from shardxform.experts.weighing import weigh
 
 __all__ = ["ChoiceFlags", "select_command"]
 
@@ -53,18 +55,23 @@ class _Output(JsonFlags):
 
 
 @command("select")
-@click.argument("saliency", metavar="SALIENCY", type=PATH)
-def select_command(saliency: Path, asked: ChoiceFlags, output: _Output) -> None:
+@click.argument("saliency", metavar="SALIENCY|SRC", type=SOURCE)
+def select_command(
+    saliency: Source, asked: ChoiceFlags, transfer: HubFlags, family: FamilyFlags, output: _Output
+) -> None:
     """Choose the experts that every layer keeps, by what SALIENCY says of them, and write a keep manifest.
 
     SALIENCY is a file of `shardxform score`. The highest scores stay, ties go to the lower id, and all layers keep
-    equally many; with router groups, all groups do.
+    equally many; with router groups, all groups do. A checkpoint in its place is read once, by criteria of weights
+    alone (aimer): no text is needed, and no model is run.
     """
+    family.load()
     if (asked.keep is None) == (asked.ratio is None):
         raise click.UsageError("give either --keep or --ratio")
     if output.out is None and not output.dry_run:
         raise click.UsageError("give -o, the manifest to write, or --dry-run")
-    read, written = Saliency.load(saliency), None if output.dry_run else output.out
+    written = None if output.dry_run else output.out
+    read = _read(saliency, asked.criterion or DEFAULT, transfer, output)
     number = asked.keep if asked.keep is not None else keep_of_ratio(read.num_experts, asked.ratio or 0.0)
     choice = decide(read, number, asked.criterion or DEFAULT, asked.protect)
     manifest = choice.manifest(asked.ratio)
@@ -75,6 +82,20 @@ def select_command(saliency: Path, asked: ChoiceFlags, output: _Output) -> None:
     else:
         _show(choice, saliency, written)
     _notes(choice)
+
+
+def _read(named: Source, criterion: str, transfer: HubFlags, output: _Output) -> Saliency:
+    """The saliency that was named, or that of the weights of a checkpoint."""
+    if isinstance(named, Path) and not named.is_dir():
+        return Saliency.load(named)
+    if criterion not in WEIGHTS:
+        raise PlanError(
+            f"`criterion` {criterion}: {named} is a checkpoint, of which only {', '.join(sorted(WEIGHTS))} can be told;"
+            " give a file of `shardxform score`"
+        )
+    checkpoint = open_named(named, transfer, output.out.parent if output.out else Path())
+    with progress("read", quiet=output.as_json) as on_progress:
+        return weigh(checkpoint, on_progress)
 
 
 def _files(choice: Choice, manifest: Manifest, out: Path | None, plot: Path | None) -> Iterator[_File]:
@@ -96,13 +117,13 @@ def _write(files: list[_File]) -> None:
         write_new(file.path, file.data, file.kind)
 
 
-def _show(choice: Choice, source: Path, out: Path | None) -> None:
+def _show(choice: Choice, source: Source, out: Path | None) -> None:
     model = choice.saliency.model
     click.echo(f"select {source}" + ("  (dry run: nothing is written)" if out is None else f" -> {out}"))
     facts = [
         ("model", f"{model['model_type']}, top-{model['num_experts_per_tok']}"),
         ("experts", f"{choice.saliency.num_experts} -> {choice.num_kept} per layer, by {choice.criterion}"),
-        ("tokens", f"{choice.saliency.tokens:,} in {count(len(choice.saliency.runs), 'run')}"),
+        *([] if choice.criterion in WEIGHTS else [("tokens", _tokens(choice))]),
     ]
     if choice.protect:
         found = [f"layer {n}: {', '.join(map(str, c.protected))}" for n, c in choice.layers.items() if c.protected]
@@ -110,6 +131,10 @@ def _show(choice: Choice, source: Path, out: Path | None) -> None:
     rows(facts)
     header = ("layer", "saliency kept", "routing kept", "never reached", "last kept", "first pruned")
     table(header, [_line(label, layer) for label, layer in _layers(choice)])
+
+
+def _tokens(choice: Choice) -> str:
+    return f"{choice.saliency.tokens:,} in {count(len(choice.saliency.runs), 'run')}"
 
 
 def _layers(choice: Choice) -> list[tuple[str, LayerChoice]]:

@@ -45,7 +45,7 @@ from shardxform.compress.folder import (
 from shardxform.errors import CheckpointError, FamilyError, OutputError, PlanError
 from shardxform.execution.output import Output, state_of
 from shardxform.experts import ExpertStats, Saliency, choose
-from shardxform.experts.choosing import DEFAULT, keep_of_ratio
+from shardxform.experts.choosing import DEFAULT, WEIGHTS, keep_of_ratio
 from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.families import family_origin
@@ -92,6 +92,11 @@ class Pruning:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.ratio is None):
             raise PlanError("pruning: expected either a number of experts to keep or a ratio, found both or neither")
+        if self.criterion in WEIGHTS:
+            raise PlanError(
+                f"`criterion` {self.criterion}: it is of weights alone, and compress scores experts on text;"
+                " `shardxform select SRC` makes a manifest of it, and `shardxform quantize` takes that"
+            )
 
     def kept(self, num_experts: int) -> int:
         """Experts of a layer that stay."""
@@ -226,7 +231,8 @@ def plan_compress(request: Request, *, force: bool = False) -> Prepared:
     _refuse_inside(request.folder, request.source.root)
     _refuse_overlap(request.folder, request.out)
     sketch = plan_for(request, _stand_in(request.source, request.pruning))
-    refuse_unsound(sketch)
+    if sketch.container != "gguf":  # what that must hold is what its plan was made of
+        refuse_unsound(sketch)
     state = state_of(request.out, sketch)
     prepared = Prepared(request=request, sketch=sketch, inputs=_inputs(request, sketch))
     if not force:
@@ -272,12 +278,9 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
     layout = layout_of(source.config, source.tensors, source.where)
     if not layout.moe_layers:
         raise FamilyError(f"{source.where}: no layer has experts; there is nothing to prune")
-    from shardxform.experts.scoring import model_facts
+    from shardxform.experts.weighing import model_facts
 
-    zeros = np.zeros(layout.num_experts)
-    alike = ExpertStats(
-        count_E=zeros.astype(np.int64), **{f"{name}_E": zeros for name in ("reap", "ean", "gate", "peak")}
-    )
+    alike = ExpertStats.alike(layout.num_experts)
     saliency = Saliency(
         model=model_facts(source, layout),
         layers=dict.fromkeys(layout.moe_layers, alike),

@@ -7,6 +7,7 @@
     OUT/*.safetensors           published: renamed when complete
     OUT/<sidecars>, index, shardxform.json
     OUT/config.json             the commit: before it, no loader takes OUT for a checkpoint
+    OUT/*.gguf                  of an output in GGUF, which has no index and no config.json: the last one is the commit
     OUT/.shardxform/            removed last
 
 A crash between any two of these leaves what the next run of the same command goes on from.
@@ -51,6 +52,7 @@ __all__ = [
     "holds",
     "is_of",
     "is_ours",
+    "last_of",
     "made_by_others",
     "record_of",
     "refuse_obstacles",
@@ -166,14 +168,14 @@ class Output:
             self.fs.sync_dir(self.root)
 
     def publish(self) -> None:
-        """Rename every complete shard to its final name."""
+        """Rename every complete shard to its final name, but for one that is the commit."""
         for number, shard in enumerate(self.plan.shards):
-            if self.partial(number).exists():
+            if shard.name != self.plan.last and self.partial(number).exists():
                 self.fs.rename(self.partial(number), self.root / shard.name)
         self.fs.sync_dir(self.root)
 
     def commit(self, facts: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-        """Write sidecars, index and provenance, and config.json last; then remove the work directory.
+        """Write sidecars, index and provenance, and the file that is the commit last; then remove the work directory.
 
         Args:
             facts: what the steps found, for the record.
@@ -194,8 +196,18 @@ class Output:
         if self.plan.index:
             self._put(INDEX, self.plan.index)
         self._put(PROVENANCE, self._record(facts, digests).to_bytes())
-        self._put(CONFIG, self.plan.config)
+        if self.plan.last == CONFIG:
+            self._put(CONFIG, self.plan.config)
+        else:
+            self._publish_last()
         self.clean()
+
+    def _publish_last(self) -> None:
+        """Rename the shard that is the commit."""
+        last = len(self.plan.shards) - 1
+        if self.partial(last).exists():
+            self.fs.rename(self.partial(last), self.root / self.plan.last)
+        self.fs.sync_dir(self.root)
 
     def clean(self) -> None:
         """Remove the work directory; the lock goes last."""
@@ -210,7 +222,7 @@ class Output:
         """Remove `files`, an earlier output of ours, so that the work can start over.
 
         Its record goes to plan.json, so that a crash leaves an unfinished output of ours rather than a foreign one, and
-        config.json goes first, so that no moment shows a damaged checkpoint as a whole one.
+        the file that was the commit goes first, so that no moment shows a damaged checkpoint as a whole one.
         """
         assert state.record is not None
         begun = replace(state.record, digests=None, summary={}, notes=(), facts={})
@@ -281,6 +293,7 @@ JOURNAL: Final = "journal"
 PARTIAL: Final = ".partial"
 STATES: Final = "states-"  # begins the name of a directory of hidden states, and a fingerprint's first digits end it
 _STATE_FILES: Final = (".hidden", ".tmp")
+_PIECE: Final = 1 << 20  # of a header that is compared
 _MOST_SHOWN: Final = 60  # characters of a value in a message
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _STATES: Final = re.compile(STATES + "[0-9a-f]{16}")
@@ -310,15 +323,22 @@ def state_of(root: Path, plan: Plan) -> State:
         raise OutputError(f"{root}: expected a directory or nothing, found something else")
     names = {entry.name for entry in os.scandir(root)}
     _refuse_foreign_work(root / WORK)
-    committed = read_record(root / PROVENANCE) if CONFIG in names else None
-    if committed is not None and (WORK not in names or _sha256(root / CONFIG) == committed.files.get(CONFIG)):
-        return State("finished", committed)  # a crash may have left the work directory behind
+    committed = read_record(root / PROVENANCE)
+    if committed is not None and (last := last_of(committed)) in names:
+        left = WORK in names  # a crash may have left the work directory behind
+        if not left or is_ours(root / last, committed.files.get(last), committed.shards.get(last)):
+            return State("finished", committed)
     begun = read_record(root / WORK / PLAN)
     if begun is not None:
         return State("unfinished", begun)
     if names <= {WORK}:
         return State("new")
     raise OutputError(f"{root}: not empty, and not an output of shardxform; name a new directory")
+
+
+def last_of(record: Record) -> str:
+    """Name of the file that was the commit of an output: config.json, or of GGUF, which has none, the last shard."""
+    return CONFIG if CONFIG in record.files else max(record.shards, default=CONFIG)
 
 
 def refuse_other_plan(root: Path, plan: Plan, state: State) -> None:
@@ -389,7 +409,7 @@ def damage(root: Path, plan: Plan) -> str:
 
 
 def removable(root: Path, state: State) -> list[Path]:
-    """List the files of an earlier output of ours, config.json first.
+    """List the files of an earlier output of ours, the one that was the commit first.
 
     Raises:
         OutputError: a file was changed since shardxform wrote it, or the record is not to be believed.
@@ -398,7 +418,8 @@ def removable(root: Path, state: State) -> list[Path]:
     assert state.record is not None
     files, shards = state.record.files, state.record.shards
     out: list[Path] = []
-    for name, digest in sorted({**files, PROVENANCE: None}.items(), key=lambda item: item[0] != CONFIG):
+    last = last_of(state.record)
+    for name, digest in sorted({**files, PROVENANCE: None}.items(), key=lambda item: item[0] != last):
         path = root / name
         if not _is_inside(root, name):
             raise OutputError(f"{root}: its record names {name!r}; remove the directory yourself")
@@ -425,17 +446,17 @@ def is_ours(path: Path, digest: str | None, shard: ShardRecord | None) -> bool:
 def holds(path: Path, shard: ShardPlan) -> bool:
     """Whether `path` is this shard, by its size and its header."""
     with _opened(path) as file:
-        return (
-            file is not None
-            and os.fstat(file.fileno()).st_size == shard.nbytes
-            and file.read(len(shard.head)) == shard.head
-        )
+        if file is None or os.fstat(file.fileno()).st_size != shard.nbytes:
+            return False
+        pieces = (shard.head[at : at + _PIECE] for at in range(0, len(shard.head), _PIECE))
+        return all(file.read(len(piece)) == piece for piece in pieces)
 
 
 def record_of(plan: Plan) -> Record:
     """What binds a directory to a plan; no facts and no digests yet."""
     small = dict(plan.sidecars)
-    small[CONFIG] = hashlib.sha256(plan.config).hexdigest()
+    if plan.last == CONFIG:
+        small[CONFIG] = hashlib.sha256(plan.config).hexdigest()
     if plan.index:
         small[INDEX] = hashlib.sha256(plan.index).hexdigest()
     return Record(
@@ -491,7 +512,8 @@ def _refuse_overlap(root: Path, plan: Plan) -> None:
     same = root.is_dir() and os.path.samefile(root, plan.source)
     names = [*(shard.name for shard in plan.source_shards), *plan.sidecars, CONFIG]
     inside = (Path(os.path.realpath(plan.source / name)) for name in names)
-    if same or out == source or out in source.parents or source in out.parents or any(out in p.parents for p in inside):
+    below = source in out.parents and not plan.source_name  # one file of a folder is not the folder
+    if same or below or out == source or out in source.parents or any(out in p.parents for p in inside):
         raise OutputError(f"{root}: overlaps the source {plan.origin}; name a directory outside it")
 
 

@@ -26,9 +26,11 @@ from shardxform.experts.statistics import ExpertStats, Saliency
 __all__ = [
     "CRITERIA",
     "DEFAULT",
+    "WEIGHTS",
     "Choice",
     "LayerChoice",
     "choose",
+    "criteria_of",
     "decide",
     "keep_of_ratio",
     "scores",
@@ -43,37 +45,61 @@ def reap(stats: ExpertStats) -> Scores:
 
     Router-weighted expert activation pruning: Lasby et al. 2025, "REAP the Experts", equation 9.
     """
-    return _mean(stats.reap_E, stats.count_E)
+    return _mean(stats.of("reap"), stats.of("count"))
 
 
 def reap_sum(stats: ExpertStats) -> Scores:
     """Sum of g * ||e||_2: as `reap`, times how often the expert is reached. A variant in REAP's own code."""
-    return stats.reap_E
+    return stats.of("reap")
 
 
 def ean(stats: ExpertStats) -> Scores:
     """Mean of ||e||_2 over the tokens that reach the expert, 0 where none does. A variant in REAP's own code."""
-    return _mean(stats.ean_E, stats.count_E)
+    return _mean(stats.of("ean"), stats.of("count"))
 
 
 def ean_sum(stats: ExpertStats) -> Scores:
     """Sum of ||e||_2: the expert activation norm of Jaiswal et al. 2025, "Finding Fantastic Experts in MoEs"."""
-    return stats.ean_E
+    return stats.of("ean")
 
 
 def frequency(stats: ExpertStats) -> Scores:
     """Tokens that reach the expert: the baseline of every study of expert pruning."""
-    return stats.count_E.astype(np.float64)
+    return stats.of("count").astype(np.float64)
 
 
 def gate_sum(stats: ExpertStats) -> Scores:
     """Sum of g: soft frequency, the heavy-hitter count of Muzio et al. 2024, "SEER-MoE"."""
-    return stats.gate_E
+    return stats.of("gate")
 
 
 def peak(stats: ExpertStats) -> Scores:
     """Largest |activation| of the expert's output: what tells super experts in Su et al. 2025."""
-    return stats.peak_E
+    return stats.of("peak")
+
+
+def energy(stats: ExpertStats) -> Scores:
+    """Sum of ||a||_2^2, a being what enters the down projection: what llama.cpp's imatrix files tell of an expert."""
+    return stats.of("energy")
+
+
+def output_energy(stats: ExpertStats) -> Scores:
+    """Sum of ||e||_2^2 as `energy` and the down projection's weights let it be estimated, channel by channel."""
+    return stats.of("output")
+
+
+def msan(stats: ExpertStats) -> Scores:
+    """Mean of ||e||_2^2 over the tokens that reach the expert, 0 where none does: arXiv 2606.15716."""
+    return _mean(stats.of("square"), stats.of("count"))
+
+
+def aimer(stats: ExpertStats) -> Scores:
+    """Root mean square over mean absolute value of the expert's weights; no text is needed.
+
+    The inverse of the score of Liu et al. 2026, "AIMER: Calibration-Free Task-Agnostic MoE Pruning" (arXiv
+    2603.18492), by which the highest go first.
+    """
+    return stats.of("spread")
 
 
 CRITERIA: Final[Mapping[str, Callable[[ExpertStats], Scores]]] = MappingProxyType(
@@ -85,11 +111,39 @@ CRITERIA: Final[Mapping[str, Callable[[ExpertStats], Scores]]] = MappingProxyTyp
         "frequency": frequency,
         "gate-sum": gate_sum,
         "peak": peak,
+        "energy": energy,
+        "output-energy": output_energy,
+        "msan": msan,
+        "aimer": aimer,
     }
 )
 """Criterion -> its function."""
 
 DEFAULT: Final = "reap"
+
+WEIGHTS: Final = frozenset({"aimer"})
+"""Criteria of weights alone, which no text is needed for; see `weighing.weigh`."""
+
+_NEEDS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "reap": ("reap", "count"),
+        "reap-sum": ("reap",),
+        "ean": ("ean", "count"),
+        "ean-sum": ("ean",),
+        "frequency": ("count",),
+        "gate-sum": ("gate",),
+        "peak": ("peak",),
+        "energy": ("energy",),
+        "output-energy": ("output",),
+        "msan": ("square", "count"),
+        "aimer": ("spread",),
+    }
+)
+
+
+def criteria_of(saliency: Saliency) -> tuple[str, ...]:
+    """Names of the criteria that can be made of what a saliency holds."""
+    return tuple(name for name in CRITERIA if set(_NEEDS[name]) <= set(saliency.known))
 
 
 def scores(stats: ExpertStats, criterion: str) -> Scores:
@@ -126,8 +180,8 @@ class LayerChoice:
         protected: ids kept as super experts, whatever their score.
         saliency_kept: share of the layer's summed scores that the kept experts have; None when all scores are 0.
         routing_kept: share of the tokens' choices that fell on kept experts; None when there were none.
-        unreached_kept: experts kept although no token reached them.
-        unreached_pruned: experts pruned that no token reached.
+        unreached_kept: experts kept although no token reached them; 0 where tokens are not counted.
+        unreached_pruned: experts pruned that no token reached; likewise.
         last_kept: the lowest score kept, protected experts aside; None when there is none.
         first_pruned: the highest score pruned; None when nothing is.
 
@@ -194,6 +248,7 @@ def decide(saliency: Saliency, keep: int, criterion: str = DEFAULT, protect: boo
         PlanError: no such criterion, a count that the router cannot work with, or more super experts than are kept.
 
     """
+    _check_known(saliency, criterion, protect)
     _check_count(saliency, keep)
     protected = super_experts(saliency) if protect else {}
 
@@ -233,11 +288,21 @@ def super_experts(saliency: Saliency) -> dict[int, tuple[int, ...]]:
     takes part in forming massive activations. For the last condition stand the first three quarters of the layers, as
     in REAP's code: the last layers have large peaks without super experts. MTP layers have none.
     """
-    peak_LE = np.stack([stats.peak_E for stats in saliency.layers.values()])
+    peak_LE = np.stack([stats.of("peak") for stats in saliency.layers.values()])
     threshold = max(float(np.percentile(peak_LE, _SUPER_PERCENTILE)), float(peak_LE.max()) * _SUPER_SHARE)
     early = list(saliency.layers)[: int(len(saliency.layers) * _SUPER_DEPTH)]
     found = {layer: _ids(peak_LE[row] > threshold) for row, layer in enumerate(early)}
     return {layer: ids for layer, ids in found.items() if ids}
+
+
+def _check_known(saliency: Saliency, criterion: str, protect: bool) -> None:
+    known = criteria_of(saliency)
+    if criterion in CRITERIA and criterion not in known:
+        has = f"only {', '.join(known)}" if known else "none that is known"
+        way = "; it is of weights alone: give the checkpoint itself" if criterion in WEIGHTS else ""
+        raise PlanError(f"`criterion` {criterion}: {saliency.where} has not what it is made of, {has}{way}")
+    if protect and "peak" not in saliency.known:
+        raise PlanError(f"`protect`: {saliency.where} has no peaks, by which super experts are told")
 
 
 def _check_count(saliency: Saliency, keep: int) -> None:
@@ -285,12 +350,12 @@ def _measured(
     stats: ExpertStats, score_E: NDArray[np.float64], forced_E: NDArray[np.bool_], kept_E: NDArray[np.bool_]
 ) -> LayerChoice:
     free_E = kept_E & ~forced_E
-    unreached_E = stats.count_E == 0
+    unreached_E = stats.unreached
     return LayerChoice(
         keep=_ids(kept_E),
         protected=_ids(forced_E),
         saliency_kept=_share(score_E, kept_E),
-        routing_kept=_share(stats.count_E, kept_E),
+        routing_kept=None if stats.count_E is None else _share(stats.count_E, kept_E),
         unreached_kept=int((unreached_E & kept_E).sum()),
         unreached_pruned=int((unreached_E & ~kept_E).sum()),
         last_kept=float(score_E[free_E].min()) if free_E.any() else None,

@@ -134,7 +134,7 @@ def _ranked(row: _Row, criterion: str) -> NDArray[np.float64]:
     score_E = scores(row.stats, criterion)
     kept_E = np.isin(np.arange(score_E.size), row.choice.keep)
     largest = float(score_E.max()) or 1.0
-    percent_E = np.where(row.stats.count_E > 0, 100 * (score_E / largest), -1.0)
+    percent_E = np.where(row.stats.unreached, -1.0, 100 * (score_E / largest))
     return percent_E[np.lexsort((-percent_E, ~kept_E))]
 
 

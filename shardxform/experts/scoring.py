@@ -23,23 +23,22 @@ from shardxform import __version__
 from shardxform.base import computing, interrupts
 from shardxform.base.progress import OnProgress
 from shardxform.calibration import Windows
-from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.identity import names_of
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, FamilyError, Interrupted, OutputError
 from shardxform.execution.output import difference
 from shardxform.experts import ExpertStats, Saliency, difference_of_models
+from shardxform.experts.weighing import model_facts
 from shardxform.forward.passes import Pass, batches, fingerprint, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import Skeleton, mtp_layer, mtp_numbers
 from shardxform.forward.weights import Observer, Precision, Weights
 from shardxform.forward.work import WorkDir, refuse_inside
-from shardxform.model.layout import Layout, layout_of
 
 __all__ = [
     "ScoreOptions",
     "Scorer",
     "difference_of_runs",
-    "model_facts",
     "remove_work",
     "run_facts",
     "score",
@@ -48,7 +47,8 @@ __all__ = [
 
 _CHAIN: Final = "scored"
 _COMPARED: Final = ("windows", "dtype", "device", "family")  # of runs that are finished
-_STATS: Final = ("count", "reap", "ean", "gate", "peak")
+_STATS: Final = ("count", "reap", "ean", "gate", "peak", "square", "energy")
+_ADDED: Final = ("reap", "ean", "gate", "square", "energy")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,26 +148,6 @@ def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> 
             work.remove()
 
 
-def model_facts(source: Checkpoint, layout: Layout | None = None) -> dict[str, Any]:
-    """What a `Saliency` says of the model that was scored; it binds its values, and not their times.
-
-    Raises:
-        CheckpointError: a shard cannot be read.
-
-    """
-    layout = layout or layout_of(source.config, source.tensors, source.where)
-    identity = identify(source)
-    return {
-        "model_type": layout.wrapper.model_type,
-        "num_layers": layout.num_layers,
-        "num_experts": layout.num_experts,
-        "num_experts_per_tok": layout.top_k,
-        "num_groups": layout.groups,
-        "source_fingerprint": identity.fingerprint,
-        "identity": identity.described(),
-    }
-
-
 class Scorer:
     """A visitor that adds up what experts put out; `kind` is what its layers are called in messages."""
 
@@ -188,16 +168,18 @@ class Scorer:
         """Add up what every expert puts out."""
         return self._add
 
-    def _add(self, expert: int, weight_n: torch.Tensor, value_nH: torch.Tensor) -> None:
+    def _add(self, expert: int, weight_n: torch.Tensor, inner_nI: torch.Tensor, value_nH: torch.Tensor) -> None:
         value_nH = value_nH.float()
         norm_n = value_nH.norm(dim=-1).double()
         gate_n = weight_n.double()
         peak = torch.linalg.vector_norm(value_nH, ord=torch.inf).double()
-        found = torch.stack((norm_n @ gate_n, norm_n.sum(), gate_n.sum(), peak)).tolist()
+        energy = inner_nI.float().square().sum(dim=-1).double().sum()
+        sums = (norm_n @ gate_n, norm_n.sum(), gate_n.sum(), norm_n @ norm_n, energy)
+        *added, largest = torch.stack((*sums, peak)).tolist()
         self._sums["count"][expert] += len(gate_n)
-        for name, value in zip(("reap", "ean", "gate"), found, strict=False):
+        for name, value in zip(_ADDED, added, strict=True):
             self._sums[name][expert] += value
-        self._sums["peak"][expert] = max(self._sums["peak"][expert], found[3])
+        self._sums["peak"][expert] = max(self._sums["peak"][expert], largest)
 
     def facts(self) -> dict[str, list[float]]:
         """The sums, one number an expert.

@@ -42,10 +42,23 @@ __all__ = [
 ]
 
 KEY: Final = "shardxform.saliency"
-VERSION: Final = 1
+VERSION: Final = 2
+_VERSIONS: Final = (1, VERSION)  # what the first wrote is read as well: it knew fewer statistics
 MAX_BYTES: Final = 64 << 20  # 100 layers of 512 experts are 2 MB; what is larger is a shard given by mistake
-FIELDS: Final = {"count": "I64", "reap": "F64", "ean": "F64", "gate": "F64", "peak": "F64"}
-"""Statistic -> dtype, as the tensors are named; each has shape [E]."""
+FIELDS: Final = {
+    "count": "I64",
+    "reap": "F64",
+    "ean": "F64",
+    "gate": "F64",
+    "peak": "F64",
+    "square": "F64",
+    "energy": "F64",
+    "output": "F64",
+    "spread": "F64",
+}
+"""Statistic -> dtype, as the tensors are named; each has shape [E]. A file holds some, of every layer the same."""
+
+_OF_WEIGHTS: Final = "spread"  # needs no tokens
 
 _NUMPY: Final = {"I64": "<i8", "F64": "<f8"}
 _NAME: Final = re.compile(rf"(layers|mtp_layers)\.(0|[1-9][0-9]{{0,5}})\.({'|'.join(FIELDS)})")
@@ -137,8 +150,8 @@ def _record(text: bytes, where: str) -> dict[str, Any]:
     except JsonError as e:
         raise CheckpointError(f"{where}: metadata '{KEY}' is {e}") from e
     version = record.pop("version", None)
-    if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"{where}: version: expected {VERSION}, found {show(version)}")
+    if type(version) is not int or version not in _VERSIONS:
+        raise CheckpointError(f"{where}: version: expected one to {VERSION}, found {show(version)}")
     if set(record) != set(_RECORD[1:]):
         raise CheckpointError(f"{where}: expected the record {', '.join(_RECORD)}, found {show(sorted(record))}")
     return record
@@ -158,9 +171,11 @@ def _place(spec: TensorSpec, where: str) -> tuple[str, int, str]:
 
 
 def _check_complete(arrays: Arrays, where: str) -> None:
+    """Every layer has the statistics that any layer has."""
+    every = {field for layers in arrays.values() for stats in layers.values() for field in stats}
     for scope, layers in arrays.items():
         for layer, stats in layers.items():
-            if missing := [field for field in FIELDS if field not in stats]:
+            if missing := [field for field in FIELDS if field in every and field not in stats]:
                 raise CheckpointError(f"{where}: tensor '{scope}.{layer}.{missing[0]}' is missing")
 
 
@@ -177,7 +192,7 @@ _MAX_SUM: Final = 1e290  # leaves room to add up what is added up here without a
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertStats:
-    """One MoE layer, over the tokens that the router sent to each of its E experts.
+    """One MoE layer, over the tokens that the router sent to each of its E experts; None for what is not known.
 
     Attributes:
         count_E: tokens routed to the expert.
@@ -185,35 +200,74 @@ class ExpertStats:
         ean_E: sum of ||e||_2.
         gate_E: sum of g, the router's weight of the expert after top-k.
         peak_E: largest |activation| of the expert's output, over tokens and channels; 0 when never reached.
+        square_E: sum of ||e||_2^2.
+        energy_E: sum of ||a||_2^2, a being what enters the expert's down projection.
+        output_E: sum of a_i^2 times the squared norm of the down projection's column i, over all i: an estimate of
+            `square_E`, which it would be if the a_i were not correlated.
+        spread_E: root mean square over mean absolute value of the expert's weights, whatever the tokens.
 
     """
 
-    count_E: NDArray[np.int64]
-    reap_E: NDArray[np.float64]
-    ean_E: NDArray[np.float64]
-    gate_E: NDArray[np.float64]
-    peak_E: NDArray[np.float64]
+    count_E: NDArray[np.int64] | None = None
+    reap_E: NDArray[np.float64] | None = None
+    ean_E: NDArray[np.float64] | None = None
+    gate_E: NDArray[np.float64] | None = None
+    peak_E: NDArray[np.float64] | None = None
+    square_E: NDArray[np.float64] | None = None
+    energy_E: NDArray[np.float64] | None = None
+    output_E: NDArray[np.float64] | None = None
+    spread_E: NDArray[np.float64] | None = None
 
-    def added(self, other: ExpertStats) -> ExpertStats:
-        """Over the tokens of both: sums of the sums, the larger of the peaks.
+    @classmethod
+    def alike(cls, experts: int) -> ExpertStats:
+        """All that is known of so many experts, which no token reached."""
+        zeros_E = np.zeros(experts)
+        sums = {f"{name}_E": zeros_E for name in FIELDS if name not in ("count", _OF_WEIGHTS)}
+        return cls(count_E=np.zeros(experts, np.int64), **sums)
+
+    @property
+    def size(self) -> int:
+        """Number of experts."""
+        return next(iter(self.arrays().values())).size
+
+    @property
+    def unreached(self) -> NDArray[np.bool_]:
+        """Which experts no token reached, bool [E]; none where tokens are not counted."""
+        return np.zeros(self.size, bool) if self.count_E is None else self.count_E == 0
+
+    def of(self, name: str) -> NDArray[Any]:
+        """The statistic of that name, int64 [E] of a count and else float64 [E].
 
         Raises:
-            PlanError: the two have another number of experts.
+            PlanError: it is not known.
 
         """
-        if self.count_E.shape != other.count_E.shape:
-            raise PlanError(f"expected statistics of {self.count_E.size} experts, found {other.count_E.size}")
+        found: NDArray[Any] | None = getattr(self, f"{name}_E")
+        if found is None:
+            raise PlanError(f"the saliency holds no '{name}', only {', '.join(self.arrays())}")
+        return found
+
+    def added(self, other: ExpertStats) -> ExpertStats:
+        """Over the tokens of both, what both know: sums of the sums, the larger of the peaks.
+
+        Raises:
+            PlanError: the two have another number of experts, or know nothing that adds up.
+
+        """
+        if self.size != other.size:
+            raise PlanError(f"expected statistics of {self.size} experts, found {other.size}")
+        one, two = self.arrays(), other.arrays()
+        both = {name: (one[name], two[name]) for name in one if name in two and name != _OF_WEIGHTS}
+        if not both:
+            raise PlanError("the two saliencies know no statistic in common that adds up")
         return ExpertStats(
-            count_E=self.count_E + other.count_E,
-            reap_E=self.reap_E + other.reap_E,
-            ean_E=self.ean_E + other.ean_E,
-            gate_E=self.gate_E + other.gate_E,
-            peak_E=np.maximum(self.peak_E, other.peak_E),
+            **{f"{name}_E": np.maximum(*each) if name == "peak" else each[0] + each[1] for name, each in both.items()}
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Statistic -> array, as the tensors of a file are named."""
-        return {name: getattr(self, f"{name}_E") for name in FIELDS}
+        """Statistic -> array, as the tensors of a file are named, of those that are known."""
+        found = {name: getattr(self, f"{name}_E") for name in FIELDS}
+        return {name: array for name, array in found.items() if array is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -254,6 +308,11 @@ class Saliency:
     def num_experts(self) -> int:
         """Experts of every layer."""
         return int(self.model["num_experts"])
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of the statistics that it holds, of every layer the same."""
+        return tuple(next(iter(self.layers.values())).arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Saliency:
@@ -356,7 +415,7 @@ def _check_facts(saliency: Saliency) -> None:
 
 def _check_layers(saliency: Saliency) -> None:
     count = saliency.model["num_layers"]
-    if not saliency.layers:
+    if not saliency.layers or not saliency.known:
         raise CheckpointError(f"{saliency.where}: expected statistics of at least one layer, found none")
     for scope, layers, limit in (("layers", saliency.layers, count), ("mtp_layers", saliency.mtp_layers, _MAX_COUNT)):
         for layer in layers:
@@ -367,6 +426,8 @@ def _check_layers(saliency: Saliency) -> None:
 def _check_stats(saliency: Saliency, stats: ExpertStats, place: str) -> None:
     experts, tokens = saliency.num_experts, saliency.tokens
     top_k = saliency.model["num_experts_per_tok"]
+    if missing := [name for name in saliency.known if name not in stats.arrays()]:
+        raise CheckpointError(f"{saliency.where}: {place}.{missing[0]}: expected it, as other layers have it")
     for name, array in stats.arrays().items():
         at = f"{saliency.where}: {place}.{name}"
         dtype = np.dtype(np.int64 if name == "count" else np.float64)
@@ -374,8 +435,11 @@ def _check_stats(saliency: Saliency, stats: ExpertStats, place: str) -> None:
             found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else show(array)
             raise CheckpointError(f"{at}: expected {dtype} [{experts}], found {found}")
         _check_numbers(array, tokens if name == "count" else _MAX_SUM, at)
-        if name != "count" and (ghosts := np.flatnonzero((stats.count_E == 0) & (array != 0))).size:
+        counted = stats.count_E is not None and name not in ("count", _OF_WEIGHTS)
+        if counted and (ghosts := np.flatnonzero((stats.count_E == 0) & (array != 0))).size:
             raise CheckpointError(f"{at}[{ghosts[0]}]: {array[ghosts[0]]}, but no token reached the expert")
+    if stats.count_E is None:
+        return
     total = int(stats.count_E.sum(dtype=object))
     if total > tokens * top_k:
         raise CheckpointError(

@@ -20,17 +20,22 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from shardxform.formats.scheme import Grid
+
 __all__ = [
     "Cut",
     "DecodedRows",
     "Encoded",
     "Encoding",
     "Fault",
+    "Gridded",
+    "Nearest",
     "Opener",
     "PartSpec",
     "Read",
     "Role",
     "Rows",
+    "Source",
     "SourceDtype",
     "Storage",
     "Turned",
@@ -38,10 +43,11 @@ __all__ = [
     "Writing",
     "ranges_of",
     "refuse_scales",
+    "round_to",
     "shown",
 ]
 
-Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx", "whole"]
+Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
 """What a stored tensor holds of a matrix."""
 
 SourceDtype = Literal["BF16", "F16", "F32"]
@@ -196,9 +202,56 @@ class Writable(Encoding, Protocol):
         """
         ...
 
-    def gathered(self, extent_bytes: int) -> int:
-        """Bytes of the parts that are in memory before they are written."""
+    def gathered(self, extent_bytes: int, sources: int) -> int:
+        """Bytes of the parts of so many sources that are in memory before they are written."""
         ...
+
+
+class Gridded(Writable, Protocol):
+    """An encoding of integers on a grid: what it rounds values to, and what a tuner gives it, are codes and scales."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Bits and groups; None where values are rounded in another way."""
+        ...
+
+
+class Nearest(Encoding, Protocol):
+    """An encoding of codes with scales that values can be rounded to; `whole` is a scale of the whole tensor."""
+
+    def maxima(self, values_OI: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest magnitude under each scale."""
+        ...
+
+    def scale_bits(self, most: NDArray[np.float32], whole: NDArray[np.float32] | None = None) -> NDArray[Any]:
+        """Scales for largest magnitudes, as they are stored; a larger magnitude has no smaller a scale."""
+        ...
+
+    def scales(self, bits: NDArray[Any], whole: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scales of what is stored for them."""
+        ...
+
+    def codes(self, values_RI: NDArray[np.float32], scales: NDArray[np.float32], begin: int) -> NDArray[np.uint8]:
+        """Codes of rows `begin`.. as they are stored; a larger value has no smaller a code's value."""
+        ...
+
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Values of such codes."""
+        ...
+
+
+def round_to(
+    encoding: Nearest, values_OI: NDArray[np.float32], whole: NDArray[np.float32] | None = None
+) -> dict[Role, NDArray[Any]]:
+    """Round a weight to an encoding, in place: what is stored for it, less the scale of the whole tensor."""
+    import numpy as np
+
+    bits = encoding.scale_bits(encoding.maxima(values_OI), whole)
+    scales, codes = encoding.scales(bits, whole), []
+    for start, stop in row_tiles(len(values_OI), values_OI.shape[1], DECODE_TILE):
+        codes.append(encoding.codes(values_OI[start:stop], scales, start))
+        values_OI[start:stop] = encoding.decoded(codes[-1], scales, start)
+    return {"values": np.concatenate(codes), "scales": bits}
 
 
 @functools.lru_cache(maxsize=256)
@@ -242,6 +295,56 @@ class Storage:
     def held(self) -> int:
         """Bytes in memory while it is open."""
         return self.encoding.held(dict(self.parts), self.cut)
+
+    @property
+    def reads(self) -> Iterator[ByteRange]:
+        """The bytes of all parts."""
+        return (piece for _, ref in self.parts for piece in ref.ranges)
+
+    @property
+    def storage(self) -> Storage:
+        """Itself."""
+        return self
+
+    def open(self, opener: Opener) -> Rows:
+        """Its rows; raises like `Opener.open`."""
+        return opener.open(self)
+
+    def of(self, rows: Rows) -> Rows:
+        """Take rows that are to be written in place of what is stored: as they are."""
+        return rows
+
+
+class Source(Protocol):
+    """What is written of a matrix: one that is stored, or something that is made of its rows."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where the matrix lies."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I] of what it gives."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory while it is open."""
+        ...
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """The bytes that it is made of."""
+        ...
+
+    def open(self, opener: Opener) -> Rows:
+        """Its rows; raises like `Opener.open`."""
+        ...
+
+    def of(self, rows: Rows) -> Rows:
+        """Make it of other rows than the stored ones, such as tuned ones."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, repr=False)

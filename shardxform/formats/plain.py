@@ -33,7 +33,7 @@ __all__ = ["Plain", "PlainRows", "storages_of"]
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Values of one dtype. What is not plain itself is rounded to BF16 or F16 when it is written so."""
+    """Values of one dtype. What has another is rounded to BF16 or F16 when it is written so, and is exact in F32."""
 
     dtype: str
 
@@ -53,7 +53,7 @@ class Plain:
         """The whole tensor, where the rows of a matrix are no run of it."""
         return parts["values"].nbytes if cut and not cut.is_run else 0
 
-    def gathered(self, _extent_bytes: int) -> int:
+    def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
         return 0
 
@@ -79,6 +79,8 @@ class Plain:
         from shardxform.formats import packing
 
         values_RI = rows.values(start, stop)
+        if self.dtype == "F32":
+            return values_RI
         if self.dtype == "BF16":
             return packing.bf16_bits_of(values_RI)
         assert self.dtype == "F16"

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -27,13 +27,14 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
-from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Storage, ranges_of, row_tiles
+from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Role, Rows, Storage, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
 from shardxform.formats.scheme import Grid
 from shardxform.formats.stored import read_stored
 from shardxform.model.expected import expected
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
+from shardxform.runtimes.mlx import single
 
 __all__ = [
     "IMPLEMENTATION",
@@ -196,7 +197,7 @@ class Weights:
             FamilyError, SchemeError, CheckpointError: a family or a quantization that is not supported.
 
         """
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint = single(checkpoint)
         self.precision = precision
         self._wanted: deque[tuple[ByteRange, ...]] = deque()
         plain = decoded(checkpoint) or checkpoint
@@ -260,6 +261,16 @@ class Weights:
         *gate_up, down = (self._matrix(ref(kind)) for kind in parts)
         biases = tuple(self._plain(ref(kind + _BIAS)) for kind in parts if experts.bias)
         return RoutedExpert(tuple(gate_up), down, biases, experts)
+
+    def stored(self, storage: Storage) -> tuple[dict[Role, NDArray[np.uint8]], NDArray[np.float32]]:
+        """A matrix as it is stored, less its cut: the bytes of its parts, and the values [O, I] that they stand for."""
+        parts: dict[Role, NDArray[np.uint8]] = {}
+        with self._telling():
+            for role, ref in storage.parts:
+                parts[role] = np.empty(ref.nbytes, np.uint8)
+                self._fill(ref, parts[role])
+            rows = self._opener.open(replace(storage, cut=None))
+            return parts, rows.values(0, rows.count)
 
     def has_experts(self, scope: str, layer: int) -> bool:
         """Whether a block or MTP layer has routed experts here."""
@@ -461,8 +472,9 @@ def _kind(place: Place) -> str:
 IMPLEMENTATION: Final = "shardxform"
 _BANK: Final = "shardxform_bank"
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""Called with an expert, the router's weights of its tokens [n], and its outputs [n, H], not yet weighted."""
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with an expert, the router's weights of its tokens [n], what enters its down projection [n, I], and what
+leaves it [n, H], not yet weighted."""
 
 
 @dataclass(slots=True)
@@ -560,9 +572,10 @@ def _forward(
         weight_n = top_k_weights.flatten()[pairs]
         values = bank.dense(expert)
         pre_nO = nn.functional.linear(hidden_states[token_n], values.gate_up_OH, values.gate_up_bias_O)
-        value_nH = nn.functional.linear(between(pre_nO), values.down_HI, values.down_bias_H)
+        inner_nI = between(pre_nO)
+        value_nH = nn.functional.linear(inner_nI, values.down_HI, values.down_bias_H)
         if bank.observer is not None:
-            bank.observer(expert, weight_n, value_nH)
+            bank.observer(expert, weight_n, inner_nI, value_nH)
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.
         out_TH[token_n] += (value_nH * weight_n[:, None]).to(out_TH.dtype)
     return out_TH

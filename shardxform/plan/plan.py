@@ -12,14 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
-from shardxform.base import tensors
+from shardxform.base import gguf, tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
+from shardxform.base.gguf import KeyValue
 from shardxform.base.strict_json import dumps, pretty, pretty_strings
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, natural_key, shard_names, split
 from shardxform.checkpoint.identity import identify
-from shardxform.checkpoint.table import INDEX, Checkpoint, Shard
+from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STEP_BYTES",
+    "Container",
     "Copy",
     "Extent",
     "Plan",
@@ -36,12 +38,20 @@ __all__ = [
     "Step",
     "copy_steps",
     "extents_of",
+    "gguf_names",
+    "gguf_shard",
     "lay_out",
+    "lay_out_gguf",
     "source_inputs",
 ]
 
+Container = Literal["safetensors", "gguf"]
+"""What the shards of an output are."""
+
 STEP_BYTES: Final = 256 << 20
 """Most bytes one step writes: the unit of resume. Part of the plan, since the journal counts steps."""
+
+_MOST_SPLITS: Final = 0xFFFF
 
 REMADE_BYTES: Final = 4 << 20
 """Most bytes of rows that are worked out at a time, but for a single row."""
@@ -133,16 +143,29 @@ class Remake:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output shard: its final name, its entries, its encoded header."""
+    """One output shard: its final name, its entries, its encoded header, and what every tensor is padded to."""
 
     name: str
     entries: tuple[tensors.Entry, ...]
     head: bytes
+    alignment: int = 1
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
-        return len(self.head) + (self.entries[-1].end if self.entries else 0)
+        return len(self.head) + (gguf.padded(self.entries[-1].end, self.alignment) if self.entries else 0)
+
+    @property
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """First byte, and byte after the last, of every run of tensors that nothing lies between; the rest is zeros."""
+        begin = end = len(self.head)
+        for entry in self.entries:
+            first = len(self.head) + entry.begin
+            if first > end:
+                yield begin, end
+                begin = first
+            end = first + entry.spec.nbytes
+        yield begin, end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +180,15 @@ class Plan:
         view: the source as the plan takes it, pruned and without what is dropped; what blocks are tuned and healed in.
         shards: output shards, in order of their names.
         steps: in the order in which they are best run; any order gives the same bytes.
-        config: bytes of config.json.
+        config: bytes of config.json; a GGUF file has none.
         sidecars: small files copied beside the shards, with their SHA-256.
         inputs: what the bytes depend on, by name; compared to say why a resume is refused.
         summary: figures for people and for JSON.
         notes: what a person should know, one sentence each.
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
+        container: what the shards are: those of safetensors have an index and config.json beside them, those of GGUF
+            say all in their heads.
+        source_name: of the file in `source` that is the source, or begins it, where that is not the whole directory.
 
     """
 
@@ -179,11 +205,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     remote: Remote | None = None
+    container: Container = "safetensors"
+    source_name: str = ""
 
     @property
     def origin(self) -> str:
-        """What people call the source: its directory, or `hf://owner/name@commit`."""
-        return str(self.remote or self.source)
+        """What people call the source: its directory, its file in GGUF, or `hf://owner/name@commit`."""
+        return str(self.remote or self.source / self.source_name)
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +228,8 @@ class Plan:
         """SHA-256 of everything that decides the output's bytes."""
         digest = hashlib.sha256(dumps(self.inputs).encode())
         for shard in self.shards:
-            digest.update(shard.name.encode() + b"\0" + shard.head)
+            digest.update(shard.name.encode() + b"\0")
+            digest.update(shard.head)
         digest.update(self.config)
         for step in self.steps:
             digest.update(repr(step).encode())
@@ -214,7 +243,7 @@ class Plan:
     @cached_property
     def index(self) -> bytes | None:
         """Bytes of the index, or None for a single shard, which needs none."""
-        if len(self.shards) == 1:
+        if len(self.shards) == 1 or self.container == "gguf":
             return None
         homes = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
         weight_map = {name: homes[name] for name in sorted(homes)}
@@ -223,12 +252,13 @@ class Plan:
 
     def files(self) -> list[str]:
         """Names of every file the finished output holds, provenance aside."""
-        return [
-            *(shard.name for shard in self.shards),
-            *self.sidecars,
-            *([INDEX] if len(self.shards) > 1 else []),
-            "config.json",
-        ]
+        beside = () if self.container == "gguf" else (CONFIG,) if len(self.shards) == 1 else (INDEX, CONFIG)
+        return [*(shard.name for shard in self.shards), *self.sidecars, *beside]
+
+    @property
+    def last(self) -> str:
+        """Name of the file that is put in its place last: with it the output is complete."""
+        return self.shards[-1].name if self.container == "gguf" else CONFIG
 
     def peak_bytes(self, jobs: int) -> int:
         """Estimate of the process's peak memory with `jobs` steps at a time."""
@@ -240,23 +270,36 @@ class Plan:
         return base + 12 * headers + max(kernels + jobs * beside, alone)
 
     def check(self) -> None:
-        """Assert that the steps write every byte of every shard exactly once, and every chunk of a tensor in one step.
+        """Assert that the steps write every byte of every tensor exactly once, and every chunk in one step.
+
+        What lies between tensors that are padded is in no step: a shard is made of zeros.
 
         Raises:
             PlanError: a hole, an overlap or a part of a chunk; a bug in the planner, caught before anything is written.
 
         """
-        runs = [run for step in self.steps for run in runs_of(step.writes)]
-        position = [len(shard.head) for shard in self.shards]
-        for shard, begin, end in sorted(runs):
-            if position[shard] != begin:
-                raise PlanError(f"internal: steps do not tile {self.shards[shard].name} at byte {position[shard]}")
-            position[shard] = end
-        for i, shard_plan in enumerate(self.shards):
-            if position[i] != shard_plan.nbytes:
-                raise PlanError(f"internal: steps leave {shard_plan.name} unfilled from byte {position[i]}")
-        for shard, begin, end in runs:
-            self.chunks.refuse_parts(shard, begin, end)
+        written = [run for step in self.steps for run in runs_of(step.writes)]
+        per_shard: dict[int, list[tuple[int, int]]] = {number: [] for number in range(len(self.shards))}
+        for number, begin, end in sorted(written):
+            per_shard[number].append((begin, end))
+        for number, shard in enumerate(self.shards):
+            _refuse_untiled(shard, per_shard[number])
+        for number, begin, end in written:
+            self.chunks.refuse_parts(number, begin, end)
+
+
+def _refuse_untiled(shard: ShardPlan, written: Sequence[tuple[int, int]]) -> None:
+    """Refuse runs, in order, that are not the shard's own cut into pieces."""
+    runs = shard.runs
+    at, end = next(runs)
+    for begin, stop in written:
+        if at == end:
+            at, end = next(runs, (end, end))
+        if begin != at or stop > end:
+            raise PlanError(f"internal: steps do not tile {shard.name} at byte {at}")
+        at = stop
+    if at != end or next(runs, None):
+        raise PlanError(f"internal: steps leave {shard.name} unfilled from byte {at}")
 
 
 def tokens_of(step: Step) -> int:
@@ -275,9 +318,7 @@ def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPla
 
     """
     specs = list(specs)
-    if len({spec.name for spec in specs}) != len(specs):
-        twice = next(name for name, count in Counter(spec.name for spec in specs).items() if count > 1)
-        raise PlanError(f"two tensors of the output would both be called '{twice}'")
+    _refuse_same_names(specs)
     groups = split(sorted(specs, key=lambda spec: natural_key(spec.name)), max_shard_bytes)
     if not groups:
         raise PlanError("the output would hold no tensor")
@@ -289,6 +330,82 @@ def lay_out(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[ShardPla
             raise PlanError(f"{name}: a header of {len(head)} bytes, readers accept {tensors.MAX_HEADER_BYTES}")
         shards.append(ShardPlan(name, entries, head))
     return tuple(shards)
+
+
+def lay_out_gguf(
+    metadata: Sequence[KeyValue],
+    specs: Iterable[TensorSpec],
+    max_shard_bytes: int | None = None,
+    *,
+    stem: str = "model",
+) -> tuple[ShardPlan, ...]:
+    """Lay tensors out into one GGUF file, or split them as llama.cpp does, in the order given.
+
+    The first of several files has all of `metadata`, each has its number, theirs and that of all tensors.
+
+    Args:
+        metadata: keys and values, in order; none of `split.*`.
+        specs: tensors, in order, whose shapes have the slowest dimension first and whose dtypes GGML has.
+        max_shard_bytes: most bytes of data in one file, but for a larger tensor alone; None for one file.
+        stem: what names begin with: `model.gguf`, or `model-00001-of-00002.gguf`.
+
+    Raises:
+        PlanError: no tensor at all, a key or a name twice, or what cannot stand in a GGUF file.
+
+    """
+    specs = list(specs)
+    groups = split(specs, max_shard_bytes) if max_shard_bytes else [specs]
+    if not specs:
+        raise PlanError("the output would hold no tensor")
+    _refuse_same_names(specs)
+    shared = [each for each in metadata if each.key == gguf.ALIGNMENT_KEY]
+    return tuple(
+        gguf_shard(name, [*(shared if number else metadata), *_split_keys(number, groups)], group)
+        for number, (name, group) in enumerate(zip(gguf_names(stem, len(groups)), groups, strict=True))
+    )
+
+
+def gguf_names(stem: str, count: int) -> list[str]:
+    """`STEM.gguf` for one file, else `STEM-0000i-of-0000n.gguf`: llama.cpp finds the others by the first's name."""
+    if count == 1:
+        return [f"{stem}.gguf"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+
+
+def gguf_shard(
+    name: str, metadata: Sequence[KeyValue], specs: Iterable[TensorSpec], version: int = gguf.VERSION
+) -> ShardPlan:
+    """One GGUF file of tensors in the order given.
+
+    Raises:
+        CheckpointError: `metadata` asks for an alignment that there is none of.
+        PlanError: what cannot stand in a GGUF file, or a head beyond what is read.
+
+    """
+    alignment = gguf.alignment_of(metadata)
+    entries = gguf.place(specs, alignment)
+    head = gguf.encode(metadata, entries, version)
+    if len(head) > gguf.MAX_HEAD_BYTES:
+        raise PlanError(f"{name}: a head of {len(head)} bytes, more than {gguf.MAX_HEAD_BYTES}")
+    return ShardPlan(name, entries, head, alignment)
+
+
+def _split_keys(number: int, groups: Sequence[Sequence[TensorSpec]]) -> tuple[KeyValue, ...]:
+    if len(groups) == 1:
+        return ()
+    if len(groups) > _MOST_SPLITS:
+        raise PlanError(f"{len(groups)} GGUF files, of which there can be {_MOST_SPLITS}; give a larger shard size")
+    return (
+        KeyValue.of("split.no", "UINT16", number),
+        KeyValue.of("split.count", "UINT16", len(groups)),
+        KeyValue.of("split.tensors.count", "INT32", sum(map(len, groups))),
+    )
+
+
+def _refuse_same_names(specs: Sequence[TensorSpec]) -> None:
+    if len({spec.name for spec in specs}) != len(specs):
+        twice = next(name for name, count in Counter(spec.name for spec in specs).items() if count > 1)
+        raise PlanError(f"two tensors of the output would both be called '{twice}'")
 
 
 def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy | Remake]:

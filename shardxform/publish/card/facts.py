@@ -17,6 +17,7 @@ __all__ = [
     "Origin",
     "PruningFacts",
     "QuantizationFacts",
+    "TaskFacts",
 ]
 
 
@@ -117,6 +118,7 @@ class HealingFacts:
         what: which weights, a name of `recipe.HEALED` or `auto`.
         iters, batch_size: steps a block, windows of a step.
         data: calibration text.
+        encoding: how weights were written that the source has in small floats; empty where it has none.
         blocks: in their order.
 
     """
@@ -125,6 +127,7 @@ class HealingFacts:
     iters: int | None
     batch_size: int | None
     data: Data | None
+    encoding: str = ""
     blocks: tuple[HealedBlock, ...] = ()
 
 
@@ -199,6 +202,34 @@ class EvaluationFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFacts:
+    """One metric of one task that `evaluate --tasks --json` measured.
+
+    Attributes:
+        task, metric: as the harness calls them.
+        value, error: of the checkpoint, and its standard error; None where it is not known.
+        reference, difference_error: of the reference, and the standard error of the difference; likewise.
+        shots, documents: None where the harness does not say.
+        limited: whether only so many documents of each task were asked.
+        harness: its name and version.
+        of_source: as in `EvaluationFacts`.
+
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None = None
+    reference: float | None = None
+    difference_error: float | None = None
+    shots: int | None = None
+    documents: int | None = None
+    limited: bool = False
+    harness: str = ""
+    of_source: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Everything a card says.
 
@@ -218,6 +249,7 @@ class Facts:
         dropped: parts of the source that were left out.
         pruning, healing, quantization: None where nothing was pruned, healed or quantized.
         evaluations: in the order given.
+        tasks: likewise, a metric each.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
         dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
@@ -244,6 +276,7 @@ class Facts:
     healing: HealingFacts | None = None
     quantization: QuantizationFacts | None = None
     evaluations: tuple[EvaluationFacts, ...] = ()
+    tasks: tuple[TaskFacts, ...] = ()
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     dequantized: str = ""

@@ -1,0 +1,1 @@
+"""What other runtimes call the parts of a model, and how they want them laid out: pure data, no numbers are read."""

@@ -1,0 +1,448 @@
+"""Every tensor of a GGUF file, as a function of a checkpoint's table: its name, its shape, and what it is made of.
+
+Names come from the `gguf` package's own map of release names. What a family says beside it is a `Kind`: how its names
+are spelled there, which tensors are made of parts of one, and which keys describe the model.
+"""
+
+# E: experts, O: output channels, I: input channels.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from shardxform.base.tensors import ByteRange, TensorRef
+from shardxform.errors import SchemeError
+from shardxform.formats.encoding import Cut, Opener, Rows, Storage
+from shardxform.formats.matrices import Matrix, matrices_of
+from shardxform.formats.plain import storages_of
+from shardxform.model.expected import expected
+from shardxform.model.layout import Layout, Place, is_tied, variants_found
+from shardxform.runtimes.gguf.keys import Recorder
+from shardxform.runtimes.gguf.transforms import Order, Transform
+
+__all__ = ["EXPERTS", "Architecture", "Kind", "Named", "Part", "Piece", "vocabulary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a tensor of GGUF: a stored matrix or vector, and what is done to it.
+
+    Attributes:
+        matrix: name of the module as `matrices_of` names it; of what is no matrix, name of the tensor.
+        storage: where it lies, [O, I]; a vector is a matrix of one column.
+        transform: None where it is taken as it is.
+
+    """
+
+    matrix: str
+    storage: Storage
+    transform: Transform | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I] of what it gives."""
+        rows, columns = self.storage.shape
+        return self.transform.shape(rows, columns) if self.transform else (rows, columns)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether integers stay as they are: see `Transform.keeps_codes`."""
+        return self.transform is None or self.transform.keeps_codes()
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory while it is open."""
+        return self.storage.held + (self.transform.held(*self.storage.shape) if self.transform else 0)
+
+    @property
+    def reads(self) -> Iterator[ByteRange]:
+        """The bytes that it is made of."""
+        return self.storage.reads
+
+    def open(self, opener: Opener) -> Rows:
+        """Its rows; raises like `Opener.open`."""
+        return self.of(opener.open(self.storage))
+
+    def of(self, rows: Rows) -> Rows:
+        """What comes of rows that stand for the stored ones."""
+        return self.transform.of(rows, self.storage.shape[1]) if self.transform else rows
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A tensor of a GGUF file.
+
+    Attributes:
+        name: as llama.cpp calls it.
+        shape: the slowest dimension first, as of a checkpoint's tensors; GGUF itself lists them the other way round.
+        pieces: what it is made of, one below the other; all dimensions but the last count their rows, and those of a
+            vector the one that it has.
+        wide: it is F32 whatever the file's type.
+        values: of a tensor that is made of nothing stored.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    wide: bool
+    values: tuple[float, ...] = ()
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether integers stay as they are in all of it."""
+        return all(piece.keeps_codes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the tensors that a stored one becomes.
+
+    Attributes:
+        released: its name in the spelling of the `gguf` package's map.
+        transform: what is done to it, or to each of its cuts.
+        cuts: rows of it, each a piece; all of it where empty.
+        leading: dimensions before its own two, where rows are of several matrices.
+
+    """
+
+    released: str
+    transform: Transform | None = None
+    cuts: tuple[Cut, ...] = ()
+    leading: tuple[int, ...] = ()
+
+
+EXPERTS: Final = tuple(
+    (f"model.layers.{{l}}.mlp.experts.{name}_proj", held)
+    for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
+)
+"""Tensors of routed experts, in the converter's order, and the projections each is made of: gate 0, up 1, down 2."""
+
+
+def _alone(_: Architecture, released: str) -> tuple[Part, ...]:
+    return (Part(released),)
+
+
+def _nothing(_: Architecture) -> Iterator[Named]:
+    yield from ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kind:
+    """One of llama.cpp's architectures, and how a family becomes it.
+
+    Attributes:
+        name: in `general.architecture`, and before its keys.
+        maps: architectures of the `gguf` package whose maps have its names, asked in order.
+        spelled: last parts of names, and how the map spells them.
+        experts: tensors of routed experts; see `EXPERTS`.
+        parts: what a tensor becomes, by its name in the map's spelling.
+        made: tensors that are made of nothing stored.
+        mtp: MTP layers are blocks after the others, or left out, since llama.cpp does not run them.
+        check: refuses what llama.cpp would run in another way.
+        keys: records the keys that describe the model.
+        specials: kinds of special tokens, and the tokens that they are where the tokenizer's files do not say.
+
+    """
+
+    name: str
+    maps: tuple[str, ...]
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    experts: tuple[tuple[str, tuple[int, ...]], ...] = EXPERTS
+    parts: Callable[[Architecture, str], Sequence[Part]] = _alone
+    made: Callable[[Architecture], Iterator[Named]] = _nothing
+    mtp: Literal["nextn", "dropped"] = "dropped"
+    check: Callable[[Architecture], None] = lambda _: None
+    keys: Callable[[Architecture, Recorder], None]
+    specials: Mapping[str, str] = field(default_factory=dict)
+
+
+_NEXTN: Final = {
+    "mtp.fc.weight": "eh_proj.weight",
+    "mtp.norm.weight": "shared_head.norm.weight",
+    "mtp.pre_fc_norm_embedding.weight": "enorm.weight",
+    "mtp.pre_fc_norm_hidden.weight": "hnorm.weight",
+}
+"""What families with one MTP layer in the root call its own tensors, and what they are called within its block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A checkpoint as llama.cpp sees it."""
+
+    kind: Kind
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """What llama.cpp calls it."""
+        return self.kind.name
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The text config."""
+        return self.layout.text
+
+    @property
+    def nextn(self) -> int:
+        """Blocks of MTP layers in the file."""
+        return self.layout.mtp_layers if self.kind.mtp == "nextn" and self.layout.has_mtp else 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in the file, those of MTP layers too."""
+        return self.layout.num_layers + self.nextn
+
+    def size(self, key: str) -> int:
+        """A count from the text config.
+
+        Raises:
+            SchemeError: it is missing, or is none.
+
+        """
+        value = self.config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise SchemeError(f"config.json: {key} is {value!r}; GGUF needs a count")
+        return value
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor belongs that is written; None for one that llama.cpp's text models do without.
+
+        Raises:
+            SchemeError: it is a part of the model that is not known, or of a quantized weight.
+
+        """
+        place = self.layout.places.get(name)
+        if place is None:
+            if name in self.layout.harmless:
+                return None
+            raise SchemeError(f"tensor '{name}': unknown to family {self.layout.family.name}, so to llama.cpp as well")
+        if place.companion:
+            raise SchemeError(f"tensor '{name}' is a part of a quantized weight; GGUF is written of weights")
+        dropped = place.scope == "mtp" and not self.nextn
+        if dropped or place.scope == "vision" or place.template.name.endswith("inv_freq"):
+            return None
+        return None if place.template.role == "lm head" and is_tied(self.layout) and place.scope == "root" else place
+
+    def block(self, place: Place) -> int | None:
+        """Number of a tensor's block in the file; None in the root."""
+        if place.layer is None:
+            return self.layout.num_layers if place.scope == "mtp" else None
+        return place.layer + (self.layout.num_layers if place.scope == "mtp" else 0)
+
+    def released(self, place: Place) -> str:
+        """Name of a tensor in the spelling of the package's map."""
+        block, name = self.block(place), place.template.name
+        if block is None:
+            name = name.replace("{decoder}", "model.").replace("{head}", "lm_head")
+        else:
+            name = f"model.layers.{block}.{_NEXTN.get(name, name)}"
+        for ending, spelled in self.kind.spelled.items():
+            if name.endswith(ending):
+                return name.removesuffix(ending) + spelled
+        return name
+
+    def tensors(self, tensors: Mapping[str, TensorRef]) -> Iterator[Named]:
+        """List every tensor of the file, in the order of llama.cpp's converter, which is that of the table.
+
+        Args:
+            tensors: of a view, decoded: weights as they are, or as `Encoded`.
+
+        Raises:
+            SchemeError: a tensor is missing, or llama.cpp has no place for one.
+
+        """
+        self._refuse_missing(tensors)
+        yield from self.kind.made(self)
+        names, matrices = _Names(self), _by_tensor(self.layout, tensors)
+        stacks: dict[int, _Stack] = {}
+        left = self._expert_tensors(tensors)
+        for name, ref in tensors.items():
+            place = self.place(name)
+            if place is None:
+                continue
+            if ref.remade is not None:
+                raise SchemeError(f"tensor '{name}': pruning picks its columns, which cannot be written as GGUF yet")
+            block = self.block(place)
+            if not place.template.variant or block is None:
+                yield from self._single(names, ref, place)
+                continue
+            stack = stacks.setdefault(block, _Stack(self))
+            stack.add(ref, matrices.get(name, ()), place)
+            left[block] -= 1
+            if not left[block]:
+                yield from stack.tensors(names, block)
+
+    def _refuse_missing(self, tensors: Mapping[str, TensorRef]) -> None:
+        for name, item in expected(self.layout, variants_found(self.layout)):
+            left_out = item.place.scope == "vision" or (item.place.scope == "mtp" and not self.nextn)
+            if not item.optional and not left_out and name not in tensors:
+                raise SchemeError(f"tensor '{name}' is missing; llama.cpp loads no file without it")
+
+    def _expert_tensors(self, tensors: Mapping[str, TensorRef]) -> dict[int, int]:
+        """How many tensors hold the routed experts of each block."""
+        out: dict[int, int] = {}
+        for name in tensors:
+            place = self.place(name)
+            block = self.block(place) if place and place.template.variant else None
+            if block is not None:
+                out[block] = out.get(block, 0) + 1
+        return out
+
+    def _single(self, names: _Names, ref: TensorRef, place: Place) -> Iterator[Named]:
+        """What a tensor becomes that holds no routed experts: as a rule one, under another name."""
+        module = ref.name.removesuffix(".weight") if len(ref.spec.shape) == 2 else ref.name
+        if len(ref.spec.shape) == 3:  # a convolution of each channel by itself, [C, 1, K]
+            rows, between, columns = ref.spec.shape
+            ref = ref.reshaped((rows, between * columns))
+        storages = storages_of(ref)
+        for part in self.kind.parts(self, self.released(place)):
+            name, wide = names.of(part.released)
+            if len(storages) > 1 and (part.transform or part.cuts):
+                raise SchemeError(f"tensor '{ref.name}' is stored in {len(storages)} parts; expected one")
+            found = [each.part(cut) for each in storages for cut in part.cuts] if part.cuts else storages
+            pieces = tuple(Piece(module, each, part.transform) for each in found)
+            rows, columns = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
+            if len(ref.spec.shape) == 1:
+                yield Named(name, (rows,), pieces, wide=True)
+                continue
+            leading = part.leading
+            yield Named(name, (*leading, rows // (leading[0] if leading else 1), columns), pieces, wide)
+
+
+def _by_tensor(layout: Layout, tensors: Mapping[str, TensorRef]) -> dict[str, list[Matrix]]:
+    """Matrices of routed experts by the tensor that holds them."""
+    out: dict[str, list[Matrix]] = {}
+    for matrix in matrices_of(layout, tensors):
+        if matrix.expert is not None:
+            out.setdefault(matrix.sources[0], []).append(matrix)
+    return out
+
+
+def vocabulary() -> Any:  # noqa: ANN401
+    """The `gguf` package.
+
+    Raises:
+        SchemeError: it is not installed.
+
+    """
+    try:
+        import gguf
+    except ImportError as e:
+        raise SchemeError("GGUF needs the package gguf: pip install 'shardxform[gguf]'") from e
+    return gguf
+
+
+_WIDE: Final = frozenset({"FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "SSM_CONV1D", "INDEXER_PROJ"})
+"""Tensors that llama.cpp's converter writes in F32 though they are matrices, beside norms and all that is no weight."""
+
+_MTP_MAP: Final = "GLM4_MOE"
+"""An architecture of the package whose map has the tensors of MTP layers, for those whose maps have not."""
+
+
+class _Names:
+    """Names of GGUF for names of releases."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        gguf = vocabulary()
+        self._name = architecture.name
+        maps = dict.fromkeys((*architecture.kind.maps, _MTP_MAP))
+        self._maps = [gguf.get_tensor_name_map(gguf.MODEL_ARCH[each], architecture.blocks) for each in maps]
+
+    def of(self, released: str) -> tuple[str, bool]:
+        """Name, and whether it is a tensor in F32 whatever its shape.
+
+        Raises:
+            SchemeError: llama.cpp has none.
+
+        """
+        for names in self._maps:
+            found = names.get_type_and_name(released, (".weight", ".bias"))
+            if found is not None:
+                kind, name = found
+                wide = kind.name in _WIDE or not name.endswith(".weight") or name.endswith("_norm.weight")
+                return name, wide
+        raise SchemeError(f"tensor '{released}': llama.cpp's {self._name} has no place for it")
+
+
+class _Stack:
+    """Routed experts of a block, as they are met: pieces by projection and id, and biases of all."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._pieces: dict[int, dict[int, list[Piece]]] = {}
+        self._biases: dict[int, list[Piece]] = {}
+
+    def add(self, ref: TensorRef, matrices: Sequence[Matrix], place: Place) -> None:
+        """Take in the experts of one tensor: all of them, or one, or the biases of all."""
+        experts = self._architecture.layout.family.experts
+        for matrix in matrices:
+            projection = experts.projections.index(matrix.name.rpartition(".")[2])
+            assert matrix.expert is not None
+            pieces = self._pieces.setdefault(projection, {}).setdefault(matrix.expert, [])
+            pieces += [Piece(matrix.name, each) for each in matrix.stored]
+        if not matrices:
+            stacked = [experts.stacked(stack) + "_bias" for stack in experts.stacks]
+            if place.template.name not in stacked or experts.gate != "interleaved":
+                raise SchemeError(f"tensor '{ref.name}': such biases of experts are not written as GGUF")
+            pieces = [Piece(ref.name, each) for each in storages_of(ref)]
+            self._biases[stacked.index(place.template.name)] = pieces
+
+    def tensors(self, names: _Names, block: int) -> Iterator[Named]:
+        """Weights of all experts, one tensor for each projection, or for several; then biases."""
+        if self._architecture.layout.family.experts.gate == "interleaved":
+            self._part_interleaved()
+        for released, projections in self._architecture.kind.experts:
+            name, wide = names.of(released.replace("{l}", str(block)) + ".weight")
+            yield self._stacked(name, projections, wide)
+        for released, projections in self._architecture.kind.experts if self._biases else ():
+            pieces = tuple(piece for each in projections for piece in self._bias(each))
+            name, _ = names.of(released.replace("{l}", str(block)) + ".bias")
+            yield Named(name, pieces[0].shape, pieces, wide=True)
+
+    def _stacked(self, name: str, projections: tuple[int, ...], wide: bool) -> Named:
+        """One tensor [E, O, I] of the experts in order.
+
+        Raises:
+            SchemeError: experts are missing, or differ in shape.
+
+        """
+        count = self._architecture.layout.num_experts
+        for projection in projections:
+            found = self._pieces.get(projection, {})
+            if sorted(found) != list(range(count)):
+                raise SchemeError(f"{name}: expected experts 0 to {count - 1}, found {len(found)}")
+        experts = [[p for each in projections for p in self._pieces[each][expert]] for expert in range(count)]
+        shapes = {(sum(piece.shape[0] for piece in each), piece.shape[1]) for each in experts for piece in each}
+        if len(shapes) > 1:
+            raise SchemeError(f"{name}: experts have shapes {sorted(shapes)}; expected one")
+        ((rows, columns),) = shapes
+        return Named(name, (count, rows, columns), tuple(piece for each in experts for piece in each), wide)
+
+    def _part_interleaved(self) -> None:
+        """Give gate and up projection the rows that they have in a stack where they take turns.
+
+        What is called so until now are its halves (see `matrices.stack_cuts`): each has every second row of both.
+        """
+        halves = self._pieces.pop(0, {}), self._pieces.pop(1, {})
+        for expert in sorted(halves[0].keys() & halves[1].keys()):
+            rows = 0
+            for piece in (*halves[0][expert], *halves[1][expert]):
+                count = piece.shape[0]
+                for projection in (0, 1):
+                    first = (projection - rows) % 2
+                    order = Order.every(2, first, (count - first + 1) // 2)
+                    part = Piece(piece.matrix, piece.storage, Transform(rows=order))
+                    self._pieces.setdefault(projection, {}).setdefault(expert, []).append(part)
+                rows += count
+
+    def _bias(self, projection: int) -> list[Piece]:
+        """Biases [E, O] of one projection."""
+        if projection == 2:
+            return self._biases[1]
+        return [
+            Piece(each.matrix, each.storage, Transform(columns=Order.every(2, projection, each.shape[1] // 2)))
+            for each in self._biases[0]
+        ]
