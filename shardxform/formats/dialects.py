@@ -23,7 +23,8 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
 from shardxform.formats.scheme import GGUF, ROW_FORMATS, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import Layout, is_tied
+from shardxform.model.layout import Layout
+from shardxform.model.tied_head import is_tied
 
 __all__ = [
     "Resolved",

@@ -42,10 +42,10 @@ from shardxform.model.layout import (
     layout_of,
     refuse_strays,
     refuse_two_spellings,
-    tied_notes,
     value_at,
     variants_found,
 )
+from shardxform.model.tied_head import tied_notes
 
 __all__ = [
     "DEFAULT_GGUF_BYTES",
