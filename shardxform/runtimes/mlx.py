@@ -215,7 +215,7 @@ def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, 
     """
     names = _NAMES[layout.family.name]
     try:
-        told = {key: value for key, value in _told(layout).items() if key in names.keys and key not in config}
+        told = {key: value for key, value in _told(layout).items() if key in names.keys and config.get(key) is None}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise FamilyError(f"config.json gives no sizes of heads, or of what is rotated: {e}") from e
     told = told if layout.wrapper.text_key is None else {}  # what nests the config of its decoder it reads as it is
@@ -228,8 +228,9 @@ def as_read(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The config of what is written for MLX, as it is read again, but for quantization, of which it says the same."""
     if layout.family.name not in _NAMES or layout.wrapper.model_type not in _NAMES[layout.family.name].types:
         return dict(config)
-    told = _config(config_of(config, layout, {}))
-    return {key: config.get(key, value) for key, value in told.items() if key != "quantization_config" or key in config}
+    key = "quantization_config"
+    told = {name: value for name, value in _config(config_of(config, layout, {})).items() if name != key}
+    return {**told, key: config[key]} if key in config else told
 
 
 def _told(layout: Layout) -> dict[str, Any]:
