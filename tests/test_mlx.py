@@ -169,6 +169,18 @@ def test_inspect_sees_the_weights_that_the_words_stand_for(tmp_path: Path) -> No
     assert not other.unknown
 
 
+def test_the_card_says_how_it_is_run_and_made_again(tmp_path: Path) -> None:
+    from shardxform.publish.card.gathering import gather
+    from shardxform.publish.card.rendering import render
+
+    text = render(gather(quantize(make(tmp_path / "source"), tmp_path / "out")))
+    assert "\nlibrary_name: mlx\n" in text
+    assert "\nmlx_lm.generate --model out --prompt Hello" in text
+    assert "Its model_type is `qwen3_5_moe`, since mlx-lm does not know" in text
+    assert "vllm serve" not in text
+    assert "\nshardxform quantize SRC out --format mlx\n" in text
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 

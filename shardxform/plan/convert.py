@@ -115,12 +115,14 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     view = pruned_view(unread, None, mtp="drop" if target.format == "mlx" else "auto")
     _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
+    told: tuple[str, ...] = ()
     stacks = _stacks(view, selection) if target.format == "mlx" else []
     weights = [] if stacks else _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
     if target.format == "mlx":
         quantization = build(selection, cast(Scheme, scheme), view.layout)
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+        told = tuple(mlx.notes_of(view.source_layout, config))
     elif scheme is not None:
         quantization = build(selection, scheme, view.layout)
         config = {**source.config, "quantization_config": quantization}
@@ -143,7 +145,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         sidecars=sidecars,
         inputs=_inputs(source, target, options, sidecars, scheme),
         summary=_summary(source, view, stored, selection, shards, scheme),
-        notes=(*_notes(stored, target), *view.notes),
+        notes=(*_notes(stored, target), *view.notes, *told),
         unread=source.unread,
     )
     plan.check()

@@ -96,6 +96,7 @@ def plan_quantize(
     _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
     stacks: list[Stack] = []
+    told: tuple[str, ...] = ()
     if scheme.format == "mlx":
         mlx.refuse_unrun(view.layout, selection.quantized)
         stacks = mlx.stacks_of(view.layout, selection.quantized)
@@ -113,6 +114,7 @@ def plan_quantize(
     config = {**view.checkpoint.config, "quantization_config": quantization}
     if scheme.format == "mlx":
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+        told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
     plan = Plan(
@@ -132,7 +134,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection), *told),
         unread=source.unread,
     )
     plan.check()

@@ -31,6 +31,7 @@ __all__ = [
     "is_mlx",
     "kept_of",
     "members_of",
+    "notes_of",
     "refuse_unrun",
     "single",
     "stacks_of",
@@ -222,6 +223,14 @@ def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, 
     out = {**config, **told, "model_type": names.types[config["model_type"]]}
     out.pop("quantization_config", None)
     return {**out, QUANTIZATION: dict(declared), "quantization_config": dict(declared)}
+
+
+def notes_of(before: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+    """Say what becomes of a checkpoint beside its weights, from its layout before and the config that is written."""
+    if before.has_mtp:
+        yield "the MTP layers are left out: mlx-lm runs none"
+    if (now := config["model_type"]) != (was := before.config["model_type"]):
+        yield f"config.json's model_type becomes {now}, which mlx-lm takes for both: it does not know {was}"
 
 
 def as_read(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
