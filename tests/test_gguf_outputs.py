@@ -254,7 +254,7 @@ def call(*args: object) -> str:
 
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
-    "qwen3_5_moe_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "qwen3_5_moe_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32},
 }
 
 
