@@ -43,7 +43,7 @@ __all__ = [
     "refuse_scales",
 ]
 
-Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx", "whole"]
+Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
 """What a stored tensor holds of a matrix."""
 
 SourceDtype = Literal["BF16", "F16", "F32"]
@@ -196,8 +196,8 @@ class Writable(Encoding, Protocol):
         """
         ...
 
-    def gathered(self, extent_bytes: int) -> int:
-        """Bytes of the parts that are in memory before they are written."""
+    def gathered(self, extent_bytes: int, sources: int) -> int:
+        """Bytes of the parts of so many sources that are in memory before they are written."""
         ...
 
 

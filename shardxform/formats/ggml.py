@@ -122,7 +122,7 @@ class Ggml:
         rows, columns = parts["values"].spec.shape[-2:]
         return 0 if cut is None or cut.is_run else 4 * rows * columns
 
-    def gathered(self, _extent_bytes: int) -> int:
+    def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
         return 0
 

@@ -7,10 +7,9 @@ what the old one said. Pure but for sidecars; no tensor data is read and no arra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
@@ -23,7 +22,7 @@ from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import GGUF, ExpertNames, Format, Scheme
+from shardxform.formats.scheme import GGUF, ROW_FORMATS, ExpertNames, Format, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
 from shardxform.model.families import family_origin
 from shardxform.plan.gguf import plan_stored
@@ -39,6 +38,7 @@ from shardxform.plan.view import (
     sidecar_digests,
     view_summary,
 )
+from shardxform.runtimes import mlx
 
 __all__ = [
     "ConvertOptions",
@@ -99,7 +99,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         FamilyError, PlanError: see `view.pruned_view`.
 
     """
-    options = options or ConvertOptions()
+    options, source = options or ConvertOptions(), mlx.single(source)
     if target.format == GGUF:
         return _plan_gguf(source, target, options)
     if floats := decoded(source):
@@ -109,12 +109,17 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     _refuse_nothing(stored, target)
     _refuse_restacking(stored, target)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
+    unread = replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+    view = pruned_view(unread, None, mtp="drop" if target.format == "mlx" else "auto")
     _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
     weights = _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
-    if scheme is not None:
+    if target.format == "mlx":
+        mlx.refuse_unrun(view.layout)
+        quantization = build(selection, cast(Scheme, scheme), view.layout)
+        config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+    elif scheme is not None:
         quantization = build(selection, scheme, view.layout)
         config = {**source.config, "quantization_config": quantization}
     elif target.format == "fp16":
@@ -212,7 +217,7 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     for module in stored.modules.values():
         rows, columns = module.shape
         why = Ints.of(scheme).misfit(rows, columns)
-        if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and why):
+        if rows % 32 or columns % 32 or (target.format in ROW_FORMATS and why):
             raise SchemeError(
                 f"module {module.name}: {why}, which {target.format} cannot hold; try `target.format` bf16"
             )
@@ -270,17 +275,18 @@ def _specs(plain: Mapping[str, TensorRef], weights: Iterable[Encoded], scheme: S
         if scheme is None:
             yield weight.spec
         else:
-            yield from (part.spec(weight.name) for part in Ints.of(scheme).parts(*_shape(weight)))
-
-
-def _shape(weight: Encoded) -> tuple[int, int]:
-    *stacked, columns = weight.spec.shape
-    return math.prod(stacked), columns
+            *stacked, rows, columns = weight.spec.shape
+            for part in Ints.of(scheme).parts(rows, columns):
+                spec = part.spec(weight.name)
+                yield spec.of_shape((*stacked, *spec.shape))
 
 
 def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[Encoded]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
     dtype = HALF_DTYPES.get(target.format)
+    if target.format == "mlx":
+        stacks = mlx.stacks_of(view.layout, selection.quantized)
+        return [_encoded(mlx.stacked(stack).renamed(stack.name)) for stack in stacks]
     if dtype is None:
         return [_encoded(module.weight.renamed(module.name)) for module in selection.quantized]
     weights = [_encoded(ref) for ref in released(stored.weights, view.layout)]
@@ -294,6 +300,8 @@ def _encoded(ref: TensorRef) -> Encoded:
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
+    if scheme is not None and scheme.format == "mlx":
+        return mlx.kept_of(view.layout, view.checkpoint.tensors, selection)
     if scheme is None or scheme.format == "compressed-tensors":
         return {ref.name: ref for ref in released(stored.plain, view.layout)}
     return kept_tensors(view.layout, stored.plain, selection, scheme)

@@ -145,7 +145,7 @@ class Transcode:
     def peak_bytes(self) -> int:
         """A tile of values, what of a source is held while it is open, and parts that are written whole."""
         held = max(source.held for item in self.items for source in item.sources)
-        return TILE_BYTES + held + max(item.target.gathered(item.out_bytes) for item in self.items)
+        return TILE_BYTES + held + max(item.target.gathered(item.out_bytes, len(item.sources)) for item in self.items)
 
 
 def transcode_item(
