@@ -25,6 +25,7 @@ __all__ = [
     "ALIGNMENT_KEY",
     "MAX_HEAD_BYTES",
     "TYPES",
+    "VERSION",
     "GgufHead",
     "KeyValue",
     "Kind",

@@ -69,6 +69,11 @@ class TensorSpec:
         """Size of the data in bytes."""
         return _nbytes(self.shape, self.dtype)
 
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
     def of_shape(self, shape: tuple[int, ...]) -> TensorSpec:
         """The same name and dtype with another shape."""
         return TensorSpec(self.name, self.dtype, shape)

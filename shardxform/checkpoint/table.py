@@ -44,6 +44,8 @@ CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 WORK: Final = ".shardxform"  # of an output that is still to be written
 _SINGLE: Final = "model.safetensors"
+_GGUF: Final = ".gguf"
+_IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
 _MAX_JSON_BYTES: Final = 64 << 20
 MAX_SIDECAR_BYTES: Final = 256 << 20
 
@@ -274,7 +276,7 @@ def is_plain_name(name: object) -> bool:
 
 def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: {not_a_directory(root)}")
+        raise CheckpointError(f"{root}: {_IN_GGUF if root.suffix == _GGUF else not_a_directory(root)}")
     try:
         _refuse_irregular(path)
         with path.open("rb") as file:
@@ -283,8 +285,10 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
         return parse_config(data) if path.name == CONFIG else parse_object(data)
     except FileNotFoundError as e:
-        unfinished = f"unfinished: {stopped(root)}" if stopped(root) else ""
-        raise CheckpointError(f"{root}: {unfinished or f'no {path.name}; expected a checkpoint directory'}") from e
+        why = f"unfinished: {stopped(root)}" if stopped(root) else ""
+        if not why and any(entry.name.endswith(_GGUF) for entry in os.scandir(root)):
+            why = _IN_GGUF
+        raise CheckpointError(f"{root}: {why or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e
     except JsonError as e:

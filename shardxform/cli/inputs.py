@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest_import import pruned_of
+from shardxform.checkpoint.gguf import SUFFIX, GgufModel, find_gguf, open_gguf
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.remote.repository import SCHEME, RepoName, is_ambiguous
 from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
@@ -22,6 +25,7 @@ from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, T
 from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.model.families import in_use
 from shardxform.model.layout import layout_of, refuse_longer
+from shardxform.runtimes.gguf.slabs import slabs_of
 from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
@@ -30,10 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "family_words",
+    "load_gguf_manifest",
     "load_manifest",
     "load_text",
     "make_precision",
     "open_all_named",
+    "open_gguf_named",
     "open_named",
     "refuse_no_data",
     "refuse_unwritable",
@@ -85,6 +91,21 @@ def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> li
     return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
 
 
+def open_gguf_named(source: Source) -> GgufModel | None:
+    """Open what was named on the command line if it is GGUF: a file, or a folder of one model; else None.
+
+    Raises:
+        CheckpointError: see `gguf.find_gguf` and `gguf.open_gguf`.
+
+    """
+    if isinstance(source, RepoName):
+        if source.as_path and source.repo.endswith(SUFFIX):
+            raise CheckpointError(f"{source.repo}: no such file")
+        return None
+    first = find_gguf(source)
+    return open_gguf(first) if first else None
+
+
 def _open_folder(path: Path) -> Checkpoint:
     """Open a folder; one that is no checkpoint, but is called as a repository could be, hides that repository."""
     try:
@@ -120,6 +141,23 @@ def load_manifest(pruned: PruneFlags, checkpoint: Checkpoint) -> Manifest | None
     if "identity" in manifest.model:
         manifest.refuse_other_source(identify(checkpoint), names_of(checkpoint.shards))
     return manifest
+
+
+def load_gguf_manifest(pruned: PruneFlags, model: GgufModel) -> Manifest:
+    """Read the manifest given on the command line for a model in GGUF; see `load_manifest`.
+
+    With --any-source it may be one that was chosen on the model's safetensors, whatever these call the model.
+
+    Raises:
+        ManifestError: see `Manifest.load`.
+
+    """
+    assert pruned.manifest is not None
+    of = pruned_of(slabs_of(model.metadata, model.table.tensors, model.where))
+    if not pruned.any_source:
+        return Manifest.load(pruned.manifest, of)
+    manifest = Manifest.load(pruned.manifest, replace(of, is_called=lambda _: True)).of_any_source()
+    return replace(manifest, model={key: value for key, value in manifest.model.items() if key != "model_type"})
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 import click
+from click.core import ParameterSource
 
+from shardxform.checkpoint.gguf import SUFFIX, GgufModel
 from shardxform.cli import options
-from shardxform.cli.inputs import load_manifest, open_named
+from shardxform.cli.inputs import load_gguf_manifest, load_manifest, open_gguf_named, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.runner import RunOptions
 from shardxform.formats.scheme import GGUF
+from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
+from shardxform.plan.slabs import plan_prune_gguf
 
 __all__ = ["prune_command"]
 
@@ -47,7 +51,14 @@ def prune_command(
     Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
     rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
     shapes and types are the same. Interrupted, the same command goes on where it stopped.
+
+    SRC may be a model in GGUF too, of any architecture and any type of blocks: a file, or the first of several.
     """
+    if (model := open_gguf_named(source)) is not None:
+        for group in (viewed, asked.rounding, asked.healing, asked.text, asked.computation, cluster, family):
+            options.refuse_idle(group, wanted=f"safetensors, but {model.where} is GGUF")
+        execute(_plan_gguf(model, out, pruned, file, output), out, output, RunOptions(jobs=jobs.count))
+        return
     family.load()
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
@@ -63,3 +74,23 @@ def prune_command(
         return
     with open_tuner(tuning, checkpoint, plan) as tuner:
         execute(plan, out, output, RunOptions(jobs=jobs.count, tuner=tuner), told=tuning.windows.notes)
+
+
+def _plan_gguf(
+    model: GgufModel, out: Path, pruned: options.PruneFlags, file: _File, output: options.WriteFlags
+) -> Plan:
+    """Plan the pruning of a model in GGUF: into as many files as it has, unless a size was asked for.
+
+    Raises:
+        CheckpointError, FamilyError, ManifestError, PlanError: see `plan_prune_gguf`.
+
+    """
+    options.refuse_idle(file, "pre_tokenizer", wanted=f"safetensors, but {model.where} is GGUF")
+    asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
+    if asked and file.format != GGUF:
+        raise click.UsageError(f"--format {file.format}: {model.where} is GGUF, and stays it")
+    if pruned.manifest is None:
+        raise click.UsageError("nothing to do: give --manifest")
+    if out.suffix == SUFFIX:
+        raise click.UsageError(f"OUT is the folder that files are written into: name it {out.with_suffix('')}")
+    return plan_prune_gguf(model, load_gguf_manifest(pruned, model), output.max_shard_size)

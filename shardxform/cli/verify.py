@@ -9,8 +9,9 @@ from typing import Final
 
 import click
 
+from shardxform.checkpoint.gguf import find_gguf
 from shardxform.cli.console import count, gb, print_json, progress, with_options
-from shardxform.cli.inputs import open_named
+from shardxform.cli.inputs import open_gguf_named, open_named
 from shardxform.cli.options import (
     SOURCE,
     FamilyFlags,
@@ -21,9 +22,12 @@ from shardxform.cli.options import (
     command,
     option,
     out_argument,
+    refuse_idle,
 )
+from shardxform.errors import CheckpointError
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
+from shardxform.verification.slabs import verify_gguf
 
 __all__ = ["verify_command"]
 
@@ -72,18 +76,31 @@ def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, h
     can do, one and a half steps at most, and with no systematic error. What `convert --to bf16` and
     `--to fp16` wrote must be the values of SRC's quantized weights, bit for bit. Of tensors that shardxform.json says
     were healed, all but the values must be SRC's. The last line says how many values were compared, and why the
-    others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
+    others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool, and on models in GGUF: a file
+    or a folder.
     """
-    family.load()
     if made.source is None and (made.manifest or made.text_only or made.mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
     if made.source is None and hub.connections is not None:
         raise click.UsageError("--connections is for reading --source from the hub; give that too")
     if depth.independent and (made.source is None or depth.quick):
         raise click.UsageError("--independent compares values with --source; give that, and no --quick")
+    if _is_gguf(out):
+        report = _verify_gguf(out, made, depth, hub, output)
+    else:
+        family.load()
+        report = _verify(out, made, depth, hub, output)
+    if output.as_json:
+        print_json(report.to_dict())
+    else:
+        _show(report, depth.quick, output.worst)
+    raise click.exceptions.Exit(0 if report.sound else 1)
+
+
+def _verify(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output: _Output) -> VerifyReport:
     origin = open_named(made.source, hub, out.parent) if made.source is not None else None
     with progress("verify", output.quiet or depth.quick) as on_progress:
-        report = verify(
+        return verify(
             out,
             source=origin,
             manifest=made.manifest,
@@ -94,11 +111,38 @@ def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, h
             independent=depth.independent,
             jobs=depth.jobs or DEFAULT_JOBS,
         )
-    if output.as_json:
-        print_json(report.to_dict())
-    else:
-        _show(report, depth.quick, output.worst)
-    raise click.exceptions.Exit(0 if report.sound else 1)
+
+
+def _is_gguf(out: Path) -> bool:
+    """Whether OUT is GGUF, whole or not."""
+    try:
+        return find_gguf(out) is not None
+    except CheckpointError:
+        return True
+
+
+def _verify_gguf(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output: _Output) -> VerifyReport:
+    """Verify a model in GGUF, against another.
+
+    Raises:
+        UsageError, SchemeError: options that are for safetensors alone, or a source that is.
+
+    """
+    refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {out} is GGUF")
+    refuse_idle(depth, "independent", wanted=f"safetensors, but {out} is GGUF")
+    refuse_idle(hub, wanted=f"safetensors, but {out} is GGUF")
+    origin = open_gguf_named(made.source) if made.source is not None else None
+    if made.source is not None and origin is None:
+        raise click.UsageError(f"--source {made.source}: expected GGUF, as OUT is")
+    with progress("verify", output.quiet or depth.quick) as on_progress:
+        return verify_gguf(
+            out,
+            source=origin,
+            manifest=made.manifest,
+            quick=depth.quick,
+            jobs=depth.jobs or DEFAULT_JOBS,
+            on_progress=on_progress,
+        )
 
 
 def _show(report: VerifyReport, quick: bool, worst: int) -> None:

@@ -512,7 +512,8 @@ def _refuse_overlap(root: Path, plan: Plan) -> None:
     same = root.is_dir() and os.path.samefile(root, plan.source)
     names = [*(shard.name for shard in plan.source_shards), *plan.sidecars, CONFIG]
     inside = (Path(os.path.realpath(plan.source / name)) for name in names)
-    if same or out == source or out in source.parents or source in out.parents or any(out in p.parents for p in inside):
+    below = source in out.parents and not plan.source_name  # one file of a folder is not the folder
+    if same or below or out == source or out in source.parents or any(out in p.parents for p in inside):
         raise OutputError(f"{root}: overlaps the source {plan.origin}; name a directory outside it")
 
 

@@ -39,7 +39,7 @@ __all__ = [
     "copy_steps",
     "extents_of",
     "gguf_names",
-    "gguf_shards",
+    "gguf_shard",
     "lay_out",
     "lay_out_gguf",
     "source_inputs",
@@ -190,6 +190,7 @@ class Plan:
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
         container: what the shards are: those of safetensors have an index and config.json beside them, those of GGUF
             say all in their heads.
+        source_name: of the file in `source` that is the source, or begins it, where that is not the whole directory.
 
     """
 
@@ -207,11 +208,12 @@ class Plan:
     unread: tuple[str, ...] = ()
     remote: Remote | None = None
     container: Container = "safetensors"
+    source_name: str = ""
 
     @property
     def origin(self) -> str:
-        """What people call the source: its directory, or `hf://owner/name@commit`."""
-        return str(self.remote or self.source)
+        """What people call the source: its directory, its file in GGUF, or `hf://owner/name@commit`."""
+        return str(self.remote or self.source / self.source_name)
 
     @property
     def nbytes(self) -> int:
@@ -357,7 +359,11 @@ def lay_out_gguf(
     if not specs:
         raise PlanError("the output would hold no tensor")
     _refuse_same_names(specs)
-    return gguf_shards(metadata, groups, gguf_names(stem, len(groups)))
+    shared = [each for each in metadata if each.key == gguf.ALIGNMENT_KEY]
+    return tuple(
+        gguf_shard(name, [*(shared if number else metadata), *_split_keys(number, groups)], group)
+        for number, (name, group) in enumerate(zip(gguf_names(stem, len(groups)), groups, strict=True))
+    )
 
 
 def gguf_names(stem: str, count: int) -> list[str]:
@@ -367,27 +373,22 @@ def gguf_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
-def gguf_shards(
-    metadata: Sequence[KeyValue], groups: Sequence[Sequence[TensorSpec]], names: Sequence[str]
-) -> tuple[ShardPlan, ...]:
-    """GGUF files of groups of tensors; where there are several, with the keys that say so.
+def gguf_shard(
+    name: str, metadata: Sequence[KeyValue], specs: Iterable[TensorSpec], version: int = gguf.VERSION
+) -> ShardPlan:
+    """One GGUF file of tensors in the order given.
 
     Raises:
+        CheckpointError: `metadata` asks for an alignment that there is none of.
         PlanError: what cannot stand in a GGUF file, or a head beyond what is read.
 
     """
     alignment = gguf.alignment_of(metadata)
-    shards: list[ShardPlan] = []
-    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        keys = [*(metadata if not number else ()), *_split_keys(number, groups)]
-        if number and alignment != gguf.ALIGNMENT:
-            keys.insert(0, next(each for each in metadata if each.key == gguf.ALIGNMENT_KEY))
-        entries = gguf.place(group, alignment)
-        head = gguf.encode(keys, entries)
-        if len(head) > gguf.MAX_HEAD_BYTES:
-            raise PlanError(f"{name}: a head of {len(head)} bytes, more than {gguf.MAX_HEAD_BYTES}")
-        shards.append(ShardPlan(name, entries, head, alignment))
-    return tuple(shards)
+    entries = gguf.place(specs, alignment)
+    head = gguf.encode(metadata, entries, version)
+    if len(head) > gguf.MAX_HEAD_BYTES:
+        raise PlanError(f"{name}: a head of {len(head)} bytes, more than {gguf.MAX_HEAD_BYTES}")
+    return ShardPlan(name, entries, head, alignment)
 
 
 def _split_keys(number: int, groups: Sequence[Sequence[TensorSpec]]) -> tuple[KeyValue, ...]:
