@@ -29,7 +29,7 @@ from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule, grid_of, pair_of
 
-__all__ = ["Derived", "Known", "Reason", "Wanted", "known_of", "wanted_of"]
+__all__ = ["Derived", "Known", "Reason", "Wanted", "healed_by", "inputs_for", "known_of", "wanted_of"]
 
 Reason = Literal["healed", "tuned", "unknown"]
 
@@ -131,10 +131,12 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     packed = _packed_source(source, out, stored)
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
-    return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
+    return Known(
+        stored, packed, {"facts": record.get("facts"), **inputs_for(source, inputs, packed=packed is not None)}
+    )
 
 
-def _inputs_for(source: Checkpoint, inputs: Mapping[str, object], packed: Stored | None) -> Mapping[str, object]:
+def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
     """Those of a converted output also tell how what was converted had been made, which counts for another source."""
     origin, recorded = inputs.get("origin"), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
@@ -155,7 +157,7 @@ def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | 
     return packed if stored and form != other else None
 
 
-def _healed(view: View, record: Mapping[str, object]) -> frozenset[str]:
+def healed_by(view: View, record: Mapping[str, object]) -> frozenset[str]:
     """Tensors of the view that healing changed, by the record; where it does not name blocks, all that it may have."""
     recipe = record.get("recipe")
     heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
@@ -186,7 +188,7 @@ def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
 
 def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
     """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
-    healed = _healed(view, known.record)
+    healed = healed_by(view, known.record)
     if not out.config.get("quantization_config") and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
     if not out.config.get("quantization_config") or view.checkpoint.config.get("quantization_config"):
