@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -32,6 +33,7 @@ from shardxform.plan.view import pruned_view
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation
+    from shardxform.evaluation.tasks import TaskOptions, TaskSize
 
 __all__ = ["evaluate_command"]
 
@@ -61,9 +63,41 @@ class _Text(options.TextFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Tasks(options.Flags, heading="Tasks"):
+    """Tasks of lm-evaluation-harness, in the place of text."""
+
+    tasks: str | None = options.option(
+        "Accuracy instead: tasks of lm-evaluation-harness that compare answers, such as arc_challenge,hellaswag,mmlu.",
+        metavar="NAME[,NAME]",
+        first=True,
+    )
+    limit: int | None = options.option("Documents of each task.  [default: all]", type=click.IntRange(1), metavar="N")
+    shots: int | None = options.option(
+        "Examples before each document.  [default: as the task says]", type=click.IntRange(0), metavar="N"
+    )
+    task_files: Path | None = options.option("Directory of task files beside the harness's own.", metavar="DIR")
+
+    def read(self) -> TaskOptions | None:
+        """What is asked for; None where no task is."""
+        if self.tasks is None:
+            for name in ("limit", "shots", "task_files"):
+                if getattr(self, name) is not None:
+                    raise click.UsageError(f"--{name.replace('_', '-')} is of tasks: give --tasks")
+            return None
+        require("lm_eval", extra="tasks")
+        from shardxform.evaluation.tasks import TaskOptions
+
+        names = tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+        if not names:
+            raise click.UsageError("--tasks: expected names, found none")
+        return TaskOptions(names=names, limit=self.limit, shots=self.shots, files=self.task_files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Output(options.DryFlags):
     plot: Path | None = options.option(
-        "Draw the errors of the blocks, and with --by-text-source the divergence on each source.", metavar="PNG"
+        "Draw the errors of the blocks, with --by-text-source the divergence on each source; or the tasks.",
+        metavar="PNG",
     )
 
 
@@ -74,6 +108,7 @@ def evaluate_command(
     pruned: options.PruneFlags,
     compared: _Reference,
     text: _Text,
+    asked: _Tasks,
     computation: options.ComputeFlags,
     place: options.WorkFlags,
     transfer: options.TransferFlags,
@@ -82,10 +117,15 @@ def evaluate_command(
 ) -> None:
     """Measure CKPT on held-out text, block by block: perplexity, and with --against how far it is from REF.
 
+    With --tasks, accuracy on tasks in its place.
+
     CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
     in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
     family.load()
+    if tasks := _tasks(asked, text, compared):
+        _run_tasks(checkpoint, pruned, compared, tasks, computation, place, transfer, output)
+        return
     refuse_no_data(text)
     against, plot, work = compared.against, output.plot, place.work or Path(_WORK)
     if compared.against_dtype and not against:
@@ -121,6 +161,102 @@ def evaluate_command(
         draw(found.against, plot, title=_title(checkpoint, pruned.manifest, against), sources=found.sources)
 
 
+def _tasks(asked: _Tasks, text: _Text, compared: _Reference) -> TaskOptions | None:
+    """The tasks that are asked for, if any; refuses what says nothing of them."""
+    tasks = asked.read()
+    if tasks is None:
+        return None
+    for given, name in ((text.data, "--data"), (compared.against_dtype, "--against-dtype")):
+        if given is not None:
+            raise click.UsageError(f"{name} is of text, and --tasks bring their own: give one of the two")
+    return tasks
+
+
+def _run_tasks(
+    checkpoint: options.Source,
+    pruned: options.PruneFlags,
+    compared: _Reference,
+    tasks: TaskOptions,
+    computation: options.ComputeFlags,
+    place: options.WorkFlags,
+    transfer: options.TransferFlags,
+    output: _Output,
+) -> None:
+    against, work = compared.against, place.work or Path(_WORK)
+    source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, work.parent)
+    tested, reference = _view(source, pruned), next(iter(others), None)
+    if output.plot:
+        _refuse_picture(output.plot)
+    settings = _options(computation, compared, work)
+    from shardxform.evaluation.evaluate import identified
+    from shardxform.evaluation.tasks import accuracy, size_of_tasks
+
+    if output.dry_run:
+        _show_size(size_of_tasks(tested, tasks), tested, reference, output.as_json)
+        return
+    started = time.monotonic()
+    with progress("evaluate", output.quiet) as settings.on_progress:
+        found = accuracy(tested, tasks, settings, reference)
+    dtype = str(settings.precision.dtype).removeprefix("torch.")
+    if output.as_json:
+        facts = identified({"tasks": found, "dtype": dtype, "against": {} if reference else None}, tested, reference)
+        spent = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+        print_json({**facts, **spent})
+    else:
+        _tell_tasks(found, checkpoint, pruned.manifest, against, tasks)
+        rows([("time", f"{time.monotonic() - started:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
+    if output.plot:
+        from shardxform.evaluation.plot import draw_tasks
+
+        draw_tasks(found["results"], output.plot, title=_title(checkpoint, pruned.manifest, against))
+
+
+def _tell_tasks(
+    found: Mapping[str, Any],
+    checkpoint: options.Source,
+    manifest: Path | None,
+    against: options.Source | None,
+    tasks: TaskOptions,
+) -> None:
+    seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
+    click.echo(f"{seen}: {found['harness']}" + (f", {tasks.limit} documents of each task" if tasks.limit else ""))
+    table(*_task_lines(found, against))
+
+
+def _show_size(size: TaskSize, tested: Checkpoint, reference: Checkpoint | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"checkpoint": tested.where, **asdict(size)})
+        return
+    click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
+    each = " of each model" if reference else ""
+    rows(
+        [
+            ("requests", f"{size.requests:,}, of which {size.distinct:,} read something else"),
+            ("tokens", f"{size.tokens:,}, in {count(size.passes, 'pass')} over the weights{each}"),
+        ]
+    )
+
+
+def _task_lines(
+    found: Mapping[str, Any], against: options.Source | None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of a table: every metric of every task."""
+    head: tuple[str, ...] = ("task", "shots", "documents", "metric", "value")
+    if against:
+        head = (*head, "reference", "difference")
+    lines: list[tuple[str, ...]] = []
+    for name, task in found["results"].items():
+        for metric, each in task["metrics"].items():
+            shown = ("-" if task[key] is None else f"{task[key]:,}" for key in ("shots", "documents"))
+            line = (name, *shown, metric, f"{each['value']:.4f}{give_or_take(each['standard_error'])}")
+            if against:
+                error = each["difference_standard_error"]
+                difference = f"{each['value'] - each['reference']:+.4f}{give_or_take(error)}"
+                line = (*line, f"{each['reference']:.4f}", difference)
+            lines.append(line)
+    return head, lines
+
+
 def _options(computation: options.ComputeFlags, compared: _Reference, work: Path) -> EvaluateOptions:
     precision, other = make_precision(computation), compared.against_dtype
     from shardxform.evaluation.evaluate import EvaluateOptions
@@ -133,6 +269,11 @@ def _refuse_plot(plot: Path, against: options.Source | None) -> None:
     """Refuse a picture that could not be drawn when all is done."""
     if against is None:
         raise click.UsageError("--plot draws the errors of the blocks against a reference: give --against")
+    _refuse_picture(plot)
+
+
+def _refuse_picture(plot: Path) -> None:
+    """Refuse a name under which no picture can be written."""
     require("matplotlib", extra="plot")
     if plot.suffix.lower() != ".png":
         raise OutputError(f"{plot}: expected a name that ends in .png")
@@ -183,7 +324,8 @@ def _of_sources(windows: Windows) -> str:
 
 def _title(checkpoint: options.Source, manifest: Path | None, against: options.Source | None) -> str:
     pruned = f" pruned by {manifest.name}" if manifest else ""
-    return f"{Path(str(checkpoint)).name}{pruned} against {Path(str(against)).name if against else ''}"
+    compared = f" against {Path(str(against)).name}" if against else ""
+    return f"{Path(str(checkpoint)).name}{pruned}{compared}"
 
 
 def _spent(windows: Windows, seconds: float) -> dict[str, Any]:

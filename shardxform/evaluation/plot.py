@@ -16,13 +16,15 @@ from shardxform.evaluation.evaluate import Comparison, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["draw", "refuse_foreign_picture"]
+__all__ = ["draw", "draw_tasks", "refuse_foreign_picture"]
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _MAKER: Final = "shardxform"
 _MARK: Final = b"tEXtSoftware\0" + _MAKER.encode()
 _BLUE: Final = "#31688e"
+_ORANGE: Final = "#e6851e"
 _MAX_NAME: Final = 30  # characters
 _NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
 
@@ -50,6 +52,46 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     places[0].set_title(f"{title}\nKL {divergence} nats, same choice {agreement}", fontsize=11)
     if sources:
         _draw_sources(places[1], sources)
+    _save(figure, path)
+
+
+def draw_tasks(results: Mapping[str, Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw a bar for the first metric of every task as a PNG, with its standard error, and the reference as a mark.
+
+    Args:
+        results: those of `tasks.accuracy`, by task.
+        path: of the picture; one of an earlier evaluation is replaced.
+        title: above it.
+
+    Raises:
+        OutputError: another file is there, or it cannot be written.
+
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [(name, *next(iter(task["metrics"].items()))) for name, task in results.items() if task["metrics"]]
+    figure = Figure(figsize=(8.0, max(2.4, 1.4 + 0.45 * len(found))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places, values = range(len(found)), [each["value"] for _, _, each in found]
+    errors = [each["standard_error"] or 0.0 for _, _, each in found]
+    axes.barh(places, values, xerr=errors, color=_BLUE, height=0.65, error_kw={"linewidth": 1})
+    if any("reference" in each for _, _, each in found):
+        marks = [each.get("reference", math.nan) for _, _, each in found]
+        axes.plot(marks, places, "D", color=_ORANGE, markersize=6, linestyle="none", label="reference")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    names = [f"{_shortened(name)}\n{_shortened(metric)}" for name, metric, _ in found]
+    axes.set_yticks(places, names, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": _MAKER})
     refuse_foreign_picture(path)

@@ -17,6 +17,7 @@ __all__ = [
     "Origin",
     "PruningFacts",
     "QuantizationFacts",
+    "TaskFacts",
 ]
 
 
@@ -199,6 +200,34 @@ class EvaluationFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFacts:
+    """One metric of one task that `evaluate --tasks --json` measured.
+
+    Attributes:
+        task, metric: as the harness calls them.
+        value, error: of the checkpoint, and its standard error; None where it is not known.
+        reference, difference_error: of the reference, and the standard error of the difference; likewise.
+        shots, documents: None where the harness does not say.
+        limited: whether only so many documents of each task were asked.
+        harness: its name and version.
+        of_source: as in `EvaluationFacts`.
+
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None = None
+    reference: float | None = None
+    difference_error: float | None = None
+    shots: int | None = None
+    documents: int | None = None
+    limited: bool = False
+    harness: str = ""
+    of_source: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Everything a card says.
 
@@ -218,6 +247,7 @@ class Facts:
         dropped: parts of the source that were left out.
         pruning, healing, quantization: None where nothing was pruned, healed or quantized.
         evaluations: in the order given.
+        tasks: likewise, a metric each.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
         dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
@@ -244,6 +274,7 @@ class Facts:
     healing: HealingFacts | None = None
     quantization: QuantizationFacts | None = None
     evaluations: tuple[EvaluationFacts, ...] = ()
+    tasks: tuple[TaskFacts, ...] = ()
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     dequantized: str = ""

@@ -37,11 +37,12 @@ from shardxform.publish.card.facts import (
     Origin,
     PruningFacts,
     QuantizationFacts,
+    TaskFacts,
 )
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
 
-__all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation"]
+__all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation", "read_tasks"]
 
 _LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _HEAD_BYTES: Final = 4096
@@ -49,6 +50,7 @@ _RECIPE: Final = ("samples", "seqlen", "iters", "batch_size", "seed", "inputs", 
 _FLOATS: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _PARTS: Final = {"MTP layers": "MTP layers", "vision tower": "the vision tower"}
 _MAX_BYTES: Final = 16 << 20  # of an evaluation
+_MOST_TASKS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,12 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         pruning=None if before == layout.num_experts else _pruning(record, manifest),
         healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
-        evaluations=tuple(read_evaluation(path, checkpoint, origins) for path in options.evaluations),
+        evaluations=tuple(
+            read_evaluation(path, checkpoint, origins) for path in options.evaluations if not _has_tasks(path)
+        ),
+        tasks=tuple(
+            each for path in options.evaluations if _has_tasks(path) for each in read_tasks(path, checkpoint, origins)
+        ),
         plots=_plots(options.plots),
         commands=commands(record, origin.base_model or "SRC", name),
         dequantized=_FLOATS.get(record.asked.section("target").text("format"), ""),
@@ -345,6 +352,50 @@ def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identi
     _refuse_other(path, value, checkpoint)
     of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
     return replace(found, block_errors=errors, sources=sources, of_source=of_source)
+
+
+def _has_tasks(path: Path) -> bool:
+    """Whether an evaluation is of tasks, and not of text."""
+    return "tasks" in _object(path)
+
+
+def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> Iterator[TaskFacts]:
+    """Read one evaluation on tasks, a metric each.
+
+    Raises:
+        PlanError, CheckpointError: as `read_evaluation`.
+
+    """
+    value = _object(path)
+    _refuse_other(path, value, checkpoint)
+    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    tasks = value.section("tasks")
+    listed, harness = tasks.get("results"), tasks.text("harness")
+    if not isinstance(listed, dict) or len(listed) > _MOST_TASKS or not harness.isprintable():
+        raise _malformed(path, "tasks")
+    for name, each in listed.items():
+        task = Fields(each)
+        metrics = task.get("metrics")
+        if not isinstance(metrics, dict) or not all(map(is_source, (name, *metrics))):
+            raise _malformed(path, f"tasks.results.{name[:40]!r}")
+        for metric, found in metrics.items():
+            figures = Fields(found)
+            figure = _known(path, figures, "value")
+            if figure is None:
+                raise _malformed(path, f"tasks.results.{name}.{metric}.value")
+            yield TaskFacts(
+                task=name,
+                metric=metric,
+                value=figure,
+                error=_error(path, figures, "standard_error"),
+                reference=_known(path, figures, "reference"),
+                difference_error=_error(path, figures, "difference_standard_error"),
+                shots=task.whole("shots"),
+                documents=task.whole("documents"),
+                limited=tasks.whole("limit") is not None,
+                harness=harness,
+                of_source=of_source,
+            )
 
 
 def _refuse_other(path: Path, value: Fields, checkpoint: Checkpoint) -> None:

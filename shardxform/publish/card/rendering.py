@@ -24,6 +24,7 @@ from shardxform.publish.card.facts import (
     HealingFacts,
     PruningFacts,
     QuantizationFacts,
+    TaskFacts,
 )
 from shardxform.publish.card.writing import MARK
 
@@ -234,6 +235,27 @@ def _block(block: BlockError) -> tuple[str, ...]:
 
 
 def _evaluation(facts: Facts) -> Iterator[str]:
+    if facts.evaluations:
+        yield from _of_text(facts)
+    if facts.tasks:
+        yield from _of_tasks(facts)
+    for name in facts.plots:
+        yield f"![{name.removesuffix('.png')}]({name})"
+
+
+def _of_tasks(facts: Facts) -> Iterator[str]:
+    columns = [column for column in _TASK_COLUMNS if any(column[1](found) for found in facts.tasks)]
+    yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
+    told = ", ".join(dict.fromkeys(found.harness for found in facts.tasks))
+    part = " Of each task only the first documents were asked." if any(found.limited for found in facts.tasks) else ""
+    yield f"Tasks are those of {told}; ± is a standard error over documents.{part}"
+    compared = [found for found in facts.tasks if found.reference is not None]
+    if compared:
+        of_it = "that this one was made from" if all(found.of_source for found in compared) else "it was held against"
+        yield f"The reference is the checkpoint {of_it}; differences are taken document by document."
+
+
+def _of_text(facts: Facts) -> Iterator[str]:
     lines = [each for found in facts.evaluations for each in (*found.sources, found)]
     columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
     yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
@@ -261,8 +283,6 @@ def _evaluation(facts: Facts) -> Iterator[str]:
             yield f"Relative error of each block's output on {code(found.data.name)}, each model on its own chain:"
             known = enumerate(found.block_errors)
             yield _folded(_table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
-    for name in facts.plots:
-        yield f"![{name.removesuffix('.png')}]({name})"
 
 
 def _divergence(found: EvaluationFacts) -> str:
@@ -289,12 +309,31 @@ _COLUMNS = (
 )
 
 
+def _difference(found: TaskFacts) -> str:
+    if found.reference is None:
+        return ""
+    return _figure(found.value - found.reference, found.difference_error, "+.4f").replace("± +", "± ")
+
+
+_TASK_COLUMNS = (
+    ("task", lambda found: code(found.task)),
+    ("shots", lambda found: "" if found.shots is None else f"{found.shots}"),
+    ("documents", lambda found: "" if found.documents is None else f"{found.documents:,}"),
+    ("metric", lambda found: code(found.metric)),
+    ("value", lambda found: _figure(found.value, found.error, ".4f")),
+    ("reference", lambda found: "" if found.reference is None else f"{found.reference:.4f}"),
+    ("difference", _difference),
+)
+
+
 def _limitations(facts: Facts) -> Iterator[str]:
     yield "\n".join(f"- {line}" for line in _limits(facts))
 
 
 def _limits(facts: Facts) -> Iterator[str]:
-    if facts.evaluations:
+    if facts.tasks:
+        yield "Only the figures above were measured."
+    elif facts.evaluations:
         yield "Only the figures above were measured. It was not benchmarked on tasks."
     else:
         yield "Nothing was measured for this card, neither perplexity nor tasks."
