@@ -27,6 +27,7 @@ from shardxform.plan.plan import source_inputs
 from shardxform.plan.slabs import PrunedGguf, pruned_gguf
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
 from shardxform.verification.findings import Findings, VerifyReport
+from shardxform.verification.gguf_names import check_names
 from shardxform.verification.source import Options
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def _look(out: Path, source: GgufModel | Checkpoint | None, given: Options, find
         raise CheckpointError(f"{out}: expected the model that it was made from as source, found itself")
     digests = check_digests(record, model.table, findings)
     slabs = _experts_of(model, findings)
+    check_names(model, findings)
     if source is None:
         return _Seen(model=model, slabs=slabs, digests=digests)
     wanted: PrunedGguf | Made | None
