@@ -345,6 +345,7 @@ def _discard(work: Path) -> None:
 def _comparison(facts: Mapping[str, Any]) -> Comparison:
     """What `evaluation_facts` was made of, as far as it is drawn."""
     from shardxform.evaluation.evaluate import Comparison
+    from shardxform.evaluation.routing import Load
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value
@@ -356,6 +357,7 @@ def _comparison(facts: Mapping[str, Any]) -> Comparison:
         top1=facts["top1_agreement"],
         top1_error=number(facts.get("top1_standard_error")),
         block_errors=tuple(map(number, facts["block_errors"])),
+        loads={int(layer): Load(**load) for layer, load in facts.get("routing", {}).items()},
     )
 
 
