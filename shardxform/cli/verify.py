@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,9 @@ def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, h
     rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within what tuning
     can do, one and a half steps at most, and with no systematic error. What `convert --to bf16` and
     `--to fp16` wrote must be the values of SRC's quantized weights, bit for bit. Of tensors that shardxform.json says
-    were healed, all but the values must be SRC's. The last line says how many values were compared, and why the
-    others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool, and on models in GGUF: a file
-    or a folder.
+    were healed, all but the values must be SRC's, and no value may be farther from SRC's than healing can have moved
+    it. The last line says how many values were compared, and why the others were not. Exits with 1 when OUT is not
+    sound. Works on checkpoints of any tool, and on models in GGUF: a file or a folder.
     """
     if made.source is None and (made.manifest or made.text_only or made.mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
@@ -207,7 +208,11 @@ def _values(report: VerifyReport, quick: bool) -> str:
     many = f"all {report.tensors:,}" if whole else f"{report.values_compared:,} of {report.tensors:,}"
     how = ", ".join(_ways(report))
     text = f"values of {many} tensors compared with {report.source}{f' ({how})' if how else ''}"
-    left = ", ".join(f"{number:,} {_LEFT[why]}" for why, number in report.values_left.items())
+    if report.values_near:
+        text += f"; {report.values_near:,} healed, and as near to it as healing leaves them"
+    others = Counter(report.values_left)
+    others.subtract({"healed": report.values_near})
+    left = ", ".join(f"{number:,} {_LEFT[why]}" for why, number in others.items() if number)
     return f"{text}; {left}: only shape, type and finiteness" if left else text
 
 

@@ -101,8 +101,10 @@ def plan_quantize(
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
     specs += _part_specs(selection, scheme, stacks)
     shards = lay_out(specs, options.max_shard_bytes)
-    healed = _healed(view, selection, scheme, copied, shards, recipe)
-    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
+    apart = {name: Encoded(spec, (), stored) for name, (spec, stored) in gathered.items()}
+    healed = _healed(view, selection, scheme, {**copied, **apart}, shards, recipe)
+    moved = {item.tensor.name for items in healed.values() for item in items}
+    unchanged, gathered = copied.keys() - moved, {name: gathered[name] for name in gathered if name not in moved}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
     encoded = _Quantized(Ints.of(scheme), selection.quantized, stacks)
     computed = _computed(source, view, shards, gathered, encoded, healed, recipe)
@@ -279,6 +281,8 @@ def _view(
         mlx.refuse_unrun(view.layout)
     if recipe and recipe.heal:
         refuse_unpruned(view)
+        if recipe.heal.encoding:
+            raise SchemeError("`heal.encoding`: what is healed is rounded, or stays in 16 bits; leave it out")
     _refuse_unscaled(view)
     refuse_unread(view.layout, scheme)
     return view

@@ -98,7 +98,7 @@ def verify(
         seen = _Seen(unfinished=True)
     else:
         seen = _look(root, origin, given, findings)
-    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
+    figures: Mapping[str, Any] = {**dict.fromkeys((*_FIGURES, "values_near"), 0), "rounding": None}
     compared: frozenset[str] = frozenset()
     if seen.checkpoint and seen.structure:
         for note in tied_notes(seen.checkpoint, seen.structure.layout, whole=not quick):
@@ -278,7 +278,16 @@ def _check_data(
     if wanted and not only_written:
         source = wanted.view.checkpoint
         shapes = {name: wanted.tensors[name].spec for name in wanted.derived}
-        comparison = Against(source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote)
+        comparison = Against(
+            root=source.root,
+            tensors=wanted.same_bytes,
+            derived=wanted.derived,
+            shapes=shapes,
+            pairs=wanted.pairs,
+            rule=rule,
+            healed=wanted.healed,
+            remote=source.remote,
+        )
     figures = check_data(
         checkpoint,
         layout,
@@ -293,4 +302,4 @@ def _check_data(
     )
     rounding = report_tallies(figures.tallies, rule, findings) if rule and comparison else None
     told = {key: getattr(figures, key) for key in _FIGURES}
-    return {**told, "rounding": rounding}, figures.compared
+    return {**told, "values_near": len(figures.near), "rounding": rounding}, figures.compared

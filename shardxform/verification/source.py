@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
+from shardxform.ask.recipe import HEALED, Heal
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
@@ -21,11 +22,12 @@ from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import method_of
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
+from shardxform.plan.steps import healed_view
 from shardxform.plan.view import MtpMode, View, pruned_view
 from shardxform.runtimes import mlx
 from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
-from shardxform.verification.wanted import Known, Wanted
+from shardxform.verification.wanted import Known, Wanted, heal_of
 
 __all__ = ["Options", "check_origin", "compare_tables", "given_manifest", "rebuild", "recorded_manifest"]
 
@@ -64,7 +66,7 @@ def rebuild(
     if packed:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
-    elif out is not None and _method(out) != _method(source):
+    elif out is not None and _method(out) != _method(source) and not _in_16bit(record):
         source = decoded(source) or source
     layout = layout_of(source.config, source.tensors)
     manifest = given_manifest(options, layout)
@@ -88,11 +90,23 @@ def rebuild(
     if manifest is None and out is not None and _fewer_experts(out, layout):
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given")
         return None
-    view = pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+    return _as_written(pruned_view(source, manifest, text_only=text_only, mtp=mtp), out, record)
+
+
+def _as_written(view: View, out: Checkpoint | None, record: Mapping[str, object]) -> View:
+    """The view as a format has it, or as healing wrote it."""
     if out is not None and _method(out) == "mlx":
         told = mlx.as_read(view.checkpoint.config, view.layout)
         view = replace(view, checkpoint=replace(view.checkpoint, config=told))
-    return view
+    if not _in_16bit(record):
+        return view
+    what = (heal_of(record) or {}).get("what")
+    return healed_view(view, Heal(what=cast(Any, what if what in HEALED else "auto"), encoding="16bit"))[0]
+
+
+def _in_16bit(record: Mapping[str, object]) -> bool:
+    """Whether what was healed of small floats was written in 16 bits."""
+    return (heal_of(record) or {}).get("encoding") == "16bit"
 
 
 def _method(checkpoint: Checkpoint) -> object:
