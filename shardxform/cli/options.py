@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Union, cast, ge
 import click
 from click.shell_completion import CompletionItem
 
-from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, Inputs, What
+from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, HealedAs, Inputs, What
 from shardxform.base.tensors import parse_size
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.errors import SchemeError, ShardxformError
@@ -39,7 +39,9 @@ __all__ = [
     "FamilyFlags",
     "Flags",
     "GgufFlags",
+    "HealEncodingFlags",
     "HealFlags",
+    "HealOnlyRequest",
     "HealRequest",
     "HubFlags",
     "JobFlags",
@@ -474,6 +476,21 @@ class HealFlags(Flags, heading="Healing"):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealEncodingFlags(HealFlags):
+    """How pruned blocks are healed, and written where nothing is rounded."""
+
+    heal_encoding: HealedAs | None = option(
+        "How healed weights are written that SRC has in FP8 or FP4: rounded to what they are in SRC, or in 16 bits, as "
+        "the quantization config then says.  [default: source]"
+    )
+
+    def read(self, batch_size: int | None) -> Heal | None:
+        """What to heal, and how it is written; as of `HealFlags`."""
+        heal = HealFlags.read(self, batch_size)
+        return replace(heal, encoding=self.heal_encoding) if heal else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFlags(Flags, heading="Tuning"):
     """How many windows a step of healing or tuning sees."""
 
@@ -670,6 +687,13 @@ class HealRequest(Flags):
     healing: HealFlags
     text: TuningTextFlags
     computation: ComputeFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealOnlyRequest(HealRequest):
+    """What is asked of a command that rounds nothing."""
+
+    healing: HealEncodingFlags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ from shardxform.formats.matrices import Matrix
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Scheme
 from shardxform.model.layout import is_quantized
-from shardxform.plan.gguf import Blocks, Types, contents_of, crossing, documents_of, gguf_steps
+from shardxform.plan.gguf import Draft, Types, crossing, documents_of, drafted
 from shardxform.plan.mlx import member_items, part_specs, stack_item
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
@@ -66,7 +66,7 @@ from shardxform.plan.view import (
 from shardxform.runtimes import mlx
 from shardxform.runtimes.mlx import Stack
 
-__all__ = ["plan_quantize"]
+__all__ = ["draft_quantized", "plan_quantize"]
 
 
 @uncollected()
@@ -106,8 +106,10 @@ def plan_quantize(
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
     specs += _part_specs(selection, scheme, stacks)
     shards = lay_out(specs, options.max_shard_bytes)
-    healed = _healed(view, selection, scheme, copied, shards, recipe)
-    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
+    apart = {name: Encoded(spec, (), stored) for name, (spec, stored) in gathered.items()}
+    healed = _healed(view, selection, scheme, {**copied, **apart}, shards, recipe)
+    moved = {item.tensor.name for items in healed.values() for item in items}
+    unchanged, gathered = copied.keys() - moved, {name: gathered[name] for name in gathered if name not in moved}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
     encoded = _Quantized(Ints.of(scheme), selection.quantized, stacks)
     computed = _computed(source, view, shards, gathered, encoded, healed, recipe)
@@ -144,8 +146,43 @@ def plan_quantize(
 def _plan_gguf(
     source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
 ) -> Plan:
-    """Plan the same as a GGUF file: the codes and scales of the selected weights are those of the other formats."""
-    asked = options.gguf or GgufOptions()
+    """Plan the same as a GGUF file."""
+    options = replace(options, gguf=options.gguf or GgufOptions())
+    draft, chosen, selection = draft_quantized(source, scheme, manifest, options, recipe)
+    sidecars, told = sidecar_digests(documents_of(draft.view.checkpoint)), scheme_inputs(scheme, recipe)
+    inputs = {
+        **view_inputs("quantize", source, manifest, options, sidecars),
+        "scheme": told,
+        **({"recipe": recipe.facts()} if recipe else {}),
+        computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+    }
+    stored, copied = len(draft.contents.written), draft.contents.copies
+    return draft.plan(
+        source,
+        recipe,
+        inputs=inputs,
+        summary=_summary(source, draft.view, selection, told, stored, copied),
+        notes=(*draft.view.notes, *_gguf_notes(chosen, selection), *_misfit_notes(selection)),
+    )
+
+
+def draft_quantized(
+    source: Checkpoint,
+    scheme: Scheme,
+    manifest: Manifest | None = None,
+    options: ViewOptions | None = None,
+    recipe: Recipe | None = None,
+) -> tuple[Draft, Selection, Selection]:
+    """Find what a GGUF file holds whose selected weights have the codes and scales of the other formats.
+
+    Returns:
+        the draft, the weights that were selected, and those that are quantized: columns of others leave their blocks.
+
+    Raises:
+        SchemeError, FamilyError, ManifestError, PlanError: see `plan_quantize`.
+
+    """
+    options = options or ViewOptions()
     view = _view(source, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)
     selection = _without(chosen, crossing(view))
@@ -153,36 +190,8 @@ def _plan_gguf(
     modules = {m.name: m.place.layer if m.place.scope == "block" else None for m in selection.quantized}
     rounded = {name for module in selection.quantized for name in module.sources}
     healed = healed_names(view.layout, view.layout.places, recipe.heal.widest) if recipe and recipe.heal else ()
-    types = Types(grid=scheme.grid, modules=modules)
-    contents = contents_of(view, types, [name for name in healed if name not in rounded])
-    shards = contents.shards(source, asked, options.max_shard_bytes)
-    blocks = Blocks(recipe, block_sizes(decoded(source) or source, view)) if recipe else None
-    documents = documents_of(view.checkpoint)
-    sidecars = sidecar_digests(documents)
-    told = scheme_inputs(scheme, recipe)
-    plan = Plan(
-        command="quantize",
-        source=source.root,
-        remote=source.remote,
-        source_shards=source.shards,
-        view=view.checkpoint,
-        shards=shards,
-        steps=tuple(gguf_steps(contents, view, shards, blocks)),
-        config=b"",
-        container="gguf",
-        sidecars=sidecars,
-        inputs={
-            **view_inputs("quantize", source, manifest, replace(options, gguf=asked), sidecars),
-            "scheme": told,
-            **({"recipe": recipe.facts()} if recipe else {}),
-            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
-        },
-        summary=_summary(source, view, selection, told, len(contents.written), contents.copies),
-        notes=(*view.notes, *_gguf_notes(chosen, selection), *_misfit_notes(selection)),
-        unread=source.unread,
-    )
-    plan.check()
-    return plan
+    left = [name for name in healed if name not in rounded]
+    return drafted(source, view, Types(grid=scheme.grid, modules=modules), options, left), chosen, selection
 
 
 _CROSSING: Final = "its columns leave the blocks that share a scale in GGUF"
@@ -267,6 +276,8 @@ def _view(
         mlx.refuse_unrun(view.layout)
     if recipe and recipe.heal:
         refuse_unpruned(view)
+        if recipe.heal.encoding:
+            raise SchemeError("`heal.encoding`: what is healed is rounded, or stays in 16 bits; leave it out")
     _refuse_unscaled(view)
     refuse_unread(view.layout, scheme)
     return view

@@ -215,6 +215,7 @@ def _healing(record: Record) -> HealingFacts | None:
         iters=heal.whole("iters"),
         batch_size=heal.whole("batch_size"),
         data=_data(recipe.section("data")),
+        encoding=heal.text("encoding"),
         blocks=_healed_blocks(Fields(record.facts)),
     )
 

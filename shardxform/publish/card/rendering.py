@@ -40,6 +40,7 @@ _HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
     "moe": "routers, shared and routed experts and the norms before them",
     "all": "all of the block",
 }
+_WRITTEN: Final = {"source": "rounded to what weights are stored as in the source", "16bit": "in 16 bits"}
 _HARMLESS: Final = re.compile(r"[\w.+ -]+", re.ASCII)
 _MAX_CONTEXT: Final = 32768  # of the examples: a longer one is a matter of the reader's memory
 _ASSERTS_MTP: Final = "qwen3_5_moe"  # the family whose converter in llama.cpp takes MTP layers for granted
@@ -162,6 +163,7 @@ def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "weights", _HEALED.get(made.what, "")
     yield "calibration text", _data(made.data) if made.data else ""
     yield "steps per block", _steps(made.iters, made.batch_size)
+    yield "written", _WRITTEN.get(made.encoding, "")
 
 
 def _healed_block(block: HealedBlock) -> tuple[str, ...]:
