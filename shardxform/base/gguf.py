@@ -10,6 +10,7 @@ Reference: ggml/docs/gguf.md and ggml/src/gguf.cpp of llama.cpp.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections import Counter
@@ -318,7 +319,7 @@ class NeedsMoreError(Exception):
         self.least = least
 
 
-def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tuple[GgufHead, bytes]:
+def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tuple[GgufHead, str]:
     """Read the head of a file of which as little is looked at as need be.
 
     Args:
@@ -327,7 +328,7 @@ def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tup
         where: what messages call it.
 
     Returns:
-        the head, and its bytes up to the data.
+        the head, and the SHA-256 of all bytes up to the data, in hex.
 
     Raises:
         CheckpointError: see `decode`.
@@ -340,8 +341,9 @@ def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tup
             head = decode(data, nbytes, where)
         except NeedsMoreError as e:
             stop = min(max(e.least, 2 * stop), nbytes, max(MAX_HEAD_BYTES, e.least))
+            del data
             continue
-        return head, data[: head.data_start]
+        return head, hashlib.sha256(memoryview(data)[: head.data_start]).hexdigest()
 
 
 def decode(data: bytes, nbytes: int, where: str) -> GgufHead:

@@ -68,6 +68,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal": "--heal",
     "heal.what": "--heal",
     "heal.iters": "--heal-iters",
+    "heal.encoding": "--heal-encoding",
     "heal.lr": "--heal-lr",
     "heal.batch_size": "--batch-size",
     "iters": "--iters",

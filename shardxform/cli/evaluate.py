@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -14,6 +14,7 @@ import click
 
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.calibration.options import DataOptions
+from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import options
 from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
@@ -33,6 +34,7 @@ from shardxform.plan.view import pruned_view
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
     from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation
+    from shardxform.evaluation.routing import Load
     from shardxform.evaluation.tasks import TaskOptions, TaskSize
 
 __all__ = ["evaluate_command"]
@@ -149,7 +151,7 @@ def evaluate_command(
             tell(f"note: {each.where}: {note}")
     started = time.monotonic()
     with progress("evaluate", output.quiet) as settings.on_progress:
-        found = evaluate(tested, windows, settings, reference)
+        found = evaluate(tested, windows, settings, reference, _kept(source, pruned, reference))
     if output.as_json:
         facts = identified(evaluation_facts(found, windows), tested, reference)
         print_json({**facts, **_spent(windows, time.monotonic() - started)})
@@ -159,6 +161,16 @@ def evaluate_command(
         from shardxform.evaluation.plot import draw
 
         draw(found.against, plot, title=_title(checkpoint, pruned.manifest, against), sources=found.sources)
+
+
+def _kept(
+    source: Checkpoint, pruned: options.PruneFlags, reference: Checkpoint | None
+) -> Mapping[int, Sequence[int]] | None:
+    """Which of the reference's experts are measured, where the manifest says so: the reference is what it prunes."""
+    manifest = load_manifest(pruned, source) if reference else None
+    if manifest is None or reference is None or identify(source).difference(identify(reference)):
+        return None
+    return manifest.keep
 
 
 def _tasks(asked: _Tasks, text: _Text, compared: _Reference) -> TaskOptions | None:
@@ -356,9 +368,14 @@ def _report(
         table(*_source_lines(found))
     if found.against:
         click.echo()
-        table(("block", "error of its output", "added"), _block_lines(found.against))
+        table(*_block_lines(found.against))
         if any(after < before for before, after in itertools.pairwise(found.against.block_errors)):
             click.echo("  added: to the block before; negative where what goes through grows faster than the error")
+        if found.against.loads:
+            click.echo(
+                "  lost: the reference's choices that fell on experts that are gone; moved: choices that fall on"
+            )
+            click.echo("  other experts than its own choices among the kept ones; used: as how many equally busy ones")
 
 
 def _computed(found: Evaluation) -> str:
@@ -399,9 +416,21 @@ def _source_line(name: str, found: Evaluation) -> tuple[str, ...]:
     return (*line, f"{against.perplexity:.4f}", ratio, _divergence(against), _agreement(against))
 
 
-def _block_lines(against: Comparison) -> list[tuple[str, ...]]:
+def _block_lines(against: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of a table of the blocks; how their routers' choices changed where that is known."""
     before = (0.0, *against.block_errors)
-    return [
-        (str(layer), f"{error:.2%}", f"{error - before[layer]:+.2%}")
-        for layer, error in enumerate(against.block_errors)
-    ]
+    head: tuple[str, ...] = ("block", "error of its output", "added")
+    if against.loads:
+        head = (*head, "lost", "moved", "used")
+    lines: list[tuple[str, ...]] = []
+    for layer, error in enumerate(against.block_errors):
+        line = (str(layer), f"{error:.2%}", f"{error - before[layer]:+.2%}")
+        lines.append((*line, *_load_cells(against.loads.get(layer))) if against.loads else line)
+    return head, lines
+
+
+def _load_cells(load: Load | None) -> tuple[str, str, str]:
+    if load is None:
+        return "", "", ""
+    was, now = load.even
+    return f"{load.lost:.1%}", f"{load.moved:.1%}", f"{was:.1f} -> {now:.1f} of {len(load.keep)}"

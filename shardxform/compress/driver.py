@@ -39,6 +39,7 @@ from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -244,7 +245,7 @@ class Stages:
         assert request.precision is not None
         work, windows = work_of(self.folder.root, EVALUATE), request.eval_windows
         options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
-        tested = Checkpoint.open(request.out)
+        tested = single(Checkpoint.open(request.out))
         found = self._going_on(work, lambda: evaluate(tested, windows, options, request.source))
         facts = identified(evaluation_facts(found, windows), tested, request.source)
         self.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
@@ -345,6 +346,7 @@ def _discard(work: Path) -> None:
 def _comparison(facts: Mapping[str, Any]) -> Comparison:
     """What `evaluation_facts` was made of, as far as it is drawn."""
     from shardxform.evaluation.evaluate import Comparison
+    from shardxform.evaluation.routing import Load
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value
@@ -356,6 +358,7 @@ def _comparison(facts: Mapping[str, Any]) -> Comparison:
         top1=facts["top1_agreement"],
         top1_error=number(facts.get("top1_standard_error")),
         block_errors=tuple(map(number, facts["block_errors"])),
+        loads={int(layer): Load(**load) for layer, load in facts.get("routing", {}).items()},
     )
 
 

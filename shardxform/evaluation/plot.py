@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shardxform.base.file_system import write_over
 from shardxform.errors import OutputError
 from shardxform.evaluation.evaluate import Comparison, Evaluation
+from shardxform.evaluation.routing import Load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ _MAKER: Final = "shardxform"
 _MARK: Final = b"tEXtSoftware\0" + _MAKER.encode()
 _BLUE: Final = "#31688e"
 _ORANGE: Final = "#e6851e"
+_MOST_DOUBLINGS: Final = 2.0
 _MAX_NAME: Final = 30  # characters
 _NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
 
@@ -42,7 +44,7 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     from matplotlib.figure import Figure
 
     blocks = max(6.0, min(14.0, 2.5 + 0.28 * len(against.block_errors)))
-    widths = [blocks, 5.0] if sources else [blocks]
+    widths = [blocks, *([5.0] if sources else []), *([6.0] if against.loads else [])]
     figure = Figure(figsize=(sum(widths), max(4.2, 1.4 + 0.4 * len(sources))), layout="constrained")
     FigureCanvasAgg(figure)
     places: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -52,6 +54,8 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     places[0].set_title(f"{title}\nKL {divergence} nats, same choice {agreement}", fontsize=11)
     if sources:
         _draw_sources(places[1], sources)
+    if against.loads:
+        _draw_loads(figure, places[-1], against.loads)
     _save(figure, path)
 
 
@@ -145,6 +149,35 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Evaluation]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
+
+
+def _draw_loads(figure: Figure, axes: Axes, loads: Mapping[int, Load]) -> None:
+    """A row a layer, its experts by falling share of the reference's choices; coloured by what became of the share."""
+    experts = max(len(load.keep) for load in loads.values())
+    rows = [[math.nan] * experts for _ in loads]
+    for row, load in zip(rows, loads.values(), strict=True):
+        shares = sorted(load.shares, key=lambda share: -share[0])
+        row[: len(shares)] = [_doublings(old, new) for old, new in shares]
+    image = axes.imshow(rows, cmap="RdBu_r", vmin=-_MOST_DOUBLINGS, vmax=_MOST_DOUBLINGS, aspect="auto")
+    axes.set_xlabel("kept experts, the reference's busiest first")
+    axes.set_ylabel("layer")
+    numbers = list(loads)
+    step = max(1, len(numbers) // 12)
+    axes.set_yticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    lost = math.fsum(load.lost for load in loads.values()) / len(loads)
+    moved = math.fsum(load.moved for load in loads.values()) / len(loads)
+    axes.set_title(f"who is busier\n{lost:.0%} of choices lost, {moved:.0%} moved", fontsize=11)
+    bar = figure.colorbar(image, ax=axes, extend="both")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "same", "x 2", "x 4"])
+    bar.set_label("share of the choices among kept experts")
+
+
+def _doublings(old: float, new: float) -> float:
+    """How often a share doubled; at the end of the scale where one of the two is nothing."""
+    if old and new:
+        return math.log2(new / old)
+    return 0.0 if old == new else math.copysign(_MOST_DOUBLINGS, new - old)
 
 
 def _ratio(ratio: float, error: float) -> str:

@@ -1,13 +1,15 @@
 """Checkpoints in small floats, seen as the 16-bit ones that they stand for: what a config says is stored, and how.
 
-Such weights are read and never written, but for bytes that are copied. A rule says how one kind of them is stored; a
-config may give several, since experts are often smaller than the rest. Which of them holds for a weight is told by its
-own tensors; where two would read it differently it is refused.
+A rule says how one kind of such weights is stored; a config may give several, since experts are often smaller than the
+rest. Which of them holds for a weight is told by its own tensors; where two would read it differently it is refused.
+Bytes of them are copied, and values are rounded to what a weight was read from; no config of such weights is made anew,
+but modules can be named in it that are in 16 bits from now on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -18,7 +20,7 @@ from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 
-__all__ = ["DECODED", "decoded", "is_microscaled", "scan_decoded", "unreadable"]
+__all__ = ["DECODED", "decoded", "decoded_in_part", "is_microscaled", "scan_decoded", "unreadable"]
 
 _BESIDE: Final = ("expert_dtype",)
 """What DeepSeek-V4's releases say at the top level of the config, and others in the quantization_config."""
@@ -165,6 +167,58 @@ def decoded(source: Checkpoint) -> Checkpoint | None:
     tensors = source.tensors if rules else {}
     found = {name: weight for name, ref in tensors.items() if (weight := _weight(rules, ref, tensors))}
     return _plain(source, found) if found else None
+
+
+def decoded_in_part(
+    source: Checkpoint, names: Collection[str], modules: Sequence[str], homes: Sequence[str]
+) -> Checkpoint:
+    """Give a checkpoint of small floats with the weights `names` as `decoded` has them, and a config that says so.
+
+    Args:
+        source: the checkpoint.
+        names: of weights, as `decoded` calls them.
+        modules: linear ones among them, less routed experts.
+        homes: modules of which routed experts are a part, all of which are among them.
+
+    Raises:
+        SchemeError: clients have no way to be told.
+
+    """
+    rules = _rules(source.config)
+    found = {name: weight for name, ref in source.tensors.items() if (weight := _weight(rules, ref, source.tensors))}
+    part = {name: weight for name, weight in found.items() if weight.name in names}
+    plain = _plain(source, part)
+    if not part or len(part) == len(found):
+        return plain if part else source
+    beside = next((key for key in _BESIDE if key in {**source.config, **source.config["quantization_config"]}), "")
+    if beside:
+        raise SchemeError(f"clients read all routed experts as {beside} says, and some would be in 16 bits")
+    declared = _sparing(source.config["quantization_config"], modules, homes)
+    return replace(plain, config={**source.config, "quantization_config": declared})
+
+
+def _sparing(declared: Declared, modules: Sequence[str], homes: Sequence[str]) -> Declared:
+    """A quantization_config that says of these modules that they are in 16 bits, as clients of its method read it.
+
+    transformers and vLLM skip a module of experts by its own name, or what begins with it; where names must match as a
+    whole, as in compressed-tensors, a pattern has those of single experts too.
+    """
+    method = str(declared.get("quant_method"))
+    keys: tuple[str, ...]
+    if method == "compressed-tensors":
+        keys, entries = ("ignore",), [*modules, *(rf"re:(.*\.)?{_escaped(home)}(\..*)?$" for home in homes)]
+    elif method.startswith("modelopt"):
+        keys, entries = ("ignore", "exclude_modules"), [*modules, *(f"{home}*" for home in homes)]
+    else:
+        keys, entries = ("modules_to_not_convert", "ignored_layers"), [*modules, *homes]
+    there = [key for key in keys if declared.get(key)] or keys[:1]
+    return {**declared, **{key: list(dict.fromkeys((*(declared.get(key) or ()), *entries))) for key in there}}
+
+
+def _escaped(home: str) -> str:
+    """The name as a pattern; that of a language model in a larger one is turned round by vLLM."""
+    either = r"(model\.language_model|language_model\.model)"
+    return re.escape(home).replace(r"model\.language_model", either, 1)
 
 
 def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:

@@ -28,6 +28,7 @@ __all__ = [
     "Encoding",
     "Fault",
     "Gridded",
+    "Nearest",
     "Opener",
     "PartSpec",
     "Read",
@@ -41,6 +42,7 @@ __all__ = [
     "Writing",
     "ranges_of",
     "refuse_scales",
+    "round_to",
 ]
 
 Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
@@ -208,6 +210,44 @@ class Gridded(Writable, Protocol):
     def grid(self) -> Grid | None:
         """Bits and groups; None where values are rounded in another way."""
         ...
+
+
+class Nearest(Encoding, Protocol):
+    """An encoding of codes with scales that values can be rounded to; `whole` is a scale of the whole tensor."""
+
+    def maxima(self, values_OI: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest magnitude under each scale."""
+        ...
+
+    def scale_bits(self, most: NDArray[np.float32], whole: NDArray[np.float32] | None = None) -> NDArray[Any]:
+        """Scales for largest magnitudes, as they are stored; a larger magnitude has no smaller a scale."""
+        ...
+
+    def scales(self, bits: NDArray[Any], whole: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scales of what is stored for them."""
+        ...
+
+    def codes(self, values_RI: NDArray[np.float32], scales: NDArray[np.float32], begin: int) -> NDArray[np.uint8]:
+        """Codes of rows `begin`.. as they are stored; a larger value has no smaller a code's value."""
+        ...
+
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Values of such codes."""
+        ...
+
+
+def round_to(
+    encoding: Nearest, values_OI: NDArray[np.float32], whole: NDArray[np.float32] | None = None
+) -> dict[Role, NDArray[Any]]:
+    """Round a weight to an encoding, in place: what is stored for it, less the scale of the whole tensor."""
+    import numpy as np
+
+    bits = encoding.scale_bits(encoding.maxima(values_OI), whole)
+    scales, codes = encoding.scales(bits, whole), []
+    for start, stop in row_tiles(len(values_OI), values_OI.shape[1], DECODE_TILE):
+        codes.append(encoding.codes(values_OI[start:stop], scales, start))
+        values_OI[start:stop] = encoding.decoded(codes[-1], scales, start)
+    return {"values": np.concatenate(codes), "scales": bits}
 
 
 @dataclass(frozen=True, slots=True)

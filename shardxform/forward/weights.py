@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
-from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Storage, ranges_of, row_tiles
+from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Role, Rows, Storage, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
 from shardxform.formats.scheme import Grid
 from shardxform.formats.stored import read_stored
@@ -261,6 +261,16 @@ class Weights:
         *gate_up, down = (self._matrix(ref(kind)) for kind in parts)
         biases = tuple(self._plain(ref(kind + _BIAS)) for kind in parts if experts.bias)
         return RoutedExpert(tuple(gate_up), down, biases, experts)
+
+    def stored(self, storage: Storage) -> tuple[dict[Role, NDArray[np.uint8]], NDArray[np.float32]]:
+        """A matrix as it is stored, less its cut: the bytes of its parts, and the values [O, I] that they stand for."""
+        parts: dict[Role, NDArray[np.uint8]] = {}
+        with self._telling():
+            for role, ref in storage.parts:
+                parts[role] = np.empty(ref.nbytes, np.uint8)
+                self._fill(ref, parts[role])
+            rows = self._opener.open(replace(storage, cut=None))
+            return parts, rows.values(0, rows.count)
 
     def has_experts(self, scope: str, layer: int) -> bool:
         """Whether a block or MTP layer has routed experts here."""

@@ -220,8 +220,10 @@ class VerifyReport:
         values_compared: tensors of OUT whose values were held against the source in any of these ways, all parts of
             quantized weights counted.
         values_left: how many others there are, by the reason: `healed`, as shardxform.json says; `tuned`, rounded with
-            calibration text and dequantized; `unknown` otherwise. Only that they are finite was looked at. Empty
-            without a source.
+            calibration text and dequantized; `unknown` otherwise. Only that they are finite was looked at, but for
+            `values_near`. Empty without a source.
+        values_near: how many of the healed ones are no farther from the source's than the recorded steps of healing can
+            have moved them.
         rederived: weights that were derived from the source a second time and compared, by independent code; None where
             that was not asked for.
 
@@ -243,6 +245,7 @@ class VerifyReport:
     rounding: Rounding | None
     values_compared: int
     values_left: Mapping[str, int]
+    values_near: int
     seconds: float
     peak_rss_bytes: int
     rederived: int | None = None
