@@ -30,7 +30,18 @@ from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule, grid_of, pair_of
 
-__all__ = ["Derived", "HealedWeight", "Known", "Reason", "Wanted", "heal_of", "known_of", "wanted_of"]
+__all__ = [
+    "Derived",
+    "HealedWeight",
+    "Known",
+    "Reason",
+    "Wanted",
+    "heal_of",
+    "healed_by",
+    "inputs_for",
+    "known_of",
+    "wanted_of",
+]
 
 Reason = Literal["healed", "tuned", "unknown"]
 
@@ -160,10 +171,11 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
     packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored)
-    return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
+    asked = inputs_for(source, inputs, packed=packed is not None)
+    return Known(stored, packed, {"facts": record.get("facts"), **asked})
 
 
-def _inputs_for(source: Checkpoint, inputs: Mapping[str, object], packed: Stored | None) -> Mapping[str, object]:
+def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
     """Those of a converted output also tell how what was converted had been made, which counts for another source."""
     origin, recorded = inputs.get("origin"), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
@@ -182,6 +194,11 @@ def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | 
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
     return packed if stored and form != other else None
+
+
+def healed_by(view: View, record: Mapping[str, object]) -> frozenset[str]:
+    """Tensors of the view that healing changed, by the record; where it does not name blocks, all that it may have."""
+    return _healing(view, record).names
 
 
 @dataclass(frozen=True, slots=True)
