@@ -6,6 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,8 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Grid, Scheme
 from shardxform.formats.stored import Stored, as_plain, read_stored
 from shardxform.model.layout import is_quantized
-from shardxform.plan.gguf import Blocks, Types, contents_of, crossing, documents_of, gguf_steps
+from shardxform.plan.gguf import Draft, Types, crossing, documents_of, drafted
+from shardxform.plan.mlx import member_items, part_specs, stack_item
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
     BlockSize,
@@ -70,7 +72,7 @@ from shardxform.plan.view import (
 from shardxform.runtimes import mlx
 from shardxform.runtimes.mlx import Stack
 
-__all__ = ["plan_quantize"]
+__all__ = ["draft_quantized", "plan_quantize"]
 
 
 @uncollected()
@@ -102,7 +104,11 @@ def plan_quantize(
     _refuse_second_rounding(selection, scheme, stored)
     _refuse_still(view, selection, scheme, recipe)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    stacks = mlx.stacks_of(view.layout, selection.quantized) if scheme.format == "mlx" else []
+    stacks: list[Stack] = []
+    told: tuple[str, ...] = ()
+    if scheme.format == "mlx":
+        mlx.refuse_unrun(view.layout, selection.quantized)
+        stacks = mlx.stacks_of(view.layout, selection.quantized)
     kept = _kept(view, selection, scheme)
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
     gathered = gathered_tensors(selection, scheme, kept)
@@ -120,6 +126,7 @@ def plan_quantize(
     config = with_declared(view.checkpoint.config, quantization)
     if scheme.format == "mlx":
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+        told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
     plan = Plan(
@@ -139,7 +146,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(selection, kept, scheme), *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(selection, kept, scheme), *_misfit_notes(selection), *told),
         unread=source.unread,
     )
     plan.check()
@@ -149,8 +156,48 @@ def plan_quantize(
 def _plan_gguf(
     source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
 ) -> Plan:
-    """Plan the same as a GGUF file: the codes and scales of the selected weights are those of the other formats."""
-    asked = options.gguf or GgufOptions()
+    """Plan the same as a GGUF file."""
+    options = replace(options, gguf=options.gguf or GgufOptions())
+    draft, chosen, selection = draft_quantized(source, scheme, manifest, options, recipe)
+    sidecars, told = sidecar_digests(documents_of(draft.view.checkpoint)), scheme_inputs(scheme, recipe)
+    inputs = {
+        **view_inputs("quantize", source, manifest, options, sidecars),
+        "scheme": told,
+        **({"recipe": recipe.facts()} if recipe else {}),
+        computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+    }
+    stored, copied = len(draft.contents.written), draft.contents.copies
+    return draft.plan(
+        source,
+        recipe,
+        inputs=inputs,
+        summary=_summary(source, draft.view, selection, told, stored, copied),
+        notes=(
+            *draft.view.notes,
+            *_decoded_notes(selection, {}, scheme),
+            *_gguf_notes(chosen, selection),
+            *_misfit_notes(selection),
+        ),
+    )
+
+
+def draft_quantized(
+    source: Checkpoint,
+    scheme: Scheme,
+    manifest: Manifest | None = None,
+    options: ViewOptions | None = None,
+    recipe: Recipe | None = None,
+) -> tuple[Draft, Selection, Selection]:
+    """Find what a GGUF file holds whose selected weights have the codes and scales of the other formats.
+
+    Returns:
+        the draft, the weights that were selected, and those that are quantized: columns of others leave their blocks.
+
+    Raises:
+        SchemeError, FamilyError, ManifestError, PlanError: see `plan_quantize`.
+
+    """
+    options = options or ViewOptions()
     plain, stored = _plain(source, scheme)
     view = _view(source, plain, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)
@@ -162,41 +209,8 @@ def _plan_gguf(
     modules = {m.name: m.place.layer if m.name in tuned else None for m in selection.quantized}
     rounded = {name for module in selection.quantized for name in module.sources}
     healed = healed_names(view.layout, view.layout.places, recipe.heal.widest) if recipe and recipe.heal else ()
-    types = Types(grid=scheme.grid, modules=modules)
-    contents = contents_of(view, types, [name for name in healed if name not in rounded])
-    shards = contents.shards(source, asked, options.max_shard_bytes)
-    blocks = Blocks(recipe, block_sizes(plain or source, view)) if recipe else None
-    documents = documents_of(view.checkpoint)
-    sidecars = sidecar_digests(documents)
-    told = scheme_inputs(scheme, recipe)
-    plan = Plan(
-        command="quantize",
-        source=source.root,
-        remote=source.remote,
-        source_shards=source.shards,
-        view=view.checkpoint,
-        shards=shards,
-        steps=tuple(gguf_steps(contents, view, shards, blocks)),
-        config=b"",
-        container="gguf",
-        sidecars=sidecars,
-        inputs={
-            **view_inputs("quantize", source, manifest, replace(options, gguf=asked), sidecars),
-            "scheme": told,
-            **({"recipe": recipe.facts()} if recipe else {}),
-            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
-        },
-        summary=_summary(source, view, selection, told, len(contents.written), contents.copies),
-        notes=(
-            *view.notes,
-            *_decoded_notes(selection, {}, scheme),
-            *_gguf_notes(chosen, selection),
-            *_misfit_notes(selection),
-        ),
-        unread=source.unread,
-    )
-    plan.check()
-    return plan
+    left = [name for name in healed if name not in rounded]
+    return drafted(source, view, Types(grid=scheme.grid, modules=modules), options, left), chosen, selection
 
 
 _CROSSING: Final = "its columns leave the blocks that share a scale in GGUF"
@@ -226,11 +240,10 @@ def _kept(view: View, selection: Selection, scheme: Scheme) -> dict[str, TensorR
 def _part_specs(selection: Selection, scheme: Scheme, stacks: Sequence[Stack]) -> Iterator[TensorSpec]:
     """Tensors that stand for what is quantized, of one module each or of a stack of them."""
     encoding = Ints.of(scheme)
-    if not stacks:
+    if scheme.format == "mlx":
+        yield from part_specs(stacks, encoding)
+    else:
         yield from (part.spec(m.name) for m in selection.quantized for part in encoding.parts(*m.shape))
-    for stack in stacks:
-        first = stack.members[0]
-        yield from (stack.spec(part.spec(first.name)) for part in encoding.parts(*first.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,32 +261,23 @@ class _Quantized:
     def items(
         self, extents: Mapping[str, Extent], *, tunes: bool
     ) -> tuple[list[tuple[int | None, TranscodeItem]], list[tuple[TranscodeItem, int]]]:
-        """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it.
-
-        A stack is rounded as one matrix, so that one step writes each chunk of it; a block is tuned in one step anyway.
-        """
+        """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it."""
         tuned: list[tuple[int | None, TranscodeItem]] = []
         rounded: list[tuple[TranscodeItem, int]] = []
-        for stack in self.stacks or [Stack(module.name, (module,)) for module in self.modules]:
+        parts_of = functools.cache(self.encoding.parts)  # of one shape, as a rule, for ten thousand experts
+        for module in () if self.stacks else self.modules:
+            item = transcode_item(module.name, module.stored, self.encoding, extents, parts_of)
+            if tunes and module.place.scope == "block" and module.name not in self.still:
+                tuned.append((module.place.layer, item))
+            else:
+                rounded.append((item, module.nbytes))
+        for stack in self.stacks:
             place = stack.members[0].place
             if tunes and place.scope == "block" and stack.members[0].name not in self.still:
-                tuned += ((place.layer, item) for item in self._one_by_one(stack, extents))
-                continue
-            stored = tuple(each for member in stack.members for each in member.stored)
-            rounded.append((transcode_item(stack.name, stored, self.encoding, extents), stack.nbytes))
+                tuned += ((place.layer, item) for item in member_items(stack, self.encoding, extents))
+            else:
+                rounded.append((stack_item(stack, self.encoding, extents), stack.nbytes))
         return tuned, rounded
-
-    def _one_by_one(self, stack: Stack, extents: Mapping[str, Extent]) -> Iterator[TranscodeItem]:
-        """Members of a stack, each with its place in the tensors of all."""
-        count = len(stack.members)
-        suffixes = [part.suffix for part in self.encoding.parts(*stack.members[0].shape)]
-        whole = {suffix: extents[f"{stack.name}.{suffix}"] for suffix in suffixes}
-        for at, member in enumerate(stack.members):
-            places: dict[str, Extent] = {}
-            for suffix, extent in whole.items():
-                length = extent.length // count
-                places[f"{member.name}.{suffix}"] = Extent(extent.shard, extent.offset + at * length, length)
-            yield transcode_item(member.name, member.stored, self.encoding, places)
 
 
 def _view(

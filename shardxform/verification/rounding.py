@@ -321,7 +321,7 @@ def _report(tally: Tally, again: str, findings: Findings) -> None:
     of = f"expert {expert[1]}: " if expert else ""
     scales = f"{tally.scales_differing} of {tally.scales} scales are not {again}"
     codes, ranges = tally.systematic
-    name = dict(tally.pair.stored.parts)["scales"].name
+    name = dict(tally.pair.stored.parts).get("scales", tally.pair.stored.parts[0][1]).name
     if tally.bad:
         text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
         also = f"; {scales}" if tally.scales_differing else f"; {codes}" if codes else ""

@@ -31,7 +31,18 @@ from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule, grid_of, pair_of
 
-__all__ = ["Derived", "HealedWeight", "Known", "Reason", "Wanted", "heal_of", "known_of", "wanted_of"]
+__all__ = [
+    "Derived",
+    "HealedWeight",
+    "Known",
+    "Reason",
+    "Wanted",
+    "heal_of",
+    "healed_by",
+    "inputs_for",
+    "known_of",
+    "wanted_of",
+]
 
 Reason = Literal["healed", "tuned", "unknown"]
 
@@ -161,10 +172,11 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
     packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored, inputs)
-    return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
+    asked = inputs_for(source, inputs, packed=packed is not None)
+    return Known(stored, packed, {"facts": record.get("facts"), **asked})
 
 
-def _inputs_for(source: Checkpoint, inputs: Mapping[str, object], packed: Stored | None) -> Mapping[str, object]:
+def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
     """Those of a converted output also tell how what was converted had been made, which counts for another source."""
     origin, recorded = inputs.get("origin"), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
@@ -191,6 +203,11 @@ def _packed_source(
         more = stored and any(name in packed.plain for name in stored.weights)
         return packed if more else None
     return packed
+
+
+def healed_by(view: View, record: Mapping[str, object]) -> frozenset[str]:
+    """Tensors of the view that healing changed, by the record; where it does not name blocks, all that it may have."""
+    return _healing(view, record).names
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +487,7 @@ def _scheme_of(recorded: Mapping[str, object]) -> Scheme:
         expert_names=names,
         keep_16bit=_patterns(recorded.get("keep_16bit")),
         quantize=_patterns(recorded.get("quantize")),
+        requantize=recorded.get("requantize") is True,
     )
 
 
@@ -496,7 +514,7 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
         for ref in _as_stored(refs, view, out):
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
-            table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
+            table[ref.name] = replace(ref, spec=ref.spec._replace(dtype=dtype))
             values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
             if changed:
                 left[ref.name] = "healed"
