@@ -241,8 +241,8 @@ def made(folder: Path, kind: str, kinds: dict[str, Kind] = KINDS) -> tuple[Path,
     if source.exists():
         return source, twin
     if not plain.exists():
-        dense = {"first_k_dense_replace": 0} if kinds[kind].nested else {}
-        any_moe.save(any_moe.build(model_type, **dense), plain)
+        over = {"first_k_dense_replace": 0} if kinds[kind].nested else {"norm_topk_prob": True}  # as llama.cpp runs it
+        any_moe.save(any_moe.build(model_type, **over), plain)
     config, tensors = json.loads((plain / "config.json").read_text()), read_checkpoint(plain)
     stored, values = dict(tensors), dict(tensors)
     for name in [name for name in tensors if name.endswith(kinds[kind].weights)]:
@@ -643,3 +643,16 @@ def test_pruning_does_not_heal_integers(kind: str, message: str, folder: Path, t
     told = call("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), "--heal", "all", *DATA, code=1).output
     assert message in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "more"), [("compressed-tensors", ()), ("gptq", GRID), ("awq", ("--requantize",))])
+def test_gguf_holds_what_the_other_formats_do(kind: str, more: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind, KINDS | STILL)
+    how = ("-m", keep_file(tmp_path), "--format", "gguf", "--pre-tokenizer", "gpt-2", "-q", *more)
+    call("quantize", source, tmp_path / "out", *how)
+    call("verify", tmp_path / "out", "--source", source)
+    if kind == "awq":
+        call("quantize", twin, tmp_path / "twin", *(each for each in how if each != "--requantize"))
+        assert [p.read_bytes() for p in (tmp_path / "out").glob("*.gguf")] == [
+            p.read_bytes() for p in (tmp_path / "twin").glob("*.gguf")
+        ]
