@@ -244,7 +244,7 @@ def _to_mxfp4(values_NS: Floats) -> Bytes:
     for code in range(1, 16):
         error = np.abs(E2M1[code] * step - values_NS)
         better = error < best
-        codes[better] = code
+        np.copyto(codes, np.uint8(code), where=better)
         np.copyto(best, error, where=better)
     return np.concatenate((power_N[:, None], _nibbles(codes)), axis=1)
 
@@ -462,7 +462,7 @@ def _of_q4_k(blocks_NB: Bytes) -> Floats:
 
 
 def _of_q5_k(blocks_NB: Bytes) -> Floats:
-    fifths = np.unpackbits(blocks_NB[:, 16:48, None], axis=2, bitorder="little").swapaxes(1, 2)
+    fifths = (blocks_NB[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
     codes = _halved(blocks_NB[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     return _affine_values(blocks_NB, codes | (fifths << np.uint8(4)))
 
