@@ -514,9 +514,14 @@ _DECODED: Final[dict[str, Callable[[Bytes], Floats]]] = {
     "Q6_K": _of_q6_k,
 }
 _SCALES: Final[dict[str, tuple[int, ...]]] = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL"), (0,)),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q1_0", "Q2_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
     "Q6_K": (208,),
-    "MXFP4": (),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    **dict.fromkeys(("MXFP4", "NVFP4", "IQ1_M"), ()),
 }
-"""Where in a block its float16 scales are."""
+"""Where in a block its float16 scales are; none where they are powers of two or other small floats, or in pieces."""
