@@ -9,7 +9,7 @@ but modules can be named in it that are in 16 bits from now on.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -235,12 +235,13 @@ def _escaped(home: str) -> str:
 
 def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
     """The checkpoint with weights in place of their codes; `found` has them by the names of these."""
-    parts = {ref.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
-    parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
+    parts = {ref.spec.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
+    if any(name.endswith(_UNUSED) for name in source.tensors):
+        parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
-        if name in found:
-            tensors[found[name].name] = found[name]
+        if weight := found.get(name):
+            tensors[weight.spec.name] = weight
         elif name not in parts:
             tensors[name] = ref
     config = {key: value for key, value in source.config.items() if key not in ("quantization_config", *_BESIDE)}
@@ -256,13 +257,15 @@ def _rules(config: Mapping[str, Any]) -> list[Reading]:
     return list(read({**beside, **declared})) if read else []
 
 
-def _weight(rules: Iterable[Reading], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+def _weight(rules: Sequence[Reading], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
     """The one weight whose codes a tensor is; None for any other tensor.
 
     Raises:
         CheckpointError: no rule holds for what are codes by their dtype; or several do, and say different things.
 
     """
+    if len(rules) == 1:
+        return rules[0].encoded(ref, tensors)
     found: list[Encoded] = []
     errors: list[CheckpointError] = []
     for rule in rules:

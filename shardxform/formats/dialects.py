@@ -23,7 +23,8 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
 from shardxform.formats.scheme import GGUF, ROW_FORMATS, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import Layout, is_tied
+from shardxform.model.layout import Layout
+from shardxform.model.tied_head import is_tied
 
 __all__ = [
     "ASYMMETRIC",
@@ -128,10 +129,10 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
     """Why a module stays as it is; empty when it is to be quantized. Shapes are judged later."""
     if module.weight.spec.dtype not in _ROUNDED:
         return f"dtype {module.weight.spec.dtype}"
-    if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
+    if scheme.quantize and any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
         _refuse_unrunnable(module, scheme, layout)
         return ""
-    if any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
+    if scheme.keep_16bit and any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
         return "on request"
     if module.place.scope != "block" or module.place.template.role not in LINEAR_ROLES:
         return _BY_DEFAULT
@@ -236,8 +237,9 @@ class Resolved:
         """Width of a linear module's weights: `bits`, or 16."""
         if module in self.also:
             return self.bits
-        if any(pattern.fullmatch(module) for pattern in self.kept):
-            return 16
+        for pattern in self.kept:
+            if pattern.fullmatch(module):
+                return 16
         if self.format == "auto-round":
             return self.bits if module.startswith(tuple(block + "." for block in self.blocks)) else 16
         return self.bits

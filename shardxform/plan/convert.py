@@ -177,7 +177,7 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
     _refuse_half(view, target)
     tensors = released(view.checkpoint.tensors, view.layout)
     dtype = HALF_DTYPES[target.format]
-    weights = [replace(ref, spec=replace(ref.spec, dtype=dtype)) for ref in tensors if isinstance(ref, Encoded)]
+    weights = [replace(ref, spec=ref.spec._replace(dtype=dtype)) for ref in tensors if isinstance(ref, Encoded)]
     copied = {ref.name: ref for ref in tensors if not isinstance(ref, Encoded)}
     config = config_of_half(plain.config) if target.format == "fp16" else plain.config
     shards = lay_out(_specs(copied, weights, None), options.max_shard_bytes)
@@ -300,7 +300,7 @@ def _weights(view: View, stored: Stored, selection: Selection, target: Target) -
     if dtype is None:
         return [_encoded(module.weight.renamed(module.name)) for module in selection.quantized]
     weights = [_encoded(ref) for ref in released(stored.weights, view.layout)]
-    return [replace(weight, spec=replace(weight.spec, dtype=dtype)) for weight in weights]
+    return [replace(weight, spec=weight.spec._replace(dtype=dtype)) for weight in weights]
 
 
 def _encoded(ref: TensorRef) -> Encoded:

@@ -6,6 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -241,8 +242,9 @@ class _Quantized:
         """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it."""
         tuned: list[tuple[int | None, TranscodeItem]] = []
         rounded: list[tuple[TranscodeItem, int]] = []
+        parts_of = functools.cache(self.encoding.parts)  # of one shape, as a rule, for ten thousand experts
         for module in () if self.stacks else self.modules:
-            item = transcode_item(module.name, module.stored, self.encoding, extents)
+            item = transcode_item(module.name, module.stored, self.encoding, extents, parts_of)
             if tunes and module.place.scope == "block":
                 tuned.append((module.place.layer, item))
             else:

@@ -19,7 +19,8 @@ from shardxform.formats.decoding import is_microscaled, unreadable
 from shardxform.formats.dialects import method_of
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
-from shardxform.model.layout import Layout, Place, is_tied
+from shardxform.model.layout import Layout, Place
+from shardxform.model.tied_head import is_tied
 from shardxform.verification.findings import Findings, Item, place_of, spans
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "check_quantization", "readers_of"]
