@@ -17,7 +17,7 @@ from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
+from shardxform.formats.dialects import Selection, build, kept_tensors, method_of, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
@@ -168,8 +168,9 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
 
     """
     if target.format not in HALF_DTYPES:
+        held = "integers with biases of their own" if mlx.is_mlx(source.config) else "small floats"
         raise SchemeError(
-            f"`target.format` {target.format}: the source is in small floats, which no integers hold exactly; use"
+            f"`target.format` {target.format}: the source is in {held}, which no symmetric integers hold exactly; use"
             " `shardxform quantize`, or `target.format` bf16"
         )
     view = pruned_view(plain, None)
@@ -195,16 +196,20 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
         inputs=_inputs(source, target, options, sidecars, None),
         summary={
             **view_summary(source, view),
-            "from": source.config["quantization_config"]["quant_method"],
+            "from": method_of(source.config["quantization_config"]),
             "tensors_after": sum(len(shard.entries) for shard in shards),
             "copied": len(copied),
             "converted_modules": count,
         },
-        notes=(f"{count:,} weight matrices in small floats become {_HALVES[target.format]}", *view.notes),
+        notes=(f"{count:,} weight matrices {_kind(source)} become {_HALVES[target.format]}", *view.notes),
         unread=source.unread,
     )
     plan.check()
     return plan
+
+
+def _kind(source: Checkpoint) -> str:
+    return "of integers with biases" if mlx.is_mlx(source.config) else "in small floats"
 
 
 _HALVES: Final[Mapping[str, str]] = {

@@ -467,8 +467,9 @@ def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iter
         return
     stay = sum(len(ref.sources) for ref in kept.values() if isinstance(ref, Encoded))
     how = ", ".join(f"{count:,} in {name}" for name, count in found.most_common())
+    kind = "integers with biases" if any("biases" in name for name in found) else "in small floats"
     yield (
-        f"weights of the source are in small floats ({how}): {stay:,} of them are written as bfloat16, and the others"
+        f"weights of the source are {kind} ({how}): {stay:,} of them are written as bfloat16, and the others"
         " rounded from float32"
     )
     if any("FP4" in name for name in found) and bits >= 4:
