@@ -18,8 +18,10 @@ from typing import Any, Final, Protocol
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.affine import AffineRule
 from shardxform.formats.asymmetric import IntegerRule, Order, Width, Zeros
 from shardxform.formats.config_names import declared_in, undeclared
+from shardxform.formats.dialects import ASYMMETRIC, method_of
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
@@ -101,6 +103,15 @@ def _compressed_rules(declared: Declared) -> Iterator[Reading]:
             yield MicroscalingRule(_SMALL[bits, size])
         else:
             raise SchemeError(f"config_groups: floats of {bits} bits in groups of {size} are not read")
+
+
+def _mlx_rules(declared: Declared) -> Iterator[Reading]:
+    """One rule where biases are not determined by scales, as far as headers tell; `stored` reads the others."""
+    if declared.get(ASYMMETRIC):
+        if declared.get("mode") != "affine" or type(declared.get("bits")) is not int:
+            raise SchemeError(f"mode {declared.get('mode')!r} of {declared.get('bits')!r} bits is not read")
+        others = {path: own.get("bits") for path, own in declared.items() if isinstance(own, Mapping)}
+        yield AffineRule(declared["bits"], {path: bits for path, bits in others.items() if type(bits) is int})
 
 
 _SMALL: Final[Mapping[tuple[object, object], Microscaled]] = {(4, 32): MXFP4, (4, 16): NVFP4, (8, 32): MXFP8}
@@ -271,6 +282,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
     "fbgemm_fp8": _fp8_rules,
     "fp8": _fp8_rules,
     "gptq": _gptq_rules,
+    "mlx": _mlx_rules,
     "modelopt": _modelopt_rules,
     "modelopt_fp4": _modelopt_rules,
     "mxfp4": _mxfp4_rules,
@@ -411,7 +423,7 @@ def _rules(config: Mapping[str, Any]) -> list[Reading]:
     declared = declared_in(config)
     if not isinstance(declared, Mapping):
         return []
-    read = DECODED.get(str(declared.get("quant_method")))
+    read = DECODED.get(str(method_of(declared)))
     beside = {key: config[key] for key in _BESIDE if key in config}
     return list(read({**beside, **declared})) if read else []
 

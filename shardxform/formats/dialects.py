@@ -27,6 +27,7 @@ from shardxform.model.layout import Layout
 from shardxform.model.tied_head import is_tied
 
 __all__ = [
+    "ASYMMETRIC",
     "Resolved",
     "Selection",
     "build",
@@ -230,6 +231,9 @@ _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
+ASYMMETRIC: Final = "asymmetric"
+"""What a config of MLX is marked with as it is read, where headers tell that biases are no multiples of scales."""
+
 _AFFINE: Final = "affine"  # of mlx's modes, the one of integers with scales
 _LM_HEAD: Final = "lm_head"
 _HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
@@ -492,6 +496,8 @@ def _resolve_compressed_tensors(config: Mapping[str, Any]) -> Resolved:
 
 def _resolve_mlx(config: Mapping[str, Any]) -> Resolved:
     """Read what holds for all modules that are stored with scales; mlx-lm takes those for quantized, and no others."""
+    if config.get(ASYMMETRIC):
+        raise SchemeError("quantization: weights that are not symmetric, as mlx_lm.convert rounds them")
     if config.get("mode") != _AFFINE:
         raise SchemeError(f"quantization: mode {config.get('mode')!r}, expected {_AFFINE!r}")
     bits, group_size = _bits(config.get("bits")), _field(config, "group_size", int)

@@ -18,7 +18,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declared_in, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
-from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
+from shardxform.formats.dialects import Selection, build, kept_tensors, method_of, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
@@ -206,7 +206,7 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
         inputs=_inputs(source, target, options, sidecars, None),
         summary={
             **view_summary(source, view),
-            "from": declared_in(source.config)["quant_method"],
+            "from": method_of(declared_in(source.config)),
             "tensors_after": sum(len(shard.entries) for shard in shards),
             "copied": len(copied),
             "converted_modules": count,

@@ -18,6 +18,7 @@ from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.affine import Affine
 from shardxform.formats.asymmetric import Asymmetric
 from shardxform.formats.config_names import declarations, declared_in, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
@@ -362,7 +363,7 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
         (module.name, source.encoding)
         for module in selection.quantized
         for source in module.stored
-        if isinstance(source.encoding, Ints | Values | Asymmetric | Fp8 | Microscaled)
+        if isinstance(source.encoding, Ints | Values | Affine | Asymmetric | Fp8 | Microscaled)
         and source.encoding.width <= scheme.grid.bits
         and not is_carried(module, scheme)
     ]

@@ -158,7 +158,9 @@ def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings)
 
 
 def _is_float_only(layout: Layout, m: _Module) -> bool:
-    """Whether no client runs a module quantized as it is; its template and kind decide."""
+    """Whether no client runs a module quantized as it is; its template and kind decide. mlx-lm runs all but norms."""
+    if m.kind == "mlx":
+        return m.place.template.role == "norms"
     patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
     tied = m.place.template.role == "lm head" and is_tied(layout)
     return tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
