@@ -10,7 +10,8 @@ from typing import Final
 
 import click
 
-from shardxform.checkpoint.gguf import find_gguf
+from shardxform.checkpoint.gguf import GgufModel, find_gguf
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import count, gb, print_json, progress, with_options
 from shardxform.cli.inputs import open_gguf_named, open_named
 from shardxform.cli.options import (
@@ -29,6 +30,7 @@ from shardxform.errors import CheckpointError
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
 from shardxform.verification.slabs import verify_gguf
+from shardxform.verification.source import Options
 
 __all__ = ["verify_command"]
 
@@ -87,7 +89,7 @@ def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, h
     if depth.independent and (made.source is None or depth.quick):
         raise click.UsageError("--independent compares values with --source; give that, and no --quick")
     if _is_gguf(out):
-        report = _verify_gguf(out, made, depth, hub, output)
+        report = _verify_gguf(out, made, depth, hub, family, output)
     else:
         family.load()
         report = _verify(out, made, depth, hub, output)
@@ -122,24 +124,28 @@ def _is_gguf(out: Path) -> bool:
         return True
 
 
-def _verify_gguf(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output: _Output) -> VerifyReport:
-    """Verify a model in GGUF, against another.
+def _verify_gguf(
+    out: Path, made: _Made, depth: _Depth, hub: HubFlags, family: FamilyFlags, output: _Output
+) -> VerifyReport:
+    """Verify a model in GGUF, against another or against a checkpoint of safetensors.
 
     Raises:
-        UsageError, SchemeError: options that are for safetensors alone, or a source that is.
+        SchemeError: options that are for safetensors alone.
 
     """
-    refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {out} is GGUF")
     refuse_idle(depth, "independent", wanted=f"safetensors, but {out} is GGUF")
-    refuse_idle(hub, wanted=f"safetensors, but {out} is GGUF")
-    origin = open_gguf_named(made.source) if made.source is not None else None
-    if made.source is not None and origin is None:
-        raise click.UsageError(f"--source {made.source}: expected GGUF, as OUT is")
+    origin: GgufModel | Checkpoint | None = open_gguf_named(made.source) if made.source is not None else None
+    if origin is not None:
+        refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {made.source} is GGUF")
+        refuse_idle(hub, wanted=f"safetensors, but {made.source} is GGUF")
+    elif made.source is not None:
+        family.load()
+        origin = open_named(made.source, hub, out.parent)
     with progress("verify", output.quiet or depth.quick) as on_progress:
         return verify_gguf(
             out,
             source=origin,
-            manifest=made.manifest,
+            given=Options(manifest=made.manifest, text_only=made.text_only, mtp=made.mtp),
             quick=depth.quick,
             jobs=depth.jobs or DEFAULT_JOBS,
             on_progress=on_progress,
@@ -217,7 +223,7 @@ def _ways(report: VerifyReport) -> Iterator[str]:
     if not report.tensors_differing and (equal := report.tensors_compared - report.tensors_derived):
         yield f"{equal:,} equal byte for byte"
     if not report.tensors_differing and report.tensors_derived:
-        yield f"{report.tensors_derived:,} bit-equal to the values of quantized weights"
+        yield f"{report.tensors_derived:,} bit-equal to values that are worked out of it"
 
 
 def _rounded(rounding: Rounding) -> str:

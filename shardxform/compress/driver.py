@@ -39,6 +39,7 @@ from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -244,7 +245,7 @@ class Stages:
         assert request.precision is not None
         work, windows = work_of(self.folder.root, EVALUATE), request.eval_windows
         options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
-        tested = Checkpoint.open(request.out)
+        tested = single(Checkpoint.open(request.out))
         found = self._going_on(work, lambda: evaluate(tested, windows, options, request.source))
         facts = identified(evaluation_facts(found, windows), tested, request.source)
         self.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -63,7 +63,10 @@ from shardxform.verification.wanted import Derived, HealedWeight
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["CHUNK_BYTES", "Against", "Figures", "check_data"]
+__all__ = ["CHUNK_BYTES", "Against", "Figures", "check_data", "in_parallel"]
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
 
 CHUNK_BYTES: Final = 2 << 20
 """Most bytes of one tensor in memory at a time, per thread and per side; a multiple of every element's width."""
@@ -145,7 +148,7 @@ def check_data(
     errors: dict[str, None] = {}
     done = 0
     with interrupts.deferred(), reader:
-        for result in _in_parallel(reader.examine, _tasks(items), jobs, reader.give_up):
+        for result in in_parallel(reader.examine, _tasks(items), jobs, reader.give_up):
             for seen in result.seen:
                 if isinstance(seen, Seen):
                     merge(seen)
@@ -299,11 +302,11 @@ def _pieces(job: TensorJob) -> Iterator[TensorPiece]:
             yield TensorPiece(job, start, min(start + CHUNK_BYTES, home + slab))
 
 
-def _in_parallel(
-    work: Callable[[Task], Result], tasks: Iterator[Task], jobs: int, give_up: Callable[[], None]
-) -> Iterator[Result]:
+def in_parallel(
+    work: Callable[[_Task], _Result], tasks: Iterator[_Task], jobs: int, give_up: Callable[[], None]
+) -> Iterator[_Result]:
     """Results of `work`, as they come, at most two tasks per thread waiting."""
-    under_way: Completions[Result, None] = Completions()
+    under_way: Completions[_Result, None] = Completions()
     with ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
         try:
             while True:

@@ -2,8 +2,9 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows what the families call experts, routers and MTP layers, and three formats (auto-round and
-gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor into memory.
+formats' definitions. It knows what the families call experts, routers and MTP layers, and four formats (auto-round and
+gptq, compressed-tensors' pack-quantized, MLX's affine of symmetric weights), reads local files only, and takes a run of
+rows of one tensor into memory.
 
 Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
 expert, quantized ones as the weights that they stand for. Names are those that the output must have.
@@ -27,12 +28,13 @@ from numpy.typing import NDArray
 from shardxform.errors import CheckpointError
 from shardxform.verification.definitions import (
     SMALL,
+    Small,
+    Stored,
+    Weight,
     floats,
     nearest_bf16,
     nearest_half,
     rounded,
-    small_floats,
-    spread,
 )
 from shardxform.verification.findings import Findings
 
@@ -41,9 +43,6 @@ __all__ = ["CODE", "check_independently"]
 CODE: Final = "independent"
 """Of every problem found here."""
 
-_RUN: Final = 1 << 18  # elements at a time
-_TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
-_WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _APART: Final = re.compile(r"(.*)\.moe\.(gate_proj|up_proj|down_proj)\.weight")
@@ -54,6 +53,10 @@ _PARTS: Final = re.compile(
 _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
+_MLX: Final = re.compile(
+    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu)\.(gate|up|down)_proj\.weight"
+)
+_LETTERED: Final = {"gate": "w1", "up": "w3", "down": "w2"}  # projections of Mixtral and MiniMax
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
     rf".*\.{_HOME}\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
@@ -88,127 +91,6 @@ _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_pre
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
-Rows = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Bytes of a file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def array(self) -> NDArray[Any]:
-        """Its bits, mapped: [rows, columns], rows counted over all dimensions but the last."""
-        code = _TYPES.get(self.dtype, f"<u{_WIDTHS.get(self.dtype, 1)}")
-        shape = (
-            (int(np.prod(self.shape[:-1])), self.shape[-1]) if len(self.shape) > 1 else (int(np.prod(self.shape)), 1)
-        )
-        if 0 in shape:
-            return np.zeros(shape, code)
-        return np.memmap(self.file, code, "r", self.begin, shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
-
-    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
-    `columns` are there; with `ids` its values are numbers of experts, of which these stay.
-    """
-
-    name: str
-    tensor: _Tensor
-    shape: tuple[int, ...]
-    rows: Rows
-    scales: _Tensor | None = None
-    bits: int = 0
-    group: int = 0
-    slab: tuple[int, int] | None = None
-    columns: tuple[int, ...] | None = None
-    ids: tuple[int, ...] | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return sum(number for _, number in self.rows), self.shape[-1] if len(self.shape) > 1 else 1
-
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """First row and the one after the last of runs that fit into memory."""
-        step = max(1, _RUN // max(self.size[1], 1))
-        return ((start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
-
-    def _picked(self, start: int, stop: int) -> NDArray[np.int64]:
-        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[start:stop]
-
-    def bits_of(self, start: int, stop: int) -> NDArray[Any]:
-        """Bits of a run of rows of a plain weight."""
-        if self.slab is not None:
-            index, first = self.slab
-            whole = self.tensor.array().reshape(self.tensor.shape)[index]
-            columns = whole[..., first : first + self.shape[0]]
-            return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
-        found = np.asarray(self.tensor.array()[self._picked(start, stop)])
-        if self.ids is not None:
-            return np.array([_renumbered_row(row, self.ids) for row in found.tolist()], found.dtype)
-        return found if self.columns is None else found[:, list(self.columns)]
-
-    def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows of a plain weight."""
-        return floats(self.bits_of(start, stop), self.tensor.dtype)
-
-    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Codes less the zero point [R, I], and the scale of each [R, I], of a run of rows of a quantized weight."""
-        assert self.scales is not None
-        rows, words, scales = self._picked(start, stop), self.tensor.array(), self.scales.array()
-        if self.name.endswith("qweight"):
-            words, scales = words.T, scales.T
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        packed = np.ascontiguousarray(words[rows]).view(np.uint32)
-        codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
-        spread = np.repeat(floats(np.ascontiguousarray(scales[rows]), self.scales.dtype), self.group, axis=1)
-        return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Small(_Weight):
-    """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them."""
-
-    factors: _Tensor | None = None
-    block: tuple[int, int] | None = None
-    times: _Tensor | None = None
-    over: _Tensor | None = None
-
-    def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows, by the definition of the format."""
-        assert self.factors is not None
-        rows, tensor = self._picked(start, stop), self.tensor
-        total = math.prod(tensor.shape[: 2 if len(tensor.shape) == 4 else -1])
-        numbers = small_floats(np.asarray(tensor.array().reshape(total, -1)[rows]), tensor.dtype)
-        scales = floats(np.asarray(self.factors.array()), self.factors.dtype)
-        for whole in filter(None, (self.times, self.over)):
-            size = floats(np.asarray(whole.array()), whole.dtype).reshape(-1)[0]
-            scales = scales * size if whole is self.times else scales / size
-        return numbers * spread(scales, rows, numbers.shape[1], self.block)
-
-
-def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:
-    """New numbers of the experts of a row: of one that goes, that of the next that stays and is not there yet."""
-    there = {number for number in row if number in keep}
-    for slot, number in enumerate(row):
-        if number not in keep:
-            after = [each for each in keep if each > number] + [each for each in keep if each < number]
-            row[slot] = next(each for each in after if each not in there)
-            there.add(row[slot])
-    return [keep.index(number) for number in row]
-
 
 def check_independently(
     out: Path, source: Path, findings: Findings, manifest: Mapping[str, Any] | None = None, **given: object
@@ -236,6 +118,8 @@ def check_independently(
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
     try:
         ours, made = _checkpoint(out, decode=decode)
+        if made.get("quantization") and not config.get("quantization"):
+            given = {**given, "mtp": "drop"}  # which MLX has no use for
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
@@ -261,10 +145,10 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight], dict[str, Any]]:
+def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, Weight], dict[str, Any]]:
     """Weights of a checkpoint under their own names, small floats as values if told to `decode`, and its config."""
     config = _object(root / "config.json")
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for path in sorted(root.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -276,7 +160,7 @@ def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight]
                 begin, end = info["data_offsets"]
                 if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
                     raise ValueError(f"{path.name}: {name} lies outside the file")
-                tensors[name] = _Tensor(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
+                tensors[name] = Stored(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
     if decode and _is_small(config):
         return dict(_decoded(tensors, config)), config
     return dict(weight for name in tensors for weight in _weights(name, tensors, config)), config
@@ -307,7 +191,7 @@ def _form(config: Mapping[str, Any]) -> tuple[object, object]:
     return declared.get("quant_method"), declared.get("format")
 
 
-def _decoded(tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+def _decoded(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
     """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
     if glued := next(
         (name for name, tensor in tensors.items() if _FUSED.fullmatch(name) and tensor.dtype in SMALL), ""
@@ -327,7 +211,7 @@ def _decoded(tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Itera
         times, over = (next((part[last] for last in names if part[last]), None) for names in (_TIMES, _OVER))
         columns = math.prod(tensor.shape[2:] if len(tensor.shape) == 4 else tensor.shape[-1:])
         shape = (math.prod(tensor.shape[:2]), columns * (2 if tensor.dtype in ("U8", "I8") else 1))
-        one = _Small(name, tensor, shape, (), factors=factors, block=block, times=times, over=over)
+        one = Small(name, tensor, shape, (), factors=factors, block=block, times=times, over=over)
         if len(tensor.shape) == 4:
             count, rows = tensor.shape[:2]
             home, _, stack = stem.rpartition(".")
@@ -357,23 +241,18 @@ def _block_of(declared: Mapping[str, Any]) -> tuple[int, int] | None:
     return (int(found[0]), int(found[1])) if found else None
 
 
-def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+def _weights(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
     if config.get("model_type") in _TURNED and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
         yield from _transposed(name, tensor, match)
     elif match := _PARTS.fullmatch(name):
-        count, rows = tensor.shape[0], math.prod(tensor.shape[1:-1])
-        shape = (rows, tensor.shape[-1]) if len(tensor.shape) > 1 else (1, 1)
-        for expert in range(count):
-            one = _Weight(name, tensor, shape, ((expert * rows, rows),))
-            yield f"{match[1]}.{expert}.{match[2]}", one
-    elif _is_small(config) and any(f"{stem}.{each}" in tensors for each in ("weight_packed", "weight_scale")):
-        rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
-        yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
-    elif last in ("qweight", "weight_packed"):
+        yield from _of_stacks(name, tensor, match)
+    elif last in ("qweight", "weight_packed") and not _is_small(config):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
-    elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
+    elif tensor.dtype == "U32" or _MLX.fullmatch(name):
+        yield from _of_mlx(name, tensors, config)
+    elif _stands_beside(stem, last, tensors, config):
         return
     elif (match := _FUSED.fullmatch(name) or _GRANITE.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
@@ -381,18 +260,37 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
         for expert in range(count):
             for part, first, number in _halves(stack, expert * rows, rows):
                 key = f"{home}.{expert}.{part}.weight"
-                yield key, _Weight(name, tensor, (number, columns), ((first, number),))
+                yield key, Weight(name, tensor, (number, columns), ((first, number),))
     elif (match := _APART.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
         for expert in range(count):
-            whole = _Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
+            whole = Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
             yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
-        yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
+        yield name, Weight(name, tensor, tensor.shape, ((0, rows),))
 
 
-def _transposed(name: str, tensor: _Tensor, match: re.Match[str]) -> Iterator[tuple[str, _Weight]]:
+def _stands_beside(stem: str, last: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a part of a quantized weight beside its words."""
+    if config.get("quantization"):
+        return last in ("scales", "biases")
+    return (
+        not _is_small(config)
+        and last != "bias"
+        and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors)
+    )
+
+
+def _of_stacks(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tuple[str, Weight]]:
+    """What stands beside a stack, or for it, expert by expert."""
+    rows = math.prod(tensor.shape[1:-1])
+    shape = (rows, tensor.shape[-1]) if len(tensor.shape) > 1 else (1, 1)
+    for expert in range(tensor.shape[0]):
+        yield f"{match[1]}.{expert}.{match[2]}", Weight(name, tensor, shape, ((expert * rows, rows),))
+
+
+def _transposed(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tuple[str, Weight]]:
     """gpt-oss: stacks [E, I, O] and biases [E, O], the halves of the first one by one as auto-round reads them."""
     last = "bias" if name.endswith("bias") else "weight"
     for expert in range(tensor.shape[0]):
@@ -400,7 +298,7 @@ def _transposed(name: str, tensor: _Tensor, match: re.Match[str]) -> Iterator[tu
             shape = (number, *tensor.shape[1:-1])
             yield (
                 f"{match[1]}.{expert}.{part}.{last}",
-                _Weight(name, tensor, shape, ((0, number),), slab=(expert, first)),
+                Weight(name, tensor, shape, ((0, number),), slab=(expert, first)),
             )
 
 
@@ -413,7 +311,7 @@ def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, 
         yield projection, first, rows
 
 
-def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Iterator[tuple[str, _Weight]]:  # noqa: ANN401
+def _unpacked(name: str, tensors: Mapping[str, Stored], declared: Any) -> Iterator[tuple[str, Weight]]:  # noqa: ANN401
     """The weights that packed words stand for."""
     words, (stem, _, last) = tensors[name], name.rpartition(".")
     gptq = last == "qweight"
@@ -424,7 +322,7 @@ def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Itera
     rows, packed = words.shape[::-1] if gptq else words.shape
     columns = packed * 32 // bits
     scales = tensors[f"{stem}.scales" if gptq else f"{stem}.weight_scale"]
-    whole = _Weight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
+    whole = Weight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
     zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
     if gptq and f"{stem}.qzeros" in tensors and not (tensors[f"{stem}.qzeros"].array() == zero).all():
         raise ValueError(f"{stem}.qzeros: zero points are not those of a symmetric weight")
@@ -432,6 +330,28 @@ def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Itera
     for part, first, number in _halves(match[2], 0, rows) if match else [("", 0, rows)]:
         key = f"{match[1]}.{match[3]}.{part}.weight" if match else f"{stem}.weight"
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
+
+
+def _of_mlx(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """The weights in a stack of experts, or the one weight of words: code 0 of each stands for its bias."""
+    tensor, match, stem = tensors[name], _MLX.fullmatch(name), name.removesuffix(".weight")
+    count, rows, columns = tensor.shape if match else (1, *tensor.shape)
+    scales, scaled_from, bits, group = None, 0, 0, 0
+    if tensor.dtype == "U32":
+        bits, group = config["quantization"]["bits"], config["quantization"]["group_size"]
+        if one := _EXPERT.fullmatch(stem):  # whose scales are in a stack
+            stem, scaled_from = f"{one[1].removesuffix('.experts')}.switch_mlp.{one[3]}", int(one[2]) * rows
+        scales, biases, columns = tensors[f"{stem}.scales"], tensors[f"{stem}.biases"], columns * 32 // bits
+        zeros = (floats(np.asarray(each.array()), each.dtype) for each in (scales, biases))
+        if not np.array_equal(next(zeros) * np.float32(-(2 ** (bits - 1))), next(zeros)):
+            raise ValueError(f"{stem}.biases: code 0 stands for something else than in a symmetric weight")
+    for expert in range(count):
+        key = name
+        if match:
+            part = _LETTERED[match[3]] if match[2] == "block_sparse_moe" else f"{match[3]}_proj"
+            key = f"{match[1]}.experts.{expert}.{part}.weight"
+        found = ((expert * rows, rows),)
+        yield key, Weight(name, tensor, (rows, columns), found, scales, bits, group, scaled_from=scaled_from)
 
 
 # -- names and numbers --------------------------------------------------------------------------------------------
@@ -508,7 +428,7 @@ class _How:
         layer = _LAYER.match(name)
         return name.startswith(_MTP) or bool(layer and layer[1] not in _MTP and int(layer[2]) >= self.layers)
 
-    def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
+    def wanted(self, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
         """What the output must hold, by its names there."""
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
@@ -524,7 +444,7 @@ class _How:
         number = int(layer[2]) - (self.layers if mtp and layer[1] not in _MTP else 0)
         return self.mtp_keep.get(str(number // self.mtp_blocks)) if mtp else self.keep.get(layer[2])
 
-    def _renumbered(self, name: str, weight: _Weight, ids: list[int] | None) -> tuple[str, _Weight] | None:
+    def _renumbered(self, name: str, weight: Weight, ids: list[int] | None) -> tuple[str, Weight] | None:
         """A weight under its number in the output, or what stays of a router; None of an expert that goes."""
         if ids is None:
             return name, weight
@@ -550,7 +470,7 @@ class _How:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def difference(self, name: str, wanted: _Weight, found: _Weight) -> str:
+    def difference(self, name: str, wanted: Weight, found: Weight) -> str:
         """Say how a weight is not what it must be; empty where it is."""
         if wanted.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
@@ -561,7 +481,7 @@ class _How:
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
-            if isinstance(wanted, _Small) and found.tensor.dtype == "BF16":
+            if isinstance(wanted, Small) and found.tensor.dtype == "BF16":
                 pairs = ((found.bits_of(a, b), nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
                 return _first(found, pairs)
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
@@ -570,7 +490,7 @@ class _How:
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
 
-    def _plain(self, wanted: _Weight, found: _Weight) -> str:
+    def _plain(self, wanted: Weight, found: Weight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""
         if wanted.scales is None and wanted.tensor.dtype == found.tensor.dtype:
             text = _first(found, ((found.bits_of(a, b), wanted.bits_of(a, b), a) for a, b in found.runs()))
@@ -581,7 +501,7 @@ class _How:
         half = found.tensor.dtype == "F16"
         return _first(found, ((found.bits_of(a, b), self._dequantized(wanted, a, b, half), a) for a, b in found.runs()))
 
-    def _dequantized(self, weight: _Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
+    def _dequantized(self, weight: Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
         if weight.scales is None:
             assert self.exact is not None
             codes, scale = rounded(weight.values(start, stop), self.exact)
@@ -590,7 +510,7 @@ class _How:
         values = codes.astype(np.float32) * scale
         return nearest_half(values) if half else nearest_bf16(values)
 
-    def _rounding(self, wanted: _Weight, found: _Weight) -> str:
+    def _rounding(self, wanted: Weight, found: Weight) -> str:
         """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
         signed, weights = 0.0, 0
         for start, stop in found.runs():
@@ -631,7 +551,7 @@ def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         yield from ((key, home[key]) for key in _COUNTS if key in home)
 
 
-def _same_codes(wanted: _Weight, found: _Weight) -> str:
+def _same_codes(wanted: Weight, found: Weight) -> str:
     if (wanted.bits, wanted.group) != (found.bits, found.group):
         return f"{found.bits} bits in groups of {found.group}, expected {wanted.bits} in {wanted.group}"
     for start, stop in found.runs():
@@ -643,7 +563,7 @@ def _same_codes(wanted: _Weight, found: _Weight) -> str:
     return ""
 
 
-def _unlike(wanted: _Weight, found: _Weight) -> str:
+def _unlike(wanted: Weight, found: Weight) -> str:
     """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is."""
     distance, size = 0.0, 0.0
     for start, stop in found.runs():
@@ -656,7 +576,7 @@ def _unlike(wanted: _Weight, found: _Weight) -> str:
     return f"its distance from the source's is {(distance / size) ** 0.5:.2f} times the source's size, expected below 1"
 
 
-def _first(found: _Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
+def _first(found: Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
     """Name the first element that is not what it must be; `runs` gives found, wanted and the first row."""
     what = what or ("code" if found.scales else "bits")
     for ours, theirs, start in runs:
@@ -674,7 +594,7 @@ def _first(found: _Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
-def _check_names(wanted: Mapping[str, _Weight], found: Mapping[str, _Weight], findings: Findings) -> None:
+def _check_names(wanted: Mapping[str, Weight], found: Mapping[str, Weight], findings: Findings) -> None:
     for name in wanted.keys() - found.keys():
         findings.problem(CODE, name, f"missing: the source's {wanted[name].name} gives it")
     for name in found.keys() - wanted.keys():

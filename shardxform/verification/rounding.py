@@ -116,8 +116,10 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         Opener(read, checked=False).open(each) for read, each in ((read_out, pair.stored), (read_source, pair.source))
     )
     assert isinstance(stored, IntRows)
-    if isinstance(source, IntRows):
-        return _same(pair, stored, source)
+    if isinstance(source, IntRows) and (rule.packed or (not rule.anew and _are_alike(stored, source))):
+        moved = _same(pair, stored, source)
+        if rule.packed or rule.anew is False or moved.sound:
+            return moved
     limits = Limits.of(rule, columns)
     tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
     for start, stop in row_tiles(rows, columns, _TILE_WEIGHTS):
@@ -126,6 +128,10 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
         tally.sums = None
     return tally
+
+
+def _are_alike(ours: IntRows, theirs: IntRows) -> bool:
+    return (ours.grid.bits, ours.grid.group_size) == (theirs.grid.bits, theirs.grid.group_size)
 
 
 def _same(pair: Pair, ours: IntRows, theirs: IntRows) -> Tally:
@@ -315,7 +321,7 @@ def _report(tally: Tally, again: str, findings: Findings) -> None:
     of = f"expert {expert[1]}: " if expert else ""
     scales = f"{tally.scales_differing} of {tally.scales} scales are not {again}"
     codes, ranges = tally.systematic
-    name = dict(tally.pair.stored.parts)["scales"].name
+    name = dict(tally.pair.stored.parts).get("scales", tally.pair.stored.parts[0][1]).name
     if tally.bad:
         text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
         also = f"; {scales}" if tally.scales_differing else f"; {codes}" if codes else ""
