@@ -184,6 +184,8 @@ def draft_quantized(
 
     """
     options = options or ViewOptions()
+    if options.gguf and options.gguf.kind:
+        raise SchemeError(f"`gguf.kind` {options.gguf.kind}: weights are rounded by `scheme`; give one of the two")
     view = _view(source, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)
     selection = _without(chosen, crossing(view))

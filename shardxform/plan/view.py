@@ -531,10 +531,12 @@ class GgufOptions:
 
     Attributes:
         pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
+        kind: of file, as llama-quantize names it, to whose types floats are rounded; empty for weights as they are.
 
     """
 
     pre_tokenizer: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ from shardxform.plan.quantize import draft_quantized
 from shardxform.plan.steps import HEALED_FILE
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, GgufOptions, MtpMode, View, ViewOptions
 from shardxform.runtimes.gguf.architecture import Named, Piece
+from shardxform.runtimes.gguf.mixes import KINDS
 from shardxform.runtimes.gguf.undoing import storage_in
 from shardxform.verification.data import CHUNK_BYTES, in_parallel
 from shardxform.verification.findings import Findings, Rounding
@@ -179,13 +180,13 @@ def _options(inputs: Mapping[str, object], asked: Mapping[str, object], given: G
     own, before = (each.get("options") for each in (inputs, asked))
     own, before = (each if isinstance(each, Mapping) else {} for each in (own, before))
     size, told = own.get("max_shard_bytes"), own.get("gguf")
-    pre = told.get("pre_tokenizer") if isinstance(told, Mapping) else ""
+    pre, kind = ((told.get(key) if isinstance(told, Mapping) else "") for key in ("pre_tokenizer", "kind"))
     recorded: MtpMode = next((mode for mode in _MODES if mode == before.get("mtp")), "auto")
     return ViewOptions(
         text_only=before.get("text_only") is True if given.text_only is None else given.text_only,
         mtp=given.mtp or recorded,
         max_shard_bytes=size if type(size) is int and size > 0 else DEFAULT_GGUF_BYTES,
-        gguf=GgufOptions(pre_tokenizer=pre if isinstance(pre, str) else ""),
+        gguf=GgufOptions(pre_tokenizer=pre if isinstance(pre, str) else "", kind=str(kind) if kind in KINDS else ""),
     )
 
 
