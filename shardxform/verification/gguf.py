@@ -197,8 +197,15 @@ def _scheme(recorded: object) -> Scheme | None:
     kept, also = (recorded.get(key) for key in ("keep_16bit", "quantize"))
     patterns = (tuple(each) if isinstance(each, list) else () for each in (kept, also))
     keep, quantize = (tuple(p for p in each if isinstance(p, str)) for each in patterns)
+    told: Any = recorded.get("format", GGUF)
     try:
-        return Scheme(grid=grid, format=recorded.get("format", GGUF), keep_16bit=keep, quantize=quantize)
+        return Scheme(
+            grid=grid,
+            format=told,
+            keep_16bit=keep,
+            quantize=quantize,
+            requantize=recorded.get("requantize") is True,
+        )
     except ShardxformError:
         return None
 
