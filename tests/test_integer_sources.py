@@ -656,3 +656,73 @@ def test_gguf_holds_what_the_other_formats_do(kind: str, more: tuple[Any, ...], 
         assert [p.read_bytes() for p in (tmp_path / "out").glob("*.gguf")] == [
             p.read_bytes() for p in (tmp_path / "twin").glob("*.gguf")
         ]
+
+
+def test_what_stays_beside_is_not_tuned_and_runs_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Attention is tuned as in a twin whose experts stay in 16 bits: the blocks have the same values."""
+    source, twin = made(folder, "compressed-tensors", STILL)
+    how = ("-m", keep_file(tmp_path), "--group-size", 32, "-q", "--method", "auto-round", "--iters", 3, *DATA)
+    call("quantize", source, tmp_path / "a", *how, "--batch-size", 3)
+    call("quantize", twin, tmp_path / "b", *how, "--batch-size", 3, "--keep-16bit", "*.experts.*")
+    tuned, other, before = shards(tmp_path / "a"), shards(tmp_path / "b"), read_checkpoint(source)
+    names = [name for name in other if "self_attn" in name and name.endswith("qweight")]
+    assert len(names) == 8
+    assert all(tuned[name] == other[name] for name in names)
+    for ours, theirs in zip(
+        codes_of(tuned, "model.layers.1.mlp.experts.0.up_proj"), codes_of(before, EXPERT), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+    call("verify", tmp_path / "a", "--source", source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message"),
+    [
+        (
+            "compressed-tensors",
+            ("--heal", "all", *DATA),
+            "integers that stay as they are, and cannot move; --requantize",
+        ),
+        ("gptq", (*GRID[2:], "--method", "auto-round", *DATA), "nothing to tune: all "),
+        ("gptq", (), "--scale-grid fp16 takes them over as they are, --requantize rounds them a second time"),
+        ("8 bits", ("--scheme", "W8A16"), "--scale-grid fp16 takes them over"),
+        ("compressed-tensors", ("--group-size", -1), "--group-size 32 takes them over as they are"),
+        ("compressed-tensors", ("--scheme", "W8A16"), "--scheme W4A16 takes them over as they are"),
+        ("awq", (), "with zero points, groups of 32, in the order of AWQ: no larger than 4-bit integers"),
+    ],
+)
+def test_what_cannot_stay_or_move_is_refused(
+    kind: str, asked: tuple[Any, ...], message: str, folder: Path, tmp_path: Path
+) -> None:
+    source, _ = made(folder, kind, KINDS | STILL)
+    how = ("-m", keep_file(tmp_path), *(() if "--group-size" in asked else ("--group-size", 32)))
+    told = call("quantize", source, tmp_path / "out", *how, *asked, code=1).output
+    assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_eight_bits_are_rounded_to_four_and_stay_where_eight_are_asked_for(folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, "8 bits", STILL)
+    how = ("-m", keep_file(tmp_path), "--group-size", 32, "-q")
+    for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
+        call("quantize", root, out, *how)
+    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    call("verify", tmp_path / "a", "--source", source)
+    call("quantize", source, tmp_path / "c", *how, "--scheme", "W8A16", "--scale-grid", "fp16")
+    before, after = read_checkpoint(source), shards(tmp_path / "c")
+    for last in ("qweight", "qzeros", "scales"):
+        assert after[f"model.layers.1.mlp.experts.0.up_proj.{last}"] == before[f"{EXPERT}.{last}"]
+    call("verify", tmp_path / "c", "--source", source)
+
+
+def test_a_pruned_view_of_integers_is_measured_as_what_pruning_writes(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for kind in ("awq", "compressed-tensors"):
+        source, _ = made(folder, kind, KINDS | STILL)
+        keep = keep_file(tmp_path)
+        call("prune", source, tmp_path / kind, "-m", keep, "-q")
+        for root in ((source, "-m", keep), (tmp_path / kind,)):
+            told = json.loads(call("evaluate", *root, "--json", *DATA).stdout)
+            found.append(told["perplexity"])
+    assert found[0] == found[1]
+    assert found[2] == found[3]

@@ -27,7 +27,7 @@ from shardxform.cli.inputs import (
     refuse_unwritable,
     require,
 )
-from shardxform.errors import OutputError, SchemeError
+from shardxform.errors import OutputError
 from shardxform.model.layout import layout_of
 from shardxform.model.tied_head import tied_notes
 from shardxform.plan.view import pruned_view
@@ -299,8 +299,6 @@ def _refuse_picture(plot: Path) -> None:
 def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
     if pruned.manifest is None:
         return checkpoint
-    if checkpoint.config.get("quantization_config"):
-        raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
     return pruned_view(checkpoint, load_manifest(pruned, checkpoint)).checkpoint
 
 
