@@ -136,6 +136,9 @@ class Kind:
         check: refuses what llama.cpp would run in another way.
         keys: records the keys that describe the model.
         specials: kinds of special tokens, and the tokens that they are where the tokenizer's files do not say.
+        adds_bos: every text begins with the token of beginnings, whatever the tokenizer's files say.
+        splits: names of pre-tokenizers, and the one that splits text likewise and means this family's special tokens.
+        tokenizer: llama.cpp's name of the kind of tokenizer: `gpt2` merges bytes, the others characters.
 
     """
 
@@ -149,6 +152,9 @@ class Kind:
     check: Callable[[Architecture], None] = lambda _: None
     keys: Callable[[Architecture, Recorder], None]
     specials: Mapping[str, str] = field(default_factory=dict)
+    adds_bos: bool = False
+    splits: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Literal["gpt2", "llama", "gemma4"] = "gpt2"
 
 
 _NEXTN: Final = {
@@ -351,7 +357,7 @@ class _Names:
 
         """
         for names in self._maps:
-            found = names.get_type_and_name(released, (".weight", ".bias"))
+            found = names.get_type_and_name(released, (".weight", ".bias", ".scale"))
             if found is not None:
                 kind, name = found
                 wide = kind.name in _WIDE or not name.endswith(".weight") or name.endswith("_norm.weight")
