@@ -72,3 +72,71 @@ def blocks(rng: np.random.Generator, kind: Kind, shape: tuple[int, ...]) -> tupl
     """Random blocks of any type, in bytes; values may be anything."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     return kind, rng.integers(0, 256, (*shape[:-1], shape[-1] // elements * size), "u1")
+
+
+# -- a model ----------------------------------------------------------------------------------------------------------
+
+HIDDEN, HEADS, HEAD, EXPERTS, USED, WIDTH, LAYERS, VOCABULARY = 64, 2, 32, 8, 2, 32, 2, 300
+
+
+def moe_metadata(**other: Any) -> dict[str, Any]:
+    """Metadata of a small Qwen3-MoE: what llama.cpp needs to load it, and a vocabulary of bytes."""
+    own = {
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": 2 * WIDTH,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": 1,
+        "attention.key_length": HEAD,
+        "attention.value_length": HEAD,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10_000.0,
+        "expert_count": EXPERTS,
+        "expert_used_count": USED,
+        "expert_feed_forward_length": WIDTH,
+    }
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shown = [chr(byte) for byte in plain] + [chr(256 + n) for n in range(256 - len(plain))]
+    tokens = [*shown, *(f"t{n}" for n in range(VOCABULARY - len(shown) - 1)), "<|end|>"]
+    return {
+        "general.name": "tiny",
+        "general.file_type": 0,
+        **{f"qwen3moe.{key}": value for key, value in (own | other).items()},
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (VOCABULARY - 1) + [3],
+        "tokenizer.ggml.merges": ["t 0", "t 1"],
+        "tokenizer.ggml.eos_token_id": VOCABULARY - 1,
+        "general.quantization_version": 2,
+    }
+
+
+def moe_tensors(seed: int = 0, experts: int = EXPERTS) -> dict[str, np.ndarray]:
+    """Float32 tensors of that model, slowest dimension first."""
+    rng = np.random.default_rng(seed)
+
+    def of(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype("f4")
+
+    out = {"token_embd.weight": of(VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        b = f"blk.{layer}."
+        out |= {f"{b}{name}.weight": np.ones(HIDDEN, "f4") for name in ("attn_norm", "ffn_norm")}
+        out |= {f"{b}{name}.weight": np.ones(HEAD, "f4") for name in ("attn_q_norm", "attn_k_norm")}
+        out |= {f"{b}attn_q.weight": of(HEADS * HEAD, HIDDEN), f"{b}attn_k.weight": of(HEAD, HIDDEN)}
+        out |= {f"{b}attn_v.weight": of(HEAD, HIDDEN), f"{b}attn_output.weight": of(HIDDEN, HEADS * HEAD)}
+        out[f"{b}ffn_gate_inp.weight"] = 4 * of(experts, HIDDEN)
+        out |= {f"{b}ffn_{name}_exps.weight": of(experts, WIDTH, HIDDEN) for name in ("gate", "up")}
+        out[f"{b}ffn_down_exps.weight"] = of(experts, HIDDEN, WIDTH)
+    return out | {"output_norm.weight": np.ones(HIDDEN, "f4"), "output.weight": of(VOCABULARY, HIDDEN)}
+
+
+def quantized(tensors: Mapping[str, np.ndarray], kind: Kind) -> dict[str, Any]:
+    """The same with every matrix of attention and experts in blocks of `kind`, as the `gguf` package rounds."""
+    wanted = ("_exps.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")
+    return {
+        name: (kind, gguf.quants.quantize(value, kind)) if name.endswith(wanted) else value
+        for name, value in tensors.items()
+    }

@@ -12,6 +12,8 @@ from strategies import some
 
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import packing, rounding
+from shardxform.formats.encoding import Writing
+from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import Grid
 
 torch = pytest.importorskip("torch")
@@ -115,14 +117,19 @@ def test_kernels_give_the_bits_of_the_torch_operations(
 @pytest.mark.parametrize("layout", ["gptq", "row"])
 def test_it_starts_from_plain_rounding_bit_for_bit(bits: Any, search: bool, compiled: bool, layout: Any) -> None:
     grid = Grid(bits=bits, group_size=32, search=search)
+    target = Ints(grid, layout)
     w = weights((2, 32, 96))
     weight = stack(w, grid, compiled)
     for expert in range(2):
         expected, stats = rounding.quantize(raw(w[expert]), "BF16", grid, layout=layout)
         assert stats.ok
-        found = stacked.packed(weight.codes(expert, slice(None)), grid, layout)
-        np.testing.assert_array_equal(found.words, expected.words)
-        np.testing.assert_array_equal(found.scales, expected.scales)
+        rows = stacked.rows_of(weight.codes(expert, slice(None)), grid, "w")
+        found = {
+            role: part
+            for role, _, part in target.written([rows], Writing("w", (32, 96), rounding.quantize_into, lambda: None))
+        }
+        np.testing.assert_array_equal(found["words"], expected.words)
+        np.testing.assert_array_equal(found["scales"], expected.scales)
 
 
 @given(

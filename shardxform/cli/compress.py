@@ -35,6 +35,7 @@ from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned
 from shardxform.compress.request import CompressOptions, Pruning, Request
 from shardxform.errors import PlanError
 from shardxform.experts.choosing import DEFAULT
+from shardxform.formats.scheme import GGUF
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
@@ -113,6 +114,7 @@ class _Asked(options.Flags):
     choice: _ChoiceFlags
     viewed: options.ViewFlags
     stored: options.SchemeFlags
+    file: options.GgufFlags
     rounding: _RoundingFlags
     healing: options.HealFlags
     text: _Text
@@ -219,7 +221,7 @@ def _request(source: Checkpoint, out: Path, asked: _Asked) -> Request:
         source=source,
         out=out,
         scheme=asked.stored.read(tuned=asked.tunes),
-        view=asked.viewed.view(asked.output.max_shard_size),
+        view=asked.viewed.view(asked.output, asked.file.read(gguf=asked.stored.format == GGUF)),
         pruning=_pruning(asked.choice) if asked.prunes else None,
         score_windows=load_text(asked.text, source) if asked.prunes else None,
         tune_windows=tuning.windows if tuning else None,

@@ -63,6 +63,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "target.format": "--to",
     "target.expert_names": "--expert-names",
     "target.g_idx": "--g-idx",
+    "options.gguf.pre_tokenizer": "--pre-tokenizer",
     "recipe": "--method or --heal",
     "heal": "--heal",
     "heal.what": "--heal",

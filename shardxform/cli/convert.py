@@ -12,7 +12,7 @@ from shardxform.cli import options
 from shardxform.cli.inputs import open_named
 from shardxform.cli.outputs import execute
 from shardxform.execution.runner import RunOptions
-from shardxform.formats.scheme import FORMATS, Format
+from shardxform.formats.scheme import FORMATS, GGUF, Format
 from shardxform.formats.stored import HALF_DTYPES, Float
 from shardxform.plan.convert import ConvertOptions, Target, plan_convert
 
@@ -32,9 +32,9 @@ class _Format(click.Choice[str]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target(options.SpellingFlags):
     to: Format | Float = options.option(
-        "Format of OUT; bf16 (bfloat16) and fp16 (float16) dequantize into the release's own layout, for llama.cpp and "
-        "MLX.",
-        type=_Format([*FORMATS, *HALF_DTYPES]),
+        "Format of OUT; gguf is for llama.cpp; bf16 (bfloat16) and fp16 (float16) dequantize into the release's own "
+        "layout, for MLX.",
+        type=_Format([*FORMATS, GGUF, *HALF_DTYPES]),
         required=True,
         first=True,
     )
@@ -47,12 +47,13 @@ def convert_command(
     source: options.Source,
     out: Path,
     target: _Target,
+    file: options.GgufFlags,
     jobs: options.JobFlags,
     hub: options.HubFlags,
     family: options.FamilyFlags,
     output: options.WriteFlags,
 ) -> None:
-    """Write OUT, the quantized SRC in another format or expert spelling, without changing a weight.
+    """Write OUT, the quantized SRC in another format or expert spelling, without changing a weight; or any SRC as GGUF.
 
     Integers and scales are kept, only their arrangement and quantization_config change; tensors that are not quantized
     are copied byte for byte. Experts that SRC names experts.gate_up_proj.{id} become loadable. With --to bf16 or
@@ -62,5 +63,7 @@ def convert_command(
     family.load()
     checkpoint = open_named(source, hub, out.parent)
     wanted = Target(format=target.to, expert_names=target.expert_names, g_idx=target.g_idx)
-    plan = plan_convert(checkpoint, wanted, ConvertOptions(max_shard_bytes=output.max_shard_size))
+    gguf = file.read(gguf=target.to == GGUF)
+    settings = ConvertOptions(max_shard_bytes=output.shard_bytes(gguf=gguf is not None), gguf=gguf)
+    plan = plan_convert(checkpoint, wanted, settings)
     execute(plan, out, output, RunOptions(jobs=jobs.count))

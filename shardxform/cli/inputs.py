@@ -22,6 +22,7 @@ from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, T
 from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.model.families import in_use
 from shardxform.model.layout import layout_of, refuse_longer
+from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
@@ -81,13 +82,13 @@ def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> li
     for source in sources:
         if isinstance(source, RepoName) and source.as_path and asks_hub():
             tell(f"note: no folder {source.repo} here; asking the hub")
-    return [_open_folder(s) if isinstance(s, Path) else open_checkpoint(s, fetched) for s in sources]
+    return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
 
 
 def _open_folder(path: Path) -> Checkpoint:
     """Open a folder; one that is no checkpoint, but is called as a repository could be, hides that repository."""
     try:
-        return Checkpoint.open(path)
+        return single(Checkpoint.open(path))
     except CheckpointError as e:
         if not is_ambiguous(str(path)) or (path / CONFIG).exists() or stopped(path):
             raise

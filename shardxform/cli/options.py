@@ -22,9 +22,9 @@ from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, Inputs, W
 from shardxform.base.tensors import parse_size
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.errors import SchemeError, ShardxformError
-from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.formats.scheme import GGUF, PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
 from shardxform.model.families import in_use
-from shardxform.plan.view import MtpMode, ViewOptions
+from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
 
 if TYPE_CHECKING:
     from shardxform.calibration.options import DataOptions
@@ -38,6 +38,7 @@ __all__ = [
     "DryFlags",
     "FamilyFlags",
     "Flags",
+    "GgufFlags",
     "HealFlags",
     "HealRequest",
     "HubFlags",
@@ -351,9 +352,10 @@ class ViewFlags(Flags, heading="What OUT holds"):
         default="auto",
     )
 
-    def view(self, max_shard_bytes: int) -> ViewOptions:
-        """What the library calls it, with shards of at most this many bytes."""
-        return ViewOptions(text_only=self.text_only, mtp=self.mtp, max_shard_bytes=max_shard_bytes)
+    def view(self, output: WriteFlags, gguf: GgufOptions | None = None) -> ViewOptions:
+        """What the library calls it, with shards as large as the output's options say."""
+        size = output.shard_bytes(gguf=gguf is not None)
+        return ViewOptions(text_only=self.text_only, mtp=self.mtp, max_shard_bytes=size, gguf=gguf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,13 +370,35 @@ class SpellingFlags(Flags, heading="How weights are stored"):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFlags(Flags, heading="How weights are stored"):
+    """What a GGUF file is beside what it holds."""
+
+    pre_tokenizer: str | None = option(
+        "llama.cpp's name of the way in which text is split, where the tokenizer does not tell it; for GGUF.",
+        metavar="NAME",
+    )
+
+    def read(self, *, gguf: bool) -> GgufOptions | None:
+        """What the library calls it; None for other formats.
+
+        Raises:
+            SchemeError: options of GGUF for another format.
+
+        """
+        if not gguf:
+            refuse_idle(self, wanted="GGUF")
+            return None
+        return GgufOptions(pre_tokenizer=self.pre_tokenizer or "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchemeFlags(SpellingFlags):
     """Which weights are rounded, to what, and how clients find them."""
 
     scheme: Literal["W4A16", "W8A16"] = option("Bits of the weights.", default="W4A16", first=True)
     format: Format = option("How clients find the weights.", default="auto-round", first=True)
-    group_size: Literal["128", "64", "32", "-1"] = option(
-        "Input columns that share a scale; -1 for one scale per row.", default="128"
+    group_size: Literal["128", "64", "32", "-1"] | None = option(
+        "Input columns that share a scale; -1 for one scale per row.  [default: 128; for gguf 32, which takes no more]"
     )
     search: bool | None = option(
         "Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: "
@@ -396,7 +420,7 @@ class SchemeFlags(SpellingFlags):
         """The scheme; `tuned` rounding starts from searched scales unless told otherwise."""
         grid = Grid(
             bits=PRESETS[self.scheme],
-            group_size=int(self.group_size),
+            group_size=int(self.group_size or ("32" if self.format == GGUF else "128")),
             scale_grid=self.scale_grid,
             search=tuned if self.search is None else self.search,
         )
@@ -687,4 +711,10 @@ class WriteFlags(DryFlags):
         "Start over in an OUT that shardxform made from other inputs. Never touches files it did not write.",
         default=False,
     )
-    max_shard_size: int = option("Most tensor data in one shard, in decimal units.", default="5GB", type=_SIZE)
+    max_shard_size: int | None = option(
+        "Most tensor data in one shard, in decimal units.  [default: 5GB; of GGUF 48GB]", type=_SIZE
+    )
+
+    def shard_bytes(self, *, gguf: bool) -> int:
+        """Most tensor data in one shard, whether given or not."""
+        return self.max_shard_size or (DEFAULT_GGUF_BYTES if gguf else DEFAULT_SHARD_BYTES)

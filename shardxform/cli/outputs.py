@@ -28,6 +28,7 @@ from shardxform.cli.options import WriteFlags
 from shardxform.cli.tuning import OnRay, RayTasks, open_pool, ray_tasks
 from shardxform.execution.output import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.execution.runner import Report, RunOptions, run
+from shardxform.formats.scheme import GGUF
 from shardxform.plan.plan import Plan
 from shardxform.verification.structure import refuse_unsound
 
@@ -59,7 +60,8 @@ def execute(
         PlanError: what it would write is not sound.
 
     """
-    refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
+    if plan.container != GGUF:  # what that must hold is what its plan was made of
+        refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if output.dry_run:
         tasks = ray_tasks(plan, ray) if ray else None
         if not output.force:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -11,9 +13,17 @@ from shardxform.cli.inputs import load_manifest, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.runner import RunOptions
+from shardxform.formats.scheme import GGUF
 from shardxform.plan.prune import plan_prune
 
 __all__ = ["prune_command"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File(options.GgufFlags):
+    format: Literal["safetensors", "gguf"] = options.option(
+        "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.", default="safetensors", first=True
+    )
 
 
 @options.command("prune")
@@ -24,6 +34,7 @@ def prune_command(
     out: Path,
     pruned: options.PruneFlags,
     viewed: options.ViewFlags,
+    file: _File,
     asked: options.HealRequest,
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
@@ -45,7 +56,8 @@ def prune_command(
     checkpoint = open_named(source, transfer, out.parent)
     kept = load_manifest(pruned, checkpoint)
     tuning = read_tuning(asked, checkpoint)
-    plan = plan_prune(checkpoint, kept, viewed.view(output.max_shard_size), tuning.recipe if tuning else None)
+    view = viewed.view(output, file.read(gguf=file.format == GGUF))
+    plan = plan_prune(checkpoint, kept, view, tuning.recipe if tuning else None)
     if tuning is None:
         execute(plan, out, output, RunOptions(jobs=jobs.count), ray)
         return

@@ -10,6 +10,7 @@ from shardxform.cli.inputs import load_manifest, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned, tunes
 from shardxform.execution.runner import RunOptions
+from shardxform.formats.scheme import GGUF
 from shardxform.plan.quantize import plan_quantize
 
 __all__ = ["quantize_command"]
@@ -24,6 +25,7 @@ def quantize_command(
     pruned: options.PruneFlags,
     viewed: options.ViewFlags,
     stored: options.SchemeFlags,
+    file: options.GgufFlags,
     asked: options.TuneRequest,
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
@@ -34,7 +36,7 @@ def quantize_command(
     """Write OUT, SRC with its weights rounded to 4 or 8 bits; pruned by --manifest, and healed, in the same pass.
 
     Routed experts, shared experts and attention are quantized; routers, norms, embeddings, the output head, vision and
-    MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang.
+    MTP layers stay as they are. OUT loads in transformers, vLLM and SGLang; with --format gguf in llama.cpp.
     """
     family.load()
     rounding, device = asked.rounding, asked.computation.device
@@ -42,7 +44,8 @@ def quantize_command(
     ray = on_ray(cluster, device, jobs=jobs.jobs, healing=asked.healing, rounding=rounding)
     checkpoint = open_named(source, transfer, out.parent)
     tuning = read_tuning(asked, checkpoint, here=ray is None)
-    kept, view = load_manifest(pruned, checkpoint), viewed.view(output.max_shard_size)
+    kept = load_manifest(pruned, checkpoint)
+    view = viewed.view(output, file.read(gguf=stored.format == GGUF))
     plan = plan_quantize(checkpoint, stored.read(tuned=tunes(rounding)), kept, view, tuning.recipe if tuning else None)
     settings = RunOptions(jobs=jobs.count)
     if tuning is None:

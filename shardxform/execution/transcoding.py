@@ -83,7 +83,7 @@ def transcode_step(
         stopped()
         writing = Writing(_where(item), item.shape, rounder, stopped)
         extents = dict(item.parts)
-        rows = map(opener.open, item.sources)
+        rows = (source.open(opener) for source in item.sources)
         for role, offset, data in item.target.written(rows, writing):
             write_part(data, extents[role], files[1], fs, taken, offset)
             on_bytes(data.nbytes)
@@ -113,7 +113,7 @@ def reading(source: SourceReader) -> Read:
 
 
 def _where(item: TranscodeItem) -> str:
-    tensor = item.sources[0].parts[0][1].name
+    tensor = item.sources[0].storage.parts[0][1].name
     return f"tensor '{tensor}'" if tensor == f"{item.module}.weight" else f"tensor '{tensor}' (module {item.module})"
 
 

@@ -17,10 +17,11 @@ from typing import Any, Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
-from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.encoding import Encoded, Gridded, Storage
+from shardxform.formats.ggml import Ggml, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
-from shardxform.formats.scheme import Format, Grid, Scheme
+from shardxform.formats.scheme import GGUF, ROW_FORMATS, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import Layout, is_tied
 
@@ -30,9 +31,11 @@ __all__ = [
     "build",
     "gathered_tensors",
     "kept_tensors",
+    "method_of",
     "refuse_unread",
     "resolve",
     "select",
+    "target_of",
 ]
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -77,7 +80,7 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     modules = list(matrices_of(layout, tensors, scheme.expert_names))
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
-    misfit = functools.cache(Ints.of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
+    misfit = functools.cache(target_of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
     misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
@@ -94,6 +97,11 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
 
 
+def target_of(scheme: Scheme) -> Gridded:
+    """How weights of a scheme are stored."""
+    return Ggml(integer_type(scheme.grid), scheme.grid) if scheme.format == GGUF else Ints.of(scheme)
+
+
 def refuse_unread(layout: Layout, scheme: Scheme) -> None:
     """Refuse a format in which no client finds the experts of a family.
 
@@ -102,6 +110,8 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
 
     """
     family = layout.family
+    if scheme.format in (GGUF, "mlx"):  # what those run they are asked themselves
+        return
     if not family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
@@ -135,6 +145,8 @@ def _is_kept(local: str, patterns: tuple[str, ...]) -> bool:
 def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
+    if scheme.format == GGUF and role in ("embeddings", "lm head", "mtp"):
+        return
     if role in ("router", "indexer", "embeddings", "vision", "mtp"):
         raise SchemeError(f"`quantize` selects {module.name}, but no client runs {role} weights as integers")
     if role == "lm head" and is_tied(layout):
@@ -191,6 +203,7 @@ _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
+_AFFINE: Final = "affine"  # of mlx's modes, the one of integers with scales
 _LM_HEAD: Final = "lm_head"
 _HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
 
@@ -211,7 +224,7 @@ class Resolved:
     format: Format
     bits: int
     group_size: int
-    kept: tuple[re.Pattern[str], ...]
+    kept: tuple[re.Pattern[str], ...] = ()
     also: frozenset[str] = frozenset()
     blocks: tuple[str, ...] = _BLOCKS
 
@@ -240,6 +253,8 @@ def build(selection: Selection, scheme: Scheme, layout: Layout, iters: int = 0) 
         config = _auto_round(scheme, patterns, outside, layout)
     elif scheme.format == "gptq":
         config = _gptq(scheme, patterns, outside)
+    elif scheme.format == "mlx":
+        return {"group_size": scheme.grid.group_size, "bits": scheme.grid.bits, "mode": _AFFINE}
     else:
         config = _compressed_tensors(scheme, patterns)
     if "iters" in config:
@@ -249,7 +264,7 @@ def build(selection: Selection, scheme: Scheme, layout: Layout, iters: int = 0) 
 
 
 def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
-    """Read a `quantization_config` of one of the three formats.
+    """Read a `quantization_config` of one of the formats that `quantize` writes.
 
     Args:
         config: what is read.
@@ -263,14 +278,21 @@ def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
         "auto-round": lambda declared: _resolve_auto_round(declared, holders),
         "gptq": _resolve_gptq,
         "compressed-tensors": _resolve_compressed_tensors,
+        "mlx": _resolve_mlx,
     }
-    method = config.get("quant_method")
+    method = method_of(config)
     if not isinstance(method, str) or method not in readers:
         raise SchemeError(f"quantization_config: quant_method {method!r} is none of {', '.join(readers)}")
     try:
         return readers[method](config)
     except (AttributeError, TypeError, ValueError) as e:  # a list where an object belongs, and the like
         raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
+
+
+def method_of(config: Mapping[str, Any]) -> object:
+    """What a `quantization_config` calls its method: `quant_method`, or `mlx` of one that has a mode in its place."""
+    method = config.get("quant_method")
+    return "mlx" if method is None and "mode" in config else method
 
 
 def _vision_patterns(layout: Layout) -> Iterator[str]:
@@ -440,6 +462,18 @@ def _resolve_compressed_tensors(config: Mapping[str, Any]) -> Resolved:
     return Resolved("compressed-tensors", bits, -1 if size is None else int(size), _compile(kept))
 
 
+def _resolve_mlx(config: Mapping[str, Any]) -> Resolved:
+    """Read what holds for all modules that are stored with scales; mlx-lm takes those for quantized, and no others."""
+    if config.get("mode") != _AFFINE:
+        raise SchemeError(f"quantization: mode {config.get('mode')!r}, expected {_AFFINE!r}")
+    bits, group_size = _bits(config.get("bits")), _field(config, "group_size", int)
+    for path, own in config.items():
+        said = {"bits": bits, "group_size": group_size, "mode": _AFFINE}
+        if isinstance(own, Mapping) and {**said, **own} != said:
+            raise SchemeError(f"quantization: {path}: {dict(own)}, expected {said}, one scheme for all weights")
+    return Resolved("mlx", bits, group_size)
+
+
 def _integers(config: Mapping[str, Any]) -> tuple[int, int]:
     if _field(config, "sym", bool) is not True:
         raise SchemeError("quantization_config: sym false, expected symmetric weights")
@@ -512,7 +546,7 @@ def gathered_tensors(
 
 def _unfused(selection: Selection, scheme: Scheme) -> Iterator[Matrix]:
     """Experts that stay 16-bit, and are written one by one all the same."""
-    if scheme.expert_names == "split" and scheme.format != "compressed-tensors":
+    if scheme.expert_names == "split" and scheme.format not in ROW_FORMATS:
         for module in selection.kept_modules:
             if module.place.template.variant == "fused" and module.place.scope == "block":
                 yield module

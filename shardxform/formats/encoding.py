@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from shardxform.formats.scheme import Grid
+
 __all__ = [
     "Cut",
     "DecodedRows",
     "Encoded",
     "Encoding",
     "Fault",
+    "Gridded",
     "Opener",
     "PartSpec",
     "Read",
     "Role",
     "Rows",
+    "Source",
     "SourceDtype",
     "Storage",
     "Turned",
@@ -39,7 +43,7 @@ __all__ = [
     "refuse_scales",
 ]
 
-Role = Literal["values", "words", "zeros", "scales", "shape", "g_idx", "whole"]
+Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
 """What a stored tensor holds of a matrix."""
 
 SourceDtype = Literal["BF16", "F16", "F32"]
@@ -192,8 +196,17 @@ class Writable(Encoding, Protocol):
         """
         ...
 
-    def gathered(self, extent_bytes: int) -> int:
-        """Bytes of the parts that are in memory before they are written."""
+    def gathered(self, extent_bytes: int, sources: int) -> int:
+        """Bytes of the parts of so many sources that are in memory before they are written."""
+        ...
+
+
+class Gridded(Writable, Protocol):
+    """An encoding of integers on a grid: what it rounds values to, and what a tuner gives it, are codes and scales."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Bits and groups; None where values are rounded in another way."""
         ...
 
 
@@ -229,6 +242,56 @@ class Storage:
     def held(self) -> int:
         """Bytes in memory while it is open."""
         return self.encoding.held(dict(self.parts), self.cut)
+
+    @property
+    def reads(self) -> Iterator[ByteRange]:
+        """The bytes of all parts."""
+        return (piece for _, ref in self.parts for piece in ref.ranges)
+
+    @property
+    def storage(self) -> Storage:
+        """Itself."""
+        return self
+
+    def open(self, opener: Opener) -> Rows:
+        """Its rows; raises like `Opener.open`."""
+        return opener.open(self)
+
+    def of(self, rows: Rows) -> Rows:
+        """Take rows that are to be written in place of what is stored: as they are."""
+        return rows
+
+
+class Source(Protocol):
+    """What is written of a matrix: one that is stored, or something that is made of its rows."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where the matrix lies."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I] of what it gives."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory while it is open."""
+        ...
+
+    @property
+    def reads(self) -> Iterable[ByteRange]:
+        """The bytes that it is made of."""
+        ...
+
+    def open(self, opener: Opener) -> Rows:
+        """Its rows; raises like `Opener.open`."""
+        ...
+
+    def of(self, rows: Rows) -> Rows:
+        """Make it of other rows than the stored ones, such as tuned ones."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import RtnStats
 
-__all__ = ["EXACT", "FLOATS", "Ggml", "GgmlRows", "encoding_of"]
+__all__ = ["EXACT", "FLOATS", "Ggml", "GgmlRows", "encoding_of", "integer_type"]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -50,6 +50,11 @@ EXACT: Final[Mapping[str, tuple[int, ...]]] = {"Q4_0": (4,), "Q8_0": (4, 8)}
 """Types that hold symmetric integers exactly, and of how many bits."""
 
 _WRITTEN: Final = ("Q4_0", "Q8_0")
+
+
+def integer_type(grid: Grid) -> str:
+    """The smallest type that holds integers of a grid."""
+    return next(name for name, bits in EXACT.items() if grid.bits in bits)
 
 
 def encoding_of(type_name: str, grid: Grid | None = None) -> Writable:
@@ -117,7 +122,7 @@ class Ggml:
         rows, columns = parts["values"].spec.shape[-2:]
         return 0 if cut is None or cut.is_run else 4 * rows * columns
 
-    def gathered(self, _extent_bytes: int) -> int:
+    def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
         return 0
 

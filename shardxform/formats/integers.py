@@ -1,7 +1,8 @@
 """Integers of 4 or 8 bits with a float16 or bfloat16 scale for each group of columns, in the forms that clients load.
 
 Two orders of the words: as GPTQ has them, with zero points that are always the same, and by rows, as compressed-tensors
-packs them. Which tensors come out follows from the shape; `formats.rounding` computes their values, or a tuner does.
+packs them, and MLX, which has the value of code 0 beside each scale. Which tensors come out follows from the shape;
+`formats.rounding` computes their values, or a tuner does.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, row_tiles
-from shardxform.formats.scheme import Grid, Layout, Scheme
+from shardxform.formats.scheme import ROW_FORMATS, Grid, Layout, Scheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +41,7 @@ class Ints:
         layout: the order of the words: `gptq`, or `row`.
         scale_dtype: F16, or BF16.
         g_idx: whether the order of the columns, which is their own, is stored too.
+        biases: whether the value of code 0 is, for every scale: as MLX has it, with names of its own for all parts.
 
     """
 
@@ -47,6 +49,7 @@ class Ints:
     layout: Layout = "gptq"
     scale_dtype: str = "F16"
     g_idx: bool = False
+    biases: bool = field(default=False, repr=False)  # the names of the parts tell it in every plan
 
     def __str__(self) -> str:
         groups = "a scale a row" if self.grid.group_size == -1 else f"groups of {self.grid.group_size}"
@@ -55,9 +58,9 @@ class Ints:
     @classmethod
     def of(cls, scheme: Scheme) -> Ints:
         """How weights of a scheme are stored; scales are BF16 where the format allows it and nothing is lost."""
-        layout: Layout = "row" if scheme.format == "compressed-tensors" else "gptq"
+        layout: Layout = "row" if scheme.format in ROW_FORMATS else "gptq"
         bf16 = layout == "row" and scheme.grid.scale_grid == "bf16"
-        return cls(scheme.grid, layout, "BF16" if bf16 else "F16", scheme.g_idx)
+        return cls(scheme.grid, layout, "BF16" if bf16 else "F16", scheme.g_idx, scheme.format == "mlx")
 
     @property
     def fits_half(self) -> bool:
@@ -81,9 +84,9 @@ class Ints:
         """Everything twice: as it is read, and turned."""
         return 2 * sum(ref.nbytes for ref in parts.values())
 
-    def gathered(self, extent_bytes: int) -> int:
-        """All parts: words run across rows."""
-        return extent_bytes
+    def gathered(self, extent_bytes: int, sources: int) -> int:
+        """All parts, since words run across rows; or those of one of the matrices that MLX stacks."""
+        return -(-extent_bytes // sources) if self.biases else extent_bytes
 
     def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> IntRows:
         """Read a matrix; zero points, columns in another order and scales that are not finite are refused.
@@ -101,6 +104,9 @@ class Ints:
             read(parts[role], array)
             if checked:
                 packing.refuse_odd(role, parts[role], array, shape, self.grid)
+        if "biases" in arrays:
+            biases, scales = (arrays[role].view(np.uint16) for role in ("biases", "scales"))
+            packing.refuse_asymmetric(parts["biases"], biases, scales, self.grid.bits)
         name = parts["words"].name.rpartition(".")[0]
         return packing.IntRows(
             arrays["words"].view(np.int32),
@@ -123,14 +129,20 @@ class Ints:
         from shardxform.formats import packing
         from shardxform.formats.rounding import QuantizedWeight
 
-        out = QuantizedWeight.empty(self.layout, self.grid, writing.shape)
-        opened = list(sources)
-        if integers := [rows for rows in opened if isinstance(rows, packing.IntRows)]:
-            packing.move(integers, (out.words, out.scales), self.layout, self.scale_dtype)
-        else:
-            self._round(opened, out, writing)
-        for role, array in self.stored(out, writing.shape, as_read=bool(integers)):
-            yield role, 0, array
+        offsets: dict[Role, int] = {}
+        columns, row = writing.shape[1], 0
+        for opened in ([rows] for rows in sources) if self.biases else [list(sources)]:
+            writing.stopped()
+            shape = sum(rows.count for rows in opened), columns
+            out = QuantizedWeight.empty(self.layout, self.grid, shape)
+            if integers := [rows for rows in opened if isinstance(rows, packing.IntRows)]:
+                packing.move(integers, (out.words, out.scales), self.layout, self.scale_dtype)
+            else:
+                self._round(opened, out, writing, row)
+            for role, array in self.stored(out, shape, as_read=bool(integers)):
+                yield role, offsets.get(role, 0), array
+                offsets[role] = offsets.get(role, 0) + array.nbytes
+            row += shape[0]
 
     def faults(
         self, role: Role, dtype: str, shape: tuple[int, int], data: NDArray[np.uint8], start: int
@@ -173,6 +185,17 @@ class Ints:
                 what = "scales are off the bf16 grid that the record promises"
                 yield from _fault("scale-grid", what, lost, start // 2, values)
 
+    def asymmetric(
+        self, dtype: str, biases: NDArray[np.uint8], scales: NDArray[np.uint8], start: int
+    ) -> Iterator[Fault]:
+        """Judge a run of MLX's biases, from byte `start` on, by that of the scales."""
+        from shardxform.formats import packing
+
+        found, wanted = biases.view("<u2"), packing.zero_values(scales.view("<u2"), dtype, self.grid.bits)
+        values = (packing.float32_of(bits, dtype) for bits in (found, wanted))
+        what = f"biases are not {-self.grid.zero_code} times the scale, as those of a symmetric weight are"
+        yield from _fault("biases", what, found != wanted, start // 2, *values)
+
     def off_centre(self, codes: int, count: int, columns: int) -> str:
         """Say that codes of 4 bits, `count` of them with the sum `codes`, are off by one; empty where they are not.
 
@@ -195,13 +218,13 @@ class Ints:
             " one"
         )
 
-    def _round(self, sources: Iterable[Rows], out: QuantizedWeight, writing: Writing) -> None:
-        """Round rows, tile by tile."""
+    def _round(self, sources: Iterable[Rows], out: QuantizedWeight, writing: Writing, first: int) -> None:
+        """Round rows, tile by tile, the matrix's from `first` on."""
         row = 0
         for rows in sources:
             for start, stop in row_tiles(rows.count, writing.shape[1], ROUND_TILE):
                 stats: RtnStats = writing.rounder(*rows.raw(start, stop), self.grid, out.rows(row, row + stop - start))
-                refuse_bad(stats, writing.where, row)
+                refuse_bad(stats, writing.where, first + row)
                 writing.groups += stats.groups
                 writing.zero_groups += stats.zero_groups
                 row += stop - start
@@ -216,9 +239,11 @@ class Ints:
         for part in self.parts(rows, columns):
             if part.role == "words":
                 yield part.role, out.words
-            elif part.role == "scales":
+            elif part.role in ("scales", "biases"):
                 narrow = self.scale_dtype == "BF16" and not as_read
-                yield part.role, packing.bf16_bits_of(packing.float32_of(out.scales, "F16")) if narrow else out.scales
+                scales = packing.bf16_bits_of(packing.float32_of(out.scales, "F16")) if narrow else out.scales
+                is_scale = part.role == "scales"
+                yield part.role, scales if is_scale else packing.zero_values(scales, part.dtype, self.grid.bits)
             elif part.role == "zeros":
                 yield part.role, packing.qzeros(self.grid.groups(columns), rows, self.grid.bits)
             else:
@@ -229,6 +254,12 @@ class Ints:
 def _parts(ints: Ints, rows: int, columns: int) -> tuple[PartSpec, ...]:
     words = ints.grid.word_shape(ints.layout, rows, columns)
     scales = ints.grid.scale_shape(ints.layout, rows, columns)
+    if ints.biases:
+        return (
+            PartSpec("words", "weight", "U32", words),
+            PartSpec("scales", "scales", ints.scale_dtype, scales),
+            PartSpec("biases", "biases", ints.scale_dtype, scales),
+        )
     if ints.layout == "row":
         return (
             PartSpec("words", "weight_packed", "I32", words),

@@ -39,14 +39,22 @@ __all__ = [
     "not_held",
     "pack",
     "qzeros",
+    "refuse_asymmetric",
     "refuse_odd",
     "transpose_into",
     "unpack",
+    "zero_values",
 ]
 
 TRANSPOSE_BLOCK = 128
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-_NUMPY: Final[dict[str, Any]] = {"F16": np.uint16, "BF16": np.uint16, "I32": np.int32, "I64": np.int64}
+_NUMPY: Final[dict[str, Any]] = {
+    "F16": np.uint16,
+    "BF16": np.uint16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "I64": np.int64,
+}
 _LARGEST_SCALE: Final = np.float32(2.0**119)  # times 128, the largest code, still a BF16
 
 
@@ -183,6 +191,28 @@ def refuse_odd(role: Role, ref: TensorRef, found: NDArray[np.generic], shape: tu
         values = float32_of(found, ref.spec.dtype)
         if bad := first_of(~(np.abs(values) < _LARGEST_SCALE)):
             raise ExecutionError(f"tensor '{ref.name}': scale {values[bad]} at {list(bad)}; expected finite scales")
+
+
+def zero_values(scales: NDArray[np.uint16], dtype: str, bits: int) -> NDArray[np.uint16]:
+    """What the code 0 stands for: MLX's `biases`, which are a power of two times the scales, and as exact, as bits."""
+    values = float32_of(scales, dtype) * np.float32(-(1 << (bits - 1)))
+    return bf16_bits_of(values) if dtype == "BF16" else half_bits_of(values)
+
+
+def refuse_asymmetric(ref: TensorRef, biases: NDArray[np.uint16], scales: NDArray[np.uint16], bits: int) -> None:
+    """Hold MLX's biases against what a symmetric weight has.
+
+    Raises:
+        ExecutionError: names the first that is another.
+
+    """
+    wanted = zero_values(scales, ref.spec.dtype, bits)
+    if bad := first_of(wanted != biases):
+        found, expected = (float32_of(each, ref.spec.dtype)[bad] for each in (biases, wanted))
+        raise ExecutionError(
+            f"tensor '{ref.name}': {found} at {list(bad)}, expected {expected}, {-(1 << (bits - 1))} times the scale:"
+            " an asymmetric weight, which is not supported"
+        )
 
 
 def first_of(wrong: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class Plain:
         """The whole tensor, where the rows of a matrix are no run of it."""
         return parts["values"].nbytes if cut and not cut.is_run else 0
 
-    def gathered(self, _extent_bytes: int) -> int:
+    def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
         return 0
 

@@ -13,8 +13,10 @@ from shardxform.errors import SchemeError
 __all__ = [
     "COLUMN_MULTIPLE",
     "FORMATS",
+    "GGUF",
     "GROUP_SIZES",
     "PRESETS",
+    "ROW_FORMATS",
     "Bits",
     "ExpertNames",
     "Format",
@@ -100,9 +102,15 @@ class Grid:
 # -- scheme ------------------------------------------------------------------------------------------------------------
 
 ExpertNames = Literal["split", "fused-indexed"]
-Format = Literal["auto-round", "gptq", "compressed-tensors"]
+Format = Literal["auto-round", "gptq", "compressed-tensors", "mlx", "gguf"]
 
-FORMATS: Final[tuple[Format, ...]] = ("auto-round", "gptq", "compressed-tensors")
+FORMATS: Final[tuple[Format, ...]] = ("auto-round", "gptq", "compressed-tensors", "mlx")
+"""Those that a config declares, beside shards of safetensors."""
+
+ROW_FORMATS: Final[tuple[Format, ...]] = ("compressed-tensors", "mlx")
+"""Of those, the ones whose words lie row by row."""
+
+GGUF: Final = "gguf"
 PRESETS: Final[dict[str, Bits]] = {"W4A16": 4, "W8A16": 8}
 
 
@@ -129,11 +137,13 @@ class Scheme:
     quantize: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise SchemeError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
-        if self.g_idx and self.format == "compressed-tensors":
+        if self.format not in (*FORMATS, GGUF):
+            raise SchemeError(f"format: expected one of {', '.join((*FORMATS, GGUF))}, found {self.format!r}")
+        if self.format == "mlx":
+            _refuse_beyond_mlx(self.grid)
+        if self.g_idx and self.format in (*ROW_FORMATS, GGUF):
             raise SchemeError("`g_idx`: expected `format` gptq or auto-round, which have such a tensor")
-        if self.expert_names == "fused-indexed" and self.format == "compressed-tensors":
+        if self.expert_names == "fused-indexed" and self.format in (*ROW_FORMATS, GGUF):
             raise SchemeError("`expert_names`: fused-indexed exists in auto-round and gptq checkpoints only")
 
     @classmethod
@@ -156,3 +166,13 @@ class Scheme:
             raise SchemeError(f"scheme: expected one of {', '.join(PRESETS)}, found {name!r}")
         grid = Grid(bits=PRESETS[name], group_size=group_size, scale_grid=scale_grid, search=search)
         return cls(grid=grid, format=format)
+
+
+def _refuse_beyond_mlx(grid: Grid) -> None:
+    if grid.scale_grid != "bf16":
+        raise SchemeError(
+            "`format` mlx needs `scale_grid` bf16: its scales are of the model's own 16-bit type, and beside float16"
+            " ones mlx multiplies bfloat16 activations in float32"
+        )
+    if grid.group_size == -1:
+        raise SchemeError("`format` mlx needs `group_size` 128, 64 or 32, the groups that mlx has kernels for")

@@ -17,15 +17,12 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.dialects import (
-    Resolved,
-    resolve,
-)
+from shardxform.formats.dialects import Resolved, method_of, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import storages_of
-from shardxform.formats.scheme import Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.formats.scheme import ROW_FORMATS, Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import LINEAR_ROLES
@@ -44,6 +41,7 @@ __all__ = [
 
 _GPTQ: Final = ("qweight", "qzeros", "scales")
 _ROW: Final = ("weight_packed", "weight_scale", "weight_shape")
+_AFFINE: Final = ("weight", "scales", "biases")
 _MEANINGS: Final = {
     "weight_zero_point": "an asymmetric weight, which is not supported",
     "weight_g_idx": "a weight with its columns in another order, which is not supported",
@@ -101,8 +99,10 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
         FamilyError: see `layout.layout_of`.
 
     """
-    groups, plain = _grouped(source.tensors)
-    if source.config.get("quantization_config") and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+    declared = source.config.get("quantization_config")
+    mlx = isinstance(declared, Mapping) and method_of(declared) == "mlx"
+    groups, plain = _grouped(source.tensors, mlx=mlx)
+    if declared and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
         raise SchemeError(
             f"{source.where}/{CONFIG}: quantization_config, but no tensor is quantized: remove it from config.json,"
             " and the checkpoint is the 16-bit one that the shards hold"
@@ -127,7 +127,7 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     errors.extend(_mixed(groups, layout, weights, plain))
     spellings = frozenset(spelling for stem in groups if (spelling := _spelling(stem)[0]))
     g_idx = all(has_g_idx(module) for module in modules.values())
-    scheme = Scheme(grid=grid, format=resolved.format, g_idx=g_idx and resolved.format != "compressed-tensors")
+    scheme = Scheme(grid=grid, format=resolved.format, g_idx=g_idx and resolved.format not in ROW_FORMATS)
     said = tuple(_contradictions(resolved, layout, weights, plain))
     return Stored(scheme, spellings, modules, plain, weights, layout, said), errors
 
@@ -170,6 +170,8 @@ def _refuse_beyond(declared: Mapping[str, Any], resolved: Resolved) -> None:
         strategy = group["weights"].get("strategy")
         if strategy not in ("group", "channel") or (strategy == "channel") != (resolved.group_size == -1):
             raise SchemeError(f"quantization_config: strategy {strategy!r} with groups of {resolved.group_size}")
+    elif resolved.format == "mlx":
+        found = {}
     elif resolved.format == "gptq":
         found = {key: name for key in ("checkpoint_format", "format") if (name := declared.get(key)) != "gptq"}
         found["pack_dtype"] = name if (name := declared.get("pack_dtype")) != "int32" else None
@@ -198,8 +200,9 @@ def _overrides(item: Mapping[str, Any], declared: Mapping[str, Any]) -> Iterator
 
 def _scale_grid(source: Checkpoint, resolved: Resolved, groups: Mapping[str, Mapping[str, TensorRef]]) -> ScaleGrid:
     """bf16 when the scales are stored in it, or when our own record says that they were chosen to be exact in it."""
-    if resolved.format == "compressed-tensors":
-        scales = [parts["weight_scale"].spec.dtype for parts in groups.values() if "weight_scale" in parts]
+    if resolved.format in ROW_FORMATS:
+        last = "scales" if resolved.format == "mlx" else "weight_scale"
+        scales = [parts[last].spec.dtype for parts in groups.values() if last in parts]
         if scales and set(scales) == {"BF16"}:
             return "bf16"
     try:
@@ -225,16 +228,18 @@ class _Rules:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return _ROW if self.format == "compressed-tensors" else _GPTQ
+        return {"compressed-tensors": _ROW, "mlx": _AFFINE}.get(self.format, _GPTQ)
 
 
-def _grouped(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+def _grouped(
+    tensors: Mapping[str, TensorRef], *, mlx: bool
+) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
     """Split a table into the parts of quantized modules, by module and last name part, and the rest."""
     groups: dict[str, dict[str, TensorRef]] = {}
     plain: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         stem, _, last = name.rpartition(".")
-        if last in TELLING:
+        if last in TELLING or (mlx and last == "weight" and ref.spec.dtype == "U32"):
             groups.setdefault(stem, {})[last] = ref
         else:
             plain[name] = ref
@@ -248,7 +253,7 @@ def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Map
         CheckpointError: a part is missing, is not one of this format, or has another dtype or shape.
 
     """
-    optional = () if rules.format == "compressed-tensors" else ("g_idx",)
+    optional = () if rules.format in ROW_FORMATS else ("g_idx",)
     beside = [last for last in parts if last not in (*rules.kinds, *optional)]
     beside += ["weight"] if f"{stem}.weight" in plain else []
     if beside:
@@ -296,7 +301,7 @@ def _shape(stem: str, words: TensorSpec, rules: _Rules) -> tuple[int, int]:
         return sum(shape[0] for shape in known), known[0][1]
     if len(words.shape) != 2:
         raise CheckpointError(f"tensor '{words.name}': shape {list(words.shape)}, expected two dimensions")
-    rows, columns = words.shape if rules.format == "compressed-tensors" else words.shape[::-1]
+    rows, columns = words.shape if rules.format in ROW_FORMATS else words.shape[::-1]
     return rows, columns * rules.grid.codes_per_word
 
 
@@ -359,6 +364,8 @@ def _contradictions(
     resolved: Resolved, layout: Layout, weights: Mapping[str, Encoded], plain: Mapping[str, TensorRef]
 ) -> Iterator[str]:
     seen: set[object] = set()
+    if resolved.format == "mlx":
+        return  # the scales tell
     for module in matrices_of(layout, {**weights, **plain}):
         ref = weights.get(module.sources[0])
         key = (module.place.scope, module.place.layer, module.local, ref is None)

@@ -47,6 +47,7 @@ _MOST_FOUND: Final = 1_000_000  # places that are kept for the next time
 Rows = Literal["rows", "blocks", "none", "inside"]
 
 COMPANIONS: Final[Mapping[str, Rows]] = {
+    "biases": "inside",
     "g_idx": "none",
     "input_global_scale": "none",
     "input_scale": "none",
@@ -310,9 +311,11 @@ def variants_found(layout: Layout) -> dict[tuple[Scope, int], str]:
 
 
 def is_shape(spec: TensorSpec, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor has the shape that its family gives it, or that of a weight with two codes of 4 bits a byte."""
+    """Whether a tensor has the shape that its family gives it, or that of a weight with several codes in a number."""
     if shape is None or spec.shape == shape:
         return True
+    if spec.dtype == "U32" and shape:  # words of MLX
+        return any(spec.shape == (*shape[:-1], shape[-1] * bits // 32) for bits in (4, 8))
     return spec.dtype in ("I8", "U8") and bool(shape) and spec.shape == (*shape[:-1], shape[-1] // 2)
 
 

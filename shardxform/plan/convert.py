@@ -7,10 +7,9 @@ what the old one said. Pure but for sidecars; no tensor data is read and no arra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
@@ -23,12 +22,23 @@ from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import ExpertNames, Format, Scheme
+from shardxform.formats.scheme import GGUF, ROW_FORMATS, ExpertNames, Format, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
 from shardxform.model.families import family_origin
+from shardxform.plan.gguf import plan_stored
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
-from shardxform.plan.view import DEFAULT_SHARD_BYTES, View, config_bytes, pruned_view, sidecar_digests, view_summary
+from shardxform.plan.view import (
+    DEFAULT_SHARD_BYTES,
+    GgufOptions,
+    View,
+    ViewOptions,
+    config_bytes,
+    pruned_view,
+    sidecar_digests,
+    view_summary,
+)
+from shardxform.runtimes import mlx
 
 __all__ = [
     "ConvertOptions",
@@ -46,7 +56,8 @@ class Target:
     """What to write.
 
     Attributes:
-        format: a quantized format, or `bf16` or `fp16` for dequantized weights in the release's layout.
+        format: a quantized format, or `bf16` or `fp16` for dequantized weights in the release's layout; or `gguf`, of
+            16-bit weights too.
         expert_names: see `Scheme`; has no meaning for dequantized weights.
         g_idx: see `Scheme`.
 
@@ -57,20 +68,29 @@ class Target:
     g_idx: bool = False
 
     def __post_init__(self) -> None:
+        if self.format == GGUF and (self.g_idx or self.expert_names != "split"):
+            raise SchemeError("gguf has no g_idx, and one spelling of experts: llama.cpp's")
         if self.format in HALF_DTYPES and (self.g_idx or self.expert_names != "split"):
             raise SchemeError(f"{self.format} has no g_idx and one spelling of experts: the release's")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What decides an output's bytes beside source and target: most bytes of tensor data in one shard."""
+    """What decides an output's bytes beside source and target.
+
+    Attributes:
+        max_shard_bytes: most bytes of tensor data in one shard.
+        gguf: how a GGUF file is written, where the target is one.
+
+    """
 
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    gguf: GgufOptions | None = None
 
 
 @uncollected()
 def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | None = None) -> Plan:
-    """Plan a conversion of a quantized checkpoint.
+    """Plan a conversion of a quantized checkpoint; to GGUF, of any.
 
     Raises:
         SchemeError: the source is not quantized, or in a way that is not supported; there is nothing to convert; the
@@ -79,7 +99,9 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         FamilyError, PlanError: see `view.pruned_view`.
 
     """
-    options = options or ConvertOptions()
+    options, source = options or ConvertOptions(), mlx.single(source)
+    if target.format == GGUF:
+        return _plan_gguf(source, target, options)
     if floats := decoded(source):
         return _plan_decoded(source, floats, target, options)
     stored = read_stored(source)
@@ -87,12 +109,17 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     _refuse_nothing(stored, target)
     _refuse_restacking(stored, target)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    view = pruned_view(replace(source, tensors={**stored.weights, **stored.plain}, config=config), None)
+    unread = replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+    view = pruned_view(unread, None, mtp="drop" if target.format == "mlx" else "auto")
     _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
     weights = _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
-    if scheme is not None:
+    if target.format == "mlx":
+        mlx.refuse_unrun(view.layout)
+        quantization = build(selection, cast(Scheme, scheme), view.layout)
+        config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+    elif scheme is not None:
         quantization = build(selection, scheme, view.layout)
         config = {**source.config, "quantization_config": quantization}
     elif target.format == "fp16":
@@ -118,6 +145,14 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     )
     plan.check()
     return plan
+
+
+def _plan_gguf(source: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
+    """Plan a GGUF file of all that a checkpoint holds."""
+    origin = _origin(source)
+    beside = {"target": asdict(target), **({"origin": origin} if origin else {})}
+    asked = ViewOptions(max_shard_bytes=options.max_shard_bytes, gguf=options.gguf or GgufOptions())
+    return plan_stored("convert", source, None, asked, beside=beside)
 
 
 def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
@@ -182,7 +217,7 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     for module in stored.modules.values():
         rows, columns = module.shape
         why = Ints.of(scheme).misfit(rows, columns)
-        if rows % 32 or columns % 32 or (target.format == "compressed-tensors" and why):
+        if rows % 32 or columns % 32 or (target.format in ROW_FORMATS and why):
             raise SchemeError(
                 f"module {module.name}: {why}, which {target.format} cannot hold; try `target.format` bf16"
             )
@@ -240,17 +275,18 @@ def _specs(plain: Mapping[str, TensorRef], weights: Iterable[Encoded], scheme: S
         if scheme is None:
             yield weight.spec
         else:
-            yield from (part.spec(weight.name) for part in Ints.of(scheme).parts(*_shape(weight)))
-
-
-def _shape(weight: Encoded) -> tuple[int, int]:
-    *stacked, columns = weight.spec.shape
-    return math.prod(stacked), columns
+            *stacked, rows, columns = weight.spec.shape
+            for part in Ints.of(scheme).parts(rows, columns):
+                spec = part.spec(weight.name)
+                yield spec.of_shape((*stacked, *spec.shape))
 
 
 def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[Encoded]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
     dtype = HALF_DTYPES.get(target.format)
+    if target.format == "mlx":
+        stacks = mlx.stacks_of(view.layout, selection.quantized)
+        return [_encoded(mlx.stacked(stack).renamed(stack.name)) for stack in stacks]
     if dtype is None:
         return [_encoded(module.weight.renamed(module.name)) for module in selection.quantized]
     weights = [_encoded(ref) for ref in released(stored.weights, view.layout)]
@@ -264,6 +300,8 @@ def _encoded(ref: TensorRef) -> Encoded:
 
 def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | None) -> Mapping[str, TensorRef]:
     """What is copied: experts that are 16-bit in the source in the layout that the target's loaders want."""
+    if scheme is not None and scheme.format == "mlx":
+        return mlx.kept_of(view.layout, view.checkpoint.tensors, selection)
     if scheme is None or scheme.format == "compressed-tensors":
         return {ref.name: ref for ref in released(stored.plain, view.layout)}
     return kept_tensors(view.layout, stored.plain, selection, scheme)

@@ -14,13 +14,14 @@ from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
 from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import select
+from shardxform.formats.dialects import method_of, select
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import GROUP_SIZES, Format, Scheme
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
+from shardxform.runtimes.mlx import single
 
 __all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "stored_of"]
 
@@ -86,6 +87,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         FamilyError: unknown family, or a config that contradicts itself.
 
     """
+    source = single(source)
     layout = layout_of(source.config, source.tensors, source.where)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -111,7 +113,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         mtp_layers=layout.mtp_layers,
         vision=layout.has_vision,
         quantization=_quantization(source),
-        tensors=len(source.tensors),
+        tensors=sum(len(shard.entries) for shard in source.shards),
         parameters=found.total(layout.num_experts) if found else None,
         parameters_apart=found.apart if found else 0,
         nbytes=source.nbytes,
@@ -154,7 +156,7 @@ def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
 
 def _quantization(source: Checkpoint) -> str:
     config = source.config.get("quantization_config")
-    return str(config.get("quant_method", "unknown method")) if isinstance(config, Mapping) else ""
+    return str(method_of(config) or "unknown method") if isinstance(config, Mapping) else ""
 
 
 def _outlook(source: Checkpoint, plain: Checkpoint, layout: Layout) -> Iterator[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardxform.ask.manifest import Manifest
@@ -9,6 +10,7 @@ from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import PlanError
 from shardxform.plan.plan import Plan, copy_steps, lay_out
 from shardxform.plan.view import (
     ViewOptions,
@@ -18,6 +20,7 @@ from shardxform.plan.view import (
     view_inputs,
     view_summary,
 )
+from shardxform.runtimes import mlx
 
 if TYPE_CHECKING:
     from shardxform.plan.steps import TuneBlock
@@ -38,9 +41,18 @@ def plan_prune(
         CheckpointError: a sidecar cannot be read.
 
     """
-    options = options or ViewOptions()
+    options, source = options or ViewOptions(), mlx.single(source)
+    if options.gguf:
+        from shardxform.plan.gguf import plan_stored  # most prunes only copy
+
+        return plan_stored("prune", source, manifest, options, recipe)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
-    tensors = view.checkpoint.tensors
+    written = view.checkpoint
+    if mlx.is_mlx(source.config):
+        _refuse_healed(recipe)
+        mlx.refuse_unrun(view.layout)
+        written = mlx.whole(view.checkpoint, view.layout)
+    tensors = written.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
     sidecars = sidecar_digests(view.checkpoint)
     blocks: tuple[TuneBlock, ...] = ()
@@ -58,7 +70,7 @@ def plan_prune(
         view=view.checkpoint,
         shards=shards,
         steps=(*copies, *blocks),
-        config=config_bytes(source, view),
+        config=config_bytes(source, replace(view, checkpoint=written)),
         sidecars=sidecars,
         inputs={
             **view_inputs("prune", source, manifest, options, sidecars),
@@ -70,3 +82,10 @@ def plan_prune(
     )
     plan.check()
     return plan
+
+
+def _refuse_healed(recipe: Recipe | None) -> None:
+    if recipe:
+        raise PlanError(
+            "`heal`: the source is a checkpoint of MLX, whose experts are integers; heal the one that it was made from"
+        )

@@ -12,14 +12,15 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.formats.encoding import TILE_BYTES, Role, Storage, Writable
-from shardxform.formats.integers import Ints
+from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Source, Writable, ranges_of
+from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, ShardPlan, extents_of
 from shardxform.plan.view import View
 
 __all__ = [
+    "HEALED_FILE",
     "BlockSize",
     "KeptItem",
     "Transcode",
@@ -92,15 +93,19 @@ def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
     return {layer: replace(size, original_nbytes=before[layer].nbytes) for layer, size in after.items()}
 
 
+HEALED_FILE: Final = "healed:"
+"""What names of files begin with that hold tensors after healing: they are never written, but kept in memory."""
+
+
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class TranscodeItem:
-    """One matrix to write: what is stored for its rows, one below the other, how it is encoded, where its parts go."""
+    """One matrix to write: what its rows are made of, one below the other, how it is encoded, where its parts go."""
 
     module: str
-    sources: tuple[Storage, ...]
+    sources: tuple[Source, ...]
     target: Writable
     parts: tuple[tuple[Role, Extent], ...]
 
@@ -117,7 +122,7 @@ class TranscodeItem:
     @property
     def reads(self) -> Iterator[ByteRange]:
         """The ranges of every source."""
-        return (piece for source in self.sources for _, ref in source.parts for piece in ref.ranges)
+        return (piece for source in self.sources for piece in source.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +145,11 @@ class Transcode:
     def peak_bytes(self) -> int:
         """A tile of values, what of a source is held while it is open, and parts that are written whole."""
         held = max(source.held for item in self.items for source in item.sources)
-        return TILE_BYTES + held + max(item.target.gathered(item.out_bytes) for item in self.items)
+        return TILE_BYTES + held + max(item.target.gathered(item.out_bytes, len(item.sources)) for item in self.items)
 
 
 def transcode_item(
-    module: str, sources: tuple[Storage, ...], target: Writable, extents: Mapping[str, Extent]
+    module: str, sources: tuple[Source, ...], target: Writable, extents: Mapping[str, Extent]
 ) -> TranscodeItem:
     """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`."""
     rows = sum(source.shape[0] for source in sources)
@@ -185,6 +190,8 @@ class TuneBlock:
         layer: of the block.
         items: weights that are packed.
         kept: tensors that are healed and stay as wide as they are.
+        moved: tensors that are made of healed ones, whose bytes they read in files of the name `HEALED_FILE` begins.
+        healed: those healed ones, as they are in the source.
         recipe: what is done.
         size: of the block.
 
@@ -193,28 +200,30 @@ class TuneBlock:
     layer: int
     items: tuple[TranscodeItem, ...] = ()
     kept: tuple[KeptItem, ...] = ()
+    moved: tuple[TranscodeItem, ...] = ()
+    healed: tuple[TensorRef, ...] = ()
     recipe: Recipe
     size: BlockSize
 
     @property
-    def encoding(self) -> Ints | None:
-        """How `items` are packed, all alike; None when there are none."""
-        targets = {item.target for item in self.items}
-        assert len(targets) < 2
-        return cast(Ints, targets.pop()) if targets else None
+    def grid(self) -> Grid | None:
+        """What `items` are rounded to, all alike; None when there are none."""
+        grids = {cast(Gridded, item.target).grid for item in self.items}
+        assert len(grids) < 2
+        return grids.pop() if grids else None
 
     @property
     def reads(self) -> Iterator[ByteRange]:
         """The ranges of every weight."""
         for item in self.items:
             yield from item.reads
-        for kept in self.kept:
-            yield from kept.tensor.ranges
+        for tensor in (*(kept.tensor for kept in self.kept), *self.healed):
+            yield from ranges_of(tensor)
 
     @property
     def writes(self) -> Iterator[Extent]:
         """One extent per stored part."""
-        for item in self.items:
+        for item in (*self.items, *self.moved):
             yield from (extent for _, extent in item.parts)
         yield from (kept.extent for kept in self.kept)
 

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
@@ -47,7 +47,17 @@ from shardxform.model.layout import (
     variants_found,
 )
 
-__all__ = ["DEFAULT_SHARD_BYTES", "MtpMode", "View", "ViewOptions", "config_bytes", "pruned_view", "sidecar_digests"]
+__all__ = [
+    "DEFAULT_GGUF_BYTES",
+    "DEFAULT_SHARD_BYTES",
+    "GgufOptions",
+    "MtpMode",
+    "View",
+    "ViewOptions",
+    "config_bytes",
+    "pruned_view",
+    "sidecar_digests",
+]
 
 MtpMode = Literal["auto", "keep", "drop"]
 
@@ -499,6 +509,20 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], o
 
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+DEFAULT_GGUF_BYTES: Final = 48_000_000_000
+"""A hub takes files of 50 GB, and few programs read a GGUF file that is split."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufOptions:
+    """What decides the bytes of a GGUF file beside what it is made of.
+
+    Attributes:
+        pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
+
+    """
+
+    pre_tokenizer: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -509,12 +533,14 @@ class ViewOptions:
         text_only: drop the vision tower and promote the text config.
         mtp: what becomes of multi-token-prediction layers; see `view.pruned_view`.
         max_shard_bytes: most bytes of tensor data in one shard.
+        gguf: how a GGUF file is written; None where shards of safetensors are.
 
     """
 
     text_only: bool = False
     mtp: MtpMode = "auto"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    gguf: GgufOptions | None = None
 
 
 def view_inputs(
@@ -531,9 +557,10 @@ def view_inputs(
     if manifest is not None:
         manifest.refuse_other_source(identity, names_of(source.shards))
     keep = manifest.to_dict() if manifest else {}
+    chosen = {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes}
     return {
         "command": command,
-        "options": {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes},
+        "options": {**chosen, **({"gguf": asdict(options.gguf)} if options.gguf else {})},
         "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
         "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
         **family_origin(source.config),

@@ -22,23 +22,26 @@ from numpy.typing import NDArray
 from shardxform.base.constants import STORED_TOKENS
 from shardxform.base.file_system import FileSystem
 from shardxform.base.progress import peak_rss_bytes
+from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
 from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import MEASURED
 from shardxform.execution.transcoding import write_part
+from shardxform.formats.encoding import Opener, Read, Writing
+from shardxform.formats.rounding import quantize_into
 from shardxform.forward.passes import Batch, batches
 from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenFile, HiddenReader
-from shardxform.plan.steps import TuneBlock
+from shardxform.plan.steps import HEALED_FILE, TuneBlock
 from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, install, tune_block
 from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples
-from shardxform.tuning.stacked import packed
+from shardxform.tuning.stacked import rows_of
 from shardxform.tuning.workers import Workers
 
 if TYPE_CHECKING:
@@ -381,20 +384,23 @@ class _BlockRun:
             self._healed = healer.heal(samples, recipe.heal, recipe.seed)
         prefix = self._skeleton.prefix(layer)
         for item in self._step.kept:
-            value = healer.stored(item.tensor.name.removeprefix(prefix))
-            if not _finite(value):
-                raise ExecutionError(f"tensor '{item.tensor.name}': not finite after healing")
-            write_part(value.cpu().contiguous().view(torch.uint8).numpy(), item.extent, target, fs)
+            write_part(_healed_bytes(healer, item.tensor.name, prefix), item.extent, target, fs)
+        opener = Opener(_reading(healer, prefix))
+        for moved in self._step.moved:
+            writing = Writing(f"tensor '{moved.module}'", moved.shape, quantize_into, self._stopped)
+            rows = (source.open(opener) for source in moved.sources)
+            for role, offset, part in moved.target.written(rows, writing):
+                write_part(part, dict(moved.parts)[role], target, fs, offset=offset)
         healer.make_ready(names)
 
     # -- rounding -----------------------------------------------------------------------------------------------
 
     def _round(self, block: Block, names: Sequence[str], target: OpenTarget, fs: FileSystem) -> None:
         """Tune the rounding of the block, or round to nearest, and write what is packed."""
-        encoding = self._step.encoding
-        assert encoding is not None
+        grid = self._step.grid
+        assert grid is not None
         recompute = self._step.recipe.batch_tokens > STORED_TOKENS
-        tuned = install(block.module, names, encoding.grid, self._tuner._workers, recompute=recompute)
+        tuned = install(block.module, names, grid, self._tuner._workers, recompute=recompute)
         give_back()
         if self._step.recipe.iters:
             self._tuned = self._tune(tuned, block)
@@ -431,14 +437,16 @@ class _BlockRun:
 
     def _write(self, tuned: TunedBlock, target: OpenTarget, fs: FileSystem) -> None:
         """Pack and write every module, one at a time."""
-        prefix, encoding = self._skeleton.prefix(self._step.layer), self._step.encoding
-        assert encoding is not None
+        prefix = self._skeleton.prefix(self._step.layer)
         items = {item.module: item for item in self._step.items}
         for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
             item = items.pop(prefix + self._skeleton.stored_name(stored.module, prefix))
-            out, extents = packed(stored.codes, encoding.grid, encoding.layout), dict(item.parts)
-            for role, part in encoding.stored(out, item.shape):
-                write_part(part, extents[role], target, fs)
+            writing = Writing(item.module, item.shape, quantize_into, self._stopped)
+            extents = dict(item.parts)
+            (source,) = item.sources
+            rows = source.of(rows_of(stored.codes, tuned.grid, item.module))
+            for role, offset, part in item.target.written([rows], writing):
+                write_part(part, extents[role], target, fs, offset=offset)
         if items:
             raise ExecutionError(f"internal: {next(iter(items))} was not tuned")
 
@@ -468,6 +476,36 @@ class _BlockRun:
         if self._device.type == "cuda":
             found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self._device)
         return found
+
+
+def _healed_bytes(healer: BlockHealer, name: str, prefix: str) -> NDArray[np.uint8]:
+    """A tensor after healing, as it is stored.
+
+    Raises:
+        ExecutionError: a value is not finite.
+
+    """
+    value = healer.stored(name.removeprefix(prefix))
+    if not _finite(value):
+        raise ExecutionError(f"tensor '{name}': not finite after healing")
+    return value.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+
+
+def _reading(healer: BlockHealer, prefix: str) -> Read:
+    """Make a function that reads tensors after healing; keeps the last one, of which the next are often other rows."""
+    last: dict[str, NDArray[np.uint8]] = {}
+
+    def read(ref: TensorRef, into: NDArray[Any]) -> None:
+        data, done = into.reshape(-1).view(np.uint8), 0
+        for piece in ref.ranges:
+            name = piece.file.removeprefix(HEALED_FILE)
+            if name not in last:
+                last.clear()  # before the next one is made: stacks of experts are a gigabyte
+                last[name] = _healed_bytes(healer, name, prefix)
+            data[done : done + piece.length] = last[name][piece.offset : piece.end]
+            done += piece.length
+
+    return read
 
 
 def _finite(value: torch.Tensor) -> bool:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 import torch
 
+from shardxform.base.tensors import TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import packing, rounding
 from shardxform.formats.encoding import SourceDtype
-from shardxform.formats.scheme import COLUMN_MULTIPLE, Grid, Layout
+from shardxform.formats.scheme import COLUMN_MULTIPLE, Grid
 from shardxform.tuning import elementwise
 from shardxform.tuning.elementwise import Pace
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from shardxform.tuning.workers import Workers
 
-__all__ = ["Codes", "StackedWeight", "Tunable", "packed", "stacked_weight"]
+__all__ = ["Codes", "StackedWeight", "Tunable", "rows_of", "stacked_weight"]
 
 _KINDS: Final[dict[torch.dtype, SourceDtype]] = {
     torch.bfloat16: "BF16",
@@ -221,13 +222,8 @@ def _start(w_RI: torch.Tensor, run: tuple[int, int], grid: Grid, name: str) -> N
     return out.scales
 
 
-def packed(codes: Codes, grid: Grid, layout: Layout) -> rounding.QuantizedWeight:
-    """Pack for writing, as `rounding.quantize` would have packed them."""
-    out = rounding.QuantizedWeight.empty(layout, grid, (codes.codes_OI.shape[0], codes.codes_OI.shape[1]))
-    words_OW = packing.pack(codes.codes_OI, grid.bits, "row")
-    if layout == "gptq":
-        packing.transpose_into(words_OW, out.words)
-        packing.transpose_into(codes.scale_OG, out.scales)
-    else:
-        out.words[:], out.scales[:] = words_OW, codes.scale_OG
-    return out
+def rows_of(codes: Codes, grid: Grid, module: str) -> packing.IntRows:
+    """The rows of a weight as any encoding takes them."""
+    words_OW, count = packing.pack(codes.codes_OI, grid.bits, "row"), codes.codes_OI.shape[0]
+    scales = TensorSpec(f"{module}.scales", "F16", codes.scale_OG.shape)
+    return packing.IntRows(words_OW, codes.scale_OG, "row", grid, scales, module, 0, count)

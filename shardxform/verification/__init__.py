@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,8 +24,9 @@ from shardxform.errors import CheckpointError, UnknownFamilyError
 from shardxform.model.families import HOMES, family_origin
 from shardxform.model.layout import tied_notes
 from shardxform.plan.view import MtpMode
+from shardxform.runtimes.mlx import members_of, single
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
-from shardxform.verification.structure import Structure, check_structure
+from shardxform.verification.structure import Structure, check_mlx, check_structure
 
 if TYPE_CHECKING:
     from shardxform.verification.source import Options
@@ -80,6 +81,7 @@ def verify(
     if not root.is_dir():
         raise CheckpointError(f"{root}: {not_a_directory(root)}")
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
+    origin = single(origin) if origin else None
     if origin and os.path.realpath(origin.root) == os.path.realpath(root):
         raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
     if independent and (origin is None or origin.remote):
@@ -92,7 +94,7 @@ def verify(
         seen = _Seen(unfinished=True)
     else:
         seen = _look(root, origin, given, findings)
-    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None, "values_compared": 0}
+    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
     compared: frozenset[str] = frozenset()
     if seen.checkpoint and seen.structure:
         for note in tied_notes(seen.checkpoint, seen.structure.layout, whole=not quick):
@@ -100,16 +102,18 @@ def verify(
     if seen.checkpoint and (not quick or written):
         figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress, only_written=quick)
     rederived = _rederive(root, origin, given, findings) if independent and origin and seen.checkpoint else None
+    members = members_of(seen.shards) if seen.shards else {}
     return VerifyReport(
         out=root,
         source=origin.where if origin else None,
         problems=tuple(findings.problems),
         warnings=tuple(findings.warnings),
-        tensors=len(seen.checkpoint.tensors) if seen.checkpoint else 0,
+        tensors=len(members),
         experts=seen.structure.experts if seen.structure else 0,
         unfinished=seen.unfinished,
         **figures,
-        values_left=seen.left(compared),
+        values_compared=sum(compared.issuperset(names) for names in members.values()),
+        values_left=seen.left(compared, members),
         rederived=rederived,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
@@ -132,20 +136,23 @@ def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings
 class _Seen:
     """What headers and small files show: OUT as far as it could be read, and what it must hold.
 
-    `wanted` is by the source, `digests` by the record.
+    `shards` has the tensors as they lie there, `checkpoint` as the family calls them. `wanted` is by the source,
+    `digests` by the record.
     """
 
     checkpoint: Checkpoint | None = None
+    shards: Checkpoint | None = None
     structure: Structure | None = None
     wanted: Wanted | None = None
     unfinished: bool = False
     digests: Mapping[str, str] | None = None
 
-    def left(self, compared: frozenset[str]) -> dict[str, int]:
-        """How many tensors were not compared, by the reason."""
+    def left(self, compared: frozenset[str], members: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """How many tensors were not compared, by the reason; of a stack of experts, that of the first that was not."""
         if not self.wanted or not self.checkpoint:
             return {}
-        names = (name for name in self.checkpoint.tensors if name not in compared)
+        apart = ([name for name in names if name not in compared] for names in members.values())
+        names = (names[0] for names in apart if names)
         return dict(Counter(self.wanted.left.get(name, "unknown") for name in names).most_common())
 
 
@@ -166,10 +173,12 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
         return _Seen()
     _check_family(root, checkpoint, record, findings)
     digests = check_digests(record, checkpoint, findings)
+    check_mlx(checkpoint, findings)
+    shards, checkpoint = checkpoint, single(checkpoint)
     structure = check_structure(checkpoint, lost, findings)
     check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
     if origin is None:
-        return _Seen(checkpoint=checkpoint, structure=structure, digests=digests)
+        return _Seen(checkpoint=checkpoint, shards=shards, structure=structure, digests=digests)
     known = known_of(origin, checkpoint if structure else None, structure.stored if structure else None, record)
     wanted: Wanted | None = None
     if view := rebuild(origin, checkpoint, given, known, findings):
@@ -178,7 +187,7 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
             rule = rule_of(known.stored, known.record, given.tolerance, findings, known.packed)
             wanted = replace(wanted, rule=rule)
         compare_tables(wanted, checkpoint, lost, findings)
-    return _Seen(checkpoint=checkpoint, structure=structure, wanted=wanted, digests=digests)
+    return _Seen(checkpoint=checkpoint, shards=shards, structure=structure, wanted=wanted, digests=digests)
 
 
 def _check_family(root: Path, checkpoint: Checkpoint, record: Mapping[str, object], findings: Findings) -> None:
@@ -239,6 +248,7 @@ def _check_data(
         comparison,
         findings,
         stored=stored,
+        shards=seen.shards,
         digests=seen.digests,
         only_written=only_written,
         jobs=jobs,
@@ -246,4 +256,4 @@ def _check_data(
     )
     rounding = report_tallies(figures.tallies, rule, findings) if rule and comparison else None
     told = {key: getattr(figures, key) for key in _FIGURES}
-    return {**told, "rounding": rounding, "values_compared": len(figures.compared)}, figures.compared
+    return {**told, "rounding": rounding}, figures.compared

@@ -111,6 +111,7 @@ def check_data(
     findings: Findings,
     *,
     stored: Stored | None = None,
+    shards: Checkpoint | None = None,
     digests: Mapping[str, str] | None = None,
     only_written: bool = False,
     jobs: int = 1,
@@ -118,7 +119,8 @@ def check_data(
 ) -> Figures:
     """Scan every tensor of `out`, and compare with the source what `comparison` has in the same dtype and shape.
 
-    With `digests`, those of the record, every tensor that has one is held against it; with `only_written` that is all.
+    With `digests`, those of the record, every tensor that has one is held against it, as it lies in `shards` where that
+    is another form of `out`; with `only_written` that is all.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -127,6 +129,9 @@ def check_data(
     table = [] if only_written else list(_jobs(out, layout, comparison, stored))
     weights = [Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
     items = list(_items(out, table, weights, digests or {}))
+    if shards and shards.tensors.keys() != out.tensors.keys():
+        new = (ref for name, ref in shards.tensors.items() if name in (digests or {}) and name not in out.tensors)
+        items += [chunk for ref in new for chunk in _chunks(ref)]
     total = sum(item.nbytes for item in items)
     reader = _Reader(out.root, comparison)
     tallies: list[Tally] = []
@@ -230,7 +235,8 @@ def _parts(stored: Stored) -> Iterator[tuple[str, PartOf]]:
     for module in stored.modules.values():
         assert isinstance(module.encoding, Ints)
         for role, ref in module.parts:
-            yield ref.name, PartOf(role, module.encoding, module.whole)
+            scales = dict(module.parts)["scales"] if role == "biases" else None
+            yield ref.name, PartOf(role, module.encoding, module.whole, scales)
 
 
 def _items(
@@ -382,6 +388,10 @@ class _Reader:
         if job.part:
             encoding, dtype = job.part.encoding, job.ref.spec.dtype
             seen.faults = tuple(encoding.faults(job.part.role, dtype, job.part.shape, data, piece.start))
+            if job.part.scales:
+                scales = theirs[:count]
+                shards.read(self._out, _window(job.part.scales.ranges, piece.start, piece.stop), scales.data)
+                seen.faults = tuple(encoding.asymmetric(dtype, data, scales, piece.start))
             if job.part.role == "words":
                 seen.nonzero, seen.codes = np.array([data.any()]), code_sum(data, encoding.grid.bits)
         if job.place and job.place.template.ids and job.ref.spec.dtype in ID_DTYPES:

@@ -218,11 +218,12 @@ def _rounded(rows: Rows, start: int, stop: int, grid: Grid) -> NDArray[np.float3
 
 @dataclass(frozen=True, slots=True)
 class PartOf:
-    """Which part of a quantized weight [O, I] a tensor is."""
+    """Which part of a quantized weight [O, I] a tensor is; with the scales of the same, where they determine it."""
 
     role: Role
     encoding: Ints
     shape: tuple[int, int]
+    scales: TensorRef | None = None
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from typing import Final
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
+from shardxform.formats.dialects import method_of
 from shardxform.formats.encoding import Storage
 from shardxform.formats.scheme import FORMATS, Grid
 from shardxform.formats.stored import Stored, scan_stored
@@ -104,7 +105,7 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
 
     """
     declared = checkpoint.config.get("quantization_config")
-    if not isinstance(declared, Mapping) or declared.get("quant_method") not in FORMATS:
+    if not isinstance(declared, Mapping) or method_of(declared) not in FORMATS:
         return None
     if not any(name.rpartition(".")[2] in COMPANIONS for name in checkpoint.tensors):
         return None
@@ -144,8 +145,9 @@ def _items(errors: list[CheckpointError], layout: Layout, findings: Findings) ->
             continue
         code = "missing" if detail.startswith("missing") else "part-shape" if "expected" in detail else "parts"
         place = layout.places.get(name)
-        if place is None and f"{stem}.qweight" in layout.places:  # a part that is not there has its module's place
-            place = replace(layout.places[f"{stem}.qweight"], companion=last)
+        words = next((each for each in (f"{stem}.qweight", f"{stem}.weight") if each in layout.places), "")
+        if place is None and words:  # a part that is not there has its module's place
+            place = replace(layout.places[words], companion=last)
         if "unknown to family" not in detail:
             yield Item(code, name, place, detail) if place else (code, name, detail)
 

@@ -16,6 +16,7 @@ from typing import Final
 from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
 from shardxform.formats.decoding import is_microscaled, unreadable
+from shardxform.formats.dialects import method_of
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import Layout, Place, is_tied
@@ -35,8 +36,9 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "auto-round": ("bits", "group_size", "sym", "packing_format"),
     "compressed-tensors": ("config_groups", "format"),
     "gptq": ("bits", "group_size", "desc_act", "sym"),
+    "mlx": ("bits", "group_size"),
 }
-_INTEGERS: Final = frozenset(_KINDS.values())
+_INTEGERS: Final = frozenset({*_KINDS.values(), "mlx"})
 _PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor")  # vLLM's list
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms"})
 _FLOAT_MODULES: Final = ("*conv1d", "*shared_expert_gate", "*.A_log", "*.dt_bias")
@@ -48,7 +50,7 @@ _Block = tuple[Scope, int]
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors or a dtype.
+    """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors, mlx or a dtype.
 
     `linear` is for what clients run quantized unless the config leaves it out: linear layers of blocks, of the vision
     tower, the output head, and experts; and for embeddings, which a config may name.
@@ -113,7 +115,9 @@ def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Modu
             spec = tensors[name].spec
             if place.template in layout.family.towers and spec.dtype in ID_DTYPES:
                 continue  # tables of numbers
-            kind_of = _PLAIN if spec.dtype in FLOATS else spec.dtype
+            kind_of = _PLAIN if spec.dtype in FLOATS else "mlx" if spec.dtype == "U32" else spec.dtype
+            if kind_of == "mlx" and stem in found:
+                del found[stem]  # which its scales were taken for
             found.setdefault(stem, _Module(stem, name, place, kind_of, _is_linear(name, spec, place)))
         elif (kind := _KINDS.get(place.companion)) and (stem not in found or found[stem].kind not in _INTEGERS):
             found[stem] = _Module(stem, name, place, kind, linear=True)
@@ -213,14 +217,14 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
     def report(message: str) -> None:
         findings.problem("quantization-config", CONFIG, f"quantization_config.{message}")
 
-    method = declared.get("quant_method")
+    method = method_of(declared)
     if not isinstance(method, str):
         report("quant_method: missing" if method is None else f"quant_method: expected a name, found {method!r}")
         return
     for key in _REQUIRED.get(method, ()):
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
-    if method in _REQUIRED and method not in layout.family.formats:
+    if method in _REQUIRED and method not in ("mlx", *layout.family.formats):
         family, known = layout.family, " or ".join(layout.family.formats)
         why = f"do not find experts of {family.name}, as those of {known} do" if known else f"fail: {family.unread}"
         report(f"quant_method: {method}, whose loaders {why}")
@@ -239,7 +243,7 @@ def _check_declared(
     layout: Layout, declared: Mapping[str, object], modules: Sequence[_Module], findings: Findings
 ) -> None:
     """Hold every module that clients ask about against what each of them reads in the config."""
-    method = str(declared.get("quant_method"))
+    method = str(method_of(declared))
     readers = readers_of(declared, layout.text)
     by_name = _NAMES_EXPERTS.search(repr(declared)) is not None
     kinds = _kinds_of(declared)
@@ -271,7 +275,9 @@ def _stays(layout: Layout, m: _Module) -> bool:
 
 def _kinds_of(declared: Mapping[str, object]) -> Set[str]:
     """How a method stores quantized weights; nothing where that is left open."""
-    method, packing = declared.get("quant_method"), str(declared.get("packing_format"))
+    method, packing = method_of(declared), str(declared.get("packing_format"))
+    if method == "mlx":
+        return {"mlx"}
     if method in ("awq", "gptq") or (method == "auto-round" and "llm_compressor" not in packing):
         return {"gptq"}
     if method in ("fp8", "fbgemm_fp8"):
@@ -283,6 +289,8 @@ def _verdicts(m: _Module, declared: Mapping[str, object], readers: Sequence[Read
     """What clients say of a module; nothing of what no client runs quantized, and of routed experts alone elsewhere."""
     if not m.linear and m.kind == _PLAIN:
         return frozenset()
+    if method_of(declared) == "mlx":
+        return frozenset()  # mlx-lm looks for scales, and at nothing else
     if not readers:
         lenient = m.place.template.variant or m.kind != _PLAIN
         return frozenset({not _left_out(declared, m.name)} if lenient else ())

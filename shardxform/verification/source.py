@@ -18,9 +18,11 @@ from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
 from shardxform.formats.decoding import decoded
+from shardxform.formats.dialects import method_of
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.view import MtpMode, View, pruned_view
+from shardxform.runtimes import mlx
 from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
 from shardxform.verification.wanted import Known, Wanted
@@ -79,17 +81,23 @@ def rebuild(
     text_only, mtp = options.text_only, options.mtp
     if text_only is None:
         text_only = recorded.get("text_only") is True
-    if mtp is None:
+    if mtp is None and out is not None and _method(out) == "mlx" != _method(source):
+        mtp = "drop"
+    elif mtp is None:
         mtp = cast(MtpMode, recorded["mtp"]) if recorded.get("mtp") in _MODES else "auto"
     if manifest is None and out is not None and _fewer_experts(out, layout):
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given")
         return None
-    return pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+    view = pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+    if out is not None and _method(out) == "mlx":
+        told = mlx.as_read(view.checkpoint.config, view.layout)
+        view = replace(view, checkpoint=replace(view.checkpoint, config=told))
+    return view
 
 
 def _method(checkpoint: Checkpoint) -> object:
     declared = checkpoint.config.get("quantization_config")
-    return declared.get("quant_method") if isinstance(declared, Mapping) else None
+    return method_of(declared) if isinstance(declared, Mapping) else None
 
 
 def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findings: Findings) -> None:

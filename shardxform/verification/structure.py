@@ -22,6 +22,7 @@ from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
 from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import QUANTIZATION, single, unrun
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PARTS",
     "Structure",
+    "check_mlx",
     "check_structure",
     "check_unknown",
     "config_faults",
@@ -168,10 +170,15 @@ def _brief(value: object) -> str:
 PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "qweight": ("qweight", "qzeros", "scales"),
     "weight_packed": ("weight_packed", "weight_scale", "weight_shape"),
+    "biases": ("weight", "scales", "biases"),
 }
 """What must be stored instead of a quantized `weight`, by the part that holds its integers."""
 
-_SIGNS: Final = {"qweight": ("qweight", "qzeros", "scales"), "weight_packed": ("weight_packed", "weight_shape")}
+_SIGNS: Final = {
+    "biases": ("biases",),
+    "qweight": ("qweight", "qzeros", "scales"),
+    "weight_packed": ("weight_packed", "weight_shape"),
+}
 _MAX_TENSORS: Final = 1_000_000  # four times the largest checkpoint known, before quantization: Kimi-K3
 _CONFIG_FAULTS: Final = (
     FamilyError,
@@ -264,7 +271,8 @@ def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
 
     Shapes of quantized parts are left open here.
     """
-    forms = {name: stored_form(name, tensors) for name in table}
+    words = {name for name, ref in tensors.items() if ref.spec.dtype == "U32"}
+    forms = {name: "biases" if name in words else stored_form(name, tensors) for name in table}
     usual: dict[str, str] = {}  # by template: what a weight that is not there at all would be stored as
     for name, form in forms.items():
         if form:
@@ -278,7 +286,8 @@ def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
         stem = name.removesuffix("weight")
         for part in PARTS[form]:
             place = item.place
-            place = Place(place.template, place.scope, place.layer, place.expert, place.expert_at, part)
+            companion = "" if part == "weight" else part
+            place = Place(place.template, place.scope, place.layer, place.expert, place.expert_at, companion)
             out[stem + part] = Expected(place, None, item.optional)
     return out
 
@@ -289,6 +298,18 @@ def stored_form(name: str, tensors: Mapping[str, object]) -> str:
         return ""
     stem = name.removesuffix("weight")
     return next((form for form, signs in _SIGNS.items() if any(stem + sign in tensors for sign in signs)), "")
+
+
+def check_mlx(checkpoint: Checkpoint, findings: Findings) -> None:
+    """Report what mlx-lm does not take of a config that is one of its own, as it lies in config.json."""
+    config = checkpoint.config
+    if single(checkpoint) is checkpoint:
+        return
+    declared, beside = config[QUANTIZATION], config.get("quantization_config")
+    if beside is not None and beside != declared:
+        findings.problem("quantization-config", CONFIG, f"{QUANTIZATION} and quantization_config differ; expected one")
+    for why in unrun(config):
+        findings.problem("class", CONFIG, why)
 
 
 def _layout(checkpoint: Checkpoint, findings: Findings) -> Layout | None:
@@ -457,7 +478,7 @@ def _check_unexpected(
         if template in layout.family.towers:
             continue
         if base in table:
-            if not place.companion and stored_form(name, layout.places):
+            if not place.companion and "weight" not in PARTS.get(stored_form(name, layout.places), ("weight",)):
                 found.append(Item("stray", name, place, "a 16-bit weight beside its quantized form"))
             continue
         code, detail = "stray", "config.json gives this place no such tensor"
@@ -624,7 +645,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """
     specs = (entry.spec for shard in plan.shards for entry in shard.entries)
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = Checkpoint(plan.source, parse_config(plan.config), tensors, ())
+    planned = single(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     found = [problem for problem in findings.problems if problem.code not in but]

@@ -214,12 +214,13 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     derived: dict[str, Derived] = {}
     skipped: dict[str, set[str]] = {}
     for module in matrices_of(view.layout, view.checkpoint.tensors):
-        if all(name in out.tensors for name in module.sources):
+        if all(name in out.tensors and out.tensors[name].spec.dtype != "U32" for name in module.sources):
             continue
         for name in module.sources:
             tensors.pop(name, None)
         name = f"{module.name}.weight"
         found = {part for last in COMPANIONS if (part := f"{module.name}.{last}") in out.tensors}
+        found |= {name} if name in out.tensors and out.tensors[name].spec.dtype == "U32" else set()
         pair = pair_of(name, module.stored, stored) if stored else None
         if pair:
             found |= {ref.name for _, ref in pair.stored.parts}

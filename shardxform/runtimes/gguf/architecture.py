@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut, Opener, Rows, Storage
 from shardxform.formats.matrices import Matrix, matrices_of
@@ -56,9 +56,17 @@ class Piece:
         """Bytes in memory while it is open."""
         return self.storage.held + (self.transform.held(*self.storage.shape) if self.transform else 0)
 
+    @property
+    def reads(self) -> Iterator[ByteRange]:
+        """The bytes that it is made of."""
+        return self.storage.reads
+
     def open(self, opener: Opener) -> Rows:
         """Its rows; raises like `Opener.open`."""
-        rows = opener.open(self.storage)
+        return self.of(opener.open(self.storage))
+
+    def of(self, rows: Rows) -> Rows:
+        """What comes of rows that stand for the stored ones."""
         return self.transform.of(rows, self.storage.shape[1]) if self.transform else rows
 
 

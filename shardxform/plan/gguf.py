@@ -1,0 +1,435 @@
+"""What a GGUF output holds: every tensor, what it is made of and in which type, and the steps that write it.
+
+Names, shapes and keys are llama.cpp's, see `runtimes.gguf`; here is what each verb makes of them. A weight of integers
+keeps its codes and scales to the bit, whatever rows and columns change places: what cannot, because columns leave the
+block that shares their scale, is written in a wider type, and it is said. Pure: no tensor data is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Final, cast
+
+from shardxform.ask.manifest import Manifest
+from shardxform.ask.recipe import Recipe
+from shardxform.base import computing
+from shardxform.base.gguf import KeyValue, Kind
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, natural_key
+from shardxform.checkpoint.sidecars import is_document
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import SchemeError
+from shardxform.formats.decoding import decoded
+from shardxform.formats.encoding import Source, Writable
+from shardxform.formats.ggml import FLOATS, Ggml, integer_type
+from shardxform.formats.integers import Ints
+from shardxform.formats.plain import Plain
+from shardxform.formats.scheme import Grid
+from shardxform.formats.sources import Constant, Rounded
+from shardxform.formats.stored import read_stored
+from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
+from shardxform.plan.steps import (
+    HEALED_FILE,
+    BlockSize,
+    TranscodeItem,
+    TuneBlock,
+    block_sizes,
+    healed_names,
+    refuse_unpruned,
+    transcode_steps,
+)
+from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, sidecar_digests, view_inputs, view_summary
+from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
+from shardxform.runtimes.gguf.architectures import architecture_of
+from shardxform.runtimes.gguf.metadata import metadata_of
+
+__all__ = ["Blocks", "Contents", "Types", "contents_of", "crossing", "documents_of", "gguf_steps", "plan_stored"]
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+# In which type every tensor of the file is stored.
+
+FILE_TYPES: Final[Mapping[str, int]] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+"""llama.cpp's numbers of types for `general.file_type`, by which people are told what most of a file is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """In which type weights are stored; what is always F32, or nothing is said of, is as it is in the source.
+
+    Attributes:
+        grid: of the integers that the weights of `modules` are rounded to; None to round none.
+        modules: names of the modules that are rounded, with the decoder block that each is in; None outside them.
+        plain: the float that all other weights are written in; empty for the source's.
+
+    """
+
+    grid: Grid | None = None
+    modules: Mapping[str, int | None] = field(default_factory=dict)
+    plain: str = ""
+
+    def of(self, named: Named) -> Writable:
+        """How a tensor is stored.
+
+        Raises:
+            SchemeError: what it is made of are no floats.
+
+        """
+        if named.wide or named.values:
+            return Plain("F32")
+        if named.keeps_codes:
+            if self.grid and all(piece.matrix in self.modules for piece in named.pieces):
+                return Ggml(integer_type(self.grid), self.grid)
+            bits = {encoding.grid.bits if isinstance(encoding, Ints) else 0 for encoding in _encodings(named)}
+            if bits <= {4, 8} and len(bits) == 1 and not self.plain:
+                return Ggml("Q4_0" if bits == {4} else "Q8_0")
+        return Plain(self.plain or _float_of(named))
+
+
+def _encodings(named: Named) -> Iterator[object]:
+    return (piece.storage.encoding for piece in named.pieces)
+
+
+def _float_of(named: Named) -> str:
+    """The narrowest float that holds what a tensor is made of, or of what is decoded, bfloat16 as everywhere.
+
+    Raises:
+        SchemeError: it is made of something else.
+
+    """
+    found: set[str] = set()
+    for piece in named.pieces:
+        encoding = piece.storage.encoding
+        if isinstance(encoding, Plain):
+            found.add(encoding.dtype)
+        elif isinstance(encoding, Ints):
+            found.add("F16" if encoding.fits_half else "F32")
+        else:
+            found.add("BF16")
+    if odd := found.difference(FLOATS):
+        raise SchemeError(
+            f"tensor '{named.pieces[0].storage.parts[0][1].name}' is {min(odd)}; GGUF is written of {', '.join(FLOATS)}"
+        )
+    return found.pop() if len(found) == 1 else "F32"
+
+
+# -- contents ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor of the file, and how it is stored."""
+
+    named: Named
+    target: Writable
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As a matrix: all rows, one below the other."""
+        if self.named.values:
+            return len(self.named.values), 1
+        return sum(piece.shape[0] for piece in self.named.pieces), self.named.pieces[0].shape[1]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, type and shape."""
+        (part,) = self.target.parts(*self.shape)
+        return TensorSpec(self.named.name, part.dtype, self.named.shape)
+
+    @property
+    def copied(self) -> TensorRef | None:
+        """The bytes of the source that it is, where it is some; rows of one tensor or of several."""
+        ranges: list[ByteRange] = []
+        for piece in self.named.pieces:
+            storage = piece.storage
+            if piece.transform or storage.encoding != self.target or (storage.cut and not storage.cut.is_run):
+                return None
+            ref, cut = storage.parts[0][1], storage.cut
+            ranges += (ref.rows(cut.first, cut.first + cut.count) if cut else ref).ranges
+        return TensorRef(self.spec, coalesce(ranges)) if self.named.pieces else None
+
+    def sources(self) -> tuple[Source, ...]:
+        """What its rows are made of; what is rounded is so in the order in which it is stored."""
+        if self.named.values:
+            return (Constant(self.named.name, self.named.values),)
+        grid = self.target.grid if isinstance(self.target, Ggml) else None
+        return tuple(Rounded(piece, grid) if grid and _moves_columns(piece) else piece for piece in self.named.pieces)
+
+
+def _moves_columns(piece: Piece) -> bool:
+    """Whether columns change places."""
+    return piece.transform is not None and piece.transform.columns is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a file holds, or all of those that it is split into.
+
+    Attributes:
+        architecture: the view as llama.cpp sees it.
+        types: how weights are stored.
+        written: every tensor, in the order of the file.
+        healed: tensors of the view that healing changes, which stand in `written` as pseudo-files.
+
+    """
+
+    architecture: Architecture
+    types: Types
+    written: tuple[Written, ...]
+    healed: Mapping[str, TensorRef] = field(default_factory=dict)
+
+    @cached_property
+    def file_type(self) -> int:
+        """llama.cpp's number of what most weights are stored as."""
+        sizes: Counter[str] = Counter()
+        for each in self.written:
+            if not each.named.wide:
+                sizes[each.spec.dtype] += each.shape[0] * each.shape[1]
+        return FILE_TYPES.get(max(sizes, key=lambda name: (sizes[name], name)), 0) if sizes else 0
+
+    @property
+    def copies(self) -> int:
+        """Tensors whose bytes are the source's."""
+        return sum(each.copied is not None for each in self.written)
+
+    def shards(self, source: Checkpoint, options: GgufOptions, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+        """The files with their heads.
+
+        Raises:
+            SchemeError: the config lacks what llama.cpp needs, or the tokenizer is missing, or unknown to it.
+            PlanError: see `lay_out_gguf`.
+
+        """
+        return lay_out_gguf(_keys(self, source, options), (each.spec for each in self.written), max_shard_bytes)
+
+
+def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Contents:
+    """Find what a GGUF file of a view holds.
+
+    Args:
+        view: of weights as they are, or as `Encoded`.
+        types: how weights are stored.
+        healed: names of the tensors that healing changes, as wide as they are.
+
+    Raises:
+        SchemeError: llama.cpp does not run the family, or has no place for a tensor.
+
+    """
+    architecture = architecture_of(view.layout)
+    tensors = dict(view.checkpoint.tensors)
+    moved = {name: tensors[name] for name in healed}
+    tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
+    found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
+    written = tuple(Written(named, types.of(named)) for named in found)
+    return Contents(architecture=architecture, types=types, written=written, healed=moved)
+
+
+def _after_healing(ref: TensorRef) -> TensorRef:
+    """A tensor whose bytes are there when its block is healed."""
+    return TensorRef(ref.spec, (ByteRange(HEALED_FILE + ref.name, 0, ref.nbytes),))
+
+
+def crossing(view: View) -> frozenset[str]:
+    """Modules whose columns leave the blocks that share a scale: integers of theirs cannot stay as they are."""
+    tensors = architecture_of(view.layout).tensors(view.checkpoint.tensors)
+    return frozenset(piece.matrix for named in tensors for piece in named.pieces if not piece.keeps_codes)
+
+
+def _keys(contents: Contents, source: Checkpoint, options: GgufOptions) -> tuple[KeyValue, ...]:
+    """All keys of the file: of the model, and of its tokenizer, whose files lie beside the source by now."""
+    source.bring()
+    found = metadata_of(
+        contents.architecture,
+        [each.named for each in contents.written],
+        source.root,
+        name=contents.architecture.layout.wrapper.architecture.partition("For")[0],  # not a folder's, which may change
+        file_type=contents.file_type,
+        pre_tokenizer=options.pre_tokenizer,
+    )
+    return tuple(
+        KeyValue.array(key.name, cast(Kind, key.of), key.value)
+        if key.type == "ARRAY"
+        else KeyValue.of(key.name, cast(Kind, key.type), key.value)
+        for key in found
+    )
+
+
+def documents_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The view with those sidecars only that are for people: the file itself has what programs read."""
+    return replace(checkpoint, sidecars=tuple(each for each in checkpoint.sidecars if is_document(each.name)))
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How decoder blocks are healed and tuned, and how large they are."""
+
+    recipe: Recipe
+    sizes: Mapping[int, BlockSize]
+
+
+def gguf_steps(contents: Contents, view: View, shards: Sequence[ShardPlan], blocks: Blocks | None) -> Iterator[Step]:
+    """Steps that write every tensor: bytes that are moved, values that are worked out, blocks that are tuned."""
+    extents = extents_of(shards)
+    layers = {name: place.layer for name, place in view.layout.places.items()}
+    tuned: dict[int, list[TranscodeItem]] = {}
+    healed: dict[int, list[TranscodeItem]] = {}
+    copied: dict[str, TensorRef] = {}
+    rest: list[TranscodeItem] = []
+    for each in contents.written:
+        extent = extents[each.named.name]
+        layer = contents.types.modules.get(each.named.pieces[0].matrix) if each.named.pieces else None
+        if (at := _healed_in(each, layers)) is not None:
+            healed.setdefault(at, []).append(_item(each, extent))
+        elif blocks and layer is not None and isinstance(each.target, Ggml):
+            tuned.setdefault(layer, []).extend(_tuned_items(each, extent))
+        elif ref := each.copied:
+            copied[each.named.name] = ref
+        else:
+            rest.append(_item(each, extent))
+    yield from copy_steps(shards, copied)
+    yield from transcode_steps((item, item.out_bytes) for item in rest)
+    if blocks:
+        for layer in sorted({*tuned, *healed}):
+            yield TuneBlock(
+                layer=layer,
+                items=tuple(tuned.get(layer, ())),
+                moved=tuple(healed.get(layer, ())),
+                healed=tuple(ref for name, ref in contents.healed.items() if layers[name] == layer),
+                recipe=blocks.recipe,
+                size=blocks.sizes[layer],
+            )
+
+
+def _item(each: Written, extent: Extent) -> TranscodeItem:
+    return TranscodeItem(each.named.name, each.sources(), each.target, (("values", extent),))
+
+
+def _tuned_items(each: Written, extent: Extent) -> Iterator[TranscodeItem]:
+    """One item for each matrix: the tuner gives them one by one."""
+    rows, _ = each.shape
+    row = extent.length // rows
+    first = 0
+    for piece in each.named.pieces:
+        count = piece.shape[0]
+        place = Extent(extent.shard, extent.offset + first * row, count * row)
+        yield TranscodeItem(piece.matrix, (piece,), each.target, (("values", place),))
+        first += count
+
+
+def _healed_in(each: Written, layers: Mapping[str, int | None]) -> int | None:
+    """The block whose healing gives the values of a tensor; None for one that is not healed."""
+    for piece in each.named.pieces:
+        for place in piece.storage.reads:
+            if place.file.startswith(HEALED_FILE):
+                return layers[place.file.removeprefix(HEALED_FILE)]
+    return None
+
+
+# -- weights as they are stored ---------------------------------------------------------------------------------------
+
+
+def plan_stored(
+    command: str,
+    source: Checkpoint,
+    manifest: Manifest | None,
+    options: ViewOptions,
+    recipe: Recipe | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan a GGUF file of weights as they are in the source: floats as wide, integers with their codes and scales.
+
+    Small floats are decoded, as everywhere.
+
+    Args:
+        command: verb that is planned.
+        source: what is read.
+        manifest: experts that stay; None for all.
+        options: what else decides bytes; those of `gguf` must be there.
+        recipe: how pruned blocks are healed; None to heal none.
+        beside: what else is recorded of how it was made.
+
+    Raises:
+        SchemeError: llama.cpp does not run the family, or a weight is stored in a way that is not read.
+        CheckpointError, FamilyError, ManifestError, PlanError: see `view.pruned_view`.
+
+    """
+    asked = options.gguf or GgufOptions()
+    plain = as_weights(source)
+    view = pruned_view(plain, manifest, text_only=options.text_only, mtp=options.mtp)
+    healed: list[str] = []
+    blocks = None
+    if recipe:
+        refuse_unpruned(view)
+        assert recipe.heal is not None
+        healed = list(healed_names(view.layout, view.layout.places, recipe.heal.widest))
+        blocks = Blocks(recipe, block_sizes(plain, view))
+    contents = contents_of(view, Types(), healed)
+    shards = contents.shards(source, asked, options.max_shard_bytes)
+    sidecars = sidecar_digests(documents_of(view.checkpoint))
+    plan = Plan(
+        command=command,
+        source=source.root,
+        remote=source.remote,
+        source_shards=source.shards,
+        view=view.checkpoint,
+        shards=shards,
+        steps=tuple(gguf_steps(contents, view, shards, blocks)),
+        config=b"",
+        container="gguf",
+        sidecars=sidecars,
+        inputs={
+            **view_inputs(command, source, manifest, options, sidecars),
+            **(beside or {}),
+            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+        }
+        | ({"recipe": recipe.facts()} if recipe else {}),
+        summary={
+            **view_summary(source, view),
+            "tensors_after": len(contents.written),
+            "copied": contents.copies,
+            **({"healed": len(healed)} if recipe else {}),
+        },
+        notes=(*view.notes, *_stored_notes(contents)),
+        unread=source.unread,
+    )
+    plan.check()
+    return plan
+
+
+def as_weights(source: Checkpoint) -> Checkpoint:
+    """A checkpoint whose table has weights, whatever stands for them: small floats, integers, or themselves.
+
+    Raises:
+        SchemeError: it is quantized in a way that is not read.
+        CheckpointError: a weight is not stored as the config says.
+
+    """
+    if plain := decoded(source):
+        return plain
+    if not source.config.get("quantization_config"):
+        return source
+    stored = read_stored(source)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+
+
+def _stored_notes(contents: Contents) -> Iterator[str]:
+    """Say what becomes of integers, and of those that no block of ggml's holds as they are."""
+    kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
+    for dtype, count in kinds.items():
+        yield f"{count:,} tensors of integers are stored as {dtype}: every integer and every scale keeps its value"
+    wider = [each for each in contents.written if isinstance(each.target, Plain) and _is_of_integers(each.named)]
+    for each in wider:
+        yield (
+            f"{each.named.name} becomes {each.spec.dtype}, which holds its values exactly: its columns leave the"
+            " blocks that share a scale in GGUF"
+        )
+
+
+def _is_of_integers(named: Named) -> bool:
+    return any(isinstance(encoding, Ints) for encoding in _encodings(named))

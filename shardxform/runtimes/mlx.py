@@ -1,0 +1,315 @@
+"""MLX: what mlx-lm calls the experts of a family, and how they lie there: stacked, projection by projection.
+
+Its classes rename and stack what they load, as far as it is what they know; what is written here passes them as it is.
+A checkpoint of MLX is seen with its experts one by one, under the names and the config that its family has, so that
+what works on other quantized checkpoints works on it. Names from mlx-lm 0.32 (`mlx_lm/models`, `sanitize`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import FamilyError, SchemeError
+from shardxform.formats.dialects import Selection, method_of
+from shardxform.formats.encoding import Encoded
+from shardxform.formats.matrices import Matrix
+from shardxform.formats.plain import storages_of
+from shardxform.model.families import family_of
+from shardxform.model.families.base import Family, head_dim
+from shardxform.model.layout import Layout
+
+__all__ = [
+    "QUANTIZATION",
+    "Stack",
+    "as_read",
+    "config_of",
+    "is_mlx",
+    "kept_of",
+    "members_of",
+    "refuse_unrun",
+    "single",
+    "stacked",
+    "stacks_of",
+    "unrun",
+    "whole",
+]
+
+QUANTIZATION: Final = "quantization"
+"""The key of config.json that mlx-lm reads; it writes `quantization_config` beside it, the same."""
+
+_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
+_PARTS: Final = ("weight", "scales", "biases")
+_MOST_EXPERTS: Final = 1 << 16  # that a stack is taken apart into
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What mlx-lm has of a family.
+
+    Attributes:
+        home: the module that holds the stacks of a block.
+        types: values of `model_type`, and what it must be told instead.
+        keys: of the config that it reads, and that a config may lack which transformers saved again, since that has
+            other ones for the same; without some mlx-lm fails, and for others it takes numbers of its own.
+
+    """
+
+    home: str
+    types: Mapping[str, str]
+    keys: tuple[str, ...] = ()
+
+
+def _same(*types: str) -> dict[str, str]:
+    return {each: each for each in types}
+
+
+_SWITCH: Final = "mlp.switch_mlp"
+_ROTARY: Final = ("rope_theta", "rope_scaling")
+_NAMES: Final[Mapping[str, _Names]] = {
+    "deepseek_v3": _Names(_SWITCH, _same("deepseek_v3", "kimi_k2"), _ROTARY),
+    "deepseek_v32": _Names(_SWITCH, _same("deepseek_v32"), _ROTARY),
+    "glm4_moe": _Names(_SWITCH, _same("glm4_moe"), (*_ROTARY, "head_dim", "partial_rotary_factor")),
+    "glm4_moe_lite": _Names(_SWITCH, _same("glm4_moe_lite"), (*_ROTARY, "partial_rotary_factor")),
+    "minimax_m2": _Names(
+        "block_sparse_moe.switch_mlp", _same("minimax_m2"), ("rope_theta", "rotary_dim", "shared_intermediate_size")
+    ),
+    "mixtral": _Names("block_sparse_moe.switch_mlp", _same("mixtral"), _ROTARY),
+    "qwen3_5_moe": _Names(_SWITCH, {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"}),
+    "qwen3_moe": _Names(_SWITCH, _same("qwen3_moe"), (*_ROTARY, "head_dim", "num_experts")),
+}
+
+
+def refuse_unrun(layout: Layout) -> None:
+    """Refuse a family, or a class of one, that is not written for MLX.
+
+    Raises:
+        SchemeError: names those that are.
+
+    """
+    names = _NAMES.get(layout.family.name)
+    if names is None or layout.wrapper.model_type not in names.types:
+        known = ", ".join(each for names in _NAMES.values() for each in names.types)
+        raise SchemeError(f"`format` mlx: model_type {layout.wrapper.model_type} is not written for it; known: {known}")
+
+
+# -- stacks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Matrices [O, I] that are stored as one module: one projection of all experts of a block, in order, or just one.
+
+    Attributes:
+        name: of the module.
+        members: the matrices.
+
+    """
+
+    name: str
+    members: tuple[Matrix, ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether its tensors have a dimension that counts experts."""
+        return _is_stacked(self.members[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values as they are stored in the source."""
+        return sum(member.nbytes for member in self.members)
+
+    def spec(self, spec: TensorSpec) -> TensorSpec:
+        """The tensor of all members, of what `spec` is for each."""
+        _, _, last = spec.name.rpartition(".")
+        shape = (len(self.members), *spec.shape) if self.is_stacked else spec.shape
+        return TensorSpec(f"{self.name}.{last}", spec.dtype, shape)
+
+
+def stacks_of(layout: Layout, modules: Iterable[Matrix]) -> list[Stack]:
+    """Put experts of one block together, projection by projection; other modules stay alone."""
+    home, theirs = layout.family.experts.home, dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
+    found: dict[str, list[Matrix]] = {}
+    for module in modules:
+        name = module.name
+        if _is_stacked(module):
+            before, _, projection = name.rsplit(".", 2)
+            name = f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}"
+        found.setdefault(name, []).append(module)
+    return [Stack(name, tuple(sorted(members, key=lambda m: m.expert or 0))) for name, members in found.items()]
+
+
+def stacked(stack: Stack) -> TensorRef:
+    """The values of a stack's members as one tensor [E, O, I], as wide as they are.
+
+    Raises:
+        SchemeError: they are of several dtypes.
+
+    """
+    first = stack.members[0]
+    dtypes = {member.weight.spec.dtype for member in stack.members}
+    if len(dtypes) > 1:
+        raise SchemeError(f"experts of {stack.name} are {' and '.join(sorted(dtypes))}; cannot stack them")
+    spec = stack.spec(TensorSpec(f"{first.name}.weight", first.weight.spec.dtype, first.shape))
+    if any(member.cut or isinstance(member.weight, Encoded) for member in stack.members):
+        return Encoded(
+            spec, (), tuple(each for member in stack.members for each in storages_of(member.weight, member.cut))
+        )
+    return TensorRef(spec, coalesce(piece for member in stack.members for piece in member.weight.ranges))
+
+
+def kept_of(layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection) -> dict[str, TensorRef]:
+    """Tensors that stay as wide as they are, those of experts as stacks: the ones that no matrix was quantized of."""
+    experts = [module for module in selection.kept_modules if _is_stacked(module)]
+    gone = {name for module in (*selection.quantized, *experts) for name in module.sources}
+    stacks = ((f"{stack.name}.weight", stack) for stack in stacks_of(layout, experts))
+    kept = {name: ref for name, ref in tensors.items() if name not in gone}
+    return {**kept, **{name: stacked(stack).renamed(name) for name, stack in stacks}}
+
+
+def _is_stacked(module: Matrix) -> bool:
+    return module.expert is not None and module.place.scope == "block"
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def is_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a quantized checkpoint of MLX, as `single` gives it."""
+    declared = config.get("quantization_config")
+    return isinstance(declared, Mapping) and method_of(declared) == "mlx" and QUANTIZATION not in config
+
+
+def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that mlx-lm takes of a checkpoint that has `config`, and is quantized as `declared`.
+
+    Raises:
+        FamilyError: the config gives no sizes.
+
+    """
+    names = _NAMES[layout.family.name]
+    try:
+        told = {key: value for key, value in _told(layout).items() if key in names.keys and key not in config}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise FamilyError(f"config.json gives no sizes of heads, or of what is rotated: {e}") from e
+    out = {**config, **told, "model_type": names.types[config["model_type"]]}
+    out.pop("quantization_config", None)
+    return {**out, QUANTIZATION: dict(declared), "quantization_config": dict(declared)}
+
+
+def as_read(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The config of what is written for MLX, as it is read again, but for quantization, of which it says the same."""
+    if layout.family.name not in _NAMES or layout.wrapper.model_type not in _NAMES[layout.family.name].types:
+        return dict(config)
+    told = _config(config_of(config, layout, {}))
+    return {key: config.get(key, value) for key, value in told.items() if key != "quantization_config" or key in config}
+
+
+def _told(layout: Layout) -> dict[str, Any]:
+    """What mlx-lm reads under keys of its own, from those of transformers 5."""
+    text = layout.text
+    head, rotary = head_dim(text), text.get("rope_parameters")
+    rotary = rotary if isinstance(rotary, Mapping) else {}
+    share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+    scaled = rotary.get("rope_type", "default") != "default"
+    of_positions = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
+    return {
+        **of_positions,
+        "head_dim": head,
+        "num_experts": layout.num_experts,
+        "partial_rotary_factor": share,
+        "rope_scaling": dict(rotary) if scaled else None,
+        "rotary_dim": int(head * share),
+        "shared_intermediate_size": 0,  # which it reads and has no use for
+    }
+
+
+def unrun(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say why mlx-lm, as far as it is known here, has no class for the `model_type` of a config of its own."""
+    known = [theirs for names in _NAMES.values() for theirs in names.types.values()]
+    if (found := config.get("model_type")) not in known:
+        yield f"model_type {found!r} is none that mlx-lm is known to run: {', '.join(dict.fromkeys(known))}"
+
+
+def single(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of MLX with its experts one by one and the config of its family; any other as it is."""
+    declared = checkpoint.config.get(QUANTIZATION)
+    if not isinstance(declared, Mapping) or not declared.keys() >= {"bits", "group_size"}:
+        return checkpoint
+    if not any(ref.spec.dtype == "U32" for ref in checkpoint.tensors.values()):
+        return checkpoint  # a declaration of nothing
+    config = _config(checkpoint.config)
+    try:
+        family, _ = family_of(config)
+    except FamilyError:
+        return checkpoint  # said by whoever looks for it
+    if family.name not in _NAMES:
+        return replace(checkpoint, config=config)
+    tensors = {ref.name: ref for members in _apart(checkpoint, family).values() for ref in members}
+    return replace(checkpoint, tensors=tensors, config=config)
+
+
+def members_of(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """What `single` calls the parts of every tensor of a checkpoint; most are one and the same."""
+    config = single(checkpoint).config
+    if config is checkpoint.config or (family := family_of(config)[0]).name not in _NAMES:
+        return {name: (name,) for name in checkpoint.tensors}
+    return {name: tuple(ref.name for ref in members) for name, members in _apart(checkpoint, family).items()}
+
+
+def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef, ...]]:
+    """By the name of every tensor, what it holds of each expert; itself where it is no stack of them."""
+    home, experts = _NAMES[family.name].home, family.experts
+    pattern = re.compile(rf"(.*\.\d+\.){re.escape(home)}\.({'|'.join(_PROJECTIONS)})\.({'|'.join(_PARTS)})")
+    ours = dict(zip(_PROJECTIONS, experts.projections, strict=True))
+    found: dict[str, tuple[TensorRef, ...]] = {}
+    for name, ref in checkpoint.tensors.items():
+        match = pattern.fullmatch(name)
+        if match is None or len(ref.spec.shape) != 3 or not 0 < ref.spec.shape[0] <= _MOST_EXPERTS:
+            found[name] = (ref,)
+            continue
+        block, projection, part = match.groups()
+        stem = f"{block}{experts.home}."
+        names = (f"{stem}{expert}.{ours[projection]}.{part}" for expert in range(ref.spec.shape[0]))
+        found[name] = tuple(ref.index(expert).renamed(one) for expert, one in enumerate(names))
+    return found
+
+
+def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
+    """What `single` gave, pruned as it may be, as mlx-lm has it."""
+    home, theirs = layout.family.experts.home, dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
+    tensors: dict[str, TensorRef] = {}
+    stacks: dict[str, list[tuple[int, TensorRef]]] = {}
+    for name, ref in checkpoint.tensors.items():
+        place = layout.places.get(name)
+        if place is None or place.expert is None or place.scope != "block":
+            tensors[name] = ref
+            continue
+        before, _, projection, part = name.rsplit(".", 3)
+        stack = f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}.{part}"
+        stacks.setdefault(stack, []).append((place.expert, ref))
+    for name, members in stacks.items():
+        refs = [ref for _, ref in sorted(members, key=lambda member: member[0])]
+        spec = TensorSpec(name, refs[0].spec.dtype, (len(refs), *refs[0].spec.shape))
+        tensors[name] = TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
+    config = config_of(checkpoint.config, layout, checkpoint.config["quantization_config"])
+    return replace(checkpoint, tensors=tensors, config=config)
+
+
+def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as the family has it: quantization under one key, and the `model_type` of the class."""
+    declared = {**config[QUANTIZATION], "mode": config[QUANTIZATION].get("mode", "affine")}  # which older ones lack
+    out = {key: value for key, value in config.items() if key != QUANTIZATION} | {"quantization_config": declared}
+    for names in _NAMES.values():
+        for ours, theirs in names.types.items():
+            if theirs == config.get("model_type") != ours and _text_key(ours) is None is config.get("text_config"):
+                out["model_type"] = ours
+    return out
+
+
+def _text_key(model_type: str) -> str | None:
+    return family_of({"model_type": model_type})[1].text_key

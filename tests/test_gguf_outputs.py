@@ -1,0 +1,216 @@
+"""GGUF outputs of every verb: byte for byte those that converting the safetensors twin gives, and its values.
+
+What the blocks stand for is worked out by the `gguf` package from the file, and from the twin by `values_of`, which
+unpacks code by code; which tensor is which, and where its rows stand, is written out here once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from build import read_checkpoint, tiny, write_checkpoint
+from faults import Counting, Crashing, forked, sampled
+from ggufs import fields_of
+from strategies import picked
+from test_convert import quantize, values_of
+from test_prune import manifest_of
+from test_quantize import KIND_SIZES
+from test_run import looks_complete, tree
+
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import SchemeError
+from shardxform.execution.runner import RunOptions, run
+from shardxform.formats.scheme import Grid, Scheme
+from shardxform.plan import plan as plan_module
+from shardxform.plan.convert import ConvertOptions, Target, plan_convert
+from shardxform.plan.plan import Plan
+from shardxform.plan.prune import plan_prune
+from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import GgufOptions, ViewOptions
+
+KINDS = ("qwen3_moe", "qwen3_6_moe", "qwen3_5_moe_text", "qwen3_5_moe")
+GRIDS = ((4, 32), (8, 32), (4, -1), (8, -1))
+PRE = GgufOptions(pre_tokenizer="qwen2")
+SHARD_BYTES = 100_000
+
+
+def tokenizer(count: int) -> str:
+    """tokenizer.json of a byte-level BPE: a token for each byte, as many as the model has, and no merges."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [256 + n for n in range(256 - len(kept))]
+    tokens = [chr(each) for each in (*kept, *others)][:count]
+    model = {"type": "BPE", "vocab": {token: at for at, token in enumerate(tokens)}, "merges": []}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "ByteLevel"}})
+
+
+def make(root: Path, kind: str = "qwen3_moe", **over: Any) -> Path:
+    heads = {"linear_key_head_dim": 16} if kind.startswith("qwen3_") and kind != "qwen3_moe" else {}  # rows in 32s
+    config, tensors = tiny(kind, **{**KIND_SIZES[kind], **heads, **over})
+    size = config.get("text_config", config)["vocab_size"]
+    return write_checkpoint(root, tensors, config, shards=3, files={"tokenizer.json": tokenizer(size)})
+
+
+def in_gguf(source: Path, bits: int = 4, group_size: int = 32, *, pruned: bool = False, **over: Any) -> Plan:
+    scheme = Scheme(grid=Grid(bits=bits, group_size=group_size), format="gguf", **over)  # type: ignore[arg-type]
+    options = ViewOptions(max_shard_bytes=1 << 30, gguf=PRE)
+    return plan_quantize(Checkpoint.open(source), scheme, manifest_of(source) if pruned else None, options)
+
+
+def to_gguf(source: Path, max_shard_bytes: int = 1 << 30) -> Plan:
+    options = ConvertOptions(max_shard_bytes=max_shard_bytes, gguf=PRE)
+    return plan_convert(Checkpoint.open(source), Target(format="gguf"), options)
+
+
+def done(plan: Plan, out: Path, **options: Any) -> Path:
+    run(plan, out, RunOptions(**options))
+    return out
+
+
+def values(path: Path) -> dict[str, np.ndarray]:
+    """float32 values of every tensor of a file, slowest dimension first."""
+    out: dict[str, np.ndarray] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        shape = [int(size) for size in reversed(tensor.shape)]
+        out[tensor.name] = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+    return out
+
+
+# -- equal to what is converted ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group_size"), picked(GRIDS, 2))
+@pytest.mark.parametrize("kind", picked(KINDS, 2))
+def test_quantizing_equals_converting_its_twin(kind: str, bits: int, group_size: int, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", kind)
+    direct = done(in_gguf(source, bits, group_size), tmp_path / "direct") / "model.gguf"
+    for format_ in picked(("auto-round", "gptq", "compressed-tensors"), 3):
+        twin = quantize(source, tmp_path / format_, format_, bits=bits, group_size=group_size)
+        again = done(to_gguf(twin), tmp_path / f"from-{format_}") / "model.gguf"
+        assert again.read_bytes() == direct.read_bytes()
+
+
+@pytest.mark.parametrize("kind", picked(KINDS, 2))
+def test_pruning_equals_converting_what_is_pruned(kind: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", kind)
+    manifest = manifest_of(source)
+    run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "pruned")
+    one = plan_prune(Checkpoint.open(source), manifest, ViewOptions(max_shard_bytes=1 << 30, gguf=PRE))
+    two = done(to_gguf(tmp_path / "pruned"), tmp_path / "two") / "model.gguf"
+    assert (done(one, tmp_path / "one") / "model.gguf").read_bytes() == two.read_bytes()
+    quantized = done(in_gguf(source, pruned=True), tmp_path / "q") / "model.gguf"
+    assert quantized.read_bytes() == (done(in_gguf(tmp_path / "pruned"), tmp_path / "p") / "model.gguf").read_bytes()
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_stand_for_the_values_of_the_twin(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    found = values(done(in_gguf(source), tmp_path / "out") / "model.gguf")
+    twin, plain = read_checkpoint(quantize(source, tmp_path / "twin")), read_checkpoint(source)
+    experts = json.loads((source / "config.json").read_text())["num_experts"]
+    for layer in range(2):
+        prefix, block = f"model.layers.{layer}.", f"blk.{layer}."
+        for part in ("gate", "up", "down"):
+            names = [f"{prefix}mlp.experts.{e}.{part}_proj" for e in range(experts)]
+            wanted = np.stack([values_of(twin, name, 4, 32) for name in names])
+            np.testing.assert_array_equal(found[f"{block}ffn_{part}_exps.weight"], wanted)
+        for ours, theirs in (("attn_q", "q_proj"), ("attn_output", "o_proj")):
+            wanted = values_of(twin, f"{prefix}self_attn.{theirs}", 4, 32)
+            np.testing.assert_array_equal(found[f"{block}{ours}.weight"], wanted)
+        router = plain[f"{prefix}mlp.gate.weight"].float32()
+        np.testing.assert_array_equal(found[f"{block}ffn_gate_inp.weight"], router)
+    np.testing.assert_array_equal(found["token_embd.weight"], plain["model.embed_tokens.weight"].float32())
+
+
+def test_value_heads_are_tiled_with_their_scales(tmp_path: Path) -> None:
+    """Groups of 128 columns over heads of 64: a scale goes along with each of its blocks."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 64, "hidden_size": 128}
+    source = make(tmp_path / "source", "qwen3_5_moe_text", **sizes)
+    found = values(done(in_gguf(source, 4, 128, keep_16bit=("*.experts.*",)), tmp_path / "out") / "model.gguf")
+    twin = read_checkpoint(quantize(source, tmp_path / "twin", group_size=128, keep_16bit=("*.experts.*",)))
+    for name, tensor in values_by_layer(found, "ssm_out.weight"):
+        wanted = values_of(twin, f"model.layers.{name}.linear_attn.out_proj", 4, 128)
+        order = np.arange(4 * 64).reshape(2, 2, 64).swapaxes(0, 1).reshape(-1)
+        np.testing.assert_array_equal(tensor, wanted[:, order])
+    for name, tensor in values_by_layer(found, "attn_gate.weight"):
+        wanted = values_of(twin, f"model.layers.{name}.linear_attn.in_proj_z", 4, 128)
+        np.testing.assert_array_equal(tensor, wanted.reshape(2, 2, 64, -1).swapaxes(0, 1).reshape(wanted.shape))
+
+
+def values_by_layer(found: dict[str, np.ndarray], ending: str) -> list[tuple[int, np.ndarray]]:
+    out = [(int(name.split(".")[1]), value) for name, value in found.items() if name.endswith(ending)]
+    assert out
+    return out
+
+
+def test_columns_that_leave_their_blocks_go_into_a_wider_type(tmp_path: Path) -> None:
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 16}
+    source = make(tmp_path / "source", "qwen3_5_moe_text", **sizes)
+    plan = in_gguf(source)
+    assert any("stay in 16 bits: its columns leave" in note for note in plan.notes)
+    direct = values(done(plan, tmp_path / "out") / "model.gguf")
+    twin = quantize(source, tmp_path / "twin")
+    plan = to_gguf(twin)
+    assert any("ssm_out.weight becomes F16" in note for note in plan.notes)
+    found = values(done(plan, tmp_path / "from") / "model.gguf")
+    order = np.arange(4 * 16).reshape(2, 2, 16).swapaxes(0, 1).reshape(-1)
+    for layer, tensor in values_by_layer(found, "ssm_out.weight"):
+        name = f"model.layers.{layer}.linear_attn.out_proj"
+        np.testing.assert_array_equal(tensor, values_of(read_checkpoint(twin), name, 4, 32)[:, order])
+        plain = read_checkpoint(source)[f"{name}.weight"].float32()
+        np.testing.assert_array_equal(direct[f"blk.{layer}.ssm_out.weight"], plain[:, order])
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_split_holds_the_same(tmp_path: Path) -> None:
+    twin = quantize(make(tmp_path / "source"), tmp_path / "twin")
+    whole = values(done(to_gguf(twin), tmp_path / "whole") / "model.gguf")
+    done(to_gguf(twin, 60_000), tmp_path / "split")
+    parts = sorted((tmp_path / "split").glob("model-*.gguf"))
+    assert len(parts) > 2
+    assert fields_of(parts[0])["split.count"] == len(parts)
+    joined = {name: value for part in parts for name, value in values(part).items()}
+    assert joined.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(joined[name], value)
+
+
+def test_bytes_do_not_depend_on_jobs_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make(tmp_path / "source", "qwen3_5_moe_text")
+    one = done(in_gguf(source), tmp_path / "one", jobs=1)
+    monkeypatch.setattr(plan_module, "STEP_BYTES", 10_000)
+    assert tree(done(in_gguf(source), tmp_path / "two", jobs=4))["model.gguf"] == tree(one)["model.gguf"]
+
+
+@pytest.mark.crash
+def test_a_crash_at_any_effect_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "STEP_BYTES", 20_000)
+    plan = in_gguf(make(tmp_path / "source"))
+    counting = Counting()
+    run(plan, tmp_path / "reference", RunOptions(jobs=1), fs=counting)
+    reference = tree(tmp_path / "reference")
+    for k in sampled(counting.effects, step=29, ends=3):
+        out = tmp_path / f"out{k}"
+        assert forked(functools.partial(run, plan, out, RunOptions(jobs=1), fs=Crashing(k))) == 9
+        if out.exists() and looks_complete(out):
+            assert {name: data for name, data in tree(out).items() if name in reference} == reference
+        run(plan, out)
+        assert tree(out) == reference, f"effect {k}"
+
+
+def test_what_llama_cpp_does_not_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(SchemeError, match=r"tokenizer\.json"):
+        in_gguf(source)
+    assert config["model_type"] == "qwen3_moe"
