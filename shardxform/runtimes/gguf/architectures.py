@@ -38,7 +38,7 @@ def _common(architecture: Architecture, recorder: Recorder, **over: Any) -> None
     full = rope.get("full_attention", rope)
     _scaling(writer, full)
     if "mrope_section" in rope:
-        writer.add_rope_dimension_sections([*rope["mrope_section"], 0, 0, 0, 0][:4])
+        _add_sections(architecture, recorder, rope)
     if full.get("rope_theta") is None:
         raise SchemeError("config.json: rope_theta is missing")
     writer.add_rope_freq_base(full["rope_theta"])
@@ -54,6 +54,19 @@ def _common(architecture: Architecture, recorder: Recorder, **over: Any) -> None
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+
+
+def _add_sections(architecture: Architecture, recorder: Recorder, rope: Mapping[str, Any]) -> None:
+    """How many of the rotated pairs go by time, height and width; of text, whose three are the same, it matters not.
+
+    Raises:
+        SchemeError: more than a head has channels, at which llama.cpp aborts.
+
+    """
+    sections, width = [*rope.get("mrope_section", (11, 11, 10)), 0, 0, 0, 0][:4], _head_dim(architecture)
+    if sum(sections) > width:
+        raise SchemeError(f"config.json: mrope_section is {sections}, but heads have {width} channels")
+    recorder.writer.add_rope_dimension_sections(sections)
 
 
 def _needed(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
@@ -166,8 +179,9 @@ def _delta_net_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 def _qwen3_5_keys(architecture: Architecture, recorder: Recorder) -> None:
     _delta_net_keys(architecture, recorder)
-    if "mrope_section" not in rope_of(architecture.config):
-        recorder.writer.add_rope_dimension_sections([11, 11, 10, 0])
+    rope = rope_of(architecture.config)
+    if "mrope_section" not in rope:
+        _add_sections(architecture, recorder, rope)
 
 
 def _head_dim(architecture: Architecture) -> int:
@@ -261,7 +275,7 @@ def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Keys of latent attention, which llama.cpp runs as attention of all heads over one head of latent keys."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
     _common(architecture, recorder, num_key_value_heads=1, head_dim=None)
-    writer.add_leading_dense_block_count(config.get("first_k_dense_replace") or 0)
+    writer.add_leading_dense_block_count(architecture.leading_dense)
     writer.add_vocab_size(size("vocab_size"))
     if config.get("q_lora_rank") is not None:
         writer.add_q_lora_rank(size("q_lora_rank"))
@@ -326,6 +340,7 @@ _DEEPSEEK_V3: Final = Kind(
     name="deepseek2",
     maps=("DEEPSEEK2",),
     spelled=_CORRECTED,
+    leads_dense=True,
     parts=_latent_parts,
     keys=_latent_keys,
     check=_latent_check,
@@ -343,6 +358,7 @@ _DEEPSEEK_V32: Final = Kind(
     name="deepseek32",
     maps=("DEEPSEEK2", "GLM_DSA"),
     spelled=_CORRECTED,
+    leads_dense=True,
     parts=_latent_parts,
     mtp="nextn",
     keys=_deepseek_v32_keys,
@@ -358,6 +374,7 @@ _GLM4_MOE_LITE: Final = Kind(
     name="deepseek2",
     maps=("DEEPSEEK2",),
     spelled=_CORRECTED,
+    leads_dense=True,
     parts=_latent_parts,
     mtp="nextn",
     keys=_latent_keys,
@@ -376,7 +393,7 @@ def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_rope_dimension_count(int(_head_dim(architecture) * rope_of(config).get("partial_rotary_factor", 0.5)))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_count(size("n_shared_experts"))
-    writer.add_leading_dense_block_count(size("first_k_dense_replace"))
+    writer.add_leading_dense_block_count(architecture.leading_dense)
     _weights(writer, config)
     writer.add_expert_weights_norm(bool(config.get("norm_topk_prob")))
     if architecture.nextn:
@@ -391,6 +408,7 @@ _GLM4_MOE: Final = Kind(
     name="glm4moe",
     maps=("GLM4_MOE",),
     spelled=_CORRECTED,
+    leads_dense=True,
     mtp="nextn",
     keys=_glm4_moe_keys,
     check=_glm4_moe_check,
