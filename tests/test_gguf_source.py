@@ -201,6 +201,8 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, An
     "vision": ({}, plus("v.blk.0.ffn_up_exps.weight", 8, 8, 8), "experts of a vision tower"),
     "unknown": ({}, plus("blk.0.ffn_side_exps.weight", 8, 8, 8), "looks like a part of experts or a router"),
     "router's": ({}, plus("blk.0.ffn_gate_inp.scale", 8), "looks like a part of experts or a router"),
+    "unknown, by its shape": ({}, plus("blk.0.ffn_side.weight", 8, 8), "looks like a part of experts or a router"),
+    "a value each": ({"expert_bias": [1.0] * 8}, SAME, "qwen3moe.expert_bias: 8 values, one for each expert"),
     "other count": ({}, plus("blk.0.exp_probs_b.bias", 9), "'blk.0.exp_probs_b.bias' is [9]: expected 1 dimensions"),
     "other rank": ({}, plus("blk.0.ffn_up_exps.bias", 8), "expected 2 dimensions"),
     "no router": ({}, without("1.ffn_gate_inp.weight"), "block 1 has ffn_down_exps.weight, ffn_gate_exps.weight"),

@@ -102,6 +102,10 @@ def _listed(name: RepoName, downloads: Downloads) -> Remote:
     shards = (file for file in files.values() if file.name.endswith(".safetensors"))
     streamed = frozenset(file.name for file in shards if not _is_whole(folder / file.name, file.nbytes))
     remote = Remote(repo=name.repo, commit=commit, folder=folder, files=files, streamed=streamed, downloads=downloads)
+    if {".safetensors", ".gguf"} & {os.path.splitext(file)[1] for file in files} == {".gguf"}:
+        raise CheckpointError(
+            f"{remote}: a model in GGUF, which is read on this machine only: download its files first"
+        )
     if CONFIG not in files:
         raise CheckpointError(f"{remote}: no {CONFIG}; expected a checkpoint")
     for small in files.keys() & {CONFIG, INDEX}:

@@ -29,7 +29,8 @@ from shardxform.cli.inputs import (
     require,
 )
 from shardxform.errors import OutputError, SchemeError
-from shardxform.model.layout import layout_of, tied_notes
+from shardxform.model.layout import layout_of
+from shardxform.model.tied_head import tied_notes
 from shardxform.plan.gguf_origin import stands_for
 from shardxform.plan.view import pruned_view
 

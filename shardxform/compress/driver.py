@@ -40,6 +40,7 @@ from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.formats.scheme import GGUF
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -253,7 +254,7 @@ class Stages:
     def _written(self) -> Checkpoint:
         """What was written, to be run."""
         if self.request.scheme.format != GGUF:
-            return Checkpoint.open(self.request.out)
+            return single(Checkpoint.open(self.request.out))
         from shardxform.checkpoint.gguf import find_gguf, open_gguf
         from shardxform.plan.gguf_origin import stands_for
 

@@ -85,7 +85,10 @@ class Changes:
     @cached_property
     def words(self) -> frozenset[str]:
         """Every part of a name that is no number."""
-        return frozenset(part for name in self.modules for part in name.split(".") if not part.isdigit())
+        parts: set[str] = set()
+        for name in self.modules:
+            parts.update(name.split("."))
+        return frozenset(part for part in parts if not part.isdigit())
 
     @property
     def renumbers_only(self) -> bool:
@@ -161,17 +164,15 @@ def modules_moved(
         elif not old.endswith((".weight", ".bias")):
             out[old] = new
         inner, outer = old.rpartition(".")[0], new.rpartition(".")[0]
-        while inner and out.get(inner, "") != outer:
-            if not new:
-                gone.setdefault(inner)
-            elif outer:
+        while not new and inner and inner not in gone:  # what holds one that is gone is among them too
+            gone[inner] = None
+            inner = inner.rpartition(".")[0]
+        while new and inner and out.get(inner, "") != outer:
+            if outer:
                 out[inner] = outer
             else:
                 out.setdefault(inner, inner)  # it holds what stays, though not below a name of its own
             inner, outer = inner.rpartition(".")[0], outer.rpartition(".")[0]
-        while not new and inner:
-            gone.setdefault(inner)
-            inner = inner.rpartition(".")[0]
     for name in gone:
         out.setdefault(name, "")
     out.update(_merged(layout, out))
@@ -194,8 +195,9 @@ def _merged(layout: Layout, modules: Mapping[str, str]) -> dict[str, str]:
     """Names that clients give the modules that they merge."""
     out: dict[str, str] = {}
     firsts = {members[0]: merged for merged, members in layout.family.merged.items()}
+    ends = tuple("." + first for first in firsts)
     for old, new in modules.items():
-        for first, merged in firsts.items():
+        for first, merged in firsts.items() if old.endswith(ends) else ():
             if old.endswith("." + first):
                 out[old.removesuffix(first) + merged] = new and new.removesuffix(first) + merged
     return out

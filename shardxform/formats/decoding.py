@@ -9,13 +9,15 @@ but modules can be named in it that are in 16 bits from now on.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.affine import AffineRule
+from shardxform.formats.dialects import ASYMMETRIC, method_of
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
@@ -95,6 +97,15 @@ def _compressed_rules(declared: Declared) -> Iterator[Reading]:
             raise SchemeError(f"config_groups: floats of {bits} bits in groups of {size} are not read")
 
 
+def _mlx_rules(declared: Declared) -> Iterator[Reading]:
+    """One rule where biases are not determined by scales, as far as headers tell; `stored` reads the others."""
+    if declared.get(ASYMMETRIC):
+        if declared.get("mode") != "affine" or type(declared.get("bits")) is not int:
+            raise SchemeError(f"mode {declared.get('mode')!r} of {declared.get('bits')!r} bits is not read")
+        others = {path: own.get("bits") for path, own in declared.items() if isinstance(own, Mapping)}
+        yield AffineRule(declared["bits"], {path: bits for path, bits in others.items() if type(bits) is int})
+
+
 _SMALL: Final[Mapping[tuple[object, object], Microscaled]] = {(4, 32): MXFP4, (4, 16): NVFP4, (8, 32): MXFP8}
 
 
@@ -107,6 +118,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
     "compressed-tensors": _compressed_rules,
     "fbgemm_fp8": _fp8_rules,
     "fp8": _fp8_rules,
+    "mlx": _mlx_rules,
     "modelopt": _modelopt_rules,
     "modelopt_fp4": _modelopt_rules,
     "mxfp4": _mxfp4_rules,
@@ -223,12 +235,13 @@ def _escaped(home: str) -> str:
 
 def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
     """The checkpoint with weights in place of their codes; `found` has them by the names of these."""
-    parts = {ref.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
-    parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
+    parts = {ref.spec.name for weight in found.values() for storage in weight.sources for _, ref in storage.parts}
+    if any(name.endswith(_UNUSED) for name in source.tensors):
+        parts |= {f"{weight.name.removesuffix('.weight')}.{last}" for weight in found.values() for last in _UNUSED}
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
-        if name in found:
-            tensors[found[name].name] = found[name]
+        if weight := found.get(name):
+            tensors[weight.spec.name] = weight
         elif name not in parts:
             tensors[name] = ref
     config = {key: value for key, value in source.config.items() if key not in ("quantization_config", *_BESIDE)}
@@ -239,18 +252,20 @@ def _rules(config: Mapping[str, Any]) -> list[Reading]:
     declared = config.get("quantization_config")
     if not isinstance(declared, Mapping):
         return []
-    read = DECODED.get(str(declared.get("quant_method")))
+    read = DECODED.get(str(method_of(declared)))
     beside = {key: config[key] for key in _BESIDE if key in config}
     return list(read({**beside, **declared})) if read else []
 
 
-def _weight(rules: Iterable[Reading], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
+def _weight(rules: Sequence[Reading], ref: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
     """The one weight whose codes a tensor is; None for any other tensor.
 
     Raises:
         CheckpointError: no rule holds for what are codes by their dtype; or several do, and say different things.
 
     """
+    if len(rules) == 1:
+        return rules[0].encoded(ref, tensors)
     found: list[Encoded] = []
     errors: list[CheckpointError] = []
     for rule in rules:

@@ -23,9 +23,11 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
 from shardxform.formats.scheme import GGUF, ROW_FORMATS, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import Layout, is_tied
+from shardxform.model.layout import Layout
+from shardxform.model.tied_head import is_tied
 
 __all__ = [
+    "ASYMMETRIC",
     "Resolved",
     "Selection",
     "build",
@@ -127,10 +129,10 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
     """Why a module stays as it is; empty when it is to be quantized. Shapes are judged later."""
     if module.weight.spec.dtype not in _ROUNDED:
         return f"dtype {module.weight.spec.dtype}"
-    if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
+    if scheme.quantize and any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
         _refuse_unrunnable(module, scheme, layout)
         return ""
-    if any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
+    if scheme.keep_16bit and any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
         return "on request"
     if module.place.scope != "block" or module.place.template.role not in LINEAR_ROLES:
         return _BY_DEFAULT
@@ -203,6 +205,9 @@ _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
+ASYMMETRIC: Final = "asymmetric"
+"""What a config of MLX is marked with as it is read, where headers tell that biases are no multiples of scales."""
+
 _AFFINE: Final = "affine"  # of mlx's modes, the one of integers with scales
 _LM_HEAD: Final = "lm_head"
 _HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
@@ -232,8 +237,9 @@ class Resolved:
         """Width of a linear module's weights: `bits`, or 16."""
         if module in self.also:
             return self.bits
-        if any(pattern.fullmatch(module) for pattern in self.kept):
-            return 16
+        for pattern in self.kept:
+            if pattern.fullmatch(module):
+                return 16
         if self.format == "auto-round":
             return self.bits if module.startswith(tuple(block + "." for block in self.blocks)) else 16
         return self.bits
@@ -464,6 +470,8 @@ def _resolve_compressed_tensors(config: Mapping[str, Any]) -> Resolved:
 
 def _resolve_mlx(config: Mapping[str, Any]) -> Resolved:
     """Read what holds for all modules that are stored with scales; mlx-lm takes those for quantized, and no others."""
+    if config.get(ASYMMETRIC):
+        raise SchemeError("quantization: weights that are not symmetric, as mlx_lm.convert rounds them")
     if config.get("mode") != _AFFINE:
         raise SchemeError(f"quantization: mode {config.get('mode')!r}, expected {_AFFINE!r}")
     bits, group_size = _bits(config.get("bits")), _field(config, "group_size", int)

@@ -256,9 +256,9 @@ class ScaleRule:
         """Shapes that the scales of a weight may have; None for any."""
         if self.block is None or len(weight) < 2:
             return None
-        *stacked, rows, columns = weight
         if self.block:
-            return ((*stacked, -(-rows // self.block[0]), -(-columns // self.block[1])),)
+            return _of_blocks(weight, self.block)
+        *stacked, rows, _ = weight
         if self.rows:
             return (*stacked, rows, 1), (*stacked, rows)
         return (tuple(stacked), (*stacked, 1), (*stacked, 1, 1))
@@ -281,7 +281,9 @@ class ScaleRule:
 
         """
         spec = weight.spec
-        if spec.dtype not in FP8 or spec.name.rpartition(".")[2] in (*self.names, *SCALES):
+        if spec.dtype not in FP8:
+            return None
+        if (last := spec.name.rpartition(".")[2]) in self.names or last in SCALES:
             return None  # scales may be FP8 themselves
         if spec.dtype not in _READ or len(spec.shape) not in (2, 3) or self.block is None:
             kinds = " and ".join(_READ)
@@ -298,13 +300,23 @@ class ScaleRule:
         if wrong := self.fault(scales.spec, spec.shape):
             raise CheckpointError(f"tensor '{scales.name}': {wrong}")
         block = (self.block[0], self.block[1]) if self.block else (1 if self.rows else None, None)
-        encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype, self.powers)
+        encoding = _one_fp8(spec.dtype, block, suffix, scales.spec.dtype, self.powers)
         rows, columns = spec.shape[-2:]
         pairs = [(weight, scales)]
         if len(spec.shape) == 3:
             pairs = [(weight.index(at), scales.index(at)) for at in range(spec.shape[0])]
         storages = [Storage(encoding, (("values", one), ("scales", its)), (rows, columns)) for one, its in pairs]
         return Encoded(TensorSpec(spec.name, "BF16", spec.shape), (), tuple(storages))
+
+
+_one_fp8 = functools.lru_cache(maxsize=64)(Fp8)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_blocks(weight: Shape, block: tuple[int, ...]) -> tuple[Shape, ...]:
+    """The one shape that scales of blocks have."""
+    *stacked, rows, columns = weight
+    return ((*stacked, -(-rows // block[0]), -(-columns // block[1])),)
 
 
 def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:

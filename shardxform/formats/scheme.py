@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "ScaleGrid",
     "Scheme",
+    "usual_group_size",
 ]
 
 # -- grid --------------------------------------------------------------------------------------------------------------
@@ -111,6 +112,7 @@ ROW_FORMATS: Final[tuple[Format, ...]] = ("compressed-tensors", "mlx")
 """Of those, the ones whose words lie row by row."""
 
 GGUF: Final = "gguf"
+_NARROW: Final = ("mlx", GGUF)
 PRESETS: Final[dict[str, Bits]] = {"W4A16": 4, "W8A16": 8}
 
 
@@ -166,6 +168,11 @@ class Scheme:
             raise SchemeError(f"scheme: expected one of {', '.join(PRESETS)}, found {name!r}")
         grid = Grid(bits=PRESETS[name], group_size=group_size, scale_grid=scale_grid, search=search)
         return cls(grid=grid, format=format)
+
+
+def usual_group_size(format: str) -> int:  # noqa: A002
+    """Input columns that share a scale where nobody says: 32 in the formats of llama.cpp and MLX, else 128."""
+    return 32 if format in _NARROW else 128
 
 
 def _refuse_beyond_mlx(grid: Grid) -> None:

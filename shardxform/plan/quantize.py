@@ -6,6 +6,7 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Scheme
 from shardxform.model.layout import is_quantized
 from shardxform.plan.gguf import Draft, Types, crossing, documents_of, drafted
+from shardxform.plan.mlx import member_items, part_specs, stack_item
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
     BlockSize,
@@ -94,7 +96,11 @@ def plan_quantize(
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    stacks = mlx.stacks_of(view.layout, selection.quantized) if scheme.format == "mlx" else []
+    stacks: list[Stack] = []
+    told: tuple[str, ...] = ()
+    if scheme.format == "mlx":
+        mlx.refuse_unrun(view.layout, selection.quantized)
+        stacks = mlx.stacks_of(view.layout, selection.quantized)
     kept = _kept(view, selection, scheme)
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
     gathered = gathered_tensors(selection, scheme, kept)
@@ -111,6 +117,7 @@ def plan_quantize(
     config = {**view.checkpoint.config, "quantization_config": quantization}
     if scheme.format == "mlx":
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+        told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
     plan = Plan(
@@ -130,7 +137,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection), *told),
         unread=source.unread,
     )
     plan.check()
@@ -215,11 +222,10 @@ def _kept(view: View, selection: Selection, scheme: Scheme) -> dict[str, TensorR
 def _part_specs(selection: Selection, scheme: Scheme, stacks: Sequence[Stack]) -> Iterator[TensorSpec]:
     """Tensors that stand for what is quantized, of one module each or of a stack of them."""
     encoding = Ints.of(scheme)
-    if not stacks:
+    if scheme.format == "mlx":
+        yield from part_specs(stacks, encoding)
+    else:
         yield from (part.spec(m.name) for m in selection.quantized for part in encoding.parts(*m.shape))
-    for stack in stacks:
-        first = stack.members[0]
-        yield from (stack.spec(part.spec(first.name)) for part in encoding.parts(*first.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,32 +239,23 @@ class _Quantized:
     def items(
         self, extents: Mapping[str, Extent], *, tunes: bool
     ) -> tuple[list[tuple[int | None, TranscodeItem]], list[tuple[TranscodeItem, int]]]:
-        """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it.
-
-        A stack is rounded as one matrix, so that one step writes each chunk of it; a block is tuned in one step anyway.
-        """
+        """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it."""
         tuned: list[tuple[int | None, TranscodeItem]] = []
         rounded: list[tuple[TranscodeItem, int]] = []
-        for stack in self.stacks or [Stack(module.name, (module,)) for module in self.modules]:
+        parts_of = functools.cache(self.encoding.parts)  # of one shape, as a rule, for ten thousand experts
+        for module in () if self.stacks else self.modules:
+            item = transcode_item(module.name, module.stored, self.encoding, extents, parts_of)
+            if tunes and module.place.scope == "block":
+                tuned.append((module.place.layer, item))
+            else:
+                rounded.append((item, module.nbytes))
+        for stack in self.stacks:
             place = stack.members[0].place
             if tunes and place.scope == "block":
-                tuned += ((place.layer, item) for item in self._one_by_one(stack, extents))
-                continue
-            stored = tuple(each for member in stack.members for each in member.stored)
-            rounded.append((transcode_item(stack.name, stored, self.encoding, extents), stack.nbytes))
+                tuned += ((place.layer, item) for item in member_items(stack, self.encoding, extents))
+            else:
+                rounded.append((stack_item(stack, self.encoding, extents), stack.nbytes))
         return tuned, rounded
-
-    def _one_by_one(self, stack: Stack, extents: Mapping[str, Extent]) -> Iterator[TranscodeItem]:
-        """Members of a stack, each with its place in the tensors of all."""
-        count = len(stack.members)
-        suffixes = [part.suffix for part in self.encoding.parts(*stack.members[0].shape)]
-        whole = {suffix: extents[f"{stack.name}.{suffix}"] for suffix in suffixes}
-        for at, member in enumerate(stack.members):
-            places: dict[str, Extent] = {}
-            for suffix, extent in whole.items():
-                length = extent.length // count
-                places[f"{member.name}.{suffix}"] = Extent(extent.shard, extent.offset + at * length, length)
-            yield transcode_item(member.name, member.stored, self.encoding, places)
 
 
 def _view(
@@ -470,8 +467,9 @@ def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iter
         return
     stay = sum(len(ref.sources) for ref in kept.values() if isinstance(ref, Encoded))
     how = ", ".join(f"{count:,} in {name}" for name, count in found.most_common())
+    kind = "integers with biases" if any("biases" in name for name in found) else "in small floats"
     yield (
-        f"weights of the source are in small floats ({how}): {stay:,} of them are written as bfloat16, and the others"
+        f"weights of the source are {kind} ({how}): {stay:,} of them are written as bfloat16, and the others"
         " rounded from float32"
     )
     if any("FP4" in name for name in found) and bits >= 4:

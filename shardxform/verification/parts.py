@@ -115,7 +115,8 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
         if not any(problem.code == "quantization-config" for problem in findings.problems):
             text = str(e).removeprefix(f"{checkpoint.where}/").removeprefix(f"{CONFIG}: ")
             findings.warn("not-understood", CONFIG, f"quantized weights are not looked into: {text}")
-        _check_merged_rows(checkpoint, layout, findings)
+        if method_of(declared) != "mlx":  # which merges nothing
+            _check_merged_rows(checkpoint, layout, findings)
         return None
     except _MALFORMED as e:  # shapes or values that nothing can mean; as a rule a problem says so already
         if not findings.problems:

@@ -19,7 +19,8 @@ from shardxform.formats.decoding import is_microscaled, unreadable
 from shardxform.formats.dialects import method_of
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
-from shardxform.model.layout import Layout, Place, is_tied
+from shardxform.model.layout import Layout, Place
+from shardxform.model.tied_head import is_tied
 from shardxform.verification.findings import Findings, Item, place_of, spans
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "check_quantization", "readers_of"]
@@ -153,7 +154,9 @@ def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings)
 
 
 def _is_float_only(layout: Layout, m: _Module) -> bool:
-    """Whether no client runs a module quantized as it is; its template and kind decide."""
+    """Whether no client runs a module quantized as it is; its template and kind decide. mlx-lm runs all but norms."""
+    if m.kind == "mlx":
+        return m.place.template.role == "norms"
     patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
     tied = m.place.template.role == "lm head" and is_tied(layout)
     return tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)

@@ -496,7 +496,7 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
         for ref in _as_stored(refs, view, out):
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
-            table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
+            table[ref.name] = replace(ref, spec=ref.spec._replace(dtype=dtype))
             values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
             if changed:
                 left[ref.name] = "healed"
