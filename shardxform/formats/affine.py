@@ -36,6 +36,11 @@ class Affine:
     def __str__(self) -> str:
         return f"{self.bits}-bit integers with biases, groups of {self.group}"
 
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.bits
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the tensors that stand for a matrix; its scales may have another dtype."""
         scales = (rows, columns // self.group)

@@ -112,6 +112,7 @@ def _scheme(recorded: object) -> Scheme | None:
             format=recorded.get("format", GGUF),
             keep_16bit=_texts(recorded.get("keep_16bit")),
             quantize=_texts(recorded.get("quantize")),
+            requantize=recorded.get("requantize") is True,
         )
     except (KeyError, TypeError, ShardxformError):
         return None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
-from shardxform.base.strict_json import config_text
+from shardxform.base.strict_json import config_text, parse_config
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -604,14 +604,16 @@ def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
 
 
 def config_bytes(source: Checkpoint, view: View) -> bytes:
-    """Bytes of the view's config.json; the source's own when nothing in it changed.
+    """Bytes of the view's config.json; the source's own when nothing in it changed, and it said all that is known.
 
     Raises:
         CheckpointError: the source's config.json can no longer be read.
 
     """
     if view.checkpoint.config == source.config:
-        return _read(source, CONFIG)
+        data = _read(source, CONFIG)
+        if bool(parse_config(data).get(DECLARATIONS[0])) == bool(source.config.get(DECLARATIONS[0])):
+            return data
     return config_text(view.checkpoint.config).encode()
 
 
