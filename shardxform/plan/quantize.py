@@ -412,7 +412,7 @@ def _way_to_carry(asked: Grid, found: Grid) -> str:
     """What to ask for so that integers stay as they are."""
     ways = []
     if asked.bits != found.bits:
-        ways.append(f"`grid.bits` W{found.bits}A16")
+        ways.append(f"`bits` W{found.bits}A16")
     if asked.group_size != found.group_size:
         ways.append(f"`group_size` {found.group_size}")
     if (asked.scale_grid, found.scale_grid) == ("bf16", "fp16"):
