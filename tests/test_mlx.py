@@ -272,14 +272,6 @@ DEFECTS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Raw]], object], str
         "class",
         "is none that mlx-lm is known to run",
     ),
-    "a router in words": (
-        lambda _, t: [
-            t.update({f"model.layers.1.mlp.gate.{last}": t[f"model.layers.0.mlp.shared_expert.up_proj.{last}"]})
-            for last in ("weight", "scales", "biases")
-        ],
-        "quantized",
-        "mlp.gate",
-    ),
 }
 
 

@@ -18,10 +18,13 @@ import pytest
 from build import Raw, raw, read_checkpoint, write_checkpoint
 from strategies import picked
 
+from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.verification import verify
 
@@ -188,3 +191,52 @@ def test_a_tiny_model_of_every_family(model_type: str, tmp_path: Path) -> None:
     source = save(build(model_type), tmp_path / "source")
     out = quantize(source, tmp_path / "out")
     check(out, source, 4, tmp_path, torch.arange(24).reshape(1, 24) * 7 % 256)
+
+
+def test_what_mlx_lm_rounds_itself_is_read_pruned_and_written_in_16_bits(tmp_path: Path) -> None:
+    """Biases of their own, embeddings, head and routers in words too, routers in 8 bits."""
+    from any_moe import build, save
+    from mlx_lm.convert import convert as theirs
+
+    from shardxform.forward.weights import Precision, Weights
+
+    source = save(build("qwen3_moe"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    names = {"rope_theta": 10000.0, "num_experts": 6, "head_dim": 16}  # which it does not find otherwise
+    (source / "config.json").write_text(json.dumps(config | names))
+    mx.set_default_device(mx.cpu)
+    theirs(str(source), str(out := tmp_path / "out"), quantize=True, q_group_size=32, q_bits=4)
+    keep = {0: (0, 2, 3, 5), 1: (1, 2, 3, 4)}
+    run(plan_prune(Checkpoint.open(out), Manifest(keep=keep)), pruned := tmp_path / "pruned")
+    halves = convert(out, tmp_path / "halves", "bf16")
+    for path, made_from in ((pruned, out), (halves, out)):
+        assert [str(problem) for problem in verify(path, source=made_from).problems] == []
+    full = Precision(torch.device("cpu"), torch.float32)
+    with Weights(Checkpoint.open(out), full) as whole, Weights(Checkpoint.open(pruned), full) as part:
+        whole.check()
+        part.check()
+        for layer, ids in keep.items():
+            router = f"model.layers.{layer}.mlp.gate"
+            values = dequantized(out, router, 8)
+            assert (whole.tensor(f"{router}.weight").numpy() == values).all()
+            assert (part.tensor(f"{router}.weight").numpy() == values[list(ids)]).all()
+            down = dequantized(out, f"model.layers.{layer}.mlp.switch_mlp.down_proj", 4)
+            for new, old in enumerate(ids):
+                assert (whole.expert("block", layer, old).dense(full).down_HI.numpy() == down[old]).all()
+                assert (part.expert("block", layer, new).dense(full).down_HI.numpy() == down[old]).all()
+    ids = torch.arange(24).reshape(1, 24) * 7 % 256
+    assert np.isfinite(mlx_logits(widened(pruned, tmp_path / "wide"), ids)).all()
+    with pytest.raises(
+        SchemeError, match=r"integers with biases, groups of \d+, which symmetric integers of one scheme do not hold"
+    ):
+        convert(out, tmp_path / "back", "auto-round")
+
+
+def dequantized(out: Path, module: str, bits: int) -> np.ndarray:
+    """What mlx makes of a module, in float32."""
+    tensors: dict[str, Any] = {}
+    for path in out.glob("*.safetensors"):
+        tensors |= mx.load(str(path))
+    words, scales, biases = (tensors[f"{module}.{last}"] for last in ("weight", "scales", "biases"))
+    group = words.shape[-1] * 32 // bits // scales.shape[-1]
+    return np.array(mx.dequantize(words, scales.astype(mx.float32), biases.astype(mx.float32), group, bits))

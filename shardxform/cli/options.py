@@ -417,6 +417,11 @@ class SchemeFlags(SpellingFlags):
     also_quantize: tuple[str, ...] = option(
         "Quantize modules that match although they would stay as they are; repeatable.", default=(), metavar="PATTERN"
     )
+    requantize: bool = option(
+        "Round anew weights that SRC holds in as few bits or fewer; else integers stay as they are, where --scheme and "
+        "--group-size are theirs, and other such sources are refused.",
+        default=False,
+    )
 
     def read(self, *, tuned: bool) -> Scheme:
         """The scheme; `tuned` rounding starts from searched scales unless told otherwise."""
@@ -433,6 +438,7 @@ class SchemeFlags(SpellingFlags):
             g_idx=self.g_idx,
             keep_16bit=self.keep_16bit,
             quantize=self.also_quantize,
+            requantize=self.requantize,
         )
 
 

@@ -18,10 +18,21 @@ from fnmatch import translate
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
-from shardxform.errors import PlanError
+from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import Layout
 
-__all__ = ["DECLARATIONS", "Changes", "declarations", "modules_moved", "with_renamed", "without_empty"]
+__all__ = [
+    "DECLARATIONS",
+    "Changes",
+    "declarations",
+    "declared_in",
+    "declares",
+    "modules_moved",
+    "undeclared",
+    "with_declared",
+    "with_renamed",
+    "without_empty",
+]
 
 DECLARATIONS: Final = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json under which a quantization is declared, at any depth; the last one is MLX's."""
@@ -104,6 +115,43 @@ def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Itera
                 yield (*path, key), value
         elif isinstance(value, Mapping):
             yield from declarations(value, (*path, key))
+
+
+def declares(config: Mapping[str, Any]) -> bool:
+    """Whether a config says of weights that they are quantized, at its top level or in the config of the decoder."""
+    return any(path[-1] == DECLARATIONS[0] for path, _ in declarations(config))
+
+
+def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """What a config says of its quantized weights, at its top level or in the config of the decoder; None for nothing.
+
+    Raises:
+        SchemeError: it says two things.
+
+    """
+    found = [(path, value) for path, value in declarations(config) if path[-1] == DECLARATIONS[0]]
+    for path, value in found[1:]:
+        if value != found[0][1]:
+            raise SchemeError(f"{'.'.join(path)} and {'.'.join(found[0][0])} differ; expected one")
+    return found[0][1] if found else None
+
+
+def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same weights in 16 bits."""
+    return {
+        key: undeclared(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != DECLARATIONS[0]
+    }
+
+
+def with_declared(config: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Say at the top level, and nowhere else, how weights are quantized."""
+    kept = {
+        key: undeclared(value) if isinstance(value, Mapping) and key != DECLARATIONS[0] else value
+        for key, value in config.items()
+    }
+    return {**kept, DECLARATIONS[0]: declared}
 
 
 def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 SCALES: Final = ("weight_scale_inv", "weight_scale")
 """What scales of FP8 weights are called."""
 
+_OF_MISTRAL: Final = "qscale_weight"
+"""What Mistral calls them, in blocks or one for a weight; `qscale_act` beside it is of activations."""
+
 _READ: Final = ("F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 _SMALLEST: Final = 2.0**-126  # the smallest normal float32
@@ -110,6 +113,11 @@ class Fp8:
         if rows and columns:
             return f"FP8 in blocks of {rows} x {columns}"
         return "FP8, a scale a row" if rows else "FP8, one scale"
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return 8
 
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
@@ -327,9 +335,9 @@ def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:
         power = declared.get("scale_fmt") == "ue8m0"
         dtypes = _SCALE_DTYPES | _POWER_DTYPES if power else _SCALE_DTYPES
         if block is None:
-            return ScaleRule(SCALES, (), dtypes=dtypes)
+            return ScaleRule((*SCALES, _OF_MISTRAL), (), dtypes=dtypes)
         if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
-            return ScaleRule(SCALES[:1], tuple(block), dtypes=dtypes)
+            return ScaleRule((SCALES[0], _OF_MISTRAL), tuple(block), dtypes=dtypes)
         return None
     if method == "fbgemm_fp8":
         return ScaleRule(SCALES[1:], (), rows=True)

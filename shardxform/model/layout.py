@@ -43,10 +43,13 @@ _MOST_FOUND: Final = 1_000_000  # places that are kept for the next time
 Rows = Literal["rows", "blocks", "none", "inside"]
 
 COMPANIONS: Final[Mapping[str, Rows]] = {
+    "activation_scale": "none",
     "biases": "inside",
     "g_idx": "none",
     "input_global_scale": "none",
     "input_scale": "none",
+    "qscale_act": "none",
+    "qscale_weight": "blocks",
     "qweight": "inside",
     "qzeros": "inside",
     "scale": "blocks",

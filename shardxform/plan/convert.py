@@ -16,14 +16,24 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
+from shardxform.formats.config_names import declared_in, with_declared
+from shardxform.formats.decoding import decoded, encodings_of
+from shardxform.formats.dialects import Selection, build, kept_tensors, method_of, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import GGUF, ROW_FORMATS, ExpertNames, Format, Scheme
-from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
+from shardxform.formats.stored import (
+    HALF_DTYPES,
+    Float,
+    Stored,
+    as_plain,
+    config_of_half,
+    has_g_idx,
+    read_stored,
+    released,
+)
 from shardxform.model.families import family_origin
 from shardxform.plan.gguf import plan_stored
 from shardxform.plan.mlx import part_specs, stack_item
@@ -110,9 +120,9 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
     _refuse_restacking(stored, target)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    unread = replace(source, tensors={**stored.weights, **stored.plain}, config=config)
-    view = pruned_view(unread, None, mtp="drop" if target.format == "mlx" else "auto")
+    plain_source = as_plain(source, stored)
+    config = dict(plain_source.config)
+    view = pruned_view(plain_source, None, mtp="drop" if target.format == "mlx" else "auto")
     _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
     told: tuple[str, ...] = ()
@@ -125,7 +135,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         told = tuple(mlx.notes_of(view.source_layout, config))
     elif scheme is not None:
         quantization = build(selection, scheme, view.layout)
-        config = {**source.config, "quantization_config": quantization}
+        config = with_declared(source.config, quantization)
     elif target.format == "fp16":
         config = config_of_half(config)
     stacked = part_specs(stacks, Ints.of(cast(Scheme, scheme))) if stacks else ()
@@ -161,16 +171,17 @@ def _plan_gguf(source: Checkpoint, target: Target, options: ConvertOptions) -> P
 
 
 def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
-    """Plan the 16-bit checkpoint that a source in small floats stands for, in the release's layout.
+    """Plan the 16-bit checkpoint that a source that is only read stands for, in the release's layout.
 
     Raises:
         SchemeError: a target of integers, which are rounded anew and not converted.
 
     """
+    kinds = encodings_of(plain.tensors.values())
     if target.format not in HALF_DTYPES:
         raise SchemeError(
-            f"`target.format` {target.format}: the source is in small floats, which no integers hold exactly; use"
-            " `shardxform quantize`, or `target.format` bf16"
+            f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which symmetric integers of one"
+            " scheme do not hold; use `shardxform quantize`, or `target.format` bf16"
         )
     view = pruned_view(plain, None)
     _refuse_half(view, target)
@@ -195,12 +206,12 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
         inputs=_inputs(source, target, options, sidecars, None),
         summary={
             **view_summary(source, view),
-            "from": source.config["quantization_config"]["quant_method"],
+            "from": method_of(declared_in(source.config)),
             "tensors_after": sum(len(shard.entries) for shard in shards),
             "copied": len(copied),
             "converted_modules": count,
         },
-        notes=(f"{count:,} weight matrices in small floats become {_HALVES[target.format]}", *view.notes),
+        notes=(f"{count:,} weight matrices in {' and '.join(kinds)} become {_HALVES[target.format]}", *view.notes),
         unread=source.unread,
     )
     plan.check()
@@ -360,7 +371,7 @@ def _inputs(
         "target": asdict(target),
         "source": source_inputs(source, sidecars),
         **family_origin(source.config),
-        **({"scheme": asdict(scheme)} if scheme else {}),
+        **({"scheme": scheme.facts()} if scheme else {}),
         **({"origin": origin} if origin else {}),
         computing.KEY: computing.of_rounding(),
     }
@@ -405,7 +416,7 @@ def _summary(
     """Figures for people and for JSON; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
     quantized = (
         {
-            "scheme": asdict(scheme),
+            "scheme": scheme.facts(),
             "quantized_modules": len(selection.quantized),
             "quantized_weight_bytes": sum(module.nbytes for module in selection.quantized),
             "kept_modules": reasons_summary(selection),

@@ -12,6 +12,7 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError, SchemeError
+from shardxform.formats.asymmetric import Asymmetric
 from shardxform.formats.decoding import decoded, decoded_in_part
 from shardxform.formats.encoding import (
     TILE_BYTES,
@@ -320,9 +321,10 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
             raise PlanError("`heal.encoding`: the weights of the source are no small floats; leave it out")
         return view, heal
     heal = replace(heal, encoding=heal.encoding or "source")
-    if heal.encoding == "source":
-        return view, heal
     layout = layout_of(plain.config, plain.tensors)
+    if heal.encoding == "source":
+        _refuse_read_only(plain, healed_names(layout, layout.places, heal.widest))
+        return view, heal
     names = [each for each in healed_names(layout, layout.places, heal.widest) if _is_small(plain.tensors[each])]
     routed = [name for name in names if layout.places[name].template.variant]
     homes = {name.partition(f".{layout.family.experts.home}.")[0] + f".{layout.family.experts.home}" for name in routed}
@@ -332,6 +334,23 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
     except SchemeError as e:
         raise PlanError(f"`heal.encoding` 16bit: {e}; use source") from e
     return replace(view, checkpoint=written, layout=layout_of(written.config, written.tensors)), heal
+
+
+def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to heal integers that are read and not written.
+
+    Raises:
+        PlanError: names the first.
+
+    """
+    for name in names:
+        ref = plain.tensors[name]
+        encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
+        if odd := [each for each in encodings if isinstance(each, Asymmetric)]:
+            raise PlanError(
+                f"`heal`: tensor '{name}' is in {odd[0]}, to which healed values are not rounded; heal with"
+                " `shardxform quantize` and `requantize`"
+            )
 
 
 def _is_small(ref: TensorRef) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
-from shardxform.base.strict_json import config_text
+from shardxform.base.strict_json import config_text, parse_config
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -46,6 +46,7 @@ from shardxform.model.layout import (
     variants_found,
 )
 from shardxform.model.tied_head import tied_notes
+from shardxform.runtimes.mlx import is_mlx
 
 __all__ = [
     "DEFAULT_GGUF_BYTES",
@@ -222,7 +223,7 @@ class _Builder:
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
         if place.template.slicing:
-            if place.companion and not _has_rows(ref, place, self._layout.num_experts):
+            if place.companion and not _has_rows(ref, place, self._layout):
                 return ref
             self.sliced += 1
             return self._sliced(ref, place.template, keep)
@@ -325,14 +326,16 @@ def _common(name: str, keeps: Mapping[int, tuple[int, ...]]) -> tuple[int, ...] 
     return next(iter(keeps.values()), None)
 
 
-def _has_rows(ref: TensorRef, place: Place, rows: int) -> bool:
+def _has_rows(ref: TensorRef, place: Place, layout: Layout) -> bool:
     """Whether axis 0 of what stands for, or beside, a router's weight counts its rows, so that pruning slices it.
 
     Raises:
         PlanError: neither that, nor a tensor that stays as it is whichever rows are taken out.
 
     """
-    counts, shape = COMPANIONS[place.companion], ref.spec.shape
+    rows, counts, shape = layout.num_experts, COMPANIONS[place.companion], ref.spec.shape
+    if place.companion in ("scales", "biases") and is_mlx(layout.config):
+        counts = "rows"
     plain = place.template.slicing == Slicing(0)
     if plain and counts in ("rows", "blocks") and shape and shape[0] == rows:
         return True
@@ -614,14 +617,16 @@ def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
 
 
 def config_bytes(source: Checkpoint, view: View) -> bytes:
-    """Bytes of the view's config.json; the source's own when nothing in it changed.
+    """Bytes of the view's config.json; the source's own when nothing in it changed, and it said all that is known.
 
     Raises:
         CheckpointError: the source's config.json can no longer be read.
 
     """
     if view.checkpoint.config == source.config:
-        return _read(source, CONFIG)
+        data = _read(source, CONFIG)
+        if bool(parse_config(data).get(DECLARATIONS[0])) == bool(source.config.get(DECLARATIONS[0])):
+            return data
     return config_text(view.checkpoint.config).encode()
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import FamilyError, SchemeError
-from shardxform.formats.dialects import Selection, method_of
+from shardxform.formats.dialects import ASYMMETRIC, Selection, method_of
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.matrices import Matrix
 from shardxform.formats.plain import storages_of
@@ -45,6 +45,7 @@ QUANTIZATION: Final = "quantization"
 _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 _PARTS: Final = ("weight", "scales", "biases")
 _MOST_EXPERTS: Final = 1 << 16  # that a stack is taken apart into
+_MOST_MEMBERS: Final = 1 << 22  # of all stacks: ten times what the largest model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +288,50 @@ def single(checkpoint: Checkpoint) -> Checkpoint:
     if family.name not in _NAMES:
         return replace(checkpoint, config=config)
     tensors = {ref.name: ref for members in _apart(checkpoint, family).values() for ref in members}
+    if _tells_asymmetric(checkpoint):
+        declared = dict(_of_members(config["quantization_config"], family, tensors))
+        config["quantization_config"] = {**declared, ASYMMETRIC: True}
     return replace(checkpoint, tensors=tensors, config=config)
+
+
+def _tells_asymmetric(checkpoint: Checkpoint) -> bool:
+    """Whether headers tell that weights are none of `quantize`: mlx_lm.convert rounds the embeddings too."""
+    mixed = any(isinstance(own, Mapping) for own in checkpoint.config[QUANTIZATION].values())
+    return mixed or any(
+        (name.endswith("embed_tokens.weight") and ref.spec.dtype == "U32")
+        or (name.endswith(".scales") and ref.spec.dtype in ("F16", "F32"))
+        for name, ref in checkpoint.tensors.items()
+    )
+
+
+def _of_members(declared: Mapping[str, Any], family: Family, tensors: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The same declaration with what it says of a stack said of each expert."""
+    paths = {path for path, own in declared.items() if isinstance(own, Mapping)}
+    for key, value in declared.items():
+        if key not in paths:
+            yield key, value
+    if not paths:
+        return
+    for name in tensors:
+        stem, _, last = name.rpartition(".")
+        path = _path_of(stem, family)
+        if last == "weight" and path in paths:
+            yield stem, declared[path]
+
+
+def _of_stacks(declared: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Any]]:
+    """The declaration that `_of_members` was made of."""
+    for key, value in declared.items():
+        if key != ASYMMETRIC:
+            yield (_path_of(key, family) if isinstance(value, Mapping) else key), value
+
+
+def _path_of(module: str, family: Family) -> str:
+    """What mlx-lm calls a module, or the stack that it is in."""
+    theirs = dict(zip(family.experts.projections, _PROJECTIONS, strict=True))
+    pattern = rf"(.*\.){re.escape(family.experts.home)}\.\d+\.({'|'.join(map(re.escape, theirs))})"
+    match = re.fullmatch(pattern, module)
+    return f"{match[1]}{_NAMES[family.name].home}.{theirs[match[2]]}" if match else module
 
 
 def members_of(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -304,11 +348,13 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
     pattern = re.compile(rf"(.*\.\d+\.){re.escape(home)}\.({'|'.join(_PROJECTIONS)})\.({'|'.join(_PARTS)})")
     ours = dict(zip(_PROJECTIONS, experts.projections, strict=True))
     found: dict[str, tuple[TensorRef, ...]] = {}
+    room = _MOST_MEMBERS
     for name, ref in checkpoint.tensors.items():
-        match = pattern.fullmatch(name)
-        if match is None or len(ref.spec.shape) != 3 or not 0 < ref.spec.shape[0] <= _MOST_EXPERTS:
+        match, shape = pattern.fullmatch(name), ref.spec.shape
+        if match is None or len(shape) != 3 or not 0 < shape[0] <= min(_MOST_EXPERTS, room) or not ref.nbytes:
             found[name] = (ref,)
             continue
+        room -= shape[0]
         block, projection, part = match.groups()
         stem = f"{block}{experts.home}."
         names = (f"{stem}{expert}.{ours[projection]}.{part}" for expert in range(ref.spec.shape[0]))
@@ -334,7 +380,8 @@ def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
         refs = [ref for _, ref in sorted(members, key=lambda member: member[0])]
         spec = TensorSpec(name, refs[0].spec.dtype, (len(refs), *refs[0].spec.shape))
         tensors[name] = TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
-    config = config_of(checkpoint.config, layout, checkpoint.config["quantization_config"])
+    declared = checkpoint.config["quantization_config"]
+    config = config_of(checkpoint.config, layout, dict(_of_stacks(declared, layout.family)))
     return replace(checkpoint, tensors=tensors, config=config)
 
 

@@ -245,7 +245,7 @@ class VerifyReport:
     rounding: Rounding | None
     values_compared: int
     values_left: Mapping[str, int]
-    values_near: int
+    values_near: int = 0
     seconds: float
     peak_rss_bytes: int
     rederived: int | None = None

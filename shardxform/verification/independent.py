@@ -160,7 +160,10 @@ class _Weight:
         return found if self.columns is None else found[:, list(self.columns)]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows of a plain weight."""
+        """A run of rows, of a quantized weight each code times its scale."""
+        if self.scales is not None:
+            codes, scale = self.codes(start, stop)
+            return np.asarray(codes.astype(np.float32) * scale)
         return floats(self.bits_of(start, stop), self.tensor.dtype)
 
     def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -421,6 +424,7 @@ class _How:
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
         healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+        quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
     """
 
@@ -436,6 +440,8 @@ class _How:
     offset: float
     healed: bool
     dequantized: bool
+    quantizes: bool = False
+    requantizes: bool = False
 
     @classmethod
     def of(
@@ -472,6 +478,8 @@ class _How:
             offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
+            quantizes=inputs.get("command") == "quantize",
+            requantizes=bool(scheme.get("requantize")),
         )
         # MTP layers without experts of their own have nothing to lose.
         bound = any(how.is_mtp(name) and (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name)) for name in names)
@@ -533,7 +541,7 @@ class _How:
         try:
             if self.healed and _LAYER.match(name):
                 return _unlike(wanted, found)
-            if wanted.scales and found.scales:
+            if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
@@ -545,6 +553,11 @@ class _How:
             return self._plain(wanted, found)
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
+
+    def _is_anew(self, wanted: _Weight, found: _Weight) -> bool:
+        """Whether integers of the source were rounded to others."""
+        grids = (wanted.bits, wanted.group), (found.bits, found.group)
+        return self.requantizes or (self.quantizes and grids[0] != grids[1])
 
     def _plain(self, wanted: _Weight, found: _Weight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""

@@ -116,8 +116,10 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         Opener(read, checked=False).open(each) for read, each in ((read_out, pair.stored), (read_source, pair.source))
     )
     assert isinstance(stored, IntRows)
-    if isinstance(source, IntRows):
-        return _same(pair, stored, source)
+    if isinstance(source, IntRows) and (rule.packed or (not rule.anew and _are_alike(stored, source))):
+        moved = _same(pair, stored, source)
+        if rule.packed or rule.anew is False or moved.sound:
+            return moved
     limits = Limits.of(rule, columns)
     tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
     for start, stop in row_tiles(rows, columns, _TILE_WEIGHTS):
@@ -126,6 +128,10 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
         tally.sums = None
     return tally
+
+
+def _are_alike(ours: IntRows, theirs: IntRows) -> bool:
+    return (ours.grid.bits, ours.grid.group_size) == (theirs.grid.bits, theirs.grid.group_size)
 
 
 def _same(pair: Pair, ours: IntRows, theirs: IntRows) -> Tally:

@@ -83,6 +83,7 @@ def verify_gguf(
         unfinished=seen.unfinished,
         **{"tensors_derived": 0, "rounding": None, **figures},
         values_compared=len(compared),
+        values_near=0,
         values_left=seen.left(compared),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
