@@ -230,7 +230,9 @@ def _rounded(rounding: Rounding) -> str:
     if rounding.repacked:
         return f"{rounding.modules:,} quantized weights with the same integers and scales"
     if rounding.exact:
-        return f"{rounding.modules:,} quantized weights bit-equal to rounding again"
+        rounded, taken = rounding.modules - rounding.taken_over, rounding.taken_over
+        kinds = {"bit-equal to rounding again": rounded, "with the integers and scales of the source": taken}
+        return ", ".join(f"{count:,} quantized weights {what}" for what, count in kinds.items() if count)
     text = f"{rounding.modules:,} quantized weights within bounds"
     return f"{text}, {rounding.moved:,} codes not the nearest" if rounding.moved else text
 
