@@ -34,6 +34,7 @@ from shardxform.formats.dialects import (
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix
+from shardxform.formats.picking import Picked
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Scheme
 from shardxform.model.layout import is_quantized
@@ -454,6 +455,7 @@ def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iter
         for ref in view.checkpoint.tensors.values()
         if isinstance(ref, Encoded)
         for source in ref.sources
+        if not isinstance(source.encoding, Picked)
     )
     if not found:
         return

@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.findings import Findings
 
 __all__ = ["CODE", "check_independently"]
@@ -413,6 +413,10 @@ class _How:
             inputs = {} if "quantization_config" in config else inputs.get("origin", {})
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
+        if manifest.get("width"):
+            raise PlanError(
+                "`independent`: experts of OUT have fewer channels, which the second opinion does not derive"
+            )
         keep, text = manifest.get("keep"), _text_of(config)
         experts = next(_counts_of(config))[1]
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())

@@ -190,7 +190,12 @@ def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> 
     if not out.config.get("quantization_config") and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
     if not out.config.get("quantization_config") or view.checkpoint.config.get("quantization_config"):
-        return _apart(Wanted(view, view.checkpoint.tensors), healed)
+        made = {
+            name: Derived(ref.sources, ref.spec.dtype)
+            for name, ref in view.checkpoint.tensors.items()
+            if isinstance(ref, Encoded)
+        }
+        return _apart(Wanted(view, view.checkpoint.tensors, derived=made), healed)
     return _apart(_quantized(view, out, known, findings), healed)
 
 
