@@ -2,9 +2,9 @@
 
     python benchmarks/bench_width.py [--seeds 3] [--heal 0] [KEEPxWIDTH ...]
 
-Scores examples/small-moe (16 experts of 128 channels) on 32 windows of 512 tokens, a document each, in an order that a
-seed gives; keeps the experts with the most `energy` and of each its best channels; measures on 32 x 256 held-out tokens.
-With `--heal N` each is healed first (`all`, N steps, on the same windows). Prints mean and standard error over the seeds.
+Scores examples/small-moe (16 experts of 128 channels) on 32 windows of 512 tokens, a document each, in an order that
+a seed gives; keeps the experts with the most `energy`, and of each its best channels; measures on 32 x 256 held-out
+tokens. With `--heal N` each is healed first (`all`, N steps, on the same windows). Prints mean and standard error.
 """
 
 from __future__ import annotations

@@ -201,6 +201,8 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, An
     "vision": ({}, plus("v.blk.0.ffn_up_exps.weight", 8, 8, 8), "experts of a vision tower"),
     "unknown": ({}, plus("blk.0.ffn_side_exps.weight", 8, 8, 8), "looks like a part of experts or a router"),
     "router's": ({}, plus("blk.0.ffn_gate_inp.scale", 8), "looks like a part of experts or a router"),
+    "unknown, by its shape": ({}, plus("blk.0.ffn_side.weight", 8, 8), "looks like a part of experts or a router"),
+    "a value each": ({"expert_bias": [1.0] * 8}, SAME, "qwen3moe.expert_bias: 8 values, one for each expert"),
     "other count": ({}, plus("blk.0.exp_probs_b.bias", 9), "'blk.0.exp_probs_b.bias' is [9]: expected 1 dimensions"),
     "other rank": ({}, plus("blk.0.ffn_up_exps.bias", 8), "expected 2 dimensions"),
     "no router": ({}, without("1.ffn_gate_inp.weight"), "block 1 has ffn_down_exps.weight, ffn_gate_exps.weight"),
@@ -230,11 +232,12 @@ def test_what_cannot_be_taken_out_is_refused(fault: str, tmp_path: Path) -> None
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     metadata = {key: value for key, value in moe_metadata().items() if ".expert_" not in key}
-    (source,) = write_gguf(tmp_path / "m.gguf", metadata, {"token_embd.weight": np.ones((4, 4), "f4")})
+    dense = {name: value for name, value in moe_tensors().items() if "_exps." not in name and "gate_inp" not in name}
+    (source,) = write_gguf(tmp_path / "m.gguf", metadata, dense)
     with pytest.raises(FamilyError, match="a model without experts"):
         plan_prune_gguf(opened(source), Manifest(keep=KEEP))
     assert "not prunable  no key qwen3moe.expert_count: a model without experts" in call("inspect", source)
-    assert "sound: 1 tensor" in call("verify", source)
+    assert f"sound: {len(dense)} tensors" in call("verify", source)
 
 
 def test_manifests_are_held_against_the_file(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ never tensor data. Nothing else in the folder is taken for a part of the model.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -143,14 +142,13 @@ def _read(path: Path) -> tuple[GgufHead, Shard]:
             raise CheckpointError(f"{path}: expected a file")
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
-            head, data = read_head(lambda stop: os.pread(file.fileno(), stop, 0), info.st_size, str(path))
+            head, digest = read_head(lambda stop: os.pread(file.fileno(), stop, 0), info.st_size, str(path))
     except FileNotFoundError as e:
         match = _SPLIT.fullmatch(path.name)
         of = f"; the model is split into {int(match[3])} files, and this one" if match else ", which"
         raise CheckpointError(f"{path}: no such file{of} is needed") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e
-    digest = hashlib.sha256(data).hexdigest()
     return head, Shard(path.name, info.st_size, head.data_start, digest, info.st_mtime_ns, head.entries)
 
 

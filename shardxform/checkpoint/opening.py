@@ -18,7 +18,7 @@ from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.remote.reading import Downloads, Transfer
 from shardxform.checkpoint.remote.repository import Remote, RepoName, parse_source
-from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Folder, Head, scan
+from shardxform.checkpoint.table import CONFIG, INDEX, QUANTIZATION, Checkpoint, Folder, Head, scan
 from shardxform.errors import CheckpointError, RemoteError
 
 __all__ = ["asks_hub", "open_checkpoint"]
@@ -102,9 +102,13 @@ def _listed(name: RepoName, downloads: Downloads) -> Remote:
     shards = (file for file in files.values() if file.name.endswith(".safetensors"))
     streamed = frozenset(file.name for file in shards if not _is_whole(folder / file.name, file.nbytes))
     remote = Remote(repo=name.repo, commit=commit, folder=folder, files=files, streamed=streamed, downloads=downloads)
+    if {".safetensors", ".gguf"} & {os.path.splitext(file)[1] for file in files} == {".gguf"}:
+        raise CheckpointError(
+            f"{remote}: a model in GGUF, which is read on this machine only: download its files first"
+        )
     if CONFIG not in files:
         raise CheckpointError(f"{remote}: no {CONFIG}; expected a checkpoint")
-    for small in files.keys() & {CONFIG, INDEX}:
+    for small in files.keys() & {CONFIG, INDEX, QUANTIZATION}:
         if files[small].nbytes > _SMALL:
             raise CheckpointError(f"{remote}/{small}: more than {_SMALL} bytes")
         remote.fetch(small)

@@ -38,6 +38,7 @@ __all__ = [
     "load_manifest",
     "load_text",
     "make_precision",
+    "named_gguf",
     "open_all_named",
     "open_gguf_named",
     "open_named",
@@ -91,6 +92,20 @@ def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> li
     return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
 
 
+def named_gguf(source: Source) -> Path | None:
+    """First file of the model in GGUF that was named on the command line; None where it is none.
+
+    Raises:
+        CheckpointError: see `gguf.find_gguf`.
+
+    """
+    if isinstance(source, RepoName):
+        if source.as_path and source.repo.endswith(SUFFIX):
+            raise CheckpointError(f"{source.repo}: no such file")
+        return None
+    return find_gguf(source)
+
+
 def open_gguf_named(source: Source) -> GgufModel | None:
     """Open what was named on the command line if it is GGUF: a file, or a folder of one model; else None.
 
@@ -98,11 +113,7 @@ def open_gguf_named(source: Source) -> GgufModel | None:
         CheckpointError: see `gguf.find_gguf` and `gguf.open_gguf`.
 
     """
-    if isinstance(source, RepoName):
-        if source.as_path and source.repo.endswith(SUFFIX):
-            raise CheckpointError(f"{source.repo}: no such file")
-        return None
-    first = find_gguf(source)
+    first = named_gguf(source)
     return open_gguf(first) if first else None
 
 

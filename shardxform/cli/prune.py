@@ -9,9 +9,9 @@ from typing import Literal
 import click
 from click.core import ParameterSource
 
-from shardxform.checkpoint.gguf import SUFFIX, GgufModel
+from shardxform.checkpoint.gguf import SUFFIX
 from shardxform.cli import options
-from shardxform.cli.inputs import load_gguf_manifest, load_manifest, open_gguf_named, open_named
+from shardxform.cli.inputs import load_gguf_manifest, load_manifest, named_gguf, open_gguf_named, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.runner import RunOptions
@@ -39,7 +39,7 @@ def prune_command(
     pruned: options.PruneFlags,
     viewed: options.ViewFlags,
     file: _File,
-    asked: options.HealRequest,
+    asked: options.HealOnlyRequest,
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
@@ -50,14 +50,15 @@ def prune_command(
 
     Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
     rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
-    shapes and types are the same. Interrupted, the same command goes on where it stopped.
+    shapes and types are the same, unless --heal-encoding wants FP8 or FP4 weights in 16 bits. Interrupted, the same
+    command goes on where it stopped.
 
     SRC may be a model in GGUF too, of any architecture and any type of blocks: a file, or the first of several.
     """
-    if (model := open_gguf_named(source)) is not None:
+    if named_gguf(source):
         for group in (viewed, asked.rounding, asked.healing, asked.text, asked.computation, cluster, family):
-            options.refuse_idle(group, wanted=f"safetensors, but {model.where} is GGUF")
-        execute(_plan_gguf(model, out, pruned, file, output), out, output, RunOptions(jobs=jobs.count))
+            options.refuse_idle(group, wanted=f"safetensors, but {source} is GGUF")
+        execute(_plan_gguf(source, out, pruned, file, output), out, output, RunOptions(jobs=jobs.count))
         return
     family.load()
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
@@ -77,7 +78,7 @@ def prune_command(
 
 
 def _plan_gguf(
-    model: GgufModel, out: Path, pruned: options.PruneFlags, file: _File, output: options.WriteFlags
+    source: options.Source, out: Path, pruned: options.PruneFlags, file: _File, output: options.WriteFlags
 ) -> Plan:
     """Plan the pruning of a model in GGUF: into as many files as it has, unless a size was asked for.
 
@@ -85,12 +86,14 @@ def _plan_gguf(
         CheckpointError, FamilyError, ManifestError, PlanError: see `plan_prune_gguf`.
 
     """
-    options.refuse_idle(file, "pre_tokenizer", wanted=f"safetensors, but {model.where} is GGUF")
+    options.refuse_idle(file, "pre_tokenizer", wanted=f"safetensors, but {source} is GGUF")
     asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
     if asked and file.format != GGUF:
-        raise click.UsageError(f"--format {file.format}: {model.where} is GGUF, and stays it")
+        raise click.UsageError(f"--format {file.format}: {source} is GGUF, and stays it")
     if pruned.manifest is None:
         raise click.UsageError("nothing to do: give --manifest")
     if out.suffix == SUFFIX:
         raise click.UsageError(f"OUT is the folder that files are written into: name it {out.with_suffix('')}")
+    model = open_gguf_named(source)
+    assert model is not None
     return plan_prune_gguf(model, load_gguf_manifest(pruned, model), output.max_shard_size)

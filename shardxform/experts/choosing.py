@@ -86,6 +86,11 @@ def energy(stats: ExpertStats) -> Scores:
     return stats.of("energy")
 
 
+def output_energy(stats: ExpertStats) -> Scores:
+    """Sum of ||e||_2^2 as `energy` and the down projection's weights let it be estimated, channel by channel."""
+    return stats.of("output")
+
+
 def msan(stats: ExpertStats) -> Scores:
     """Mean of ||e||_2^2 over the tokens that reach the expert, 0 where none does: arXiv 2606.15716."""
     return _mean(stats.of("square"), stats.of("count"))
@@ -110,6 +115,7 @@ CRITERIA: Final[Mapping[str, Callable[[ExpertStats], Scores]]] = MappingProxyTyp
         "gate-sum": gate_sum,
         "peak": peak,
         "energy": energy,
+        "output-energy": output_energy,
         "msan": msan,
         "aimer": aimer,
     }
@@ -131,6 +137,7 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "gate-sum": ("gate",),
         "peak": ("peak",),
         "energy": ("energy",),
+        "output-energy": ("output",),
         "msan": ("square", "count"),
         "aimer": ("spread",),
     }

@@ -55,6 +55,7 @@ FIELDS: Final = {
     "peak": "F64",
     "square": "F64",
     "energy": "F64",
+    "output": "F64",
     "spread": "F64",
 }
 """Statistic -> dtype, as the tensors are named; each has shape [E]. A file holds some, of every layer the same."""
@@ -211,6 +212,8 @@ class ExpertStats:
         peak_E: largest |activation| of the expert's output, over tokens and channels; 0 when never reached.
         square_E: sum of ||e||_2^2.
         energy_E: sum of ||a||_2^2, a being what enters the expert's down projection.
+        output_E: sum of a_i^2 times the squared norm of the down projection's column i, over all i: an estimate of
+            `square_E`, which it would be if the a_i were not correlated.
         spread_E: root mean square over mean absolute value of the expert's weights, whatever the tokens.
         channels_EI: sum of (g a)^2 of each channel, times the squared norm of its column of the down projection.
 
@@ -223,6 +226,7 @@ class ExpertStats:
     peak_E: NDArray[np.float64] | None = None
     square_E: NDArray[np.float64] | None = None
     energy_E: NDArray[np.float64] | None = None
+    output_E: NDArray[np.float64] | None = None
     spread_E: NDArray[np.float64] | None = None
     channels_EI: NDArray[np.float32] | None = None
 

@@ -21,6 +21,7 @@ from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, 
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Source, Writable
 from shardxform.formats.ggml import FLOATS, Ggml, integer_type
@@ -28,7 +29,7 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.sources import Constant, Rounded
-from shardxform.formats.stored import read_stored
+from shardxform.formats.stored import as_plain, read_stored
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
 from shardxform.plan.steps import (
     HEALED_FILE,
@@ -45,7 +46,7 @@ from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
 
-__all__ = ["Blocks", "Contents", "Types", "contents_of", "crossing", "documents_of", "gguf_steps", "plan_stored"]
+__all__ = ["Draft", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
@@ -256,6 +257,52 @@ def _keys(contents: Contents, source: Checkpoint, options: GgufOptions) -> tuple
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """An output in GGUF, but for the steps that write it: what its files hold, and their heads."""
+
+    view: View
+    contents: Contents
+    shards: tuple[ShardPlan, ...]
+
+    def plan(
+        self,
+        source: Checkpoint,
+        recipe: Recipe | None,
+        *,
+        inputs: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        notes: tuple[str, ...],
+    ) -> Plan:
+        """The plan that writes it, with what is recorded and said of it."""
+        blocks = Blocks(recipe, block_sizes(as_weights(source), self.view)) if recipe else None
+        plan = Plan(
+            command=str(inputs["command"]),
+            source=source.root,
+            remote=source.remote,
+            source_shards=source.shards,
+            view=self.view.checkpoint,
+            shards=self.shards,
+            steps=tuple(gguf_steps(self.contents, self.view, self.shards, blocks)),
+            config=b"",
+            container="gguf",
+            sidecars=inputs["source"]["sidecars"],
+            inputs=inputs,
+            summary=summary,
+            notes=notes,
+            unread=source.unread,
+        )
+        plan.check()
+        return plan
+
+
+def drafted(source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()) -> Draft:
+    """Draft the files of a view of `source`; raises like `contents_of` and `Contents.shards`."""
+    contents = contents_of(view, types, healed)
+    shards = contents.shards(source, options.gguf or GgufOptions(), options.max_shard_bytes)
+    return Draft(view=view, contents=contents, shards=shards)
+
+
 def documents_of(checkpoint: Checkpoint) -> Checkpoint:
     """The view with those sidecars only that are for people: the file itself has what programs read."""
     return replace(checkpoint, sidecars=tuple(each for each in checkpoint.sidecars if is_document(each.name)))
@@ -349,7 +396,7 @@ def plan_stored(
         command: verb that is planned.
         source: what is read.
         manifest: experts that stay; None for all.
-        options: what else decides bytes; those of `gguf` must be there.
+        options: what else decides bytes.
         recipe: how pruned blocks are healed; None to heal none.
         beside: what else is recorded of how it was made.
 
@@ -358,47 +405,36 @@ def plan_stored(
         CheckpointError, FamilyError, ManifestError, PlanError: see `view.pruned_view`.
 
     """
-    asked = options.gguf or GgufOptions()
-    plain = as_weights(source)
-    view = pruned_view(plain, manifest, text_only=options.text_only, mtp=options.mtp)
-    healed: list[str] = []
-    blocks = None
+    options = replace(options, gguf=options.gguf or GgufOptions())
+    draft = draft_stored(source, manifest, options, recipe)
+    sidecars = sidecar_digests(documents_of(draft.view.checkpoint))
+    told = {
+        **view_inputs(command, source, manifest, options, sidecars),
+        **(beside or {}),
+        **({"recipe": recipe.facts()} if recipe else {}),
+        computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+    }
+    summary = {
+        **view_summary(source, draft.view),
+        "tensors_after": len(draft.contents.written),
+        "copied": draft.contents.copies,
+        **({"healed": len(draft.contents.healed)} if recipe else {}),
+    }
+    notes = (*draft.view.notes, *_stored_notes(draft.contents))
+    return draft.plan(source, recipe, inputs=told, summary=summary, notes=notes)
+
+
+def draft_stored(
+    source: Checkpoint, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None = None
+) -> Draft:
+    """Find what `plan_stored` writes; raises as it does."""
+    view = pruned_view(as_weights(source), manifest, text_only=options.text_only, mtp=options.mtp)
+    healed: Iterable[str] = ()
     if recipe:
         refuse_unpruned(view)
         assert recipe.heal is not None
-        healed = list(healed_names(view.layout, view.layout.places, recipe.heal.widest))
-        blocks = Blocks(recipe, block_sizes(plain, view))
-    contents = contents_of(view, Types(), healed)
-    shards = contents.shards(source, asked, options.max_shard_bytes)
-    sidecars = sidecar_digests(documents_of(view.checkpoint))
-    plan = Plan(
-        command=command,
-        source=source.root,
-        remote=source.remote,
-        source_shards=source.shards,
-        view=view.checkpoint,
-        shards=shards,
-        steps=tuple(gguf_steps(contents, view, shards, blocks)),
-        config=b"",
-        container="gguf",
-        sidecars=sidecars,
-        inputs={
-            **view_inputs(command, source, manifest, options, sidecars),
-            **(beside or {}),
-            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
-        }
-        | ({"recipe": recipe.facts()} if recipe else {}),
-        summary={
-            **view_summary(source, view),
-            "tensors_after": len(contents.written),
-            "copied": contents.copies,
-            **({"healed": len(healed)} if recipe else {}),
-        },
-        notes=(*view.notes, *_stored_notes(contents)),
-        unread=source.unread,
-    )
-    plan.check()
-    return plan
+        healed = healed_names(view.layout, view.layout.places, recipe.heal.widest)
+    return drafted(source, view, Types(), options, healed)
 
 
 def as_weights(source: Checkpoint) -> Checkpoint:
@@ -411,11 +447,7 @@ def as_weights(source: Checkpoint) -> Checkpoint:
     """
     if plain := decoded(source):
         return plain
-    if not source.config.get("quantization_config"):
-        return source
-    stored = read_stored(source)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    return replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+    return as_plain(source, read_stored(source)) if declares(source.config) else source
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:

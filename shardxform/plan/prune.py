@@ -35,7 +35,7 @@ __all__ = [
 def plan_prune(
     source: Checkpoint, manifest: Manifest | None, options: ViewOptions | None = None, recipe: Recipe | None = None
 ) -> Plan:
-    """Plan a pruned copy of `source`; with a `recipe`, its pruned blocks are healed.
+    """Plan a pruned copy of `source`; with a `recipe`, which heals, its pruned blocks are healed.
 
     Raises:
         FamilyError, ManifestError, PlanError: see `view.pruned_view`; nothing is pruned that could be healed.
@@ -46,11 +46,19 @@ def plan_prune(
     if options.gguf:
         from shardxform.plan.gguf import plan_stored  # most prunes only copy
 
+        if recipe and recipe.heal and recipe.heal.encoding:
+            raise PlanError("`heal.encoding`: what is healed is written in types of GGUF; leave it out")
         return plan_stored("prune", source, manifest, options, recipe)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
-    written = view.checkpoint
     if mlx.is_mlx(source.config):
         _refuse_healed(recipe)
+    if recipe and recipe.heal:
+        from shardxform.plan.steps import healed_view  # most prunes only copy
+
+        view, heal = healed_view(view, recipe.heal)
+        recipe = replace(recipe, heal=heal)
+    written = view.checkpoint
+    if mlx.is_mlx(source.config):
         mlx.refuse_unrun(view.layout)
         written = mlx.whole(view.checkpoint, view.layout)
     tensors = written.tensors
@@ -58,13 +66,14 @@ def plan_prune(
     sidecars = sidecar_digests(view.checkpoint)
     blocks: tuple[TuneBlock, ...] = ()
     if recipe:
-        from shardxform.plan.steps import heal_steps  # most prunes only copy
+        from shardxform.plan.steps import heal_steps
 
         blocks = heal_steps(source, view, shards, recipe)
-    healed = {item.tensor.name for step in blocks for item in step.kept}
-    unchanged = {name: ref for name, ref in tensors.items() if name not in healed}
-    narrow = manifest is not None and manifest.width is not None
-    copies: Iterator[Step] = _narrowed(shards, unchanged) if narrow else copy_steps(shards, unchanged)
+    moved = [item for step in blocks for item in step.kept]
+    healed = {extent for item in moved for _, extent in item.parts}
+    places = extents_of(shards) if healed else {}
+    unchanged = {name: ref for name, ref in tensors.items() if places.get(name) not in healed}
+    copies: Iterator[Step] = _narrowed(shards, unchanged) if view.width else copy_steps(shards, unchanged)
     plan = Plan(
         command="prune",
         source=source.root,
@@ -79,7 +88,7 @@ def plan_prune(
             **view_inputs("prune", source, manifest, options, sidecars),
             **({"recipe": recipe.facts(), computing.KEY: computing.of_model(recipe.device)} if recipe else {}),
         },
-        summary={**view_summary(source, view), **({"healed": len(healed)} if recipe else {})},
+        summary={**view_summary(source, view), **({"healed": len(moved)} if recipe else {})},
         notes=view.notes,
         unread=source.unread,
     )

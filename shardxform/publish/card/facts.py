@@ -118,6 +118,7 @@ class HealingFacts:
         what: which weights, a name of `recipe.HEALED` or `auto`.
         iters, batch_size: steps a block, windows of a step.
         data: calibration text.
+        encoding: how weights were written that the source has in small floats; empty where it has none.
         blocks: in their order.
 
     """
@@ -126,6 +127,7 @@ class HealingFacts:
     iters: int | None
     batch_size: int | None
     data: Data | None
+    encoding: str = ""
     blocks: tuple[HealedBlock, ...] = ()
 
 

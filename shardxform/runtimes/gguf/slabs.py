@@ -54,6 +54,9 @@ _FOREIGN: Final = (
     (re.compile(r"ffn_gate_tid2eid\..+"), "ids of experts by token, as of DeepSeek-V4"),
     (re.compile(r"ffn_(gate|up|down)\.[0-9]+\..+"), "one expert by itself, as old files have them; convert it anew"),
 )
+_PLAIN: Final = re.compile(r"ffn_(gate|up|down|norm|sub_norm|latent_\w+|\w+_shexp)\..+")
+"""Parts of a block's feed-forward network that all tokens go through, whatever their sizes."""
+
 _SUSPICIOUS: Final = re.compile(r"exps\b|exp_probs|ffn_gate_inp|tid2eid|chexps|_exp\.")
 _VISION: Final = re.compile(r"v\..*(_exps|ffn_gate_inp)")
 _INTEGERS: Final = frozenset({"UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64"})
@@ -145,6 +148,7 @@ def slabs_of(metadata: Mapping[str, KeyValue], tensors: Mapping[str, TensorRef],
             f"{where}: {arch} has {blocks} blocks, {nextn} of them nextn, and {experts} experts in {groups} groups:"
             " expected fewer nextn than blocks, and groups of one size"
         )
+    _refuse_lists(metadata, arch, experts, blocks, where)
     slabs = Slabs(
         arch=arch,
         blocks=blocks,
@@ -157,6 +161,14 @@ def slabs_of(metadata: Mapping[str, KeyValue], tensors: Mapping[str, TensorRef],
     )
     _refuse_incomplete(slabs, tensors, where)
     return slabs
+
+
+def _refuse_lists(metadata: Mapping[str, KeyValue], arch: str, experts: int, blocks: int, where: str) -> None:
+    """Refuse keys that have a value for every expert."""
+    for key, found in metadata.items():
+        of_experts = key.startswith(f"{arch}.") and "expert" in key and found.kind == "ARRAY"
+        if of_experts and found.count == experts != blocks:
+            raise PlanError(f"{where}: {key}: {experts} values, one for each expert it seems; not pruned")
 
 
 class _Keys:
@@ -210,13 +222,19 @@ def _homes(tensors: Mapping[str, TensorRef], experts: int, where: str) -> Iterat
                     f" {experts} experts"
                 )
             yield name, int(match[1])
-        elif (
-            _SUSPICIOUS.search(rest) and not _AS_THEY_ARE.fullmatch(rest) and not _is_router_scale(rest, shape, experts)
-        ):
+        elif _is_suspicious(rest, shape, experts):
             raise PlanError(
                 f"{where}: tensor '{name}' {list(shape)} looks like a part of experts or a router, but is none that is"
                 " known; not pruned"
             )
+
+
+def _is_suspicious(rest: str, shape: tuple[int, ...], experts: int) -> bool:
+    """Whether a tensor may count experts though its name is not known for it: by its name, or by its shape."""
+    if _AS_THEY_ARE.fullmatch(rest) or _is_router_scale(rest, shape, experts):
+        return False
+    counts = rest.startswith("ffn_") and len(shape) > 1 and shape[0] == experts and not _PLAIN.fullmatch(rest)
+    return counts or bool(_SUSPICIOUS.search(rest))
 
 
 def _is_router_scale(rest: str, shape: tuple[int, ...], experts: int) -> bool:
