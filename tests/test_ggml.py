@@ -252,6 +252,20 @@ def test_rounding_any_values_equals_ggmls(rule: tuple[str, rounding.Backend], va
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("type_name", [name for name in BLOCKS if not Ggml(name).unreadable])
+def test_scales_that_are_no_numbers_are_found_where_they_are(type_name: str) -> None:
+    """Wherever a float16 decides whether values are numbers, and nowhere else."""
+    nbytes = BLOCKS[type_name][1]
+    blocks = np.zeros((nbytes - 1, 2 * nbytes), np.uint8)
+    at = np.arange(nbytes - 1)
+    blocks[at, nbytes + at + 1] = 0x7C
+    odd = ~np.isfinite(ggml_blocks.decoded(blocks, type_name)).all(axis=1)
+    for row in at:
+        found = ggml_blocks.overflowing(blocks[row : row + 1], type_name)
+        assert found == ((0, 1) if odd[row] and type_name not in ("IQ1_M", "MXFP4", "NVFP4") else ())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("type_name", [name for name in BLOCKS if not Ggml(name).unreadable])
 def test_decoding_equals_ggmls(type_name: str) -> None:
     """Of any bytes: scales may be no numbers."""
     columns, nbytes = BLOCKS[type_name]

@@ -248,8 +248,9 @@ def place(specs: Iterable[TensorSpec], alignment: int) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     begin = 0
     for spec in specs:
-        entries.append(Entry(spec, begin))
-        begin = padded(begin + spec.nbytes, alignment)
+        end = begin + spec.nbytes
+        entries.append(Entry(spec, begin, end))
+        begin = padded(end, alignment)
     return tuple(entries)
 
 
@@ -510,7 +511,8 @@ def _tensor(reader: _Reader) -> Entry:
     elements = BLOCKS.get(dtype, (1, 0))[0]
     if (shape[-1] if shape else 1) % elements:
         raise CheckpointError(f"{at}: {dtype} {list(shape)}: rows are no whole number of blocks of {elements}")
-    return Entry(TensorSpec(name, dtype, shape), reader.number(8))
+    spec, begin = TensorSpec(name, dtype, shape), reader.number(8)
+    return Entry(spec, begin, begin + spec.nbytes)
 
 
 def _refuse_twice(where: str, what: str, names: Iterable[str]) -> None:

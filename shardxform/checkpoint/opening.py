@@ -20,7 +20,7 @@ from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.gguf import SUFFIX, GgufModel, first_of, gather, read_file
 from shardxform.checkpoint.remote.reading import Downloads, Transfer
 from shardxform.checkpoint.remote.repository import SCHEME, Remote, RepoName, parse_source
-from shardxform.checkpoint.table import CONFIG, IN_GGUF, INDEX, Checkpoint, Folder, Head, Shard, scan
+from shardxform.checkpoint.table import CONFIG, IN_GGUF, INDEX, QUANTIZATION, Checkpoint, Folder, Head, Shard, scan
 from shardxform.errors import CheckpointError, RemoteError
 
 __all__ = ["asks_hub", "open_checkpoint", "open_gguf_file"]
@@ -162,7 +162,7 @@ def _listed(name: RepoName, downloads: Downloads) -> Remote:
         raise CheckpointError(f"{remote}: {IN_GGUF}; a file of it is named as {SCHEME}{name.repo}/{file}")
     if CONFIG not in files:
         raise CheckpointError(f"{remote}: no {CONFIG}; expected a checkpoint")
-    for small in files.keys() & {CONFIG, INDEX}:
+    for small in files.keys() & {CONFIG, INDEX, QUANTIZATION}:
         if files[small].nbytes > _SMALL:
             raise CheckpointError(f"{remote}/{small}: more than {_SMALL} bytes")
         remote.fetch(small)

@@ -60,6 +60,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "scheme.g_idx": "--g-idx",
     "scheme.keep_16bit": "--keep-16bit",
     "scheme.quantize": "--also-quantize",
+    "scheme.requantize": "--requantize",
     "target.format": "--to",
     "target.expert_names": "--expert-names",
     "target.g_idx": "--g-idx",

@@ -22,7 +22,7 @@ from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, HealedAs,
 from shardxform.base.tensors import parse_size
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.errors import SchemeError, ShardxformError
-from shardxform.formats.scheme import GGUF, PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
 from shardxform.model.families import in_use
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
 
@@ -400,7 +400,7 @@ class SchemeFlags(SpellingFlags):
     scheme: Literal["W4A16", "W8A16"] = option("Bits of the weights.", default="W4A16", first=True)
     format: Format = option("How clients find the weights.", default="auto-round", first=True)
     group_size: Literal["128", "64", "32", "-1"] | None = option(
-        "Input columns that share a scale; -1 for one scale per row.  [default: 128; for gguf 32, which takes no more]"
+        "Input columns that share a scale; -1 for one scale per row.  [default: 128; for mlx and gguf 32]"
     )
     search: bool | None = option(
         "Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: "
@@ -417,12 +417,17 @@ class SchemeFlags(SpellingFlags):
     also_quantize: tuple[str, ...] = option(
         "Quantize modules that match although they would stay as they are; repeatable.", default=(), metavar="PATTERN"
     )
+    requantize: bool = option(
+        "Round anew weights that SRC holds in as few bits or fewer; else integers stay as they are, where --scheme and "
+        "--group-size are theirs, and other such sources are refused.",
+        default=False,
+    )
 
     def read(self, *, tuned: bool) -> Scheme:
         """The scheme; `tuned` rounding starts from searched scales unless told otherwise."""
         grid = Grid(
             bits=PRESETS[self.scheme],
-            group_size=int(self.group_size or ("32" if self.format == GGUF else "128")),
+            group_size=int(self.group_size or usual_group_size(self.format)),
             scale_grid=self.scale_grid,
             search=tuned if self.search is None else self.search,
         )
@@ -433,6 +438,7 @@ class SchemeFlags(SpellingFlags):
             g_idx=self.g_idx,
             keep_16bit=self.keep_16bit,
             quantize=self.also_quantize,
+            requantize=self.requantize,
         )
 
 

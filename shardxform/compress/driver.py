@@ -37,8 +37,10 @@ from shardxform.compress.request import CompressOptions, Prepared, Request, plan
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
 from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
+from shardxform.formats.scheme import GGUF
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -244,10 +246,21 @@ class Stages:
         assert request.precision is not None
         work, windows = work_of(self.folder.root, EVALUATE), request.eval_windows
         options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
-        tested = Checkpoint.open(request.out)
+        tested = self._written()
         found = self._going_on(work, lambda: evaluate(tested, windows, options, request.source))
         facts = identified(evaluation_facts(found, windows), tested, request.source)
         self.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
+
+    def _written(self) -> Checkpoint:
+        """What was written, to be run."""
+        if self.request.scheme.format != GGUF:
+            return single(Checkpoint.open(self.request.out))
+        from shardxform.checkpoint.gguf import find_gguf, open_gguf
+        from shardxform.plan.gguf_origin import stands_for
+
+        first = find_gguf(self.request.out)
+        assert first is not None  # it was written and verified
+        return stands_for(open_gguf(first), self.request.source)
 
     def _going_on(self, work: Path, call: Callable[[], _Result]) -> _Result:
         """Go on with the hidden states in `work`; start over where they are of other inputs, when that is asked for."""

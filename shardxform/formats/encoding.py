@@ -8,7 +8,8 @@ alone, so that planning needs no array library; what reads and writes numbers im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -43,6 +44,7 @@ __all__ = [
     "ranges_of",
     "refuse_scales",
     "round_to",
+    "shown",
 ]
 
 Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
@@ -150,6 +152,8 @@ class Rows(Protocol):
 class Encoding(Protocol):
     """A way to store the numbers of a matrix [O, I]."""
 
+    def __hash__(self) -> int: ...
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the tensors that stand for a matrix, in the order in which they are written."""
         ...
@@ -250,6 +254,12 @@ def round_to(
     return {"values": np.concatenate(codes), "scales": bits}
 
 
+@functools.lru_cache(maxsize=256)
+def shown(encoding: Hashable) -> str:
+    """What `repr` gives of an encoding: matrices share a few."""
+    return repr(encoding)
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """Where a matrix lies, and how: an encoding, its parts in order, the shape [O, I] of what these hold, and a cut."""
@@ -258,6 +268,9 @@ class Storage:
     parts: tuple[tuple[Role, TensorRef], ...]
     whole: tuple[int, int]
     cut: Cut | None = None
+
+    def __repr__(self) -> str:  # as dataclasses give it, in a third of the time: plans are fingerprinted by it
+        return f"Storage(encoding={shown(self.encoding)}, parts={self.parts!r}, whole={self.whole!r}, cut={self.cut!r})"
 
     @property
     def name(self) -> str:
@@ -292,6 +305,11 @@ class Storage:
     def storage(self) -> Storage:
         """Itself."""
         return self
+
+    def is_of(self, other: Storage) -> bool:
+        """Whether it is a part of the same matrix as another."""
+        same = self.parts is other.parts or self.parts == other.parts
+        return same and self.whole == other.whole and self.encoding == other.encoding
 
     def open(self, opener: Opener) -> Rows:
         """Its rows; raises like `Opener.open`."""
@@ -353,7 +371,7 @@ class Encoded(TensorRef):
 
     def renamed(self, name: str) -> Encoded:
         """The same under another name."""
-        return replace(self, spec=replace(self.spec, name=name))
+        return replace(self, spec=self.spec._replace(name=name))
 
     def rows(self, start: int, stop: int) -> Encoded:
         """Matrices of a stack, or rows of the one matrix that it is."""
@@ -540,14 +558,14 @@ class Opener:
     def __init__(self, read: Read, *, checked: bool = True) -> None:
         self._read = read
         self._checked = checked
-        self._last: tuple[tuple[tuple[Role, TensorRef], ...], Rows] | None = None
+        self._last: tuple[Storage, Rows] | None = None
 
     def open(self, storage: Storage) -> Rows:
         """Open a matrix; raises like `Encoding.open`."""
-        if self._last is None or (self._last[0] is not storage.parts and self._last[0] != storage.parts):
+        if self._last is None or not storage.is_of(self._last[0]):
             self._last = None  # freed before the next one is read
             rows = storage.encoding.open(dict(storage.parts), storage.whole, self._read, self._checked)
-            self._last = (storage.parts, rows)
+            self._last = (storage, rows)
         return self._last[1].cut(storage.cut) if storage.cut else self._last[1]
 
 

@@ -34,6 +34,9 @@ FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 SCALES: Final = ("weight_scale_inv", "weight_scale")
 """What scales of FP8 weights are called."""
 
+_OF_MISTRAL: Final = "qscale_weight"
+"""What Mistral calls them, in blocks or one for a weight; `qscale_act` beside it is of activations."""
+
 _READ: Final = ("F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 _SMALLEST: Final = 2.0**-126  # the smallest normal float32
@@ -110,6 +113,11 @@ class Fp8:
         if rows and columns:
             return f"FP8 in blocks of {rows} x {columns}"
         return "FP8, a scale a row" if rows else "FP8, one scale"
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return 8
 
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the weight and its scales."""
@@ -256,9 +264,9 @@ class ScaleRule:
         """Shapes that the scales of a weight may have; None for any."""
         if self.block is None or len(weight) < 2:
             return None
-        *stacked, rows, columns = weight
         if self.block:
-            return ((*stacked, -(-rows // self.block[0]), -(-columns // self.block[1])),)
+            return _of_blocks(weight, self.block)
+        *stacked, rows, _ = weight
         if self.rows:
             return (*stacked, rows, 1), (*stacked, rows)
         return (tuple(stacked), (*stacked, 1), (*stacked, 1, 1))
@@ -281,7 +289,9 @@ class ScaleRule:
 
         """
         spec = weight.spec
-        if spec.dtype not in FP8 or spec.name.rpartition(".")[2] in (*self.names, *SCALES):
+        if spec.dtype not in FP8:
+            return None
+        if (last := spec.name.rpartition(".")[2]) in self.names or last in SCALES:
             return None  # scales may be FP8 themselves
         if spec.dtype not in _READ or len(spec.shape) not in (2, 3) or self.block is None:
             kinds = " and ".join(_READ)
@@ -298,13 +308,23 @@ class ScaleRule:
         if wrong := self.fault(scales.spec, spec.shape):
             raise CheckpointError(f"tensor '{scales.name}': {wrong}")
         block = (self.block[0], self.block[1]) if self.block else (1 if self.rows else None, None)
-        encoding = Fp8(spec.dtype, block, suffix, scales.spec.dtype, self.powers)
+        encoding = _one_fp8(spec.dtype, block, suffix, scales.spec.dtype, self.powers)
         rows, columns = spec.shape[-2:]
         pairs = [(weight, scales)]
         if len(spec.shape) == 3:
             pairs = [(weight.index(at), scales.index(at)) for at in range(spec.shape[0])]
         storages = [Storage(encoding, (("values", one), ("scales", its)), (rows, columns)) for one, its in pairs]
         return Encoded(TensorSpec(spec.name, "BF16", spec.shape), (), tuple(storages))
+
+
+_one_fp8 = functools.lru_cache(maxsize=64)(Fp8)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_blocks(weight: Shape, block: tuple[int, ...]) -> tuple[Shape, ...]:
+    """The one shape that scales of blocks have."""
+    *stacked, rows, columns = weight
+    return ((*stacked, -(-rows // block[0]), -(-columns // block[1])),)
 
 
 def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:
@@ -315,9 +335,9 @@ def scale_rule(declared: Mapping[str, object]) -> ScaleRule | None:
         power = declared.get("scale_fmt") == "ue8m0"
         dtypes = _SCALE_DTYPES | _POWER_DTYPES if power else _SCALE_DTYPES
         if block is None:
-            return ScaleRule(SCALES, (), dtypes=dtypes)
+            return ScaleRule((*SCALES, _OF_MISTRAL), (), dtypes=dtypes)
         if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
-            return ScaleRule(SCALES[:1], tuple(block), dtypes=dtypes)
+            return ScaleRule((SCALES[0], _OF_MISTRAL), tuple(block), dtypes=dtypes)
         return None
     if method == "fbgemm_fp8":
         return ScaleRule(SCALES[1:], (), rows=True)

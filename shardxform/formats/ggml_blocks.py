@@ -244,7 +244,7 @@ def _to_mxfp4(values_NS: Floats) -> Bytes:
     for code in range(1, 16):
         error = np.abs(E2M1[code] * step - values_NS)
         better = error < best
-        codes[better] = code
+        np.copyto(codes, np.uint8(code), where=better)
         np.copyto(best, error, where=better)
     return np.concatenate((power_N[:, None], _nibbles(codes)), axis=1)
 
@@ -462,7 +462,7 @@ def _of_q4_k(blocks_NB: Bytes) -> Floats:
 
 
 def _of_q5_k(blocks_NB: Bytes) -> Floats:
-    fifths = np.unpackbits(blocks_NB[:, 16:48, None], axis=2, bitorder="little").swapaxes(1, 2)
+    fifths = (blocks_NB[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
     codes = _halved(blocks_NB[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     return _affine_values(blocks_NB, codes | (fifths << np.uint8(4)))
 
@@ -514,9 +514,14 @@ _DECODED: Final[dict[str, Callable[[Bytes], Floats]]] = {
     "Q6_K": _of_q6_k,
 }
 _SCALES: Final[dict[str, tuple[int, ...]]] = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL"), (0,)),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q1_0", "Q2_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
     "Q6_K": (208,),
-    "MXFP4": (),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    **dict.fromkeys(("MXFP4", "NVFP4", "IQ1_M"), ()),
 }
-"""Where in a block its float16 scales are."""
+"""Where in a block its float16 scales are; none where they are powers of two or other small floats, or in pieces."""

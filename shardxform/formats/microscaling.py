@@ -66,6 +66,11 @@ class Microscaled:
         return f"{'NVFP4' if self.whole else 'MXFP4'} in blocks of {self.group}"
 
     @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return 8 // self.per_byte
+
+    @property
     def per_byte(self) -> int:
         """Codes in a byte."""
         return 2 if self.element == "E2M1" else 1

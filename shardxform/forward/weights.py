@@ -340,18 +340,21 @@ class Weights:
         words, scales = zip(*(rows.turned(0, rows.count) for rows in packed), strict=True)
         return _Packed(_joined(words), _joined(scales), packed[0].grid)
 
-    def _decoded(self, ref: TensorRef, opened: Sequence[Rows]) -> torch.Tensor:
+    def _decoded(self, ref: Encoded, opened: Sequence[Rows]) -> torch.Tensor:
         """Values of a weight that is stored in another encoding, in the dtype of all: a tile of rows at a time."""
-        values_OI = torch.empty(ref.spec.shape, dtype=self.precision.dtype)
+        shape = (sum(rows.count for rows in opened), ref.sources[0].shape[1])
+        values_OI = torch.empty(shape, dtype=self.precision.dtype)
         tiles = ((rows, *tile) for rows in opened for tile in row_tiles(rows.count, values_OI.shape[1], DECODE_TILE))
         at = 0
         with self._telling():
             for rows, start, stop in tiles:
                 values_OI[at : at + stop - start] = torch.from_numpy(rows.values(start, stop))
                 at += stop - start
-        return values_OI
+        return values_OI.view(ref.spec.shape)
 
     def _plain(self, ref: TensorRef) -> torch.Tensor:
+        if isinstance(ref, Encoded):
+            return self._decoded(ref, [self._open(source) for source in ref.sources])
         if ref.spec.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self.checkpoint.where}: tensor '{ref.name}' is {ref.spec.dtype};"
@@ -406,7 +409,7 @@ class Weights:
 def _merged(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
     """Ranges in the order of their shards, those joined that touch."""
     out: list[ByteRange] = []
-    for piece in sorted(ranges, key=lambda piece: (piece.file, piece.offset)):
+    for piece in sorted(dict.fromkeys(ranges), key=lambda piece: (piece.file, piece.offset)):
         if out and (out[-1].file, out[-1].end) == (piece.file, piece.offset):
             out[-1] = ByteRange(piece.file, out[-1].offset, out[-1].length + piece.length)
         else:

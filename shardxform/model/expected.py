@@ -115,11 +115,10 @@ def _block(
         if not template.numbered:
             yield prefix + template.name, _expect(Place(template, scope, layer), sizes, like)
             continue
-        at = (prefix + template.name).split(".").index("{e}")
-        shape = sizes.shape(template.shape, like)
+        head, _, tail = (prefix + template.name).partition("{e}")
+        at, shape = head.count("."), sizes.shape(template.shape, like)
         for expert in range(layout.num_experts):
-            name = prefix + template.name.replace("{e}", str(expert))
-            yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
+            yield f"{head}{expert}{tail}", Expected(Place(template, scope, layer, expert, at), shape, template.optional)
 
 
 def _is_there(layout: Layout, name: str) -> bool:

@@ -21,6 +21,7 @@ from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, 
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Source, Writable
 from shardxform.formats.ggml import FLOATS, Ggml, integer_type
@@ -28,7 +29,7 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.sources import Constant, Rounded
-from shardxform.formats.stored import read_stored
+from shardxform.formats.stored import as_plain, read_stored
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
 from shardxform.plan.steps import (
     HEALED_FILE,
@@ -446,11 +447,7 @@ def as_weights(source: Checkpoint) -> Checkpoint:
     """
     if plain := decoded(source):
         return plain
-    if not source.config.get("quantization_config"):
-        return source
-    stored = read_stored(source)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    return replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+    return as_plain(source, read_stored(source)) if declares(source.config) else source
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:

@@ -13,6 +13,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.formats.config_names import DECLARATIONS, declarations, declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import method_of, select
 from shardxform.formats.encoding import Encoded
@@ -155,7 +156,7 @@ def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
 
 
 def _quantization(source: Checkpoint) -> str:
-    config = source.config.get("quantization_config")
+    config = next((value for path, value in declarations(source.config) if path[-1] == DECLARATIONS[0]), None)
     return str(method_of(config) or "unknown method") if isinstance(config, Mapping) else ""
 
 
@@ -254,7 +255,7 @@ def stored_of(checkpoint: Checkpoint) -> Stored | None:
         CheckpointError: quantized so, but not as its config says.
 
     """
-    if not checkpoint.config.get("quantization_config"):
+    if not declares(checkpoint.config):
         return None
     try:
         return read_stored(checkpoint)

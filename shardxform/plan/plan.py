@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from shardxform.base import gguf, tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
@@ -61,20 +61,18 @@ _KERNEL_MEMORY: Final = 100_000_000  # numpy, numba and LLVM, where weights are 
 _REMOTE_MEMORY: Final = 128 << 20  # the hub's client, and what was fetched and not yet written
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """`length` bytes at `offset` of the output shard number `shard`."""
 
     shard: int
     offset: int
     length: int
 
-    def __repr__(self) -> str:  # as dataclasses give it, in half the time: plans are fingerprinted by it
+    def __repr__(self) -> str:  # as tuples with names give it, in half the time: plans are fingerprinted by it
         return f"Extent(shard={self.shard}, offset={self.offset}, length={self.length})"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of bytes to copy: from `source` to `offset` of the output shard number `shard`."""
 
     source: ByteRange
@@ -249,9 +247,10 @@ class Plan:
         """Bytes of the index, or None for a single shard, which needs none."""
         if len(self.shards) == 1 or self.container == "gguf":
             return None
-        weight_map = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
+        homes = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
+        weight_map = {name: homes[name] for name in sorted(homes)}
         total = {"metadata": {"total_size": self.data_bytes}, "weight_map": {}}
-        return pretty(total).replace("{}", pretty_strings(dict(sorted(weight_map.items())), 1)).encode()
+        return pretty(total).replace("{}", pretty_strings(weight_map, 1)).encode()
 
     def files(self) -> list[str]:
         """Names of every file the finished output holds, provenance aside."""
@@ -416,11 +415,12 @@ def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) ->
 
     A step writes whole chunks, of which digests are taken, and as it copies at most `STEP_BYTES`.
     """
-    extents = extents_of(shards)
     yield from _copies(shards, tensors)
-    for name, ref in tensors.items():
-        if ref.remade and ref.nbytes:
-            yield Remake(ref.remade, extents[name])
+    remade = [ref for ref in tensors.values() if ref.remade and ref.nbytes]
+    extents = extents_of(shards) if remade else {}
+    for ref in remade:
+        assert ref.remade
+        yield Remake(ref.remade, extents[ref.name])
 
 
 def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
@@ -440,9 +440,10 @@ def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> It
 def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
     """Place of every tensor in the output, by name."""
     return {
-        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
+        spec.name: Extent(number, start + begin, end - begin)
         for number, shard in enumerate(shards)
-        for entry in shard.entries
+        for start in (len(shard.head),)
+        for spec, begin, end in shard.entries
     }
 
 
@@ -460,8 +461,12 @@ def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> 
     """Segments of every chunk of a shard's tensors, and their bytes."""
     for entry in shard.entries:
         ref = tensors.get(entry.spec.name)
+        places = ref.ranges if ref else ()
         offset, chunk, room = len(shard.head) + entry.begin, [], CHUNK_BYTES
-        for place in ref.ranges if ref else ():
+        if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
+            yield [Segment(places[0], number, offset)], places[0].length
+            continue
+        for place in places:
             for piece in _pieces(place, room):
                 chunk.append(Segment(piece, number, offset))
                 offset += piece.length

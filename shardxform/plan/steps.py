@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, cast
 
@@ -12,8 +12,20 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError, SchemeError
+from shardxform.formats.asymmetric import Asymmetric
 from shardxform.formats.decoding import decoded, decoded_in_part
-from shardxform.formats.encoding import TILE_BYTES, Encoded, Encoding, Gridded, Role, Source, Writable, ranges_of
+from shardxform.formats.encoding import (
+    TILE_BYTES,
+    Encoded,
+    Encoding,
+    Gridded,
+    PartSpec,
+    Role,
+    Source,
+    Writable,
+    ranges_of,
+    shown,
+)
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place, layout_of
@@ -112,6 +124,10 @@ class TranscodeItem:
     target: Writable
     parts: tuple[tuple[Role, Extent], ...]
 
+    def __repr__(self) -> str:  # as dataclasses give it, in a third of the time: plans are fingerprinted by it
+        target = shown(self.target)
+        return f"TranscodeItem(module={self.module!r}, sources={self.sources!r}, target={target}, parts={self.parts!r})"
+
     @property
     def shape(self) -> tuple[int, int]:
         """[O, I]."""
@@ -152,12 +168,21 @@ class Transcode:
 
 
 def transcode_item(
-    module: str, sources: tuple[Source, ...], target: Writable, extents: Mapping[str, Extent]
+    module: str,
+    sources: tuple[Source, ...],
+    target: Writable,
+    extents: Mapping[str, Extent],
+    parts_of: Callable[[int, int], Iterable[PartSpec]] | None = None,
 ) -> TranscodeItem:
-    """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`."""
-    rows = sum(source.shape[0] for source in sources)
-    parts = target.parts(rows, sources[0].shape[1])
-    return TranscodeItem(module, sources, target, tuple((p.role, extents[f"{module}.{p.suffix}"]) for p in parts))
+    """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`.
+
+    `parts_of` is `target.parts`, or what remembers it.
+    """
+    rows, columns = sources[0].shape
+    for source in sources[1:]:
+        rows += source.shape[0]
+    places = [(part.role, extents[f"{module}.{part.suffix}"]) for part in (parts_of or target.parts)(rows, columns)]
+    return TranscodeItem(module, sources, target, tuple(places))
 
 
 def transcode_steps(items: Iterable[tuple[TranscodeItem, int]]) -> Iterator[Transcode]:
@@ -296,9 +321,10 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
             raise PlanError("`heal.encoding`: the weights of the source are no small floats; leave it out")
         return view, heal
     heal = replace(heal, encoding=heal.encoding or "source")
-    if heal.encoding == "source":
-        return view, heal
     layout = layout_of(plain.config, plain.tensors)
+    if heal.encoding == "source":
+        _refuse_read_only(plain, healed_names(layout, layout.places, heal.widest))
+        return view, heal
     names = [each for each in healed_names(layout, layout.places, heal.widest) if _is_small(plain.tensors[each])]
     routed = [name for name in names if layout.places[name].template.variant]
     homes = {name.partition(f".{layout.family.experts.home}.")[0] + f".{layout.family.experts.home}" for name in routed}
@@ -308,6 +334,23 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
     except SchemeError as e:
         raise PlanError(f"`heal.encoding` 16bit: {e}; use source") from e
     return replace(view, checkpoint=written, layout=layout_of(written.config, written.tensors)), heal
+
+
+def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to heal integers that are read and not written.
+
+    Raises:
+        PlanError: names the first.
+
+    """
+    for name in names:
+        ref = plain.tensors[name]
+        encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
+        if odd := [each for each in encodings if isinstance(each, Asymmetric)]:
+            raise PlanError(
+                f"`heal`: tensor '{name}' is in {odd[0]}, to which healed values are not rounded; heal with"
+                " `shardxform quantize` and `requantize`"
+            )
 
 
 def _is_small(ref: TensorRef) -> bool:

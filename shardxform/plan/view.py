@@ -10,12 +10,12 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
-from shardxform.base.strict_json import config_text
+from shardxform.base.strict_json import config_text, parse_config
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -29,7 +29,7 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
-from shardxform.model.expected import expected
+from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_origin
 from shardxform.model.families.base import Slicing, Wrapper
 from shardxform.model.layout import (
@@ -42,10 +42,11 @@ from shardxform.model.layout import (
     layout_of,
     refuse_strays,
     refuse_two_spellings,
-    tied_notes,
     value_at,
     variants_found,
 )
+from shardxform.model.tied_head import tied_notes
+from shardxform.runtimes.mlx import is_mlx
 
 __all__ = [
     "DEFAULT_GGUF_BYTES",
@@ -63,6 +64,9 @@ MtpMode = Literal["auto", "keep", "drop"]
 
 # Top-level keys of a multimodal config that still mean something once the text config is promoted.
 _CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
+
+Promised = Sequence[tuple[str, Expected]]
+"""What must be there, as `expected` gives it."""
 
 _MTP_WAY_OUT = "; or leave the MTP layers out with `mtp` drop"
 
@@ -117,8 +121,10 @@ def pruned_view(
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
-    _check_experts(wanted, source.tensors, dropped)
-    notes[:0] = _notes(source, wanted, dropped)
+    refuse_two_spellings(wanted, dropped, _MTP_WAY_OUT)
+    promised = list(expected(wanted, variants_found(wanted)))
+    _check_experts(wanted, source.tensors, dropped, promised)
+    notes[:0] = _notes(source, wanted, dropped, promised)
     if prunes:
         _refuse_unsafe(layout, source, dropped)
     refuse_strays(layout, source.tensors, but=dropped)
@@ -205,8 +211,8 @@ class _Builder:
     def _reason_to_drop(self, name: str) -> str:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
             return "MTP layers"
-        vision = self._layout.family.vision_prefix
         if self._wrapper is not self._layout.wrapper:
+            vision = self._layout.family.vision_prefix
             place = self._layout.places.get(name)
             if (vision and name.startswith(vision)) or (place and place.template in self._layout.family.towers):
                 return "vision tower"
@@ -217,7 +223,7 @@ class _Builder:
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
         if place.template.slicing:
-            if place.companion and not _has_rows(ref, place, self._layout.num_experts):
+            if place.companion and not _has_rows(ref, place, self._layout):
                 return ref
             self.sliced += 1
             return _sliced(ref, place.template.slicing, self._layout.num_experts, keep)
@@ -229,6 +235,8 @@ class _Builder:
         new = bisect_left(keep, place.expert)  # keep is ascending: checked by the manifest
         if new == len(keep) or keep[new] != place.expert:
             return None
+        if new == place.expert:
+            return ref
         parts = ref.name.split(".")
         parts[place.expert_at] = str(new)
         return ref.renamed(".".join(parts))
@@ -243,6 +251,8 @@ class _Builder:
 
     def _rename(self, ref: TensorRef) -> TensorRef:
         before, after = self._layout.wrapper, self._wrapper
+        if before is after:
+            return ref
         for old, new in ((before.prefix, after.prefix), (f"{before.head}.", f"{after.head}.")):
             if ref.name.startswith(old):
                 return ref.renamed(new + ref.name[len(old) :]) if old != new else ref
@@ -304,14 +314,16 @@ def _common(name: str, keeps: Mapping[int, tuple[int, ...]]) -> tuple[int, ...] 
     return next(iter(keeps.values()), None)
 
 
-def _has_rows(ref: TensorRef, place: Place, rows: int) -> bool:
+def _has_rows(ref: TensorRef, place: Place, layout: Layout) -> bool:
     """Whether axis 0 of what stands for, or beside, a router's weight counts its rows, so that pruning slices it.
 
     Raises:
         PlanError: neither that, nor a tensor that stays as it is whichever rows are taken out.
 
     """
-    counts, shape = COMPANIONS[place.companion], ref.spec.shape
+    rows, counts, shape = layout.num_experts, COMPANIONS[place.companion], ref.spec.shape
+    if place.companion in ("scales", "biases") and is_mlx(layout.config):
+        counts = "rows"
     plain = place.template.slicing == Slicing(0)
     if plain and counts in ("rows", "blocks") and shape and shape[0] == rows:
         return True
@@ -328,14 +340,15 @@ def _has_rows(ref: TensorRef, place: Place, rows: int) -> bool:
     )
 
 
-def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tuple[str, ...]) -> None:
+def _check_experts(
+    layout: Layout, tensors: Mapping[str, TensorRef], dropped: tuple[str, ...], promised: Promised
+) -> None:
     """Every MoE block has its router and every expert, in the shapes that the config promises, and no more.
 
     MTP layers that are dropped, whose names begin with `dropped`, are not looked at.
     """
-    refuse_two_spellings(layout, dropped, _MTP_WAY_OUT)
     wanted: set[str] = set()
-    for name, item in expected(layout, variants_found(layout)):
+    for name, item in promised:
         template = item.place.template
         if not template.pruned or (item.place.scope == "mtp" and not layout.has_mtp):
             continue
@@ -345,19 +358,18 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
         ref = tensors.get(name)
         if ref is None and _has_companion(name, layout):
             continue
-        shape = list(item.shape or ())
         way_out = _MTP_WAY_OUT if item.place.scope == "mtp" else ""
         if ref is None:
             raise FamilyError(
                 f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
             )
         if not is_shape(ref.spec, item.shape):
-            found = list(ref.spec.shape)
+            found, shape = list(ref.spec.shape), list(item.shape or ())
             raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():
-        counted = place.template.pruned and not place.companion
-        if counted and name not in wanted and not name.startswith(dropped):
-            _refuse_uncounted(layout, name, place)
+        if name in wanted or place.companion or not place.template.pruned or name.startswith(dropped):
+            continue
+        _refuse_uncounted(layout, name, place)
 
 
 def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
@@ -418,16 +430,16 @@ def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...])
             )
 
 
-def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iterator[str]:
+def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...], promised: Promised) -> Iterator[str]:
     unknown = [name for name in layout.unknown if not name.startswith(dropped)]
     if unknown:
         names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         yield f"{len(unknown)} tensors unknown to family {layout.family.name} are copied as they are: {names}"
     missing = [
         name
-        for name, item in expected(layout, variants_found(layout))
-        if not item.optional
-        and name not in source.tensors
+        for name, item in promised
+        if name not in source.tensors
+        and not item.optional
         and not _has_companion(name, layout)
         and (item.place.scope != "mtp" or layout.has_mtp)
         and not name.startswith(dropped)
@@ -440,15 +452,15 @@ def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iter
 
 def _undeclared(source: Checkpoint) -> Iterator[str]:
     """Say where config.json declares quantized weights that are not there, or none although some are."""
-    declared = next(declarations(source.config), None)
-    quantized = [ref.spec for ref in source.tensors.values() if is_quantized(ref.spec)]
-    if declared and not quantized:
+    quantized = (ref.spec for ref in source.tensors.values() if is_quantized(ref.spec))
+    declared, first = next(declarations(source.config), None), next(quantized, None)
+    if declared and not first:
         where = ".".join(declared[0])
         yield f"config.json: {where} declares quantized weights, but the shards hold none: remove it, or clients refuse"
-    elif quantized and not declared:
-        first = quantized[0]
+    elif first and not declared:
+        count = 1 + sum(1 for _ in quantized)
         yield (
-            f"{len(quantized)} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
+            f"{count} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
             " no quantization_config, without which clients take them for something else"
         )
 
@@ -592,14 +604,16 @@ def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
 
 
 def config_bytes(source: Checkpoint, view: View) -> bytes:
-    """Bytes of the view's config.json; the source's own when nothing in it changed.
+    """Bytes of the view's config.json; the source's own when nothing in it changed, and it said all that is known.
 
     Raises:
         CheckpointError: the source's config.json can no longer be read.
 
     """
     if view.checkpoint.config == source.config:
-        return _read(source, CONFIG)
+        data = _read(source, CONFIG)
+        if bool(parse_config(data).get(DECLARATIONS[0])) == bool(source.config.get(DECLARATIONS[0])):
+            return data
     return config_text(view.checkpoint.config).encode()
 
 

@@ -22,7 +22,7 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError, UnknownFamilyError
 from shardxform.model.families import HOMES, family_origin
-from shardxform.model.layout import tied_notes
+from shardxform.model.tied_head import tied_notes
 from shardxform.plan.view import MtpMode
 from shardxform.runtimes.mlx import members_of, single
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError

@@ -2,8 +2,9 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows what the families call experts, routers and MTP layers, and three formats (auto-round and
-gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor into memory.
+formats' definitions. It knows what the families call experts, routers and MTP layers, and four formats (auto-round and
+gptq, compressed-tensors' pack-quantized, MLX's affine of symmetric weights), reads local files only, and takes a run of
+rows of one tensor into memory.
 
 Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
 expert, quantized ones as the weights that they stand for. Names are those that the output must have.
@@ -42,6 +43,10 @@ _BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_
 _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
+_MLX: Final = re.compile(
+    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu)\.(gate|up|down)_proj\.weight"
+)
+_LETTERED: Final = {"gate": "w1", "up": "w3", "down": "w2"}  # projections of Mixtral and MiniMax
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
     rf".*\.{_HOME}\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
@@ -110,7 +115,8 @@ class _Weight:
     """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
 
     With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
-    `columns` are there; with `ids` its values are numbers of experts, of which these stay.
+    `columns` are there; with `ids` its values are numbers of experts, of which these stay. Scales of its first row are
+    those of row `scaled_from` of theirs.
     """
 
     name: str
@@ -123,6 +129,7 @@ class _Weight:
     slab: tuple[int, int] | None = None
     columns: tuple[int, ...] | None = None
     ids: tuple[int, ...] | None = None
+    scaled_from: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -150,7 +157,10 @@ class _Weight:
         return found if self.columns is None else found[:, list(self.columns)]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows of a plain weight."""
+        """A run of rows, of a quantized weight each code times its scale."""
+        if self.scales is not None:
+            codes, scale = self.codes(start, stop)
+            return np.asarray(codes.astype(np.float32) * scale)
         return _floats(self.bits_of(start, stop), self.tensor.dtype)
 
     def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -162,7 +172,9 @@ class _Weight:
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
         packed = np.ascontiguousarray(words[rows]).view(np.uint32)
         codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
-        spread = np.repeat(_floats(np.ascontiguousarray(scales[rows]), self.scales.dtype), self.group, axis=1)
+        spread = np.repeat(
+            _floats(np.ascontiguousarray(scales[rows + self.scaled_from]), self.scales.dtype), self.group, axis=1
+        )
         return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
 
 
@@ -222,6 +234,8 @@ def check_independently(
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
     try:
         ours, made = _checkpoint(out)
+        if made.get("quantization") and not config.get("quantization"):
+            given = {**given, "mtp": "drop"}  # which MLX has no use for
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
@@ -297,7 +311,9 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
         yield from _transposed(name, tensor, match)
     elif last in ("qweight", "weight_packed"):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
-    elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
+    elif tensor.dtype == "U32" or _MLX.fullmatch(name):
+        yield from _of_mlx(name, tensors, config)
+    elif _stands_beside(stem, last, tensors, config):
         return
     elif (match := _FUSED.fullmatch(name) or _GRANITE.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
@@ -314,6 +330,13 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
     else:
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
+
+
+def _stands_beside(stem: str, last: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a part of a quantized weight beside its words."""
+    if config.get("quantization"):
+        return last in ("scales", "biases")
+    return last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors)
 
 
 def _transposed(name: str, tensor: _Tensor, match: re.Match[str]) -> Iterator[tuple[str, _Weight]]:
@@ -358,6 +381,28 @@ def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Itera
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
 
 
+def _of_mlx(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """The weights in a stack of experts, or the one weight of words: code 0 of each stands for its bias."""
+    tensor, match, stem = tensors[name], _MLX.fullmatch(name), name.removesuffix(".weight")
+    count, rows, columns = tensor.shape if match else (1, *tensor.shape)
+    scales, scaled_from, bits, group = None, 0, 0, 0
+    if tensor.dtype == "U32":
+        bits, group = config["quantization"]["bits"], config["quantization"]["group_size"]
+        if one := _EXPERT.fullmatch(stem):  # whose scales are in a stack
+            stem, scaled_from = f"{one[1].removesuffix('.experts')}.switch_mlp.{one[3]}", int(one[2]) * rows
+        scales, biases, columns = tensors[f"{stem}.scales"], tensors[f"{stem}.biases"], columns * 32 // bits
+        zeros = (_floats(np.asarray(each.array()), each.dtype) for each in (scales, biases))
+        if not np.array_equal(next(zeros) * np.float32(-(2 ** (bits - 1))), next(zeros)):
+            raise ValueError(f"{stem}.biases: code 0 stands for something else than in a symmetric weight")
+    for expert in range(count):
+        key = name
+        if match:
+            part = _LETTERED[match[3]] if match[2] == "block_sparse_moe" else f"{match[3]}_proj"
+            key = f"{match[1]}.experts.{expert}.{part}.weight"
+        found = ((expert * rows, rows),)
+        yield key, _Weight(name, tensor, (rows, columns), found, scales, bits, group, scaled_from=scaled_from)
+
+
 def _floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     if dtype == "BF16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -382,6 +427,7 @@ class _How:
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
         healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+        quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
     """
 
@@ -396,6 +442,8 @@ class _How:
     offset: float
     healed: bool
     dequantized: bool
+    quantizes: bool = False
+    requantizes: bool = False
 
     @classmethod
     def of(
@@ -430,6 +478,8 @@ class _How:
             offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
+            quantizes=inputs.get("command") == "quantize",
+            requantizes=bool(scheme.get("requantize")),
         )
         # MTP layers without experts of their own have nothing to lose.
         bound = any(how.is_mtp(name) and (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name)) for name in names)
@@ -489,7 +539,7 @@ class _How:
         try:
             if self.healed and _LAYER.match(name):
                 return _unlike(wanted, found)
-            if wanted.scales and found.scales:
+            if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
@@ -501,6 +551,11 @@ class _How:
             return self._plain(wanted, found)
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
+
+    def _is_anew(self, wanted: _Weight, found: _Weight) -> bool:
+        """Whether integers of the source were rounded to others."""
+        grids = (wanted.bits, wanted.group), (found.bits, found.group)
+        return self.requantizes or (self.quantizes and grids[0] != grids[1])
 
     def _plain(self, wanted: _Weight, found: _Weight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""

@@ -18,8 +18,10 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
+from shardxform.formats.config_names import declared_in
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import method_of
+from shardxform.formats.stored import as_plain
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.steps import healed_view
@@ -64,9 +66,8 @@ def rebuild(
     record, packed = known.record, known.packed
     check_origin(source, record, findings)
     if packed:
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
-    elif out is not None and _method(out) != _method(source) and not _in_16bit(record):
+        source = as_plain(source, packed)
+    elif out is not None and _is_decoded(source, out, record):
         source = decoded(source) or source
     layout = layout_of(source.config, source.tensors)
     manifest = given_manifest(options, layout)
@@ -109,8 +110,15 @@ def _in_16bit(record: Mapping[str, object]) -> bool:
     return (heal_of(record) or {}).get("encoding") == "16bit"
 
 
+def _is_decoded(source: Checkpoint, out: Checkpoint, record: Mapping[str, object]) -> bool:
+    """Whether OUT holds other weights than those that are stored in the source."""
+    if record.get("command") in ("convert", "quantize"):
+        return True
+    return _method(out) != _method(source) and not _in_16bit(record)
+
+
 def _method(checkpoint: Checkpoint) -> object:
-    declared = checkpoint.config.get("quantization_config")
+    declared = declared_in(checkpoint.config)
     return method_of(declared) if isinstance(declared, Mapping) else None
 
 

@@ -15,7 +15,8 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.decoding import is_microscaled, scan_decoded
+from shardxform.formats.config_names import declares
+from shardxform.formats.decoding import is_packed, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
@@ -230,7 +231,8 @@ def check_structure(
     for fault in config_faults(layout):
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
-    if is_microscaled(checkpoint.config):
+    if is_packed(checkpoint.config):
+        _check_merged_rows(checkpoint, layout, findings)
         checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
         layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
@@ -258,8 +260,17 @@ def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Chec
     return plain
 
 
+def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
+    """Hold merged modules against each other, where weights are words of integers of any width."""
+    words = (ref.spec for name, ref in checkpoint.tensors.items() if name.endswith(tuple(PARTS)))
+    if any(spec.dtype == "I32" for spec in words):
+        from shardxform.verification.parts import check_merged_rows
+
+        check_merged_rows(checkpoint, layout, findings)
+
+
 def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
-    if not checkpoint.config.get("quantization_config"):
+    if not declares(checkpoint.config):
         return None
     from shardxform.verification.parts import check_parts  # and with it all that is known of encodings
 
@@ -579,7 +590,7 @@ def _meaning(layout: Layout, name: str) -> tuple[str, str]:
 
 
 def _way_out(layout: Layout) -> str:
-    declared = layout.config.get("quantization_config")
+    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     method = declared.get("quant_method") if isinstance(declared, Mapping) else None
     if method not in FORMATS:
         return ""

@@ -13,9 +13,9 @@ from typing import Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED
 from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
-from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
@@ -25,6 +25,7 @@ from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import COMPANIONS, Layout, layout_of
+from shardxform.plan.gguf_origin import inputs_for
 from shardxform.plan.steps import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
@@ -38,7 +39,6 @@ __all__ = [
     "Wanted",
     "heal_of",
     "healed_by",
-    "inputs_for",
     "known_of",
     "wanted_of",
 ]
@@ -170,30 +170,31 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     """
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
-    packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored)
+    packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored, inputs)
     asked = inputs_for(source, inputs, packed=packed is not None)
     return Known(stored, packed, {"facts": record.get("facts"), **asked})
 
 
-def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
-    """Those of a converted output also tell how what was converted had been made, which counts for another source."""
-    origin, recorded = inputs.get("origin"), inputs.get("source")
-    direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
+def _packed_source(
+    source: Checkpoint, out: Checkpoint | None, stored: Stored | None, inputs: Mapping[str, object]
+) -> Stored | None:
+    """A source of integers that OUT holds in another form, or beside more of them; None for any other.
 
-
-def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
-    """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other."""
-    if not source.config.get("quantization_config") or out is None:
+    So `convert` writes it, and `quantize`, which rounds what is not quantized in the source.
+    """
+    if not declares(source.config) or out is None:
         return None
     try:
         packed = read_stored(source)
     except SchemeError:
         return None  # a form that is not understood can only have been copied
-    if not out.config.get("quantization_config"):
+    if not declares(out.config):
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
-    return packed if stored and form != other else None
+    if stored is None or (form == other and inputs.get("command") != "quantize"):
+        more = stored and any(name in packed.plain for name in stored.weights)
+        return packed if more else None
+    return packed
 
 
 def healed_by(view: View, record: Mapping[str, object]) -> frozenset[str]:
@@ -328,9 +329,9 @@ def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> 
     """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
     healing = _healing(view, known.record)
     healed = healing.stored
-    if not out.config.get("quantization_config") and (known.packed or known.dequantized):
+    if not declares(out.config) and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
-    if not out.config.get("quantization_config") or view.checkpoint.config.get("quantization_config"):
+    if not declares(out.config) or declares(view.checkpoint.config):
         wanted = _apart(Wanted(view, view.checkpoint.tensors, derived=dict(_decoded(view))), healed)
         return replace(wanted, healed=tuple(_moves(healing, out)))
     return _apart(_quantized(view, out, known, findings), healed)
@@ -478,6 +479,7 @@ def _scheme_of(recorded: Mapping[str, object]) -> Scheme:
         expert_names=names,
         keep_16bit=_patterns(recorded.get("keep_16bit")),
         quantize=_patterns(recorded.get("quantize")),
+        requantize=recorded.get("requantize") is True,
     )
 
 
@@ -504,7 +506,7 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
         for ref in _as_stored(refs, view, out):
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
-            table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
+            table[ref.name] = replace(ref, spec=ref.spec._replace(dtype=dtype))
             values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
             if changed:
                 left[ref.name] = "healed"

@@ -41,6 +41,7 @@ from shardxform.publish.card.facts import (
 )
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
+from shardxform.runtimes.mlx import single
 
 __all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation", "read_tasks"]
 
@@ -86,7 +87,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     if options.base_model and not _is_model_name(options.base_model):
         raise PlanError(f"`base_model`: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
-    checkpoint = Checkpoint.open(out)
+    checkpoint = single(Checkpoint.open(out))
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
     manifest = _manifest(options.manifest, record, out)

@@ -435,6 +435,9 @@ def _loading(facts: Facts) -> Iterator[str]:
             " not load them; `shardxform convert --expert-names split` writes names that they do."
         )
         return
+    if facts.quantization and facts.quantization.format == "mlx":
+        yield from _mlx_alone(facts)
+        return
     if facts.bfloat16_only:
         yield "Load it in bfloat16: float16 overflows in the gated delta-net layers of this family, and gives NaN."
     yield from _transformers(facts)
@@ -442,6 +445,21 @@ def _loading(facts: Facts) -> Iterator[str]:
     if others := [*_llama_cpp(facts), *_mlx(facts)]:
         yield "### llama.cpp and MLX"
         yield "\n".join(f"- {line}" for line in others)
+
+
+def _mlx_alone(facts: Facts) -> Iterator[str]:
+    """How to run what only mlx-lm reads."""
+    yield "### MLX"
+    yield "Needs `pip install mlx-lm`."
+    yield fence(_shell(("mlx_lm.generate", "--model", facts.name, "--prompt", "Hello", "--max-tokens", "100")), "sh")
+    told = ""
+    if facts.model_type == "qwen3_5_moe_text":
+        told = " Its model_type is `qwen3_5_moe`, since mlx-lm does not know that of the text alone."
+    yield (
+        f"It loads as it is, with the codes and scales of the quantized weights.{told} transformers, vLLM, SGLang and"
+        " llama.cpp do not read this format: `shardxform convert --to auto-round`, or another, writes what they read,"
+        " with the same codes and scales."
+    )
 
 
 def _transformers(facts: Facts) -> Iterator[str]:
@@ -526,7 +544,7 @@ def _entries(facts: Facts) -> Iterator[tuple[str, str | tuple[str, ...]]]:
         "license_link": origin.license_link,
         "base_model": origin.base_model,
         "base_model_relation": "quantized" if origin.base_model and facts.quantization else "",
-        "library_name": "transformers",
+        "library_name": "mlx" if facts.quantization and facts.quantization.format == "mlx" else "transformers",
         "pipeline_tag": "image-text-to-text" if facts.vision else "text-generation",
         "tags": tuple(_tags(facts)),
     }

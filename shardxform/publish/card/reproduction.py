@@ -12,6 +12,7 @@ from typing import Final
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
 from shardxform.base.strict_json import Fields
 from shardxform.checkpoint.record import PROVENANCE, Record
+from shardxform.formats.scheme import usual_group_size
 from shardxform.plan.view import DEFAULT_SHARD_BYTES
 
 __all__ = ["commands"]
@@ -63,7 +64,7 @@ def _scheme(inputs: Fields) -> Iterator[str]:
     grid = scheme.section("grid")
     tuned = scheme.text("method") == "auto-round"
     yield from _unless("--scheme", f"W{grid.whole('bits') or 4}A16", "W4A16")
-    yield from _unless("--group-size", grid.get("group_size"), 128)
+    yield from _unless("--group-size", grid.get("group_size"), usual_group_size(scheme.text("format")))
     yield from _unless("--method", scheme.text("method"), "rtn")
     if scheme and grid.flag("search") != tuned:
         yield "--search" if grid.flag("search") else "--no-search"
