@@ -24,7 +24,7 @@ __all__ = ["prune_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _File(options.GgufFlags):
+class _File(options.GgufTypeFlags):
     format: Literal["safetensors", "gguf"] = options.option(
         "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.", default="safetensors", first=True
     )
@@ -91,7 +91,7 @@ def _plan_gguf(
         CheckpointError, FamilyError, ManifestError, PlanError: see `plan_prune_gguf`.
 
     """
-    options.refuse_idle(file, "pre_tokenizer", wanted=f"safetensors, but {source} is GGUF")
+    options.refuse_idle(file, "pre_tokenizer", "gguf_type", wanted=f"safetensors, but {source} is GGUF")
     asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
     if asked and file.format != GGUF:
         raise click.UsageError(f"--format {file.format}: {source} is GGUF, and stays it")
