@@ -31,7 +31,7 @@ from shardxform.formats.config_names import (
 )
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_origin
-from shardxform.model.families.base import Slicing, Wrapper
+from shardxform.model.families.base import Slicing, Template, Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
     Layout,
@@ -240,7 +240,7 @@ class _Builder:
             if place.companion and not _has_rows(ref, place, self._layout):
                 return ref
             self.sliced += 1
-            return _sliced(ref, place.template.slicing, self._layout.num_experts, keep)
+            return self._sliced(ref, place.template, keep)
         if place.template.ids and not place.companion:
             self.renumbered.append(ref.name)
             return _with_ids(ref, self._layout.num_experts, keep)
@@ -254,6 +254,18 @@ class _Builder:
         parts = ref.name.split(".")
         parts[place.expert_at] = str(new)
         return ref.renamed(".".join(parts))
+
+    def _sliced(self, ref: TensorRef, template: Template, keep: tuple[int, ...]) -> TensorRef:
+        """What stays of a tensor that counts experts: all of them, those of one set, or of each in a row."""
+        each = self._layout.in_set
+        assert template.slicing
+        if not template.sets:
+            return _sliced(ref, template.slicing, self._layout.num_experts, keep)
+        if len(template.sets) == 1:
+            own = tuple(expert % each for expert in keep if expert // each == template.sets[0])
+            return _sliced(ref, template.slicing, each, own)
+        rows = len(template.sets)  # one below the other, they are a row of all
+        return ref.reshaped((rows * each,)).select(keep).reshaped((rows, len(keep) // rows))
 
     def _keep(self, place: Place) -> tuple[int, ...] | None:
         if self._manifest is None or (place.layer is None and not place.template.pruned):
@@ -436,7 +448,8 @@ def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...])
         if name.startswith(dropped):
             continue
         shape = source.tensors[name].spec.shape
-        if name.startswith(blocks) and ("expert" in name or "router" in name or layout.num_experts in shape):
+        counts = {layout.num_experts, layout.in_set}.intersection(shape)
+        if name.startswith(blocks) and ("expert" in name or "router" in name or counts):
             way_out = _MTP_WAY_OUT if name.startswith(undeclared) else ""
             raise PlanError(
                 f"tensor '{name}' {list(shape)} is unknown to family {layout.family.name},"
@@ -480,11 +493,11 @@ def _undeclared(source: Checkpoint) -> Iterator[str]:
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
-    if layout.wrapper.text_key is None:
+    if layout.wrapper.text_key is None and not layout.wrapper.vision:
         notes.append("`text_only`: the source is text-only already")
         return layout.wrapper
     for wrapper in layout.family.wrappers:
-        if wrapper.text_key is None:
+        if wrapper.text_key is None and not wrapper.vision:
             return wrapper
     raise FamilyError(f"family {layout.family.name} has no text-only class")
 
@@ -494,8 +507,8 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     changes: dict[tuple[str, ...], Any] = {}
     if kept != layout.num_experts:
         for path in count_paths(layout.config, layout.family, layout.wrapper):
-            counts = value_at(layout.config, ".".join(path))
-            changes[path] = [kept] * len(counts) if isinstance(counts, list) else kept
+            counts, own = value_at(layout.config, ".".join(path)), kept // max(len(layout.family.sets), 1)
+            changes[path] = [own] * len(counts) if isinstance(counts, list) else own
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
         home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
@@ -545,10 +558,12 @@ class GgufOptions:
 
     Attributes:
         pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
+        kind: of file, as llama-quantize names it, to whose types floats are rounded; empty for weights as they are.
 
     """
 
     pre_tokenizer: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
