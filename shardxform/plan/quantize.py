@@ -199,6 +199,8 @@ def draft_quantized(
 
     """
     options = options or ViewOptions()
+    if options.gguf and options.gguf.kind:
+        raise SchemeError(f"`gguf.kind` {options.gguf.kind}: weights are rounded by `scheme`; give one of the two")
     plain, stored = _plain(source, scheme)
     view = _view(source, plain, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)
