@@ -37,7 +37,7 @@ def inspect_command(source: Source, family: FamilyFlags, hub: HubFlags, shown: _
 
     Reads headers only, never tensor data. SRC may be a model in GGUF too: a file, or the first of several.
     """
-    model = open_gguf_named(source)
+    model = open_gguf_named(source, hub)
     if model is None:
         family.load()
     checkpoint = model.table if model else open_named(source, hub, Path())

@@ -82,6 +82,7 @@ class View:
         copied, sliced, renamed: numbers of tensors written, by what was done to them (sliced ones may be renamed too).
         dropped: numbers of source tensors left out, by reason.
         notes: what a person should know before running, one sentence each.
+        width: channels that every expert keeps, where some are taken out.
 
     """
 
@@ -93,6 +94,12 @@ class View:
     renamed: int
     dropped: Mapping[str, int]
     notes: tuple[str, ...]
+    width: int | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are taken out, or channels of them."""
+        return self.width is not None or self.layout.num_experts < self.source_layout.num_experts
 
 
 def pruned_view(
@@ -116,8 +123,8 @@ def pruned_view(
     layout = layout_of(source.config, source.tensors, source.where)
     if manifest is not None:
         manifest.check(layout)
-    kept = manifest.num_kept if manifest else layout.num_experts
-    prunes = kept < layout.num_experts
+    kept, width = (manifest.num_kept, manifest.width) if manifest else (layout.num_experts, None)
+    prunes = kept < layout.num_experts or width is not None
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
@@ -137,6 +144,12 @@ def pruned_view(
             f" stays and that the token has not ({len(builder.renumbered)} such tables)"
         )
     config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    if width:
+        from shardxform.plan.narrowing import narrowed  # most prunings leave experts as wide as they are
+
+        tensors, path = narrowed(tensors, config, width)
+        config = _with_changes(config, {path: width.channels})
+        notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
     if any(declarations(config)):
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
@@ -153,6 +166,7 @@ def pruned_view(
         renamed=builder.renamed,
         dropped=dict(builder.dropped),
         notes=tuple(notes),
+        width=width.channels if width else None,
     )
 
 
@@ -588,7 +602,7 @@ def view_inputs(
     return {
         "command": command,
         "options": {**chosen, **({"gguf": asdict(options.gguf)} if options.gguf else {})},
-        "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
+        "manifest": {key: keep[key] for key in ("keep", "mtp_keep", "width") if keep.get(key)},
         "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
         **family_origin(source.config),
     }
