@@ -27,6 +27,7 @@ from shardxform.ask.manifest_import import (
     read_layers,
     show,
 )
+from shardxform.ask.width import Width
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import ManifestError
@@ -37,7 +38,7 @@ __all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text", "mtp_mo
 
 FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
-_KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep")
+_KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep", "width")
 _MAX_BYTES: Final = 64 << 20  # a manifest of 100 layers of 512 experts is 300 kB; this is a shard given by mistake
 _OF_SOURCE: Final = ("identity", "source_fingerprint")
 
@@ -53,6 +54,7 @@ class Manifest:
         criterion: name of the saliency that the choice was made by.
         ratio: share of the experts that was asked to be removed; for the record only.
         provenance: data, seed, tool and the like; for the record only.
+        width: channels that every expert that stays keeps; None for all.
         where: file name for messages; no part of the value.
 
     """
@@ -63,6 +65,7 @@ class Manifest:
     criterion: str = ""
     ratio: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    width: Width | None = None
     where: str = field(default="manifest", compare=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Manifest:
         if not self.keep:
             raise ManifestError(f"{self.where}: keep: empty, expected an entry for every layer that has experts")
         _check_facts(self)
+        if self.width:
+            self.width.refuse_other(self.keep, self.mtp_keep, self.where)
 
     def __hash__(self) -> int:
         return hash((tuple(self.keep.items()), tuple(self.mtp_keep.items())))
@@ -164,6 +169,8 @@ class Manifest:
         for name, layers in (("keep", self.keep), ("mtp_keep", self.mtp_keep)):
             if layers:
                 out[name] = {str(layer): list(ids) for layer, ids in layers.items()}
+        if self.width:
+            out["width"] = self.width.to_dict()
         return out
 
     def check(self, layout: Layout | Slabs | Pruned) -> None:
@@ -186,7 +193,9 @@ class Manifest:
                 f" ({of.top_k_key})"
             )
         _check_range(self, of.num_experts)
-        if of.groups > 1:
+        if of.sets:
+            _check_sets(self, of)
+        elif of.groups > 1:
             _check_groups(self, of)
 
     def refuse_other_source(self, identity: Identity, names: Mapping[str, Sequence[str]]) -> None:
@@ -259,6 +268,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         criterion=value.get("criterion", ""),
         ratio=value.get("ratio"),
         provenance=value.get("provenance", {}),
+        width=Width.from_dict(value["width"], f"{where}: width") if "width" in value else None,
         where=where,
     )
 
@@ -358,6 +368,25 @@ def _check_groups(manifest: Manifest, of: Pruned) -> None:
                     f" each of the {groups} groups ({key}) must keep equally many"
                 )
     _check_group_size(manifest, of, manifest.num_kept // groups)
+
+
+def _check_sets(manifest: Manifest, of: Pruned) -> None:
+    """Of every set of experts as many stay, and no fewer than its router picks."""
+    size = of.num_experts // len(of.sets)
+    spans = ", ".join(f"{at * size}..{(at + 1) * size - 1} {name}" for at, name in enumerate(of.sets))
+    for place, label, ids in _entries(manifest):
+        counts = [sum(expert // size == at for expert in ids) for at in range(len(of.sets))]
+        if len(set(counts)) > 1:
+            kept = " and ".join(f"{count} {name}" for count, name in zip(counts, of.sets, strict=True))
+            raise ManifestError(
+                f"{place}: keeps {kept} experts; {label} has {len(of.sets)} sets of them in one numbering ({spans}),"
+                " and config.json one count for all: name as many of each"
+            )
+        if counts[0] < of.top_k:
+            raise ManifestError(
+                f"{place}: keeps {counts[0]} experts of each set, but its router picks {of.top_k} per token"
+                f" ({of.top_k_key})"
+            )
 
 
 def _check_group_size(manifest: Manifest, of: Pruned, kept: int) -> None:

@@ -23,13 +23,15 @@ from shardxform.cli.inputs import (
     load_text,
     make_precision,
     open_all_named,
+    open_gguf_named,
     refuse_no_data,
     refuse_unwritable,
     require,
 )
-from shardxform.errors import OutputError, SchemeError
+from shardxform.errors import OutputError
 from shardxform.model.layout import layout_of
 from shardxform.model.tied_head import tied_notes
+from shardxform.plan.gguf_origin import stands_for
 from shardxform.plan.view import pruned_view
 
 if TYPE_CHECKING:
@@ -122,8 +124,9 @@ def evaluate_command(
 
     With --tasks, accuracy on tasks in its place.
 
-    CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. Hidden states lie
-    in ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
+    CKPT and REF are 16-bit or quantized; with --manifest, CKPT is seen as it would be after pruning. CKPT may be a
+    model in GGUF that was made of REF, which gives its config and tokenizer. Hidden states lie in
+    ./shardxform-evaluate.work meanwhile; interrupted, the same command goes on after the last finished block.
     """
     family.load()
     if tasks := _tasks(asked, text, compared):
@@ -135,15 +138,16 @@ def evaluate_command(
         raise click.UsageError("--against-dtype is the type of a reference: give --against")
     if plot:
         _refuse_plot(plot, against)
-    source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, work.parent)
-    tested, reference = _view(source, pruned), next(iter(others), None)
+    named = _opened(checkpoint, pruned, against, transfer, work.parent)
+    source, tested, reference = named.source, named.tested, named.reference
     settings = _options(computation, compared, work)
     from shardxform.evaluation.evaluate import evaluate, evaluation_facts, identified
     from shardxform.forward.work import refuse_inside
 
+    others = [reference] if reference else []
     for path in (work, *([plot] if plot else [])):
         refuse_inside(path, [each.root for each in (source, *others)])
-    windows = load_text(text, source, against=reference)
+    windows = load_text(text, named.tokenizer, against=reference)
     if output.dry_run:
         _show(tested, reference, windows, settings, output.as_json)
         return
@@ -196,8 +200,10 @@ def _run_tasks(
     output: _Output,
 ) -> None:
     against, work = compared.against, place.work or Path(_WORK)
-    source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, work.parent)
-    tested, reference = _view(source, pruned), next(iter(others), None)
+    named = _opened(checkpoint, pruned, against, transfer, work.parent)
+    tested, reference = named.tested, named.reference
+    if named.tokenizer is not named.source:
+        raise click.UsageError("--tasks are of checkpoints that have their tokenizer beside them; this is GGUF")
     if output.plot:
         _refuse_picture(output.plot)
     settings = _options(computation, compared, work)
@@ -296,11 +302,52 @@ def _refuse_picture(plot: Path) -> None:
     refuse_foreign_picture(plot)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    """What the command line names.
+
+    Attributes:
+        source: what lies there.
+        tested: what is measured: the same, or pruned.
+        reference: what it is held against.
+        tokenizer: the checkpoint whose tokenizer reads the text.
+
+    """
+
+    source: Checkpoint
+    tested: Checkpoint
+    reference: Checkpoint | None
+    tokenizer: Checkpoint
+
+
+def _opened(
+    checkpoint: options.Source,
+    pruned: options.PruneFlags,
+    against: options.Source | None,
+    transfer: options.TransferFlags,
+    folder: Path,
+) -> _Named:
+    """Open what is named; what a model in GGUF lacks is the reference's.
+
+    Raises:
+        UsageError: a model in GGUF without a reference.
+        CheckpointError: it is not made of the reference; see `gguf_origin.stands_for`.
+
+    """
+    model = open_gguf_named(checkpoint)
+    if model is None:
+        source, *others = open_all_named([checkpoint, *([against] if against else [])], transfer, folder)
+        return _Named(source=source, tested=_view(source, pruned), reference=next(iter(others), None), tokenizer=source)
+    if against is None:
+        raise click.UsageError(f"{model.where} is GGUF, which has no config.json: give --against, what it was made of")
+    (reference,) = open_all_named([against], transfer, folder)
+    tested = stands_for(model, reference, load_manifest(pruned, reference))
+    return _Named(source=tested, tested=tested, reference=reference, tokenizer=reference)
+
+
 def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
     if pruned.manifest is None:
         return checkpoint
-    if checkpoint.config.get("quantization_config"):
-        raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
     return pruned_view(checkpoint, load_manifest(pruned, checkpoint)).checkpoint
 
 

@@ -25,6 +25,7 @@ from shardxform.errors import SchemeError, ShardxformError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
 from shardxform.model.families import in_use
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
+from shardxform.runtimes.gguf.mixes import KINDS
 
 if TYPE_CHECKING:
     from shardxform.calibration.options import DataOptions
@@ -39,6 +40,7 @@ __all__ = [
     "FamilyFlags",
     "Flags",
     "GgufFlags",
+    "GgufTypeFlags",
     "HealEncodingFlags",
     "HealFlags",
     "HealOnlyRequest",
@@ -391,6 +393,22 @@ class GgufFlags(Flags, heading="How weights are stored"):
             refuse_idle(self, wanted="GGUF")
             return None
         return GgufOptions(pre_tokenizer=self.pre_tokenizer or "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTypeFlags(GgufFlags):
+    """The same for weights that no scheme rounds."""
+
+    gguf_type: str | None = option(
+        "Round weights as llama-quantize does for files of this type, such as Q4_K_M; for GGUF.  [default: as in SRC]",
+        type=click.Choice(tuple(KINDS), case_sensitive=False),
+        metavar="TYPE",
+    )
+
+    def read(self, *, gguf: bool) -> GgufOptions | None:
+        """As of all GGUF files."""
+        found = GgufFlags.read(self, gguf=gguf)
+        return replace(found, kind=self.gguf_type or "") if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -306,6 +306,11 @@ class Storage:
         """Itself."""
         return self
 
+    def is_of(self, other: Storage) -> bool:
+        """Whether it is a part of the same matrix as another."""
+        same = self.parts is other.parts or self.parts == other.parts
+        return same and self.whole == other.whole and self.encoding == other.encoding
+
     def open(self, opener: Opener) -> Rows:
         """Its rows; raises like `Opener.open`."""
         return opener.open(self)
@@ -553,14 +558,14 @@ class Opener:
     def __init__(self, read: Read, *, checked: bool = True) -> None:
         self._read = read
         self._checked = checked
-        self._last: tuple[tuple[tuple[Role, TensorRef], ...], Rows] | None = None
+        self._last: tuple[Storage, Rows] | None = None
 
     def open(self, storage: Storage) -> Rows:
         """Open a matrix; raises like `Encoding.open`."""
-        if self._last is None or (self._last[0] is not storage.parts and self._last[0] != storage.parts):
+        if self._last is None or not storage.is_of(self._last[0]):
             self._last = None  # freed before the next one is read
             rows = storage.encoding.open(dict(storage.parts), storage.whole, self._read, self._checked)
-            self._last = (storage.parts, rows)
+            self._last = (storage, rows)
         return self._last[1].cut(storage.cut) if storage.cut else self._last[1]
 
 

@@ -11,20 +11,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.gguf import KeyValue, Kind
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, natural_key
+from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec, coalesce, natural_key
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Source, Writable
-from shardxform.formats.ggml import FLOATS, Ggml, integer_type
+from shardxform.formats.ggml import FLOATS, Ggml, encoding_of, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
@@ -45,15 +45,13 @@ from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, si
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
+from shardxform.runtimes.gguf.mixes import KINDS, facts_of, mixed
 
 __all__ = ["Draft", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
 # In which type every tensor of the file is stored.
-
-FILE_TYPES: Final[Mapping[str, int]] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-"""llama.cpp's numbers of types for `general.file_type`, by which people are told what most of a file is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +61,51 @@ class Types:
     Attributes:
         grid: of the integers that the weights of `modules` are rounded to; None to round none.
         modules: names of the modules that are rounded, with the decoder block that each is in; None outside them.
-        plain: the float that all other weights are written in; empty for the source's.
+        kind: of file, to whose types all other weights are rounded; empty for those of the source.
 
     """
 
     grid: Grid | None = None
     modules: Mapping[str, int | None] = field(default_factory=dict)
-    plain: str = ""
+    kind: str = ""
 
-    def of(self, named: Named) -> Writable:
-        """How a tensor is stored.
+    def chosen(self, found: Iterable[Named], architecture: Architecture) -> Mapping[str, str]:
+        """Types that the kind of file has for tensors, by their names.
+
+        Raises:
+            SchemeError: no such kind; or integers would be rounded a second time.
+
+        """
+        if not self.kind:
+            return {}
+        found = tuple(found)
+        chosen = mixed(self.kind, {each.name: each.shape for each in found}, facts_of(architecture))
+        for each in found:
+            if chosen.get(each.name) in BLOCKS and _is_of_integers(each):
+                raise SchemeError(
+                    f"`gguf.kind` {self.kind}: tensor '{each.pieces[0].storage.parts[0][1].name}' is of integers, which"
+                    " would be rounded a second time; take weights of 16 bits, or leave it out"
+                )
+        return chosen
+
+    def of(self, named: Named, chosen: str = "") -> Writable:
+        """How a tensor is stored for which the kind of file has a type, or has none.
 
         Raises:
             SchemeError: what it is made of are no floats.
 
         """
+        if chosen and not named.values:
+            return encoding_of(chosen)
         if named.wide or named.values:
             return Plain("F32")
         if named.keeps_codes:
             if self.grid and all(piece.matrix in self.modules for piece in named.pieces):
                 return Ggml(integer_type(self.grid), self.grid)
             bits = {encoding.grid.bits if isinstance(encoding, Ints) else 0 for encoding in _encodings(named)}
-            if bits <= {4, 8} and len(bits) == 1 and not self.plain:
+            if bits <= {4, 8} and len(bits) == 1 and not self.kind:
                 return Ggml("Q4_0" if bits == {4} else "Q8_0")
-        return Plain(self.plain or _float_of(named))
+        return Plain(_float_of(named))
 
 
 def _encodings(named: Named) -> Iterator[object]:
@@ -183,12 +202,15 @@ class Contents:
 
     @cached_property
     def file_type(self) -> int:
-        """llama.cpp's number of what most weights are stored as."""
+        """llama.cpp's number of the kind of file, or of what most weights are stored as."""
+        if self.types.kind:
+            return KINDS[self.types.kind].number
         sizes: Counter[str] = Counter()
         for each in self.written:
             if not each.named.wide:
                 sizes[each.spec.dtype] += each.shape[0] * each.shape[1]
-        return FILE_TYPES.get(max(sizes, key=lambda name: (sizes[name], name)), 0) if sizes else 0
+        most = max(sizes, key=lambda name: (sizes[name], name), default="F32")
+        return KINDS[most].number if most in KINDS else 0
 
     @property
     def copies(self) -> int:
@@ -223,7 +245,8 @@ def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Content
     moved = {name: tensors[name] for name in healed}
     tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
     found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
-    written = tuple(Written(named, types.of(named)) for named in found)
+    chosen = types.chosen(found, architecture)
+    written = tuple(Written(named, types.of(named, chosen.get(named.name, ""))) for named in found)
     return Contents(architecture=architecture, types=types, written=written, healed=moved)
 
 
@@ -434,7 +457,7 @@ def draft_stored(
         refuse_unpruned(view)
         assert recipe.heal is not None
         healed = healed_names(view.layout, view.layout.places, recipe.heal.widest)
-    return drafted(source, view, Types(), options, healed)
+    return drafted(source, view, Types(kind=options.gguf.kind if options.gguf else ""), options, healed)
 
 
 def as_weights(source: Checkpoint) -> Checkpoint:
@@ -451,8 +474,12 @@ def as_weights(source: Checkpoint) -> Checkpoint:
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:
-    """Say what becomes of integers, and of those that no block of ggml's holds as they are."""
+    """Say what becomes of integers, and of those that no block of ggml's holds as they are; or what is rounded."""
     kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
+    if contents.types.kind:
+        types = ", ".join(f"{count:,} in {dtype}" for dtype, count in kinds.most_common())
+        yield f"{contents.types.kind} as llama-quantize makes it without an importance matrix: {types or 'no blocks'}"
+        return
     for dtype, count in kinds.items():
         yield f"{count:,} tensors of integers are stored as {dtype}: every integer and every scale keeps its value"
     wider = [each for each in contents.written if isinstance(each.target, Plain) and _is_of_integers(each.named)]

@@ -103,7 +103,10 @@ class Weight:
         return found if self.columns is None else found[:, list(self.columns)]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows of a plain weight."""
+        """A run of rows, of a quantized weight each code times its scale."""
+        if self.scales is not None:
+            codes, scale = self.codes(start, stop)
+            return np.asarray(codes.astype(np.float32) * scale)
         return floats(self.bits_of(start, stop), self.tensor.dtype)
 
     def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

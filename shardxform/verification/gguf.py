@@ -12,13 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.ask.manifest import Manifest
-from shardxform.ask.recipe import HEALED, Heal, Recipe
 from shardxform.base import gguf
 from shardxform.base.file_system import FileSystem
 from shardxform.base.gguf import KeyValue
@@ -29,7 +28,7 @@ from shardxform.checkpoint.gguf import GgufModel
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.errors import CheckpointError, ExecutionError, ManifestError, SchemeError, ShardxformError
+from shardxform.errors import CheckpointError, ExecutionError, ManifestError, SchemeError
 from shardxform.formats import ggml_blocks
 from shardxform.formats.encoding import Opener, Writing
 from shardxform.formats.ggml import Ggml
@@ -37,23 +36,21 @@ from shardxform.formats.rounding import quantize_into
 from shardxform.formats.scheme import GGUF, Grid, Scheme
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.gguf import Contents, Written, as_weights, contents_of, draft_stored
-from shardxform.plan.quantize import draft_quantized
+from shardxform.plan.gguf import Contents, Written, as_weights, contents_of
+from shardxform.plan.gguf_origin import inputs_for, redraft
 from shardxform.plan.steps import HEALED_FILE
-from shardxform.plan.view import DEFAULT_GGUF_BYTES, GgufOptions, MtpMode, View, ViewOptions
+from shardxform.plan.view import View
 from shardxform.runtimes.gguf.architecture import Named, Piece
 from shardxform.runtimes.gguf.undoing import storage_in
 from shardxform.verification.data import CHUNK_BYTES, in_parallel
 from shardxform.verification.findings import Findings, Rounding
-from shardxform.verification.parts import Pair, Rule, freedom_of, grid_of
+from shardxform.verification.parts import Pair, Rule, freedom_of
 from shardxform.verification.rounding import Tally, examine, report_tallies
 from shardxform.verification.source import Options as Given
 from shardxform.verification.source import check_origin, given_manifest, recorded_manifest
-from shardxform.verification.wanted import Reason, healed_by, inputs_for
+from shardxform.verification.wanted import Reason, healed_by
 
 __all__ = ["Examined", "Made", "check_blocks", "made_of"]
-
-_MODES: Final[tuple[MtpMode, ...]] = ("auto", "keep", "drop")
 
 
 # -- what it must hold ------------------------------------------------------------------------------------------------
@@ -115,13 +112,8 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
     manifest = _manifest(source, asked, given, findings)
     if isinstance(manifest, str):
         return None
-    options, recipe, scheme = _options(inputs, asked, given), _recipe(asked.get("recipe")), _scheme(asked.get("scheme"))
-    crossing: frozenset[str] = frozenset()
-    if scheme:
-        draft, chosen, selection = draft_quantized(source, scheme, manifest, options, recipe)
-        crossing = frozenset(m.name for m in chosen.quantized) - {m.name for m in selection.quantized}
-    else:
-        draft = draft_stored(source, manifest, options, recipe)
+    found = redraft(source, inputs, manifest, text_only=given.text_only, mtp=given.mtp)
+    draft, scheme, recipe = found.draft, found.scheme, found.recipe
     changed = healed_by(draft.view, {"recipe": asked.get("recipe"), "facts": record.get("facts")})
     kept = [name for name in draft.contents.healed if name in changed]
     contents = draft.contents
@@ -135,7 +127,7 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
         metadata=tuple(head.metadata for head in heads),
         grid=scheme.grid if scheme else None,
         steps=recipe.iters if recipe and recipe.iters else None,
-        left=dict(_left(contents, changed, crossing if scheme and scheme.format != GGUF else frozenset())),
+        left=dict(_left(contents, changed, found.crossing if scheme and scheme.format != GGUF else frozenset())),
     )
 
 
@@ -172,54 +164,6 @@ def _manifest(
     except ManifestError as e:
         findings.problem("source-manifest", PROVENANCE, str(e))
         return "no manifest"
-
-
-def _options(inputs: Mapping[str, object], asked: Mapping[str, object], given: Given) -> ViewOptions:
-    """How the view was made, and how the file: of a converted output these stand in different records."""
-    own, before = (each.get("options") for each in (inputs, asked))
-    own, before = (each if isinstance(each, Mapping) else {} for each in (own, before))
-    size, told = own.get("max_shard_bytes"), own.get("gguf")
-    pre = told.get("pre_tokenizer") if isinstance(told, Mapping) else ""
-    recorded: MtpMode = next((mode for mode in _MODES if mode == before.get("mtp")), "auto")
-    return ViewOptions(
-        text_only=before.get("text_only") is True if given.text_only is None else given.text_only,
-        mtp=given.mtp or recorded,
-        max_shard_bytes=size if type(size) is int and size > 0 else DEFAULT_GGUF_BYTES,
-        gguf=GgufOptions(pre_tokenizer=pre if isinstance(pre, str) else ""),
-    )
-
-
-def _scheme(recorded: object) -> Scheme | None:
-    """The scheme of a record; None where nothing was rounded, or what is recorded is none."""
-    if not isinstance(recorded, Mapping) or (grid := grid_of(recorded.get("grid"))) is None:
-        return None
-    kept, also = (recorded.get(key) for key in ("keep_16bit", "quantize"))
-    patterns = (tuple(each) if isinstance(each, list) else () for each in (kept, also))
-    keep, quantize = (tuple(p for p in each if isinstance(p, str)) for each in patterns)
-    told: Any = recorded.get("format", GGUF)
-    try:
-        return Scheme(
-            grid=grid,
-            format=told,
-            keep_16bit=keep,
-            quantize=quantize,
-            requantize=recorded.get("requantize") is True,
-        )
-    except ShardxformError:
-        return None
-
-
-def _recipe(recorded: object) -> Recipe | None:
-    """What of a recipe decides which tensors were healed and tuned, and how far; None where it says nothing."""
-    if not isinstance(recorded, Mapping):
-        return None
-    iters, heal = recorded.get("iters"), recorded.get("heal")
-    what: Any = heal.get("what") if isinstance(heal, Mapping) else None
-    healing = Heal(what=what) if what == "auto" or what in list(HEALED) else None
-    steps = iters if type(iters) is int and iters > 0 else 0
-    if not healing and not steps:
-        return None
-    return Recipe(windows="", data={}, samples=2, seqlen=1, iters=steps, heal=healing)
 
 
 # -- what it holds ----------------------------------------------------------------------------------------------------

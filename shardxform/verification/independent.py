@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.definitions import (
     SMALL,
     Small,
@@ -63,6 +63,9 @@ _ROUTER: Final = re.compile(
     r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.|classifier\.)?(?:weight|bias)|per_expert_scale))"
 )
 _ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
+_OF_SET: Final = re.compile(r".*\.mlp\.gate\.weight(_1)?")  # [H, E], of the first set of experts and of the second
+_SETS: Final = {"ernie4_5_moe_vl": 2, "ernie4_5_vl_moe": 2}
+"""Types whose experts are in several sets, one numbered after the other; configs count those of one."""
 _SEVERAL: Final = re.compile(r".*\.ffn\.experts\.mlp\.(?:w1|v1|w2)")  # [E * I, H]
 _IDS: Final = re.compile(r".*\.ffn\.gate\.tid2eid")
 _LAYER: Final = re.compile(
@@ -267,6 +270,8 @@ def _weights(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]
             whole = Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
             yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
+        if _ACROSS.fullmatch(name):  # one set after the other, as their experts are numbered
+            tensor = replace(tensor, shape=(tensor.count,))
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, Weight(name, tensor, tensor.shape, ((0, rows),))
 
@@ -339,6 +344,8 @@ def _of_mlx(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any])
     scales, scaled_from, bits, group = None, 0, 0, 0
     if tensor.dtype == "U32":
         bits, group = config["quantization"]["bits"], config["quantization"]["group_size"]
+        if type(bits) is not int or bits not in (4, 8) or type(group) is not int:
+            raise ValueError(f"{name}: {bits!r} bits in groups of {group!r}")
         if one := _EXPERT.fullmatch(stem):  # whose scales are in a stack
             stem, scaled_from = f"{one[1].removesuffix('.experts')}.switch_mlp.{one[3]}", int(one[2]) * rows
         scales, biases, columns = tensors[f"{stem}.scales"], tensors[f"{stem}.biases"], columns * 32 // bits
@@ -363,19 +370,21 @@ class _How:
 
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
-        experts: in a layer of the source.
+        experts, sets: in a layer of the source, all of them; and how many sets they are in.
         layers: decoder blocks; a block of a higher number is an MTP layer.
         mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
         healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+        quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
     """
 
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
     experts: int
+    sets: int
     layers: int
     mtp_blocks: int
     text_only: bool
@@ -384,6 +393,8 @@ class _How:
     offset: float
     healed: bool
     dequantized: bool
+    quantizes: bool = False
+    requantizes: bool = False
 
     @classmethod
     def of(
@@ -401,14 +412,20 @@ class _How:
             inputs = {} if "quantization_config" in config else inputs.get("origin", {})
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
+        if manifest.get("width"):
+            raise PlanError(
+                "`independent`: experts of OUT have fewer channels, which the second opinion does not derive"
+            )
         keep, text = manifest.get("keep"), _text_of(config)
-        experts = next(_counts_of(config))[1]
+        sets = _SETS.get(str(config.get("model_type")), 1)
+        experts = next(_counts_of(config))[1] * sets
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
         text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
         how = cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
             experts=experts,
+            sets=sets,
             layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
             or next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
             mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
@@ -418,6 +435,8 @@ class _How:
             offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
+            quantizes=inputs.get("command") == "quantize",
+            requantizes=bool(scheme.get("requantize")),
         )
         # MTP layers without experts of their own have nothing to lose.
         bound = any(how.is_mtp(name) and (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name)) for name in names)
@@ -451,11 +470,13 @@ class _How:
         if match := _EXPERT.fullmatch(name):
             old = int(match[2])
             return (f"{match[1]}.{ids.index(old)}.{match[3]}", weight) if old in ids else None
-        if _ACROSS.fullmatch(name):
-            return name, replace(weight, shape=(*weight.shape[:-1], len(ids)), columns=tuple(ids))
+        if self.sets > 1 and (match := _OF_SET.fullmatch(name)):
+            first = self.experts // self.sets if match[1] else 0
+            own = tuple(old - first for old in ids if first <= old < first + self.experts // self.sets)
+            return name, replace(weight, shape=(weight.shape[0], len(own)), columns=own)
         if _IDS.fullmatch(name):
             return name, replace(weight, ids=tuple(ids))
-        if not (_ROUTER.fullmatch(name) or _SEVERAL.fullmatch(name)):
+        if not (_ROUTER.fullmatch(name) or _ACROSS.fullmatch(name) or _SEVERAL.fullmatch(name)):
             return name, weight
         each = weight.shape[0] // self.experts if _SEVERAL.fullmatch(name) else 1
         others = (self.experts * each, weight.shape[0] - self.experts * each)  # of no expert: they stay
@@ -477,7 +498,7 @@ class _How:
         try:
             if self.healed and _LAYER.match(name):
                 return _unlike(wanted, found)
-            if wanted.scales and found.scales:
+            if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
@@ -489,6 +510,11 @@ class _How:
             return self._plain(wanted, found)
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
+
+    def _is_anew(self, wanted: Weight, found: Weight) -> bool:
+        """Whether integers of the source were rounded to others."""
+        grids = (wanted.bits, wanted.group), (found.bits, found.group)
+        return self.requantizes or (self.quantizes and grids[0] != grids[1])
 
     def _plain(self, wanted: Weight, found: Weight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""
@@ -548,7 +574,9 @@ def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Keys that count the decoder's experts, and what they say."""
     text = _text_of(config)
     for home in (text, text.get("ffn_config") or {}):
-        yield from ((key, home[key]) for key in _COUNTS if key in home)
+        for key in _COUNTS:
+            if key in home:
+                yield key, home[key][0] if isinstance(home[key], list) else home[key]
 
 
 def _same_codes(wanted: Weight, found: Weight) -> str:
@@ -606,7 +634,7 @@ def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings:
     text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
     for key, count in _counts_of(config) if how.keep else ():
-        if {count} != kept:
+        if {count * how.sets} != kept:
             findings.problem(CODE, "config.json", f"{key} is {count}, but layers keep {sorted(kept)}")
     for key in _MTP_COUNTS if how.drops_mtp and had_mtp else ():
         if text.get(key):

@@ -13,7 +13,6 @@ from typing import Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED
 from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
-from shardxform.checkpoint.identity import config_sha256
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.config_names import declares
@@ -26,6 +25,7 @@ from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import COMPANIONS, Layout, layout_of
+from shardxform.plan.gguf_origin import inputs_for
 from shardxform.plan.steps import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
@@ -39,7 +39,6 @@ __all__ = [
     "Wanted",
     "heal_of",
     "healed_by",
-    "inputs_for",
     "known_of",
     "wanted_of",
 ]
@@ -174,13 +173,6 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored, inputs)
     asked = inputs_for(source, inputs, packed=packed is not None)
     return Known(stored, packed, {"facts": record.get("facts"), **asked})
-
-
-def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
-    """Those of a converted output also tell how what was converted had been made, which counts for another source."""
-    origin, recorded = inputs.get("origin"), inputs.get("source")
-    direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
 
 
 def _packed_source(

@@ -141,10 +141,14 @@ class Kind:
         experts: tensors of routed experts; see `EXPERTS`.
         parts: what a tensor becomes, by its name in the map's spelling.
         made: tensors that are made of nothing stored.
+        leads_dense: its first blocks may have no experts.
         mtp: MTP layers are blocks after the others, or left out, since llama.cpp does not run them.
         check: refuses what llama.cpp would run in another way.
         keys: records the keys that describe the model.
         specials: kinds of special tokens, and the tokens that they are where the tokenizer's files do not say.
+        adds_bos: every text begins with the token of beginnings, whatever the tokenizer's files say.
+        splits: names of pre-tokenizers, and the one that splits text likewise and means this family's special tokens.
+        tokenizer: llama.cpp's name of the kind of tokenizer: `gpt2` merges bytes, the others characters.
 
     """
 
@@ -154,10 +158,14 @@ class Kind:
     experts: tuple[tuple[str, tuple[int, ...]], ...] = EXPERTS
     parts: Callable[[Architecture, str], Sequence[Part]] = _alone
     made: Callable[[Architecture], Iterator[Named]] = _nothing
+    leads_dense: bool = False
     mtp: Literal["nextn", "dropped"] = "dropped"
     check: Callable[[Architecture], None] = lambda _: None
     keys: Callable[[Architecture, Recorder], None]
     specials: Mapping[str, str] = field(default_factory=dict)
+    adds_bos: bool = False
+    splits: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Literal["gpt2", "llama", "gemma4"] = "gpt2"
 
 
 _NEXTN: Final = {
@@ -195,6 +203,11 @@ class Architecture:
     def blocks(self) -> int:
         """Blocks in the file, those of MTP layers too."""
         return self.layout.num_layers + self.nextn
+
+    @property
+    def leading_dense(self) -> int:
+        """Blocks before the first that has experts."""
+        return next(iter(self.layout.moe_layers), self.layout.num_layers)
 
     def size(self, key: str) -> int:
         """A count from the text config.
@@ -255,6 +268,7 @@ class Architecture:
             SchemeError: a tensor is missing, or llama.cpp has no place for one.
 
         """
+        self._refuse_scattered()
         self._refuse_missing(tensors)
         yield from self.kind.made(self)
         names, matrices = _Names(self), _by_tensor(self.layout, tensors)
@@ -275,6 +289,12 @@ class Architecture:
             left[block] -= 1
             if not left[block]:
                 yield from stack.tensors(names, block)
+
+    def _refuse_scattered(self) -> None:
+        first, sparse = self.leading_dense, self.layout.moe_layers
+        if sparse != tuple(range(first, self.layout.num_layers)) or (first and not self.kind.leads_dense):
+            which = "from one on" if self.kind.leads_dense else "all"
+            raise SchemeError(f"layers {list(sparse)} have experts; llama.cpp's {self.name} has them in {which}")
 
     def _refuse_missing(self, tensors: Mapping[str, TensorRef]) -> None:
         for name, item in expected(self.layout, variants_found(self.layout)):
@@ -360,7 +380,7 @@ class _Names:
 
         """
         for names in self._maps:
-            found = names.get_type_and_name(released, (".weight", ".bias"))
+            found = names.get_type_and_name(released, (".weight", ".bias", ".scale"))
             if found is not None:
                 kind, name = found
                 wide = kind.name in _WIDE or not name.endswith(".weight") or name.endswith("_norm.weight")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
+from shardxform.formats.encoding import Cut
 from shardxform.model.layout import Layout
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
 from shardxform.runtimes.gguf.keys import Recorder, rope_of
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
 
@@ -36,7 +38,7 @@ def _common(architecture: Architecture, recorder: Recorder, **over: Any) -> None
     full = rope.get("full_attention", rope)
     _scaling(writer, full)
     if "mrope_section" in rope:
-        writer.add_rope_dimension_sections([*rope["mrope_section"], 0, 0, 0, 0][:4])
+        _add_sections(architecture, recorder, rope)
     if full.get("rope_theta") is None:
         raise SchemeError("config.json: rope_theta is missing")
     writer.add_rope_freq_base(full["rope_theta"])
@@ -52,6 +54,19 @@ def _common(architecture: Architecture, recorder: Recorder, **over: Any) -> None
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+
+
+def _add_sections(architecture: Architecture, recorder: Recorder, rope: Mapping[str, Any]) -> None:
+    """How many of the rotated pairs go by time, height and width; of text, whose three are the same, it matters not.
+
+    Raises:
+        SchemeError: more than a head has channels, at which llama.cpp aborts.
+
+    """
+    sections, width = [*rope.get("mrope_section", (11, 11, 10)), 0, 0, 0, 0][:4], _head_dim(architecture)
+    if sum(sections) > width:
+        raise SchemeError(f"config.json: mrope_section is {sections}, but heads have {width} channels")
+    recorder.writer.add_rope_dimension_sections(sections)
 
 
 def _needed(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
@@ -77,7 +92,7 @@ def _scaling(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(_scaling_type(kind))
         writer.add_rope_scaling_factor(_needed(rope, "factor"))
-    elif kind not in ("default", "proportional", "llama3"):  # the last two are tensors of factors
+    elif kind not in ("default", "proportional"):  # the last is a tensor of factors
         raise SchemeError(f"config.json: rope_type {kind!r}; of llama.cpp's converter come default, linear and yarn")
     if kind != "yarn":
         return
@@ -151,6 +166,10 @@ def _delta_net_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_ssm_group_count(size("linear_num_key_heads"))
     writer.add_ssm_time_step_rank(size("linear_num_value_heads"))
     writer.add_ssm_inner_size(size("linear_value_head_dim") * size("linear_num_value_heads"))
+    kinds = architecture.config.get("layer_types")
+    if kinds is not None:  # else llama.cpp tells them by the interval
+        recurrent = [each == "linear_attention" for each in kinds] + [False] * architecture.nextn
+        writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
     writer.add_full_attention_interval(architecture.config.get("full_attention_interval", 4))
     partial = rope_of(architecture.config).get("partial_rotary_factor", 0.25)
     writer.add_rope_dimension_count(int(_head_dim(architecture) * partial))
@@ -160,8 +179,9 @@ def _delta_net_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 def _qwen3_5_keys(architecture: Architecture, recorder: Recorder) -> None:
     _delta_net_keys(architecture, recorder)
-    if "mrope_section" not in rope_of(architecture.config):
-        recorder.writer.add_rope_dimension_sections([11, 11, 10, 0])
+    rope = rope_of(architecture.config)
+    if "mrope_section" not in rope:
+        _add_sections(architecture, recorder, rope)
 
 
 def _head_dim(architecture: Architecture) -> int:
@@ -171,16 +191,7 @@ def _head_dim(architecture: Architecture) -> int:
 
 
 def _delta_net_check(architecture: Architecture) -> None:
-    """Layers of full attention must be every so many: llama.cpp counts them so."""
     _refuse_other(architecture, {**_SILU, "norm_topk_prob": (True,), "attn_output_gate": (True,)})
-    interval = architecture.config.get("full_attention_interval", 4)
-    kinds = architecture.config.get("layer_types")
-    for layer, kind in enumerate(kinds or ()):
-        if (kind == "full_attention") != ((layer + 1) % interval == 0):
-            raise SchemeError(
-                f"config.json: layer_types[{layer}] is {kind}, but full_attention_interval is {interval}, by which"
-                " llama.cpp tells them apart"
-            )
 
 
 def _tiled(architecture: Architecture, width: int, before: int = 0) -> Order:
@@ -231,9 +242,366 @@ _QWEN3_5_MOE: Final = Kind(
 )
 
 
+def _qwen3_next_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Queries, keys, values and gates stand by key head: those of all heads are brought together, gates apart."""
+    block, _, inner = name.partition(".linear_attn.")
+    if inner != "in_proj_qkvz.weight":
+        return (Part(name, _delta_net_transform(name)),)
+    size = architecture.size
+    heads, width = size("linear_num_key_heads"), size("linear_key_head_dim")
+    values = size("linear_num_value_heads") // heads * size("linear_value_head_dim")
+    bounds = (0, width, 2 * width, 2 * width + values, 2 * (width + values))
+    runs = [Run(0, (heads, bounds[-1]), (), ((0, heads), (start, stop))) for start, stop in itertools.pairwise(bounds)]
+    block = block.replace("model.layers.", "blk.")
+    joined = Part(f"{block}.attn_qkv.weight", Transform(rows=Order(tuple(runs[:3]))))
+    return (joined, Part(f"{block}.attn_gate.weight", Transform(rows=Order(tuple(runs[3:])))))
+
+
+_QWEN3_NEXT: Final = Kind(
+    name="qwen3next",
+    maps=("QWEN3NEXT",),
+    spelled={"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
+    parts=_qwen3_next_parts,
+    mtp="nextn",
+    keys=_delta_net_keys,
+    check=_delta_net_check,
+)
+
+
+# -- latent attention: DeepSeek-V3, Kimi-K2, DeepSeek-V3.2, GLM-4.7-Flash ----------------------------------------------
+
+
+def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Keys of latent attention, which llama.cpp runs as attention of all heads over one head of latent keys."""
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    _common(architecture, recorder, num_key_value_heads=1, head_dim=None)
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    writer.add_vocab_size(size("vocab_size"))
+    if config.get("q_lora_rank") is not None:
+        writer.add_q_lora_rank(size("q_lora_rank"))
+    writer.add_kv_lora_rank(size("kv_lora_rank"))
+    writer.add_key_length(size("kv_lora_rank") + size("qk_rope_head_dim"))
+    writer.add_value_length(size("kv_lora_rank"))
+    writer.add_key_length_mla(size("qk_nope_head_dim") + size("qk_rope_head_dim"))
+    writer.add_value_length_mla(size("v_head_dim"))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_count(config.get("n_shared_experts") or 0)
+    _weights(writer, config)
+    writer.add_rope_dimension_count(size("qk_rope_head_dim"))
+    if (scale := rope_of(config).get("mscale_all_dim")) is not None:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
+    if architecture.nextn:
+        writer.add_nextn_predict_layers(architecture.nextn)
+
+
+def _weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """How experts are scored and weighed by a sigmoid: the family's own way, whether the config says so or not."""
+    if config.get("routed_scaling_factor") is not None:
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if config.get("norm_topk_prob"):
+        writer.add_expert_weights_norm(True)
+    writer.add_expert_gating_func(_gating("SIGMOID"))
+
+
+def _gating(name: str) -> Any:  # noqa: ANN401
+    from gguf import ExpertGatingFuncType
+
+    return ExpertGatingFuncType[name]
+
+
+_SIGMOID: Final = {**_SILU, "scoring_func": ("sigmoid",), "moe_layer_freq": (1,), "rope_interleave": (True,)}
+
+
+def _latent_check(architecture: Architecture) -> None:
+    _refuse_other(architecture, {**_SIGMOID, "attention_bias": (False, None)})
+    rope = rope_of(architecture.config)
+    if rope.get("mscale", rope.get("mscale_all_dim")) != rope.get("mscale_all_dim"):
+        raise SchemeError("config.json: mscale is not mscale_all_dim, but llama.cpp has one for both")
+
+
+def _latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Keys and values of all heads, [heads, nope + v, rank] in one: keys turned, [heads, rank, nope], and values."""
+    if not name.endswith("self_attn.kv_b_proj.weight"):
+        return (Part(name),)
+    size = architecture.size
+    heads, keys, values = size("num_attention_heads"), size("qk_nope_head_dim"), size("v_head_dim")
+    cuts = tuple(Cut(head * (keys + values), keys) for head in range(heads))
+    rows = Order((Run(0, (heads, keys + values), (), ((0, heads), (keys, keys + values))),))
+    stem = name.removesuffix("kv_b_proj.weight")
+    return (
+        Part(f"{stem}k_b_proj.weight", Transform(transposed=True), cuts, (heads,)),
+        Part(f"{stem}v_b_proj.weight", Transform(rows=rows), (), (heads,)),
+    )
+
+
+_CORRECTED: Final = {"e_score_correction_bias": "e_score_correction.bias"}
+
+_DEEPSEEK_V3: Final = Kind(
+    name="deepseek2",
+    maps=("DEEPSEEK2",),
+    spelled=_CORRECTED,
+    leads_dense=True,
+    parts=_latent_parts,
+    keys=_latent_keys,
+    check=_latent_check,
+)
+
+
+def _deepseek_v32_keys(architecture: Architecture, recorder: Recorder) -> None:
+    _latent_keys(architecture, recorder)
+    recorder.writer.add_indexer_head_count(architecture.size("index_n_heads"))
+    recorder.writer.add_indexer_key_length(architecture.size("index_head_dim"))
+    recorder.writer.add_indexer_top_k(architecture.size("index_topk"))
+
+
+_DEEPSEEK_V32: Final = Kind(
+    name="deepseek32",
+    maps=("DEEPSEEK2", "GLM_DSA"),
+    spelled=_CORRECTED,
+    leads_dense=True,
+    parts=_latent_parts,
+    mtp="nextn",
+    keys=_deepseek_v32_keys,
+    check=_latent_check,
+    adds_bos=True,
+)
+
+_OF_GLM: Final = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
+
+_SPLITS_OF_GLM: Final = {"llama-bpe": "glm4", "smaug-bpe": "chatglm-bpe"}
+
+_GLM4_MOE_LITE: Final = Kind(
+    name="deepseek2",
+    maps=("DEEPSEEK2",),
+    spelled=_CORRECTED,
+    leads_dense=True,
+    parts=_latent_parts,
+    mtp="nextn",
+    keys=_latent_keys,
+    check=_latent_check,
+    specials=_OF_GLM,
+    splits=_SPLITS_OF_GLM,
+)
+
+
+# -- GLM-4.5 -----------------------------------------------------------------------------------------------------------
+
+
+def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    _common(architecture, recorder)
+    writer.add_rope_dimension_count(int(_head_dim(architecture) * rope_of(config).get("partial_rotary_factor", 0.5)))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_count(size("n_shared_experts"))
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    _weights(writer, config)
+    writer.add_expert_weights_norm(bool(config.get("norm_topk_prob")))
+    if architecture.nextn:
+        writer.add_nextn_predict_layers(architecture.nextn)
+
+
+def _glm4_moe_check(architecture: Architecture) -> None:
+    _refuse_other(architecture, {**_SILU, "scoring_func": ("sigmoid",)})
+
+
+_GLM4_MOE: Final = Kind(
+    name="glm4moe",
+    maps=("GLM4_MOE",),
+    spelled=_CORRECTED,
+    leads_dense=True,
+    mtp="nextn",
+    keys=_glm4_moe_keys,
+    check=_glm4_moe_check,
+    specials=_OF_GLM,
+    splits=_SPLITS_OF_GLM,
+)
+
+
+# -- MiniMax-M2 --------------------------------------------------------------------------------------------------------
+
+
+def _minimax_m2_keys(architecture: Architecture, recorder: Recorder) -> None:
+    writer, config = recorder.writer, architecture.config
+    _common(architecture, recorder)
+    writer.add_expert_feed_forward_length(architecture.size("intermediate_size"))
+    partial = rope_of(config).get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(config.get("rotary_dim") or int(_head_dim(architecture) * partial))
+    writer.add_expert_gating_func(_gating("SIGMOID"))
+
+
+def _minimax_m2_check(architecture: Architecture) -> None:
+    wanted = {**_SILU, "scoring_func": ("sigmoid",), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)}
+    _refuse_other(architecture, wanted)
+
+
+_MINIMAX_M2: Final = Kind(
+    name="minimax-m2",
+    maps=("MINIMAXM2",),
+    spelled=_CORRECTED,
+    experts=tuple(
+        (f"model.layers.{{l}}.block_sparse_moe.experts.{name}", held)
+        for name, held in (("w1", (0,)), ("w2", (2,)), ("w3", (1,)))
+    ),
+    splits={"gpt-4o": "minimax-m2"},
+    keys=_minimax_m2_keys,
+    check=_minimax_m2_check,
+)
+
+
+# -- gpt-oss -----------------------------------------------------------------------------------------------------------
+
+
+def _gpt_oss_keys(architecture: Architecture, recorder: Recorder) -> None:
+    _common(architecture, recorder)
+    recorder.writer.add_sliding_window(architecture.size("sliding_window"))
+    recorder.writer.add_expert_feed_forward_length(architecture.size("intermediate_size"))
+
+
+def _gpt_oss_check(architecture: Architecture) -> None:
+    """Every second layer attends to a window, the first of them is one, and the activation has its own limits."""
+    _refuse_other(
+        architecture, {**_SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
+    )
+    for layer, kind in enumerate(architecture.config.get("layer_types") or ()):
+        if (kind == "sliding_attention") != (layer % 2 == 0):
+            raise SchemeError(
+                f"config.json: layer_types[{layer}] is {kind}, but llama.cpp lets every second layer, from the"
+                " first on, attend to a window"
+            )
+
+
+_GPT_OSS: Final = Kind(
+    name="gpt-oss",
+    maps=("GPT_OSS",),
+    spelled={"self_attn.sinks": "self_attn.sinks.weight"},
+    keys=_gpt_oss_keys,
+    check=_gpt_oss_check,
+)
+
+
+# -- Gemma 4 -----------------------------------------------------------------------------------------------------------
+
+
+def _of_full(architecture: Architecture, symbol: str) -> int:
+    """A size of layers with full attention, as the family works it out."""
+    found = architecture.layout.family.symbols[symbol]
+    assert callable(found)
+    return found(architecture.config)
+
+
+def _sliding(architecture: Architecture) -> list[bool]:
+    """Which layers attend to a window."""
+    holds = architecture.layout.family.holds
+    return [holds("sliding", architecture.config, layer) for layer in range(architecture.layout.num_layers)]
+
+
+def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    _common(architecture, recorder, head_dim=None, num_key_value_heads=None)
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    writer.add_sliding_window(size("sliding_window"))
+    sliding, own, full = _sliding(architecture), size("num_key_value_heads"), _of_full(architecture, "FK")
+    writer.add_head_count_kv([own if each else full for each in sliding] if full != own else own)
+    writer.add_shared_kv_layers(config.get("num_kv_shared_layers") or 0)
+    writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input") or 0)
+    writer.add_sliding_window_pattern(sliding)
+    width = _of_full(architecture, "FD")
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_key_length_swa(size("head_dim"))
+    writer.add_value_length_swa(size("head_dim"))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count_swa(size("head_dim"))
+
+
+def _gemma4_check(architecture: Architecture) -> None:
+    wanted = {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, "vision")}
+    _refuse_other(architecture, wanted)
+    rope = rope_of(architecture.config)
+    kinds = [rope.get(f"{each}_attention", {}).get("rope_type") for each in ("full", "sliding")]
+    if kinds != ["proportional", "default"]:
+        raise SchemeError(
+            f"config.json: rope_type of full and of sliding attention are {kinds}; expected proportional, default"
+        )
+
+
+def _gemma4_made(architecture: Architecture) -> Iterator[Named]:
+    """Factors of the frequencies of full attention: those beyond the part that is rotated are divided away."""
+    rope = rope_of(architecture.config)["full_attention"]
+    half = _of_full(architecture, "FD") // 2
+    rotated = int(2 * half * _needed(rope, "partial_rotary_factor") / 2)
+    yield Named("rope_freqs.weight", (half,), (), wide=True, values=(1.0,) * rotated + (1e30,) * (half - rotated))
+
+
+def _gemma4_parts(_: Architecture, name: str) -> tuple[Part, ...]:
+    block, _dot, inner = name.partition(".router.")
+    scales = {"scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale"}
+    return (Part(f"{block.replace('model.layers.', 'blk.')}.{scales[inner]}" if inner in scales else name),)
+
+
+_GEMMA4: Final = Kind(
+    name="gemma4",
+    maps=("GEMMA4",),
+    spelled={"layer_scalar": "layer_scalar.weight"},
+    experts=(("model.layers.{l}.experts.down_proj", (2,)), ("model.layers.{l}.experts.gate_up_proj", (0, 1))),
+    parts=_gemma4_parts,
+    made=_gemma4_made,
+    keys=_gemma4_keys,
+    check=_gemma4_check,
+    tokenizer="gemma4",
+)
+
+
+# -- Mixtral -----------------------------------------------------------------------------------------------------------
+
+
+def _mixtral_keys(architecture: Architecture, recorder: Recorder) -> None:
+    _common(architecture, recorder)
+    recorder.writer.add_vocab_size(architecture.size("vocab_size"))
+    recorder.writer.add_rope_dimension_count(_head_dim(architecture))
+
+
+def _mixtral_check(architecture: Architecture) -> None:
+    _refuse_other(architecture, {**_SILU, "sliding_window": (None,)})
+
+
+def _mixtral_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Halves of the heads of queries and keys take turns, as llama.cpp rotates neighbours of this architecture."""
+    heads = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
+    key = heads.get(name.rpartition("self_attn.")[2])
+    if key is None:
+        return (Part(name),)
+    half = _head_dim(architecture) // 2
+    return (Part(name, Transform(rows=Order((Run(0, (architecture.size(key), 2, half), (0, 2, 1)),)))),)
+
+
+_MIXTRAL: Final = Kind(
+    name="llama",
+    maps=("LLAMA",),
+    experts=tuple(
+        (f"layers.{{l}}.feed_forward.experts.{name}", held) for name, held in (("w1", (0,)), ("w2", (2,)), ("w3", (1,)))
+    ),
+    parts=_mixtral_parts,
+    keys=_mixtral_keys,
+    check=_mixtral_check,
+    tokenizer="llama",
+)
+
+
 KINDS: Final[Mapping[str, Kind]] = {
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v32": _DEEPSEEK_V32,
+    "gemma4": _GEMMA4,
+    "glm4_moe": _GLM4_MOE,
+    "glm4_moe_lite": _GLM4_MOE_LITE,
+    "gpt_oss": _GPT_OSS,
+    "minimax_m2": _MINIMAX_M2,
+    "mixtral": _MIXTRAL,
     "qwen3_5_moe": _QWEN3_5_MOE,
     "qwen3_moe": _QWEN3_MOE,
+    "qwen3_next": _QWEN3_NEXT,
 }
 """What each family becomes, by its name."""
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["BY_DIGEST", "BY_PATTERN", "CHECKED_TEXT", "NAMES", "Signature", "digest_of", "signature_of"]
+__all__ = ["ADDING_BOS", "BY_DIGEST", "BY_PATTERN", "CHECKED_TEXT", "NAMES", "Signature", "digest_of", "signature_of"]
 
 CHECKED_TEXT: Final = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f (mul"
@@ -156,6 +156,23 @@ NAMES: Final = frozenset(
     )
 )
 """What llama.cpp takes as the name of a pre-tokenizer; another, and it loads no file."""
+
+ADDING_BOS: Final = frozenset(
+    (
+        "chameleon",
+        "falcon-h1",
+        "falcon3",
+        "jina-v5-nano",
+        "lfm2",
+        "llama-bpe",
+        "llama-v3",
+        "llama3",
+        "midm-2.0",
+        "pixtral",
+        "tekken",
+    )
+)
+"""Those whose texts begin with the token of beginnings unless a key says that they do not."""
 
 Signature = tuple[str, ...]
 """How text is split: the kinds of steps and their patterns; and whether words of the vocabulary are left unmerged."""

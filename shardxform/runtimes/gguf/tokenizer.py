@@ -6,7 +6,8 @@ the `gguf` package does itself, merges and special ids and chat templates, is le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +16,22 @@ from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture
 from shardxform.runtimes.gguf.keys import Recorder
-from shardxform.runtimes.gguf.pretokenizers import BY_DIGEST, BY_PATTERN, NAMES, digest_of, signature_of
+from shardxform.runtimes.gguf.pieces import MalformedModel, pieces_of
+from shardxform.runtimes.gguf.pretokenizers import ADDING_BOS, BY_DIGEST, BY_PATTERN, NAMES, digest_of, signature_of
 
 __all__ = ["Token", "add_tokenizer", "read_json", "tokens_of"]
 
 _FILE: Final = "tokenizer.json"
-_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5  # as `gguf.TokenType` numbers them
+_CONFIG: Final = "tokenizer_config.json"
+_MODEL: Final = "tokenizer.model"
+_NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # as `gguf.TokenType` numbers them
+_SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+_BYTE_TOKEN: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
+_VISIBLE: Final = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
+"""Special tokens of Gemma 4 that are shown, so that what reads answers finds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,57 @@ class Token:
     text: str
     kind: int
     score: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A token that was added to the vocabulary: its text, and whether it is special."""
+
+    text: str
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of a tokenizer that were read: tokenizer.json and tokenizer_config.json, empty where missing."""
+
+    root: Path
+    tokenizer: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.root}/{_FILE}"
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The part of tokenizer.json that holds the vocabulary."""
+        model = self.tokenizer.get("model")
+        return model if isinstance(model, dict) else {}
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of tokens.
+
+        Raises:
+            SchemeError: it is no vocabulary of pairs that are merged.
+
+        """
+        found = self.model.get("vocab")
+        if self.model.get("type") != "BPE" or not isinstance(found, dict):
+            raise SchemeError(f"{self.where}: expected a model of type BPE, found {self.model.get('type')!r}")
+        return found
+
+    def listed(self, *, config: bool = True) -> dict[int, _Added]:
+        """Added tokens by id, with those of tokenizer_config.json."""
+        listed = {each.get("id"): each for each in self.tokenizer.get("added_tokens") or () if isinstance(each, dict)}
+        others = self.config.get("added_tokens_decoder")
+        for key, each in others.items() if config and isinstance(others, dict) else ():
+            if key.isdecimal() and isinstance(each, dict):
+                listed.setdefault(int(key), each)
+        found = {at: each for at, each in listed.items() if isinstance(at, int)}
+        return {at: _Added(str(each.get("content", "")), bool(each.get("special"))) for at, each in found.items()}
 
 
 def add_tokenizer(architecture: Architecture, recorder: Recorder, root: Path, pre_tokenizer: str = "") -> None:
@@ -45,25 +107,39 @@ def add_tokenizer(architecture: Architecture, recorder: Recorder, root: Path, pr
         SchemeError: a file is missing or malformed, or the way in which it splits text is unknown to llama.cpp.
 
     """
-    tokenizer = read_json(root, _FILE)
-    if tokenizer is None:
-        raise SchemeError(f"{root}/{_FILE} is missing: GGUF holds the tokenizer as well; put the release's there")
-    where = f"{root}/{_FILE}"
+    files = _Files(root, read_json(root, _FILE) or {}, read_json(root, _CONFIG) or {})
+    kind, count = architecture.kind.tokenizer, architecture.size("vocab_size")
+    pre, pieces = "", (root / _MODEL).is_file() and kind == "llama"
+    if not files.tokenizer and not pieces:
+        raise SchemeError(f"{root}/{_FILE} is missing: GGUF holds the tokenizer too; put the release's there")
+    if kind == "llama" and not pieces and not files.model.get("byte_fallback"):
+        kind = "gpt2"
     writer = recorder.writer
-    pre = pre_tokenizer or _pre_tokenizer(tokenizer, where)
-    if pre not in NAMES:
-        raise SchemeError(f"`pre_tokenizer` {pre}: unknown to llama.cpp; expected one of {', '.join(sorted(NAMES))}")
-    tokens = tokens_of(
-        tokenizer, _added(tokenizer, read_json(root, "tokenizer_config.json")), architecture.size("vocab_size"), where
-    )
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_model(kind)
+    if kind == "gpt2":
+        pre = _pre_tokenizer(files, pre_tokenizer)
+        pre = architecture.kind.splits.get(pre, pre)
+        writer.add_tokenizer_pre(pre)
+        tokens = tokens_of(files, count)
+    elif kind == "llama":
+        if (prefix := files.config.get("add_prefix_space")) is not None:
+            writer.add_add_space_prefix(prefix)
+        writer.add_tokenizer_pre("default")
+        tokens = _tokens_of_pieces(files, count) if pieces else _tokens_of_characters(files, count, scored=True)
+    else:
+        tokens = [_shown(token) for token in _tokens_of_characters(files, count, scored=False)]
     writer.add_token_list([token.text for token in tokens])
+    if kind != "gpt2":
+        writer.add_token_scores([token.score for token in tokens])
     writer.add_token_types([token.kind for token in tokens])
-    special = recorder.gguf.SpecialVocab(root, load_merges=True)
-    for name, text in architecture.kind.specials.items():
-        special._set_special_token(name, next((at for at, token in enumerate(tokens) if token.text == text), None))
+    special = _special(architecture, recorder, files, tokens, merges=kind != "llama")
+    if kind == "gpt2" and pre in ADDING_BOS:
+        special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
+    if kind == "gemma4":
+        writer.add_add_space_prefix(False)
+    if kind == "gemma4" or architecture.kind.adds_bos:
+        writer.add_add_bos_token(True)
 
 
 def read_json(root: Path, name: str) -> dict[str, Any] | None:
@@ -82,45 +158,80 @@ def read_json(root: Path, name: str) -> dict[str, Any] | None:
         raise SchemeError(f"{path}: {e}") from e
 
 
-@dataclass(frozen=True, slots=True)
-class _Added:
-    """A token that was added to the vocabulary: its text, and whether it is special."""
+def _special(
+    architecture: Architecture, recorder: Recorder, files: _Files, tokens: list[Token], *, merges: bool
+) -> Any:  # noqa: ANN401
+    """Merges, special ids, which of them every text begins and ends with, and the chat template, as the package has it.
 
-    text: str
-    special: bool
+    Raises:
+        SchemeError: the package finds them malformed.
+
+    """
+    try:
+        special = recorder.gguf.SpecialVocab(files.root, load_merges=merges, n_vocab=len(tokens))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise SchemeError(f"{files.where} or what is beside it is malformed: {e}") from e
+    for name, text in architecture.kind.specials.items():
+        found = next((at for at, token in enumerate(tokens) if token.text == text), None)
+        special._set_special_token(name, found)
+    special.add_special_token.update(_begins_and_ends(files))
+    special.load_merges = special.load_merges and bool(special.merges)  # which would be said, where there are none
+    return special
 
 
-def _added(tokenizer: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[int, _Added]:
-    """Added tokens by id, those of tokenizer_config.json too."""
-    listed = {each.get("id"): each for each in tokenizer.get("added_tokens") or () if isinstance(each, dict)}
-    others = (config or {}).get("added_tokens_decoder") or {}
-    for key, each in others.items() if isinstance(others, dict) else ():
-        if key.isdecimal() and isinstance(each, dict):
-            listed.setdefault(int(key), each)
-    return {
-        at: _Added(each.get("content", ""), bool(each.get("special")))
-        for at, each in listed.items()
-        if isinstance(at, int)
-    }
+def _begins_and_ends(files: _Files) -> dict[str, bool]:
+    """Whether texts begin and end with tokens of their own by tokenizer.json, which decides before any other file."""
+    processor = files.tokenizer.get("post_processor")
+    processor = processor if isinstance(processor, dict) else {}
+    out: dict[str, bool] = {}
+    for each in processor.get("processors", [processor]):
+        kind = each.get("type") if isinstance(each, dict) else None
+        if kind == "ByteLevel":
+            out = {"bos": False, "eos": False, **out}
+        elif kind == "TemplateProcessing":
+            out.update(_of_template(each, files.config))
+    return out
 
 
-def tokens_of(tokenizer: Mapping[str, Any], added: Mapping[int, _Added], count: int, where: str) -> list[Token]:
+def _of_template(processor: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bool]:
+    """The same of the template of one text: whether what it begins or ends with is the token of beginnings or ends."""
+    single = processor.get("single")
+    if not isinstance(single, list) or len(single) < 2:
+        return {}
+    out: dict[str, bool] = {}
+    for name, at in (("bos", 0), ("eos", -1)):
+        part = single[at].get("SpecialToken") if isinstance(single[at], dict) else None
+        if isinstance(part, dict) and part.get("id"):
+            out[name] = part["id"] == _content(config.get(f"{name}_token")) or not config
+    return out
+
+
+def _content(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(files: _Files, count: int) -> list[Token]:
     """List the tokens of a byte-level BPE by id, as many as the embeddings have rows; holes are unused.
 
     Raises:
         SchemeError: it is another kind of tokenizer, or has an id beyond.
 
     """
-    model = tokenizer.get("model")
-    model = model if isinstance(model, dict) else {}
-    vocabulary = model.get("vocab")
-    if model.get("type") != "BPE" or not isinstance(vocabulary, dict) or model.get("byte_fallback"):
-        raise SchemeError(f"{where}: expected a byte-level BPE, which is what llama.cpp's gpt2 is")
-    by_id = {at: text for text, at in vocabulary.items()} | {at: each.text for at, each in added.items()}
-    bad = next((at for at in by_id if not isinstance(at, int) or not 0 <= at < count), None)
-    if bad is not None:
-        raise SchemeError(f"{where}: token {by_id[bad]!r} has id {bad}, but config.json: vocab_size is {count}")
+    if files.model.get("byte_fallback"):
+        raise SchemeError(f"{files.where}: expected a BPE of bytes, which is what llama.cpp's gpt2 is")
+    added = files.listed()
+    by_id = {at: text for text, at in files.vocabulary.items()} | {at: each.text for at, each in added.items()}
+    _refuse_beyond(by_id, count, files.where)
     return [_token(at, by_id.get(at), added.get(at)) for at in range(count)]
+
+
+def _refuse_beyond(ids: Mapping[int, str], count: int, where: str) -> None:
+    bad = next((at for at in ids if not isinstance(at, int) or not 0 <= at < count), None)
+    if bad is not None:
+        raise SchemeError(f"{where}: token {ids[bad]!r} has id {bad}, but config.json: vocab_size is {count}")
 
 
 def _token(at: int, text: str | None, added: _Added | None) -> Token:
@@ -130,7 +241,7 @@ def _token(at: int, text: str | None, added: _Added | None) -> Token:
         return Token(text, _NORMAL)
     if added.special or _looks_special(text):
         return Token(text, _CONTROL)
-    return Token(text.replace("▁", " "), _USER)
+    return Token(text.replace(_SPACE, " "), _USER)
 
 
 def _looks_special(text: str) -> bool:
@@ -143,20 +254,94 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _pre_tokenizer(tokenizer: Mapping[str, Any], where: str) -> str:
+def _tokens_of_pieces(files: _Files, count: int) -> list[Token]:
+    """List the tokens of a SentencePiece model, with those that were added.
+
+    Raises:
+        SchemeError: it is malformed.
+
+    """
+    where = files.root / _MODEL
+    try:
+        pieces = list(pieces_of(where.read_bytes()))
+    except (OSError, MalformedModel) as e:
+        raise SchemeError(f"{where}: {e}") from e
+    _refuse_beyond({at: piece.text for at, piece in enumerate(pieces)}, count, str(where))
+    tokens = [Token(piece.text, _NORMAL if piece.kind == _USER else piece.kind, piece.score) for piece in pieces]
+    tokens += [Token(f"[PAD{at}]", _UNUSED, _UNUSED_SCORE) for at in range(len(tokens), count)]
+    others = {at: text for text, at in (read_json(files.root, "added_tokens.json") or {}).items()}
+    _refuse_beyond(others, count, f"{files.root}/added_tokens.json")
+    for at, text in others.items():
+        tokens[at] = Token(text, _USER, _ADDED_SCORE)
+    decoder = _Files(files.root, {}, files.config).listed()
+    _refuse_beyond({at: each.text for at, each in decoder.items()}, count, f"{files.root}/{_CONFIG}")
+    for at, added in decoder.items():
+        found = _token(at, added.text, added)
+        tokens[at] = Token(found.text, found.kind, _ADDED_SCORE)
+    return tokens
+
+
+def _tokens_of_characters(files: _Files, count: int, *, scored: bool) -> list[Token]:
+    """List the tokens of a BPE of characters that falls back to bytes.
+
+    With scores they are merged in the order of the merges, as SentencePiece has it; llama.cpp's converter gives all the
+    same score where there is no SentencePiece model, by which its tokenizer would merge from left to right.
+    """
+    vocabulary, added = files.vocabulary, files.listed()
+    if not files.model.get("byte_fallback"):
+        raise SchemeError(f"{files.where}: expected a BPE of characters that falls back to bytes")
+    by_id = {at: text for text, at in vocabulary.items()} | {at: each.text for at, each in added.items()}
+    _refuse_beyond(by_id, count, files.where)
+    ranks = _ranks(files.model.get("merges") or ()) if scored else {}
+    out: list[Token] = []
+    for at in range(count):
+        text = by_id.get(at)
+        kind = _UNUSED if text is None else _kind(text, added.get(at), inside=vocabulary.get(text) == at)
+        score = -float(ranks[text]) if scored and text in ranks else _ADDED_SCORE
+        out.append(Token(f"[PAD{at}]" if text is None else text, kind, score))
+    return out
+
+
+def _ranks(merges: Iterable[object]) -> dict[str, int]:
+    """Number of the first merge that makes a token, by its text."""
+    out: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(pair, list) and all(isinstance(part, str) for part in pair):
+            out.setdefault("".join(pair), rank)
+    return out
+
+
+def _kind(text: str, added: _Added | None, *, inside: bool) -> int:
+    """Kind of a token; of one that was added it matters whether the vocabulary has it as well."""
+    if _BYTE_TOKEN.fullmatch(text):
+        return _BYTE
+    if added is not None and added.special:
+        return _CONTROL
+    return _NORMAL if added is None or inside else _USER
+
+
+def _shown(token: Token) -> Token:
+    return Token(token.text, _USER, token.score) if token.text in _VISIBLE else token
+
+
+# -- how text is split -------------------------------------------------------------------------------------------------
+
+
+def _pre_tokenizer(files: _Files, asked: str) -> str:
     """llama.cpp's name of how a tokenizer splits text: by its patterns, or by what becomes of a text.
 
     Raises:
         SchemeError: it is unknown.
 
     """
-    found = BY_PATTERN.get(signature_of(tokenizer))
-    if found is not None:
-        return found
-    name = BY_DIGEST.get(digest_of(tokenizer))
-    if name is not None:
-        return name
-    raise SchemeError(
-        f"{where}: llama.cpp knows no pre-tokenizer that splits text by {signature_of(tokenizer)};"
-        " name the one that does the same with `pre_tokenizer`"
-    )
+    if asked and asked not in NAMES:
+        raise SchemeError(f"`pre_tokenizer` {asked}: unknown to llama.cpp; expected one of {', '.join(sorted(NAMES))}")
+    signature = signature_of(files.tokenizer)
+    name = asked or BY_PATTERN.get(signature) or BY_DIGEST.get(digest_of(files.tokenizer))
+    if name is None:
+        raise SchemeError(
+            f"{files.where}: llama.cpp is not known to split text by {signature}; name its pre-tokenizer that does with"
+            " `pre_tokenizer`"
+        )
+    return name
