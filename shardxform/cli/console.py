@@ -65,6 +65,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "target.expert_names": "--expert-names",
     "target.g_idx": "--g-idx",
     "options.gguf.pre_tokenizer": "--pre-tokenizer",
+    "options.gguf.type": "--type",
     "recipe": "--method or --heal",
     "heal": "--heal",
     "heal.what": "--heal",

@@ -25,6 +25,7 @@ from shardxform.errors import SchemeError, ShardxformError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
 from shardxform.model.families import in_use
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
+from shardxform.runtimes.gguf.mixes import KINDS
 
 if TYPE_CHECKING:
     from shardxform.calibration.options import DataOptions
@@ -39,6 +40,7 @@ __all__ = [
     "FamilyFlags",
     "Flags",
     "GgufFlags",
+    "GgufTypeFlags",
     "HealEncodingFlags",
     "HealFlags",
     "HealOnlyRequest",
@@ -388,9 +390,21 @@ class GgufFlags(Flags, heading="How weights are stored"):
 
         """
         if not gguf:
-            refuse_idle(self, wanted="GGUF")
+            refuse_idle(self, "type", "pre_tokenizer", wanted="GGUF")
             return None
-        return GgufOptions(pre_tokenizer=self.pre_tokenizer or "")
+        kind = self.type if isinstance(self, GgufTypeFlags) else None
+        return GgufOptions(type=kind or "", pre_tokenizer=self.pre_tokenizer or "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTypeFlags(GgufFlags):
+    """What a GGUF file is whose weights are not rounded by a scheme."""
+
+    type: str | None = option(
+        "Store weights as llama-quantize does in a file of that type, for GGUF.  [default: as they are in SRC, "
+        "integers and all]",
+        type=click.Choice(list(KINDS), case_sensitive=False),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ __all__ = ["prune_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _File(options.GgufFlags):
+class _File(options.GgufTypeFlags):
     format: Literal["safetensors", "gguf"] = options.option(
         "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.", default="safetensors", first=True
     )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
@@ -24,7 +24,7 @@ from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Source, Writable
-from shardxform.formats.ggml import FLOATS, Ggml, integer_type
+from shardxform.formats.ggml import FLOATS, Ggml, encoding_of, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
@@ -45,15 +45,13 @@ from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, si
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
+from shardxform.runtimes.gguf.mixes import KINDS, Facts, mixed
 
 __all__ = ["Draft", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
 # In which type every tensor of the file is stored.
-
-FILE_TYPES: Final[Mapping[str, int]] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-"""llama.cpp's numbers of types for `general.file_type`, by which people are told what most of a file is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +61,13 @@ class Types:
     Attributes:
         grid: of the integers that the weights of `modules` are rounded to; None to round none.
         modules: names of the modules that are rounded, with the decoder block that each is in; None outside them.
-        plain: the float that all other weights are written in; empty for the source's.
+        mix: by name, types of tensors that are stored as in a file of some kind; for those alone.
 
     """
 
     grid: Grid | None = None
     modules: Mapping[str, int | None] = field(default_factory=dict)
-    plain: str = ""
+    mix: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, named: Named) -> Writable:
         """How a tensor is stored.
@@ -80,13 +78,32 @@ class Types:
         """
         if named.wide or named.values:
             return Plain("F32")
+        if named.name in self.mix:
+            return encoding_of(self.mix[named.name])
         if named.keeps_codes:
             if self.grid and all(piece.matrix in self.modules for piece in named.pieces):
                 return Ggml(integer_type(self.grid), self.grid)
             bits = {encoding.grid.bits if isinstance(encoding, Ints) else 0 for encoding in _encodings(named)}
-            if bits <= {4, 8} and len(bits) == 1 and not self.plain:
+            if bits <= {4, 8} and len(bits) == 1:
                 return Ggml("Q4_0" if bits == {4} else "Q8_0")
-        return Plain(self.plain or _float_of(named))
+        return Plain(_float_of(named))
+
+
+def mixed_types(architecture: Architecture, tensors: Iterable[Named], kind: str) -> Types:
+    """Types of a file of some kind, as llama-quantize chooses them.
+
+    Raises:
+        SchemeError: no such kind, or an architecture for which it has rules of its own.
+
+    """
+    heads, shared = (architecture.config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    facts = Facts(
+        architecture=architecture.name,
+        blocks=architecture.blocks,
+        experts=architecture.layout.num_experts,
+        shared_heads=heads // shared if isinstance(heads, int) and isinstance(shared, int) and shared else 1,
+    )
+    return Types(mix=mixed(kind, {named.name: named.shape for named in tensors}, facts))
 
 
 def _encodings(named: Named) -> Iterator[object]:
@@ -171,6 +188,7 @@ class Contents:
     Attributes:
         architecture: the view as llama.cpp sees it.
         types: how weights are stored.
+        kind: of file, where that was asked for.
         written: every tensor, in the order of the file.
         healed: tensors of the view that healing changes, which stand in `written` as pseudo-files.
 
@@ -178,17 +196,21 @@ class Contents:
 
     architecture: Architecture
     types: Types
+    kind: str = ""
     written: tuple[Written, ...]
     healed: Mapping[str, TensorRef] = field(default_factory=dict)
 
     @cached_property
     def file_type(self) -> int:
-        """llama.cpp's number of what most weights are stored as."""
+        """llama.cpp's number of what most weights are stored as, or of the kind that was asked for."""
+        if self.kind:
+            return KINDS[self.kind].number
         sizes: Counter[str] = Counter()
         for each in self.written:
             if not each.named.wide:
                 sizes[each.spec.dtype] += each.shape[0] * each.shape[1]
-        return FILE_TYPES.get(max(sizes, key=lambda name: (sizes[name], name)), 0) if sizes else 0
+        most = max(sizes, key=lambda name: (sizes[name], name), default="F32")
+        return KINDS[most].number if most in KINDS else 0
 
     @property
     def copies(self) -> int:
@@ -206,13 +228,14 @@ class Contents:
         return lay_out_gguf(_keys(self, source, options), (each.spec for each in self.written), max_shard_bytes)
 
 
-def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Contents:
+def contents_of(view: View, types: Types, healed: Iterable[str] = (), kind: str = "") -> Contents:
     """Find what a GGUF file of a view holds.
 
     Args:
         view: of weights as they are, or as `Encoded`.
         types: how weights are stored.
-        healed: names of the tensors that healing changes, as wide as they are.
+        healed: names of the tensors that healing changes.
+        kind: of file, whose types stand in the place of `types`; empty for none.
 
     Raises:
         SchemeError: llama.cpp does not run the family, or has no place for a tensor.
@@ -223,8 +246,9 @@ def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Content
     moved = {name: tensors[name] for name in healed}
     tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
     found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
+    types = mixed_types(architecture, found, kind) if kind else types
     written = tuple(Written(named, types.of(named)) for named in found)
-    return Contents(architecture=architecture, types=types, written=written, healed=moved)
+    return Contents(architecture=architecture, types=types, kind=kind, written=written, healed=moved)
 
 
 def _after_healing(ref: TensorRef) -> TensorRef:
@@ -298,8 +322,9 @@ class Draft:
 
 def drafted(source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()) -> Draft:
     """Draft the files of a view of `source`; raises like `contents_of` and `Contents.shards`."""
-    contents = contents_of(view, types, healed)
-    shards = contents.shards(source, options.gguf or GgufOptions(), options.max_shard_bytes)
+    asked = options.gguf or GgufOptions()
+    contents = contents_of(view, types, healed, asked.type)
+    shards = contents.shards(source, asked, options.max_shard_bytes)
     return Draft(view=view, contents=contents, shards=shards)
 
 
@@ -451,7 +476,10 @@ def as_weights(source: Checkpoint) -> Checkpoint:
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:
-    """Say what becomes of integers, and of those that no block of ggml's holds as they are."""
+    """Say what becomes of integers, and of those that no block of ggml's holds as they are; or of a kind of file."""
+    if contents.kind:
+        yield f"weights are stored as in a file of type {contents.kind}, rounded by ggml's rules without any text"
+        return
     kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
     for dtype, count in kinds.items():
         yield f"{count:,} tensors of integers are stored as {dtype}: every integer and every scale keeps its value"

@@ -21,6 +21,7 @@ from shardxform.model.layout import layout_of
 from shardxform.plan.gguf import Draft, as_weights, draft_stored
 from shardxform.plan.quantize import draft_quantized
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, GgufOptions, MtpMode, ViewOptions
+from shardxform.runtimes.gguf.mixes import KINDS
 from shardxform.runtimes.gguf.undoing import put_back
 
 __all__ = ["Redraft", "inputs_for", "redraft", "stands_for"]
@@ -92,13 +93,16 @@ def _options(
     own, before = (each.get("options") for each in (inputs, asked))
     own, before = (each if isinstance(each, Mapping) else {} for each in (own, before))
     size, told = own.get("max_shard_bytes"), own.get("gguf")
-    pre = told.get("pre_tokenizer") if isinstance(told, Mapping) else ""
+    pre, kind = (told.get(key) if isinstance(told, Mapping) else "" for key in ("pre_tokenizer", "type"))
     recorded: MtpMode = next((mode for mode in _MODES if mode == before.get("mtp")), "auto")
     return ViewOptions(
         text_only=before.get("text_only") is True if text_only is None else text_only,
         mtp=mtp or recorded,
         max_shard_bytes=size if type(size) is int and size > 0 else DEFAULT_GGUF_BYTES,
-        gguf=GgufOptions(pre_tokenizer=pre if isinstance(pre, str) else ""),
+        gguf=GgufOptions(
+            type=kind if isinstance(kind, str) and kind in KINDS else "",
+            pre_tokenizer=pre if isinstance(pre, str) else "",
+        ),
     )
 
 

@@ -199,6 +199,8 @@ def draft_quantized(
 
     """
     options = options or ViewOptions()
+    if options.gguf and options.gguf.type:
+        raise SchemeError("`gguf.type`: the scheme says in which type weights are stored; leave it out, or convert")
     plain, stored = _plain(source, scheme)
     view = _view(source, plain, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)

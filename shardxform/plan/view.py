@@ -530,10 +530,13 @@ class GgufOptions:
     """What decides the bytes of a GGUF file beside what it is made of.
 
     Attributes:
+        type: a kind of files, such as Q4_K_M: weights are stored as llama-quantize stores them in one; empty for what
+            the verb makes of them.
         pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
 
     """
 
+    type: str = ""
     pre_tokenizer: str = ""
 
 
