@@ -180,7 +180,7 @@ def test_columns_that_leave_their_blocks_go_into_a_wider_type(tmp_path: Path) ->
 def test_a_file_of_a_type_is_what_llama_quantize_makes(kind: str, tmp_path: Path) -> None:
     """Which types these are, and the blocks of each, other tests hold against its rules; here is that they are used."""
     source = make(tmp_path / "source", hidden_size=256, moe_intermediate_size=256)
-    asked = replace(PRE, type=kind)
+    asked = replace(PRE, kind=kind)
     plan = plan_convert(Checkpoint.open(source), Target(format="gguf"), ConvertOptions(gguf=asked))
     out = done(plan, tmp_path / "out") / "model.gguf"
     found = {t.name: (t.tensor_type.name, t.data) for t in gguf.GGUFReader(out).tensors}
@@ -212,8 +212,8 @@ TYPE_NAMES = {"F32": "ALL_F32"}
 
 def test_a_type_is_no_matter_of_a_scheme(tmp_path: Path) -> None:
     source = Checkpoint.open(make(tmp_path / "source"))
-    with pytest.raises(SchemeError, match="the scheme says"):
-        plan_quantize(source, Scheme(grid=Grid(), format="gguf"), None, ViewOptions(gguf=replace(PRE, type="Q4_0")))
+    with pytest.raises(SchemeError, match="give one of the two"):
+        plan_quantize(source, Scheme(grid=Grid(), format="gguf"), None, ViewOptions(gguf=replace(PRE, kind="Q4_0")))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

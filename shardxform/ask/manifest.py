@@ -186,7 +186,9 @@ class Manifest:
                 f" ({of.top_k_key})"
             )
         _check_range(self, of.num_experts)
-        if of.groups > 1:
+        if of.sets:
+            _check_sets(self, of)
+        elif of.groups > 1:
             _check_groups(self, of)
 
     def refuse_other_source(self, identity: Identity, names: Mapping[str, Sequence[str]]) -> None:
@@ -358,6 +360,25 @@ def _check_groups(manifest: Manifest, of: Pruned) -> None:
                     f" each of the {groups} groups ({key}) must keep equally many"
                 )
     _check_group_size(manifest, of, manifest.num_kept // groups)
+
+
+def _check_sets(manifest: Manifest, of: Pruned) -> None:
+    """Of every set of experts as many stay, and no fewer than its router picks."""
+    size = of.num_experts // len(of.sets)
+    spans = ", ".join(f"{at * size}..{(at + 1) * size - 1} {name}" for at, name in enumerate(of.sets))
+    for place, label, ids in _entries(manifest):
+        counts = [sum(expert // size == at for expert in ids) for at in range(len(of.sets))]
+        if len(set(counts)) > 1:
+            kept = " and ".join(f"{count} {name}" for count, name in zip(counts, of.sets, strict=True))
+            raise ManifestError(
+                f"{place}: keeps {kept} experts; {label} has {len(of.sets)} sets of them in one numbering ({spans}),"
+                " and config.json one count for all: name as many of each"
+            )
+        if counts[0] < of.top_k:
+            raise ManifestError(
+                f"{place}: keeps {counts[0]} experts of each set, but its router picks {of.top_k} per token"
+                f" ({of.top_k_key})"
+            )
 
 
 def _check_group_size(manifest: Manifest, of: Pruned, kept: int) -> None:

@@ -62,6 +62,7 @@ class Pruned:
         mtp_follows: whether MTP layers are counted on after the decoder blocks.
         top_k, top_k_key: experts that the router picks for a token, and the key that says so.
         groups, group_key: of the router; 1 where it has none.
+        sets: names of sets of experts in one numbering, as many in each; empty where there is one.
         top_groups: groups that it picks for a token, as the checkpoint says under `top_group_key`.
 
     """
@@ -80,6 +81,7 @@ class Pruned:
     group_key: str
     top_groups: object
     top_group_key: str
+    sets: tuple[str, ...] = ()
 
 
 def pruned_of(of: Layout | Slabs | Pruned) -> Pruned:
@@ -105,6 +107,7 @@ def pruned_of(of: Layout | Slabs | Pruned) -> Pruned:
         group_key=family.group_key,
         top_groups=of.text.get("topk_group"),
         top_group_key="topk_group",
+        sets=family.sets,
     )
 
 

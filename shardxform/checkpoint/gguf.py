@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from shardxform.base.gguf import GgufHead, KeyValue, read_head
 from shardxform.base.tensors import ByteRange, TensorRef, uncollected
 from shardxform.checkpoint.table import INDEX, WORK, Checkpoint, Shard
 from shardxform.errors import CheckpointError
 
-__all__ = ["SPLIT_KEYS", "SUFFIX", "GgufModel", "find_gguf", "open_gguf"]
+if TYPE_CHECKING:
+    from shardxform.checkpoint.remote.repository import Remote
+
+__all__ = ["SPLIT_KEYS", "SUFFIX", "GgufModel", "find_gguf", "first_of", "gather", "open_gguf", "read_file"]
 
 SUFFIX: Final = ".gguf"
 SPLIT_KEYS: Final = ("split.no", "split.count", "split.tensors.count")
@@ -49,7 +52,8 @@ class GgufModel:
     @property
     def where(self) -> str:
         """What people call it: its first file."""
-        return str(self.table.root / self.name)
+        remote = self.table.remote
+        return remote.named(self.name) if remote else str(self.table.root / self.name)
 
     @property
     def metadata(self) -> Mapping[str, KeyValue]:
@@ -65,7 +69,7 @@ def find_gguf(path: Path) -> Path | None:
 
     """
     if path.suffix == SUFFIX and not path.is_dir():
-        return _first(path)
+        return path.with_name(first_of(path.name))
     if not path.is_dir():
         return None
     names = sorted(entry.name for entry in os.scandir(path))
@@ -77,7 +81,7 @@ def find_gguf(path: Path) -> Path | None:
             " and it goes on"
         )
     found = dict.fromkeys(
-        _first(path / name) for name in names if name.endswith(SUFFIX) and not name.startswith(_PROJECTOR)
+        path / first_of(name) for name in names if name.endswith(SUFFIX) and not name.startswith(_PROJECTOR)
     )
     if len(found) > 1:
         listed = ", ".join(each.name for each in list(found)[:3])
@@ -85,10 +89,14 @@ def find_gguf(path: Path) -> Path | None:
     return next(iter(found), None)
 
 
-def _first(path: Path) -> Path:
-    """The first of the files that one is split into; the file itself where it is whole."""
-    match = _SPLIT.fullmatch(path.name)
-    return path.with_name(f"{match[1]}-00001-of-{match[3]}{SUFFIX}") if match else path
+def first_of(name: str) -> str:
+    """Name of the first of the files that one is split into; the file's own where it is whole."""
+    match = _SPLIT.fullmatch(name)
+    return f"{match[1]}-00001-of-{match[3]}{SUFFIX}" if match else name
+
+
+Read = Callable[[str], tuple[GgufHead, Shard]]
+"""Reads the head of a file, by its name."""
 
 
 @uncollected()
@@ -99,14 +107,31 @@ def open_gguf(first: Path) -> GgufModel:
         CheckpointError: a file is missing or malformed, or they do not belong together.
 
     """
+    beside = (entry.name for entry in os.scandir(first.parent)) if first.parent.is_dir() else ()
+    return gather(first, lambda name: read_file(first.parent / name), beside)
+
+
+def gather(first: Path, read: Read, beside: Iterable[str], remote: Remote | None = None) -> GgufModel:
+    """Put a model together from the heads of its files.
+
+    Args:
+        first: its first file.
+        read: gives the head of each.
+        beside: names of all files in its folder.
+        remote: the repository that they are in, if they are not all here.
+
+    Raises:
+        CheckpointError: see `open_gguf`.
+
+    """
     names = list(_names(first.name))
     root = first.parent
-    read = [_read(root / name) for name in names]
-    heads = tuple(head for head, _ in read)
+    found = [read(name) for name in names]
+    heads = tuple(head for head, _ in found)
     if len(names) > 1 or _count_of(heads[0], "split.count") is not None:
         _refuse_mixed(root, names, heads)
     tensors: dict[str, TensorRef] = {}
-    for (head, shard), name in zip(read, names, strict=True):
+    for (head, shard), name in zip(found, names, strict=True):
         for entry in head.entries:
             if entry.spec.name in tensors:
                 other = tensors[entry.spec.name].ranges[0].file
@@ -115,7 +140,8 @@ def open_gguf(first: Path) -> GgufModel:
             tensors[entry.spec.name] = TensorRef(entry.spec, (place,))
     if not tensors:
         raise CheckpointError(f"{first}: no tensor; expected the file of a model")
-    table = Checkpoint(root, {}, tensors, tuple(shard for _, shard in read), (), tuple(_beside(root, names)))
+    shards = tuple(shard for _, shard in found)
+    table = Checkpoint(root, {}, tensors, shards, (), tuple(_projectors(beside, names)), remote)
     return GgufModel(table=table, heads=heads, name=first.name)
 
 
@@ -128,15 +154,20 @@ def _names(first: str) -> Iterator[str]:
         yield f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}"
 
 
-def _beside(root: Path, names: Sequence[str]) -> Iterator[str]:
+def _projectors(beside: Iterable[str], names: Sequence[str]) -> Iterator[str]:
     """Files of the same folder that belong to models, and are left where they are: projectors of images."""
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.name.startswith(_PROJECTOR) and entry.name.endswith(SUFFIX) and entry.name not in names:
-            yield entry.name if entry.name.isprintable() else ascii(entry.name)[1:-1]
+    for name in sorted(beside):
+        if name.startswith(_PROJECTOR) and name.endswith(SUFFIX) and name not in names:
+            yield name if name.isprintable() else ascii(name)[1:-1]
 
 
-def _read(path: Path) -> tuple[GgufHead, Shard]:
-    """The head of a file, and what it is as a shard."""
+def read_file(path: Path) -> tuple[GgufHead, Shard]:
+    """Read the head of a file, and what it is as a shard.
+
+    Raises:
+        CheckpointError: it is missing or malformed.
+
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: expected a file")

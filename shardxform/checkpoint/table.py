@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG",
     "INDEX",
+    "IN_GGUF",
     "MAX_SIDECAR_BYTES",
     "QUANTIZATION",
     "WORK",
@@ -47,7 +48,8 @@ QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt, where config.json d
 WORK: Final = ".shardxform"  # of an output that is still to be written
 _SINGLE: Final = "model.safetensors"
 _GGUF: Final = ".gguf"
-_IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
+IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
+"""What is said of a model in GGUF where it is none of what is taken."""
 _MAX_JSON_BYTES: Final = 64 << 20
 MAX_SIDECAR_BYTES: Final = 256 << 20
 
@@ -316,7 +318,7 @@ def is_plain_name(name: object) -> bool:
 
 def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: {_IN_GGUF if root.suffix == _GGUF else not_a_directory(root)}")
+        raise CheckpointError(f"{root}: {IN_GGUF if root.suffix == _GGUF else not_a_directory(root)}")
     try:
         _refuse_irregular(path)
         with path.open("rb") as file:
@@ -327,7 +329,7 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         why = f"unfinished: {stopped(root)}" if stopped(root) else ""
         if not why and any(entry.name.endswith(_GGUF) for entry in os.scandir(root)):
-            why = _IN_GGUF
+            why = IN_GGUF
         raise CheckpointError(f"{root}: {why or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e

@@ -65,7 +65,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "target.expert_names": "--expert-names",
     "target.g_idx": "--g-idx",
     "options.gguf.pre_tokenizer": "--pre-tokenizer",
-    "options.gguf.type": "--type",
+    "options.gguf.kind": "--gguf-type",
     "recipe": "--method or --heal",
     "heal": "--heal",
     "heal.what": "--heal",

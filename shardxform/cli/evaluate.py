@@ -28,7 +28,7 @@ from shardxform.cli.inputs import (
     refuse_unwritable,
     require,
 )
-from shardxform.errors import OutputError, SchemeError
+from shardxform.errors import OutputError
 from shardxform.model.layout import layout_of
 from shardxform.model.tied_head import tied_notes
 from shardxform.plan.gguf_origin import stands_for
@@ -348,8 +348,6 @@ def _opened(
 def _view(checkpoint: Checkpoint, pruned: options.PruneFlags) -> Checkpoint:
     if pruned.manifest is None:
         return checkpoint
-    if checkpoint.config.get("quantization_config"):
-        raise SchemeError(f"{checkpoint.where}: quantized; --manifest prunes 16-bit checkpoints only")
     return pruned_view(checkpoint, load_manifest(pruned, checkpoint)).checkpoint
 
 

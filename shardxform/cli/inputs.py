@@ -30,15 +30,16 @@ from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
+    from shardxform.checkpoint.remote.reading import Downloads
     from shardxform.forward.weights import Precision
 
 __all__ = [
     "family_words",
+    "is_gguf",
     "load_gguf_manifest",
     "load_manifest",
     "load_text",
     "make_precision",
-    "named_gguf",
     "open_all_named",
     "open_gguf_named",
     "open_named",
@@ -71,29 +72,41 @@ def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> li
         CheckpointError, RemoteError: see `opening.open_checkpoint`.
 
     """
-    cache = hub.cache_limit if isinstance(hub, TransferFlags) else None
     if all(isinstance(source, Path) for source in sources):
-        for option, value in (("--connections", hub.connections), ("--cache-limit", cache)):
-            if value is not None:
-                raise click.UsageError(f"{option} is for repositories of the hub, but {sources[0]} is a folder")
+        _refuse_transfer(hub, str(sources[0]))
         return [_open_folder(source) for source in sources if isinstance(source, Path)]
     from shardxform.checkpoint.opening import asks_hub, open_checkpoint
-    from shardxform.checkpoint.remote import reading
 
-    if cache is not None and cache < reading.LEAST_CACHE_BYTES:
-        raise click.UsageError(f"--cache-limit: expected at least {reading.LEAST_CACHE_BYTES:,} bytes, found {cache:,}")
-    transfer = reading.Transfer(
-        connections=hub.connections or _CONNECTIONS, cache_bytes=cache or _CACHE_BYTES, folder=_existing(folder)
-    )
-    fetched = reading.Downloads(transfer)
+    fetched = _downloads(hub, folder)
     for source in sources:
         if isinstance(source, RepoName) and source.as_path and asks_hub():
             tell(f"note: no folder {source.repo} here; asking the hub")
     return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
 
 
-def named_gguf(source: Source) -> Path | None:
-    """First file of the model in GGUF that was named on the command line; None where it is none.
+def _refuse_transfer(hub: HubFlags, where: str) -> None:
+    """Refuse options that say how the hub is read where it is not."""
+    cache = hub.cache_limit if isinstance(hub, TransferFlags) else None
+    for option, value in (("--connections", hub.connections), ("--cache-limit", cache)):
+        if value is not None:
+            raise click.UsageError(f"{option} is for repositories of the hub, but {where} is a folder")
+
+
+def _downloads(hub: HubFlags, folder: Path) -> Downloads:
+    """What fetches of the hub; see `open_all_named`."""
+    from shardxform.checkpoint.remote import reading
+
+    cache = hub.cache_limit if isinstance(hub, TransferFlags) else None
+    if cache is not None and cache < reading.LEAST_CACHE_BYTES:
+        raise click.UsageError(f"--cache-limit: expected at least {reading.LEAST_CACHE_BYTES:,} bytes, found {cache:,}")
+    transfer = reading.Transfer(
+        connections=hub.connections or _CONNECTIONS, cache_bytes=cache or _CACHE_BYTES, folder=_existing(folder)
+    )
+    return reading.Downloads(transfer)
+
+
+def is_gguf(source: Source) -> bool:
+    """Whether a model in GGUF was named on the command line: a file, a folder of one model, or a repository's file.
 
     Raises:
         CheckpointError: see `gguf.find_gguf`.
@@ -102,19 +115,27 @@ def named_gguf(source: Source) -> Path | None:
     if isinstance(source, RepoName):
         if source.as_path and source.repo.endswith(SUFFIX):
             raise CheckpointError(f"{source.repo}: no such file")
-        return None
-    return find_gguf(source)
+        return bool(source.file)
+    return find_gguf(source) is not None
 
 
-def open_gguf_named(source: Source) -> GgufModel | None:
-    """Open what was named on the command line if it is GGUF: a file, or a folder of one model; else None.
+def open_gguf_named(source: Source, hub: HubFlags | None = None, folder: Path = Path()) -> GgufModel | None:
+    """Open what was named on the command line if it is GGUF, else None; see `open_all_named`.
 
     Raises:
-        CheckpointError: see `gguf.find_gguf` and `gguf.open_gguf`.
+        CheckpointError, RemoteError: see `gguf.find_gguf`, `gguf.open_gguf` and `opening.open_gguf_file`.
 
     """
-    first = named_gguf(source)
-    return open_gguf(first) if first else None
+    if not is_gguf(source):
+        return None
+    if isinstance(source, RepoName):
+        from shardxform.checkpoint.opening import open_gguf_file
+
+        return open_gguf_file(source, _downloads(hub or HubFlags(), folder))
+    _refuse_transfer(hub or HubFlags(), str(source))
+    first = find_gguf(source)
+    assert first is not None
+    return open_gguf(first)
 
 
 def _open_folder(path: Path) -> Checkpoint:

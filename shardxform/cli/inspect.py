@@ -37,7 +37,7 @@ def inspect_command(source: Source, family: FamilyFlags, hub: HubFlags, shown: _
 
     Reads headers only, never tensor data. SRC may be a model in GGUF too: a file, or the first of several.
     """
-    model = open_gguf_named(source)
+    model = open_gguf_named(source, hub)
     if model is None:
         family.load()
     checkpoint = model.table if model else open_named(source, hub, Path())
@@ -133,6 +133,7 @@ def _apart(i: Inspection) -> str:
 def _facts(i: Inspection) -> Iterator[tuple[str, str]]:
     yield "family", f"{i.family} ({i.architecture})"
     groups = f" in {i.groups} router groups" if i.groups > 1 else ""
+    groups = f" in {len(i.sets)} sets ({', '.join(i.sets)})" if i.sets else groups
     yield "experts", f"{i.experts} per layer{groups}, top-{i.top_k}, {i.experts_spelling}"
     dense = f", {i.layers - i.moe_layers} of them dense" if i.moe_layers != i.layers else ""
     yield "layers", f"{i.layers}{dense}" + (f" + {i.mtp_layers} MTP" if i.mtp_layers else "")

@@ -390,21 +390,25 @@ class GgufFlags(Flags, heading="How weights are stored"):
 
         """
         if not gguf:
-            refuse_idle(self, "type", "pre_tokenizer", wanted="GGUF")
+            refuse_idle(self, wanted="GGUF")
             return None
-        kind = self.type if isinstance(self, GgufTypeFlags) else None
-        return GgufOptions(type=kind or "", pre_tokenizer=self.pre_tokenizer or "")
+        return GgufOptions(pre_tokenizer=self.pre_tokenizer or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTypeFlags(GgufFlags):
-    """What a GGUF file is whose weights are not rounded by a scheme."""
+    """The same for weights that no scheme rounds."""
 
-    type: str | None = option(
-        "Store weights as llama-quantize does in a file of that type, for GGUF.  [default: as they are in SRC, "
-        "integers and all]",
-        type=click.Choice(list(KINDS), case_sensitive=False),
+    gguf_type: str | None = option(
+        "Round weights as llama-quantize does for files of this type, such as Q4_K_M; for GGUF.  [default: as in SRC]",
+        type=click.Choice(tuple(KINDS), case_sensitive=False),
+        metavar="TYPE",
     )
+
+    def read(self, *, gguf: bool) -> GgufOptions | None:
+        """As of all GGUF files."""
+        found = GgufFlags.read(self, gguf=gguf)
+        return replace(found, kind=self.gguf_type or "") if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

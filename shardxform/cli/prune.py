@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from shardxform.checkpoint.gguf import SUFFIX
 from shardxform.cli import options
-from shardxform.cli.inputs import load_gguf_manifest, load_manifest, named_gguf, open_gguf_named, open_named
+from shardxform.cli.inputs import is_gguf, load_gguf_manifest, load_manifest, open_gguf_named, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.runner import RunOptions
@@ -55,10 +55,10 @@ def prune_command(
 
     SRC may be a model in GGUF too, of any architecture and any type of blocks: a file, or the first of several.
     """
-    if named_gguf(source):
+    if is_gguf(source):
         for group in (viewed, asked.rounding, asked.healing, asked.text, asked.computation, cluster, family):
             options.refuse_idle(group, wanted=f"safetensors, but {source} is GGUF")
-        execute(_plan_gguf(source, out, pruned, file, output), out, output, RunOptions(jobs=jobs.count))
+        execute(_plan_gguf(source, out, pruned, file, transfer, output), out, output, RunOptions(jobs=jobs.count))
         return
     family.load()
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
@@ -78,7 +78,12 @@ def prune_command(
 
 
 def _plan_gguf(
-    source: options.Source, out: Path, pruned: options.PruneFlags, file: _File, output: options.WriteFlags
+    source: options.Source,
+    out: Path,
+    pruned: options.PruneFlags,
+    file: _File,
+    transfer: options.TransferFlags,
+    output: options.WriteFlags,
 ) -> Plan:
     """Plan the pruning of a model in GGUF: into as many files as it has, unless a size was asked for.
 
@@ -86,7 +91,7 @@ def _plan_gguf(
         CheckpointError, FamilyError, ManifestError, PlanError: see `plan_prune_gguf`.
 
     """
-    options.refuse_idle(file, "pre_tokenizer", wanted=f"safetensors, but {source} is GGUF")
+    options.refuse_idle(file, "pre_tokenizer", "gguf_type", wanted=f"safetensors, but {source} is GGUF")
     asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
     if asked and file.format != GGUF:
         raise click.UsageError(f"--format {file.format}: {source} is GGUF, and stays it")
@@ -94,6 +99,6 @@ def _plan_gguf(
         raise click.UsageError("nothing to do: give --manifest")
     if out.suffix == SUFFIX:
         raise click.UsageError(f"OUT is the folder that files are written into: name it {out.with_suffix('')}")
-    model = open_gguf_named(source)
+    model = open_gguf_named(source, transfer, out.parent)
     assert model is not None
     return plan_prune_gguf(model, load_gguf_manifest(pruned, model), output.max_shard_size)

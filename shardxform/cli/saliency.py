@@ -117,7 +117,7 @@ def _import(imatrix: Path, family: FamilyFlags, hub: HubFlags, asked: _Imported)
 
     refuse_unwritable(asked.out)
     read = open_imatrix(imatrix)
-    source: Checkpoint | GgufModel | None = open_gguf_named(asked.source)
+    source: Checkpoint | GgufModel | None = open_gguf_named(asked.source, hub, asked.out.parent)
     if source is None:
         family.load()
         source = open_named(asked.source, hub, asked.out.parent)

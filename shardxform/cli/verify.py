@@ -13,7 +13,7 @@ import click
 from shardxform.checkpoint.gguf import GgufModel, find_gguf
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import count, gb, print_json, progress, with_options
-from shardxform.cli.inputs import open_gguf_named, open_named
+from shardxform.cli.inputs import is_gguf, open_gguf_named, open_named
 from shardxform.cli.options import (
     SOURCE,
     FamilyFlags,
@@ -134,10 +134,10 @@ def _verify_gguf(
 
     """
     refuse_idle(depth, "independent", wanted=f"safetensors, but {out} is GGUF")
-    origin: GgufModel | Checkpoint | None = open_gguf_named(made.source) if made.source is not None else None
-    if origin is not None:
+    origin: GgufModel | Checkpoint | None = None
+    if made.source is not None and is_gguf(made.source):
         refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {made.source} is GGUF")
-        refuse_idle(hub, wanted=f"safetensors, but {made.source} is GGUF")
+        origin = open_gguf_named(made.source, hub, out.parent)
     elif made.source is not None:
         family.load()
         origin = open_named(made.source, hub, out.parent)
@@ -230,7 +230,9 @@ def _rounded(rounding: Rounding) -> str:
     if rounding.repacked:
         return f"{rounding.modules:,} quantized weights with the same integers and scales"
     if rounding.exact:
-        return f"{rounding.modules:,} quantized weights bit-equal to rounding again"
+        rounded, taken = rounding.modules - rounding.taken_over, rounding.taken_over
+        kinds = {"bit-equal to rounding again": rounded, "with the integers and scales of the source": taken}
+        return ", ".join(f"{count:,} quantized weights {what}" for what, count in kinds.items() if count)
     text = f"{rounding.modules:,} quantized weights within bounds"
     return f"{text}, {rounding.moved:,} codes not the nearest" if rounding.moved else text
 

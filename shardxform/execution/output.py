@@ -509,7 +509,7 @@ def _refuse_file_above(root: Path) -> None:
 def _refuse_overlap(root: Path, plan: Plan) -> None:
     """Refuse an output in, around or behind the source: by its path, and by where its files really lie."""
     out, source = Path(os.path.realpath(root)), Path(os.path.realpath(plan.source))
-    same = root.is_dir() and os.path.samefile(root, plan.source)
+    same = root.is_dir() and plan.source.is_dir() and os.path.samefile(root, plan.source)
     names = [*(shard.name for shard in plan.source_shards), *plan.sidecars, CONFIG]
     inside = (Path(os.path.realpath(plan.source / name)) for name in names)
     below = source in out.parents and not plan.source_name  # one file of a folder is not the folder

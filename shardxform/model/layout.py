@@ -122,7 +122,7 @@ class Layout:
         config: the whole config.json.
         text: the part that describes the decoder.
         num_layers, num_experts, top_k: of the decoder; experts per MoE layer, experts per token.
-        groups: router groups (1 when the router has none).
+        groups: router groups, or sets of experts; of each as many experts stay (1 when the router has none).
         moe_layers: decoder blocks that have routed experts, ascending.
         mtp_layers: number of MTP layers that the config declares.
         mtp_blocks: blocks that each of them is made of.
@@ -154,6 +154,15 @@ class Layout:
     def blocks(self) -> str:
         """What every name of a decoder block begins with."""
         return f"{self.wrapper.prefix}{self.family.decoder.blocks}."
+
+    @property
+    def in_set(self) -> int:
+        """Experts of one set; of all where there is one."""
+        return self.num_experts // max(len(self.family.sets), 1)
+
+    def counted(self, template: Template) -> int:
+        """Experts that `E` stands for in the shape of a template."""
+        return self.in_set if template.sets else self.num_experts
 
     @property
     def embeddings(self) -> str:
@@ -221,15 +230,16 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     text = {**{ours: text[theirs] for theirs, ours in family.aliases.items() if theirs in text}, **text}
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
-    num_experts = _expert_count(config, family, wrapper)
+    in_set = _expert_count(config, family, wrapper)
+    num_experts = in_set * max(len(family.sets), 1)
     spellings = (family.top_k_key, *family.other_top_k_keys)
     top_k_key = next((key for key in spellings if value_at(text, key) is not None), spellings[0])
     top_k = _read_per_layer(text, top_k_key, home, family)
-    if top_k > num_experts:
-        raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
+    if top_k > in_set:
+        raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {in_set} experts")
     if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
         raise FamilyError(f"config.json: {num_layers} layers of {num_experts} experts are absurd")
-    groups = (read_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
+    groups = (read_count(text, family.group_key, home, default=1) or 1) if family.group_key else len(family.sets) or 1
     if num_experts % groups:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp

@@ -17,7 +17,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.gguf import KeyValue, Kind
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, natural_key
+from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec, coalesce, natural_key
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
@@ -45,7 +45,7 @@ from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, si
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
-from shardxform.runtimes.gguf.mixes import KINDS, Facts, mixed
+from shardxform.runtimes.gguf.mixes import KINDS, facts_of, mixed
 
 __all__ = ["Draft", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
@@ -61,49 +61,51 @@ class Types:
     Attributes:
         grid: of the integers that the weights of `modules` are rounded to; None to round none.
         modules: names of the modules that are rounded, with the decoder block that each is in; None outside them.
-        mix: by name, types of tensors that are stored as in a file of some kind; for those alone.
+        kind: of file, to whose types all other weights are rounded; empty for those of the source.
 
     """
 
     grid: Grid | None = None
     modules: Mapping[str, int | None] = field(default_factory=dict)
-    mix: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
 
-    def of(self, named: Named) -> Writable:
-        """How a tensor is stored.
+    def chosen(self, found: Iterable[Named], architecture: Architecture) -> Mapping[str, str]:
+        """Types that the kind of file has for tensors, by their names.
+
+        Raises:
+            SchemeError: no such kind; or integers would be rounded a second time.
+
+        """
+        if not self.kind:
+            return {}
+        found = tuple(found)
+        chosen = mixed(self.kind, {each.name: each.shape for each in found}, facts_of(architecture))
+        for each in found:
+            if chosen.get(each.name) in BLOCKS and _is_of_integers(each):
+                raise SchemeError(
+                    f"`gguf.kind` {self.kind}: tensor '{each.pieces[0].storage.parts[0][1].name}' is of integers, which"
+                    " would be rounded a second time; take weights of 16 bits, or leave it out"
+                )
+        return chosen
+
+    def of(self, named: Named, chosen: str = "") -> Writable:
+        """How a tensor is stored for which the kind of file has a type, or has none.
 
         Raises:
             SchemeError: what it is made of are no floats.
 
         """
+        if chosen and not named.values:
+            return encoding_of(chosen)
         if named.wide or named.values:
             return Plain("F32")
-        if named.name in self.mix:
-            return encoding_of(self.mix[named.name])
         if named.keeps_codes:
             if self.grid and all(piece.matrix in self.modules for piece in named.pieces):
                 return Ggml(integer_type(self.grid), self.grid)
             bits = {encoding.grid.bits if isinstance(encoding, Ints) else 0 for encoding in _encodings(named)}
-            if bits <= {4, 8} and len(bits) == 1:
+            if bits <= {4, 8} and len(bits) == 1 and not self.kind:
                 return Ggml("Q4_0" if bits == {4} else "Q8_0")
         return Plain(_float_of(named))
-
-
-def mixed_types(architecture: Architecture, tensors: Iterable[Named], kind: str) -> Types:
-    """Types of a file of some kind, as llama-quantize chooses them.
-
-    Raises:
-        SchemeError: no such kind, or an architecture for which it has rules of its own.
-
-    """
-    heads, shared = (architecture.config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
-    facts = Facts(
-        architecture=architecture.name,
-        blocks=architecture.blocks,
-        experts=architecture.layout.num_experts,
-        shared_heads=heads // shared if isinstance(heads, int) and isinstance(shared, int) and shared else 1,
-    )
-    return Types(mix=mixed(kind, {named.name: named.shape for named in tensors}, facts))
 
 
 def _encodings(named: Named) -> Iterator[object]:
@@ -188,7 +190,6 @@ class Contents:
     Attributes:
         architecture: the view as llama.cpp sees it.
         types: how weights are stored.
-        kind: of file, where that was asked for.
         written: every tensor, in the order of the file.
         healed: tensors of the view that healing changes, which stand in `written` as pseudo-files.
 
@@ -196,15 +197,14 @@ class Contents:
 
     architecture: Architecture
     types: Types
-    kind: str = ""
     written: tuple[Written, ...]
     healed: Mapping[str, TensorRef] = field(default_factory=dict)
 
     @cached_property
     def file_type(self) -> int:
-        """llama.cpp's number of what most weights are stored as, or of the kind that was asked for."""
-        if self.kind:
-            return KINDS[self.kind].number
+        """llama.cpp's number of the kind of file, or of what most weights are stored as."""
+        if self.types.kind:
+            return KINDS[self.types.kind].number
         sizes: Counter[str] = Counter()
         for each in self.written:
             if not each.named.wide:
@@ -228,14 +228,13 @@ class Contents:
         return lay_out_gguf(_keys(self, source, options), (each.spec for each in self.written), max_shard_bytes)
 
 
-def contents_of(view: View, types: Types, healed: Iterable[str] = (), kind: str = "") -> Contents:
+def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Contents:
     """Find what a GGUF file of a view holds.
 
     Args:
         view: of weights as they are, or as `Encoded`.
         types: how weights are stored.
-        healed: names of the tensors that healing changes.
-        kind: of file, whose types stand in the place of `types`; empty for none.
+        healed: names of the tensors that healing changes, as wide as they are.
 
     Raises:
         SchemeError: llama.cpp does not run the family, or has no place for a tensor.
@@ -246,9 +245,9 @@ def contents_of(view: View, types: Types, healed: Iterable[str] = (), kind: str 
     moved = {name: tensors[name] for name in healed}
     tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
     found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
-    types = mixed_types(architecture, found, kind) if kind else types
-    written = tuple(Written(named, types.of(named)) for named in found)
-    return Contents(architecture=architecture, types=types, kind=kind, written=written, healed=moved)
+    chosen = types.chosen(found, architecture)
+    written = tuple(Written(named, types.of(named, chosen.get(named.name, ""))) for named in found)
+    return Contents(architecture=architecture, types=types, written=written, healed=moved)
 
 
 def _after_healing(ref: TensorRef) -> TensorRef:
@@ -322,9 +321,8 @@ class Draft:
 
 def drafted(source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()) -> Draft:
     """Draft the files of a view of `source`; raises like `contents_of` and `Contents.shards`."""
-    asked = options.gguf or GgufOptions()
-    contents = contents_of(view, types, healed, asked.type)
-    shards = contents.shards(source, asked, options.max_shard_bytes)
+    contents = contents_of(view, types, healed)
+    shards = contents.shards(source, options.gguf or GgufOptions(), options.max_shard_bytes)
     return Draft(view=view, contents=contents, shards=shards)
 
 
@@ -459,7 +457,7 @@ def draft_stored(
         refuse_unpruned(view)
         assert recipe.heal is not None
         healed = healed_names(view.layout, view.layout.places, recipe.heal.widest)
-    return drafted(source, view, Types(), options, healed)
+    return drafted(source, view, Types(kind=options.gguf.kind if options.gguf else ""), options, healed)
 
 
 def as_weights(source: Checkpoint) -> Checkpoint:
@@ -476,11 +474,12 @@ def as_weights(source: Checkpoint) -> Checkpoint:
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:
-    """Say what becomes of integers, and of those that no block of ggml's holds as they are; or of a kind of file."""
-    if contents.kind:
-        yield f"weights are stored as in a file of type {contents.kind}, rounded by ggml's rules without any text"
-        return
+    """Say what becomes of integers, and of those that no block of ggml's holds as they are; or what is rounded."""
     kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
+    if contents.types.kind:
+        types = ", ".join(f"{count:,} in {dtype}" for dtype, count in kinds.most_common())
+        yield f"{contents.types.kind} as llama-quantize makes it without an importance matrix: {types or 'no blocks'}"
+        return
     for dtype, count in kinds.items():
         yield f"{count:,} tensors of integers are stored as {dtype}: every integer and every scale keeps its value"
     wider = [each for each in contents.written if isinstance(each.target, Plain) and _is_of_integers(each.named)]

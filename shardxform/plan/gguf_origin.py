@@ -93,16 +93,13 @@ def _options(
     own, before = (each.get("options") for each in (inputs, asked))
     own, before = (each if isinstance(each, Mapping) else {} for each in (own, before))
     size, told = own.get("max_shard_bytes"), own.get("gguf")
-    pre, kind = (told.get(key) if isinstance(told, Mapping) else "" for key in ("pre_tokenizer", "type"))
+    pre, kind = ((told.get(key) if isinstance(told, Mapping) else "") for key in ("pre_tokenizer", "kind"))
     recorded: MtpMode = next((mode for mode in _MODES if mode == before.get("mtp")), "auto")
     return ViewOptions(
         text_only=before.get("text_only") is True if text_only is None else text_only,
         mtp=mtp or recorded,
         max_shard_bytes=size if type(size) is int and size > 0 else DEFAULT_GGUF_BYTES,
-        gguf=GgufOptions(
-            type=kind if isinstance(kind, str) and kind in KINDS else "",
-            pre_tokenizer=pre if isinstance(pre, str) else "",
-        ),
+        gguf=GgufOptions(pre_tokenizer=pre if isinstance(pre, str) else "", kind=str(kind) if kind in KINDS else ""),
     )
 
 

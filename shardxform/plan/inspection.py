@@ -56,6 +56,7 @@ class Inspection:
     experts: int
     top_k: int
     groups: int
+    sets: tuple[str, ...]
     experts_spelling: str
     mtp_layers: int
     vision: bool
@@ -109,7 +110,8 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         moe_layers=len(layout.moe_layers),
         experts=layout.num_experts,
         top_k=layout.top_k,
-        groups=layout.groups,
+        groups=1 if layout.family.sets else layout.groups,
+        sets=layout.family.sets,
         experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
         mtp_layers=layout.mtp_layers,
         vision=layout.has_vision,
@@ -194,11 +196,13 @@ def _quantized(view: View) -> tuple[int, int]:
     times: dict[str, int] = {}
     for name, ref in view.checkpoint.tensors.items():
         place = view.layout.places.get(name)
-        if place and place.expert:
+        if place and place.expert is not None and place.expert % view.layout.in_set:
             continue
         fused = place is not None and place.template.variant == "fused"
         sample[name] = ref.rows(0, 1) if fused else ref
-        times[name] = view.layout.num_experts if place and place.template.variant else 1
+        times[name] = (
+            (view.layout.num_experts if fused else view.layout.in_set) if place and place.template.variant else 1
+        )
     for group_size in GROUP_SIZES:
         scheme = Scheme.preset("W4A16", group_size=group_size, format=cast("Format", formats[0]))
         selection = select(view.layout, sample, scheme)
@@ -230,6 +234,7 @@ class Parameters:
         shared: parameters that do not depend on the number of experts.
         routed: of one routed expert of every MoE layer.
         router: that the routers have for one expert of every MoE layer.
+        reached: of one routed expert of every MoE layer that a token of text goes through, where sets of them differ.
         apart: of MTP layers and the vision tower, which are in none of the others.
 
     """
@@ -238,6 +243,7 @@ class Parameters:
     routed: int
     router: int
     apart: int
+    reached: int
 
     def total(self, experts: int) -> int:
         """With so many routed experts per layer."""
@@ -245,7 +251,7 @@ class Parameters:
 
     def active(self, experts: int, top_k: int) -> int:
         """What one token goes through: all routers, and `top_k` experts of every layer."""
-        return self.shared + experts * self.router + top_k * self.routed
+        return self.shared + experts * self.router + top_k * self.reached
 
 
 def stored_of(checkpoint: Checkpoint) -> Stored | None:
@@ -276,7 +282,7 @@ def count_parameters(checkpoint: Checkpoint, stored: Stored | None) -> Parameter
 
 
 def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
-    shared = routed = router = apart = 0
+    shared = routed = router = apart = reached = 0
     for ref in refs:
         place = layout.places.get(ref.name)
         if place is None or place.companion:
@@ -286,12 +292,20 @@ def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
             apart += size
         elif place.template.variant:
             routed += size
+            reached += size if (place.expert or 0) < layout.in_set else 0
         elif slicing := place.template.slicing:
             positions = ref.spec.shape[slicing.axis]
-            of_experts = size // positions * slicing.per_expert(positions, layout.num_experts) * layout.num_experts
+            counted = layout.counted(place.template)
+            of_experts = size // positions * slicing.per_expert(positions, counted) * counted
             router += of_experts
             shared += size - of_experts
         else:
             shared += size
     experts = layout.num_experts
-    return Parameters(shared=shared, routed=routed // experts, router=router // experts, apart=apart)
+    return Parameters(
+        shared=shared,
+        routed=routed // experts,
+        router=router // experts,
+        apart=apart,
+        reached=reached // layout.in_set,
+    )

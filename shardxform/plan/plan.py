@@ -211,7 +211,9 @@ class Plan:
     @property
     def origin(self) -> str:
         """What people call the source: its directory, its file in GGUF, or `hf://owner/name@commit`."""
-        return str(self.remote or self.source / self.source_name)
+        if self.remote:
+            return self.remote.named(self.source_name) if self.source_name else str(self.remote)
+        return str(self.source / self.source_name)
 
     @property
     def nbytes(self) -> int:

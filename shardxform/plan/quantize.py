@@ -199,8 +199,8 @@ def draft_quantized(
 
     """
     options = options or ViewOptions()
-    if options.gguf and options.gguf.type:
-        raise SchemeError("`gguf.type`: the scheme says in which type weights are stored; leave it out, or convert")
+    if options.gguf and options.gguf.kind:
+        raise SchemeError(f"`gguf.kind` {options.gguf.kind}: weights are rounded by `scheme`; give one of the two")
     plain, stored = _plain(source, scheme)
     view = _view(source, plain, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)
@@ -412,7 +412,7 @@ def _way_to_carry(asked: Grid, found: Grid) -> str:
     """What to ask for so that integers stay as they are."""
     ways = []
     if asked.bits != found.bits:
-        ways.append(f"`grid.bits` W{found.bits}A16")
+        ways.append(f"`bits` W{found.bits}A16")
     if asked.group_size != found.group_size:
         ways.append(f"`group_size` {found.group_size}")
     if (asked.scale_grid, found.scale_grid) == ("bf16", "fp16"):

@@ -100,6 +100,7 @@ def plan_prune_gguf(model: GgufModel, manifest: Manifest, max_shard_bytes: int |
         command="prune",
         source=before.root,
         source_name=model.name,
+        remote=before.remote,
         source_shards=before.shards,
         view=view,
         shards=shards,

@@ -31,7 +31,7 @@ from shardxform.formats.config_names import (
 )
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_origin
-from shardxform.model.families.base import Slicing, Wrapper
+from shardxform.model.families.base import Slicing, Template, Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
     Layout,
@@ -82,6 +82,7 @@ class View:
         copied, sliced, renamed: numbers of tensors written, by what was done to them (sliced ones may be renamed too).
         dropped: numbers of source tensors left out, by reason.
         notes: what a person should know before running, one sentence each.
+        width: channels that every expert keeps, where some are taken out.
 
     """
 
@@ -93,6 +94,12 @@ class View:
     renamed: int
     dropped: Mapping[str, int]
     notes: tuple[str, ...]
+    width: int | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are taken out, or channels of them."""
+        return self.width is not None or self.layout.num_experts < self.source_layout.num_experts
 
 
 def pruned_view(
@@ -116,8 +123,8 @@ def pruned_view(
     layout = layout_of(source.config, source.tensors, source.where)
     if manifest is not None:
         manifest.check(layout)
-    kept = manifest.num_kept if manifest else layout.num_experts
-    prunes = kept < layout.num_experts
+    kept, width = (manifest.num_kept, manifest.width) if manifest else (layout.num_experts, None)
+    prunes = kept < layout.num_experts or width is not None
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
@@ -137,6 +144,12 @@ def pruned_view(
             f" stays and that the token has not ({len(builder.renumbered)} such tables)"
         )
     config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    if width:
+        from shardxform.plan.narrowing import narrowed  # most prunings leave experts as wide as they are
+
+        tensors, path = narrowed(tensors, config, width)
+        config = _with_changes(config, {path: width.channels})
+        notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
     if any(declarations(config)):
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
@@ -153,6 +166,7 @@ def pruned_view(
         renamed=builder.renamed,
         dropped=dict(builder.dropped),
         notes=tuple(notes),
+        width=width.channels if width else None,
     )
 
 
@@ -226,7 +240,7 @@ class _Builder:
             if place.companion and not _has_rows(ref, place, self._layout):
                 return ref
             self.sliced += 1
-            return _sliced(ref, place.template.slicing, self._layout.num_experts, keep)
+            return self._sliced(ref, place.template, keep)
         if place.template.ids and not place.companion:
             self.renumbered.append(ref.name)
             return _with_ids(ref, self._layout.num_experts, keep)
@@ -240,6 +254,18 @@ class _Builder:
         parts = ref.name.split(".")
         parts[place.expert_at] = str(new)
         return ref.renamed(".".join(parts))
+
+    def _sliced(self, ref: TensorRef, template: Template, keep: tuple[int, ...]) -> TensorRef:
+        """What stays of a tensor that counts experts: all of them, those of one set, or of each in a row."""
+        each = self._layout.in_set
+        assert template.slicing
+        if not template.sets:
+            return _sliced(ref, template.slicing, self._layout.num_experts, keep)
+        if len(template.sets) == 1:
+            own = tuple(expert % each for expert in keep if expert // each == template.sets[0])
+            return _sliced(ref, template.slicing, each, own)
+        rows = len(template.sets)  # one below the other, they are a row of all
+        return ref.reshaped((rows * each,)).select(keep).reshaped((rows, len(keep) // rows))
 
     def _keep(self, place: Place) -> tuple[int, ...] | None:
         if self._manifest is None or (place.layer is None and not place.template.pruned):
@@ -422,7 +448,8 @@ def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...])
         if name.startswith(dropped):
             continue
         shape = source.tensors[name].spec.shape
-        if name.startswith(blocks) and ("expert" in name or "router" in name or layout.num_experts in shape):
+        counts = {layout.num_experts, layout.in_set}.intersection(shape)
+        if name.startswith(blocks) and ("expert" in name or "router" in name or counts):
             way_out = _MTP_WAY_OUT if name.startswith(undeclared) else ""
             raise PlanError(
                 f"tensor '{name}' {list(shape)} is unknown to family {layout.family.name},"
@@ -466,11 +493,11 @@ def _undeclared(source: Checkpoint) -> Iterator[str]:
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
-    if layout.wrapper.text_key is None:
+    if layout.wrapper.text_key is None and not layout.wrapper.vision:
         notes.append("`text_only`: the source is text-only already")
         return layout.wrapper
     for wrapper in layout.family.wrappers:
-        if wrapper.text_key is None:
+        if wrapper.text_key is None and not wrapper.vision:
             return wrapper
     raise FamilyError(f"family {layout.family.name} has no text-only class")
 
@@ -480,8 +507,8 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     changes: dict[tuple[str, ...], Any] = {}
     if kept != layout.num_experts:
         for path in count_paths(layout.config, layout.family, layout.wrapper):
-            counts = value_at(layout.config, ".".join(path))
-            changes[path] = [kept] * len(counts) if isinstance(counts, list) else kept
+            counts, own = value_at(layout.config, ".".join(path)), kept // max(len(layout.family.sets), 1)
+            changes[path] = [own] * len(counts) if isinstance(counts, list) else own
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
         home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
@@ -530,14 +557,13 @@ class GgufOptions:
     """What decides the bytes of a GGUF file beside what it is made of.
 
     Attributes:
-        type: a kind of files, such as Q4_K_M: weights are stored as llama-quantize stores them in one; empty for what
-            the verb makes of them.
         pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
+        kind: of file, as llama-quantize names it, to whose types floats are rounded; empty for weights as they are.
 
     """
 
-    type: str = ""
     pre_tokenizer: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -576,7 +602,7 @@ def view_inputs(
     return {
         "command": command,
         "options": {**chosen, **({"gguf": asdict(options.gguf)} if options.gguf else {})},
-        "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
+        "manifest": {key: keep[key] for key in ("keep", "mtp_keep", "width") if keep.get(key)},
         "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
         **family_origin(source.config),
     }

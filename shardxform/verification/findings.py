@@ -185,6 +185,7 @@ class Rounding:
         exact: whether all were rounded again from the source and are equal bit for bit, words and scales; otherwise
             they are within the bound of `verification.rounding`.
         repacked: whether the source is quantized, and it is its integers and scales that were compared; no errors then.
+        taken_over: weights of which that is so, where `quantize` rounded others.
         weights, clipped, moved: elements in all of them; see `WeightError`.
         relative_error: as `WeightError` has it, over all of them.
         by_weight: one entry each, the worst first.
@@ -200,6 +201,7 @@ class Rounding:
     moved: int
     relative_error: float
     by_weight: tuple[WeightError, ...]
+    taken_over: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,7 +118,7 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
     kept = [name for name in draft.contents.healed if name in changed]
     contents = draft.contents
     if recipe and len(kept) < len(contents.healed):  # some blocks stayed as they were pruned
-        contents = contents_of(draft.view, contents.types, kept, contents.kind)
+        contents = contents_of(draft.view, contents.types, kept)
     heads = (gguf.decode(shard.head, shard.nbytes, shard.name) for shard in draft.shards)
     return Made(
         source=source,

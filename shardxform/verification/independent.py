@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.errors import CheckpointError
+from shardxform.verification.by_definition import floats, nearest_bf16, nearest_half, rounded
 from shardxform.verification.findings import Findings
 
 __all__ = ["CODE", "check_independently"]
@@ -53,6 +54,9 @@ _ROUTER: Final = re.compile(
     r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.|classifier\.)?(?:weight|bias)|per_expert_scale))"
 )
 _ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
+_OF_SET: Final = re.compile(r".*\.mlp\.gate\.weight(_1)?")  # [H, E], of the first set of experts and of the second
+_SETS: Final = {"ernie4_5_moe_vl": 2, "ernie4_5_vl_moe": 2}
+"""Types whose experts are in several sets, one numbered after the other; configs count those of one."""
 _SEVERAL: Final = re.compile(r".*\.ffn\.experts\.mlp\.(?:w1|v1|w2)")  # [E * I, H]
 _IDS: Final = re.compile(r".*\.ffn\.gate\.tid2eid")
 _LAYER: Final = re.compile(
@@ -79,7 +83,6 @@ _VISION: Final = (
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
-_SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
 Rows = tuple[tuple[int, int], ...]
@@ -157,8 +160,11 @@ class _Weight:
         return found if self.columns is None else found[:, list(self.columns)]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows of a plain weight."""
-        return _floats(self.bits_of(start, stop), self.tensor.dtype)
+        """A run of rows, of a quantized weight each code times its scale."""
+        if self.scales is not None:
+            codes, scale = self.codes(start, stop)
+            return np.asarray(codes.astype(np.float32) * scale)
+        return floats(self.bits_of(start, stop), self.tensor.dtype)
 
     def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Codes less the zero point [R, I], and the scale of each [R, I], of a run of rows of a quantized weight."""
@@ -170,7 +176,7 @@ class _Weight:
         packed = np.ascontiguousarray(words[rows]).view(np.uint32)
         codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
         spread = np.repeat(
-            _floats(np.ascontiguousarray(scales[rows + self.scaled_from]), self.scales.dtype), self.group, axis=1
+            floats(np.ascontiguousarray(scales[rows + self.scaled_from]), self.scales.dtype), self.group, axis=1
         )
         return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
 
@@ -190,7 +196,7 @@ class _Float8(_Weight):
         exponent, fraction = (codes >> 3) & 15, (codes & 7) / 8
         size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 7), fraction * 2.0**-6)
         size[codes & 127 == 127] = np.nan
-        table = _floats(np.asarray(self.factors.array()), self.factors.dtype)
+        table = floats(np.asarray(self.factors.array()), self.factors.dtype)
         factors = table[rows[:, None] // self.block[0], np.arange(codes.shape[1]) // self.block[1]]
         return np.asarray(np.where(codes > 127, -size, size).astype(np.float32) * factors)
 
@@ -325,6 +331,8 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
             whole = _Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
             yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
+        if _ACROSS.fullmatch(name):  # one set after the other, as their experts are numbered
+            tensor = replace(tensor, shape=(tensor.count,))
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
         yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
 
@@ -388,7 +396,7 @@ def _of_mlx(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]
         if one := _EXPERT.fullmatch(stem):  # whose scales are in a stack
             stem, scaled_from = f"{one[1].removesuffix('.experts')}.switch_mlp.{one[3]}", int(one[2]) * rows
         scales, biases, columns = tensors[f"{stem}.scales"], tensors[f"{stem}.biases"], columns * 32 // bits
-        zeros = (_floats(np.asarray(each.array()), each.dtype) for each in (scales, biases))
+        zeros = (floats(np.asarray(each.array()), each.dtype) for each in (scales, biases))
         if not np.array_equal(next(zeros) * np.float32(-(2 ** (bits - 1))), next(zeros)):
             raise ValueError(f"{stem}.biases: code 0 stands for something else than in a symmetric weight")
     for expert in range(count):
@@ -400,14 +408,6 @@ def _of_mlx(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]
         yield key, _Weight(name, tensor, (rows, columns), found, scales, bits, group, scaled_from=scaled_from)
 
 
-def _floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype in ("F16", "F32", "F64"):
-        return bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float32)
-    raise ValueError(f"{dtype} holds no weights that are understood")
-
-
 # -- names and numbers --------------------------------------------------------------------------------------------
 
 
@@ -417,19 +417,21 @@ class _How:
 
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
-        experts: in a layer of the source.
+        experts, sets: in a layer of the source, all of them; and how many sets they are in.
         layers: decoder blocks; a block of a higher number is an MTP layer.
         mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
         healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+        quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
     """
 
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
     experts: int
+    sets: int
     layers: int
     mtp_blocks: int
     text_only: bool
@@ -438,6 +440,8 @@ class _How:
     offset: float
     healed: bool
     dequantized: bool
+    quantizes: bool = False
+    requantizes: bool = False
 
     @classmethod
     def of(
@@ -456,13 +460,15 @@ class _How:
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
         keep, text = manifest.get("keep"), _text_of(config)
-        experts = next(_counts_of(config))[1]
+        sets = _SETS.get(str(config.get("model_type")), 1)
+        experts = next(_counts_of(config))[1] * sets
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
         text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
         how = cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
             experts=experts,
+            sets=sets,
             layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
             or next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
             mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
@@ -472,6 +478,8 @@ class _How:
             offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
+            quantizes=inputs.get("command") == "quantize",
+            requantizes=bool(scheme.get("requantize")),
         )
         # MTP layers without experts of their own have nothing to lose.
         bound = any(how.is_mtp(name) and (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name)) for name in names)
@@ -505,11 +513,13 @@ class _How:
         if match := _EXPERT.fullmatch(name):
             old = int(match[2])
             return (f"{match[1]}.{ids.index(old)}.{match[3]}", weight) if old in ids else None
-        if _ACROSS.fullmatch(name):
-            return name, replace(weight, shape=(*weight.shape[:-1], len(ids)), columns=tuple(ids))
+        if self.sets > 1 and (match := _OF_SET.fullmatch(name)):
+            first = self.experts // self.sets if match[1] else 0
+            own = tuple(old - first for old in ids if first <= old < first + self.experts // self.sets)
+            return name, replace(weight, shape=(weight.shape[0], len(own)), columns=own)
         if _IDS.fullmatch(name):
             return name, replace(weight, ids=tuple(ids))
-        if not (_ROUTER.fullmatch(name) or _SEVERAL.fullmatch(name)):
+        if not (_ROUTER.fullmatch(name) or _ACROSS.fullmatch(name) or _SEVERAL.fullmatch(name)):
             return name, weight
         each = weight.shape[0] // self.experts if _SEVERAL.fullmatch(name) else 1
         others = (self.experts * each, weight.shape[0] - self.experts * each)  # of no expert: they stay
@@ -531,18 +541,23 @@ class _How:
         try:
             if self.healed and _LAYER.match(name):
                 return _unlike(wanted, found)
-            if wanted.scales and found.scales:
+            if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
             if isinstance(wanted, _Float8) and found.tensor.dtype == "BF16":
-                pairs = ((found.bits_of(a, b), _nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
+                pairs = ((found.bits_of(a, b), nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
                 return _first(found, pairs)
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
                 return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
             return self._plain(wanted, found)
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
+
+    def _is_anew(self, wanted: _Weight, found: _Weight) -> bool:
+        """Whether integers of the source were rounded to others."""
+        grids = (wanted.bits, wanted.group), (found.bits, found.group)
+        return self.requantizes or (self.quantizes and grids[0] != grids[1])
 
     def _plain(self, wanted: _Weight, found: _Weight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""
@@ -558,11 +573,11 @@ class _How:
     def _dequantized(self, weight: _Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
         if weight.scales is None:
             assert self.exact is not None
-            codes, scale = _rounded(weight.values(start, stop), self.exact)
+            codes, scale = rounded(weight.values(start, stop), self.exact)
         else:
             codes, scale = weight.codes(start, stop)
         values = codes.astype(np.float32) * scale
-        return _nearest_half(values) if half else _nearest_bf16(values)
+        return nearest_half(values) if half else nearest_bf16(values)
 
     def _rounding(self, wanted: _Weight, found: _Weight) -> str:
         """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
@@ -570,7 +585,7 @@ class _How:
         for start, stop in found.runs():
             values, (codes, scale) = wanted.values(start, stop), found.codes(start, stop)
             if self.exact is not None:
-                right, expected = _rounded(values, self.exact)
+                right, expected = rounded(values, self.exact)
                 if text := _first(found, [(codes, right, start)]) or _first(found, [(scale, expected, start)], "scale"):
                     return text
                 continue
@@ -602,40 +617,9 @@ def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Keys that count the decoder's experts, and what they say."""
     text = _text_of(config)
     for home in (text, text.get("ffn_config") or {}):
-        yield from ((key, home[key]) for key in _COUNTS if key in home)
-
-
-def _rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Round to nearest: the largest weight of a group goes to the lower end of the range, by the sign of its scale."""
-    end, columns = np.float32(2 ** (grid["bits"] - 1)), values.shape[1]
-    span = columns if grid["group_size"] == -1 else grid["group_size"]
-    groups = values.reshape(len(values), -1, span)
-    high, low = np.maximum(groups.max(axis=2), 0), np.maximum(-groups.min(axis=2), 0)
-    size = np.maximum(high, low) / end
-    if grid["scale_grid"] == "bf16":
-        size = _floats(_nearest_bf16(size), "BF16")
-    size = size.astype(np.float16).astype(np.float32)
-    scale = np.where((high >= low) & (size > 0), -1, 1).astype(np.float32) * np.maximum(size, _SMALLEST)
-    spread = np.repeat(scale, span, axis=1)
-    return np.clip(np.rint(values / spread), -end, end - 1).astype(np.int32), spread
-
-
-def _nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even, by the definition: of the two neighbours the one that is nearer."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    below, rest = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
-    up = (rest > 0x8000) | ((rest == 0x8000) & (below & np.uint32(1) == 1))
-    return np.asarray(below + up, np.uint16)
-
-
-def _nearest_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest float16, ties to even: to whole units of the last of 11 bits, 2^-24 at least, in float64."""
-    size = np.abs(values.astype(np.float64))
-    exponent = np.frexp(np.maximum(size, 2.0**-30))[1]  # of zero, as of all that is smaller than the last unit
-    unit = np.ldexp(1.0, np.maximum(exponent - 11, -24))
-    steps = np.rint(size / unit)  # to even, as numpy rounds
-    normal = np.maximum(exponent + 13, 0) * 1024 + steps  # the leading bit of a normal number adds one to its exponent
-    return np.asarray(normal.astype(np.uint16) | np.where(np.signbit(values), 0x8000, 0).astype(np.uint16))
+        for key in _COUNTS:
+            if key in home:
+                yield key, home[key][0] if isinstance(home[key], list) else home[key]
 
 
 def _same_codes(wanted: _Weight, found: _Weight) -> str:
@@ -693,7 +677,7 @@ def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings:
     text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
     for key, count in _counts_of(config) if how.keep else ():
-        if {count} != kept:
+        if {count * how.sets} != kept:
             findings.problem(CODE, "config.json", f"{key} is {count}, but layers keep {sorted(kept)}")
     for key in _MTP_COUNTS if how.drops_mtp and had_mtp else ():
         if text.get(key):

@@ -264,7 +264,7 @@ def _check_data(
     if seen.made and isinstance(source, Checkpoint):
         against = Against(source.root, seen.made.same_bytes, remote=source.remote)
     elif isinstance(source, GgufModel) and isinstance(seen.wanted, PrunedGguf):
-        against = Against(source.table.root, seen.wanted.tensors)
+        against = Against(source.table.root, seen.wanted.tensors, remote=source.table.remote)
     figures = check_data(
         seen.model.table,
         None,

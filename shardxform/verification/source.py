@@ -179,7 +179,7 @@ def _fewer_experts(out: Checkpoint, layout: Layout) -> bool:
     """Whether the output is pruned, by its config; only a plain count is believed."""
     home = value_at(out.config, layout.wrapper.text_key) if layout.wrapper.text_key else out.config
     counts = [value_at(home, key) for key in layout.family.count_keys] if isinstance(home, Mapping) else []
-    return any(type(count) is int and count < layout.num_experts for count in counts)
+    return any(type(count) is int and count < layout.in_set for count in counts)
 
 
 def check_origin(source: Checkpoint, record: Mapping[str, object], findings: Findings) -> None:

@@ -88,8 +88,9 @@ _SCALINGS: Final = {  # what each way of scaling positions cannot do without
 def config_faults(layout: Layout) -> Iterator[str]:
     """Yield what clients refuse in a config, one sentence each that begins with the key."""
     family, key = layout.family, layout.wrapper.text_key
-    if key is None:
-        yield from _of_decoder(layout.config, family.types, "", family)
+    if key is None:  # a multimodal config that nests no other is that of code beside the shards, not of transformers
+        types = {} if layout.wrapper.vision else family.types
+        yield from _of_decoder(layout.config, types, "", family)
         return
     yield from _of_part(layout.config, family.wrapper_types, "")
     decoder, vision = value_at(layout.config, key), layout.config.get("vision_config")

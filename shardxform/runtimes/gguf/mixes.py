@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from shardxform.base.tensors import BLOCKS
 from shardxform.errors import SchemeError
+from shardxform.runtimes.gguf.architecture import Architecture, vocabulary
+from shardxform.runtimes.gguf.keys import Recorder
 
-__all__ = ["KINDS", "Facts", "Kind", "mixed"]
+__all__ = ["KINDS", "Facts", "Kind", "facts_of", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,31 @@ class Facts:
     shared_heads: int
 
 
+def facts_of(architecture: Architecture) -> Facts:
+    """Find them in the keys that the file is to have, as llama-quantize does.
+
+    Raises:
+        SchemeError: see `metadata_of`.
+
+    """
+    recorder = Recorder(architecture.name, vocabulary())
+    architecture.kind.keys(architecture, recorder)
+    keys = recorder.keys()
+    found = {key.name.removeprefix(f"{architecture.name}."): key.value for key in keys}
+    heads, shared = (_first(found.get(f"attention.head_count{each}", 0)) for each in ("", "_kv"))
+    return Facts(
+        architecture=architecture.name,
+        blocks=architecture.blocks,
+        experts=int(found.get("expert_count", 0)),
+        shared_heads=heads // shared if shared else 0,
+    )
+
+
+def _first(value: Any) -> int:  # noqa: ANN401
+    """A count, or that of the first block."""
+    return int(value[0] if isinstance(value, list) else value)
+
+
 _OWN: Final = ("bailingmoe3", "falcon", "glm5-next")
 """Architectures for which llama-quantize has further rules."""
 
@@ -115,13 +142,13 @@ def mixed(kind: str, tensors: Mapping[str, tuple[int, ...]], facts: Facts) -> di
 
     """
     if kind not in KINDS:
-        raise SchemeError(f"GGUF type: expected one of {', '.join(KINDS)}, found {kind!r}")
+        raise SchemeError(f"`gguf.kind`: expected one of {', '.join(KINDS)}, found {kind!r}")
     chosen = KINDS[kind]
     converted = {name: shape for name in sorted(tensors, key=_order) if _is_converted(name, shape := tensors[name])}
     if chosen.base not in BLOCKS:
         return dict.fromkeys(converted, chosen.base)
     if facts.architecture in _OWN:
-        raise SchemeError(f"GGUF type {kind}: llama-quantize has rules of its own for {facts.architecture}")
+        raise SchemeError(f"`gguf.kind` {kind}: llama-quantize has rules of its own for {facts.architecture}")
     choice = _Choice(chosen, facts, tensors)
     return {name: _fitting(choice.of(name, shape), shape) for name, shape in converted.items()}
 
