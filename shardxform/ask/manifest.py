@@ -27,6 +27,7 @@ from shardxform.ask.manifest_import import (
     read_layers,
     show,
 )
+from shardxform.ask.width import Width
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import ManifestError
@@ -37,7 +38,7 @@ __all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text", "mtp_mo
 
 FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
-_KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep")
+_KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep", "width")
 _MAX_BYTES: Final = 64 << 20  # a manifest of 100 layers of 512 experts is 300 kB; this is a shard given by mistake
 _OF_SOURCE: Final = ("identity", "source_fingerprint")
 
@@ -53,6 +54,7 @@ class Manifest:
         criterion: name of the saliency that the choice was made by.
         ratio: share of the experts that was asked to be removed; for the record only.
         provenance: data, seed, tool and the like; for the record only.
+        width: channels that every expert that stays keeps; None for all.
         where: file name for messages; no part of the value.
 
     """
@@ -63,6 +65,7 @@ class Manifest:
     criterion: str = ""
     ratio: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    width: Width | None = None
     where: str = field(default="manifest", compare=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Manifest:
         if not self.keep:
             raise ManifestError(f"{self.where}: keep: empty, expected an entry for every layer that has experts")
         _check_facts(self)
+        if self.width:
+            self.width.refuse_other(self.keep, self.mtp_keep, self.where)
 
     def __hash__(self) -> int:
         return hash((tuple(self.keep.items()), tuple(self.mtp_keep.items())))
@@ -164,6 +169,8 @@ class Manifest:
         for name, layers in (("keep", self.keep), ("mtp_keep", self.mtp_keep)):
             if layers:
                 out[name] = {str(layer): list(ids) for layer, ids in layers.items()}
+        if self.width:
+            out["width"] = self.width.to_dict()
         return out
 
     def check(self, layout: Layout | Slabs | Pruned) -> None:
@@ -261,6 +268,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         criterion=value.get("criterion", ""),
         ratio=value.get("ratio"),
         provenance=value.get("provenance", {}),
+        width=Width.from_dict(value["width"], f"{where}: width") if "width" in value else None,
         where=where,
     )
 

@@ -113,7 +113,9 @@ class Stages:
         assert request.score_windows is not None
         assert request.precision is not None
         work, windows = work_of(self.folder.root, SCORE), request.score_windows
-        options = ScoreOptions(precision=request.precision, work=work, on_progress=on_progress)
+        options = ScoreOptions(
+            precision=request.precision, work=work, channels=request.narrows, on_progress=on_progress
+        )
         saliency = self._going_on(work, lambda: score(request.source, windows, options))
         self.folder.put(SCORE, {SALIENCY: saliency.to_bytes()}, {"tokens": saliency.tokens})
         self._clean()
@@ -124,7 +126,8 @@ class Stages:
 
         request, work = self.request, work_of(self.folder.root, SCORE)
         if request.score_windows is not None and request.precision is not None and work.is_dir():
-            remove_work(request.source, request.score_windows, ScoreOptions(precision=request.precision, work=work))
+            options = ScoreOptions(precision=request.precision, work=work, channels=request.narrows)
+            remove_work(request.source, request.score_windows, options)
 
     def _select(self, _on_progress: OnProgress | None) -> None:
         choice = self._choice()
@@ -145,12 +148,14 @@ class Stages:
     def _choice(self) -> Choice:
         """The experts that stay, by what was scored."""
         from shardxform.experts import Saliency, decide
+        from shardxform.experts.choosing import narrowed
 
         pruning = self.request.pruning
         assert pruning is not None
         self.folder.read(SCORE, SALIENCY)  # refuses what another wrote
         saliency = Saliency.load(self.folder.root / SALIENCY)
-        return decide(saliency, pruning.kept(saliency.num_experts), pruning.criterion, pruning.protect)
+        choice = decide(saliency, pruning.kept(saliency.num_experts), pruning.criterion, pruning.protect)
+        return narrowed(choice, pruning.width) if pruning.width else choice
 
     # -- quantize ---------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from shardxform.evaluation.routing import Load, kept_of, load_of
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import OutputHead, Skeleton
-from shardxform.forward.weights import Observer, Precision, Weights
+from shardxform.forward.weights import Observer, Precision, Routed, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts", "identified"]
@@ -223,8 +223,8 @@ class _Differences:
             return None
         routed = self._routed[chain]
 
-        def count(expert: int, weight_n: torch.Tensor, _inner: torch.Tensor, _value: torch.Tensor) -> None:
-            routed[expert] += len(weight_n)
+        def count(seen: Routed) -> None:
+            routed[seen.expert] += len(seen.weight_n)
 
         return count
 

@@ -25,6 +25,7 @@ from shardxform.formats.dialects import ASYMMETRIC, method_of
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
+from shardxform.formats.picking import Picked
 from shardxform.formats.scheme import GROUP_SIZES
 
 __all__ = ["DECODED", "decoded", "decoded_in_part", "encodings_of", "is_packed", "scan_decoded", "unreadable"]
@@ -300,8 +301,9 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 
 def encodings_of(tensors: Iterable[TensorRef]) -> Counter[str]:
-    """Count stored matrices by the name of their encoding, the most frequent first."""
-    counts = Counter(str(source.encoding) for ref in tensors if isinstance(ref, Encoded) for source in ref.sources)
+    """Count stored matrices by the name of their encoding, the most frequent first; parts of plain ones aside."""
+    stored = (source.encoding for ref in tensors if isinstance(ref, Encoded) for source in ref.sources)
+    counts = Counter(str(encoding) for encoding in stored if not isinstance(encoding, Picked))
     return Counter(dict(counts.most_common()))
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "ExpertValues",
     "Observer",
     "Precision",
+    "Routed",
     "RoutedExpert",
     "Weights",
     "activation",
@@ -475,9 +476,29 @@ def _kind(place: Place) -> str:
 IMPLEMENTATION: Final = "shardxform"
 _BANK: Final = "shardxform_bank"
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with an expert, the router's weights of its tokens [n], what enters its down projection [n, I], and what
-leaves it [n, H], not yet weighted."""
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What became of the tokens that a router sent to an expert.
+
+    Attributes:
+        expert: its id.
+        weight_n: the router's weights.
+        inner_nI: what enters its down projection.
+        value_nH: what it puts out, not yet weighted.
+        down_HI: its down projection.
+
+    """
+
+    expert: int
+    weight_n: torch.Tensor
+    inner_nI: torch.Tensor
+    value_nH: torch.Tensor
+    down_HI: torch.Tensor
+
+
+Observer = Callable[[Routed], None]
+"""Called with every expert that some token of a batch reaches."""
 
 
 @dataclass(slots=True)
@@ -578,7 +599,7 @@ def _forward(
         inner_nI = between(pre_nO)
         value_nH = nn.functional.linear(inner_nI, values.down_HI, values.down_bias_H)
         if bank.observer is not None:
-            bank.observer(expert, weight_n, inner_nI, value_nH)
+            bank.observer(Routed(expert, weight_n, inner_nI, value_nH, values.down_HI))
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.
         out_TH[token_n] += (value_nH * weight_n[:, None]).to(out_TH.dtype)
     return out_TH

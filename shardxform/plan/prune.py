@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
-from shardxform.base.tensors import uncollected
+from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.plan.plan import Plan, copy_steps, extents_of, lay_out
+from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.view import (
     ViewOptions,
     config_bytes,
@@ -71,7 +72,8 @@ def plan_prune(
     moved = [item for step in blocks for item in step.kept]
     healed = {extent for item in moved for _, extent in item.parts}
     places = extents_of(shards) if healed else {}
-    copies = copy_steps(shards, {name: ref for name, ref in tensors.items() if places.get(name) not in healed})
+    unchanged = {name: ref for name, ref in tensors.items() if places.get(name) not in healed}
+    copies: Iterator[Step] = _narrowed(shards, unchanged) if view.width else copy_steps(shards, unchanged)
     plan = Plan(
         command="prune",
         source=source.root,
@@ -92,6 +94,21 @@ def plan_prune(
     )
     plan.check()
     return plan
+
+
+def _narrowed(shards: tuple[ShardPlan, ...], tensors: Mapping[str, TensorRef]) -> Iterator[Step]:
+    """Steps that copy, and steps that write the channels that stay of every expert."""
+    from shardxform.formats.encoding import Encoded
+    from shardxform.formats.plain import Plain
+    from shardxform.plan.steps import TranscodeItem, transcode_steps
+
+    extents = extents_of(shards)
+    narrow = {name: ref for name, ref in tensors.items() if isinstance(ref, Encoded)}
+    yield from copy_steps(shards, {name: ref for name, ref in tensors.items() if name not in narrow})
+    yield from transcode_steps(
+        (TranscodeItem(name, ref.sources, Plain(ref.spec.dtype), (("values", extents[name]),)), ref.nbytes)
+        for name, ref in narrow.items()
+    )
 
 
 def _refuse_healed(recipe: Recipe | None) -> None:

@@ -288,7 +288,7 @@ def refuse_unpruned(view: View) -> None:
         PlanError: says what to give.
 
     """
-    if view.layout.num_experts == view.source_layout.num_experts:
+    if not view.prunes:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
 
 

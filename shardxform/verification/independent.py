@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.by_definition import floats, nearest_bf16, nearest_half, rounded
 from shardxform.verification.findings import Findings
 
@@ -459,6 +459,10 @@ class _How:
             inputs = {} if "quantization_config" in config else inputs.get("origin", {})
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
+        if manifest.get("width"):
+            raise PlanError(
+                "`independent`: experts of OUT have fewer channels, which the second opinion does not derive"
+            )
         keep, text = manifest.get("keep"), _text_of(config)
         sets = _SETS.get(str(config.get("model_type")), 1)
         experts = next(_counts_of(config))[1] * sets
