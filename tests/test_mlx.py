@@ -267,6 +267,16 @@ DEFECTS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Raw]], object], str
         "quantization-config",
         "quantization and quantization_config differ",
     ),
+    "a mode of other codes": (
+        lambda c, _: [c[key].update(mode="mxfp4") for key in ("quantization", "quantization_config")],
+        "quantization-config",
+        "mode 'mxfp4', expected 'affine'",
+    ),
+    "no width": (
+        lambda c, _: [c[key].update(bits=0) for key in ("quantization", "quantization_config")],
+        "quantization-config",
+        "bits 0, expected 4 or 8",
+    ),
     "a class that mlx-lm has not": (
         lambda c, _: c.update(model_type="qwen3_5_moe_text"),
         "class",

@@ -393,6 +393,8 @@ def _of_mlx(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]
     scales, scaled_from, bits, group = None, 0, 0, 0
     if tensor.dtype == "U32":
         bits, group = config["quantization"]["bits"], config["quantization"]["group_size"]
+        if type(bits) is not int or bits not in (4, 8) or type(group) is not int:
+            raise ValueError(f"{name}: {bits!r} bits in groups of {group!r}")
         if one := _EXPERT.fullmatch(stem):  # whose scales are in a stack
             stem, scaled_from = f"{one[1].removesuffix('.experts')}.switch_mlp.{one[3]}", int(one[2]) * rows
         scales, biases, columns = tensors[f"{stem}.scales"], tensors[f"{stem}.biases"], columns * 32 // bits

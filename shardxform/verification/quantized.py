@@ -15,8 +15,9 @@ from typing import Final
 
 from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
+from shardxform.errors import SchemeError
 from shardxform.formats.decoding import is_packed, unreadable
-from shardxform.formats.dialects import method_of
+from shardxform.formats.dialects import ASYMMETRIC, method_of, resolve
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import Layout, Place
@@ -231,6 +232,11 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
     for key in _REQUIRED.get(method, ()):
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
+    if method == "mlx" and not declared.get(ASYMMETRIC):
+        try:
+            resolve(declared)
+        except SchemeError as e:
+            report(str(e).partition(": ")[2])
     if method in _REQUIRED and method not in ("mlx", *layout.family.formats):
         family, known = layout.family, " or ".join(layout.family.formats)
         why = f"do not find experts of {family.name}, as those of {known} do" if known else f"fail: {family.unread}"

@@ -27,6 +27,7 @@ from shardxform.model.families.base import (
     size,
     types,
 )
+from shardxform.model.families.key_types import MULTIMODAL, TOWER
 
 __all__ = ["FAMILY"]
 
@@ -108,29 +109,22 @@ FAMILY: Final = Family(
         use_bias="bool or null",
     ),
     vision_types={
+        **TOWER,
         "depth": "int",
-        "hidden_act": "str",
-        "hidden_size": "int",
         "in_channels": "int",
-        "initializer_range": "float",
-        "intermediate_size": "int",
         "num_heads": "int",
         "patch_size": "int or list of int",
         "rms_norm_eps": "float",
-        "rope_parameters": "object or null",
         "spatial_merge_size": "int",
         "temporal_merge_size": "int",
     },
     wrapper_types={
+        **MULTIMODAL,
         "image_end_token_id": "int",
         "image_start_token_id": "int",
-        "image_token_id": "int",
-        "text_config": "object or null",
-        "tie_word_embeddings": "bool",
         "video_end_token_id": "int",
         "video_start_token_id": "int",
         "video_token_id": "int",
-        "vision_config": "object or null",
     },
     conditions=conditions(
         _is_moe, shared=lambda config, layer: _is_moe(config, layer) and bool(config.get("moe_num_shared_experts", 2))
