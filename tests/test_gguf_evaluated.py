@@ -93,6 +93,16 @@ def test_the_command_wants_a_source(tmp_path: Path) -> None:
     assert "give --against, what it was made of" in " ".join(result.output.split())
 
 
+def test_the_card_says_how_to_run_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    card = call("card", done(in_gguf(source, pruned=True), tmp_path / "out"))
+    for line in ("llama-server -m model.gguf", "FROM ./", "blocks of Q4_0", "--format gguf --pre-tokenizer qwen2"):
+        assert line in card
+    assert "transformers" not in card
+    done(to_gguf(source, 60_000), tmp_path / "split")
+    assert "llama-gguf-split --merge model-00001-of-" in call("card", tmp_path / "split")
+
+
 @pytest.mark.oracle
 @pytest.mark.skipif(not ALL, reason="by night")
 def test_figures_are_those_of_the_twin(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import GgufOptions, ViewOptions
+from shardxform.verification import verify
 
 KINDS = ("qwen3_moe", "qwen3_6_moe", "qwen3_5_moe_text", "qwen3_5_moe")
 GRIDS = ((4, 32), (8, 32), (4, -1), (8, -1))
@@ -169,6 +171,49 @@ def test_columns_that_leave_their_blocks_go_into_a_wider_type(tmp_path: Path) ->
         np.testing.assert_array_equal(tensor, values_of(read_checkpoint(twin), name, 4, 32)[:, order])
         plain = read_checkpoint(source)[f"{name}.weight"].float32()
         np.testing.assert_array_equal(direct[f"blk.{layer}.ssm_out.weight"], plain[:, order])
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", picked(("Q4_K_M", "F16", "Q8_0", "MXFP4_MOE", "F32", "Q5_0"), 3))
+def test_a_file_of_a_type_is_what_llama_quantize_makes(kind: str, tmp_path: Path) -> None:
+    """Which types these are, and the blocks of each, other tests hold against its rules; here is that they are used."""
+    source = make(tmp_path / "source", hidden_size=256, moe_intermediate_size=256)
+    asked = replace(PRE, kind=kind)
+    plan = plan_convert(Checkpoint.open(source), Target(format="gguf"), ConvertOptions(gguf=asked))
+    out = done(plan, tmp_path / "out") / "model.gguf"
+    found = {t.name: (t.tensor_type.name, t.data) for t in gguf.GGUFReader(out).tensors}
+    plain = read_checkpoint(source)
+    assert fields_of(out)["general.file_type"] == getattr(gguf.LlamaFileType, TYPE_NAMES.get(kind, f"MOSTLY_{kind}"))
+    wide = {name for name, (dtype, _) in found.items() if dtype == "F32"}
+    assert "blk.0.ffn_gate_inp.weight" in wide
+    assert ("blk.0.ffn_up_exps.weight" in wide) == (kind == "F32")
+    if kind == "Q4_K_M":
+        assert {dtype for dtype, _ in found.values()} == {"F32", "Q4_K", "Q5_0", "Q6_K"}  # of rows of 128, Q5_0
+        assert found["output.weight"][0] == "Q6_K"
+    values_of_head = plain["lm_head.weight"].float32()
+    if kind in ("Q8_0", "F16", "F32"):
+        theirs = gguf.quantize(values_of_head, gguf.GGMLQuantizationType[kind])
+        np.testing.assert_array_equal(found["output.weight"][1].view(np.uint8), theirs.view(np.uint8))
+    manifest = manifest_of(source)
+    pruned = done(plan_prune(Checkpoint.open(source), manifest, ViewOptions(gguf=asked)), tmp_path / "p")
+    run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "pruned")
+    again = plan_convert(Checkpoint.open(tmp_path / "pruned"), Target(format="gguf"), ConvertOptions(gguf=asked))
+    assert (done(again, tmp_path / "a") / "model.gguf").read_bytes() == (pruned / "model.gguf").read_bytes()
+    for each in (tmp_path / "out", pruned):
+        report = verify(each, source=source)
+        assert report.problems == ()
+        assert report.values_compared == report.tensors
+
+
+TYPE_NAMES = {"F32": "ALL_F32"}
+
+
+def test_a_type_is_no_matter_of_a_scheme(tmp_path: Path) -> None:
+    source = Checkpoint.open(make(tmp_path / "source"))
+    with pytest.raises(SchemeError, match="give one of the two"):
+        plan_quantize(source, Scheme(grid=Grid(), format="gguf"), None, ViewOptions(gguf=replace(PRE, kind="Q4_0")))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["decoded", "of_codes", "overflowing", "rounded"]
 
 _HALF: Final = 2  # bytes of a float16
+_MIDDLE: Final = 128  # a code of 8 bits that means zero
+_MIDDLES: Final = 0x8080_8080_8080_8080
 
 
 def of_codes(codes_RI: Bytes, half_RG: NDArray[np.uint16], grid: Grid, type_name: str) -> Bytes:
@@ -41,14 +43,16 @@ def of_codes(codes_RI: Bytes, half_RG: NDArray[np.uint16], grid: Grid, type_name
     """
     rows, columns = codes_RI.shape
     group_of_block = np.arange(0, columns, 32) // grid.span(columns)
-    codes_RBS = codes_RI.reshape(rows, -1, 32)
-    out = np.empty((rows, columns // 32, _HALF + (16 if type_name == "Q4_0" else 32)), np.uint8)
-    out[..., :_HALF] = half_RG[:, group_of_block, None].astype("<u2").view(np.uint8)
+    if type_name == "Q8_0" and grid.bits == 4:
+        codes_RI = codes_RI + np.uint8(_MIDDLE - grid.zero_code)
+    eights_RNE = np.ascontiguousarray(codes_RI).view("<u8").reshape(rows, -1, 4)  # eight codes at a time
     if type_name == "Q4_0":
-        out[..., _HALF:] = _nibbles(codes_RBS)
+        eights_RNE = eights_RNE[..., :2] | (eights_RNE[..., 2:] << np.uint64(4))
     else:
-        np.subtract(codes_RBS, np.uint8(grid.zero_code), out=out[..., _HALF:])  # two's complement
-    return out.reshape(rows, -1)
+        eights_RNE = eights_RNE ^ np.uint64(_MIDDLES)  # two's complement
+    out = np.empty((rows, columns // 32), [("d", "<u2"), ("codes", "<u8", (eights_RNE.shape[-1],))])
+    out["d"], out["codes"] = half_RG[:, group_of_block], eights_RNE
+    return out.view(np.uint8).reshape(rows, -1)
 
 
 def overflowing(blocks_RB: Bytes, type_name: str) -> tuple[int, ...]:

@@ -145,6 +145,7 @@ class QuantizationFacts:
         data, recipe: calibration text and settings of tuned rounding.
         blocks: errors of tuned blocks.
         judged_apart: whether these are on windows that were not tuned on; None where the record does not say.
+        types: of the blocks of a GGUF file.
 
     """
 
@@ -160,6 +161,7 @@ class QuantizationFacts:
     recipe: Mapping[str, int | str]
     blocks: tuple[BlockError, ...] = ()
     judged_apart: bool | None = None
+    types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +254,7 @@ class Facts:
         tasks: likewise, a metric each.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
+        gguf: names of the files of a model in GGUF; none of another.
         dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
 
     """
@@ -282,6 +285,7 @@ class Facts:
     dequantized: str = ""
     model_type: str = ""
     has_mtp: bool = False
+    gguf: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> str:

@@ -196,7 +196,7 @@ def _quantization(facts: Facts) -> Iterator[str]:
 def _quantization_lines(made: QuantizationFacts) -> Iterator[tuple[str, str]]:
     groups = "one scale per row" if made.group_size == -1 else f"groups of {made.group_size} share a scale"
     yield "scheme", f"W{made.bits}A16, symmetric, {groups}"
-    yield "format", made.format
+    yield "format", f"{made.format}, blocks of {' and '.join(made.types)}" if made.types else made.format
     yield "modules", f"{made.modules:,}"
     yield "rounding", _method(made)
     recipe = made.recipe
@@ -428,6 +428,9 @@ def _folded(text: str) -> str:
 
 def _loading(facts: Facts) -> Iterator[str]:
     """Paragraphs and blocks of code, one client after the other."""
+    if facts.gguf:
+        yield from _gguf(facts)
+        return
     old_names = facts.quantization is not None and facts.quantization.expert_names == "fused-indexed"
     if old_names:
         yield (
@@ -460,6 +463,23 @@ def _mlx_alone(facts: Facts) -> Iterator[str]:
         " llama.cpp do not read this format: `shardxform convert --to auto-round`, or another, writes what they read,"
         " with the same codes and scales."
     )
+
+
+def _gguf(facts: Facts) -> Iterator[str]:
+    """Programs that run a GGUF file, by its name or that of the first of several."""
+    first = facts.gguf[0]
+    context = str(min(facts.max_positions or _MAX_CONTEXT, _MAX_CONTEXT))
+    yield "### llama.cpp"
+    lines = [("llama-server", "-m", first, "-c", context), ("llama-cli", "-m", first, "-p", "Hello")]
+    yield fence("\n".join(map(_shell, lines)), "sh")
+    yield "### Ollama"
+    if len(facts.gguf) > 1:
+        joined = f"{facts.name}.gguf"
+        yield "Ollama reads one file: join these first."
+        yield fence(_shell(("llama-gguf-split", "--merge", first, joined)), "sh")
+        first = joined
+    name = re.sub(r"[^a-z0-9._-]+", "-", facts.name.lower()).strip("-") or "model"
+    yield fence(f"printf 'FROM ./%s\\n' {shlex.quote(first)} > Modelfile\nollama create {name} -f Modelfile", "sh")
 
 
 def _transformers(facts: Facts) -> Iterator[str]:
@@ -544,11 +564,18 @@ def _entries(facts: Facts) -> Iterator[tuple[str, str | tuple[str, ...]]]:
         "license_link": origin.license_link,
         "base_model": origin.base_model,
         "base_model_relation": "quantized" if origin.base_model and facts.quantization else "",
-        "library_name": "mlx" if facts.quantization and facts.quantization.format == "mlx" else "transformers",
+        "library_name": _library(facts),
         "pipeline_tag": "image-text-to-text" if facts.vision else "text-generation",
         "tags": tuple(_tags(facts)),
     }
     yield from ((key, value) for key, value in entries.items() if value)
+
+
+def _library(facts: Facts) -> str:
+    """What loads it, in the hub's words."""
+    if facts.gguf:
+        return "llama.cpp"
+    return "mlx" if facts.quantization and facts.quantization.format == "mlx" else "transformers"
 
 
 def _tags(facts: Facts) -> Iterator[str]:
@@ -560,6 +587,8 @@ def _tags(facts: Facts) -> Iterator[str]:
     if facts.quantization:
         yield f"int{facts.quantization.bits}"
         yield facts.quantization.format
+    elif facts.gguf:
+        yield "gguf"
     yield "shardxform"
 
 
