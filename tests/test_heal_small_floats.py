@@ -179,7 +179,11 @@ def assert_skipped(declared: dict[str, Any], tensors: dict[str, Raw]) -> None:
     """Clients take exactly those linear modules for quantized that are, by their own matching."""
     names = {name.rpartition(".")[0] for name in tensors if name.endswith("_proj.weight")}
     homes = {name.partition(".experts.")[0] + ".experts" for name in names if ".experts." in name}
-    packed = {name.rpartition(".")[0] for name in tensors if name.endswith(("weight_scale", "weight_scale_inv"))}
+    packed = {
+        name.rpartition(".")[0]
+        for name in tensors
+        if name.endswith(("weight_scale", "weight_scale_inv", "qscale_weight"))
+    }
     assert packed
     if declared["quant_method"] == "compressed-tensors":
         from compressed_tensors.utils.match import match_name
@@ -204,11 +208,11 @@ def test_what_stays_in_16_bits_beside_rounded_weights_is_healed_too(folder: Path
         source, twin = made(folder, kind)
         outs = [tmp_path / f"{kind} {number}" for number in range(2)]
         for root, out in zip((source, twin), outs, strict=True):
-            how = ("--heal", "all", *HEAL, "--group-size", 32, "--keep-16bit", keep)
+            how = ("--heal", "all", *HEAL, "--requantize", "--group-size", 32, "--keep-16bit", keep)
             call("quantize", root, out, "-m", keep_file(tmp_path), *how)
         found = read_checkpoint(outs[0])
         assert found == read_checkpoint(outs[1])
-        call("quantize", source, tmp_path / f"{kind} plain", "-m", keep_file(tmp_path), *how[-4:], "-q")
+        call("quantize", source, tmp_path / f"{kind} plain", "-m", keep_file(tmp_path), *how[-5:], "-q")
         plain = read_checkpoint(tmp_path / f"{kind} plain")
         names = [name for name in plain if plain[name].dtype == "BF16" and "_proj" in name and "layers.1" in name]
         assert any(found[name] != plain[name] for name in names)
@@ -331,7 +335,7 @@ def test_a_block_of_zeros_has_a_scale_that_is_a_number() -> None:
 
 HOWS: dict[str, tuple[object, ...]] = {
     "prune": ("prune",),
-    "quantize": ("quantize", "--group-size", 32),
+    "quantize": ("quantize", "--group-size", 32, "--requantize"),
     "as the source": ("prune", "--heal", "moe", *HEAL),
     "in 16 bits": ("prune", "--heal", "moe", *HEAL, "--heal-encoding", "16bit"),
 }
@@ -354,7 +358,7 @@ def test_the_independent_check_finds_one_wrong_code(kind: str, folder: Path, tmp
     source, _ = made(folder, kind)
     out = folder / f"{kind} rounded"
     if not out.exists():
-        call("quantize", source, out, "-m", keep_file(folder), "--group-size", 32, "-q")
+        call("quantize", source, out, "-m", keep_file(folder), "--group-size", 32, "--requantize", "-q")
     tensors, config = read_checkpoint(source), config_of(source)
     codes = [n for n in tensors if "layers.1.mlp.experts" in n and n.endswith(("_packed", ".weight", "_blocks"))]
     name = next(n for n in codes if "experts.1." in n or n.endswith("_blocks"))

@@ -230,10 +230,10 @@ def _decoded(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterat
 
 
 _CODES: Final = (".weight_packed", "_blocks", ".weight")
-_FACTORS: Final = (".weight_scale_inv", ".weight_scale", ".scale", "_scales")
+_FACTORS: Final = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scales")
 _TIMES: Final = (".weight_scale_2",)
 _OVER: Final = (".weight_global_scale",)
-_UNUSED: Final = (".input_scale", ".input_global_scale")
+_UNUSED: Final = (".input_scale", ".input_global_scale", ".activation_scale", ".qscale_act")
 
 
 def _block_of(declared: Mapping[str, Any]) -> tuple[int, int] | None:
