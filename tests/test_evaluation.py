@@ -27,6 +27,7 @@ from shardxform.cli import main  # noqa: E402
 from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
 from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.evaluation.plot import draw  # noqa: E402
+from shardxform.evaluation.routing import Load, kept_of, load_of  # noqa: E402
 from shardxform.execution.runner import run  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
@@ -110,6 +111,47 @@ def test_against_a_reference(small_moe: Path, windows: Windows, tmp_path: Path) 
         ours = torch.stack([b[layer].double() for b in blocks])
         theirs = torch.stack([b[layer].double() for b in reference_blocks])
         assert error == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-3)
+    counts, reference_counts = (routed(loaded(path), windows) for path in (tmp_path / "pruned", small_moe))
+    assert list(found.against.loads) == [0, 1, 2, 3]
+    for layer, load in found.against.loads.items():
+        assert load.keep == KEEP.keep[layer]  # as the record of the output has it
+        assert list(load.tested) == counts[layer]
+        assert list(load.reference) == [reference_counts[layer][expert] for expert in load.keep]
+        assert load.pruned == sum(reference_counts[layer]) - sum(load.reference)
+
+
+def routed(model: Any, windows: Windows) -> list[list[int]]:
+    """Tokens that each layer's router sends to each expert."""
+    found: list[list[int]] = [[] for _ in model.model.layers]
+
+    def look(layer: int, experts: Any, args: Any) -> None:
+        count = args[1].flatten().bincount(minlength=experts.num_experts).tolist()
+        found[layer] = [a + b for a, b in zip(found[layer], count, strict=True)] if found[layer] else count
+
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.experts.register_forward_pre_hook(lambda module, args, layer=layer: look(layer, module, args))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(windows.ids_NT).long())
+    return found
+
+
+def test_loads_say_what_was_lost_and_what_moved() -> None:
+    load = load_of([30, 10], [40, 20, 40], 0, {0: [0, 2]})
+    assert load == Load(keep=(0, 2), tested=(30, 10), reference=(40, 40), pruned=20)
+    assert (load.lost, load.moved, load.shares) == (0.2, 0.25, ((0.5, 0.75), (0.5, 0.25)))
+    assert load.even == (pytest.approx(2.0), pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))))
+    assert load_of([30, 10], [40, 20, 40], 0, {}) is None
+    assert load_of([30, 10], [40, 20], 0, {0: [0, 2]}) is None
+
+
+def test_experts_are_not_taken_for_others_of_the_same_number(small_moe: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(small_moe)
+    run(plan_prune(source, KEEP), tmp_path / "pruned")
+    pruned = Checkpoint.open(tmp_path / "pruned")
+    assert kept_of(pruned, source) == KEEP.keep
+    assert kept_of(pruned, pruned) is None
+    assert kept_of(source, source) == {}
+    assert kept_of(source, pruned) is None
 
 
 def test_a_view_is_worth_what_the_written_checkpoint_is(small_moe: Path, windows: Windows, tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ SMALL_OMNI = {
     },
 }
 
+ERNIE_VL = "Ernie4_5_VLMoeForConditionalGeneration"
+
 CASES: dict[str, Case] = {
     "afmoe": Case(over={"mup_enabled": True}, more=({"attention_bias": True},)),
     "bailing_hybrid": Case(
@@ -217,6 +219,16 @@ CASES: dict[str, Case] = {
     ),
     "dots1": Case(more=({"attention_bias": True},)),
     "ernie4_5_moe": Case(more=({"tie_word_embeddings": False},)),
+    "ernie4_5_vl_moe": Case(
+        over={
+            "moe_intermediate_size": [32, 64],
+            "mlp_layer_types": ["dense", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [2, 2, 4]},
+        },
+        class_name=ERNIE_VL,
+        runs=False,
+        formats=(),
+    ),
     "exaone_moe": Case(over={"head_dim": 32}),
     "flex_olmo": Case(over={"pad_token_id": None}, more=({"attention_bias": True},)),
     "gemma4_text": Case(over=GEMMA4, more=({"tie_word_embeddings": False},)),
@@ -424,9 +436,16 @@ def saved(kind: str, model: Any, root: Path) -> Path:
 
 
 def keep_of(source: Checkpoint) -> dict[int, tuple[int, ...]]:
-    """Other experts in every layer: four of six."""
+    """Other experts in every layer, and in every set of them: four of six."""
     layout = layout_of(source.config, source.tensors)
-    return {layer: tuple(e for e in range(6) if (e + layer) % 3) for layer in layout.moe_layers}
+    every = range(any_moe.EXPERTS * max(len(layout.family.sets), 1))
+    return {layer: tuple(e for e in every if (e + layer + e // any_moe.EXPERTS) % 3) for layer in layout.moe_layers}
+
+
+def kept_of(name: str, keep: tuple[int, ...]) -> tuple[int, ...]:
+    """Experts that stay of the set that a parameter belongs to, of which transformers has a module each."""
+    first = any_moe.EXPERTS * (".vision_moe." in name)
+    return tuple(e - first for e in keep if first <= e < first + any_moe.EXPERTS)
 
 
 def loaded(root: Path, class_name: str = "") -> Any:
@@ -466,9 +485,8 @@ def sliced(model: Any, smaller: Any, keep: dict[int, tuple[int, ...]]) -> dict[s
         axes = [at for at, (a, b) in enumerate(zip(value.shape, wanted[name].shape, strict=True)) if a != b]
         layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         if axes:
-            value = value.index_select(
-                axes[0], positions(value.shape[axes[0]], wanted[name].shape[axes[0]], keep[layer])
-            )
+            sizes = value.shape[axes[0]], wanted[name].shape[axes[0]]
+            value = value.index_select(axes[0], positions(*sizes, kept_of(name, keep[layer])))
         out[name] = renumbered(value, keep[layer]) if name.endswith("tid2eid") else value
     return out
 

@@ -75,12 +75,13 @@ def test_architectures_that_are_no_list_of_names_are_refused(architectures: Any)
 @every_family
 def test_every_symbol_and_condition_of_a_template_is_defined(family: Family) -> None:
     for template in templates(family):
-        symbols = family.vision_symbols if template.role == "vision" else {**family.symbols, **family.layer_symbols}
+        apart = {**family.layer_symbols, **family.set_symbols}
+        symbols = family.vision_symbols if template.role == "vision" else {**family.symbols, **apart}
         used = set(re.findall(r"[A-Z]+", template.shape))
         assert used <= {"E", *symbols}, template.name
         assert template.when in ("", *family.conditions), template.name
     used_symbols = {s for t in templates(family) for s in re.findall(r"[A-Z]+", t.shape)}
-    assert used_symbols >= {*family.symbols, *family.layer_symbols, *family.vision_symbols}
+    assert used_symbols >= {*family.symbols, *family.layer_symbols, *family.set_symbols, *family.vision_symbols}
 
 
 @every_family

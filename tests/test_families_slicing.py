@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import any_moe
 import pytest
@@ -10,6 +12,7 @@ from build import Raw, random_tensors, read_checkpoint, write_checkpoint
 
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import FamilyError, ManifestError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.model.layout import layout_of
 from shardxform.plan.prune import plan_prune
@@ -43,6 +46,84 @@ def test_mtp_layers_of_ernie_have_no_experts_and_stay_as_they_are(mtp: MtpMode, 
     out = read_checkpoint(pruned(source, tmp_path / "out", Manifest(keep={1: (0, 2, 5)}), mtp))
     assert {name: out.get(name) for name in extra} == (extra if mtp == "auto" else dict.fromkeys(extra))
     assert Checkpoint.open(tmp_path / "out").config["num_nextn_predict_layers"] == (mtp == "auto")
+
+
+def ernie_vl(root: Path) -> Path:
+    """A tiny ERNIE-4.5-VL with sets of six experts, text ones before vision ones."""
+    from test_every_family import CASES
+
+    case = CASES["ernie4_5_vl_moe"]
+    model = any_moe.build("ernie4_5_vl_moe", class_name=case.class_name, **case.over)
+    return any_moe.save(model, root, model_type="ernie4_5_vl_moe")
+
+
+def test_a_keep_list_names_as_many_experts_of_either_set_by_the_numbers_of_their_tensors(tmp_path: Path) -> None:
+    source = ernie_vl(tmp_path / "in")
+    before = read_checkpoint(source)
+    after = read_checkpoint(pruned(source, tmp_path / "out", Manifest(keep={1: (0, 4, 5, 6, 9, 10)})))
+    home, router = "model.layers.1.mlp.experts", "model.layers.1.mlp.gate.weight"
+    for old, new in ((0, 0), (4, 1), (5, 2), (6, 3), (9, 4), (10, 5)):
+        name = "up_proj.weight"
+        assert after[f"{home}.{new}.{name}"].data == before[f"{home}.{old}.{name}"].data
+    for name, own in ((router, [0, 4, 5]), (f"{router}_1", [0, 3, 4])):
+        assert (after[name].float32() == before[name].float32()[:, own]).all()
+    bias = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    both = before[bias].float32()
+    assert after[bias].float32().tolist() == [both[0, [0, 4, 5]].tolist(), both[1, [0, 3, 4]].tolist()]
+    assert Checkpoint.open(tmp_path / "out").config["text_config"]["moe_num_experts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        ((0, 1, 2), r"keeps 3 text and 0 vision experts; layer 1 has 2 sets .* \(0\.\.5 text, 6\.\.11 vision\)"),
+        ((0, 1, 2, 6), "keeps 3 text and 1 vision experts"),
+        ((0, 6), "keeps 1 experts of each set, but its router picks 2 per token"),
+        ((0, 1, 6, 12), "expert 12, but layer 1 has experts 0..11"),
+    ],
+)
+def test_a_keep_list_that_does_not_tell_both_sets_is_refused(keep: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=said):
+        plan_prune(Checkpoint.open(ernie_vl(tmp_path / "in")), Manifest(keep={1: keep}))
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as releases of ERNIE-4.5-VL have it."""
+    text = {key: value for key, value in config["text_config"].items() if key != "mlp_layer_types"}
+    layers = {"moe_layer_start_index": [1, 1], "moe_layer_end_index": [1, 1], "moe_layer_interval": 1}
+    more = {"moe_num_experts": [6, 6], "model_type": "ernie4_5_moe_vl", "vision_config": config["vision_config"]}
+    return {**text, **layers, **more, "architectures": config["architectures"], "tie_word_embeddings": False}
+
+
+def test_a_flat_config_counts_the_experts_of_each_set(tmp_path: Path) -> None:
+    saved = ernie_vl(tmp_path / "saved")
+    tensors = {name.replace("model.vision_model", "vision_model"): raw for name, raw in read_checkpoint(saved).items()}
+    source = write_checkpoint(tmp_path / "in", tensors, flat(dict(Checkpoint.open(saved).config)))
+    assert layout_of(Checkpoint.open(source).config, tensors).unknown == ()
+    out = pruned(source, tmp_path / "out", Manifest(keep={1: (1, 3, 6, 7)}))
+    assert Checkpoint.open(out).config["moe_num_experts"] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("moe_num_experts", [6, 5], r"moe_num_experts: expected a count, found \[6, 5\]"),
+        ("moe_layer_start_index", [1, 0], "moe_layer_start_index: expected one number for both sets of experts"),
+        ("moe_intermediate_size", [32], "moe_intermediate_size: expected a size for each of two sets"),
+    ],
+)
+def test_sets_that_are_not_alike_are_refused(key: str, value: list[int], said: str, tmp_path: Path) -> None:
+    saved = Checkpoint.open(ernie_vl(tmp_path / "in"))
+    source = replace(saved, config={**flat(dict(saved.config)), key: value})
+    with pytest.raises(FamilyError, match=said):
+        plan_prune(source, Manifest(keep={1: (0, 1, 6, 7)}))
+
+
+def test_the_text_of_two_sets_is_no_model_of_its_own(tmp_path: Path) -> None:
+    source = Checkpoint.open(ernie_vl(tmp_path / "in"))
+    for config in (source.config, flat(dict(source.config))):
+        with pytest.raises(FamilyError, match="family ernie4_5_vl_moe has no text-only class"):
+            plan_prune(replace(source, config=config), None, ViewOptions(text_only=True))
 
 
 def deepseek_v4(root: Path, *, packed: bool = False) -> Path:

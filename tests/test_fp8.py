@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,11 +374,11 @@ def test_rounding_from_fp8_is_told(tmp_path: Path) -> None:
     source = write(tmp_path / "s", config, tensors)
     result = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "out"), "--group-size", "32"])
     assert result.exit_code == 0, result.output
-    assert "weights of the source are in small floats (" in result.output
+    assert re.search(r"rounded from their values: \d+ weights that are FP8 in blocks of ", result.output)
 
 
 def test_other_checkpoints_are_not_decoded(tmp_path: Path) -> None:
     config, tensors = tiny("qwen3_moe")
     assert decoded(Checkpoint.open(write(tmp_path / "a", config, tensors))) is None
-    config["quantization_config"] = {"quant_method": "gptq"}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     assert decoded(Checkpoint.open(write(tmp_path / "b", config, tensors))) is None

@@ -12,18 +12,35 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from strategies import ALL
 
 from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import ggml_blocks, packing, rounding
 from shardxform.formats.encoding import Cut, Rows, Writing
-from shardxform.formats.ggml import Ggml, encoding_of
+from shardxform.formats.ggml import Ggml, encoding_of, rounded
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
-from shardxform.formats.regrouping import Regrouped, RegroupedRows, Runs
 from shardxform.formats.scheme import Grid
 
-TYPES = {"Q4_0": 2, "Q8_0": 8}
+TYPES = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "IQ4_NL": 20,
+    "MXFP4": 39,
+}
+NUMBA = rounding.use_numba("auto")
+COMPILED = tuple(TYPES) if ALL else ("Q8_0", "Q4_K")  # each takes seconds to compile
+RULES = [(name, "numpy") for name in TYPES] + [(name, "numba") for name in COMPILED if NUMBA]
 
 
 # -- a matrix in memory -------------------------------------------------------------------------------------------
@@ -165,50 +182,6 @@ def test_zero_groups_of_a_grid_are_counted() -> None:
     assert (told.groups, told.zero_groups) == (8, 1)
 
 
-# -- columns in another order -------------------------------------------------------------------------------------
-
-
-def regrouped(values: np.ndarray, runs: Runs) -> np.ndarray:
-    """Column by column, by the definition."""
-    order = [
-        (outer * runs.inner + inner) * runs.width + at
-        for inner in range(runs.inner)
-        for outer in range(runs.outer)
-        for at in range(runs.width)
-    ]
-    return values[:, order]
-
-
-@pytest.mark.parametrize("group_size", [32, 128, -1])
-def test_runs_of_columns_take_their_codes_and_scales_along(group_size: int) -> None:
-    """Groups may be wider than runs: they are of the columns as they are stored."""
-    values, grid, runs = normal(32, 384), Grid(bits=4, group_size=group_size), Runs(2, 3, 64)
-    twin = ints(values, grid, "gptq")
-    for encoding, rows in ((Ggml("Q4_0"), twin), (Ggml("Q4_0", grid), rows_of(values))):
-        found = blocks_of(encoding, [RegroupedRows(rows, runs)], (32, 384))
-        wanted = regrouped(twin.values(0, 32), runs)
-        np.testing.assert_array_equal(opened("Q4_0", found, 384).values(0, 32), wanted)
-
-
-def test_floats_in_another_order() -> None:
-    values, runs, memory = normal(6, 48), Runs(4, 3, 4), Memory()
-    wanted = regrouped(values, runs)
-    ref = memory.put("x.weight", "F32", values.shape, values)
-    encoding = Regrouped(Plain("F32"), runs)
-    rows = encoding.open({"values": ref}, (6, 48), memory.read, True)
-    assert (runs.columns, rows.count, str(encoding.parts(6, 48)[0].dtype)) == (48, 6, "F32")
-    np.testing.assert_array_equal(rows.cut(Cut(2, 3)).values(1, 3), wanted[3:5])
-    np.testing.assert_array_equal(rows.cut(Cut(5, 3, transposed=True)).values(0, 3), wanted.T[5:8])
-    written = [data for _, _, data in Plain("F32").written([rows], writing((6, 48)))]
-    np.testing.assert_array_equal(np.concatenate(written), wanted)
-
-
-def test_runs_narrower_than_a_block_are_turned_before_ggml_rounds_them() -> None:
-    values, runs = normal(8, 96), Runs(3, 4, 8)
-    found = blocks_of(Ggml("Q8_0"), [RegroupedRows(rows_of(values), runs)], (8, 96))
-    np.testing.assert_array_equal(found, ggml_blocks.rounded(regrouped(values, runs), "Q8_0"))
-
-
 # -- ggml's own rules ---------------------------------------------------------------------------------------------
 
 
@@ -250,20 +223,75 @@ def by_ggml(values: np.ndarray, type_name: str) -> np.ndarray:
     return out
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("type_name", TYPES)
-def test_rounding_equals_ggmls_and_so_does_decoding(type_name: str) -> None:
-    decode = getattr(library(), f"dequantize_row_{type_name.lower().replace('k', 'K')}")
+def read_by_ggml(blocks: np.ndarray, type_name: str, columns: int) -> np.ndarray:
+    decode = getattr(library(), f"dequantize_row_{type_name.lower().replace('_k', '_K')}")
     decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    out = np.empty((len(blocks), columns), np.float32)
+    decode(blocks.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("type_name", "backend"), RULES)
+def test_rounding_equals_ggmls(type_name: str, backend: rounding.Backend) -> None:
     for name, values in cases(512):
-        wanted = by_ggml(values, type_name)
-        np.testing.assert_array_equal(ggml_blocks.rounded(values, type_name), wanted, err_msg=name)
-        back = np.empty_like(values)
-        decode(wanted.ctypes.data, back.ctypes.data, back.size)
-        np.testing.assert_array_equal(ggml_blocks.decoded(wanted, type_name), back, err_msg=name)
+        found = rounded(values, type_name, backend)
+        np.testing.assert_array_equal(found, by_ggml(values, type_name), err_msg=name)
+
+
+@pytest.mark.oracle
+@given(
+    rule=st.sampled_from(RULES),
+    values=arrays(np.float32, (2, 256), elements=st.floats(-1e6, 1e6, width=32)),
+    power=st.integers(-140, 0),
+)
+def test_rounding_any_values_equals_ggmls(rule: tuple[str, rounding.Backend], values: np.ndarray, power: int) -> None:
+    values = np.ldexp(values, power)
+    np.testing.assert_array_equal(rounded(values, *rule), by_ggml(values, rule[0]))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("type_name", [name for name in BLOCKS if not Ggml(name).unreadable])
+def test_scales_that_are_no_numbers_are_found_where_they_are(type_name: str) -> None:
+    """Wherever a float16 decides whether values are numbers, and nowhere else."""
+    nbytes = BLOCKS[type_name][1]
+    blocks = np.zeros((nbytes - 1, 2 * nbytes), np.uint8)
+    at = np.arange(nbytes - 1)
+    blocks[at, nbytes + at + 1] = 0x7C
+    odd = ~np.isfinite(ggml_blocks.decoded(blocks, type_name)).all(axis=1)
+    for row in at:
+        found = ggml_blocks.overflowing(blocks[row : row + 1], type_name)
+        assert found == ((0, 1) if odd[row] and type_name not in ("IQ1_M", "MXFP4", "NVFP4") else ())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("type_name", [name for name in BLOCKS if not Ggml(name).unreadable])
+def test_decoding_equals_ggmls(type_name: str) -> None:
+    """Of any bytes: scales may be no numbers."""
+    columns, nbytes = BLOCKS[type_name]
+    blocks = np.random.default_rng(0).integers(0, 256, (40, 4 * nbytes), np.uint8)
+    found = ggml_blocks.decoded(blocks, type_name)
+    np.testing.assert_array_equal(found, read_by_ggml(blocks, type_name, 4 * columns))
+
+
+@pytest.mark.skipif(not NUMBA, reason="no numba")
+@pytest.mark.parametrize("type_name", COMPILED)
+def test_blocks_that_do_not_fill_the_lanes_of_a_kernel(type_name: str) -> None:
+    values = normal(3, 256 * 7)
+    compiled = rounded(values, type_name, "numba")
+    np.testing.assert_array_equal(compiled, rounded(values, type_name, "numpy"))
 
 
 @pytest.mark.parametrize("type_name", TYPES)
+def test_what_is_rounded_is_near(type_name: str) -> None:
+    """Whatever the oracle is: within one step of the largest value of a block."""
+    values = normal(16, 512)
+    found = ggml_blocks.decoded(rounded(values, type_name, "numpy"), type_name)
+    bits = {"MXFP4": 2, "IQ4_NL": 3}.get(type_name) or int(type_name[1])
+    assert np.abs(found - values).max() < 2.0 ** (1 - bits) * np.abs(values).max()
+
+
+@pytest.mark.parametrize("type_name", COMPILED)
 def test_tiles_and_sources_do_not_show(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = normal(40, 512)
     whole = blocks_of(Ggml(type_name), [rows_of(values)], (40, 512))
@@ -272,16 +300,19 @@ def test_tiles_and_sources_do_not_show(type_name: str, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(blocks_of(Ggml(type_name), halves, (40, 512)), whole)
 
 
-@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("type_name", COMPILED)
 def test_what_cannot_be_said_is_refused_by_name(type_name: str) -> None:
     values = normal(4, 256)
     values[2, 70] = np.inf
     with pytest.raises(ExecutionError, match=r"tensor 'x.weight': NaN or infinity at row 2, column 70"):
         blocks_of(Ggml(type_name), [rows_of(values)], (4, 256))
     values[2, 70] = 1e9
+    if type_name == "MXFP4":  # its scales are powers of two
+        blocks_of(Ggml(type_name), [rows_of(values)], (4, 256))
+        return
     with pytest.raises(ExecutionError, match=rf"row 2 needs a scale beyond float16 .* of {type_name}"):
         blocks_of(Ggml(type_name), [rows_of(values)], (4, 256))
-    blocks = ggml_blocks.rounded(values, type_name)
+    blocks = rounded(values, type_name)
     assert not np.isfinite(opened(type_name, blocks, 256, checked=False).values(0, 4)).all()
     with pytest.raises(ExecutionError, match=r"tensor 'y.weight': row 2, column \d+: NaN or infinity"):
         opened(type_name, blocks, 256).values(1, 4)
@@ -300,6 +331,16 @@ def test_blocks_of_the_same_type_are_moved() -> None:
     np.testing.assert_array_equal(turned.values(0, 2), ggml_blocks.decoded(blocks, "Q4_0").T[1:3])
 
 
+def test_types_that_nothing_reads_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = np.zeros((2, 18), np.uint8)
+    with pytest.raises(ExecutionError, match=r"tensor 'y.weight': blocks of Q1_0 are not read"):
+        opened("Q1_0", blocks, 128)
+    monkeypatch.setattr("shardxform.formats.ggml.find_spec", lambda _: None)
+    with pytest.raises(ExecutionError, match=r"IQ4_XS are read by the gguf package: pip install shardxform\[gguf\]"):
+        opened("IQ4_XS", np.zeros((2, 136), np.uint8), 256)
+    opened("Q4_K", np.zeros((2, 144), np.uint8), 256)
+
+
 def test_shapes_and_types() -> None:
     assert encoding_of("F32") == Plain("F32")
     assert encoding_of("Q4_0", Grid()) == Ggml("Q4_0", Grid())
@@ -309,7 +350,11 @@ def test_shapes_and_types() -> None:
     assert Ggml("Q4_0", Grid(group_size=-1)).misfit(3, 96) == ""
     (part,) = Ggml("Q4_0").parts(3, 64)
     assert (part.spec("m").name, part.spec("m").nbytes, Ggml("Q4_0").row_bytes(64)) == ("m.weight", 3 * 36, 36)
+    assert "Q2_K is only read; expected one of Q4_0" in Ggml("Q2_K").misfit(1, 256)
+    assert Ggml("Q4_K").misfit(1, 512) == ""
     with pytest.raises(SchemeError, match="expected one of F32, F16, BF16, Q4_0"):
         encoding_of("Q9_0")
+    with pytest.raises(SchemeError, match="Q4_K: expected none for integers of 4 bits"):
+        Ggml("Q4_K", Grid(bits=4))
     with pytest.raises(SchemeError, match="Q4_0: expected none for integers of 8 bits"):
         Ggml("Q4_0", Grid(bits=8))

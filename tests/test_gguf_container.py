@@ -192,8 +192,8 @@ def test_padding_is_in_no_step(source: Path) -> None:
     plan.check()
     copies = [step.segments for step in plan.steps]
     odd = next(segment for segments in copies for segment in segments if segment.source.length == 15)
-    longer = replace(odd, source=replace(odd.source, length=16))
-    for step, wrong in ((plan.steps[-1], longer), (plan.steps[-1], replace(odd, offset=odd.offset + 1))):
+    longer = odd._replace(source=odd.source._replace(length=16))
+    for step, wrong in ((plan.steps[-1], longer), (plan.steps[-1], odd._replace(offset=odd.offset + 1))):
         segments = tuple(wrong if each == odd else each for each in step.segments)
         with pytest.raises(PlanError, match="internal: steps"):
             replace(plan, steps=(*plan.steps[:-1], replace(step, segments=segments))).check()

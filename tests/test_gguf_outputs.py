@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from build import read_checkpoint, tiny, write_checkpoint
+from build import read_checkpoint, tiny, write_checkpoint, write_json
+from click.testing import CliRunner
 from faults import Counting, Crashing, forked, sampled
-from ggufs import fields_of
+from ggufs import fields_of, write_gguf
+from llama import Llama
 from strategies import picked
 from test_convert import quantize, values_of
 from test_prune import manifest_of
@@ -24,6 +27,7 @@ from test_quantize import KIND_SIZES
 from test_run import looks_complete, tree
 
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import main
 from shardxform.errors import SchemeError
 from shardxform.execution.runner import RunOptions, run
 from shardxform.formats.scheme import Grid, Scheme
@@ -33,19 +37,20 @@ from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import GgufOptions, ViewOptions
+from shardxform.verification import verify
 
 KINDS = ("qwen3_moe", "qwen3_6_moe", "qwen3_5_moe_text", "qwen3_5_moe")
 GRIDS = ((4, 32), (8, 32), (4, -1), (8, -1))
 PRE = GgufOptions(pre_tokenizer="qwen2")
-SHARD_BYTES = 100_000
+ARRAY = gguf.GGUFValueType.ARRAY
 
 
 def tokenizer(count: int) -> str:
-    """tokenizer.json of a byte-level BPE: a token for each byte, as many as the model has, and no merges."""
+    """tokenizer.json of a byte-level BPE: a token for each byte and one that is merged, as many as the model has."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [256 + n for n in range(256 - len(kept))]
-    tokens = [chr(each) for each in (*kept, *others)][:count]
-    model = {"type": "BPE", "vocab": {token: at for at, token in enumerate(tokens)}, "merges": []}
+    tokens = ["!!", *(chr(each) for each in (*kept, *others))][:count]
+    model = {"type": "BPE", "vocab": {token: at for at, token in enumerate(tokens)}, "merges": [["!", "!"]]}
     return json.dumps({"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "ByteLevel"}})
 
 
@@ -168,6 +173,49 @@ def test_columns_that_leave_their_blocks_go_into_a_wider_type(tmp_path: Path) ->
         np.testing.assert_array_equal(direct[f"blk.{layer}.ssm_out.weight"], plain[:, order])
 
 
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", picked(("Q4_K_M", "F16", "Q8_0", "MXFP4_MOE", "F32", "Q5_0"), 3))
+def test_a_file_of_a_type_is_what_llama_quantize_makes(kind: str, tmp_path: Path) -> None:
+    """Which types these are, and the blocks of each, other tests hold against its rules; here is that they are used."""
+    source = make(tmp_path / "source", hidden_size=256, moe_intermediate_size=256)
+    asked = replace(PRE, kind=kind)
+    plan = plan_convert(Checkpoint.open(source), Target(format="gguf"), ConvertOptions(gguf=asked))
+    out = done(plan, tmp_path / "out") / "model.gguf"
+    found = {t.name: (t.tensor_type.name, t.data) for t in gguf.GGUFReader(out).tensors}
+    plain = read_checkpoint(source)
+    assert fields_of(out)["general.file_type"] == getattr(gguf.LlamaFileType, TYPE_NAMES.get(kind, f"MOSTLY_{kind}"))
+    wide = {name for name, (dtype, _) in found.items() if dtype == "F32"}
+    assert "blk.0.ffn_gate_inp.weight" in wide
+    assert ("blk.0.ffn_up_exps.weight" in wide) == (kind == "F32")
+    if kind == "Q4_K_M":
+        assert {dtype for dtype, _ in found.values()} == {"F32", "Q4_K", "Q5_0", "Q6_K"}  # of rows of 128, Q5_0
+        assert found["output.weight"][0] == "Q6_K"
+    values_of_head = plain["lm_head.weight"].float32()
+    if kind in ("Q8_0", "F16", "F32"):
+        theirs = gguf.quantize(values_of_head, gguf.GGMLQuantizationType[kind])
+        np.testing.assert_array_equal(found["output.weight"][1].view(np.uint8), theirs.view(np.uint8))
+    manifest = manifest_of(source)
+    pruned = done(plan_prune(Checkpoint.open(source), manifest, ViewOptions(gguf=asked)), tmp_path / "p")
+    run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "pruned")
+    again = plan_convert(Checkpoint.open(tmp_path / "pruned"), Target(format="gguf"), ConvertOptions(gguf=asked))
+    assert (done(again, tmp_path / "a") / "model.gguf").read_bytes() == (pruned / "model.gguf").read_bytes()
+    for each in (tmp_path / "out", pruned):
+        report = verify(each, source=source)
+        assert report.problems == ()
+        assert report.values_compared == report.tensors
+
+
+TYPE_NAMES = {"F32": "ALL_F32"}
+
+
+def test_a_type_is_no_matter_of_a_scheme(tmp_path: Path) -> None:
+    source = Checkpoint.open(make(tmp_path / "source"))
+    with pytest.raises(SchemeError, match="give one of the two"):
+        plan_quantize(source, Scheme(grid=Grid(), format="gguf"), None, ViewOptions(gguf=replace(PRE, kind="Q4_0")))
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,3 +262,103 @@ def test_what_llama_cpp_does_not_run_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(SchemeError, match=r"tokenizer\.json"):
         in_gguf(source)
     assert config["model_type"] == "qwen3_moe"
+
+
+# -- tuned and healed -------------------------------------------------------------------------------------------------
+
+SMALL = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+TEXT = ("--samples", "4", "--seqlen", "32", "--batch-size", "2", "-q")
+WAYS = {
+    "healed, then tuned": ["quantize", "--method", "auto-round", "--iters", "2", "--heal=moe", "--heal-iters", "2"],
+    "healed": ["prune", "--heal=all", "--heal-iters", "2"],
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("way", picked(WAYS, 2))
+def test_blocks_that_are_healed_and_tuned_equal_those_of_the_twin(way: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    verb, *options = WAYS[way]
+    keep = {str(layer): list(range(layer, layer + 8)) for layer in range(4)}
+    write_json(tmp_path / "keep.json", {"format": "shardxform.keep", "version": 1, "keep": keep})
+    data = ["--data", SMALL / "text" / "heldout.jsonl", *TEXT]
+    group = ["--group-size", "32"] if verb == "quantize" else []
+    call(verb, SMALL, tmp_path / "twin", "-m", tmp_path / "keep.json", *options, *group, *data)
+    call(verb, SMALL, tmp_path / "direct", "-m", tmp_path / "keep.json", *options, "--format", "gguf", *data)
+    call("convert", tmp_path / "twin", tmp_path / "again", "--to", "gguf")
+    assert (tmp_path / "again" / "model.gguf").read_bytes() == (tmp_path / "direct" / "model.gguf").read_bytes()
+
+
+def call(*args: object) -> str:
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert not result.exit_code, result.output
+    return result.output
+
+
+# -- llama.cpp --------------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {},
+    "qwen3_5_moe_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", picked(SIZES, 2))
+def test_llama_cpp_computes_what_transformers_does_of_the_twin(kind: str, tmp_path: Path) -> None:
+    """Of values in float32 on both sides, since kernels for blocks round activations."""
+    source = make(tmp_path / "source", kind, vocab_size=320, **SIZES[kind])
+    plain = done(to_gguf(source), tmp_path / "plain") / "model.gguf"
+    assert divergence(source, widened(plain, tmp_path / "wide.gguf")) < 1e-10
+    direct = done(in_gguf(source), tmp_path / "direct") / "model.gguf"
+    with Llama(direct) as llama:  # loads as it is
+        assert np.isfinite(llama.logits([1, 2, 3])).all()
+    twin = dequantized(quantize(source, tmp_path / "twin"), tmp_path / "values")
+    assert divergence(twin, widened(direct, tmp_path / "wide-4.gguf")) < 1e-10
+
+
+@pytest.mark.oracle
+def test_llama_cpp_runs_the_small_checkpoint(tmp_path: Path) -> None:
+    plan = plan_convert(Checkpoint.open(SMALL), Target(format="gguf"))
+    found = done(plan, tmp_path / "plain") / "model.gguf"
+    assert divergence(SMALL, widened(found, tmp_path / "wide.gguf")) < 1e-10
+
+
+def dequantized(twin: Path, out: Path) -> Path:
+    """A checkpoint of the values in float32 that a quantized one stands for."""
+    stored, config = read_checkpoint(twin), json.loads((twin / "config.json").read_text())
+    bits, group = config["quantization_config"]["bits"], config["quantization_config"]["group_size"]
+    del config["quantization_config"]
+    tensors: dict[str, np.ndarray] = {}
+    for name, tensor in stored.items():
+        stem, _, last = name.rpartition(".")
+        if last == "qweight":
+            tensors[f"{stem}.weight"] = values_of(stored, stem, bits, group).astype(np.float32)
+        elif last not in ("qzeros", "scales"):
+            tensors[name] = tensor.float32()
+    return write_checkpoint(out, tensors, {**config, "dtype": "float32"})
+
+
+def widened(path: Path, out: Path) -> Path:
+    """The same model with every tensor in float32."""
+    keys = gguf.GGUFReader(path).fields
+    metadata = {
+        name: (field.types[0], field.contents())
+        for name, field in keys.items()
+        if not name.startswith("GGUF.") and name != "general.architecture" and field.types[0] != ARRAY
+    }
+    lists = {name: field.contents() for name, field in keys.items() if field.types[0] == ARRAY and field.contents()}
+    write_gguf(out, {**metadata, **lists}, values(path), arch=keys["general.architecture"].contents())
+    return out
+
+
+def divergence(reference: Path, file: Path) -> float:
+    """Mean KL divergence of llama.cpp's next tokens from those of transformers, both in float32."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ids = np.random.default_rng(7).integers(0, 320, 24).tolist()
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    with Llama(file) as llama:
+        found = torch.from_numpy(llama.logits(ids)).double().log_softmax(-1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())

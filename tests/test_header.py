@@ -55,7 +55,7 @@ def test_a_header_of_no_tensors_is_encoded_to_exactly_these_bytes() -> None:
 
 def test_control_characters_and_unicode_are_escaped_as_the_reference_writer_escapes_them() -> None:
     name = '"\\/\b\f\n\r\t\x00\x1f\x7f\u2028é🙂'
-    text = tensors.encode([Entry(TensorSpec(name, "U8", ()), 0)])
+    text = tensors.encode([Entry(TensorSpec(name, "U8", ()), 0, 1)])
     assert rb'"\"\\/\b\f\n\r\t\u0000\u001f' + "\x7f\u2028é🙂".encode() + b'":{' in text
 
 

@@ -16,12 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from build import Raw, raw, read_checkpoint, write_checkpoint
+from strategies import picked
 
+from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.errors import SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.convert import Target, plan_convert
+from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.verification import verify
 
 torch = pytest.importorskip("torch")
 mx = pytest.importorskip("mlx.core")
@@ -29,7 +34,11 @@ mlx_utils = pytest.importorskip("mlx_lm.utils")
 
 pytestmark = pytest.mark.oracle
 
-HOMES = {"mlp.switch_mlp": "mlp.experts", "block_sparse_moe.switch_mlp": "block_sparse_moe.experts"}
+HOMES = {
+    "mlp.switch_mlp": "mlp.experts",
+    "experts.switch_glu": "experts",
+    "block_sparse_moe.switch_mlp": "block_sparse_moe.experts",
+}
 OURS = {"block_sparse_moe.experts": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}
 
 
@@ -44,21 +53,9 @@ def convert(source: Path, out: Path, to: Any = "mlx") -> Path:
     return out
 
 
-def affine(words: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
-    """`scale * code + bias`, as mlx documents it: the codes of a word from its lowest bits on."""
-    bits = 8 if words.shape[-1] * 4 % scales.shape[-1] == 0 and words.shape[-1] * 4 // scales.shape[-1] in SIZES else 4
-    codes = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & np.uint32((1 << bits) - 1)
-    codes = codes.reshape(*scales.shape, -1).astype(np.float32)
-    return (codes * scales[..., None] + biases[..., None]).reshape(*words.shape[:-1], -1)
-
-
-SIZES: set[int] = set()
-"""Groups in which 8 bits are looked for."""
-
-
 def plain(out: Path, bits: int) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint of MLX as float32, under its own name."""
-    stored, values = read_checkpoint(out), {}
+    stored, values = stacked(read_checkpoint(out)), {}
     for name, tensor in stored.items():
         stem, _, last = name.rpartition(".")
         if last in ("scales", "biases"):
@@ -72,6 +69,20 @@ def plain(out: Path, bits: int) -> dict[str, np.ndarray]:
         groups = codes.reshape(*scales.shape, -1).astype(np.float32) * scales[..., None] + biases[..., None]
         values[name] = groups.reshape(*words.shape[:-1], -1)
     return values
+
+
+def stacked(tensors: dict[str, Raw]) -> dict[str, Raw]:
+    """The same with words that are there for every expert as one stack, which mlx-lm makes of them."""
+    single: dict[str, list[Raw]] = {}
+    for name in [name for name, tensor in tensors.items() if ".experts." in name and tensor.dtype == "U32"]:
+        if match := re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name):
+            members = single.setdefault(f"{match[1]}.switch_mlp.{match[3]}.weight", [])
+            assert int(match[2]) == len(members)
+            members.append(tensors.pop(name))
+    for name, members in single.items():
+        data = b"".join(member.data for member in members)
+        tensors[name] = Raw("U32", (len(members), *members[0].shape), data)
+    return tensors
 
 
 def released(values: Mapping[str, np.ndarray], source: Path) -> dict[str, Raw]:
@@ -123,6 +134,7 @@ def divergence(ours: np.ndarray, theirs: np.ndarray) -> float:
 def check(out: Path, source: Path, bits: int, tmp_path: Path, ids: Any) -> None:
     from any_moe import load
 
+    assert [str(problem) for problem in verify(out, source=source, independent=True).problems] == []
     values = plain(out, bits)
     reference = tmp_path / "reference"
     write_checkpoint(reference, released(values, source), json.loads((source / "config.json").read_text()))
@@ -146,13 +158,85 @@ def test_the_small_model_converted(small_moe: Path, tmp_path: Path) -> None:
     assert mlx_utils.load_model(out, strict=True)
 
 
-FAMILIES = ("deepseek_v3", "qwen3_moe", "mixtral", "minimax_m2", "glm4_moe", "glm4_moe_lite", "deepseek_v32")
+def test_values_are_those_of_the_same_weights_in_another_format(small_moe: Path, tmp_path: Path) -> None:
+    from shardxform.forward.weights import Precision, Weights
+
+    paths = quantize(small_moe, tmp_path / "one"), quantize(small_moe, tmp_path / "two", "auto-round")
+    full = Precision(torch.device("cpu"), torch.float32)
+    with Weights(Checkpoint.open(paths[0]), full) as ours, Weights(Checkpoint.open(paths[1]), full) as theirs:
+        name = "model.layers.0.mlp.shared_expert.up_proj.weight"
+        assert torch.equal(ours.tensor(name), theirs.tensor(name))
+        one, other = (each.expert("block", 1, 2).dense(full) for each in (ours, theirs))
+        assert torch.equal(one.gate_up_OH, other.gate_up_OH)
+        assert torch.equal(one.down_HI, other.down_HI)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+FAMILIES = (
+    "deepseek_v3",
+    "qwen3_moe",
+    "mixtral",
+    "minimax_m2",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "deepseek_v32",
+    "qwen3_next",
+    "gemma4_text",
+)
+
+
+@pytest.mark.parametrize("model_type", picked(FAMILIES, 4))
 def test_a_tiny_model_of_every_family(model_type: str, tmp_path: Path) -> None:
     from any_moe import build, save
 
     source = save(build(model_type), tmp_path / "source")
-    out = convert(quantize(source, tmp_path / "q", "compressed-tensors"), tmp_path / "out")
+    out = quantize(source, tmp_path / "out")
     check(out, source, 4, tmp_path, torch.arange(24).reshape(1, 24) * 7 % 256)
+
+
+def test_what_mlx_lm_rounds_itself_is_read_pruned_and_written_in_16_bits(tmp_path: Path) -> None:
+    """Biases of their own, embeddings, head and routers in words too, routers in 8 bits."""
+    from any_moe import build, save
+    from mlx_lm.convert import convert as theirs
+
+    from shardxform.forward.weights import Precision, Weights
+
+    source = save(build("qwen3_moe"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    names = {"rope_theta": 10000.0, "num_experts": 6, "head_dim": 16}  # which it does not find otherwise
+    (source / "config.json").write_text(json.dumps(config | names))
+    mx.set_default_device(mx.cpu)
+    theirs(str(source), str(out := tmp_path / "out"), quantize=True, q_group_size=32, q_bits=4)
+    keep = {0: (0, 2, 3, 5), 1: (1, 2, 3, 4)}
+    run(plan_prune(Checkpoint.open(out), Manifest(keep=keep)), pruned := tmp_path / "pruned")
+    halves = convert(out, tmp_path / "halves", "bf16")
+    for path, made_from in ((pruned, out), (halves, out)):
+        assert [str(problem) for problem in verify(path, source=made_from).problems] == []
+    full = Precision(torch.device("cpu"), torch.float32)
+    with Weights(Checkpoint.open(out), full) as whole, Weights(Checkpoint.open(pruned), full) as part:
+        whole.check()
+        part.check()
+        for layer, ids in keep.items():
+            router = f"model.layers.{layer}.mlp.gate"
+            values = dequantized(out, router, 8)
+            assert (whole.tensor(f"{router}.weight").numpy() == values).all()
+            assert (part.tensor(f"{router}.weight").numpy() == values[list(ids)]).all()
+            down = dequantized(out, f"model.layers.{layer}.mlp.switch_mlp.down_proj", 4)
+            for new, old in enumerate(ids):
+                assert (whole.expert("block", layer, old).dense(full).down_HI.numpy() == down[old]).all()
+                assert (part.expert("block", layer, new).dense(full).down_HI.numpy() == down[old]).all()
+    ids = torch.arange(24).reshape(1, 24) * 7 % 256
+    assert np.isfinite(mlx_logits(widened(pruned, tmp_path / "wide"), ids)).all()
+    with pytest.raises(
+        SchemeError, match=r"integers with biases, groups of \d+, which symmetric integers of one scheme do not hold"
+    ):
+        convert(out, tmp_path / "back", "auto-round")
+
+
+def dequantized(out: Path, module: str, bits: int) -> np.ndarray:
+    """What mlx makes of a module, in float32."""
+    tensors: dict[str, Any] = {}
+    for path in out.glob("*.safetensors"):
+        tensors |= mx.load(str(path))
+    words, scales, biases = (tensors[f"{module}.{last}"] for last in ("weight", "scales", "biases"))
+    group = words.shape[-1] * 32 // bits // scales.shape[-1]
+    return np.array(mx.dequantize(words, scales.astype(mx.float32), biases.astype(mx.float32), group, bits))

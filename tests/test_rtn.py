@@ -23,7 +23,7 @@ PACKAGE = Path(rounding.__file__).parents[1]
 SMALLEST = 0x00A8  # float16 bits of 1e-5
 BACKENDS = [
     "numpy",
-    pytest.param("numba", marks=pytest.mark.skipif(not rounding._use_numba("auto"), reason="no numba")),
+    pytest.param("numba", marks=pytest.mark.skipif(not rounding.use_numba("auto"), reason="no numba")),
 ]
 DTYPES = ("BF16", "F16", "F32")
 GRID_32 = Grid(group_size=32)

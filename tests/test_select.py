@@ -37,7 +37,9 @@ def layer(reap: list[float], count: list[int] | None = None, peak: list[float] |
     reap_E = np.array(reap, np.float64) * count_E
     peak_E = np.array([1.0] * len(reap) if peak is None else peak) * (count_E > 0)
     known = {"reap_E": reap_E, "ean_E": 2 * reap_E, "gate_E": count_E * 0.25, "peak_E": peak_E}
-    return ExpertStats(count_E=count_E, **known, square_E=4 * reap_E, energy_E=3 * reap_E, spread_E=1 + reap_E)
+    return ExpertStats(
+        count_E=count_E, **known, square_E=4 * reap_E, energy_E=3 * reap_E, output_E=5 * reap_E, spread_E=1 + reap_E
+    )
 
 
 def saliency(*layers: ExpertStats, **changes: Any) -> Saliency:
@@ -68,6 +70,7 @@ def saliency(*layers: ExpertStats, **changes: Any) -> Saliency:
         ("gate-sum", [1.0, 0.0, 0.5]),
         ("peak", [9.0, 0.0, 7.0]),
         ("energy", [5.0, 0.0, 6.0]),
+        ("output-energy", [7.0, 0.0, 2.5]),
         ("msan", [4.0, 0.0, 3.0]),
         ("aimer", [1.25, 1.5, 1.0]),
     ],
@@ -81,6 +84,7 @@ def test_scores(criterion: str, expected: list[float]) -> None:
         peak_E=np.array([9.0, 0.0, 7.0]),
         square_E=np.array([8.0, 0.0, 12.0]),
         energy_E=np.array([5.0, 0.0, 6.0]),
+        output_E=np.array([7.0, 0.0, 2.5]),
         spread_E=np.array([1.25, 1.5, 1.0]),
     )
     score_E = CRITERIA[criterion](stats)
@@ -88,7 +92,7 @@ def test_scores(criterion: str, expected: list[float]) -> None:
 
 
 def test_every_criterion_is_tested_above() -> None:
-    assert len(CRITERIA) == 10
+    assert len(CRITERIA) == 11
 
 
 # -- the cut ------------------------------------------------------------------------------------------------------

@@ -89,6 +89,12 @@ def fp8_whole(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     return {**parts, "input_scale": raw("F32", np.array(np.float32(0.5)))}, values * scale
 
 
+def fp8_of_mistral(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    parts, values = fp8_whole(w)
+    names = {"weight_scale": "qscale_weight", "input_scale": "qscale_act"}
+    return {names.get(last, last): part for last, part in parts.items()}, values
+
+
 def mxfp4(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
     blocks = w.reshape(len(w), -1, 32)
     power = exponents(blocks, 6)
@@ -184,6 +190,11 @@ KINDS: dict[str, Kind] = {
     ),
     "fp8 channels": Kind(fp8_channels, compressed("float-quantized", num_bits=8, strategy="channel")),
     "fp8 whole": Kind(fp8_whole, {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]}),
+    "fp8 of mistral": Kind(fp8_of_mistral, {"quant_method": "fp8", "activation_scheme": "static"}),
+    "fp8 blocks of mistral": Kind(
+        lambda w: (lambda p, v: ({"weight": p["weight"], "qscale_weight": p["weight_scale_inv"]}, v))(*fp8_blocks(w)),
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 24]},
+    ),
     "mxfp4": Kind(mxfp4, compressed("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32)),
     "mxfp8": Kind(mxfp8, {"quant_method": "mxfp8", "modules_to_not_convert": ["lm_head"]}),
     "nvfp4": Kind(
@@ -272,6 +283,11 @@ def keep_file(folder: Path) -> Path:
     return path
 
 
+def again(kind: str) -> tuple[str, ...]:
+    """What has weights of 4 bits rounded a second time."""
+    return ("--requantize",) if "fp4" in kind else ()
+
+
 def shards(root: Path) -> Tensors:
     return read_checkpoint(root)
 
@@ -300,7 +316,7 @@ def test_rounding_to_nearest_is_that_of_the_twin(kind: str, folder: Path, tmp_pa
     source, twin = made(folder, kind)
     keep = keep_file(tmp_path)
     for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
-        call("quantize", root, out, "-m", keep, "--group-size", 32, "-q")
+        call("quantize", root, out, "-m", keep, "--group-size", 32, "-q", *again(kind))
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
     call("verify", tmp_path / "a", "--source", source)
 
@@ -311,7 +327,7 @@ def test_healing_and_tuning_are_those_of_the_twin(kind: str, folder: Path, tmp_p
     keep = keep_file(tmp_path)
     for root, out in ((source, tmp_path / "a"), (twin, tmp_path / "b")):
         how = ("--method", "auto-round", "--iters", 3, "--heal", "all", "--heal-iters", 3, "--heal-lr", "0.005")
-        call("quantize", root, out, "-m", keep, "--group-size", 32, "-q", *how, "--batch-size", 3, *DATA)
+        call("quantize", root, out, "-m", keep, "--group-size", 32, "-q", *how, "--batch-size", 3, *DATA, *again(kind))
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
     call("verify", tmp_path / "a", "--source", source)
 
@@ -322,7 +338,7 @@ def test_as_much_memory_is_planned_as_for_the_twin(kind: str, folder: Path, tmp_
     (tmp_path / "keep.json").write_text(
         json.dumps({"format": "shardxform.keep", "version": 1, "keep": {"0": [0, 1], "1": [2, 3]}})
     )
-    how = ("--group-size", 32, "--method", "auto-round", "--heal", *DATA, "--dry-run", "--json")
+    how = ("--group-size", 32, "--method", "auto-round", "--heal", *DATA, "--dry-run", "--json", *again(kind))
     found = [
         json.loads(call("quantize", root, tmp_path / "out", "-m", tmp_path / "keep.json", *how).stdout)
         for root in made(folder, kind)
@@ -378,7 +394,9 @@ def test_inspect_names_the_encoding(kind: str, folder: Path) -> None:
     encoded = [name for name in after if name not in before or before[name] != after[name]]
     assert sizes["weights"] == sum(len(after[name].array()) if after[name].array().ndim > 2 else 1 for name in encoded)
     parts = [name for name in before if name not in after or name in encoded]
-    assert sizes["bytes"] == sum(len(before[name].data) for name in parts if not name.endswith("input_scale"))
+    assert sizes["bytes"] == sum(
+        len(before[name].data) for name in parts if not name.endswith(("input_scale", "qscale_act"))
+    )
     other = json.loads(call("inspect", twin, "--json").stdout)
     assert told["parameters"] == other["parameters"]
     assert told["outlook"].keys() == other["outlook"].keys()
@@ -512,3 +530,50 @@ def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folde
         assert message in result.output, result.output
         assert not (tmp_path / command[0]).exists()
     assert "not sound" in call("verify", spoilt, code=1).output
+
+
+# -- declared elsewhere -----------------------------------------------------------------------------------------------
+
+
+def apart(source: Path, out: Path, **said: Any) -> Path:
+    """The same checkpoint, with what it says of quantized weights in ModelOpt's own file."""
+    config = json.loads((source / "config.json").read_text())
+    declared = config.pop("quantization_config")
+    quantization = {key: value for key, value in declared.items() if key != "quant_method"}
+    whole = {"producer": {"name": "modelopt"}, "quantization": {"kv_cache_quant_algo": None, **quantization, **said}}
+    files = {p.name: p.read_text() for p in source.glob("tokenizer*")}
+    write_checkpoint(out, read_checkpoint(source), config, files={**files, "hf_quant_config.json": json.dumps(whole)})
+    return out
+
+
+@pytest.mark.parametrize("kind", ["fp8 whole", "nvfp4 of modelopt"])
+def test_what_modelopt_says_in_a_file_of_its_own_is_read(kind: str, folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, kind)
+    root = apart(source, tmp_path / "apart")
+    told = json.loads(call("inspect", root, "--json").stdout)
+    assert told["encodings"] == json.loads(call("inspect", source, "--json").stdout)["encodings"]
+    assert told["quantization"] == "modelopt"
+    assert "hf_quant_config.json" not in told["unread"]
+    call("convert", root, tmp_path / "half", "--to", "bf16", "-q")
+    assert shards(tmp_path / "half") == shards(twin)
+    for number, more in enumerate((("--mtp", "drop"), ("-m", keep_file(tmp_path)))):
+        out = tmp_path / f"pruned{number}"
+        call("prune", root, out, *more, "-q")
+        declared = json.loads((out / "config.json").read_text())["quantization_config"]
+        method, algorithm = "modelopt", KINDS[kind].declared["quant_algo"]
+        assert declared == {"quant_method": method, "quant_algo": algorithm, "ignore": ["lm_head"]}
+        call("verify", out, "--source", root)
+        call("verify", out)
+    assert shards(tmp_path / "pruned0") == shards(source)
+
+
+def test_what_it_says_goes_after_the_config_and_without_such_weights_for_nothing(folder: Path, tmp_path: Path) -> None:
+    source, twin = made(folder, "fp8 whole")
+    half = write_checkpoint(tmp_path / "half", read_checkpoint(twin), json.loads((twin / "config.json").read_text()))
+    (half / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert json.loads(call("inspect", half, "--json").stdout)["quantization"] == ""
+    call("quantize", half, tmp_path / "out", "--group-size", 32, "-q")
+    root = apart(source, tmp_path / "apart", quant_algo=8)
+    assert "expected an object 'quantization' with a quant_algo" in call("inspect", root, code=1).output
+    (root / "config.json").write_text((source / "config.json").read_text())
+    assert json.loads(call("inspect", root, "--json").stdout)["quantization"] == "modelopt"

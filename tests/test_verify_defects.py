@@ -511,7 +511,12 @@ DEFECTS = {
     ),
     "quantization_config is no object": Defect(set_top(quantization_config=[]), "quantization-config", "config.json"),
     "gptq asymmetric": Defect(
-        set_quantization(sym=False), "quantization-config", "config.json", "sym=False", method="gptq"
+        set_quantization(sym=False),
+        "quantization-config",
+        "config.json",
+        "sym: false (4 bits)",
+        method="gptq",
+        warning=True,
     ),
     "unknown packing_format": Defect(
         set_quantization(packing_format="qigen"), "quantization-config", "config.json", "qigen", method="auto-round"

@@ -615,15 +615,15 @@ def test_a_config_with_several_schemes_is_held_against_merged_rows_only(out: Pat
     report = verify(
         rewritten(out, tmp_path / "a", lambda c, _: c["quantization_config"]["extra_config"].update(several))
     )
-    warning = only(report, "not-understood", warning=True)
-    assert "one scheme for all weights" in warning.message
+    problem = only(report, "parts")
+    assert "for a weight [128, 32] in 8-bit integers, groups of 32" in problem.message
 
     def edit(config: dict[str, Any], tensors: dict[str, Raw]) -> None:
         config["quantization_config"]["extra_config"].update(several)
         wider(config, tensors)
 
     problems = verify(rewritten(out, tmp_path / "b", edit)).problems
-    assert [p.code for p in problems] == ["merged"]
+    assert [p.code for p in problems] == ["merged", "parts", "parts"]
     assert "16 elements a row, but 8 in model.layers.1.mlp.experts.0.up_proj.qweight" in problems[0].message
 
 

@@ -16,20 +16,31 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
 
-from shardxform.ask.manifest_import import FORMS, MAX_ID, Source, form_of, read_ids, read_layers, show
+from shardxform.ask.manifest_import import (
+    FORMS,
+    MAX_ID,
+    Pruned,
+    Source,
+    form_of,
+    pruned_of,
+    read_ids,
+    read_layers,
+    show,
+)
+from shardxform.ask.width import Width
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
+from shardxform.runtimes.gguf.slabs import Slabs
 
 __all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text", "mtp_moe_layers"]
 
 FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
-_KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep")
+_KEYS: Final = ("format", "version", "model", "criterion", "ratio", "provenance", "keep", "mtp_keep", "width")
 _MAX_BYTES: Final = 64 << 20  # a manifest of 100 layers of 512 experts is 300 kB; this is a shard given by mistake
 _OF_SOURCE: Final = ("identity", "source_fingerprint")
-_TOP_GROUP_KEY: Final = "topk_group"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +54,7 @@ class Manifest:
         criterion: name of the saliency that the choice was made by.
         ratio: share of the experts that was asked to be removed; for the record only.
         provenance: data, seed, tool and the like; for the record only.
+        width: channels that every expert that stays keeps; None for all.
         where: file name for messages; no part of the value.
 
     """
@@ -53,6 +65,7 @@ class Manifest:
     criterion: str = ""
     ratio: float | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    width: Width | None = None
     where: str = field(default="manifest", compare=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +79,8 @@ class Manifest:
         if not self.keep:
             raise ManifestError(f"{self.where}: keep: empty, expected an entry for every layer that has experts")
         _check_facts(self)
+        if self.width:
+            self.width.refuse_other(self.keep, self.mtp_keep, self.where)
 
     def __hash__(self) -> int:
         return hash((tuple(self.keep.items()), tuple(self.mtp_keep.items())))
@@ -76,7 +91,9 @@ class Manifest:
         return len(next(iter(self.keep.values())))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], layout: Layout | None = None, *, sort: bool = False) -> Manifest:
+    def load(
+        cls, path: str | os.PathLike[str], layout: Layout | Slabs | Pruned | None = None, *, sort: bool = False
+    ) -> Manifest:
         """Read a manifest file; see `from_dict`.
 
         Raises:
@@ -100,7 +117,12 @@ class Manifest:
 
     @classmethod
     def from_dict(
-        cls, value: object, *, where: str = "manifest", layout: Layout | None = None, sort: bool = False
+        cls,
+        value: object,
+        *,
+        where: str = "manifest",
+        layout: Layout | Slabs | Pruned | None = None,
+        sort: bool = False,
     ) -> Manifest:
         """Take parsed JSON in our form or in a foreign one, told apart by content.
 
@@ -118,7 +140,7 @@ class Manifest:
             raise ManifestError(f"{where}: expected an object, found {show(value)}")
         form = form_of(value)
         if form is not None:
-            content = form.read(Source(value, where, layout, sort))
+            content = form.read(Source(value, where, pruned_of(layout) if layout else None, sort))
             # Later messages speak of keep["12"], which a foreign file does not have: say why.
             manifest = cls(
                 keep=content.keep,
@@ -147,9 +169,11 @@ class Manifest:
         for name, layers in (("keep", self.keep), ("mtp_keep", self.mtp_keep)):
             if layers:
                 out[name] = {str(layer): list(ids) for layer, ids in layers.items()}
+        if self.width:
+            out["width"] = self.width.to_dict()
         return out
 
-    def check(self, layout: Layout) -> None:
+    def check(self, layout: Layout | Slabs | Pruned) -> None:
         """Everything that needs the checkpoint, the most telling error first.
 
         Raises:
@@ -157,19 +181,22 @@ class Manifest:
                 state, too few experts for the router, ids out of range, router groups cut unequally.
 
         """
-        _check_model(self, layout)
-        _check_layers(f"{self.where}: keep", self.keep, layout)
+        of = pruned_of(layout)
+        _check_model(self, of)
+        _check_layers(f"{self.where}: keep", self.keep, of)
         if self.mtp_keep:
-            _check_mtp_layers(f"{self.where}: mtp_keep", self.mtp_keep, layout)
+            _check_mtp_layers(f"{self.where}: mtp_keep", self.mtp_keep, of)
         _check_counts(self)
-        if self.num_kept < layout.top_k:
+        if self.num_kept < of.top_k:
             raise ManifestError(
-                f"{self.where}: keep: {self.num_kept} experts per layer, but the router picks {layout.top_k} per token"
-                f" ({layout.family.top_k_key})"
+                f"{self.where}: keep: {self.num_kept} experts per layer, but the router picks {of.top_k} per token"
+                f" ({of.top_k_key})"
             )
-        _check_range(self, layout.num_experts)
-        if layout.groups > 1:
-            _check_groups(self, layout)
+        _check_range(self, of.num_experts)
+        if of.sets:
+            _check_sets(self, of)
+        elif of.groups > 1:
+            _check_groups(self, of)
 
     def refuse_other_source(self, identity: Identity, names: Mapping[str, Sequence[str]]) -> None:
         """Refuse a manifest that says it was chosen on another checkpoint, or on other values; most say nothing of it.
@@ -241,6 +268,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         criterion=value.get("criterion", ""),
         ratio=value.get("ratio"),
         provenance=value.get("provenance", {}),
+        width=Width.from_dict(value["width"], f"{where}: width") if "width" in value else None,
         where=where,
     )
 
@@ -268,39 +296,36 @@ def _check_facts(manifest: Manifest) -> None:
         raise ManifestError(f"{where}: ratio: expected a number from 0 to 1, found {show(ratio)}")
 
 
-def _check_model(manifest: Manifest, layout: Layout) -> None:
+def _check_model(manifest: Manifest, of: Pruned) -> None:
     where, model = manifest.where, manifest.model
-    names = {layout.family.name, *(wrapper.model_type for wrapper in layout.family.wrappers)}
-    if (name := model.get("model_type")) is not None and name not in names:
-        raise ManifestError(
-            f"{where}: model.model_type: made for {show(name)}, this checkpoint is '{layout.wrapper.model_type}'"
-        )
+    if (name := model.get("model_type")) is not None and not of.is_called(name):
+        raise ManifestError(f"{where}: model.model_type: made for {show(name)}, this checkpoint is '{of.model_type}'")
     for key, found, unit in (
-        ("num_layers", layout.num_layers, "layers"),
-        ("num_experts", layout.num_experts, "experts per layer"),
+        ("num_layers", of.num_layers, "layers"),
+        ("num_experts", of.num_experts, "experts per layer"),
     ):
         if (made_for := model.get(key)) is not None and made_for != found:
             raise ManifestError(f"{where}: model.{key}: made for {made_for} {unit}, this checkpoint has {found}")
 
 
-def _check_layers(place: str, layers: Mapping[int, object], layout: Layout) -> None:
-    have = f"the model has experts in layers {_spans(layout.moe_layers)}"
-    if missing := [layer for layer in layout.moe_layers if layer not in layers]:
+def _check_layers(place: str, layers: Mapping[int, object], of: Pruned) -> None:
+    have = f"the model has experts in layers {_spans(of.moe_layers)}"
+    if missing := [layer for layer in of.moe_layers if layer not in layers]:
         raise ManifestError(f"{place}: no entry for layer{'s' * (len(missing) > 1)} {_spans(missing)}; {have}")
-    moe = set(layout.moe_layers)
+    moe = set(of.moe_layers)
     for layer in layers:
         if layer in moe:
             continue
-        if layer < layout.num_layers:
+        if layer < of.num_layers:
             raise ManifestError(f'{place}["{layer}"]: layer {layer} is dense, it has no experts; {have}')
         hint = ""
-        if layout.family.mtp and layout.family.mtp.follows_blocks and layer - layout.num_layers < layout.mtp_layers:
-            hint = f'; the MTP layer of that number belongs in mtp_keep["{layer - layout.num_layers}"]'
+        if of.mtp_follows and layer - of.num_layers < of.mtp_layers:
+            hint = f'; the MTP layer of that number belongs in mtp_keep["{layer - of.num_layers}"]'
         raise ManifestError(f'{place}["{layer}"]: there is no layer {layer}; {have}{hint}')
 
 
-def _check_mtp_layers(place: str, layers: Mapping[int, object], layout: Layout) -> None:
-    there = mtp_moe_layers(layout)
+def _check_mtp_layers(place: str, layers: Mapping[int, object], of: Pruned) -> None:
+    there = of.mtp_moe_layers
     if not there:
         raise ManifestError(f"{place}: this checkpoint has no MTP layer with experts")
     have = f"the model has experts in MTP layers {_spans(there)}"
@@ -328,9 +353,9 @@ def _check_range(manifest: Manifest, num_experts: int) -> None:
             raise ManifestError(f"{place}[{at}]: expert {ids[at]}, but {label} has experts 0..{num_experts - 1}")
 
 
-def _check_groups(manifest: Manifest, layout: Layout) -> None:
-    groups, key = layout.groups, layout.family.group_key
-    size = layout.num_experts // groups
+def _check_groups(manifest: Manifest, of: Pruned) -> None:
+    groups, key = of.groups, of.group_key
+    size = of.num_experts // groups
     for place, _, ids in _entries(manifest):
         counts = [0] * groups
         for expert in ids:
@@ -342,18 +367,37 @@ def _check_groups(manifest: Manifest, layout: Layout) -> None:
                     f"{place}: keeps {count} experts of router group {group} ({span}), but {counts[0]} of group 0;"
                     f" each of the {groups} groups ({key}) must keep equally many"
                 )
-    _check_group_size(manifest, layout, manifest.num_kept // groups)
+    _check_group_size(manifest, of, manifest.num_kept // groups)
 
 
-def _check_group_size(manifest: Manifest, layout: Layout, kept: int) -> None:
+def _check_sets(manifest: Manifest, of: Pruned) -> None:
+    """Of every set of experts as many stay, and no fewer than its router picks."""
+    size = of.num_experts // len(of.sets)
+    spans = ", ".join(f"{at * size}..{(at + 1) * size - 1} {name}" for at, name in enumerate(of.sets))
+    for place, label, ids in _entries(manifest):
+        counts = [sum(expert // size == at for expert in ids) for at in range(len(of.sets))]
+        if len(set(counts)) > 1:
+            kept = " and ".join(f"{count} {name}" for count, name in zip(counts, of.sets, strict=True))
+            raise ManifestError(
+                f"{place}: keeps {kept} experts; {label} has {len(of.sets)} sets of them in one numbering ({spans}),"
+                " and config.json one count for all: name as many of each"
+            )
+        if counts[0] < of.top_k:
+            raise ManifestError(
+                f"{place}: keeps {counts[0]} experts of each set, but its router picks {of.top_k} per token"
+                f" ({of.top_k_key})"
+            )
+
+
+def _check_group_size(manifest: Manifest, of: Pruned, kept: int) -> None:
     place = f"{manifest.where}: keep"
     if kept < 2:  # a group's score is the sum of its two best experts
         raise ManifestError(f"{place}: {kept} expert per router group, but the router needs two to score a group")
-    picked = layout.text.get(_TOP_GROUP_KEY)
-    if type(picked) is int and layout.top_k > picked * kept:
+    picked = of.top_groups
+    if type(picked) is int and of.top_k > picked * kept:
         raise ManifestError(
-            f"{place}: {kept} experts per router group, but the router picks {layout.top_k} per token"
-            f" from {picked} groups ({_TOP_GROUP_KEY}); keep at least {-(-layout.top_k // max(picked, 1))} per group"
+            f"{place}: {kept} experts per router group, but the router picks {of.top_k} per token"
+            f" from {picked} groups ({of.top_group_key}); keep at least {-(-of.top_k // max(picked, 1))} per group"
         )
 
 
@@ -366,16 +410,7 @@ def _entries(manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 def mtp_moe_layers(layout: Layout) -> tuple[int, ...]:
     """MTP layers with a tensor that counts experts; the config's count says nothing, since tools drop `mtp.*`."""
-    return tuple(
-        sorted(
-            {
-                place.layer
-                for place in layout.places.values()
-                if place.scope == "mtp" and place.layer is not None
-                if place.template.pruned
-            }
-        )
-    )
+    return pruned_of(layout).mtp_moe_layers
 
 
 def _spans(numbers: Iterable[int], limit: int = 8) -> str:

@@ -19,14 +19,17 @@ from typing import Any, Final
 from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
+from shardxform.runtimes.gguf.slabs import Slabs
 
 __all__ = [
     "FORMS",
     "MAX_ID",
     "Content",
     "Form",
+    "Pruned",
     "Source",
     "form_of",
+    "pruned_of",
     "read_ids",
     "read_layers",
     "show",
@@ -44,6 +47,89 @@ _SHORT.maxlevel = 2
 Ids = tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """What a manifest speaks of: the experts of a checkpoint, whatever it is stored in.
+
+    Attributes:
+        model_type: what the checkpoint calls its kind of model.
+        is_called: whether a manifest that was made for it may call it so.
+        num_layers: decoder blocks, without MTP layers.
+        num_experts: of every layer that has some.
+        moe_layers: decoder blocks with experts.
+        mtp_layers: how many the model has.
+        mtp_moe_layers: those with experts in the checkpoint, counted from 0.
+        mtp_follows: whether MTP layers are counted on after the decoder blocks.
+        top_k, top_k_key: experts that the router picks for a token, and the key that says so.
+        groups, group_key: of the router; 1 where it has none.
+        sets: names of sets of experts in one numbering, as many in each; empty where there is one.
+        top_groups: groups that it picks for a token, as the checkpoint says under `top_group_key`.
+
+    """
+
+    model_type: str
+    is_called: Callable[[str], bool] = field(compare=False)
+    num_layers: int
+    num_experts: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: int
+    mtp_moe_layers: tuple[int, ...]
+    mtp_follows: bool
+    top_k: int
+    top_k_key: str
+    groups: int
+    group_key: str
+    top_groups: object
+    top_group_key: str
+    sets: tuple[str, ...] = ()
+
+
+def pruned_of(of: Layout | Slabs | Pruned) -> Pruned:
+    """What a manifest for a checkpoint of this layout speaks of."""
+    if isinstance(of, Pruned):
+        return of
+    if isinstance(of, Slabs):
+        return _of_slabs(of)
+    family = of.family
+    mtp = {p.layer for p in of.places.values() if p.scope == "mtp" and p.layer is not None and p.template.pruned}
+    return Pruned(
+        model_type=of.wrapper.model_type,
+        is_called=frozenset({family.name, *(wrapper.model_type for wrapper in family.wrappers)}).__contains__,
+        num_layers=of.num_layers,
+        num_experts=of.num_experts,
+        moe_layers=tuple(of.moe_layers),
+        mtp_layers=of.mtp_layers,
+        mtp_moe_layers=tuple(sorted(mtp)),
+        mtp_follows=bool(family.mtp and family.mtp.follows_blocks),
+        top_k=of.top_k,
+        top_k_key=family.top_k_key,
+        groups=of.groups,
+        group_key=family.group_key,
+        top_groups=of.text.get("topk_group"),
+        top_group_key="topk_group",
+        sets=family.sets,
+    )
+
+
+def _of_slabs(slabs: Slabs) -> Pruned:
+    return Pruned(
+        model_type=slabs.arch,
+        is_called=slabs.is_called,
+        num_layers=slabs.num_layers,
+        num_experts=slabs.num_experts,
+        moe_layers=slabs.moe_layers,
+        mtp_layers=slabs.nextn,
+        mtp_moe_layers=slabs.mtp_layers,
+        mtp_follows=True,
+        top_k=slabs.top_k,
+        top_k_key=f"{slabs.arch}.expert_used_count",
+        groups=slabs.groups,
+        group_key=f"{slabs.arch}.expert_group_count",
+        top_groups=slabs.top_groups,
+        top_group_key=f"{slabs.arch}.expert_group_used_count",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What an importer is given.
@@ -51,14 +137,14 @@ class Source:
     Attributes:
         value: the parsed JSON object.
         where: file name for messages.
-        layout: of the checkpoint, or None when there is none at hand.
+        layout: what the checkpoint has, or None when there is none at hand.
         sort: put ids in ascending order instead of refusing them.
 
     """
 
     value: Mapping[str, Any]
     where: str
-    layout: Layout | None
+    layout: Pruned | None
     sort: bool
 
 
@@ -168,7 +254,7 @@ def _finite(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _split_mtp(layers: Mapping[int, Ids], layout: Layout | None) -> tuple[dict[int, Ids], dict[int, Ids]]:
+def _split_mtp(layers: Mapping[int, Ids], layout: Pruned | None) -> tuple[dict[int, Ids], dict[int, Ids]]:
     """Decoder blocks, and the MTP layers where a family counts them on after the blocks."""
     keep, mtp_keep = {}, {}
     for layer, ids in layers.items():
@@ -180,8 +266,8 @@ def _split_mtp(layers: Mapping[int, Ids], layout: Layout | None) -> tuple[dict[i
     return keep, mtp_keep
 
 
-def _mtp_number(layer: int, layout: Layout | None) -> int | None:
-    if layout is None or layout.family.mtp is None or not layout.family.mtp.follows_blocks:
+def _mtp_number(layer: int, layout: Pruned | None) -> int | None:
+    if layout is None or not layout.mtp_follows:
         return None
     number = layer - layout.num_layers
     return number if 0 <= number < layout.mtp_layers else None
@@ -243,7 +329,7 @@ def _path_layer(path: object) -> int | None:
     return next((int(part) for name, part in pairwise(parts) if name == "layers" and _LAYER.fullmatch(part)), None)
 
 
-def _layer_of_path(path: str, place: str, layout: Layout | None) -> tuple[int, bool]:
+def _layer_of_path(path: str, place: str, layout: Pruned | None) -> tuple[int, bool]:
     """Layer number within its scope, and whether that scope is the MTP layers."""
     layer = _path_layer(path)
     if layer is None:
@@ -291,7 +377,7 @@ def _read_vllm(source: Source) -> Content:
     return Content(keep=keep, mtp_keep=mtp_keep, provenance=_notes(source, "version", "pruned_experts"))
 
 
-def _check_pruned(layer: int, experts: Mapping[int, int], place: str, layout: Layout) -> None:
+def _check_pruned(layer: int, experts: Mapping[int, int], place: str, layout: Pruned) -> None:
     if layer not in layout.moe_layers and _mtp_number(layer, layout) is None:
         at = next(iter(experts.values()))
         raise ManifestError(f"{place}[{at}]: layer {layer} has no experts in this checkpoint")

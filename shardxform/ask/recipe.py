@@ -10,10 +10,11 @@ from shardxform.base.constants import HELD_OUT, PROBE
 from shardxform.errors import SchemeError
 from shardxform.model.families.base import Role
 
-__all__ = ["BATCH_SIZE", "HEALED", "HEAL_ITERS", "ITERS", "Heal", "Inputs", "Recipe", "Trial", "held_out"]
+__all__ = ["BATCH_SIZE", "HEALED", "HEAL_ITERS", "ITERS", "Heal", "HealedAs", "Inputs", "Recipe", "Trial", "held_out"]
 
 Inputs = Literal["quantized", "fp"]
 What = Literal["auto", "router", "shared", "moe", "all"]
+HealedAs = Literal["source", "16bit"]
 
 ITERS: Final = 200
 BATCH_SIZE: Final = 8
@@ -49,6 +50,8 @@ class Heal:
         iters: steps a block.
         lr: first step size; None has the amount of data and held-out windows choose.
         batch_size: windows of a step.
+        encoding: how weights are written that the source has in small floats: as the source has them, or in 16 bits,
+            which its quantization config is then told; None where it has none.
 
     """
 
@@ -56,6 +59,7 @@ class Heal:
     iters: int = HEAL_ITERS
     lr: float | None = None
     batch_size: int = BATCH_SIZE
+    encoding: HealedAs | None = None
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size"):
@@ -63,6 +67,8 @@ class Heal:
                 raise SchemeError(f"heal {name}: expected at least 1, found {getattr(self, name)}")
         if self.what != "auto" and self.what not in HEALED:
             raise SchemeError(f"heal: expected auto, {', '.join(HEALED)}, found {self.what!r}")
+        if self.encoding not in (None, *get_args(HealedAs)):
+            raise SchemeError(f"`heal.encoding`: expected {' or '.join(get_args(HealedAs))}, found {self.encoding!r}")
         if self.lr is not None and not 0 < self.lr <= 1:
             raise SchemeError(f"`heal.lr`: expected more than 0 and at most 1, found {self.lr}")
 
@@ -160,6 +166,8 @@ class Recipe:
         facts = {**asdict(self), "data": dict(self.data)}
         if self.heal is None:
             del facts["heal"]
+        elif self.heal.encoding is None:
+            del facts["heal"]["encoding"]
         return facts
 
 

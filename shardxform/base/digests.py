@@ -68,13 +68,8 @@ class _Shard(Protocol):
     def entries(self) -> Sequence[Entry]: ...
 
 
-class _Extent(Protocol):
-    @property
-    def shard(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def length(self) -> int: ...
+Extent = tuple[int, int, int]
+"""A run of bytes of the output: number of the shard, offset, length."""
 
 
 class Chunks:
@@ -82,10 +77,14 @@ class Chunks:
 
     def __init__(self, shards: Sequence[_Shard]) -> None:
         self._starts = [len(shard.head) for shard in shards]
-        self._entries = [[entry for entry in shard.entries if entry.spec.nbytes] for shard in shards]
+        self._entries = [[entry for entry in shard.entries if entry.nbytes] for shard in shards]
         self._begins = [[entry.begin for entry in entries] for entries in self._entries]
+        self._cuts = [
+            {start + at for entry in shard.entries for at in (entry.begin, entry.end)}
+            for start, shard in zip(self._starts, shards, strict=True)
+        ]
 
-    def of(self, writes: Iterable[_Extent]) -> tuple[Chunk, ...]:
+    def of(self, writes: Iterable[Extent]) -> tuple[Chunk, ...]:
         """Chunks of all extents, in the order of the shards.
 
         Raises:
@@ -117,6 +116,8 @@ class Chunks:
             PlanError: a chunk is not written whole; a bug in the planner.
 
         """
+        if begin in self._cuts[shard] and end in self._cuts[shard]:
+            return  # as most are: whole tensors
         for at, last in ((begin, begin), (end, end - 1)):
             entry = self._entry(shard, last)
             inside = at - self._starts[shard] - entry.begin
@@ -139,18 +140,18 @@ class Chunks:
         return self._entries[shard][bisect_right(self._begins[shard], at - self._starts[shard]) - 1]
 
 
-def runs_of(writes: Iterable[_Extent]) -> Iterator[tuple[int, int, int]]:
+def runs_of(writes: Iterable[Extent]) -> Iterator[tuple[int, int, int]]:
     """Extents in order, those that touch joined: shard, first byte, byte after the last."""
-    run: tuple[int, int, int] | None = None
-    for shard, offset, length in sorted((each.shard, each.offset, each.length) for each in writes if each.length):
-        if run and (run[0], run[2]) == (shard, offset):
-            run = (shard, run[1], offset + length)
-            continue
-        if run:
-            yield run
-        run = (shard, offset, offset + length)
-    if run:
-        yield run
+    shard, begin, end = -1, 0, 0
+    for number, offset, length in sorted(writes):
+        if number == shard and offset == end:
+            end += length
+        elif length:
+            if shard >= 0:
+                yield shard, begin, end
+            shard, begin, end = number, offset, offset + length
+    if shard >= 0:
+        yield shard, begin, end
 
 
 def take(data: memoryview, shard: int, offset: int, taken: Taken) -> None:

@@ -10,6 +10,7 @@ Reference: ggml/docs/gguf.md and ggml/src/gguf.cpp of llama.cpp.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections import Counter
@@ -25,6 +26,7 @@ __all__ = [
     "ALIGNMENT_KEY",
     "MAX_HEAD_BYTES",
     "TYPES",
+    "VERSION",
     "GgufHead",
     "KeyValue",
     "Kind",
@@ -246,8 +248,9 @@ def place(specs: Iterable[TensorSpec], alignment: int) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     begin = 0
     for spec in specs:
-        entries.append(Entry(spec, begin))
-        begin = padded(begin + spec.nbytes, alignment)
+        end = begin + spec.nbytes
+        entries.append(Entry(spec, begin, end))
+        begin = padded(end, alignment)
     return tuple(entries)
 
 
@@ -317,7 +320,7 @@ class NeedsMoreError(Exception):
         self.least = least
 
 
-def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tuple[GgufHead, bytes]:
+def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tuple[GgufHead, str]:
     """Read the head of a file of which as little is looked at as need be.
 
     Args:
@@ -326,7 +329,7 @@ def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tup
         where: what messages call it.
 
     Returns:
-        the head, and its bytes up to the data.
+        the head, and the SHA-256 of all bytes up to the data, in hex.
 
     Raises:
         CheckpointError: see `decode`.
@@ -339,8 +342,9 @@ def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tup
             head = decode(data, nbytes, where)
         except NeedsMoreError as e:
             stop = min(max(e.least, 2 * stop), nbytes, max(MAX_HEAD_BYTES, e.least))
+            del data
             continue
-        return head, data[: head.data_start]
+        return head, hashlib.sha256(memoryview(data)[: head.data_start]).hexdigest()
 
 
 def decode(data: bytes, nbytes: int, where: str) -> GgufHead:
@@ -507,7 +511,8 @@ def _tensor(reader: _Reader) -> Entry:
     elements = BLOCKS.get(dtype, (1, 0))[0]
     if (shape[-1] if shape else 1) % elements:
         raise CheckpointError(f"{at}: {dtype} {list(shape)}: rows are no whole number of blocks of {elements}")
-    return Entry(TensorSpec(name, dtype, shape), reader.number(8))
+    spec, begin = TensorSpec(name, dtype, shape), reader.number(8)
+    return Entry(spec, begin, begin + spec.nbytes)
 
 
 def _refuse_twice(where: str, what: str, names: Iterable[str]) -> None:

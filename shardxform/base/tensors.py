@@ -14,9 +14,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from json.encoder import encode_basestring
+from operator import itemgetter
+from typing import Final, Literal, NamedTuple
 
-from shardxform.base.strict_json import JsonError, dumps, parse_object
+from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.errors import CheckpointError, PlanError
 
 __all__ = [
@@ -53,15 +55,14 @@ def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape) // elements * size
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What a shard's header says of one tensor, less its place: name, dtype, shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
 
-    def __repr__(self) -> str:  # as dataclasses give it, in half the time: plans are fingerprinted by it
+    def __repr__(self) -> str:  # as tuples with names give it, in half the time: plans are fingerprinted by it
         return f"TensorSpec(name={self.name!r}, dtype={self.dtype!r}, shape={self.shape!r})"
 
     @property
@@ -69,13 +70,17 @@ class TensorSpec:
         """Size of the data in bytes."""
         return _nbytes(self.shape, self.dtype)
 
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
     def of_shape(self, shape: tuple[int, ...]) -> TensorSpec:
         """The same name and dtype with another shape."""
         return TensorSpec(self.name, self.dtype, shape)
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRange:
+class ByteRange(NamedTuple):
     """`length` bytes at `offset` of `file`, a shard's name within its checkpoint."""
 
     file: str
@@ -336,17 +341,17 @@ _LFS_POINTER: Final = b"version "
 _LIMIT: Final = 1 << 64  # the reference reader computes in 64 bits, and refuses what overflows on the way
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a header: its spec, and where its data begins, in bytes from the start of the data."""
+class Entry(NamedTuple):
+    """One tensor of a header: its spec, and where its data begins and ends, in bytes from the start of the data."""
 
     spec: TensorSpec
     begin: int
+    end: int
 
     @property
-    def end(self) -> int:
-        """First byte after the tensor, from the start of the data."""
-        return self.begin + self.spec.nbytes
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.end - self.begin
 
 
 def data_start(prefix: bytes, file_bytes: int, where: str) -> int:
@@ -400,11 +405,16 @@ def decode(text: bytes, data_bytes: int, where: str) -> tuple[Entry, ...]:
 
 def layout(specs: Iterable[TensorSpec]) -> tuple[Entry, ...]:
     """Place tensors in the reference writer's order: dtype rank descending, then name."""
+    by_dtype: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        by_dtype.setdefault(spec.dtype, []).append(spec)
     entries: list[Entry] = []
     begin = 0
-    for spec in sorted(specs, key=lambda s: (-RANK[s.dtype], s.name)):
-        entries.append(Entry(spec, begin))
-        begin += spec.nbytes
+    for dtype in sorted(by_dtype, key=RANK.__getitem__, reverse=True):
+        for spec in sorted(by_dtype[dtype], key=itemgetter(0)):  # its name
+            end = begin + _nbytes(spec.shape, dtype)
+            entries.append(Entry(spec, begin, end))
+            begin = end
     return tuple(entries)
 
 
@@ -413,13 +423,19 @@ def encode(entries: Iterable[Entry]) -> bytes:
 
     `__metadata__` is exactly `{"format": "pt"}`: the reference writer orders several keys at random.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for entry in entries:
-        spec = entry.spec
-        header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (entry.begin, entry.end)}
-    text = dumps(header).encode("utf-8")
+    described = [
+        f'{encode_basestring(spec.name)}:{{{_kind(spec.dtype, spec.shape)},"data_offsets":[{begin},{end}]}}'
+        for spec, begin, end in entries
+    ]
+    text = ",".join(['{"__metadata__":{"format":"pt"}', *described]).encode("utf-8") + b"}"
     text += b" " * (-len(text) % LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind(dtype: str, shape: tuple[int, ...]) -> str:
+    """What the tensors of one dtype and shape have in common in a header."""
+    return f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}]'
 
 
 def _check_metadata(metadata: object, where: str) -> None:
@@ -447,7 +463,7 @@ def _entry(name: str, info: object, where: str) -> Entry:
     if bits // 8 != offsets[1] - offsets[0]:
         span = offsets[1] - offsets[0]
         raise CheckpointError(f"{at}: {dtype} {_brief(shape)} needs {bits // 8} bytes, but data_offsets span {span}")
-    return Entry(TensorSpec(name, dtype, tuple(shape)), offsets[0])
+    return Entry(TensorSpec(name, dtype, tuple(shape)), *offsets)
 
 
 def _bits(shape: list[int], dtype: str) -> int | None:
@@ -513,6 +529,13 @@ def show_size(nbytes: float) -> str:
 
 def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sort key under which `layers.2` comes before `layers.10`; ids come before words."""
+    module, dot, last = name.rpartition(".")
+    return (*_module_key(module), _part_key(last)) if dot else (_part_key(last),)
+
+
+@functools.lru_cache(maxsize=4096)
+def _module_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Key of a module, whose tensors are asked for one after the other."""
     return tuple(map(_part_key, name.split(".")))
 
 
@@ -527,11 +550,12 @@ def split(specs: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]
     shards: list[list[TensorSpec]] = []
     filled = 0
     for spec in specs:
-        if not shards or (filled and filled + spec.nbytes > max_bytes):
+        nbytes = spec.nbytes
+        if not shards or (filled and filled + nbytes > max_bytes):
             shards.append([])
             filled = 0
         shards[-1].append(spec)
-        filled += spec.nbytes
+        filled += nbytes
     return shards
 
 
@@ -559,4 +583,7 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # what was made counts as old, and is not looked through just after
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()

@@ -96,6 +96,7 @@ class Windows:
         provenance: where they come from, without paths: what JSON can hold, in a fixed order.
         notes: what the user should be told, a line each.
         rows: which windows are of which source, in the order of the windows; empty unless sources were kept apart.
+        lengths: tokens of each window, falling, where they are not all full; what follows them in a row means nothing.
 
     """
 
@@ -104,3 +105,4 @@ class Windows:
     provenance: Mapping[str, Any]
     notes: tuple[str, ...]
     rows: tuple[tuple[str, range], ...] = ()
+    lengths: tuple[int, ...] = ()

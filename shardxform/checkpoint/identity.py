@@ -14,20 +14,22 @@ Modification times are not part of it: touching a file changes nothing.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from blake3 import blake3
 
 from shardxform.base.strict_json import compact_config, dumps
-from shardxform.base.tensors import Entry
 from shardxform.checkpoint.table import Checkpoint, Shard
 from shardxform.errors import CheckpointError
 
@@ -211,59 +213,60 @@ def changed_values(root: Path, shards: Sequence[Shard], recorded: object) -> str
 
 def _all_marks(root: Path, shards: Sequence[Shard]) -> list[bytes]:
     """Marks of every shard; read side by side, since a cold disk answers one after the other slowly."""
-    whole = _read_whole(shards)
+    largest = _largest_whole(shards)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="marks") as pool:
-        return list(pool.map(lambda shard: _marks(root, shard, whole), shards))
+        return list(pool.map(lambda shard: _marks(root, shard, largest), shards))
 
 
-def _read_whole(shards: Sequence[Shard]) -> frozenset[tuple[str, int]]:
-    """The smallest tensors that have `_WHOLE` bytes together, as shard and place in it."""
-    sizes = sorted((entry.spec.nbytes, shard.name, at) for shard in shards for at, entry in enumerate(shard.entries))
-    total, small = 0, set()
-    for nbytes, name, at in sizes:
-        total += nbytes
-        if total > _WHOLE:
-            break
-        small.add((name, at))
-    return frozenset(small)
+def _largest_whole(shards: Sequence[Shard]) -> tuple[int, str, int]:
+    """The last of the smallest tensors that have `_WHOLE` bytes together: its size, shard and place in it."""
+    total, largest = 0, (-1, "", 0)
+    counts = Counter(entry.nbytes for shard in shards for entry in shard.entries)
+    for nbytes, count in sorted(counts.items()):
+        if total + nbytes * count > _WHOLE:
+            alike = sorted((s.name, at) for s in shards for at, e in enumerate(s.entries) if e.nbytes == nbytes)
+            fitting = (_WHOLE - total) // nbytes
+            return (nbytes, *alike[fitting - 1]) if fitting else largest
+        total, largest = total + nbytes * count, (nbytes + 1, "", 0)
+    return largest
 
 
-def _marks(root: Path, shard: Shard, whole: frozenset[tuple[str, int]]) -> bytes:
+def _marks(root: Path, shard: Shard, largest: tuple[int, str, int]) -> bytes:
     """8 bytes for every tensor of a shard."""
     path = root / shard.name
+    pieces_of = functools.cache(_pieces)  # a shard has a few kinds of tensors
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             if hasattr(os, "posix_fadvise"):  # of 64 bytes the kernel would read 128 KiB ahead
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-            return b"".join(
-                _mark(fd, shard.data_start, entry, whole=(shard.name, at) in whole)
-                for at, entry in enumerate(shard.entries)
-            )
+            marks = []
+            for at, (spec, begin, end) in enumerate(shard.entries):
+                nbytes = end - begin
+                whole = nbytes < largest[0] or (nbytes == largest[0] and (nbytes, shard.name, at) <= largest)
+                marks.append(_mark(fd, shard.data_start + begin, pieces_of(nbytes, spec.shape, whole)))
+            return b"".join(marks)
         finally:
             os.close(fd)
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e
 
 
-def _mark(fd: int, start: int, entry: Entry, *, whole: bool) -> bytes:
-    digest = blake3()
-    for offset, count in _pieces(entry, whole=whole):
-        digest.update(os.pread(fd, count, start + entry.begin + offset))
-    return digest.digest(length=_MARK)
+def _mark(fd: int, start: int, pieces: Iterable[tuple[int, int]]) -> bytes:
+    digest, read = blake3(), os.pread
+    for offset, count in pieces:
+        digest.update(read(fd, count, start + offset))
+    return digest.digest(_MARK)
 
 
-def _pieces(entry: Entry, *, whole: bool) -> Iterator[tuple[int, int]]:
+def _pieces(nbytes: int, shape: tuple[int, ...], whole: bool) -> tuple[tuple[int, int], ...]:
     """What is read of a tensor: offsets from its beginning, and lengths."""
-    nbytes, shape = entry.spec.nbytes, entry.spec.shape
     slabs = shape[0] if len(shape) > 2 else 0
     count = min(max(_FEWEST, math.ceil(nbytes / _STRIDE), slabs), _MOST)
     if whole or nbytes <= count * _PLACE:
-        yield from ((offset, min(_BUFFER, nbytes - offset)) for offset in range(0, nbytes, _BUFFER))
-        return
-    for place in range(count):
-        begin, end = nbytes * place // count, nbytes * (place + 1) // count
-        yield (begin + end - _PLACE) // 2, _PLACE
+        return tuple((offset, min(_BUFFER, nbytes - offset)) for offset in range(0, nbytes, _BUFFER))
+    cuts = [nbytes * place // count for place in range(count + 1)]
+    return tuple(((begin + end - _PLACE) // 2, _PLACE) for begin, end in pairwise(cuts))
 
 
 def _blob(path: Path) -> str:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from shardxform.base import interrupts, tensors
+from shardxform.base.gguf import GgufHead, read_head
 from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
+from shardxform.checkpoint.gguf import SUFFIX, GgufModel, first_of, gather, read_file
 from shardxform.checkpoint.remote.reading import Downloads, Transfer
-from shardxform.checkpoint.remote.repository import Remote, RepoName, parse_source
-from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Folder, Head, scan
+from shardxform.checkpoint.remote.repository import SCHEME, Remote, RepoName, parse_source
+from shardxform.checkpoint.table import CONFIG, IN_GGUF, INDEX, QUANTIZATION, Checkpoint, Folder, Head, Shard, scan
 from shardxform.errors import CheckpointError, RemoteError
 
-__all__ = ["asks_hub", "open_checkpoint"]
+__all__ = ["asks_hub", "open_checkpoint", "open_gguf_file"]
 
 _LEAST_HEAD: Final = 1 << 12
 _FIRST_HEAD: Final = 1 << 16  # where no index says how many tensors there are
@@ -45,12 +47,65 @@ def open_checkpoint(source: str | os.PathLike[str] | RepoName, downloads: Downlo
     found = source if isinstance(source, RepoName) else parse_source(os.fspath(source))
     if isinstance(found, Path):
         return Checkpoint.open(found)
+    if found.file:
+        raise CheckpointError(f"{found}: {IN_GGUF}")
     remote = _remote(found, downloads or Downloads(Transfer()))
     checkpoint, errors = scan(remote.folder, _RepositoryFiles(remote))
     if errors or checkpoint is None:
         where = f"{remote.folder}{os.sep}"
         raise CheckpointError(str(errors[0]).replace(where, f"{remote}/").replace(str(remote.folder), str(remote)))
     return replace(checkpoint, remote=remote)
+
+
+def open_gguf_file(source: RepoName, downloads: Downloads | None = None) -> GgufModel:
+    """Open a model in GGUF by a file of a repository, which is listed, and the heads of whose files are fetched.
+
+    Raises:
+        CheckpointError: a file is malformed, or they do not belong together.
+        RemoteError: the hub has no such repository, revision or file, gives no access, or cannot be reached.
+
+    """
+    if not asks_hub():
+        raise RemoteError(f"{source}: files in GGUF are read from the hub, which is not asked here, or from a folder")
+    from shardxform.checkpoint.remote.client import list_repository, snapshot_folder
+
+    commit, files = list_repository(source)
+    folder, _, name = source.file.rpartition("/")
+    found = {path.rpartition("/")[2]: file for path, file in files.items() if path.rpartition("/")[0] == folder}
+    name = first_of(name)
+    if name not in found:
+        listed = ", ".join(sorted(path for path in files if path.endswith(SUFFIX))[:4])
+        raise RemoteError(f"{source}: no such file at commit {commit[:12]}; in GGUF there are: {listed or 'none'}")
+    root = snapshot_folder(source, commit) / folder
+    gguf = {each: file for each, file in found.items() if each.endswith(SUFFIX)}
+    streamed = frozenset(each for each, file in gguf.items() if not _is_whole(root / each, file.nbytes))
+    remote = Remote(
+        repo=source.repo,
+        commit=commit,
+        folder=root,
+        files=gguf,
+        streamed=streamed,
+        downloads=downloads or Downloads(Transfer()),
+    )
+    return gather(root / name, lambda each: _fetch_gguf(remote, each), gguf, remote)
+
+
+def _fetch_gguf(remote: Remote, name: str) -> tuple[GgufHead, Shard]:
+    """The head of a file in GGUF, fetched as far as need be."""
+    if name not in remote.files:
+        raise CheckpointError(f"{remote}: no file {name}, which the model is split into too")
+    if name not in remote.streamed:
+        head, shard = read_file(remote.folder / name)
+        return head, replace(shard, mtime_ns=0)
+    data, nbytes = bytearray(), remote.files[name].nbytes
+
+    def beginning(stop: int) -> bytes:
+        if stop > len(data):
+            remote.downloads.client.fetch(remote, name, len(data), stop, data.extend)
+        return bytes(data[:stop])
+
+    head, digest = read_head(beginning, nbytes, remote.named(name))
+    return head, Shard(name, nbytes, head.data_start, digest, 0, head.entries)
 
 
 def asks_hub() -> bool:
@@ -102,9 +157,12 @@ def _listed(name: RepoName, downloads: Downloads) -> Remote:
     shards = (file for file in files.values() if file.name.endswith(".safetensors"))
     streamed = frozenset(file.name for file in shards if not _is_whole(folder / file.name, file.nbytes))
     remote = Remote(repo=name.repo, commit=commit, folder=folder, files=files, streamed=streamed, downloads=downloads)
+    if {".safetensors", SUFFIX} & {os.path.splitext(file)[1] for file in files} == {SUFFIX}:
+        file = min(file for file in files if file.endswith(SUFFIX))
+        raise CheckpointError(f"{remote}: {IN_GGUF}; a file of it is named as {SCHEME}{name.repo}/{file}")
     if CONFIG not in files:
         raise CheckpointError(f"{remote}: no {CONFIG}; expected a checkpoint")
-    for small in files.keys() & {CONFIG, INDEX}:
+    for small in files.keys() & {CONFIG, INDEX, QUANTIZATION}:
         if files[small].nbytes > _SMALL:
             raise CheckpointError(f"{remote}/{small}: more than {_SMALL} bytes")
         remote.fetch(small)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG",
     "INDEX",
+    "IN_GGUF",
     "MAX_SIDECAR_BYTES",
+    "QUANTIZATION",
     "WORK",
     "Checkpoint",
     "Folder",
@@ -42,8 +44,12 @@ __all__ = [
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
+QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt, where config.json does not say it
 WORK: Final = ".shardxform"  # of an output that is still to be written
 _SINGLE: Final = "model.safetensors"
+_GGUF: Final = ".gguf"
+IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
+"""What is said of a model in GGUF where it is none of what is taken."""
 _MAX_JSON_BYTES: Final = 64 << 20
 MAX_SIDECAR_BYTES: Final = 256 << 20
 
@@ -100,7 +106,8 @@ class Sidecar:
 class Checkpoint:
     """A checkpoint on disk, or a view of one that nobody wrote.
 
-    `tensors` is in source order: shards by name, then offset. `config` is the parsed config.json. `unread` names
+    `tensors` is in source order: shards by name, then offset. `config` is the parsed config.json, with what
+    hf_quant_config.json says of quantized weights where it says nothing. `unread` names
     what else lies in the directory and is no part of the model. `remote` is the repository of the hub that the shards
     are read from; `root` is then where small files of it come to lie, see `file`.
     """
@@ -199,9 +206,12 @@ def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, lis
     files = files or Folder(root)
     try:
         config = _read_json(root / CONFIG, root)
+        beside = {} if any(_declares(config)) else _declared_beside(root)
         weight_map = _weight_map(root)
         names = sorted(set(weight_map.values()) if weight_map else _lone_shard(root, files))
-        sidecars, unread, errors = _other_files(root, files, {*names, CONFIG, INDEX})
+        sidecars, unread, errors = _other_files(
+            root, files, {*names, CONFIG, INDEX, *([QUANTIZATION] if beside else [])}
+        )
     except CheckpointError as e:
         return None, [e]
     except OSError as e:
@@ -211,6 +221,8 @@ def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, lis
             _read_shard(root, name, files, table)
         except CheckpointError as e:
             table.errors.append(e)
+    if any(_is_small(ref.spec) for ref in table.tensors.values()):  # else it is left over from a conversion
+        config = {**config, **beside}
     if weight_map:
         table.errors.extend(_compare_index(weight_map, table))
     table.errors.extend(errors)
@@ -218,6 +230,38 @@ def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, lis
     if not table.shards and not table.errors:
         table.errors.append(CheckpointError(f"{root}: no safetensors shard and no {INDEX}"))
     return checkpoint, table.errors
+
+
+def _is_small(spec: tensors.TensorSpec) -> bool:
+    return tensors.BITS.get(spec.dtype, 16) <= 8 and spec.dtype != "BOOL"
+
+
+def _declares(config: Mapping[str, Any]) -> Iterator[bool]:
+    """Whether a config says how weights are quantized, at its top level or in a config within it."""
+    for value in (config, *config.values()):
+        yield isinstance(value, Mapping) and bool(value.get("quantization_config"))
+
+
+def _declared_beside(root: Path) -> dict[str, Any]:
+    """What ModelOpt says of quantized weights in a file of its own, in the form in which it stands in config.json.
+
+    vLLM reads either form; the lists of modules differ in what they are called.
+
+    Raises:
+        CheckpointError: it does not say how weights are quantized.
+
+    """
+    path = root / QUANTIZATION
+    if not os.path.lexists(path):
+        return {}
+    said = _read_json(path, root).get("quantization")
+    if not isinstance(said, Mapping) or not isinstance(said.get("quant_algo"), str | None):
+        raise CheckpointError(f"{path}: expected an object 'quantization' with a quant_algo, as ModelOpt writes it")
+    if said.get("quant_algo") is None:
+        return {}
+    names = {"exclude_modules": "ignore"}
+    declared = {names.get(key, key): value for key, value in said.items() if value is not None}
+    return {"quantization_config": {"quant_method": "modelopt", **declared}}
 
 
 def stopped(root: Path) -> str:
@@ -274,7 +318,7 @@ def is_plain_name(name: object) -> bool:
 
 def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: {not_a_directory(root)}")
+        raise CheckpointError(f"{root}: {IN_GGUF if root.suffix == _GGUF else not_a_directory(root)}")
     try:
         _refuse_irregular(path)
         with path.open("rb") as file:
@@ -283,8 +327,10 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes")
         return parse_config(data) if path.name == CONFIG else parse_object(data)
     except FileNotFoundError as e:
-        unfinished = f"unfinished: {stopped(root)}" if stopped(root) else ""
-        raise CheckpointError(f"{root}: {unfinished or f'no {path.name}; expected a checkpoint directory'}") from e
+        why = f"unfinished: {stopped(root)}" if stopped(root) else ""
+        if not why and any(entry.name.endswith(_GGUF) for entry in os.scandir(root)):
+            why = IN_GGUF
+        raise CheckpointError(f"{root}: {why or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e
     except JsonError as e:

@@ -233,7 +233,13 @@ def _request(source: Checkpoint, out: Path, asked: _Asked) -> Request:
 
 
 def _pruning(choice: ChoiceFlags) -> Pruning:
-    return Pruning(keep=choice.keep, ratio=choice.ratio, criterion=choice.criterion or DEFAULT, protect=choice.protect)
+    return Pruning(
+        keep=choice.keep,
+        ratio=choice.ratio,
+        criterion=choice.criterion or DEFAULT,
+        protect=choice.protect,
+        width=choice.width,
+    )
 
 
 def _tuning(source: Checkpoint, asked: _Asked) -> Tuning | None:

@@ -47,7 +47,7 @@ def convert_command(
     source: options.Source,
     out: Path,
     target: _Target,
-    file: options.GgufFlags,
+    file: options.GgufTypeFlags,
     jobs: options.JobFlags,
     hub: options.HubFlags,
     family: options.FamilyFlags,

@@ -28,10 +28,12 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, table
 from shardxform.cli.options import PATH, FamilyFlags, JsonFlags, command, option
 from shardxform.errors import SchemeError
+from shardxform.formats.config_names import declares
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.steps import sizes_of
+from shardxform.runtimes.mlx import single
 
 __all__ = [
     "REFERENCE",
@@ -168,7 +170,7 @@ def doctor_command(source: Path | None, family: FamilyFlags, output: _Output) ->
     family.load()
     found = libraries()
     machine = machine_of(output.disk, found["torch"].version)
-    sizes = model_sizes(Checkpoint.open(source)) if source else REFERENCE
+    sizes = model_sizes(single(Checkpoint.open(source))) if source else REFERENCE
     needs = list(command_needs(sizes, machine, [name for name in _MODEL_LIBRARIES if not found[name].usable]))
     problems = [
         f"{each.name} {each.version or 'is missing'}: {each.least} or later is needed for {each.enables}"
@@ -269,13 +271,13 @@ def model_sizes(checkpoint: Checkpoint) -> ModelSizes:
         head=heads["lm head"] or heads["embeddings"],
         tuning=max((size.peak_bytes(_TUNED) for size in tuned), default=0),
         hidden=hidden if type(hidden) is int else 0,
-        outlook=None if checkpoint.config.get("quantization_config") else inspect_checkpoint(checkpoint).outlook,
+        outlook=None if declares(checkpoint.config) else inspect_checkpoint(checkpoint).outlook,
     )
 
 
 def _seen(checkpoint: Checkpoint) -> tuple[Layout, list[TensorRef]]:
     """Tensors of a checkpoint as a forward pass sees them."""
-    if checkpoint.config.get("quantization_config"):
+    if declares(checkpoint.config):
         with contextlib.suppress(SchemeError):
             stored = read_stored(checkpoint)
             return stored.layout, [*stored.weights.values(), *stored.plain.values()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest_import import pruned_of
+from shardxform.checkpoint.gguf import SUFFIX, GgufModel, find_gguf, open_gguf
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.remote.repository import SCHEME, RepoName, is_ambiguous
 from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
@@ -22,18 +25,23 @@ from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, T
 from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.model.families import in_use
 from shardxform.model.layout import layout_of, refuse_longer
+from shardxform.runtimes.gguf.slabs import slabs_of
 from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
+    from shardxform.checkpoint.remote.reading import Downloads
     from shardxform.forward.weights import Precision
 
 __all__ = [
     "family_words",
+    "is_gguf",
+    "load_gguf_manifest",
     "load_manifest",
     "load_text",
     "make_precision",
     "open_all_named",
+    "open_gguf_named",
     "open_named",
     "refuse_no_data",
     "refuse_unwritable",
@@ -64,25 +72,70 @@ def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> li
         CheckpointError, RemoteError: see `opening.open_checkpoint`.
 
     """
-    cache = hub.cache_limit if isinstance(hub, TransferFlags) else None
     if all(isinstance(source, Path) for source in sources):
-        for option, value in (("--connections", hub.connections), ("--cache-limit", cache)):
-            if value is not None:
-                raise click.UsageError(f"{option} is for repositories of the hub, but {sources[0]} is a folder")
+        _refuse_transfer(hub, str(sources[0]))
         return [_open_folder(source) for source in sources if isinstance(source, Path)]
     from shardxform.checkpoint.opening import asks_hub, open_checkpoint
+
+    fetched = _downloads(hub, folder)
+    for source in sources:
+        if isinstance(source, RepoName) and source.as_path and asks_hub():
+            tell(f"note: no folder {source.repo} here; asking the hub")
+    return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
+
+
+def _refuse_transfer(hub: HubFlags, where: str) -> None:
+    """Refuse options that say how the hub is read where it is not."""
+    cache = hub.cache_limit if isinstance(hub, TransferFlags) else None
+    for option, value in (("--connections", hub.connections), ("--cache-limit", cache)):
+        if value is not None:
+            raise click.UsageError(f"{option} is for repositories of the hub, but {where} is a folder")
+
+
+def _downloads(hub: HubFlags, folder: Path) -> Downloads:
+    """What fetches of the hub; see `open_all_named`."""
     from shardxform.checkpoint.remote import reading
 
+    cache = hub.cache_limit if isinstance(hub, TransferFlags) else None
     if cache is not None and cache < reading.LEAST_CACHE_BYTES:
         raise click.UsageError(f"--cache-limit: expected at least {reading.LEAST_CACHE_BYTES:,} bytes, found {cache:,}")
     transfer = reading.Transfer(
         connections=hub.connections or _CONNECTIONS, cache_bytes=cache or _CACHE_BYTES, folder=_existing(folder)
     )
-    fetched = reading.Downloads(transfer)
-    for source in sources:
-        if isinstance(source, RepoName) and source.as_path and asks_hub():
-            tell(f"note: no folder {source.repo} here; asking the hub")
-    return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
+    return reading.Downloads(transfer)
+
+
+def is_gguf(source: Source) -> bool:
+    """Whether a model in GGUF was named on the command line: a file, a folder of one model, or a repository's file.
+
+    Raises:
+        CheckpointError: see `gguf.find_gguf`.
+
+    """
+    if isinstance(source, RepoName):
+        if source.as_path and source.repo.endswith(SUFFIX):
+            raise CheckpointError(f"{source.repo}: no such file")
+        return bool(source.file)
+    return find_gguf(source) is not None
+
+
+def open_gguf_named(source: Source, hub: HubFlags | None = None, folder: Path = Path()) -> GgufModel | None:
+    """Open what was named on the command line if it is GGUF, else None; see `open_all_named`.
+
+    Raises:
+        CheckpointError, RemoteError: see `gguf.find_gguf`, `gguf.open_gguf` and `opening.open_gguf_file`.
+
+    """
+    if not is_gguf(source):
+        return None
+    if isinstance(source, RepoName):
+        from shardxform.checkpoint.opening import open_gguf_file
+
+        return open_gguf_file(source, _downloads(hub or HubFlags(), folder))
+    _refuse_transfer(hub or HubFlags(), str(source))
+    first = find_gguf(source)
+    assert first is not None
+    return open_gguf(first)
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -120,6 +173,23 @@ def load_manifest(pruned: PruneFlags, checkpoint: Checkpoint) -> Manifest | None
     if "identity" in manifest.model:
         manifest.refuse_other_source(identify(checkpoint), names_of(checkpoint.shards))
     return manifest
+
+
+def load_gguf_manifest(pruned: PruneFlags, model: GgufModel) -> Manifest:
+    """Read the manifest given on the command line for a model in GGUF; see `load_manifest`.
+
+    With --any-source it may be one that was chosen on the model's safetensors, whatever these call the model.
+
+    Raises:
+        ManifestError: see `Manifest.load`.
+
+    """
+    assert pruned.manifest is not None
+    of = pruned_of(slabs_of(model.metadata, model.table.tensors, model.where))
+    if not pruned.any_source:
+        return Manifest.load(pruned.manifest, of)
+    manifest = Manifest.load(pruned.manifest, replace(of, is_called=lambda _: True)).of_any_source()
+    return replace(manifest, model={key: value for key, value in manifest.model.items() if key != "model_type"})
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

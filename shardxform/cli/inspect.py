@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,9 +11,10 @@ import click
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import gb, print_json, rows, short, table
-from shardxform.cli.inputs import open_named
+from shardxform.cli.inputs import open_gguf_named, open_named
 from shardxform.cli.options import FamilyFlags, HubFlags, JsonFlags, Source, command, option, source_argument
 from shardxform.plan.inspection import Inspection, inspect_checkpoint
+from shardxform.plan.slabs import GgufInspection, inspect_gguf
 
 __all__ = ["inspect_command"]
 
@@ -34,16 +35,20 @@ class _Shown(JsonFlags):
 def inspect_command(source: Source, family: FamilyFlags, hub: HubFlags, shown: _Shown) -> None:
     """Show what SRC is made of: family, experts, sizes by role, and what pruning would make of it.
 
-    Reads headers only, never tensor data.
+    Reads headers only, never tensor data. SRC may be a model in GGUF too: a file, or the first of several.
     """
-    family.load()
-    checkpoint = open_named(source, hub, Path())
+    model = open_gguf_named(source, hub)
+    if model is None:
+        family.load()
+    checkpoint = model.table if model else open_named(source, hub, Path())
     if shown.pattern is not None:
         _list_tensors(checkpoint, shown.pattern, shown.as_json)
         return
-    inspection = inspect_checkpoint(checkpoint)
+    inspection = inspect_gguf(model) if model else inspect_checkpoint(checkpoint)
     if shown.as_json:
         print_json(inspection.to_dict())
+    elif isinstance(inspection, GgufInspection):
+        _show_gguf(inspection)
     else:
         _show(inspection)
 
@@ -75,7 +80,7 @@ def _show(i: Inspection) -> None:
     click.echo(f"{i.path}: {gb(i.nbytes)}, {_parameters(i)}")
     rows(_facts(i))
     click.echo()
-    table(("role", "tensors", "size", "share"), _roles(i))
+    table(("role", "tensors", "size", "share"), _shares(i.roles, i.nbytes))
     if i.outlook:
         click.echo()
         table(
@@ -83,6 +88,34 @@ def _show(i: Inspection) -> None:
         )
     if i.unknown:
         click.echo(f"\n  {len(i.unknown)} tensors unknown to the family, such as {i.unknown[0]}")
+
+
+def _show_gguf(i: GgufInspection) -> None:
+    click.echo(f"{i.path}: {gb(i.nbytes)}, {short(i.parameters)} parameters")
+    rows(_gguf_facts(i))
+    click.echo()
+    table(("role", "tensors", "size", "share"), _shares(i.roles, i.nbytes))
+    click.echo()
+    table(("dtype", "tensors", "size", "share"), _shares(i.dtypes, i.nbytes))
+    if i.outlook:
+        click.echo()
+        outlook = [(what, gb(n), f"{n / max(i.nbytes, 1):.1%}") for what, n in i.outlook.items()]
+        table(("could become", "size", "share"), outlook)
+
+
+def _gguf_facts(i: GgufInspection) -> Iterator[tuple[str, str]]:
+    yield "architecture", f"{i.architecture or 'none said'} (GGUF)"
+    if i.slabs:
+        groups = f" in {i.slabs.groups} router groups" if i.slabs.groups > 1 else ""
+        yield "experts", f"{i.slabs.num_experts} per layer{groups}, top-{i.slabs.top_k}"
+        dense = i.slabs.num_layers - len(i.slabs.moe_layers)
+        more = f" + {i.slabs.nextn} that predict further tokens" if i.slabs.nextn else ""
+        yield "layers", f"{i.slabs.num_layers}" + (f", {dense} of them dense" if dense else "") + more
+    else:
+        yield "not prunable", i.refusal
+    yield "files", f"{i.files}, {i.tensors:,} tensors"
+    if i.unread:
+        yield "not part of it", ", ".join(i.unread)
 
 
 def _parameters(i: Inspection) -> str:
@@ -100,6 +133,7 @@ def _apart(i: Inspection) -> str:
 def _facts(i: Inspection) -> Iterator[tuple[str, str]]:
     yield "family", f"{i.family} ({i.architecture})"
     groups = f" in {i.groups} router groups" if i.groups > 1 else ""
+    groups = f" in {len(i.sets)} sets ({', '.join(i.sets)})" if i.sets else groups
     yield "experts", f"{i.experts} per layer{groups}, top-{i.top_k}, {i.experts_spelling}"
     dense = f", {i.layers - i.moe_layers} of them dense" if i.moe_layers != i.layers else ""
     yield "layers", f"{i.layers}{dense}" + (f" + {i.mtp_layers} MTP" if i.mtp_layers else "")
@@ -114,6 +148,8 @@ def _facts(i: Inspection) -> Iterator[tuple[str, str]]:
         yield "not part of it", ", ".join(i.unread)
 
 
-def _roles(i: Inspection) -> Iterator[tuple[str, str, str, str]]:
-    for role, (count, nbytes) in i.roles.items():
-        yield role, f"{count:,}", gb(nbytes), f"{nbytes / max(i.nbytes, 1):.1%}"
+def _shares(found: Mapping[str, tuple[int, int]], total: int) -> list[tuple[str, str, str, str]]:
+    """Lines of a table: what, number of tensors, size, and the size's share of the whole."""
+    return [
+        (what, f"{count:,}", gb(nbytes), f"{nbytes / max(total, 1):.1%}") for what, (count, nbytes) in found.items()
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Union, cast, ge
 import click
 from click.shell_completion import CompletionItem
 
-from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, Inputs, What
+from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, HealedAs, Inputs, What
 from shardxform.base.tensors import parse_size
 from shardxform.checkpoint.remote.repository import RepoName, parse_source
 from shardxform.errors import SchemeError, ShardxformError
-from shardxform.formats.scheme import GGUF, PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme
+from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
 from shardxform.model.families import in_use
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
+from shardxform.runtimes.gguf.mixes import KINDS
 
 if TYPE_CHECKING:
     from shardxform.calibration.options import DataOptions
@@ -39,7 +40,10 @@ __all__ = [
     "FamilyFlags",
     "Flags",
     "GgufFlags",
+    "GgufTypeFlags",
+    "HealEncodingFlags",
     "HealFlags",
+    "HealOnlyRequest",
     "HealRequest",
     "HubFlags",
     "JobFlags",
@@ -392,13 +396,29 @@ class GgufFlags(Flags, heading="How weights are stored"):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTypeFlags(GgufFlags):
+    """The same for weights that no scheme rounds."""
+
+    gguf_type: str | None = option(
+        "Round weights as llama-quantize does for files of this type, such as Q4_K_M; for GGUF.  [default: as in SRC]",
+        type=click.Choice(tuple(KINDS), case_sensitive=False),
+        metavar="TYPE",
+    )
+
+    def read(self, *, gguf: bool) -> GgufOptions | None:
+        """As of all GGUF files."""
+        found = GgufFlags.read(self, gguf=gguf)
+        return replace(found, kind=self.gguf_type or "") if found else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchemeFlags(SpellingFlags):
     """Which weights are rounded, to what, and how clients find them."""
 
     scheme: Literal["W4A16", "W8A16"] = option("Bits of the weights.", default="W4A16", first=True)
     format: Format = option("How clients find the weights.", default="auto-round", first=True)
     group_size: Literal["128", "64", "32", "-1"] | None = option(
-        "Input columns that share a scale; -1 for one scale per row.  [default: 128; for gguf 32, which takes no more]"
+        "Input columns that share a scale; -1 for one scale per row.  [default: 128; for mlx and gguf 32]"
     )
     search: bool | None = option(
         "Search each group's scale for the least squared weight error; helps at 4 bits, not at 8.  [default: "
@@ -415,12 +435,17 @@ class SchemeFlags(SpellingFlags):
     also_quantize: tuple[str, ...] = option(
         "Quantize modules that match although they would stay as they are; repeatable.", default=(), metavar="PATTERN"
     )
+    requantize: bool = option(
+        "Round anew weights that SRC holds in as few bits or fewer; else integers stay as they are, where --scheme and "
+        "--group-size are theirs, and other such sources are refused.",
+        default=False,
+    )
 
     def read(self, *, tuned: bool) -> Scheme:
         """The scheme; `tuned` rounding starts from searched scales unless told otherwise."""
         grid = Grid(
             bits=PRESETS[self.scheme],
-            group_size=int(self.group_size or ("32" if self.format == GGUF else "128")),
+            group_size=int(self.group_size or usual_group_size(self.format)),
             scale_grid=self.scale_grid,
             search=tuned if self.search is None else self.search,
         )
@@ -431,6 +456,7 @@ class SchemeFlags(SpellingFlags):
             g_idx=self.g_idx,
             keep_16bit=self.keep_16bit,
             quantize=self.also_quantize,
+            requantize=self.requantize,
         )
 
 
@@ -471,6 +497,21 @@ class HealFlags(Flags, heading="Healing"):
             return None
         iters = HEAL_ITERS if self.heal_iters is None else self.heal_iters
         return Heal(what=self.heal, iters=iters, lr=self.heal_lr, batch_size=batch_size or BATCH_SIZE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealEncodingFlags(HealFlags):
+    """How pruned blocks are healed, and written where nothing is rounded."""
+
+    heal_encoding: HealedAs | None = option(
+        "How healed weights are written that SRC has in FP8 or FP4: rounded to what they are in SRC, or in 16 bits, as "
+        "the quantization config then says.  [default: source]"
+    )
+
+    def read(self, batch_size: int | None) -> Heal | None:
+        """What to heal, and how it is written; as of `HealFlags`."""
+        heal = HealFlags.read(self, batch_size)
+        return replace(heal, encoding=self.heal_encoding) if heal else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -670,6 +711,13 @@ class HealRequest(Flags):
     healing: HealFlags
     text: TuningTextFlags
     computation: ComputeFlags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealOnlyRequest(HealRequest):
+    """What is asked of a command that rounds nothing."""
+
+    healing: HealEncodingFlags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

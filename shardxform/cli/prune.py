@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Literal
 
 import click
+from click.core import ParameterSource
 
+from shardxform.checkpoint.gguf import SUFFIX
 from shardxform.cli import options
-from shardxform.cli.inputs import load_manifest, open_named
+from shardxform.cli.inputs import is_gguf, load_gguf_manifest, load_manifest, open_gguf_named, open_named
 from shardxform.cli.outputs import execute
 from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.runner import RunOptions
 from shardxform.formats.scheme import GGUF
+from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
+from shardxform.plan.slabs import plan_prune_gguf
 
 __all__ = ["prune_command"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _File(options.GgufFlags):
+class _File(options.GgufTypeFlags):
     format: Literal["safetensors", "gguf"] = options.option(
         "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.", default="safetensors", first=True
     )
@@ -35,7 +39,7 @@ def prune_command(
     pruned: options.PruneFlags,
     viewed: options.ViewFlags,
     file: _File,
-    asked: options.HealRequest,
+    asked: options.HealOnlyRequest,
     jobs: options.JobFlags,
     transfer: options.TransferFlags,
     cluster: options.RayFlags,
@@ -46,8 +50,16 @@ def prune_command(
 
     Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
     rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
-    shapes and types are the same. Interrupted, the same command goes on where it stopped.
+    shapes and types are the same, unless --heal-encoding wants FP8 or FP4 weights in 16 bits. Interrupted, the same
+    command goes on where it stopped.
+
+    SRC may be a model in GGUF too, of any architecture and any type of blocks: a file, or the first of several.
     """
+    if is_gguf(source):
+        for group in (viewed, asked.rounding, asked.healing, asked.text, asked.computation, cluster, family):
+            options.refuse_idle(group, wanted=f"safetensors, but {source} is GGUF")
+        execute(_plan_gguf(source, out, pruned, file, transfer, output), out, output, RunOptions(jobs=jobs.count))
+        return
     family.load()
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
@@ -63,3 +75,30 @@ def prune_command(
         return
     with open_tuner(tuning, checkpoint, plan) as tuner:
         execute(plan, out, output, RunOptions(jobs=jobs.count, tuner=tuner), told=tuning.windows.notes)
+
+
+def _plan_gguf(
+    source: options.Source,
+    out: Path,
+    pruned: options.PruneFlags,
+    file: _File,
+    transfer: options.TransferFlags,
+    output: options.WriteFlags,
+) -> Plan:
+    """Plan the pruning of a model in GGUF: into as many files as it has, unless a size was asked for.
+
+    Raises:
+        CheckpointError, FamilyError, ManifestError, PlanError: see `plan_prune_gguf`.
+
+    """
+    options.refuse_idle(file, "pre_tokenizer", "gguf_type", wanted=f"safetensors, but {source} is GGUF")
+    asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
+    if asked and file.format != GGUF:
+        raise click.UsageError(f"--format {file.format}: {source} is GGUF, and stays it")
+    if pruned.manifest is None:
+        raise click.UsageError("nothing to do: give --manifest")
+    if out.suffix == SUFFIX:
+        raise click.UsageError(f"OUT is the folder that files are written into: name it {out.with_suffix('')}")
+    model = open_gguf_named(source, transfer, out.parent)
+    assert model is not None
+    return plan_prune_gguf(model, load_gguf_manifest(pruned, model), output.max_shard_size)

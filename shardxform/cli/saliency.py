@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from shardxform.cli.console import count, print_json, rows, table, tell
-from shardxform.cli.options import PATH, JsonFlags, command
+from shardxform.checkpoint.gguf import GgufModel
+from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli.console import count, print_json, progress, rows, table, tell
+from shardxform.cli.inputs import open_gguf_named, open_named, refuse_unwritable
+from shardxform.cli.options import (
+    PATH,
+    SOURCE,
+    FamilyFlags,
+    HubFlags,
+    JsonFlags,
+    QuietFlags,
+    Source,
+    command,
+    option,
+)
 from shardxform.experts.choosing import criteria_of, super_experts
 from shardxform.experts.statistics import ExpertStats, Saliency
 
@@ -25,7 +39,7 @@ _MOST_SHOWN: Final = 80  # characters of one thing of it
 
 @click.group("saliency")
 def saliency_command() -> None:
-    """Look at saliency files, and add up those of several runs."""
+    """Look at saliency files, add up those of several runs, and make them of importance matrices."""
 
 
 @command("show")
@@ -75,6 +89,49 @@ def _add(files: tuple[Path, ...], out: Path) -> None:
     )
     if twice := sum(run in total.runs[:at] for at, run in enumerate(total.runs)):
         tell(f"note: {count(twice, 'run')} with the provenance of another: the same data may count twice")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Imported(QuietFlags):
+    source: Source = option(
+        "The checkpoint that experts are to be chosen of, in safetensors or in GGUF.",
+        metavar="SRC",
+        type=SOURCE,
+        required=True,
+        first=True,
+    )
+    out: Path = option("The saliency file to write.", "--out", "-o", metavar="FILE", required=True, first=True)
+    weigh: bool = option(
+        "Also read the experts' down projections once, for the criterion output-energy.", default=False
+    )
+
+
+@command("import")
+@click.argument("imatrix", metavar="IMATRIX", type=PATH)
+def _import(imatrix: Path, family: FamilyFlags, hub: HubFlags, asked: _Imported) -> None:
+    """Make a saliency file of IMATRIX, an importance matrix of llama.cpp in GGUF, without running the model.
+
+    It tells how many tokens reached every expert, and the energy inside it: criteria frequency and energy.
+    """
+    from shardxform.experts.imatrix import UNKNOWN, import_imatrix, open_imatrix
+
+    refuse_unwritable(asked.out)
+    read = open_imatrix(imatrix)
+    source: Checkpoint | GgufModel | None = open_gguf_named(asked.source, hub, asked.out.parent)
+    if source is None:
+        family.load()
+        source = open_named(asked.source, hub, asked.out.parent)
+    with progress("read", asked.quiet or not asked.weigh) as on_progress:
+        made = import_imatrix(read, source, weigh=asked.weigh, on_progress=on_progress)
+    made.save(asked.out)
+    tell(f"note: {UNKNOWN}")
+    if asked.as_json:
+        print_json(_as_json(made))
+    else:
+        click.echo(
+            f"{asked.out}: {made.tokens:,} tokens, {made.num_experts} experts in each of"
+            f" {count(len(made.layers), 'layer')}; criteria {', '.join(criteria_of(made))}"
+        )
 
 
 def _run_lines(label: str, run: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -148,5 +205,5 @@ def _as_json(saliency: Saliency) -> dict[str, Any]:
     }
 
 
-for _each in (_show, _add):
+for _each in (_show, _add, _import):
     saliency_command.add_command(_each)

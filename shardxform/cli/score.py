@@ -29,6 +29,11 @@ __all__ = ["score_command"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Output(options.DryFlags):
+    channels: bool = options.option(
+        "Also say what each channel of every expert gives to its output, for `select --width`; the file grows with "
+        "their number.",
+        default=False,
+    )
     out: Path = options.option(
         "Saliency file to write, such as saliency.safetensors.",
         "--out",
@@ -60,6 +65,8 @@ def score_command(
     refuse_no_data(text)
     refuse_unwritable(output.out)
     ray = on_ray(cluster, computation.device)
+    if ray and output.channels:
+        raise click.UsageError("--channels is not scored on a cluster: leave out --ray")
     checkpoint = open_named(source, transfer, output.out.parent)
     work = place.work or output.out.with_name(output.out.name + ".work")
     _refuse_overlap(output.out, work)
@@ -70,7 +77,7 @@ def score_command(
     for path in (output.out, work):
         refuse_inside(path, [checkpoint.root])
     windows = load_text(text, checkpoint)
-    settings = ScoreOptions(precision=precision, work=work)
+    settings = ScoreOptions(precision=precision, work=work, channels=output.channels)
     existing = _existing(output.out, checkpoint, windows, settings)
     if output.dry_run:
         _show(_facts(checkpoint, windows, settings, ray), output.out, work, output.as_json)

@@ -15,7 +15,17 @@ from shardxform.cli.console import count, print_json, progress, rows, table, tel
 from shardxform.cli.inputs import open_named
 from shardxform.cli.options import SOURCE, FamilyFlags, Flags, HubFlags, JsonFlags, Source, command, option
 from shardxform.errors import OutputError, PlanError
-from shardxform.experts.choosing import CRITERIA, DEFAULT, WEIGHTS, Choice, LayerChoice, decide, keep_of_ratio
+from shardxform.experts.choosing import (
+    CRITERIA,
+    DEFAULT,
+    WEIGHTS,
+    Choice,
+    LayerChoice,
+    channels_kept,
+    decide,
+    keep_of_ratio,
+    narrowed,
+)
 from shardxform.experts.plotting import plot_choice
 from shardxform.experts.statistics import Saliency
 from shardxform.experts.weighing import weigh
@@ -41,6 +51,12 @@ class ChoiceFlags(Flags, heading="Which experts stay"):
     criterion: str | None = option(
         f"What an expert is scored by; mean over its tokens, or sum.  [default: {DEFAULT}]",
         type=click.Choice(list(CRITERIA)),
+    )
+    width: int | None = option(
+        "Also keep only N channels of every expert that stays, those that gave most to its output; needs `score "
+        "--channels`.",
+        type=click.IntRange(1),
+        metavar="N",
     )
     protect: bool = option(
         "Keep experts with outlying activations, whatever they score.", "--protect-super-experts", default=False
@@ -74,6 +90,7 @@ def select_command(
     read = _read(saliency, asked.criterion or DEFAULT, transfer, output)
     number = asked.keep if asked.keep is not None else keep_of_ratio(read.num_experts, asked.ratio or 0.0)
     choice = decide(read, number, asked.criterion or DEFAULT, asked.protect)
+    choice = narrowed(choice, asked.width) if asked.width is not None else choice
     manifest = choice.manifest(asked.ratio)
     if not output.dry_run:
         _write(list(_files(choice, manifest, output.out, output.plot)))
@@ -125,12 +142,21 @@ def _show(choice: Choice, source: Source, out: Path | None) -> None:
         ("experts", f"{choice.saliency.num_experts} -> {choice.num_kept} per layer, by {choice.criterion}"),
         *([] if choice.criterion in WEIGHTS else [("tokens", _tokens(choice))]),
     ]
+    if choice.width:
+        facts.append(("channels", f"{choice.width.of:,} -> {choice.width.channels:,} of every expert"))
     if choice.protect:
         found = [f"layer {n}: {', '.join(map(str, c.protected))}" for n, c in choice.layers.items() if c.protected]
         facts.append(("super", "; ".join(found) or "none found"))
     rows(facts)
-    header = ("layer", "saliency kept", "routing kept", "never reached", "last kept", "first pruned")
-    table(header, [_line(label, layer) for label, layer in _layers(choice)])
+    header: tuple[str, ...] = ("layer", "saliency kept", "routing kept", "never reached", "last kept", "first pruned")
+    lines = [_line(label, layer) for label, layer in _layers(choice)]
+    if choice.width:
+        shares = [*channels_kept(choice).values(), *[None] * len(choice.mtp_layers)]
+        header, lines = (
+            (*header, "channels kept"),
+            [(*line, _percent(s)) for line, s in zip(lines, shares, strict=True)],
+        )
+    table(header, lines)
 
 
 def _tokens(choice: Choice) -> str:
@@ -180,6 +206,7 @@ def _as_json(choice: Choice, manifest: Manifest, out: Path | None) -> dict[str, 
         "kept": choice.num_kept,
         "experts": choice.saliency.num_experts,
         "ratio": manifest.ratio,
+        "channels": choice.width and {"kept": choice.width.channels, "of": choice.width.of},
         "super_experts": {str(n): list(c.protected) for n, c in choice.layers.items() if c.protected},
         "layers": {str(number): _facts(layer) for number, layer in choice.layers.items()},
         "mtp_layers": {str(number): _facts(layer) for number, layer in choice.mtp_layers.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Final
 
 import click
 
+from shardxform.checkpoint.gguf import GgufModel, find_gguf
+from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import count, gb, print_json, progress, with_options
-from shardxform.cli.inputs import open_named
+from shardxform.cli.inputs import is_gguf, open_gguf_named, open_named
 from shardxform.cli.options import (
     SOURCE,
     FamilyFlags,
@@ -21,9 +24,13 @@ from shardxform.cli.options import (
     command,
     option,
     out_argument,
+    refuse_idle,
 )
+from shardxform.errors import CheckpointError
 from shardxform.plan.view import MtpMode
 from shardxform.verification import DEFAULT_JOBS, Problem, Rounding, VerifyReport, verify
+from shardxform.verification.slabs import verify_gguf
+from shardxform.verification.source import Options
 
 __all__ = ["verify_command"]
 
@@ -71,19 +78,32 @@ def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, h
     rounding SRC again gives, bit for bit, or where that is not known (tuned, or another tool's) within what tuning
     can do, one and a half steps at most, and with no systematic error. What `convert --to bf16` and
     `--to fp16` wrote must be the values of SRC's quantized weights, bit for bit. Of tensors that shardxform.json says
-    were healed, all but the values must be SRC's. The last line says how many values were compared, and why the
-    others were not. Exits with 1 when OUT is not sound. Works on checkpoints of any tool.
+    were healed, all but the values must be SRC's, and no value may be farther from SRC's than healing can have moved
+    it. The last line says how many values were compared, and why the others were not. Exits with 1 when OUT is not
+    sound. Works on checkpoints of any tool, and on models in GGUF: a file or a folder.
     """
-    family.load()
     if made.source is None and (made.manifest or made.text_only or made.mtp):
         raise click.UsageError("--manifest, --text-only and --mtp say how OUT was made from --source; give that too")
     if made.source is None and hub.connections is not None:
         raise click.UsageError("--connections is for reading --source from the hub; give that too")
     if depth.independent and (made.source is None or depth.quick):
         raise click.UsageError("--independent compares values with --source; give that, and no --quick")
+    if _is_gguf(out):
+        report = _verify_gguf(out, made, depth, hub, family, output)
+    else:
+        family.load()
+        report = _verify(out, made, depth, hub, output)
+    if output.as_json:
+        print_json(report.to_dict())
+    else:
+        _show(report, depth.quick, output.worst)
+    raise click.exceptions.Exit(0 if report.sound else 1)
+
+
+def _verify(out: Path, made: _Made, depth: _Depth, hub: HubFlags, output: _Output) -> VerifyReport:
     origin = open_named(made.source, hub, out.parent) if made.source is not None else None
     with progress("verify", output.quiet or depth.quick) as on_progress:
-        report = verify(
+        return verify(
             out,
             source=origin,
             manifest=made.manifest,
@@ -94,11 +114,42 @@ def verify_command(out: Path, made: _Made, depth: _Depth, family: FamilyFlags, h
             independent=depth.independent,
             jobs=depth.jobs or DEFAULT_JOBS,
         )
-    if output.as_json:
-        print_json(report.to_dict())
-    else:
-        _show(report, depth.quick, output.worst)
-    raise click.exceptions.Exit(0 if report.sound else 1)
+
+
+def _is_gguf(out: Path) -> bool:
+    """Whether OUT is GGUF, whole or not."""
+    try:
+        return find_gguf(out) is not None
+    except CheckpointError:
+        return True
+
+
+def _verify_gguf(
+    out: Path, made: _Made, depth: _Depth, hub: HubFlags, family: FamilyFlags, output: _Output
+) -> VerifyReport:
+    """Verify a model in GGUF, against another or against a checkpoint of safetensors.
+
+    Raises:
+        SchemeError: options that are for safetensors alone.
+
+    """
+    refuse_idle(depth, "independent", wanted=f"safetensors, but {out} is GGUF")
+    origin: GgufModel | Checkpoint | None = None
+    if made.source is not None and is_gguf(made.source):
+        refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {made.source} is GGUF")
+        origin = open_gguf_named(made.source, hub, out.parent)
+    elif made.source is not None:
+        family.load()
+        origin = open_named(made.source, hub, out.parent)
+    with progress("verify", output.quiet or depth.quick) as on_progress:
+        return verify_gguf(
+            out,
+            source=origin,
+            given=Options(manifest=made.manifest, text_only=made.text_only, mtp=made.mtp),
+            quick=depth.quick,
+            jobs=depth.jobs or DEFAULT_JOBS,
+            on_progress=on_progress,
+        )
 
 
 def _show(report: VerifyReport, quick: bool, worst: int) -> None:
@@ -157,7 +208,11 @@ def _values(report: VerifyReport, quick: bool) -> str:
     many = f"all {report.tensors:,}" if whole else f"{report.values_compared:,} of {report.tensors:,}"
     how = ", ".join(_ways(report))
     text = f"values of {many} tensors compared with {report.source}{f' ({how})' if how else ''}"
-    left = ", ".join(f"{number:,} {_LEFT[why]}" for why, number in report.values_left.items())
+    if report.values_near:
+        text += f"; {report.values_near:,} healed, and as near to it as healing leaves them"
+    others = Counter(report.values_left)
+    others.subtract({"healed": report.values_near})
+    left = ", ".join(f"{number:,} {_LEFT[why]}" for why, number in others.items() if number)
     return f"{text}; {left}: only shape, type and finiteness" if left else text
 
 
@@ -168,14 +223,16 @@ def _ways(report: VerifyReport) -> Iterator[str]:
     if not report.tensors_differing and (equal := report.tensors_compared - report.tensors_derived):
         yield f"{equal:,} equal byte for byte"
     if not report.tensors_differing and report.tensors_derived:
-        yield f"{report.tensors_derived:,} bit-equal to the values of quantized weights"
+        yield f"{report.tensors_derived:,} bit-equal to values that are worked out of it"
 
 
 def _rounded(rounding: Rounding) -> str:
     if rounding.repacked:
         return f"{rounding.modules:,} quantized weights with the same integers and scales"
     if rounding.exact:
-        return f"{rounding.modules:,} quantized weights bit-equal to rounding again"
+        rounded, taken = rounding.modules - rounding.taken_over, rounding.taken_over
+        kinds = {"bit-equal to rounding again": rounded, "with the integers and scales of the source": taken}
+        return ", ".join(f"{count:,} quantized weights {what}" for what, count in kinds.items() if count)
     text = f"{rounding.modules:,} quantized weights within bounds"
     return f"{text}, {rounding.moved:,} codes not the nearest" if rounding.moved else text
 

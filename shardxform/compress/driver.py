@@ -37,8 +37,10 @@ from shardxform.compress.request import CompressOptions, Prepared, Request, plan
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
 from shardxform.execution.output import is_of, state_of
 from shardxform.execution.runner import Report, RunOptions, run
+from shardxform.formats.scheme import GGUF
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
+from shardxform.runtimes.mlx import single
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -111,7 +113,9 @@ class Stages:
         assert request.score_windows is not None
         assert request.precision is not None
         work, windows = work_of(self.folder.root, SCORE), request.score_windows
-        options = ScoreOptions(precision=request.precision, work=work, on_progress=on_progress)
+        options = ScoreOptions(
+            precision=request.precision, work=work, channels=request.narrows, on_progress=on_progress
+        )
         saliency = self._going_on(work, lambda: score(request.source, windows, options))
         self.folder.put(SCORE, {SALIENCY: saliency.to_bytes()}, {"tokens": saliency.tokens})
         self._clean()
@@ -122,7 +126,8 @@ class Stages:
 
         request, work = self.request, work_of(self.folder.root, SCORE)
         if request.score_windows is not None and request.precision is not None and work.is_dir():
-            remove_work(request.source, request.score_windows, ScoreOptions(precision=request.precision, work=work))
+            options = ScoreOptions(precision=request.precision, work=work, channels=request.narrows)
+            remove_work(request.source, request.score_windows, options)
 
     def _select(self, _on_progress: OnProgress | None) -> None:
         choice = self._choice()
@@ -143,12 +148,14 @@ class Stages:
     def _choice(self) -> Choice:
         """The experts that stay, by what was scored."""
         from shardxform.experts import Saliency, decide
+        from shardxform.experts.choosing import narrowed
 
         pruning = self.request.pruning
         assert pruning is not None
         self.folder.read(SCORE, SALIENCY)  # refuses what another wrote
         saliency = Saliency.load(self.folder.root / SALIENCY)
-        return decide(saliency, pruning.kept(saliency.num_experts), pruning.criterion, pruning.protect)
+        choice = decide(saliency, pruning.kept(saliency.num_experts), pruning.criterion, pruning.protect)
+        return narrowed(choice, pruning.width) if pruning.width else choice
 
     # -- quantize ---------------------------------------------------------------------------------------------------
 
@@ -244,10 +251,21 @@ class Stages:
         assert request.precision is not None
         work, windows = work_of(self.folder.root, EVALUATE), request.eval_windows
         options = EvaluateOptions(precision=request.precision, work=work, on_progress=on_progress)
-        tested = Checkpoint.open(request.out)
+        tested = self._written()
         found = self._going_on(work, lambda: evaluate(tested, windows, options, request.source))
         facts = identified(evaluation_facts(found, windows), tested, request.source)
         self.folder.put(EVALUATE, {EVALUATION: pretty(facts).encode()})
+
+    def _written(self) -> Checkpoint:
+        """What was written, to be run."""
+        if self.request.scheme.format != GGUF:
+            return single(Checkpoint.open(self.request.out))
+        from shardxform.checkpoint.gguf import find_gguf, open_gguf
+        from shardxform.plan.gguf_origin import stands_for
+
+        first = find_gguf(self.request.out)
+        assert first is not None  # it was written and verified
+        return stands_for(open_gguf(first), self.request.source)
 
     def _going_on(self, work: Path, call: Callable[[], _Result]) -> _Result:
         """Go on with the hidden states in `work`; start over where they are of other inputs, when that is asked for."""
@@ -345,6 +363,7 @@ def _discard(work: Path) -> None:
 def _comparison(facts: Mapping[str, Any]) -> Comparison:
     """What `evaluation_facts` was made of, as far as it is drawn."""
     from shardxform.evaluation.evaluate import Comparison
+    from shardxform.evaluation.routing import Load
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value
@@ -356,6 +375,7 @@ def _comparison(facts: Mapping[str, Any]) -> Comparison:
         top1=facts["top1_agreement"],
         top1_error=number(facts.get("top1_standard_error")),
         block_errors=tuple(map(number, facts["block_errors"])),
+        loads={int(layer): Load(**load) for layer, load in facts.get("routing", {}).items()},
     )
 
 

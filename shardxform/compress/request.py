@@ -44,12 +44,13 @@ from shardxform.compress.folder import (
 )
 from shardxform.errors import CheckpointError, FamilyError, OutputError, PlanError
 from shardxform.execution.output import Output, state_of
-from shardxform.experts import ExpertStats, Saliency, choose
-from shardxform.experts.choosing import DEFAULT, WEIGHTS, keep_of_ratio
+from shardxform.experts import ExpertStats, Saliency
+from shardxform.experts.choosing import DEFAULT, WEIGHTS, decide, keep_of_ratio, narrowed
 from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.families import family_origin
-from shardxform.model.layout import Layout, layout_of
+from shardxform.model.layout import Layout, layout_of, value_at
+from shardxform.plan.narrowing import width_key
 from shardxform.plan.plan import Plan, source_inputs, tokens_of
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
@@ -81,6 +82,7 @@ class Pruning:
         ratio: the share of them that goes.
         criterion: what they are chosen by, a name of `experts.CRITERIA`.
         protect: keep super experts, whatever their score.
+        width: channels that every expert that stays keeps; None for all.
 
     """
 
@@ -88,6 +90,7 @@ class Pruning:
     ratio: float | None = None
     criterion: str = DEFAULT
     protect: bool = False
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.ratio is None):
@@ -144,6 +147,11 @@ class Request:
             raise PlanError("tuning: expected a recipe and its data, found one without the other")
         if self.runs_model and self.precision is None:
             raise PlanError("precision: expected a device and a type to run the model with, found none")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether experts lose channels."""
+        return self.pruning is not None and self.pruning.width is not None
 
     @property
     def folder(self) -> Path:
@@ -280,7 +288,7 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
         raise FamilyError(f"{source.where}: no layer has experts; there is nothing to prune")
     from shardxform.experts.weighing import model_facts
 
-    alike = ExpertStats.alike(layout.num_experts)
+    alike = ExpertStats.alike(layout.num_experts, _channels(layout) if pruning.width else 0)
     saliency = Saliency(
         model=model_facts(source, layout),
         layers=dict.fromkeys(layout.moe_layers, alike),
@@ -289,7 +297,13 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
         runs=(),
         where=source.where,
     )
-    return choose(saliency, pruning.kept(layout.num_experts))
+    choice = decide(saliency, pruning.kept(layout.num_experts))
+    return (narrowed(choice, pruning.width) if pruning.width else choice).manifest()
+
+
+def _channels(layout: Layout) -> int:
+    """Channels of a routed expert, as config.json has them."""
+    return int(value_at(layout.config, ".".join(width_key(layout))))
 
 
 def _scored_mtp_layers(source: Checkpoint) -> int:
@@ -311,7 +325,10 @@ def _inputs(request: Request, sketch: Plan) -> dict[str, dict[str, object]]:
         run = {"data": windows.provenance, "windows": windows.fingerprint, **_computed(request)}
         out[SCORE] = {"source": source_inputs(request.source, {}), **family_origin(request.source.config), **run}
         kept = pruning.kept(int(sketch.summary["experts_before"]))
+        if pruning.width:
+            out[SCORE] = {**out[SCORE], "channels": True}
         asked = {"keep": kept, "ratio": pruning.ratio, "criterion": pruning.criterion, "protect": pruning.protect}
+        asked = {**asked, "width": pruning.width} if pruning.width else asked
         out[SELECT] = {**asked, "saliency": _hash(out[SCORE])}
     planned = {key: value for key, value in sketch.inputs.items() if key not in ("manifest", "command")}
     out[QUANTIZE] = {"pruned_by": _hash(out[SELECT]) if SELECT in out else None, **planned}

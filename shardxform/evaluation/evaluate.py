@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,10 +27,11 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
+from shardxform.evaluation.routing import Load, kept_of, load_of
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import OutputHead, Skeleton
-from shardxform.forward.weights import Observer, Precision, Weights
+from shardxform.forward.weights import Observer, Precision, Routed, Weights
 from shardxform.forward.work import HiddenReader, WorkDir, refuse_inside
 
 __all__ = ["Comparison", "EvaluateOptions", "Evaluation", "evaluate", "evaluation_facts", "identified"]
@@ -78,6 +79,7 @@ class Comparison:
         dtype: that the reference was computed in.
         block_errors: per decoder block, ||output - reference's|| / ||reference's|| over all positions; infinite when
             the reference puts out zeros and the checkpoint does not. Empty for a single source of text.
+        loads: per MoE layer, how the router's choices changed; empty where it is not known which experts are which.
 
     """
 
@@ -90,6 +92,7 @@ class Comparison:
     ratio_error: float = math.nan
     top1_error: float = math.nan
     dtype: str = ""
+    loads: Mapping[int, Load] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +124,20 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: Checkpoint, windows: Windows, options: EvaluateOptions, against: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    windows: Windows,
+    options: EvaluateOptions,
+    against: Checkpoint | None = None,
+    keep: Mapping[int, Sequence[int]] | None = None,
 ) -> Evaluation:
     """Run a checkpoint, a view or a quantized checkpoint, and its reference if one is given, over held-out windows.
+
+    Args:
+        checkpoint: what is measured.
+        windows: held-out text.
+        options: how.
+        against: the reference.
+        keep: layer -> experts of the reference that the checkpoint has, empty for all; None for what records say.
 
     Raises:
         FamilyError, SchemeError, CheckpointError: one of them cannot be run.
@@ -150,12 +164,22 @@ def evaluate(
         work = stack.enter_context(WorkDir(options.work, inputs))
         head_tokens = windows.ids_NT.size * len(chains)
         job = Pass(windows, chains, work, options.on_progress, head_tokens)
-        blocks = run_pass(job, _Differences())
+        blocks = run_pass(job, _Differences({name: chain.layout.num_experts for name, chain in chains.items()}))
         heads = _run_heads(job)
         work.remove()
     found = _evaluation(windows, blocks, heads)
-    compared = found.against and replace(found.against, dtype=_name(options.against))
+    loads = dict(_loads(blocks, keep if keep is not None else kept_of(checkpoint, against))) if against else {}
+    compared = found.against and replace(found.against, dtype=_name(options.against), loads=loads)
     return replace(found, dtype=_name(options.precision), against=compared)
+
+
+def _loads(blocks: Sequence[Mapping[str, Any]], keep: Mapping[int, Sequence[int]] | None) -> Iterator[tuple[int, Load]]:
+    if keep is None:
+        return
+    for layer, facts in enumerate(blocks):
+        counts = facts["routed"]
+        if counts and (load := load_of(counts[_TESTED], counts[_REFERENCE], layer, keep)):
+            yield layer, load
 
 
 def _name(precision: Precision) -> str:
@@ -176,13 +200,15 @@ def _refuse_other_shapes(chains: Mapping[str, Skeleton]) -> None:
 
 
 class _Differences:
-    """A visitor that adds up how far the outputs of each block are from the reference's."""
+    """A visitor that adds up how far the outputs of each block are from the reference's, and counts routed tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_experts: Mapping[str, int]) -> None:
+        self._num_experts = num_experts
         self.begin(0)
 
     def begin(self, layer: int) -> None:  # noqa: ARG002
         self._error = self._norm = 0.0
+        self._routed = {name: [0] * count for name, count in self._num_experts.items()}
 
     def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         if _REFERENCE not in hidden:
@@ -192,11 +218,19 @@ class _Differences:
         self._error += float(error_NH.square().sum(-1).double().sum())
         self._norm += float(reference_NH.square().sum(-1).double().sum())
 
-    def observer(self, chain: str) -> Observer | None:  # noqa: ARG002
-        return None
+    def observer(self, chain: str) -> Observer | None:
+        if _REFERENCE not in self._num_experts:
+            return None
+        routed = self._routed[chain]
 
-    def facts(self) -> dict[str, float]:
-        return {"error": self._error, "norm": self._norm}
+        def count(seen: Routed) -> None:
+            routed[seen.expert] += len(seen.weight_n)
+
+        return count
+
+    def facts(self) -> dict[str, Any]:
+        routed = self._routed if any(map(any, self._routed.values())) else {}
+        return {"error": self._error, "norm": self._norm, "routed": routed}
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------
@@ -274,7 +308,7 @@ def _sums(logits: Mapping[str, torch.Tensor], targets_N: torch.Tensor) -> Iterat
 
 
 def _evaluation(
-    windows: Windows, blocks: list[Mapping[str, float]], heads: list[Mapping[str, list[float]]]
+    windows: Windows, blocks: list[Mapping[str, Any]], heads: list[Mapping[str, list[float]]]
 ) -> Evaluation:
     columns: dict[str, list[float]] = {}
     for facts in heads:
@@ -353,6 +387,7 @@ def evaluation_facts(found: Evaluation, windows: Windows) -> dict[str, Any]:
     if against:
         errors = [_number(error) for error in against.block_errors]
         facts["against"] = {**_compared(found, against), "dtype": against.dtype, "block_errors": errors}
+        facts["against"]["routing"] = {str(layer): asdict(load) for layer, load in against.loads.items()}
     if found.sources:
         facts["sources"] = {
             name: {**_measured(each), "against": each.against and _compared(each, each.against)}

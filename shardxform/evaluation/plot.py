@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any, Final
 from shardxform.base.file_system import write_over
 from shardxform.errors import OutputError
 from shardxform.evaluation.evaluate import Comparison, Evaluation
+from shardxform.evaluation.routing import Load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["draw", "refuse_foreign_picture"]
+__all__ = ["draw", "draw_tasks", "refuse_foreign_picture"]
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _MAKER: Final = "shardxform"
 _MARK: Final = b"tEXtSoftware\0" + _MAKER.encode()
 _BLUE: Final = "#31688e"
+_ORANGE: Final = "#e6851e"
+_MOST_DOUBLINGS: Final = 2.0
 _MAX_NAME: Final = 30  # characters
 _NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
 
@@ -40,7 +44,7 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     from matplotlib.figure import Figure
 
     blocks = max(6.0, min(14.0, 2.5 + 0.28 * len(against.block_errors)))
-    widths = [blocks, 5.0] if sources else [blocks]
+    widths = [blocks, *([5.0] if sources else []), *([6.0] if against.loads else [])]
     figure = Figure(figsize=(sum(widths), max(4.2, 1.4 + 0.4 * len(sources))), layout="constrained")
     FigureCanvasAgg(figure)
     places: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -50,6 +54,48 @@ def draw(against: Comparison, path: Path, *, title: str, sources: Mapping[str, E
     places[0].set_title(f"{title}\nKL {divergence} nats, same choice {agreement}", fontsize=11)
     if sources:
         _draw_sources(places[1], sources)
+    if against.loads:
+        _draw_loads(figure, places[-1], against.loads)
+    _save(figure, path)
+
+
+def draw_tasks(results: Mapping[str, Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw a bar for the first metric of every task as a PNG, with its standard error, and the reference as a mark.
+
+    Args:
+        results: those of `tasks.accuracy`, by task.
+        path: of the picture; one of an earlier evaluation is replaced.
+        title: above it.
+
+    Raises:
+        OutputError: another file is there, or it cannot be written.
+
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [(name, *next(iter(task["metrics"].items()))) for name, task in results.items() if task["metrics"]]
+    figure = Figure(figsize=(8.0, max(2.4, 1.4 + 0.45 * len(found))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places, values = range(len(found)), [each["value"] for _, _, each in found]
+    errors = [each["standard_error"] or 0.0 for _, _, each in found]
+    axes.barh(places, values, xerr=errors, color=_BLUE, height=0.65, error_kw={"linewidth": 1})
+    if any("reference" in each for _, _, each in found):
+        marks = [each.get("reference", math.nan) for _, _, each in found]
+        axes.plot(marks, places, "D", color=_ORANGE, markersize=6, linestyle="none", label="reference")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    names = [f"{_shortened(name)}\n{_shortened(metric)}" for name, metric, _ in found]
+    axes.set_yticks(places, names, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": _MAKER})
     refuse_foreign_picture(path)
@@ -103,6 +149,35 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Evaluation]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.grid(visible=True, linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
+
+
+def _draw_loads(figure: Figure, axes: Axes, loads: Mapping[int, Load]) -> None:
+    """A row a layer, its experts by falling share of the reference's choices; coloured by what became of the share."""
+    experts = max(len(load.keep) for load in loads.values())
+    rows = [[math.nan] * experts for _ in loads]
+    for row, load in zip(rows, loads.values(), strict=True):
+        shares = sorted(load.shares, key=lambda share: -share[0])
+        row[: len(shares)] = [_doublings(old, new) for old, new in shares]
+    image = axes.imshow(rows, cmap="RdBu_r", vmin=-_MOST_DOUBLINGS, vmax=_MOST_DOUBLINGS, aspect="auto")
+    axes.set_xlabel("kept experts, the reference's busiest first")
+    axes.set_ylabel("layer")
+    numbers = list(loads)
+    step = max(1, len(numbers) // 12)
+    axes.set_yticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    lost = math.fsum(load.lost for load in loads.values()) / len(loads)
+    moved = math.fsum(load.moved for load in loads.values()) / len(loads)
+    axes.set_title(f"who is busier\n{lost:.0%} of choices lost, {moved:.0%} moved", fontsize=11)
+    bar = figure.colorbar(image, ax=axes, extend="both")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "same", "x 2", "x 4"])
+    bar.set_label("share of the choices among kept experts")
+
+
+def _doublings(old: float, new: float) -> float:
+    """How often a share doubled; at the end of the scale where one of the two is nothing."""
+    if old and new:
+        return math.log2(new / old)
+    return 0.0 if old == new else math.copysign(_MOST_DOUBLINGS, new - old)
 
 
 def _ratio(ratio: float, error: float) -> str:

@@ -293,6 +293,7 @@ JOURNAL: Final = "journal"
 PARTIAL: Final = ".partial"
 STATES: Final = "states-"  # begins the name of a directory of hidden states, and a fingerprint's first digits end it
 _STATE_FILES: Final = (".hidden", ".tmp")
+_PIECE: Final = 1 << 20  # of a header that is compared
 _MOST_SHOWN: Final = 60  # characters of a value in a message
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _STATES: Final = re.compile(STATES + "[0-9a-f]{16}")
@@ -445,11 +446,10 @@ def is_ours(path: Path, digest: str | None, shard: ShardRecord | None) -> bool:
 def holds(path: Path, shard: ShardPlan) -> bool:
     """Whether `path` is this shard, by its size and its header."""
     with _opened(path) as file:
-        return (
-            file is not None
-            and os.fstat(file.fileno()).st_size == shard.nbytes
-            and file.read(len(shard.head)) == shard.head
-        )
+        if file is None or os.fstat(file.fileno()).st_size != shard.nbytes:
+            return False
+        pieces = (shard.head[at : at + _PIECE] for at in range(0, len(shard.head), _PIECE))
+        return all(file.read(len(piece)) == piece for piece in pieces)
 
 
 def record_of(plan: Plan) -> Record:
@@ -509,10 +509,11 @@ def _refuse_file_above(root: Path) -> None:
 def _refuse_overlap(root: Path, plan: Plan) -> None:
     """Refuse an output in, around or behind the source: by its path, and by where its files really lie."""
     out, source = Path(os.path.realpath(root)), Path(os.path.realpath(plan.source))
-    same = root.is_dir() and os.path.samefile(root, plan.source)
+    same = root.is_dir() and plan.source.is_dir() and os.path.samefile(root, plan.source)
     names = [*(shard.name for shard in plan.source_shards), *plan.sidecars, CONFIG]
     inside = (Path(os.path.realpath(plan.source / name)) for name in names)
-    if same or out == source or out in source.parents or source in out.parents or any(out in p.parents for p in inside):
+    below = source in out.parents and not plan.source_name  # one file of a folder is not the folder
+    if same or below or out == source or out in source.parents or any(out in p.parents for p in inside):
         raise OutputError(f"{root}: overlaps the source {plan.origin}; name a directory outside it")
 
 

@@ -7,7 +7,7 @@ tensor: weights that are not finite, a scale that would be rounded, a value beyo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from shardxform.base.file_system import FileSystem, SourceReader
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.execution.copying import Files, OpenTarget
-from shardxform.formats.encoding import Opener, Read, SourceDtype, Writing
+from shardxform.formats.encoding import Opener, Read, Role, SourceDtype, Writing
 from shardxform.formats.integers import Ints
 from shardxform.formats.rounding import QuantizedWeight, RtnStats, quantize_into
 from shardxform.formats.scheme import Grid
@@ -82,10 +82,11 @@ def transcode_step(
     for item in step.items:
         stopped()
         writing = Writing(_where(item), item.shape, rounder, stopped)
-        extents = dict(item.parts)
+        extents = _extents(item)
         rows = (source.open(opener) for source in item.sources)
         for role, offset, data in item.target.written(rows, writing):
-            write_part(data, extents[role], files[1], fs, taken, offset)
+            extent, within = _place(extents[role], offset)
+            write_part(data, extent, files[1], fs, taken, within)
             on_bytes(data.nbytes)
         zero_groups += writing.zero_groups
         if writing.groups and writing.zero_groups == writing.groups:
@@ -96,6 +97,22 @@ def transcode_step(
     if zero_modules:
         facts["zero_modules"] = zero_modules
     return facts
+
+
+def _extents(item: TranscodeItem) -> dict[Role, list[Extent]]:
+    """Where each part goes; to several places of one size, one after the other, where it is that of several tensors."""
+    found: dict[Role, list[Extent]] = {}
+    for role, extent in item.parts:
+        found.setdefault(role, []).append(extent)
+    return found
+
+
+def _place(extents: Sequence[Extent], offset: int) -> tuple[Extent, int]:
+    """Which of the places a byte of a part is in, and where there."""
+    if len(extents) == 1 or not extents[0].length:
+        return extents[0], offset
+    number, within = divmod(offset, extents[0].length)
+    return extents[number], within
 
 
 def reading(source: SourceReader) -> Read:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from shardxform import __version__
 from shardxform.ask.manifest import Manifest
+from shardxform.ask.width import Width
 from shardxform.errors import PlanError
-from shardxform.experts.statistics import ExpertStats, Saliency
+from shardxform.experts.statistics import CHANNELS, ExpertStats, Saliency
 
 __all__ = [
     "CRITERIA",
@@ -29,10 +30,12 @@ __all__ = [
     "WEIGHTS",
     "Choice",
     "LayerChoice",
+    "channels_kept",
     "choose",
     "criteria_of",
     "decide",
     "keep_of_ratio",
+    "narrowed",
     "scores",
     "super_experts",
 ]
@@ -83,6 +86,11 @@ def energy(stats: ExpertStats) -> Scores:
     return stats.of("energy")
 
 
+def output_energy(stats: ExpertStats) -> Scores:
+    """Sum of ||e||_2^2 as `energy` and the down projection's weights let it be estimated, channel by channel."""
+    return stats.of("output")
+
+
 def msan(stats: ExpertStats) -> Scores:
     """Mean of ||e||_2^2 over the tokens that reach the expert, 0 where none does: arXiv 2606.15716."""
     return _mean(stats.of("square"), stats.of("count"))
@@ -107,6 +115,7 @@ CRITERIA: Final[Mapping[str, Callable[[ExpertStats], Scores]]] = MappingProxyTyp
         "gate-sum": gate_sum,
         "peak": peak,
         "energy": energy,
+        "output-energy": output_energy,
         "msan": msan,
         "aimer": aimer,
     }
@@ -128,6 +137,7 @@ _NEEDS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "gate-sum": ("gate",),
         "peak": ("peak",),
         "energy": ("energy",),
+        "output-energy": ("output",),
         "msan": ("square", "count"),
         "aimer": ("spread",),
     }
@@ -158,6 +168,7 @@ def _mean(sum_E: Scores, count_E: NDArray[np.int64]) -> Scores:
 # -- choices -----------------------------------------------------------------------------------------------------------
 
 
+_LEAST_GROUP: Final = 32  # columns that share a scale, in the smallest groups that are written
 _SUPER_PERCENTILE: Final = 99.5
 _SUPER_SHARE: Final = 0.1  # of the largest peak of all
 _SUPER_DEPTH: Final = 0.75  # share of the layers, from the first, in which super experts are looked for
@@ -199,6 +210,7 @@ class Choice:
     protect: bool
     layers: Mapping[int, LayerChoice]
     mtp_layers: Mapping[int, LayerChoice]
+    width: Width | None = None
 
     @property
     def num_kept(self) -> int:
@@ -213,9 +225,59 @@ class Choice:
             mtp_keep={layer: choice.keep for layer, choice in self.mtp_layers.items()},
             model=dict(saliency.model),
             criterion=self.criterion,
+            width=self.width,
             ratio=1 - self.num_kept / saliency.num_experts if ratio is None else ratio,
             provenance=_provenance(self),
         )
+
+
+def narrowed(choice: Choice, channels: int) -> Choice:
+    """Choose the channels that every expert of a choice keeps: those that gave most, ties to the lower id.
+
+    A channel gives (g a)^2 times the squared norm of its column of the down projection, summed over the tokens: the
+    energy that goes with it if the others stay as they are.
+
+    Raises:
+        PlanError: the saliency says nothing of channels, or there are not more of them.
+
+    """
+    saliency = choice.saliency
+    if CHANNELS not in saliency.known:
+        raise PlanError(f"`width`: {saliency.where} says nothing of channels; score with `channels`")
+    sizes = {stats.of(CHANNELS).shape[1] for stats in (*saliency.layers.values(), *saliency.mtp_layers.values())}
+    if len(sizes) != 1:
+        raise PlanError(f"`width`: {saliency.where} has experts of {' and '.join(map(str, sorted(sizes)))} channels")
+    (of,) = sizes
+    if not 0 < channels < of or channels % _LEAST_GROUP:
+        raise PlanError(
+            f"`width`: expected fewer than the {of} channels of an expert, and a multiple of {_LEAST_GROUP} for the"
+            f" groups of quantized weights, found {channels}"
+        )
+    kept, mtp_kept = (
+        {
+            layer: tuple(_best(layers[layer].of(CHANNELS)[expert], channels) for expert in chosen.keep)
+            for layer, chosen in choices.items()
+        }
+        for layers, choices in ((saliency.layers, choice.layers), (saliency.mtp_layers, choice.mtp_layers))
+    )
+    return replace(choice, width=Width(channels=channels, of=of, kept=kept, mtp_kept=mtp_kept))
+
+
+def _best(given_I: NDArray[np.float32], channels: int) -> bytes:
+    order = np.lexsort((np.arange(given_I.size), -given_I))
+    return np.packbits(np.isin(np.arange(given_I.size), order[:channels]), bitorder="little").tobytes()
+
+
+def channels_kept(choice: Choice) -> dict[int, float | None]:
+    """Layer -> share of what the channels of its kept experts gave that stays; None where they gave nothing."""
+    assert choice.width is not None
+    out: dict[int, float | None] = {}
+    for layer, bitmaps in choice.width.kept.items():
+        given_EI = choice.saliency.layers[layer].of(CHANNELS)[list(choice.layers[layer].keep)].astype(np.float64)
+        bytes_EB = np.frombuffer(b"".join(bitmaps), np.uint8).reshape(len(bitmaps), -1)
+        bits_EI = np.unpackbits(bytes_EB, axis=1, count=given_EI.shape[1], bitorder="little")
+        out[layer] = float((given_EI * bits_EI).sum() / given_EI.sum()) if given_EI.any() else None
+    return out
 
 
 def choose(saliency: Saliency, keep: int, criterion: str = DEFAULT, protect: bool = False) -> Manifest:

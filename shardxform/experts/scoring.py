@@ -10,13 +10,14 @@ kept apart in a `Saliency`, of which every criterion is made and which add up ov
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from shardxform import __version__
@@ -32,8 +33,8 @@ from shardxform.experts.weighing import model_facts
 from shardxform.forward.passes import Pass, batches, fingerprint, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import Skeleton, mtp_layer, mtp_numbers
-from shardxform.forward.weights import Observer, Precision, Weights
-from shardxform.forward.work import WorkDir, refuse_inside
+from shardxform.forward.weights import Observer, Precision, Routed, Weights
+from shardxform.forward.work import HiddenFile, WorkDir, refuse_inside
 
 __all__ = [
     "ScoreOptions",
@@ -50,6 +51,9 @@ _COMPARED: Final = ("windows", "dtype", "device", "family")  # of runs that are 
 _STATS: Final = ("count", "reap", "ean", "gate", "peak", "square", "energy")
 _ADDED: Final = ("reap", "ean", "gate", "square", "energy")
 
+Store = Callable[[int, NDArray[np.float64]], None]
+"""Takes a layer and the sums of its channels, [E, I]."""
+
 
 @dataclass(slots=True, kw_only=True)
 class ScoreOptions:
@@ -58,12 +62,14 @@ class ScoreOptions:
     Attributes:
         precision: device and dtype of the computation.
         work: directory for hidden states; removed by the caller when its result is safe.
+        channels: also say what each channel of every expert gives to its output, so that experts can be narrowed.
         on_progress: called after every batch.
 
     """
 
     precision: Precision
     work: Path
+    channels: bool = False
     on_progress: OnProgress | None = None
 
 
@@ -91,12 +97,15 @@ def score(source: Checkpoint, windows: Windows, options: ScoreOptions) -> Salien
         with WorkDir(options.work, inputs) as work:
             extra = windows.ids_NT.size * len(numbers)
             job = Pass(windows, {_CHAIN: skeleton}, work, options.on_progress, extra)
-            facts = run_pass(job, Scorer(layout.num_experts))
-            mtp = _score_mtp(job, skeleton, numbers)
+            channels = _Channels(work, layout.num_experts, wanted=options.channels)
+            facts = run_pass(job, Scorer(layout.num_experts, store=channels.store("block")))
+            mtp = _score_mtp(job, skeleton, numbers, channels.store("mtp"))
+            found = {layer: _stats(facts[layer], channels.read("block", layer)) for layer in layout.moe_layers}
+            of_mtp = {at: _stats(each, channels.read("mtp", at)) for at, each in enumerate(mtp)}
     return Saliency(
         model=model_facts(source, layout),
-        layers={layer: _stats(facts[layer]) for layer in layout.moe_layers},
-        mtp_layers=dict(enumerate(map(_stats, mtp))),
+        layers=found,
+        mtp_layers=of_mtp,
         tokens=windows.ids_NT.size,
         runs=(run_facts(windows, inputs),),
     )
@@ -116,7 +125,8 @@ def score_inputs(source: Checkpoint, windows: Windows, options: ScoreOptions) ->
         CheckpointError: a shard cannot be read.
 
     """
-    return pass_inputs("score", {_CHAIN: source}, windows, options.precision)
+    purpose = "score channels" if options.channels else "score"
+    return pass_inputs(purpose, {_CHAIN: source}, windows, options.precision)
 
 
 def difference_of_runs(found: Saliency, source: Checkpoint, windows: Windows, options: ScoreOptions) -> str:
@@ -149,17 +159,23 @@ def remove_work(source: Checkpoint, windows: Windows, options: ScoreOptions) -> 
 
 
 class Scorer:
-    """A visitor that adds up what experts put out; `kind` is what its layers are called in messages."""
+    """A visitor that adds up what experts put out.
 
-    def __init__(self, num_experts: int, kind: str = "block") -> None:
+    `kind` is what its layers are called in messages; `store` takes the sums of every channel of a layer, [E, I], where
+    these are wanted.
+    """
+
+    def __init__(self, num_experts: int, kind: str = "block", store: Store | None = None) -> None:
         self._num_experts = num_experts
         self._kind = kind
+        self._store = store
         self.begin(0)
 
     def begin(self, layer: int) -> None:
         """Start from zero."""
         self._layer = layer
         self._sums = {name: np.zeros(self._num_experts, np.float64) for name in _STATS}
+        self._channels = np.zeros((0, 0), np.float64)
 
     def after(self, hidden: Mapping[str, torch.Tensor]) -> None:
         """Blocks as a whole do not matter here."""
@@ -168,12 +184,15 @@ class Scorer:
         """Add up what every expert puts out."""
         return self._add
 
-    def _add(self, expert: int, weight_n: torch.Tensor, inner_nI: torch.Tensor, value_nH: torch.Tensor) -> None:
-        value_nH = value_nH.float()
+    def _add(self, seen: Routed) -> None:
+        expert, value_nH = seen.expert, seen.value_nH.float()
         norm_n = value_nH.norm(dim=-1).double()
-        gate_n = weight_n.double()
+        gate_n = seen.weight_n.double()
         peak = torch.linalg.vector_norm(value_nH, ord=torch.inf).double()
-        energy = inner_nI.float().square().sum(dim=-1).double().sum()
+        square_nI = seen.inner_nI.float().square()
+        energy = square_nI.sum(dim=-1).double().sum()
+        if self._store is not None:
+            self._add_channels(expert, square_nI, gate_n, seen.down_HI)
         sums = (norm_n @ gate_n, norm_n.sum(), gate_n.sum(), norm_n @ norm_n, energy)
         *added, largest = torch.stack((*sums, peak)).tolist()
         self._sums["count"][expert] += len(gate_n)
@@ -181,8 +200,15 @@ class Scorer:
             self._sums[name][expert] += value
         self._sums["peak"][expert] = max(self._sums["peak"][expert], largest)
 
+    def _add_channels(self, expert: int, square_nI: torch.Tensor, gate_n: torch.Tensor, down_HI: torch.Tensor) -> None:
+        """Add what each channel gives: (g a)^2 times the squared norm of its column of the down projection."""
+        given_I = (gate_n.square()[None] @ square_nI.double())[0] * down_HI.float().square().sum(dim=0).double()
+        if not self._channels.size:
+            self._channels = np.zeros((self._num_experts, len(given_I)), np.float64)
+        self._channels[expert] += given_I.cpu().numpy()
+
     def facts(self) -> dict[str, list[float]]:
-        """The sums, one number an expert.
+        """The sums, one number an expert; those of channels are stored.
 
         Raises:
             ExecutionError: names an expert whose sums are not finite.
@@ -191,12 +217,14 @@ class Scorer:
         for name, values in self._sums.items():
             if len(bad := np.flatnonzero(~np.isfinite(values))):
                 raise ExecutionError(f"{self._kind} {self._layer}: '{name}' of expert {bad[0]} is {values[bad[0]]}")
+        if self._store is not None and self._channels.size:
+            self._store(self._layer, self._channels)
         return {name: values.tolist() for name, values in self._sums.items()}
 
 
-def _score_mtp(job: Pass, skeleton: Skeleton, numbers: range) -> list[Mapping[str, Any]]:
+def _score_mtp(job: Pass, skeleton: Skeleton, numbers: range, store: Store | None = None) -> list[Mapping[str, Any]]:
     """Statistics of the MTP layers, which take what leaves the last block."""
-    scorer = Scorer(skeleton.layout.num_experts, "MTP layer")
+    scorer = Scorer(skeleton.layout.num_experts, "MTP layer", store)
     try:
         with interrupts.deferred():
             for layer in numbers:
@@ -233,6 +261,45 @@ def _run_mtp(job: Pass, skeleton: Skeleton, layer: int, scorer: Scorer, *, more:
     job.work.record(f"mtp {layer}", scorer.facts())
 
 
-def _stats(facts: Mapping[str, Sequence[float]]) -> ExpertStats:
+def _stats(facts: Mapping[str, Sequence[float]], channels_EI: NDArray[np.float32] | None = None) -> ExpertStats:
     arrays = {f"{name}_E": np.array(facts[name], np.float64) for name in _STATS if name != "count"}
-    return ExpertStats(count_E=np.array(facts["count"], np.int64), **arrays)
+    return ExpertStats(count_E=np.array(facts["count"], np.int64), **arrays, channels_EI=channels_EI)
+
+
+class _Channels:
+    """What each channel gave, kept in the work directory beside the hidden states until the run is done."""
+
+    def __init__(self, work: WorkDir, experts: int, *, wanted: bool) -> None:
+        self._work = work
+        self._experts = experts
+        self._wanted = wanted
+
+    def store(self, kind: str) -> Store | None:
+        """Take the sums of a layer; durable before the layer is. None where they are not wanted."""
+        if not self._wanted:
+            return None
+
+        def put(layer: int, channels_EI: NDArray[np.float64]) -> None:
+            with self._file(kind, layer, channels_EI.shape[1]).writing() as out:
+                out.put(0, torch.from_numpy(channels_EI.astype(np.float32))[..., None])
+
+        return put
+
+    def read(self, kind: str, layer: int) -> NDArray[np.float32] | None:
+        """Give the sums of a layer, float32 [E, I]; None where they are not wanted.
+
+        Raises:
+            ExecutionError: they are gone.
+
+        """
+        if not self._wanted:
+            return None
+        file = self._file(kind, layer, 1)
+        size = file.path.stat().st_size if file.path.is_file() else 0
+        with self._file(kind, layer, max(1, size // (4 * self._experts))).reading() as reader:
+            found: NDArray[np.float32] = reader.rows(0, self._experts)[..., 0].numpy()
+        return found
+
+    def _file(self, kind: str, layer: int, channels: int) -> HiddenFile:
+        shape = (self._experts, channels, 1)
+        return self._work.hidden(f"channels{'mtp' if kind == 'mtp' else ''}", layer, shape, torch.float32)

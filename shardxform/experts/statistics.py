@@ -10,6 +10,7 @@ random. Reading takes nothing on trust.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -29,6 +30,7 @@ from shardxform.checkpoint.identity import Identity
 from shardxform.errors import CheckpointError, PlanError
 
 __all__ = [
+    "CHANNELS",
     "FIELDS",
     "KEY",
     "VERSION",
@@ -44,7 +46,7 @@ __all__ = [
 KEY: Final = "shardxform.saliency"
 VERSION: Final = 2
 _VERSIONS: Final = (1, VERSION)  # what the first wrote is read as well: it knew fewer statistics
-MAX_BYTES: Final = 64 << 20  # 100 layers of 512 experts are 2 MB; what is larger is a shard given by mistake
+MAX_BYTES: Final = 1 << 30  # 100 layers of 512 experts are 2 MB, and a thousand times that with channels
 FIELDS: Final = {
     "count": "I64",
     "reap": "F64",
@@ -53,14 +55,20 @@ FIELDS: Final = {
     "peak": "F64",
     "square": "F64",
     "energy": "F64",
+    "output": "F64",
     "spread": "F64",
 }
 """Statistic -> dtype, as the tensors are named; each has shape [E]. A file holds some, of every layer the same."""
 
+CHANNELS: Final = "channels"
+"""Name of the one that has a number for every channel, F32 [E, I]."""
+
+_DTYPES: Final = {**FIELDS, CHANNELS: "F32"}
+
 _OF_WEIGHTS: Final = "spread"  # needs no tokens
 
-_NUMPY: Final = {"I64": "<i8", "F64": "<f8"}
-_NAME: Final = re.compile(rf"(layers|mtp_layers)\.(0|[1-9][0-9]{{0,5}})\.({'|'.join(FIELDS)})")
+_NUMPY: Final = {"I64": "<i8", "F64": "<f8", "F32": "<f4"}
+_NAME: Final = re.compile(rf"(layers|mtp_layers)\.(0|[1-9][0-9]{{0,5}})\.({'|'.join(_DTYPES)})")
 _RECORD: Final = ("version", "model", "tokens", "runs")
 
 Arrays = dict[str, dict[int, dict[str, NDArray[Any]]]]
@@ -99,7 +107,7 @@ def encode_saliency(arrays: Arrays, record: Mapping[str, object]) -> bytes:
         for layer, stats in layers.items()
         for field, array in stats.items()
     }
-    specs = [TensorSpec(name, FIELDS[name.rsplit(".", 1)[1]], array.shape) for name, array in tensors.items()]
+    specs = [TensorSpec(name, _DTYPES[name.rsplit(".", 1)[1]], array.shape) for name, array in tensors.items()]
     entries = layout(specs)
     data = [tensors[entry.spec.name].astype(_NUMPY[entry.spec.dtype]).tobytes() for entry in entries]
     return b"".join([_header(entries, {"version": VERSION, **record}), *data])
@@ -133,8 +141,9 @@ def decode_saliency(data: bytes, where: str) -> tuple[Arrays, dict[str, Any]]:
     arrays: Arrays = {"layers": {}, "mtp_layers": {}}
     for entry in entries:
         scope, layer, field = _place(entry.spec, where)
-        array = np.frombuffer(data, _NUMPY[entry.spec.dtype], entry.spec.shape[0], offset=start + entry.begin)
-        arrays[scope].setdefault(layer, {})[field] = array
+        size = math.prod(entry.spec.shape)
+        array = np.frombuffer(data, _NUMPY[entry.spec.dtype], size, offset=start + entry.begin)
+        arrays[scope].setdefault(layer, {})[field] = array.reshape(entry.spec.shape)
     _check_complete(arrays, where)
     return arrays, record
 
@@ -161,9 +170,10 @@ def _place(spec: TensorSpec, where: str) -> tuple[str, int, str]:
     if match is None:
         raise CheckpointError(f"{where}: tensor {show(spec.name)}: expected a name such as 'layers.3.reap'")
     scope, layer, field = match.groups()
-    if spec.dtype != FIELDS[field] or len(spec.shape) != 1:
+    if spec.dtype != _DTYPES[field] or len(spec.shape) != (2 if field == CHANNELS else 1):
+        shape = "[experts, channels]" if field == CHANNELS else "[experts]"
         raise CheckpointError(
-            f"{where}: tensor '{spec.name}': expected {FIELDS[field]} [experts], found {spec.dtype}"
+            f"{where}: tensor '{spec.name}': expected {_DTYPES[field]} {shape}, found {spec.dtype}"
             f" {show(list(spec.shape))}"
         )
     return scope, int(layer), field
@@ -174,7 +184,7 @@ def _check_complete(arrays: Arrays, where: str) -> None:
     every = {field for layers in arrays.values() for stats in layers.values() for field in stats}
     for scope, layers in arrays.items():
         for layer, stats in layers.items():
-            if missing := [field for field in FIELDS if field in every and field not in stats]:
+            if missing := [field for field in _DTYPES if field in every and field not in stats]:
                 raise CheckpointError(f"{where}: tensor '{scope}.{layer}.{missing[0]}' is missing")
 
 
@@ -186,6 +196,7 @@ _TEXTS: Final = ("model_type", "source_fingerprint")
 _MAX_COUNT: Final = 10**6  # beyond any number of layers or experts
 _MAX_TEXT: Final = 200  # characters
 _MAX_TOKENS: Final = 1 << 53  # counts beyond it are no longer exact as float64
+_MAX_CHANNEL: Final = 1e36  # as float32
 _MAX_SUM: Final = 1e290  # leaves room to add up what is added up here without an overflow
 
 
@@ -201,7 +212,10 @@ class ExpertStats:
         peak_E: largest |activation| of the expert's output, over tokens and channels; 0 when never reached.
         square_E: sum of ||e||_2^2.
         energy_E: sum of ||a||_2^2, a being what enters the expert's down projection.
+        output_E: sum of a_i^2 times the squared norm of the down projection's column i, over all i: an estimate of
+            `square_E`, which it would be if the a_i were not correlated.
         spread_E: root mean square over mean absolute value of the expert's weights, whatever the tokens.
+        channels_EI: sum of (g a)^2 of each channel, times the squared norm of its column of the down projection.
 
     """
 
@@ -212,19 +226,29 @@ class ExpertStats:
     peak_E: NDArray[np.float64] | None = None
     square_E: NDArray[np.float64] | None = None
     energy_E: NDArray[np.float64] | None = None
+    output_E: NDArray[np.float64] | None = None
     spread_E: NDArray[np.float64] | None = None
+    channels_EI: NDArray[np.float32] | None = None
 
     @classmethod
-    def alike(cls, experts: int) -> ExpertStats:
-        """All that is known of so many experts, which no token reached."""
+    def alike(cls, experts: int, channels: int = 0) -> ExpertStats:
+        """All that is known of so many experts, which no token reached; with so many channels each, if any."""
         zeros_E = np.zeros(experts)
-        sums = {f"{name}_E": zeros_E for name in FIELDS if name not in ("count", _OF_WEIGHTS)}
-        return cls(count_E=np.zeros(experts, np.int64), **sums)
+        return cls(
+            count_E=np.zeros(experts, np.int64),
+            reap_E=zeros_E,
+            ean_E=zeros_E,
+            gate_E=zeros_E,
+            peak_E=zeros_E,
+            square_E=zeros_E,
+            energy_E=zeros_E,
+            channels_EI=np.zeros((experts, channels), np.float32) if channels else None,
+        )
 
     @property
     def size(self) -> int:
         """Number of experts."""
-        return next(iter(self.arrays().values())).size
+        return len(next(iter(self.arrays().values())))
 
     @property
     def unreached(self) -> NDArray[np.bool_]:
@@ -238,7 +262,7 @@ class ExpertStats:
             PlanError: it is not known.
 
         """
-        found: NDArray[Any] | None = getattr(self, f"{name}_E")
+        found = self.arrays().get(name)
         if found is None:
             raise PlanError(f"the saliency holds no '{name}', only {', '.join(self.arrays())}")
         return found
@@ -257,12 +281,17 @@ class ExpertStats:
         if not both:
             raise PlanError("the two saliencies know no statistic in common that adds up")
         return ExpertStats(
-            **{f"{name}_E": np.maximum(*each) if name == "peak" else each[0] + each[1] for name, each in both.items()}
+            **{
+                f"{name}_{'EI' if name == CHANNELS else 'E'}": np.maximum(*each)
+                if name == "peak"
+                else each[0] + each[1]
+                for name, each in both.items()
+            }
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Statistic -> array, as the tensors of a file are named, of those that are known."""
-        found = {name: getattr(self, f"{name}_E") for name in FIELDS}
+        found = {**{name: getattr(self, f"{name}_E") for name in FIELDS}, CHANNELS: self.channels_EI}
         return {name: array for name, array in found.items() if array is not None}
 
 
@@ -374,7 +403,10 @@ class Saliency:
 
 def _stats(layers: Mapping[int, Mapping[str, NDArray[Any]]]) -> dict[int, ExpertStats]:
     return {
-        layer: ExpertStats(**{f"{name}_E": array for name, array in arrays.items()}) for layer, arrays in layers.items()
+        layer: ExpertStats(
+            channels_EI=arrays.get(CHANNELS), **{f"{name}_E": array for name, array in arrays.items() if name in FIELDS}
+        )
+        for layer, arrays in layers.items()
     }
 
 
@@ -426,11 +458,15 @@ def _check_stats(saliency: Saliency, stats: ExpertStats, place: str) -> None:
         raise CheckpointError(f"{saliency.where}: {place}.{missing[0]}: expected it, as other layers have it")
     for name, array in stats.arrays().items():
         at = f"{saliency.where}: {place}.{name}"
-        dtype = np.dtype(np.int64 if name == "count" else np.float64)
-        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (experts,):
+        dtype = np.dtype(_NUMPY[_DTYPES[name]])
+        shape = (experts, *(array.shape[1:2] if name == CHANNELS and isinstance(array, np.ndarray) else ()))
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else show(array)
-            raise CheckpointError(f"{at}: expected {dtype} [{experts}], found {found}")
-        _check_numbers(array, tokens if name == "count" else _MAX_SUM, at)
+            raise CheckpointError(f"{at}: expected {dtype} {list(shape)}, found {found}")
+        most = _MAX_CHANNEL if name == CHANNELS else tokens if name == "count" else _MAX_SUM
+        _check_numbers(array.reshape(-1), most, at)
+        if name == CHANNELS:
+            continue
         counted = stats.count_E is not None and name not in ("count", _OF_WEIGHTS)
         if counted and (ghosts := np.flatnonzero((stats.count_E == 0) & (array != 0))).size:
             raise CheckpointError(f"{at}[{ghosts[0]}]: {array[ghosts[0]]}, but no token reached the expert")

@@ -24,7 +24,7 @@ from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, is_quantized, layout_of
 
-__all__ = ["model_facts", "weigh"]
+__all__ = ["experts_of", "model_facts", "weigh"]
 
 _SUMS: Final = 3  # of |w|, of w^2, and of ones
 
@@ -60,7 +60,7 @@ def weigh(source: Checkpoint, on_progress: OnProgress | None = None) -> Saliency
         ExecutionError: weights that are not finite.
 
     """
-    layout, matrices = _experts_of(source)
+    layout, matrices = experts_of(source)
     if not layout.moe_layers:
         raise FamilyError(f"{source.where}: no layer has experts; there is nothing to weigh")
     sums: dict[tuple[str, int], NDArray[np.float64]] = {}
@@ -91,7 +91,7 @@ def weigh(source: Checkpoint, on_progress: OnProgress | None = None) -> Saliency
     )
 
 
-def _experts_of(source: Checkpoint) -> tuple[Layout, list[Matrix]]:
+def experts_of(source: Checkpoint) -> tuple[Layout, list[Matrix]]:
     """The layout, and every matrix of a routed expert of a decoder block or MTP layer, whatever it is stored in."""
     plain = decoded(source)
     tensors = (plain or source).tensors

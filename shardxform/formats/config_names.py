@@ -18,10 +18,21 @@ from fnmatch import translate
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
-from shardxform.errors import PlanError
+from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import Layout
 
-__all__ = ["DECLARATIONS", "Changes", "declarations", "modules_moved", "with_renamed", "without_empty"]
+__all__ = [
+    "DECLARATIONS",
+    "Changes",
+    "declarations",
+    "declared_in",
+    "declares",
+    "modules_moved",
+    "undeclared",
+    "with_declared",
+    "with_renamed",
+    "without_empty",
+]
 
 DECLARATIONS: Final = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json under which a quantization is declared, at any depth; the last one is MLX's."""
@@ -85,7 +96,10 @@ class Changes:
     @cached_property
     def words(self) -> frozenset[str]:
         """Every part of a name that is no number."""
-        return frozenset(part for name in self.modules for part in name.split(".") if not part.isdigit())
+        parts: set[str] = set()
+        for name in self.modules:
+            parts.update(name.split("."))
+        return frozenset(part for part in parts if not part.isdigit())
 
     @property
     def renumbers_only(self) -> bool:
@@ -101,6 +115,43 @@ def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Itera
                 yield (*path, key), value
         elif isinstance(value, Mapping):
             yield from declarations(value, (*path, key))
+
+
+def declares(config: Mapping[str, Any]) -> bool:
+    """Whether a config says of weights that they are quantized, at its top level or in the config of the decoder."""
+    return any(path[-1] == DECLARATIONS[0] for path, _ in declarations(config))
+
+
+def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """What a config says of its quantized weights, at its top level or in the config of the decoder; None for nothing.
+
+    Raises:
+        SchemeError: it says two things.
+
+    """
+    found = [(path, value) for path, value in declarations(config) if path[-1] == DECLARATIONS[0]]
+    for path, value in found[1:]:
+        if value != found[0][1]:
+            raise SchemeError(f"{'.'.join(path)} and {'.'.join(found[0][0])} differ; expected one")
+    return found[0][1] if found else None
+
+
+def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same weights in 16 bits."""
+    return {
+        key: undeclared(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != DECLARATIONS[0]
+    }
+
+
+def with_declared(config: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Say at the top level, and nowhere else, how weights are quantized."""
+    kept = {
+        key: undeclared(value) if isinstance(value, Mapping) and key != DECLARATIONS[0] else value
+        for key, value in config.items()
+    }
+    return {**kept, DECLARATIONS[0]: declared}
 
 
 def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,17 +212,15 @@ def modules_moved(
         elif not old.endswith((".weight", ".bias")):
             out[old] = new
         inner, outer = old.rpartition(".")[0], new.rpartition(".")[0]
-        while inner and out.get(inner, "") != outer:
-            if not new:
-                gone.setdefault(inner)
-            elif outer:
+        while not new and inner and inner not in gone:  # what holds one that is gone is among them too
+            gone[inner] = None
+            inner = inner.rpartition(".")[0]
+        while new and inner and out.get(inner, "") != outer:
+            if outer:
                 out[inner] = outer
             else:
                 out.setdefault(inner, inner)  # it holds what stays, though not below a name of its own
             inner, outer = inner.rpartition(".")[0], outer.rpartition(".")[0]
-        while not new and inner:
-            gone.setdefault(inner)
-            inner = inner.rpartition(".")[0]
     for name in gone:
         out.setdefault(name, "")
     out.update(_merged(layout, out))
@@ -194,8 +243,9 @@ def _merged(layout: Layout, modules: Mapping[str, str]) -> dict[str, str]:
     """Names that clients give the modules that they merge."""
     out: dict[str, str] = {}
     firsts = {members[0]: merged for merged, members in layout.family.merged.items()}
+    ends = tuple("." + first for first in firsts)
     for old, new in modules.items():
-        for first, merged in firsts.items():
+        for first, merged in firsts.items() if old.endswith(ends) else ():
             if old.endswith("." + first):
                 out[old.removesuffix(first) + merged] = new and new.removesuffix(first) + merged
     return out

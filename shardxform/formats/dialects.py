@@ -23,18 +23,22 @@ from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases
 from shardxform.formats.scheme import GGUF, ROW_FORMATS, Format, Grid, Scheme
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import Layout, is_tied
+from shardxform.model.layout import Layout
+from shardxform.model.tied_head import is_tied
 
 __all__ = [
+    "ASYMMETRIC",
     "Resolved",
     "Selection",
     "build",
     "gathered_tensors",
+    "is_carried",
     "kept_tensors",
     "method_of",
     "refuse_unread",
     "resolve",
     "select",
+    "takes_over",
     "target_of",
 ]
 
@@ -127,14 +131,34 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
     """Why a module stays as it is; empty when it is to be quantized. Shapes are judged later."""
     if module.weight.spec.dtype not in _ROUNDED:
         return f"dtype {module.weight.spec.dtype}"
-    if any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
+    if scheme.quantize and any(fnmatchcase(module.name, pattern) for pattern in scheme.quantize):
         _refuse_unrunnable(module, scheme, layout)
         return ""
-    if any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
+    if scheme.keep_16bit and any(fnmatchcase(module.name, pattern) for pattern in scheme.keep_16bit):
         return "on request"
+    if is_carried(module, scheme) and not (_unrunnable(module, scheme, layout) or _stays(module, layout)):
+        return ""
     if module.place.scope != "block" or module.place.template.role not in LINEAR_ROLES:
         return _BY_DEFAULT
-    return _BY_DEFAULT if _is_kept(module.local, layout.family.keep_16bit) else ""
+    return _BY_DEFAULT if _stays(module, layout) else ""
+
+
+def is_carried(module: Matrix, scheme: Scheme) -> bool:
+    """Whether a matrix is stored in integers of the grid that is asked for, which are moved as they are."""
+    encodings = [source.encoding for source in module.stored]
+    return all(isinstance(each, Ints) and takes_over(scheme, each) for each in encodings)
+
+
+def takes_over(scheme: Scheme, found: Ints) -> bool:
+    """Whether the scheme stores integers and scales without a change; GGUF repeats a scale every 32 columns."""
+    if scheme.requantize:
+        return False
+    return found.width == scheme.grid.bits if scheme.format == GGUF else Ints.of(scheme).holds(found)
+
+
+def _stays(module: Matrix, layout: Layout) -> bool:
+    """Whether clients of the family want it in 16 bits."""
+    return _is_kept(module.local, layout.family.keep_16bit)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,18 +168,22 @@ def _is_kept(local: str, patterns: tuple[str, ...]) -> bool:
 
 def _refuse_unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> None:
     """Refuse to quantize what clients would load as garbage or not at all."""
+    if why := _unrunnable(module, scheme, layout):
+        raise SchemeError(f"`quantize` selects {module.name}, {why}")
+
+
+def _unrunnable(module: Matrix, scheme: Scheme, layout: Layout) -> str:
+    """Say why no client runs a module as integers; empty where some do."""
     role = "mtp" if module.place.scope == "mtp" else module.place.template.role
     if scheme.format == GGUF and role in ("embeddings", "lm head", "mtp"):
-        return
+        return ""
     if role in ("router", "indexer", "embeddings", "vision", "mtp"):
-        raise SchemeError(f"`quantize` selects {module.name}, but no client runs {role} weights as integers")
+        return f"but no client runs {role} weights as integers"
     if role == "lm head" and is_tied(layout):
-        raise SchemeError(
-            f"`quantize` selects {module.name}, but config.json ties it to the embeddings (tie_word_embeddings),"
-            " which no client runs as integers"
-        )
+        return "but config.json ties it to the embeddings (tie_word_embeddings), which no client runs as integers"
     if role == "lm head" and scheme.format == "compressed-tensors":
-        raise SchemeError(f"`quantize` selects {module.name}, which vLLM cannot run in format compressed-tensors")
+        return "which vLLM cannot run in format compressed-tensors"
+    return ""
 
 
 def _merged(layout: Layout, modules: Iterable[Matrix]) -> list[list[str]]:
@@ -203,6 +231,9 @@ _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
+ASYMMETRIC: Final = "asymmetric"
+"""What a config of MLX is marked with as it is read, where headers tell that biases are no multiples of scales."""
+
 _AFFINE: Final = "affine"  # of mlx's modes, the one of integers with scales
 _LM_HEAD: Final = "lm_head"
 _HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
@@ -232,8 +263,9 @@ class Resolved:
         """Width of a linear module's weights: `bits`, or 16."""
         if module in self.also:
             return self.bits
-        if any(pattern.fullmatch(module) for pattern in self.kept):
-            return 16
+        for pattern in self.kept:
+            if pattern.fullmatch(module):
+                return 16
         if self.format == "auto-round":
             return self.bits if module.startswith(tuple(block + "." for block in self.blocks)) else 16
         return self.bits
@@ -464,6 +496,8 @@ def _resolve_compressed_tensors(config: Mapping[str, Any]) -> Resolved:
 
 def _resolve_mlx(config: Mapping[str, Any]) -> Resolved:
     """Read what holds for all modules that are stored with scales; mlx-lm takes those for quantized, and no others."""
+    if config.get(ASYMMETRIC):
+        raise SchemeError("quantization: weights that are not symmetric, as mlx_lm.convert rounds them")
     if config.get("mode") != _AFFINE:
         raise SchemeError(f"quantization: mode {config.get('mode')!r}, expected {_AFFINE!r}")
     bits, group_size = _bits(config.get("bits")), _field(config, "group_size", int)

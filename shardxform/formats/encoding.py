@@ -8,7 +8,8 @@ alone, so that planning needs no array library; what reads and writes numbers im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -28,6 +29,7 @@ __all__ = [
     "Encoding",
     "Fault",
     "Gridded",
+    "Nearest",
     "Opener",
     "PartSpec",
     "Read",
@@ -41,6 +43,8 @@ __all__ = [
     "Writing",
     "ranges_of",
     "refuse_scales",
+    "round_to",
+    "shown",
 ]
 
 Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
@@ -148,6 +152,8 @@ class Rows(Protocol):
 class Encoding(Protocol):
     """A way to store the numbers of a matrix [O, I]."""
 
+    def __hash__(self) -> int: ...
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the tensors that stand for a matrix, in the order in which they are written."""
         ...
@@ -210,6 +216,50 @@ class Gridded(Writable, Protocol):
         ...
 
 
+class Nearest(Encoding, Protocol):
+    """An encoding of codes with scales that values can be rounded to; `whole` is a scale of the whole tensor."""
+
+    def maxima(self, values_OI: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest magnitude under each scale."""
+        ...
+
+    def scale_bits(self, most: NDArray[np.float32], whole: NDArray[np.float32] | None = None) -> NDArray[Any]:
+        """Scales for largest magnitudes, as they are stored; a larger magnitude has no smaller a scale."""
+        ...
+
+    def scales(self, bits: NDArray[Any], whole: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scales of what is stored for them."""
+        ...
+
+    def codes(self, values_RI: NDArray[np.float32], scales: NDArray[np.float32], begin: int) -> NDArray[np.uint8]:
+        """Codes of rows `begin`.. as they are stored; a larger value has no smaller a code's value."""
+        ...
+
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Values of such codes."""
+        ...
+
+
+def round_to(
+    encoding: Nearest, values_OI: NDArray[np.float32], whole: NDArray[np.float32] | None = None
+) -> dict[Role, NDArray[Any]]:
+    """Round a weight to an encoding, in place: what is stored for it, less the scale of the whole tensor."""
+    import numpy as np
+
+    bits = encoding.scale_bits(encoding.maxima(values_OI), whole)
+    scales, codes = encoding.scales(bits, whole), []
+    for start, stop in row_tiles(len(values_OI), values_OI.shape[1], DECODE_TILE):
+        codes.append(encoding.codes(values_OI[start:stop], scales, start))
+        values_OI[start:stop] = encoding.decoded(codes[-1], scales, start)
+    return {"values": np.concatenate(codes), "scales": bits}
+
+
+@functools.lru_cache(maxsize=256)
+def shown(encoding: Hashable) -> str:
+    """What `repr` gives of an encoding: matrices share a few."""
+    return repr(encoding)
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """Where a matrix lies, and how: an encoding, its parts in order, the shape [O, I] of what these hold, and a cut."""
@@ -218,6 +268,9 @@ class Storage:
     parts: tuple[tuple[Role, TensorRef], ...]
     whole: tuple[int, int]
     cut: Cut | None = None
+
+    def __repr__(self) -> str:  # as dataclasses give it, in a third of the time: plans are fingerprinted by it
+        return f"Storage(encoding={shown(self.encoding)}, parts={self.parts!r}, whole={self.whole!r}, cut={self.cut!r})"
 
     @property
     def name(self) -> str:
@@ -252,6 +305,11 @@ class Storage:
     def storage(self) -> Storage:
         """Itself."""
         return self
+
+    def is_of(self, other: Storage) -> bool:
+        """Whether it is a part of the same matrix as another."""
+        same = self.parts is other.parts or self.parts == other.parts
+        return same and self.whole == other.whole and self.encoding == other.encoding
 
     def open(self, opener: Opener) -> Rows:
         """Its rows; raises like `Opener.open`."""
@@ -313,7 +371,7 @@ class Encoded(TensorRef):
 
     def renamed(self, name: str) -> Encoded:
         """The same under another name."""
-        return replace(self, spec=replace(self.spec, name=name))
+        return replace(self, spec=self.spec._replace(name=name))
 
     def rows(self, start: int, stop: int) -> Encoded:
         """Matrices of a stack, or rows of the one matrix that it is."""
@@ -500,14 +558,14 @@ class Opener:
     def __init__(self, read: Read, *, checked: bool = True) -> None:
         self._read = read
         self._checked = checked
-        self._last: tuple[tuple[tuple[Role, TensorRef], ...], Rows] | None = None
+        self._last: tuple[Storage, Rows] | None = None
 
     def open(self, storage: Storage) -> Rows:
         """Open a matrix; raises like `Encoding.open`."""
-        if self._last is None or (self._last[0] is not storage.parts and self._last[0] != storage.parts):
+        if self._last is None or not storage.is_of(self._last[0]):
             self._last = None  # freed before the next one is read
             rows = storage.encoding.open(dict(storage.parts), storage.whole, self._read, self._checked)
-            self._last = (storage.parts, rows)
+            self._last = (storage, rows)
         return self._last[1].cut(storage.cut) if storage.cut else self._last[1]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import BLOCKS, TensorRef
@@ -31,7 +32,6 @@ from shardxform.formats.encoding import (
 )
 from shardxform.formats.integers import refuse_bad
 from shardxform.formats.plain import Plain
-from shardxform.formats.regrouping import RegroupedRows
 from shardxform.formats.scheme import Grid
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardxform.formats.packing import IntRows
-    from shardxform.formats.rounding import RtnStats
+    from shardxform.formats.rounding import Backend, RtnStats
 
-__all__ = ["EXACT", "FLOATS", "Ggml", "GgmlRows", "encoding_of", "integer_type"]
+__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type", "rounded"]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -49,7 +49,10 @@ FLOATS: Final = ("F32", "F16", "BF16")
 EXACT: Final[Mapping[str, tuple[int, ...]]] = {"Q4_0": (4,), "Q8_0": (4, 8)}
 """Types that hold symmetric integers exactly, and of how many bits."""
 
-_WRITTEN: Final = ("Q4_0", "Q8_0")
+WRITTEN: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K")
+"""Types that floats are rounded to; others are read."""
+
+_UNKNOWN: Final = ("Q1_0", "Q2_0")  # to the gguf package too
 
 
 def integer_type(grid: Grid) -> str:
@@ -88,8 +91,8 @@ class Ggml:
     grid: Grid | None = None
 
     def __post_init__(self) -> None:
-        if self.type not in _WRITTEN:
-            raise SchemeError(f"ggml type: expected one of {', '.join((*FLOATS, *_WRITTEN))}, found {self.type!r}")
+        if self.type not in BLOCKS:
+            raise SchemeError(f"ggml type: expected one of {', '.join((*FLOATS, *BLOCKS))}, found {self.type!r}")
         if self.grid and self.grid.bits not in EXACT.get(self.type, ()):
             raise SchemeError(f"ggml type {self.type}: expected none for integers of {self.grid.bits} bits")
 
@@ -101,12 +104,23 @@ class Ggml:
         """Of a block."""
         return BLOCKS[self.type][0]
 
+    @property
+    def unreadable(self) -> str:
+        """Why values cannot be read here; empty when they can."""
+        if self.type in _UNKNOWN:
+            return f"blocks of {self.type} are not read"
+        if self.type not in WRITTEN and find_spec("gguf") is None:
+            return f"blocks of {self.type} are read by the gguf package: pip install shardxform[gguf]"
+        return ""
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row."""
         return columns // self.columns * BLOCKS[self.type][1]
 
     def misfit(self, rows: int, columns: int) -> str:
         """Say why a matrix cannot be stored so; empty when it can."""
+        if self.type not in WRITTEN:
+            return f"{self.type} is only read; expected one of {', '.join(WRITTEN)}"
         if columns == 0 or columns % self.columns:
             return f"[{rows}, {columns}]: {columns} input channels do not fill blocks of {self.columns}"
         if self.grid and columns % self.grid.span(columns):
@@ -127,7 +141,14 @@ class Ggml:
         return 0
 
     def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> GgmlRows:
-        """Open a tensor; rows are read when they are asked for."""
+        """Open a tensor; rows are read when they are asked for.
+
+        Raises:
+            ExecutionError: nothing here reads the type.
+
+        """
+        if self.unreadable:
+            raise ExecutionError(f"tensor '{parts['values'].name}': {self.unreadable}")
         return GgmlRows(parts["values"], read, self.type, checked, 0, shape[0])
 
     def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
@@ -147,22 +168,15 @@ class Ggml:
 
     def _blocks(self, rows: Rows, start: int, stop: int, writing: Writing, at: int) -> NDArray[np.uint8]:
         """Blocks of rows `start`..`stop - 1`, of which the first is row `at` of the matrix."""
-        if isinstance(rows, RegroupedRows) and rows.runs.width % self.columns == 0:
-            if (blocks_RB := self._as_stored(rows.stored, start, stop, writing, at)) is not None:
-                return rows.runs.turned(blocks_RB)
-        elif (blocks_RB := self._as_stored(rows, start, stop, writing, at)) is not None:
-            return blocks_RB
-        return self._rounded(rows, start, stop, writing.where, at)
-
-    def _as_stored(self, rows: Rows, start: int, stop: int, writing: Writing, at: int) -> NDArray[np.uint8] | None:
-        """Blocks in the order of columns in which they are stored; None for what ggml's rule rounds."""
         from shardxform.formats.packing import IntRows
 
         if isinstance(rows, GgmlRows) and rows.type == self.type:
             return rows.blocks(start, stop)
         if isinstance(rows, IntRows) and rows.grid.bits in EXACT.get(self.type, ()):
             return self._of_ints(rows, start, stop)
-        return self._to_grid(rows, start, stop, writing, at) if self.grid else None
+        if self.grid:
+            return self._to_grid(rows, start, stop, writing, at)
+        return self._rounded(rows, start, stop, writing.where, at)
 
     def _of_ints(self, rows: IntRows, start: int, stop: int) -> NDArray[np.uint8]:
         from shardxform.formats import ggml_blocks, packing
@@ -200,13 +214,42 @@ class Ggml:
             raise ExecutionError(
                 f"{where}: NaN or infinity at row {at + bad[0]}, column {bad[1]}; expected finite weights"
             )
-        blocks_RB = ggml_blocks.rounded(values_RI, self.type)
+        blocks_RB = rounded(values_RI, self.type)
         if bad := ggml_blocks.overflowing(blocks_RB, self.type):
             raise ExecutionError(
                 f"{where}: row {at + bad[0]} needs a scale beyond float16 in block {bad[1]} of {self.type}; keep the"
                 " weight in BF16"
             )
         return blocks_RB
+
+
+def rounded(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
+    """Blocks of values by ggml's rule, bit for bit, with either backend.
+
+    Args:
+        values_RI: float32 [R, I], finite; I a multiple of the columns of a block.
+        type_name: one of `WRITTEN`.
+        backend: `auto` takes numba where it is installed.
+
+    Returns:
+        uint8 [R, bytes of a row]; scales that float16 does not hold are infinite: see `ggml_blocks.overflowing`.
+
+    Raises:
+        ValueError: the backend is not installed.
+
+    """
+    import numpy as np
+
+    from shardxform.formats.rounding import use_numba
+
+    values_NS = np.ascontiguousarray(values_RI).reshape(-1, BLOCKS[type_name][0])
+    if use_numba(backend):
+        from shardxform.formats import ggml_kernels
+
+        return ggml_kernels.rounded(values_NS, type_name).reshape(len(values_RI), -1)
+    from shardxform.formats import ggml_blocks
+
+    return ggml_blocks.rounded(values_NS, type_name).reshape(len(values_RI), -1)
 
 
 @dataclass(frozen=True, slots=True)

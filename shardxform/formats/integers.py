@@ -10,12 +10,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError
-from shardxform.formats.encoding import ROUND_TILE, Cut, Fault, PartSpec, Read, Role, Rows, Writing, row_tiles
+from shardxform.formats.encoding import (
+    ROUND_TILE,
+    Cut,
+    Encoded,
+    Fault,
+    PartSpec,
+    Read,
+    Role,
+    Rows,
+    SourceDtype,
+    Turned,
+    Writing,
+    row_tiles,
+)
 from shardxform.formats.scheme import ROW_FORMATS, Grid, Layout, Scheme
 
 if TYPE_CHECKING:
@@ -25,7 +38,7 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import QuantizedWeight, RtnStats
 
-__all__ = ["Ints", "refuse_bad"]
+__all__ = ["Ints", "ValueRows", "Values", "refuse_bad", "reread"]
 
 _SMALLEST_SCALE: Final = 1e-5  # below it a scale is a denormal that no tool writes: auto-round and we clamp there
 _SIGMAS: Final = 8
@@ -63,9 +76,20 @@ class Ints:
         return cls(scheme.grid, layout, "BF16" if bf16 else "F16", scheme.g_idx, scheme.format == "mlx")
 
     @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.grid.bits
+
+    @property
     def fits_half(self) -> bool:
         """Whether 11 significant bits hold every value: 8 of a bfloat16 scale, and 3 of a code of at most 8 in size."""
         return self.grid.bits == 4 and self.grid.scale_grid == "bf16"
+
+    def holds(self, other: Ints) -> bool:
+        """Whether integers and scales of another kind are stored so without a change, but for the type of a scale."""
+        ours, theirs = self.grid, other.grid
+        exact = ours.scale_grid == "fp16" or theirs.scale_grid == "bf16"
+        return exact and (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
 
     def misfit(self, rows: int, columns: int) -> str:
         """Say why a matrix cannot be stored so; empty when it can."""
@@ -248,6 +272,83 @@ class Ints:
                 yield part.role, packing.qzeros(self.grid.groups(columns), rows, self.grid.bits)
             else:
                 yield part.role, packing.determined(part.role, shape, self.grid)
+
+
+# -- as values --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Symmetric integers as values alone, which are rounded where the integers themselves would be moved. Read only."""
+
+    integers: Ints
+
+    def __str__(self) -> str:
+        return str(self.integers)
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.integers.width
+
+    def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
+        """List those of the integers."""
+        return self.integers.parts(rows, columns)
+
+    def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
+        """As the integers."""
+        return self.integers.held(parts, cut)
+
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> ValueRows:
+        """Read a matrix; raises as the integers do."""
+        return ValueRows(self.integers.open(parts, shape, read, checked))
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRows:
+    """Rows of `integers` that give their values."""
+
+    integers: IntRows
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.integers.count
+
+    @property
+    def fits_half(self) -> bool:
+        """As the integers."""
+        return self.integers.fits_half
+
+    def where(self, row: int) -> str:
+        """Name a row in a message."""
+        return self.integers.where(row)
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Values of rows, float32 [R, I]."""
+        return self.integers.values(start, stop)
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[np.generic], SourceDtype]:
+        """The values."""
+        return self.integers.raw(start, stop)
+
+    def cut(self, cut: Cut) -> Rows:
+        """A run of the rows, or of those of the transpose."""
+        return ValueRows(self.integers.cut(cut)) if cut.is_run else Turned(self, cut)
+
+
+def reread(ref: TensorRef) -> TensorRef:
+    """The same tensor, with symmetric integers as values alone."""
+    if not isinstance(ref, Encoded):
+        return ref
+    sources = (
+        replace(source, encoding=Values(source.encoding)) if isinstance(source.encoding, Ints) else source
+        for source in ref.sources
+    )
+    return replace(ref, sources=tuple(sources))
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)

@@ -52,6 +52,8 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         """Size of its values as they are stored, in bytes."""
+        if not self.cut:
+            return self.weight.nbytes
         whole = self.weight.spec.shape[0] * self.weight.spec.shape[1]
         return self.weight.nbytes * self.shape[0] * self.shape[1] // whole if whole else 0
 
@@ -65,7 +67,7 @@ class Matrix:
         """Name within its block, expert ids left out: `mlp.experts.gate_proj`, `self_attn.q_proj`."""
         if self.expert is None:
             return self.place.template.name.removesuffix(".weight")
-        *_, before, last = self.name.split(".")
+        _, before, last = self.name.rsplit(".", 2)
         return f"{self.home}.{before if last.isdigit() else last}"
 
 

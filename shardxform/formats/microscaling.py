@@ -1,10 +1,16 @@
-"""Small floats in blocks along a row, as releases store them: MXFP4, MXFP8 and NVFP4. Read only.
+"""Small floats in blocks along a row, as releases store them: MXFP4, MXFP8 and NVFP4.
 
 A block is 32 columns (OCP Microscaling Formats, version 1.0) or 16 (NVFP4) that share a scale: a power of two (E8M0),
 or an E4M3 float which a float32 of the whole tensor multiplies or divides. Codes of four bits (E2M1) lie two in a byte,
 the lower column in the lower half. A value is its code times its scale: exact in float32 where the scale is a power of
 two; else `code * (scale * whole)` or `code * (scale / whole)`, each product rounded once, as compressed-tensors and
 ModelOpt compute it.
+
+Values are rounded to it as compressed-tensors does. A power of two is that of the block's largest magnitude, less the
+exponent of the largest code, and one more where the magnitude would be rounded beyond that code (torchao calls it
+`EVEN`). An E4M3 scale brings the largest magnitude of the block to the largest code; the scale of the whole tensor
+stays as it is, since clients want that of a gate and of its up projection to be one. A code is the nearest to the
+quotient, of two the even one, and beyond the largest the largest.
 """
 
 # O: output channels, I: input channels, R: a run of rows, G: blocks of a row, S: columns of a block.
@@ -14,12 +20,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
 from shardxform.formats.encoding import Cut, DecodedRows, Encoded, PartSpec, Read, Role, Storage, refuse_scales
-from shardxform.formats.fp8 import decoded_codes, powers_of_two
+from shardxform.formats.fp8 import ELEMENTS, decoded_codes, powers_of_two
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +66,11 @@ class Microscaled:
         return f"{'NVFP4' if self.whole else 'MXFP4'} in blocks of {self.group}"
 
     @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return 8 // self.per_byte
+
+    @property
     def per_byte(self) -> int:
         """Codes in a byte."""
         return 2 if self.element == "E2M1" else 1
@@ -88,14 +99,10 @@ class Microscaled:
         ref = parts["scales"]
         bits_OG = np.empty((shape[0], shape[1] // self.group), np.uint8)
         read(ref, bits_OG)
-        if not self.whole:
-            scale_OG = powers_of_two(bits_OG)
-        else:
-            whole = np.empty((), np.float32)
+        whole = np.empty((), np.float32) if self.whole else None
+        if whole is not None:
             read(parts["whole"], whole)
-            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-                scales = decoded_codes("F8_E4M3")[bits_OG]
-                scale_OG = scales * whole if self.whole == "multiplied" else scales / whole
+        scale_OG = self.scales(bits_OG, whole)
         if checked:
             refuse_scales(scale_OG, ref.name)
         # Codes of four bits are numbers, and stay numbers under all but huge scales.
@@ -112,6 +119,54 @@ class Microscaled:
         blocks_RGS = values_RI.reshape(rows, -1, self.group)
         blocks_RGS *= scales[begin : begin + rows, :, None]
         return values_RI
+
+    def scales(self, bits: NDArray[Any], whole: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scales of what is stored for them, and for the whole tensor."""
+        import numpy as np
+
+        if whole is None:
+            return powers_of_two(bits)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            local = decoded_codes("F8_E4M3")[bits]
+            scales: NDArray[np.float32] = local * whole if self.whole == "multiplied" else local / whole
+        return scales
+
+    # -- rounding values to it --------------------------------------------------------------------------------
+
+    def maxima(self, values_OI: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest magnitude of every block [O, G]."""
+        import numpy as np
+
+        values_OGS = values_OI.reshape(len(values_OI), -1, self.group)
+        most_OG: NDArray[np.float32] = np.maximum(values_OGS.max(axis=-1), -values_OGS.min(axis=-1))
+        return most_OG
+
+    def scale_bits(self, most_OG: NDArray[np.float32], whole: NDArray[np.float32] | None = None) -> NDArray[Any]:
+        """Scales of blocks with these magnitudes, as they are stored."""
+        import numpy as np
+
+        element = ELEMENTS[self.element]
+        if whole is None:
+            # From 1.75 of a power of two on, which four bits would round to two of it: as compressed-tensors has it.
+            power = (np.ascontiguousarray(most_OG).view(np.uint32) + np.uint32(1 << 21)) >> np.uint32(23)
+            return np.clip(power.astype(np.int64) - int(np.log2(element.largest)), 0, 254).astype(np.uint8)
+        with np.errstate(over="ignore"):
+            local_OG = most_OG / np.float32(element.largest)
+            local_OG = local_OG / whole if self.whole == "multiplied" else local_OG * whole
+        return np.maximum(ELEMENTS["F8_E4M3"].nearest(local_OG), np.uint8(1))  # a scale of zero would lose all
+
+    def codes(self, values_RI: NDArray[np.float32], scales: NDArray[np.float32], begin: int) -> NDArray[np.uint8]:
+        """Codes of rows `begin`.. of a weight under all its scales; the reverse of `decoded`."""
+        import numpy as np
+
+        rows, columns = values_RI.shape
+        blocks_RGS = values_RI.reshape(rows, -1, self.group)
+        codes = ELEMENTS[self.element].nearest(blocks_RGS / scales[begin : begin + rows, :, None])
+        codes_RI = codes.reshape(rows, columns)
+        if self.per_byte == 1:
+            return codes_RI
+        pairs: NDArray[np.uint8] = codes_RI[:, ::2] | codes_RI[:, 1::2] << np.uint8(4)
+        return pairs
 
 
 MXFP4: Final = Microscaled("E2M1", 32)

@@ -54,6 +54,7 @@ _NUMPY: Final[dict[str, Any]] = {
     "I32": np.int32,
     "U32": np.uint32,
     "I64": np.int64,
+    "F32": np.float32,
 }
 _LARGEST_SCALE: Final = np.float32(2.0**119)  # times 128, the largest code, still a BF16
 

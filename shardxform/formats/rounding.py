@@ -36,6 +36,7 @@ __all__ = [
     "quantize",
     "quantize_into",
     "search_factors",
+    "use_numba",
 ]
 
 Backend = Literal["auto", "numpy", "numba"]
@@ -146,7 +147,7 @@ def quantize_into(
     if shape[1] == 0 or shape[1] % COLUMN_MULTIPLE:
         raise SchemeError(f"input channels: expected a multiple of {COLUMN_MULTIPLE}, found {shape[1]}")
     _check_out(out, grid, shape)
-    run = _run_kernel if _use_numba(backend) else _run_numpy
+    run = _run_kernel if use_numba(backend) else _run_numpy
     row, column, overflow, zeros = run(bits_OI, dtype, grid, out)
     return RtnStats(
         nonfinite=None if row < 0 else (row, column),
@@ -197,7 +198,13 @@ def _check_out(out: QuantizedWeight, grid: Grid, shape: tuple[int, int]) -> None
             raise ValueError(f"{out.layout} {name}: expected a writeable, aligned array")
 
 
-def _use_numba(backend: Backend) -> bool:
+def use_numba(backend: Backend) -> bool:
+    """Whether a backend is the compiled one.
+
+    Raises:
+        ValueError: no such backend, or it is not installed.
+
+    """
     if backend not in ("auto", "numpy", "numba"):
         raise ValueError(f"backend: expected auto, numpy or numba, found {backend}")
     installed = backend != "numpy" and find_spec("numba") is not None

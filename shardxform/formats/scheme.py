@@ -5,8 +5,8 @@ Words as in compressed-tensors: scheme, group size, symmetric, pack-quantized.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
 from shardxform.errors import SchemeError
 
@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "ScaleGrid",
     "Scheme",
+    "usual_group_size",
 ]
 
 # -- grid --------------------------------------------------------------------------------------------------------------
@@ -111,6 +112,7 @@ ROW_FORMATS: Final[tuple[Format, ...]] = ("compressed-tensors", "mlx")
 """Of those, the ones whose words lie row by row."""
 
 GGUF: Final = "gguf"
+_NARROW: Final = ("mlx", GGUF)
 PRESETS: Final[dict[str, Bits]] = {"W4A16": 4, "W8A16": 8}
 
 
@@ -126,6 +128,7 @@ class Scheme:
         g_idx: also write the identity `g_idx`, which lets llama.cpp read gptq checkpoints.
         keep_16bit: patterns of modules that stay as they are, beside those the family names.
         quantize: patterns of modules to quantize although they would stay as they are.
+        requantize: round anew what the source holds in as few bits, or fewer, which else stays as it is.
 
     """
 
@@ -135,6 +138,7 @@ class Scheme:
     g_idx: bool = False
     keep_16bit: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in (*FORMATS, GGUF):
@@ -145,6 +149,10 @@ class Scheme:
             raise SchemeError("`g_idx`: expected `format` gptq or auto-round, which have such a tensor")
         if self.expert_names == "fused-indexed" and self.format in (*ROW_FORMATS, GGUF):
             raise SchemeError("`expert_names`: fused-indexed exists in auto-round and gptq checkpoints only")
+
+    def facts(self) -> dict[str, Any]:
+        """What a record holds of it; `requantize` where it is asked for."""
+        return {key: value for key, value in asdict(self).items() if key != "requantize" or value}
 
     @classmethod
     def preset(
@@ -166,6 +174,11 @@ class Scheme:
             raise SchemeError(f"scheme: expected one of {', '.join(PRESETS)}, found {name!r}")
         grid = Grid(bits=PRESETS[name], group_size=group_size, scale_grid=scale_grid, search=search)
         return cls(grid=grid, format=format)
+
+
+def usual_group_size(format: str) -> int:  # noqa: A002
+    """Input columns that share a scale where nobody says: 32 in the formats of llama.cpp and MLX, else 128."""
+    return 32 if format in _NARROW else 128
 
 
 def _refuse_beyond_mlx(grid: Grid) -> None:

@@ -17,6 +17,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.config_names import declarations, declared_in, undeclared
 from shardxform.formats.dialects import Resolved, method_of, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.integers import Ints
@@ -32,6 +33,7 @@ __all__ = [
     "HALF_DTYPES",
     "Float",
     "Stored",
+    "as_plain",
     "config_of_half",
     "has_g_idx",
     "read_stored",
@@ -91,6 +93,11 @@ def read_stored(source: Checkpoint) -> Stored:
     return stored
 
 
+def as_plain(source: Checkpoint, stored: Stored) -> Checkpoint:
+    """Give a quantized checkpoint as the 16-bit one that its weights stand for."""
+    return replace(source, tensors={**stored.weights, **stored.plain}, config=undeclared(source.config))
+
+
 def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     """Read a quantized checkpoint, and list every module that is not stored as its config and family say.
 
@@ -99,7 +106,7 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
         FamilyError: see `layout.layout_of`.
 
     """
-    declared = source.config.get("quantization_config")
+    declared = next((value for _, value in declarations(source.config)), None)
     mlx = isinstance(declared, Mapping) and method_of(declared) == "mlx"
     groups, plain = _grouped(source.tensors, mlx=mlx)
     if declared and not any(is_quantized(ref.spec) for ref in source.tensors.values()):
@@ -142,11 +149,11 @@ def has_g_idx(module: Storage) -> bool:
 
 def _resolved(source: Checkpoint) -> Resolved:
     config, where = source.config, f"{source.where}/{CONFIG}"
-    declared = config.get("quantization_config")
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value.get("quantization_config"):
-            raise SchemeError(f"{where}: {key}.quantization_config, expected it at the top level alone")
-    if declared in (None, {}):
+    try:
+        declared = declared_in(config)
+    except SchemeError as e:
+        raise SchemeError(f"{where}: {e}") from e
+    if declared is None:
         raise SchemeError(f"{where}: no quantization_config: the source is not quantized; see `shardxform quantize`")
     if not isinstance(declared, Mapping):
         raise SchemeError(f"{where}: quantization_config: expected an object, found {declared!r}")

@@ -35,7 +35,18 @@ from shardxform.forward.weights import Observer, Precision, Weights
 from shardxform.forward.work import HiddenFile, WorkDir
 from shardxform.model.families import family_origin
 
-__all__ = ["BATCH_TOKENS", "Batch", "Pass", "Visitor", "batches", "estimate", "fingerprint", "pass_inputs", "run_pass"]
+__all__ = [
+    "BATCH_TOKENS",
+    "Batch",
+    "Pass",
+    "Visitor",
+    "batches",
+    "estimate",
+    "fingerprint",
+    "pass_inputs",
+    "run_pass",
+    "tokens_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,11 @@ class Batch:
     start: int
     stop: int
     ids_BT: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        """Positions of every sequence."""
+        return self.ids_BT.shape[1]
 
 
 class Visitor(Protocol):
@@ -101,7 +117,7 @@ class Pass:
     @property
     def block_tokens(self) -> int:
         """Tokens that go through one block of all chains."""
-        return self.windows.ids_NT.size * len(self.chains)
+        return tokens_of(self.windows) * len(self.chains)
 
     def hidden(self, chain: str, number: int) -> HiddenFile:
         """Hidden states of a chain that enter block `number`, or leave the last one."""
@@ -159,12 +175,21 @@ def run_pass(job: Pass, visitor: Visitor) -> list[Mapping[str, Any]]:
 
 
 def batches(windows: Windows) -> Iterator[Batch]:
-    """Cut the windows into batches of whole sequences."""
-    count, length = windows.ids_NT.shape
-    size = max(1, BATCH_TOKENS // length)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        yield Batch(start, stop, torch.from_numpy(windows.ids_NT[start:stop]).long())
+    """Cut the windows into batches of whole sequences, each as long as its longest."""
+    count, longest = windows.ids_NT.shape
+    start = 0
+    while start < count:
+        length = windows.lengths[start] if windows.lengths else longest
+        stop = min(start + max(1, BATCH_TOKENS // length), count)
+        yield Batch(start, stop, torch.from_numpy(windows.ids_NT[start:stop, :length]).long())
+        start = stop
+
+
+def tokens_of(windows: Windows) -> int:
+    """Tokens that a pass puts through every block."""
+    if not windows.lengths:
+        return windows.ids_NT.size
+    return sum(batch.ids_BT.numel() for batch in batches(windows))
 
 
 def pass_inputs(
@@ -219,7 +244,7 @@ def _embed(job: Pass) -> None:
 def _read_ahead(job: Pass, layer: int) -> None:
     """Ask the disk for the next block, unless so few tokens pass that many of its experts will not be reached."""
     for skeleton in job.chains.values():
-        tokens = job.windows.ids_NT.size
+        tokens = tokens_of(job.windows)
         if layer < job.num_blocks and tokens * skeleton.layout.top_k >= 8 * skeleton.layout.num_experts:
             skeleton.weights.will_need(skeleton.prefix(layer))
 
@@ -236,7 +261,7 @@ def _run_block(job: Pass, layer: int, visitor: Visitor) -> None:
             hidden: dict[str, torch.Tensor] = {}
             for name, block in blocks.items():
                 device = job.chains[name].weights.precision.device
-                hidden[name] = block(readers[name].rows(batch.start, batch.stop).to(device))
+                hidden[name] = block(readers[name].rows(batch.start, batch.stop, batch.length).to(device))
                 _refuse_non_finite(hidden[name], batch, f"{job.chains[name].weights.checkpoint.where}: block {layer}")
                 writers[name].put(batch.start, hidden[name])
             visitor.after(hidden)
@@ -296,7 +321,7 @@ def estimate(
             states += 2 * windows.ids_NT.size * state
             live = max(live, _LIVE_STATES * max(BATCH_TOKENS, windows.ids_NT.shape[1]) * state)
     return {
-        "tokens": windows.ids_NT.size,
+        "tokens": tokens_of(windows),
         "blocks": layers,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "device": str(precision.device),

@@ -42,7 +42,8 @@ from shardxform.forward.weights import (
     stack_names,
 )
 from shardxform.model.families.base import Family
-from shardxform.model.layout import Layout, is_tied, refuse_longer
+from shardxform.model.layout import Layout, refuse_longer
+from shardxform.model.tied_head import is_tied
 
 __all__ = ["MtpLayer", "Skeleton", "mtp_layer", "mtp_numbers"]
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
-from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Rows, Storage, ranges_of, row_tiles
+from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Role, Rows, Storage, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
 from shardxform.formats.scheme import Grid
 from shardxform.formats.stored import read_stored
@@ -42,6 +42,7 @@ __all__ = [
     "ExpertValues",
     "Observer",
     "Precision",
+    "Routed",
     "RoutedExpert",
     "Weights",
     "activation",
@@ -262,6 +263,16 @@ class Weights:
         biases = tuple(self._plain(ref(kind + _BIAS)) for kind in parts if experts.bias)
         return RoutedExpert(tuple(gate_up), down, biases, experts)
 
+    def stored(self, storage: Storage) -> tuple[dict[Role, NDArray[np.uint8]], NDArray[np.float32]]:
+        """A matrix as it is stored, less its cut: the bytes of its parts, and the values [O, I] that they stand for."""
+        parts: dict[Role, NDArray[np.uint8]] = {}
+        with self._telling():
+            for role, ref in storage.parts:
+                parts[role] = np.empty(ref.nbytes, np.uint8)
+                self._fill(ref, parts[role])
+            rows = self._opener.open(replace(storage, cut=None))
+            return parts, rows.values(0, rows.count)
+
     def has_experts(self, scope: str, layer: int) -> bool:
         """Whether a block or MTP layer has routed experts here."""
         return (scope, layer) in self._experts
@@ -330,18 +341,21 @@ class Weights:
         words, scales = zip(*(rows.turned(0, rows.count) for rows in packed), strict=True)
         return _Packed(_joined(words), _joined(scales), packed[0].grid)
 
-    def _decoded(self, ref: TensorRef, opened: Sequence[Rows]) -> torch.Tensor:
+    def _decoded(self, ref: Encoded, opened: Sequence[Rows]) -> torch.Tensor:
         """Values of a weight that is stored in another encoding, in the dtype of all: a tile of rows at a time."""
-        values_OI = torch.empty(ref.spec.shape, dtype=self.precision.dtype)
+        shape = (sum(rows.count for rows in opened), ref.sources[0].shape[1])
+        values_OI = torch.empty(shape, dtype=self.precision.dtype)
         tiles = ((rows, *tile) for rows in opened for tile in row_tiles(rows.count, values_OI.shape[1], DECODE_TILE))
         at = 0
         with self._telling():
             for rows, start, stop in tiles:
                 values_OI[at : at + stop - start] = torch.from_numpy(rows.values(start, stop))
                 at += stop - start
-        return values_OI
+        return values_OI.view(ref.spec.shape)
 
     def _plain(self, ref: TensorRef) -> torch.Tensor:
+        if isinstance(ref, Encoded):
+            return self._decoded(ref, [self._open(source) for source in ref.sources])
         if ref.spec.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self.checkpoint.where}: tensor '{ref.name}' is {ref.spec.dtype};"
@@ -396,7 +410,7 @@ class Weights:
 def _merged(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
     """Ranges in the order of their shards, those joined that touch."""
     out: list[ByteRange] = []
-    for piece in sorted(ranges, key=lambda piece: (piece.file, piece.offset)):
+    for piece in sorted(dict.fromkeys(ranges), key=lambda piece: (piece.file, piece.offset)):
         if out and (out[-1].file, out[-1].end) == (piece.file, piece.offset):
             out[-1] = ByteRange(piece.file, out[-1].offset, out[-1].length + piece.length)
         else:
@@ -462,9 +476,29 @@ def _kind(place: Place) -> str:
 IMPLEMENTATION: Final = "shardxform"
 _BANK: Final = "shardxform_bank"
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with an expert, the router's weights of its tokens [n], what enters its down projection [n, I], and what
-leaves it [n, H], not yet weighted."""
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What became of the tokens that a router sent to an expert.
+
+    Attributes:
+        expert: its id.
+        weight_n: the router's weights.
+        inner_nI: what enters its down projection.
+        value_nH: what it puts out, not yet weighted.
+        down_HI: its down projection.
+
+    """
+
+    expert: int
+    weight_n: torch.Tensor
+    inner_nI: torch.Tensor
+    value_nH: torch.Tensor
+    down_HI: torch.Tensor
+
+
+Observer = Callable[[Routed], None]
+"""Called with every expert that some token of a batch reaches."""
 
 
 @dataclass(slots=True)
@@ -565,7 +599,7 @@ def _forward(
         inner_nI = between(pre_nO)
         value_nH = nn.functional.linear(inner_nI, values.down_HI, values.down_bias_H)
         if bank.observer is not None:
-            bank.observer(expert, weight_n, inner_nI, value_nH)
+            bank.observer(Routed(expert, weight_n, inner_nI, value_nH, values.down_HI))
         # A token meets an expert once, so nothing is added twice and the order of the sums is fixed.
         out_TH[token_n] += (value_nH * weight_n[:, None]).to(out_TH.dtype)
     return out_TH

@@ -235,11 +235,17 @@ class HiddenReader(_Open):
         """[N, T, H]."""
         return self._file.shape
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Hidden states of sequences `start`..`stop - 1`, [stop - start, T, H], in memory of their own."""
-        buffer = np.empty((stop - start) * self._row, np.uint8)
-        self._fs.read_exact_into(self._fd, buffer.data, start * self._row)
-        return torch.from_numpy(buffer).view(self._file.dtype).view(stop - start, *self._file.shape[1:])
+    def rows(self, start: int, stop: int, length: int | None = None) -> torch.Tensor:
+        """Hidden states of sequences `start`..`stop - 1`, [stop - start, T, H], in memory of their own.
+
+        With a `length`, only the first so many positions are read.
+        """
+        _, longest, width = self._file.shape
+        row = self._row // longest * (length or longest)
+        buffer = np.empty((stop - start) * row, np.uint8)
+        for at, piece in _rows(start, stop, self._row, row):
+            self._fs.read_exact_into(self._fd, buffer.data[piece], at)
+        return torch.from_numpy(buffer).view(self._file.dtype).view(stop - start, length or longest, width)
 
 
 class HiddenWriter(_Open):
@@ -247,5 +253,16 @@ class HiddenWriter(_Open):
 
     def put(self, start: int, hidden_BTH: torch.Tensor) -> None:
         """Write the hidden states of sequences `start`.. ."""
-        data = hidden_BTH.to("cpu", self._file.dtype).contiguous().view(torch.uint8).numpy()
-        self._fs.write_all(self._fd, data.reshape(-1).data, start * self._row)
+        data = hidden_BTH.to("cpu", self._file.dtype).contiguous().view(torch.uint8).numpy().reshape(-1).data
+        count = len(hidden_BTH)
+        for at, piece in _rows(start, start + count, self._row, len(data) // count):
+            self._fs.write_all(self._fd, data[piece], at)
+
+
+def _rows(start: int, stop: int, stored: int, held: int) -> Iterator[tuple[int, slice]]:
+    """Places, in a file of rows of `stored` bytes and in memory, of the first `held` of each; whole rows at once."""
+    if stored == held:
+        yield start * stored, slice(0, (stop - start) * held)
+        return
+    for number, row in enumerate(range(start, stop)):
+        yield row * stored, slice(number * held, (number + 1) * held)

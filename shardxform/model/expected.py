@@ -32,7 +32,7 @@ def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Itera
 
     """
     family, text = layout.family, layout.text
-    sizes = _Sizes(family.symbols, text, layout.num_experts, family.layer_symbols)
+    sizes = _Sizes(family.symbols, text, layout.num_experts, family.layer_symbols, family.set_symbols, layout.in_set)
     for template in family.root:
         name = layout.wrapper.full(template.name)
         if "{l}" in name:
@@ -57,23 +57,31 @@ class _Sizes:
     config: Config
     num_experts: int
     layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
+    set_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
+    in_set: int = 0
 
-    def shape(self, expression: str, layer: int = -1) -> tuple[int, ...] | None:
+    def shape(self, expression: str, layer: int = -1, of_set: int | None = None) -> tuple[int, ...] | None:
+        """Sizes of a tensor of a layer; `of_set` is a set of experts of which it is."""
         if expression == "?":
             return None
         return tuple(
-            sum(math.prod(self._value(factor, layer) for factor in term.split("*")) for term in dimension.split("+"))
+            sum(
+                math.prod(self._value(factor, layer, of_set) for factor in term.split("*"))
+                for term in dimension.split("+")
+            )
             for dimension in expression.split(",")
         )
 
-    def _value(self, factor: str, layer: int) -> int:
+    def _value(self, factor: str, layer: int, of_set: int | None) -> int:
         if factor.isdigit():
             return int(factor)
         if factor == "E":
-            return self.num_experts
+            return self.num_experts if of_set is None else self.in_set
         try:
-            if factor in self.layer_symbols:
-                value: object = self.layer_symbols[factor](self.config, layer)
+            if factor in self.set_symbols:
+                value: object = self.set_symbols[factor](self.config, of_set or 0)
+            elif factor in self.layer_symbols:
+                value = self.layer_symbols[factor](self.config, layer)
             else:
                 symbol = self.symbols[factor]
                 value = symbol(self.config) if callable(symbol) else self.config[symbol]
@@ -94,7 +102,8 @@ def _of_layers(layout: Layout, template: Template, name: str, sizes: _Sizes) -> 
 
 
 def _expect(place: Place, sizes: _Sizes, like: int = -1) -> Expected:
-    return Expected(place, sizes.shape(place.template.shape, like), place.template.optional)
+    template = place.template
+    return Expected(place, sizes.shape(template.shape, like, next(iter(template.sets), None)), template.optional)
 
 
 def _block(
@@ -115,11 +124,13 @@ def _block(
         if not template.numbered:
             yield prefix + template.name, _expect(Place(template, scope, layer), sizes, like)
             continue
-        at = (prefix + template.name).split(".").index("{e}")
-        shape = sizes.shape(template.shape, like)
-        for expert in range(layout.num_experts):
-            name = prefix + template.name.replace("{e}", str(expert))
-            yield name, Expected(Place(template, scope, layer, expert, at), shape, template.optional)
+        head, _, tail = (prefix + template.name).partition("{e}")
+        at, each = head.count("."), layout.in_set
+        for first in range(0, layout.num_experts, each):
+            shape = sizes.shape(template.shape, like, first // each if layout.family.sets else None)
+            for expert in range(first, first + each):
+                place = Place(template, scope, layer, expert, at)
+                yield f"{head}{expert}{tail}", Expected(place, shape, template.optional)
 
 
 def _is_there(layout: Layout, name: str) -> bool:

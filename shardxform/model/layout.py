@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal
 
-from shardxform.base.tensors import BITS, ByteRange, TensorRef, TensorSpec
-from shardxform.checkpoint.table import Checkpoint
+from shardxform.base.tensors import BITS, TensorRef, TensorSpec
 from shardxform.errors import FamilyError, PlanError
 from shardxform.model.families import family_of
 from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Template, Wrapper
@@ -25,15 +24,12 @@ __all__ = [
     "Layout",
     "Place",
     "count_paths",
-    "head_differs",
     "is_quantized",
     "is_shape",
-    "is_tied",
     "layout_of",
     "read_count",
     "refuse_longer",
     "refuse_two_spellings",
-    "tied_notes",
     "value_at",
     "variants_found",
 ]
@@ -47,10 +43,13 @@ _MOST_FOUND: Final = 1_000_000  # places that are kept for the next time
 Rows = Literal["rows", "blocks", "none", "inside"]
 
 COMPANIONS: Final[Mapping[str, Rows]] = {
+    "activation_scale": "none",
     "biases": "inside",
     "g_idx": "none",
     "input_global_scale": "none",
     "input_scale": "none",
+    "qscale_act": "none",
+    "qscale_weight": "blocks",
     "qweight": "inside",
     "qzeros": "inside",
     "scale": "blocks",
@@ -63,7 +62,10 @@ COMPANIONS: Final[Mapping[str, Rows]] = {
     "weight_scale_inv": "blocks",
     "weight_shape": "inside",
     "weight_zero_point": "inside",
+    "_activation_scale": "rows",
     "_blocks": "rows",
+    "_scale": "rows",
+    "_scale_inv": "rows",
     "_scales": "rows",
 }
 """Last name parts that stand for, or beside, a quantized `weight`, and share its place; and what its axis 0 counts.
@@ -123,7 +125,7 @@ class Layout:
         config: the whole config.json.
         text: the part that describes the decoder.
         num_layers, num_experts, top_k: of the decoder; experts per MoE layer, experts per token.
-        groups: router groups (1 when the router has none).
+        groups: router groups, or sets of experts; of each as many experts stay (1 when the router has none).
         moe_layers: decoder blocks that have routed experts, ascending.
         mtp_layers: number of MTP layers that the config declares.
         mtp_blocks: blocks that each of them is made of.
@@ -155,6 +157,15 @@ class Layout:
     def blocks(self) -> str:
         """What every name of a decoder block begins with."""
         return f"{self.wrapper.prefix}{self.family.decoder.blocks}."
+
+    @property
+    def in_set(self) -> int:
+        """Experts of one set; of all where there is one."""
+        return self.num_experts // max(len(self.family.sets), 1)
+
+    def counted(self, template: Template) -> int:
+        """Experts that `E` stands for in the shape of a template."""
+        return self.in_set if template.sets else self.num_experts
 
     @property
     def embeddings(self) -> str:
@@ -222,15 +233,16 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     text = {**{ours: text[theirs] for theirs, ours in family.aliases.items() if theirs in text}, **text}
     home = f"{wrapper.text_key}." if wrapper.text_key else ""
     num_layers = _layer_count(family, text, home)
-    num_experts = _expert_count(config, family, wrapper)
+    in_set = _expert_count(config, family, wrapper)
+    num_experts = in_set * max(len(family.sets), 1)
     spellings = (family.top_k_key, *family.other_top_k_keys)
     top_k_key = next((key for key in spellings if value_at(text, key) is not None), spellings[0])
     top_k = _read_per_layer(text, top_k_key, home, family)
-    if top_k > num_experts:
-        raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {num_experts} experts")
+    if top_k > in_set:
+        raise FamilyError(f"config.json: {family.top_k_key} is {top_k}, but there are {in_set} experts")
     if num_layers > MAX_LAYERS or num_layers * num_experts > _MAX_EXPERTS:
         raise FamilyError(f"config.json: {num_layers} layers of {num_experts} experts are absurd")
-    groups = (read_count(text, family.group_key, home, default=1) or 1) if family.group_key else 1
+    groups = (read_count(text, family.group_key, home, default=1) or 1) if family.group_key else len(family.sets) or 1
     if num_experts % groups:
         raise FamilyError(f"config.json: {family.group_key} is {groups}, which does not divide {num_experts} experts")
     mtp = family.mtp
@@ -360,6 +372,12 @@ class _Candidate:
     fixed: tuple[tuple[int, int], ...] = ()
 
 
+_Stem = tuple[str, tuple[int, ...], tuple[int, ...], int]
+"""Of a part of a name: its key, its numbers, where among its parts they are, how many parts there are."""
+
+_NO_STEM: Final[_Stem] = ("", (), (), 0)
+
+
 class _Finder:
     """Finds the template of a name: its digits become `#`, and the rest is looked up.
 
@@ -375,7 +393,7 @@ class _Finder:
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
-        self._stems: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {}
+        self._stems: dict[str, _Stem] = {}
         blocks = f"{wrapper.prefix}{family.decoder.blocks}.{{l}}."
         for template in family.root:
             self._add("root", wrapper.full(template.name), template)
@@ -407,25 +425,25 @@ class _Finder:
         if len(self._found) > _MOST_FOUND:
             self._found.clear()
             self._stems.clear()
-        return {name: self._found.get(name) or self._find(name) or self._in_tower(name) for name in names}
+        found = self._found.get
+        return {name: found(name) or self._find(name) or self._in_tower(name) for name in names}
 
     def _in_tower(self, name: str) -> Place | None:
         return next((Place(each, "vision") for each in self._towers if fnmatchcase(name, each.name)), None)
 
     def _find(self, name: str) -> Place | None:
         stem, dot, last = name.rpartition(".")
-        if _is_id(last):
+        if last[:1].isdigit() and _is_id(last):
             stem, dot, last = name, "", ""
-        key, numbers, digits = self._stem(stem)
+        key, numbers, digits, _ = self._stem(stem)
         companion = ""
         candidates = self._table.get(f"{key}{dot}{last}")
         if candidates is None and last in COMPANIONS:
             companion = last
             candidates = self._table.get(f"{key}{dot}weight")
         elif candidates is None and last.endswith(_OF_STACKS):
-            at = last.rindex("_")
-            companion = last[at:]
-            candidates = self._table.get(f"{key}{dot}{last[:at]}")
+            companion = max((end for end in _OF_STACKS if last.endswith(end)), key=len)
+            candidates = self._table.get(f"{key}{dot}{last.removesuffix(companion)}")
         place = self._chosen(candidates or (), numbers, digits, companion)
         if place:
             self._found[name] = place
@@ -435,7 +453,9 @@ class _Finder:
         self, candidates: Iterable[_Candidate], numbers: tuple[int, ...], digits: tuple[int, ...], companion: str
     ) -> Place | None:
         for each in candidates:
-            if each.numbers != len(numbers) or any(numbers[at] != number for at, number in each.fixed):
+            if each.numbers != len(numbers):
+                continue
+            if each.fixed and any(numbers[at] != number for at, number in each.fixed):
                 continue
             layer = self._layer(each.scope, numbers[each.layer] if each.layer >= 0 else None)
             if layer == -1:
@@ -445,16 +465,17 @@ class _Finder:
             return Place(each.template, each.scope, layer, numbers[each.expert], digits[each.expert], companion)
         return None
 
-    def _stem(self, stem: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """A name less its last part: its key, its numbers, and where among its parts they are."""
+    def _stem(self, stem: str) -> _Stem:
+        """A name less its last part; what is known of one less its own last part is made use of."""
         known = self._stems.get(stem)
         if known is None:
-            parts = stem.split(".") if stem else []
-            digits = tuple(at for at, part in enumerate(parts) if _is_id(part))
-            numbers = tuple(int(parts[at]) for at in digits)
-            for at in digits:
-                parts[at] = "#"
-            known = self._stems[stem] = (".".join(parts), numbers, digits)
+            above, dot, last = stem.rpartition(".")
+            key, numbers, digits, count = self._stem(above) if dot else _NO_STEM
+            if _is_id(last):
+                known = f"{key}{dot}#", (*numbers, int(last)), (*digits, count), count + 1
+            else:
+                known = f"{key}{dot}{last}", numbers, digits, count + bool(stem)
+            self._stems[stem] = known
         return known
 
     def _layer(self, scope: Scope, layer: int | None) -> int | None:
@@ -472,6 +493,7 @@ _finder = functools.lru_cache(maxsize=4)(_Finder)
 
 
 def _is_id(part: str) -> bool:
+    """Whether a part of a name is a number, as Python writes it."""
     return part.isdigit() and part.isascii() and (part == "0" or part[0] != "0") and len(part) <= 9
 
 
@@ -615,86 +637,3 @@ def _owners(name: str) -> list[str]:
 def _is_quantized(layout: Layout, stem: str) -> bool:
     """Whether other parts of the same weight are known."""
     return any(f"{stem}.{part}" in layout.places for part in ("qweight", "weight_packed", "weight_scale"))
-
-
-# -- tied head ---------------------------------------------------------------------------------------------------------
-# An output head that config.json ties to the embeddings, and that is stored all the same: clients disagree on it.
-#
-# transformers runs the stored one where the two differ; vLLM and SGLang skip it and run the embeddings. Most such
-# heads are a copy, which is harmless, so the values are looked at: in a few hundred places, or all of them.
-
-_PLACES: Final = 256
-_BYTES: Final = 64  # of each place
-_PIECE: Final = 1 << 20
-
-
-def is_tied(layout: Layout) -> bool:
-    """Tell whether config.json ties the output head to the embeddings."""
-    return layout.family.holds("tied", layout.text, -1)
-
-
-def tied_notes(checkpoint: Checkpoint, layout: Layout, *, whole: bool = False) -> Iterator[str]:
-    """Say that a tied head is stored with other values than the embeddings.
-
-    Args:
-        checkpoint: to look at; a view will do.
-        layout: of it, or of what it is a view of.
-        whole: compare every byte, instead of a few places.
-
-    """
-    differs = head_differs(checkpoint, layout, whole=whole)
-    if differs:
-        yield (
-            f"config.json ties the output head to the embeddings, but {layout.head} is stored and differs from them:"
-            " transformers, and figures here, run what is stored, vLLM and SGLang the embeddings; set"
-            " tie_word_embeddings to false, or remove the tensor"
-        )
-    elif differs is None:
-        told = "config.json ties the output head to the embeddings"
-        yield f"{told}, but {layout.head} is stored; the two were not compared"
-
-
-def head_differs(checkpoint: Checkpoint, layout: Layout, *, whole: bool = False) -> bool | None:
-    """Tell whether a stored head is another one than the embeddings it is tied to; None for not known.
-
-    Nothing is fetched from a hub for it.
-    """
-    head = checkpoint.tensors.get(layout.head)
-    embeddings = checkpoint.tensors.get(layout.embeddings)
-    if head is None or embeddings is None or not is_tied(layout):
-        return False
-    if (head.spec.dtype, head.spec.shape) != (embeddings.spec.dtype, embeddings.spec.shape):
-        return True
-    if checkpoint.remote and checkpoint.remote.streamed:
-        return None
-    try:
-        pairs = zip(_pieces(checkpoint, head, whole), _pieces(checkpoint, embeddings, whole), strict=True)
-        return any(one != other for one, other in pairs)
-    except OSError:  # said by whoever reads the shards
-        return None
-
-
-def _pieces(checkpoint: Checkpoint, ref: TensorRef, whole: bool) -> Iterator[bytes]:
-    """Bytes of a tensor, all of them a piece at a time, or a few at places spread evenly."""
-    size = _PIECE if whole else _BYTES
-    stride = size if whole else max(size, ref.nbytes // _PLACES)
-    for offset in range(0, ref.nbytes, stride):
-        yield _read(checkpoint, ref, offset, min(size, ref.nbytes - offset))
-
-
-def _read(checkpoint: Checkpoint, ref: TensorRef, offset: int, count: int) -> bytes:
-    found = b""
-    for piece in ref.ranges:
-        if offset < piece.length and count > len(found):
-            take = min(count - len(found), piece.length - offset)
-            found += _read_range(checkpoint, ByteRange(piece.file, piece.offset + offset, take))
-            offset = 0
-        else:
-            offset = max(0, offset - piece.length)
-    return found
-
-
-def _read_range(checkpoint: Checkpoint, piece: ByteRange) -> bytes:
-    with (checkpoint.root / piece.file).open("rb", buffering=0) as file:
-        file.seek(piece.offset)
-        return file.read(piece.length)

@@ -16,16 +16,27 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
+from shardxform.formats.config_names import declared_in, with_declared
+from shardxform.formats.decoding import decoded, encodings_of
+from shardxform.formats.dialects import Selection, build, kept_tensors, method_of, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import GGUF, ROW_FORMATS, ExpertNames, Format, Scheme
-from shardxform.formats.stored import HALF_DTYPES, Float, Stored, config_of_half, has_g_idx, read_stored, released
+from shardxform.formats.stored import (
+    HALF_DTYPES,
+    Float,
+    Stored,
+    as_plain,
+    config_of_half,
+    has_g_idx,
+    read_stored,
+    released,
+)
 from shardxform.model.families import family_origin
 from shardxform.plan.gguf import plan_stored
+from shardxform.plan.mlx import part_specs, stack_item
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
 from shardxform.plan.view import (
@@ -39,6 +50,7 @@ from shardxform.plan.view import (
     view_summary,
 )
 from shardxform.runtimes import mlx
+from shardxform.runtimes.mlx import Stack
 
 __all__ = [
     "ConvertOptions",
@@ -108,25 +120,28 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
     _refuse_restacking(stored, target)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    unread = replace(source, tensors={**stored.weights, **stored.plain}, config=config)
-    view = pruned_view(unread, None, mtp="drop" if target.format == "mlx" else "auto")
+    plain_source = as_plain(source, stored)
+    config = dict(plain_source.config)
+    view = pruned_view(plain_source, None, mtp="drop" if target.format == "mlx" else "auto")
     _refuse_half(view, target)
     selection = _selection(view, stored, target.expert_names)
-    weights = _weights(view, stored, selection, target)
+    told: tuple[str, ...] = ()
+    stacks = _stacks(view, selection) if target.format == "mlx" else []
+    weights = [] if stacks else _weights(view, stored, selection, target)
     plain = _plain(stored, view, selection, scheme)
     if target.format == "mlx":
-        mlx.refuse_unrun(view.layout)
         quantization = build(selection, cast(Scheme, scheme), view.layout)
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+        told = tuple(mlx.notes_of(view.source_layout, config))
     elif scheme is not None:
         quantization = build(selection, scheme, view.layout)
-        config = {**source.config, "quantization_config": quantization}
+        config = with_declared(source.config, quantization)
     elif target.format == "fp16":
         config = config_of_half(config)
-    shards = lay_out(_specs(plain, weights, scheme), options.max_shard_bytes)
+    stacked = part_specs(stacks, Ints.of(cast(Scheme, scheme))) if stacks else ()
+    shards = lay_out([*_specs(plain, weights, scheme), *stacked], options.max_shard_bytes)
     encoding = Ints.of(scheme) if scheme else Plain(HALF_DTYPES[target.format])
-    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, encoding))
+    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, stacks, encoding))
     sidecars = sidecar_digests(source)
     plan = Plan(
         command="convert",
@@ -140,7 +155,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         sidecars=sidecars,
         inputs=_inputs(source, target, options, sidecars, scheme),
         summary=_summary(source, view, stored, selection, shards, scheme),
-        notes=(*_notes(stored, target), *view.notes),
+        notes=(*_notes(stored, target), *view.notes, *told),
         unread=source.unread,
     )
     plan.check()
@@ -156,22 +171,23 @@ def _plan_gguf(source: Checkpoint, target: Target, options: ConvertOptions) -> P
 
 
 def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
-    """Plan the 16-bit checkpoint that a source in small floats stands for, in the release's layout.
+    """Plan the 16-bit checkpoint that a source that is only read stands for, in the release's layout.
 
     Raises:
         SchemeError: a target of integers, which are rounded anew and not converted.
 
     """
+    kinds = encodings_of(plain.tensors.values())
     if target.format not in HALF_DTYPES:
         raise SchemeError(
-            f"`target.format` {target.format}: the source is in small floats, which no integers hold exactly; use"
-            " `shardxform quantize`, or `target.format` bf16"
+            f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which symmetric integers of one"
+            " scheme do not hold; use `shardxform quantize`, or `target.format` bf16"
         )
     view = pruned_view(plain, None)
     _refuse_half(view, target)
     tensors = released(view.checkpoint.tensors, view.layout)
     dtype = HALF_DTYPES[target.format]
-    weights = [replace(ref, spec=replace(ref.spec, dtype=dtype)) for ref in tensors if isinstance(ref, Encoded)]
+    weights = [replace(ref, spec=ref.spec._replace(dtype=dtype)) for ref in tensors if isinstance(ref, Encoded)]
     copied = {ref.name: ref for ref in tensors if not isinstance(ref, Encoded)}
     config = config_of_half(plain.config) if target.format == "fp16" else plain.config
     shards = lay_out(_specs(copied, weights, None), options.max_shard_bytes)
@@ -184,18 +200,18 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
         source_shards=source.shards,
         view=view.checkpoint,
         shards=shards,
-        steps=(*copy_steps(shards, copied), *_steps(shards, weights, Plain(dtype))),
+        steps=(*copy_steps(shards, copied), *_steps(shards, weights, (), Plain(dtype))),
         config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
         sidecars=sidecars,
         inputs=_inputs(source, target, options, sidecars, None),
         summary={
             **view_summary(source, view),
-            "from": source.config["quantization_config"]["quant_method"],
+            "from": method_of(declared_in(source.config)),
             "tensors_after": sum(len(shard.entries) for shard in shards),
             "copied": len(copied),
             "converted_modules": count,
         },
-        notes=(f"{count:,} weight matrices in small floats become {_HALVES[target.format]}", *view.notes),
+        notes=(f"{count:,} weight matrices in {' and '.join(kinds)} become {_HALVES[target.format]}", *view.notes),
         unread=source.unread,
     )
     plan.check()
@@ -212,6 +228,11 @@ def _scheme(stored: Stored, target: Target) -> Scheme | None:
     """The scheme to write in, on the source's own grid; None for dequantized weights."""
     if target.format == "bf16" or target.format == "fp16":
         return None
+    if target.format == "mlx" and stored.scheme.grid.scale_grid != "bf16":
+        raise SchemeError(
+            "`target.format` mlx: scales of the source are float16 that nothing says are exact in bfloat16, as MLX has"
+            " them; use `target.format` bf16, and mlx_lm.convert"
+        )
     scheme = Scheme(grid=stored.scheme.grid, format=target.format, expert_names=target.expert_names, g_idx=target.g_idx)
     refuse_unread(stored.layout, scheme)
     for module in stored.modules.values():
@@ -275,22 +296,17 @@ def _specs(plain: Mapping[str, TensorRef], weights: Iterable[Encoded], scheme: S
         if scheme is None:
             yield weight.spec
         else:
-            *stacked, rows, columns = weight.spec.shape
-            for part in Ints.of(scheme).parts(rows, columns):
-                spec = part.spec(weight.name)
-                yield spec.of_shape((*stacked, *spec.shape))
+            rows, columns = weight.spec.shape
+            yield from (part.spec(weight.name) for part in Ints.of(scheme).parts(rows, columns))
 
 
 def _weights(view: View, stored: Stored, selection: Selection, target: Target) -> list[Encoded]:
     """What to write of the quantized weights: one for each module, named after it, or dequantized ones."""
     dtype = HALF_DTYPES.get(target.format)
-    if target.format == "mlx":
-        stacks = mlx.stacks_of(view.layout, selection.quantized)
-        return [_encoded(mlx.stacked(stack).renamed(stack.name)) for stack in stacks]
     if dtype is None:
         return [_encoded(module.weight.renamed(module.name)) for module in selection.quantized]
     weights = [_encoded(ref) for ref in released(stored.weights, view.layout)]
-    return [replace(weight, spec=replace(weight.spec, dtype=dtype)) for weight in weights]
+    return [replace(weight, spec=weight.spec._replace(dtype=dtype)) for weight in weights]
 
 
 def _encoded(ref: TensorRef) -> Encoded:
@@ -307,7 +323,15 @@ def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | No
     return kept_tensors(view.layout, stored.plain, selection, scheme)
 
 
-def _steps(shards: Sequence[ShardPlan], weights: Iterable[Encoded], encoding: Ints | Plain) -> Iterator[Transcode]:
+def _stacks(view: View, selection: Selection) -> list[Stack]:
+    """What MLX has as one module each."""
+    mlx.refuse_unrun(view.layout, selection.quantized)
+    return mlx.stacks_of(view.layout, selection.quantized)
+
+
+def _steps(
+    shards: Sequence[ShardPlan], weights: Iterable[Encoded], stacks: Iterable[Stack], encoding: Ints | Plain
+) -> Iterator[Transcode]:
     """Steps that write weights, in table order; they are as large as what is written."""
     extents = extents_of(shards)
 
@@ -317,6 +341,9 @@ def _steps(shards: Sequence[ShardPlan], weights: Iterable[Encoded], encoding: In
                 item = TranscodeItem(weight.name, weight.sources, encoding, (("values", extents[weight.name]),))
             else:
                 item = transcode_item(weight.name, weight.sources, encoding, extents)
+            yield item, item.out_bytes
+        for stack in stacks:
+            item = stack_item(stack, cast(Ints, encoding), extents)
             yield item, item.out_bytes
 
     return transcode_steps(items())
@@ -344,7 +371,7 @@ def _inputs(
         "target": asdict(target),
         "source": source_inputs(source, sidecars),
         **family_origin(source.config),
-        **({"scheme": asdict(scheme)} if scheme else {}),
+        **({"scheme": scheme.facts()} if scheme else {}),
         **({"origin": origin} if origin else {}),
         computing.KEY: computing.of_rounding(),
     }
@@ -389,7 +416,7 @@ def _summary(
     """Figures for people and for JSON; `bytes_by_role` counts weights in 16 bits, as `quantize` does."""
     quantized = (
         {
-            "scheme": asdict(scheme),
+            "scheme": scheme.facts(),
             "quantized_modules": len(selection.quantized),
             "quantized_weight_bytes": sum(module.nbytes for module in selection.quantized),
             "kept_modules": reasons_summary(selection),

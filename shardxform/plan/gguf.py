@@ -11,24 +11,25 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.gguf import KeyValue, Kind
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce, natural_key
+from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec, coalesce, natural_key
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
+from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import Source, Writable
-from shardxform.formats.ggml import FLOATS, Ggml, integer_type
+from shardxform.formats.ggml import FLOATS, Ggml, encoding_of, integer_type
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.sources import Constant, Rounded
-from shardxform.formats.stored import read_stored
+from shardxform.formats.stored import as_plain, read_stored
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
 from shardxform.plan.steps import (
     HEALED_FILE,
@@ -44,15 +45,13 @@ from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, si
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
+from shardxform.runtimes.gguf.mixes import KINDS, facts_of, mixed
 
-__all__ = ["Blocks", "Contents", "Types", "contents_of", "crossing", "documents_of", "gguf_steps", "plan_stored"]
+__all__ = ["Draft", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
 # In which type every tensor of the file is stored.
-
-FILE_TYPES: Final[Mapping[str, int]] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-"""llama.cpp's numbers of types for `general.file_type`, by which people are told what most of a file is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +61,51 @@ class Types:
     Attributes:
         grid: of the integers that the weights of `modules` are rounded to; None to round none.
         modules: names of the modules that are rounded, with the decoder block that each is in; None outside them.
-        plain: the float that all other weights are written in; empty for the source's.
+        kind: of file, to whose types all other weights are rounded; empty for those of the source.
 
     """
 
     grid: Grid | None = None
     modules: Mapping[str, int | None] = field(default_factory=dict)
-    plain: str = ""
+    kind: str = ""
 
-    def of(self, named: Named) -> Writable:
-        """How a tensor is stored.
+    def chosen(self, found: Iterable[Named], architecture: Architecture) -> Mapping[str, str]:
+        """Types that the kind of file has for tensors, by their names.
+
+        Raises:
+            SchemeError: no such kind; or integers would be rounded a second time.
+
+        """
+        if not self.kind:
+            return {}
+        found = tuple(found)
+        chosen = mixed(self.kind, {each.name: each.shape for each in found}, facts_of(architecture))
+        for each in found:
+            if chosen.get(each.name) in BLOCKS and _is_of_integers(each):
+                raise SchemeError(
+                    f"`gguf.kind` {self.kind}: tensor '{each.pieces[0].storage.parts[0][1].name}' is of integers, which"
+                    " would be rounded a second time; take weights of 16 bits, or leave it out"
+                )
+        return chosen
+
+    def of(self, named: Named, chosen: str = "") -> Writable:
+        """How a tensor is stored for which the kind of file has a type, or has none.
 
         Raises:
             SchemeError: what it is made of are no floats.
 
         """
+        if chosen and not named.values:
+            return encoding_of(chosen)
         if named.wide or named.values:
             return Plain("F32")
         if named.keeps_codes:
             if self.grid and all(piece.matrix in self.modules for piece in named.pieces):
                 return Ggml(integer_type(self.grid), self.grid)
             bits = {encoding.grid.bits if isinstance(encoding, Ints) else 0 for encoding in _encodings(named)}
-            if bits <= {4, 8} and len(bits) == 1 and not self.plain:
+            if bits <= {4, 8} and len(bits) == 1 and not self.kind:
                 return Ggml("Q4_0" if bits == {4} else "Q8_0")
-        return Plain(self.plain or _float_of(named))
+        return Plain(_float_of(named))
 
 
 def _encodings(named: Named) -> Iterator[object]:
@@ -182,12 +202,15 @@ class Contents:
 
     @cached_property
     def file_type(self) -> int:
-        """llama.cpp's number of what most weights are stored as."""
+        """llama.cpp's number of the kind of file, or of what most weights are stored as."""
+        if self.types.kind:
+            return KINDS[self.types.kind].number
         sizes: Counter[str] = Counter()
         for each in self.written:
             if not each.named.wide:
                 sizes[each.spec.dtype] += each.shape[0] * each.shape[1]
-        return FILE_TYPES.get(max(sizes, key=lambda name: (sizes[name], name)), 0) if sizes else 0
+        most = max(sizes, key=lambda name: (sizes[name], name), default="F32")
+        return KINDS[most].number if most in KINDS else 0
 
     @property
     def copies(self) -> int:
@@ -222,7 +245,8 @@ def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Content
     moved = {name: tensors[name] for name in healed}
     tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
     found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
-    written = tuple(Written(named, types.of(named)) for named in found)
+    chosen = types.chosen(found, architecture)
+    written = tuple(Written(named, types.of(named, chosen.get(named.name, ""))) for named in found)
     return Contents(architecture=architecture, types=types, written=written, healed=moved)
 
 
@@ -254,6 +278,52 @@ def _keys(contents: Contents, source: Checkpoint, options: GgufOptions) -> tuple
         else KeyValue.of(key.name, cast(Kind, key.type), key.value)
         for key in found
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """An output in GGUF, but for the steps that write it: what its files hold, and their heads."""
+
+    view: View
+    contents: Contents
+    shards: tuple[ShardPlan, ...]
+
+    def plan(
+        self,
+        source: Checkpoint,
+        recipe: Recipe | None,
+        *,
+        inputs: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        notes: tuple[str, ...],
+    ) -> Plan:
+        """The plan that writes it, with what is recorded and said of it."""
+        blocks = Blocks(recipe, block_sizes(as_weights(source), self.view)) if recipe else None
+        plan = Plan(
+            command=str(inputs["command"]),
+            source=source.root,
+            remote=source.remote,
+            source_shards=source.shards,
+            view=self.view.checkpoint,
+            shards=self.shards,
+            steps=tuple(gguf_steps(self.contents, self.view, self.shards, blocks)),
+            config=b"",
+            container="gguf",
+            sidecars=inputs["source"]["sidecars"],
+            inputs=inputs,
+            summary=summary,
+            notes=notes,
+            unread=source.unread,
+        )
+        plan.check()
+        return plan
+
+
+def drafted(source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()) -> Draft:
+    """Draft the files of a view of `source`; raises like `contents_of` and `Contents.shards`."""
+    contents = contents_of(view, types, healed)
+    shards = contents.shards(source, options.gguf or GgufOptions(), options.max_shard_bytes)
+    return Draft(view=view, contents=contents, shards=shards)
 
 
 def documents_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -349,7 +419,7 @@ def plan_stored(
         command: verb that is planned.
         source: what is read.
         manifest: experts that stay; None for all.
-        options: what else decides bytes; those of `gguf` must be there.
+        options: what else decides bytes.
         recipe: how pruned blocks are healed; None to heal none.
         beside: what else is recorded of how it was made.
 
@@ -358,47 +428,36 @@ def plan_stored(
         CheckpointError, FamilyError, ManifestError, PlanError: see `view.pruned_view`.
 
     """
-    asked = options.gguf or GgufOptions()
-    plain = as_weights(source)
-    view = pruned_view(plain, manifest, text_only=options.text_only, mtp=options.mtp)
-    healed: list[str] = []
-    blocks = None
+    options = replace(options, gguf=options.gguf or GgufOptions())
+    draft = draft_stored(source, manifest, options, recipe)
+    sidecars = sidecar_digests(documents_of(draft.view.checkpoint))
+    told = {
+        **view_inputs(command, source, manifest, options, sidecars),
+        **(beside or {}),
+        **({"recipe": recipe.facts()} if recipe else {}),
+        computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+    }
+    summary = {
+        **view_summary(source, draft.view),
+        "tensors_after": len(draft.contents.written),
+        "copied": draft.contents.copies,
+        **({"healed": len(draft.contents.healed)} if recipe else {}),
+    }
+    notes = (*draft.view.notes, *_stored_notes(draft.contents))
+    return draft.plan(source, recipe, inputs=told, summary=summary, notes=notes)
+
+
+def draft_stored(
+    source: Checkpoint, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None = None
+) -> Draft:
+    """Find what `plan_stored` writes; raises as it does."""
+    view = pruned_view(as_weights(source), manifest, text_only=options.text_only, mtp=options.mtp)
+    healed: Iterable[str] = ()
     if recipe:
         refuse_unpruned(view)
         assert recipe.heal is not None
-        healed = list(healed_names(view.layout, view.layout.places, recipe.heal.widest))
-        blocks = Blocks(recipe, block_sizes(plain, view))
-    contents = contents_of(view, Types(), healed)
-    shards = contents.shards(source, asked, options.max_shard_bytes)
-    sidecars = sidecar_digests(documents_of(view.checkpoint))
-    plan = Plan(
-        command=command,
-        source=source.root,
-        remote=source.remote,
-        source_shards=source.shards,
-        view=view.checkpoint,
-        shards=shards,
-        steps=tuple(gguf_steps(contents, view, shards, blocks)),
-        config=b"",
-        container="gguf",
-        sidecars=sidecars,
-        inputs={
-            **view_inputs(command, source, manifest, options, sidecars),
-            **(beside or {}),
-            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
-        }
-        | ({"recipe": recipe.facts()} if recipe else {}),
-        summary={
-            **view_summary(source, view),
-            "tensors_after": len(contents.written),
-            "copied": contents.copies,
-            **({"healed": len(healed)} if recipe else {}),
-        },
-        notes=(*view.notes, *_stored_notes(contents)),
-        unread=source.unread,
-    )
-    plan.check()
-    return plan
+        healed = healed_names(view.layout, view.layout.places, recipe.heal.widest)
+    return drafted(source, view, Types(kind=options.gguf.kind if options.gguf else ""), options, healed)
 
 
 def as_weights(source: Checkpoint) -> Checkpoint:
@@ -411,16 +470,16 @@ def as_weights(source: Checkpoint) -> Checkpoint:
     """
     if plain := decoded(source):
         return plain
-    if not source.config.get("quantization_config"):
-        return source
-    stored = read_stored(source)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    return replace(source, tensors={**stored.weights, **stored.plain}, config=config)
+    return as_plain(source, read_stored(source)) if declares(source.config) else source
 
 
 def _stored_notes(contents: Contents) -> Iterator[str]:
-    """Say what becomes of integers, and of those that no block of ggml's holds as they are."""
+    """Say what becomes of integers, and of those that no block of ggml's holds as they are; or what is rounded."""
     kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
+    if contents.types.kind:
+        types = ", ".join(f"{count:,} in {dtype}" for dtype, count in kinds.most_common())
+        yield f"{contents.types.kind} as llama-quantize makes it without an importance matrix: {types or 'no blocks'}"
+        return
     for dtype, count in kinds.items():
         yield f"{count:,} tensors of integers are stored as {dtype}: every integer and every scale keeps its value"
     wider = [each for each in contents.written if isinstance(each.target, Plain) and _is_of_integers(each.named)]

@@ -13,6 +13,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.formats.config_names import DECLARATIONS, declarations, declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import method_of, select
 from shardxform.formats.encoding import Encoded
@@ -55,6 +56,7 @@ class Inspection:
     experts: int
     top_k: int
     groups: int
+    sets: tuple[str, ...]
     experts_spelling: str
     mtp_layers: int
     vision: bool
@@ -108,7 +110,8 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         moe_layers=len(layout.moe_layers),
         experts=layout.num_experts,
         top_k=layout.top_k,
-        groups=layout.groups,
+        groups=1 if layout.family.sets else layout.groups,
+        sets=layout.family.sets,
         experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
         mtp_layers=layout.mtp_layers,
         vision=layout.has_vision,
@@ -155,7 +158,7 @@ def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
 
 
 def _quantization(source: Checkpoint) -> str:
-    config = source.config.get("quantization_config")
+    config = next((value for path, value in declarations(source.config) if path[-1] == DECLARATIONS[0]), None)
     return str(method_of(config) or "unknown method") if isinstance(config, Mapping) else ""
 
 
@@ -193,11 +196,13 @@ def _quantized(view: View) -> tuple[int, int]:
     times: dict[str, int] = {}
     for name, ref in view.checkpoint.tensors.items():
         place = view.layout.places.get(name)
-        if place and place.expert:
+        if place and place.expert is not None and place.expert % view.layout.in_set:
             continue
         fused = place is not None and place.template.variant == "fused"
         sample[name] = ref.rows(0, 1) if fused else ref
-        times[name] = view.layout.num_experts if place and place.template.variant else 1
+        times[name] = (
+            (view.layout.num_experts if fused else view.layout.in_set) if place and place.template.variant else 1
+        )
     for group_size in GROUP_SIZES:
         scheme = Scheme.preset("W4A16", group_size=group_size, format=cast("Format", formats[0]))
         selection = select(view.layout, sample, scheme)
@@ -229,6 +234,7 @@ class Parameters:
         shared: parameters that do not depend on the number of experts.
         routed: of one routed expert of every MoE layer.
         router: that the routers have for one expert of every MoE layer.
+        reached: of one routed expert of every MoE layer that a token of text goes through, where sets of them differ.
         apart: of MTP layers and the vision tower, which are in none of the others.
 
     """
@@ -237,6 +243,7 @@ class Parameters:
     routed: int
     router: int
     apart: int
+    reached: int
 
     def total(self, experts: int) -> int:
         """With so many routed experts per layer."""
@@ -244,7 +251,7 @@ class Parameters:
 
     def active(self, experts: int, top_k: int) -> int:
         """What one token goes through: all routers, and `top_k` experts of every layer."""
-        return self.shared + experts * self.router + top_k * self.routed
+        return self.shared + experts * self.router + top_k * self.reached
 
 
 def stored_of(checkpoint: Checkpoint) -> Stored | None:
@@ -254,7 +261,7 @@ def stored_of(checkpoint: Checkpoint) -> Stored | None:
         CheckpointError: quantized so, but not as its config says.
 
     """
-    if not checkpoint.config.get("quantization_config"):
+    if not declares(checkpoint.config):
         return None
     try:
         return read_stored(checkpoint)
@@ -275,7 +282,7 @@ def count_parameters(checkpoint: Checkpoint, stored: Stored | None) -> Parameter
 
 
 def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
-    shared = routed = router = apart = 0
+    shared = routed = router = apart = reached = 0
     for ref in refs:
         place = layout.places.get(ref.name)
         if place is None or place.companion:
@@ -285,12 +292,20 @@ def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
             apart += size
         elif place.template.variant:
             routed += size
+            reached += size if (place.expert or 0) < layout.in_set else 0
         elif slicing := place.template.slicing:
             positions = ref.spec.shape[slicing.axis]
-            of_experts = size // positions * slicing.per_expert(positions, layout.num_experts) * layout.num_experts
+            counted = layout.counted(place.template)
+            of_experts = size // positions * slicing.per_expert(positions, counted) * counted
             router += of_experts
             shared += size - of_experts
         else:
             shared += size
     experts = layout.num_experts
-    return Parameters(shared=shared, routed=routed // experts, router=router // experts, apart=apart)
+    return Parameters(
+        shared=shared,
+        routed=routed // experts,
+        router=router // experts,
+        apart=apart,
+        reached=reached // layout.in_set,
+    )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from shardxform.base import gguf, tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
@@ -39,7 +39,7 @@ __all__ = [
     "copy_steps",
     "extents_of",
     "gguf_names",
-    "gguf_shards",
+    "gguf_shard",
     "lay_out",
     "lay_out_gguf",
     "source_inputs",
@@ -61,20 +61,18 @@ _KERNEL_MEMORY: Final = 100_000_000  # numpy, numba and LLVM, where weights are 
 _REMOTE_MEMORY: Final = 128 << 20  # the hub's client, and what was fetched and not yet written
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """`length` bytes at `offset` of the output shard number `shard`."""
 
     shard: int
     offset: int
     length: int
 
-    def __repr__(self) -> str:  # as dataclasses give it, in half the time: plans are fingerprinted by it
+    def __repr__(self) -> str:  # as tuples with names give it, in half the time: plans are fingerprinted by it
         return f"Extent(shard={self.shard}, offset={self.offset}, length={self.length})"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of bytes to copy: from `source` to `offset` of the output shard number `shard`."""
 
     source: ByteRange
@@ -190,6 +188,7 @@ class Plan:
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
         container: what the shards are: those of safetensors have an index and config.json beside them, those of GGUF
             say all in their heads.
+        source_name: of the file in `source` that is the source, or begins it, where that is not the whole directory.
 
     """
 
@@ -207,11 +206,14 @@ class Plan:
     unread: tuple[str, ...] = ()
     remote: Remote | None = None
     container: Container = "safetensors"
+    source_name: str = ""
 
     @property
     def origin(self) -> str:
-        """What people call the source: its directory, or `hf://owner/name@commit`."""
-        return str(self.remote or self.source)
+        """What people call the source: its directory, its file in GGUF, or `hf://owner/name@commit`."""
+        if self.remote:
+            return self.remote.named(self.source_name) if self.source_name else str(self.remote)
+        return str(self.source / self.source_name)
 
     @property
     def nbytes(self) -> int:
@@ -245,9 +247,10 @@ class Plan:
         """Bytes of the index, or None for a single shard, which needs none."""
         if len(self.shards) == 1 or self.container == "gguf":
             return None
-        weight_map = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
+        homes = {entry.spec.name: shard.name for shard in self.shards for entry in shard.entries}
+        weight_map = {name: homes[name] for name in sorted(homes)}
         total = {"metadata": {"total_size": self.data_bytes}, "weight_map": {}}
-        return pretty(total).replace("{}", pretty_strings(dict(sorted(weight_map.items())), 1)).encode()
+        return pretty(total).replace("{}", pretty_strings(weight_map, 1)).encode()
 
     def files(self) -> list[str]:
         """Names of every file the finished output holds, provenance aside."""
@@ -357,7 +360,11 @@ def lay_out_gguf(
     if not specs:
         raise PlanError("the output would hold no tensor")
     _refuse_same_names(specs)
-    return gguf_shards(metadata, groups, gguf_names(stem, len(groups)))
+    shared = [each for each in metadata if each.key == gguf.ALIGNMENT_KEY]
+    return tuple(
+        gguf_shard(name, [*(shared if number else metadata), *_split_keys(number, groups)], group)
+        for number, (name, group) in enumerate(zip(gguf_names(stem, len(groups)), groups, strict=True))
+    )
 
 
 def gguf_names(stem: str, count: int) -> list[str]:
@@ -367,27 +374,22 @@ def gguf_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
-def gguf_shards(
-    metadata: Sequence[KeyValue], groups: Sequence[Sequence[TensorSpec]], names: Sequence[str]
-) -> tuple[ShardPlan, ...]:
-    """GGUF files of groups of tensors; where there are several, with the keys that say so.
+def gguf_shard(
+    name: str, metadata: Sequence[KeyValue], specs: Iterable[TensorSpec], version: int = gguf.VERSION
+) -> ShardPlan:
+    """One GGUF file of tensors in the order given.
 
     Raises:
+        CheckpointError: `metadata` asks for an alignment that there is none of.
         PlanError: what cannot stand in a GGUF file, or a head beyond what is read.
 
     """
     alignment = gguf.alignment_of(metadata)
-    shards: list[ShardPlan] = []
-    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        keys = [*(metadata if not number else ()), *_split_keys(number, groups)]
-        if number and alignment != gguf.ALIGNMENT:
-            keys.insert(0, next(each for each in metadata if each.key == gguf.ALIGNMENT_KEY))
-        entries = gguf.place(group, alignment)
-        head = gguf.encode(keys, entries)
-        if len(head) > gguf.MAX_HEAD_BYTES:
-            raise PlanError(f"{name}: a head of {len(head)} bytes, more than {gguf.MAX_HEAD_BYTES}")
-        shards.append(ShardPlan(name, entries, head, alignment))
-    return tuple(shards)
+    entries = gguf.place(specs, alignment)
+    head = gguf.encode(metadata, entries, version)
+    if len(head) > gguf.MAX_HEAD_BYTES:
+        raise PlanError(f"{name}: a head of {len(head)} bytes, more than {gguf.MAX_HEAD_BYTES}")
+    return ShardPlan(name, entries, head, alignment)
 
 
 def _split_keys(number: int, groups: Sequence[Sequence[TensorSpec]]) -> tuple[KeyValue, ...]:
@@ -413,11 +415,12 @@ def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) ->
 
     A step writes whole chunks, of which digests are taken, and as it copies at most `STEP_BYTES`.
     """
-    extents = extents_of(shards)
     yield from _copies(shards, tensors)
-    for name, ref in tensors.items():
-        if ref.remade and ref.nbytes:
-            yield Remake(ref.remade, extents[name])
+    remade = [ref for ref in tensors.values() if ref.remade and ref.nbytes]
+    extents = extents_of(shards) if remade else {}
+    for ref in remade:
+        assert ref.remade
+        yield Remake(ref.remade, extents[ref.name])
 
 
 def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
@@ -437,9 +440,10 @@ def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> It
 def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
     """Place of every tensor in the output, by name."""
     return {
-        entry.spec.name: Extent(number, len(shard.head) + entry.begin, entry.spec.nbytes)
+        spec.name: Extent(number, start + begin, end - begin)
         for number, shard in enumerate(shards)
-        for entry in shard.entries
+        for start in (len(shard.head),)
+        for spec, begin, end in shard.entries
     }
 
 
@@ -457,8 +461,12 @@ def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> 
     """Segments of every chunk of a shard's tensors, and their bytes."""
     for entry in shard.entries:
         ref = tensors.get(entry.spec.name)
+        places = ref.ranges if ref else ()
         offset, chunk, room = len(shard.head) + entry.begin, [], CHUNK_BYTES
-        for place in ref.ranges if ref else ():
+        if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
+            yield [Segment(places[0], number, offset)], places[0].length
+            continue
+        for place in places:
             for piece in _pieces(place, room):
                 chunk.append(Segment(piece, number, offset))
                 offset += piece.length

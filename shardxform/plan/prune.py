@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
-from shardxform.base.tensors import uncollected
+from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
-from shardxform.plan.plan import Plan, copy_steps, lay_out
+from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.view import (
     ViewOptions,
     config_bytes,
@@ -34,7 +35,7 @@ __all__ = [
 def plan_prune(
     source: Checkpoint, manifest: Manifest | None, options: ViewOptions | None = None, recipe: Recipe | None = None
 ) -> Plan:
-    """Plan a pruned copy of `source`; with a `recipe`, its pruned blocks are healed.
+    """Plan a pruned copy of `source`; with a `recipe`, which heals, its pruned blocks are healed.
 
     Raises:
         FamilyError, ManifestError, PlanError: see `view.pruned_view`; nothing is pruned that could be healed.
@@ -45,11 +46,19 @@ def plan_prune(
     if options.gguf:
         from shardxform.plan.gguf import plan_stored  # most prunes only copy
 
+        if recipe and recipe.heal and recipe.heal.encoding:
+            raise PlanError("`heal.encoding`: what is healed is written in types of GGUF; leave it out")
         return plan_stored("prune", source, manifest, options, recipe)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
-    written = view.checkpoint
     if mlx.is_mlx(source.config):
         _refuse_healed(recipe)
+    if recipe and recipe.heal:
+        from shardxform.plan.steps import healed_view  # most prunes only copy
+
+        view, heal = healed_view(view, recipe.heal)
+        recipe = replace(recipe, heal=heal)
+    written = view.checkpoint
+    if mlx.is_mlx(source.config):
         mlx.refuse_unrun(view.layout)
         written = mlx.whole(view.checkpoint, view.layout)
     tensors = written.tensors
@@ -57,11 +66,14 @@ def plan_prune(
     sidecars = sidecar_digests(view.checkpoint)
     blocks: tuple[TuneBlock, ...] = ()
     if recipe:
-        from shardxform.plan.steps import heal_steps  # most prunes only copy
+        from shardxform.plan.steps import heal_steps
 
         blocks = heal_steps(source, view, shards, recipe)
-    healed = {item.tensor.name for step in blocks for item in step.kept}
-    copies = copy_steps(shards, {name: ref for name, ref in tensors.items() if name not in healed})
+    moved = [item for step in blocks for item in step.kept]
+    healed = {extent for item in moved for _, extent in item.parts}
+    places = extents_of(shards) if healed else {}
+    unchanged = {name: ref for name, ref in tensors.items() if places.get(name) not in healed}
+    copies: Iterator[Step] = _narrowed(shards, unchanged) if view.width else copy_steps(shards, unchanged)
     plan = Plan(
         command="prune",
         source=source.root,
@@ -76,12 +88,27 @@ def plan_prune(
             **view_inputs("prune", source, manifest, options, sidecars),
             **({"recipe": recipe.facts(), computing.KEY: computing.of_model(recipe.device)} if recipe else {}),
         },
-        summary={**view_summary(source, view), **({"healed": len(healed)} if recipe else {})},
+        summary={**view_summary(source, view), **({"healed": len(moved)} if recipe else {})},
         notes=view.notes,
         unread=source.unread,
     )
     plan.check()
     return plan
+
+
+def _narrowed(shards: tuple[ShardPlan, ...], tensors: Mapping[str, TensorRef]) -> Iterator[Step]:
+    """Steps that copy, and steps that write the channels that stay of every expert."""
+    from shardxform.formats.encoding import Encoded
+    from shardxform.formats.plain import Plain
+    from shardxform.plan.steps import TranscodeItem, transcode_steps
+
+    extents = extents_of(shards)
+    narrow = {name: ref for name, ref in tensors.items() if isinstance(ref, Encoded)}
+    yield from copy_steps(shards, {name: ref for name, ref in tensors.items() if name not in narrow})
+    yield from transcode_steps(
+        (TranscodeItem(name, ref.sources, Plain(ref.spec.dtype), (("values", extents[name]),)), ref.nbytes)
+        for name, ref in narrow.items()
+    )
 
 
 def _refuse_healed(recipe: Recipe | None) -> None:

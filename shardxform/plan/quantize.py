@@ -6,9 +6,9 @@ sidecars; no tensor data is read and no array library is imported.
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -18,26 +18,34 @@ from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declarations
-from shardxform.formats.decoding import decoded
+from shardxform.formats.affine import Affine
+from shardxform.formats.asymmetric import Asymmetric
+from shardxform.formats.config_names import declarations, declared_in, with_declared
+from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import (
     Selection,
     build,
     gathered_tensors,
+    is_carried,
     kept_tensors,
     method_of,
     reasons_summary,
     refuse_unread,
     select,
+    takes_over,
     target_of,
 )
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.integers import Ints
+from shardxform.formats.fp8 import Fp8
+from shardxform.formats.integers import Ints, Values, reread
 from shardxform.formats.matrices import Matrix
+from shardxform.formats.microscaling import Microscaled
 from shardxform.formats.plain import Plain
-from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Scheme
+from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Grid, Scheme
+from shardxform.formats.stored import Stored, as_plain, read_stored
 from shardxform.model.layout import is_quantized
-from shardxform.plan.gguf import Blocks, Types, contents_of, crossing, documents_of, gguf_steps
+from shardxform.plan.gguf import Draft, Types, crossing, documents_of, drafted
+from shardxform.plan.mlx import member_items, part_specs, stack_item
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
     BlockSize,
@@ -65,7 +73,7 @@ from shardxform.plan.view import (
 from shardxform.runtimes import mlx
 from shardxform.runtimes.mlx import Stack
 
-__all__ = ["plan_quantize"]
+__all__ = ["draft_quantized", "plan_quantize"]
 
 
 @uncollected()
@@ -89,26 +97,37 @@ def plan_quantize(
     options, source = options or ViewOptions(), mlx.single(source)
     if scheme.format == GGUF:
         return _plan_gguf(source, scheme, manifest, options, recipe)
-    view = _view(source, scheme, manifest, options, recipe)
+    plain, stored = _plain(source, scheme)
+    view = _view(source, plain, scheme, manifest, options, recipe)
     tensors = view.checkpoint.tensors
     selection = select(view.layout, tensors, scheme)
     _refuse_no_expert(selection, scheme)
+    _refuse_second_rounding(selection, scheme, stored)
+    _refuse_still(view, selection, scheme, recipe)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    stacks = mlx.stacks_of(view.layout, selection.quantized) if scheme.format == "mlx" else []
+    stacks: list[Stack] = []
+    told: tuple[str, ...] = ()
+    if scheme.format == "mlx":
+        mlx.refuse_unrun(view.layout, selection.quantized)
+        stacks = mlx.stacks_of(view.layout, selection.quantized)
     kept = _kept(view, selection, scheme)
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
     gathered = gathered_tensors(selection, scheme, kept)
     specs = [ref.spec for ref in copied.values()] + [spec for spec, _ in gathered.values()]
     specs += _part_specs(selection, scheme, stacks)
     shards = lay_out(specs, options.max_shard_bytes)
-    healed = _healed(view, selection, scheme, copied, shards, recipe)
-    unchanged = copied.keys() - {item.tensor.name for items in healed.values() for item in items}
+    apart = {name: Encoded(spec, (), stored) for name, (spec, stored) in gathered.items()}
+    healed = _healed(view, selection, scheme, {**copied, **apart}, shards, recipe)
+    moved = {item.tensor.name for items in healed.values() for item in items}
+    unchanged, gathered = copied.keys() - moved, {name: gathered[name] for name in gathered if name not in moved}
     copies = copy_steps(shards, {name: ref for name, ref in copied.items() if name in unchanged})
-    encoded = _Quantized(Ints.of(scheme), selection.quantized, stacks)
-    computed = _computed(source, view, shards, gathered, encoded, healed, recipe)
-    config = {**view.checkpoint.config, "quantization_config": quantization}
+    still = frozenset(module.name for module in selection.quantized if is_carried(module, scheme))
+    encoded = _Quantized(Ints.of(scheme), selection.quantized, stacks, still)
+    computed = _computed(plain or source, view, shards, gathered, encoded, healed, recipe)
+    config = with_declared(view.checkpoint.config, quantization)
     if scheme.format == "mlx":
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+        told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars = sidecar_digests(view.checkpoint)
     plan = Plan(
@@ -128,7 +147,7 @@ def plan_quantize(
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
         summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(view, kept, scheme.grid.bits), *_misfit_notes(selection)),
+        notes=(*view.notes, *_decoded_notes(selection, kept, scheme), *_misfit_notes(selection), *told),
         unread=source.unread,
     )
     plan.check()
@@ -138,45 +157,63 @@ def plan_quantize(
 def _plan_gguf(
     source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
 ) -> Plan:
-    """Plan the same as a GGUF file: the codes and scales of the selected weights are those of the other formats."""
-    asked = options.gguf or GgufOptions()
-    view = _view(source, scheme, manifest, options, recipe)
+    """Plan the same as a GGUF file."""
+    options = replace(options, gguf=options.gguf or GgufOptions())
+    draft, chosen, selection = draft_quantized(source, scheme, manifest, options, recipe)
+    sidecars, told = sidecar_digests(documents_of(draft.view.checkpoint)), scheme_inputs(scheme, recipe)
+    inputs = {
+        **view_inputs("quantize", source, manifest, options, sidecars),
+        "scheme": told,
+        **({"recipe": recipe.facts()} if recipe else {}),
+        computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
+    }
+    stored, copied = len(draft.contents.written), draft.contents.copies
+    return draft.plan(
+        source,
+        recipe,
+        inputs=inputs,
+        summary=_summary(source, draft.view, selection, told, stored, copied),
+        notes=(
+            *draft.view.notes,
+            *_decoded_notes(selection, {}, scheme),
+            *_gguf_notes(chosen, selection),
+            *_misfit_notes(selection),
+        ),
+    )
+
+
+def draft_quantized(
+    source: Checkpoint,
+    scheme: Scheme,
+    manifest: Manifest | None = None,
+    options: ViewOptions | None = None,
+    recipe: Recipe | None = None,
+) -> tuple[Draft, Selection, Selection]:
+    """Find what a GGUF file holds whose selected weights have the codes and scales of the other formats.
+
+    Returns:
+        the draft, the weights that were selected, and those that are quantized: columns of others leave their blocks.
+
+    Raises:
+        SchemeError, FamilyError, ManifestError, PlanError: see `plan_quantize`.
+
+    """
+    options = options or ViewOptions()
+    if options.gguf and options.gguf.kind:
+        raise SchemeError(f"`gguf.kind` {options.gguf.kind}: weights are rounded by `scheme`; give one of the two")
+    plain, stored = _plain(source, scheme)
+    view = _view(source, plain, scheme, manifest, options, recipe)
     chosen = select(view.layout, view.checkpoint.tensors, scheme)
     selection = _without(chosen, crossing(view))
     _refuse_no_expert(selection, scheme)
-    modules = {m.name: m.place.layer if m.place.scope == "block" else None for m in selection.quantized}
+    _refuse_second_rounding(selection, scheme, stored)
+    _refuse_still(view, selection, scheme, recipe)
+    tuned = {m.name for m in selection.quantized if m.place.scope == "block" and not is_carried(m, scheme)}
+    modules = {m.name: m.place.layer if m.name in tuned else None for m in selection.quantized}
     rounded = {name for module in selection.quantized for name in module.sources}
     healed = healed_names(view.layout, view.layout.places, recipe.heal.widest) if recipe and recipe.heal else ()
-    types = Types(grid=scheme.grid, modules=modules)
-    contents = contents_of(view, types, [name for name in healed if name not in rounded])
-    shards = contents.shards(source, asked, options.max_shard_bytes)
-    blocks = Blocks(recipe, block_sizes(decoded(source) or source, view)) if recipe else None
-    documents = documents_of(view.checkpoint)
-    sidecars = sidecar_digests(documents)
-    told = scheme_inputs(scheme, recipe)
-    plan = Plan(
-        command="quantize",
-        source=source.root,
-        remote=source.remote,
-        source_shards=source.shards,
-        view=view.checkpoint,
-        shards=shards,
-        steps=tuple(gguf_steps(contents, view, shards, blocks)),
-        config=b"",
-        container="gguf",
-        sidecars=sidecars,
-        inputs={
-            **view_inputs("quantize", source, manifest, replace(options, gguf=asked), sidecars),
-            "scheme": told,
-            **({"recipe": recipe.facts()} if recipe else {}),
-            computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
-        },
-        summary=_summary(source, view, selection, told, len(contents.written), contents.copies),
-        notes=(*view.notes, *_gguf_notes(chosen, selection), *_misfit_notes(selection)),
-        unread=source.unread,
-    )
-    plan.check()
-    return plan
+    left = [name for name in healed if name not in rounded]
+    return drafted(source, view, Types(grid=scheme.grid, modules=modules), options, left), chosen, selection
 
 
 _CROSSING: Final = "its columns leave the blocks that share a scale in GGUF"
@@ -206,56 +243,55 @@ def _kept(view: View, selection: Selection, scheme: Scheme) -> dict[str, TensorR
 def _part_specs(selection: Selection, scheme: Scheme, stacks: Sequence[Stack]) -> Iterator[TensorSpec]:
     """Tensors that stand for what is quantized, of one module each or of a stack of them."""
     encoding = Ints.of(scheme)
-    if not stacks:
+    if scheme.format == "mlx":
+        yield from part_specs(stacks, encoding)
+    else:
         yield from (part.spec(m.name) for m in selection.quantized for part in encoding.parts(*m.shape))
-    for stack in stacks:
-        first = stack.members[0]
-        yield from (stack.spec(part.spec(first.name)) for part in encoding.parts(*first.shape))
 
 
 @dataclass(frozen=True, slots=True)
 class _Quantized:
-    """What is quantized, and how it is written: module by module, or in stacks where there are any."""
+    """What is quantized, and how it is written: module by module, or in stacks where there are any.
+
+    `still` names those whose integers stay what they are.
+    """
 
     encoding: Ints
     modules: Sequence[Matrix]
     stacks: Sequence[Stack]
+    still: frozenset[str]
 
     def items(
         self, extents: Mapping[str, Extent], *, tunes: bool
     ) -> tuple[list[tuple[int | None, TranscodeItem]], list[tuple[TranscodeItem, int]]]:
-        """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it.
-
-        A stack is rounded as one matrix, so that one step writes each chunk of it; a block is tuned in one step anyway.
-        """
+        """What is tuned, with the number of its block, and what is rounded, with the bytes that are read for it."""
         tuned: list[tuple[int | None, TranscodeItem]] = []
         rounded: list[tuple[TranscodeItem, int]] = []
-        for stack in self.stacks or [Stack(module.name, (module,)) for module in self.modules]:
+        parts_of = functools.cache(self.encoding.parts)  # of one shape, as a rule, for ten thousand experts
+        for module in () if self.stacks else self.modules:
+            item = transcode_item(module.name, module.stored, self.encoding, extents, parts_of)
+            if tunes and module.place.scope == "block" and module.name not in self.still:
+                tuned.append((module.place.layer, item))
+            else:
+                rounded.append((item, module.nbytes))
+        for stack in self.stacks:
             place = stack.members[0].place
-            if tunes and place.scope == "block":
-                tuned += ((place.layer, item) for item in self._one_by_one(stack, extents))
-                continue
-            stored = tuple(each for member in stack.members for each in member.stored)
-            rounded.append((transcode_item(stack.name, stored, self.encoding, extents), stack.nbytes))
+            if tunes and place.scope == "block" and stack.members[0].name not in self.still:
+                tuned += ((place.layer, item) for item in member_items(stack, self.encoding, extents))
+            else:
+                rounded.append((stack_item(stack, self.encoding, extents), stack.nbytes))
         return tuned, rounded
-
-    def _one_by_one(self, stack: Stack, extents: Mapping[str, Extent]) -> Iterator[TranscodeItem]:
-        """Members of a stack, each with its place in the tensors of all."""
-        count = len(stack.members)
-        suffixes = [part.suffix for part in self.encoding.parts(*stack.members[0].shape)]
-        whole = {suffix: extents[f"{stack.name}.{suffix}"] for suffix in suffixes}
-        for at, member in enumerate(stack.members):
-            places: dict[str, Extent] = {}
-            for suffix, extent in whole.items():
-                length = extent.length // count
-                places[f"{member.name}.{suffix}"] = Extent(extent.shard, extent.offset + at * length, length)
-            yield transcode_item(member.name, member.stored, self.encoding, places)
 
 
 def _view(
-    source: Checkpoint, scheme: Scheme, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None
+    source: Checkpoint,
+    plain: Checkpoint | None,
+    scheme: Scheme,
+    manifest: Manifest | None,
+    options: ViewOptions,
+    recipe: Recipe | None,
 ) -> View:
-    """What is quantized of the source, as 16-bit weights; refuses what cannot be."""
+    """What is quantized of the source, which a quantized one has as `plain`; refuses what cannot be."""
     if scheme.format == "compressed-tensors" and scheme.grid.scale_grid == "fp16":
         raise SchemeError(
             "`format` compressed-tensors needs `scale_grid` bf16: transformers runs experts in the type of their"
@@ -263,7 +299,6 @@ def _view(
         )
     if recipe and scheme.expert_names != "split":
         raise SchemeError("tuned and healed blocks are written with `expert_names` split; see `shardxform convert`")
-    plain = decoded(source)
     if plain is None:
         _refuse_quantized(source)
     mtp = _mtp(scheme, options)
@@ -272,9 +307,117 @@ def _view(
         mlx.refuse_unrun(view.layout)
     if recipe and recipe.heal:
         refuse_unpruned(view)
+        if recipe.heal.encoding:
+            raise SchemeError("`heal.encoding`: what is healed is rounded, or stays in 16 bits; leave it out")
     _refuse_unscaled(view)
     refuse_unread(view.layout, scheme)
     return view
+
+
+def _plain(source: Checkpoint, scheme: Scheme) -> tuple[Checkpoint | None, Stored | None]:
+    """The 16-bit checkpoint that a quantized source stands for, and its integers, if they are those of one scheme."""
+    if plain := decoded(source):
+        return plain, None
+    stored = _integers(source)
+    return (_of_integers(source, stored, scheme), stored) if stored else (None, None)
+
+
+def _integers(source: Checkpoint) -> Stored | None:
+    """A source of integers of one scheme; None for one that declares none.
+
+    Raises:
+        SchemeError, CheckpointError: not as the config says.
+
+    """
+    declared = declared_in(source.config)
+    method = method_of(declared) if isinstance(declared, Mapping) else None
+    if method not in FORMATS or not any(is_quantized(ref.spec) for ref in source.tensors.values()):
+        return None
+    stored = read_stored(source)
+    if stored.contradictions:
+        raise SchemeError(f"{source.where}: {stored.contradictions[0]}; see `shardxform verify`")
+    return stored
+
+
+def _of_integers(source: Checkpoint, stored: Stored, scheme: Scheme) -> Checkpoint:
+    """The 16-bit checkpoint that integers stand for.
+
+    Those that are of the grid asked for stay what they are; others are values, which can be rounded.
+    """
+    plain = as_plain(source, stored)
+    if takes_over(scheme, Ints.of(stored.scheme)):
+        return plain
+    return replace(plain, tensors={name: reread(ref) for name, ref in plain.tensors.items()})
+
+
+def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored | None) -> None:
+    """Refuse to round what is no larger than what is asked for, unless it is to be rounded anew.
+
+    It cannot stay as it is beside others: clients read one kind of quantized weights in a checkpoint.
+
+    Raises:
+        SchemeError: names one, and what can be done.
+
+    """
+    if scheme.requantize:
+        return
+    found = [
+        (module.name, source.encoding)
+        for module in selection.quantized
+        for source in module.stored
+        if isinstance(source.encoding, Ints | Values | Affine | Asymmetric | Fp8 | Microscaled)
+        and source.encoding.width <= scheme.grid.bits
+        and not is_carried(module, scheme)
+    ]
+    if not found:
+        return
+    (name, encoding), way = found[0], _way_to_carry(scheme.grid, stored.scheme.grid) if stored else ""
+    raise SchemeError(
+        f"{len(found):,} weights of the source, such as {name}, are {encoding}: no larger than {Ints.of(scheme)}, and"
+        f" no client reads both in one checkpoint; {way}`requantize` rounds them a second time, with a loss, and"
+        " `shardxform prune` keeps every byte"
+    )
+
+
+def _refuse_still(view: View, selection: Selection, scheme: Scheme, recipe: Recipe | None) -> None:
+    """Refuse to round, heal or tune where it is integers that stay as they are.
+
+    Raises:
+        SchemeError: says which.
+
+    """
+    still = [module for module in selection.quantized if is_carried(module, scheme) and module.place.scope == "block"]
+    if len(still) == len(selection.quantized) and view.layout.num_experts == view.source_layout.num_experts:
+        raise SchemeError(
+            f"nothing to round: all {len(still):,} weights are {Ints.of(scheme)} already; see `shardxform convert`, or"
+            " `requantize` to round them anew"
+        )
+    if not recipe or not still:
+        return
+    if recipe.heal:
+        names = set(healed_names(view.layout, view.layout.places, recipe.heal.widest))
+        if moved := [module.name for module in still if not names.isdisjoint(module.sources)]:
+            raise SchemeError(
+                f"`heal`: {len(moved):,} weights, such as {moved[0]}, are integers that stay as they are, and cannot"
+                " move; `requantize` heals and rounds them"
+            )
+    if recipe.iters and len(still) == sum(module.place.scope == "block" for module in selection.quantized):
+        raise SchemeError(
+            f"nothing to tune: all {len(still):,} weights are {Ints.of(scheme)} already, and stay as they are;"
+            " `requantize` tunes and rounds them anew"
+        )
+
+
+def _way_to_carry(asked: Grid, found: Grid) -> str:
+    """What to ask for so that integers stay as they are."""
+    ways = []
+    if asked.bits != found.bits:
+        ways.append(f"`bits` W{found.bits}A16")
+    if asked.group_size != found.group_size:
+        ways.append(f"`group_size` {found.group_size}")
+    if (asked.scale_grid, found.scale_grid) == ("bf16", "fp16"):
+        ways.append("`scale_grid` fp16")
+    return f"{' and '.join(ways)} takes them over as they are, " if ways else ""
 
 
 def _mtp(scheme: Scheme, options: ViewOptions) -> MtpMode:
@@ -309,9 +452,7 @@ def _computed(
     )
     yield from transcode_steps(rounded)
     if recipe:
-        yield from _tune_steps(
-            tuned, healed, block_sizes(decoded(source) or source, view), partial(TuneBlock, recipe=recipe)
-        )
+        yield from _tune_steps(tuned, healed, block_sizes(source, view), partial(TuneBlock, recipe=recipe))
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -379,7 +520,7 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
 
 def scheme_inputs(scheme: Scheme, recipe: Recipe | None = None) -> dict[str, Any]:
     """Describe a scheme as plain data, for the record and for comparison."""
-    return {"method": "auto-round" if recipe and recipe.iters else "rtn", **asdict(scheme)}
+    return {"method": "auto-round" if recipe and recipe.iters else "rtn", **scheme.facts()}
 
 
 def _healed(
@@ -447,27 +588,26 @@ def _summary(
     }
 
 
-def _decoded_notes(view: View, kept: Mapping[str, TensorRef], bits: int) -> Iterator[str]:
-    """Say what becomes of weights that are no 16-bit ones in the source."""
-    found = Counter(
-        str(source.encoding)
-        for ref in view.checkpoint.tensors.values()
-        if isinstance(ref, Encoded)
-        for source in ref.sources
-    )
-    if not found:
-        return
-    stay = sum(len(ref.sources) for ref in kept.values() if isinstance(ref, Encoded))
-    how = ", ".join(f"{count:,} in {name}" for name, count in found.most_common())
-    yield (
-        f"weights of the source are in small floats ({how}): {stay:,} of them are written as bfloat16, and the others"
-        " rounded from float32"
-    )
-    if any("FP4" in name for name in found) and bits >= 4:
+def _decoded_notes(selection: Selection, kept: Mapping[str, TensorRef], scheme: Scheme) -> Iterator[str]:
+    """Say what becomes of weights that are no 16-bit ones in the source, and what of it is lossless."""
+    carried = [module for module in selection.quantized if is_carried(module, scheme)]
+    if carried:
         yield (
-            "weights of 4 bits are rounded a second time and become no smaller: `prune` keeps their bytes, which is"
-            " lossless"
+            f"{len(carried):,} weights keep every integer and every scale: the source holds them in"
+            f" {Ints.of(scheme)} already"
         )
+    rounded = encodings_of(module.weight for module in selection.quantized if not is_carried(module, scheme))
+    written = encodings_of(kept.values())
+    if rounded:
+        yield f"rounded from their values: {_listed(rounded)} in the source"
+    if written:
+        yield f"written as bfloat16, rounded to its 8 significant bits: {_listed(written)} in the source"
+    if scheme.requantize and rounded:
+        yield "what is rounded a second time is not what the source holds: `shardxform prune` keeps its bytes"
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} weights that are {name}" for name, count in counts.items())
 
 
 def _misfit_notes(selection: Selection) -> Iterator[str]:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, cast
 
-from shardxform.ask.recipe import HEALED, Recipe
+from shardxform.ask.recipe import HEALED, Heal, Recipe
 from shardxform.base.constants import BATCH_TOKENS
-from shardxform.base.tensors import ByteRange, TensorRef
+from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.errors import PlanError
-from shardxform.formats.encoding import TILE_BYTES, Gridded, Role, Source, Writable, ranges_of
+from shardxform.errors import PlanError, SchemeError
+from shardxform.formats.asymmetric import Asymmetric
+from shardxform.formats.decoding import decoded, decoded_in_part
+from shardxform.formats.encoding import (
+    TILE_BYTES,
+    Encoded,
+    Encoding,
+    Gridded,
+    PartSpec,
+    Role,
+    Source,
+    Writable,
+    ranges_of,
+    shown,
+)
+from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
-from shardxform.model.layout import Layout, Place
+from shardxform.model.layout import Layout, Place, layout_of
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, ShardPlan, extents_of
 from shardxform.plan.view import View
@@ -29,6 +43,7 @@ __all__ = [
     "block_sizes",
     "heal_steps",
     "healed_names",
+    "healed_view",
     "kept_items",
     "refuse_unpruned",
     "sizes_of",
@@ -109,6 +124,10 @@ class TranscodeItem:
     target: Writable
     parts: tuple[tuple[Role, Extent], ...]
 
+    def __repr__(self) -> str:  # as dataclasses give it, in a third of the time: plans are fingerprinted by it
+        target = shown(self.target)
+        return f"TranscodeItem(module={self.module!r}, sources={self.sources!r}, target={target}, parts={self.parts!r})"
+
     @property
     def shape(self) -> tuple[int, int]:
         """[O, I]."""
@@ -149,12 +168,21 @@ class Transcode:
 
 
 def transcode_item(
-    module: str, sources: tuple[Source, ...], target: Writable, extents: Mapping[str, Extent]
+    module: str,
+    sources: tuple[Source, ...],
+    target: Writable,
+    extents: Mapping[str, Extent],
+    parts_of: Callable[[int, int], Iterable[PartSpec]] | None = None,
 ) -> TranscodeItem:
-    """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`."""
-    rows = sum(source.shape[0] for source in sources)
-    parts = target.parts(rows, sources[0].shape[1])
-    return TranscodeItem(module, sources, target, tuple((p.role, extents[f"{module}.{p.suffix}"]) for p in parts))
+    """Make the item that writes a matrix, whose parts are called after `module` and have their place in `extents`.
+
+    `parts_of` is `target.parts`, or what remembers it.
+    """
+    rows, columns = sources[0].shape
+    for source in sources[1:]:
+        rows += source.shape[0]
+    places = [(part.role, extents[f"{module}.{part.suffix}"]) for part in (parts_of or target.parts)(rows, columns)]
+    return TranscodeItem(module, sources, target, tuple(places))
 
 
 def transcode_steps(items: Iterable[tuple[TranscodeItem, int]]) -> Iterator[Transcode]:
@@ -176,10 +204,18 @@ def transcode_steps(items: Iterable[tuple[TranscodeItem, int]]) -> Iterator[Tran
 
 @dataclass(frozen=True, slots=True)
 class KeptItem:
-    """A tensor that is written under its name in its own dtype, with the values that healing gave it."""
+    """A tensor that is written with the values that healing gave it.
+
+    Attributes:
+        tensor: as it is healed: values, be they decoded from small floats.
+        target: how it is written: as they are, or for small floats each of its matrices as it was stored.
+        parts: where what is stored goes, that of one matrix after that of another; a scale of a whole tensor stays.
+
+    """
 
     tensor: TensorRef
-    extent: Extent
+    target: Encoding
+    parts: tuple[tuple[Role, Extent], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +261,8 @@ class TuneBlock:
         """One extent per stored part."""
         for item in (*self.items, *self.moved):
             yield from (extent for _, extent in item.parts)
-        yield from (kept.extent for kept in self.kept)
+        for kept in self.kept:
+            yield from (extent for _, extent in kept.parts)
 
     @property
     def peak_bytes(self) -> int:
@@ -251,7 +288,7 @@ def refuse_unpruned(view: View) -> None:
         PlanError: says what to give.
 
     """
-    if view.layout.num_experts == view.source_layout.num_experts:
+    if not view.prunes:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
 
 
@@ -259,10 +296,66 @@ def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], reci
     """One step per pruned block, in order."""
     refuse_unpruned(view)
     assert recipe.heal is not None
+    plain = decoded(view.checkpoint)
+    if plain:
+        view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))
+    if plain_source := decoded(source):
+        view = replace(view, source_layout=layout_of(plain_source.config, plain_source.tensors))
     places, tensors = view.layout.places, view.checkpoint.tensors
-    kept = kept_items(healed_names(view.layout, places, recipe.heal.widest), places, tensors, extents_of(shards))
-    sizes = block_sizes(source, view)
+    names = healed_names(view.layout, places, recipe.heal.widest)
+    kept = kept_items(names, places, tensors, extents_of(shards), as_stored=recipe.heal.encoding == "source")
+    sizes = block_sizes(plain_source or source, view)
     return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
+
+
+def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
+    """The view as healing writes it, and how: small floats that it may change are in 16 bits where that is asked for.
+
+    Raises:
+        PlanError: `heal.encoding` for weights that are in 16 bits, or as clients cannot be told.
+
+    """
+    plain = decoded(view.checkpoint)
+    if plain is None:
+        if heal.encoding:
+            raise PlanError("`heal.encoding`: the weights of the source are no small floats; leave it out")
+        return view, heal
+    heal = replace(heal, encoding=heal.encoding or "source")
+    layout = layout_of(plain.config, plain.tensors)
+    if heal.encoding == "source":
+        _refuse_read_only(plain, healed_names(layout, layout.places, heal.widest))
+        return view, heal
+    names = [each for each in healed_names(layout, layout.places, heal.widest) if _is_small(plain.tensors[each])]
+    routed = [name for name in names if layout.places[name].template.variant]
+    homes = {name.partition(f".{layout.family.experts.home}.")[0] + f".{layout.family.experts.home}" for name in routed}
+    modules = [name.removesuffix(".weight") for name in names if name not in set(routed)]
+    try:
+        written = decoded_in_part(view.checkpoint, frozenset(names), modules, sorted(homes, key=natural_key))
+    except SchemeError as e:
+        raise PlanError(f"`heal.encoding` 16bit: {e}; use source") from e
+    return replace(view, checkpoint=written, layout=layout_of(written.config, written.tensors)), heal
+
+
+def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to heal integers that are read and not written.
+
+    Raises:
+        PlanError: names the first.
+
+    """
+    for name in names:
+        ref = plain.tensors[name]
+        encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
+        if odd := [each for each in encodings if isinstance(each, Asymmetric)]:
+            raise PlanError(
+                f"`heal`: tensor '{name}' is in {odd[0]}, to which healed values are not rounded; heal with"
+                " `shardxform quantize` and `requantize`"
+            )
+
+
+def _is_small(ref: TensorRef) -> bool:
+    """Whether it is decoded from small floats."""
+    return isinstance(ref, Encoded)
 
 
 def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iterator[str]:
@@ -277,9 +370,14 @@ def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iter
 
 
 def kept_items(
-    names: Iterable[str], places: Mapping[str, Place], tensors: Mapping[str, TensorRef], extents: Mapping[str, Extent]
+    names: Iterable[str],
+    places: Mapping[str, Place],
+    tensors: Mapping[str, TensorRef],
+    extents: Mapping[str, Extent],
+    *,
+    as_stored: bool = False,
 ) -> dict[int, tuple[KeptItem, ...]]:
-    """By layer, what healing writes as wide as it was.
+    """By layer, what healing writes; `as_stored` says that small floats are written as such.
 
     Raises:
         PlanError: one of them is no float of 16 or 32 bits, as in a quantized source.
@@ -294,5 +392,15 @@ def kept_items(
             )
         layer = places[name].layer
         assert layer is not None
-        out.setdefault(layer, []).append(KeptItem(tensors[name], extents[name]))
+        out.setdefault(layer, []).append(_kept_item(tensors[name], extents, as_stored=as_stored))
     return {layer: tuple(items) for layer, items in sorted(out.items())}
+
+
+def _kept_item(ref: TensorRef, extents: Mapping[str, Extent], *, as_stored: bool) -> KeptItem:
+    """Of small floats, the parts of all its matrices are those of the first, longer: a stack's, or a matrix's own."""
+    if not (as_stored and isinstance(ref, Encoded)):
+        return KeptItem(ref, Plain(ref.spec.dtype), (("values", extents[ref.name]),))
+    first = ref.sources[0]
+    return KeptItem(
+        ref, first.encoding, tuple((role, extents[part.name]) for role, part in first.parts if role != "whole")
+    )

@@ -10,12 +10,12 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
-from shardxform.base.strict_json import config_text
+from shardxform.base.strict_json import config_text, parse_config
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.sidecars import refuse_faulty
@@ -29,9 +29,9 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
-from shardxform.model.expected import expected
+from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_origin
-from shardxform.model.families.base import Slicing, Wrapper
+from shardxform.model.families.base import Slicing, Template, Wrapper
 from shardxform.model.layout import (
     COMPANIONS,
     Layout,
@@ -42,10 +42,11 @@ from shardxform.model.layout import (
     layout_of,
     refuse_strays,
     refuse_two_spellings,
-    tied_notes,
     value_at,
     variants_found,
 )
+from shardxform.model.tied_head import tied_notes
+from shardxform.runtimes.mlx import is_mlx
 
 __all__ = [
     "DEFAULT_GGUF_BYTES",
@@ -64,6 +65,9 @@ MtpMode = Literal["auto", "keep", "drop"]
 # Top-level keys of a multimodal config that still mean something once the text config is promoted.
 _CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
 
+Promised = Sequence[tuple[str, Expected]]
+"""What must be there, as `expected` gives it."""
+
 _MTP_WAY_OUT = "; or leave the MTP layers out with `mtp` drop"
 
 
@@ -78,6 +82,7 @@ class View:
         copied, sliced, renamed: numbers of tensors written, by what was done to them (sliced ones may be renamed too).
         dropped: numbers of source tensors left out, by reason.
         notes: what a person should know before running, one sentence each.
+        width: channels that every expert keeps, where some are taken out.
 
     """
 
@@ -89,6 +94,12 @@ class View:
     renamed: int
     dropped: Mapping[str, int]
     notes: tuple[str, ...]
+    width: int | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are taken out, or channels of them."""
+        return self.width is not None or self.layout.num_experts < self.source_layout.num_experts
 
 
 def pruned_view(
@@ -112,13 +123,15 @@ def pruned_view(
     layout = layout_of(source.config, source.tensors, source.where)
     if manifest is not None:
         manifest.check(layout)
-    kept = manifest.num_kept if manifest else layout.num_experts
-    prunes = kept < layout.num_experts
+    kept, width = (manifest.num_kept, manifest.width) if manifest else (layout.num_experts, None)
+    prunes = kept < layout.num_experts or width is not None
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
-    _check_experts(wanted, source.tensors, dropped)
-    notes[:0] = _notes(source, wanted, dropped)
+    refuse_two_spellings(wanted, dropped, _MTP_WAY_OUT)
+    promised = list(expected(wanted, variants_found(wanted)))
+    _check_experts(wanted, source.tensors, dropped, promised)
+    notes[:0] = _notes(source, wanted, dropped, promised)
     if prunes:
         _refuse_unsafe(layout, source, dropped)
     refuse_strays(layout, source.tensors, but=dropped)
@@ -131,6 +144,12 @@ def pruned_view(
             f" stays and that the token has not ({len(builder.renumbered)} such tables)"
         )
     config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    if width:
+        from shardxform.plan.narrowing import narrowed  # most prunings leave experts as wide as they are
+
+        tensors, path = narrowed(tensors, config, width)
+        config = _with_changes(config, {path: width.channels})
+        notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
     if any(declarations(config)):
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
@@ -147,6 +166,7 @@ def pruned_view(
         renamed=builder.renamed,
         dropped=dict(builder.dropped),
         notes=tuple(notes),
+        width=width.channels if width else None,
     )
 
 
@@ -205,8 +225,8 @@ class _Builder:
     def _reason_to_drop(self, name: str) -> str:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
             return "MTP layers"
-        vision = self._layout.family.vision_prefix
         if self._wrapper is not self._layout.wrapper:
+            vision = self._layout.family.vision_prefix
             place = self._layout.places.get(name)
             if (vision and name.startswith(vision)) or (place and place.template in self._layout.family.towers):
                 return "vision tower"
@@ -217,10 +237,10 @@ class _Builder:
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
         if place.template.slicing:
-            if place.companion and not _has_rows(ref, place, self._layout.num_experts):
+            if place.companion and not _has_rows(ref, place, self._layout):
                 return ref
             self.sliced += 1
-            return _sliced(ref, place.template.slicing, self._layout.num_experts, keep)
+            return self._sliced(ref, place.template, keep)
         if place.template.ids and not place.companion:
             self.renumbered.append(ref.name)
             return _with_ids(ref, self._layout.num_experts, keep)
@@ -229,9 +249,23 @@ class _Builder:
         new = bisect_left(keep, place.expert)  # keep is ascending: checked by the manifest
         if new == len(keep) or keep[new] != place.expert:
             return None
+        if new == place.expert:
+            return ref
         parts = ref.name.split(".")
         parts[place.expert_at] = str(new)
         return ref.renamed(".".join(parts))
+
+    def _sliced(self, ref: TensorRef, template: Template, keep: tuple[int, ...]) -> TensorRef:
+        """What stays of a tensor that counts experts: all of them, those of one set, or of each in a row."""
+        each = self._layout.in_set
+        assert template.slicing
+        if not template.sets:
+            return _sliced(ref, template.slicing, self._layout.num_experts, keep)
+        if len(template.sets) == 1:
+            own = tuple(expert % each for expert in keep if expert // each == template.sets[0])
+            return _sliced(ref, template.slicing, each, own)
+        rows = len(template.sets)  # one below the other, they are a row of all
+        return ref.reshaped((rows * each,)).select(keep).reshaped((rows, len(keep) // rows))
 
     def _keep(self, place: Place) -> tuple[int, ...] | None:
         if self._manifest is None or (place.layer is None and not place.template.pruned):
@@ -243,6 +277,8 @@ class _Builder:
 
     def _rename(self, ref: TensorRef) -> TensorRef:
         before, after = self._layout.wrapper, self._wrapper
+        if before is after:
+            return ref
         for old, new in ((before.prefix, after.prefix), (f"{before.head}.", f"{after.head}.")):
             if ref.name.startswith(old):
                 return ref.renamed(new + ref.name[len(old) :]) if old != new else ref
@@ -304,14 +340,16 @@ def _common(name: str, keeps: Mapping[int, tuple[int, ...]]) -> tuple[int, ...] 
     return next(iter(keeps.values()), None)
 
 
-def _has_rows(ref: TensorRef, place: Place, rows: int) -> bool:
+def _has_rows(ref: TensorRef, place: Place, layout: Layout) -> bool:
     """Whether axis 0 of what stands for, or beside, a router's weight counts its rows, so that pruning slices it.
 
     Raises:
         PlanError: neither that, nor a tensor that stays as it is whichever rows are taken out.
 
     """
-    counts, shape = COMPANIONS[place.companion], ref.spec.shape
+    rows, counts, shape = layout.num_experts, COMPANIONS[place.companion], ref.spec.shape
+    if place.companion in ("scales", "biases") and is_mlx(layout.config):
+        counts = "rows"
     plain = place.template.slicing == Slicing(0)
     if plain and counts in ("rows", "blocks") and shape and shape[0] == rows:
         return True
@@ -328,14 +366,15 @@ def _has_rows(ref: TensorRef, place: Place, rows: int) -> bool:
     )
 
 
-def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tuple[str, ...]) -> None:
+def _check_experts(
+    layout: Layout, tensors: Mapping[str, TensorRef], dropped: tuple[str, ...], promised: Promised
+) -> None:
     """Every MoE block has its router and every expert, in the shapes that the config promises, and no more.
 
     MTP layers that are dropped, whose names begin with `dropped`, are not looked at.
     """
-    refuse_two_spellings(layout, dropped, _MTP_WAY_OUT)
     wanted: set[str] = set()
-    for name, item in expected(layout, variants_found(layout)):
+    for name, item in promised:
         template = item.place.template
         if not template.pruned or (item.place.scope == "mtp" and not layout.has_mtp):
             continue
@@ -345,19 +384,18 @@ def _check_experts(layout: Layout, tensors: Mapping[str, TensorRef], dropped: tu
         ref = tensors.get(name)
         if ref is None and _has_companion(name, layout):
             continue
-        shape = list(item.shape or ())
         way_out = _MTP_WAY_OUT if item.place.scope == "mtp" else ""
         if ref is None:
             raise FamilyError(
                 f"tensor '{name}' is missing; the config promises {layout.num_experts} experts a layer{way_out}"
             )
         if not is_shape(ref.spec, item.shape):
-            found = list(ref.spec.shape)
+            found, shape = list(ref.spec.shape), list(item.shape or ())
             raise FamilyError(f"tensor '{name}': shape {found}, but the config promises {shape}{way_out}")
     for name, place in layout.places.items():
-        counted = place.template.pruned and not place.companion
-        if counted and name not in wanted and not name.startswith(dropped):
-            _refuse_uncounted(layout, name, place)
+        if name in wanted or place.companion or not place.template.pruned or name.startswith(dropped):
+            continue
+        _refuse_uncounted(layout, name, place)
 
 
 def _refuse_uncounted(layout: Layout, name: str, place: Place) -> None:
@@ -410,7 +448,8 @@ def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...])
         if name.startswith(dropped):
             continue
         shape = source.tensors[name].spec.shape
-        if name.startswith(blocks) and ("expert" in name or "router" in name or layout.num_experts in shape):
+        counts = {layout.num_experts, layout.in_set}.intersection(shape)
+        if name.startswith(blocks) and ("expert" in name or "router" in name or counts):
             way_out = _MTP_WAY_OUT if name.startswith(undeclared) else ""
             raise PlanError(
                 f"tensor '{name}' {list(shape)} is unknown to family {layout.family.name},"
@@ -418,16 +457,16 @@ def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...])
             )
 
 
-def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iterator[str]:
+def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...], promised: Promised) -> Iterator[str]:
     unknown = [name for name in layout.unknown if not name.startswith(dropped)]
     if unknown:
         names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         yield f"{len(unknown)} tensors unknown to family {layout.family.name} are copied as they are: {names}"
     missing = [
         name
-        for name, item in expected(layout, variants_found(layout))
-        if not item.optional
-        and name not in source.tensors
+        for name, item in promised
+        if name not in source.tensors
+        and not item.optional
         and not _has_companion(name, layout)
         and (item.place.scope != "mtp" or layout.has_mtp)
         and not name.startswith(dropped)
@@ -440,25 +479,25 @@ def _notes(source: Checkpoint, layout: Layout, dropped: tuple[str, ...]) -> Iter
 
 def _undeclared(source: Checkpoint) -> Iterator[str]:
     """Say where config.json declares quantized weights that are not there, or none although some are."""
-    declared = next(declarations(source.config), None)
-    quantized = [ref.spec for ref in source.tensors.values() if is_quantized(ref.spec)]
-    if declared and not quantized:
+    quantized = (ref.spec for ref in source.tensors.values() if is_quantized(ref.spec))
+    declared, first = next(declarations(source.config), None), next(quantized, None)
+    if declared and not first:
         where = ".".join(declared[0])
         yield f"config.json: {where} declares quantized weights, but the shards hold none: remove it, or clients refuse"
-    elif quantized and not declared:
-        first = quantized[0]
+    elif first and not declared:
+        count = 1 + sum(1 for _ in quantized)
         yield (
-            f"{len(quantized)} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
+            f"{count} tensors of quantized weights, such as {first.name} ({first.dtype}), but config.json has"
             " no quantization_config, without which clients take them for something else"
         )
 
 
 def _text_wrapper(layout: Layout, notes: list[str]) -> Wrapper:
-    if layout.wrapper.text_key is None:
+    if layout.wrapper.text_key is None and not layout.wrapper.vision:
         notes.append("`text_only`: the source is text-only already")
         return layout.wrapper
     for wrapper in layout.family.wrappers:
-        if wrapper.text_key is None:
+        if wrapper.text_key is None and not wrapper.vision:
             return wrapper
     raise FamilyError(f"family {layout.family.name} has no text-only class")
 
@@ -468,8 +507,8 @@ def _config(layout: Layout, wrapper: Wrapper, kept: int, drop_mtp: bool) -> dict
     changes: dict[tuple[str, ...], Any] = {}
     if kept != layout.num_experts:
         for path in count_paths(layout.config, layout.family, layout.wrapper):
-            counts = value_at(layout.config, ".".join(path))
-            changes[path] = [kept] * len(counts) if isinstance(counts, list) else kept
+            counts, own = value_at(layout.config, ".".join(path)), kept // max(len(layout.family.sets), 1)
+            changes[path] = [own] * len(counts) if isinstance(counts, list) else own
     mtp = layout.family.mtp
     if drop_mtp and mtp and mtp.count_key in layout.text:
         home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
@@ -519,10 +558,12 @@ class GgufOptions:
 
     Attributes:
         pre_tokenizer: llama.cpp's name of how text is split before it is tokenized; empty to tell it by the tokenizer.
+        kind: of file, as llama-quantize names it, to whose types floats are rounded; empty for weights as they are.
 
     """
 
     pre_tokenizer: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -561,7 +602,7 @@ def view_inputs(
     return {
         "command": command,
         "options": {**chosen, **({"gguf": asdict(options.gguf)} if options.gguf else {})},
-        "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
+        "manifest": {key: keep[key] for key in ("keep", "mtp_keep", "width") if keep.get(key)},
         "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
         **family_origin(source.config),
     }
@@ -592,14 +633,16 @@ def view_summary(source: Checkpoint, view: View) -> dict[str, Any]:
 
 
 def config_bytes(source: Checkpoint, view: View) -> bytes:
-    """Bytes of the view's config.json; the source's own when nothing in it changed.
+    """Bytes of the view's config.json; the source's own when nothing in it changed, and it said all that is known.
 
     Raises:
         CheckpointError: the source's config.json can no longer be read.
 
     """
     if view.checkpoint.config == source.config:
-        return _read(source, CONFIG)
+        data = _read(source, CONFIG)
+        if bool(parse_config(data).get(DECLARATIONS[0])) == bool(source.config.get(DECLARATIONS[0])):
+            return data
     return config_text(view.checkpoint.config).encode()
 
 

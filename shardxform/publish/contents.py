@@ -16,11 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from shardxform.base.progress import OnProgress, Progress
+from shardxform.checkpoint.gguf import SUFFIX
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.sidecars import fault_of, is_document
 from shardxform.checkpoint.table import CONFIG, INDEX
 from shardxform.errors import CheckpointError, OutputError
-from shardxform.execution.output import PARTIAL, WORK
+from shardxform.execution.output import PARTIAL, WORK, last_of
 from shardxform.publish.card.writing import read_readme
 
 __all__ = ["Contents", "Digests", "PublishedFile", "contents_of", "git_blob_id", "is_repo_name", "sha256_of_all"]
@@ -45,7 +46,7 @@ class PublishedFile:
     @property
     def is_shard(self) -> bool:
         """Whether it holds tensors."""
-        return self.name.endswith(".safetensors")
+        return self.name.endswith((".safetensors", SUFFIX))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +94,10 @@ def contents_of(out: Path) -> Contents:
     except OSError as e:
         raise CheckpointError(f"{out}: expected an output directory: {e.strerror}") from e
     _refuse_unfinished(out, names)
-    record = read_record(out / PROVENANCE) if CONFIG in names else None
-    if record is None:
-        raise OutputError(f"{out}: expected an output of shardxform with its {PROVENANCE} and {CONFIG}; not uploaded")
+    record = read_record(out / PROVENANCE)
+    if record is None or last_of(record) not in names:
+        last = CONFIG if record is None else last_of(record)
+        raise OutputError(f"{out}: expected an output of shardxform with its {PROVENANCE} and {last}; not uploaded")
     wanted = {*record.files, PROVENANCE, *_documents(out, names)}
     items = tuple(_item(out, name) for name in sorted(wanted))
     _refuse_faulty(items)

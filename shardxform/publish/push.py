@@ -242,8 +242,13 @@ def _prepare(hub: Hub, target: Destination, there: _There) -> None:
 
 
 def _stale(contents: Contents, files: Mapping[str, HubFile]) -> list[str]:
-    """Shards and index on the hub that are not of this output, and that clients would load with it."""
+    """Shards and index on the hub that are not of this output, and that clients would load with it.
+
+    A file in GGUF is loaded by its name, beside whatever others.
+    """
     ours = {item.name for item in contents.items}
+    if not any(name.endswith(".safetensors") for name in ours):
+        return []
     return [
         name
         for name in sorted(files)

@@ -15,7 +15,7 @@ from typing import Any, Final
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import FamilyError, SchemeError
-from shardxform.formats.dialects import Selection, method_of
+from shardxform.formats.dialects import ASYMMETRIC, Selection, method_of
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.matrices import Matrix
 from shardxform.formats.plain import storages_of
@@ -31,9 +31,9 @@ __all__ = [
     "is_mlx",
     "kept_of",
     "members_of",
+    "notes_of",
     "refuse_unrun",
     "single",
-    "stacked",
     "stacks_of",
     "unrun",
     "whole",
@@ -45,6 +45,7 @@ QUANTIZATION: Final = "quantization"
 _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 _PARTS: Final = ("weight", "scales", "biases")
 _MOST_EXPERTS: Final = 1 << 16  # that a stack is taken apart into
+_MOST_MEMBERS: Final = 1 << 22  # of all stacks: ten times what the largest model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,41 +57,60 @@ class _Names:
         types: values of `model_type`, and what it must be told instead.
         keys: of the config that it reads, and that a config may lack which transformers saved again, since that has
             other ones for the same; without some mlx-lm fails, and for others it takes numbers of its own.
+        apart: last parts of names of tensors that are not stacked: those by which mlx-lm knows a release, whose norms
+            it then makes its own, and which it stacks itself.
 
     """
 
     home: str
     types: Mapping[str, str]
     keys: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 def _same(*types: str) -> dict[str, str]:
     return {each: each for each in types}
 
 
+_TAKEN_APART: Final = "self_attn.kv_b_proj"
 _SWITCH: Final = "mlp.switch_mlp"
 _ROTARY: Final = ("rope_theta", "rope_scaling")
 _NAMES: Final[Mapping[str, _Names]] = {
     "deepseek_v3": _Names(_SWITCH, _same("deepseek_v3", "kimi_k2"), _ROTARY),
     "deepseek_v32": _Names(_SWITCH, _same("deepseek_v32"), _ROTARY),
+    "gemma4": _Names("experts.switch_glu", _same("gemma4", "gemma4_text")),
     "glm4_moe": _Names(_SWITCH, _same("glm4_moe"), (*_ROTARY, "head_dim", "partial_rotary_factor")),
     "glm4_moe_lite": _Names(_SWITCH, _same("glm4_moe_lite"), (*_ROTARY, "partial_rotary_factor")),
     "minimax_m2": _Names(
         "block_sparse_moe.switch_mlp", _same("minimax_m2"), ("rope_theta", "rotary_dim", "shared_intermediate_size")
     ),
     "mixtral": _Names("block_sparse_moe.switch_mlp", _same("mixtral"), _ROTARY),
-    "qwen3_5_moe": _Names(_SWITCH, {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"}),
+    "qwen3_5_moe": _Names(
+        _SWITCH, {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"}, ("full_attention_interval",)
+    ),
     "qwen3_moe": _Names(_SWITCH, _same("qwen3_moe"), (*_ROTARY, "head_dim", "num_experts")),
+    "qwen3_next": _Names(
+        _SWITCH,
+        _same("qwen3_next"),
+        (*_ROTARY, "full_attention_interval", "head_dim", "num_experts", "partial_rotary_factor"),
+        ("weight",),
+    ),
 }
 
 
-def refuse_unrun(layout: Layout) -> None:
-    """Refuse a family, or a class of one, that is not written for MLX.
+def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
+    """Refuse a family, or a class of one, that is not written for MLX, and what mlx-lm would round again.
 
     Raises:
-        SchemeError: names those that are.
+        SchemeError: names those that are, or the module.
 
     """
+    for module in quantized:
+        if module.local.endswith(_TAKEN_APART):
+            raise SchemeError(
+                f"`format` mlx: {module.name} is quantized, and mlx-lm takes it apart and rounds it again; it must stay"
+                " in 16 bits"
+            )
     names = _NAMES.get(layout.family.name)
     if names is None or layout.wrapper.model_type not in names.types:
         known = ", ".join(each for names in _NAMES.values() for each in names.types)
@@ -107,11 +127,13 @@ class Stack:
     Attributes:
         name: of the module.
         members: the matrices.
+        apart: last parts of the names of tensors that each member has for itself.
 
     """
 
     name: str
     members: tuple[Matrix, ...]
+    apart: tuple[str, ...] = ()
 
     @property
     def is_stacked(self) -> bool:
@@ -123,52 +145,54 @@ class Stack:
         """Size of the values as they are stored in the source."""
         return sum(member.nbytes for member in self.members)
 
-    def spec(self, spec: TensorSpec) -> TensorSpec:
-        """The tensor of all members, of what `spec` is for each."""
-        _, _, last = spec.name.rpartition(".")
-        shape = (len(self.members), *spec.shape) if self.is_stacked else spec.shape
-        return TensorSpec(f"{self.name}.{last}", spec.dtype, shape)
+    def specs(self, last: str, dtype: str, shape: tuple[int, ...]) -> list[TensorSpec]:
+        """The tensor of all members that is called `last`, or those of each: of a dtype, and a shape for each."""
+        if last in self.apart:
+            return [TensorSpec(f"{member.name}.{last}", dtype, shape) for member in self.members]
+        return [TensorSpec(f"{self.name}.{last}", dtype, (len(self.members), *shape) if self.is_stacked else shape)]
 
 
 def stacks_of(layout: Layout, modules: Iterable[Matrix]) -> list[Stack]:
     """Put experts of one block together, projection by projection; other modules stay alone."""
     home, theirs = layout.family.experts.home, dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
-    found: dict[str, list[Matrix]] = {}
+    names, found = _NAMES[layout.family.name], dict[str, list[Matrix]]()
     for module in modules:
         name = module.name
         if _is_stacked(module):
             before, _, projection = name.rsplit(".", 2)
-            name = f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}"
+            name = f"{before.removesuffix(home)}{names.home}.{theirs[projection]}"
         found.setdefault(name, []).append(module)
-    return [Stack(name, tuple(sorted(members, key=lambda m: m.expert or 0))) for name, members in found.items()]
-
-
-def stacked(stack: Stack) -> TensorRef:
-    """The values of a stack's members as one tensor [E, O, I], as wide as they are.
-
-    Raises:
-        SchemeError: they are of several dtypes.
-
-    """
-    first = stack.members[0]
-    dtypes = {member.weight.spec.dtype for member in stack.members}
-    if len(dtypes) > 1:
-        raise SchemeError(f"experts of {stack.name} are {' and '.join(sorted(dtypes))}; cannot stack them")
-    spec = stack.spec(TensorSpec(f"{first.name}.weight", first.weight.spec.dtype, first.shape))
-    if any(member.cut or isinstance(member.weight, Encoded) for member in stack.members):
-        return Encoded(
-            spec, (), tuple(each for member in stack.members for each in storages_of(member.weight, member.cut))
-        )
-    return TensorRef(spec, coalesce(piece for member in stack.members for piece in member.weight.ranges))
+    return [
+        Stack(name, tuple(sorted(members, key=lambda m: m.expert or 0)), names.apart if _is_stacked(members[0]) else ())
+        for name, members in found.items()
+    ]
 
 
 def kept_of(layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection) -> dict[str, TensorRef]:
-    """Tensors that stay as wide as they are, those of experts as stacks: the ones that no matrix was quantized of."""
+    """Tensors that stay as wide as they are, those of experts as stacks: the ones that no matrix was quantized of.
+
+    Raises:
+        SchemeError: experts that are to be stacked are of several dtypes.
+
+    """
     experts = [module for module in selection.kept_modules if _is_stacked(module)]
     gone = {name for module in (*selection.quantized, *experts) for name in module.sources}
-    stacks = ((f"{stack.name}.weight", stack) for stack in stacks_of(layout, experts))
     kept = {name: ref for name, ref in tensors.items() if name not in gone}
-    return {**kept, **{name: stacked(stack).renamed(name) for name, stack in stacks}}
+    return {**kept, **{ref.name: ref for stack in stacks_of(layout, experts) for ref in _values_of(stack)}}
+
+
+def _values_of(stack: Stack) -> Iterator[TensorRef]:
+    """The values of a stack's members, as wide as they are, as one tensor or apart."""
+    dtypes = {member.weight.spec.dtype for member in stack.members}
+    if len(dtypes) > 1:
+        raise SchemeError(f"experts of {stack.name} are {' and '.join(sorted(dtypes))}; cannot stack them")
+    groups = [(member,) for member in stack.members] if "weight" in stack.apart else [stack.members]
+    for spec, members in zip(stack.specs("weight", dtypes.pop(), stack.members[0].shape), groups, strict=True):
+        if any(member.cut or isinstance(member.weight, Encoded) for member in members):
+            sources = (each for member in members for each in storages_of(member.weight, member.cut))
+            yield Encoded(spec, (), tuple(sources))
+        else:
+            yield TensorRef(spec, coalesce(piece for member in members for piece in member.weight.ranges))
 
 
 def _is_stacked(module: Matrix) -> bool:
@@ -193,20 +217,30 @@ def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, 
     """
     names = _NAMES[layout.family.name]
     try:
-        told = {key: value for key, value in _told(layout).items() if key in names.keys and key not in config}
+        told = {key: value for key, value in _told(layout).items() if key in names.keys and config.get(key) is None}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise FamilyError(f"config.json gives no sizes of heads, or of what is rotated: {e}") from e
+    told = told if layout.wrapper.text_key is None else {}  # what nests the config of its decoder it reads as it is
     out = {**config, **told, "model_type": names.types[config["model_type"]]}
     out.pop("quantization_config", None)
     return {**out, QUANTIZATION: dict(declared), "quantization_config": dict(declared)}
+
+
+def notes_of(before: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+    """Say what becomes of a checkpoint beside its weights, from its layout before and the config that is written."""
+    if before.has_mtp:
+        yield "the MTP layers are left out: mlx-lm runs none"
+    if (now := config["model_type"]) != (was := before.config["model_type"]):
+        yield f"config.json's model_type becomes {now}, which mlx-lm takes for both: it does not know {was}"
 
 
 def as_read(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The config of what is written for MLX, as it is read again, but for quantization, of which it says the same."""
     if layout.family.name not in _NAMES or layout.wrapper.model_type not in _NAMES[layout.family.name].types:
         return dict(config)
-    told = _config(config_of(config, layout, {}))
-    return {key: config.get(key, value) for key, value in told.items() if key != "quantization_config" or key in config}
+    key = "quantization_config"
+    told = {name: value for name, value in _config(config_of(config, layout, {})).items() if name != key}
+    return {**told, key: config[key]} if key in config else told
 
 
 def _told(layout: Layout) -> dict[str, Any]:
@@ -217,8 +251,12 @@ def _told(layout: Layout) -> dict[str, Any]:
     share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
     scaled = rotary.get("rope_type", "default") != "default"
     of_positions = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
+    kinds = text.get("layer_types")
+    full = kinds.index("full_attention") + 1 if isinstance(kinds, list) and "full_attention" in kinds else 0
+    of_kinds = {"full_attention_interval": full} if full else {}
     return {
         **of_positions,
+        **of_kinds,
         "head_dim": head,
         "num_experts": layout.num_experts,
         "partial_rotary_factor": share,
@@ -250,7 +288,50 @@ def single(checkpoint: Checkpoint) -> Checkpoint:
     if family.name not in _NAMES:
         return replace(checkpoint, config=config)
     tensors = {ref.name: ref for members in _apart(checkpoint, family).values() for ref in members}
+    if _tells_asymmetric(checkpoint):
+        declared = dict(_of_members(config["quantization_config"], family, tensors))
+        config["quantization_config"] = {**declared, ASYMMETRIC: True}
     return replace(checkpoint, tensors=tensors, config=config)
+
+
+def _tells_asymmetric(checkpoint: Checkpoint) -> bool:
+    """Whether headers tell that weights are none of `quantize`: mlx_lm.convert rounds the embeddings too."""
+    mixed = any(isinstance(own, Mapping) for own in checkpoint.config[QUANTIZATION].values())
+    return mixed or any(
+        (name.endswith("embed_tokens.weight") and ref.spec.dtype == "U32")
+        or (name.endswith(".scales") and ref.spec.dtype in ("F16", "F32"))
+        for name, ref in checkpoint.tensors.items()
+    )
+
+
+def _of_members(declared: Mapping[str, Any], family: Family, tensors: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The same declaration with what it says of a stack said of each expert."""
+    paths = {path for path, own in declared.items() if isinstance(own, Mapping)}
+    for key, value in declared.items():
+        if key not in paths:
+            yield key, value
+    if not paths:
+        return
+    for name in tensors:
+        stem, _, last = name.rpartition(".")
+        path = _path_of(stem, family)
+        if last == "weight" and path in paths:
+            yield stem, declared[path]
+
+
+def _of_stacks(declared: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Any]]:
+    """The declaration that `_of_members` was made of."""
+    for key, value in declared.items():
+        if key != ASYMMETRIC:
+            yield (_path_of(key, family) if isinstance(value, Mapping) else key), value
+
+
+def _path_of(module: str, family: Family) -> str:
+    """What mlx-lm calls a module, or the stack that it is in."""
+    theirs = dict(zip(family.experts.projections, _PROJECTIONS, strict=True))
+    pattern = rf"(.*\.){re.escape(family.experts.home)}\.\d+\.({'|'.join(map(re.escape, theirs))})"
+    match = re.fullmatch(pattern, module)
+    return f"{match[1]}{_NAMES[family.name].home}.{theirs[match[2]]}" if match else module
 
 
 def members_of(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -267,11 +348,13 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
     pattern = re.compile(rf"(.*\.\d+\.){re.escape(home)}\.({'|'.join(_PROJECTIONS)})\.({'|'.join(_PARTS)})")
     ours = dict(zip(_PROJECTIONS, experts.projections, strict=True))
     found: dict[str, tuple[TensorRef, ...]] = {}
+    room = _MOST_MEMBERS
     for name, ref in checkpoint.tensors.items():
-        match = pattern.fullmatch(name)
-        if match is None or len(ref.spec.shape) != 3 or not 0 < ref.spec.shape[0] <= _MOST_EXPERTS:
+        match, shape = pattern.fullmatch(name), ref.spec.shape
+        if match is None or len(shape) != 3 or not 0 < shape[0] <= min(_MOST_EXPERTS, room) or not ref.nbytes:
             found[name] = (ref,)
             continue
+        room -= shape[0]
         block, projection, part = match.groups()
         stem = f"{block}{experts.home}."
         names = (f"{stem}{expert}.{ours[projection]}.{part}" for expert in range(ref.spec.shape[0]))
@@ -282,21 +365,23 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
 def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     """What `single` gave, pruned as it may be, as mlx-lm has it."""
     home, theirs = layout.family.experts.home, dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
-    tensors: dict[str, TensorRef] = {}
+    names, tensors = _NAMES[layout.family.name], dict[str, TensorRef]()
     stacks: dict[str, list[tuple[int, TensorRef]]] = {}
     for name, ref in checkpoint.tensors.items():
         place = layout.places.get(name)
-        if place is None or place.expert is None or place.scope != "block":
+        last = name.rpartition(".")[2]
+        if place is None or place.expert is None or place.scope != "block" or last in names.apart:
             tensors[name] = ref
             continue
-        before, _, projection, part = name.rsplit(".", 3)
-        stack = f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}.{part}"
+        before, _, projection, _ = name.rsplit(".", 3)
+        stack = f"{before.removesuffix(home)}{names.home}.{theirs[projection]}.{last}"
         stacks.setdefault(stack, []).append((place.expert, ref))
     for name, members in stacks.items():
         refs = [ref for _, ref in sorted(members, key=lambda member: member[0])]
         spec = TensorSpec(name, refs[0].spec.dtype, (len(refs), *refs[0].spec.shape))
         tensors[name] = TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
-    config = config_of(checkpoint.config, layout, checkpoint.config["quantization_config"])
+    declared = checkpoint.config["quantization_config"]
+    config = config_of(checkpoint.config, layout, dict(_of_stacks(declared, layout.family)))
     return replace(checkpoint, tensors=tensors, config=config)
 
 

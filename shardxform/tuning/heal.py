@@ -3,7 +3,8 @@
 The rule is that of the rounding offsets: the sign of the gradient, applied in place as it arrives, and a step that
 falls to zero; for 16-bit weights the step is relative to the root mean square of their matrix. Held-out samples, never
 tuned on, choose among trials and decide whether the block is changed at all. The block is loaded from the pruned view
-anew for every trial; weights that healing leaves alone keep the source's bytes.
+anew for every trial; weights that healing leaves alone keep the source's bytes. What is written in small floats is
+rounded to them when the block stops moving, so that the samples judge what is written.
 """
 
 # E: experts, O: output rows of one, I: input columns, R: any run of the E * O rows, N: samples, B: samples of a batch,
@@ -12,18 +13,22 @@ anew for every trial; weights that healing leaves alone keep the source's bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal
 from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
+from shardxform.errors import ExecutionError
+from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
+from shardxform.formats.packing import bf16_bits_of, float32_of
+from shardxform.formats.plain import Plain
 from shardxform.forward.weights import activation, stack_names
-from shardxform.plan.steps import healed_names
+from shardxform.plan.steps import KeptItem, healed_names
 from shardxform.tuning.modules import ExpertBiases, TunedExperts
 from shardxform.tuning.samples import (
     Forward,
@@ -58,6 +63,8 @@ __all__ = [
     "signs",
     "suggested_lr",
 ]
+
+_FINITE_TILE: Final = 1 << 20
 
 
 class Moving:
@@ -151,6 +158,16 @@ class HealedStack:
             return
         self._values.exact_into(rows, out_RI)
 
+    def values(self, rows: slice) -> torch.Tensor:
+        """Values of a run of the E * O rows [R, I], float32."""
+        out_RI = torch.empty(rows.stop - rows.start, self._shape[2], dtype=torch.float32, device=self.device)
+        self.values_into(rows.start, out_RI)
+        return out_RI
+
+    def put(self, rows: slice, w_RI: torch.Tensor) -> None:
+        """Replace the values of a run of rows; it must settle before it moves again."""
+        self._w_RI[rows] = w_RI.to(self._w_RI.device, self._w_RI.dtype)
+
     def settle(self) -> None:
         """Stop moving; from now on the values are those that will be stored."""
         self.lr = 0.0
@@ -200,6 +217,14 @@ class Wide:
         """The values in the type that they are stored in."""
         return self.exact.to(self._dtype)
 
+    def values(self, rows: slice) -> torch.Tensor:
+        """Values of a run of rows, float32."""
+        return self.exact[rows]
+
+    def put(self, rows: slice, w_RI: torch.Tensor) -> None:
+        """Replace the values of a run of rows."""
+        self.exact[rows] = w_RI.to(self.exact.device)
+
     def settle(self) -> None:
         """Stop moving, with the values that will be stored."""
         self._hook.remove()
@@ -222,11 +247,13 @@ class MovingBlock:
         forward: runs it.
         wide: by local name, what moves outside the experts.
         stacks: the experts' weights, whether they move or not.
+        rounded: rounds what moved to what it is written in, where that is not what it moves in.
     """
 
     forward: Forward
     wide: Mapping[str, Wide]
     stacks: tuple[HealedStack, ...]
+    rounded: Callable[[MovingBlock], None] | None = None
 
     @property
     def weights(self) -> int:
@@ -244,6 +271,8 @@ class MovingBlock:
     @torch.no_grad()
     def settle(self) -> None:
         """Stop moving; from now on the block computes with what will be stored."""
+        if self.rounded:
+            self.rounded(self)
         for wide in self.wide.values():
             wide.settle()
         for stack in self.stacks:
@@ -376,13 +405,46 @@ def suggested_lr(tokens: int, weights: int) -> float:
     return max(SMALLEST_STEP, FULL_STEP * min(1.0, math.sqrt(tokens / weights / TOKENS_PER_WEIGHT)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spot:
+    """Where a matrix that is stored by itself is in a block, `turned` there."""
+
+    holder: Wide | HealedStack
+    rows: slice
+    turned: bool
+
+    def read(self) -> NDArray[np.float32]:
+        """The values [O, I] in memory of their own."""
+        value = self.holder.values(self.rows)
+        return np.array((value.T if self.turned else value).cpu().numpy(), order="C")
+
+    def write(self, values_OI: NDArray[np.float32]) -> None:
+        """Put other values there."""
+        value = torch.from_numpy(values_OI)
+        self.holder.put(self.rows, value.T if self.turned else value)
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """Whether all is; a few megabytes at a time, since stacked experts are a gigabyte."""
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(value.flatten(), _FINITE_TILE))
+
+
 # -- a block of a checkpoint -------------------------------------------------------------------------------------------
 
 
 class BlockHealer:
     """Heals one block that `Skeleton.tunable` loaded without its experts."""
 
-    def __init__(self, skeleton: Skeleton, block: Block, layer: int, forward: Forward, workers: Workers) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        block: Block,
+        layer: int,
+        forward: Forward,
+        workers: Workers,
+        kept: Sequence[KeptItem] = (),
+    ) -> None:
+        """Look at the block; `kept` is what is to be written of it as it is healed."""
         self._skeleton, self._layer, self._forward, self._workers = skeleton, layer, forward, workers
         self._weights, self._prefix = skeleton.weights, skeleton.prefix(layer)
         self._module: Any = block.module
@@ -394,6 +456,9 @@ class BlockHealer:
         self._moved: set[str] = set()
         self._healing: MovingBlock | None = None
         self._biases: ExpertBiases | None = None
+        small = [item for item in kept if not isinstance(item.target, Plain)]
+        self._small = {item.tensor.name.removeprefix(self._prefix): item for item in small}
+        self._coded: dict[str, list[dict[Role, NDArray[Any]]]] = {}
 
     def heal(self, samples: Samples, heal: Heal, seed: int) -> HealResult:
         """Heal the block, or leave it as it was pruned if that is better on held-out samples."""
@@ -410,19 +475,86 @@ class BlockHealer:
             return self._weights.at_rest(self._prefix + local)
         return self._of_experts(name.removeprefix(f"{self._experts_name}."), self._healing.stacks)
 
+    def values_of(self, name: str) -> NDArray[np.uint8]:
+        """Bytes of a tensor after healing, in the type that it moves in.
+
+        Raises:
+            ExecutionError: a value is not finite.
+
+        """
+        value = self.stored(name.removeprefix(self._prefix))
+        if not _finite(value):
+            raise ExecutionError(f"tensor '{name}': not finite after healing")
+        return value.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+
+    def parts(self, item: KeptItem) -> Iterator[NDArray[np.uint8]]:
+        """Bytes of each part of what is healed, as it will be stored.
+
+        Raises:
+            ExecutionError: values that are not finite.
+
+        """
+        local = item.tensor.name.removeprefix(self._prefix)
+        if local not in self._small:
+            yield self.values_of(item.tensor.name)
+            return
+        assert isinstance(item.tensor, Encoded)
+        coded = self._coded.get(local) or [self._weights.stored(source)[0] for source in item.tensor.sources]
+        for role, _ in item.parts:
+            yield np.concatenate([part[role].reshape(-1).view(np.uint8) for part in coded])
+
+    def _round(self, moving: MovingBlock) -> None:
+        """Round what moved to what it is written in; what no token came to keeps its codes."""
+        for local, item in self._small.items():
+            coded = []
+            for spot, source in self._spots(item, local, moving):
+                stored, before_OI = self._weights.stored(source)
+                values_OI = spot.read()
+                if not np.isfinite(values_OI).all():
+                    return  # the trial has failed, and nothing of it is written
+                if not np.array_equal(values_OI, float32_of(bf16_bits_of(before_OI), "BF16")):
+                    whole = stored["whole"].view(np.float32).reshape(()) if "whole" in stored else None
+                    stored = round_to(cast(Nearest, item.target), values_OI, whole)
+                    spot.write(values_OI)
+                coded.append(stored)
+            self._coded[local] = coded
+
+    def _spots(self, item: KeptItem, local: str, moving: MovingBlock) -> Iterator[tuple[_Spot, Storage]]:
+        """Where the stored matrices of a tensor are in the block; none for one that does not move."""
+        assert isinstance(item.tensor, Encoded)
+        name, sources = self._skeleton.module_name(local), item.tensor.sources
+        turned = bool(sources[0].cut and sources[0].cut.transposed)
+        if name in moving.wide:
+            yield _Spot(moving.wide[name], slice(None), turned), sources[0]
+        if not name.startswith(f"{self._experts_name}.") or not all(stack.moves for stack in moving.stacks):
+            return
+        layout = self._skeleton.layout.family.experts
+        stack, expert, rows = self._held(name.removeprefix(f"{self._experts_name}."), moving.stacks)
+        for number, source in enumerate(sources):
+            first = stack.shape[1] * (number if expert is None else expert)
+            run = slice(first + rows.start, first + rows.stop)
+            yield _Spot(stack, run, turned != (layout.transposed and expert is None)), source
+
     def _of_experts(self, name: str, healed: tuple[HealedStack, ...]) -> torch.Tensor:
         """A stack or one expert's matrix, as the family's checkpoints have it."""
+        stack, expert, rows = self._held(name, healed)
+        if expert is not None:
+            return stack.stored(expert)[rows]
+        whole = stack.stored(slice(None))
+        return whole.mT if self._skeleton.layout.family.experts.transposed else whole
+
+    def _held(self, name: str, healed: tuple[HealedStack, ...]) -> tuple[HealedStack, int | None, slice]:
+        """The stack that holds what checkpoints call `name`, the expert whose it is or None for all, and its rows."""
         (gate_up, down), layout = healed, self._skeleton.layout.family.experts
         stacks = dict(zip(stack_names(self._experts), healed, strict=False))
         if name in stacks:
-            stack = stacks[name].stored(slice(None))
-            return stack.mT if layout.transposed else stack
+            return stacks[name], None, slice(0, stacks[name].shape[1])
         expert, projection = name.removesuffix(".weight").split(".")
         if projection == layout.projections[-1]:
-            return down.stored(int(expert))
+            return down, int(expert), slice(0, down.shape[1])
         share = gate_up.shape[1] // len(layout.inner)
         first = layout.inner.index(projection) * share
-        return gate_up.stored(int(expert))[first : first + share]
+        return gate_up, int(expert), slice(first, first + share)
 
     def make_ready(self, names: Sequence[str]) -> None:
         """Put the weights of modules in place as they will be stored, for what is to be done with them next."""
@@ -441,6 +573,7 @@ class BlockHealer:
     def _load(self, what: str | None) -> MovingBlock:
         """The block as it was pruned, with some of its weights ready to move."""
         self._healing = None
+        self._coded = {}
         self._put_experts(self._experts)  # lets go of the stacks of the trial before
         names = self._names(what)
         wide: dict[str, Wide] = {}
@@ -457,7 +590,8 @@ class BlockHealer:
         stacks = (gate_up, down)
         self._biases = ExpertBiases(*tensors.values()) if tensors else None
         self._put_experts(TunedExperts(*stacks, activation(self._experts), self._workers, self._biases))
-        return MovingBlock(forward=self._forward, wide=wide, stacks=stacks)
+        rounded = self._round if self._small else None
+        return MovingBlock(forward=self._forward, wide=wide, stacks=stacks, rounded=rounded)
 
     def _names(self, what: str | None) -> set[str]:
         """Local names of the tensors that move."""

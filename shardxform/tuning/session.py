@@ -206,8 +206,6 @@ def _refuse_non_finite(hidden_BTH: torch.Tensor, batch: Batch, chain: str, layer
 
 # -- session -----------------------------------------------------------------------------------------------------------
 
-_FINITE_TILE: Final = 1 << 20
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunerOptions:
@@ -379,13 +377,13 @@ class _BlockRun:
         layer, recipe = self._step.layer, self._step.recipe
         assert recipe.heal is not None
         forward = self._chains.forward(block, self._on_work, self._stopped)
-        healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers)
+        healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers, self._step.kept)
         with self._chains.samples(layer) as samples:
             self._healed = healer.heal(samples, recipe.heal, recipe.seed)
-        prefix = self._skeleton.prefix(layer)
         for item in self._step.kept:
-            write_part(_healed_bytes(healer, item.tensor.name, prefix), item.extent, target, fs)
-        opener = Opener(_reading(healer, prefix))
+            for (_, extent), part in zip(item.parts, healer.parts(item), strict=True):
+                write_part(part, extent, target, fs)
+        opener = Opener(_reading(healer))
         for moved in self._step.moved:
             writing = Writing(f"tensor '{moved.module}'", moved.shape, quantize_into, self._stopped)
             rows = (source.open(opener) for source in moved.sources)
@@ -478,20 +476,7 @@ class _BlockRun:
         return found
 
 
-def _healed_bytes(healer: BlockHealer, name: str, prefix: str) -> NDArray[np.uint8]:
-    """A tensor after healing, as it is stored.
-
-    Raises:
-        ExecutionError: a value is not finite.
-
-    """
-    value = healer.stored(name.removeprefix(prefix))
-    if not _finite(value):
-        raise ExecutionError(f"tensor '{name}': not finite after healing")
-    return value.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
-
-
-def _reading(healer: BlockHealer, prefix: str) -> Read:
+def _reading(healer: BlockHealer) -> Read:
     """Make a function that reads tensors after healing; keeps the last one, of which the next are often other rows."""
     last: dict[str, NDArray[np.uint8]] = {}
 
@@ -501,16 +486,11 @@ def _reading(healer: BlockHealer, prefix: str) -> Read:
             name = piece.file.removeprefix(HEALED_FILE)
             if name not in last:
                 last.clear()  # before the next one is made: stacks of experts are a gigabyte
-                last[name] = _healed_bytes(healer, name, prefix)
+                last[name] = healer.values_of(name)
             data[done : done + piece.length] = last[name][piece.offset : piece.end]
             done += piece.length
 
     return read
-
-
-def _finite(value: torch.Tensor) -> bool:
-    """Whether all is; a few megabytes at a time, since stacked experts are a gigabyte."""
-    return all(bool(torch.isfinite(part).all()) for part in torch.split(value.flatten(), _FINITE_TILE))
 
 
 def _number(value: float) -> float | None:

@@ -22,7 +22,7 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError, UnknownFamilyError
 from shardxform.model.families import HOMES, family_origin
-from shardxform.model.layout import tied_notes
+from shardxform.model.tied_head import tied_notes
 from shardxform.plan.view import MtpMode
 from shardxform.runtimes.mlx import members_of, single
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
@@ -78,6 +78,10 @@ def verify(
     """
     started = time.monotonic()
     root, findings = Path(out), Findings()
+    if _is_gguf(root):
+        asked = {"manifest": manifest, "text_only": text_only, "mtp": mtp, "tolerance": tolerance}
+        settings = {"quick": quick, "written": written, "jobs": jobs, "on_progress": on_progress}
+        return _verify_gguf(root, source, asked, settings, independent=independent)
     if not root.is_dir():
         raise CheckpointError(f"{root}: {not_a_directory(root)}")
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
@@ -94,7 +98,7 @@ def verify(
         seen = _Seen(unfinished=True)
     else:
         seen = _look(root, origin, given, findings)
-    figures: Mapping[str, Any] = {**dict.fromkeys(_FIGURES, 0), "rounding": None}
+    figures: Mapping[str, Any] = {**dict.fromkeys((*_FIGURES, "values_near"), 0), "rounding": None}
     compared: frozenset[str] = frozenset()
     if seen.checkpoint and seen.structure:
         for note in tied_notes(seen.checkpoint, seen.structure.layout, whole=not quick):
@@ -118,6 +122,39 @@ def verify(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _is_gguf(root: Path) -> bool:
+    """Whether it is GGUF, whole or not."""
+    from shardxform.checkpoint.gguf import find_gguf
+
+    try:
+        return find_gguf(root) is not None
+    except CheckpointError:
+        return True
+
+
+def _verify_gguf(
+    root: Path,
+    source: str | os.PathLike[str] | Checkpoint | None,
+    asked: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    independent: bool,
+) -> VerifyReport:
+    from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+    from shardxform.verification.slabs import verify_gguf
+    from shardxform.verification.source import Options
+
+    if independent:
+        raise CheckpointError(f"{root}: an independent check is of safetensors, and this is GGUF")
+    origin: GgufModel | Checkpoint | None
+    if source is None or isinstance(source, Checkpoint):
+        origin = source
+    else:
+        first = find_gguf(Path(source))
+        origin = open_gguf(first) if first else Checkpoint.open(source)
+    return verify_gguf(root, source=origin, given=Options(**asked), **settings)
 
 
 def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings) -> int:
@@ -241,7 +278,16 @@ def _check_data(
     if wanted and not only_written:
         source = wanted.view.checkpoint
         shapes = {name: wanted.tensors[name].spec for name in wanted.derived}
-        comparison = Against(source.root, wanted.same_bytes, wanted.derived, shapes, wanted.pairs, rule, source.remote)
+        comparison = Against(
+            root=source.root,
+            tensors=wanted.same_bytes,
+            derived=wanted.derived,
+            shapes=shapes,
+            pairs=wanted.pairs,
+            rule=rule,
+            healed=wanted.healed,
+            remote=source.remote,
+        )
     figures = check_data(
         checkpoint,
         layout,
@@ -256,4 +302,4 @@ def _check_data(
     )
     rounding = report_tallies(figures.tallies, rule, findings) if rule and comparison else None
     told = {key: getattr(figures, key) for key in _FIGURES}
-    return {**told, "rounding": rounding}, figures.compared
+    return {**told, "values_near": len(figures.near), "rounding": rounding}, figures.compared

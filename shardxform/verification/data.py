@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from shardxform.formats.stored import Stored
 from shardxform.model.families.base import Slicing
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings
+from shardxform.verification.healed import HealedTally, examine_healed, near_of, report_healed
 from shardxform.verification.jobs import (
     FLOATS,
     Bytes,
@@ -57,12 +58,15 @@ from shardxform.verification.jobs import (
 )
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally, examine
-from shardxform.verification.wanted import Derived
+from shardxform.verification.wanted import Derived, HealedWeight
 
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["CHUNK_BYTES", "Against", "Figures", "check_data"]
+__all__ = ["CHUNK_BYTES", "Against", "Figures", "check_data", "in_parallel"]
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
 
 CHUNK_BYTES: Final = 2 << 20
 """Most bytes of one tensor in memory at a time, per thread and per side; a multiple of every element's width."""
@@ -72,7 +76,7 @@ _TASK_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """What must be found: bytes of `tensors`, what is `derived`, of `shapes`, roundings; in files here or `remote`."""
+    """What must be found: bytes of `tensors`, what is `derived`, of `shapes`, roundings, and what healing can make."""
 
     root: Path
     tensors: Mapping[str, TensorRef]
@@ -80,6 +84,7 @@ class Against:
     shapes: Mapping[str, TensorSpec] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
     rule: Rule | None = None
+    healed: tuple[HealedWeight, ...] = ()
     remote: Remote | None = None
 
 
@@ -91,6 +96,7 @@ class Figures:
         tallies: one for every weight that was held against the source's.
         tensors_digested: tensors whose digest is the record's.
         compared: tensors of the output whose values were held against the source, in whatever way.
+        near: those that healing moved, and that it can have brought there.
 
     """
 
@@ -102,6 +108,7 @@ class Figures:
     tensors_digested: int = 0
     tallies: tuple[Tally, ...] = ()
     compared: frozenset[str] = frozenset()
+    near: frozenset[str] = frozenset()
 
 
 def check_data(
@@ -128,21 +135,25 @@ def check_data(
     """
     table = [] if only_written else list(_jobs(out, layout, comparison, stored))
     weights = [Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
-    items = list(_items(out, table, weights, digests or {}))
+    healed = comparison.healed if comparison and not only_written else ()
+    items = [*_items(out, table, weights, digests or {}), *healed]
     if shards and shards.tensors.keys() != out.tensors.keys():
         new = (ref for name, ref in shards.tensors.items() if name in (digests or {}) and name not in out.tensors)
         items += [chunk for ref in new for chunk in _chunks(ref)]
     total = sum(item.nbytes for item in items)
     reader = _Reader(out.root, comparison)
     tallies: list[Tally] = []
+    moved: list[HealedTally] = []
     written: list[Digest] = []
     errors: dict[str, None] = {}
     done = 0
     with interrupts.deferred(), reader:
-        for result in _in_parallel(reader.examine, _tasks(items), jobs, reader.give_up):
+        for result in in_parallel(reader.examine, _tasks(items), jobs, reader.give_up):
             for seen in result.seen:
                 if isinstance(seen, Seen):
                     merge(seen)
+                elif isinstance(seen, HealedTally):
+                    moved.append(seen)
                 else:
                     tallies.append(seen) if isinstance(seen, Tally) else written.append(seen)
             if result.error:
@@ -157,6 +168,7 @@ def check_data(
     for job in table:
         report_tensor(job, findings)
     report_faults(table, layout, findings)
+    report_healed(moved, findings)
     compared = [job for job in table if job.other or job.derived]
     order = {weight.pair.name: at for at, weight in enumerate(weights)}
     return Figures(
@@ -170,6 +182,7 @@ def check_data(
         compared=frozenset(job.ref.name for job in compared)
         | {ref.name for tally in tallies for _, ref in tally.pair.stored.parts}
         | {ref.name for ref in out.tensors.values() if comparison and _is_empty(ref, comparison)},
+        near=near_of(moved),
     )
 
 
@@ -263,9 +276,9 @@ def _chunks(ref: TensorRef) -> Iterator[Written]:
         yield Written(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
 
 
-def _tasks(items: Iterable[TensorPiece | Weight | Written]) -> Iterator[Task]:
+def _tasks(items: Iterable[TensorPiece | Weight | Written | HealedWeight]) -> Iterator[Task]:
     """Items in runs of about `_TASK_BYTES`."""
-    task: list[TensorPiece | Weight | Written] = []
+    task: list[TensorPiece | Weight | Written | HealedWeight] = []
     room = _TASK_BYTES
     for item in items:
         task.append(item)
@@ -289,11 +302,11 @@ def _pieces(job: TensorJob) -> Iterator[TensorPiece]:
             yield TensorPiece(job, start, min(start + CHUNK_BYTES, home + slab))
 
 
-def _in_parallel(
-    work: Callable[[Task], Result], tasks: Iterator[Task], jobs: int, give_up: Callable[[], None]
-) -> Iterator[Result]:
+def in_parallel(
+    work: Callable[[_Task], _Result], tasks: Iterator[_Task], jobs: int, give_up: Callable[[], None]
+) -> Iterator[_Result]:
     """Results of `work`, as they come, at most two tasks per thread waiting."""
-    under_way: Completions[Result, None] = Completions()
+    under_way: Completions[_Result, None] = Completions()
     with ThreadPoolExecutor(jobs, thread_name_prefix="verify") as pool:
         try:
             while True:
@@ -360,9 +373,14 @@ class _Reader:
             if isinstance(item, TensorPiece) and item.job.other and self._source:
                 shards.will_need(self._source, _window(item.job.other.ranges, item.start, item.stop))
 
-    def _item(self, item: TensorPiece | Weight | Written, shards: _Shards) -> Seen | Tally | Digest:
+    def _item(
+        self, item: TensorPiece | Weight | Written | HealedWeight, shards: _Shards
+    ) -> Seen | Tally | Digest | HealedTally:
         if isinstance(item, TensorPiece):
             return self._piece(item, shards)
+        if isinstance(item, HealedWeight):
+            assert self._source is not None
+            return examine_healed(item, _reader(shards, self._out), _reader(shards, self._source))
         return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
 
     def _written(self, chunk: Written, shards: _Shards) -> Digest:

@@ -185,6 +185,7 @@ class Rounding:
         exact: whether all were rounded again from the source and are equal bit for bit, words and scales; otherwise
             they are within the bound of `verification.rounding`.
         repacked: whether the source is quantized, and it is its integers and scales that were compared; no errors then.
+        taken_over: weights of which that is so, where `quantize` rounded others.
         weights, clipped, moved: elements in all of them; see `WeightError`.
         relative_error: as `WeightError` has it, over all of them.
         by_weight: one entry each, the worst first.
@@ -200,6 +201,7 @@ class Rounding:
     moved: int
     relative_error: float
     by_weight: tuple[WeightError, ...]
+    taken_over: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,8 +222,10 @@ class VerifyReport:
         values_compared: tensors of OUT whose values were held against the source in any of these ways, all parts of
             quantized weights counted.
         values_left: how many others there are, by the reason: `healed`, as shardxform.json says; `tuned`, rounded with
-            calibration text and dequantized; `unknown` otherwise. Only that they are finite was looked at. Empty
-            without a source.
+            calibration text and dequantized; `unknown` otherwise. Only that they are finite was looked at, but for
+            `values_near`. Empty without a source.
+        values_near: how many of the healed ones are no farther from the source's than the recorded steps of healing can
+            have moved them.
         rederived: weights that were derived from the source a second time and compared, by independent code; None where
             that was not asked for.
 
@@ -243,6 +247,7 @@ class VerifyReport:
     rounding: Rounding | None
     values_compared: int
     values_left: Mapping[str, int]
+    values_near: int = 0
     seconds: float
     peak_rss_bytes: int
     rederived: int | None = None

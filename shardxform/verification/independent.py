@@ -2,8 +2,9 @@
 
 The other comparisons ask the code that planned the output what must be in it, and share its mistakes. Nothing here
 does: headers are read, experts renumbered, halves cut, integers unpacked and weights rounded in plain numpy, from the
-formats' definitions. It knows what the families call experts, routers and MTP layers, and three formats (auto-round and
-gptq, compressed-tensors' pack-quantized), reads local files only, and takes a run of rows of one tensor into memory.
+formats' definitions. It knows what the families call experts, routers and MTP layers, and four formats (auto-round and
+gptq, compressed-tensors' pack-quantized, MLX's affine of symmetric weights), reads local files only, and takes a run of
+rows of one tensor into memory.
 
 Every checkpoint is seen as its weights one by one: fused experts as a gate, an up and a down projection for each
 expert, quantized ones as the weights that they stand for. Names are those that the output must have.
@@ -24,7 +25,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, PlanError
+from shardxform.verification.definitions import (
+    SMALL,
+    Small,
+    Stored,
+    Weight,
+    floats,
+    nearest_bf16,
+    nearest_half,
+    rounded,
+)
 from shardxform.verification.findings import Findings
 
 __all__ = ["CODE", "check_independently"]
@@ -32,22 +43,29 @@ __all__ = ["CODE", "check_independently"]
 CODE: Final = "independent"
 """Of every problem found here."""
 
-_RUN: Final = 1 << 18  # elements at a time
-_TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
-_WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)")
 _APART: Final = re.compile(r"(.*)\.moe\.(gate_proj|up_proj|down_proj)\.weight")
 _BIASES: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)_bias")
+_PARTS: Final = re.compile(
+    rf"(.*\.{_HOME}\.experts)\.((?:gate_up_proj|down_proj)_(?:blocks|scales|scale|scale_inv|activation_scale))"
+)
 _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)\.(\d+)")
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
+_MLX: Final = re.compile(
+    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu)\.(gate|up|down)_proj\.weight"
+)
+_LETTERED: Final = {"gate": "w1", "up": "w3", "down": "w2"}  # projections of Mixtral and MiniMax
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
 _ROUTER: Final = re.compile(
     rf".*\.{_HOME}\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
     r"|(?:gate|router)\.(?:(?:layer\.|proj\.|gate\.|wg\.|classifier\.)?(?:weight|bias)|per_expert_scale))"
 )
 _ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
+_OF_SET: Final = re.compile(r".*\.mlp\.gate\.weight(_1)?")  # [H, E], of the first set of experts and of the second
+_SETS: Final = {"ernie4_5_moe_vl": 2, "ernie4_5_vl_moe": 2}
+"""Types whose experts are in several sets, one numbered after the other; configs count those of one."""
 _SEVERAL: Final = re.compile(r".*\.ffn\.experts\.mlp\.(?:w1|v1|w2)")  # [E * I, H]
 _IDS: Final = re.compile(r".*\.ffn\.gate\.tid2eid")
 _LAYER: Final = re.compile(
@@ -74,127 +92,7 @@ _VISION: Final = (
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
-_SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
-
-Rows = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Bytes of a file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def array(self) -> NDArray[Any]:
-        """Its bits, mapped: [rows, columns], rows counted over all dimensions but the last."""
-        code = _TYPES.get(self.dtype, f"<u{_WIDTHS.get(self.dtype, 1)}")
-        shape = (
-            (int(np.prod(self.shape[:-1])), self.shape[-1]) if len(self.shape) > 1 else (int(np.prod(self.shape)), 1)
-        )
-        if 0 in shape:
-            return np.zeros(shape, code)
-        return np.memmap(self.file, code, "r", self.begin, shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
-
-    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
-    `columns` are there; with `ids` its values are numbers of experts, of which these stay.
-    """
-
-    name: str
-    tensor: _Tensor
-    shape: tuple[int, ...]
-    rows: Rows
-    scales: _Tensor | None = None
-    bits: int = 0
-    group: int = 0
-    slab: tuple[int, int] | None = None
-    columns: tuple[int, ...] | None = None
-    ids: tuple[int, ...] | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return sum(number for _, number in self.rows), self.shape[-1] if len(self.shape) > 1 else 1
-
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """First row and the one after the last of runs that fit into memory."""
-        step = max(1, _RUN // max(self.size[1], 1))
-        return ((start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
-
-    def _picked(self, start: int, stop: int) -> NDArray[np.int64]:
-        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[start:stop]
-
-    def bits_of(self, start: int, stop: int) -> NDArray[Any]:
-        """Bits of a run of rows of a plain weight."""
-        if self.slab is not None:
-            index, first = self.slab
-            whole = self.tensor.array().reshape(self.tensor.shape)[index]
-            columns = whole[..., first : first + self.shape[0]]
-            return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
-        found = np.asarray(self.tensor.array()[self._picked(start, stop)])
-        if self.ids is not None:
-            return np.array([_renumbered_row(row, self.ids) for row in found.tolist()], found.dtype)
-        return found if self.columns is None else found[:, list(self.columns)]
-
-    def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows of a plain weight."""
-        return _floats(self.bits_of(start, stop), self.tensor.dtype)
-
-    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Codes less the zero point [R, I], and the scale of each [R, I], of a run of rows of a quantized weight."""
-        assert self.scales is not None
-        rows, words, scales = self._picked(start, stop), self.tensor.array(), self.scales.array()
-        if self.name.endswith("qweight"):
-            words, scales = words.T, scales.T
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        packed = np.ascontiguousarray(words[rows]).view(np.uint32)
-        codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
-        spread = np.repeat(_floats(np.ascontiguousarray(scales[rows]), self.scales.dtype), self.group, axis=1)
-        return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Float8(_Weight):
-    """Rows of an E4M3 weight, and factors for blocks of rows and columns."""
-
-    factors: _Tensor | None = None
-    block: tuple[int, int] = (0, 0)
-
-    def values(self, start: int, stop: int) -> NDArray[np.float32]:
-        """A run of rows, by the definition of the format."""
-        assert self.factors is not None
-        rows = self._picked(start, stop)
-        codes = self.tensor.array()[rows].astype(np.int64)
-        exponent, fraction = (codes >> 3) & 15, (codes & 7) / 8
-        size = np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - 7), fraction * 2.0**-6)
-        size[codes & 127 == 127] = np.nan
-        table = _floats(np.asarray(self.factors.array()), self.factors.dtype)
-        factors = table[rows[:, None] // self.block[0], np.arange(codes.shape[1]) // self.block[1]]
-        return np.asarray(np.where(codes > 127, -size, size).astype(np.float32) * factors)
-
-
-def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:
-    """New numbers of the experts of a row: of one that goes, that of the next that stays and is not there yet."""
-    there = {number for number in row if number in keep}
-    for slot, number in enumerate(row):
-        if number not in keep:
-            after = [each for each in keep if each > number] + [each for each in keep if each < number]
-            row[slot] = next(each for each in after if each not in there)
-            there.add(row[slot])
-    return [keep.index(number) for number in row]
 
 
 def check_independently(
@@ -216,12 +114,15 @@ def check_independently(
         CheckpointError: the source cannot be read.
 
     """
+    decode = _decodes(source, out)
     try:
-        theirs, config = _checkpoint(source, decode=_method(source) == "fp8" != _method(out))
+        theirs, config = _checkpoint(source, decode=decode)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
     try:
-        ours, made = _checkpoint(out)
+        ours, made = _checkpoint(out, decode=decode)
+        if made.get("quantization") and not config.get("quantization"):
+            given = {**given, "mtp": "drop"}  # which MLX has no use for
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
@@ -247,18 +148,10 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _method(root: Path) -> object:
-    """How weights are quantized, as the config says; None where it says nothing."""
-    try:
-        return _object(root / "config.json").get("quantization_config", {}).get("quant_method")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight], dict[str, Any]]:
-    """Weights of a checkpoint under their own names, FP8 ones as their values if told to `decode`, and its config."""
+def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, Weight], dict[str, Any]]:
+    """Weights of a checkpoint under their own names, small floats as values if told to `decode`, and its config."""
     config = _object(root / "config.json")
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for path in sorted(root.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -270,34 +163,99 @@ def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, _Weight]
                 begin, end = info["data_offsets"]
                 if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
                     raise ValueError(f"{path.name}: {name} lies outside the file")
-                tensors[name] = _Tensor(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
-    weights = dict(weight for name in tensors for weight in _weights(name, tensors, config))
-    if decode:
-        blocks = config["quantization_config"]["weight_block_size"]
-        weights = dict(_decoded(weights, tensors, (int(blocks[0]), int(blocks[1]))))
-    return weights, config
+                tensors[name] = Stored(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
+    if decode and _is_small(config):
+        return dict(_decoded(tensors, config)), config
+    return dict(weight for name in tensors for weight in _weights(name, tensors, config)), config
 
 
-def _decoded(
-    weights: Mapping[str, _Weight], tensors: Mapping[str, _Tensor], block: tuple[int, int]
-) -> Iterator[tuple[str, _Weight]]:
-    """The same weights without what stands beside FP8 ones, and these with their factors."""
-    for name, weight in weights.items():
-        if weight.tensor.dtype == "F8_E4M3":
-            factors = tensors[f"{name}_scale_inv"]
-            yield name, _Float8(name, weight.tensor, weight.shape, weight.rows, factors=factors, block=block)
-        elif not name.endswith((".weight_scale_inv", ".input_scale")):
-            yield name, weight
+def _decodes(source: Path, out: Path) -> bool:
+    """Whether small floats are compared as values: they are stored in another way, or were healed."""
+    try:
+        record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
+        healed = bool((record.get("inputs", {}).get("recipe") or {}).get("heal"))
+        return healed or _form(_object(source / "config.json")) != _form(_object(out / "config.json"))
+    except (OSError, ValueError, AttributeError):
+        return False  # what cannot be read is said when it is
 
 
-def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+def _is_small(config: Mapping[str, Any]) -> bool:
+    """Whether weights are small floats, as far as the config says."""
+    declared = config.get("quantization_config") or {}
+    groups = (declared.get("config_groups") or {}).values()
+    if declared.get("quant_method") == "compressed-tensors":
+        return any((group.get("weights") or {}).get("type") == "float" for group in groups)
+    return declared.get("quant_method") in ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "mxfp8")
+
+
+def _form(config: Mapping[str, Any]) -> tuple[object, object]:
+    """How weights are quantized."""
+    declared = config.get("quantization_config") or {}
+    return declared.get("quant_method"), declared.get("format")
+
+
+def _decoded(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
+    if glued := next(
+        (name for name, tensor in tensors.items() if _FUSED.fullmatch(name) and tensor.dtype in SMALL), ""
+    ):
+        raise ValueError(f"{glued}: stacks of {tensors[glued].dtype} are compared only as they are stored")
+    size = _block_of(config["quantization_config"])
+    used: set[str] = set()
+    for name, tensor in tensors.items():
+        stem = next((name.removesuffix(last) for last in _CODES if name.endswith(last)), "")
+        beside = [f"{stem}{last}" for last in _FACTORS if stem and f"{stem}{last}" in tensors]
+        if not beside or tensor.dtype not in SMALL:
+            continue
+        part = {last: tensors.get(f"{stem}{last}") for last in (*_TIMES, *_OVER)}
+        used |= {name, *beside, *(f"{stem}{last}" for last in (*part, *_UNUSED))}
+        factors = tensors[beside[0]]
+        block = size if factors.dtype not in ("U8", "F8_E4M3") and tensor.dtype not in ("U8", "I8") else None
+        times, over = (next((part[last] for last in names if part[last]), None) for names in (_TIMES, _OVER))
+        columns = math.prod(tensor.shape[2:] if len(tensor.shape) == 4 else tensor.shape[-1:])
+        shape = (math.prod(tensor.shape[:2]), columns * (2 if tensor.dtype in ("U8", "I8") else 1))
+        one = Small(name, tensor, shape, (), factors=factors, block=block, times=times, over=over)
+        if len(tensor.shape) == 4:
+            count, rows = tensor.shape[:2]
+            home, _, stack = stem.rpartition(".")
+            for expert in range(count):
+                for half, first, number in _halves(stack, expert * rows, rows):
+                    whole = replace(one, shape=(number, shape[1]), rows=((first, number),))
+                    yield f"{home}.{expert}.{half}.weight", whole
+        else:
+            yield f"{stem}.weight", replace(one, shape=(tensor.shape[0], shape[1]), rows=((0, tensor.shape[0]),))
+    rest = {name: tensor for name, tensor in tensors.items() if name not in used}
+    for name in rest:
+        yield from _weights(name, rest, config)
+
+
+_CODES: Final = (".weight_packed", "_blocks", ".weight")
+_FACTORS: Final = (".weight_scale_inv", ".weight_scale", ".scale", "_scales")
+_TIMES: Final = (".weight_scale_2",)
+_OVER: Final = (".weight_global_scale",)
+_UNUSED: Final = (".input_scale", ".input_global_scale")
+
+
+def _block_of(declared: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the config says so."""
+    found = declared.get("weight_block_size")
+    for group in (declared.get("config_groups") or {}).values():
+        found = (group.get("weights") or {}).get("block_structure") or found
+    return (int(found[0]), int(found[1])) if found else None
+
+
+def _weights(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
     if config.get("model_type") in _TURNED and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
         yield from _transposed(name, tensor, match)
-    elif last in ("qweight", "weight_packed"):
+    elif match := _PARTS.fullmatch(name):
+        yield from _of_stacks(name, tensor, match)
+    elif last in ("qweight", "weight_packed") and not _is_small(config):
         yield from _unpacked(name, tensors, config.get("quantization_config", {}))
-    elif last != "bias" and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors):
+    elif tensor.dtype == "U32" or _MLX.fullmatch(name):
+        yield from _of_mlx(name, tensors, config)
+    elif _stands_beside(stem, last, tensors, config):
         return
     elif (match := _FUSED.fullmatch(name) or _GRANITE.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
@@ -305,18 +263,39 @@ def _weights(name: str, tensors: Mapping[str, _Tensor], config: Mapping[str, Any
         for expert in range(count):
             for part, first, number in _halves(stack, expert * rows, rows):
                 key = f"{home}.{expert}.{part}.weight"
-                yield key, _Weight(name, tensor, (number, columns), ((first, number),))
+                yield key, Weight(name, tensor, (number, columns), ((first, number),))
     elif (match := _APART.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
         for expert in range(count):
-            whole = _Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
+            whole = Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
             yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
+        if _ACROSS.fullmatch(name):  # one set after the other, as their experts are numbered
+            tensor = replace(tensor, shape=(tensor.count,))
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
-        yield name, _Weight(name, tensor, tensor.shape, ((0, rows),))
+        yield name, Weight(name, tensor, tensor.shape, ((0, rows),))
 
 
-def _transposed(name: str, tensor: _Tensor, match: re.Match[str]) -> Iterator[tuple[str, _Weight]]:
+def _stands_beside(stem: str, last: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a part of a quantized weight beside its words."""
+    if config.get("quantization"):
+        return last in ("scales", "biases")
+    return (
+        not _is_small(config)
+        and last != "bias"
+        and (f"{stem}.qweight" in tensors or f"{stem}.weight_packed" in tensors)
+    )
+
+
+def _of_stacks(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tuple[str, Weight]]:
+    """What stands beside a stack, or for it, expert by expert."""
+    rows = math.prod(tensor.shape[1:-1])
+    shape = (rows, tensor.shape[-1]) if len(tensor.shape) > 1 else (1, 1)
+    for expert in range(tensor.shape[0]):
+        yield f"{match[1]}.{expert}.{match[2]}", Weight(name, tensor, shape, ((expert * rows, rows),))
+
+
+def _transposed(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tuple[str, Weight]]:
     """gpt-oss: stacks [E, I, O] and biases [E, O], the halves of the first one by one as auto-round reads them."""
     last = "bias" if name.endswith("bias") else "weight"
     for expert in range(tensor.shape[0]):
@@ -324,7 +303,7 @@ def _transposed(name: str, tensor: _Tensor, match: re.Match[str]) -> Iterator[tu
             shape = (number, *tensor.shape[1:-1])
             yield (
                 f"{match[1]}.{expert}.{part}.{last}",
-                _Weight(name, tensor, shape, ((0, number),), slab=(expert, first)),
+                Weight(name, tensor, shape, ((0, number),), slab=(expert, first)),
             )
 
 
@@ -337,7 +316,7 @@ def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, 
         yield projection, first, rows
 
 
-def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Iterator[tuple[str, _Weight]]:  # noqa: ANN401
+def _unpacked(name: str, tensors: Mapping[str, Stored], declared: Any) -> Iterator[tuple[str, Weight]]:  # noqa: ANN401
     """The weights that packed words stand for."""
     words, (stem, _, last) = tensors[name], name.rpartition(".")
     gptq = last == "qweight"
@@ -348,7 +327,7 @@ def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Itera
     rows, packed = words.shape[::-1] if gptq else words.shape
     columns = packed * 32 // bits
     scales = tensors[f"{stem}.scales" if gptq else f"{stem}.weight_scale"]
-    whole = _Weight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
+    whole = Weight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
     zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
     if gptq and f"{stem}.qzeros" in tensors and not (tensors[f"{stem}.qzeros"].array() == zero).all():
         raise ValueError(f"{stem}.qzeros: zero points are not those of a symmetric weight")
@@ -358,12 +337,28 @@ def _unpacked(name: str, tensors: Mapping[str, _Tensor], declared: Any) -> Itera
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
 
 
-def _floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype in ("F16", "F32", "F64"):
-        return bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float32)
-    raise ValueError(f"{dtype} holds no weights that are understood")
+def _of_mlx(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """The weights in a stack of experts, or the one weight of words: code 0 of each stands for its bias."""
+    tensor, match, stem = tensors[name], _MLX.fullmatch(name), name.removesuffix(".weight")
+    count, rows, columns = tensor.shape if match else (1, *tensor.shape)
+    scales, scaled_from, bits, group = None, 0, 0, 0
+    if tensor.dtype == "U32":
+        bits, group = config["quantization"]["bits"], config["quantization"]["group_size"]
+        if type(bits) is not int or bits not in (4, 8) or type(group) is not int:
+            raise ValueError(f"{name}: {bits!r} bits in groups of {group!r}")
+        if one := _EXPERT.fullmatch(stem):  # whose scales are in a stack
+            stem, scaled_from = f"{one[1].removesuffix('.experts')}.switch_mlp.{one[3]}", int(one[2]) * rows
+        scales, biases, columns = tensors[f"{stem}.scales"], tensors[f"{stem}.biases"], columns * 32 // bits
+        zeros = (floats(np.asarray(each.array()), each.dtype) for each in (scales, biases))
+        if not np.array_equal(next(zeros) * np.float32(-(2 ** (bits - 1))), next(zeros)):
+            raise ValueError(f"{stem}.biases: code 0 stands for something else than in a symmetric weight")
+    for expert in range(count):
+        key = name
+        if match:
+            part = _LETTERED[match[3]] if match[2] == "block_sparse_moe" else f"{match[3]}_proj"
+            key = f"{match[1]}.experts.{expert}.{part}.weight"
+        found = ((expert * rows, rows),)
+        yield key, Weight(name, tensor, (rows, columns), found, scales, bits, group, scaled_from=scaled_from)
 
 
 # -- names and numbers --------------------------------------------------------------------------------------------
@@ -375,19 +370,21 @@ class _How:
 
     Attributes:
         keep, mtp_keep: ids kept by layer; None where all are.
-        experts: in a layer of the source.
+        experts, sets: in a layer of the source, all of them; and how many sets they are in.
         layers: decoder blocks; a block of a higher number is an MTP layer.
         mtp_blocks: blocks of an MTP layer.
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
         healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+        quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
     """
 
     keep: Mapping[str, list[int]] | None
     mtp_keep: Mapping[str, list[int]]
     experts: int
+    sets: int
     layers: int
     mtp_blocks: int
     text_only: bool
@@ -396,6 +393,8 @@ class _How:
     offset: float
     healed: bool
     dequantized: bool
+    quantizes: bool = False
+    requantizes: bool = False
 
     @classmethod
     def of(
@@ -413,14 +412,20 @@ class _How:
             inputs = {} if "quantization_config" in config else inputs.get("origin", {})
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
+        if manifest.get("width"):
+            raise PlanError(
+                "`independent`: experts of OUT have fewer channels, which the second opinion does not derive"
+            )
         keep, text = manifest.get("keep"), _text_of(config)
-        experts = next(_counts_of(config))[1]
+        sets = _SETS.get(str(config.get("model_type")), 1)
+        experts = next(_counts_of(config))[1] * sets
         prunes = keep is not None and any(len(ids) < experts for ids in keep.values())
         text_only, mtp = given.get("text_only"), given.get("mtp") or options.get("mtp", "auto")
         how = cls(
             keep=keep if prunes else None,
             mtp_keep=manifest.get("mtp_keep") or {},
             experts=experts,
+            sets=sets,
             layers=len(text.get("layers_block_type") or text.get("hybrid_override_pattern") or "")
             or next(text[key] for key in ("num_hidden_layers", "num_layers", "n_layers") if key in text),
             mtp_blocks=len(text.get("mtp_hybrid_override_pattern") or text.get("mtp_layers_block_type") or "1"),
@@ -430,6 +435,8 @@ class _How:
             offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
+            quantizes=inputs.get("command") == "quantize",
+            requantizes=bool(scheme.get("requantize")),
         )
         # MTP layers without experts of their own have nothing to lose.
         bound = any(how.is_mtp(name) and (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name)) for name in names)
@@ -440,7 +447,7 @@ class _How:
         layer = _LAYER.match(name)
         return name.startswith(_MTP) or bool(layer and layer[1] not in _MTP and int(layer[2]) >= self.layers)
 
-    def wanted(self, weights: Mapping[str, _Weight]) -> Iterator[tuple[str, _Weight]]:
+    def wanted(self, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
         """What the output must hold, by its names there."""
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
@@ -456,18 +463,20 @@ class _How:
         number = int(layer[2]) - (self.layers if mtp and layer[1] not in _MTP else 0)
         return self.mtp_keep.get(str(number // self.mtp_blocks)) if mtp else self.keep.get(layer[2])
 
-    def _renumbered(self, name: str, weight: _Weight, ids: list[int] | None) -> tuple[str, _Weight] | None:
+    def _renumbered(self, name: str, weight: Weight, ids: list[int] | None) -> tuple[str, Weight] | None:
         """A weight under its number in the output, or what stays of a router; None of an expert that goes."""
         if ids is None:
             return name, weight
         if match := _EXPERT.fullmatch(name):
             old = int(match[2])
             return (f"{match[1]}.{ids.index(old)}.{match[3]}", weight) if old in ids else None
-        if _ACROSS.fullmatch(name):
-            return name, replace(weight, shape=(*weight.shape[:-1], len(ids)), columns=tuple(ids))
+        if self.sets > 1 and (match := _OF_SET.fullmatch(name)):
+            first = self.experts // self.sets if match[1] else 0
+            own = tuple(old - first for old in ids if first <= old < first + self.experts // self.sets)
+            return name, replace(weight, shape=(weight.shape[0], len(own)), columns=own)
         if _IDS.fullmatch(name):
             return name, replace(weight, ids=tuple(ids))
-        if not (_ROUTER.fullmatch(name) or _SEVERAL.fullmatch(name)):
+        if not (_ROUTER.fullmatch(name) or _ACROSS.fullmatch(name) or _SEVERAL.fullmatch(name)):
             return name, weight
         each = weight.shape[0] // self.experts if _SEVERAL.fullmatch(name) else 1
         others = (self.experts * each, weight.shape[0] - self.experts * each)  # of no expert: they stay
@@ -482,19 +491,19 @@ class _How:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def difference(self, name: str, wanted: _Weight, found: _Weight) -> str:
+    def difference(self, name: str, wanted: Weight, found: Weight) -> str:
         """Say how a weight is not what it must be; empty where it is."""
         if wanted.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
         try:
             if self.healed and _LAYER.match(name):
                 return _unlike(wanted, found)
-            if wanted.scales and found.scales:
+            if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
-            if isinstance(wanted, _Float8) and found.tensor.dtype == "BF16":
-                pairs = ((found.bits_of(a, b), _nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
+            if isinstance(wanted, Small) and found.tensor.dtype == "BF16":
+                pairs = ((found.bits_of(a, b), nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
                 return _first(found, pairs)
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
                 return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
@@ -502,7 +511,12 @@ class _How:
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
 
-    def _plain(self, wanted: _Weight, found: _Weight) -> str:
+    def _is_anew(self, wanted: Weight, found: Weight) -> bool:
+        """Whether integers of the source were rounded to others."""
+        grids = (wanted.bits, wanted.group), (found.bits, found.group)
+        return self.requantizes or (self.quantizes and grids[0] != grids[1])
+
+    def _plain(self, wanted: Weight, found: Weight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""
         if wanted.scales is None and wanted.tensor.dtype == found.tensor.dtype:
             text = _first(found, ((found.bits_of(a, b), wanted.bits_of(a, b), a) for a, b in found.runs()))
@@ -513,22 +527,22 @@ class _How:
         half = found.tensor.dtype == "F16"
         return _first(found, ((found.bits_of(a, b), self._dequantized(wanted, a, b, half), a) for a, b in found.runs()))
 
-    def _dequantized(self, weight: _Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
+    def _dequantized(self, weight: Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
         if weight.scales is None:
             assert self.exact is not None
-            codes, scale = _rounded(weight.values(start, stop), self.exact)
+            codes, scale = rounded(weight.values(start, stop), self.exact)
         else:
             codes, scale = weight.codes(start, stop)
         values = codes.astype(np.float32) * scale
-        return _nearest_half(values) if half else _nearest_bf16(values)
+        return nearest_half(values) if half else nearest_bf16(values)
 
-    def _rounding(self, wanted: _Weight, found: _Weight) -> str:
+    def _rounding(self, wanted: Weight, found: Weight) -> str:
         """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
         signed, weights = 0.0, 0
         for start, stop in found.runs():
             values, (codes, scale) = wanted.values(start, stop), found.codes(start, stop)
             if self.exact is not None:
-                right, expected = _rounded(values, self.exact)
+                right, expected = rounded(values, self.exact)
                 if text := _first(found, [(codes, right, start)]) or _first(found, [(scale, expected, start)], "scale"):
                     return text
                 continue
@@ -560,43 +574,12 @@ def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Keys that count the decoder's experts, and what they say."""
     text = _text_of(config)
     for home in (text, text.get("ffn_config") or {}):
-        yield from ((key, home[key]) for key in _COUNTS if key in home)
+        for key in _COUNTS:
+            if key in home:
+                yield key, home[key][0] if isinstance(home[key], list) else home[key]
 
 
-def _rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Round to nearest: the largest weight of a group goes to the lower end of the range, by the sign of its scale."""
-    end, columns = np.float32(2 ** (grid["bits"] - 1)), values.shape[1]
-    span = columns if grid["group_size"] == -1 else grid["group_size"]
-    groups = values.reshape(len(values), -1, span)
-    high, low = np.maximum(groups.max(axis=2), 0), np.maximum(-groups.min(axis=2), 0)
-    size = np.maximum(high, low) / end
-    if grid["scale_grid"] == "bf16":
-        size = _floats(_nearest_bf16(size), "BF16")
-    size = size.astype(np.float16).astype(np.float32)
-    scale = np.where((high >= low) & (size > 0), -1, 1).astype(np.float32) * np.maximum(size, _SMALLEST)
-    spread = np.repeat(scale, span, axis=1)
-    return np.clip(np.rint(values / spread), -end, end - 1).astype(np.int32), spread
-
-
-def _nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even, by the definition: of the two neighbours the one that is nearer."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    below, rest = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
-    up = (rest > 0x8000) | ((rest == 0x8000) & (below & np.uint32(1) == 1))
-    return np.asarray(below + up, np.uint16)
-
-
-def _nearest_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest float16, ties to even: to whole units of the last of 11 bits, 2^-24 at least, in float64."""
-    size = np.abs(values.astype(np.float64))
-    exponent = np.frexp(np.maximum(size, 2.0**-30))[1]  # of zero, as of all that is smaller than the last unit
-    unit = np.ldexp(1.0, np.maximum(exponent - 11, -24))
-    steps = np.rint(size / unit)  # to even, as numpy rounds
-    normal = np.maximum(exponent + 13, 0) * 1024 + steps  # the leading bit of a normal number adds one to its exponent
-    return np.asarray(normal.astype(np.uint16) | np.where(np.signbit(values), 0x8000, 0).astype(np.uint16))
-
-
-def _same_codes(wanted: _Weight, found: _Weight) -> str:
+def _same_codes(wanted: Weight, found: Weight) -> str:
     if (wanted.bits, wanted.group) != (found.bits, found.group):
         return f"{found.bits} bits in groups of {found.group}, expected {wanted.bits} in {wanted.group}"
     for start, stop in found.runs():
@@ -608,7 +591,7 @@ def _same_codes(wanted: _Weight, found: _Weight) -> str:
     return ""
 
 
-def _unlike(wanted: _Weight, found: _Weight) -> str:
+def _unlike(wanted: Weight, found: Weight) -> str:
     """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is."""
     distance, size = 0.0, 0.0
     for start, stop in found.runs():
@@ -621,7 +604,7 @@ def _unlike(wanted: _Weight, found: _Weight) -> str:
     return f"its distance from the source's is {(distance / size) ** 0.5:.2f} times the source's size, expected below 1"
 
 
-def _first(found: _Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
+def _first(found: Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
     """Name the first element that is not what it must be; `runs` gives found, wanted and the first row."""
     what = what or ("code" if found.scales else "bits")
     for ours, theirs, start in runs:
@@ -639,7 +622,7 @@ def _first(found: _Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
-def _check_names(wanted: Mapping[str, _Weight], found: Mapping[str, _Weight], findings: Findings) -> None:
+def _check_names(wanted: Mapping[str, Weight], found: Mapping[str, Weight], findings: Findings) -> None:
     for name in wanted.keys() - found.keys():
         findings.problem(CODE, name, f"missing: the source's {wanted[name].name} gives it")
     for name in found.keys() - wanted.keys():
@@ -651,7 +634,7 @@ def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings:
     text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}
     for key, count in _counts_of(config) if how.keep else ():
-        if {count} != kept:
+        if {count * how.sets} != kept:
             findings.problem(CODE, "config.json", f"{key} is {count}, but layers keep {sorted(kept)}")
     for key in _MTP_COUNTS if how.drops_mtp and had_mtp else ():
         if text.get(key):

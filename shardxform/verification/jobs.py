@@ -23,9 +23,10 @@ from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
+from shardxform.verification.healed import HealedTally
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally
-from shardxform.verification.wanted import Derived
+from shardxform.verification.wanted import Derived, HealedWeight
 
 __all__ = [
     "FLOATS",
@@ -294,7 +295,7 @@ class Weight:
         return self.pair.source.nbytes
 
 
-Task = Sequence[TensorPiece | Weight | Written]
+Task = Sequence[TensorPiece | Weight | Written | HealedWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +326,7 @@ class Result:
     """What one task showed; `error` when the output could not be read on."""
 
     nbytes: int
-    seen: list[Seen | Tally | Digest] = field(default_factory=list)
+    seen: list[Seen | Tally | Digest | HealedTally] = field(default_factory=list)
     error: str = ""
 
 

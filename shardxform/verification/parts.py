@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
+from shardxform.formats.config_names import declared_in
 from shardxform.formats.dialects import method_of
 from shardxform.formats.encoding import Storage
 from shardxform.formats.scheme import FORMATS, Grid
@@ -20,7 +22,7 @@ from shardxform.formats.stored import Stored, scan_stored
 from shardxform.model.layout import COMPANIONS, Layout
 from shardxform.verification.findings import Findings, Item
 
-__all__ = ["Freedom", "Pair", "Rule", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
+__all__ = ["Freedom", "Pair", "Rule", "check_merged_rows", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
 
 _ABOUT: Final = re.compile(r"tensor '([^']+)'(?: is |: )(.*)", re.DOTALL)
 _MALFORMED: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -83,6 +85,7 @@ class Rule:
             so many steps allow.
         freedom: what the rounding leaves open.
         packed: the source, where its weights are the same integers and scales in another form.
+        anew: whether integers of the source were rounded anew; None where that is not known.
         plain: whether the output is known not to be tuned; then a weight that is off is worth a warning at least.
 
     """
@@ -93,6 +96,7 @@ class Rule:
     plain: bool
     freedom: Freedom
     packed: Stored | None = None
+    anew: bool | None = None
 
 
 def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
@@ -104,7 +108,9 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
         the checkpoint as modules; None when it has none, or when its quantization is not one that is understood.
 
     """
-    declared = checkpoint.config.get("quantization_config")
+    declared: object = None
+    with suppress(SchemeError):  # which is told where the config is looked at
+        declared = declared_in(checkpoint.config)
     if not isinstance(declared, Mapping) or method_of(declared) not in FORMATS:
         return None
     if not any(name.rpartition(".")[2] in COMPANIONS for name in checkpoint.tensors):
@@ -115,7 +121,8 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
         if not any(problem.code == "quantization-config" for problem in findings.problems):
             text = str(e).removeprefix(f"{checkpoint.where}/").removeprefix(f"{CONFIG}: ")
             findings.warn("not-understood", CONFIG, f"quantized weights are not looked into: {text}")
-        _check_merged_rows(checkpoint, layout, findings)
+        if method_of(declared) != "mlx":  # which merges nothing
+            check_merged_rows(checkpoint, layout, findings)
         return None
     except _MALFORMED as e:  # shapes or values that nothing can mean; as a rule a problem says so already
         if not findings.problems:
@@ -152,7 +159,7 @@ def _items(errors: list[CheckpointError], layout: Layout, findings: Findings) ->
             yield Item(code, name, place, detail) if place else (code, name, detail)
 
 
-def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
+def check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
     """Members of a merged module have as many words and scales a row, that is the same bits and groups.
 
     Where one scheme holds for all weights, every shape is checked against it, and this says nothing more.
@@ -195,10 +202,10 @@ def rule_of(
         tolerance: codes that a weight may be from the nearest; None for 0 where the record says that weights were
             rounded to nearest, and 1 where they were tuned or nothing is known.
         findings: added to.
-        packed: a quantized source; then nothing was rounded.
+        packed: a source of integers; where it was converted, nothing was rounded.
 
     """
-    if packed:
+    if packed and record.get("command") != "quantize" and stored.weights.keys() <= packed.weights.keys():
         return Rule(stored, None, 0, plain=True, freedom=freedom_of(stored.scheme.grid, None), packed=packed)
     scheme = record.get("scheme")
     scheme = scheme if isinstance(scheme, Mapping) else {}
@@ -208,15 +215,14 @@ def rule_of(
         text = f"rounded to {grid.bits} bits in groups of {grid.group_size}, but config.json says {ours.bits} in groups"
         findings.problem("record", PROVENANCE, f"{text} of {ours.group_size}")
         grid = None
-    declared = stored.layout.config["quantization_config"]
+    declared = declared_in(stored.layout.config)
     tuned = scheme.get("method", "rtn") != "rtn" or bool(declared.get("iters"))
     steps = _steps(record) if scheme.get("method") == "auto-round" else None
     start = grid_of(scheme.get("grid")) or replace(stored.scheme.grid, search=True)
     freedom = freedom_of(start, steps, tolerance)
-    if tolerance is not None:
-        return Rule(stored, grid, tolerance, plain=not tuned, freedom=freedom)
-    bound = 0 if grid else freedom.offset if steps else _SLACK
-    return Rule(stored, grid, bound, plain=not tuned, freedom=freedom)
+    anew = scheme.get("requantize") is True if record.get("command") == "quantize" else None
+    bound = tolerance if tolerance is not None else 0 if grid else freedom.offset if steps else _SLACK
+    return Rule(stored, grid, bound, plain=not tuned, freedom=freedom, anew=anew)
 
 
 def _steps(record: Mapping[str, object]) -> int | None:

@@ -15,11 +15,13 @@ from typing import Final
 
 from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
-from shardxform.formats.decoding import is_microscaled, unreadable
-from shardxform.formats.dialects import method_of
+from shardxform.errors import SchemeError
+from shardxform.formats.decoding import is_packed, unreadable
+from shardxform.formats.dialects import ASYMMETRIC, method_of, resolve
 from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
-from shardxform.model.layout import Layout, Place, is_tied
+from shardxform.model.layout import Layout, Place
+from shardxform.model.tied_head import is_tied
 from shardxform.verification.findings import Findings, Item, place_of, spans
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "check_quantization", "readers_of"]
@@ -42,6 +44,7 @@ _INTEGERS: Final = frozenset({*_KINDS.values(), "mlx"})
 _PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:llm_compressor")  # vLLM's list
 _FLOAT_ROLES: Final = frozenset({"router", "embeddings", "norms"})
 _FLOAT_MODULES: Final = ("*conv1d", "*shared_expert_gate", "*.A_log", "*.dt_bias")
+_BESIDE: Final = ("activation_scale", "input_scale", "qscale_act", "qscale_weight")
 _SECOND: Final = ("input_global_scale", "scale", "weight_global_scale", "weight_scale_2")
 _NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells experts of a layer apart
 
@@ -88,9 +91,12 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     modules = list(_modules(layout, tensors))
     declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     _check_float(layout, modules, findings)
+    above, below = layout.config.get("quantization_config"), layout.text.get("quantization_config")
+    if layout.wrapper.text_key and above and below and above != below:
+        findings.problem("quantization-config", CONFIG, "quantization_config and that of the text config differ")
     if why := unreadable(layout.config):
         findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
-    if not is_microscaled(layout.config):
+    if not is_packed(layout.config):
         _check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
     if declared in (None, {}):
@@ -153,7 +159,9 @@ def _check_float(layout: Layout, modules: Sequence[_Module], findings: Findings)
 
 
 def _is_float_only(layout: Layout, m: _Module) -> bool:
-    """Whether no client runs a module quantized as it is; its template and kind decide."""
+    """Whether no client runs a module quantized as it is; its template and kind decide. mlx-lm runs all but norms."""
+    if m.kind == "mlx":
+        return m.place.template.role == "norms"
     patterns = _FLOAT_MODULES if m.kind in FP8 else (*layout.family.keep_16bit, *_FLOAT_MODULES)
     tied = m.place.template.role == "lm head" and is_tied(layout)
     return tied or m.place.template.role in _FLOAT_ROLES or any(fnmatchcase(m.local, p) for p in patterns)
@@ -224,13 +232,23 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
     for key in _REQUIRED.get(method, ()):
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
+    if method == "mlx" and not declared.get(ASYMMETRIC):
+        try:
+            resolve(declared)
+        except SchemeError as e:
+            report(str(e).partition(": ")[2])
     if method in _REQUIRED and method not in ("mlx", *layout.family.formats):
         family, known = layout.family, " or ".join(layout.family.formats)
         why = f"do not find experts of {family.name}, as those of {known} do" if known else f"fail: {family.unread}"
         report(f"quant_method: {method}, whose loaders {why}")
     bits, packing = declared.get("bits"), declared.get("packing_format")
     if method == "gptq" and declared.get("sym") is False:
-        report(f"sym: false, which vLLM and SGLang refuse for experts (bits={bits}, sym=False)")
+        findings.warn(
+            "quantization-config",
+            CONFIG,
+            f"quantization_config.sym: false ({bits} bits), of which vLLM and SGLang run"
+            " experts only when told to (quantization moe_wna16)",
+        )
     if method == "auto-round" and packing is not None and packing not in _PACKINGS:
         report(f"packing_format: {packing!r}, clients take {' or '.join(_PACKINGS)}")
     blocks = blocks_of(declared)
@@ -333,9 +351,9 @@ def _ignored(declared: Mapping[str, object]) -> Iterator[str]:
 
 def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Findings) -> None:
     """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
-    declared = layout.config.get("quantization_config")
+    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     rule = scale_rule(declared if isinstance(declared, Mapping) else {})
-    rule = rule or ScaleRule(SCALES, None)
+    rule = replace(rule or ScaleRule(SCALES, None), transposed=layout.family.experts.transposed)
     findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)
 
 
@@ -344,9 +362,9 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
         spec = tensors[name].spec
         if place.companion or spec.dtype not in FP8:
             continue
-        stem = name.removesuffix("weight")
-        stored = next((last for last in SCALES if stem + last in tensors), None)
-        last = stored if stored in rule.names else rule.names[0]
+        (stem, names), known = rule.beside(spec), replace(rule, names=(*rule.names, *SCALES)).beside(spec)[1]
+        stored = next((last for last in known if stem + last in tensors), None)
+        last = stored if stored in names else names[0]
         if stem + last not in tensors:
             found = f", and clients do not read {stored}" if stored else ""
             detail = f"missing: its weight is {spec.dtype}, which means nothing without its scales{found}"
@@ -358,7 +376,7 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
 def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
     """Scales whose weight needs none: half of a conversion."""
     for name, place in layout.places.items():
-        if place.companion not in (*SCALES, "input_scale", *_SECOND):
+        if place.companion not in (*SCALES, *_BESIDE, *_SECOND):
             continue
         weight = tensors.get(name.removesuffix(place.companion) + "weight")
         if weight is not None and weight.spec.dtype in FLOATS:

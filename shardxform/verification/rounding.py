@@ -49,6 +49,7 @@ class Tally:
         words_equal, scales_differing: against the source rounded again.
         first_bad, first_scale: a sentence each on the first.
         sums: over rows, where only a bound on codes is known.
+        same: whether the source's own integers were compared.
         systematic: what these show to be wrong with codes and scales, a sentence each; empty if nothing.
 
     """
@@ -66,6 +67,7 @@ class Tally:
     first_bad: str = ""
     first_scale: str = ""
     sums: Sums | None = None
+    same: bool = False
     systematic: tuple[str, str] = ("", "")
 
     @property
@@ -116,8 +118,10 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
         Opener(read, checked=False).open(each) for read, each in ((read_out, pair.stored), (read_source, pair.source))
     )
     assert isinstance(stored, IntRows)
-    if isinstance(source, IntRows):
-        return _same(pair, stored, source)
+    if isinstance(source, IntRows) and (rule.packed or (not rule.anew and _are_alike(stored, source))):
+        moved = _same(pair, stored, source)
+        if rule.packed or rule.anew is False or moved.sound:
+            return moved
     limits = Limits.of(rule, columns)
     tally = Tally(pair, sums=None if rule.grid else Sums(columns, limits.zero))
     for start, stop in row_tiles(rows, columns, _TILE_WEIGHTS):
@@ -128,10 +132,14 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     return tally
 
 
+def _are_alike(ours: IntRows, theirs: IntRows) -> bool:
+    return (ours.grid.bits, ours.grid.group_size) == (theirs.grid.bits, theirs.grid.group_size)
+
+
 def _same(pair: Pair, ours: IntRows, theirs: IntRows) -> Tally:
     """Hold a stored weight against a quantized source's: the same integers and scales, however they lie."""
     rows, columns = pair.source.shape
-    tally = Tally(pair, weights=rows * columns)
+    tally = Tally(pair, weights=rows * columns, same=True)
     (our_OW, our_OG), (their_OW, their_OG) = ours.turned(0, rows), theirs.turned(0, rows)
     tally.words_equal = np.array_equal(our_OW, their_OW)
     _compare_scales(0, our_OG, their_OG, tally)
@@ -282,8 +290,8 @@ _EXPERT: Final = re.compile(r".*\.experts\.(\d+)\..*")
 
 def report_tallies(tallies: Sequence[Tally], rule: Rule, findings: Findings) -> Rounding:
     """Add a problem for every weight that is no rounding of the source's, and sum up."""
-    again = "the source's" if rule.packed else "what rounding the source again gives"
     for tally in tallies:
+        again = "the source's" if rule.packed or tally.same else "what rounding the source again gives"
         _report(tally, again, findings)
     weights, moved = sum(t.weights for t in tallies), sum(t.moved for t in tallies)
     if moved and rule.plain:
@@ -295,6 +303,7 @@ def report_tallies(tallies: Sequence[Tally], rule: Rule, findings: Findings) -> 
             name=t.pair.name.removesuffix(".weight"), relative_error=t.relative_error, clipped=t.clipped, moved=t.moved
         )
         for t in tallies
+        if not t.same
     ]
     energy = sum(t.energy for t in tallies)
     return Rounding(
@@ -306,6 +315,7 @@ def report_tallies(tallies: Sequence[Tally], rule: Rule, findings: Findings) -> 
         clipped=sum(t.clipped for t in tallies),
         moved=moved,
         relative_error=math.sqrt(sum(t.square for t in tallies) / energy) if energy else 0.0,
+        taken_over=0 if rule.packed else sum(t.same for t in tallies),
         by_weight=() if rule.packed else tuple(sorted(errors, key=lambda e: (-e.relative_error, e.name))),
     )
 
@@ -315,7 +325,7 @@ def _report(tally: Tally, again: str, findings: Findings) -> None:
     of = f"expert {expert[1]}: " if expert else ""
     scales = f"{tally.scales_differing} of {tally.scales} scales are not {again}"
     codes, ranges = tally.systematic
-    name = dict(tally.pair.stored.parts)["scales"].name
+    name = dict(tally.pair.stored.parts).get("scales", tally.pair.stored.parts[0][1]).name
     if tally.bad:
         text = f"{of}{tally.bad} of {tally.weights} weights are no rounding of the source's, the first at "
         also = f"; {scales}" if tally.scales_differing else f"; {codes}" if codes else ""

@@ -10,24 +10,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
+from shardxform.ask.recipe import HEALED, Heal
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
+from shardxform.formats.config_names import declared_in
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import method_of
+from shardxform.formats.stored import as_plain
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs
+from shardxform.plan.steps import healed_view
 from shardxform.plan.view import MtpMode, View, pruned_view
 from shardxform.runtimes import mlx
 from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
-from shardxform.verification.wanted import Known, Wanted
+from shardxform.verification.wanted import Known, Wanted, heal_of
 
-__all__ = ["Options", "compare_tables", "rebuild"]
+__all__ = ["Options", "check_origin", "compare_tables", "given_manifest", "rebuild", "recorded_manifest"]
 
 _MODES: Final = ("auto", "keep", "drop")
 
@@ -60,20 +64,19 @@ def rebuild(
 
     """
     record, packed = known.record, known.packed
-    _check_origin(source, record, findings)
+    check_origin(source, record, findings)
     if packed:
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        source = replace(source, tensors={**packed.weights, **packed.plain}, config=config)
-    elif out is not None and _method(out) != _method(source):
+        source = as_plain(source, packed)
+    elif out is not None and _is_decoded(source, out, record):
         source = decoded(source) or source
     layout = layout_of(source.config, source.tensors)
-    manifest = _given_manifest(options, layout)
+    manifest = given_manifest(options, layout)
     if manifest and record.get("manifest"):
-        made_with = _recorded_manifest(record["manifest"], layout, Findings())
+        made_with = recorded_manifest(record["manifest"], layout, Findings())
         if made_with and (made_with.keep, made_with.mtp_keep) != (manifest.keep, manifest.mtp_keep):
             findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given")
     elif record.get("manifest"):
-        manifest = _recorded_manifest(record["manifest"], layout, findings)
+        manifest = recorded_manifest(record["manifest"], layout, findings)
         if manifest is None:
             return None
     recorded = record.get("options")
@@ -88,15 +91,34 @@ def rebuild(
     if manifest is None and out is not None and _fewer_experts(out, layout):
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given")
         return None
-    view = pruned_view(source, manifest, text_only=text_only, mtp=mtp)
+    return _as_written(pruned_view(source, manifest, text_only=text_only, mtp=mtp), out, record)
+
+
+def _as_written(view: View, out: Checkpoint | None, record: Mapping[str, object]) -> View:
+    """The view as a format has it, or as healing wrote it."""
     if out is not None and _method(out) == "mlx":
         told = mlx.as_read(view.checkpoint.config, view.layout)
         view = replace(view, checkpoint=replace(view.checkpoint, config=told))
-    return view
+    if not _in_16bit(record):
+        return view
+    what = (heal_of(record) or {}).get("what")
+    return healed_view(view, Heal(what=cast(Any, what if what in HEALED else "auto"), encoding="16bit"))[0]
+
+
+def _in_16bit(record: Mapping[str, object]) -> bool:
+    """Whether what was healed of small floats was written in 16 bits."""
+    return (heal_of(record) or {}).get("encoding") == "16bit"
+
+
+def _is_decoded(source: Checkpoint, out: Checkpoint, record: Mapping[str, object]) -> bool:
+    """Whether OUT holds other weights than those that are stored in the source."""
+    if record.get("command") in ("convert", "quantize"):
+        return True
+    return _method(out) != _method(source) and not _in_16bit(record)
 
 
 def _method(checkpoint: Checkpoint) -> object:
-    declared = checkpoint.config.get("quantization_config")
+    declared = declared_in(checkpoint.config)
     return method_of(declared) if isinstance(declared, Mapping) else None
 
 
@@ -135,12 +157,14 @@ def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findin
 _ABSENT: Final = object()
 
 
-def _given_manifest(options: Options, layout: Layout) -> Manifest | None:
+def given_manifest(options: Options, layout: Layout) -> Manifest | None:
+    """The manifest that the caller gives; raises `ManifestError` where it does not fit."""
     manifest = options.manifest
     return manifest if manifest is None or isinstance(manifest, Manifest) else Manifest.load(manifest, layout)
 
 
-def _recorded_manifest(recorded: object, layout: Layout, findings: Findings) -> Manifest | None:
+def recorded_manifest(recorded: object, layout: Layout, findings: Findings) -> Manifest | None:
+    """The manifest of a record; None where it does not fit, which is reported."""
     try:
         if not isinstance(recorded, Mapping):
             raise ManifestError("manifest: expected an object")
@@ -155,10 +179,10 @@ def _fewer_experts(out: Checkpoint, layout: Layout) -> bool:
     """Whether the output is pruned, by its config; only a plain count is believed."""
     home = value_at(out.config, layout.wrapper.text_key) if layout.wrapper.text_key else out.config
     counts = [value_at(home, key) for key in layout.family.count_keys] if isinstance(home, Mapping) else []
-    return any(type(count) is int and count < layout.num_experts for count in counts)
+    return any(type(count) is int and count < layout.in_set for count in counts)
 
 
-def _check_origin(source: Checkpoint, record: Mapping[str, object], findings: Findings) -> None:
+def check_origin(source: Checkpoint, record: Mapping[str, object], findings: Findings) -> None:
     """Warn when the output records another source: its bytes may still be equal, the comparison tells."""
     recorded = record.get("source")
     if not isinstance(recorded, Mapping):

@@ -15,7 +15,8 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.decoding import is_microscaled, scan_decoded
+from shardxform.formats.config_names import declares
+from shardxform.formats.decoding import is_packed, scan_decoded
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
@@ -87,8 +88,9 @@ _SCALINGS: Final = {  # what each way of scaling positions cannot do without
 def config_faults(layout: Layout) -> Iterator[str]:
     """Yield what clients refuse in a config, one sentence each that begins with the key."""
     family, key = layout.family, layout.wrapper.text_key
-    if key is None:
-        yield from _of_decoder(layout.config, family.types, "", family)
+    if key is None:  # a multimodal config that nests no other is that of code beside the shards, not of transformers
+        types = {} if layout.wrapper.vision else family.types
+        yield from _of_decoder(layout.config, types, "", family)
         return
     yield from _of_part(layout.config, family.wrapper_types, "")
     decoder, vision = value_at(layout.config, key), layout.config.get("vision_config")
@@ -230,7 +232,8 @@ def check_structure(
     for fault in config_faults(layout):
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
-    if is_microscaled(checkpoint.config):
+    if is_packed(checkpoint.config):
+        _check_merged_rows(checkpoint, layout, findings)
         checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
         layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
@@ -258,8 +261,17 @@ def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Chec
     return plain
 
 
+def _check_merged_rows(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> None:
+    """Hold merged modules against each other, where weights are words of integers of any width."""
+    words = (ref.spec for name, ref in checkpoint.tensors.items() if name.endswith(tuple(PARTS)))
+    if any(spec.dtype == "I32" for spec in words):
+        from shardxform.verification.parts import check_merged_rows
+
+        check_merged_rows(checkpoint, layout, findings)
+
+
 def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Stored | None:
-    if not checkpoint.config.get("quantization_config"):
+    if not declares(checkpoint.config):
         return None
     from shardxform.verification.parts import check_parts  # and with it all that is known of encodings
 
@@ -473,7 +485,8 @@ def _check_unexpected(
     for name, place in layout.places.items():
         if place.scope == "mtp" and not layout.mtp_layers:
             continue
-        base = name.removesuffix(place.companion) + "weight" if place.companion else name
+        whole = "" if place.companion.startswith("_") or not place.companion else "weight"
+        base = name.removesuffix(place.companion) + whole
         template = place.template
         if template in layout.family.towers:
             continue
@@ -579,7 +592,7 @@ def _meaning(layout: Layout, name: str) -> tuple[str, str]:
 
 
 def _way_out(layout: Layout) -> str:
-    declared = layout.config.get("quantization_config")
+    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
     method = declared.get("quant_method") if isinstance(declared, Mapping) else None
     if method not in FORMATS:
         return ""

@@ -12,10 +12,11 @@ from itertools import product
 from typing import Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED
-from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.checkpoint.identity import config_sha256
+from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.errors import SchemeError
+from shardxform.errors import CheckpointError, SchemeError
+from shardxform.formats.config_names import declares
+from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.matrices import matrices_of, single_biases
@@ -23,13 +24,24 @@ from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
 from shardxform.model.families.base import LINEAR_ROLES
-from shardxform.model.layout import COMPANIONS, Layout
+from shardxform.model.layout import COMPANIONS, Layout, layout_of
+from shardxform.plan.gguf_origin import inputs_for
 from shardxform.plan.steps import healed_names
 from shardxform.plan.view import View
 from shardxform.verification.findings import Findings
 from shardxform.verification.parts import Pair, Rule, grid_of, pair_of
 
-__all__ = ["Derived", "Known", "Reason", "Wanted", "known_of", "wanted_of"]
+__all__ = [
+    "Derived",
+    "HealedWeight",
+    "Known",
+    "Reason",
+    "Wanted",
+    "heal_of",
+    "healed_by",
+    "known_of",
+    "wanted_of",
+]
 
 Reason = Literal["healed", "tuned", "unknown"]
 
@@ -57,6 +69,32 @@ class Derived:
     def moves(self) -> bool:
         """Whether the values are the source's own, in another order."""
         return self.grid is None and all(source.encoding == Plain(self.dtype) for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class HealedWeight:
+    """A matrix that healing moved.
+
+    Attributes:
+        name: of the tensor.
+        source, stored: where it lies, and how, in the source and in the output.
+        beside: matrices of the source whose root mean square, of all together, was the measure of a step.
+        reach: the way of all steps, as a part of that.
+        iters: how many steps there were.
+
+    """
+
+    name: str
+    source: Storage
+    stored: Storage
+    beside: tuple[Storage, ...]
+    reach: float
+    iters: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrix in the source."""
+        return self.source.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +132,7 @@ class Wanted:
         rule: how those were rounded.
         derived: tensors that hold values which follow from the source, though not its bytes.
         left: tensors of the output, parts among them, whose values are not held against the source, and why.
+        healed: matrices among these that can only be so far from the source's.
 
     """
 
@@ -104,6 +143,7 @@ class Wanted:
     rule: Rule | None = None
     derived: Mapping[str, Derived] = field(default_factory=dict)
     left: Mapping[str, Reason] = field(default_factory=dict)
+    healed: tuple[HealedWeight, ...] = ()
 
     @property
     def same_bytes(self) -> dict[str, TensorRef]:
@@ -128,45 +168,146 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
         CheckpointError: a quantized source is not stored as its config says.
 
     """
-    packed = _packed_source(source, out, stored)
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
-    return Known(stored, packed, {"facts": record.get("facts"), **_inputs_for(source, inputs, packed)})
+    packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored, inputs)
+    asked = inputs_for(source, inputs, packed=packed is not None)
+    return Known(stored, packed, {"facts": record.get("facts"), **asked})
 
 
-def _inputs_for(source: Checkpoint, inputs: Mapping[str, object], packed: Stored | None) -> Mapping[str, object]:
-    """Those of a converted output also tell how what was converted had been made, which counts for another source."""
-    origin, recorded = inputs.get("origin"), inputs.get("source")
-    direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
+def _packed_source(
+    source: Checkpoint, out: Checkpoint | None, stored: Stored | None, inputs: Mapping[str, object]
+) -> Stored | None:
+    """A source of integers that OUT holds in another form, or beside more of them; None for any other.
 
-
-def _packed_source(source: Checkpoint, out: Checkpoint | None, stored: Stored | None) -> Stored | None:
-    """A quantized source whose weights OUT holds in another form, as `convert` writes it; None for any other."""
-    if not source.config.get("quantization_config") or out is None:
+    So `convert` writes it, and `quantize`, which rounds what is not quantized in the source.
+    """
+    if not declares(source.config) or out is None:
         return None
     try:
         packed = read_stored(source)
     except SchemeError:
         return None  # a form that is not understood can only have been copied
-    if not out.config.get("quantization_config"):
+    if not declares(out.config):
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
-    return packed if stored and form != other else None
+    if stored is None or (form == other and inputs.get("command") != "quantize"):
+        more = stored and any(name in packed.plain for name in stored.weights)
+        return packed if more else None
+    return packed
 
 
-def _healed(view: View, record: Mapping[str, object]) -> frozenset[str]:
+def healed_by(view: View, record: Mapping[str, object]) -> frozenset[str]:
     """Tensors of the view that healing changed, by the record; where it does not name blocks, all that it may have."""
+    return _healing(view, record).names
+
+
+@dataclass(frozen=True, slots=True)
+class _Healing:
+    """Which tensors healing moved, and how, by the record; where it does not name blocks, all that it may have.
+
+    Attributes:
+        view: with values in place of small floats.
+        names: tensors of it.
+        stored: the same as they are stored; scales of a whole tensor stay.
+        blocks: by layer, the first step.
+        iters: how many steps.
+
+    """
+
+    view: View
+    names: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
+    blocks: Mapping[int | None, float] = field(default_factory=dict)
+    iters: int = 0
+
+
+def heal_of(record: Mapping[str, object]) -> Mapping[str, object] | None:
+    """How blocks were healed, as a record has it; None when they were not."""
     recipe = record.get("recipe")
     heal = recipe.get("heal") if isinstance(recipe, Mapping) else None
-    if not isinstance(heal, Mapping):
-        return frozenset()
+    return heal if isinstance(heal, Mapping) else None
+
+
+def _healing(view: View, record: Mapping[str, object]) -> _Healing:
+    heal = heal_of(record)
+    if heal is None:
+        return _Healing(view)
+    as_stored = heal.get("encoding") == "source"
+    if as_stored and (plain := decoded(view.checkpoint)):
+        view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))
     widest = next((what for what in HEALED if what == heal.get("what")), "all")
     places, done = view.layout.places, dict(_healed_blocks(record.get("facts")))
     names: dict[str | None, frozenset[str]] = {
         what: frozenset(healed_names(view.layout, places, what)) for what in HEALED
     }
-    return frozenset(name for name in names[widest] if name in names.get(done.get(places[name].layer, widest), ()))
+    moved = {name for name in names[widest] if name in names.get(done.get(places[name].layer, widest), ())}
+    parts = {part for name in moved for part in _stored_names(view.checkpoint.tensors[name])} if as_stored else moved
+    iters = heal.get("iters")
+    return _Healing(
+        view=view,
+        names=frozenset(moved),
+        stored=frozenset(parts),
+        blocks=dict(_rates(record.get("facts"))),
+        iters=iters if type(iters) is int and iters > 0 else 0,
+    )
+
+
+def _stored_names(ref: TensorRef) -> Iterator[str]:
+    if isinstance(ref, Encoded):
+        yield from (part.name for role, part in ref.sources[0].parts if role != "whole")
+    else:
+        yield ref.name
+
+
+def _rates(facts: object) -> Iterator[tuple[int | None, float]]:
+    """Layers with the first step of healing."""
+    blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
+    for block in blocks if isinstance(blocks, list) else ():
+        healed = block.get("healed") if isinstance(block, Mapping) else None
+        rate = healed.get("lr") if isinstance(healed, Mapping) else None
+        if isinstance(rate, float) and 0 < rate <= 1 and type(block.get("layer")) is int:
+            yield block["layer"], rate
+
+
+def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
+    """Matrices that OUT has as the view has them, with how far healing can have moved them."""
+    try:
+        found = (decoded(out) or out).tensors
+    except (CheckpointError, SchemeError):
+        return  # what is wrong is said where OUT is looked at
+    tensors, layout = healing.view.checkpoint.tensors, healing.view.layout
+    for name in sorted(healing.names, key=natural_key):
+        layer = layout.places[name].layer
+        if not healing.iters or layer not in healing.blocks:
+            continue
+        ref, other = tensors[name], found.get(name)
+        if other is None or other.spec.shape != ref.spec.shape or other.spec.dtype != ref.spec.dtype:
+            continue
+        reach = healing.blocks[layer] * (healing.iters + 1) / 2
+        together = [one for each in _measured_with(name, layout) for one in _matrices(tensors[each])]
+        for source, stored in zip(_matrices(ref), _matrices(other), strict=True):
+            beside = (source,) if len(ref.spec.shape) > 2 else tuple(together)
+            yield HealedWeight(name, source, stored, beside, reach, healing.iters)
+
+
+def _measured_with(name: str, layout: Layout) -> tuple[str, ...]:
+    """Tensors that have one root mean square with this one: those of an expert's first stack."""
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    inner = layout.family.experts.inner
+    if layout.places[name].expert is None or last not in inner:
+        return (name,)
+    return tuple(f"{stem}.{each}.weight" for each in inner)
+
+
+def _matrices(ref: TensorRef) -> Sequence[Storage]:
+    """Each matrix of experts by itself; any other tensor as one."""
+    if isinstance(ref, Encoded):
+        return ref.sources
+    shape = ref.spec.shape
+    if len(shape) == 3 and shape[1] > 1:
+        return [one for each in ref.slabs() for one in storages_of(each)]
+    return storages_of(ref.reshaped((math.prod(shape[:-1]), shape[-1])) if len(shape) > 2 else ref)
 
 
 def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
@@ -186,12 +327,21 @@ def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
 
 def wanted_of(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
     """Give what `out` must hold of `view`, whose weights it may hold quantized, dequantized, healed or one by one."""
-    healed = _healed(view, known.record)
-    if not out.config.get("quantization_config") and (known.packed or known.dequantized):
+    healing = _healing(view, known.record)
+    healed = healing.stored
+    if not declares(out.config) and (known.packed or known.dequantized):
         return _dequantized(view, out, known, healed, findings)
-    if not out.config.get("quantization_config") or view.checkpoint.config.get("quantization_config"):
-        return _apart(Wanted(view, view.checkpoint.tensors), healed)
+    if not declares(out.config) or declares(view.checkpoint.config):
+        wanted = _apart(Wanted(view, view.checkpoint.tensors, derived=dict(_decoded(view))), healed)
+        return replace(wanted, healed=tuple(_moves(healing, out)))
     return _apart(_quantized(view, out, known, findings), healed)
+
+
+def _decoded(view: View) -> Iterator[tuple[str, Derived]]:
+    """What is small floats in the source, and values of the view."""
+    for name, ref in view.checkpoint.tensors.items():
+        if isinstance(ref, Encoded):
+            yield name, Derived(ref.sources, ref.spec.dtype)
 
 
 def _apart(wanted: Wanted, healed: Collection[str]) -> Wanted:
@@ -202,7 +352,9 @@ def _apart(wanted: Wanted, healed: Collection[str]) -> Wanted:
     parts = {ref.name for pair in wanted.pairs if pair.name in single for _, ref in pair.stored.parts}
     names = parts | {name for name in wanted.tensors if name in healed or name in single}
     left: dict[str, Reason] = {**wanted.left, **dict.fromkeys(names, "healed")}
-    return replace(wanted, pairs=tuple(pair for pair in wanted.pairs if pair.name not in single), left=left)
+    pairs = tuple(pair for pair in wanted.pairs if pair.name not in single)
+    derived = {name: values for name, values in wanted.derived.items() if name not in left}
+    return replace(wanted, pairs=pairs, derived=derived, left=left)
 
 
 def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) -> Wanted:
@@ -327,6 +479,7 @@ def _scheme_of(recorded: Mapping[str, object]) -> Scheme:
         expert_names=names,
         keep_16bit=_patterns(recorded.get("keep_16bit")),
         quantize=_patterns(recorded.get("quantize")),
+        requantize=recorded.get("requantize") is True,
     )
 
 
@@ -353,7 +506,7 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
         for ref in _as_stored(refs, view, out):
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
-            table[ref.name] = replace(ref, spec=replace(ref.spec, dtype=dtype))
+            table[ref.name] = replace(ref, spec=ref.spec._replace(dtype=dtype))
             values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
             if changed:
                 left[ref.name] = "healed"

@@ -23,6 +23,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_-])?", re.A
 _REVISION: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]*", re.ASCII)
 _MAX_NAME: Final = 96  # the hub's own limit, of owner and name together
 _FORM: Final = "owner/name[@revision]"
+_GGUF: Final = ".gguf"
 _BLOCK: Final = 1 << 20
 
 
@@ -31,14 +32,18 @@ _BLOCK: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RepoName:
-    """A repository of the hub, at a branch, tag or commit; `as_path` when it could have been meant as a path here."""
+    """A repository of the hub, at a branch, tag or commit; `as_path` when it could have been meant as a path here.
+
+    `file` is the one file in GGUF of it that is meant, by its path in the repository; empty for all of it.
+    """
 
     repo: str
     revision: str = "main"
     as_path: bool = field(default=False, compare=False)
+    file: str = ""
 
     def __str__(self) -> str:
-        return f"{SCHEME}{self.repo}@{self.revision}"
+        return f"{SCHEME}{self.repo}{'/' * bool(self.file)}{self.file}@{self.revision}"
 
 
 def parse_source(text: str) -> Path | RepoName:
@@ -49,12 +54,24 @@ def parse_source(text: str) -> Path | RepoName:
 
     """
     if text.startswith(SCHEME):
-        name = _repo_name(text.removeprefix(SCHEME))
+        name = _repo_name(text.removeprefix(SCHEME)) or _file_name(text.removeprefix(SCHEME))
         if name is None:
-            raise CheckpointError(f"{text}: expected {SCHEME}{_FORM}")
+            raise CheckpointError(f"{text}: expected {SCHEME}{_FORM}, or {SCHEME}owner/name/FILE.gguf[@revision]")
         return name
     path, name = Path(text), _repo_name(text)
     return path if name is None or path.exists() else replace(name, as_path=True)
+
+
+def _file_name(text: str) -> RepoName | None:
+    """A file in GGUF of a repository."""
+    path, at, revision = text.partition("@")
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    parts = file.split("/")
+    repo = _repo_name(f"{owner}/{name}{at}{revision}")
+    if repo is None or not file.endswith(_GGUF) or not all(part.isprintable() and part.strip(".") for part in parts):
+        return None
+    return replace(repo, file=file)
 
 
 def is_ambiguous(text: str) -> bool:
@@ -121,6 +138,10 @@ class Remote:
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.repo}@{self.commit}"
+
+    def named(self, file: str) -> str:
+        """What people call one of its files."""
+        return f"{SCHEME}{self.repo}/{self.files[file].name}@{self.commit}"
 
     def fetch(self, name: str) -> Path:
         """Have a small file in `folder`, whole and checked against the hub's hash; of what is not there, its place.

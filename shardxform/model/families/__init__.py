@@ -28,6 +28,8 @@ HOMES: Final[Mapping[str, str]] = {
     "deepseek_v4": "deepseek_v4",
     "dots1": "dots1",
     "ernie4_5_moe": "ernie4_5_moe",
+    "ernie4_5_moe_vl": "ernie4_5_vl_moe",
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe",
     "exaone_moe": "exaone_moe",
     "flex_olmo": "flex_olmo",
     "gemma4": "gemma4",

@@ -167,6 +167,8 @@ class Template:
         optional: accepted when present, never missed.
         ids: its values are ids of experts, [rows, ids of each], which pruning renumbers; see `formats.remaking`.
         instead: name of the tensor that it is, where transformers saves a release again under this name.
+        sets: of a family with several sets of experts, those that it counts: `E` is of the one, or there is a row `E`
+            for each. Empty for tensors of all, as of one expert.
 
     """
 
@@ -178,6 +180,7 @@ class Template:
     optional: bool = False
     ids: bool = False
     instead: str = ""
+    sets: tuple[int, ...] = ()
 
     @property
     def numbered(self) -> bool:
@@ -354,6 +357,8 @@ class Family:
         other_top_k_keys: what the same is called where that key is not there.
         layers: config key that counts decoder blocks, or a function of the text config.
         group_key: config key of router groups whose members sit side by side, or empty.
+        sets: names of its sets of experts where it has several, each with a router: as many experts in each, numbered
+            on from one set to the next. Configs count those of one.
         listed_counts: configs may give the counts of experts, and of those per token, as lists of one entry per layer,
             which must be the same in all.
         root: templates outside the decoder blocks, with full names, `{decoder}` for the decoder prefix, `{head}` for
@@ -378,6 +383,7 @@ class Family:
         vision_sidecars: files that only a multimodal class needs; left out with it.
         symbols: what the symbols in shapes mean: a key of the text config, or a function of it.
         layer_symbols: the same where layers differ: functions of (text config, layer).
+        set_symbols: the same where sets of experts differ: functions of (text config, number of the set).
         vision_symbols: the same, of `vision_config`.
         types: what clients take as values of the keys of the text config, in the words of `config_values`.
         vision_types: the same, of `vision_config`.
@@ -411,6 +417,7 @@ class Family:
     other_top_k_keys: tuple[str, ...] = ()
     layers: Symbol = "num_hidden_layers"
     group_key: str = ""
+    sets: tuple[str, ...] = ()
     listed_counts: bool = False
     root: tuple[Template, ...]
     block: tuple[Template, ...]
@@ -430,6 +437,7 @@ class Family:
     vision_sidecars: tuple[str, ...] = ()
     symbols: Mapping[str, Symbol]
     layer_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
+    set_symbols: Mapping[str, Callable[[Config, int], int]] = field(default_factory=dict)
     vision_symbols: Mapping[str, Symbol] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     vision_types: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from typing import Final
 
 from shardxform.model.families.base import EMBEDDINGS, TYPES, Family, Wrapper
 from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+from shardxform.model.families.key_types import LATENT
 
 __all__ = ["FAMILY"]
 
@@ -23,11 +24,11 @@ FAMILY: Final = Family(
     symbols=DEEPSEEK_V3.symbols,
     types={
         **TYPES,
+        **LATENT,
         "attention_dropout": "float or null",
         "first_k_dense_replace": "int",
         "head_dim": "int or null",
         "intermediate_size": "int",
-        "kv_lora_rank": "int",
         "mlp_bias": "bool",
         "n_group": "int or null",
         "n_routed_experts": "int",
@@ -37,8 +38,6 @@ FAMILY: Final = Family(
         "num_key_value_heads": "int or null",
         "pretraining_tp": "int or null",
         "q_lora_rank": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
         "routed_scaling_factor": "float",
         "topk_group": "int or null",
         "topk_method": "str or null",

@@ -25,6 +25,7 @@ from shardxform.model.families.base import (
     tied,
     untied,
 )
+from shardxform.model.families.key_types import LATENT
 
 __all__ = ["FAMILY"]
 
@@ -105,10 +106,10 @@ FAMILY: Final = Family(
     },
     types={
         **TYPES,
+        **LATENT,
         "attention_dropout": "float or int or null",
         "first_k_dense_replace": "int or null",
         "intermediate_size": "int",
-        "kv_lora_rank": "int",
         "n_group": "int or null",
         "n_routed_experts": "int",
         "n_shared_experts": "int",
@@ -118,8 +119,6 @@ FAMILY: Final = Family(
         "num_nextn_predict_layers": "int",
         "pretraining_tp": "int or null",
         "q_lora_rank": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
         "rope_interleave": "bool or null",
         "routed_scaling_factor": "float",
         "topk_group": "int or null",

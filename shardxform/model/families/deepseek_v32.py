@@ -12,6 +12,7 @@ from typing import Final
 
 from shardxform.model.families.base import EMBEDDINGS, TYPES, Config, Family, Template, Wrapper, listed_as_sparse
 from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+from shardxform.model.families.key_types import INDEXER, LATENT, ROUTED
 
 __all__ = ["FAMILY"]
 
@@ -38,25 +39,16 @@ FAMILY: Final = Family(
     symbols={**DEEPSEEK_V3.symbols, "ID": "index_head_dim", "IH": "index_n_heads"},
     types={
         **TYPES,
+        **INDEXER,
+        **LATENT,
+        **ROUTED,
         "first_k_dense_replace": "int",
         "head_dim": "int",
-        "index_head_dim": "int",
-        "index_n_heads": "int",
-        "index_topk": "int",
         "intermediate_size": "int",
-        "kv_lora_rank": "int",
         "layer_types": "list of str or null",
         "mlp_bias": "bool",
         "mlp_layer_types": "list of str or null",
-        "n_group": "int",
-        "n_routed_experts": "int",
-        "n_shared_experts": "int",
-        "norm_topk_prob": "bool",
         "q_lora_rank": "int",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
-        "routed_scaling_factor": "float",
-        "topk_group": "int",
         "v_head_dim": "int",
     },
     conditions={

@@ -18,11 +18,11 @@ from shardxform.model.families.base import (
     Mtp,
     Template,
     Wrapper,
+    conditions,
     experts,
     size,
-    tied,
-    untied,
 )
+from shardxform.model.families.key_types import INDEXER, STREAMS
 
 __all__ = ["FAMILY"]
 
@@ -164,16 +164,12 @@ FAMILY: Final = Family(
     },
     types={
         **TYPES,
+        **STREAMS,
+        **INDEXER,
         "attention_dropout": "float",
         "compress_rates": "object or null",
         "compress_rope_theta": "float or int",
-        "hc_eps": "float",
-        "hc_mult": "int",
-        "hc_sinkhorn_iters": "int",
         "head_dim": "int",
-        "index_head_dim": "int",
-        "index_n_heads": "int",
-        "index_topk": "int",
         "layer_types": "list of str or null",
         "mlp_bias": "bool",
         "mlp_layer_types": "list of str or null",
@@ -191,16 +187,12 @@ FAMILY: Final = Family(
         "router_jitter_noise": "float",
         "scoring_func": "str",
         "sliding_window": "int",
-        "swiglu_limit": "float",
     },
     layer_kinds={"mlp_layer_types": frozenset({"hash_moe", "moe"})},
     conditions={
-        "hashed": _is_hash,
+        **conditions(hashed=_is_hash, scored=lambda config, layer: not _is_hash(config, layer)),
         "heavily compressed": lambda config, layer: _attention(config, layer) == _RATIOS[128],
-        "scored": lambda config, layer: not _is_hash(config, layer),
         "sparsely compressed": lambda config, layer: _attention(config, layer) == _RATIOS[4],
-        "tied": tied,
-        "untied": untied,
     },
     keep_16bit=("ffn.gate", "attn.indexer.weights_proj", "attn.compressor.*", "attn.indexer.compressor.*"),
     formats=("compressed-tensors",),

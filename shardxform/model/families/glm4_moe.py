@@ -24,6 +24,7 @@ from shardxform.model.families.base import (
     untied,
 )
 from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+from shardxform.model.families.key_types import ROUTED
 
 __all__ = ["FAMILY"]
 
@@ -68,15 +69,10 @@ FAMILY: Final = Family(
     },
     types={
         **TYPES,
+        **ROUTED,
         "first_k_dense_replace": "int",
         "intermediate_size": "int",
-        "n_group": "int",
-        "n_routed_experts": "int",
-        "n_shared_experts": "int",
-        "norm_topk_prob": "bool",
         "num_nextn_predict_layers": "int",
-        "routed_scaling_factor": "float",
-        "topk_group": "int",
         "use_qk_norm": "bool",
     },
     conditions={

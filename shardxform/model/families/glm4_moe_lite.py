@@ -10,6 +10,7 @@ from typing import Final
 
 from shardxform.model.families.base import EMBEDDINGS, TYPES, Config, Family, Wrapper, listed_as_sparse
 from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+from shardxform.model.families.key_types import LATENT, ROUTED
 
 __all__ = ["FAMILY"]
 
@@ -29,20 +30,13 @@ FAMILY: Final = Family(
     symbols=DEEPSEEK_V3.symbols,
     types={
         **TYPES,
+        **LATENT,
+        **ROUTED,
         "intermediate_size": "int",
-        "kv_lora_rank": "int",
         "mlp_layer_types": "list of str or null",
-        "n_group": "int",
-        "n_routed_experts": "int",
-        "n_shared_experts": "int",
-        "norm_topk_prob": "bool",
         "pretraining_tp": "int",
         "q_lora_rank": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
         "rope_interleave": "bool",
-        "routed_scaling_factor": "float",
-        "topk_group": "int",
         "v_head_dim": "int",
     },
     conditions={

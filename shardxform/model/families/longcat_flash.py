@@ -22,6 +22,7 @@ from shardxform.model.families.base import (
     tied,
     untied,
 )
+from shardxform.model.families.key_types import LATENT
 
 __all__ = ["FAMILY"]
 
@@ -80,18 +81,16 @@ FAMILY: Final = Family(
     },
     types={
         **{key: value for key, value in TYPES.items() if key not in _OTHERS},
+        **LATENT,
         "expert_ffn_hidden_size": "int",
         "ffn_hidden_size": "int",
         "head_dim": "int",
-        "kv_lora_rank": "int",
         "moe_topk": "int",
         "n_routed_experts": "int",
         "num_key_value_heads": "int or null",
         "num_layers": "int",
         "q_lora_rank": "int",
         "qk_head_dim": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
         "routed_scaling_factor": "float",
         "v_head_dim": "int",
         "zero_expert_num": "int",

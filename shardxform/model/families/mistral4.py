@@ -9,6 +9,7 @@ from typing import Final
 
 from shardxform.model.families import deepseek_v3
 from shardxform.model.families.base import NORMS, TYPES, Family, Template, Wrapper, experts, mlp
+from shardxform.model.families.key_types import LATENT
 
 __all__ = ["FAMILY"]
 
@@ -31,10 +32,10 @@ FAMILY: Final = Family(
     symbols=_LIKE.symbols,
     types={
         **TYPES,
+        **LATENT,
         "attention_dropout": "float or int or null",
         "first_k_dense_replace": "int or null",
         "intermediate_size": "int",
-        "kv_lora_rank": "int",
         "n_group": "int or null",
         "n_routed_experts": "int",
         "n_shared_experts": "int",
@@ -43,8 +44,6 @@ FAMILY: Final = Family(
         "num_key_value_heads": "int or null",
         "pretraining_tp": "int or null",
         "q_lora_rank": "int or null",
-        "qk_nope_head_dim": "int",
-        "qk_rope_head_dim": "int",
         "rope_interleave": "bool or null",
         "routed_scaling_factor": "float",
         "topk_group": "int or null",

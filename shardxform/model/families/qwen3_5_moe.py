@@ -23,6 +23,7 @@ from shardxform.model.families.base import (
     tied,
     untied,
 )
+from shardxform.model.families.key_types import LINEAR, MULTIMODAL, VIDEO
 
 __all__ = ["FAMILY"]
 
@@ -154,38 +155,20 @@ FAMILY: Final = Family(
     },
     types={
         **TYPES,
+        **LINEAR,
         "head_dim": "int",
         "layer_types": "list of str or null",
-        "linear_conv_kernel_dim": "int",
-        "linear_key_head_dim": "int",
-        "linear_num_key_heads": "int",
-        "linear_num_value_heads": "int",
-        "linear_value_head_dim": "int",
         "num_experts": "int",
         "router_aux_loss_coef": "float",
         "shared_expert_intermediate_size": "int",
     },
     vision_types={
-        "depth": "int",
-        "hidden_act": "str",
-        "hidden_size": "int",
-        "in_channels": "int",
-        "initializer_range": "float",
-        "intermediate_size": "int",
-        "num_heads": "int",
+        **VIDEO,
         "num_position_embeddings": "int",
-        "out_hidden_size": "int",
-        "patch_size": "int or list of int",
-        "rope_parameters": "object or null",
-        "spatial_merge_size": "int",
-        "temporal_patch_size": "int or list of int",
     },
     wrapper_types={
-        "image_token_id": "int",
-        "text_config": "object or null",
-        "tie_word_embeddings": "bool",
+        **MULTIMODAL,
         "video_token_id": "int",
-        "vision_config": "object or null",
         "vision_end_token_id": "int",
         "vision_start_token_id": "int",
     },

@@ -22,6 +22,7 @@ from shardxform.model.families.base import (
     mlp,
     size,
 )
+from shardxform.model.families.key_types import LINEAR
 from shardxform.model.families.qwen3_5_moe import FAMILY as QWEN3_5_MOE
 from shardxform.model.families.qwen3_moe import FAMILY as QWEN3_MOE
 
@@ -67,15 +68,11 @@ FAMILY: Final = Family(
     symbols={**QWEN3_5_MOE.symbols, "F": "intermediate_size", "QR": _query_rows},
     types={
         **TYPES,
+        **LINEAR,
         "decoder_sparse_step": "int",
         "head_dim": "int",
         "intermediate_size": "int",
         "layer_types": "list of str or null",
-        "linear_conv_kernel_dim": "int",
-        "linear_key_head_dim": "int",
-        "linear_num_key_heads": "int",
-        "linear_num_value_heads": "int",
-        "linear_value_head_dim": "int",
         "mlp_only_layers": "list of int or null",
         "norm_topk_prob": "bool",
         "num_experts": "int",

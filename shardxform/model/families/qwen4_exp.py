@@ -22,6 +22,7 @@ from shardxform.model.families.base import (
     tied,
     untied,
 )
+from shardxform.model.families.key_types import LINEAR
 
 __all__ = ["FAMILY"]
 
@@ -105,6 +106,7 @@ FAMILY: Final = Family(
     },
     types={
         **TYPES,
+        **LINEAR,
         "hc_count": "int",
         "hc_lowrank": "int",
         "head_dim": "int",
@@ -115,11 +117,6 @@ FAMILY: Final = Family(
         "indexer_kv_heads": "int or null",
         "indexer_n_heads": "int or null",
         "layer_types": "list of str or null",
-        "linear_conv_kernel_dim": "int",
-        "linear_key_head_dim": "int",
-        "linear_num_key_heads": "int",
-        "linear_num_value_heads": "int",
-        "linear_value_head_dim": "int",
         "make_ngram_vocab_size_divisible_by": "int",
         "ngram_size": "int",
         "ngram_vocab_size_base": "int",

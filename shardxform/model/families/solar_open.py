@@ -21,6 +21,7 @@ from shardxform.model.families.base import (
     mlp,
     types,
 )
+from shardxform.model.families.key_types import ROUTED
 
 __all__ = ["FAMILY"]
 
@@ -40,13 +41,8 @@ FAMILY: Final = Family(
     ),
     symbols={**HEADS, "I": "moe_intermediate_size", "NS": "n_shared_experts"},
     types=types(
+        **ROUTED,
         head_dim="int",
-        n_group="int",
-        n_routed_experts="int",
-        n_shared_experts="int",
-        norm_topk_prob="bool",
-        routed_scaling_factor="float",
-        topk_group="int",
     ),
     conditions=conditions(),
     keep_16bit=("mlp.gate",),

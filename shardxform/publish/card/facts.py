@@ -17,6 +17,7 @@ __all__ = [
     "Origin",
     "PruningFacts",
     "QuantizationFacts",
+    "TaskFacts",
 ]
 
 
@@ -117,6 +118,7 @@ class HealingFacts:
         what: which weights, a name of `recipe.HEALED` or `auto`.
         iters, batch_size: steps a block, windows of a step.
         data: calibration text.
+        encoding: how weights were written that the source has in small floats; empty where it has none.
         blocks: in their order.
 
     """
@@ -125,6 +127,7 @@ class HealingFacts:
     iters: int | None
     batch_size: int | None
     data: Data | None
+    encoding: str = ""
     blocks: tuple[HealedBlock, ...] = ()
 
 
@@ -142,6 +145,7 @@ class QuantizationFacts:
         data, recipe: calibration text and settings of tuned rounding.
         blocks: errors of tuned blocks.
         judged_apart: whether these are on windows that were not tuned on; None where the record does not say.
+        types: of the blocks of a GGUF file.
 
     """
 
@@ -157,6 +161,7 @@ class QuantizationFacts:
     recipe: Mapping[str, int | str]
     blocks: tuple[BlockError, ...] = ()
     judged_apart: bool | None = None
+    types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +204,34 @@ class EvaluationFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFacts:
+    """One metric of one task that `evaluate --tasks --json` measured.
+
+    Attributes:
+        task, metric: as the harness calls them.
+        value, error: of the checkpoint, and its standard error; None where it is not known.
+        reference, difference_error: of the reference, and the standard error of the difference; likewise.
+        shots, documents: None where the harness does not say.
+        limited: whether only so many documents of each task were asked.
+        harness: its name and version.
+        of_source: as in `EvaluationFacts`.
+
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None = None
+    reference: float | None = None
+    difference_error: float | None = None
+    shots: int | None = None
+    documents: int | None = None
+    limited: bool = False
+    harness: str = ""
+    of_source: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Everything a card says.
 
@@ -218,8 +251,10 @@ class Facts:
         dropped: parts of the source that were left out.
         pruning, healing, quantization: None where nothing was pruned, healed or quantized.
         evaluations: in the order given.
+        tasks: likewise, a metric each.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
+        gguf: names of the files of a model in GGUF; none of another.
         dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
 
     """
@@ -244,11 +279,13 @@ class Facts:
     healing: HealingFacts | None = None
     quantization: QuantizationFacts | None = None
     evaluations: tuple[EvaluationFacts, ...] = ()
+    tasks: tuple[TaskFacts, ...] = ()
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     dequantized: str = ""
     model_type: str = ""
     has_mtp: bool = False
+    gguf: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> str:

@@ -6,6 +6,7 @@ card of a stranger is matched against what it may look like, since it goes to ot
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -17,7 +18,9 @@ from typing import Final
 from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.strict_json import Fields, JsonError, parse_object
+from shardxform.base.tensors import BLOCKS
 from shardxform.calibration.options import MAX_SOURCES, is_source
+from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
 from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
@@ -25,7 +28,7 @@ from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.inspection import count_parameters, stored_of
+from shardxform.plan.inspection import Parameters, count_parameters, stored_of
 from shardxform.publish.card.facts import (
     BlockError,
     Change,
@@ -37,11 +40,14 @@ from shardxform.publish.card.facts import (
     Origin,
     PruningFacts,
     QuantizationFacts,
+    TaskFacts,
 )
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
+from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
+from shardxform.runtimes.mlx import single
 
-__all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation"]
+__all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation", "read_tasks"]
 
 _LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _HEAD_BYTES: Final = 4096
@@ -49,6 +55,7 @@ _RECIPE: Final = ("samples", "seqlen", "iters", "batch_size", "seed", "inputs", 
 _FLOATS: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _PARTS: Final = {"MTP layers": "MTP layers", "vision tower": "the vision tower"}
 _MAX_BYTES: Final = 16 << 20  # of an evaluation
+_MOST_TASKS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +91,9 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     if options.base_model and not _is_model_name(options.base_model):
         raise PlanError(f"`base_model`: expected a hub name such as owner/name, found {options.base_model!r}")
     record = _record(out)
-    checkpoint = Checkpoint.open(out)
+    if first := find_gguf(out):
+        return _gather_gguf(out, options, record, open_gguf(first))
+    checkpoint = single(Checkpoint.open(out))
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
     manifest = _manifest(options.manifest, record, out)
@@ -116,10 +125,86 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
         pruning=None if before == layout.num_experts else _pruning(record, manifest),
         healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
-        evaluations=tuple(read_evaluation(path, checkpoint, origins) for path in options.evaluations),
+        evaluations=tuple(
+            read_evaluation(path, checkpoint, origins) for path in options.evaluations if not _has_tasks(path)
+        ),
+        tasks=tuple(
+            each for path in options.evaluations if _has_tasks(path) for each in read_tasks(path, checkpoint, origins)
+        ),
         plots=_plots(options.plots),
         commands=commands(record, origin.base_model or "SRC", name),
         dequantized=_FLOATS.get(record.asked.section("target").text("format"), ""),
+    )
+
+
+def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufModel) -> Facts:
+    """The same of an output in GGUF, which has no config: sizes are the file's own, names those that are recorded."""
+    slabs, table, summary = slabs_of(model.metadata, model.table.tensors, model.where), model.table, record.summary
+    manifest, told = _manifest(options.manifest, record, out), Fields(record.summary)
+    before = _experts_before(record, manifest, slabs.num_experts)
+    origin = _origin(out, table, options.base_model)
+    origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
+    name, dropped, counts = out.resolve().name or "OUT", told.section("dropped"), _parameters_of(model, slabs)
+    context = model.metadata.get(f"{slabs.arch}.context_length")
+    positions = context.value if context is not None else 0
+    texts = [path for path in options.evaluations if not _has_tasks(path)]
+    return Facts(
+        name=name,
+        command=record.asked.text("command"),
+        origin=origin,
+        family=told.text("family"),
+        architecture=told.text("architecture"),
+        has_mtp=slabs.nextn > 0,
+        vision=False,
+        bfloat16_only=False,
+        layers=slabs.num_layers,
+        moe_layers=len(slabs.moe_layers),
+        top_k=slabs.top_k,
+        max_positions=positions if isinstance(positions, int) else 0,
+        experts=Change(before, slabs.num_experts),
+        nbytes=Change(_source_bytes(record), table.nbytes),
+        parameters=Change(before and counts.total(before), counts.total(slabs.num_experts)),
+        active=Change(before and counts.active(before, slabs.top_k), counts.active(slabs.num_experts, slabs.top_k)),
+        dropped=tuple(told for key, told in _PARTS.items() if dropped.whole(key)),
+        pruning=None if before == slabs.num_experts else _pruning(record, manifest),
+        healing=_healing(record),
+        quantization=_quantization_of(record, model) if record.first.section("scheme") else None,
+        evaluations=tuple(read_evaluation(path, table, origins) for path in texts),
+        plots=_plots(options.plots),
+        commands=() if summary is None else commands(record, origin.base_model or "SRC", name),
+        gguf=tuple(shard.name for shard in table.shards),
+    )
+
+
+def _parameters_of(model: GgufModel, slabs: Slabs) -> Parameters:
+    """Parameters of a file, those of blocks that predict further tokens apart."""
+    shared = routed = router = apart = 0
+    for name, ref in model.table.tensors.items():
+        count, block = math.prod(ref.spec.shape), slabs.homes.get(name)
+        parts = name.split(".")
+        if parts[0] == "blk" and int(parts[1]) >= slabs.num_layers:
+            apart += count
+        elif block is None:
+            shared += count
+        elif "_exps." in name:
+            routed += count // slabs.num_experts
+        else:
+            router += count // slabs.num_experts
+    return Parameters(shared=shared, routed=routed, router=router, apart=apart, reached=routed)
+
+
+def _quantization_of(record: Record, model: GgufModel) -> QuantizationFacts:
+    """How weights are stored in blocks, by the record."""
+    grid = record.first.section("scheme").section("grid")
+    tensors = [ref.spec for ref in model.table.tensors.values() if ref.spec.dtype in BLOCKS]
+    found = _rounding(record)
+    return replace(
+        found,
+        bits=grid.whole("bits") or 4,
+        group_size=group if type(group := grid.get("group_size")) is int else 32,
+        format="gguf",
+        modules=sum(math.prod(spec.shape[:-2]) for spec in tensors),
+        types=tuple(sorted({spec.dtype for spec in tensors})),
     )
 
 
@@ -207,22 +292,35 @@ def _healing(record: Record) -> HealingFacts | None:
         iters=heal.whole("iters"),
         batch_size=heal.whole("batch_size"),
         data=_data(recipe.section("data")),
+        encoding=heal.text("encoding"),
         blocks=_healed_blocks(Fields(record.facts)),
     )
 
 
 def _quantization(record: Record, stored: Stored) -> QuantizationFacts:
     """How weights are stored, as the headers have it, and how they came about, as the record has it."""
-    scheme, facts = record.first.section("scheme"), Fields(record.facts)
-    recipe = record.first.section("recipe") if scheme.text("method") == "auto-round" else Fields(None)
-    numbers = {key: found for key in _RECIPE if (found := recipe.whole(key)) is not None}
-    return QuantizationFacts(
+    return replace(
+        _rounding(record),
         bits=stored.scheme.grid.bits,
         group_size=stored.scheme.grid.group_size,
         format=stored.scheme.format,
         expert_names="fused-indexed" if "fused-indexed" in stored.spellings else "split",
         modules=len(stored.modules),
         g_idx=stored.scheme.g_idx,
+    )
+
+
+def _rounding(record: Record) -> QuantizationFacts:
+    """How quantized weights came about."""
+    scheme, facts = record.first.section("scheme"), Fields(record.facts)
+    recipe = record.first.section("recipe") if scheme.text("method") == "auto-round" else Fields(None)
+    numbers = {key: found for key in _RECIPE if (found := recipe.whole(key)) is not None}
+    return QuantizationFacts(
+        bits=0,
+        group_size=0,
+        format="",
+        expert_names="split",
+        modules=0,
         method=scheme.text("method"),
         search=scheme.section("grid").flag("search"),
         data=_data(recipe.section("data")),
@@ -347,6 +445,50 @@ def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identi
     return replace(found, block_errors=errors, sources=sources, of_source=of_source)
 
 
+def _has_tasks(path: Path) -> bool:
+    """Whether an evaluation is of tasks, and not of text."""
+    return "tasks" in _object(path)
+
+
+def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> Iterator[TaskFacts]:
+    """Read one evaluation on tasks, a metric each.
+
+    Raises:
+        PlanError, CheckpointError: as `read_evaluation`.
+
+    """
+    value = _object(path)
+    _refuse_other(path, value, checkpoint)
+    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    tasks = value.section("tasks")
+    listed, harness = tasks.get("results"), tasks.text("harness")
+    if not isinstance(listed, dict) or len(listed) > _MOST_TASKS or not harness.isprintable():
+        raise _malformed(path, "tasks")
+    for name, each in listed.items():
+        task = Fields(each)
+        metrics = task.get("metrics")
+        if not isinstance(metrics, dict) or not all(map(is_source, (name, *metrics))):
+            raise _malformed(path, f"tasks.results.{name[:40]!r}")
+        for metric, found in metrics.items():
+            figures = Fields(found)
+            figure = _known(path, figures, "value")
+            if figure is None:
+                raise _malformed(path, f"tasks.results.{name}.{metric}.value")
+            yield TaskFacts(
+                task=name,
+                metric=metric,
+                value=figure,
+                error=_error(path, figures, "standard_error"),
+                reference=_known(path, figures, "reference"),
+                difference_error=_error(path, figures, "difference_standard_error"),
+                shots=task.whole("shots"),
+                documents=task.whole("documents"),
+                limited=tasks.whole("limit") is not None,
+                harness=harness,
+                of_source=of_source,
+            )
+
+
 def _refuse_other(path: Path, value: Fields, checkpoint: Checkpoint) -> None:
     """Refuse figures of another checkpoint, or that do not say of which values they are."""
     measured = Identity.from_dict(value.get("identity"))
@@ -354,6 +496,8 @@ def _refuse_other(path: Path, value: Fields, checkpoint: Checkpoint) -> None:
         why = "says nothing of the values that it is of, as earlier versions did not" if "fingerprint" in value else ""
         raise PlanError(f"{path}: {why or 'identity: missing or malformed'}; evaluate {checkpoint.where} again")
     here = identify(checkpoint)
+    if not checkpoint.config:  # of GGUF: the config that it was run with is the source's
+        here = replace(here, config=measured.config)
     where = measured.difference(here, names_of(checkpoint.shards))
     if not where and not measured.is_comparable(here):
         where = "it was read in another way, so that its values cannot be compared"

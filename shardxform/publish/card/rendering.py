@@ -24,6 +24,7 @@ from shardxform.publish.card.facts import (
     HealingFacts,
     PruningFacts,
     QuantizationFacts,
+    TaskFacts,
 )
 from shardxform.publish.card.writing import MARK
 
@@ -39,6 +40,7 @@ _HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
     "moe": "routers, shared and routed experts and the norms before them",
     "all": "all of the block",
 }
+_WRITTEN: Final = {"source": "rounded to what weights are stored as in the source", "16bit": "in 16 bits"}
 _HARMLESS: Final = re.compile(r"[\w.+ -]+", re.ASCII)
 _MAX_CONTEXT: Final = 32768  # of the examples: a longer one is a matter of the reader's memory
 _ASSERTS_MTP: Final = "qwen3_5_moe"  # the family whose converter in llama.cpp takes MTP layers for granted
@@ -161,6 +163,7 @@ def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "weights", _HEALED.get(made.what, "")
     yield "calibration text", _data(made.data) if made.data else ""
     yield "steps per block", _steps(made.iters, made.batch_size)
+    yield "written", _WRITTEN.get(made.encoding, "")
 
 
 def _healed_block(block: HealedBlock) -> tuple[str, ...]:
@@ -193,7 +196,7 @@ def _quantization(facts: Facts) -> Iterator[str]:
 def _quantization_lines(made: QuantizationFacts) -> Iterator[tuple[str, str]]:
     groups = "one scale per row" if made.group_size == -1 else f"groups of {made.group_size} share a scale"
     yield "scheme", f"W{made.bits}A16, symmetric, {groups}"
-    yield "format", made.format
+    yield "format", f"{made.format}, blocks of {' and '.join(made.types)}" if made.types else made.format
     yield "modules", f"{made.modules:,}"
     yield "rounding", _method(made)
     recipe = made.recipe
@@ -234,6 +237,27 @@ def _block(block: BlockError) -> tuple[str, ...]:
 
 
 def _evaluation(facts: Facts) -> Iterator[str]:
+    if facts.evaluations:
+        yield from _of_text(facts)
+    if facts.tasks:
+        yield from _of_tasks(facts)
+    for name in facts.plots:
+        yield f"![{name.removesuffix('.png')}]({name})"
+
+
+def _of_tasks(facts: Facts) -> Iterator[str]:
+    columns = [column for column in _TASK_COLUMNS if any(column[1](found) for found in facts.tasks)]
+    yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
+    told = ", ".join(dict.fromkeys(found.harness for found in facts.tasks))
+    part = " Of each task only the first documents were asked." if any(found.limited for found in facts.tasks) else ""
+    yield f"Tasks are those of {told}; ± is a standard error over documents.{part}"
+    compared = [found for found in facts.tasks if found.reference is not None]
+    if compared:
+        of_it = "that this one was made from" if all(found.of_source for found in compared) else "it was held against"
+        yield f"The reference is the checkpoint {of_it}; differences are taken document by document."
+
+
+def _of_text(facts: Facts) -> Iterator[str]:
     lines = [each for found in facts.evaluations for each in (*found.sources, found)]
     columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
     yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
@@ -261,8 +285,6 @@ def _evaluation(facts: Facts) -> Iterator[str]:
             yield f"Relative error of each block's output on {code(found.data.name)}, each model on its own chain:"
             known = enumerate(found.block_errors)
             yield _folded(_table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
-    for name in facts.plots:
-        yield f"![{name.removesuffix('.png')}]({name})"
 
 
 def _divergence(found: EvaluationFacts) -> str:
@@ -289,12 +311,31 @@ _COLUMNS = (
 )
 
 
+def _difference(found: TaskFacts) -> str:
+    if found.reference is None:
+        return ""
+    return _figure(found.value - found.reference, found.difference_error, "+.4f").replace("± +", "± ")
+
+
+_TASK_COLUMNS = (
+    ("task", lambda found: code(found.task)),
+    ("shots", lambda found: "" if found.shots is None else f"{found.shots}"),
+    ("documents", lambda found: "" if found.documents is None else f"{found.documents:,}"),
+    ("metric", lambda found: code(found.metric)),
+    ("value", lambda found: _figure(found.value, found.error, ".4f")),
+    ("reference", lambda found: "" if found.reference is None else f"{found.reference:.4f}"),
+    ("difference", _difference),
+)
+
+
 def _limitations(facts: Facts) -> Iterator[str]:
     yield "\n".join(f"- {line}" for line in _limits(facts))
 
 
 def _limits(facts: Facts) -> Iterator[str]:
-    if facts.evaluations:
+    if facts.tasks:
+        yield "Only the figures above were measured."
+    elif facts.evaluations:
         yield "Only the figures above were measured. It was not benchmarked on tasks."
     else:
         yield "Nothing was measured for this card, neither perplexity nor tasks."
@@ -387,12 +428,18 @@ def _folded(text: str) -> str:
 
 def _loading(facts: Facts) -> Iterator[str]:
     """Paragraphs and blocks of code, one client after the other."""
+    if facts.gguf:
+        yield from _gguf(facts)
+        return
     old_names = facts.quantization is not None and facts.quantization.expert_names == "fused-indexed"
     if old_names:
         yield (
             "The experts are named as auto-round did before 0.12. Current versions of transformers, vLLM and SGLang do"
             " not load them; `shardxform convert --expert-names split` writes names that they do."
         )
+        return
+    if facts.quantization and facts.quantization.format == "mlx":
+        yield from _mlx_alone(facts)
         return
     if facts.bfloat16_only:
         yield "Load it in bfloat16: float16 overflows in the gated delta-net layers of this family, and gives NaN."
@@ -401,6 +448,38 @@ def _loading(facts: Facts) -> Iterator[str]:
     if others := [*_llama_cpp(facts), *_mlx(facts)]:
         yield "### llama.cpp and MLX"
         yield "\n".join(f"- {line}" for line in others)
+
+
+def _mlx_alone(facts: Facts) -> Iterator[str]:
+    """How to run what only mlx-lm reads."""
+    yield "### MLX"
+    yield "Needs `pip install mlx-lm`."
+    yield fence(_shell(("mlx_lm.generate", "--model", facts.name, "--prompt", "Hello", "--max-tokens", "100")), "sh")
+    told = ""
+    if facts.model_type == "qwen3_5_moe_text":
+        told = " Its model_type is `qwen3_5_moe`, since mlx-lm does not know that of the text alone."
+    yield (
+        f"It loads as it is, with the codes and scales of the quantized weights.{told} transformers, vLLM, SGLang and"
+        " llama.cpp do not read this format: `shardxform convert --to auto-round`, or another, writes what they read,"
+        " with the same codes and scales."
+    )
+
+
+def _gguf(facts: Facts) -> Iterator[str]:
+    """Programs that run a GGUF file, by its name or that of the first of several."""
+    first = facts.gguf[0]
+    context = str(min(facts.max_positions or _MAX_CONTEXT, _MAX_CONTEXT))
+    yield "### llama.cpp"
+    lines = [("llama-server", "-m", first, "-c", context), ("llama-cli", "-m", first, "-p", "Hello")]
+    yield fence("\n".join(map(_shell, lines)), "sh")
+    yield "### Ollama"
+    if len(facts.gguf) > 1:
+        joined = f"{facts.name}.gguf"
+        yield "Ollama reads one file: join these first."
+        yield fence(_shell(("llama-gguf-split", "--merge", first, joined)), "sh")
+        first = joined
+    name = re.sub(r"[^a-z0-9._-]+", "-", facts.name.lower()).strip("-") or "model"
+    yield fence(f"printf 'FROM ./%s\\n' {shlex.quote(first)} > Modelfile\nollama create {name} -f Modelfile", "sh")
 
 
 def _transformers(facts: Facts) -> Iterator[str]:
@@ -485,11 +564,18 @@ def _entries(facts: Facts) -> Iterator[tuple[str, str | tuple[str, ...]]]:
         "license_link": origin.license_link,
         "base_model": origin.base_model,
         "base_model_relation": "quantized" if origin.base_model and facts.quantization else "",
-        "library_name": "transformers",
+        "library_name": _library(facts),
         "pipeline_tag": "image-text-to-text" if facts.vision else "text-generation",
         "tags": tuple(_tags(facts)),
     }
     yield from ((key, value) for key, value in entries.items() if value)
+
+
+def _library(facts: Facts) -> str:
+    """What loads it, in the hub's words."""
+    if facts.gguf:
+        return "llama.cpp"
+    return "mlx" if facts.quantization and facts.quantization.format == "mlx" else "transformers"
 
 
 def _tags(facts: Facts) -> Iterator[str]:
@@ -501,6 +587,8 @@ def _tags(facts: Facts) -> Iterator[str]:
     if facts.quantization:
         yield f"int{facts.quantization.bits}"
         yield facts.quantization.format
+    elif facts.gguf:
+        yield "gguf"
     yield "shardxform"
 
 

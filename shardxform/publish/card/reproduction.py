@@ -12,7 +12,8 @@ from typing import Final
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
 from shardxform.base.strict_json import Fields
 from shardxform.checkpoint.record import PROVENANCE, Record
-from shardxform.plan.view import DEFAULT_SHARD_BYTES
+from shardxform.formats.scheme import usual_group_size
+from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES
 
 __all__ = ["commands"]
 
@@ -55,7 +56,19 @@ def _view(inputs: Fields) -> Iterator[str]:
     if options.flag("text_only"):
         yield "--text-only"
     yield from _unless("--mtp", options.text("mtp"), "auto")
-    yield from _unless("--max-shard-size", options.whole("max_shard_bytes"), DEFAULT_SHARD_BYTES)
+    yield from _file(inputs)
+
+
+def _file(inputs: Fields) -> Iterator[str]:
+    """How large shards are, and how a GGUF file is written."""
+    options = inputs.section("options")
+    told = options.section("gguf")
+    usual = DEFAULT_GGUF_BYTES if told else DEFAULT_SHARD_BYTES
+    if told and inputs.text("command") == "prune":
+        yield from ("--format", "gguf")
+    yield from _unless("--gguf-type", told.text("kind"), "")
+    yield from _unless("--pre-tokenizer", told.text("pre_tokenizer"), "")
+    yield from _unless("--max-shard-size", options.whole("max_shard_bytes"), usual)
 
 
 def _scheme(inputs: Fields) -> Iterator[str]:
@@ -63,7 +76,7 @@ def _scheme(inputs: Fields) -> Iterator[str]:
     grid = scheme.section("grid")
     tuned = scheme.text("method") == "auto-round"
     yield from _unless("--scheme", f"W{grid.whole('bits') or 4}A16", "W4A16")
-    yield from _unless("--group-size", grid.get("group_size"), 128)
+    yield from _unless("--group-size", grid.get("group_size"), usual_group_size(scheme.text("format")))
     yield from _unless("--method", scheme.text("method"), "rtn")
     if scheme and grid.flag("search") != tuned:
         yield "--search" if grid.flag("search") else "--no-search"
@@ -111,14 +124,14 @@ def _heal(heal: Fields) -> Iterator[str]:
     yield from _unless("--heal", heal.text("what"), "")
     yield from _unless("--heal-iters", heal.whole("iters"), HEAL_ITERS)
     yield from _unless("--heal-lr", heal.number("lr"), None)
+    yield from _unless("--heal-encoding", heal.text("encoding"), "source")
 
 
 def _target(inputs: Fields) -> Iterator[str]:
     target = inputs.section("target")
     yield from ("--to", target.text("format"))
     yield from _spelling(target)
-    options = inputs.section("options")
-    yield from _unless("--max-shard-size", options.whole("max_shard_bytes"), DEFAULT_SHARD_BYTES)
+    yield from _file(inputs)
 
 
 def _unless(option: str, value: object, default: object) -> Iterator[str]:

@@ -18,7 +18,8 @@ from shardxform.formats.encoding import Cut, Opener, Rows, Storage
 from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.plain import storages_of
 from shardxform.model.expected import expected
-from shardxform.model.layout import Layout, Place, is_tied, variants_found
+from shardxform.model.layout import Layout, Place, variants_found
+from shardxform.model.tied_head import is_tied
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Transform
 

@@ -1,0 +1,113 @@
+"""A view whose experts have fewer channels: rows of gate and up projection, columns of the down projection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from shardxform.ask.width import Width
+from shardxform.base.tensors import FLOATS, TensorRef
+from shardxform.errors import ManifestError, PlanError
+from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.picking import Picked
+from shardxform.formats.plain import Plain
+from shardxform.model.families.base import Template
+from shardxform.model.layout import Layout, Place, layout_of
+
+__all__ = ["narrowed", "width_key"]
+
+_SYMBOL = "I"  # of the families' shapes: channels of a routed expert
+
+
+def width_key(layout: Layout) -> tuple[str, ...]:
+    """Path in config.json of the number of channels of every routed expert.
+
+    Raises:
+        PlanError: the family's experts cannot be narrowed, or the number is not theirs alone.
+
+    """
+    family, experts = layout.family, layout.family.experts
+    if experts.transposed or experts.bias or experts.gate == "interleaved":
+        raise PlanError(
+            f"`width`: experts of family {family.name} lie otherwise than channel by channel, or have biases"
+        )
+    key = family.symbols.get(_SYMBOL)
+    if not isinstance(key, str) or _SYMBOL in family.layer_symbols:
+        raise PlanError(f"`width`: config.json of family {family.name} has no one number for the width of experts")
+    for template in _templates(layout):
+        if not template.is_expert_weight and _SYMBOL in re.split(r"[,+*]", template.shape):
+            raise PlanError(f"`width`: {key} of family {family.name} is also the width of '{template.name}'")
+    home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
+    return (*home, *key.split("."))
+
+
+def _templates(layout: Layout) -> Iterator[Template]:
+    family = layout.family
+    yield from (*family.root, *family.block)
+    if family.mtp:
+        yield from (*family.mtp.root, *family.mtp.layer)
+
+
+def narrowed(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], width: Width
+) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    """Take channels out of every routed expert.
+
+    Args:
+        tensors: of the view, with the experts that stay.
+        config: of the view.
+        width: which channels stay.
+
+    Returns:
+        the table, and the path of the number in config.json that says how many channels there are.
+
+    Raises:
+        ManifestError: it was made for experts of another width.
+        PlanError: see `width_key`; or weights that are not stored as plain numbers.
+
+    """
+    layout = layout_of(config, tensors)
+    path = width_key(layout)
+    out: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        place = layout.places.get(name)
+        out[name] = _narrow(ref, place, width, layout) if place and place.template.is_expert_weight else ref
+    return out, path
+
+
+def _narrow(ref: TensorRef, place: Place, width: Width, layout: Layout) -> TensorRef:
+    """One tensor of experts with the channels that stay."""
+    if place.companion or isinstance(ref, Encoded) or ref.spec.dtype not in FLOATS:
+        raise PlanError(f"`width`: tensor '{ref.name}' is quantized; narrow the 16-bit checkpoint")
+    layers = width.mtp_kept if place.scope == "mtp" else width.kept
+    assert place.layer is not None
+    bitmaps = layers[place.layer]
+    inner = layout.family.experts.inner
+    if place.template.variant == "fused":
+        held = layout.family.experts.held(_last(place.template.name))
+        pieces, blocks, slabs = bitmaps, len(held), list(ref.slabs())
+    else:
+        assert place.expert is not None
+        held = (_last(place.template.name),)
+        pieces, blocks, slabs = (bitmaps[place.expert],), 1, [ref]
+    rows = held[0] in inner
+    axis = 0 if rows else 1
+    shape = list(slabs[0].spec.shape)
+    if shape[axis] != blocks * width.of:
+        raise ManifestError(
+            f"width.of: made for experts of {width.of} channels, but '{ref.name}' has {shape[axis] // blocks}"
+        )
+    whole = (shape[0], shape[1])
+    shape[axis] = blocks * width.channels
+    plain, picked = Plain(ref.spec.dtype), (shape[0], shape[1])
+    how: Literal["rows", "columns"] = "rows" if rows else "columns"
+    sources = tuple(
+        Storage(Picked(plain, whole, kept, how, blocks if rows else 1), (("values", slab),), picked)
+        for kept, slab in zip(pieces, slabs, strict=True)
+    )
+    return Encoded(ref.spec.of_shape((*ref.spec.shape[:-2], *picked)), (), sources)
+
+
+def _last(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -1,0 +1,245 @@
+"""Numbers by the definitions of their formats, for `independent`: what is stored, what it stands for, and rounding.
+
+Nothing here is shared with what writes outputs; it is written to be checked by reading.
+"""
+
+# O: rows of a weight, I: its columns, G: groups of a row, R: a run of rows.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SMALL", "Small", "Stored", "Weight", "floats", "nearest_bf16", "nearest_half", "rounded"]
+
+SMALL: Final = ("F8_E4M3", "F8_E5M2", "U8", "I8")
+"""Dtypes of small floats; of the last two, a byte holds two of four bits."""
+
+_SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
+
+
+_RUN: Final = 1 << 18  # elements at a time
+_TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
+_WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def array(self) -> NDArray[Any]:
+        """Its bits, mapped: [rows, columns], rows counted over all dimensions but the last."""
+        code = _TYPES.get(self.dtype, f"<u{_WIDTHS.get(self.dtype, 1)}")
+        shape = (
+            (int(np.prod(self.shape[:-1])), self.shape[-1]) if len(self.shape) > 1 else (int(np.prod(self.shape)), 1)
+        )
+        if 0 in shape:
+            return np.zeros(shape, code)
+        return np.memmap(self.file, code, "r", self.begin, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
+
+    With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
+    `columns` are there; with `ids` its values are numbers of experts, of which these stay. Scales of its first row are
+    those of row `scaled_from` of theirs.
+    """
+
+    name: str
+    tensor: Stored
+    shape: tuple[int, ...]
+    rows: Rows
+    scales: Stored | None = None
+    bits: int = 0
+    group: int = 0
+    slab: tuple[int, int] | None = None
+    columns: tuple[int, ...] | None = None
+    ids: tuple[int, ...] | None = None
+    scaled_from: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return sum(number for _, number in self.rows), self.shape[-1] if len(self.shape) > 1 else 1
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """First row and the one after the last of runs that fit into memory."""
+        step = max(1, _RUN // max(self.size[1], 1))
+        return ((start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
+
+    def _picked(self, start: int, stop: int) -> NDArray[np.int64]:
+        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[start:stop]
+
+    def bits_of(self, start: int, stop: int) -> NDArray[Any]:
+        """Bits of a run of rows of a plain weight."""
+        if self.slab is not None:
+            index, first = self.slab
+            whole = self.tensor.array().reshape(self.tensor.shape)[index]
+            columns = whole[..., first : first + self.shape[0]]
+            return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
+        found = np.asarray(self.tensor.array()[self._picked(start, stop)])
+        if self.ids is not None:
+            return np.array([_renumbered_row(row, self.ids) for row in found.tolist()], found.dtype)
+        return found if self.columns is None else found[:, list(self.columns)]
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """A run of rows, of a quantized weight each code times its scale."""
+        if self.scales is not None:
+            codes, scale = self.codes(start, stop)
+            return np.asarray(codes.astype(np.float32) * scale)
+        return floats(self.bits_of(start, stop), self.tensor.dtype)
+
+    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Codes less the zero point [R, I], and the scale of each [R, I], of a run of rows of a quantized weight."""
+        assert self.scales is not None
+        rows, words, scales = self._picked(start, stop), self.tensor.array(), self.scales.array()
+        if self.name.endswith("qweight"):
+            words, scales = words.T, scales.T
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        packed = np.ascontiguousarray(words[rows]).view(np.uint32)
+        codes = ((packed[:, :, None] >> shifts) & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
+        spread = np.repeat(
+            floats(np.ascontiguousarray(scales[rows + self.scaled_from]), self.scales.dtype), self.group, axis=1
+        )
+        return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Small(Weight):
+    """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them."""
+
+    factors: Stored | None = None
+    block: tuple[int, int] | None = None
+    times: Stored | None = None
+    over: Stored | None = None
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """A run of rows, by the definition of the format."""
+        assert self.factors is not None
+        rows, tensor = self._picked(start, stop), self.tensor
+        total = math.prod(tensor.shape[: 2 if len(tensor.shape) == 4 else -1])
+        numbers = small_floats(np.asarray(tensor.array().reshape(total, -1)[rows]), tensor.dtype)
+        scales = floats(np.asarray(self.factors.array()), self.factors.dtype)
+        for whole in filter(None, (self.times, self.over)):
+            size = floats(np.asarray(whole.array()), whole.dtype).reshape(-1)[0]
+            scales = scales * size if whole is self.times else scales / size
+        return numbers * spread(scales, rows, numbers.shape[1], self.block)
+
+
+def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:
+    """New numbers of the experts of a row: of one that goes, that of the next that stays and is not there yet."""
+    there = {number for number in row if number in keep}
+    for slot, number in enumerate(row):
+        if number not in keep:
+            after = [each for each in keep if each > number] + [each for each in keep if each < number]
+            row[slot] = next(each for each in after if each not in there)
+            there.add(row[slot])
+    return [keep.index(number) for number in row]
+
+
+def small_floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """What codes [R, bytes of a row] stand for, before any scale.
+
+    E4M3 and E5M2 have a sign, 4 or 5 bits of exponent with a bias of 7 or 15, and 3 or 2 of the fraction. All bits but
+    the sign's set is NaN in the first; the largest exponent is no number in the second. E2M1 has a bias of 1 and is
+    always a number; the lower half of a byte comes first.
+    """
+    codes = bits.view(np.uint8).astype(np.int64)
+    if dtype in ("U8", "I8"):
+        codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(len(codes), -1)
+        return _float(codes, 1, 1, 3)
+    if dtype == "F8_E5M2":
+        return np.where(codes & 127 >= 124, np.float32(np.nan), _float(codes, 2, 15, 7))
+    return np.where(codes & 127 == 127, np.float32(np.nan), _float(codes, 3, 7, 7))
+
+
+def _float(codes: NDArray[np.int64], fraction: int, bias: int, sign: int) -> NDArray[np.float32]:
+    exponent = (codes >> fraction) & (2 ** (sign - fraction) - 1)
+    part = (codes & (2**fraction - 1)) / 2**fraction
+    size = np.where(exponent > 0, (1 + part) * 2.0 ** (exponent - bias), part * 2.0 ** (1 - bias))
+    return np.asarray(np.where(codes >> sign & 1, -size, size), np.float32)
+
+
+def spread(
+    scales: NDArray[np.float32], rows: NDArray[np.int64], columns: int, block: tuple[int, int] | None
+) -> NDArray[np.float32]:
+    """The scale of each weight [R, I]: of its block of rows and columns, or else of its row or its share of that."""
+    if block is not None:
+        return np.asarray(scales[rows[:, None] // block[0], np.arange(columns) // block[1]])
+    if scales.size == 1:
+        return np.asarray(scales.reshape(1, 1))
+    share = columns // scales.shape[1]
+    if share * scales.shape[1] != columns:
+        raise ValueError(f"{columns} columns with {scales.shape[1]} scales")
+    return np.repeat(scales[rows], share, axis=1)
+
+
+def floats(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Values of bits of a dtype; those of bytes are scales.
+
+    Raises:
+        ValueError: another dtype.
+
+    """
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype in ("F16", "F32", "F64"):
+        return bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float32)
+    if dtype in ("U8", "F8_E8M0"):  # powers of two
+        return np.where(bits == 255, np.nan, 2.0 ** (bits.astype(np.float64) - 127)).astype(np.float32)
+    if dtype == "F8_E4M3":
+        return small_floats(bits, dtype)
+    raise ValueError(f"{dtype} holds no weights that are understood")
+
+
+def nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round to nearest, ties to even, by the definition: of the two neighbours the one that is nearer."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    below, rest = bits >> np.uint32(16), bits & np.uint32(0xFFFF)
+    up = (rest > 0x8000) | ((rest == 0x8000) & (below & np.uint32(1) == 1))
+    return np.asarray(below + up, np.uint16)
+
+
+def nearest_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round to nearest float16, ties to even: to whole units of the last of 11 bits, 2^-24 at least, in float64."""
+    size = np.abs(values.astype(np.float64))
+    exponent = np.frexp(np.maximum(size, 2.0**-30))[1]  # of zero, as of all that is smaller than the last unit
+    unit = np.ldexp(1.0, np.maximum(exponent - 11, -24))
+    steps = np.rint(size / unit)  # to even, as numpy rounds
+    normal = np.maximum(exponent + 13, 0) * 1024 + steps  # the leading bit of a normal number adds one to its exponent
+    return np.asarray(normal.astype(np.uint16) | np.where(np.signbit(values), 0x8000, 0).astype(np.uint16))
+
+
+def rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Round to nearest: the largest weight of a group goes to the lower end of the range, by the sign of its scale."""
+    end, columns = np.float32(2 ** (grid["bits"] - 1)), values.shape[1]
+    span = columns if grid["group_size"] == -1 else grid["group_size"]
+    groups = values.reshape(len(values), -1, span)
+    high, low = np.maximum(groups.max(axis=2), 0), np.maximum(-groups.min(axis=2), 0)
+    size = np.maximum(high, low) / end
+    if grid["scale_grid"] == "bf16":
+        size = floats(nearest_bf16(size), "BF16")
+    size = size.astype(np.float16).astype(np.float32)
+    scale = np.where((high >= low) & (size > 0), -1, 1).astype(np.float32) * np.maximum(size, _SMALLEST)
+    spread = np.repeat(scale, span, axis=1)
+    return np.clip(np.rint(values / spread), -end, end - 1).astype(np.int32), spread
