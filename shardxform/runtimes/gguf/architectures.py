@@ -318,6 +318,15 @@ def _latent_check(architecture: Architecture) -> None:
     if rope.get("mscale", rope.get("mscale_all_dim")) != rope.get("mscale_all_dim"):
         raise SchemeError("config.json: mscale is not mscale_all_dim, but llama.cpp has one for both")
 
+    if architecture.config.get("q_lora_rank") is None and architecture.layout.num_layers not in _WHOLE_QUERIES:
+        raise SchemeError(
+            "config.json: q_lora_rank is missing; llama.cpp does without it in models of 26 or 27 layers only"
+        )
+
+
+_WHOLE_QUERIES: Final = (26, 27)
+"""Numbers of layers by which llama.cpp tells models whose queries are made in one step."""
+
 
 def _latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
     """Keys and values of all heads, [heads, nope + v, rank] in one: keys turned, [heads, rank, nope], and values."""

@@ -83,6 +83,23 @@ class _Files:
             raise SchemeError(f"{self.where}: expected a model of type BPE, found {self.model.get('type')!r}")
         return found
 
+    def refuse_moved(self) -> None:
+        """Refuse ids that the `tokenizers` library, and so every client, does not give: it counts on where they jump.
+
+        Raises:
+            SchemeError: names the first such token.
+
+        """
+        vocabulary, following = self.vocabulary, len(self.vocabulary)
+        for each in self.tokenizer.get("added_tokens") or ():
+            at, text = (each.get("id"), each.get("content")) if isinstance(each, dict) else (None, None)
+            if not isinstance(at, int) or not isinstance(text, str):
+                raise SchemeError(f"{self.where}: added_tokens: expected an id and a content, found {each!r}")
+            given = vocabulary.get(text, following)
+            if at != given:
+                raise SchemeError(f"{self.where}: added token {text!r} has id {at}, but is loaded with id {given}")
+            following = max(following, at + 1)
+
     def listed(self, *, config: bool = True) -> dict[int, _Added]:
         """Added tokens by id, with those of tokenizer_config.json."""
         listed = {each.get("id"): each for each in self.tokenizer.get("added_tokens") or () if isinstance(each, dict)}
@@ -175,7 +192,8 @@ def _special(
         found = next((at for at, token in enumerate(tokens) if token.text == text), None)
         special._set_special_token(name, found)
     special.add_special_token.update(_begins_and_ends(files))
-    special.load_merges = special.load_merges and bool(special.merges)  # which would be said, where there are none
+    if merges and not special.merges:
+        raise SchemeError(f"{files.where}: no merges; llama.cpp loads no such tokenizer without them")
     return special
 
 
@@ -222,6 +240,7 @@ def tokens_of(files: _Files, count: int) -> list[Token]:
     """
     if files.model.get("byte_fallback"):
         raise SchemeError(f"{files.where}: expected a BPE of bytes, which is what llama.cpp's gpt2 is")
+    files.refuse_moved()
     added = files.listed()
     by_id = {at: text for text, at in files.vocabulary.items()} | {at: each.text for at, each in added.items()}
     _refuse_beyond(by_id, count, files.where)
@@ -287,6 +306,7 @@ def _tokens_of_characters(files: _Files, count: int, *, scored: bool) -> list[To
     With scores they are merged in the order of the merges, as SentencePiece has it; llama.cpp's converter gives all the
     same score where there is no SentencePiece model, by which its tokenizer would merge from left to right.
     """
+    files.refuse_moved()
     vocabulary, added = files.vocabulary, files.listed()
     if not files.model.get("byte_fallback"):
         raise SchemeError(f"{files.where}: expected a BPE of characters that falls back to bytes")
