@@ -27,7 +27,7 @@ from shardxform.cli import main  # noqa: E402
 from shardxform.errors import Interrupted, PlanError, ResumeError  # noqa: E402
 from shardxform.evaluation.evaluate import Comparison, EvaluateOptions, Evaluation, evaluate  # noqa: E402
 from shardxform.evaluation.plot import draw  # noqa: E402
-from shardxform.evaluation.routing import Load, kept_of, load_of  # noqa: E402
+from shardxform.evaluation.routing import Load, kept_ids, load_of  # noqa: E402
 from shardxform.execution.runner import run  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
@@ -148,10 +148,10 @@ def test_experts_are_not_taken_for_others_of_the_same_number(small_moe: Path, tm
     source = Checkpoint.open(small_moe)
     run(plan_prune(source, KEEP), tmp_path / "pruned")
     pruned = Checkpoint.open(tmp_path / "pruned")
-    assert kept_of(pruned, source) == KEEP.keep
-    assert kept_of(pruned, pruned) is None
-    assert kept_of(source, source) == {}
-    assert kept_of(source, pruned) is None
+    assert kept_ids(pruned, source) == KEEP.keep
+    assert kept_ids(pruned, pruned) is None
+    assert kept_ids(source, source) == {}
+    assert kept_ids(source, pruned) is None
 
 
 def test_a_view_is_worth_what_the_written_checkpoint_is(small_moe: Path, windows: Windows, tmp_path: Path) -> None:

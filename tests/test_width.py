@@ -16,7 +16,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import ManifestError, PlanError
-from shardxform.experts.choosing import channels_kept, decide, narrowed
+from shardxform.experts.choosing import channels_kept, decide, with_width
 from shardxform.experts.statistics import ExpertStats, Saliency
 from shardxform.formats.picking import bitmap_of, picked_ids
 from shardxform.plan.prune import plan_prune
@@ -179,7 +179,7 @@ def test_the_channels_that_gave_most_stay_and_ties_go_to_the_lower_id() -> None:
     given = np.ones((2, 64))
     given[0, 40:60] = 2
     given[1, ::2] = 3
-    choice = narrowed(decide(known(given), 2, "frequency"), 32)
+    choice = with_width(decide(known(given), 2, "frequency"), 32)
     assert choice.width is not None
     assert [picked_ids(each) for each in choice.width.kept[0]] == [
         (*range(12), *range(40, 60)),
@@ -195,12 +195,12 @@ def test_the_channels_that_gave_most_stay_and_ties_go_to_the_lower_id() -> None:
 )
 def test_widths_that_cannot_be_are_refused(channels: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        narrowed(decide(known(np.ones((2, 64))), 2, "frequency"), channels)
+        with_width(decide(known(np.ones((2, 64))), 2, "frequency"), channels)
     other = Saliency(
         **{**vars_of(known(np.ones((2, 64)))), "layers": {0: ExpertStats(count_E=np.array([1, 1]))}}  # type: ignore[arg-type]
     )
     with pytest.raises(PlanError, match="says nothing of channels"):
-        narrowed(decide(other, 2, "frequency"), 32)
+        with_width(decide(other, 2, "frequency"), 32)
 
 
 def vars_of(saliency: Saliency) -> dict[str, object]:

@@ -24,7 +24,7 @@ from shardxform.experts.choosing import (
     channels_kept,
     decide,
     keep_of_ratio,
-    narrowed,
+    with_width,
 )
 from shardxform.experts.plotting import plot_choice
 from shardxform.experts.statistics import Saliency
@@ -90,7 +90,7 @@ def select_command(
     read = _read(saliency, asked.criterion or DEFAULT, transfer, output)
     number = asked.keep if asked.keep is not None else keep_of_ratio(read.num_experts, asked.ratio or 0.0)
     choice = decide(read, number, asked.criterion or DEFAULT, asked.protect)
-    choice = narrowed(choice, asked.width) if asked.width is not None else choice
+    choice = with_width(choice, asked.width) if asked.width is not None else choice
     manifest = choice.manifest(asked.ratio)
     if not output.dry_run:
         _write(list(_files(choice, manifest, output.out, output.plot)))

@@ -148,14 +148,14 @@ class Stages:
     def _choice(self) -> Choice:
         """The experts that stay, by what was scored."""
         from shardxform.experts import Saliency, decide
-        from shardxform.experts.choosing import narrowed
+        from shardxform.experts.choosing import with_width
 
         pruning = self.request.pruning
         assert pruning is not None
         self.folder.read(SCORE, SALIENCY)  # refuses what another wrote
         saliency = Saliency.load(self.folder.root / SALIENCY)
         choice = decide(saliency, pruning.kept(saliency.num_experts), pruning.criterion, pruning.protect)
-        return narrowed(choice, pruning.width) if pruning.width else choice
+        return with_width(choice, pruning.width) if pruning.width else choice
 
     # -- quantize ---------------------------------------------------------------------------------------------------
 

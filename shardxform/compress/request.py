@@ -45,7 +45,7 @@ from shardxform.compress.folder import (
 from shardxform.errors import CheckpointError, FamilyError, OutputError, PlanError
 from shardxform.execution.output import Output, state_of
 from shardxform.experts import ExpertStats, Saliency
-from shardxform.experts.choosing import DEFAULT, WEIGHTS, decide, keep_of_ratio, narrowed
+from shardxform.experts.choosing import DEFAULT, WEIGHTS, decide, keep_of_ratio, with_width
 from shardxform.formats.rounding import quantize
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.families import family_origin
@@ -298,7 +298,7 @@ def _stand_in(source: Checkpoint, pruning: Pruning | None) -> Manifest | None:
         where=source.where,
     )
     choice = decide(saliency, pruning.kept(layout.num_experts))
-    return (narrowed(choice, pruning.width) if pruning.width else choice).manifest()
+    return (with_width(choice, pruning.width) if pruning.width else choice).manifest()
 
 
 def _channels(layout: Layout) -> int:

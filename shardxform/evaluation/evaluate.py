@@ -27,7 +27,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
-from shardxform.evaluation.routing import Load, kept_of, load_of
+from shardxform.evaluation.routing import Load, kept_ids, load_of
 from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import OutputHead, Skeleton
@@ -168,7 +168,7 @@ def evaluate(
         heads = _run_heads(job)
         work.remove()
     found = _evaluation(windows, blocks, heads)
-    loads = dict(_loads(blocks, keep if keep is not None else kept_of(checkpoint, against))) if against else {}
+    loads = dict(_loads(blocks, keep if keep is not None else kept_ids(checkpoint, against))) if against else {}
     compared = found.against and replace(found.against, dtype=_name(options.against), loads=loads)
     return replace(found, dtype=_name(options.precision), against=compared)
 

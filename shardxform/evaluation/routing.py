@@ -16,7 +16,7 @@ from shardxform.checkpoint.identity import Identity, identify
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import Checkpoint
 
-__all__ = ["Load", "kept_of", "load_of"]
+__all__ = ["Load", "kept_ids", "load_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def load_of(
     return Load(keep=ids, tested=tuple(tested), reference=kept, pruned=sum(reference) - sum(kept))
 
 
-def kept_of(checkpoint: Checkpoint, reference: Checkpoint) -> Mapping[int, tuple[int, ...]] | None:
+def kept_ids(checkpoint: Checkpoint, reference: Checkpoint) -> Mapping[int, tuple[int, ...]] | None:
     """Layer -> ids of the reference's experts that a checkpoint has, as its record says; empty where it has all.
 
     None where nothing links the two: experts of one number need not be the same ones.

@@ -35,9 +35,9 @@ __all__ = [
     "criteria_of",
     "decide",
     "keep_of_ratio",
-    "narrowed",
     "scores",
     "super_experts",
+    "with_width",
 ]
 
 Scores = NDArray[np.float64]
@@ -231,7 +231,7 @@ class Choice:
         )
 
 
-def narrowed(choice: Choice, channels: int) -> Choice:
+def with_width(choice: Choice, channels: int) -> Choice:
     """Choose the channels that every expert of a choice keeps: those that gave most, ties to the lower id.
 
     A channel gives (g a)^2 times the squared norm of its column of the down projection, summed over the tokens: the
