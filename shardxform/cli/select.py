@@ -13,7 +13,7 @@ from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.file_system import refuse_other, write_new
 from shardxform.cli.console import count, print_json, progress, rows, table, tell
 from shardxform.cli.inputs import open_named
-from shardxform.cli.options import SOURCE, FamilyFlags, Flags, HubFlags, JsonFlags, Source, command, option
+from shardxform.cli.options import SOURCE, FamilyFlags, Flags, HubFlags, QuietFlags, Source, command, option
 from shardxform.errors import OutputError, PlanError
 from shardxform.experts.choosing import (
     CRITERIA,
@@ -64,7 +64,7 @@ class ChoiceFlags(Flags, heading="Which experts stay"):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Output(JsonFlags):
+class _Output(QuietFlags):
     out: Path | None = option("The keep manifest to write.", "--out", "-o", metavar="FILE", first=True)
     plot: Path | None = option("Also draw scores and cut; needs matplotlib.", metavar="PNG")
     dry_run: bool = option("Print the choice and stop; nothing is written.", default=False)
@@ -111,7 +111,7 @@ def _read(named: Source, criterion: str, transfer: HubFlags, output: _Output) ->
             " give a file of `shardxform score`"
         )
     checkpoint = open_named(named, transfer, output.out.parent if output.out else Path())
-    with progress("read", quiet=output.as_json) as on_progress:
+    with progress("read", quiet=output.quiet) as on_progress:
         return weigh(checkpoint, on_progress)
 
 
