@@ -125,7 +125,8 @@ def test_whatever_shows_progress_can_be_quiet() -> None:
         if name in ("console", "outputs") or "progress(" not in path.read_text():
             continue
         command = getattr(importlib.import_module(f"shardxform.cli.{name}"), f"{name}_command")
-        assert "-q" in {opt for option in command.params for opt in option.opts}, name
+        commands = command.commands.values() if isinstance(command, click.Group) else [command]
+        assert "-q" in {opt for each in commands for option in each.params for opt in option.opts}, name
 
 
 def test_every_group_of_the_library_can_be_made_without_a_command_line() -> None:
