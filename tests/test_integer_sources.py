@@ -29,6 +29,7 @@ import any_moe  # noqa: E402
 import test_remote  # noqa: E402
 import test_small_floats  # noqa: E402
 from hubserver import HubServer  # noqa: E402
+from test_gguf_outputs import tokenizer  # noqa: E402
 from test_small_floats import DATA, Tensors, apart, as_released, call, keep_file, raw, shards  # noqa: E402
 
 from shardxform.base.tensors import TensorRef  # noqa: E402
@@ -661,6 +662,9 @@ def test_pruning_does_not_heal_integers(kind: str, message: str, folder: Path, t
 )
 def test_gguf_holds_what_the_other_formats_do(kind: str, more: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind, KINDS | STILL)
+    for each in (source, twin):  # llama.cpp loads no vocabulary without merges
+        config = json.loads((each / "config.json").read_bytes())
+        (each / "tokenizer.json").write_text(tokenizer(int(config["vocab_size"])))
     how = ("-m", keep_file(tmp_path), "--format", "gguf", "--pre-tokenizer", "gpt-2", "-q", *more)
     call("quantize", source, tmp_path / "out", *how)
     call("verify", tmp_path / "out", "--source", source)

@@ -210,7 +210,7 @@ CHANGES: list[tuple[str, Callable[[Config], object], set[str], str]] = [
     ("auto-round", lambda q: q["extra_config"].update({".*k_proj": WIDE_ENTRY}), {"undeclared"}, "k_proj"),
     ("auto-round", lambda q: q["extra_config"].update({"lm_head": {"bits": 4}}), {"not-quantized"}, "lm_head"),
     ("auto-round", removed("extra_config", "in_proj_a"), {"not-quantized"}, "linear_attn.in_proj_a"),
-    ("auto-round", lambda q: q.update(quant_method="awq"), {"not-quantized"}, "16 bits"),
+    ("auto-round", lambda q: q.update(quant_method="awq"), {"not-quantized", "quantization-config"}, "16 bits"),
 ]
 
 

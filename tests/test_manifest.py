@@ -240,7 +240,8 @@ def test_a_shard_given_by_mistake_is_not_read_into_memory(tmp_path: Path) -> Non
         ({"format": "shardxform.keep", "version": 1}, "keep: missing"),
         (
             ours(mtp_kep={}),
-            "unknown key 'mtp_kep'; the keys are format, version, model, criterion, ratio, provenance, keep, mtp_keep",
+            "unknown key 'mtp_kep'; the keys are format, version, model, criterion, ratio, provenance, keep, mtp_keep,"
+            " width",
         ),
         (ours_of({}), "keep: empty, expected an entry for every layer that has experts"),
         (ours_of([]), "keep: expected an object, found []"),  # type: ignore[arg-type]

@@ -49,8 +49,9 @@ class ChoiceFlags(Flags, heading="Which experts stay"):
     keep: int | None = option("Experts to keep in every layer.", type=click.IntRange(1), metavar="N", first=True)
     ratio: float | None = option("Or the share of the experts to remove, such as 0.5.", metavar="R", first=True)
     criterion: str | None = option(
-        f"What an expert is scored by; mean over its tokens, or sum.  [default: {DEFAULT}]",
+        f"What an expert is scored by: {', '.join(CRITERIA)}.  [default: {DEFAULT}]",
         type=click.Choice(list(CRITERIA)),
+        metavar="NAME",
     )
     width: int | None = option(
         "Also keep only N channels of every expert that stays, those that gave most to its output; needs `score "
