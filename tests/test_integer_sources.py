@@ -657,14 +657,20 @@ def test_pruning_does_not_heal_integers(kind: str, message: str, folder: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def _with_merges(root: Path, copy: Path) -> Path:
+    """A copy with a tokenizer that llama.cpp loads, which wants merges."""
+    shutil.copytree(root, copy)
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "tokenizer.json").write_text(tokenizer(int(config["vocab_size"])))
+    return copy
+
+
 @pytest.mark.parametrize(
     ("kind", "more"), picked([("awq", ("--requantize",)), ("gptq", GRID), ("compressed-tensors", ())], 2)
 )
 def test_gguf_holds_what_the_other_formats_do(kind: str, more: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind, KINDS | STILL)
-    for each in (source, twin):  # llama.cpp loads no vocabulary without merges
-        config = json.loads((each / "config.json").read_bytes())
-        (each / "tokenizer.json").write_text(tokenizer(int(config["vocab_size"])))
+    source, twin = (_with_merges(each, tmp_path / f"{each.name}-merges") for each in (source, twin))
     how = ("-m", keep_file(tmp_path), "--format", "gguf", "--pre-tokenizer", "gpt-2", "-q", *more)
     call("quantize", source, tmp_path / "out", *how)
     call("verify", tmp_path / "out", "--source", source)

@@ -573,6 +573,9 @@ def shard_names(count: int) -> list[str]:
 # through all of them for cycles again and again, which takes longer than making them.
 
 
+_MANY_OBJECTS: Final = 100_000  # those of a plan of some ten thousand tensors
+
+
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Look for no cycles meanwhile; also a decorator. For short work on values: tensors may be held in cycles."""
@@ -583,7 +586,8 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # what was made counts as old, and is not looked through just after
+        # What was made counts as old, and is not looked through just after; where it is little, asking takes longer.
+        if gc.get_count()[0] > _MANY_OBJECTS and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
         gc.enable()

@@ -10,6 +10,7 @@ write itself takes a pass over all weights for every token: tasks that ask for i
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import hashlib
 import math
@@ -311,8 +312,9 @@ class _Asked(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: object) -> list[tuple[float, bool]]:
         return self._answers(requests, "pairs")
 
+    @abc.abstractmethod
     def _answers(self, requests: Sequence[Encoded], kind: str) -> list[tuple[float, bool]]:
-        raise NotImplementedError
+        """What is asked of each request: its log-likelihood, and whether its tokens are the likeliest."""
 
     def _gathered(self, requests: Sequence[Encoded]) -> _Gathered:
         return _gather(requests, self.max_length, self._tokenizer.sha256)
