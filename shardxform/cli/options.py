@@ -16,12 +16,22 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import click
-from click.shell_completion import CompletionItem
 
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, HealedAs, Inputs, What
-from shardxform.base.tensors import parse_size
-from shardxform.checkpoint.remote.repository import RepoName, parse_source
-from shardxform.errors import SchemeError, ShardxformError
+from shardxform.cli.values import (
+    ADDRESS,
+    AT_LEAST_1,
+    AT_LEAST_2,
+    BLOCKS,
+    DATA,
+    NAMES,
+    PATH,
+    SIZE,
+    SOURCE,
+    Healed,
+    Source,
+)
+from shardxform.errors import SchemeError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
 from shardxform.model.families import in_use
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
@@ -71,7 +81,6 @@ __all__ = [
 ]
 
 Method = Literal["rtn", "auto-round"]
-Source = Path | RepoName
 
 _FIRST: Final = "Used first"
 _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
@@ -222,109 +231,6 @@ def refuse_idle(group: Flags, *names: str, wanted: str) -> None:
         raise SchemeError(f"{spelling} is for {wanted}")
 
 
-# -- kinds of values --------------------------------------------------------------------------------------------------
-
-
-class _Size(click.ParamType[int]):
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(str(value))
-        except ShardxformError as e:
-            self.fail(str(e), param, ctx)
-
-
-class _NamedPath(click.Path):
-    """A path; an empty one, such as an unset variable gives, is not the current directory."""
-
-    def convert(
-        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | bytes | os.PathLike[str]:
-        if not str(value):
-            self.fail("expected a path, found an empty one", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class _Source(click.ParamType[Source]):
-    """A folder, or `owner/name[@revision]` with or without `hf://` before it."""
-
-    name = "source"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Source:
-        text = str(value)
-        if not text:
-            self.fail("expected a path or owner/name, found an empty one", param, ctx)
-        try:
-            return parse_source(text)
-        except ShardxformError as e:
-            self.fail(str(e), param, ctx)
-
-    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Have the shell complete names of folders; of the hub's repositories nothing is known here."""
-        return [CompletionItem(incomplete, type="dir")]
-
-
-class _Data(click.types.StringParamType):
-    """A file, a folder or a data set of the hub, as it is given; the shell completes the former two."""
-
-    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Have the shell complete names of files and folders."""
-        return [CompletionItem(incomplete, type="file")]
-
-
-class _Names(click.ParamType[tuple[str, ...]]):
-    """Names with commas between them."""
-
-    name = "names"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
-        return value if isinstance(value, tuple) else tuple(name.strip() for name in str(value).split(","))
-
-
-class _Healed(click.Choice[str]):
-    """What to heal; the value may be left out, so a path that follows the option is taken for it."""
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in self.choices:
-            named = ", ".join(map(str, self.choices))
-            self.fail(f"{value!r} is none of {named}: put --heal after SRC and OUT, or write --heal=auto", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class _Blocks(click.ParamType[range]):
-    """`0-9` or `7`: decoder blocks, the last one included."""
-
-    name = "blocks"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> range:
-        first, _, last = str(value).partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
-            self.fail(f"expected decoder blocks such as 0-9, found {value!r}", param, ctx)
-        return range(int(first), int(last or first) + 1)
-
-
-class _Address(click.ParamType[str]):
-    """What `--ray` may be followed by; anything else was meant to be an argument."""
-
-    name = "address"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from shardxform.cluster.session import check_address  # few ask for a cluster
-
-        try:
-            return check_address(str(value))
-        except ShardxformError as e:
-            self.fail(str(e).removeprefix("`ray`: "), param, ctx)
-
-
-PATH: Final = _NamedPath(path_type=Path)
-SOURCE: Final = _Source()
-DATA: Final = _Data()
-_SIZE: Final = _Size()
-_AT_LEAST_1: Final = click.IntRange(1)
-_AT_LEAST_2: Final = click.IntRange(2)
-
 source_argument = click.argument("source", metavar="SRC", type=SOURCE)
 out_argument = click.argument("out", metavar="OUT", type=PATH)
 
@@ -471,7 +377,7 @@ class HealFlags(Flags, heading="Healing"):
         "After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
         "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.  "
         "[alone: auto; then put it after SRC and OUT, or write --heal=auto]",
-        type=_Healed(list(get_args(What))),
+        type=Healed(list(get_args(What))),
         is_flag=False,
         flag_value="auto",
         first=True,
@@ -518,7 +424,7 @@ class HealEncodingFlags(HealFlags):
 class BatchFlags(Flags, heading="Tuning"):
     """How many windows a step of healing or tuning sees."""
 
-    batch_size: int | None = option(f"Windows of a step.  [default: {BATCH_SIZE}]", type=_AT_LEAST_1)
+    batch_size: int | None = option(f"Windows of a step.  [default: {BATCH_SIZE}]", type=AT_LEAST_1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -530,13 +436,13 @@ class RoundingFlags(BatchFlags):
         default="rtn",
         first=True,
     )
-    iters: int | None = option(f"Steps a block.  [default: {ITERS}]", type=_AT_LEAST_1)
+    iters: int | None = option(f"Steps a block.  [default: {ITERS}]", type=AT_LEAST_1)
     inputs: Inputs | None = option(
         "Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
         "blocks independent.  [default: quantized]",
     )
     blocks: range | None = option(
-        "Tune these decoder blocks only, such as 0-9, and others elsewhere; needs --inputs fp.", type=_Blocks()
+        "Tune these decoder blocks only, such as 0-9, and others elsewhere; needs --inputs fp.", type=BLOCKS
     )
     merge: tuple[Path, ...] = option(
         "Take over the blocks that the same command with --blocks has tuned in PART; repeatable.",
@@ -557,8 +463,8 @@ class TextFlags(Flags, heading="Text"):
         type=DATA,
         first=True,
     )
-    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=_AT_LEAST_1)
-    seqlen: int | None = option(f"Tokens of a window.  [default: {_SEQLEN}]", type=_AT_LEAST_2)
+    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=AT_LEAST_1)
+    seqlen: int | None = option(f"Tokens of a window.  [default: {_SEQLEN}]", type=AT_LEAST_2)
     seed: int | None = option(f"Where data are sampled.  [default: {_SEED}]", type=click.IntRange(0))
     no_pack: bool = option(
         "One document a window, cut at --seqlen, shorter ones passed over, in an order that --seed gives.",
@@ -569,7 +475,7 @@ class TextFlags(Flags, heading="Text"):
     text_sources: tuple[str, ...] | None = option(
         "Take only the documents whose field `source` is one of these.  [default: all]",
         metavar="NAME[,NAME]",
-        type=_Names(),
+        type=NAMES,
         multiple=False,
     )
 
@@ -600,7 +506,7 @@ class TuningTextFlags(TextFlags):
 
     usual_samples: ClassVar[int] = 128  # auto-round's
 
-    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=_AT_LEAST_1)
+    samples: int | None = option(f"Windows.  [default: {usual_samples}]", type=AT_LEAST_1)
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
@@ -675,7 +581,7 @@ class TransferFlags(HubFlags):
     cache_limit: int | None = option(
         "Most disk that what was fetched of the hub takes while the model is run; what is only copied or rounded "
         "takes none.  [default: 10GB]",
-        type=_SIZE,
+        type=SIZE,
     )
 
 
@@ -689,7 +595,7 @@ class RayFlags(Flags, heading="Machine"):
         metavar="[HOST:PORT|auto]",
         is_flag=False,
         flag_value="local",
-        type=_Address(),
+        type=ADDRESS,
     )
 
 
@@ -760,7 +666,7 @@ class WriteFlags(DryFlags):
         default=False,
     )
     max_shard_size: int | None = option(
-        "Most tensor data in one shard, in decimal units.  [default: 5GB; of GGUF 48GB]", type=_SIZE
+        "Most tensor data in one shard, in decimal units.  [default: 5GB; of GGUF 48GB]", type=SIZE
     )
 
     def shard_bytes(self, *, gguf: bool) -> int:
