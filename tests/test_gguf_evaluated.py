@@ -88,7 +88,7 @@ def test_another_source_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_wants_a_source(tmp_path: Path) -> None:
     out = done(in_gguf(make(tmp_path / "source")), tmp_path / "out")
-    result = CliRunner().invoke(main, ["evaluate", str(out), *map(str, DATA)])
+    result = CliRunner().invoke(main, ["evaluate", str(out), "--work", f"{out}.work", *map(str, DATA)])
     assert result.exit_code == 2
     assert "give --against, what it was made of" in " ".join(result.output.split())
 

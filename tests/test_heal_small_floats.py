@@ -171,7 +171,11 @@ def test_a_part_in_16_bits_is_named_in_the_config(kind: str, folder: Path, tmp_p
     assert not [name for name in ours if ".experts." in name and "scale" in name]
     assert verify(tmp_path / "out", source=source).sound
     assert_skipped(config_of(tmp_path / "out")["quantization_config"], ours)
-    told = json.loads(call("evaluate", tmp_path / "out", "--against", tmp_path / "twin", "--json", *DATA).stdout)
+    told = json.loads(
+        call(
+            "evaluate", tmp_path / "out", "--against", tmp_path / "twin", "--work", tmp_path / "w", "--json", *DATA
+        ).stdout
+    )
     assert told["against"]["block_errors"] == [0.0, 0.0]
 
 

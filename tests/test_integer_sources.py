@@ -319,7 +319,7 @@ def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, t
         data = out.read_bytes()
         found.append(data[8 + int.from_bytes(data[:8], "little") :])
     assert found[0] == found[1]
-    told = json.loads(call("evaluate", source, "--against", twin, "--json", *DATA).stdout)
+    told = json.loads(call("evaluate", source, "--against", twin, "--work", tmp_path / "work", "--json", *DATA).stdout)
     assert told["against"]["block_errors"] == [0.0, 0.0]
 
 
@@ -745,7 +745,7 @@ def test_a_pruned_view_of_integers_is_measured_as_what_pruning_writes(folder: Pa
         keep = keep_file(tmp_path)
         call("prune", source, tmp_path / kind, "-m", keep, "-q")
         for root in ((source, "-m", keep), (tmp_path / kind,)):
-            told = json.loads(call("evaluate", *root, "--json", *DATA).stdout)
+            told = json.loads(call("evaluate", *root, "--work", tmp_path / "work", "--json", *DATA).stdout)
             found.append(told["perplexity"])
     assert found[::2] == found[1::2]
 

@@ -98,7 +98,7 @@ def wanted(model: Any, tokenizer: Any, files: Path, *names: str) -> dict[str, An
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(files))
+    manager = TaskManager(include_path=str(files), include_defaults=False)  # listing its own takes seconds
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     found = evaluator.simple_evaluate(model=lm, tasks=list(names), task_manager=manager, log_samples=False)
     results: dict[str, Any] = found["results"]
