@@ -357,7 +357,8 @@ def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, t
         length = int.from_bytes(data[:8], "little")
         found.append(data[8 + length :])
     assert found[0] == found[1]
-    told = json.loads(call("evaluate", source, "--against", twin, "--json", *DATA).stdout)
+    work = tmp_path / "evaluate.work"
+    told = json.loads(call("evaluate", source, "--against", twin, "--work", work, "--json", *DATA).stdout)
     assert told["against"]["block_errors"] == [0.0, 0.0]
 
 
