@@ -19,8 +19,8 @@ from typing import Any, Final
 from shardxform.ask.manifest_import import (
     FORMS,
     MAX_ID,
+    ImportInput,
     Pruned,
-    Source,
     form_of,
     pruned_of,
     read_ids,
@@ -140,7 +140,7 @@ class Manifest:
             raise ManifestError(f"{where}: expected an object, found {show(value)}")
         form = form_of(value)
         if form is not None:
-            content = form.read(Source(value, where, pruned_of(layout) if layout else None, sort))
+            content = form.read(ImportInput(value, where, pruned_of(layout) if layout else None, sort))
             # Later messages speak of keep["12"], which a foreign file does not have: say why.
             manifest = cls(
                 keep=content.keep,

@@ -26,8 +26,8 @@ __all__ = [
     "MAX_ID",
     "Content",
     "Form",
+    "ImportInput",
     "Pruned",
-    "Source",
     "form_of",
     "pruned_of",
     "read_ids",
@@ -131,7 +131,7 @@ def _of_slabs(slabs: Slabs) -> Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ImportInput:
     """What an importer is given.
 
     Attributes:
@@ -165,7 +165,7 @@ class Form:
 
     name: str
     fits: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Source], Content]
+    read: Callable[[ImportInput], Content]
 
 
 def form_of(value: Mapping[str, Any]) -> Form | None:
@@ -236,13 +236,13 @@ def _object(value: object, place: str) -> Mapping[str, Any]:
     return value
 
 
-def _version(source: Source, expected: object) -> None:
+def _version(source: ImportInput, expected: object) -> None:
     found = source.value.get("version", expected)
     if type(found) is not type(expected) or found != expected:
         raise ManifestError(f"{source.where}: version: expected {expected!r} in this form, found {show(found)}")
 
 
-def _notes(source: Source, *used: str) -> dict[str, Any]:
+def _notes(source: ImportInput, *used: str) -> dict[str, Any]:
     """The rest at the top, as provenance: plain values as they are; `not_imported` names what is larger."""
     rest = {key: value for key, value in source.value.items() if key not in used and value is not None}
     plain = {key: value for key, value in rest.items() if isinstance(value, (str, int)) or _finite(value)}
@@ -273,7 +273,7 @@ def _mtp_number(layer: int, layout: Pruned | None) -> int | None:
     return number if 0 <= number < layout.mtp_layers else None
 
 
-def _read_dorijan(source: Source) -> Content:
+def _read_dorijan(source: ImportInput) -> Content:
     value = source.value
     keep, mtp_keep = _split_mtp(read_layers(value["keep"], f"{source.where}: keep", sort=source.sort), source.layout)
     count = value.get("n_expert")
@@ -289,13 +289,13 @@ def _read_dorijan(source: Source) -> Content:
     )
 
 
-def _read_omlx(source: Source) -> Content:
+def _read_omlx(source: ImportInput) -> Content:
     layers = read_layers(source.value, f"{source.where}: ", sort=source.sort)
     keep, mtp_keep = _split_mtp(layers, source.layout)
     return Content(keep=keep, mtp_keep=mtp_keep)
 
 
-def _read_0xsero(source: Source) -> Content:
+def _read_0xsero(source: ImportInput) -> Content:
     lists = {}
     for key, entry in source.value.items():
         layer = _layer(key, f"{source.where}: ")
@@ -309,7 +309,7 @@ def _read_0xsero(source: Source) -> Content:
     return Content(keep=keep, mtp_keep=mtp_keep)
 
 
-def _read_modules(source: Source) -> Content:
+def _read_modules(source: ImportInput) -> Content:
     nested = "retained_experts" in source.value
     place = f"{source.where}: retained_experts" if nested else f"{source.where}: "
     keep: dict[int, Ids] = {}
@@ -356,7 +356,7 @@ def _pairs(value: object, place: str) -> dict[int, dict[int, int]]:
     return out
 
 
-def _read_vllm(source: Source) -> Content:
+def _read_vllm(source: ImportInput) -> Content:
     _version(source, 1)
     place, layout = f"{source.where}: pruned_experts", source.layout
     if layout is None:
@@ -388,7 +388,7 @@ def _check_pruned(layer: int, experts: Mapping[int, int], place: str, layout: Pr
             )
 
 
-def _read_reap_mlx(source: Source) -> Content:
+def _read_reap_mlx(source: ImportInput) -> Content:
     _version(source, "1.0")
     kept = _pairs(source.value["kept"], f"{source.where}: kept")
     pruned = _pairs(source.value.get("pruned", []), f"{source.where}: pruned")
@@ -401,7 +401,7 @@ def _read_reap_mlx(source: Source) -> Content:
     return Content(keep=keep, mtp_keep=mtp_keep, provenance=_notes(source, "version", "kept", "pruned"))
 
 
-def _read_record(source: Source) -> Content:
+def _read_record(source: ImportInput) -> Content:
     inputs = _object(source.value.get("inputs"), f"{source.where}: inputs")
     place = f"{source.where}: inputs"
     if isinstance(inputs.get("origin"), Mapping):  # of a converted output: what was done before

@@ -22,7 +22,7 @@ from shardxform.errors import CheckpointError
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["SPLIT_KEYS", "SUFFIX", "GgufModel", "find_gguf", "first_of", "gather", "open_gguf", "read_file"]
+__all__ = ["SPLIT_KEYS", "SUFFIX", "GgufModel", "assemble", "find_gguf", "first_file", "open_gguf", "read_head"]
 
 SUFFIX: Final = ".gguf"
 SPLIT_KEYS: Final = ("split.no", "split.count", "split.tensors.count")
@@ -69,7 +69,7 @@ def find_gguf(path: Path) -> Path | None:
 
     """
     if path.suffix == SUFFIX and not path.is_dir():
-        return path.with_name(first_of(path.name))
+        return path.with_name(first_file(path.name))
     if not path.is_dir():
         return None
     names = sorted(entry.name for entry in os.scandir(path))
@@ -81,7 +81,7 @@ def find_gguf(path: Path) -> Path | None:
             " and it goes on"
         )
     found = dict.fromkeys(
-        path / first_of(name) for name in names if name.endswith(SUFFIX) and not name.startswith(_PROJECTOR)
+        path / first_file(name) for name in names if name.endswith(SUFFIX) and not name.startswith(_PROJECTOR)
     )
     if len(found) > 1:
         listed = ", ".join(each.name for each in list(found)[:3])
@@ -89,7 +89,7 @@ def find_gguf(path: Path) -> Path | None:
     return next(iter(found), None)
 
 
-def first_of(name: str) -> str:
+def first_file(name: str) -> str:
     """Name of the first of the files that one is split into; the file's own where it is whole."""
     match = _SPLIT.fullmatch(name)
     return f"{match[1]}-00001-of-{match[3]}{SUFFIX}" if match else name
@@ -108,10 +108,10 @@ def open_gguf(first: Path) -> GgufModel:
 
     """
     beside = (entry.name for entry in os.scandir(first.parent)) if first.parent.is_dir() else ()
-    return gather(first, lambda name: read_file(first.parent / name), beside)
+    return assemble(first, lambda name: read_split(first.parent / name), beside)
 
 
-def gather(first: Path, read: Read, beside: Iterable[str], remote: Remote | None = None) -> GgufModel:
+def assemble(first: Path, read: Read, beside: Iterable[str], remote: Remote | None = None) -> GgufModel:
     """Put a model together from the heads of its files.
 
     Args:
@@ -161,7 +161,7 @@ def _projectors(beside: Iterable[str], names: Sequence[str]) -> Iterator[str]:
             yield name if name.isprintable() else ascii(name)[1:-1]
 
 
-def read_file(path: Path) -> tuple[GgufHead, Shard]:
+def read_split(path: Path) -> tuple[GgufHead, Shard]:
     """Read the head of a file, and what it is as a shard.
 
     Raises:

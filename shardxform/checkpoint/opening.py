@@ -17,7 +17,7 @@ from shardxform.base import interrupts, tensors
 from shardxform.base.gguf import GgufHead, read_head
 from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.checkpoint.gguf import SUFFIX, GgufModel, first_of, gather, read_file
+from shardxform.checkpoint.gguf import SUFFIX, GgufModel, assemble, first_file, read_split
 from shardxform.checkpoint.remote.reading import Downloads, Transfer
 from shardxform.checkpoint.remote.repository import SCHEME, Remote, RepoName, parse_source
 from shardxform.checkpoint.table import CONFIG, IN_GGUF, INDEX, QUANTIZATION, Checkpoint, Folder, Head, Shard, scan
@@ -72,7 +72,7 @@ def open_gguf_file(source: RepoName, downloads: Downloads | None = None) -> Gguf
     commit, files = list_repository(source)
     folder, _, name = source.file.rpartition("/")
     found = {path.rpartition("/")[2]: file for path, file in files.items() if path.rpartition("/")[0] == folder}
-    name = first_of(name)
+    name = first_file(name)
     if name not in found:
         listed = ", ".join(sorted(path for path in files if path.endswith(SUFFIX))[:4])
         raise RemoteError(f"{source}: no such file at commit {commit[:12]}; in GGUF there are: {listed or 'none'}")
@@ -87,7 +87,7 @@ def open_gguf_file(source: RepoName, downloads: Downloads | None = None) -> Gguf
         streamed=streamed,
         downloads=downloads or Downloads(Transfer()),
     )
-    return gather(root / name, lambda each: _fetch_gguf(remote, each), gguf, remote)
+    return assemble(root / name, lambda each: _fetch_gguf(remote, each), gguf, remote)
 
 
 def _fetch_gguf(remote: Remote, name: str) -> tuple[GgufHead, Shard]:
@@ -95,7 +95,7 @@ def _fetch_gguf(remote: Remote, name: str) -> tuple[GgufHead, Shard]:
     if name not in remote.files:
         raise CheckpointError(f"{remote}: no file {name}, which the model is split into too")
     if name not in remote.streamed:
-        head, shard = read_file(remote.folder / name)
+        head, shard = read_split(remote.folder / name)
         return head, replace(shard, mtime_ns=0)
     data, nbytes = bytearray(), remote.files[name].nbytes
 

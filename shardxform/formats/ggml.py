@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import Backend, RtnStats
 
-__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type", "rounded"]
+__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type", "rounded_blocks"]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -214,7 +214,7 @@ class Ggml:
             raise ExecutionError(
                 f"{where}: NaN or infinity at row {at + bad[0]}, column {bad[1]}; expected finite weights"
             )
-        blocks_RB = rounded(values_RI, self.type)
+        blocks_RB = rounded_blocks(values_RI, self.type)
         if bad := ggml_blocks.overflowing(blocks_RB, self.type):
             raise ExecutionError(
                 f"{where}: row {at + bad[0]} needs a scale beyond float16 in block {bad[1]} of {self.type}; keep the"
@@ -223,7 +223,7 @@ class Ggml:
         return blocks_RB
 
 
-def rounded(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
+def rounded_blocks(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
     """Blocks of values by ggml's rule, bit for bit, with either backend.
 
     Args:
@@ -246,10 +246,10 @@ def rounded(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "
     if use_numba(backend):
         from shardxform.formats import ggml_kernels
 
-        return ggml_kernels.rounded(values_NS, type_name).reshape(len(values_RI), -1)
+        return ggml_kernels.rounded_numba(values_NS, type_name).reshape(len(values_RI), -1)
     from shardxform.formats import ggml_blocks
 
-    return ggml_blocks.rounded(values_NS, type_name).reshape(len(values_RI), -1)
+    return ggml_blocks.rounded_numpy(values_NS, type_name).reshape(len(values_RI), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ class GgmlRows:
 
         from shardxform.formats import ggml_blocks, packing
 
-        values_RI = ggml_blocks.decoded(self.blocks(start, stop), self.type)
+        values_RI = ggml_blocks.block_values(self.blocks(start, stop), self.type)
         if self.checked and (bad := packing.first_of(~np.isfinite(values_RI))):
             raise ExecutionError(
                 f"{self.where(start + bad[0])}, column {bad[1]}: NaN or infinity; expected finite weights"

@@ -265,8 +265,8 @@ class Plan:
     def peak_bytes(self, jobs: int) -> int:
         """Estimate of the process's peak memory with `jobs` steps at a time."""
         headers = sum(len(shard.head) for shard in self.shards)
-        beside = max((step.peak_bytes for step in self.steps if not tokens_of(step)), default=0)
-        alone = max((step.peak_bytes for step in self.steps if tokens_of(step)), default=0)
+        beside = max((step.peak_bytes for step in self.steps if not step_tokens(step)), default=0)
+        alone = max((step.peak_bytes for step in self.steps if step_tokens(step)), default=0)
         base = _BASE_MEMORY + (_REMOTE_MEMORY if self.remote else 0)
         kernels = _KERNEL_MEMORY if "scheme" in self.summary else 0
         return base + 12 * headers + max(kernels + jobs * beside, alone)
@@ -304,7 +304,7 @@ def _refuse_untiled(shard: ShardPlan, written: Sequence[tuple[int, int]]) -> Non
         raise PlanError(f"internal: steps leave {shard.name} unfilled from byte {at}")
 
 
-def tokens_of(step: Step) -> int:
+def step_tokens(step: Step) -> int:
     """Tokens that go through a block for a step that tunes it, and is done alone; 0 for other steps."""
     return int(getattr(step, "block_tokens", 0))
 
@@ -386,7 +386,7 @@ def gguf_shard(
     """
     alignment = gguf.alignment_of(metadata)
     entries = gguf.place(specs, alignment)
-    head = gguf.encode(metadata, entries, version)
+    head = gguf.encode_head(metadata, entries, version)
     if len(head) > gguf.MAX_HEAD_BYTES:
         raise PlanError(f"{name}: a head of {len(head)} bytes, more than {gguf.MAX_HEAD_BYTES}")
     return ShardPlan(name, entries, head, alignment)

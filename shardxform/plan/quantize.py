@@ -44,7 +44,7 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Grid, Scheme
 from shardxform.formats.stored import Stored, as_plain, read_stored
 from shardxform.model.layout import is_quantized
-from shardxform.plan.gguf import Draft, Types, crossing, documents_of, drafted
+from shardxform.plan.gguf import GgufFiles, Types, crossing, documents_of, drafted
 from shardxform.plan.mlx import member_items, part_specs, stack_item
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
@@ -188,7 +188,7 @@ def draft_quantized(
     manifest: Manifest | None = None,
     options: ViewOptions | None = None,
     recipe: Recipe | None = None,
-) -> tuple[Draft, Selection, Selection]:
+) -> tuple[GgufFiles, Selection, Selection]:
     """Find what a GGUF file holds whose selected weights have the codes and scales of the other formats.
 
     Returns:

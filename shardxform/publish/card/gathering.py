@@ -31,10 +31,10 @@ from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import Parameters, count_parameters, stored_of
 from shardxform.publish.card.facts import (
     BlockError,
+    CardFacts,
     Change,
     Data,
     EvaluationFacts,
-    Facts,
     HealedBlock,
     HealingFacts,
     Origin,
@@ -76,7 +76,7 @@ class CardOptions:
     plots: Sequence[Path] = ()
 
 
-def gather(out: Path, options: CardOptions | None = None) -> Facts:
+def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
     """Read everything that is known of an output of shardxform.
 
     Raises:
@@ -103,7 +103,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     origin = _origin(out, checkpoint, options.base_model)
     origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
     name, dropped = out.resolve().name or "OUT", Fields(record.summary).section("dropped")
-    return Facts(
+    return CardFacts(
         name=name,
         command=record.asked.text("command"),
         origin=origin,
@@ -137,7 +137,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     )
 
 
-def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufModel) -> Facts:
+def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufModel) -> CardFacts:
     """The same of an output in GGUF, which has no config: sizes are the file's own, names those that are recorded."""
     slabs, table, summary = slabs_of(model.metadata, model.table.tensors, model.where), model.table, record.summary
     manifest, told = _manifest(options.manifest, record, out), Fields(record.summary)
@@ -148,7 +148,7 @@ def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufMod
     context = model.metadata.get(f"{slabs.arch}.context_length")
     positions = context.value if context is not None else 0
     texts = [path for path in options.evaluations if not _has_tasks(path)]
-    return Facts(
+    return CardFacts(
         name=name,
         command=record.asked.text("command"),
         origin=origin,
