@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from bench_ggml import NUMBERS, library
-from bench_prune import SHARDXFORM, say, table
+from bench_prune import ROOT, SHARDXFORM, say, table
 from bench_quality import SMALL_MOE, windows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -57,7 +58,8 @@ class Row(NamedTuple):
 
 def called(*words: object) -> str:
     """Run a command of shardxform; what it prints."""
-    done = subprocess.run([*SHARDXFORM, *map(str, words)], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*SHARDXFORM, *map(str, words)], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stdout
