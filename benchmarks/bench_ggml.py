@@ -80,13 +80,13 @@ def their_decoding(blocks: np.ndarray[Any, Any], out: np.ndarray[Any, Any], name
 def ours(values: np.ndarray[Any, Any], name: str, backend: Backend) -> np.ndarray[Any, Any]:
     """Round in tiles, as outputs are written."""
     tiles = row_tiles(values.shape[0], values.shape[1], DECODE_TILE)
-    return np.concatenate([ggml.rounded(values[start:stop], name, backend) for start, stop in tiles])
+    return np.concatenate([ggml.rounded_blocks(values[start:stop], name, backend) for start, stop in tiles])
 
 
 def our_decoding(blocks: np.ndarray[Any, Any], name: str, columns: int) -> np.ndarray[Any, Any]:
     """Decode in tiles."""
     tiles = row_tiles(len(blocks), columns, DECODE_TILE)
-    return np.concatenate([ggml_blocks.decoded(blocks[start:stop], name) for start, stop in tiles])
+    return np.concatenate([ggml_blocks.block_values(blocks[start:stop], name) for start, stop in tiles])
 
 
 def of_type(values: np.ndarray[Any, Any], name: str, repeat: int) -> Iterator[Row]:

@@ -174,8 +174,8 @@ def rounded(name: str, values: torch.Tensor, type_name: str, seen: Importance) -
         of = None if weight_I is None else np.ascontiguousarray(weight_I).ctypes.data
         library().ggml_quantize_chunk(NUMBERS[type_name], *at, 0, *matrix_OI.shape, of)
         if weight_I is None:
-            assert (ggml.rounded(matrix_OI, type_name) == blocks_OB).all()
-        out.append(ggml_blocks.decoded(blocks_OB, type_name))
+            assert (ggml.rounded_blocks(matrix_OI, type_name) == blocks_OB).all()
+        out.append(ggml_blocks.block_values(blocks_OB, type_name))
     return torch.from_numpy(np.stack(out).reshape(values.shape))
 
 

@@ -34,7 +34,7 @@ from shardxform.errors import FamilyError
 from shardxform.model import families
 from shardxform.model.families import use
 from shardxform.model.families.base import Family
-from shardxform.model.families.outside import read_text
+from shardxform.model.families.outside import family_of_text
 
 pytestmark = pytest.mark.oracle
 
@@ -99,7 +99,7 @@ def test_a_draft_is_a_right_entry(kind: str, folder: Path, tmp_path: Path, monke
         monkeypatch.delitem(families.HOMES, name)
     monkeypatch.setitem(suite.CASES, kind, RIGHT[kind])
     assert all(note.startswith(("mtp: ", "formats: ")) for note in drafted(kind).decide)
-    found = read_text(drafted(kind).text, f"{kind}.py")
+    found = family_of_text(drafted(kind).text, f"{kind}.py")
     use([found])
     known(found.family, kind)
     suite.model_of.cache_clear()

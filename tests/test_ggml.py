@@ -21,7 +21,7 @@ from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats import ggml, ggml_blocks, packing, rounding
 from shardxform.formats.encoding import Cut, Rows, Writing
-from shardxform.formats.ggml import Ggml, encoding_of, rounded
+from shardxform.formats.ggml import Ggml, encoding_of, rounded_blocks
 from shardxform.formats.integers import Ints
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
@@ -123,8 +123,10 @@ def test_the_bytes_of_a_block() -> None:
     wide = np.arange(112, 144, dtype=np.uint8)[None]
     eight = ggml_blocks.of_codes(wide, scale, Grid(bits=8, group_size=32), "Q8_0")
     assert eight.tolist() == [[0x00, 0x38, *(code % 256 for code in range(-16, 16))]]
-    np.testing.assert_array_equal(ggml_blocks.decoded(four, "Q4_0")[0], [(code % 16 - 8) / 2 for code in range(32)])
-    np.testing.assert_array_equal(ggml_blocks.decoded(eight, "Q8_0")[0], [code / 2 for code in range(-16, 16)])
+    np.testing.assert_array_equal(
+        ggml_blocks.block_values(four, "Q4_0")[0], [(code % 16 - 8) / 2 for code in range(32)]
+    )
+    np.testing.assert_array_equal(ggml_blocks.block_values(eight, "Q8_0")[0], [code / 2 for code in range(-16, 16)])
 
 
 @pytest.mark.parametrize("group_size", [32, 64, -1])
@@ -132,13 +134,13 @@ def test_both_backends_give_words_the_same_blocks(group_size: int) -> None:
     rng, grid = np.random.default_rng(0), Grid(bits=4, group_size=group_size)
     words = rng.integers(-(1 << 31), 1 << 31, grid.word_shape("row", 5, 192), "i4")
     scales = rng.integers(0, 0x7C00, grid.scale_shape("row", 5, 192), "u2")
-    one, other = (ggml.of_words(words, scales, grid, "Q4_0", backend) for backend in ("numba", "numpy"))
+    one, other = (ggml.blocks_of_words(words, scales, grid, "Q4_0", backend) for backend in ("numba", "numpy"))
     np.testing.assert_array_equal(one, other)
     codes = words[:, :, None].view("u4") >> np.arange(0, 32, 4, dtype="u4") & 15
     wanted = (codes.reshape(5, 6, 32).astype("f4") - 8) * np.repeat(
         scales.view("f2").astype("f4"), grid.span(192) // 32, 1
     )[..., None]
-    np.testing.assert_array_equal(ggml_blocks.decoded(one, "Q4_0"), wanted.reshape(5, 192))
+    np.testing.assert_array_equal(ggml_blocks.block_values(one, "Q4_0"), wanted.reshape(5, 192))
 
 
 @pytest.mark.parametrize("layout", ["gptq", "row"])
@@ -249,7 +251,7 @@ def read_by_ggml(blocks: np.ndarray, type_name: str, columns: int) -> np.ndarray
 @pytest.mark.parametrize(("type_name", "backend"), RULES)
 def test_rounding_equals_ggmls(type_name: str, backend: rounding.Backend) -> None:
     for name, values in cases(512):
-        found = rounded(values, type_name, backend)
+        found = rounded_blocks(values, type_name, backend)
         np.testing.assert_array_equal(found, by_ggml(values, type_name), err_msg=name)
 
 
@@ -261,7 +263,7 @@ def test_rounding_equals_ggmls(type_name: str, backend: rounding.Backend) -> Non
 )
 def test_rounding_any_values_equals_ggmls(rule: tuple[str, rounding.Backend], values: np.ndarray, power: int) -> None:
     values = np.ldexp(values, power)
-    np.testing.assert_array_equal(rounded(values, *rule), by_ggml(values, rule[0]))
+    np.testing.assert_array_equal(rounded_blocks(values, *rule), by_ggml(values, rule[0]))
 
 
 @pytest.mark.oracle
@@ -272,7 +274,7 @@ def test_scales_that_are_no_numbers_are_found_where_they_are(type_name: str) -> 
     blocks = np.zeros((nbytes - 1, 2 * nbytes), np.uint8)
     at = np.arange(nbytes - 1)
     blocks[at, nbytes + at + 1] = 0x7C
-    odd = ~np.isfinite(ggml_blocks.decoded(blocks, type_name)).all(axis=1)
+    odd = ~np.isfinite(ggml_blocks.block_values(blocks, type_name)).all(axis=1)
     for row in at:
         found = ggml_blocks.overflowing(blocks[row : row + 1], type_name)
         assert found == ((0, 1) if odd[row] and type_name not in ("IQ1_M", "MXFP4", "NVFP4") else ())
@@ -284,7 +286,7 @@ def test_decoding_equals_ggmls(type_name: str) -> None:
     """Of any bytes: scales may be no numbers."""
     columns, nbytes = BLOCKS[type_name]
     blocks = np.random.default_rng(0).integers(0, 256, (40, 4 * nbytes), np.uint8)
-    found = ggml_blocks.decoded(blocks, type_name)
+    found = ggml_blocks.block_values(blocks, type_name)
     np.testing.assert_array_equal(found, read_by_ggml(blocks, type_name, 4 * columns))
 
 
@@ -292,15 +294,15 @@ def test_decoding_equals_ggmls(type_name: str) -> None:
 @pytest.mark.parametrize("type_name", COMPILED)
 def test_blocks_that_do_not_fill_the_lanes_of_a_kernel(type_name: str) -> None:
     values = normal(3, 256 * 7)
-    compiled = rounded(values, type_name, "numba")
-    np.testing.assert_array_equal(compiled, rounded(values, type_name, "numpy"))
+    compiled = rounded_blocks(values, type_name, "numba")
+    np.testing.assert_array_equal(compiled, rounded_blocks(values, type_name, "numpy"))
 
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_what_is_rounded_is_near(type_name: str) -> None:
     """Whatever the oracle is: within one step of the largest value of a block."""
     values = normal(16, 512)
-    found = ggml_blocks.decoded(rounded(values, type_name, "numpy"), type_name)
+    found = ggml_blocks.block_values(rounded_blocks(values, type_name, "numpy"), type_name)
     bits = {"MXFP4": 2, "IQ4_NL": 3}.get(type_name) or int(type_name[1])
     assert np.abs(found - values).max() < 2.0 ** (1 - bits) * np.abs(values).max()
 
@@ -326,7 +328,7 @@ def test_what_cannot_be_said_is_refused_by_name(type_name: str) -> None:
         return
     with pytest.raises(ExecutionError, match=rf"row 2 needs a scale beyond float16 .* of {type_name}"):
         blocks_of(Ggml(type_name), [rows_of(values)], (4, 256))
-    blocks = rounded(values, type_name)
+    blocks = rounded_blocks(values, type_name)
     assert not np.isfinite(opened(type_name, blocks, 256, checked=False).values(0, 4)).all()
     with pytest.raises(ExecutionError, match=r"tensor 'y.weight': NaN or infinity at row 2, column \d+"):
         opened(type_name, blocks, 256).values(1, 4)
@@ -342,7 +344,7 @@ def test_blocks_of_the_same_type_are_moved() -> None:
     rows = opened("Q4_0", blocks, 64)
     np.testing.assert_array_equal(blocks_of(Ggml("Q4_0"), [rows.cut(Cut(2, 3))], (3, 64)), blocks[2:5])
     turned = rows.cut(Cut(1, 2, transposed=True))
-    np.testing.assert_array_equal(turned.values(0, 2), ggml_blocks.decoded(blocks, "Q4_0").T[1:3])
+    np.testing.assert_array_equal(turned.values(0, 2), ggml_blocks.block_values(blocks, "Q4_0").T[1:3])
 
 
 def test_types_that_nothing_reads_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def example(path: Path, **options: Any) -> list[Path]:
 
 def decoded(path: Path) -> GgufHead:
     data = path.read_bytes()
-    return gguf.decode(data, len(data), str(path))
+    return gguf.decode_head(data, len(data), str(path))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_what_is_decoded_is_what_the_package_reads(path: Path) -> None:
 
 def test_what_is_encoded_is_what_the_package_writes(path: Path) -> None:
     head = decoded(path)
-    assert gguf.encode(head.metadata, head.entries) == path.read_bytes()[: head.data_start]
+    assert gguf.encode_head(head.metadata, head.entries) == path.read_bytes()[: head.data_start]
     assert gguf.place([e.spec for e in head.entries], head.alignment) == head.entries
 
 
@@ -121,7 +121,7 @@ def test_a_head_is_read_in_as_few_bytes_as_need_be(path: Path) -> None:
     assert digest == hashlib.sha256(data[: head.data_start]).hexdigest()
     for stop in range(4, head.data_start, 7):
         with pytest.raises(NeedsMoreError) as e:
-            gguf.decode(data[:stop], len(data), "f")
+            gguf.decode_head(data[:stop], len(data), "f")
         assert stop < e.value.least <= head.data_start
 
 
@@ -207,15 +207,15 @@ def test_what_no_reader_takes_is_refused(fault: str) -> None:
 
 def test_what_the_faults_are_made_of_is_sound() -> None:
     data = made([key(b"k", 0, b"1")], [ONE, info(b"b", (8, 2), 0, 32)], 96)
-    assert len(gguf.decode(data, len(data), "f").entries) == 2
-    assert gguf.decode(made([], [ONE], 32, version=2), 96, "f").version == 2
+    assert len(gguf.decode_head(data, len(data), "f").entries) == 2
+    assert gguf.decode_head(made([], [ONE], 32, version=2), 96, "f").version == 2
 
 
 def test_a_count_that_a_large_file_could_hold_is_not_believed() -> None:
     """Sizes are compared before anything is made of them."""
     data = made([key(b"k", 9, struct.pack("<IQ", 4, 1 << 30))], [ONE], 32)
     with pytest.raises(CheckpointError, match="a head of more than"):
-        gguf.decode(data, 1 << 40, "f")
+        gguf.decode_head(data, 1 << 40, "f")
 
 
 def base() -> bytes:
@@ -229,8 +229,8 @@ def test_whatever_is_there_is_decoded_or_refused(data: bytes) -> None:
         head, _ = gguf.read_head(lambda stop: data[:stop], len(data), "f")
     except CheckpointError:
         return
-    again = gguf.encode(head.metadata, head.entries, head.version)
-    assert gguf.decode(again + data[head.data_start :], len(data), "f") == head
+    again = gguf.encode_head(head.metadata, head.entries, head.version)
+    assert gguf.decode_head(again + data[head.data_start :], len(data), "f") == head
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(gguf.TYPES)), st.integers(1, 5), st.integers(1, 3)), max_size=5))
@@ -241,9 +241,9 @@ def test_what_is_encoded_is_decoded(items: list[tuple[str, int, int]]) -> None:
     ]
     entries = gguf.place(specs, 64)
     metadata = (KeyValue.of(gguf.ALIGNMENT_KEY, "UINT32", 64),)
-    data = gguf.encode(metadata, entries)
+    data = gguf.encode_head(metadata, entries)
     end = gguf.padded(entries[-1].end, 64) if entries else 0
-    assert gguf.decode(data, len(data) + end, "f") == GgufHead(3, metadata, entries, len(data), 64)
+    assert gguf.decode_head(data, len(data) + end, "f") == GgufHead(3, metadata, entries, len(data), 64)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +257,12 @@ def test_what_is_encoded_is_decoded(items: list[tuple[str, int, int]]) -> None:
 )
 def test_what_no_reader_takes_is_not_written(spec: TensorSpec, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        gguf.encode((), gguf.place([spec], 32))
+        gguf.encode_head((), gguf.place([spec], 32))
 
 
 def test_nothing_is_written_twice() -> None:
     spec = TensorSpec("t", "F32", (1,))
     with pytest.raises(PlanError, match="the tensor 't' twice"):
-        gguf.encode((), gguf.place([spec, spec], 32))
+        gguf.encode_head((), gguf.place([spec, spec], 32))
     with pytest.raises(PlanError, match="the key 'k' twice"):
-        gguf.encode((KeyValue.of("k", "UINT8", 1),) * 2, ())
+        gguf.encode_head((KeyValue.of("k", "UINT8", 1),) * 2, ())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from shardxform.errors import SchemeError
-from shardxform.runtimes.gguf.mixes import KINDS, Facts, mixed
+from shardxform.runtimes.gguf.mixes import KINDS, MixFacts, mixed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -53,23 +53,23 @@ def block_shapes(arch: str, block: int, experts: int, hidden: int, inner: int) -
         yield "ffn_gate_inp_shexp.weight", (hidden,)
 
 
-MODELS: dict[str, tuple[Shapes, Facts]] = {
+MODELS: dict[str, tuple[Shapes, MixFacts]] = {
     "hybrid": (
         shapes("qwen35moe", 12, 16),
-        Facts(architecture="qwen35moe", blocks=12, experts=16, shared_heads=2),
+        MixFacts(architecture="qwen35moe", blocks=12, experts=16, shared_heads=2),
     ),
-    "eight": (shapes("qwen35moe", 9, 8), Facts(architecture="qwen35moe", blocks=9, experts=8, shared_heads=2)),
+    "eight": (shapes("qwen35moe", 9, 8), MixFacts(architecture="qwen35moe", blocks=9, experts=8, shared_heads=2)),
     "tied": (
         shapes("qwen3moe", 17, 16, tied=True),
-        Facts(architecture="qwen3moe", blocks=17, experts=16, shared_heads=2),
+        MixFacts(architecture="qwen3moe", blocks=17, experts=16, shared_heads=2),
     ),
     "narrow": (
         shapes("qwen3moe", 8, 16, hidden=192, inner=80),
-        Facts(architecture="qwen3moe", blocks=8, experts=16, shared_heads=2),
+        MixFacts(architecture="qwen3moe", blocks=8, experts=16, shared_heads=2),
     ),
     "latent": (
         shapes("deepseek2", 16, 16, dense=3),
-        Facts(architecture="deepseek2", blocks=16, experts=16, shared_heads=4),
+        MixFacts(architecture="deepseek2", blocks=16, experts=16, shared_heads=4),
     ),
 }
 
@@ -221,7 +221,7 @@ def test_types_are_those_that_llama_quantize_chose(model: str, kind: str) -> Non
 
 def test_heads_that_share_a_value_get_more_in_iq4_nl() -> None:
     found, facts = MODELS["tied"]
-    chosen = mixed("IQ4_NL", found, Facts(architecture="qwen3moe", blocks=17, experts=16, shared_heads=4))
+    chosen = mixed("IQ4_NL", found, MixFacts(architecture="qwen3moe", blocks=17, experts=16, shared_heads=4))
     assert {chosen[f"blk.{block}.attn_v.weight"] for block in range(17)} == {"Q5_K"}
     assert mixed("IQ4_NL", found, facts)["blk.5.attn_v.weight"] == "IQ4_NL"
 
@@ -238,7 +238,7 @@ def test_what_is_not_known_is_refused() -> None:
     found, facts = MODELS["tied"]
     with pytest.raises(SchemeError, match=r"expected one of F32, F16, Q4_0, .* found 'Q3_K_M'"):
         mixed("Q3_K_M", found, facts)
-    other = Facts(architecture="falcon", blocks=17, experts=0, shared_heads=1)
+    other = MixFacts(architecture="falcon", blocks=17, experts=0, shared_heads=1)
     with pytest.raises(SchemeError, match="Q4_K_M: llama-quantize has rules of its own for falcon"):
         mixed("Q4_K_M", found, other)
     assert set(mixed("F16", found, other).values()) == {"F16"}

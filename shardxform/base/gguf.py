@@ -2,8 +2,8 @@
 
 Layout: magic, version, number of tensors, number of keys, the keys with their values, name, dimensions (fastest first),
 type and offset of every tensor, zeros up to the alignment, the data, each tensor padded to the alignment. All integers
-are little-endian. `decode` refuses whatever llama.cpp's own reader refuses, and keeps every value's bytes, so that what
-is not changed is written byte for byte; `encode` writes what the `gguf` package's writer does.
+are little-endian. `decode_head` refuses whatever llama.cpp's own reader refuses, and keeps every value's bytes, so that
+what is not changed is written byte for byte; `encode_head` writes what the `gguf` package's writer does.
 
 Reference: ggml/docs/gguf.md and ggml/src/gguf.cpp of llama.cpp.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from shardxform.base.tensors import BITS, BLOCKS, Entry, TensorSpec
+from shardxform.base.tensors import BITS, BLOCKS, Entry, TensorSpec, padded
 from shardxform.errors import CheckpointError, PlanError
 
 __all__ = [
@@ -33,9 +33,8 @@ __all__ = [
     "NeedsMoreError",
     "Value",
     "alignment_of",
-    "decode",
-    "encode",
-    "padded",
+    "decode_head",
+    "encode_head",
     "place",
     "read_head",
 ]
@@ -219,11 +218,6 @@ class GgufHead:
         return next((each for each in self.metadata if each.key == key), None)
 
 
-def padded(nbytes: int, alignment: int) -> int:
-    """`nbytes`, or the next multiple of `alignment` after it."""
-    return -(-nbytes // alignment) * alignment
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +248,7 @@ def place(specs: Iterable[TensorSpec], alignment: int) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def encode(metadata: Sequence[KeyValue], entries: Sequence[Entry], version: int = VERSION) -> bytes:
+def encode_head(metadata: Sequence[KeyValue], entries: Sequence[Entry], version: int = VERSION) -> bytes:
     """Everything before the data, padded to the alignment that `metadata` asks for.
 
     Raises:
@@ -332,14 +326,14 @@ def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tup
         the head, and the SHA-256 of all bytes up to the data, in hex.
 
     Raises:
-        CheckpointError: see `decode`.
+        CheckpointError: see `decode_head`.
 
     """
     stop = min(_FIRST_BYTES, nbytes)
     while True:
         data = beginning(stop)
         try:
-            head = decode(data, nbytes, where)
+            head = decode_head(data, nbytes, where)
         except NeedsMoreError as e:
             stop = min(max(e.least, 2 * stop), nbytes, max(MAX_HEAD_BYTES, e.least))
             del data
@@ -347,7 +341,7 @@ def read_head(beginning: Callable[[int], bytes], nbytes: int, where: str) -> tup
         return head, hashlib.sha256(memoryview(data)[: head.data_start]).hexdigest()
 
 
-def decode(data: bytes, nbytes: int, where: str) -> GgufHead:
+def decode_head(data: bytes, nbytes: int, where: str) -> GgufHead:
     """Decode the head of a file of `nbytes` bytes that begins with `data`.
 
     Raises:

@@ -34,7 +34,7 @@ from shardxform.cluster.worker import (
 from shardxform.errors import ExecutionError, PlanError
 from shardxform.execution.output import Output
 from shardxform.execution.steps import Facts
-from shardxform.plan.plan import Copy, Plan, Remake, Step, tokens_of
+from shardxform.plan.plan import Copy, Plan, Remake, Step, step_tokens
 
 if TYPE_CHECKING:
     from shardxform.forward.weights import Precision
@@ -194,7 +194,7 @@ def refuse_remote(origin: str, remote: object) -> None:
 
 def needs_of(step: Step, device: str = "cpu") -> Needs:
     """What a step is promised: its memory, a CPU, and a GPU where that computes."""
-    process = 0 if tokens_of(step) else _WORKER_BYTES  # the memory of a tuned block is all there is of it
+    process = 0 if step_tokens(step) else _WORKER_BYTES  # the memory of a tuned block is all there is of it
     computes = device != "cpu" and not isinstance(step, (Copy, Remake))
     return Needs(memory=step.peak_bytes + process, gpus=int(computes))
 
@@ -243,7 +243,7 @@ class RayPool:
     def submit(self, step: Step) -> Future[Facts]:
         """Have a step done by some worker."""
         needs = needs_of(step, self._device)
-        if tokens_of(step):
+        if step_tokens(step):
             return self._session.future(self._submit_block(cast("TuneBlock", step), needs))
         return self._session.future(self._session.submit(do_step, needs, self._wanted, self._place, self._packed(step)))
 

@@ -51,7 +51,7 @@ from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.families import family_origin
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.narrowing import width_key
-from shardxform.plan.plan import Plan, source_inputs, tokens_of
+from shardxform.plan.plan import Plan, source_inputs, step_tokens
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
 from shardxform.verification.structure import refuse_unsound
@@ -438,7 +438,7 @@ def _forecast(prepared: Prepared, options: CompressOptions, stages: Mapping[str,
         peak_memory_bytes=prepared.sketch.peak_bytes(options.jobs) + (0 if request.recipe else base - _PLAIN),
         work_bytes=request.tuning_bytes,
         written_bytes=prepared.sketch.nbytes,
-        tokens=sum(map(tokens_of, prepared.sketch.steps)),
+        tokens=sum(map(step_tokens, prepared.sketch.steps)),
     )
 
 

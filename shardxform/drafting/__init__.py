@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.drafting.entry import entry, notes
-from shardxform.drafting.facts import facts_of
+from shardxform.drafting.entry import entry_text, notes
+from shardxform.drafting.facts import entry_facts
 from shardxform.errors import FamilyError
 from shardxform.model.families import HOMES, use
-from shardxform.model.families.outside import read_text
+from shardxform.model.families.outside import family_of_text
 from shardxform.model.layout import layout_of
 
 __all__ = ["Draft", "draft", "draft_of"]
@@ -35,8 +35,8 @@ def draft(model_type: str) -> Draft:
         FamilyError: transformers has no class that an entry could be made from.
 
     """
-    facts = facts_of(model_type)
-    return Draft(entry(facts), tuple(notes(facts)))
+    facts = entry_facts(model_type)
+    return Draft(entry_text(facts), tuple(notes(facts)))
 
 
 def draft_of(source: Path) -> Draft:
@@ -51,16 +51,16 @@ def draft_of(source: Path) -> Draft:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError(f"{checkpoint.where}/config.json: model_type: expected a name, found {model_type!r}")
-    facts = facts_of(model_type)
-    facts.decide += _lacking(checkpoint, entry(facts))
-    return Draft(entry(facts), tuple(notes(facts)))
+    facts = entry_facts(model_type)
+    facts.decide += _lacking(checkpoint, entry_text(facts))
+    return Draft(entry_text(facts), tuple(notes(facts)))
 
 
 def _lacking(checkpoint: Checkpoint, text: str) -> list[str]:
     """Say which tensors of a checkpoint a draft does not know, layers and experts put together."""
     if checkpoint.config["model_type"] in HOMES:
         return []
-    use([read_text(text, "the draft")])
+    use([family_of_text(text, "the draft")])
     try:
         unknown = layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where).unknown
     except FamilyError as e:

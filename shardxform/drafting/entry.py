@@ -7,16 +7,16 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from shardxform.drafting.conditions import Condition
-from shardxform.drafting.facts import Facts, Row
+from shardxform.drafting.facts import EntryFacts, Row
 from shardxform.drafting.probe import Probe
 from shardxform.model.families.base import COUNT_KEYS, EMBEDDINGS, NORMS, TYPES
 
-__all__ = ["entry", "notes"]
+__all__ = ["entry_text", "notes"]
 
 _WIDTH: Final = 120
 _WORDS: Final = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", list: "list", type(None): "null"}
@@ -39,7 +39,7 @@ _PARTS: Final = (
 """What entries import, in the order in which imports are sorted."""
 
 
-def entry(facts: Facts) -> str:
+def entry_text(facts: EntryFacts) -> str:
     """The whole file."""
     block = list(_block(facts))
     body = [line for field in _fields(facts, block) for line in field]
@@ -61,7 +61,7 @@ def entry(facts: Facts) -> str:
     return "\n".join(out) + "\n"
 
 
-def notes(facts: Facts) -> Iterator[str]:
+def notes(facts: EntryFacts) -> Iterator[str]:
     """What a person must decide, one sentence each."""
     yield from dict.fromkeys(facts.decide)
     if facts.probe.ignored:
@@ -75,7 +75,7 @@ def notes(facts: Facts) -> Iterator[str]:
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
-def _fields(facts: Facts, block: Sequence[str]) -> Iterator[list[str]]:
+def _fields(facts: EntryFacts, block: Sequence[str]) -> Iterator[list[str]]:
     """The fields of the entry, in the order of `Family`, each as lines."""
     probe = facts.probe
     yield [f'    name="{probe.model_type}",']
@@ -110,7 +110,7 @@ def _counts(probe: Probe) -> Iterator[str]:
         yield f'    group_key="{probe.stored(probe.group_key)}",'
 
 
-def _names(facts: Facts) -> Iterator[str]:
+def _names(facts: EntryFacts) -> Iterator[str]:
     """What has other names than usual, and in transformers' modules than in releases."""
     if facts.decoder:
         yield _call("    decoder=Decoder", [f"{key}={_value(value)}" for key, value in facts.decoder.items()], ",")
@@ -125,7 +125,7 @@ def _names(facts: Facts) -> Iterator[str]:
         yield "    },"
 
 
-def _of_quantizing(facts: Facts) -> Iterator[str]:
+def _of_quantizing(facts: EntryFacts) -> Iterator[str]:
     """What clients cannot run quantized, and what they merge."""
     yield _call("    keep_16bit=", [f'"{name}"' for name in _kept(facts)], ",", single=True)
     if "projections" in facts.layout:
@@ -144,7 +144,7 @@ def _count_keys(probe: Probe) -> Iterator[str]:
     yield from (name for name in dict.fromkeys(names) if name in COUNT_KEYS)
 
 
-def _root(facts: Facts) -> Iterator[str]:
+def _root(facts: EntryFacts) -> Iterator[str]:
     known = {(template.name.format(decoder=facts.prefix, head="lm_head"), template.shape) for template in EMBEDDINGS}
     if known == {(row.name, row.shape) for row in facts.root}:
         yield "    root=EMBEDDINGS,"
@@ -165,7 +165,7 @@ def _root(facts: Facts) -> Iterator[str]:
     yield "    ),"
 
 
-def _block(facts: Facts) -> Iterator[str]:
+def _block(facts: EntryFacts) -> Iterator[str]:
     """Lines of templates, in the order in which entries have them; what entries share by name."""
     rows = sorted(facts.block, key=lambda row: _ORDER.index(row.role) if row.role in _ORDER else len(_ORDER))
     norms = {(template.name, template.shape) for template in NORMS}
@@ -233,7 +233,7 @@ def _types(probe: Probe) -> Iterator[str]:
             yield f'        "{key}": "{" or ".join(words)}",'
 
 
-def _conditions(facts: Facts) -> Iterator[str]:
+def _conditions(facts: EntryFacts) -> Iterator[str]:
     found = {row.when.name: row.when.text for row in (*facts.root, *facts.block) if row.when}
     if facts.moe:
         found[facts.moe.name] = facts.moe.text
@@ -246,7 +246,7 @@ def _conditions(facts: Facts) -> Iterator[str]:
             yield from (f'        "{name}": {start}: (', f"            {body}", "        ),")
 
 
-def _kept(facts: Facts) -> list[str]:
+def _kept(facts: EntryFacts) -> list[str]:
     """Modules that clients do not run quantized."""
     found = [
         row.name.removesuffix(".weight")
@@ -262,7 +262,7 @@ def _kept(facts: Facts) -> list[str]:
     return sorted(dict.fromkeys(found))
 
 
-def _merged(facts: Facts) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _merged(facts: EntryFacts) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Modules that read the same, and that clients merge."""
     inputs = {
         row.name.removesuffix(".weight"): row.shape.partition(",")[2]
@@ -280,7 +280,7 @@ def _merged(facts: Facts) -> Iterator[tuple[str, tuple[str, ...]]]:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _summary(facts: Facts) -> str:
+def _summary(facts: EntryFacts) -> str:
     """What kind of model it is, as the first line of an entry says it."""
     roles = {row.role for row in facts.block}
     symbols = {symbol for row in facts.block for symbol in re.findall("[A-Z]+", row.shape)}
@@ -293,7 +293,7 @@ def _summary(facts: Facts) -> str:
     return f"{name}: {', '.join(filter(None, words))}."
 
 
-def _helpers(facts: Facts) -> list[str]:
+def _helpers(facts: EntryFacts) -> list[str]:
     used = [row.when for row in (*facts.root, *facts.block) if row.when] + ([facts.moe] if facts.moe else [])
     found: dict[str, str] = dict(facts.helpers)
     for condition in used:
@@ -341,7 +341,7 @@ def _wrapped(note: str) -> Iterable[tuple[bool, str]]:
     return [(at == 0, line) for at, line in enumerate(lines)]
 
 
-def _words(hint: Any) -> list[str]:  # noqa: ANN401
+def _words(hint: object) -> list[str]:
     """A type in the words of entries."""
     if hint in _WORDS:
         return [_WORDS[hint]]

@@ -17,7 +17,7 @@ from shardxform.drafting.shapes import solve
 from shardxform.errors import FamilyError
 from shardxform.model.families.base import Decoder, ExpertLayout, Role
 
-__all__ = ["Facts", "Row", "facts_of"]
+__all__ = ["EntryFacts", "Row", "entry_facts"]
 
 _SYMBOLS: Final[Mapping[str, str]] = {
     "hidden_size": "H",
@@ -68,7 +68,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Facts:
+class EntryFacts:
     """All that an entry says.
 
     Attributes:
@@ -104,7 +104,7 @@ class Facts:
     decide: list[str] = field(default_factory=list)
 
 
-def facts_of(model_type: str) -> Facts:
+def entry_facts(model_type: str) -> EntryFacts:
     """Find out what the entry of a model type says.
 
     Raises:
@@ -121,7 +121,7 @@ def facts_of(model_type: str) -> Facts:
 class _Finder:
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
-        self.facts = Facts(probe)
+        self.facts = EntryFacts(probe)
         self._decide = self.facts.decide
         self._by_layer = layer_conditions(probe)
         self._letters = _symbols_of(probe.sizes)

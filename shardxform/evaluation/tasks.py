@@ -39,7 +39,7 @@ from shardxform.calibration.tokens import Tokenizer, load_tokenizer
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, Interrupted, PlanError
 from shardxform.evaluation.evaluate import EvaluateOptions
-from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass, tokens_of
+from shardxform.forward.passes import Batch, Pass, batches, pass_inputs, run_pass, tokens_of_pass
 from shardxform.forward.runtime import on_device
 from shardxform.forward.skeleton import OutputHead, Skeleton
 from shardxform.forward.weights import Observer, Weights
@@ -124,7 +124,7 @@ def size_of_tasks(checkpoint: Checkpoint, tasks: TaskOptions) -> TaskSize:
     return TaskSize(
         requests=model.requests,
         distinct=sum(len(windows.ids_NT) for windows in model.windows),
-        tokens=sum(map(tokens_of, model.windows)),
+        tokens=sum(map(tokens_of_pass, model.windows)),
         passes=len(model.windows),
     )
 
@@ -222,8 +222,8 @@ def _samples(found: Mapping[str, Any] | None, task: str) -> list[Mapping[str, An
 def _compared(
     metric: str,
     other: Mapping[str, Mapping[str, float | None]],
-    tested: Sequence[Mapping[str, Any]],
-    reference: Sequence[Mapping[str, Any]],
+    tested: Sequence[Mapping[str, object]],
+    reference: Sequence[Mapping[str, object]],
 ) -> dict[str, float | None]:
     """The reference's value, and the mean difference over the documents, which vary together, with its error."""
     if metric not in other:
@@ -302,7 +302,7 @@ class _Asked(TemplateLM):  # type: ignore[misc]  # the harness has no types
         told = iter(self._answers(pieces, "rolling"))
         return [math.fsum(next(told)[0] for _ in range(count)) for count in counts]
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
+    def generate_until(self, requests: list[object], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         name = getattr(requests[0], "task_name", None) if requests else None
         raise PlanError(
             f"`tasks`: {name or 'one of them'} has the model write text, which takes a pass over all weights for every"
@@ -366,7 +366,7 @@ class _BlockModel(_Asked):
             skeleton.refuse_longer(asked.windows)
             weights.check()
             with WorkDir(place, inputs) as work:
-                job = Pass(asked.windows, {_CHAIN: skeleton}, work, options.on_progress, tokens_of(asked.windows))
+                job = Pass(asked.windows, {_CHAIN: skeleton}, work, options.on_progress, tokens_of_pass(asked.windows))
                 run_pass(job, _Blind())
                 told = _run_head(job, skeleton, asked)
         return [told[at] for at in asked.where]

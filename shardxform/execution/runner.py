@@ -19,14 +19,13 @@ from typing import Any, Protocol
 
 from shardxform.base import interrupts
 from shardxform.base.digests import FACT, Taken, digest_chunks
-from shardxform.base.file_system import FileSystem
+from shardxform.base.file_system import FileSystem, OpenTarget
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import show_size
 from shardxform.checkpoint.identity import changed_values, names_of
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
-from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import Journal, measured, recorded
 from shardxform.execution.output import (
     JOURNAL,
@@ -44,7 +43,7 @@ from shardxform.execution.output import (
     state_of,
 )
 from shardxform.execution.steps import Facts, OpenTargets, executor, written_by
-from shardxform.plan.plan import Plan, Step, tokens_of
+from shardxform.plan.plan import Plan, Step, step_tokens
 
 __all__ = ["Report", "RunOptions", "StepPool", "StepTuner", "adopt", "run"]
 
@@ -329,7 +328,7 @@ class _Loop:
         self._options = options
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._tuning = {i for i, step in enumerate(self._plan.steps) if tokens_of(step)}
+        self._tuning = {i for i, step in enumerate(self._plan.steps) if step_tokens(step)}
         self._tokens = 0
         self._tokens_resumed = 0
         self._at = ""
@@ -355,7 +354,7 @@ class _Loop:
             undone = set(range(len(plan.steps))) - journal.done
             output.reopen({extent.shard for i in undone for extent in plan.steps[i].writes})
             self.resumed = sum(written_by(plan.steps[i]) for i in journal.done)
-            self._tokens = self._tokens_resumed = sum(tokens_of(plan.steps[i]) for i in journal.done)
+            self._tokens = self._tokens_resumed = sum(step_tokens(plan.steps[i]) for i in journal.done)
             todo = [i for i in sorted(undone) if self._wanted(i)]
             self._at = self._first_of(todo) if self._tuning & journal.done else ""
             alone: set[int] = set() if self._options.pool else self._tuning
@@ -406,7 +405,7 @@ class _Loop:
                 while True:
                     while len(pending) < pool.ahead and (number := next(queue, None)) is not None:
                         step = self._plan.steps[number]
-                        if self._plan.remote and not tokens_of(step):
+                        if self._plan.remote and not step_tokens(step):
                             source.will_need(step.reads)
                         under_way.add(pool.submit(step), number)
                     if not pending:
@@ -440,14 +439,14 @@ class _Loop:
         journal.record(done)
         if self._options.pool:  # what it does is not seen until it is done
             self._count(sum(written_by(self._plan.steps[number]) for number in done))
-            self._count_tokens(sum(tokens_of(self._plan.steps[number]) for number in done))
+            self._count_tokens(sum(step_tokens(self._plan.steps[number]) for number in done))
 
     def _step(self, step: Step) -> Facts:
         """Do one step and make its bytes durable."""
         self._refuse_if_stopped()
         taken: Taken = {}
         with self._output.open_source() as source, OpenTargets(self._output.partial, self._fs) as files:
-            if tokens_of(step):
+            if step_tokens(step):
                 facts = self._tune(step, files)
             else:
                 do = executor(step, self._options.device, taken)
@@ -483,7 +482,7 @@ class _Loop:
         if not self._options.on_progress:
             return
         if self._tuning:  # by far the most work, and not in proportion to bytes
-            wanted = sum(tokens_of(s) for i, s in enumerate(self._plan.steps) if self._wanted(i))
+            wanted = sum(step_tokens(s) for i, s in enumerate(self._plan.steps) if self._wanted(i))
             self._options.on_progress(Progress(self._tokens, wanted, self._tokens_resumed, "tokens", self._at))
         else:
             done = self.written + self.resumed

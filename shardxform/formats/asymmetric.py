@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "Width", "Zeros"]
+__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "StatedGrid", "Zeros"]
 
 Order = Literal["gptq", "awq", "row"]
 """How words lie."""
@@ -263,7 +263,7 @@ class AsymmetricRows(DecodedRows):
 
 
 @dataclass(frozen=True, slots=True)
-class Width:
+class StatedGrid:
     """What a config says of one weight: bits, columns of a group (-1 for a row), and whether it has zero points."""
 
     bits: int
@@ -283,7 +283,7 @@ class IntegerRule:
 
     order: Order
     zeros: Zeros
-    width_of: Callable[[str], Width | None]
+    width_of: Callable[[str], StatedGrid | None]
 
     def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
         """The weight whose codes are `weight`; None where it is no tensor of such codes.
@@ -318,7 +318,7 @@ class IntegerRule:
             raise CheckpointError(f"tensor '{stem}.weight_zero_point': the config says that there are no zero points")
         return Encoded.of(Storage(encoding, found, (rows, columns)), f"{stem}.weight")
 
-    def _shape(self, words: TensorSpec, width: Width) -> tuple[int, int]:
+    def _shape(self, words: TensorSpec, width: StatedGrid) -> tuple[int, int]:
         """Shape [O, I] of the weight that words hold."""
         n, (first, second) = 32 // width.bits, words.shape
         return {"gptq": (second, first * n), "awq": (second * n, first), "row": (first, second * n)}[self.order]

@@ -22,11 +22,15 @@ from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import Layout
 
 __all__ = [
+    "ASYMMETRIC",
     "DECLARATIONS",
+    "QUANTIZATION",
     "Changes",
     "declarations",
     "declared_in",
     "declares",
+    "is_mlx",
+    "method_of",
     "modules_moved",
     "undeclared",
     "with_declared",
@@ -36,6 +40,12 @@ __all__ = [
 
 DECLARATIONS: Final = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json under which a quantization is declared, at any depth; the last one is MLX's."""
+
+QUANTIZATION: Final = "quantization"
+"""The key of config.json that mlx-lm reads; it writes `quantization_config` beside it, the same."""
+
+ASYMMETRIC: Final = "asymmetric"
+"""What a config of MLX is marked with as it is read, where headers tell that biases are no multiples of scales."""
 
 Reading = Callable[[str], bool]
 
@@ -107,7 +117,19 @@ class Changes:
         return self.prefix[0] == self.prefix[1]
 
 
-def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def method_of(config: Mapping[str, object]) -> object:
+    """What a `quantization_config` calls its method: `quant_method`, or `mlx` of one that has a mode in its place."""
+    method = config.get("quant_method")
+    return "mlx" if method is None and "mode" in config else method
+
+
+def is_mlx(config: Mapping[str, object]) -> bool:
+    """Whether a config is that of a quantized checkpoint of MLX, as `mlx.single` gives it."""
+    declared = config.get("quantization_config")
+    return isinstance(declared, Mapping) and method_of(declared) == "mlx" and QUANTIZATION not in config
+
+
+def declarations(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """List the declarations of a quantization in a config, at any depth, with their paths; null and {} declare none."""
     for key, value in config.items():
         if key in DECLARATIONS:
@@ -117,12 +139,12 @@ def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Itera
             yield from declarations(value, (*path, key))
 
 
-def declares(config: Mapping[str, Any]) -> bool:
+def declares(config: Mapping[str, object]) -> bool:
     """Whether a config says of weights that they are quantized, at its top level or in the config of the decoder."""
     return any(path[-1] == DECLARATIONS[0] for path, _ in declarations(config))
 
 
-def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def declared_in(config: Mapping[str, object]) -> Any:  # noqa: ANN401
     """What a config says of its quantized weights, at its top level or in the config of the decoder; None for nothing.
 
     Raises:
@@ -136,7 +158,7 @@ def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     return found[0][1] if found else None
 
 
-def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+def undeclared(config: Mapping[str, object]) -> dict[str, Any]:
     """The config of the same weights in 16 bits."""
     return {
         key: undeclared(value) if isinstance(value, Mapping) else value
@@ -145,7 +167,7 @@ def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_declared(config: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+def with_declared(config: Mapping[str, object], declared: Mapping[str, object]) -> dict[str, Any]:
     """Say at the top level, and nowhere else, how weights are quantized."""
     kept = {
         key: undeclared(value) if isinstance(value, Mapping) and key != DECLARATIONS[0] else value
@@ -154,7 +176,7 @@ def with_declared(config: Mapping[str, Any], declared: Mapping[str, Any]) -> dic
     return {**kept, DECLARATIONS[0]: declared}
 
 
-def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_empty(config: Mapping[str, object]) -> dict[str, Any]:
     """Leave out declarations that are `{}`: they declare nothing, and transformers refuses to load what has one."""
     return {
         key: without_empty(value) if isinstance(value, Mapping) else value
@@ -163,7 +185,7 @@ def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_renamed(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+def with_renamed(config: Mapping[str, object], changes: Changes) -> dict[str, Any]:
     """Give the config with every name of a module in its declarations of quantization as the module is now called.
 
     Raises:
@@ -173,7 +195,7 @@ def with_renamed(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     return _renamed_below(config, _Renamer(changes), "")
 
 
-def _renamed_below(config: Mapping[str, Any], renamer: _Renamer, home: str) -> dict[str, Any]:
+def _renamed_below(config: Mapping[str, object], renamer: _Renamer, home: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in config.items():
         if key in DECLARATIONS and value:
@@ -260,7 +282,7 @@ class _Renamer:
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
 
-    def value(self, value: Any, path: str) -> Any:  # noqa: ANN401
+    def value(self, value: object, path: str) -> Any:  # noqa: ANN401
         """Rewrite whatever JSON holds at `path`."""
         if isinstance(value, Mapping):
             return self._object(value, path)
@@ -268,7 +290,7 @@ class _Renamer:
             return self._list(value, path)
         return self._text(value, path) if isinstance(value, str) else value
 
-    def _object(self, value: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def _object(self, value: Mapping[str, object], path: str) -> dict[str, Any]:
         entries = [self._entry(key, (key.startswith("-:"), repr(item)), by_part=False) for key, item in value.items()]
         self._check(entries, path)
         out: dict[str, Any] = {}
@@ -282,7 +304,7 @@ class _Renamer:
                 )
         return out
 
-    def _list(self, value: Sequence[Any], path: str) -> list[Any]:
+    def _list(self, value: Sequence[object], path: str) -> list[Any]:
         entries = [self._entry(item) for item in value if isinstance(item, str)]
         self._check(entries, path)
         names = iter(entries)

@@ -19,15 +19,15 @@ from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.formats.affine import AffineRule
-from shardxform.formats.asymmetric import IntegerRule, Order, Width, Zeros
-from shardxform.formats.config_names import declared_in, undeclared
-from shardxform.formats.dialects import ASYMMETRIC, method_of
+from shardxform.formats.asymmetric import IntegerRule, Order, StatedGrid, Zeros
+from shardxform.formats.config_names import ASYMMETRIC, declared_in, method_of, undeclared
 from shardxform.formats.encoding import Encoded
-from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
+from shardxform.formats.fp8 import ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 from shardxform.formats.picking import Picked
 from shardxform.formats.scheme import GROUP_SIZES
 from shardxform.model.families import family_of
+from shardxform.model.layout import SCALES
 
 __all__ = ["DECODED", "decoded", "decoded_in_part", "encodings_of", "is_packed", "scan_decoded", "unreadable"]
 
@@ -138,7 +138,7 @@ _PACKINGS: Final[Mapping[str, tuple[Order, Zeros]]] = {
 _CHECKPOINTS: Final[Mapping[str, Zeros]] = {"gptq": "less one", "gptq_v2": "stored"}
 _MOST_BITS: Final = 8
 
-WidthOf = Callable[[str], Width | None]
+WidthOf = Callable[[str], StatedGrid | None]
 
 
 def _awq_rules(declared: Declared) -> Iterator[Reading]:
@@ -151,7 +151,7 @@ def _awq_rules(declared: Declared) -> Iterator[Reading]:
     yield IntegerRule("awq", "stored", lambda _: width)
 
 
-def _refuse_wide(width: Width) -> None:
+def _refuse_wide(width: StatedGrid) -> None:
     if width.bits != 4:
         raise SchemeError(f"bits: expected 4 in the order of AWQ, found {width.bits}")
 
@@ -169,7 +169,7 @@ def _gptq_rules(declared: Declared) -> Iterator[Reading]:
     widths = [(pattern, _width(declared, item) if quantized else None) for pattern, quantized, item in patterns]
     usual = _width(declared)
 
-    def width_of(module: str) -> Width | None:
+    def width_of(module: str) -> StatedGrid | None:
         return next((width for pattern, width in widths if pattern.match(module)), usual)
 
     yield IntegerRule("gptq", _CHECKPOINTS[form], width_of)
@@ -191,7 +191,7 @@ def _auto_round_rules(declared: Declared) -> Iterator[Reading]:
     for width in (usual, *widths.values()) if order == "awq" else ():
         _refuse_wide(width or usual)
 
-    def width_of(module: str) -> Width | None:
+    def width_of(module: str) -> StatedGrid | None:
         if module in widths:
             return widths[module]
         return next((width for pattern, width in patterns if pattern.search(module)), usual)
@@ -209,7 +209,7 @@ def _compressed_integers(declared: Declared) -> Iterator[Reading]:
     for key in ("transform_config", "sparsity_config"):
         if declared.get(key):
             raise SchemeError(f"{key} beside integers is not read")
-    groups: list[tuple[list[str], Width]] = []
+    groups: list[tuple[list[str], StatedGrid]] = []
     for group, each in weights:
         form, strategy = group.get("format") or declared.get("format"), each.get("strategy")
         if form != "pack-quantized" or strategy not in ("group", "channel"):
@@ -220,12 +220,12 @@ def _compressed_integers(declared: Declared) -> Iterator[Reading]:
     yield IntegerRule("row", "stored", _target_of(groups))
 
 
-def _target_of(groups: list[tuple[list[str], Width]]) -> WidthOf:
+def _target_of(groups: list[tuple[list[str], StatedGrid]]) -> WidthOf:
     """Find the group of a module as compressed-tensors does: by its name, then by patterns, then by its class."""
     patterns = [(_compiled(name[3:]), width) for names, width in groups for name in names if name[:3] == "re:"]
     exact = {name: width for names, width in groups for name in names}
 
-    def width_of(module: str) -> Width | None:
+    def width_of(module: str) -> StatedGrid | None:
         if len(groups) == 1:
             return groups[0][1]
         if module in exact:
@@ -235,7 +235,7 @@ def _target_of(groups: list[tuple[list[str], Width]]) -> WidthOf:
     return width_of
 
 
-def _width(declared: Declared, also: Declared | None = None) -> Width:
+def _width(declared: Declared, also: Declared | None = None) -> StatedGrid:
     """Bits, group and zero points, of the whole or of what an entry says otherwise.
 
     Raises:
@@ -249,7 +249,7 @@ def _width(declared: Declared, also: Declared | None = None) -> Width:
         raise SchemeError(f"bits: expected 4 or 8, found {bits!r}")
     if type(size) is not int or (size != -1 and size < 1):
         raise SchemeError(f"group_size: expected columns of a group, or -1 for a row, found {size!r}")
-    return Width(bits, size, said["sym"] is not True)
+    return StatedGrid(bits, size, said["sym"] is not True)
 
 
 def _differs(item: Declared, declared: Declared) -> bool:
@@ -293,7 +293,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
 """Methods whose weights are read to be decoded, and what reads their rules from a quantization_config."""
 
 
-def is_packed(config: Mapping[str, Any]) -> bool:
+def is_packed(config: Mapping[str, object]) -> bool:
     """Whether a config declares weights of whose tensors a rule alone says which they are, and of what shapes."""
     try:
         return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule) for rule in _rules(config))
@@ -308,7 +308,7 @@ def encodings_of(tensors: Iterable[TensorRef]) -> Counter[str]:
     return Counter(dict(counts.most_common()))
 
 
-def unreadable(config: Mapping[str, Any]) -> str:
+def unreadable(config: Mapping[str, object]) -> str:
     """Why a quantization_config does not say how weights are stored; empty where it does, or there is none."""
     try:
         _rules(config)
@@ -425,7 +425,7 @@ def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
     return replace(source, tensors=tensors, config=config)
 
 
-def _rules(config: Mapping[str, Any]) -> list[Reading]:
+def _rules(config: Mapping[str, object]) -> list[Reading]:
     declared = declared_in(config)
     if not isinstance(declared, Mapping):
         return []
@@ -438,7 +438,7 @@ def _rules(config: Mapping[str, Any]) -> list[Reading]:
     return [replace(rule, transposed=turned) if isinstance(rule, ScaleRule) else rule for rule in rules]
 
 
-def _are_stacks_transposed(config: Mapping[str, Any]) -> bool:
+def _are_stacks_transposed(config: Mapping[str, object]) -> bool:
     """Whether stacks of the family hold matrices [I, O]; of one that is not known, whose layout is refused, no."""
     try:
         return family_of(config)[0].experts.transposed

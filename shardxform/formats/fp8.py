@@ -18,21 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import FP8, TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
 from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
+from shardxform.model.layout import SCALES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["ELEMENTS", "FP8", "SCALES", "Element", "Fp8", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
-
-FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-"""Dtypes of weights that mean nothing without a scale."""
-
-SCALES: Final = ("weight_scale_inv", "weight_scale")
-"""What scales of FP8 weights are called."""
+__all__ = ["ELEMENTS", "Element", "Fp8", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
 
 _OF_MISTRAL: Final = "qscale_weight"
 """What Mistral calls them, in blocks or one for a weight; `qscale_act` beside it is of activations."""

@@ -40,7 +40,17 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import Backend, RtnStats
 
-__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type", "of_words", "rounded"]
+__all__ = [
+    "EXACT",
+    "FLOATS",
+    "WRITTEN",
+    "Ggml",
+    "GgmlRows",
+    "blocks_of_words",
+    "encoding_of",
+    "integer_type",
+    "rounded_blocks",
+]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -187,7 +197,7 @@ class Ggml:
                 f"{rows.where(start + bad[0])}: scale {scale_RG[bad]} of group {bad[1]} is no float16, which scales of"
                 f" {self.type} are; keep the weight in 16 bits"
             )
-        return of_words(words_RW, half_RG, rows.grid, self.type)
+        return blocks_of_words(words_RW, half_RG, rows.grid, self.type)
 
     def _to_grid(self, rows: Rows, start: int, stop: int, writing: Writing, at: int) -> NDArray[np.uint8]:
         from shardxform.formats.rounding import QuantizedWeight
@@ -198,7 +208,7 @@ class Ggml:
         refuse_bad(stats, writing.where, at)
         writing.groups += stats.groups
         writing.zero_groups += stats.zero_groups
-        return of_words(out.words, out.scales, self.grid, self.type)
+        return blocks_of_words(out.words, out.scales, self.grid, self.type)
 
     def _rounded(self, rows: Rows, start: int, stop: int, where: str, at: int) -> NDArray[np.uint8]:
         import numpy as np
@@ -210,7 +220,7 @@ class Ggml:
             raise ExecutionError(
                 f"{where}: NaN or infinity at row {at + bad[0]}, column {bad[1]}; expected finite weights"
             )
-        blocks_RB = rounded(values_RI, self.type)
+        blocks_RB = rounded_blocks(values_RI, self.type)
         if bad := ggml_blocks.overflowing(blocks_RB, self.type):
             raise ExecutionError(
                 f"{where}: row {at + bad[0]} needs a scale beyond float16 in block {bad[1]} of {self.type}; keep the"
@@ -219,7 +229,7 @@ class Ggml:
         return blocks_RB
 
 
-def of_words(
+def blocks_of_words(
     words_RW: NDArray[np.int32], half_RG: NDArray[np.uint16], grid: Grid, type_name: str, backend: Backend = "auto"
 ) -> NDArray[np.uint8]:
     """Blocks of Q4_0 or Q8_0 that hold symmetric integers, to the same bytes with either backend.
@@ -245,7 +255,7 @@ def of_words(
     return ggml_blocks.of_codes(packing.unpack(words_RW, grid.bits, "row"), half_RG, grid, type_name)
 
 
-def rounded(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
+def rounded_blocks(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
     """Blocks of values by ggml's rule, bit for bit, with either backend.
 
     Args:
@@ -268,10 +278,10 @@ def rounded(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "
     if use_numba(backend):
         from shardxform.formats import ggml_kernels
 
-        return ggml_kernels.rounded(values_NS, type_name).reshape(len(values_RI), -1)
+        return ggml_kernels.rounded_numba(values_NS, type_name).reshape(len(values_RI), -1)
     from shardxform.formats import ggml_blocks
 
-    return ggml_blocks.rounded(values_NS, type_name).reshape(len(values_RI), -1)
+    return ggml_blocks.rounded_numpy(values_NS, type_name).reshape(len(values_RI), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +320,7 @@ class GgmlRows(DecodedRows):
         """
         from shardxform.formats import ggml_blocks
 
-        values_RI = ggml_blocks.decoded(self.blocks(start, stop), self.type)
+        values_RI = ggml_blocks.block_values(self.blocks(start, stop), self.type)
         if self.checked:
             self.refuse_bad(values_RI, start)
         return values_RI

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Ints = NDArray[np.int32]
 
-__all__ = ["decoded", "of_codes", "overflowing", "rounded"]
+__all__ = ["block_values", "of_codes", "overflowing", "rounded_numpy"]
 
 _HALF: Final = 2  # bytes of a float16
 _MIDDLE: Final = 128  # a code of 8 bits that means zero
@@ -66,13 +66,13 @@ def overflowing(blocks_RB: Bytes, type_name: str) -> tuple[int, ...]:
     return ()
 
 
-def rounded(values_NS: Floats, type_name: str) -> Bytes:
+def rounded_numpy(values_NS: Floats, type_name: str) -> Bytes:
     """Blocks uint8 [N, B] of finite values float32 [N, S], by ggml's rule: what ``ggml_kernels.rounded`` compiles."""
     with np.errstate(all="ignore"):  # scales may be zero, or overflow, as in C
         return _RULES[type_name](values_NS)
 
 
-def decoded(blocks_RB: Bytes, type_name: str) -> Floats:
+def block_values(blocks_RB: Bytes, type_name: str) -> Floats:
     """Values of blocks, float32 [R, I]; see ``Ggml.unreadable`` for types whose are known."""
     rows = len(blocks_RB)
     blocks_NB = blocks_RB.reshape(-1, BLOCKS[type_name][1])

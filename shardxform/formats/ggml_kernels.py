@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Bytes = NDArray[np.uint8]
 
-__all__ = ["of_words", "rounded"]
+__all__ = ["of_words", "rounded_numba"]
 
 U8: Final = np.uint8
 U32: Final = np.uint32
@@ -49,9 +49,9 @@ def _put_half(x: np.float32, block: Bytes, at: int) -> np.float32:
         half, value = U32(0x7E00) if magnitude > U32(0x7F800000) else U32(0x7C00), _float(U32(0x7F800000))
     else:
         value = _round_to_half(_float(magnitude))
-        rounded = _bits(value)
-        normal, small = (rounded - U32(112 << 23)) >> U32(13), U32(I32(value * F32(2.0**24)))
-        half = small if rounded < U32(0x38800000) else normal
+        rounded_numba = _bits(value)
+        normal, small = (rounded_numba - U32(112 << 23)) >> U32(13), U32(I32(value * F32(2.0**24)))
+        half = small if rounded_numba < U32(0x38800000) else normal
     half |= sign
     block[at], block[at + 1] = U8(half & U32(255)), U8(half >> U32(8))
     return -value if sign else value
@@ -587,7 +587,7 @@ def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
     return jit(kernel, (values, types.Array(types.uint8, 2, "C"), types.int64, types.int64))
 
 
-def rounded(values_NS: Floats, type_name: str) -> Bytes:
+def rounded_numba(values_NS: Floats, type_name: str) -> Bytes:
     """Blocks uint8 [N, B] of finite values float32 [N, S], C-contiguous; compiles, or loads from disk, on first use."""
     kernel, first, second = _KERNELS[type_name]
     blocks_NB = np.empty((len(values_NS), BLOCKS[type_name][1]), np.uint8)

@@ -127,14 +127,14 @@ class Rounded:
             ExecutionError: a weight is not finite, or needs a scale beyond float16; names tensor and row.
 
         """
-        return self.source.of(rounded(opener.open(self.storage), self.storage, self.grid))
+        return self.source.of(rounded_rows(opener.open(self.storage), self.storage, self.grid))
 
     def of(self, rows: Rows) -> Rows:
         """As the source."""
         return self.source.of(rows)
 
 
-def rounded(rows: Rows, storage: Storage, grid: Grid) -> IntRows:
+def rounded_rows(rows: Rows, storage: Storage, grid: Grid) -> IntRows:
     """All rows of a matrix as integers.
 
     Raises:

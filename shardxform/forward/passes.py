@@ -45,7 +45,7 @@ __all__ = [
     "fingerprint",
     "pass_inputs",
     "run_pass",
-    "tokens_of",
+    "tokens_of_pass",
 ]
 
 
@@ -117,7 +117,7 @@ class Pass:
     @property
     def block_tokens(self) -> int:
         """Tokens that go through one block of all chains."""
-        return tokens_of(self.windows) * len(self.chains)
+        return tokens_of_pass(self.windows) * len(self.chains)
 
     def hidden(self, chain: str, number: int) -> HiddenFile:
         """Hidden states of a chain that enter block `number`, or leave the last one."""
@@ -185,7 +185,7 @@ def batches(windows: Windows) -> Iterator[Batch]:
         start = stop
 
 
-def tokens_of(windows: Windows) -> int:
+def tokens_of_pass(windows: Windows) -> int:
     """Tokens that a pass puts through every block."""
     if not windows.lengths:
         return windows.ids_NT.size
@@ -244,7 +244,7 @@ def _embed(job: Pass) -> None:
 def _read_ahead(job: Pass, layer: int) -> None:
     """Ask the disk for the next block, unless so few tokens pass that many of its experts will not be reached."""
     for skeleton in job.chains.values():
-        tokens = tokens_of(job.windows)
+        tokens = tokens_of_pass(job.windows)
         if layer < job.num_blocks and tokens * skeleton.layout.top_k >= 8 * skeleton.layout.num_experts:
             skeleton.weights.will_need(skeleton.prefix(layer))
 
@@ -321,7 +321,7 @@ def estimate(
             states += 2 * windows.ids_NT.size * state
             live = max(live, _LIVE_STATES * max(BATCH_TOKENS, windows.ids_NT.shape[1]) * state)
     return {
-        "tokens": tokens_of(windows),
+        "tokens": tokens_of_pass(windows),
         "blocks": layers,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "device": str(precision.device),

@@ -8,7 +8,7 @@ from pathlib import Path
 from shardxform.base.file_system import why_not
 from shardxform.errors import FamilyError
 from shardxform.model.families import installed, use
-from shardxform.model.families.outside import Outside, read_text
+from shardxform.model.families.outside import Outside, family_of_text
 
 __all__ = ["Carried", "carried", "load_files", "read_file", "restore"]
 
@@ -36,7 +36,7 @@ def read_file(path: Path) -> Outside:
         raise FamilyError(f"{path}: expected Python in UTF-8") from e
     except OSError as e:
         raise FamilyError(f"{path}: {why_not(path, e)}") from e
-    return read_text(text, path.name, str(path))
+    return family_of_text(text, path.name, str(path))
 
 
 # -- for workers -------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def restore(families: Iterable[Carried]) -> None:
     named = []
     for origin, digest, text, model_types in families:
         if text:
-            named.append(read_text(text, origin))
+            named.append(family_of_text(text, origin))
             continue
         found = [each for each in map(installed, model_types) if each]
         if not found or found[0].sha256 != digest:

@@ -20,6 +20,7 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Te
 __all__ = [
     "COMPANIONS",
     "MAX_LAYERS",
+    "SCALES",
     "TELLING",
     "Layout",
     "Place",
@@ -75,6 +76,9 @@ Those that begin with `_` are the end of a last part, beside stacks of experts: 
 `rows`: the rows of the weight. `blocks`: blocks of them, of one row, some, or all. `none`: not the rows. `inside`: the
 rows are counted on another axis, packed into words, or said by the values, so that taking some out needs the data.
 """
+
+SCALES: Final = ("weight_scale_inv", "weight_scale")
+"""What scales of FP8 weights are called."""
 
 
 _OF_STACKS: Final = tuple(name for name in COMPANIONS if name.startswith("_"))
@@ -580,7 +584,7 @@ def _moe_layers(family: Family, text: Config, num_layers: int) -> tuple[int, ...
         raise FamilyError(f"config.json: cannot tell what its {num_layers} layers are made of: {e!r}") from e
 
 
-def _walk(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _walk(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in config.items():
         yield (*path, key)
         if isinstance(value, Mapping):

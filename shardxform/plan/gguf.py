@@ -30,7 +30,8 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.sources import Constant, Rounded
 from shardxform.formats.stored import as_plain, read_stored
-from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
+from shardxform.plan.gguf_files import lay_out_gguf
+from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of
 from shardxform.plan.steps import (
     HEALED_FILE,
     BlockSize,
@@ -45,9 +46,9 @@ from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, si
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
-from shardxform.runtimes.gguf.mixes import KINDS, facts_of, mixed
+from shardxform.runtimes.gguf.mixes import KINDS, mix_facts, mixed
 
-__all__ = ["Draft", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
+__all__ = ["GgufFiles", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
 
 # -- types ------------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class Types:
         if not self.kind:
             return {}
         found = tuple(found)
-        chosen = mixed(self.kind, {each.name: each.shape for each in found}, facts_of(architecture))
+        chosen = mixed(self.kind, {each.name: each.shape for each in found}, mix_facts(architecture))
         for each in found:
             if chosen.get(each.name) in BLOCKS and _is_of_integers(each):
                 raise SchemeError(
@@ -139,7 +140,7 @@ def _float_of(named: Named) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenTensor:
     """A tensor of the file, and how it is stored."""
 
     named: Named
@@ -184,7 +185,7 @@ def _moves_columns(piece: Piece) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class GgufContents:
     """What a file holds, or all of those that it is split into.
 
     Attributes:
@@ -197,7 +198,7 @@ class Contents:
 
     architecture: Architecture
     types: Types
-    written: tuple[Written, ...]
+    written: tuple[WrittenTensor, ...]
     healed: Mapping[str, TensorRef] = field(default_factory=dict)
 
     @cached_property
@@ -228,7 +229,7 @@ class Contents:
         return lay_out_gguf(_keys(self, source, options), (each.spec for each in self.written), max_shard_bytes)
 
 
-def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Contents:
+def gguf_contents(view: View, types: Types, healed: Iterable[str] = ()) -> GgufContents:
     """Find what a GGUF file of a view holds.
 
     Args:
@@ -246,8 +247,8 @@ def contents_of(view: View, types: Types, healed: Iterable[str] = ()) -> Content
     tensors |= {name: _after_healing(ref) for name, ref in moved.items()}
     found = sorted(architecture.tensors(tensors), key=lambda named: natural_key(named.name))
     chosen = types.chosen(found, architecture)
-    written = tuple(Written(named, types.of(named, chosen.get(named.name, ""))) for named in found)
-    return Contents(architecture=architecture, types=types, written=written, healed=moved)
+    written = tuple(WrittenTensor(named, types.of(named, chosen.get(named.name, ""))) for named in found)
+    return GgufContents(architecture=architecture, types=types, written=written, healed=moved)
 
 
 def _after_healing(ref: TensorRef) -> TensorRef:
@@ -261,7 +262,7 @@ def crossing(view: View) -> frozenset[str]:
     return frozenset(piece.matrix for named in tensors for piece in named.pieces if not piece.keeps_codes)
 
 
-def _keys(contents: Contents, source: Checkpoint, options: GgufOptions) -> tuple[KeyValue, ...]:
+def _keys(contents: GgufContents, source: Checkpoint, options: GgufOptions) -> tuple[KeyValue, ...]:
     """All keys of the file: of the model, and of its tokenizer, whose files lie beside the source by now."""
     source.bring()
     found = metadata_of(
@@ -281,11 +282,11 @@ def _keys(contents: Contents, source: Checkpoint, options: GgufOptions) -> tuple
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class GgufFiles:
     """An output in GGUF, but for the steps that write it: what its files hold, and their heads."""
 
     view: View
-    contents: Contents
+    contents: GgufContents
     shards: tuple[ShardPlan, ...]
 
     def plan(
@@ -319,11 +320,13 @@ class Draft:
         return plan
 
 
-def drafted(source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()) -> Draft:
-    """Draft the files of a view of `source`; raises like `contents_of` and `Contents.shards`."""
-    contents = contents_of(view, types, healed)
+def drafted(
+    source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()
+) -> GgufFiles:
+    """Draft the files of a view of `source`; raises like `gguf_contents` and `Contents.shards`."""
+    contents = gguf_contents(view, types, healed)
     shards = contents.shards(source, options.gguf or GgufOptions(), options.max_shard_bytes)
-    return Draft(view=view, contents=contents, shards=shards)
+    return GgufFiles(view=view, contents=contents, shards=shards)
 
 
 def documents_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -342,7 +345,9 @@ class Blocks:
     sizes: Mapping[int, BlockSize]
 
 
-def gguf_steps(contents: Contents, view: View, shards: Sequence[ShardPlan], blocks: Blocks | None) -> Iterator[Step]:
+def gguf_steps(
+    contents: GgufContents, view: View, shards: Sequence[ShardPlan], blocks: Blocks | None
+) -> Iterator[Step]:
     """Steps that write every tensor: bytes that are moved, values that are worked out, blocks that are tuned."""
     extents = extents_of(shards)
     layers = {name: place.layer for name, place in view.layout.places.items()}
@@ -375,11 +380,11 @@ def gguf_steps(contents: Contents, view: View, shards: Sequence[ShardPlan], bloc
             )
 
 
-def _item(each: Written, extent: Extent) -> TranscodeItem:
+def _item(each: WrittenTensor, extent: Extent) -> TranscodeItem:
     return TranscodeItem(each.named.name, each.sources(), each.target, (("values", extent),))
 
 
-def _tuned_items(each: Written, extent: Extent) -> Iterator[TranscodeItem]:
+def _tuned_items(each: WrittenTensor, extent: Extent) -> Iterator[TranscodeItem]:
     """One item for each matrix: the tuner gives them one by one."""
     rows, _ = each.shape
     row = extent.length // rows
@@ -391,7 +396,7 @@ def _tuned_items(each: Written, extent: Extent) -> Iterator[TranscodeItem]:
         first += count
 
 
-def _healed_in(each: Written, layers: Mapping[str, int | None]) -> int | None:
+def _healed_in(each: WrittenTensor, layers: Mapping[str, int | None]) -> int | None:
     """The block whose healing gives the values of a tensor; None for one that is not healed."""
     for piece in each.named.pieces:
         for place in piece.storage.reads:
@@ -409,7 +414,7 @@ def plan_stored(
     manifest: Manifest | None,
     options: ViewOptions,
     recipe: Recipe | None = None,
-    beside: Mapping[str, Any] | None = None,
+    beside: Mapping[str, object] | None = None,
 ) -> Plan:
     """Plan a GGUF file of weights as they are in the source: floats as wide, integers with their codes and scales.
 
@@ -449,7 +454,7 @@ def plan_stored(
 
 def draft_stored(
     source: Checkpoint, manifest: Manifest | None, options: ViewOptions, recipe: Recipe | None = None
-) -> Draft:
+) -> GgufFiles:
     """Find what `plan_stored` writes; raises as it does."""
     view = pruned_view(as_weights(source), manifest, text_only=options.text_only, mtp=options.mtp)
     healed: Iterable[str] = ()
@@ -473,7 +478,7 @@ def as_weights(source: Checkpoint) -> Checkpoint:
     return as_plain(source, read_stored(source)) if declares(source.config) else source
 
 
-def _stored_notes(contents: Contents) -> Iterator[str]:
+def _stored_notes(contents: GgufContents) -> Iterator[str]:
     """Say what becomes of integers, and of those that no block of ggml's holds as they are; or what is rounded."""
     kinds = Counter(each.spec.dtype for each in contents.written if isinstance(each.target, Ggml))
     if contents.types.kind:

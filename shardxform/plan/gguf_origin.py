@@ -18,7 +18,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ShardxformError
 from shardxform.formats.scheme import GGUF, Grid, Scheme
 from shardxform.model.layout import layout_of
-from shardxform.plan.gguf import Draft, as_weights, draft_stored
+from shardxform.plan.gguf import GgufFiles, as_weights, draft_stored
 from shardxform.plan.quantize import draft_quantized
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, GgufOptions, MtpMode, ViewOptions
 from shardxform.runtimes.gguf.mixes import KINDS
@@ -41,7 +41,7 @@ class Redraft:
 
     """
 
-    draft: Draft
+    draft: GgufFiles
     scheme: Scheme | None
     recipe: Recipe | None
     crossing: frozenset[str]

@@ -20,7 +20,7 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.affine import Affine
 from shardxform.formats.asymmetric import Asymmetric
-from shardxform.formats.config_names import declarations, declared_in, with_declared
+from shardxform.formats.config_names import declarations, declared_in, method_of, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import (
     Selection,
@@ -28,7 +28,6 @@ from shardxform.formats.dialects import (
     gathered_tensors,
     is_carried,
     kept_tensors,
-    method_of,
     reasons_summary,
     refuse_unread,
     select,
@@ -44,7 +43,7 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import FORMATS, GGUF, GROUP_SIZES, Grid, Scheme
 from shardxform.formats.stored import Stored, as_plain, read_stored
 from shardxform.model.layout import is_quantized
-from shardxform.plan.gguf import Draft, Types, crossing, documents_of, drafted
+from shardxform.plan.gguf import GgufFiles, Types, crossing, documents_of, drafted
 from shardxform.plan.mlx import member_items, part_specs, stack_item
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import (
@@ -70,7 +69,7 @@ from shardxform.plan.view import (
     view_inputs,
     view_summary,
 )
-from shardxform.runtimes import mlx
+from shardxform.runtimes import as_family, mlx
 from shardxform.runtimes.mlx import Stack
 
 __all__ = ["draft_quantized", "plan_quantize"]
@@ -94,7 +93,7 @@ def plan_quantize(
         FamilyError, ManifestError, PlanError: see `view.pruned_view`.
 
     """
-    options, source = options or ViewOptions(), mlx.single(source)
+    options, source = options or ViewOptions(), as_family(source)
     if scheme.format == GGUF:
         return _plan_gguf(source, scheme, manifest, options, recipe)
     plain, stored = _plain(source, scheme)
@@ -188,7 +187,7 @@ def draft_quantized(
     manifest: Manifest | None = None,
     options: ViewOptions | None = None,
     recipe: Recipe | None = None,
-) -> tuple[Draft, Selection, Selection]:
+) -> tuple[GgufFiles, Selection, Selection]:
     """Find what a GGUF file holds whose selected weights have the codes and scales of the other formats.
 
     Returns:
@@ -572,7 +571,7 @@ def _tune_steps(
 
 
 def _summary(
-    source: Checkpoint, view: View, selection: Selection, scheme: Mapping[str, Any], stored: int, copied: int
+    source: Checkpoint, view: View, selection: Selection, scheme: Mapping[str, object], stored: int, copied: int
 ) -> dict[str, Any]:
     summary = view_summary(source, view)
     weights = sum(module.nbytes for module in selection.quantized)

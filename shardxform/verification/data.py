@@ -39,14 +39,14 @@ from shardxform.verification.jobs import (
     FLOATS,
     Bytes,
     Digest,
+    EncodedWeight,
     PartOf,
     Result,
     Seen,
     Task,
     TensorJob,
     TensorPiece,
-    Weight,
-    Written,
+    WrittenChunk,
     derived_bytes,
     differing_bytes,
     merge,
@@ -134,7 +134,9 @@ def check_data(
 
     """
     table = [] if only_written else list(_jobs(out, layout, comparison, stored))
-    weights = [Weight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
+    weights = (
+        [EncodedWeight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
+    )
     healed = comparison.healed if comparison and not only_written else ()
     items = [*_items(out, table, weights, digests or {}), *healed]
     if shards and shards.tensors.keys() != out.tensors.keys():
@@ -253,8 +255,8 @@ def _parts(stored: Stored) -> Iterator[tuple[str, PartOf]]:
 
 
 def _items(
-    out: Checkpoint, table: Iterable[TensorJob], weights: Iterable[Weight], digests: Mapping[str, str]
-) -> Iterator[TensorPiece | Weight | Written]:
+    out: Checkpoint, table: Iterable[TensorJob], weights: Iterable[EncodedWeight], digests: Mapping[str, str]
+) -> Iterator[TensorPiece | EncodedWeight | WrittenChunk]:
     """Everything to look at; what is read of a tensor for two reasons stands together, so that the disk reads once."""
     jobs = {job.ref.name: job for job in table}
     apart = {ref.name for weight in weights for _, ref in weight.pair.stored.parts}
@@ -270,15 +272,15 @@ def _items(
         yield weight
 
 
-def _chunks(ref: TensorRef) -> Iterator[Written]:
+def _chunks(ref: TensorRef) -> Iterator[WrittenChunk]:
     """Chunks of a tensor, as digests are taken of; one of an empty tensor, so that it counts."""
     for number, start in enumerate(range(0, max(ref.nbytes, 1), digesting.CHUNK_BYTES)):
-        yield Written(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
+        yield WrittenChunk(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
 
 
-def _tasks(items: Iterable[TensorPiece | Weight | Written | HealedWeight]) -> Iterator[Task]:
+def _tasks(items: Iterable[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight]) -> Iterator[Task]:
     """Items in runs of about `_TASK_BYTES`."""
-    task: list[TensorPiece | Weight | Written | HealedWeight] = []
+    task: list[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight] = []
     room = _TASK_BYTES
     for item in items:
         task.append(item)
@@ -374,16 +376,16 @@ class _Reader:
                 shards.will_need(self._source, _window(item.job.other.ranges, item.start, item.stop))
 
     def _item(
-        self, item: TensorPiece | Weight | Written | HealedWeight, shards: _Shards
+        self, item: TensorPiece | EncodedWeight | WrittenChunk | HealedWeight, shards: _Shards
     ) -> Seen | Tally | Digest | HealedTally:
         if isinstance(item, TensorPiece):
             return self._piece(item, shards)
         if isinstance(item, HealedWeight):
             assert self._source is not None
             return examine_healed(item, _reader(shards, self._out), _reader(shards, self._source))
-        return self._weight(item, shards) if isinstance(item, Weight) else self._written(item, shards)
+        return self._weight(item, shards) if isinstance(item, EncodedWeight) else self._written(item, shards)
 
-    def _written(self, chunk: Written, shards: _Shards) -> Digest:
+    def _written(self, chunk: WrittenChunk, shards: _Shards) -> Digest:
         """Digest a chunk, a buffer at a time."""
 
         def pieces() -> Iterator[memoryview]:
@@ -427,7 +429,7 @@ class _Reader:
             seen.first_differing = piece.start + first if seen.differing else -1
         return seen
 
-    def _weight(self, item: Weight, shards: _Shards) -> Tally:
+    def _weight(self, item: EncodedWeight, shards: _Shards) -> Tally:
         assert self._source is not None
         return examine(item.pair, item.rule, _reader(shards, self._out), _reader(shards, self._source))
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SMALL", "Small", "Stored", "Weight", "floats", "nearest_bf16", "nearest_half", "rounded"]
+__all__ = ["SMALL", "PackedWeight", "Small", "StoredBytes", "floats", "nearest_bf16", "nearest_half", "rounded_to_grid"]
 
 SMALL: Final = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 """Dtypes of small floats; of the last two, a byte holds two of four bits."""
@@ -32,7 +32,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredBytes:
     """Bytes of a file."""
 
     file: Path
@@ -57,7 +57,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class PackedWeight:
     """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
 
     With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
@@ -66,10 +66,10 @@ class Weight:
     """
 
     name: str
-    tensor: Stored
+    tensor: StoredBytes
     shape: tuple[int, ...]
     rows: Rows
-    scales: Stored | None = None
+    scales: StoredBytes | None = None
     bits: int = 0
     group: int = 0
     slab: tuple[int, int] | None = None
@@ -125,13 +125,13 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Small(Weight):
+class Small(PackedWeight):
     """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them."""
 
-    factors: Stored | None = None
+    factors: StoredBytes | None = None
     block: tuple[int, int] | None = None
-    times: Stored | None = None
-    over: Stored | None = None
+    times: StoredBytes | None = None
+    over: StoredBytes | None = None
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows, by the definition of the format."""
@@ -230,7 +230,9 @@ def nearest_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.asarray(normal.astype(np.uint16) | np.where(np.signbit(values), 0x8000, 0).astype(np.uint16))
 
 
-def rounded(values: NDArray[np.float32], grid: Mapping[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def rounded_to_grid(
+    values: NDArray[np.float32], grid: Mapping[str, Any]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Round to nearest: the largest weight of a group goes to the lower end of the range, by the sign of its scale."""
     end, columns = np.float32(2 ** (grid["bits"] - 1)), values.shape[1]
     span = columns if grid["group_size"] == -1 else grid["group_size"]

@@ -36,7 +36,7 @@ from shardxform.formats.rounding import quantize_into
 from shardxform.formats.scheme import GGUF, Grid, Scheme
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.gguf import Contents, Written, as_weights, contents_of
+from shardxform.plan.gguf import GgufContents, WrittenTensor, as_weights, gguf_contents
 from shardxform.plan.gguf_origin import inputs_for, redraft
 from shardxform.plan.steps import HEALED_FILE
 from shardxform.plan.view import View
@@ -73,7 +73,7 @@ class Made:
 
     source: Checkpoint
     view: View
-    contents: Contents
+    contents: GgufContents
     metadata: tuple[tuple[KeyValue, ...], ...]
     grid: Grid | None = None
     steps: int | None = None
@@ -118,8 +118,8 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
     kept = [name for name in draft.contents.healed if name in changed]
     contents = draft.contents
     if recipe and len(kept) < len(contents.healed):  # some blocks stayed as they were pruned
-        contents = contents_of(draft.view, contents.types, kept)
-    heads = (gguf.decode(shard.head, shard.nbytes, shard.name) for shard in draft.shards)
+        contents = gguf_contents(draft.view, contents.types, kept)
+    heads = (gguf.decode_head(shard.head, shard.nbytes, shard.name) for shard in draft.shards)
     return Made(
         source=source,
         view=draft.view,
@@ -131,7 +131,7 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
     )
 
 
-def _left(contents: Contents, healed: Iterable[str], crossing: frozenset[str]) -> Iterator[tuple[str, Reason]]:
+def _left(contents: GgufContents, healed: Iterable[str], crossing: frozenset[str]) -> Iterator[tuple[str, Reason]]:
     """Tensors that are made of healed values, or of integers of another file whose columns left their blocks."""
     changed = frozenset(healed)
     for each in contents.written:
@@ -195,7 +195,7 @@ class _Job:
     """A tensor to look at, and what it is made of, if that is known."""
 
     ref: TensorRef
-    written: Written | None
+    written: WrittenTensor | None
     pairs: tuple[Pair, ...]
 
 
@@ -255,7 +255,7 @@ def _jobs(model: GgufModel, made: Made | None) -> Iterator[_Job]:
             yield _Job(ref, each, pairs)
 
 
-def _is_tuned(each: Written, made: Made) -> bool:
+def _is_tuned(each: WrittenTensor, made: Made) -> bool:
     """Whether a tensor holds weights of a block that was tuned."""
     layer = made.contents.types.modules.get(each.named.pieces[0].matrix) if each.named.pieces else None
     return made.steps is not None and layer is not None and isinstance(each.target, Ggml)
@@ -337,7 +337,7 @@ class _Reader:
         except ExecutionError as e:
             seen.problems.append(("source-scale", str(e).partition(": ")[2]))
 
-    def _compare(self, job: _Job, written: Written, seen: _Seen) -> None:
+    def _compare(self, job: _Job, written: WrittenTensor, seen: _Seen) -> None:
         """Write the tensor once more, and compare."""
         opener = Opener(self._source)
         writing = Writing(f"tensor '{job.ref.name}'", written.shape, quantize_into, self._stopped)
@@ -424,7 +424,7 @@ def _expert(ref: TensorRef, byte: int) -> str:
     return f" (expert {byte // (ref.nbytes // ref.spec.shape[0])})"
 
 
-def _what(written: Written) -> str:
+def _what(written: WrittenTensor) -> str:
     if isinstance(written.target, Ggml) and written.target.grid:
         return "the source rounded again"
     return "the source's integers" if isinstance(written.target, Ggml) else "what the source's values give"

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.definitions import (
     SMALL,
+    PackedWeight,
     Small,
-    Stored,
-    Weight,
+    StoredBytes,
     floats,
     nearest_bf16,
     nearest_half,
-    rounded,
+    rounded_to_grid,
 )
 from shardxform.verification.findings import Findings
 
@@ -96,7 +96,7 @@ _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
 
 def check_independently(
-    out: Path, source: Path, findings: Findings, manifest: Mapping[str, Any] | None = None, **given: object
+    out: Path, source: Path, findings: Findings, manifest: Mapping[str, object] | None = None, **given: object
 ) -> int:
     """Hold every tensor of `out` against what `source` and the manifest give.
 
@@ -148,10 +148,10 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, Weight], dict[str, Any]]:
+def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
     """Weights of a checkpoint under their own names, small floats as values if told to `decode`, and its config."""
     config = _object(root / "config.json")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredBytes] = {}
     for path in sorted(root.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -163,7 +163,7 @@ def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, Weight],
                 begin, end = info["data_offsets"]
                 if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
                     raise ValueError(f"{path.name}: {name} lies outside the file")
-                tensors[name] = Stored(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
+                tensors[name] = StoredBytes(path, info["dtype"], tuple(info["shape"]), 8 + length + begin)
     if decode and _is_small(config):
         return dict(_decoded(tensors, config)), config
     return dict(weight for name in tensors for weight in _weights(name, tensors, config)), config
@@ -194,7 +194,7 @@ def _form(config: Mapping[str, Any]) -> tuple[object, object]:
     return declared.get("quant_method"), declared.get("format")
 
 
-def _decoded(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+def _decoded(tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]) -> Iterator[tuple[str, PackedWeight]]:
     """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
     if glued := next(
         (name for name, tensor in tensors.items() if _FUSED.fullmatch(name) and tensor.dtype in SMALL), ""
@@ -244,7 +244,9 @@ def _block_of(declared: Mapping[str, Any]) -> tuple[int, int] | None:
     return (int(found[0]), int(found[1])) if found else None
 
 
-def _weights(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+def _weights(
+    name: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, object]
+) -> Iterator[tuple[str, PackedWeight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
     if config.get("model_type") in _TURNED and (match := _FUSED.fullmatch(name) or _BIASES.fullmatch(name)):
@@ -263,20 +265,20 @@ def _weights(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]
         for expert in range(count):
             for part, first, number in _halves(stack, expert * rows, rows):
                 key = f"{home}.{expert}.{part}.weight"
-                yield key, Weight(name, tensor, (number, columns), ((first, number),))
+                yield key, PackedWeight(name, tensor, (number, columns), ((first, number),))
     elif (match := _APART.fullmatch(name)) and len(tensor.shape) == 3:
         count, rows, columns = tensor.shape
         for expert in range(count):
-            whole = Weight(name, tensor, (rows, columns), ((expert * rows, rows),))
+            whole = PackedWeight(name, tensor, (rows, columns), ((expert * rows, rows),))
             yield f"{match[1]}.mlp.experts.{expert}.{match[2]}.weight", whole
     else:
         if _ACROSS.fullmatch(name):  # one set after the other, as their experts are numbered
             tensor = replace(tensor, shape=(tensor.count,))
         rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.count
-        yield name, Weight(name, tensor, tensor.shape, ((0, rows),))
+        yield name, PackedWeight(name, tensor, tensor.shape, ((0, rows),))
 
 
-def _stands_beside(stem: str, last: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+def _stands_beside(stem: str, last: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, object]) -> bool:
     """Whether a tensor is a part of a quantized weight beside its words."""
     if config.get("quantization"):
         return last in ("scales", "biases")
@@ -287,15 +289,15 @@ def _stands_beside(stem: str, last: str, tensors: Mapping[str, Stored], config: 
     )
 
 
-def _of_stacks(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tuple[str, Weight]]:
+def _of_stacks(name: str, tensor: StoredBytes, match: re.Match[str]) -> Iterator[tuple[str, PackedWeight]]:
     """What stands beside a stack, or for it, expert by expert."""
     rows = math.prod(tensor.shape[1:-1])
     shape = (rows, tensor.shape[-1]) if len(tensor.shape) > 1 else (1, 1)
     for expert in range(tensor.shape[0]):
-        yield f"{match[1]}.{expert}.{match[2]}", Weight(name, tensor, shape, ((expert * rows, rows),))
+        yield f"{match[1]}.{expert}.{match[2]}", PackedWeight(name, tensor, shape, ((expert * rows, rows),))
 
 
-def _transposed(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tuple[str, Weight]]:
+def _transposed(name: str, tensor: StoredBytes, match: re.Match[str]) -> Iterator[tuple[str, PackedWeight]]:
     """gpt-oss: stacks [E, I, O] and biases [E, O], the halves of the first one by one as auto-round reads them."""
     last = "bias" if name.endswith("bias") else "weight"
     for expert in range(tensor.shape[0]):
@@ -303,7 +305,7 @@ def _transposed(name: str, tensor: Stored, match: re.Match[str]) -> Iterator[tup
             shape = (number, *tensor.shape[1:-1])
             yield (
                 f"{match[1]}.{expert}.{part}.{last}",
-                Weight(name, tensor, shape, ((0, number),), slab=(expert, first)),
+                PackedWeight(name, tensor, shape, ((0, number),), slab=(expert, first)),
             )
 
 
@@ -316,7 +318,7 @@ def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, 
         yield projection, first, rows
 
 
-def _unpacked(name: str, tensors: Mapping[str, Stored], declared: Any) -> Iterator[tuple[str, Weight]]:  # noqa: ANN401
+def _unpacked(name: str, tensors: Mapping[str, StoredBytes], declared: Any) -> Iterator[tuple[str, PackedWeight]]:  # noqa: ANN401
     """The weights that packed words stand for."""
     words, (stem, _, last) = tensors[name], name.rpartition(".")
     gptq = last == "qweight"
@@ -327,7 +329,7 @@ def _unpacked(name: str, tensors: Mapping[str, Stored], declared: Any) -> Iterat
     rows, packed = words.shape[::-1] if gptq else words.shape
     columns = packed * 32 // bits
     scales = tensors[f"{stem}.scales" if gptq else f"{stem}.weight_scale"]
-    whole = Weight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
+    whole = PackedWeight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
     zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
     if gptq and f"{stem}.qzeros" in tensors and not (tensors[f"{stem}.qzeros"].array() == zero).all():
         raise ValueError(f"{stem}.qzeros: zero points are not those of a symmetric weight")
@@ -337,7 +339,9 @@ def _unpacked(name: str, tensors: Mapping[str, Stored], declared: Any) -> Iterat
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
 
 
-def _of_mlx(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+def _of_mlx(
+    name: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]
+) -> Iterator[tuple[str, PackedWeight]]:
     """The weights in a stack of experts, or the one weight of words: code 0 of each stands for its bias."""
     tensor, match, stem = tensors[name], _MLX.fullmatch(name), name.removesuffix(".weight")
     count, rows, columns = tensor.shape if match else (1, *tensor.shape)
@@ -358,7 +362,7 @@ def _of_mlx(name: str, tensors: Mapping[str, Stored], config: Mapping[str, Any])
             part = _LETTERED[match[3]] if match[2] == "block_sparse_moe" else f"{match[3]}_proj"
             key = f"{match[1]}.experts.{expert}.{part}.weight"
         found = ((expert * rows, rows),)
-        yield key, Weight(name, tensor, (rows, columns), found, scales, bits, group, scaled_from=scaled_from)
+        yield key, PackedWeight(name, tensor, (rows, columns), found, scales, bits, group, scaled_from=scaled_from)
 
 
 # -- names and numbers --------------------------------------------------------------------------------------------
@@ -447,7 +451,7 @@ class _How:
         layer = _LAYER.match(name)
         return name.startswith(_MTP) or bool(layer and layer[1] not in _MTP and int(layer[2]) >= self.layers)
 
-    def wanted(self, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
+    def wanted(self, weights: Mapping[str, PackedWeight]) -> Iterator[tuple[str, PackedWeight]]:
         """What the output must hold, by its names there."""
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
@@ -463,7 +467,7 @@ class _How:
         number = int(layer[2]) - (self.layers if mtp and layer[1] not in _MTP else 0)
         return self.mtp_keep.get(str(number // self.mtp_blocks)) if mtp else self.keep.get(layer[2])
 
-    def _renumbered(self, name: str, weight: Weight, ids: list[int] | None) -> tuple[str, Weight] | None:
+    def _renumbered(self, name: str, weight: PackedWeight, ids: list[int] | None) -> tuple[str, PackedWeight] | None:
         """A weight under its number in the output, or what stays of a router; None of an expert that goes."""
         if ids is None:
             return name, weight
@@ -491,7 +495,7 @@ class _How:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def difference(self, name: str, wanted: Weight, found: Weight) -> str:
+    def difference(self, name: str, wanted: PackedWeight, found: PackedWeight) -> str:
         """Say how a weight is not what it must be; empty where it is."""
         if wanted.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
@@ -511,12 +515,12 @@ class _How:
         except (ValueError, IndexError) as e:
             return f"cannot be compared: {e}"
 
-    def _is_anew(self, wanted: Weight, found: Weight) -> bool:
+    def _is_anew(self, wanted: PackedWeight, found: PackedWeight) -> bool:
         """Whether integers of the source were rounded to others."""
         grids = (wanted.bits, wanted.group), (found.bits, found.group)
         return self.requantizes or (self.quantizes and grids[0] != grids[1])
 
-    def _plain(self, wanted: Weight, found: Weight) -> str:
+    def _plain(self, wanted: PackedWeight, found: PackedWeight) -> str:
         """The same bits, or where the source's weights are quantized or were on the way, those of their values."""
         if wanted.scales is None and wanted.tensor.dtype == found.tensor.dtype:
             text = _first(found, ((found.bits_of(a, b), wanted.bits_of(a, b), a) for a, b in found.runs()))
@@ -527,22 +531,22 @@ class _How:
         half = found.tensor.dtype == "F16"
         return _first(found, ((found.bits_of(a, b), self._dequantized(wanted, a, b, half), a) for a, b in found.runs()))
 
-    def _dequantized(self, weight: Weight, start: int, stop: int, half: bool) -> NDArray[Any]:
+    def _dequantized(self, weight: PackedWeight, start: int, stop: int, half: bool) -> NDArray[Any]:
         if weight.scales is None:
             assert self.exact is not None
-            codes, scale = rounded(weight.values(start, stop), self.exact)
+            codes, scale = rounded_to_grid(weight.values(start, stop), self.exact)
         else:
             codes, scale = weight.codes(start, stop)
         values = codes.astype(np.float32) * scale
         return nearest_half(values) if half else nearest_bf16(values)
 
-    def _rounding(self, wanted: Weight, found: Weight) -> str:
+    def _rounding(self, wanted: PackedWeight, found: PackedWeight) -> str:
         """Rounded to nearest as the record says, or by no more than offsets allow, and to no side."""
         signed, weights = 0.0, 0
         for start, stop in found.runs():
             values, (codes, scale) = wanted.values(start, stop), found.codes(start, stop)
             if self.exact is not None:
-                right, expected = rounded(values, self.exact)
+                right, expected = rounded_to_grid(values, self.exact)
                 if text := _first(found, [(codes, right, start)]) or _first(found, [(scale, expected, start)], "scale"):
                     return text
                 continue
@@ -570,7 +574,7 @@ def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if inner is None else _text_of(inner)
 
 
-def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _counts_of(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Keys that count the decoder's experts, and what they say."""
     text = _text_of(config)
     for home in (text, text.get("ffn_config") or {}):
@@ -579,7 +583,7 @@ def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
                 yield key, home[key][0] if isinstance(home[key], list) else home[key]
 
 
-def _same_codes(wanted: Weight, found: Weight) -> str:
+def _same_codes(wanted: PackedWeight, found: PackedWeight) -> str:
     if (wanted.bits, wanted.group) != (found.bits, found.group):
         return f"{found.bits} bits in groups of {found.group}, expected {wanted.bits} in {wanted.group}"
     for start, stop in found.runs():
@@ -591,7 +595,7 @@ def _same_codes(wanted: Weight, found: Weight) -> str:
     return ""
 
 
-def _unlike(wanted: Weight, found: Weight) -> str:
+def _unlike(wanted: PackedWeight, found: PackedWeight) -> str:
     """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is."""
     distance, size = 0.0, 0.0
     for start, stop in found.runs():
@@ -604,7 +608,7 @@ def _unlike(wanted: Weight, found: Weight) -> str:
     return f"its distance from the source's is {(distance / size) ** 0.5:.2f} times the source's size, expected below 1"
 
 
-def _first(found: Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
+def _first(found: PackedWeight, runs: Any, what: str = "") -> str:  # noqa: ANN401
     """Name the first element that is not what it must be; `runs` gives found, wanted and the first row."""
     what = what or ("code" if found.scales else "bits")
     for ours, theirs, start in runs:
@@ -622,14 +626,14 @@ def _first(found: Weight, runs: Any, what: str = "") -> str:  # noqa: ANN401
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
-def _check_names(wanted: Mapping[str, Weight], found: Mapping[str, Weight], findings: Findings) -> None:
+def _check_names(wanted: Mapping[str, PackedWeight], found: Mapping[str, PackedWeight], findings: Findings) -> None:
     for name in wanted.keys() - found.keys():
         findings.problem(CODE, name, f"missing: the source's {wanted[name].name} gives it")
     for name in found.keys() - wanted.keys():
         findings.problem(CODE, found[name].name, f"{name}: nothing in the source gives it")
 
 
-def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings: Findings) -> None:
+def _check_counts(how: _How, config: Mapping[str, object], had_mtp: bool, findings: Findings) -> None:
     """The config counts the experts, and the MTP layers, that are there."""
     text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}

@@ -32,6 +32,7 @@ __all__ = [
     "FLOATS",
     "Bytes",
     "Digest",
+    "EncodedWeight",
     "FloatBits",
     "PartOf",
     "Result",
@@ -39,12 +40,11 @@ __all__ = [
     "Task",
     "TensorJob",
     "TensorPiece",
-    "Weight",
-    "Written",
+    "WrittenChunk",
     "derived_bytes",
     "differing_bytes",
     "merge",
-    "merged",
+    "merged_faults",
     "remade_bytes",
     "report_digests",
     "report_faults",
@@ -125,7 +125,7 @@ def differing_bytes(data: Bytes, other: Bytes) -> tuple[int, int]:
     return int(np.count_nonzero(differing)), int(differing.argmax())
 
 
-def merged(one: Fault | None, other: Fault) -> Fault:
+def merged_faults(one: Fault | None, other: Fault) -> Fault:
     """What two runs of one tensor showed of one kind."""
     if one is None:
         return other
@@ -268,7 +268,7 @@ class TensorPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenChunk:
     """Bytes `start`..`stop` of a tensor, a chunk of which the record has a digest; `number` counts the chunks."""
 
     ref: TensorRef
@@ -283,7 +283,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class EncodedWeight:
     """A quantized weight to hold against the source's."""
 
     pair: Pair
@@ -295,7 +295,7 @@ class Weight:
         return self.pair.source.nbytes
 
 
-Task = Sequence[TensorPiece | Weight | Written | HealedWeight]
+Task = Sequence[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +342,7 @@ def merge(seen: Seen) -> None:
     job.differing += seen.differing
     job.first_differing = _earlier(job.first_differing, seen.first_differing)
     for fault in seen.faults:
-        job.faults[fault.code] = merged(job.faults.get(fault.code), fault)
+        job.faults[fault.code] = merged_faults(job.faults.get(fault.code), fault)
 
 
 def _earlier(one: int, other: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from shardxform.errors import FamilyError
 from shardxform.model.families.base import COUNT_KEYS, Family, Template
 
-__all__ = ["Outside", "of_entry_point", "read_text"]
+__all__ = ["Outside", "family_of_text", "of_entry_point"]
 
 _NAME: Final = "FAMILY"
 
@@ -46,7 +46,7 @@ class Outside:
         return tuple(dict.fromkeys(wrapper.model_type for wrapper in self.family.wrappers))
 
 
-def read_text(text: str, origin: str, where: str = "") -> Outside:
+def family_of_text(text: str, origin: str, where: str = "") -> Outside:
     """Execute the text of a file; see `read_file`."""
     where = where or origin
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -79,7 +79,7 @@ def of_entry_point(model_type: str, point: Any) -> Outside:  # noqa: ANN401
     return Outside(family=family, origin=point.value, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _checked(names: dict[str, Any], where: str) -> Family:
+def _checked(names: dict[str, object], where: str) -> Family:
     if _NAME not in names:
         raise FamilyError(f"{where}: no {_NAME} in it; see docs/adding-a-family.md")
     family = names[_NAME]

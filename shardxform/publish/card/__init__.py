@@ -4,9 +4,9 @@ Every figure comes from shardxform.json, from the headers, or from a file that w
 out. Reads no tensor data. Replaces no README.md but the source's copied one and an earlier card.
 """
 
-from shardxform.publish.card.facts import Facts
+from shardxform.publish.card.facts import CardFacts
 from shardxform.publish.card.gathering import CardOptions, gather
 from shardxform.publish.card.rendering import render
 from shardxform.publish.card.writing import MARK, write_card
 
-__all__ = ["MARK", "CardOptions", "Facts", "gather", "render", "write_card"]
+__all__ = ["MARK", "CardFacts", "CardOptions", "gather", "render", "write_card"]

@@ -8,10 +8,10 @@ from typing import Any
 
 __all__ = [
     "BlockError",
+    "CardFacts",
     "Change",
     "Data",
     "EvaluationFacts",
-    "Facts",
     "HealedBlock",
     "HealingFacts",
     "Origin",
@@ -232,7 +232,7 @@ class TaskFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class CardFacts:
     """Everything a card says.
 
     Attributes:

@@ -20,10 +20,10 @@ from shardxform.base.file_system import not_a_directory
 from shardxform.base.strict_json import Fields, JsonError, parse_object
 from shardxform.base.tensors import BLOCKS
 from shardxform.calibration.options import MAX_SOURCES, is_source
-from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
-from shardxform.checkpoint.table import Checkpoint
+from shardxform.checkpoint.table import Checkpoint, find_gguf
 from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
@@ -31,10 +31,10 @@ from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import Parameters, count_parameters, stored_of
 from shardxform.publish.card.facts import (
     BlockError,
+    CardFacts,
     Change,
     Data,
     EvaluationFacts,
-    Facts,
     HealedBlock,
     HealingFacts,
     Origin,
@@ -44,8 +44,8 @@ from shardxform.publish.card.facts import (
 )
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
+from shardxform.runtimes import as_family
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
-from shardxform.runtimes.mlx import single
 
 __all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation", "read_tasks"]
 
@@ -76,7 +76,7 @@ class CardOptions:
     plots: Sequence[Path] = ()
 
 
-def gather(out: Path, options: CardOptions | None = None) -> Facts:
+def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
     """Read everything that is known of an output of shardxform.
 
     Raises:
@@ -93,7 +93,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     record = _record(out)
     if first := find_gguf(out):
         return _gather_gguf(out, options, record, open_gguf(first))
-    checkpoint = single(Checkpoint.open(out))
+    checkpoint = as_family(Checkpoint.open(out))
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
     manifest = _manifest(options.manifest, record, out)
@@ -103,7 +103,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     origin = _origin(out, checkpoint, options.base_model)
     origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
     name, dropped = out.resolve().name or "OUT", Fields(record.summary).section("dropped")
-    return Facts(
+    return CardFacts(
         name=name,
         command=record.asked.text("command"),
         origin=origin,
@@ -137,7 +137,7 @@ def gather(out: Path, options: CardOptions | None = None) -> Facts:
     )
 
 
-def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufModel) -> Facts:
+def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufModel) -> CardFacts:
     """The same of an output in GGUF, which has no config: sizes are the file's own, names those that are recorded."""
     slabs, table, summary = slabs_of(model.metadata, model.table.tensors, model.where), model.table, record.summary
     manifest, told = _manifest(options.manifest, record, out), Fields(record.summary)
@@ -148,7 +148,7 @@ def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufMod
     context = model.metadata.get(f"{slabs.arch}.context_length")
     positions = context.value if context is not None else 0
     texts = [path for path in options.evaluations if not _has_tasks(path)]
-    return Facts(
+    return CardFacts(
         name=name,
         command=record.asked.text("command"),
         origin=origin,

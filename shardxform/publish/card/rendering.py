@@ -16,10 +16,10 @@ from typing import Final
 from shardxform.base.tensors import show_size
 from shardxform.publish.card.facts import (
     BlockError,
+    CardFacts,
     Change,
     Data,
     EvaluationFacts,
-    Facts,
     HealedBlock,
     HealingFacts,
     PruningFacts,
@@ -49,7 +49,7 @@ _BARE: Final = re.compile(r"[A-Za-z][\w./+-]*", re.ASCII)
 _NOT_TEXT: Final = frozenset({"true", "false", "yes", "no", "on", "off", "null", "y", "n"})
 
 
-def render(facts: Facts) -> str:
+def render(facts: CardFacts) -> str:
     """Word the facts; ends with a newline."""
     blocks = [front_matter(facts), f"{MARK}\n{_KEEP}", f"# {_title(facts.name)}", _opening(facts)]
     blocks += _figures(facts)
@@ -71,7 +71,7 @@ def _title(name: str) -> str:
     return name if _HARMLESS.fullmatch(name) and not re.search(r"__|_\b|\b_", name) else code(name)
 
 
-def _opening(facts: Facts) -> str:
+def _opening(facts: CardFacts) -> str:
     base = facts.origin.base_model
     what = code(base) if base else f"A {code(facts.architecture)} checkpoint"
     done = [part for part in (_kept(facts), _stored(facts)) if part]
@@ -82,19 +82,19 @@ def _opening(facts: Facts) -> str:
     return f"{what}{how}{without}. {size}. Made with shardxform."
 
 
-def _kept(facts: Facts) -> str:
+def _kept(facts: CardFacts) -> str:
     of = f" of {facts.experts.before}" if facts.experts.before else ""
     return f"{facts.experts.after}{of} routed experts kept in every MoE layer" if facts.pruning else ""
 
 
-def _stored(facts: Facts) -> str:
+def _stored(facts: CardFacts) -> str:
     made = facts.quantization
     if made:
         return f"weights of {made.bits} bits in the {made.format} format"
     return f"quantized weights turned back into {facts.dequantized}" if facts.dequantized else ""
 
 
-def _figures(facts: Facts) -> Iterator[str]:
+def _figures(facts: CardFacts) -> Iterator[str]:
     """What changed in size, and what did not."""
     yield _table(
         ("", "before", "after"),
@@ -123,7 +123,7 @@ def _parameters(change: Change) -> tuple[str, str]:
 # -- how it was made --------------------------------------------------------------------------------------------------
 
 
-def _pruning(facts: Facts) -> Iterator[str]:
+def _pruning(facts: CardFacts) -> Iterator[str]:
     pruned = facts.pruning
     if pruned is None:
         return
@@ -145,7 +145,7 @@ def _pruning_lines(pruned: PruningFacts) -> Iterator[tuple[str, str]]:
     )
 
 
-def _healing(facts: Facts) -> Iterator[str]:
+def _healing(facts: CardFacts) -> Iterator[str]:
     made = facts.healing
     if made is None:
         return
@@ -174,7 +174,7 @@ def _healed_block(block: HealedBlock) -> tuple[str, ...]:
     return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, block.what)
 
 
-def _quantization(facts: Facts) -> Iterator[str]:
+def _quantization(facts: CardFacts) -> Iterator[str]:
     made = facts.quantization
     if made is None:
         return
@@ -236,7 +236,7 @@ def _block(block: BlockError) -> tuple[str, ...]:
 # -- what it is worth -------------------------------------------------------------------------------------------------
 
 
-def _evaluation(facts: Facts) -> Iterator[str]:
+def _evaluation(facts: CardFacts) -> Iterator[str]:
     if facts.evaluations:
         yield from _of_text(facts)
     if facts.tasks:
@@ -245,7 +245,7 @@ def _evaluation(facts: Facts) -> Iterator[str]:
         yield f"![{name.removesuffix('.png')}]({name})"
 
 
-def _of_tasks(facts: Facts) -> Iterator[str]:
+def _of_tasks(facts: CardFacts) -> Iterator[str]:
     columns = [column for column in _TASK_COLUMNS if any(column[1](found) for found in facts.tasks)]
     yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
     told = ", ".join(dict.fromkeys(found.harness for found in facts.tasks))
@@ -257,7 +257,7 @@ def _of_tasks(facts: Facts) -> Iterator[str]:
         yield f"The reference is the checkpoint {of_it}; differences are taken document by document."
 
 
-def _of_text(facts: Facts) -> Iterator[str]:
+def _of_text(facts: CardFacts) -> Iterator[str]:
     lines = [each for found in facts.evaluations for each in (*found.sources, found)]
     columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
     yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
@@ -328,11 +328,11 @@ _TASK_COLUMNS = (
 )
 
 
-def _limitations(facts: Facts) -> Iterator[str]:
+def _limitations(facts: CardFacts) -> Iterator[str]:
     yield "\n".join(f"- {line}" for line in _limits(facts))
 
 
-def _limits(facts: Facts) -> Iterator[str]:
+def _limits(facts: CardFacts) -> Iterator[str]:
     if facts.tasks:
         yield "Only the figures above were measured."
     elif facts.evaluations:
@@ -361,13 +361,13 @@ def _limits(facts: Facts) -> Iterator[str]:
         yield "Its multi-token-prediction layers were dropped: no speculative decoding with them."
 
 
-def _calibration(facts: Facts) -> Iterator[Data]:
+def _calibration(facts: CardFacts) -> Iterator[Data]:
     if facts.pruning:
         yield from facts.pruning.data
     yield from _tuned_on(facts)
 
 
-def _tuned_on(facts: Facts) -> Iterator[Data]:
+def _tuned_on(facts: CardFacts) -> Iterator[Data]:
     if facts.healing and facts.healing.data:
         yield facts.healing.data
     if facts.quantization and facts.quantization.data:
@@ -380,7 +380,7 @@ def _is_shared(one: Data, other: Data) -> bool:
     return same and (not one.sources or not other.sources or not {*one.sources}.isdisjoint(other.sources))
 
 
-def _again(facts: Facts) -> Iterator[str]:
+def _again(facts: CardFacts) -> Iterator[str]:
     if not facts.commands:
         return
     yield fence("\n".join(_shell(args) for args in facts.commands), "sh")
@@ -388,7 +388,7 @@ def _again(facts: Facts) -> Iterator[str]:
     yield "From these, the same bytes come of it."
 
 
-def _ingredients(facts: Facts) -> Iterator[tuple[str, str]]:
+def _ingredients(facts: CardFacts) -> Iterator[tuple[str, str]]:
     """What the commands name, and where a stranger finds it."""
     words = {word for args in facts.commands for word in args}
     yield (
@@ -426,7 +426,7 @@ def _folded(text: str) -> str:
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def _loading(facts: Facts) -> Iterator[str]:
+def _loading(facts: CardFacts) -> Iterator[str]:
     """Paragraphs and blocks of code, one client after the other."""
     if facts.gguf:
         yield from _gguf(facts)
@@ -450,7 +450,7 @@ def _loading(facts: Facts) -> Iterator[str]:
         yield "\n".join(f"- {line}" for line in others)
 
 
-def _mlx_alone(facts: Facts) -> Iterator[str]:
+def _mlx_alone(facts: CardFacts) -> Iterator[str]:
     """How to run what only mlx-lm reads."""
     yield "### MLX"
     yield "Needs `pip install mlx-lm`."
@@ -465,7 +465,7 @@ def _mlx_alone(facts: Facts) -> Iterator[str]:
     )
 
 
-def _gguf(facts: Facts) -> Iterator[str]:
+def _gguf(facts: CardFacts) -> Iterator[str]:
     """Programs that run a GGUF file, by its name or that of the first of several."""
     first = facts.gguf[0]
     context = str(min(facts.max_positions or _MAX_CONTEXT, _MAX_CONTEXT))
@@ -482,7 +482,7 @@ def _gguf(facts: Facts) -> Iterator[str]:
     yield fence(f"printf 'FROM ./%s\\n' {shlex.quote(first)} > Modelfile\nollama create {name} -f Modelfile", "sh")
 
 
-def _transformers(facts: Facts) -> Iterator[str]:
+def _transformers(facts: CardFacts) -> Iterator[str]:
     yield "### transformers"
     needs = _NEEDS[facts.quantization.format] if facts.quantization else ""
     if needs:
@@ -490,7 +490,7 @@ def _transformers(facts: Facts) -> Iterator[str]:
     yield fence("\n".join(_python(facts)), "python")
 
 
-def _python(facts: Facts) -> Iterator[str]:
+def _python(facts: CardFacts) -> Iterator[str]:
     model = "AutoModelForImageTextToText" if facts.vision else "AutoModelForCausalLM"
     inputs = "AutoProcessor" if facts.vision else "AutoTokenizer"
     gptq = facts.quantization is not None and facts.quantization.format == "gptq"
@@ -504,7 +504,7 @@ def _python(facts: Facts) -> Iterator[str]:
     yield f"model = {model}.from_pretrained(path, dtype=torch.{facts.dtype}{backend})"
 
 
-def _llama_cpp(facts: Facts) -> Iterator[str]:
+def _llama_cpp(facts: CardFacts) -> Iterator[str]:
     """What the converter has to be told, of formats that it reads."""
     made = facts.quantization
     read = made is None or made.format == "compressed-tensors" or (made.format == "gptq" and made.g_idx)
@@ -512,7 +512,7 @@ def _llama_cpp(facts: Facts) -> Iterator[str]:
         yield "llama.cpp: `convert_hf_to_gguf.py` needs `--no-mtp`; without MTP layers it stops at an assertion."
 
 
-def _mlx(facts: Facts) -> Iterator[str]:
+def _mlx(facts: CardFacts) -> Iterator[str]:
     """What mlx-lm has to be told, or must not be given; no spelling of config.json suits it and the others."""
     made = facts.quantization
     if made is None and facts.model_type == "qwen3_5_moe_text":
@@ -528,7 +528,7 @@ def _mlx(facts: Facts) -> Iterator[str]:
         )
 
 
-def _served(facts: Facts) -> Iterator[str]:
+def _served(facts: CardFacts) -> Iterator[str]:
     """Servers that read the format, as far as their code says."""
     context = str(min(facts.max_positions or _MAX_CONTEXT, _MAX_CONTEXT))
     yield "### vLLM"
@@ -543,7 +543,7 @@ def _served(facts: Facts) -> Iterator[str]:
 # -- front matter ------------------------------------------------------------------------------------------------------
 
 
-def front_matter(facts: Facts) -> str:
+def front_matter(facts: CardFacts) -> str:
     """Lines from `---` to `---`."""
     lines = ["---"]
     for key, value in _entries(facts):
@@ -554,7 +554,7 @@ def front_matter(facts: Facts) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _entries(facts: Facts) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+def _entries(facts: CardFacts) -> Iterator[tuple[str, str | tuple[str, ...]]]:
     """Keys that have something to say, in the order in which hubs show them."""
     origin = facts.origin
     entries: Mapping[str, str | tuple[str, ...]] = {
@@ -571,14 +571,14 @@ def _entries(facts: Facts) -> Iterator[tuple[str, str | tuple[str, ...]]]:
     yield from ((key, value) for key, value in entries.items() if value)
 
 
-def _library(facts: Facts) -> str:
+def _library(facts: CardFacts) -> str:
     """What loads it, in the hub's words."""
     if facts.gguf:
         return "llama.cpp"
     return "mlx" if facts.quantization and facts.quantization.format == "mlx" else "transformers"
 
 
-def _tags(facts: Facts) -> Iterator[str]:
+def _tags(facts: CardFacts) -> Iterator[str]:
     yield "moe"
     if facts.pruning:
         yield "pruned"

@@ -17,11 +17,11 @@ from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture, vocabulary
 from shardxform.runtimes.gguf.keys import Recorder
 
-__all__ = ["KINDS", "Facts", "Kind", "facts_of", "mixed"]
+__all__ = ["KINDS", "FileType", "MixFacts", "mix_facts", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FileType:
     """What llama-quantize calls a type of files.
 
     Attributes:
@@ -44,28 +44,28 @@ class Kind:
     output: str = ""
 
 
-KINDS: Final[Mapping[str, Kind]] = {
-    "F32": Kind(0, "F32"),
-    "F16": Kind(1, "F16"),
-    "Q4_0": Kind(2, "Q4_0"),
-    "Q4_1": Kind(3, "Q4_1"),
-    "Q8_0": Kind(7, "Q8_0"),
-    "Q5_0": Kind(8, "Q5_0"),
-    "Q5_1": Kind(9, "Q5_1"),
-    "Q4_K_S": Kind(14, "Q4_K", first_values="Q5_K", first_downs="Q5_K", output="Q5_K"),
-    "Q4_K_M": Kind(15, "Q4_K", often="Q6_K", output="Q5_K"),
-    "Q5_K_S": Kind(16, "Q5_K"),
-    "Q5_K_M": Kind(17, "Q5_K", often="Q6_K"),
-    "Q6_K": Kind(18, "Q6_K"),
-    "IQ4_NL": Kind(25, "IQ4_NL", shared_values="Q5_K", first_downs="Q5_K", output="Q5_K"),
-    "BF16": Kind(32, "BF16"),
-    "MXFP4_MOE": Kind(38, "MXFP4"),
+KINDS: Final[Mapping[str, FileType]] = {
+    "F32": FileType(0, "F32"),
+    "F16": FileType(1, "F16"),
+    "Q4_0": FileType(2, "Q4_0"),
+    "Q4_1": FileType(3, "Q4_1"),
+    "Q8_0": FileType(7, "Q8_0"),
+    "Q5_0": FileType(8, "Q5_0"),
+    "Q5_1": FileType(9, "Q5_1"),
+    "Q4_K_S": FileType(14, "Q4_K", first_values="Q5_K", first_downs="Q5_K", output="Q5_K"),
+    "Q4_K_M": FileType(15, "Q4_K", often="Q6_K", output="Q5_K"),
+    "Q5_K_S": FileType(16, "Q5_K"),
+    "Q5_K_M": FileType(17, "Q5_K", often="Q6_K"),
+    "Q6_K": FileType(18, "Q6_K"),
+    "IQ4_NL": FileType(25, "IQ4_NL", shared_values="Q5_K", first_downs="Q5_K", output="Q5_K"),
+    "BF16": FileType(32, "BF16"),
+    "MXFP4_MOE": FileType(38, "MXFP4"),
 }
 """Kinds of files by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class MixFacts:
     """What of a model decides beside its tensors.
 
     Attributes:
@@ -82,7 +82,7 @@ class Facts:
     shared_heads: int
 
 
-def facts_of(architecture: Architecture) -> Facts:
+def mix_facts(architecture: Architecture) -> MixFacts:
     """Find them in the keys that the file is to have, as llama-quantize does.
 
     Raises:
@@ -94,7 +94,7 @@ def facts_of(architecture: Architecture) -> Facts:
     keys = recorder.keys()
     found = {key.name.removeprefix(f"{architecture.name}."): key.value for key in keys}
     heads, shared = (_first(found.get(f"attention.head_count{each}", 0)) for each in ("", "_kv"))
-    return Facts(
+    return MixFacts(
         architecture=architecture.name,
         blocks=architecture.blocks,
         experts=int(found.get("expert_count", 0)),
@@ -129,7 +129,7 @@ _NARROWER: Final = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What takes the place of a type whose blocks of 256 columns a row does not fill."""
 
 
-def mixed(kind: str, tensors: Mapping[str, tuple[int, ...]], facts: Facts) -> dict[str, str]:
+def mixed(kind: str, tensors: Mapping[str, tuple[int, ...]], facts: MixFacts) -> dict[str, str]:
     """Find the type of every tensor that llama-quantize would convert; others keep their own.
 
     Args:
@@ -182,8 +182,8 @@ def _fitting(type_name: str, shape: tuple[int, ...]) -> str:
 class _Choice:
     """What is counted on the way through the tensors."""
 
-    kind: Kind
-    facts: Facts
+    kind: FileType
+    facts: MixFacts
     tensors: Mapping[str, tuple[int, ...]]
     values: int = 0
     downs: int = 0

@@ -19,7 +19,7 @@ from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.pieces import MalformedModel, pieces_of
 from shardxform.runtimes.gguf.pretokenizers import ADDING_BOS, BY_DIGEST, BY_PATTERN, NAMES, digest_of, signature_of
 
-__all__ = ["Token", "add_tokenizer", "read_json", "tokens_of"]
+__all__ = ["Token", "add_tokenizer", "read_json", "token_list"]
 
 _FILE: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
@@ -137,7 +137,7 @@ def add_tokenizer(architecture: Architecture, recorder: Recorder, root: Path, pr
         pre = _pre_tokenizer(files, pre_tokenizer)
         pre = architecture.kind.splits.get(pre, pre)
         writer.add_tokenizer_pre(pre)
-        tokens = tokens_of(files, count)
+        tokens = token_list(files, count)
     elif kind == "llama":
         if (prefix := files.config.get("add_prefix_space")) is not None:
             writer.add_add_space_prefix(prefix)
@@ -211,7 +211,7 @@ def _begins_and_ends(files: _Files) -> dict[str, bool]:
     return out
 
 
-def _of_template(processor: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bool]:
+def _of_template(processor: Mapping[str, object], config: Mapping[str, object]) -> dict[str, bool]:
     """The same of the template of one text: whether what it begins or ends with is the token of beginnings or ends."""
     single = processor.get("single")
     if not isinstance(single, list) or len(single) < 2:
@@ -231,7 +231,7 @@ def _content(token: object) -> object:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(files: _Files, count: int) -> list[Token]:
+def token_list(files: _Files, count: int) -> list[Token]:
     """List the tokens of a byte-level BPE by id, as many as the embeddings have rows; holes are unused.
 
     Raises:
