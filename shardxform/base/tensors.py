@@ -25,6 +25,7 @@ __all__ = [
     "BITS",
     "BLOCKS",
     "FLOATS",
+    "FP8",
     "ID_DTYPES",
     "LENGTH_BYTES",
     "MAX_HEADER_BYTES",
@@ -39,6 +40,7 @@ __all__ = [
     "encode",
     "layout",
     "natural_key",
+    "padded",
     "parse_size",
     "shard_names",
     "show_size",
@@ -323,6 +325,9 @@ RANK: Final[dict[str, int]] = {name: rank for rank, name in enumerate(BITS)}
 FLOATS: Final[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
 """Plain floating-point dtypes: what a weight that is not quantized is stored in."""
 
+FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""Dtypes of weights that mean nothing without a scale."""
+
 ID_DTYPES: Final[frozenset[str]] = frozenset({"I32", "I64"})
 """Dtypes of tables of ids."""
 
@@ -401,6 +406,11 @@ def decode(text: bytes, data_bytes: int, where: str) -> tuple[Entry, ...]:
         fault = "truncated" if expected > data_bytes else "longer than its header says"
         raise CheckpointError(f"{where}: {fault}: header describes {expected} bytes of data, the file has {data_bytes}")
     return tuple(entries)
+
+
+def padded(nbytes: int, alignment: int) -> int:
+    """`nbytes`, or the next multiple of `alignment` after it."""
+    return -(-nbytes // alignment) * alignment
 
 
 def layout(specs: Iterable[TensorSpec]) -> tuple[Entry, ...]:
