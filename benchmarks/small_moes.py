@@ -28,7 +28,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-COMMON: Final = {
+COMMON: Final[dict[str, Any]] = {
     "vocab_size": 2048,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -88,7 +88,8 @@ def make(name: str, sources: list[torch.Tensor], out: Path, steps: int, rate: fl
     """Train one and write it."""
     torch.manual_seed(SEED)
     config = AutoConfig.for_model(**COMMON, **MODELS[name])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config, dtype=torch.float32)
     count = sum(p.numel() for p in model.parameters())
     print(f"{name}: {count:,} weights", flush=True)
     train(model.train(), sources, steps, rate)
