@@ -31,8 +31,9 @@ from strategies import picked
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.gguf import TYPES
-from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import find_gguf
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, FamilyError, ManifestError, PlanError, ShardxformError
 from shardxform.execution.runner import run

@@ -25,6 +25,7 @@ __all__ = [
     "BITS",
     "BLOCKS",
     "FLOATS",
+    "FP8",
     "ID_DTYPES",
     "LENGTH_BYTES",
     "MAX_HEADER_BYTES",
@@ -39,6 +40,7 @@ __all__ = [
     "encode",
     "layout",
     "natural_key",
+    "padded",
     "parse_size",
     "shard_names",
     "show_size",
@@ -323,6 +325,9 @@ RANK: Final[dict[str, int]] = {name: rank for rank, name in enumerate(BITS)}
 FLOATS: Final[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
 """Plain floating-point dtypes: what a weight that is not quantized is stored in."""
 
+FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""Dtypes of weights that mean nothing without a scale."""
+
 ID_DTYPES: Final[frozenset[str]] = frozenset({"I32", "I64"})
 """Dtypes of tables of ids."""
 
@@ -454,6 +459,11 @@ def _kind_of(text: str) -> tuple[str, tuple[int, ...], int] | None:
     shape = [int(size) for size in match[2].split(",")] if match[2] else []
     bits = _bits(shape, match[1]) if _is_sizes(shape) else None
     return None if bits is None or bits % 8 else (match[1], tuple(shape), bits // 8)
+
+
+def padded(nbytes: int, alignment: int) -> int:
+    """`nbytes`, or the next multiple of `alignment` after it."""
+    return -(-nbytes // alignment) * alignment
 
 
 def layout(specs: Iterable[TensorSpec]) -> tuple[Entry, ...]:

@@ -27,16 +27,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG",
+    "GGUF_SUFFIX",
     "INDEX",
     "IN_GGUF",
     "MAX_SIDECAR_BYTES",
+    "PROJECTOR",
     "QUANTIZATION",
+    "SPLIT_NAME",
     "WORK",
     "Checkpoint",
     "Folder",
     "Head",
     "Shard",
     "Sidecar",
+    "find_gguf",
+    "first_file",
     "is_plain_name",
     "scan",
     "stopped",
@@ -47,7 +52,10 @@ INDEX: Final = "model.safetensors.index.json"
 QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt, where config.json does not say it
 WORK: Final = ".shardxform"  # of an output that is still to be written
 _SINGLE: Final = "model.safetensors"
-_GGUF: Final = ".gguf"
+GGUF_SUFFIX: Final = ".gguf"
+SPLIT_NAME: Final = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")  # of one of several files in GGUF
+PROJECTOR: Final = "mmproj"  # how files in GGUF begin that hold no decoder
+_PARTIAL: Final = ".gguf.partial"
 IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
 """What is said of a model in GGUF where it is none of what is taken."""
 _MAX_JSON_BYTES: Final = 64 << 20
@@ -318,7 +326,7 @@ def is_plain_name(name: object) -> bool:
 
 def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: {IN_GGUF if root.suffix == _GGUF else not_a_directory(root)}")
+        raise CheckpointError(f"{root}: {IN_GGUF if root.suffix == GGUF_SUFFIX else not_a_directory(root)}")
     try:
         _refuse_irregular(path)
         with path.open("rb") as file:
@@ -328,7 +336,7 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
         return parse_config(data) if path.name == CONFIG else parse_object(data)
     except FileNotFoundError as e:
         why = f"unfinished: {stopped(root)}" if stopped(root) else ""
-        if not why and any(entry.name.endswith(_GGUF) for entry in os.scandir(root)):
+        if not why and any(entry.name.endswith(GGUF_SUFFIX) for entry in os.scandir(root)):
             why = IN_GGUF
         raise CheckpointError(f"{root}: {why or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
@@ -449,3 +457,37 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads back to itself
         return False
+
+
+def find_gguf(path: Path) -> Path | None:
+    """First file of the model in GGUF that `path` means: a file, or a folder of it without safetensors.
+
+    Raises:
+        CheckpointError: the folder holds several models; or the file, or one of its first, is still to be written.
+
+    """
+    if path.suffix == GGUF_SUFFIX and not path.is_dir():
+        return path.with_name(first_file(path.name))
+    if not path.is_dir():
+        return None
+    names = sorted(entry.name for entry in os.scandir(path))
+    if any(name.endswith(".safetensors") or name == INDEX for name in names):
+        return None
+    if WORK in names and any(name.endswith(_PARTIAL) for name in names):
+        raise CheckpointError(
+            f"{path}: unfinished: the run that writes it was stopped, or is not done yet; run the same command again,"
+            " and it goes on"
+        )
+    found = dict.fromkeys(
+        path / first_file(name) for name in names if name.endswith(GGUF_SUFFIX) and not name.startswith(PROJECTOR)
+    )
+    if len(found) > 1:
+        listed = ", ".join(each.name for each in list(found)[:3])
+        raise CheckpointError(f"{path}: {len(found)} models in GGUF ({listed}, ...); name the file of one")
+    return next(iter(found), None)
+
+
+def first_file(name: str) -> str:
+    """Name of the first of the files that one is split into; the file's own where it is whole."""
+    match = SPLIT_NAME.fullmatch(name)
+    return f"{match[1]}-00001-of-{match[3]}{GGUF_SUFFIX}" if match else name

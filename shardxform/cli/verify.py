@@ -10,8 +10,8 @@ from typing import Final
 
 import click
 
-from shardxform.checkpoint.gguf import GgufModel, find_gguf
-from shardxform.checkpoint.table import Checkpoint
+from shardxform.checkpoint.gguf import GgufModel
+from shardxform.checkpoint.table import Checkpoint, find_gguf
 from shardxform.cli.console import count, gb, print_json, progress, with_options
 from shardxform.cli.inputs import is_gguf, open_gguf_named, open_named
 from shardxform.cli.options import (

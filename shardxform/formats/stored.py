@@ -17,8 +17,8 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.config_names import declarations, declared_in, undeclared
-from shardxform.formats.dialects import Resolved, method_of, resolve
+from shardxform.formats.config_names import declarations, declared_in, method_of, undeclared
+from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of

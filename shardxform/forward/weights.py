@@ -34,7 +34,7 @@ from shardxform.formats.stored import read_stored
 from shardxform.model.expected import expected
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 __all__ = [
     "IMPLEMENTATION",
@@ -198,7 +198,7 @@ class Weights:
             FamilyError, SchemeError, CheckpointError: a family or a quantization that is not supported.
 
         """
-        self.checkpoint = checkpoint = single(checkpoint)
+        self.checkpoint = checkpoint = as_family(checkpoint)
         self.precision = precision
         self._wanted: deque[tuple[ByteRange, ...]] = deque()
         plain = decoded(checkpoint) or checkpoint

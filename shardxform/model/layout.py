@@ -20,6 +20,7 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Te
 __all__ = [
     "COMPANIONS",
     "MAX_LAYERS",
+    "SCALES",
     "TELLING",
     "Layout",
     "Place",
@@ -75,6 +76,9 @@ Those that begin with `_` are the end of a last part, beside stacks of experts: 
 `rows`: the rows of the weight. `blocks`: blocks of them, of one row, some, or all. `none`: not the rows. `inside`: the
 rows are counted on another axis, packed into words, or said by the values, so that taking some out needs the data.
 """
+
+SCALES: Final = ("weight_scale_inv", "weight_scale")
+"""What scales of FP8 weights are called."""
 
 
 _OF_STACKS: Final = tuple(name for name in COMPANIONS if name.startswith("_"))

@@ -25,6 +25,7 @@ from shardxform.formats.config_names import (
     DECLARATIONS,
     Changes,
     declarations,
+    is_mlx,
     modules_moved,
     with_renamed,
     without_empty,
@@ -46,7 +47,6 @@ from shardxform.model.layout import (
     variants_found,
 )
 from shardxform.model.tied_head import tied_notes
-from shardxform.runtimes.mlx import is_mlx
 
 __all__ = [
     "DEFAULT_GGUF_BYTES",

@@ -14,8 +14,7 @@ from typing import Final
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
-from shardxform.formats.config_names import declared_in
-from shardxform.formats.dialects import method_of
+from shardxform.formats.config_names import declared_in, method_of
 from shardxform.formats.encoding import Storage
 from shardxform.formats.scheme import FORMATS, Grid
 from shardxform.formats.stored import Stored, scan_stored

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform.ask.experts import Pruned
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
-from shardxform.ask.manifest_import import Pruned, pruned_of
 from shardxform.base.gguf import KeyValue
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
-from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.record import PROVENANCE
-from shardxform.checkpoint.table import WORK, Checkpoint
+from shardxform.checkpoint.table import WORK, Checkpoint, find_gguf
 from shardxform.errors import CheckpointError, ManifestError, ShardxformError
 from shardxform.plan.plan import source_inputs
-from shardxform.plan.slabs import PrunedGguf, pruned_gguf
+from shardxform.plan.slabs import PrunedGguf, pruned_gguf, pruned_of_slabs
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
 from shardxform.verification.findings import Findings, VerifyReport
 from shardxform.verification.gguf_names import check_names
@@ -181,7 +181,7 @@ def _wanted(
     findings: Findings,
 ) -> PrunedGguf | None:
     """What the output must hold; None when what OUT records does not lead to it."""
-    of = pruned_of(slabs_of(source.metadata, source.table.tensors, source.where))
+    of = pruned_of_slabs(slabs_of(source.metadata, source.table.tensors, source.where))
     _check_origin(source, inputs, findings)
     if given is not None:
         manifest = given if isinstance(given, Manifest) else Manifest.load(given, of)

@@ -15,15 +15,14 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.config_names import declares
-from shardxform.formats.decoding import is_packed, scan_decoded
+from shardxform.formats.config_names import QUANTIZATION, declares
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
 from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
 from shardxform.plan.plan import Plan
-from shardxform.runtimes.mlx import QUANTIZATION, single, unrun
+from shardxform.runtimes import as_family
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
 
@@ -232,9 +231,8 @@ def check_structure(
     for fault in config_faults(layout):
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
-    if is_packed(checkpoint.config):
-        _check_merged_rows(checkpoint, layout, findings)
-        checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
+    if decoded := _decoded(checkpoint, layout, findings):
+        checkpoint, parts_too = decoded, False
         layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
@@ -254,8 +252,15 @@ def check_structure(
     return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
 
 
-def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Checkpoint:
+def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Checkpoint | None:
     """The 16-bit checkpoint that small floats stand for; what is not stored as the config says is reported."""
+    if not declares(checkpoint.config):
+        return None
+    from shardxform.formats.decoding import is_packed, scan_decoded  # and with it all encodings
+
+    if not is_packed(checkpoint.config):
+        return None
+    _check_merged_rows(checkpoint, layout, findings)
     plain, faults = scan_decoded(checkpoint)
     known = [(name, why, layout.places[name]) for name, why in faults if name in layout.places]
     findings.items([Item("parts", name, place, why) for name, why, place in known], layout.num_experts)
@@ -311,8 +316,10 @@ def stored_form(name: str, tensors: Mapping[str, object]) -> str:
 def check_mlx(checkpoint: Checkpoint, findings: Findings) -> None:
     """Report what mlx-lm does not take of a config that is one of its own, as it lies in config.json."""
     config = checkpoint.config
-    if single(checkpoint) is checkpoint:
+    if as_family(checkpoint) is checkpoint:
         return
+    from shardxform.runtimes.mlx import unrun
+
     declared, beside = config[QUANTIZATION], config.get("quantization_config")
     if beside is not None and beside != declared:
         findings.problem("quantization-config", CONFIG, f"{QUANTIZATION} and quantization_config differ; expected one")
@@ -679,7 +686,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """
     specs = (entry.spec for shard in plan.shards for entry in shard.entries)
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = single(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
+    planned = as_family(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     found = [problem for problem in findings.problems if problem.code not in but]
