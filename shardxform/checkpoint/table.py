@@ -364,11 +364,15 @@ def _weight_map(root: Path) -> dict[str, str]:
             f"{root}: {_SINGLE} lies beside an index of other shards: transformers reads the one, vLLM what the index"
             " lists; remove the one that is not meant"
         )
+    plain: set[str] = set()
     for tensor, shard in weight_map.items():
+        if isinstance(shard, str) and shard in plain:
+            continue
         if not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{where}: weight_map[{tensor!r}]: expected a plain .safetensors file name, found {shard!r}"
             )
+        plain.add(shard)
     return weight_map
 
 
@@ -394,17 +398,18 @@ def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
     entries = tensors.decode(head.data[tensors.LENGTH_BYTES :], head.nbytes - start, str(path))
     digest = hashlib.sha256(head.data).hexdigest()
     table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, tuple(entries)))
-    for entry in entries:
-        spec = entry.spec
-        ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
+    for spec, begin, end in entries:
         first = table.home.setdefault(spec.name, name)
         if first != name:
             table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
-        else:
-            table.tensors[spec.name] = TensorRef(spec, ranges)
+            continue
+        ranges = (ByteRange(name, start + begin, end - begin),) if end > begin else ()
+        table.tensors[spec.name] = TensorRef(spec, ranges)
 
 
 def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:
+    if weight_map == table.home:
+        return
     read = {shard.name for shard in table.shards}
     for name, shard in weight_map.items():
         home = table.home.get(name)

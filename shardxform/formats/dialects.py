@@ -144,8 +144,10 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
 
 def is_carried(module: Matrix, scheme: Scheme) -> bool:
     """Whether a matrix is stored in integers of the grid that is asked for, which are moved as they are."""
-    encodings = [source.encoding for source in module.stored]
-    return all(isinstance(each, Ints) and takes_over(scheme, each) for each in encodings)
+    for encoding in module.encodings:
+        if not (isinstance(encoding, Ints) and takes_over(scheme, encoding)):
+            return False
+    return isinstance(module.weight, Encoded)
 
 
 def takes_over(scheme: Scheme, found: Ints) -> bool:

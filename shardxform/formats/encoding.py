@@ -12,7 +12,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 from shardxform.errors import ExecutionError
@@ -262,8 +262,7 @@ def shown(encoding: Hashable) -> str:
     return repr(encoding)
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(NamedTuple):
     """Where a matrix lies, and how: an encoding, its parts in order, the shape [O, I] of what these hold, and a cut."""
 
     encoding: Encoding
@@ -291,7 +290,7 @@ class Storage:
 
     def part(self, cut: Cut) -> Storage:
         """Where a part of the matrix lies."""
-        return replace(self, cut=self.cut.then(cut, self.whole) if self.cut else cut)
+        return self._replace(cut=self.cut.then(cut, self.whole) if self.cut else cut)
 
     @property
     def held(self) -> int:
@@ -397,7 +396,7 @@ class Encoded(TensorRef):
             return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), stacked)
         (source,) = self.sources
         first = source.cut.first if source.cut else 0
-        rows = tuple(replace(source, cut=Cut(first + row, 1)) for row in keep)
+        rows = tuple(source._replace(cut=Cut(first + row, 1)) for row in keep)
         return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), rows)
 
 

@@ -336,7 +336,7 @@ def _weights(module: Storage) -> Iterator[Encoded]:
     names = _weight_names(module.name)
     share = module.whole[0] // len(names)
     for number, name in enumerate(names):
-        part = module if len(names) == 1 else replace(module, cut=Cut(number * share, share))
+        part = module if len(names) == 1 else module._replace(cut=Cut(number * share, share))
         yield Encoded(TensorSpec(name, "BF16", part.shape), (), (part,))
 
 

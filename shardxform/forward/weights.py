@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -270,7 +270,7 @@ class Weights:
             for role, ref in storage.parts:
                 parts[role] = np.empty(ref.nbytes, np.uint8)
                 self._fill(ref, parts[role])
-            rows = self._opener.open(replace(storage, cut=None))
+            rows = self._opener.open(storage._replace(cut=None))
             return parts, rows.values(0, rows.count)
 
     def has_experts(self, scope: str, layer: int) -> bool:

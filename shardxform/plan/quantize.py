@@ -361,11 +361,11 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
     if scheme.requantize:
         return
     found = [
-        (module.name, source.encoding)
+        (module.name, encoding)
         for module in selection.quantized
-        for source in module.stored
-        if isinstance(source.encoding, Ints | Values | Affine | Asymmetric | Fp8 | Microscaled)
-        and source.encoding.width <= scheme.grid.bits
+        for encoding in module.encodings
+        if isinstance(encoding, (Ints, Values, Affine, Asymmetric, Fp8, Microscaled))
+        and encoding.width <= scheme.grid.bits
         and not is_carried(module, scheme)
     ]
     if not found:

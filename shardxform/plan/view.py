@@ -157,9 +157,10 @@ def pruned_view(
     if wrapper is not layout.wrapper:
         left_out = layout.family.vision_sidecars
         checkpoint = replace(checkpoint, sidecars=tuple(s for s in source.sidecars if s.name not in left_out))
+    changed = config != source.config or tensors.keys() != source.tensors.keys()
     return View(
         checkpoint=checkpoint,
-        layout=layout_of(config, tensors),
+        layout=layout_of(config, tensors) if changed else layout,
         source_layout=layout,
         copied=len(tensors) - builder.sliced,
         sliced=builder.sliced,

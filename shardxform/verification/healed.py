@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
@@ -121,7 +121,7 @@ def _same_bytes(item: HealedWeight, read_out: Read, read_source: Read) -> bool:
 
 
 def _whole(storage: Storage) -> Storage:
-    return replace(storage, cut=None)
+    return storage._replace(cut=None)
 
 
 def _tiles(storage: Storage) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shardxform.base.tensors import FLOATS, FP8, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
@@ -52,8 +52,7 @@ _NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells e
 _Block = tuple[Scope, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
+class _Module(NamedTuple):
     """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors, mlx or a dtype.
 
     `linear` is for what clients run quantized unless the config leaves it out: linear layers of blocks, of the vision
@@ -385,15 +384,15 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
         if stem + last not in tensors:
             found = f", and clients do not read {stored}" if stored else ""
             detail = f"missing: its weight is {spec.dtype}, which means nothing without its scales{found}"
-            yield Item("scale", stem + last, replace(place, companion=last), detail)
+            yield Item("scale", stem + last, place._replace(companion=last), detail)
         elif wrong := rule.fault(tensors[stem + last].spec, spec.shape):
-            yield Item("scale", stem + last, replace(place, companion=last), wrong)
+            yield Item("scale", stem + last, place._replace(companion=last), wrong)
 
 
 def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
     """Scales whose weight needs none: half of a conversion."""
     for name, place in layout.places.items():
-        if place.companion not in (*SCALES, *_BESIDE, *_SECOND):
+        if not place.companion or place.companion not in (*SCALES, *_BESIDE, *_SECOND):
             continue
         weight = tensors.get(name.removesuffix(place.companion) + "weight")
         if weight is not None and weight.spec.dtype in FLOATS:
