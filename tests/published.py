@@ -126,15 +126,20 @@ NAMED_OTHERWISE = ("DeepSeek-V4-Flash",)
 """Releases that are not what transformers saves under another spelling: their configs alone are looked at."""
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """A release's config.json."""
+def config_of(name: str, blocks: int = 0) -> dict[str, Any]:
+    """A release's config.json; with `blocks`, as if it had no more of them."""
     config: dict[str, Any] = json.loads((HOME / f"{name}.json").read_text())
-    return config["text_config"] if name in RELEASES and RELEASES[name].text else config
+    config = config["text_config"] if name in RELEASES and RELEASES[name].text else config
+    if not blocks:
+        return config
+    every = config["num_hidden_layers"]
+    cut = {key: value[:blocks] for key, value in config.items() if isinstance(value, list) and len(value) == every}
+    return {**config, **cut, "num_hidden_layers": blocks}
 
 
-def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a release would have if none of its weights were quantized."""
-    release, config = RELEASES[name], config_of(name)
+def shapes_of(name: str, blocks: int = 0) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a release would have if none of its weights were quantized; with `blocks`, of the first ones."""
+    release, config = RELEASES[name], config_of(name, blocks)
     text = config.get("text_config") or config
     shapes = _decoder(config, release.stacked)
     for pattern, shape in (release.more or {}).items():
