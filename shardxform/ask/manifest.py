@@ -273,7 +273,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
     )
 
 
-def _layers(layers: Mapping[int, Any], place: str) -> dict[int, tuple[int, ...]]:
+def _layers(layers: Mapping[int, object], place: str) -> dict[int, tuple[int, ...]]:
     for layer in layers:
         if type(layer) is not int or layer < 0:
             raise ManifestError(f"{place}: expected layer numbers, found {show(layer)}")
@@ -452,5 +452,5 @@ def _block(brackets: str, lines: list[str], indent: str) -> str:
     return f"{brackets[0]}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{brackets[1]}"
 
 
-def _plain(value: Any) -> str:  # noqa: ANN401
+def _plain(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

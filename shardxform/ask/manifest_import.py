@@ -168,7 +168,7 @@ class Form:
     read: Callable[[ImportInput], Content]
 
 
-def form_of(value: Mapping[str, Any]) -> Form | None:
+def form_of(value: Mapping[str, object]) -> Form | None:
     """The form other than ours that `value` has, or None; what names a format is in that, or in none."""
     if value.get("format", RECORD_FORMAT) != RECORD_FORMAT:
         return None
@@ -415,7 +415,7 @@ def _read_record(source: ImportInput) -> Content:
     return Content(keep=keep, mtp_keep=mtp_keep)
 
 
-def _numbered(value: Mapping[str, Any]) -> Iterator[object]:
+def _numbered(value: Mapping[str, object]) -> Iterator[object]:
     """What stands under keys that are layer numbers."""
     return (entry for key, entry in value.items() if isinstance(key, str) and _LAYER.fullmatch(key))
 

@@ -54,7 +54,7 @@ def here(names: Iterable[str]) -> dict[str, str]:
     return {name: found[name] for name in wanted}
 
 
-def without(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def without(inputs: Mapping[str, object]) -> dict[str, Any]:
     """Inputs but for what computed: what a finished result is compared by."""
     return {key: value for key, value in inputs.items() if key != KEY}
 

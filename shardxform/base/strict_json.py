@@ -112,7 +112,7 @@ def pretty_strings(value: dict[str, str], level: int) -> str:
     return f"{{{outer}  {inner[1:-1]}{outer}}}"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()

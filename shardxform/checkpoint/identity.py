@@ -174,7 +174,7 @@ def names_of(shards: Iterable[Shard]) -> dict[str, tuple[str, ...]]:
     return {shard.name: tuple(entry.spec.name for entry in shard.entries) for shard in shards}
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
+def config_sha256(config: Mapping[str, object]) -> str:
     """What identifies a config, whatever its formatting."""
     return hashlib.sha256(compact_config(config).encode()).hexdigest()
 

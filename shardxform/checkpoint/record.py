@@ -84,7 +84,7 @@ class Record:
         return self.before or self.asked
 
     @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> Record:
+    def parse(cls, value: Mapping[str, object]) -> Record:
         """Check what a JSON file holds.
 
         Raises:
@@ -154,7 +154,7 @@ def read_record(path: Path) -> Record | None:
         return None
 
 
-def _object(value: Mapping[str, Any], key: str, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+def _object(value: Mapping[str, object], key: str, default: Mapping[str, object] | None = None) -> Mapping[str, Any]:
     found = value.get(key, default)
     if not isinstance(found, Mapping):
         raise RecordError(f"{key}: expected an object")
@@ -176,7 +176,7 @@ def _shard(name: str, found: object) -> ShardRecord:
     raise RecordError(f"shards[{name!r}]: expected size, header size and digest")
 
 
-def _digests(value: Mapping[str, Any]) -> Mapping[str, str] | None:
+def _digests(value: Mapping[str, object]) -> Mapping[str, str] | None:
     if "digests" not in value:
         return None
     found = _object(value, "digests")

@@ -236,7 +236,7 @@ def _is_small(spec: tensors.TensorSpec) -> bool:
     return tensors.BITS.get(spec.dtype, 16) <= 8 and spec.dtype != "BOOL"
 
 
-def _declares(config: Mapping[str, Any]) -> Iterator[bool]:
+def _declares(config: Mapping[str, object]) -> Iterator[bool]:
     """Whether a config says how weights are quantized, at its top level or in a config within it."""
     for value in (config, *config.values()):
         yield isinstance(value, Mapping) and bool(value.get("quantization_config"))

@@ -231,7 +231,7 @@ def _run_tasks(
 
 
 def _tell_tasks(
-    found: Mapping[str, Any],
+    found: Mapping[str, object],
     checkpoint: options.Source,
     manifest: Path | None,
     against: options.Source | None,

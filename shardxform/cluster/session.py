@@ -247,7 +247,7 @@ def _refuse_silent(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_signals(ray: Any) -> Iterator[None]:  # noqa: ANN401
+def _own_signals(ray: object) -> Iterator[None]:
     """Keep what SIGTERM does here, in which Ray would have it raise SystemExit; there is no public switch."""
     if threading.current_thread() is not threading.main_thread():
         yield

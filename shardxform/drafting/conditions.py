@@ -217,7 +217,7 @@ def _rule(probe: Probe, key: str, value: str) -> str | None:
     return None
 
 
-def _agrees(probe: Probe, key: str, value: str, rule: str, layers: int, over: dict[str, Any]) -> bool:
+def _agrees(probe: Probe, key: str, value: str, rule: str, layers: int, over: dict[str, object]) -> bool:
     listed = probe.config(layers, without=(key, "first_k_dense_replace"), **over).get(key)
     found = [bool(eval(rule, {"config": over, "layer": layer})) for layer in range(layers)]  # noqa: S307 - made here
     return isinstance(listed, list) and [each == value for each in listed] == found

@@ -7,7 +7,7 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -341,7 +341,7 @@ def _wrapped(note: str) -> Iterable[tuple[bool, str]]:
     return [(at == 0, line) for at, line in enumerate(lines)]
 
 
-def _words(hint: Any) -> list[str]:  # noqa: ANN401
+def _words(hint: object) -> list[str]:
     """A type in the words of entries."""
     if hint in _WORDS:
         return [_WORDS[hint]]

@@ -198,18 +198,18 @@ class Probe:
             return _CORE["num_attention_heads"][number] + _CORE["num_key_value_heads"][number]
         return other
 
-    def _sampled(self, over: Mapping[str, Any]) -> Iterator[Sample]:
+    def _sampled(self, over: Mapping[str, object]) -> Iterator[Sample]:
         for number in range(_SAMPLES):
             if found := self._sample({**self._values(number), **over}):
                 yield found
 
-    def _sample(self, given: dict[str, Any]) -> Sample | None:
+    def _sample(self, given: dict[str, object]) -> Sample | None:
         model = self._model(given)
         if model is None:
             return None
         return Sample(given, model.config.to_dict(), {name: tuple(v.shape) for name, v in model.state_dict().items()})
 
-    def _model(self, given: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    def _model(self, given: Mapping[str, object]) -> Any:  # noqa: ANN401
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # sizes are odd
@@ -220,7 +220,7 @@ class Probe:
 
     # -- keys ---------------------------------------------------------------------------------------------------
 
-    def _settled(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+    def _settled(self, whole: Mapping[str, object]) -> dict[str, Any]:
         """Keys that all samples share."""
         out: dict[str, Any] = {"num_hidden_layers": LAYERS, self.top_k_key: 2}
         out |= {key: 1 for key in (*_GROUPS, "topk_group") if key in self.fields}
@@ -250,7 +250,7 @@ class Probe:
                     self.sizes.pop()
         return self.sizes
 
-    def _taken(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _taken(self, settings: Mapping[str, object]) -> dict[str, Any]:
         """Those of the keys that all samples share that transformers takes together."""
         taken = {"num_hidden_layers": settings["num_hidden_layers"]}
         for key, value in settings.items():
@@ -295,7 +295,7 @@ def _classes(model_type: str) -> tuple[Any, Any]:
     return kind, found[0] if isinstance(found, tuple) else found
 
 
-def _shortened(values: list[Any]) -> list[Any]:
+def _shortened(values: list[object]) -> list[Any]:
     """A list with one entry a layer, of fewer layers and as many kinds as fit."""
     if not all(isinstance(each, (str, int)) for each in values):
         return values[:LAYERS]

@@ -222,8 +222,8 @@ def _samples(found: Mapping[str, Any] | None, task: str) -> list[Mapping[str, An
 def _compared(
     metric: str,
     other: Mapping[str, Mapping[str, float | None]],
-    tested: Sequence[Mapping[str, Any]],
-    reference: Sequence[Mapping[str, Any]],
+    tested: Sequence[Mapping[str, object]],
+    reference: Sequence[Mapping[str, object]],
 ) -> dict[str, float | None]:
     """The reference's value, and the mean difference over the documents, which vary together, with its error."""
     if metric not in other:
@@ -302,7 +302,7 @@ class _Asked(TemplateLM):  # type: ignore[misc]  # the harness has no types
         told = iter(self._answers(pieces, "rolling"))
         return [math.fsum(next(told)[0] for _ in range(count)) for count in counts]
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
+    def generate_until(self, requests: list[object], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         name = getattr(requests[0], "task_name", None) if requests else None
         raise PlanError(
             f"`tasks`: {name or 'one of them'} has the model write text, which takes a pass over all weights for every"

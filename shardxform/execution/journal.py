@@ -70,7 +70,7 @@ class Journal:
         """Numbers of the steps done."""
         return set(self.facts)
 
-    def record(self, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    def record(self, facts: Mapping[int, Mapping[str, object]]) -> None:
         """Append steps whose bytes are durable, with their facts; returns when the lines are durable too."""
         data = _lines(facts)
         self._fs.truncate(self._fd, self._end)  # an interrupted call may have left half a line
@@ -103,7 +103,7 @@ def _head(fingerprint: str) -> bytes:
     return f"shardxform journal 1 {fingerprint}\n".encode()
 
 
-def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+def _checked(facts: dict[str, object]) -> dict[str, Any]:
     for key, value in facts.items():
         if type(value) is not int and not (isinstance(value, list) and all(map(_is_item, value))):
             raise ValueError(f"{key} is neither a count nor a list of names or reports")
@@ -122,7 +122,7 @@ def _is_plain(value: object, depth: int) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def _lines(facts: Mapping[int, Mapping[str, Any]]) -> bytes:
+def _lines(facts: Mapping[int, Mapping[str, object]]) -> bytes:
     lines = (f"{step} {dumps(found)}\n" if found else f"{step}\n" for step, found in sorted(facts.items()))
     return "".join(lines).encode()
 
@@ -147,12 +147,12 @@ def _parse(lines: bytes, steps: int, path: Path) -> dict[int, Mapping[str, Any]]
 MEASURED: Final = "measured"
 
 
-def recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(facts: Mapping[str, object]) -> dict[str, Any]:
     """Return what steps found, for the record."""
     return {key: value for key, value in facts.items() if key != MEASURED}
 
 
-def measured(facts: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+def measured(facts: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
     """Return what was measured of steps, one entry each."""
     found = facts.get(MEASURED)
     return tuple(each for each in found if isinstance(each, dict)) if isinstance(found, list) else ()

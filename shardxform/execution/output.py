@@ -24,7 +24,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Final, Literal
+from typing import BinaryIO, Final, Literal
 
 from shardxform.base import computing
 from shardxform.base.digests import tensor_digest
@@ -174,7 +174,7 @@ class Output:
                 self.fs.rename(self.partial(number), self.root / shard.name)
         self.fs.sync_dir(self.root)
 
-    def commit(self, facts: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    def commit(self, facts: Mapping[str, object], digests: Mapping[str, str]) -> None:
         """Write sidecars, index and provenance, and the file that is the commit last; then remove the work directory.
 
         Args:
@@ -243,7 +243,7 @@ class Output:
                     self.fs.remove_if_there(state)
                 self.fs.rmdir(path)
 
-    def _record(self, facts: Mapping[str, Any], digests: Mapping[str, str]) -> Record:
+    def _record(self, facts: Mapping[str, object], digests: Mapping[str, str]) -> Record:
         """What shardxform.json says: how the output was made, and what it holds."""
         empty = {entry.spec.name: tensor_digest(()) for shard in self.plan.shards for entry in shard.entries}
         return replace(
@@ -492,7 +492,7 @@ def difference(old: object, new: object, names: Mapping[str, Sequence[str]] | No
     return "" if plain_old == plain_new else f"`{path}`: was {_brief(old)}, now {_brief(new)}"
 
 
-def _is_other_text(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:
+def _is_other_text(old: Mapping[object, object], new: Mapping[object, object]) -> bool:
     """Whether two records of calibration data name the same files, and they held something else."""
     names = all(isinstance(each.get(key), str) for each in (old, new) for key in ("data", "sha256"))
     same = all(old.get(key) == new.get(key) for key in ("data", "files"))

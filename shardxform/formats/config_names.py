@@ -107,7 +107,7 @@ class Changes:
         return self.prefix[0] == self.prefix[1]
 
 
-def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def declarations(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """List the declarations of a quantization in a config, at any depth, with their paths; null and {} declare none."""
     for key, value in config.items():
         if key in DECLARATIONS:
@@ -117,12 +117,12 @@ def declarations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Itera
             yield from declarations(value, (*path, key))
 
 
-def declares(config: Mapping[str, Any]) -> bool:
+def declares(config: Mapping[str, object]) -> bool:
     """Whether a config says of weights that they are quantized, at its top level or in the config of the decoder."""
     return any(path[-1] == DECLARATIONS[0] for path, _ in declarations(config))
 
 
-def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def declared_in(config: Mapping[str, object]) -> Any:  # noqa: ANN401
     """What a config says of its quantized weights, at its top level or in the config of the decoder; None for nothing.
 
     Raises:
@@ -136,7 +136,7 @@ def declared_in(config: Mapping[str, Any]) -> Any:  # noqa: ANN401
     return found[0][1] if found else None
 
 
-def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+def undeclared(config: Mapping[str, object]) -> dict[str, Any]:
     """The config of the same weights in 16 bits."""
     return {
         key: undeclared(value) if isinstance(value, Mapping) else value
@@ -145,7 +145,7 @@ def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_declared(config: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+def with_declared(config: Mapping[str, object], declared: Mapping[str, object]) -> dict[str, Any]:
     """Say at the top level, and nowhere else, how weights are quantized."""
     kept = {
         key: undeclared(value) if isinstance(value, Mapping) and key != DECLARATIONS[0] else value
@@ -154,7 +154,7 @@ def with_declared(config: Mapping[str, Any], declared: Mapping[str, Any]) -> dic
     return {**kept, DECLARATIONS[0]: declared}
 
 
-def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_empty(config: Mapping[str, object]) -> dict[str, Any]:
     """Leave out declarations that are `{}`: they declare nothing, and transformers refuses to load what has one."""
     return {
         key: without_empty(value) if isinstance(value, Mapping) else value
@@ -163,7 +163,7 @@ def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_renamed(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+def with_renamed(config: Mapping[str, object], changes: Changes) -> dict[str, Any]:
     """Give the config with every name of a module in its declarations of quantization as the module is now called.
 
     Raises:
@@ -173,7 +173,7 @@ def with_renamed(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     return _renamed_below(config, _Renamer(changes), "")
 
 
-def _renamed_below(config: Mapping[str, Any], renamer: _Renamer, home: str) -> dict[str, Any]:
+def _renamed_below(config: Mapping[str, object], renamer: _Renamer, home: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in config.items():
         if key in DECLARATIONS and value:
@@ -260,7 +260,7 @@ class _Renamer:
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
 
-    def value(self, value: Any, path: str) -> Any:  # noqa: ANN401
+    def value(self, value: object, path: str) -> Any:  # noqa: ANN401
         """Rewrite whatever JSON holds at `path`."""
         if isinstance(value, Mapping):
             return self._object(value, path)
@@ -268,7 +268,7 @@ class _Renamer:
             return self._list(value, path)
         return self._text(value, path) if isinstance(value, str) else value
 
-    def _object(self, value: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def _object(self, value: Mapping[str, object], path: str) -> dict[str, Any]:
         entries = [self._entry(key, (key.startswith("-:"), repr(item)), by_part=False) for key, item in value.items()]
         self._check(entries, path)
         out: dict[str, Any] = {}
@@ -282,7 +282,7 @@ class _Renamer:
                 )
         return out
 
-    def _list(self, value: Sequence[Any], path: str) -> list[Any]:
+    def _list(self, value: Sequence[object], path: str) -> list[Any]:
         entries = [self._entry(item) for item in value if isinstance(item, str)]
         self._check(entries, path)
         names = iter(entries)

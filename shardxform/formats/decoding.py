@@ -296,7 +296,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
 """Methods whose weights are read to be decoded, and what reads their rules from a quantization_config."""
 
 
-def is_packed(config: Mapping[str, Any]) -> bool:
+def is_packed(config: Mapping[str, object]) -> bool:
     """Whether a config declares weights of whose tensors a rule alone says which they are, and of what shapes."""
     try:
         return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule) for rule in _rules(config))
@@ -311,7 +311,7 @@ def encodings_of(tensors: Iterable[TensorRef]) -> Counter[str]:
     return Counter(dict(counts.most_common()))
 
 
-def unreadable(config: Mapping[str, Any]) -> str:
+def unreadable(config: Mapping[str, object]) -> str:
     """Why a quantization_config does not say how weights are stored; empty where it does, or there is none."""
     try:
         _rules(config)
@@ -428,7 +428,7 @@ def _plain(source: Checkpoint, found: Mapping[str, Encoded]) -> Checkpoint:
     return replace(source, tensors=tensors, config=config)
 
 
-def _rules(config: Mapping[str, Any]) -> list[Reading]:
+def _rules(config: Mapping[str, object]) -> list[Reading]:
     declared = declared_in(config)
     if not isinstance(declared, Mapping):
         return []
@@ -442,7 +442,7 @@ def _rules(config: Mapping[str, Any]) -> list[Reading]:
     return [replace(rule, transposed=turned) if isinstance(rule, ScaleRule) else rule for rule in rules]
 
 
-def _are_stacks_transposed(config: Mapping[str, Any]) -> bool:
+def _are_stacks_transposed(config: Mapping[str, object]) -> bool:
     """Whether stacks of the family hold matrices [I, O]; of one that is not known, whose layout is refused, no."""
     try:
         return family_of(config)[0].experts.transposed

@@ -295,7 +295,7 @@ def build(selection: Selection, scheme: Scheme, layout: Layout, iters: int = 0) 
     return config
 
 
-def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
+def resolve(config: Mapping[str, object], holders: Iterable[str] = ()) -> Resolved:
     """Read a `quantization_config` of one of the formats that `quantize` writes.
 
     Args:
@@ -321,7 +321,7 @@ def resolve(config: Mapping[str, Any], holders: Iterable[str] = ()) -> Resolved:
         raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
 
 
-def method_of(config: Mapping[str, Any]) -> object:
+def method_of(config: Mapping[str, object]) -> object:
     """What a `quantization_config` calls its method: `quant_method`, or `mlx` of one that has a mode in its place."""
     method = config.get("quant_method")
     return "mlx" if method is None and "mode" in config else method
@@ -494,7 +494,7 @@ def _resolve_compressed_tensors(config: Mapping[str, Any]) -> Resolved:
     return Resolved("compressed-tensors", bits, -1 if size is None else int(size), _compile(kept))
 
 
-def _resolve_mlx(config: Mapping[str, Any]) -> Resolved:
+def _resolve_mlx(config: Mapping[str, object]) -> Resolved:
     """Read what holds for all modules that are stored with scales; mlx-lm takes those for quantized, and no others."""
     if config.get(ASYMMETRIC):
         raise SchemeError("quantization: weights that are not symmetric, as mlx_lm.convert rounds them")
@@ -508,7 +508,7 @@ def _resolve_mlx(config: Mapping[str, Any]) -> Resolved:
     return Resolved("mlx", bits, group_size)
 
 
-def _integers(config: Mapping[str, Any]) -> tuple[int, int]:
+def _integers(config: Mapping[str, object]) -> tuple[int, int]:
     if _field(config, "sym", bool) is not True:
         raise SchemeError("quantization_config: sym false, expected symmetric weights")
     return _bits(config.get("bits")), _field(config, "group_size", int)
@@ -520,7 +520,7 @@ def _bits(value: object) -> int:
     return int(str(value))
 
 
-def _field(config: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401
+def _field(config: Mapping[str, object], key: str, kind: type) -> Any:  # noqa: ANN401
     value = config.get(key)
     if not isinstance(value, kind):
         raise SchemeError(f"quantization_config: {key}: expected {kind.__name__}, found {value!r}")

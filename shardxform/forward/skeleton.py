@@ -413,7 +413,7 @@ def _decoder_of(model: Any) -> Any:  # noqa: ANN401
     return found.model if hasattr(found, "model") and hasattr(found, "lm_head") else found
 
 
-def _number(value: Any) -> Any:  # noqa: ANN401
+def _number(value: object) -> Any:  # noqa: ANN401
     """A value of a config as its class takes it: infinity is written in several ways."""
     if isinstance(value, list):
         return [_number(each) for each in value]
@@ -442,7 +442,7 @@ def _make_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
                 raise ValueError(f"nothing says what the buffer {path}.{name} holds")
 
 
-def _pass_through(module: nn.Module, hand_on: Callable[[torch.Tensor], Any]) -> None:
+def _pass_through(module: nn.Module, hand_on: Callable[[torch.Tensor], object]) -> None:
     """Have a module hand its first argument on, and what belongs to it, until it is to compute."""
     module.forward = lambda hidden_states, *_args, **_kwargs: hand_on(hidden_states)
 

@@ -580,7 +580,7 @@ def _moe_layers(family: Family, text: Config, num_layers: int) -> tuple[int, ...
         raise FamilyError(f"config.json: cannot tell what its {num_layers} layers are made of: {e!r}") from e
 
 
-def _walk(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _walk(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in config.items():
         yield (*path, key)
         if isinstance(value, Mapping):

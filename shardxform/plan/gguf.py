@@ -413,7 +413,7 @@ def plan_stored(
     manifest: Manifest | None,
     options: ViewOptions,
     recipe: Recipe | None = None,
-    beside: Mapping[str, Any] | None = None,
+    beside: Mapping[str, object] | None = None,
 ) -> Plan:
     """Plan a GGUF file of weights as they are in the source: floats as wide, integers with their codes and scales.
 

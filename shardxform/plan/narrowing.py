@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from shardxform.ask.width import Width
 from shardxform.base.tensors import FLOATS, TensorRef
@@ -50,7 +50,7 @@ def _templates(layout: Layout) -> Iterator[Template]:
 
 
 def narrowed(
-    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], width: Width
+    tensors: Mapping[str, TensorRef], config: Mapping[str, object], width: Width
 ) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     """Take channels out of every routed expert.
 

@@ -572,7 +572,7 @@ def _tune_steps(
 
 
 def _summary(
-    source: Checkpoint, view: View, selection: Selection, scheme: Mapping[str, Any], stored: int, copied: int
+    source: Checkpoint, view: View, selection: Selection, scheme: Mapping[str, object], stored: int, copied: int
 ) -> dict[str, Any]:
     summary = view_summary(source, view)
     weights = sum(module.nbytes for module in selection.quantized)

@@ -202,7 +202,7 @@ def _is_stacked(module: Matrix) -> bool:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def is_mlx(config: Mapping[str, Any]) -> bool:
+def is_mlx(config: Mapping[str, object]) -> bool:
     """Whether a config is that of a quantized checkpoint of MLX, as `single` gives it."""
     declared = config.get("quantization_config")
     return isinstance(declared, Mapping) and method_of(declared) == "mlx" and QUANTIZATION not in config
@@ -226,7 +226,7 @@ def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, 
     return {**out, QUANTIZATION: dict(declared), "quantization_config": dict(declared)}
 
 
-def notes_of(before: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+def notes_of(before: Layout, config: Mapping[str, object]) -> Iterator[str]:
     """Say what becomes of a checkpoint beside its weights, from its layout before and the config that is written."""
     if before.has_mtp:
         yield "the MTP layers are left out: mlx-lm runs none"
@@ -234,7 +234,7 @@ def notes_of(before: Layout, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json's model_type becomes {now}, which mlx-lm takes for both: it does not know {was}"
 
 
-def as_read(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def as_read(config: Mapping[str, object], layout: Layout) -> dict[str, Any]:
     """The config of what is written for MLX, as it is read again, but for quantization, of which it says the same."""
     if layout.family.name not in _NAMES or layout.wrapper.model_type not in _NAMES[layout.family.name].types:
         return dict(config)
@@ -266,7 +266,7 @@ def _told(layout: Layout) -> dict[str, Any]:
     }
 
 
-def unrun(config: Mapping[str, Any]) -> Iterator[str]:
+def unrun(config: Mapping[str, object]) -> Iterator[str]:
     """Say why mlx-lm, as far as it is known here, has no class for the `model_type` of a config of its own."""
     known = [theirs for names in _NAMES.values() for theirs in names.types.values()]
     if (found := config.get("model_type")) not in known:
@@ -304,7 +304,7 @@ def _tells_asymmetric(checkpoint: Checkpoint) -> bool:
     )
 
 
-def _of_members(declared: Mapping[str, Any], family: Family, tensors: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def _of_members(declared: Mapping[str, object], family: Family, tensors: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The same declaration with what it says of a stack said of each expert."""
     paths = {path for path, own in declared.items() if isinstance(own, Mapping)}
     for key, value in declared.items():
@@ -319,7 +319,7 @@ def _of_members(declared: Mapping[str, Any], family: Family, tensors: Iterable[s
             yield stem, declared[path]
 
 
-def _of_stacks(declared: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Any]]:
+def _of_stacks(declared: Mapping[str, object], family: Family) -> Iterator[tuple[str, Any]]:
     """The declaration that `_of_members` was made of."""
     for key, value in declared.items():
         if key != ASYMMETRIC:

@@ -96,7 +96,7 @@ _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
 
 def check_independently(
-    out: Path, source: Path, findings: Findings, manifest: Mapping[str, Any] | None = None, **given: object
+    out: Path, source: Path, findings: Findings, manifest: Mapping[str, object] | None = None, **given: object
 ) -> int:
     """Hold every tensor of `out` against what `source` and the manifest give.
 
@@ -245,7 +245,7 @@ def _block_of(declared: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _weights(
-    name: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]
+    name: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, object]
 ) -> Iterator[tuple[str, PackedWeight]]:
     """The weights that a tensor holds, each under a name of its own; none for parts that stand beside words."""
     tensor, (stem, _, last) = tensors[name], name.rpartition(".")
@@ -278,7 +278,7 @@ def _weights(
         yield name, PackedWeight(name, tensor, tensor.shape, ((0, rows),))
 
 
-def _stands_beside(stem: str, last: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]) -> bool:
+def _stands_beside(stem: str, last: str, tensors: Mapping[str, StoredBytes], config: Mapping[str, object]) -> bool:
     """Whether a tensor is a part of a quantized weight beside its words."""
     if config.get("quantization"):
         return last in ("scales", "biases")
@@ -574,7 +574,7 @@ def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if inner is None else _text_of(inner)
 
 
-def _counts_of(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _counts_of(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Keys that count the decoder's experts, and what they say."""
     text = _text_of(config)
     for home in (text, text.get("ffn_config") or {}):
@@ -633,7 +633,7 @@ def _check_names(wanted: Mapping[str, PackedWeight], found: Mapping[str, PackedW
         findings.problem(CODE, found[name].name, f"{name}: nothing in the source gives it")
 
 
-def _check_counts(how: _How, config: Mapping[str, Any], had_mtp: bool, findings: Findings) -> None:
+def _check_counts(how: _How, config: Mapping[str, object], had_mtp: bool, findings: Findings) -> None:
     """The config counts the experts, and the MTP layers, that are there."""
     text = _text_of(config)
     kept = {len(ids) for ids in (*(how.keep or {}).values(), *(how.mtp_keep.values() if how.keep else ()))}

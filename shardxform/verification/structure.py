@@ -100,13 +100,13 @@ def config_faults(layout: Layout) -> Iterator[str]:
         yield from _of_part(vision, family.vision_types, "vision_config.")
 
 
-def _of_decoder(config: Mapping[str, Any], types: Mapping[str, str], home: str, family: Family) -> Iterator[str]:
+def _of_decoder(config: Mapping[str, object], types: Mapping[str, str], home: str, family: Family) -> Iterator[str]:
     yield from _of_part(config, types, home)
     yield from _of_layers(config, home, family)
     yield from _of_positions(config, home)
 
 
-def _of_part(config: Mapping[str, Any], types: Mapping[str, str], home: str) -> Iterator[str]:
+def _of_part(config: Mapping[str, object], types: Mapping[str, str], home: str) -> Iterator[str]:
     for key, words in types.items():
         if key in config and not _is_any(config[key], words.split(" or ")):
             yield f"{home}{key}: expected {words}, found {_brief(config[key])}"
@@ -122,7 +122,7 @@ def _is_any(value: object, words: Collection[str]) -> bool:
     return single or any(_is(value, word) for word in words)
 
 
-def _of_layers(config: Mapping[str, Any], home: str, family: Family) -> Iterator[str]:
+def _of_layers(config: Mapping[str, object], home: str, family: Family) -> Iterator[str]:
     for key, known in {**_LAYER_TYPES, **family.layer_kinds}.items():
         listed, count = config.get(key), config.get("num_hidden_layers")
         if not isinstance(listed, list):
@@ -134,12 +134,12 @@ def _of_layers(config: Mapping[str, Any], home: str, family: Family) -> Iterator
             yield f"{home}{key}: {len(listed)} of them, but {home}num_hidden_layers is {count}"
 
 
-def _padding(config: Mapping[str, Any], family: Family) -> int:
+def _padding(config: Mapping[str, object], family: Family) -> int:
     more = config.get(family.mtp.count_key) if family.mtp and family.pads_lists else 0
     return more if type(more) is int else 0
 
 
-def _of_positions(config: Mapping[str, Any], home: str) -> Iterator[str]:
+def _of_positions(config: Mapping[str, object], home: str) -> Iterator[str]:
     """Look at how positions are scaled, under the newer key and the older one."""
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)

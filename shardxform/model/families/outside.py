@@ -79,7 +79,7 @@ def of_entry_point(model_type: str, point: Any) -> Outside:  # noqa: ANN401
     return Outside(family=family, origin=point.value, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _checked(names: dict[str, Any], where: str) -> Family:
+def _checked(names: dict[str, object], where: str) -> Family:
     if _NAME not in names:
         raise FamilyError(f"{where}: no {_NAME} in it; see docs/adding-a-family.md")
     family = names[_NAME]

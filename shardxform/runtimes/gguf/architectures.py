@@ -69,7 +69,7 @@ def _add_sections(architecture: Architecture, recorder: Recorder, rope: Mapping[
     recorder.writer.add_rope_dimension_sections(sections)
 
 
-def _needed(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
+def _needed(config: Mapping[str, object], key: str) -> Any:  # noqa: ANN401
     """A value that must be there.
 
     Raises:
@@ -116,7 +116,7 @@ def _scaling_type(kind: str) -> Any:  # noqa: ANN401
 # -- what llama.cpp takes for granted ----------------------------------------------------------------------------------
 
 
-def _refuse_other(architecture: Architecture, wanted: Mapping[str, tuple[Any, ...]]) -> None:
+def _refuse_other(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse values that llama.cpp would not run as they are meant: it has no key for them.
 
     Raises:

@@ -58,7 +58,7 @@ class Recorder:
                 out.append(Key(name, entry.type.name, value, of.name if of else ""))
         return out
 
-    def _refuse_misfit(self, name: str, kind: str, value: Any) -> None:  # noqa: ANN401
+    def _refuse_misfit(self, name: str, kind: str, value: object) -> None:
         fits = True
         if kind in _RANGES:
             fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << _RANGES[kind]
@@ -70,7 +70,7 @@ class Recorder:
             raise SchemeError(f"config.json: {value!r} cannot be {name}, a {kind} of GGUF")
 
 
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_of(config: Mapping[str, object]) -> dict[str, Any]:
     """How positions are rotated, as transformers 5 writes it, of a config in its words or in older ones.
 
     Raises:

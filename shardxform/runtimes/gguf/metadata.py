@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from shardxform.runtimes.gguf.architecture import Architecture, Named, vocabulary
 from shardxform.runtimes.gguf.keys import Key, Recorder
@@ -59,7 +59,7 @@ def metadata_of(
     return recorder.keys()
 
 
-def _add_sampling(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
+def _add_sampling(writer: object, config: Mapping[str, object]) -> None:
     for key in _SAMPLING:
         if config.get(key) is not None:
             getattr(writer, f"add_sampling_{'temp' if key == 'temperature' else key}")(config[key])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 __all__ = ["ADDING_BOS", "BY_DIGEST", "BY_PATTERN", "CHECKED_TEXT", "NAMES", "Signature", "digest_of", "signature_of"]
 
@@ -207,7 +207,7 @@ BY_PATTERN: Final[Mapping[Signature, str]] = {
 """Names by how text is split, where llama.cpp splits it so and also merges, or not, words of the vocabulary."""
 
 
-def signature_of(tokenizer: Mapping[str, Any]) -> Signature:
+def signature_of(tokenizer: Mapping[str, object]) -> Signature:
     """How a tokenizer splits text, of a parsed tokenizer.json."""
     step = tokenizer.get("pre_tokenizer")
     steps = step.get("pretokenizers") if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
@@ -217,7 +217,7 @@ def signature_of(tokenizer: Mapping[str, Any]) -> Signature:
     return (*(_step(each) for each in steps if isinstance(each, dict)), *((whole,) if whole else ()))
 
 
-def _step(step: Mapping[str, Any]) -> str:
+def _step(step: Mapping[str, object]) -> str:
     kind = str(step.get("type"))
     if kind == "Split":
         pattern = step.get("pattern")
@@ -233,7 +233,7 @@ def _step(step: Mapping[str, Any]) -> str:
     return kind
 
 
-def digest_of(tokenizer: Mapping[str, Any]) -> str:
+def digest_of(tokenizer: Mapping[str, object]) -> str:
     """Digest of the ids of the text, as llama.cpp's converter takes it; empty where `tokenizers` is not installed."""
     try:
         from tokenizers import Tokenizer

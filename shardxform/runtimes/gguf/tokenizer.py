@@ -211,7 +211,7 @@ def _begins_and_ends(files: _Files) -> dict[str, bool]:
     return out
 
 
-def _of_template(processor: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bool]:
+def _of_template(processor: Mapping[str, object], config: Mapping[str, object]) -> dict[str, bool]:
     """The same of the template of one text: whether what it begins or ends with is the token of beginnings or ends."""
     single = processor.get("single")
     if not isinstance(single, list) or len(single) < 2:
