@@ -27,11 +27,11 @@ from shardxform.errors import CheckpointError
 from shardxform.formats.encoding import (
     HUGE,
     Cut,
-    DecodedRows,
     Encoded,
     PartSpec,
     Read,
     Role,
+    ScaledRows,
     Storage,
     compiled,
     refuse_scales,
@@ -96,7 +96,7 @@ class Microscaled:
         turned = 0 if cut is None or cut.is_run else 4 * self.per_byte * parts["values"].nbytes
         return 4 * parts["scales"].spec.shape[0] * parts["scales"].spec.shape[1] + turned
 
-    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> DecodedRows:
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> ScaledRows:
         """Read the scales.
 
         Raises:
@@ -116,9 +116,9 @@ class Microscaled:
             refuse_scales(scale_OG, ref.name)
         # Codes of four bits are numbers, and stay numbers under all but huge scales.
         bounded = float(np.abs(scale_OG).max(initial=0)) < HUGE
-        numbers = self.element == "E2M1" and bounded
+        codes, checked = parts["values"], checked and not (self.element == "E2M1" and bounded)
         fast = self._compiled if bounded and self.element != "F8_E5M2" else None
-        return DecodedRows(parts["values"], read, self, scale_OG, checked and not numbers, 0, shape[0], fast)
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_OG, checked, fast)
 
     def _compiled(
         self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int
