@@ -289,3 +289,14 @@ def test_work_of_other_inputs_is_refused(tmp_path: Path) -> None:
 def test_two_processes_do_not_work_in_one_directory(tmp_path: Path) -> None:
     with WorkDir(tmp_path / "w", {}), pytest.raises(OutputError, match="another process"):
         WorkDir(tmp_path / "w", {}).__enter__()
+
+
+def test_what_an_older_transformers_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tensors = tiny("qwen3_moe")
+    path = write_checkpoint(tmp_path / "x", tensors, config)
+    monkeypatch.delitem(transformers.CONFIG_MAPPING._mapping, "qwen3_moe")
+    message = (
+        f"transformers {transformers.__version__} has no class for model_type 'qwen3_moe', which a newer one may have"
+    )
+    with Weights(Checkpoint.open(path), FLOAT32) as weights, pytest.raises(FamilyError, match=message):
+        Skeleton(weights)

@@ -23,7 +23,13 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
@@ -383,6 +389,7 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
     else:
         whole = {key: value for key, value in layout.config.items() if key not in _NOT_THE_MODEL}
         text, auto = {**whole, wrapper.text_key: text}, AutoModelForImageTextToText
+    _refuse_unknown(text["model_type"])
     try:
         config = AutoConfig.for_model(**copy.deepcopy(text))  # it changes what is nested in it
         if auto is AutoModelForCausalLM and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # it has no entry for it
@@ -399,6 +406,20 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _refuse_unknown(model_type: str) -> None:
+    """Refuse a type that came with a newer transformers than the one that is installed.
+
+    Raises:
+        FamilyError: says which that is.
+
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise FamilyError(
+            f"config.json: transformers {transformers.__version__} has no class for model_type '{model_type}', which a"
+            " newer one may have; what runs no model works without"
+        )
 
 
 def _adapt(decoder: nn.Module, family: Family) -> None:
