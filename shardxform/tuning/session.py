@@ -88,8 +88,13 @@ class Chains:
         fs: FileSystem,
         *,
         stored: bool = False,
+        extra: int = 0,
     ) -> None:
-        """Name them; `skeletons` are the models of the chains, `ORIGINAL` alone or both."""
+        """Name them; `skeletons` are the models of the chains, `ORIGINAL` alone or both.
+
+        The last `extra` windows are not of the text.
+        """
+        self._extra = extra
         self._skeletons, self._windows, self._work, self._fs = skeletons, windows, work, fs
         self._precision = skeletons[ORIGINAL].weights.precision
         self.inputs = TUNED if TUNED in skeletons else ORIGINAL
@@ -157,6 +162,7 @@ class Chains:
                 block=layer,
                 hidden_NTH=cast("NDArray[Any]", _Rows(entering)),
                 target_NTH=cast("NDArray[Any]", _Rows(leaving)),
+                extra=self._extra,
             )
 
     def forward(self, block: Block, on_work: Callable[[int], None], stopped: Callable[[], None]) -> Forward:
@@ -318,7 +324,8 @@ class Tuner:
 
     def _chains(self, step: TuneBlock, work: Path, fs: FileSystem) -> Chains:
         tuned = {TUNED: self._skeleton} if step.recipe.inputs == "quantized" else {}
-        return Chains({ORIGINAL: self._original, **tuned}, self._windows, work, fs, stored=self._stored)
+        models, extra = {ORIGINAL: self._original, **tuned}, step.recipe.extra
+        return Chains(models, self._windows, work, fs, stored=self._stored, extra=extra)
 
 
 class _BlockRun:
