@@ -133,7 +133,6 @@ def _verify_gguf(
         SchemeError: options that are for safetensors alone.
 
     """
-    refuse_idle(depth, "independent", wanted=f"safetensors, but {out} is GGUF")
     origin: GgufModel | Checkpoint | None = None
     if made.source is not None and is_gguf(made.source):
         refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {made.source} is GGUF")
@@ -149,6 +148,7 @@ def _verify_gguf(
             quick=depth.quick,
             jobs=depth.jobs or DEFAULT_JOBS,
             on_progress=on_progress,
+            independent=depth.independent,
         )
 
 

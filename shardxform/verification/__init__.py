@@ -157,15 +157,13 @@ def _verify_gguf(
     from shardxform.verification.slabs import verify_gguf
     from shardxform.verification.source import Options
 
-    if independent:
-        raise CheckpointError(f"{root}: an independent check is of safetensors, and this is GGUF")
     origin: GgufModel | Checkpoint | None
     if source is None or isinstance(source, Checkpoint):
         origin = source
     else:
         first = find_gguf(Path(source))
         origin = open_gguf(first) if first else Checkpoint.open(source)
-    return verify_gguf(root, source=origin, given=Options(**asked), **settings)
+    return verify_gguf(root, source=origin, given=Options(**asked), independent=independent, **settings)
 
 
 def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings) -> int:
