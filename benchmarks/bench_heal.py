@@ -8,7 +8,7 @@ measured on 32 x 256 held-out ones unless the suite says otherwise):
 
     what       the router, shared experts, all MoE weights, the whole block, and what held-out windows choose
     data       64, 16 and 4 windows
-    extra      16 and 4 windows, and 50 or 28 made of their pieces beside them
+    extra      16 and 4 windows, and 50 or 28 made of their pieces beside them; code, measured on the Bible
     criteria   who is kept (REAP, REAP sum, frequency, random) and how many (75 %, 50 %, 25 %), plain and healed
     transfer   scored and healed on code alone, measured on the King James Bible alone, and the other way round
     quantized  pruned, healed (`moe`, 60 steps) and rounded to 4 bits: to nearest, and tuned
@@ -174,6 +174,10 @@ def cases_extra() -> Iterator[Case]:
         for more in (0, extra):
             name = f"{windows} windows and {more}, {iters} steps"
             yield Case(name=name, command=heal("all", *how, "--heal-extra", str(more)), windows=windows)
+    for more in (0, 64):
+        how = ("--heal-iters", "60", "--heal-lr", "0.02", "--heal-extra", str(more))
+        name = f"code -> kjv, 32 windows and {more}"
+        yield Case(name=name, command=heal("all", *how), windows=32, tuned_on="code", measured_on="kjv")
 
 
 def cases_criteria() -> Iterator[Case]:
