@@ -6,7 +6,7 @@
 Scores examples/small-moe once on each sample: 32 windows of 512 tokens, a document each, in an order that a seed gives;
 chooses by each criterion; measures on 32 x 256 held-out tokens. Prints mean KL in nats and mean perplexity over the
 seeds, with their standard errors. With `--heal N` every choice is healed first, on the windows it was chosen by: `all`,
-N steps of 4 windows, the first step 0.016. `random` draws the experts. What was measured is kept in `--work`, and is not
+N steps of 4 windows, the first step 0.016. `random` draws the experts. What was measured is kept in `--work`, and not
 measured again. Everything runs in this process, through the commands that a user types.
 """
 
