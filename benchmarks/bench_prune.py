@@ -134,7 +134,7 @@ def remove(folder: Path) -> None:
 
 def shards(folder: Path) -> list[Path]:
     """Shards of a checkpoint, by name."""
-    return sorted(folder.glob("*.safetensors"))
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
 
 
 def prune_command(source: Path, out: Path, keep: Path, *options: str) -> list[str | Path]:

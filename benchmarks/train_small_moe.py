@@ -61,6 +61,19 @@ def seen_nowhere(documents: list[str], apart: list[str]) -> list[str]:
     return [text for text, its in zip(documents, own, strict=True) if sum(i in lines for i in its) <= 0.05 * len(its)]
 
 
+def sources_of(source: Path) -> list[torch.Tensor]:
+    """Ids of the code and of the Bible, by the tokenizer of `source`, without what its texts hold."""
+    apart = [json.loads(line)["text"] for path in (source / "text").iterdir() for line in path.open()]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    found = []
+    for documents in (code(), kjv()):
+        kept = seen_nowhere(documents, apart)
+        ids = [i for row in tokenizer(kept)["input_ids"] for i in [*row, tokenizer.eos_token_id]]
+        found.append(torch.tensor(ids))
+        print(f"{len(kept):,} of {len(documents):,} documents, {len(ids):,} tokens", flush=True)
+    return found
+
+
 def experts_forward(self: Any, x: torch.Tensor, top_k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
     """Do as transformers, with the stacks taken apart once: no gradient of a whole stack for every expert."""
     out = torch.zeros_like(x)
@@ -85,7 +98,7 @@ def train(model: Any, sources: list[torch.Tensor], steps: int, peak: float) -> N
     """AdamW over windows of the sources; the rate rises to its peak, and falls as a cosine."""
     logits: list[torch.Tensor] = []
     for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(lambda _module, _inputs, out: logits.append(out[0]))
     apart = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     groups = [{"params": each, "weight_decay": decay} for each, decay in zip(apart, (0.05, 0.0), strict=True)]
@@ -132,14 +145,7 @@ def main() -> None:
     given = parser.parse_args()
     setattr(modeling_qwen3_5_moe.Qwen3_5MoeExperts, "forward", experts_forward)  # noqa: B010
     setattr(modeling_qwen3_5_moe, "torch_chunk_gated_delta_rule", gated_delta_rule)  # noqa: B010
-    apart = [json.loads(line)["text"] for path in (given.source / "text").iterdir() for line in path.open()]
-    tokenizer = AutoTokenizer.from_pretrained(given.source)
-    sources = []
-    for documents in (code(), kjv()):
-        kept = seen_nowhere(documents, apart)
-        ids = [i for row in tokenizer(kept)["input_ids"] for i in [*row, tokenizer.eos_token_id]]
-        sources.append(torch.tensor(ids))
-        print(f"{len(kept):,} of {len(documents):,} documents, {len(ids):,} tokens", flush=True)
+    sources = sources_of(given.source)
     model = AutoModelForCausalLM.from_pretrained(given.source, dtype=torch.float32)
     train(model.train(), sources, given.steps, given.rate)
     write(model, given.source, given.out)

@@ -94,6 +94,7 @@ RELEASES = {
     "Kimi-Linear-48B-A3B": Release(
         parameters=49.1e9, tensors=20_493, elements=49_122_681_728, float32=r"A_log$|dt_bias$"
     ),
+    "Laguna-XS.2": Release(parameters=33e9),
     "Llama-4-Scout-17B-16E": Release(parameters=109e9, stacked=True),
     "MiMo-V2-Flash": Release(parameters=309e9),
     "MiniMax-M2": Release(
@@ -117,6 +118,8 @@ RELEASES = {
         stacked=True,
         float32=r"A_log$|linear_attn\.norm\.weight$",
     ),
+    "Solar-Open-100B": Release(parameters=102e9),
+    "Trinity-Nano-Preview": Release(parameters=6.1e9),
     "gpt-oss-120b": Release(parameters=116.8e9, group_size=64),
     "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=64),
 }
@@ -182,7 +185,7 @@ def _decoder(config: dict[str, Any], stacked: bool) -> dict[str, tuple[int, ...]
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     kept["model_type"] = CLASSES.get(kept["model_type"], kept["model_type"])
     with torch.device("meta"):
-        build = getattr(transformers, config["architectures"][0], AutoModelForCausalLM.from_config)
+        build = getattr(transformers, config.get("architectures", [""])[0], AutoModelForCausalLM.from_config)
         model = build(AutoConfig.for_model(**kept))
     state = {name: value for name, value in model.state_dict().items() if name not in _tied(model)}
     layers: dict[tuple[str, int], list[tuple[str, torch.Tensor]]] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ import any_moe  # noqa: E402
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
+from shardxform.checkpoint.identity import config_sha256  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import main  # noqa: E402
 from shardxform.execution.runner import RunOptions, run  # noqa: E402
@@ -586,12 +588,14 @@ def test_what_cannot_be_run_is_said_in_one_line_before_anything_is_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", RUN)
 @torch.no_grad()
 def block_by_block(root: Path) -> Any:
-    """Logits of a checkpoint, quantized or not, as the block runner gives them."""
-    with Weights(Checkpoint.open(root), FLOAT32) as weights:
+    """Logits of a checkpoint, quantized or not, as the block runner gives them; its config stays as it is."""
+    checkpoint = Checkpoint.open(root)
+    identity = config_sha256(checkpoint.config)
+    with Weights(checkpoint, FLOAT32) as weights:
         skeleton = Skeleton(weights)
+        assert config_sha256(checkpoint.config) == identity  # whose digest evaluations are bound to
         hidden = skeleton.embed(IDS)
         for layer in range(skeleton.num_blocks):
             with skeleton.block(layer) as block:
@@ -605,6 +609,14 @@ def block_by_block(root: Path) -> Any:
 def test_the_block_runner_gives_the_logits_of_the_model(kind: str, folder: Path) -> None:
     wanted = model_of(kind)(input_ids=IDS).logits
     torch.testing.assert_close(block_by_block(source_of(kind, folder)), wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_a_config_stays_as_it_is_when_its_model_is_run(folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(source_of("minimax_m2", folder), tmp_path / "source")
+    config = json.loads((root / "config.json").read_text())
+    assert "rope_theta" in config["rope_parameters"]
+    (root / "config.json").write_text(json.dumps({**config, "rotary_dim": 8}))  # transformers moves it into the former
+    block_by_block(root)
 
 
 def hooked(model: Any, **inputs: Any) -> list[dict[str, np.ndarray]]:

@@ -20,7 +20,8 @@ from shardxform.errors import OutputError, PlanError, ResumeError
 from shardxform.execution.output import state_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.plan import plan as plan_module
-from shardxform.plan.plan import Plan, copy_steps, lay_out_gguf, source_inputs
+from shardxform.plan.gguf_files import lay_out_gguf
+from shardxform.plan.plan import Plan, copy_steps, source_inputs
 
 METADATA = (
     KeyValue.of("general.architecture", "STRING", "tiny"),

@@ -87,8 +87,13 @@ MORE = {
 }
 """Keys that the converter writes only where a config says what is true of the whole family."""
 
-OTHER = {"glm4_moe": ("nextn_predict_layers",), "glm4_moe_lite": ("leading_dense_block_count",)}
-"""Keys that the converter finds to be 0: of MTP layers, and what it takes from a key that is not written."""
+OTHER = {
+    "gemma4_text": ("final_logit_softcapping",),
+    "glm4_moe": ("nextn_predict_layers",),
+    "glm4_moe_lite": ("leading_dense_block_count",),
+}
+"""Keys that the converter finds to be 0, or does not write where a config has none, for which llama.cpp takes 30: of
+logits' cap, of MTP layers, and what it takes from a key that is not written."""
 
 
 def checkpoint(family: str, folder: Path) -> Path:
@@ -318,7 +323,7 @@ def test_tensors_and_keys_are_those_of_the_converter(family: str, tmp_path: Path
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("family", picked(sorted(set(OVER) - {"gemma4_text"}), 6))
+@pytest.mark.parametrize("family", picked(sorted(OVER), 6))
 def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> None:
     """Every tensor is where llama.cpp looks for it, and means what it means there."""
     torch = pytest.importorskip("torch")
@@ -339,12 +344,30 @@ def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> N
     writer.write_tensors_to_file()
     writer.close()
     model, _ = any_moe.load(root, torch.float32)
+    if family == "gemma4_text":
+        look_gelu_up(torch, model)
     ids = torch.randint(1, 250, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = torch.log_softmax(model.eval()(ids).logits[0].double(), -1)
     with Llama(tmp_path / "out.gguf") as llama:
         found = torch.log_softmax(torch.from_numpy(llama.logits(ids[0].tolist())).double(), -1)
-    assert (wanted.exp() * (wanted - found)).sum(-1).max() <= 1e-8  # of heads of 16 channels, whose norms differ a bit
+    # Most is rounding of float32, in transformers' own computation: of a delta net whose heads have 16 channels it is
+    # 2e-10 and 1e-9 (qwen3_5_moe, qwen3_next, the worst position) from its own in float64, llama.cpp is 1e-10 and
+    # 2e-10 from that. Of gemma4, values next to the edge of two entries of the table fall into the other one.
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() <= (1e-8 if family == "gemma4_text" else 1e-10)
+
+
+def look_gelu_up(torch: Any, model: Any) -> None:
+    """Compute GELU as llama.cpp does on the CPU, from a table of float16, which alone is a divergence of 1e-6."""
+
+    class Table(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def forward(self, x: Any) -> Any:
+            value = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+            return torch.where(x <= -10, 0, torch.where(x >= 10, x, value))
+
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = Table()
 
 
 # -- the example -------------------------------------------------------------------------------------------------------

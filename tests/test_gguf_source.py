@@ -31,12 +31,15 @@ from strategies import picked
 
 from shardxform.ask.manifest import Manifest
 from shardxform.base.gguf import TYPES
-from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.table import find_gguf
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, FamilyError, ManifestError, PlanError, ShardxformError
 from shardxform.execution.runner import run
 from shardxform.plan.slabs import inspect_gguf, plan_prune_gguf, pruned_gguf
+from shardxform.verification.findings import Findings
+from shardxform.verification.independent_gguf import check_gguf_independently
 
 KEEP = {0: (0, 2, 5, 7), 1: (1, 2, 3, 6)}
 COUNT = "qwen3moe.expert_count"
@@ -438,3 +441,26 @@ def test_a_pruned_model_is_a_source_again(pruned: tuple[Path, Path], tmp_path: P
     for name, value in sliced(moe_tensors(), {0: (0, 7), 1: (2, 3)}).items():
         assert np.array_equal(found[name], value), name
     assert package.GGUFReader(tmp_path / "again" / "model.gguf").fields[COUNT].contents() == 2
+
+
+def test_a_second_opinion_finds_the_same(pruned: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = pruned
+    assert "27 weights derived independently" in call("verify", out, "--source", source, "--independent")
+    keep, tensors = manifest_file(tmp_path), moe_tensors()
+    (tmp_path / "x").mkdir()
+    metadata = moe_metadata(expert_count=3, context_length=64)
+    (wrong,) = write_gguf(tmp_path / "x" / "a.gguf", metadata, sliced(tensors, {**KEEP, 1: (1, 2, 3, 5)}))
+    findings = Findings()
+    lists = {"keep": {str(layer): list(ids) for layer, ids in KEEP.items()}}
+    assert check_gguf_independently([wrong], [source], findings, lists) == 27
+    found = {problem.where: problem.message for problem in findings.problems}
+    stacks = {f"blk.1.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
+    assert found.keys() == stacks | {"blk.1.ffn_gate_inp.weight", COUNT, "qwen3moe.context_length"}
+    assert found["blk.1.ffn_up_exps.weight"] == "expert 3 is not 6 of the source"
+    assert found[COUNT] == "3, expected 4"
+    assert "independent" in codes(verified(wrong, "--source", source, "-m", keep, "--independent"))
+    lost = {name: value for name, value in sliced(tensors).items() if name != "output.weight"}
+    (wrong,) = write_gguf(tmp_path / "x" / "b.gguf", moe_metadata(expert_count=4), lost)
+    check_gguf_independently([wrong], [source], findings := Findings(), lists)
+    missing = [(each.where, each.message) for each in findings.problems]
+    assert missing == [("output.weight", "missing: the source has it")]

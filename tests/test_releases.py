@@ -28,7 +28,7 @@ pytestmark = pytest.mark.oracle
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 OF_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)|(gate|router)\.(proj\.)?(weight|bias)$")
-OF_ALL_TOO = re.compile(r"e_score_correction_bias$|per_expert_scale$|feed_forward\.router\.weight$")
+OF_ALL_TOO = re.compile(r"e_score_correction_bias$|expert_bias$|per_expert_scale$|feed_forward\.router\.weight$")
 LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
 NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker ones
@@ -41,6 +41,7 @@ NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker 
     "Kimi-K2-Instruct",
     "Kimi-K2.6",
     "Kimi-Linear-48B-A3B",
+    "Laguna-XS.2",
     "Llama-4-Scout-17B-16E",
     "MiMo-V2-Flash",
     "MiniMax-M2",
@@ -48,6 +49,8 @@ NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker 
     "Qwen3-235B-A22B",
     "Qwen3-30B-A3B",
     "Qwen3-Next-80B-A3B",
+    "Solar-Open-100B",
+    "Trinity-Nano-Preview",
     "gpt-oss-120b",
 )
 GROUPS = {

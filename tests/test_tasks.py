@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 import numpy as np  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
-from strategies import picked  # noqa: E402
+from strategies import ALL, picked  # noqa: E402
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.base.progress import Progress  # noqa: E402
@@ -212,3 +212,22 @@ def test_options_that_say_nothing_are_refused(words: list[object], message: str,
     result = CliRunner().invoke(main, ["evaluate", str(small_moe), *map(str, words)])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.skipif(not ALL, reason="by night")
+def test_a_model_in_gguf_is_asked_with_the_tokenizer_of_its_source(
+    files: Path, small_moe: Path, tmp_path: Path
+) -> None:
+    source, out = str(small_moe), str(tmp_path / "out")
+    assert CliRunner().invoke(main, ["quantize", source, out, "--format", "gguf", "-q"]).exit_code == 0
+    twin = str(tmp_path / "twin")
+    assert CliRunner().invoke(main, ["quantize", source, twin, "--group-size", "32", "-q"]).exit_code == 0
+    found = []
+    for each in (out, twin):
+        told = ["--tasks", "tiny_choices", "--task-files", str(files), "--limit", "3", "--json", "-q"]
+        result = CliRunner().invoke(
+            main, ["evaluate", each, "--against", source, "--work", str(tmp_path / "work"), *told]
+        )
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout)["tasks"]["results"]["tiny_choices"]["metrics"])
+    assert found[0] == found[1]

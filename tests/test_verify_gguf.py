@@ -16,8 +16,8 @@ from test_convert import quantize
 from test_gguf_outputs import ARRAY, KINDS, PRE, SMALL, TEXT, call, done, in_gguf, make, to_gguf
 from test_prune import manifest_of
 
-from shardxform.checkpoint.gguf import find_gguf, open_gguf
-from shardxform.checkpoint.table import Checkpoint
+from shardxform.checkpoint.gguf import open_gguf
+from shardxform.checkpoint.table import Checkpoint, find_gguf
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.view import ViewOptions
 from shardxform.verification import VerifyReport, verify

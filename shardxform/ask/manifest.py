@@ -14,25 +14,16 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.ask.manifest_import import (
-    FORMS,
-    MAX_ID,
-    ImportInput,
-    Pruned,
-    form_of,
-    pruned_of,
-    read_ids,
-    read_layers,
-    show,
-)
-from shardxform.ask.width import Width
+from shardxform.ask.experts import MAX_ID, Pruned, pruned_of, read_ids, read_layers, show
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.checkpoint.identity import Identity
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
-from shardxform.runtimes.gguf.slabs import Slabs
+
+if TYPE_CHECKING:
+    from shardxform.ask.width import Width
 
 __all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text", "mtp_moe_layers"]
 
@@ -92,7 +83,7 @@ class Manifest:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], layout: Layout | Slabs | Pruned | None = None, *, sort: bool = False
+        cls, path: str | os.PathLike[str], layout: Layout | Pruned | None = None, *, sort: bool = False
     ) -> Manifest:
         """Read a manifest file; see `from_dict`.
 
@@ -121,7 +112,7 @@ class Manifest:
         value: object,
         *,
         where: str = "manifest",
-        layout: Layout | Slabs | Pruned | None = None,
+        layout: Layout | Pruned | None = None,
         sort: bool = False,
     ) -> Manifest:
         """Take parsed JSON in our form or in a foreign one, told apart by content.
@@ -138,20 +129,10 @@ class Manifest:
         """
         if not isinstance(value, Mapping):
             raise ManifestError(f"{where}: expected an object, found {show(value)}")
-        form = form_of(value)
-        if form is not None:
-            content = form.read(ImportInput(value, where, pruned_of(layout) if layout else None, sort))
-            # Later messages speak of keep["12"], which a foreign file does not have: say why.
-            manifest = cls(
-                keep=content.keep,
-                mtp_keep=content.mtp_keep,
-                model=content.model,
-                criterion=content.criterion,
-                provenance={**content.provenance, "imported_from": form.name},
-                where=f"{where} ({form.name} form)",
-            )
-        else:
+        if value.get("format") == FORMAT:
             manifest = _from_ours(cls, value, where, sort)
+        else:
+            manifest = _from_others(cls, value, where, pruned_of(layout) if layout else None, sort)
         if layout is None:
             _check_counts(manifest)
             _check_range(manifest, manifest.model.get("num_experts", MAX_ID))
@@ -173,7 +154,7 @@ class Manifest:
             out["width"] = self.width.to_dict()
         return out
 
-    def check(self, layout: Layout | Slabs | Pruned) -> None:
+    def check(self, layout: Layout | Pruned) -> None:
         """Everything that needs the checkpoint, the most telling error first.
 
         Raises:
@@ -242,16 +223,34 @@ def keep_all(layout: Layout) -> Manifest:
     )
 
 
-def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: bool) -> Manifest:
+def _from_others(
+    cls: type[Manifest], value: Mapping[str, Any], where: str, layout: Pruned | None, sort: bool
+) -> Manifest:
+    from shardxform.ask.manifest_import import FORMS, ImportInput, form_of  # most manifests are ours
+
+    form = form_of(value)
+    if form is not None:
+        content = form.read(ImportInput(value, where, layout, sort))
+        # Later messages speak of keep["12"], which a foreign file does not have: say why.
+        return cls(
+            keep=content.keep,
+            mtp_keep=content.mtp_keep,
+            model=content.model,
+            criterion=content.criterion,
+            provenance={**content.provenance, "imported_from": form.name},
+            where=f"{where} ({form.name} form)",
+        )
     if "format" not in value and "keep" not in value:
         forms = ", ".join(form.name for form in FORMS)
         raise ManifestError(
             f'{where}: expected a keep manifest, {{"format": "{FORMAT}", "version": {VERSION}, "keep": {{"0": [ids]}}}}'
             f" or one of {forms}; found {show(list(value))}"
         )
-    if "format" not in value or value["format"] != FORMAT:
-        found = f"found {show(value['format'])}" if "format" in value else "but it is missing"
-        raise ManifestError(f'{where}: format: expected "{FORMAT}", {found}')
+    found = f"found {show(value['format'])}" if "format" in value else "but it is missing"
+    raise ManifestError(f'{where}: format: expected "{FORMAT}", {found}')
+
+
+def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: bool) -> Manifest:
     for key in value:
         if key not in _KEYS:
             raise ManifestError(f"{where}: unknown key {show(key)}; the keys are {', '.join(_KEYS)}")
@@ -261,6 +260,11 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         raise ManifestError(f"{where}: version: expected {VERSION}, {found}")
     if "keep" not in value:
         raise ManifestError(f"{where}: keep: missing")
+    width: Width | None = None
+    if "width" in value:
+        from shardxform.ask.width import Width  # most keep all channels
+
+        width = Width.from_dict(value["width"], f"{where}: width")
     return cls(
         keep=read_layers(value["keep"], f"{where}: keep", sort=sort),
         mtp_keep=read_layers(value.get("mtp_keep", {}), f"{where}: mtp_keep", sort=sort),
@@ -268,7 +272,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         criterion=value.get("criterion", ""),
         ratio=value.get("ratio"),
         provenance=value.get("provenance", {}),
-        width=Width.from_dict(value["width"], f"{where}: width") if "width" in value else None,
+        width=width,
         where=where,
     )
 

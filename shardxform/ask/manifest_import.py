@@ -7,127 +7,28 @@ experts.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
+from shardxform.ask.experts import (
+    LAYER,
+    Ids,
+    Pruned,
+    layer_number,
+    object_at,
+    read_ids,
+    read_layers,
+    show,
+    under,
+    whole_number,
+)
 from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
 from shardxform.errors import ManifestError
-from shardxform.model.layout import Layout
-from shardxform.runtimes.gguf.slabs import Slabs
 
-__all__ = [
-    "FORMS",
-    "MAX_ID",
-    "Content",
-    "Form",
-    "ImportInput",
-    "Pruned",
-    "form_of",
-    "pruned_of",
-    "read_ids",
-    "read_layers",
-    "show",
-    "under",
-]
-
-MAX_ID: Final = 10**9
-"""Beyond any layer or expert number; a larger one is a typo, and absurdly many digits would not even print."""
-
-_LAYER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
-_SHORT: Final = reprlib.Repr()
-_SHORT.maxstring = 60
-_SHORT.maxlevel = 2
-
-Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruned:
-    """What a manifest speaks of: the experts of a checkpoint, whatever it is stored in.
-
-    Attributes:
-        model_type: what the checkpoint calls its kind of model.
-        is_called: whether a manifest that was made for it may call it so.
-        num_layers: decoder blocks, without MTP layers.
-        num_experts: of every layer that has some.
-        moe_layers: decoder blocks with experts.
-        mtp_layers: how many the model has.
-        mtp_moe_layers: those with experts in the checkpoint, counted from 0.
-        mtp_follows: whether MTP layers are counted on after the decoder blocks.
-        top_k, top_k_key: experts that the router picks for a token, and the key that says so.
-        groups, group_key: of the router; 1 where it has none.
-        sets: names of sets of experts in one numbering, as many in each; empty where there is one.
-        top_groups: groups that it picks for a token, as the checkpoint says under `top_group_key`.
-
-    """
-
-    model_type: str
-    is_called: Callable[[str], bool] = field(compare=False)
-    num_layers: int
-    num_experts: int
-    moe_layers: tuple[int, ...]
-    mtp_layers: int
-    mtp_moe_layers: tuple[int, ...]
-    mtp_follows: bool
-    top_k: int
-    top_k_key: str
-    groups: int
-    group_key: str
-    top_groups: object
-    top_group_key: str
-    sets: tuple[str, ...] = ()
-
-
-def pruned_of(of: Layout | Slabs | Pruned) -> Pruned:
-    """What a manifest for a checkpoint of this layout speaks of."""
-    if isinstance(of, Pruned):
-        return of
-    if isinstance(of, Slabs):
-        return _of_slabs(of)
-    family = of.family
-    mtp = {p.layer for p in of.places.values() if p.scope == "mtp" and p.layer is not None and p.template.pruned}
-    return Pruned(
-        model_type=of.wrapper.model_type,
-        is_called=frozenset({family.name, *(wrapper.model_type for wrapper in family.wrappers)}).__contains__,
-        num_layers=of.num_layers,
-        num_experts=of.num_experts,
-        moe_layers=tuple(of.moe_layers),
-        mtp_layers=of.mtp_layers,
-        mtp_moe_layers=tuple(sorted(mtp)),
-        mtp_follows=bool(family.mtp and family.mtp.follows_blocks),
-        top_k=of.top_k,
-        top_k_key=family.top_k_key,
-        groups=of.groups,
-        group_key=family.group_key,
-        top_groups=of.text.get("topk_group"),
-        top_group_key="topk_group",
-        sets=family.sets,
-    )
-
-
-def _of_slabs(slabs: Slabs) -> Pruned:
-    return Pruned(
-        model_type=slabs.arch,
-        is_called=slabs.is_called,
-        num_layers=slabs.num_layers,
-        num_experts=slabs.num_experts,
-        moe_layers=slabs.moe_layers,
-        mtp_layers=slabs.nextn,
-        mtp_moe_layers=slabs.mtp_layers,
-        mtp_follows=True,
-        top_k=slabs.top_k,
-        top_k_key=f"{slabs.arch}.expert_used_count",
-        groups=slabs.groups,
-        group_key=f"{slabs.arch}.expert_group_count",
-        top_groups=slabs.top_groups,
-        top_group_key=f"{slabs.arch}.expert_group_used_count",
-    )
+__all__ = ["FORMS", "Content", "Form", "ImportInput", "form_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,67 +74,6 @@ def form_of(value: Mapping[str, object]) -> Form | None:
     if value.get("format", RECORD_FORMAT) != RECORD_FORMAT:
         return None
     return next((form for form in FORMS if form.fits(value)), None)
-
-
-def show(value: object) -> str:
-    """`value` for a message: one line, and short whatever it is."""
-    try:
-        return _SHORT.repr(value).replace("\n", " ")
-    except ValueError:  # an integer of thousands of digits
-        return f"a huge {type(value).__name__}"
-
-
-def under(place: str, key: object) -> str:
-    """`place["key"]`, as the reader would write it."""
-    if not isinstance(key, str):
-        return f"{place}[{show(key)}]"
-    return f"{place}[{json.dumps(key if len(key) <= 100 else key[:100] + '...')}]"
-
-
-def read_ids(value: object, place: str, *, sort: bool = False) -> Ids:
-    """A list of expert ids: not empty, whole numbers from 0, each once, ascending unless `sort` makes them so."""
-    if not isinstance(value, (list, tuple)):
-        raise ManifestError(f"{place}: expected a list of expert ids, found {show(value)}")
-    if not value:
-        raise ManifestError(f"{place}: empty, expected at least one expert id")
-    seen: set[int] = set()
-    for at, expert in enumerate(value):
-        _number(expert, f"{place}[{at}]", "expert id")
-        if expert in seen:
-            raise ManifestError(f"{place}[{at}]: expert {expert} is listed twice")
-        seen.add(expert)
-    if sort:
-        return tuple(sorted(value))
-    for at in range(1, len(value)):
-        if value[at] < value[at - 1]:
-            raise ManifestError(
-                f"{place}[{at}]: expert {value[at]} after {value[at - 1]}, but ids must be ascending; `sort` sorts them"
-            )
-    return tuple(value)
-
-
-def read_layers(value: object, place: str, *, sort: bool = False) -> dict[int, Ids]:
-    """An object of layer number -> expert ids."""
-    layers = _object(value, place)
-    return {_layer(key, place): read_ids(ids, under(place, key), sort=sort) for key, ids in layers.items()}
-
-
-def _number(value: object, place: str, what: str) -> int:
-    if type(value) is not int or not 0 <= value < MAX_ID:  # bool is a subclass of int
-        raise ManifestError(f"{place}: expected {'an' if what[0] in 'aeiou' else 'a'} {what}, found {show(value)}")
-    return value
-
-
-def _layer(key: object, place: str) -> int:
-    if isinstance(key, str) and _LAYER.fullmatch(key):
-        return int(key)
-    raise ManifestError(f'{under(place, key)}: expected a layer number as key, such as "12"')
-
-
-def _object(value: object, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ManifestError(f"{place}: expected an object, found {show(value)}")
-    return value
 
 
 def _version(source: ImportInput, expected: object) -> None:
@@ -283,7 +123,7 @@ def _read_dorijan(source: ImportInput) -> Content:
     return Content(
         keep=keep,
         mtp_keep=mtp_keep,
-        model={} if count is None else {"num_experts": _number(count, f"{source.where}: n_expert", "number")},
+        model={} if count is None else {"num_experts": whole_number(count, f"{source.where}: n_expert", "number")},
         criterion=criterion,
         provenance=_notes(source, "keep", "n_expert", "metric"),
     )
@@ -298,9 +138,9 @@ def _read_omlx(source: ImportInput) -> Content:
 def _read_0xsero(source: ImportInput) -> Content:
     lists = {}
     for key, entry in source.value.items():
-        layer = _layer(key, f"{source.where}: ")
+        layer = layer_number(key, f"{source.where}: ")
         place = under(f"{source.where}: ", key)
-        ids = read_ids(_object(entry, place).get("kept"), f"{place}.kept", sort=source.sort)
+        ids = read_ids(object_at(entry, place).get("kept"), f"{place}.kept", sort=source.sort)
         count = entry.get("keep", len(ids))
         if type(count) is not int or count != len(ids):
             raise ManifestError(f"{place}.keep: {show(count)}, but kept lists {len(ids)} experts")
@@ -314,7 +154,7 @@ def _read_modules(source: ImportInput) -> Content:
     place = f"{source.where}: retained_experts" if nested else f"{source.where}: "
     keep: dict[int, Ids] = {}
     mtp_keep: dict[int, Ids] = {}
-    for path, ids in _object(source.value["retained_experts"] if nested else source.value, place).items():
+    for path, ids in object_at(source.value["retained_experts"] if nested else source.value, place).items():
         number, in_mtp = _layer_of_path(path, place, source.layout)
         target = mtp_keep if in_mtp else keep
         if number in target:
@@ -326,7 +166,7 @@ def _read_modules(source: ImportInput) -> Content:
 
 def _path_layer(path: object) -> int | None:
     parts = path.split(".") if isinstance(path, str) else []
-    return next((int(part) for name, part in pairwise(parts) if name == "layers" and _LAYER.fullmatch(part)), None)
+    return next((int(part) for name, part in pairwise(parts) if name == "layers" and LAYER.fullmatch(part)), None)
 
 
 def _layer_of_path(path: str, place: str, layout: Pruned | None) -> tuple[int, bool]:
@@ -349,8 +189,8 @@ def _pairs(value: object, place: str) -> dict[int, dict[int, int]]:
         pair = [item.get("layer"), item.get("expert")] if isinstance(item, Mapping) else item
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ManifestError(f"{place}[{at}]: expected a layer and an expert, found {show(item)}")
-        layer = _number(pair[0], f"{place}[{at}]", "layer number")
-        expert = _number(pair[1], f"{place}[{at}]", "expert id")
+        layer = whole_number(pair[0], f"{place}[{at}]", "layer number")
+        expert = whole_number(pair[1], f"{place}[{at}]", "expert id")
         if out.setdefault(layer, {}).setdefault(expert, at) != at:
             raise ManifestError(f"{place}[{at}]: expert {expert} of layer {layer} is listed twice")
     return out
@@ -402,7 +242,7 @@ def _read_reap_mlx(source: ImportInput) -> Content:
 
 
 def _read_record(source: ImportInput) -> Content:
-    inputs = _object(source.value.get("inputs"), f"{source.where}: inputs")
+    inputs = object_at(source.value.get("inputs"), f"{source.where}: inputs")
     place = f"{source.where}: inputs"
     if isinstance(inputs.get("origin"), Mapping):  # of a converted output: what was done before
         inputs, place = inputs["origin"], f"{place}.origin"
@@ -417,7 +257,7 @@ def _read_record(source: ImportInput) -> Content:
 
 def _numbered(value: Mapping[str, object]) -> Iterator[object]:
     """What stands under keys that are layer numbers."""
-    return (entry for key, entry in value.items() if isinstance(key, str) and _LAYER.fullmatch(key))
+    return (entry for key, entry in value.items() if isinstance(key, str) and LAYER.fullmatch(key))
 
 
 FORMS: Final = (

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from shardxform.ask.manifest_import import show
+from shardxform.ask.experts import show
 from shardxform.errors import ManifestError
 
 __all__ = ["Width"]

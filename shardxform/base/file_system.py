@@ -28,7 +28,9 @@ __all__ = [
     "BUFFER_BYTES",
     "LOCK",
     "FileSystem",
+    "Files",
     "FolderReader",
+    "OpenTarget",
     "OwnedDir",
     "SourceReader",
     "items_of",
@@ -426,6 +428,13 @@ class SourceReader(Protocol):
     def close(self) -> None:
         """Close what is open."""
         ...
+
+
+OpenTarget = Callable[[int], int]
+"""Gives an open descriptor of an output shard, by its number."""
+
+Files = tuple[SourceReader, OpenTarget]
+"""Where to read the source, and where to write."""
 
 
 class FolderReader:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from shardxform.base.tensors import BITS, BLOCKS, Entry, TensorSpec
+from shardxform.base.tensors import BITS, BLOCKS, Entry, TensorSpec, padded
 from shardxform.errors import CheckpointError, PlanError
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "alignment_of",
     "decode_head",
     "encode_head",
-    "padded",
     "place",
     "read_head",
 ]
@@ -217,11 +216,6 @@ class GgufHead:
     def find(self, key: str) -> KeyValue | None:
         """Give what the file says under `key`; None when it has no such key."""
         return next((each for each in self.metadata if each.key == key), None)
-
-
-def padded(nbytes: int, alignment: int) -> int:
-    """`nbytes`, or the next multiple of `alignment` after it."""
-    return -(-nbytes // alignment) * alignment
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

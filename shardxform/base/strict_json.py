@@ -7,9 +7,10 @@ config.json alone may hold Infinity and NaN as Python writes them, which are no 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NoReturn
 
 __all__ = [
@@ -136,20 +137,37 @@ def _integer(text: str) -> int:
 
 def _check_depth_and_text(value: object, has_escapes: bool) -> None:
     """Refuse what parses but breaks what reads it: deep nesting, and halves of surrogate pairs."""
-    pending: list[tuple[object, int]] = [(value, 0)]
-    while pending:
-        item, depth = pending.pop()
-        if isinstance(item, dict | list):
-            if depth == MAX_DEPTH:
-                raise JsonError("nested too deeply")
-            children = [*item.keys(), *item.values()] if isinstance(item, dict) else item
-            if has_escapes or any(isinstance(child, dict | list) for child in children):
-                pending.extend((child, depth + 1) for child in children)
-        elif has_escapes and isinstance(item, str):
-            try:
-                item.encode("utf-8")
-            except UnicodeEncodeError as e:
-                raise JsonError(f"{item!r} holds half a surrogate pair") from e
+    level: list[object] = [value]
+    for depth in itertools.count():
+        if has_escapes:
+            _refuse_halves(item for item in level if isinstance(item, str))
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return
+        if depth == MAX_DEPTH:
+            raise JsonError("nested too deeply")
+        level = [
+            child
+            for item in containers
+            for child in (item.values() if isinstance(item, dict) else item)
+            if has_escapes or isinstance(child, dict | list)
+        ]
+        if has_escapes:
+            level.extend(key for item in containers if isinstance(item, dict) for key in item)
+
+
+def _refuse_halves(texts: Iterable[str]) -> None:
+    """Refuse halves of surrogate pairs; all texts are looked at at once, since a tokenizer has half a million."""
+    found = list(texts)
+    try:
+        "".join(found).encode("utf-8")
+    except UnicodeEncodeError as e:
+        bad = next(text for text in found if not _is_whole(text))
+        raise JsonError(f"{bad!r} holds half a surrogate pair") from e
+
+
+def _is_whole(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -7,7 +7,6 @@ never tensor data. Nothing else in the folder is taken for a part of the model.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +15,17 @@ from typing import TYPE_CHECKING, Final
 
 from shardxform.base.gguf import GgufHead, KeyValue, read_head
 from shardxform.base.tensors import ByteRange, TensorRef, uncollected
-from shardxform.checkpoint.table import INDEX, WORK, Checkpoint, Shard
+from shardxform.checkpoint.table import GGUF_SUFFIX, PROJECTOR, SPLIT_NAME, Checkpoint, Shard
 from shardxform.errors import CheckpointError
 
 if TYPE_CHECKING:
     from shardxform.checkpoint.remote.repository import Remote
 
-__all__ = ["SPLIT_KEYS", "SUFFIX", "GgufModel", "assemble", "find_gguf", "first_file", "open_gguf", "read_head"]
+__all__ = ["SPLIT_KEYS", "GgufModel", "assemble", "open_gguf", "read_split"]
 
-SUFFIX: Final = ".gguf"
 SPLIT_KEYS: Final = ("split.no", "split.count", "split.tensors.count")
 """Keys that say which of several files one is."""
 
-_SPLIT: Final = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
-_PARTIAL: Final = ".gguf.partial"
-_PROJECTOR: Final = "mmproj"
 _ALIGNMENT: Final = "general.alignment"
 
 
@@ -59,40 +54,6 @@ class GgufModel:
     def metadata(self) -> Mapping[str, KeyValue]:
         """Keys of all files, but for those that say which file it is."""
         return {each.key: each for head in self.heads for each in head.metadata if each.key not in SPLIT_KEYS}
-
-
-def find_gguf(path: Path) -> Path | None:
-    """First file of the model in GGUF that `path` means: a file, or a folder of it without safetensors.
-
-    Raises:
-        CheckpointError: the folder holds several models; or the file, or one of its first, is still to be written.
-
-    """
-    if path.suffix == SUFFIX and not path.is_dir():
-        return path.with_name(first_file(path.name))
-    if not path.is_dir():
-        return None
-    names = sorted(entry.name for entry in os.scandir(path))
-    if any(name.endswith(".safetensors") or name == INDEX for name in names):
-        return None
-    if WORK in names and any(name.endswith(_PARTIAL) for name in names):
-        raise CheckpointError(
-            f"{path}: unfinished: the run that writes it was stopped, or is not done yet; run the same command again,"
-            " and it goes on"
-        )
-    found = dict.fromkeys(
-        path / first_file(name) for name in names if name.endswith(SUFFIX) and not name.startswith(_PROJECTOR)
-    )
-    if len(found) > 1:
-        listed = ", ".join(each.name for each in list(found)[:3])
-        raise CheckpointError(f"{path}: {len(found)} models in GGUF ({listed}, ...); name the file of one")
-    return next(iter(found), None)
-
-
-def first_file(name: str) -> str:
-    """Name of the first of the files that one is split into; the file's own where it is whole."""
-    match = _SPLIT.fullmatch(name)
-    return f"{match[1]}-00001-of-{match[3]}{SUFFIX}" if match else name
 
 
 Read = Callable[[str], tuple[GgufHead, Shard]]
@@ -146,18 +107,18 @@ def assemble(first: Path, read: Read, beside: Iterable[str], remote: Remote | No
 
 
 def _names(first: str) -> Iterator[str]:
-    match = _SPLIT.fullmatch(first)
+    match = SPLIT_NAME.fullmatch(first)
     if match is None:
         yield first
         return
     for number in range(1, int(match[3]) + 1):
-        yield f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}"
+        yield f"{match[1]}-{number:05d}-of-{match[3]}{GGUF_SUFFIX}"
 
 
 def _projectors(beside: Iterable[str], names: Sequence[str]) -> Iterator[str]:
     """Files of the same folder that belong to models, and are left where they are: projectors of images."""
     for name in sorted(beside):
-        if name.startswith(_PROJECTOR) and name.endswith(SUFFIX) and name not in names:
+        if name.startswith(PROJECTOR) and name.endswith(GGUF_SUFFIX) and name not in names:
             yield name if name.isprintable() else ascii(name)[1:-1]
 
 
@@ -175,7 +136,7 @@ def read_split(path: Path) -> tuple[GgufHead, Shard]:
             info = os.fstat(file.fileno())
             head, digest = read_head(lambda stop: os.pread(file.fileno(), stop, 0), info.st_size, str(path))
     except FileNotFoundError as e:
-        match = _SPLIT.fullmatch(path.name)
+        match = SPLIT_NAME.fullmatch(path.name)
         of = f"; the model is split into {int(match[3])} files, and this one" if match else ", which"
         raise CheckpointError(f"{path}: no such file{of} is needed") from e
     except OSError as e:

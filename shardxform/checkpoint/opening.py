@@ -17,10 +17,22 @@ from shardxform.base import interrupts, tensors
 from shardxform.base.gguf import GgufHead, read_head
 from shardxform.base.interrupts import Completions
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.checkpoint.gguf import SUFFIX, GgufModel, assemble, first_file, read_split
+from shardxform.checkpoint.gguf import GgufModel, assemble, read_split
 from shardxform.checkpoint.remote.reading import Downloads, Transfer
 from shardxform.checkpoint.remote.repository import SCHEME, Remote, RepoName, parse_source
-from shardxform.checkpoint.table import CONFIG, IN_GGUF, INDEX, QUANTIZATION, Checkpoint, Folder, Head, Shard, scan
+from shardxform.checkpoint.table import (
+    CONFIG,
+    GGUF_SUFFIX,
+    IN_GGUF,
+    INDEX,
+    QUANTIZATION,
+    Checkpoint,
+    Folder,
+    Head,
+    Shard,
+    first_file,
+    scan,
+)
 from shardxform.errors import CheckpointError, RemoteError
 
 __all__ = ["asks_hub", "open_checkpoint", "open_gguf_file"]
@@ -74,10 +86,10 @@ def open_gguf_file(source: RepoName, downloads: Downloads | None = None) -> Gguf
     found = {path.rpartition("/")[2]: file for path, file in files.items() if path.rpartition("/")[0] == folder}
     name = first_file(name)
     if name not in found:
-        listed = ", ".join(sorted(path for path in files if path.endswith(SUFFIX))[:4])
+        listed = ", ".join(sorted(path for path in files if path.endswith(GGUF_SUFFIX))[:4])
         raise RemoteError(f"{source}: no such file at commit {commit[:12]}; in GGUF there are: {listed or 'none'}")
     root = snapshot_folder(source, commit) / folder
-    gguf = {each: file for each, file in found.items() if each.endswith(SUFFIX)}
+    gguf = {each: file for each, file in found.items() if each.endswith(GGUF_SUFFIX)}
     streamed = frozenset(each for each, file in gguf.items() if not _is_whole(root / each, file.nbytes))
     remote = Remote(
         repo=source.repo,
@@ -157,8 +169,8 @@ def _listed(name: RepoName, downloads: Downloads) -> Remote:
     shards = (file for file in files.values() if file.name.endswith(".safetensors"))
     streamed = frozenset(file.name for file in shards if not _is_whole(folder / file.name, file.nbytes))
     remote = Remote(repo=name.repo, commit=commit, folder=folder, files=files, streamed=streamed, downloads=downloads)
-    if {".safetensors", SUFFIX} & {os.path.splitext(file)[1] for file in files} == {SUFFIX}:
-        file = min(file for file in files if file.endswith(SUFFIX))
+    if {".safetensors", GGUF_SUFFIX} & {os.path.splitext(file)[1] for file in files} == {GGUF_SUFFIX}:
+        file = min(file for file in files if file.endswith(GGUF_SUFFIX))
         raise CheckpointError(f"{remote}: {IN_GGUF}; a file of it is named as {SCHEME}{name.repo}/{file}")
     if CONFIG not in files:
         raise CheckpointError(f"{remote}: no {CONFIG}; expected a checkpoint")

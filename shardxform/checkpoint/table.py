@@ -27,16 +27,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG",
+    "GGUF_SUFFIX",
     "INDEX",
     "IN_GGUF",
     "MAX_SIDECAR_BYTES",
+    "PROJECTOR",
     "QUANTIZATION",
+    "SPLIT_NAME",
     "WORK",
     "Checkpoint",
     "Folder",
     "Head",
     "Shard",
     "Sidecar",
+    "find_gguf",
+    "first_file",
     "is_plain_name",
     "scan",
     "stopped",
@@ -47,7 +52,10 @@ INDEX: Final = "model.safetensors.index.json"
 QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt, where config.json does not say it
 WORK: Final = ".shardxform"  # of an output that is still to be written
 _SINGLE: Final = "model.safetensors"
-_GGUF: Final = ".gguf"
+GGUF_SUFFIX: Final = ".gguf"
+SPLIT_NAME: Final = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")  # of one of several files in GGUF
+PROJECTOR: Final = "mmproj"  # how files in GGUF begin that hold no decoder
+_PARTIAL: Final = ".gguf.partial"
 IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
 """What is said of a model in GGUF where it is none of what is taken."""
 _MAX_JSON_BYTES: Final = 64 << 20
@@ -318,7 +326,7 @@ def is_plain_name(name: object) -> bool:
 
 def _read_json(path: Path, root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: {IN_GGUF if root.suffix == _GGUF else not_a_directory(root)}")
+        raise CheckpointError(f"{root}: {IN_GGUF if root.suffix == GGUF_SUFFIX else not_a_directory(root)}")
     try:
         _refuse_irregular(path)
         with path.open("rb") as file:
@@ -328,7 +336,7 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
         return parse_config(data) if path.name == CONFIG else parse_object(data)
     except FileNotFoundError as e:
         why = f"unfinished: {stopped(root)}" if stopped(root) else ""
-        if not why and any(entry.name.endswith(_GGUF) for entry in os.scandir(root)):
+        if not why and any(entry.name.endswith(GGUF_SUFFIX) for entry in os.scandir(root)):
             why = IN_GGUF
         raise CheckpointError(f"{root}: {why or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
@@ -356,11 +364,15 @@ def _weight_map(root: Path) -> dict[str, str]:
             f"{root}: {_SINGLE} lies beside an index of other shards: transformers reads the one, vLLM what the index"
             " lists; remove the one that is not meant"
         )
+    plain: set[str] = set()
     for tensor, shard in weight_map.items():
+        if isinstance(shard, str) and shard in plain:
+            continue
         if not is_plain_name(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{where}: weight_map[{tensor!r}]: expected a plain .safetensors file name, found {shard!r}"
             )
+        plain.add(shard)
     return weight_map
 
 
@@ -386,17 +398,18 @@ def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
     entries = tensors.decode(head.data[tensors.LENGTH_BYTES :], head.nbytes - start, str(path))
     digest = hashlib.sha256(head.data).hexdigest()
     table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, tuple(entries)))
-    for entry in entries:
-        spec = entry.spec
-        ranges = (ByteRange(name, start + entry.begin, spec.nbytes),) if spec.nbytes else ()
+    for spec, begin, end in entries:
         first = table.home.setdefault(spec.name, name)
         if first != name:
             table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
-        else:
-            table.tensors[spec.name] = TensorRef(spec, ranges)
+            continue
+        ranges = (ByteRange(name, start + begin, end - begin),) if end > begin else ()
+        table.tensors[spec.name] = TensorRef(spec, ranges)
 
 
 def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:
+    if weight_map == table.home:
+        return
     read = {shard.name for shard in table.shards}
     for name, shard in weight_map.items():
         home = table.home.get(name)
@@ -444,3 +457,37 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads back to itself
         return False
+
+
+def find_gguf(path: Path) -> Path | None:
+    """First file of the model in GGUF that `path` means: a file, or a folder of it without safetensors.
+
+    Raises:
+        CheckpointError: the folder holds several models; or the file, or one of its first, is still to be written.
+
+    """
+    if path.suffix == GGUF_SUFFIX and not path.is_dir():
+        return path.with_name(first_file(path.name))
+    if not path.is_dir():
+        return None
+    names = sorted(entry.name for entry in os.scandir(path))
+    if any(name.endswith(".safetensors") or name == INDEX for name in names):
+        return None
+    if WORK in names and any(name.endswith(_PARTIAL) for name in names):
+        raise CheckpointError(
+            f"{path}: unfinished: the run that writes it was stopped, or is not done yet; run the same command again,"
+            " and it goes on"
+        )
+    found = dict.fromkeys(
+        path / first_file(name) for name in names if name.endswith(GGUF_SUFFIX) and not name.startswith(PROJECTOR)
+    )
+    if len(found) > 1:
+        listed = ", ".join(each.name for each in list(found)[:3])
+        raise CheckpointError(f"{path}: {len(found)} models in GGUF ({listed}, ...); name the file of one")
+    return next(iter(found), None)
+
+
+def first_file(name: str) -> str:
+    """Name of the first of the files that one is split into; the file's own where it is whole."""
+    match = SPLIT_NAME.fullmatch(name)
+    return f"{match[1]}-00001-of-{match[3]}{GGUF_SUFFIX}" if match else name

@@ -28,10 +28,10 @@ from shardxform.cli.console import (
     tell,
     with_options,
 )
-from shardxform.cli.inputs import family_words, load_text, make_precision, open_named, require
+from shardxform.cli.inputs import family_words, load_text, make_precision, open_named, refuse_nothing_pruned, require
 from shardxform.cli.outputs import Block, judged_on, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
-from shardxform.cli.tuning import Tuning, read_tuning, refuse_nothing_pruned
+from shardxform.cli.tuning import Tuning, read_tuning
 from shardxform.compress.request import CompressOptions, Pruning, Request
 from shardxform.errors import PlanError
 from shardxform.experts.choosing import DEFAULT

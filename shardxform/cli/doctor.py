@@ -33,7 +33,7 @@ from shardxform.formats.stored import read_stored
 from shardxform.model.layout import Layout, layout_of
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.steps import sizes_of
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 __all__ = [
     "REFERENCE",
@@ -170,7 +170,7 @@ def doctor_command(source: Path | None, family: FamilyFlags, output: _Output) ->
     family.load()
     found = libraries()
     machine = machine_of(output.disk, found["torch"].version)
-    sizes = model_sizes(single(Checkpoint.open(source))) if source else REFERENCE
+    sizes = model_sizes(as_family(Checkpoint.open(source))) if source else REFERENCE
     needs = list(command_needs(sizes, machine, [name for name in _MODEL_LIBRARIES if not found[name].usable]))
     problems = [
         f"{each.name} {each.version or 'is missing'}: {each.least} or later is needed for {each.enables}"

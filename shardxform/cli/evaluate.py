@@ -202,8 +202,6 @@ def _run_tasks(
     against, work = compared.against, place.work or Path(_WORK)
     named = _opened(checkpoint, pruned, against, transfer, work.parent)
     tested, reference = named.tested, named.reference
-    if named.tokenizer is not named.source:
-        raise click.UsageError("--tasks are of checkpoints that have their tokenizer beside them; this is GGUF")
     if output.plot:
         _refuse_picture(output.plot)
     settings = _options(computation, compared, work)
@@ -211,11 +209,11 @@ def _run_tasks(
     from shardxform.evaluation.tasks import accuracy, size_of_tasks
 
     if output.dry_run:
-        _show_size(size_of_tasks(tested, tasks), tested, reference, output.as_json)
+        _show_size(size_of_tasks(tested, tasks, named.tokenizer.root), tested, reference, output.as_json)
         return
     started = time.monotonic()
     with progress("evaluate", output.quiet) as settings.on_progress:
-        found = accuracy(tested, tasks, settings, reference)
+        found = accuracy(tested, tasks, settings, reference, named.tokenizer.root)
     dtype = str(settings.precision.dtype).removeprefix("torch.")
     if output.as_json:
         facts = identified({"tasks": found, "dtype": dtype, "against": {} if reference else None}, tested, reference)

@@ -15,21 +15,19 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.ask.manifest import Manifest
-from shardxform.ask.manifest_import import pruned_of
-from shardxform.checkpoint.gguf import SUFFIX, GgufModel, find_gguf, open_gguf
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.checkpoint.remote.repository import SCHEME, RepoName, is_ambiguous
-from shardxform.checkpoint.table import CONFIG, Checkpoint, stopped
+from shardxform.checkpoint.table import CONFIG, GGUF_SUFFIX, Checkpoint, find_gguf, stopped
 from shardxform.cli.console import tell
-from shardxform.cli.options import ComputeFlags, HubFlags, PruneFlags, Source, TextFlags, TransferFlags
+from shardxform.cli.options import ComputeFlags, HealFlags, HubFlags, PruneFlags, Source, TextFlags, TransferFlags
 from shardxform.errors import CheckpointError, OutputError, PlanError
 from shardxform.model.families import in_use
 from shardxform.model.layout import layout_of, refuse_longer
-from shardxform.runtimes.gguf.slabs import slabs_of
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
+    from shardxform.checkpoint.gguf import GgufModel
     from shardxform.checkpoint.remote.reading import Downloads
     from shardxform.forward.weights import Precision
 
@@ -44,6 +42,7 @@ __all__ = [
     "open_gguf_named",
     "open_named",
     "refuse_no_data",
+    "refuse_nothing_pruned",
     "refuse_unwritable",
     "require",
 ]
@@ -81,7 +80,7 @@ def open_all_named(sources: Sequence[Source], hub: HubFlags, folder: Path) -> li
     for source in sources:
         if isinstance(source, RepoName) and source.as_path and asks_hub():
             tell(f"note: no folder {source.repo} here; asking the hub")
-    return [_open_folder(s) if isinstance(s, Path) else single(open_checkpoint(s, fetched)) for s in sources]
+    return [_open_folder(s) if isinstance(s, Path) else as_family(open_checkpoint(s, fetched)) for s in sources]
 
 
 def _refuse_transfer(hub: HubFlags, where: str) -> None:
@@ -113,7 +112,7 @@ def is_gguf(source: Source) -> bool:
 
     """
     if isinstance(source, RepoName):
-        if source.as_path and source.repo.endswith(SUFFIX):
+        if source.as_path and source.repo.endswith(GGUF_SUFFIX):
             raise CheckpointError(f"{source.repo}: no such file")
         return bool(source.file)
     return find_gguf(source) is not None
@@ -133,6 +132,8 @@ def open_gguf_named(source: Source, hub: HubFlags | None = None, folder: Path = 
 
         return open_gguf_file(source, _downloads(hub or HubFlags(), folder))
     _refuse_transfer(hub or HubFlags(), str(source))
+    from shardxform.checkpoint.gguf import open_gguf
+
     first = find_gguf(source)
     assert first is not None
     return open_gguf(first)
@@ -141,7 +142,7 @@ def open_gguf_named(source: Source, hub: HubFlags | None = None, folder: Path = 
 def _open_folder(path: Path) -> Checkpoint:
     """Open a folder; one that is no checkpoint, but is called as a repository could be, hides that repository."""
     try:
-        return single(Checkpoint.open(path))
+        return as_family(Checkpoint.open(path))
     except CheckpointError as e:
         if not is_ambiguous(str(path)) or (path / CONFIG).exists() or stopped(path):
             raise
@@ -184,8 +185,11 @@ def load_gguf_manifest(pruned: PruneFlags, model: GgufModel) -> Manifest:
         ManifestError: see `Manifest.load`.
 
     """
+    from shardxform.plan.slabs import pruned_of_slabs
+    from shardxform.runtimes.gguf.slabs import slabs_of
+
     assert pruned.manifest is not None
-    of = pruned_of(slabs_of(model.metadata, model.table.tensors, model.where))
+    of = pruned_of_slabs(slabs_of(model.metadata, model.table.tensors, model.where))
     if not pruned.any_source:
         return Manifest.load(pruned.manifest, of)
     manifest = Manifest.load(pruned.manifest, replace(of, is_called=lambda _: True)).of_any_source()
@@ -233,6 +237,19 @@ def refuse_no_data(text: TextFlags) -> None:
     if text.data is None:
         raise click.UsageError("Missing option '--data'.")
     local_files(text.data)
+
+
+def refuse_nothing_pruned(healing: HealFlags, text: TextFlags, *, prunes: bool, ways: str) -> None:
+    """Refuse --heal where nothing is pruned, before data are asked for; `ways` are those to prune.
+
+    Raises:
+        UsageError: names what is missing, the data included.
+
+    """
+    if healing.heal is None or healing.heal_iters == 0 or prunes:
+        return
+    data = "" if text.data else ", and --data"
+    raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {ways}{data}.")
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------

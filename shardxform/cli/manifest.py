@@ -17,7 +17,7 @@ from shardxform.cli.console import print_json, rows, table
 from shardxform.cli.options import PATH, FamilyFlags, Flags, JsonFlags, command, option
 from shardxform.errors import OutputError
 from shardxform.model.layout import Layout, layout_of
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 __all__ = ["manifest_command"]
 
@@ -92,7 +92,7 @@ def _convert(manifest: Path, target: Path, how: _Read, family: FamilyFlags) -> N
 def _layout(model: Path | None) -> Layout | None:
     if model is None:
         return None
-    checkpoint = single(Checkpoint.open(model))
+    checkpoint = as_family(Checkpoint.open(model))
     return layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
 
 

@@ -24,6 +24,7 @@ from shardxform.cli.values import (
     AT_LEAST_2,
     BLOCKS,
     DATA,
+    GGUF_TYPE,
     NAMES,
     PATH,
     SIZE,
@@ -35,7 +36,6 @@ from shardxform.errors import SchemeError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
 from shardxform.model.families import in_use
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES, GgufOptions, MtpMode, ViewOptions
-from shardxform.runtimes.gguf.mixes import KINDS
 
 if TYPE_CHECKING:
     from shardxform.calibration.options import DataOptions
@@ -307,7 +307,7 @@ class GgufTypeFlags(GgufFlags):
 
     gguf_type: str | None = option(
         "Round weights as llama-quantize does for files of this type, such as Q4_K_M; for GGUF.  [default: as in SRC]",
-        type=click.Choice(tuple(KINDS), case_sensitive=False),
+        type=GGUF_TYPE,
         metavar="TYPE",
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -25,12 +26,15 @@ from shardxform.cli.console import (
 )
 from shardxform.cli.inputs import family_words
 from shardxform.cli.options import WriteFlags
-from shardxform.cli.tuning import OnRay, RayTasks, open_pool, ray_tasks
 from shardxform.execution.output import refuse_obstacles, refuse_other_plan, state_of
 from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.formats.scheme import GGUF
 from shardxform.plan.plan import Plan
 from shardxform.verification.structure import refuse_unsound
+
+if TYPE_CHECKING:
+    from shardxform.cli.tuning import OnRay, RayTasks
+    from shardxform.execution.runner import StepPool
 
 __all__ = ["Block", "execute", "judged_on", "tell_blocks", "told_blocks"]
 
@@ -63,7 +67,7 @@ def execute(
     if plan.container != GGUF:  # what that must hold is what its plan was made of
         refuse_unsound(plan, but=("seed-spelling",))  # which is asked for by an option
     if output.dry_run:
-        tasks = ray_tasks(plan, ray) if ray else None
+        tasks = _tasks(plan, ray) if ray else None
         if not output.force:
             refuse_other_plan(out, plan, state_of(out, plan))
             refuse_obstacles(out, plan)
@@ -74,7 +78,7 @@ def execute(
         return
     for note in _notes(plan):
         tell(f"note: {note}")
-    with open_pool(ray) as pool, progress(plan.command, output.quiet) as on_progress:
+    with _pool(ray) as pool, progress(plan.command, output.quiet) as on_progress:
         report = run(plan, out, replace(options, force=output.force, pool=pool, on_progress=on_progress))
     if output.as_json:
         print_json({**_facts(plan, out, options.jobs, told), "report": _report_facts(report)})
@@ -87,6 +91,20 @@ def execute(
         tell_blocks(report.facts, report.measured)
     else:
         _say_done(plan, report)
+
+
+def _tasks(plan: Plan, ray: OnRay) -> RayTasks:
+    from shardxform.cli.tuning import ray_tasks  # few ask for a cluster
+
+    return ray_tasks(plan, ray)
+
+
+def _pool(ray: OnRay | None) -> AbstractContextManager[StepPool | None]:
+    if ray is None:
+        return nullcontext()
+    from shardxform.cli.tuning import open_pool
+
+    return open_pool(ray)
 
 
 def _dry_facts(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> dict[str, object]:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 from click.core import ParameterSource
 
-from shardxform.checkpoint.gguf import SUFFIX
+from shardxform.checkpoint.table import GGUF_SUFFIX
 from shardxform.cli import options
-from shardxform.cli.inputs import is_gguf, load_gguf_manifest, load_manifest, open_gguf_named, open_named
+from shardxform.cli.inputs import (
+    is_gguf,
+    load_gguf_manifest,
+    load_manifest,
+    open_gguf_named,
+    open_named,
+    refuse_nothing_pruned,
+)
 from shardxform.cli.outputs import execute
-from shardxform.cli.tuning import on_ray, open_tuner, read_tuning, refuse_nothing_pruned
 from shardxform.execution.runner import RunOptions
 from shardxform.formats.scheme import GGUF
 from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
-from shardxform.plan.slabs import plan_prune_gguf
+
+if TYPE_CHECKING:
+    from shardxform.checkpoint.table import Checkpoint
+    from shardxform.cli.tuning import OnRay, Tuning
 
 __all__ = ["prune_command"]
 
@@ -64,17 +73,35 @@ def prune_command(
     if pruned.manifest is None and not viewed.text_only and viewed.mtp != "drop":
         raise click.UsageError("nothing to do: give --manifest, --text-only or --mtp drop")
     refuse_nothing_pruned(asked.healing, asked.text, prunes=pruned.manifest is not None, ways="--manifest")
-    ray = on_ray(cluster, asked.computation.device, jobs=jobs.jobs, healing=asked.healing)
+    ray = _on_ray(cluster, asked, jobs) if cluster.ray else None
     checkpoint = open_named(source, transfer, out.parent)
     kept = load_manifest(pruned, checkpoint)
-    tuning = read_tuning(asked, checkpoint)
+    tuning = _tuning(asked, checkpoint)
     view = viewed.view(output, file.read(gguf=file.format == GGUF))
     plan = plan_prune(checkpoint, kept, view, tuning.recipe if tuning else None)
     if tuning is None:
         execute(plan, out, output, RunOptions(jobs=jobs.count), ray)
         return
+    from shardxform.cli.tuning import open_tuner
+
     with open_tuner(tuning, checkpoint, plan) as tuner:
         execute(plan, out, output, RunOptions(jobs=jobs.count, tuner=tuner), told=tuning.windows.notes)
+
+
+def _tuning(asked: options.HealOnlyRequest, checkpoint: Checkpoint) -> Tuning | None:
+    """What is healed; most prunes only copy, and load nothing of it."""
+    groups = (asked.rounding, asked.healing, asked.text, asked.computation)
+    if not any(spelling for group in groups for spelling in options.given(group)):
+        return None
+    from shardxform.cli.tuning import read_tuning
+
+    return read_tuning(asked, checkpoint)
+
+
+def _on_ray(cluster: options.RayFlags, asked: options.HealOnlyRequest, jobs: options.JobFlags) -> OnRay | None:
+    from shardxform.cli.tuning import on_ray
+
+    return on_ray(cluster, asked.computation.device, jobs=jobs.jobs, healing=asked.healing)
 
 
 def _plan_gguf(
@@ -91,13 +118,15 @@ def _plan_gguf(
         CheckpointError, FamilyError, ManifestError, PlanError: see `plan_prune_gguf`.
 
     """
+    from shardxform.plan.slabs import plan_prune_gguf
+
     options.refuse_idle(file, "pre_tokenizer", "gguf_type", wanted=f"safetensors, but {source} is GGUF")
     asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
     if asked and file.format != GGUF:
         raise click.UsageError(f"--format {file.format}: {source} is GGUF, and stays it")
     if pruned.manifest is None:
         raise click.UsageError("nothing to do: give --manifest")
-    if out.suffix == SUFFIX:
+    if out.suffix == GGUF_SUFFIX:
         raise click.UsageError(f"OUT is the folder that files are written into: name it {out.with_suffix('')}")
     model = open_gguf_named(source, transfer, out.parent)
     assert model is not None

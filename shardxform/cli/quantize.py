@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardxform.cli import options
-from shardxform.cli.inputs import load_manifest, open_named
+from shardxform.cli.inputs import load_manifest, open_named, refuse_nothing_pruned
 from shardxform.cli.outputs import execute
-from shardxform.cli.tuning import block_tuning, on_ray, open_tuner, read_tuning, refuse_nothing_pruned, tunes
+from shardxform.cli.tuning import block_tuning, on_ray, open_tuner, read_tuning, tunes
 from shardxform.execution.runner import RunOptions
 from shardxform.formats.scheme import GGUF
 from shardxform.plan.quantize import plan_quantize

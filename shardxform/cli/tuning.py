@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe
 from shardxform.cli import options
 from shardxform.cli.console import count, gb
@@ -41,7 +39,6 @@ __all__ = [
     "ray_place",
     "ray_tasks",
     "read_tuning",
-    "refuse_nothing_pruned",
     "tunes",
 ]
 
@@ -63,19 +60,6 @@ class Tuning:
     windows: Windows
     recipe: Recipe
     precision: Precision
-
-
-def refuse_nothing_pruned(healing: options.HealFlags, text: options.TextFlags, *, prunes: bool, ways: str) -> None:
-    """Refuse --heal where nothing is pruned, before data are asked for; `ways` are those to prune.
-
-    Raises:
-        UsageError: names what is missing, the data included.
-
-    """
-    if healing.heal is None or healing.heal_iters == 0 or prunes:
-        return
-    data = "" if text.data else ", and --data"
-    raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {ways}{data}.")
 
 
 def tunes(rounding: options.BatchFlags) -> bool:

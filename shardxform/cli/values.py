@@ -19,6 +19,7 @@ __all__ = [
     "AT_LEAST_2",
     "BLOCKS",
     "DATA",
+    "GGUF_TYPE",
     "NAMES",
     "PATH",
     "SIZE",
@@ -98,6 +99,25 @@ class Healed(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
+class _GgufType(click.ParamType[str]):
+    """What llama-quantize calls types of files; looked up when one is named."""
+
+    name = "type"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return self._choice.convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Have the shell complete the names."""
+        return self._choice.shell_complete(ctx, param, incomplete)
+
+    @property
+    def _choice(self) -> click.Choice[str]:
+        from shardxform.runtimes.gguf.mixes import KINDS
+
+        return click.Choice(tuple(KINDS), case_sensitive=False)
+
+
 class _Blocks(click.ParamType[range]):
     """`0-9` or `7`: decoder blocks, the last one included."""
 
@@ -128,6 +148,7 @@ PATH: Final = _NamedPath(path_type=Path)
 SOURCE: Final = _Source()
 DATA: Final = _Data()
 SIZE: Final = _Size()
+GGUF_TYPE: Final = _GgufType()
 NAMES: Final = _Names()
 BLOCKS: Final = _Blocks()
 ADDRESS: Final = _Address()

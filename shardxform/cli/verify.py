@@ -10,8 +10,8 @@ from typing import Final
 
 import click
 
-from shardxform.checkpoint.gguf import GgufModel, find_gguf
-from shardxform.checkpoint.table import Checkpoint
+from shardxform.checkpoint.gguf import GgufModel
+from shardxform.checkpoint.table import Checkpoint, find_gguf
 from shardxform.cli.console import count, gb, print_json, progress, with_options
 from shardxform.cli.inputs import is_gguf, open_gguf_named, open_named
 from shardxform.cli.options import (
@@ -133,7 +133,6 @@ def _verify_gguf(
         SchemeError: options that are for safetensors alone.
 
     """
-    refuse_idle(depth, "independent", wanted=f"safetensors, but {out} is GGUF")
     origin: GgufModel | Checkpoint | None = None
     if made.source is not None and is_gguf(made.source):
         refuse_idle(made, "text_only", "mtp", wanted=f"safetensors, but {made.source} is GGUF")
@@ -149,6 +148,7 @@ def _verify_gguf(
             quick=depth.quick,
             jobs=depth.jobs or DEFAULT_JOBS,
             on_progress=on_progress,
+            independent=depth.independent,
         )
 
 

@@ -40,7 +40,7 @@ from shardxform.execution.runner import Report, RunOptions, run
 from shardxform.formats.scheme import GGUF
 from shardxform.model.layout import layout_of
 from shardxform.plan.plan import Plan
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 if TYPE_CHECKING:
     from shardxform.evaluation.evaluate import Comparison
@@ -259,8 +259,9 @@ class Stages:
     def _written(self) -> Checkpoint:
         """What was written, to be run."""
         if self.request.scheme.format != GGUF:
-            return single(Checkpoint.open(self.request.out))
-        from shardxform.checkpoint.gguf import find_gguf, open_gguf
+            return as_family(Checkpoint.open(self.request.out))
+        from shardxform.checkpoint.gguf import open_gguf
+        from shardxform.checkpoint.table import find_gguf
         from shardxform.plan.gguf_origin import stands_for
 
         first = find_gguf(self.request.out)

@@ -87,9 +87,20 @@ class TaskSize:
 
 
 def accuracy(
-    checkpoint: Checkpoint, tasks: TaskOptions, options: EvaluateOptions, against: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    tasks: TaskOptions,
+    options: EvaluateOptions,
+    against: Checkpoint | None = None,
+    tokenizer: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint on tasks, and its reference if one is given; goes on where an earlier run stopped.
+
+    Args:
+        checkpoint: what is measured.
+        tasks: which, and how much of them.
+        options: how it is computed.
+        against: a reference.
+        tokenizer: folder of the checkpoint's tokenizer, where that does not lie beside it.
 
     Returns:
         plain data: for each task its metrics with their standard errors, version, shots and documents; and the harness.
@@ -104,22 +115,24 @@ def accuracy(
 
     """
     refuse_inside(options.work, [checkpoint.root, *([against.root] if against else [])])
-    models = {name: _BlockModel(each, options, name) for name, each in _named(checkpoint, against)}
+    models = {_TESTED: _BlockModel(checkpoint, tokenizer or checkpoint.root, options, _TESTED)}
+    if against is not None:
+        models[_REFERENCE] = _BlockModel(against, against.root, options, _REFERENCE)
     found = {name: _run(model, tasks) for name, model in models.items()}
     for model in models.values():
         model.remove_work()
     return _facts(found, tasks)
 
 
-def size_of_tasks(checkpoint: Checkpoint, tasks: TaskOptions) -> TaskSize:
-    """Find what tasks would take, without running the model.
+def size_of_tasks(checkpoint: Checkpoint, tasks: TaskOptions, tokenizer: Path | None = None) -> TaskSize:
+    """Find what tasks would take, without running the model; `tokenizer` as for `accuracy`.
 
     Raises:
         PlanError: as `accuracy`.
         CheckpointError: the tokenizer does not fit.
 
     """
-    model = _Counting(checkpoint)
+    model = _Counting(checkpoint, tokenizer or checkpoint.root)
     _run(model, tasks)
     return TaskSize(
         requests=model.requests,
@@ -127,12 +140,6 @@ def size_of_tasks(checkpoint: Checkpoint, tasks: TaskOptions) -> TaskSize:
         tokens=sum(map(tokens_of_pass, model.windows)),
         passes=len(model.windows),
     )
-
-
-def _named(checkpoint: Checkpoint, against: Checkpoint | None) -> Iterator[tuple[str, Checkpoint]]:
-    yield _TESTED, checkpoint
-    if against is not None:
-        yield _REFERENCE, against
 
 
 def _run(model: TemplateLM, tasks: TaskOptions) -> Mapping[str, Any]:
@@ -245,10 +252,10 @@ class _Asked(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     backend = "causal"
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Path) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self._tokenizer: Tokenizer = load_tokenizer(checkpoint.root)
+        self._tokenizer: Tokenizer = load_tokenizer(tokenizer)
         self.tokenizer = self._tokenizer.inner
 
     @property
@@ -323,8 +330,8 @@ class _Asked(TemplateLM):  # type: ignore[misc]  # the harness has no types
 class _Counting(_Asked):
     """Counts what it is asked, and answers anything."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Path) -> None:
+        super().__init__(checkpoint, tokenizer)
         self.requests = 0
         self.windows: list[Windows] = []
 
@@ -338,8 +345,8 @@ class _Counting(_Asked):
 class _BlockModel(_Asked):
     """A checkpoint, run block by block over all requests of a kind."""
 
-    def __init__(self, checkpoint: Checkpoint, options: EvaluateOptions, name: str) -> None:
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Path, options: EvaluateOptions, name: str) -> None:
+        super().__init__(checkpoint, tokenizer)
         self._options = options
         self._name = name
         self._done: list[tuple[Path, dict[str, Any]]] = []

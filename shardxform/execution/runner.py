@@ -19,14 +19,13 @@ from typing import Any, Protocol
 
 from shardxform.base import interrupts
 from shardxform.base.digests import FACT, Taken, digest_chunks
-from shardxform.base.file_system import FileSystem
+from shardxform.base.file_system import FileSystem, OpenTarget
 from shardxform.base.interrupts import Completions
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import show_size
 from shardxform.checkpoint.identity import changed_values, names_of
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.errors import ExecutionError, Interrupted, OutputError, ResumeError
-from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import Journal, measured, recorded
 from shardxform.execution.output import (
     JOURNAL,

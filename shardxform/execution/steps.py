@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shardxform.base.digests import Taken, runs_of
-from shardxform.base.file_system import FileSystem
-from shardxform.execution.copying import copy_step
-from shardxform.plan.plan import Copy, Extent, Remake, Step
+from shardxform.base.file_system import Files, FileSystem, SourceReader
+from shardxform.base.tensors import ByteRange
+from shardxform.plan.plan import Copy, Extent, Remake, Segment, Step
 
-__all__ = ["Facts", "OpenTargets", "executor", "written_by"]
+__all__ = ["Facts", "OpenTargets", "copy_step", "executor", "written_by"]
+
+_AHEAD: Final = 64 << 20  # bytes that a worker asks of the kernel before it copies them
+_CHUNK: Final = 8 << 20  # most bytes between two looks at the stop flag, and two reports of progress
 
 Facts = Mapping[str, Any]
 """What a step found: counts and lists of names, kept in the journal and in the provenance. Deterministic, but for what
@@ -36,7 +40,7 @@ def executor(step: Step, device: str, taken: Taken | None = None) -> Callable[..
     if isinstance(step, Copy):
         return functools.partial(copy_step, step)
     if isinstance(step, Remake):
-        from shardxform.execution.remaking import remake_step
+        from shardxform.execution.transcoding import remake_step
 
         return functools.partial(remake_step, step, taken=taken)
     from shardxform.plan.steps import Transcode
@@ -86,3 +90,58 @@ class OpenTargets:
     def __exit__(self, *_: object) -> None:
         for fd in self._targets.values():
             os.close(fd)
+
+
+# -- copying -------------------------------------------------------------------------------------------------------
+# Byte ranges from the source to the output, asked of the disk before they are due.
+
+
+def copy_step(
+    step: Copy, files: Files, _fs: FileSystem, on_bytes: Callable[[int], None], stopped: Callable[[], None]
+) -> dict[str, Any]:
+    """Copy every segment of `step`.
+
+    Args:
+        step: what to do.
+        files: where to read and write.
+        _fs: effects; those of a copy are the source's.
+        on_bytes: called with the bytes written after each piece.
+        stopped: raises when the run is to stop.
+
+    Returns:
+        no facts: bytes are not looked at.
+
+    """
+    source, target = files
+    for piece in _read_ahead(step, source):
+        stopped()
+        source.copy(piece.source, target(piece.shard), piece.offset)
+        source.done_with(piece.source)
+        on_bytes(piece.source.length)
+    return {}
+
+
+def _read_ahead(step: Copy, source: SourceReader) -> Iterator[Segment]:
+    """Pieces of a step, each asked of the kernel before it is due.
+
+    Left to itself, the kernel reads ahead by its own measure, into experts that are not kept: half as much again.
+    """
+    asked: deque[Segment] = deque()
+    ahead = 0
+    for piece in _pieces(step):
+        source.will_need((piece.source,))
+        asked.append(piece)
+        ahead += piece.source.length
+        while ahead > _AHEAD:
+            ahead -= asked[0].source.length
+            yield asked.popleft()
+    yield from asked
+
+
+def _pieces(step: Copy) -> Iterator[Segment]:
+    """Segments of a step, cut where they are longer than `_CHUNK`."""
+    for segment in step.segments:
+        name, begin, length = segment.source.file, segment.source.offset, segment.source.length
+        for start in range(0, length, _CHUNK):
+            place = ByteRange(name, begin + start, min(_CHUNK, length - start))
+            yield Segment(place, segment.shard, segment.offset + start)

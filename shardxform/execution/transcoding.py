@@ -1,4 +1,4 @@
-"""Executing a `Transcode` step: read a bounded run of rows, write it as the target encoding has it.
+"""Executing steps that compute what they write: read a bounded run of rows, write it as the target encoding has it.
 
 One matrix's parts and one tile of its values are in memory at a time. What the target cannot say is refused, naming the
 tensor: weights that are not finite, a scale that would be rounded, a value beyond float16; others write garbage.
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.base.digests import Taken, take
-from shardxform.base.file_system import FileSystem, SourceReader
+from shardxform.base.file_system import Files, FileSystem, OpenTarget, SourceReader
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.execution.copying import Files, OpenTarget
 from shardxform.formats.encoding import Opener, Read, Role, SourceDtype, Writing
 from shardxform.formats.integers import Ints
+from shardxform.formats.remaking import DTYPES, remade_rows, strange_ids
 from shardxform.formats.rounding import QuantizedWeight, RtnStats, quantize_into
 from shardxform.formats.scheme import Grid
-from shardxform.plan.plan import Extent
+from shardxform.plan.plan import REMADE_BYTES, Extent, Remake
 from shardxform.plan.steps import Transcode, TranscodeItem
 
-__all__ = ["Rounder", "reading", "rounder_on", "transcode_step", "write_part"]
+__all__ = ["Rounder", "reading", "remake_step", "rounder_on", "transcode_step", "write_part"]
 
 Rounder = Callable[[NDArray[np.generic], SourceDtype, Grid, QuantizedWeight], RtnStats]
 """Rounds a run of rows into an output; `rounding.quantize_into` and its like."""
@@ -149,3 +149,40 @@ def write_part(
     if taken is not None and len(data) == extent.length:
         take(data, extent.shard, extent.offset, taken)
     fs.write_all(target(extent.shard), data, extent.offset + offset)
+
+
+def remake_step(
+    step: Remake,
+    files: Files,
+    fs: FileSystem,
+    on_bytes: Callable[[int], None],
+    stopped: Callable[[], None],
+    taken: Taken | None = None,
+) -> dict[str, Any]:
+    """Write the tensor of `step`; arguments as those of `steps.copy_step` and `transcode_step`.
+
+    Raises:
+        ExecutionError: an id that names no expert; says which.
+
+    """
+    source, what = step.remade.source, step.remade.what
+    count, columns = source.spec.shape
+    read, width = reading(files[0]), source.nbytes // (count * columns)
+    code = f"<i{width}" if what == "ids" else DTYPES[width]
+    run, done = max(1, REMADE_BYTES // max(columns * width, 1)), 0
+    for start in range(0, count, run):
+        stopped()
+        part = source.rows(start, min(start + run, count))
+        rows = np.empty(part.spec.shape, code)
+        read(part, rows)
+        if what == "ids" and (strange := strange_ids(rows, step.remade.experts)).any():
+            row, column = np.argwhere(strange)[0]
+            raise ExecutionError(
+                f"tensor '{source.name}': row {start + row} names expert {rows[row, column]},"
+                f" but there are {step.remade.experts}"
+            )
+        data = remade_rows(step.remade, rows)
+        write_part(data, step.target, files[1], fs, taken, done)
+        on_bytes(data.nbytes)
+        done += data.nbytes
+    return {}

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.ask.manifest_import import show
+from shardxform.ask.experts import show
 from shardxform.base.file_system import write_new
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.base.tensors import LENGTH_BYTES, Entry, TensorSpec, data_start, decode, layout

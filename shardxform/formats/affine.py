@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Cut, DecodedRows, Encoded, PartSpec, Read, Role, Storage, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ class Affine:
         turned = 0 if cut is None or cut.is_run else 4 * rows * words * 32 // self.bits
         return 16 * parts["scales"].nbytes + turned
 
-    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> DecodedRows:
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> ScaledRows:
         """Read scales and biases; rows are read when they are asked for.
 
         Raises:
@@ -76,7 +76,8 @@ class Affine:
         words = parts["words"]
         rows, columns = words.spec.shape
         codes = replace(words, spec=TensorSpec(words.name, "U8", (rows, 4 * columns)))
-        return DecodedRows(codes, read, _Codes(self.bits, found["biases"]), found["scales"], checked, 0, shape[0])
+        decoding = _Codes(self.bits, found["biases"])
+        return ScaledRows(codes.name, 0, shape[0], codes, read, decoding, found["scales"], checked)
 
 
 @dataclass(frozen=True, slots=True)

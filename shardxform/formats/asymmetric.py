@@ -18,21 +18,19 @@ Layouts from the code of AutoAWQ, GPTQModel, auto-round and compressed-tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
 from shardxform.formats.encoding import (
     Cut,
+    DecodedRows,
     Encoded,
     PartSpec,
     Read,
     Role,
-    Rows,
-    SourceDtype,
     Storage,
-    Turned,
     refuse_scales,
 )
 
@@ -146,7 +144,7 @@ class Asymmetric:
         group_I = self._groups(arrays.get("g_idx"), parts, shape, checked)
         codes_OI = self._codes(arrays["words"])[: shape[0], : shape[1]]
         middle, span = np.float32(1 << (self.bits - 1)), self.span(shape[1])
-        return AsymmetricRows(codes_OI, scale_OG, zero_OG, group_I, middle, span, parts["words"].name, 0, shape[0])
+        return AsymmetricRows(parts["words"].name, 0, shape[0], codes_OI, scale_OG, zero_OG, group_I, middle, span)
 
     def _codes(self, words: NDArray[Any]) -> NDArray[np.uint8]:
         """Codes [O, I]."""
@@ -224,15 +222,13 @@ def _in_order(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True, slots=True)
-class AsymmetricRows:
+class AsymmetricRows(DecodedRows):
     """Rows of such a weight in memory.
 
     Attributes:
         codes_OI, scale_OG: of the whole weight.
         zero_OG: its zero points; None where each is `middle`.
         group_I: the group of each column; None where groups are of `span` consecutive columns.
-        name: of the tensor that holds the codes.
-        first, count: the rows that these are.
 
     """
 
@@ -242,22 +238,6 @@ class AsymmetricRows:
     group_I: NDArray[np.intp] | None
     middle: np.float32
     span: int
-    name: str
-    first: int
-    count: int
-
-    @property
-    def fits_half(self) -> bool:
-        """No: scales have any size."""
-        return False
-
-    def where(self, row: int) -> str:
-        """Name a row in a message."""
-        return f"tensor '{self.name}': row {self.first + row}"
-
-    def cut(self, cut: Cut) -> Rows:
-        """A run of the rows, or of those of the transpose."""
-        return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else Turned(self, cut)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """`scale * (code - zero)`, exact in float32 [R, I]."""
@@ -277,10 +257,6 @@ class AsymmetricRows:
         if self.group_I is not None:
             return of_groups_RG[:, self.group_I]
         return np.repeat(of_groups_RG, self.span, axis=1)[:, :columns]
-
-    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
-        """The values: nothing narrower is known to hold them."""
-        return self.values(start, stop), "F32"
 
 
 # -- what configs say of it ---------------------------------------------------------------------------------------

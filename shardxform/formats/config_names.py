@@ -22,11 +22,15 @@ from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import Layout
 
 __all__ = [
+    "ASYMMETRIC",
     "DECLARATIONS",
+    "QUANTIZATION",
     "Changes",
     "declarations",
     "declared_in",
     "declares",
+    "is_mlx",
+    "method_of",
     "modules_moved",
     "undeclared",
     "with_declared",
@@ -36,6 +40,12 @@ __all__ = [
 
 DECLARATIONS: Final = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json under which a quantization is declared, at any depth; the last one is MLX's."""
+
+QUANTIZATION: Final = "quantization"
+"""The key of config.json that mlx-lm reads; it writes `quantization_config` beside it, the same."""
+
+ASYMMETRIC: Final = "asymmetric"
+"""What a config of MLX is marked with as it is read, where headers tell that biases are no multiples of scales."""
 
 Reading = Callable[[str], bool]
 
@@ -105,6 +115,18 @@ class Changes:
     def renumbers_only(self) -> bool:
         """Whether no name changes but in its numbers."""
         return self.prefix[0] == self.prefix[1]
+
+
+def method_of(config: Mapping[str, object]) -> object:
+    """What a `quantization_config` calls its method: `quant_method`, or `mlx` of one that has a mode in its place."""
+    method = config.get("quant_method")
+    return "mlx" if method is None and "mode" in config else method
+
+
+def is_mlx(config: Mapping[str, object]) -> bool:
+    """Whether a config is that of a quantized checkpoint of MLX, as `mlx.single` gives it."""
+    declared = config.get("quantization_config")
+    return isinstance(declared, Mapping) and method_of(declared) == "mlx" and QUANTIZATION not in config
 
 
 def declarations(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

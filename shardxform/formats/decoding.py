@@ -20,14 +20,14 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.formats.affine import AffineRule
 from shardxform.formats.asymmetric import IntegerRule, Order, StatedGrid, Zeros
-from shardxform.formats.config_names import declared_in, undeclared
-from shardxform.formats.dialects import ASYMMETRIC, method_of
+from shardxform.formats.config_names import ASYMMETRIC, declared_in, method_of, undeclared
 from shardxform.formats.encoding import Encoded
-from shardxform.formats.fp8 import SCALES, ScaleRule, scale_rule
+from shardxform.formats.fp8 import ScaleRule, scale_rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 from shardxform.formats.picking import Picked
 from shardxform.formats.scheme import GROUP_SIZES
 from shardxform.model.families import family_of
+from shardxform.model.layout import SCALES
 
 __all__ = ["DECODED", "decoded", "decoded_in_part", "encodings_of", "is_packed", "scan_decoded", "unreadable"]
 

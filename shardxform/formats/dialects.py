@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from shardxform.base.tensors import FLOATS, TensorRef, TensorSpec
 from shardxform.errors import SchemeError
+from shardxform.formats.config_names import ASYMMETRIC, method_of
 from shardxform.formats.encoding import Encoded, Gridded, Storage
 from shardxform.formats.ggml import Ggml, integer_type
 from shardxform.formats.integers import Ints
@@ -27,14 +28,12 @@ from shardxform.model.layout import Layout
 from shardxform.model.tied_head import is_tied
 
 __all__ = [
-    "ASYMMETRIC",
     "Resolved",
     "Selection",
     "build",
     "gathered_tensors",
     "is_carried",
     "kept_tensors",
-    "method_of",
     "refuse_unread",
     "resolve",
     "select",
@@ -145,8 +144,10 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
 
 def is_carried(module: Matrix, scheme: Scheme) -> bool:
     """Whether a matrix is stored in integers of the grid that is asked for, which are moved as they are."""
-    encodings = [source.encoding for source in module.stored]
-    return all(isinstance(each, Ints) and takes_over(scheme, each) for each in encodings)
+    for encoding in module.encodings:
+        if not (isinstance(encoding, Ints) and takes_over(scheme, encoding)):
+            return False
+    return isinstance(module.weight, Encoded)
 
 
 def takes_over(scheme: Scheme, found: Ints) -> bool:
@@ -231,9 +232,6 @@ _BLOCKS: Final = ("model.layers", "model.language_model.layers")
 """Decoder blocks under most text-only and multimodal classes; both, so that either client class finds its own."""
 
 _AUTO_ROUND_VERSION: Final = "0.16.1"  # of the format that is written; its loader looks at nothing newer
-ASYMMETRIC: Final = "asymmetric"
-"""What a config of MLX is marked with as it is read, where headers tell that biases are no multiples of scales."""
-
 _AFFINE: Final = "affine"  # of mlx's modes, the one of integers with scales
 _LM_HEAD: Final = "lm_head"
 _HEAD_RULE: Final = r"+:.*lm_head$"  # auto-round's loader skips names that it is given exactly
@@ -319,12 +317,6 @@ def resolve(config: Mapping[str, object], holders: Iterable[str] = ()) -> Resolv
         return readers[method](config)
     except (AttributeError, TypeError, ValueError) as e:  # a list where an object belongs, and the like
         raise SchemeError(f"quantization_config: malformed for {method}: {e}") from e
-
-
-def method_of(config: Mapping[str, object]) -> object:
-    """What a `quantization_config` calls its method: `quant_method`, or `mlx` of one that has a mode in its place."""
-    method = config.get("quant_method")
-    return "mlx" if method is None and "mode" in config else method
 
 
 def _vision_patterns(layout: Layout) -> Iterator[str]:

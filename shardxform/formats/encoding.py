@@ -9,9 +9,10 @@ alone, so that planning needs no array library; what reads and writes numbers im
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
 from shardxform.errors import ExecutionError
@@ -35,6 +36,7 @@ __all__ = [
     "Read",
     "Role",
     "Rows",
+    "ScaledRows",
     "Source",
     "SourceDtype",
     "Storage",
@@ -260,8 +262,7 @@ def shown(encoding: Hashable) -> str:
     return repr(encoding)
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(NamedTuple):
     """Where a matrix lies, and how: an encoding, its parts in order, the shape [O, I] of what these hold, and a cut."""
 
     encoding: Encoding
@@ -289,7 +290,7 @@ class Storage:
 
     def part(self, cut: Cut) -> Storage:
         """Where a part of the matrix lies."""
-        return replace(self, cut=self.cut.then(cut, self.whole) if self.cut else cut)
+        return self._replace(cut=self.cut.then(cut, self.whole) if self.cut else cut)
 
     @property
     def held(self) -> int:
@@ -395,7 +396,7 @@ class Encoded(TensorRef):
             return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), stacked)
         (source,) = self.sources
         first = source.cut.first if source.cut else 0
-        rows = tuple(replace(source, cut=Cut(first + row, 1)) for row in keep)
+        rows = tuple(source._replace(cut=Cut(first + row, 1)) for row in keep)
         return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), rows)
 
 
@@ -436,26 +437,22 @@ class Decoding(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedRows:
-    """Rows of a weight of codes with scales, `count` from `first` on, read when they are asked for.
+class DecodedRows(ABC):
+    """Rows of a weight whose values are worked out when they are asked for.
 
     Attributes:
-        codes: [O, bytes of a row].
-        read: fills an array.
-        decoding: makes the values.
-        scales: all of them.
-        checked: whether a value may be no number, and is refused.
-        first, count: of the rows.
+        name: of the tensor that holds the codes.
+        first, count: of the rows, among all that are stored.
 
     """
 
-    codes: TensorRef
-    read: Read
-    decoding: Decoding
-    scales: NDArray[np.float32]
-    checked: bool
+    name: str
     first: int
     count: int
+
+    @abstractmethod
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Values of rows `start`..`stop - 1`, float32 [R, I]."""
 
     @property
     def fits_half(self) -> bool:
@@ -464,11 +461,51 @@ class DecodedRows:
 
     def where(self, row: int) -> str:
         """Name a row in a message."""
-        return f"tensor '{self.codes.name}': row {self.first + row}"
+        return f"tensor '{self.name}': row {self.first + row}"
 
     def cut(self, cut: Cut) -> Rows:
         """A run of the rows, or of those of the transpose."""
         return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else Turned(self, cut)
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The values: nothing narrower is known to hold them."""
+        return self.values(start, stop), "F32"
+
+    def refuse_bad(self, values_RI: NDArray[np.float32], start: int) -> None:
+        """Refuse values of rows `start`.. that are no numbers.
+
+        Raises:
+            ExecutionError: names the first.
+
+        """
+        import numpy as np
+
+        if not np.isfinite(values_RI).all():
+            row, column = np.argwhere(~np.isfinite(values_RI))[0]
+            raise ExecutionError(
+                f"tensor '{self.name}': NaN or infinity at row {self.first + start + row}, column {column};"
+                " expected finite weights"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledRows(DecodedRows):
+    """Rows of a weight of codes with scales.
+
+    Attributes:
+        codes: [O, bytes of a row].
+        read: fills an array.
+        decoding: makes the values.
+        scales: all of them.
+        checked: whether a value may be no number, and is refused.
+
+    """
+
+    codes: TensorRef
+    read: Read
+    decoding: Decoding
+    scales: NDArray[np.float32]
+    checked: bool
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Codes times their scales.
@@ -485,17 +522,9 @@ class DecodedRows:
         self.read(ref, codes_RB)
         with np.errstate(over="ignore", invalid="ignore"):
             values_RI = self.decoding.decoded(codes_RB, self.scales, begin)
-        if self.checked and not np.isfinite(values_RI).all():
-            row, column = np.argwhere(~np.isfinite(values_RI))[0]
-            raise ExecutionError(
-                f"tensor '{self.codes.name}': NaN or infinity at row {begin + row}, column {column};"
-                " expected finite weights"
-            )
+        if self.checked:
+            self.refuse_bad(values_RI, start)
         return values_RI
-
-    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
-        """The values: nothing narrower is known to hold them."""
-        return self.values(start, stop), "F32"
 
 
 def refuse_scales(scales: NDArray[np.float32], name: str) -> None:

@@ -18,21 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import FP8, TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Cut, DecodedRows, Encoded, PartSpec, Read, Role, Storage, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
+from shardxform.model.layout import SCALES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["ELEMENTS", "FP8", "SCALES", "Element", "Fp8", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
-
-FP8: Final = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-"""Dtypes of weights that mean nothing without a scale."""
-
-SCALES: Final = ("weight_scale_inv", "weight_scale")
-"""What scales of FP8 weights are called."""
+__all__ = ["ELEMENTS", "Element", "Fp8", "ScaleRule", "decoded_codes", "powers_of_two", "scale_rule"]
 
 _OF_MISTRAL: Final = "qscale_weight"
 """What Mistral calls them, in blocks or one for a weight; `qscale_act` beside it is of activations."""
@@ -135,7 +130,7 @@ class Fp8:
         turned = 0 if cut is None or cut.is_run else 4 * parts["values"].nbytes
         return 4 * parts["scales"].nbytes + turned
 
-    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> DecodedRows:
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> ScaledRows:
         """Read the scales.
 
         Raises:
@@ -150,7 +145,7 @@ class Fp8:
         scale_ST = self.scales(bits.reshape(self.parts(*shape)[1].shape))
         if checked:
             refuse_scales(scale_ST, ref.name)
-        return DecodedRows(parts["values"], read, self, scale_ST, checked, 0, shape[0])
+        return ScaledRows(parts["values"].name, 0, shape[0], parts["values"], read, self, scale_ST, checked)
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block, each product rounded once."""

@@ -10,7 +10,7 @@ rule, bit for bit as its reference does it without an importance matrix (ggml-qu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,12 +20,11 @@ from shardxform.formats.encoding import (
     DECODE_TILE,
     ROUND_TILE,
     Cut,
+    DecodedRows,
     PartSpec,
     Read,
     Role,
     Rows,
-    SourceDtype,
-    Turned,
     Writable,
     Writing,
     row_tiles,
@@ -41,7 +40,17 @@ if TYPE_CHECKING:
     from shardxform.formats.packing import IntRows
     from shardxform.formats.rounding import Backend, RtnStats
 
-__all__ = ["EXACT", "FLOATS", "WRITTEN", "Ggml", "GgmlRows", "encoding_of", "integer_type", "rounded_blocks"]
+__all__ = [
+    "EXACT",
+    "FLOATS",
+    "WRITTEN",
+    "Ggml",
+    "GgmlRows",
+    "blocks_of_words",
+    "encoding_of",
+    "integer_type",
+    "rounded_blocks",
+]
 
 FLOATS: Final = ("F32", "F16", "BF16")
 """Types of GGUF files that are plain floats."""
@@ -149,7 +158,7 @@ class Ggml:
         """
         if self.unreadable:
             raise ExecutionError(f"tensor '{parts['values'].name}': {self.unreadable}")
-        return GgmlRows(parts["values"], read, self.type, checked, 0, shape[0])
+        return GgmlRows(parts["values"].name, 0, shape[0], parts["values"], read, self.type, checked)
 
     def written(self, sources: Iterable[Rows], writing: Writing) -> Iterator[tuple[Role, int, NDArray[Any]]]:
         """Give blocks, a tile of rows at a time: as they are stored, the same integers, or values that are rounded.
@@ -179,7 +188,7 @@ class Ggml:
         return self._rounded(rows, start, stop, writing.where, at)
 
     def _of_ints(self, rows: IntRows, start: int, stop: int) -> NDArray[np.uint8]:
-        from shardxform.formats import ggml_blocks, packing
+        from shardxform.formats import packing
 
         words_RW, scale_RG = rows.turned(start, stop)
         half_RG = packing.half_bits_of(scale_RG)
@@ -188,11 +197,9 @@ class Ggml:
                 f"{rows.where(start + bad[0])}: scale {scale_RG[bad]} of group {bad[1]} is no float16, which scales of"
                 f" {self.type} are; keep the weight in 16 bits"
             )
-        codes_RI = packing.unpack(words_RW, rows.grid.bits, "row")
-        return ggml_blocks.of_codes(codes_RI, half_RG, rows.grid, self.type)
+        return blocks_of_words(words_RW, half_RG, rows.grid, self.type)
 
     def _to_grid(self, rows: Rows, start: int, stop: int, writing: Writing, at: int) -> NDArray[np.uint8]:
-        from shardxform.formats import ggml_blocks, packing
         from shardxform.formats.rounding import QuantizedWeight
 
         assert self.grid is not None
@@ -201,8 +208,7 @@ class Ggml:
         refuse_bad(stats, writing.where, at)
         writing.groups += stats.groups
         writing.zero_groups += stats.zero_groups
-        codes_RI = packing.unpack(out.words, self.grid.bits, "row")
-        return ggml_blocks.of_codes(codes_RI, out.scales, self.grid, self.type)
+        return blocks_of_words(out.words, out.scales, self.grid, self.type)
 
     def _rounded(self, rows: Rows, start: int, stop: int, where: str, at: int) -> NDArray[np.uint8]:
         import numpy as np
@@ -221,6 +227,32 @@ class Ggml:
                 " weight in BF16"
             )
         return blocks_RB
+
+
+def blocks_of_words(
+    words_RW: NDArray[np.int32], half_RG: NDArray[np.uint16], grid: Grid, type_name: str, backend: Backend = "auto"
+) -> NDArray[np.uint8]:
+    """Blocks of Q4_0 or Q8_0 that hold symmetric integers, to the same bytes with either backend.
+
+    Args:
+        words_RW: int32 [R, I * bits / 32], codes of a row in order, lowest bits first.
+        half_RG: float16 bits [R, G] of the scales.
+        grid: bits, at most as many as the type has, and groups.
+        type_name: Q4_0 or Q8_0.
+        backend: `auto` takes numba where it is installed.
+
+    Raises:
+        ValueError: the backend is not installed.
+
+    """
+    from shardxform.formats import ggml_blocks, packing
+    from shardxform.formats.rounding import use_numba
+
+    if type_name == "Q4_0" and use_numba(backend):
+        from shardxform.formats import ggml_kernels
+
+        return ggml_kernels.of_words(words_RW, half_RG, grid.span(words_RW.shape[1] * 8))
+    return ggml_blocks.of_codes(packing.unpack(words_RW, grid.bits, "row"), half_RG, grid, type_name)
 
 
 def rounded_blocks(values_RI: NDArray[np.float32], type_name: str, backend: Backend = "auto") -> NDArray[np.uint8]:
@@ -253,15 +285,14 @@ def rounded_blocks(values_RI: NDArray[np.float32], type_name: str, backend: Back
 
 
 @dataclass(frozen=True, slots=True)
-class GgmlRows:
-    """Rows of blocks, `count` from `first` on, read when they are asked for.
+class GgmlRows(DecodedRows):
+    """Rows of blocks, read when they are asked for.
 
     Attributes:
         ref: what is stored; its shape is that of the values.
         read: fills an array.
         type: of the blocks.
         checked: whether values that are no numbers are refused.
-        first, count: of the rows.
 
     """
 
@@ -269,21 +300,6 @@ class GgmlRows:
     read: Read
     type: str
     checked: bool
-    first: int
-    count: int
-
-    @property
-    def fits_half(self) -> bool:
-        """No: products of scales and codes have more bits."""
-        return False
-
-    def where(self, row: int) -> str:
-        """Name a row in a message."""
-        return f"tensor '{self.ref.name}': row {self.first + row}"
-
-    def cut(self, cut: Cut) -> Rows:
-        """A run of the rows, or of those of the transpose."""
-        return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else Turned(self, cut)
 
     def blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes of rows `start`..`stop - 1`, uint8 [R, bytes of a row]."""
@@ -302,17 +318,9 @@ class GgmlRows:
             ExecutionError: a value is NaN or infinite; names it.
 
         """
-        import numpy as np
-
-        from shardxform.formats import ggml_blocks, packing
+        from shardxform.formats import ggml_blocks
 
         values_RI = ggml_blocks.block_values(self.blocks(start, stop), self.type)
-        if self.checked and (bad := packing.first_of(~np.isfinite(values_RI))):
-            raise ExecutionError(
-                f"{self.where(start + bad[0])}, column {bad[1]}: NaN or infinity; expected finite weights"
-            )
+        if self.checked:
+            self.refuse_bad(values_RI, start)
         return values_RI
-
-    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
-        """The values: nothing narrower is known to hold them."""
-        return self.values(start, stop), "F32"

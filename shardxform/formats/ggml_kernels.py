@@ -5,7 +5,8 @@ sums are still taken in the order of its columns. What lanes need beside their v
 are known when it is compiled: the compiler then sees that they do not overlap.
 """
 
-# N: blocks, S: columns of a block, B: bytes of a block, K: columns of a part, L: lanes.
+# N: blocks, S: columns of a block, B: bytes of a block, K: columns of a part, L: lanes; R: rows, W: words of a row,
+# G: groups of a row, H: halves of a row, which are two bytes.
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Bytes = NDArray[np.uint8]
 
-__all__ = ["rounded_numba"]
+__all__ = ["of_words", "rounded_numba"]
 
 U8: Final = np.uint8
 U32: Final = np.uint32
@@ -592,3 +593,45 @@ def rounded_numba(values_NS: Floats, type_name: str) -> Bytes:
     blocks_NB = np.empty((len(values_NS), BLOCKS[type_name][1]), np.uint8)
     _compiled(kernel)(values_NS, blocks_NB, first, second)
     return blocks_NB
+
+
+# -- integers ----------------------------------------------------------------------------------------------------------
+
+NIBBLES: Final = np.uint32(0x0F0F0F0F)
+BYTE: Final = np.uint32(0xFF)
+
+
+def _regrouped(words_RW: NDArray[np.int32], half_RG: NDArray[np.uint16], span: int, out_RH: NDArray[np.uint16]) -> None:
+    for r in range(words_RW.shape[0]):
+        words_W, half_G, out_H = words_RW[r], half_RG[r], out_RH[r]
+        for n in range(words_W.size // 4):
+            at = 9 * n
+            out_H[at] = half_G[n // span]
+            for pair in range(2):  # eight codes of either half of a block: 0, 2.. and 1, 3.. of them
+                first, second = U32(words_W[4 * n + pair]), U32(words_W[4 * n + pair + 2])
+                even = (first & NIBBLES) | ((second & NIBBLES) << U32(4))
+                odd = ((first >> U32(4)) & NIBBLES) | (second & ~NIBBLES)
+                for k in range(4):
+                    shift = U32(8 * k)
+                    low, high = (even >> shift) & BYTE, (odd >> shift) & BYTE
+                    out_H[at + 1 + 4 * pair + k] = np.uint16(low | (high << U32(8)))
+
+
+@cache
+def _regrouping() -> Callable[..., None]:
+    words, halves = (types.Array(of, 2, "C", readonly=True) for of in (types.int32, types.uint16))
+    return jit(_regrouped, (words, halves, types.int64, types.Array(types.uint16, 2, "C")))
+
+
+def of_words(words_RW: NDArray[np.int32], half_RG: NDArray[np.uint16], span: int) -> Bytes:
+    """Blocks of Q4_0 that hold codes of 4 bits, what ``ggml_blocks.of_codes`` makes of them unpacked.
+
+    Args:
+        words_RW: int32 [R, I / 8], codes of a row in order, lowest bits first.
+        half_RG: float16 bits [R, G].
+        span: columns of a group.
+
+    """
+    out_RH = np.empty((len(words_RW), words_RW.shape[1] // 4 * 9), np.uint16)
+    _regrouping()(np.ascontiguousarray(words_RW), np.ascontiguousarray(half_RG), span // 32, out_RH)
+    return out_RH.view(np.uint8)

@@ -342,7 +342,7 @@ def reread(ref: TensorRef) -> TensorRef:
     if not isinstance(ref, Encoded):
         return ref
     sources = (
-        replace(source, encoding=Values(source.encoding)) if isinstance(source.encoding, Ints) else source
+        source._replace(encoding=Values(source.encoding)) if isinstance(source.encoding, Ints) else source
         for source in ref.sources
     )
     return replace(ref, sources=tuple(sources))

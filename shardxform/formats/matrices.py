@@ -7,11 +7,11 @@ reference to bytes, and a `Cut` that leads from these to the matrix. This is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import SchemeError
-from shardxform.formats.encoding import Cut, Encoded, Storage
+from shardxform.formats.encoding import Cut, Encoded, Encoding, Storage
 from shardxform.formats.plain import storages_of
 from shardxform.formats.scheme import ExpertNames
 from shardxform.model.families.base import ExpertLayout
@@ -20,8 +20,7 @@ from shardxform.model.layout import Layout, Place
 __all__ = ["Matrix", "matrices_of", "single_biases", "stack_cuts"]
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A linear weight.
 
     Attributes:
@@ -56,6 +55,15 @@ class Matrix:
             return self.weight.nbytes
         whole = self.weight.spec.shape[0] * self.weight.spec.shape[1]
         return self.weight.nbytes * self.shape[0] * self.shape[1] // whole if whole else 0
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """Of what is stored for it; none where its values are bytes of the source."""
+        if not isinstance(self.weight, Encoded):
+            return ()
+        if len(self.weight.sources) == 1:  # as most are
+            return (self.weight.sources[0].encoding,)
+        return tuple(each.encoding for each in self.weight.sources)
 
     @property
     def stored(self) -> tuple[Storage, ...]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Cut, DecodedRows, Encoded, PartSpec, Read, Role, Storage, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
 from shardxform.formats.fp8 import ELEMENTS, decoded_codes, powers_of_two
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Microscaled:
         turned = 0 if cut is None or cut.is_run else 4 * self.per_byte * parts["values"].nbytes
         return 4 * parts["scales"].spec.shape[0] * parts["scales"].spec.shape[1] + turned
 
-    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> DecodedRows:
+    def open(self, parts: Mapping[Role, TensorRef], shape: tuple[int, int], read: Read, checked: bool) -> ScaledRows:
         """Read the scales.
 
         Raises:
@@ -107,7 +107,8 @@ class Microscaled:
             refuse_scales(scale_OG, ref.name)
         # Codes of four bits are numbers, and stay numbers under all but huge scales.
         numbers = self.element == "E2M1" and float(np.abs(scale_OG).max(initial=0)) < _HUGE
-        return DecodedRows(parts["values"], read, self, scale_OG, checked and not numbers, 0, shape[0])
+        codes, checked = parts["values"], checked and not numbers
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_OG, checked)
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block."""

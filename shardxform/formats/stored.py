@@ -17,8 +17,8 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.config_names import declarations, declared_in, undeclared
-from shardxform.formats.dialects import Resolved, method_of, resolve
+from shardxform.formats.config_names import declarations, declared_in, method_of, undeclared
+from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
@@ -336,7 +336,7 @@ def _weights(module: Storage) -> Iterator[Encoded]:
     names = _weight_names(module.name)
     share = module.whole[0] // len(names)
     for number, name in enumerate(names):
-        part = module if len(names) == 1 else replace(module, cut=Cut(number * share, share))
+        part = module if len(names) == 1 else module._replace(cut=Cut(number * share, share))
         yield Encoded(TensorSpec(name, "BF16", part.shape), (), (part,))
 
 

@@ -384,7 +384,7 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         whole = {key: value for key, value in layout.config.items() if key not in _NOT_THE_MODEL}
         text, auto = {**whole, wrapper.text_key: text}, AutoModelForImageTextToText
     try:
-        config = AutoConfig.for_model(**text)
+        config = AutoConfig.for_model(**copy.deepcopy(text))  # it changes what is nested in it
         if auto is AutoModelForCausalLM and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # it has no entry for it
             make: Any = getattr(transformers, wrapper.architecture)._from_config
         else:

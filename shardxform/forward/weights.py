@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -34,7 +34,7 @@ from shardxform.formats.stored import read_stored
 from shardxform.model.expected import expected
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 __all__ = [
     "IMPLEMENTATION",
@@ -198,7 +198,7 @@ class Weights:
             FamilyError, SchemeError, CheckpointError: a family or a quantization that is not supported.
 
         """
-        self.checkpoint = checkpoint = single(checkpoint)
+        self.checkpoint = checkpoint = as_family(checkpoint)
         self.precision = precision
         self._wanted: deque[tuple[ByteRange, ...]] = deque()
         plain = decoded(checkpoint) or checkpoint
@@ -270,7 +270,7 @@ class Weights:
             for role, ref in storage.parts:
                 parts[role] = np.empty(ref.nbytes, np.uint8)
                 self._fill(ref, parts[role])
-            rows = self._opener.open(replace(storage, cut=None))
+            rows = self._opener.open(storage._replace(cut=None))
             return parts, rows.values(0, rows.count)
 
     def has_experts(self, scope: str, layer: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from shardxform.errors import FamilyError
 from shardxform.model.families.base import Config, Scope, Symbol, Template
@@ -13,8 +14,7 @@ from shardxform.model.layout import COMPANIONS, MAX_LAYERS, Layout, Place, read_
 __all__ = ["Expected", "expected"]
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """A tensor that must (or, when `optional`, may) be there. `shape` is None where the family leaves it open."""
 
     place: Place

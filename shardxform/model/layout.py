@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from shardxform.base.tensors import BITS, TensorRef, TensorSpec
 from shardxform.errors import FamilyError, PlanError
@@ -20,6 +20,7 @@ from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Te
 __all__ = [
     "COMPANIONS",
     "MAX_LAYERS",
+    "SCALES",
     "TELLING",
     "Layout",
     "Place",
@@ -76,6 +77,9 @@ Those that begin with `_` are the end of a last part, beside stacks of experts: 
 rows are counted on another axis, packed into words, or said by the values, so that taking some out needs the data.
 """
 
+SCALES: Final = ("weight_scale_inv", "weight_scale")
+"""What scales of FP8 weights are called."""
+
 
 _OF_STACKS: Final = tuple(name for name in COMPANIONS if name.startswith("_"))
 TELLING: Final = COMPANIONS.keys() - {"scale"}
@@ -89,8 +93,7 @@ def is_quantized(spec: TensorSpec) -> bool:
     return spec.name.rpartition(".")[2] in TELLING or spec.dtype in _QUANTIZED
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor belongs.
 
     Attributes:
@@ -249,11 +252,12 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
     mtp_blocks = _mtp_blocks(family, text)
     placed = _finder(family, wrapper, num_layers, mtp_layers, mtp_blocks).places(names)
+    places = {name: place for name, place in placed.items() if place}
     if mtp and mtp.uncounted and mtp.count_key not in text:
-        numbers = {place.layer for place in placed.values() if place and place.scope == "mtp"}
+        numbers = {place.layer for place in places.values() if place.scope == "mtp"}
         mtp_layers = len(numbers - {None})
-    scopes = {place.scope for place in placed.values() if place}
-    apart = [name for name, place in placed.items() if not place]
+    scopes = {place.scope for place in places.values()}
+    apart = [name for name, place in placed.items() if not place] if len(places) < len(placed) else []
     harmless = tuple(name for name in apart if any(fnmatchcase(name, pattern) for pattern in family.harmless))
     return Layout(
         family=family,
@@ -268,7 +272,7 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         mtp_layers=mtp_layers,
         has_mtp="mtp" in scopes,
         has_vision="vision" in scopes,
-        places={name: place for name, place in placed.items() if place},
+        places=places,
         unknown=tuple(name for name in apart if name not in harmless),
         harmless=harmless,
         mtp_blocks=mtp_blocks,
@@ -357,29 +361,38 @@ def refuse_two_spellings(layout: Layout, without: tuple[str, ...] = (), mtp_way_
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A template that a name may be of: how many numbers the name has, and which of them is the layer, the expert.
+class _Candidate(NamedTuple):
+    """A template that a name may be of, and which of its numbers is the layer, and which the expert; -1 for none.
 
     `fixed` are those that stand in the template itself, by where they are among the numbers.
     """
 
     scope: Scope
     template: Template
-    numbers: int
     layer: int
     expert: int
-    fixed: tuple[tuple[int, int], ...] = ()
+    fixed: tuple[tuple[int, int], ...]
 
 
-_Stem = tuple[str, tuple[int, ...], tuple[int, ...], int]
-"""Of a part of a name: its key, its numbers, where among its parts they are, how many parts there are."""
+@dataclass(slots=True)
+class _Node:
+    """A part of names that templates have: what may come after it, `_ID` for any id, and templates that end in it."""
 
-_NO_STEM: Final[_Stem] = ("", (), (), 0)
+    after: dict[str, _Node] = field(default_factory=dict)
+    ends: list[_Candidate] = field(default_factory=list)
+
+
+_ID: Final = "."  # which no part of a name is
+_DEEPEST: Final = 64  # parts of names, of which templates have a dozen
+
+_Stem = tuple[_Node | None, tuple[int, ...], tuple[int, ...], int]
+"""Of a part of a name: where it leads to, its numbers, where among its parts they are, how many parts there are."""
+
+_NOWHERE: Final[_Stem] = (None, (), (), 0)
 
 
 class _Finder:
-    """Finds the template of a name: its digits become `#`, and the rest is looked up.
+    """Finds the template of a name, which is followed part by part.
 
     Plans and checks place the same names again and again, and the parts of a weight share all but their last part: what
     was found is kept.
@@ -391,9 +404,9 @@ class _Finder:
         self._mtp_blocks = mtp_blocks
         self._towers = family.towers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
-        self._table: dict[str, list[_Candidate]] = {}
         self._found: dict[str, Place] = {}
-        self._stems: dict[str, _Stem] = {}
+        self._root = _Node()
+        self._stems: dict[str, _Stem] = {"": (self._root, (), (), 0)}
         blocks = f"{wrapper.prefix}{family.decoder.blocks}.{{l}}."
         for template in family.root:
             self._add("root", wrapper.full(template.name), template)
@@ -415,16 +428,17 @@ class _Finder:
         parts = name.split(".")
         numbers = [part for part in parts if part.startswith("{") or _is_id(part)]
         slots = "".join(part.lstrip("{")[0] for part in numbers)
-        key = ".".join("#" if part.startswith("{") or _is_id(part) else part for part in parts)
         fixed = tuple((at, int(part)) for at, part in enumerate(numbers) if _is_id(part))
-        candidate = _Candidate(scope, template, len(slots), slots.find("l"), slots.find("e"), fixed)
-        self._table.setdefault(key, []).append(candidate)
+        node = self._root
+        for part in parts:
+            node = node.after.setdefault(_ID if part.startswith("{") or _is_id(part) else part, _Node())
+        node.ends.append(_Candidate(scope, template, slots.find("l"), slots.find("e"), fixed))
 
     def places(self, names: Iterable[str]) -> dict[str, Place | None]:
         """Place of every name; None for one that the family does not know."""
         if len(self._found) > _MOST_FOUND:
             self._found.clear()
-            self._stems.clear()
+            self._stems = {"": self._stems[""]}
         found = self._found.get
         return {name: found(name) or self._find(name) or self._in_tower(name) for name in names}
 
@@ -432,19 +446,19 @@ class _Finder:
         return next((Place(each, "vision") for each in self._towers if fnmatchcase(name, each.name)), None)
 
     def _find(self, name: str) -> Place | None:
-        stem, dot, last = name.rpartition(".")
-        if last[:1].isdigit() and _is_id(last):
-            stem, dot, last = name, "", ""
-        key, numbers, digits, _ = self._stem(stem)
-        companion = ""
-        candidates = self._table.get(f"{key}{dot}{last}")
-        if candidates is None and last in COMPANIONS:
-            companion = last
-            candidates = self._table.get(f"{key}{dot}weight")
-        elif candidates is None and last.endswith(_OF_STACKS):
-            companion = max((end for end in _OF_STACKS if last.endswith(end)), key=len)
-            candidates = self._table.get(f"{key}{dot}{last.removesuffix(companion)}")
-        place = self._chosen(candidates or (), numbers, digits, companion)
+        above, dot, last = name.rpartition(".")
+        node, numbers, digits, _ = self._stems.get(above) or self._stem(above)
+        if node is None or (dot and not above):
+            return None
+        end, companion = node.after.get(last), ""
+        if end is None and last[:1].isdigit():
+            end, numbers, digits, _ = self._stem(name)
+        if end is None and last in COMPANIONS:
+            end, companion = node.after.get("weight"), last
+        elif end is None and last.endswith(_OF_STACKS):
+            companion = max((each for each in _OF_STACKS if last.endswith(each)), key=len)
+            end = node.after.get(last.removesuffix(companion))
+        place = self._chosen(end.ends, numbers, digits, companion) if end else None
         if place:
             self._found[name] = place
         return place
@@ -452,17 +466,15 @@ class _Finder:
     def _chosen(
         self, candidates: Iterable[_Candidate], numbers: tuple[int, ...], digits: tuple[int, ...], companion: str
     ) -> Place | None:
-        for each in candidates:
-            if each.numbers != len(numbers):
+        for scope, template, layer_at, expert_at, fixed in candidates:
+            if fixed and any(numbers[at] != number for at, number in fixed):
                 continue
-            if each.fixed and any(numbers[at] != number for at, number in each.fixed):
-                continue
-            layer = self._layer(each.scope, numbers[each.layer] if each.layer >= 0 else None)
+            layer = self._layer(scope, numbers[layer_at]) if layer_at >= 0 else None
             if layer == -1:
                 continue
-            if each.expert < 0:
-                return Place(each.template, each.scope, layer, None, -1, companion)
-            return Place(each.template, each.scope, layer, numbers[each.expert], digits[each.expert], companion)
+            if expert_at < 0:
+                return Place(template, scope, layer, None, -1, companion)
+            return Place(template, scope, layer, numbers[expert_at], digits[expert_at], companion)
         return None
 
     def _stem(self, stem: str) -> _Stem:
@@ -470,18 +482,19 @@ class _Finder:
         known = self._stems.get(stem)
         if known is None:
             above, dot, last = stem.rpartition(".")
-            key, numbers, digits, count = self._stem(above) if dot else _NO_STEM
-            if _is_id(last):
-                known = f"{key}{dot}#", (*numbers, int(last)), (*digits, count), count + 1
+            deep = stem.count(".") > _DEEPEST
+            node, numbers, digits, count = _NOWHERE if deep or (dot and not above) else self._stem(above)
+            if node is None:
+                known = _NOWHERE
+            elif _is_id(last):
+                known = node.after.get(_ID), (*numbers, int(last)), (*digits, count), count + 1
             else:
-                known = f"{key}{dot}{last}", numbers, digits, count + bool(stem)
+                known = node.after.get(last), numbers, digits, count + 1
             self._stems[stem] = known
         return known
 
-    def _layer(self, scope: Scope, layer: int | None) -> int | None:
+    def _layer(self, scope: Scope, layer: int) -> int:
         """The layer within its scope, or -1 when the number lies outside the scope."""
-        if layer is None:
-            return None
         if scope in ("root", "block"):
             return layer if layer < self._num_layers else -1
         if scope == "mtp" and self._follows:

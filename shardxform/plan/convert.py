@@ -16,9 +16,9 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declared_in, with_declared
+from shardxform.formats.config_names import declared_in, method_of, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
-from shardxform.formats.dialects import Selection, build, kept_tensors, method_of, reasons_summary, refuse_unread
+from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
@@ -49,7 +49,7 @@ from shardxform.plan.view import (
     sidecar_digests,
     view_summary,
 )
-from shardxform.runtimes import mlx
+from shardxform.runtimes import as_family, mlx
 from shardxform.runtimes.mlx import Stack
 
 __all__ = [
@@ -111,7 +111,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         FamilyError, PlanError: see `view.pruned_view`.
 
     """
-    options, source = options or ConvertOptions(), mlx.single(source)
+    options, source = options or ConvertOptions(), as_family(source)
     if target.format == GGUF:
         return _plan_gguf(source, target, options)
     if floats := decoded(source):

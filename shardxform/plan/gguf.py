@@ -30,7 +30,8 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.sources import Constant, Rounded
 from shardxform.formats.stored import as_plain, read_stored
-from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of, lay_out_gguf
+from shardxform.plan.gguf_files import lay_out_gguf
+from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of
 from shardxform.plan.steps import (
     HEALED_FILE,
     BlockSize,

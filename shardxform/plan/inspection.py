@@ -13,16 +13,16 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError, ShardxformError
-from shardxform.formats.config_names import DECLARATIONS, declarations, declares
+from shardxform.formats.config_names import DECLARATIONS, declarations, declares, method_of
 from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import method_of, select
+from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import GROUP_SIZES, Format, Scheme
 from shardxform.formats.stored import Stored, read_stored
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
-from shardxform.runtimes.mlx import single
+from shardxform.runtimes import as_family
 
 __all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "stored_of"]
 
@@ -89,7 +89,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         FamilyError: unknown family, or a config that contradicts itself.
 
     """
-    source = single(source)
+    source = as_family(source)
     layout = layout_of(source.config, source.tensors, source.where)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()

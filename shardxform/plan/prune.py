@@ -12,6 +12,7 @@ from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
+from shardxform.formats.config_names import is_mlx
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.view import (
     ViewOptions,
@@ -21,7 +22,7 @@ from shardxform.plan.view import (
     view_inputs,
     view_summary,
 )
-from shardxform.runtimes import mlx
+from shardxform.runtimes import as_family
 
 if TYPE_CHECKING:
     from shardxform.plan.steps import TuneBlock
@@ -42,7 +43,7 @@ def plan_prune(
         CheckpointError: a sidecar cannot be read.
 
     """
-    options, source = options or ViewOptions(), mlx.single(source)
+    options, source = options or ViewOptions(), as_family(source)
     if options.gguf:
         from shardxform.plan.gguf import plan_stored  # most prunes only copy
 
@@ -50,7 +51,7 @@ def plan_prune(
             raise PlanError("`heal.encoding`: what is healed is written in types of GGUF; leave it out")
         return plan_stored("prune", source, manifest, options, recipe)
     view = pruned_view(source, manifest, text_only=options.text_only, mtp=options.mtp)
-    if mlx.is_mlx(source.config):
+    if is_mlx(source.config):
         _refuse_healed(recipe)
     if recipe and recipe.heal:
         from shardxform.plan.steps import healed_view  # most prunes only copy
@@ -58,7 +59,9 @@ def plan_prune(
         view, heal = healed_view(view, recipe.heal)
         recipe = replace(recipe, heal=heal)
     written = view.checkpoint
-    if mlx.is_mlx(source.config):
+    if is_mlx(source.config):
+        from shardxform.runtimes import mlx
+
         mlx.refuse_unrun(view.layout)
         written = mlx.whole(view.checkpoint, view.layout)
     tensors = written.tensors

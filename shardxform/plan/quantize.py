@@ -20,7 +20,7 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.affine import Affine
 from shardxform.formats.asymmetric import Asymmetric
-from shardxform.formats.config_names import declarations, declared_in, with_declared
+from shardxform.formats.config_names import declarations, declared_in, method_of, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import (
     Selection,
@@ -28,7 +28,6 @@ from shardxform.formats.dialects import (
     gathered_tensors,
     is_carried,
     kept_tensors,
-    method_of,
     reasons_summary,
     refuse_unread,
     select,
@@ -70,7 +69,7 @@ from shardxform.plan.view import (
     view_inputs,
     view_summary,
 )
-from shardxform.runtimes import mlx
+from shardxform.runtimes import as_family, mlx
 from shardxform.runtimes.mlx import Stack
 
 __all__ = ["draft_quantized", "plan_quantize"]
@@ -94,7 +93,7 @@ def plan_quantize(
         FamilyError, ManifestError, PlanError: see `view.pruned_view`.
 
     """
-    options, source = options or ViewOptions(), mlx.single(source)
+    options, source = options or ViewOptions(), as_family(source)
     if scheme.format == GGUF:
         return _plan_gguf(source, scheme, manifest, options, recipe)
     plain, stored = _plain(source, scheme)
@@ -362,11 +361,11 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
     if scheme.requantize:
         return
     found = [
-        (module.name, source.encoding)
+        (module.name, encoding)
         for module in selection.quantized
-        for source in module.stored
-        if isinstance(source.encoding, Ints | Values | Affine | Asymmetric | Fp8 | Microscaled)
-        and source.encoding.width <= scheme.grid.bits
+        for encoding in module.encodings
+        if isinstance(encoding, (Ints, Values, Affine, Asymmetric, Fp8, Microscaled))
+        and encoding.width <= scheme.grid.bits
         and not is_carried(module, scheme)
     ]
     if not found:

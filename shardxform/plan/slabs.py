@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from shardxform.ask.experts import Pruned
 from shardxform.ask.manifest import Manifest
 from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.gguf import SPLIT_KEYS, GgufModel
 from shardxform.checkpoint.identity import identify, names_of
 from shardxform.errors import ManifestError, PlanError, ShardxformError
-from shardxform.plan.plan import Plan, ShardPlan, copy_steps, gguf_names, gguf_shard, lay_out_gguf
+from shardxform.plan.gguf_files import gguf_names, gguf_shard, lay_out_gguf
+from shardxform.plan.plan import Plan, ShardPlan, copy_steps
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
 
-__all__ = ["GgufInspection", "PrunedGguf", "inspect_gguf", "plan_prune_gguf", "pruned_gguf"]
+__all__ = ["GgufInspection", "PrunedGguf", "inspect_gguf", "plan_prune_gguf", "pruned_gguf", "pruned_of_slabs"]
 
 _ROUTER: Final = ("ffn_gate_inp.", "exp_probs_b")
 
@@ -53,7 +55,7 @@ def pruned_gguf(model: GgufModel, manifest: Manifest) -> PrunedGguf:
 
     """
     slabs = slabs_of(model.metadata, model.table.tensors, model.where)
-    manifest.check(slabs)
+    manifest.check(pruned_of_slabs(slabs))
     kept = manifest.num_kept
     if kept < slabs.num_experts and slabs.mtp_layers and not manifest.mtp_keep:
         raise ManifestError(
@@ -269,3 +271,23 @@ def _outlook(model: GgufModel, slabs: Slabs) -> dict[str, int]:
     except ShardxformError:
         return {}
     return {f"prune to {len(keep)} experts": sum(ref.nbytes for ref in pruned.tensors.values())}
+
+
+def pruned_of_slabs(slabs: Slabs) -> Pruned:
+    """What a manifest for a model in GGUF speaks of."""
+    return Pruned(
+        model_type=slabs.arch,
+        is_called=slabs.is_called,
+        num_layers=slabs.num_layers,
+        num_experts=slabs.num_experts,
+        moe_layers=slabs.moe_layers,
+        mtp_layers=slabs.nextn,
+        mtp_moe_layers=slabs.mtp_layers,
+        mtp_follows=True,
+        top_k=slabs.top_k,
+        top_k_key=f"{slabs.arch}.expert_used_count",
+        groups=slabs.groups,
+        group_key=f"{slabs.arch}.expert_group_count",
+        top_groups=slabs.top_groups,
+        top_group_key=f"{slabs.arch}.expert_group_used_count",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from shardxform.ask.recipe import HEALED, Heal, Recipe
 from shardxform.base.constants import BATCH_TOKENS
@@ -115,8 +115,7 @@ HEALED_FILE: Final = "healed:"
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class TranscodeItem:
+class TranscodeItem(NamedTuple):
     """One matrix to write: what its rows are made of, one below the other, how it is encoded, where its parts go."""
 
     module: str

@@ -25,6 +25,7 @@ from shardxform.formats.config_names import (
     DECLARATIONS,
     Changes,
     declarations,
+    is_mlx,
     modules_moved,
     with_renamed,
     without_empty,
@@ -46,7 +47,6 @@ from shardxform.model.layout import (
     variants_found,
 )
 from shardxform.model.tied_head import tied_notes
-from shardxform.runtimes.mlx import is_mlx
 
 __all__ = [
     "DEFAULT_GGUF_BYTES",
@@ -157,9 +157,10 @@ def pruned_view(
     if wrapper is not layout.wrapper:
         left_out = layout.family.vision_sidecars
         checkpoint = replace(checkpoint, sidecars=tuple(s for s in source.sidecars if s.name not in left_out))
+    changed = config != source.config or tensors.keys() != source.tensors.keys()
     return View(
         checkpoint=checkpoint,
-        layout=layout_of(config, tensors),
+        layout=layout_of(config, tensors) if changed else layout,
         source_layout=layout,
         copied=len(tensors) - builder.sliced,
         sliced=builder.sliced,

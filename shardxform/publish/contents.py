@@ -16,10 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from shardxform.base.progress import OnProgress, Progress
-from shardxform.checkpoint.gguf import SUFFIX
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.sidecars import fault_of, is_document
-from shardxform.checkpoint.table import CONFIG, INDEX
+from shardxform.checkpoint.table import CONFIG, GGUF_SUFFIX, INDEX
 from shardxform.errors import CheckpointError, OutputError
 from shardxform.execution.output import PARTIAL, WORK, last_of
 from shardxform.publish.card.writing import read_readme
@@ -46,7 +45,7 @@ class PublishedFile:
     @property
     def is_shard(self) -> bool:
         """Whether it holds tensors."""
-        return self.name.endswith((".safetensors", SUFFIX))
+        return self.name.endswith((".safetensors", GGUF_SUFFIX))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

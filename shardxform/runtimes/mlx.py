@@ -15,7 +15,8 @@ from typing import Any, Final
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import FamilyError, SchemeError
-from shardxform.formats.dialects import ASYMMETRIC, Selection, method_of
+from shardxform.formats.config_names import ASYMMETRIC, QUANTIZATION
+from shardxform.formats.dialects import Selection
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.matrices import Matrix
 from shardxform.formats.plain import storages_of
@@ -24,11 +25,9 @@ from shardxform.model.families.base import Family, head_dim
 from shardxform.model.layout import Layout
 
 __all__ = [
-    "QUANTIZATION",
     "Stack",
     "as_read",
     "config_of",
-    "is_mlx",
     "kept_of",
     "members_of",
     "notes_of",
@@ -38,9 +37,6 @@ __all__ = [
     "unrun",
     "whole",
 ]
-
-QUANTIZATION: Final = "quantization"
-"""The key of config.json that mlx-lm reads; it writes `quantization_config` beside it, the same."""
 
 _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 _PARTS: Final = ("weight", "scales", "biases")
@@ -200,12 +196,6 @@ def _is_stacked(module: Matrix) -> bool:
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def is_mlx(config: Mapping[str, object]) -> bool:
-    """Whether a config is that of a quantized checkpoint of MLX, as `single` gives it."""
-    declared = config.get("quantization_config")
-    return isinstance(declared, Mapping) and method_of(declared) == "mlx" and QUANTIZATION not in config
 
 
 def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, Any]) -> dict[str, Any]:

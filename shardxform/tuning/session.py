@@ -20,13 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from shardxform.base.constants import STORED_TOKENS
-from shardxform.base.file_system import FileSystem
+from shardxform.base.file_system import FileSystem, OpenTarget
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
-from shardxform.execution.copying import OpenTarget
 from shardxform.execution.journal import MEASURED
 from shardxform.execution.transcoding import write_part
 from shardxform.formats.encoding import Opener, Read, Writing

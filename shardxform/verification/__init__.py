@@ -21,10 +21,11 @@ from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError, UnknownFamilyError
+from shardxform.formats.config_names import QUANTIZATION
 from shardxform.model.families import HOMES, family_origin
 from shardxform.model.tied_head import tied_notes
 from shardxform.plan.view import MtpMode
-from shardxform.runtimes.mlx import members_of, single
+from shardxform.runtimes import as_family
 from shardxform.verification.findings import Findings, Problem, Rounding, VerifyReport, WeightError
 from shardxform.verification.structure import Structure, check_mlx, check_structure
 
@@ -85,7 +86,7 @@ def verify(
     if not root.is_dir():
         raise CheckpointError(f"{root}: {not_a_directory(root)}")
     origin = source if isinstance(source, Checkpoint) or source is None else Checkpoint.open(source)
-    origin = single(origin) if origin else None
+    origin = as_family(origin) if origin else None
     if origin and os.path.realpath(origin.root) == os.path.realpath(root):
         raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
     if independent and (origin is None or origin.remote):
@@ -106,7 +107,7 @@ def verify(
     if seen.checkpoint and (not quick or written):
         figures, compared = _check_data(seen.checkpoint, seen, findings, jobs, on_progress, only_written=quick)
     rederived = _rederive(root, origin, given, findings) if independent and origin and seen.checkpoint else None
-    members = members_of(seen.shards) if seen.shards else {}
+    members = _members(seen)
     return VerifyReport(
         out=root,
         source=origin.where if origin else None,
@@ -124,9 +125,18 @@ def verify(
     )
 
 
+def _members(seen: _Seen) -> Mapping[str, Sequence[str]]:
+    """By the name of every tensor of OUT, what its family calls the parts of it; but for MLX's stacks itself."""
+    if seen.shards is None or QUANTIZATION not in seen.shards.config:
+        return {name: (name,) for name in seen.shards.tensors} if seen.shards else {}
+    from shardxform.runtimes.mlx import members_of
+
+    return members_of(seen.shards)
+
+
 def _is_gguf(root: Path) -> bool:
     """Whether it is GGUF, whole or not."""
-    from shardxform.checkpoint.gguf import find_gguf
+    from shardxform.checkpoint.table import find_gguf
 
     try:
         return find_gguf(root) is not None
@@ -142,19 +152,18 @@ def _verify_gguf(
     *,
     independent: bool,
 ) -> VerifyReport:
-    from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+    from shardxform.checkpoint.gguf import GgufModel, open_gguf
+    from shardxform.checkpoint.table import find_gguf
     from shardxform.verification.slabs import verify_gguf
     from shardxform.verification.source import Options
 
-    if independent:
-        raise CheckpointError(f"{root}: an independent check is of safetensors, and this is GGUF")
     origin: GgufModel | Checkpoint | None
     if source is None or isinstance(source, Checkpoint):
         origin = source
     else:
         first = find_gguf(Path(source))
         origin = open_gguf(first) if first else Checkpoint.open(source)
-    return verify_gguf(root, source=origin, given=Options(**asked), **settings)
+    return verify_gguf(root, source=origin, given=Options(**asked), independent=independent, **settings)
 
 
 def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings) -> int:
@@ -211,7 +220,7 @@ def _look(root: Path, origin: Checkpoint | None, given: Options, findings: Findi
     _check_family(root, checkpoint, record, findings)
     digests = check_digests(record, checkpoint, findings)
     check_mlx(checkpoint, findings)
-    shards, checkpoint = checkpoint, single(checkpoint)
+    shards, checkpoint = checkpoint, as_family(checkpoint)
     structure = check_structure(checkpoint, lost, findings)
     check_sidecars(checkpoint, structure.layout.wrapper if structure else None, findings)
     if origin is None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.formats.encoding import DECODE_TILE, DecodedRows, Nearest, Opener, Read, Rows, Storage
+from shardxform.formats.encoding import DECODE_TILE, Nearest, Opener, Read, Rows, ScaledRows, Storage
 from shardxform.formats.packing import bf16_bits_of, float32_of, half_bits_of
 from shardxform.formats.plain import Plain
 from shardxform.verification.findings import Findings
@@ -74,7 +74,7 @@ def examine_healed(item: HealedWeight, read_out: Read, read_source: Read) -> Hea
             _compare(tally, found.values(start, stop), ends, start)
         return tally
     found, before = out.open(_whole(item.stored)), source.open(_whole(item.source))
-    assert isinstance(found, DecodedRows)
+    assert isinstance(found, ScaledRows)
     encoding = cast(Nearest, item.stored.encoding)
     _compare_scales(tally, encoding, found.scales, _maxima(item, before, within), _whole_scale(item, read_out))
     for start, stop in _tiles(item.stored):
@@ -121,7 +121,7 @@ def _same_bytes(item: HealedWeight, read_out: Read, read_source: Read) -> bool:
 
 
 def _whole(storage: Storage) -> Storage:
-    return replace(storage, cut=None)
+    return storage._replace(cut=None)
 
 
 def _tiles(storage: Storage) -> Iterator[tuple[int, int]]:

@@ -14,8 +14,7 @@ from typing import Final
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
-from shardxform.formats.config_names import declared_in
-from shardxform.formats.dialects import method_of
+from shardxform.formats.config_names import declared_in, method_of
 from shardxform.formats.encoding import Storage
 from shardxform.formats.scheme import FORMATS, Grid
 from shardxform.formats.stored import Stored, scan_stored
@@ -154,7 +153,7 @@ def _items(errors: list[CheckpointError], layout: Layout, findings: Findings) ->
         place = layout.places.get(name)
         words = next((each for each in (f"{stem}.qweight", f"{stem}.weight") if each in layout.places), "")
         if place is None and words:  # a part that is not there has its module's place
-            place = replace(layout.places[words], companion=last)
+            place = layout.places[words]._replace(companion=last)
         if "unknown to family" not in detail:
             yield Item(code, name, place, detail) if place else (code, name, detail)
 

@@ -11,18 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from shardxform.base.tensors import FLOATS, ID_DTYPES, TensorRef, TensorSpec
+from shardxform.base.tensors import FLOATS, FP8, ID_DTYPES, TensorRef, TensorSpec
 from shardxform.checkpoint.table import CONFIG
 from shardxform.errors import SchemeError
-from shardxform.formats.decoding import is_packed, unreadable
-from shardxform.formats.dialects import ASYMMETRIC, method_of, resolve
-from shardxform.formats.fp8 import FP8, SCALES, ScaleRule, scale_rule
+from shardxform.formats.config_names import ASYMMETRIC, declares, method_of
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
-from shardxform.model.layout import Layout, Place
+from shardxform.model.layout import SCALES, Layout, Place
 from shardxform.model.tied_head import is_tied
 from shardxform.verification.findings import Findings, Item, place_of, spans
+
+if TYPE_CHECKING:
+    from shardxform.formats.fp8 import ScaleRule
 
 __all__ = ["BLOCKS_KEY", "Asked", "Reader", "blocks_of", "check_quantization", "readers_of"]
 
@@ -51,8 +52,7 @@ _NAMES_EXPERTS: Final = re.compile(r"experts\W{1,9}\d")  # a config that tells e
 _Block = tuple[Scope, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
+class _Module(NamedTuple):
     """A weight without its last name part, and how it is stored: 16-bit, gptq, compressed-tensors, mlx or a dtype.
 
     `linear` is for what clients run quantized unless the config leaves it out: linear layers of blocks, of the vision
@@ -94,9 +94,7 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     above, below = layout.config.get("quantization_config"), layout.text.get("quantization_config")
     if layout.wrapper.text_key and above and below and above != below:
         findings.problem("quantization-config", CONFIG, "quantization_config and that of the text config differ")
-    if why := unreadable(layout.config):
-        findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
-    if not is_packed(layout.config):
+    if _scales_tell(layout, findings):
         _check_scales(layout, tensors, findings)
     mixed = _check_merged(layout, modules, findings)
     if declared in (None, {}):
@@ -109,6 +107,17 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
         if len(findings.problems) == known:  # or clients stop before they look at a module
             untold = [m for m in modules if not (m.is_expert_of(mixed) or m.tensor in findings.named)]
             _check_declared(layout, declared, untold, findings)
+
+
+def _scales_tell(layout: Layout, findings: Findings) -> bool:
+    """Report a config that does not say how weights are stored; tell whether scales must fit without any rule."""
+    if not declares(layout.config):
+        return True
+    from shardxform.formats.decoding import is_packed, unreadable  # and with it all encodings
+
+    if why := unreadable(layout.config):
+        findings.problem("quantization-config", CONFIG, f"quantization_config.{why}")
+    return not is_packed(layout.config)
 
 
 def _modules(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[_Module]:
@@ -233,6 +242,8 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
     if method == "mlx" and not declared.get(ASYMMETRIC):
+        from shardxform.formats.dialects import resolve
+
         try:
             resolve(declared)
         except SchemeError as e:
@@ -351,10 +362,15 @@ def _ignored(declared: Mapping[str, object]) -> Iterator[str]:
 
 def _check_scales(layout: Layout, tensors: Mapping[str, TensorRef], findings: Findings) -> None:
     """Report FP8 weights without scales, scales of another shape or type, and scales beside 16-bit weights."""
-    declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
-    rule = scale_rule(declared if isinstance(declared, Mapping) else {})
-    rule = replace(rule or ScaleRule(SCALES, None), transposed=layout.family.experts.transposed)
-    findings.items([*_faulty_scales(layout, tensors, rule), *_needless_scales(layout, tensors)], layout.num_experts)
+    faulty: list[Item] = []
+    if any(tensors[name].spec.dtype in FP8 for name in layout.places):
+        from shardxform.formats.fp8 import ScaleRule, scale_rule
+
+        declared = layout.config.get("quantization_config") or layout.text.get("quantization_config")
+        rule = scale_rule(declared if isinstance(declared, Mapping) else {})
+        rule = replace(rule or ScaleRule(SCALES, None), transposed=layout.family.experts.transposed)
+        faulty.extend(_faulty_scales(layout, tensors, rule))
+    findings.items([*faulty, *_needless_scales(layout, tensors)], layout.num_experts)
 
 
 def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: ScaleRule) -> Iterator[Item]:
@@ -368,15 +384,15 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
         if stem + last not in tensors:
             found = f", and clients do not read {stored}" if stored else ""
             detail = f"missing: its weight is {spec.dtype}, which means nothing without its scales{found}"
-            yield Item("scale", stem + last, replace(place, companion=last), detail)
+            yield Item("scale", stem + last, place._replace(companion=last), detail)
         elif wrong := rule.fault(tensors[stem + last].spec, spec.shape):
-            yield Item("scale", stem + last, replace(place, companion=last), wrong)
+            yield Item("scale", stem + last, place._replace(companion=last), wrong)
 
 
 def _needless_scales(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[Item]:
     """Scales whose weight needs none: half of a conversion."""
     for name, place in layout.places.items():
-        if place.companion not in (*SCALES, *_BESIDE, *_SECOND):
+        if not place.companion or place.companion not in (*SCALES, *_BESIDE, *_SECOND):
             continue
         weight = tensors.get(name.removesuffix(place.companion) + "weight")
         if weight is not None and weight.spec.dtype in FLOATS:

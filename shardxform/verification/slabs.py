@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from shardxform.ask.experts import Pruned
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
-from shardxform.ask.manifest_import import Pruned, pruned_of
 from shardxform.base.gguf import KeyValue
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
-from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.record import PROVENANCE
-from shardxform.checkpoint.table import WORK, Checkpoint
+from shardxform.checkpoint.table import WORK, Checkpoint, find_gguf
 from shardxform.errors import CheckpointError, ManifestError, ShardxformError
 from shardxform.plan.plan import source_inputs
-from shardxform.plan.slabs import PrunedGguf, pruned_gguf
+from shardxform.plan.slabs import PrunedGguf, pruned_gguf, pruned_of_slabs
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
 from shardxform.verification.findings import Findings, VerifyReport
 from shardxform.verification.gguf_names import check_names
@@ -48,6 +48,7 @@ def verify_gguf(
     written: bool = False,
     jobs: int = 1,
     on_progress: Callable[[Progress], None] | None = None,
+    independent: bool = False,
 ) -> VerifyReport:
     """Check the model in GGUF at `out`, and hold it against `source` if that is given.
 
@@ -59,20 +60,30 @@ def verify_gguf(
         written: although `quick`, hold every tensor against the digest that was taken when it was written.
         jobs: threads that read data.
         on_progress: called after every few dozen MB.
+        independent: compare with `source`, a model in GGUF, a second time; see `verification.independent_gguf`.
 
     Raises:
-        CheckpointError: there is no GGUF at `out`, or the source is the output, or cannot be read.
+        CheckpointError: there is no GGUF at `out`, or the source is the output, or cannot be read; or `independent`
+            without a source in GGUF here.
         ManifestError: the manifest given is malformed, or does not fit the source.
         FamilyError, PlanError, SchemeError: the source cannot be pruned, or written as GGUF.
 
     """
     started, findings = time.monotonic(), Findings()
+    if independent and (not isinstance(source, GgufModel) or source.table.remote):
+        raise CheckpointError(
+            f"{out}: an independent check of GGUF is one against the model in GGUF, on this machine,"
+            " that it was pruned from"
+        )
     seen = _look(out, source, given or Options(), findings)
     figures: Mapping[str, Any] = dict.fromkeys(_FIGURES, 0)
     compared: frozenset[str] = frozenset()
     if seen.model and (not quick or written):
         figures, compared = _check_data(seen, source, findings, jobs, on_progress, only_written=quick)
     tensors = seen.model.table.tensors if seen.model else {}
+    rederived = None
+    if independent and seen.model and isinstance(source, GgufModel):
+        rederived = _rederive(seen.model, source, (given or Options()).manifest, findings)
     return VerifyReport(
         out=out,
         source=source.where if source else None,
@@ -85,9 +96,25 @@ def verify_gguf(
         values_compared=len(compared),
         values_near=0,
         values_left=seen.left(compared),
+        rederived=rederived,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _rederive(
+    model: GgufModel, source: GgufModel, given: Manifest | str | os.PathLike[str] | None, findings: Findings
+) -> int:
+    """Compare by code of its own; gives the number of tensors."""
+    from shardxform.verification.independent_gguf import check_gguf_independently
+
+    lists = None
+    if given is not None:
+        manifest = given if isinstance(given, Manifest) else Manifest.load(given)
+        named = {"keep": manifest.keep, "mtp_keep": manifest.mtp_keep}
+        lists = {name: {str(layer): list(ids) for layer, ids in each.items()} for name, each in named.items()}
+    files, sources = ([each.table.root / shard.name for shard in each.table.shards] for each in (model, source))
+    return check_gguf_independently(files, sources, findings, lists)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +208,7 @@ def _wanted(
     findings: Findings,
 ) -> PrunedGguf | None:
     """What the output must hold; None when what OUT records does not lead to it."""
-    of = pruned_of(slabs_of(source.metadata, source.table.tensors, source.where))
+    of = pruned_of_slabs(slabs_of(source.metadata, source.table.tensors, source.where))
     _check_origin(source, inputs, findings)
     if given is not None:
         manifest = given if isinstance(given, Manifest) else Manifest.load(given, of)

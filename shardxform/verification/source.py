@@ -18,9 +18,8 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
-from shardxform.formats.config_names import declared_in
+from shardxform.formats.config_names import declared_in, method_of
 from shardxform.formats.decoding import decoded
-from shardxform.formats.dialects import method_of
 from shardxform.formats.stored import as_plain
 from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.plan.plan import source_inputs

@@ -15,15 +15,14 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.config_names import declares
-from shardxform.formats.decoding import is_packed, scan_decoded
+from shardxform.formats.config_names import QUANTIZATION, declares
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
 from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
 from shardxform.plan.plan import Plan
-from shardxform.runtimes.mlx import QUANTIZATION, single, unrun
+from shardxform.runtimes import as_family
 from shardxform.verification.findings import Findings, Item, place_of
 from shardxform.verification.quantized import check_quantization
 
@@ -39,7 +38,6 @@ __all__ = [
     "config_faults",
     "refuse_unsound",
     "seed_weights",
-    "stored",
     "stored_form",
 ]
 
@@ -181,6 +179,7 @@ _SIGNS: Final = {
     "qweight": ("qweight", "qzeros", "scales"),
     "weight_packed": ("weight_packed", "weight_shape"),
 }
+_FORM_OF: Final = {sign: form for form, signs in _SIGNS.items() for sign in signs}
 _MAX_TENSORS: Final = 1_000_000  # four times the largest checkpoint known, before quantization: Kimi-K3
 _CONFIG_FAULTS: Final = (
     FamilyError,
@@ -232,9 +231,8 @@ def check_structure(
     for fault in config_faults(layout):
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
-    if is_packed(checkpoint.config):
-        _check_merged_rows(checkpoint, layout, findings)
-        checkpoint, parts_too = _decoded(checkpoint, layout, findings), False
+    if decoded := _decoded(checkpoint, layout, findings):
+        checkpoint, parts_too = decoded, False
         layout = layout_of(checkpoint.config, checkpoint.tensors)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
@@ -245,16 +243,24 @@ def check_structure(
         if table is not None:
             _check_mtp(layout, findings)
             gone = lost | excused | set(_all_forms(seed))
-            _check_table(layout, stored(table, checkpoint.tensors), checkpoint.tensors, gone, findings)
-            _check_unexpected(layout, table, variants, findings)
+            forms = forms_of(table, checkpoint.tensors)
+            _check_table(layout, table, forms, checkpoint.tensors, gone, findings)
+            _check_unexpected(layout, table, forms, variants, findings)
             outside = {name: place for name, place in seed.items() if (place.expert or 0) >= layout.num_experts}
             findings.items([_beyond(layout, *each) for each in outside.items()], layout.num_experts)
             parts = _check_parts(checkpoint, layout, findings) if parts_too else None
     return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
 
 
-def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Checkpoint:
+def _decoded(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> Checkpoint | None:
     """The 16-bit checkpoint that small floats stand for; what is not stored as the config says is reported."""
+    if not declares(checkpoint.config):
+        return None
+    from shardxform.formats.decoding import is_packed, scan_decoded  # and with it all encodings
+
+    if not is_packed(checkpoint.config):
+        return None
+    _check_merged_rows(checkpoint, layout, findings)
     plain, faults = scan_decoded(checkpoint)
     known = [(name, why, layout.places[name]) for name, why in faults if name in layout.places]
     findings.items([Item("parts", name, place, why) for name, why, place in known], layout.num_experts)
@@ -278,30 +284,25 @@ def _check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> 
     return check_parts(checkpoint, layout, findings)
 
 
-def stored(table: Table, tensors: Mapping[str, TensorRef]) -> Table:
-    """What must be in the shards for a 16-bit table: itself, but for weights that are stored quantized.
+def forms_of(table: Table, tensors: Mapping[str, TensorRef]) -> Mapping[str, str]:
+    """How the weights of a 16-bit table are stored that are not as they are: keys of `PARTS`.
 
-    Shapes of quantized parts are left open here.
+    One that is not there at all would be stored as others of its template are.
     """
-    words = {name for name, ref in tensors.items() if ref.spec.dtype == "U32"}
-    forms = {name: "biases" if name in words else stored_form(name, tensors) for name in table}
-    usual: dict[str, str] = {}  # by template: what a weight that is not there at all would be stored as
+    found: dict[str, str] = {}
+    for name, ref in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if form := _FORM_OF.get(last):
+            weight = f"{stem}.weight"
+            found[weight] = min(form, found.get(weight, form))
+        if ref.spec.dtype == "U32":  # words of MLX
+            found[name] = "biases"
+    forms = {name: found[name] for name in table if name in found} if found else {}
+    usual: dict[str, str] = {}
     for name, form in forms.items():
-        if form:
-            usual.setdefault(table[name].place.template.name, form)
-    out: Table = {}
-    for name, item in table.items():
-        form = forms[name] or ("" if name in tensors else usual.get(item.place.template.name, ""))
-        if not form:
-            out[name] = item
-            continue
-        stem = name.removesuffix("weight")
-        for part in PARTS[form]:
-            place = item.place
-            companion = "" if part == "weight" else part
-            place = Place(place.template, place.scope, place.layer, place.expert, place.expert_at, companion)
-            out[stem + part] = Expected(place, None, item.optional)
-    return out
+        usual.setdefault(table[name].place.template.name, form)
+    absent = (name for name, item in table.items() if name not in tensors and item.place.template.name in usual)
+    return {**{name: usual[table[name].place.template.name] for name in absent}, **forms} if usual else forms
 
 
 def stored_form(name: str, tensors: Mapping[str, object]) -> str:
@@ -315,8 +316,10 @@ def stored_form(name: str, tensors: Mapping[str, object]) -> str:
 def check_mlx(checkpoint: Checkpoint, findings: Findings) -> None:
     """Report what mlx-lm does not take of a config that is one of its own, as it lies in config.json."""
     config = checkpoint.config
-    if single(checkpoint) is checkpoint:
+    if as_family(checkpoint) is checkpoint:
         return
+    from shardxform.runtimes.mlx import unrun
+
     declared, beside = config[QUANTIZATION], config.get("quantization_config")
     if beside is not None and beside != declared:
         findings.problem("quantization-config", CONFIG, f"{QUANTIZATION} and quantization_config differ; expected one")
@@ -440,14 +443,22 @@ def _check_mtp(layout: Layout, findings: Findings) -> None:
 
 
 def _check_table(
-    layout: Layout, table: Table, tensors: Mapping[str, TensorRef], gone: frozenset[str] | set[str], findings: Findings
+    layout: Layout,
+    table: Table,
+    forms: Mapping[str, str],
+    tensors: Mapping[str, TensorRef],
+    gone: frozenset[str] | set[str],
+    findings: Findings,
 ) -> None:
-    """Every tensor of `table` is there in its shape; `gone` are those whose absence is reported elsewhere."""
+    """Every tensor of `table` is there in its shape, or in its form; the absence of `gone` is reported elsewhere."""
     found: list[Item] = []
     for name, item in table.items():
-        if item.place.scope == "mtp" and not layout.has_mtp:
-            continue
         in_mtp = item.place.scope == "mtp"
+        if in_mtp and not layout.has_mtp:
+            continue
+        if name in forms:
+            found += _missing_parts(name, item, forms[name], tensors, gone)
+            continue
         ref = tensors.get(name)
         if ref is None:
             if not item.optional and name not in gone:
@@ -460,6 +471,18 @@ def _check_table(
         elif item.place.template.ids and ref.spec.dtype not in ID_DTYPES:
             found.append(Item("expert-id", name, item.place, f"{ref.spec.dtype}, expected ids of experts as integers"))
     findings.items(found, layout.num_experts)
+
+
+def _missing_parts(
+    name: str, item: Expected, form: str, tensors: Mapping[str, TensorRef], gone: frozenset[str] | set[str]
+) -> Iterator[Item]:
+    """Parts that are not there of a weight that is stored quantized; their shapes are left open here."""
+    stem = name.removesuffix("weight")
+    for part in () if item.optional else PARTS[form]:
+        if stem + part not in tensors and stem + part not in gone:
+            place = item.place._replace(companion="" if part == "weight" else part)
+            detail = "all experts missing" if place.template.variant == "fused" else "missing"
+            yield Item("mtp" if place.scope == "mtp" else "missing", stem + part, place, detail)
 
 
 def _counts_otherwise(slicing: Slicing | None, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -478,7 +501,11 @@ def _misshapen(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
 
 
 def _check_unexpected(
-    layout: Layout, table: Table, variants: Mapping[tuple[Scope, int], str], findings: Findings
+    layout: Layout,
+    table: Table,
+    forms: Mapping[str, str],
+    variants: Mapping[tuple[Scope, int], str],
+    findings: Findings,
 ) -> None:
     """No tensor with a name that the family knows stands where the config gives none."""
     found: list[Item] = []
@@ -491,7 +518,8 @@ def _check_unexpected(
         if template in layout.family.towers:
             continue
         if base in table:
-            if not place.companion and "weight" not in PARTS.get(stored_form(name, layout.places), ("weight",)):
+            form = stored_form(name, layout.places) if name in forms and not place.companion else ""
+            if "weight" not in PARTS.get(form, ("weight",)):
                 found.append(Item("stray", name, place, "a 16-bit weight beside its quantized form"))
             continue
         code, detail = "stray", "config.json gives this place no such tensor"
@@ -658,7 +686,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     """
     specs = (entry.spec for shard in plan.shards for entry in shard.entries)
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = single(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
+    planned = as_family(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
     findings = Findings()
     check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
     found = [problem for problem in findings.problems if problem.code not in but]

@@ -20,10 +20,10 @@ from shardxform.base.file_system import not_a_directory
 from shardxform.base.strict_json import Fields, JsonError, parse_object
 from shardxform.base.tensors import BLOCKS
 from shardxform.calibration.options import MAX_SOURCES, is_source
-from shardxform.checkpoint.gguf import GgufModel, find_gguf, open_gguf
+from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
-from shardxform.checkpoint.table import Checkpoint
+from shardxform.checkpoint.table import Checkpoint, find_gguf
 from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
@@ -44,8 +44,8 @@ from shardxform.publish.card.facts import (
 )
 from shardxform.publish.card.reproduction import commands
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
+from shardxform.runtimes import as_family
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
-from shardxform.runtimes.mlx import single
 
 __all__ = ["CardOptions", "front_matter_of", "gather", "origin_of", "read_evaluation", "read_tasks"]
 
@@ -93,7 +93,7 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
     record = _record(out)
     if first := find_gguf(out):
         return _gather_gguf(out, options, record, open_gguf(first))
-    checkpoint = single(Checkpoint.open(out))
+    checkpoint = as_family(Checkpoint.open(out))
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
     manifest = _manifest(options.manifest, record, out)

@@ -507,8 +507,7 @@ def _sliding(architecture: Architecture) -> list[bool]:
 def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
     size, writer, config = architecture.size, recorder.writer, architecture.config
     _common(architecture, recorder, head_dim=None, num_key_value_heads=None)
-    if config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)  # without the key it caps at 30
     writer.add_sliding_window(size("sliding_window"))
     sliding, own, full = _sliding(architecture), size("num_key_value_heads"), _of_full(architecture, "FK")
     writer.add_head_count_kv([own if each else full for each in sliding] if full != own else own)
