@@ -23,6 +23,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -30,7 +31,7 @@ from unittest.mock import patch
 import torch
 from bench_criteria import SMALL_MOE, Distance, Figures, chosen, distance, measured, pruned, told
 from safetensors.torch import load_file, save_file
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch.nn.functional import linear, normalize, silu
 from transformers import AutoModelForCausalLM
 
@@ -157,7 +158,7 @@ def merge(source: Path, manifest: Path, way: Way, seed: int) -> dict[int, tuple[
     """Layer -> gate_up_proj [K, 2I, H] and down_proj [K, H, I] of the kept experts, merged."""
     options = DataOptions(data=str(source / "text" / "calib.jsonl"), samples=4, seqlen=512, pack=False, seed=seed)
     ids_NT = torch.from_numpy(load_windows(source, options).ids_NT).long()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)  # as from_pretrained has it, in eval
     top, out = model.config.num_experts_per_tok, {}
     for layer, keep in json.loads(manifest.read_text())["keep"].items():
         block = model.model.layers[int(layer)].mlp
@@ -235,7 +236,7 @@ def main() -> None:
                 found = [
                     figures.once(
                         f"{name} {keep} {asked.heal} {seed}",
-                        lambda way=WAYS[name], keep=keep, seed=seed: of(scratch, way, keep, asked.heal, seed),
+                        partial(of, scratch, WAYS[name], keep, asked.heal, seed),
                     )
                     for seed in range(asked.seeds)
                 ]
