@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 HOME = Path(__file__).parent / "releases"
 CLASSES = {"kimi_k2": "deepseek_v3"}  # types that transformers does not know, and the type whose class they are of
-BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 SHARD = 5_000_000_000
 
 Spec = tuple[str, tuple[int, ...]]
@@ -125,19 +125,24 @@ RELEASES = {
 }
 """Releases of families that shardxform knows."""
 
-NAMED_OTHERWISE = ("DeepSeek-V4-Flash",)
-"""Releases that are not what transformers saves under another spelling: their configs alone are looked at."""
+NAMED_OTHERWISE = ("DeepSeek-V4-Flash", "DeepSeek-V4-Flash-0731")
+"""Releases that are not what transformers saves under another spelling: see `tensors_of_v4`."""
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """A release's config.json."""
+def config_of(name: str, blocks: int = 0) -> dict[str, Any]:
+    """A release's config.json; with `blocks`, as if it had no more of them."""
     config: dict[str, Any] = json.loads((HOME / f"{name}.json").read_text())
-    return config["text_config"] if name in RELEASES and RELEASES[name].text else config
+    config = config["text_config"] if name in RELEASES and RELEASES[name].text else config
+    if not blocks:
+        return config
+    every = config["num_hidden_layers"]
+    cut = {key: value[:blocks] for key, value in config.items() if isinstance(value, list) and len(value) == every}
+    return {**config, **cut, "num_hidden_layers": blocks}
 
 
-def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a release would have if none of its weights were quantized."""
-    release, config = RELEASES[name], config_of(name)
+def shapes_of(name: str, blocks: int = 0) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a release would have if none of its weights were quantized; of the first `blocks`."""
+    release, config = RELEASES[name], config_of(name, blocks)
     text = config.get("text_config") or config
     shapes = _decoder(config, release.stacked)
     for pattern, shape in (release.more or {}).items():
@@ -152,6 +157,87 @@ def tensors_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     for tensor, shape in shapes.items():
         found |= _stored(tensor, shape, config.get("text_config") or config, RELEASES[name])
     return found
+
+
+def tensors_of_v4(config: Mapping[str, Any]) -> Tensors:
+    """Every tensor of a DeepSeek-V4, as listed; its layers of multi-token prediction are of one kind or another."""
+    hidden, vocabulary, ratios = config["hidden_size"], config["vocab_size"], config["compress_ratios"]
+    drafts = range(3 if "dspark_block_size" in config else config["num_nextn_predict_layers"])
+    found = dict(_streams_v4(config, "hc_head", config["hc_mult"], 1))
+    found |= {f"{end}.weight": ("BF16", (vocabulary, hidden)) for end in ("embed", "head")}
+    found["norm.weight"] = ("BF16", (hidden,))
+    for layer in range(config["num_hidden_layers"]):
+        hashed = layer < config["num_hash_layers"]
+        found |= _block_v4(config, f"layers.{layer}.", ratios[layer], hashed=hashed)
+    for layer in drafts:
+        found |= _block_v4(config, f"mtp.{layer}.", 0, hashed=False)
+    if not drafts:
+        return found
+    last = f"mtp.{drafts[-1]}."
+    found |= {**_streams_v4(config, f"{last}hc_head", config["hc_mult"], 1), f"{last}norm.weight": ("BF16", (hidden,))}
+    if "dspark_block_size" not in config:
+        found |= {f"mtp.0.{norm}.weight": ("BF16", (hidden,)) for norm in ("enorm", "hnorm")}
+        return found | _fp8_v4("mtp.0.e_proj", hidden, hidden) | _fp8_v4("mtp.0.h_proj", hidden, hidden)
+    rank, looked_at = config["dspark_markov_rank"], len(config["dspark_target_layer_ids"])
+    found |= {f"{last}markov_head.markov_w{n}.weight": ("BF16", (vocabulary, rank)) for n in (1, 2)}
+    found[f"{last}confidence_head.proj.weight"] = ("BF16", (1, hidden + rank))
+    found["mtp.0.main_norm.weight"] = ("BF16", (hidden,))
+    return found | _fp8_v4("mtp.0.main_proj", hidden, looked_at * hidden)
+
+
+def _block_v4(config: Mapping[str, Any], home: str, ratio: int, *, hashed: bool) -> Tensors:
+    hidden, head, rank, size = (
+        config[key] for key in ("hidden_size", "head_dim", "q_lora_rank", "moe_intermediate_size")
+    )
+    heads, groups, experts = (config[key] for key in ("num_attention_heads", "o_groups", "n_routed_experts"))
+    out, ffn, streams = groups * config["o_lora_rank"], f"{home}ffn.", config["hc_mult"]
+    found = _fp8_v4(f"{home}attn.wkv", head, hidden) | _fp8_v4(f"{home}attn.wq_a", rank, hidden)
+    found |= _fp8_v4(f"{home}attn.wq_b", heads * head, rank) | _fp8_v4(f"{home}attn.wo_b", hidden, out)
+    found |= _fp8_v4(f"{home}attn.wo_a", out, heads * head // groups)
+    norms = {"attn.kv_norm": head, "attn.q_norm": rank, "attn_norm": hidden, "ffn_norm": hidden}
+    found |= {f"{home}{norm}.weight": ("BF16", (width,)) for norm, width in norms.items()}
+    found[f"{home}attn.attn_sink"] = ("F32", (heads,))
+    for part in ("attn", "ffn"):
+        found |= _streams_v4(config, f"{home}hc_{part}", streams * (2 + streams), 3)
+    shapes = {"w1": (size, hidden), "w2": (hidden, size), "w3": (size, hidden)}
+    for part, (rows, columns) in shapes.items():
+        found |= _fp8_v4(f"{ffn}shared_experts.{part}", rows, columns)
+        for expert in range(experts):
+            found[f"{ffn}experts.{expert}.{part}.weight"] = ("I8", (rows, columns // 2))
+            found[f"{ffn}experts.{expert}.{part}.scale"] = ("F8_E8M0", (rows, columns // 32))
+    found[f"{ffn}gate.weight"] = ("BF16", (experts, hidden))
+    if hashed:
+        found[f"{ffn}gate.tid2eid"] = ("I64", (config["vocab_size"], config["num_experts_per_tok"]))
+    else:
+        found[f"{ffn}gate.bias"] = ("F32", (experts,))
+    if ratio:
+        found |= _compressor_v4(f"{home}attn.compressor.", ratio, head, hidden)
+    if ratio == 4:
+        index, indexer = config["index_head_dim"], f"{home}attn.indexer."
+        found |= _compressor_v4(f"{indexer}compressor.", ratio, index, hidden)
+        found |= _fp8_v4(f"{indexer}wq_b", config["index_n_heads"] * index, rank)
+        found[f"{indexer}weights_proj.weight"] = ("BF16", (config["index_n_heads"], hidden))
+    return found
+
+
+def _compressor_v4(home: str, ratio: int, width: int, hidden: int) -> Tensors:
+    columns = 2 * width if ratio == 4 else width
+    found: Tensors = {f"{home}ape": ("F32", (ratio, columns)), f"{home}norm.weight": ("BF16", (width,))}
+    return found | {f"{home}{part}.weight": ("BF16", (columns, hidden)) for part in ("wgate", "wkv")}
+
+
+def _streams_v4(config: Mapping[str, Any], home: str, count: int, scales: int) -> Tensors:
+    wide = config["hc_mult"] * config["hidden_size"]
+    return {
+        f"{home}_base": ("F32", (count,)),
+        f"{home}_fn": ("F32", (count, wide)),
+        f"{home}_scale": ("F32", (scales,)),
+    }
+
+
+def _fp8_v4(name: str, rows: int, columns: int) -> Tensors:
+    scales = (-(-rows // 128), -(-columns // 128))
+    return {f"{name}.weight": ("F8_E4M3", (rows, columns)), f"{name}.scale": ("F8_E8M0", scales)}
 
 
 def write(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Path:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
+import statistics
 from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -311,3 +316,14 @@ def test_the_output_head_is_tied_when_transformers_ties_it(top: bool | None, nes
     tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
     required = {name for name, e in expected(layout_of(config, tensors), {}) if not e.optional}
     assert ("lm_head.weight" not in required) is tied
+
+
+def test_an_entry_is_short() -> None:
+    lines = sorted(len(Path(inspect.getfile(module)).read_text().splitlines()) for module in entries())
+    assert statistics.median(lines) <= 80
+    assert lines[-1] <= 200
+
+
+def entries() -> list[ModuleType]:
+    """Modules of built-in families."""
+    return [importlib.import_module(f"shardxform.model.families.{name}") for name in sorted(set(HOMES.values()))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.errors import FamilyError  # noqa: E402
 from shardxform.execution.runner import run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.formats.scheme import Scheme  # noqa: E402
 from shardxform.model.families import all_families  # noqa: E402
 from shardxform.model.layout import layout_of  # noqa: E402
+from shardxform.plan.convert import Target, plan_convert  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
+from shardxform.plan.quantize import plan_quantize  # noqa: E402
 from shardxform.plan.view import ViewOptions  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
 
@@ -30,6 +34,7 @@ pytestmark = pytest.mark.oracle
 
 MULTIMODAL = ("glm4v_moe", "kimi_k25", "llama4", "minimax_m3_vl", "qwen3_vl_moe")
 WITH_TEXT = ("kimi_k25", "llama4")
+OF_MLPS = r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +134,22 @@ def test_the_mtp_layer_of_minimax_m3_is_scored_and_pruned(folder: Path, tmp_path
 
 def test_every_multimodal_family_is_here() -> None:
     assert {family.name for family in all_families() if family.vision} - {"gemma4", "qwen3_5_moe"} == set(MULTIMODAL)
+
+
+def test_a_whole_kimi_with_experts_in_integers_is_pruned_and_decoded(folder: Path, tmp_path: Path) -> None:
+    """As K2.6 is published: only experts are integers, and the config of the decoder says so."""
+    kept = ("*self_attn*", "*shared_experts*", "*.mlp.gate_proj", "*.mlp.up_proj", "*.mlp.down_proj")
+    scheme = replace(Scheme.preset("W4A16", format="compressed-tensors", group_size=32), keep_16bit=kept)
+    run(plan_quantize(Checkpoint.open(source_of("kimi_k25", folder)), scheme), tmp_path / "rounded")
+    config = json.loads((tmp_path / "rounded" / "config.json").read_text())
+    ignored = [*(rf"re:.*{name}.*" for name in ("self_attn", "shared_experts", "lm_head")), "re:vision_tower.*"]
+    declared = {**config.pop("quantization_config"), "ignore": [*ignored, "re:mm_projector.*", OF_MLPS]}
+    text = {**config["text_config"], "quantization_config": declared}
+    root = write_checkpoint(tmp_path / "k", read_checkpoint(tmp_path / "rounded"), {**config, "text_config": text})
+    source = Checkpoint.open(root)
+    run(plan_prune(source, Manifest(keep=keep_of(source))), tmp_path / "pruned")
+    run(plan_prune(source, Manifest(keep=keep_of(source)), ViewOptions(text_only=True)), tmp_path / "text")
+    run(plan_convert(source, Target(format="bf16")), tmp_path / "decoded")
+    for out in ("pruned", "text", "decoded"):
+        report = verify(tmp_path / out, source=source, independent=True)
+        assert (report.problems, report.tensors_differing) == ((), 0), out

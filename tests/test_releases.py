@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -23,11 +24,12 @@ from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
+from shardxform.plan.view import ViewOptions
 
 pytestmark = pytest.mark.oracle
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-OF_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)|(gate|router)\.(proj\.)?(weight|bias)$")
+OF_ALL = re.compile(r"\.experts\.(gate_up_proj|down_proj)|\.(gate|router)\.(proj\.)?(weight|bias)$")
 OF_ALL_TOO = re.compile(r"e_score_correction_bias$|expert_bias$|per_expert_scale$|feed_forward\.router\.weight$")
 LINEAR = re.compile(r"\.((q|k|v|o|q_a|q_b|gate|up|down)_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 QUANTIZED = ("DeepSeek-V2-Lite", "DeepSeek-V3", "GLM-4.7-Flash", "MiniMax-M2", "Mixtral-8x7B-v0.1")
@@ -53,6 +55,10 @@ NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker 
     "Trinity-Nano-Preview",
     "gpt-oss-120b",
 )
+BLOCKS = 5
+QUANTIZED_RELEASES = {"DeepSeek-V3": 688.6, "Kimi-K2.6": 594.0, "MiniMax-M2": 230.1, "gpt-oss-120b": 65.2}
+"""Gigabytes of releases in FP8, in integers of 4 bits, in FP8 and in MXFP4."""
+
 GROUPS = {
     "Gemma-4-26B-A4B": (64, "quantize to W4A16 in groups of 64"),
     "Mixtral-8x7B-v0.1": (128, "quantize to W4A16"),
@@ -106,9 +112,20 @@ def test_every_tensor_is_known_and_parameters_are_those_published(case: Case) ->
 
 
 def test_half_the_experts_are_half_their_bytes(case: Case) -> None:
-    plan = plan_prune(case.source, halved(case.source))
-    assert plan.data_bytes == sum(nbytes for _, nbytes in pruned(case))
-    assert len([entry for shard in plan.shards for entry in shard.entries]) == len(list(pruned(case)))
+    assert_halved(case.source, case.tensors)
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), QUANTIZED_RELEASES.items())
+def test_codes_and_scales_are_cut_alike_in_the_first_blocks(name: str, gigabytes: float, tmp_path: Path) -> None:
+    """Of as many as are of every kind by day, of all by night."""
+    shapes = published.shapes_of(name, 0 if ALL else BLOCKS)
+    tensors = published.tensors_of(name, shapes)
+    if ALL:
+        assert sum(published.nbytes(*spec) for spec in tensors.values()) == pytest.approx(gigabytes * 1e9, rel=0.005)
+    root = published.write(tmp_path / name, published.config_of(name, 0 if ALL else BLOCKS), tensors)
+    source = Checkpoint.open(root)
+    assert inspect_checkpoint(source).unknown == ()
+    assert_halved(source, tensors)
 
 
 def test_four_bits_are_as_many_bytes_as_words_and_scales(case: Case) -> None:
@@ -143,6 +160,15 @@ def quantized(case: Case, format: str, blocks: str) -> Iterator[int]:  # noqa: A
             yield size // 2 + size // 128 * 2 + size // 128 // 2
 
 
+def assert_halved(source: Checkpoint, tensors: published.Tensors, options: ViewOptions | None = None) -> None:
+    """What is planned for every second expert is what is left of every tensor, by name, dtype and shape."""
+    plan = plan_prune(source, halved(source), options)
+    left = dict(pruned(tensors))
+    specs = [entry.spec for shard in plan.shards for entry in shard.entries]
+    assert {spec.name: (spec.dtype, spec.shape) for spec in specs} == left
+    assert plan.data_bytes == sum(published.nbytes(*spec) for spec in left.values())
+
+
 def halved(source: Checkpoint) -> Manifest:
     """Every second expert of every layer."""
     every = keep_all(layout_of(source.config, source.tensors))
@@ -153,11 +179,14 @@ def halved(source: Checkpoint) -> Manifest:
     )
 
 
-def pruned(case: Case) -> Iterator[tuple[str, int]]:
-    """Names and bytes of what is left when every second expert goes."""
-    for name, spec in case.tensors.items():
+def pruned(tensors: published.Tensors) -> Iterator[tuple[str, published.Spec]]:
+    """What is left when every second expert goes: names as they become, dtypes and shapes."""
+    for name, (dtype, shape) in tensors.items():
         match = EXPERT.search(name)
-        of_all = not match and (OF_ALL.search(name) or OF_ALL_TOO.search(name)) and "shared" not in name
         if match and int(match[1]) % 2:
             continue
-        yield name, published.nbytes(*spec) // (2 if of_all else 1)
+        if match:
+            name = f"{name[: match.start(1)]}{int(match[1]) // 2}{name[match.end(1) :]}"
+        elif (OF_ALL.search(name) or OF_ALL_TOO.search(name)) and "shared" not in name:
+            shape = (shape[0] // 2, *shape[1:])
+        yield name, (dtype, shape)

@@ -32,7 +32,10 @@ from shardxform.base.tensors import ByteRange, TensorRef  # noqa: E402
 from shardxform.cli import main  # noqa: E402
 from shardxform.errors import ExecutionError  # noqa: E402
 from shardxform.formats.encoding import Cut  # noqa: E402
+from shardxform.formats.fp8 import Fp8  # noqa: E402
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled  # noqa: E402
+from shardxform.formats.packing import dequantize, unpack, values_of  # noqa: E402
+from shardxform.formats.scheme import Grid  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -442,6 +445,42 @@ def test_a_scale_is_of_its_block_and_the_whole_multiplies_or_divides() -> None:
         scale = np.float32([[1, 2], [0.5, -1]]) * np.float32(3) if factor == 3 else np.float32([[1, 2], [0.5, -1]]) / 3
         wanted = np.tile(np.float32([0.5, 1]), 16) * np.repeat(scale.astype(np.float32), 16, axis=1)
         assert np.array_equal(values, wanted)
+
+
+@pytest.mark.parametrize(("rows", "columns", "begin"), [(128, 768, 0), (40, 2080, 24), (9, 8224, 3)])
+def test_compiled_code_gives_the_bits_of_numpys(rows: int, columns: int, begin: int) -> None:
+    """Every code, under scales of both signs and of any size that leaves them finite; blocks may be partial."""
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(rows)
+    every = np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns)
+    bytes_RI = (every * 7 + every // 256).astype(np.uint8)
+    numbers_RI = np.where(bytes_RI & 127 == 127, bytes_RI - 1, bytes_RI).astype(np.uint8)
+
+    def scales(shape: tuple[int, int]) -> np.ndarray:
+        return (rng.choice([-1, 1], shape) * np.exp2(rng.uniform(-126, 99, shape))).astype(np.float32)
+
+    for block in ((24, 40), (1, None), (None, None)):
+        fp8 = Fp8("F8_E4M3", block, "weight_scale_inv", "F32")
+        some = scales(fp8.parts(begin + rows, columns)[1].shape)
+        found = fp8._compiled(numbers_RI, some, begin)
+        assert found is not None
+        assert found.tobytes() == fp8.decoded(numbers_RI, some, begin).tobytes()
+        assert fp8._compiled(bytes_RI, some, begin) is None
+        assert not np.isfinite(fp8.decoded(bytes_RI, some, begin)).all()
+    for small in (MXFP4, MXFP8, NVFP4):
+        codes = numbers_RI[:, : columns // small.per_byte]
+        some = scales((begin + rows, columns // small.group))
+        codes = np.ascontiguousarray(np.tile(codes, (2, 1))) if codes.size < 1 << 16 else np.ascontiguousarray(codes)
+        some = np.tile(some, (2, 1))
+        found = small._compiled(codes, some, begin)
+        assert found is not None
+        assert found.tobytes() == small.decoded(codes, some, begin).tobytes()
+    words = every.astype(np.int32)[:, : columns // 8] * np.int32(2654435)
+    words = np.tile(words, (4, 1))
+    for group in (32, 64, 128, -1):
+        grid = Grid(bits=4, group_size=group)
+        some = scales((len(words), -(-columns // (columns if group == -1 else group))))
+        assert values_of(words, some, grid).tobytes() == dequantize(unpack(words, 4, "row"), some, 4, group).tobytes()
 
 
 @settings(max_examples=60, deadline=None)

@@ -34,6 +34,9 @@ __all__ = ["DECODED", "decoded", "decoded_in_part", "encodings_of", "is_packed",
 _BESIDE: Final = ("expert_dtype",)
 """What DeepSeek-V4's releases say at the top level of the config, and others in the quantization_config."""
 
+_UNSAID: Final[Mapping[str, Mapping[str, str]]] = {"deepseek_v4": {"expert_dtype": "fp4"}}
+"""What holds for a model type whose config does not say it: as its first releases, whose dtypes tell all the same."""
+
 _UNUSED: Final = ("activation_scale", "input_scale", "input_global_scale", "qscale_act")
 """Scales of activations, which stand beside a weight and say nothing of it."""
 
@@ -430,7 +433,8 @@ def _rules(config: Mapping[str, object]) -> list[Reading]:
     if not isinstance(declared, Mapping):
         return []
     read = DECODED.get(str(method_of(declared)))
-    beside = {key: config[key] for key in _BESIDE if key in config}
+    unsaid = _UNSAID.get(str(config.get("model_type")), {})
+    beside = {**unsaid, **{key: config[key] for key in _BESIDE if key in config}}
     rules = list(read({**beside, **declared})) if read else []
     if not any(isinstance(rule, ScaleRule) for rule in rules):
         return rules

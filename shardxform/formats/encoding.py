@@ -12,6 +12,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shardxform.formats.scheme import Grid
 
 __all__ = [
+    "HUGE",
     "Cut",
     "DecodedRows",
     "Encoded",
@@ -43,6 +45,7 @@ __all__ = [
     "Turned",
     "Writable",
     "Writing",
+    "compiled",
     "ranges_of",
     "refuse_scales",
     "round_to",
@@ -428,6 +431,36 @@ class Writing:
     zero_groups: int = 0
 
 
+_WORTHWHILE: Final = 1 << 16
+"""Codes from which on a tile is decoded by compiled code; the import of numba takes a part of a second."""
+
+HUGE: Final = 2.0**100
+"""Scales below it leave all codes that are numbers finite."""
+
+Compiled = Callable[["NDArray[np.uint8]", "NDArray[np.float32]", int], "NDArray[np.float32] | None"]
+"""Decodes rows of codes under all scales, the first of which is row `begin`; None for what it does not decode."""
+
+
+@functools.cache
+def _is_compiled() -> bool:
+    return find_spec("numba") is not None
+
+
+def compiled(
+    kind: Literal["F8_E4M3", "E2M1", "int4"],
+    codes_RB: NDArray[np.uint8],
+    scale_ST: NDArray[np.float32],
+    begin: int,
+    block: tuple[int, int],
+) -> NDArray[np.float32] | None:
+    """Decode rows `begin`.. by `decoding_kernels.decode`; None where it is not there or not worth it, or for a NaN."""
+    if codes_RB.size < _WORTHWHILE or not _is_compiled():
+        return None
+    from shardxform.formats.decoding_kernels import decode
+
+    return decode(kind, codes_RB, scale_ST, begin, block)
+
+
 class Decoding(Protocol):
     """What turns codes and scales into values."""
 
@@ -498,6 +531,7 @@ class ScaledRows(DecodedRows):
         decoding: makes the values.
         scales: all of them.
         checked: whether a value may be no number, and is refused.
+        compiled: decodes several times as fast where it can; of scales that leave all numbers finite.
 
     """
 
@@ -506,6 +540,7 @@ class ScaledRows(DecodedRows):
     decoding: Decoding
     scales: NDArray[np.float32]
     checked: bool
+    compiled: Compiled | None = None
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Codes times their scales.
@@ -520,6 +555,8 @@ class ScaledRows(DecodedRows):
         ref = self.codes.rows(begin, self.first + stop)
         codes_RB = np.empty(ref.spec.shape, np.uint8)
         self.read(ref, codes_RB)
+        if self.compiled and (values := self.compiled(codes_RB, self.scales, begin)) is not None:
+            return values
         with np.errstate(over="ignore", invalid="ignore"):
             values_RI = self.decoding.decoded(codes_RB, self.scales, begin)
         if self.checked:

@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardxform.base.tensors import FP8, TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
+from shardxform.formats.encoding import (
+    HUGE,
+    Cut,
+    Encoded,
+    PartSpec,
+    Read,
+    Role,
+    ScaledRows,
+    Storage,
+    compiled,
+    refuse_scales,
+)
 from shardxform.model.layout import SCALES
 
 if TYPE_CHECKING:
@@ -145,7 +156,18 @@ class Fp8:
         scale_ST = self.scales(bits.reshape(self.parts(*shape)[1].shape))
         if checked:
             refuse_scales(scale_ST, ref.name)
-        return ScaledRows(parts["values"].name, 0, shape[0], parts["values"], read, self, scale_ST, checked)
+        fast = self._compiled if float(np.abs(scale_ST).max(initial=0)) < HUGE else None
+        codes = parts["values"]
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_ST, checked, fast)
+
+    def _compiled(
+        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int
+    ) -> NDArray[np.float32] | None:
+        """What `decoded` gives, of E4M3 that is a number."""
+        if self.dtype != "F8_E4M3":
+            return None
+        rows, columns = self.block[0] or begin + len(codes_RB), self.block[1] or codes_RB.shape[1]
+        return compiled("F8_E4M3", codes_RB, scales, begin, (rows, columns))
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block, each product rounded once."""

@@ -60,6 +60,7 @@ HALVES_OF_32: Final = np.uint64(0x0000FFFF0000FFFF)
 SOURCES: Final = (
     "base/constants.py",
     "base/tensors.py",
+    "formats/decoding_kernels.py",
     "formats/ggml_blocks.py",
     "formats/ggml_kernels.py",
     "formats/kernels.py",

@@ -24,7 +24,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
+from shardxform.formats.encoding import (
+    HUGE,
+    Cut,
+    Encoded,
+    PartSpec,
+    Read,
+    Role,
+    ScaledRows,
+    Storage,
+    compiled,
+    refuse_scales,
+)
 from shardxform.formats.fp8 import ELEMENTS, decoded_codes, powers_of_two
 
 if TYPE_CHECKING:
@@ -35,8 +46,6 @@ __all__ = ["E2M1", "MXFP4", "MXFP8", "NVFP4", "Microscaled", "MicroscalingRule",
 
 E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the eight codes without a sign."""
-
-_HUGE: Final = 1e37
 
 Element = Literal["E2M1", "F8_E4M3", "F8_E5M2"]
 Whole = Literal["", "multiplied", "divided"]
@@ -106,9 +115,17 @@ class Microscaled:
         if checked:
             refuse_scales(scale_OG, ref.name)
         # Codes of four bits are numbers, and stay numbers under all but huge scales.
-        numbers = self.element == "E2M1" and float(np.abs(scale_OG).max(initial=0)) < _HUGE
-        codes, checked = parts["values"], checked and not numbers
-        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_OG, checked)
+        bounded = float(np.abs(scale_OG).max(initial=0)) < HUGE
+        codes, checked = parts["values"], checked and not (self.element == "E2M1" and bounded)
+        fast = self._compiled if bounded and self.element != "F8_E5M2" else None
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_OG, checked, fast)
+
+    def _compiled(
+        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int
+    ) -> NDArray[np.float32] | None:
+        """What `decoded` gives, of numbers."""
+        assert self.element != "F8_E5M2"
+        return compiled(self.element, codes_RB, scales, begin, (1, self.group))
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block."""

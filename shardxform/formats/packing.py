@@ -19,7 +19,7 @@ import numpy as np
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.formats.encoding import Cut, Role, SourceDtype
+from shardxform.formats.encoding import Cut, Role, SourceDtype, compiled
 from shardxform.formats.scheme import Grid, Layout
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "refuse_odd",
     "transpose_into",
     "unpack",
+    "values_of",
     "zero_values",
 ]
 
@@ -109,8 +110,7 @@ class IntRows:
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """`scale * (code - zero)`, exact in float32 [R, I]."""
-        words_RW, scale_RG = self.turned(start, stop)
-        return dequantize(unpack(words_RW, self.grid.bits, "row"), scale_RG, self.grid.bits, self.grid.group_size)
+        return values_of(*self.turned(start, stop), self.grid)
 
     def raw(self, start: int, stop: int) -> tuple[NDArray[np.generic], SourceDtype]:
         """The values: nothing narrower holds them."""
@@ -316,6 +316,17 @@ def dequantize(
     half_OG = scale_OG.view(np.float16) if scale_OG.dtype == np.uint16 else scale_OG
     scale_OI = np.repeat(half_OG.astype(np.float32), columns if group_size == -1 else group_size, axis=1)[:, :columns]
     return (codes_OI.astype(np.float32) - np.float32(1 << (bits - 1))) * scale_OI
+
+
+def values_of(words_RW: NDArray[np.int32], scale_RG: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """`dequantize` of words in rows [R, W] with their scales, by compiled code where it can."""
+    if grid.bits == 4:
+        columns = words_RW.shape[1] * 8
+        block = (1, columns if grid.group_size == -1 else grid.group_size)
+        values = compiled("int4", np.ascontiguousarray(words_RW).view(np.uint8), scale_RG, 0, block)
+        if values is not None and values.shape[1] <= scale_RG.shape[1] * block[1]:
+            return values
+    return dequantize(unpack(words_RW, grid.bits, "row"), scale_RG, grid.bits, grid.group_size)
 
 
 def bf16_bits_of(values: NDArray[np.float32]) -> NDArray[np.uint16]:

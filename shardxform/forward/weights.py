@@ -28,7 +28,7 @@ from shardxform.errors import CheckpointError, ExecutionError, FamilyError, Sche
 from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
 from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Role, Rows, Storage, ranges_of, row_tiles
-from shardxform.formats.packing import IntRows
+from shardxform.formats.packing import IntRows, values_of
 from shardxform.formats.scheme import Grid
 from shardxform.formats.stored import read_stored
 from shardxform.model.expected import expected
@@ -106,6 +106,10 @@ class _Packed:
     grid: Grid
 
     def dense(self, precision: Precision) -> torch.Tensor:
+        if precision.device.type == "cpu":
+            return torch.from_numpy(values_of(self.words_OW.numpy(), self.scale_OG.numpy(), self.grid)).to(
+                precision.dtype
+            )
         bytes_OB = self.words_OW.to(precision.device).view(torch.uint8)  # lowest bits first, on little-endian machines
         if self.grid.bits == 4:
             bytes_OB = torch.stack((bytes_OB & 15, bytes_OB >> 4), dim=-1).flatten(1)

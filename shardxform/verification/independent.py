@@ -148,9 +148,17 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _config(root: Path) -> dict[str, Any]:
+    """A config, with what that of its decoder declares of quantized weights where it declares nothing itself."""
+    config = _object(root / "config.json")
+    inside = (each.get("quantization_config") for each in config.values() if isinstance(each, dict))
+    declared = config.get("quantization_config") or next(filter(None, inside), None)
+    return {**config, "quantization_config": declared} if declared else config
+
+
 def _checkpoint(root: Path, *, decode: bool = False) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
     """Weights of a checkpoint under their own names, small floats as values if told to `decode`, and its config."""
-    config = _object(root / "config.json")
+    config = _config(root)
     tensors: dict[str, StoredBytes] = {}
     for path in sorted(root.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -174,7 +182,7 @@ def _decodes(source: Path, out: Path) -> bool:
     try:
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         healed = bool((record.get("inputs", {}).get("recipe") or {}).get("heal"))
-        return healed or _form(_object(source / "config.json")) != _form(_object(out / "config.json"))
+        return healed or _form(_config(source)) != _form(_config(out))
     except (OSError, ValueError, AttributeError):
         return False  # what cannot be read is said when it is
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.model.families.base import (
+    ATTENTION,
     EMBEDDINGS,
+    HEADS,
     NORMS,
-    TYPES,
     Config,
     Family,
     Template,
     Wrapper,
+    conditions,
     experts,
-    head_dim,
+    merged,
     mlp,
-    tied,
-    untied,
+    types,
 )
 from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
 from shardxform.model.families.key_types import ROUTED
@@ -41,13 +42,7 @@ FAMILY: Final = Family(
     root=EMBEDDINGS,
     block=(
         *NORMS,
-        Template("self_attn.q_proj.weight", "Q*D,H", "attention"),
-        Template("self_attn.k_proj.weight", "KV*D,H", "attention"),
-        Template("self_attn.v_proj.weight", "KV*D,H", "attention"),
-        Template("self_attn.o_proj.weight", "H,Q*D", "attention"),
-        Template("self_attn.q_proj.bias", "Q*D", "attention", "attention bias"),
-        Template("self_attn.k_proj.bias", "KV*D", "attention", "attention bias"),
-        Template("self_attn.v_proj.bias", "KV*D", "attention", "attention bias"),
+        *ATTENTION[:-1],  # its last projection has no bias
         Template("self_attn.q_norm.weight", "D", "norms", "head norms"),
         Template("self_attn.k_norm.weight", "D", "norms", "head norms"),
         Template("mlp.gate.weight", "E,H", "router", "moe"),
@@ -57,37 +52,16 @@ FAMILY: Final = Family(
         *mlp("mlp", "F", "dense mlp", "dense"),
     ),
     mtp=DEEPSEEK_V3.mtp,
-    symbols={
-        "D": head_dim,
-        "F": "intermediate_size",
-        "H": "hidden_size",
-        "I": "moe_intermediate_size",
-        "KV": "num_key_value_heads",
-        "NS": "n_shared_experts",
-        "Q": "num_attention_heads",
-        "V": "vocab_size",
-    },
-    types={
-        **TYPES,
+    symbols={**HEADS, "F": "intermediate_size", "I": "moe_intermediate_size", "NS": "n_shared_experts"},
+    types=types(
         **ROUTED,
-        "first_k_dense_replace": "int",
-        "intermediate_size": "int",
-        "num_nextn_predict_layers": "int",
-        "use_qk_norm": "bool",
-    },
-    conditions={
-        "attention bias": lambda config, _layer: bool(config.get("attention_bias")),
-        "dense": lambda config, layer: not _is_moe(config, layer),
-        "head norms": lambda config, _layer: bool(config.get("use_qk_norm")),
-        "moe": _is_moe,
-        "tied": tied,
-        "untied": untied,
-    },
+        first_k_dense_replace="int",
+        intermediate_size="int",
+        num_nextn_predict_layers="int",
+        use_qk_norm="bool",
+    ),
+    conditions={**conditions(_is_moe), "head norms": lambda config, _layer: bool(config.get("use_qk_norm"))},
     moe="moe",
     keep_16bit=("mlp.gate",),
-    merged={
-        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "mlp.shared_experts.gate_up_proj": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    },
+    merged=merged("mlp.shared_experts", "mlp"),
 )

@@ -10,6 +10,7 @@ from typing import Final
 
 from shardxform.model.families.base import Template, Wrapper, linear, normed
 from shardxform.model.families.glm4_moe import FAMILY as GLM4_MOE
+from shardxform.model.families.key_types import MULTIMODAL, VIDEO
 
 __all__ = ["FAMILY"]
 
@@ -61,20 +62,15 @@ FAMILY: Final = replace(
         "router_aux_loss_coef": "float",
     },
     vision_types={
+        **VIDEO,
         "attention_bias": "bool",
         "attention_dropout": "float or int",
-        **dict.fromkeys(("initializer_range", "rms_norm_eps"), "float"),
-        "hidden_act": "str",
-        **dict.fromkeys(("depth", "hidden_size", "in_channels", "intermediate_size", "num_heads"), "int"),
-        **dict.fromkeys(("image_size", "patch_size", "temporal_patch_size"), "int or list of int"),
-        "out_hidden_size": "int",
-        "rope_parameters": "object or null",
-        "spatial_merge_size": "int",
+        "image_size": "int or list of int",
+        "rms_norm_eps": "float",
     },
     wrapper_types={
-        **dict.fromkeys(("image_end_token_id", "image_start_token_id", "image_token_id"), "int"),
-        **dict.fromkeys(("text_config", "vision_config"), "object or null"),
-        "tie_word_embeddings": "bool",
+        **MULTIMODAL,
+        **dict.fromkeys(("image_end_token_id", "image_start_token_id"), "int"),
         **dict.fromkeys(("video_end_token_id", "video_start_token_id", "video_token_id"), "int"),
     },
     conditions={

@@ -11,6 +11,7 @@ from typing import Final
 
 from shardxform.model.families.base import Config, Symbol, Template, Wrapper, linear, normed
 from shardxform.model.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
+from shardxform.model.families.key_types import MULTIMODAL
 
 __all__ = ["FAMILY"]
 
@@ -35,13 +36,11 @@ _VISION: Final = (
     *normed(f"{_BLOCK}.norm0", "VH"),
     *normed(f"{_BLOCK}.norm1", "VH"),
     *normed("vision_tower.encoder.final_layernorm", "VH"),
-    Template("vision_tower.patch_embed.pos_emb.weight", "?", "vision"),
-    Template("vision_tower.patch_embed.proj.weight", "?", "vision"),
+    *(Template(f"vision_tower.patch_embed.{name}.weight", "?", "vision") for name in ("pos_emb", "proj")),
     Template("vision_tower.patch_embed.proj.bias", "VH", "vision"),
     *normed("mm_projector.pre_norm", "VH"),
     *linear("mm_projector.proj.0", "VM,VM"),
-    Template("mm_projector.proj.2.weight", "?", "vision"),
-    Template("mm_projector.proj.2.bias", "?", "vision"),
+    *(Template(f"mm_projector.proj.2.{part}", "?", "vision") for part in ("weight", "bias")),
 )
 _WRAPPER: Final = Wrapper(
     "KimiK25ForConditionalGeneration",
@@ -73,11 +72,9 @@ FAMILY: Final = replace(
     },
     conditions={name: holds for name, holds in DEEPSEEK_V3.conditions.items() if name != "full query"},
     wrapper_types={
-        **dict.fromkeys(("image_token_id", "video_token_id", "vision_end_token_id", "vision_start_token_id"), "int"),
+        **MULTIMODAL,
+        **dict.fromkeys(("video_token_id", "vision_end_token_id", "vision_start_token_id"), "int"),
         "projection_hidden_size": "int or null",
         "projection_layer_norm_eps": "float",
-        "text_config": "object or null",
-        "tie_word_embeddings": "bool",
-        "vision_config": "object or null",
     },
 )

@@ -10,34 +10,23 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.model.families.base import (
+    ATTENTION,
     EMBEDDINGS,
+    HEADS,
     NORMS,
-    TYPES,
-    Config,
     ExpertLayout,
     Family,
     Template,
     Wrapper,
+    conditions,
     experts,
-    size,
-    tied,
-    untied,
+    merged,
+    types,
 )
 
 __all__ = ["FAMILY"]
 
 _EXPERTS: Final = ExpertLayout(home="block_sparse_moe.experts", stacks=(), projections=("w1", "w3", "w2"))
-
-_ATTENTION: Final = tuple(
-    Template(f"self_attn.{name}_proj.{part}", shape, "attention", when)
-    for name, rows, columns in (("q", "H", "H"), ("k", "KV*D", "H"), ("v", "KV*D", "H"), ("o", "H", "H"))
-    for part, shape, when in (("weight", f"{rows},{columns}", ""), ("bias", rows, "attention bias"))
-)
-
-
-def _head_dim(config: Config) -> int:
-    return size(config, "hidden_size") // size(config, "num_attention_heads")
-
 
 FAMILY: Final = Family(
     name="phimoe",
@@ -55,36 +44,25 @@ FAMILY: Final = Family(
         *NORMS,
         Template("input_layernorm.bias", "H", "norms"),
         Template("post_attention_layernorm.bias", "H", "norms"),
-        *_ATTENTION,
+        *ATTENTION,
         Template("block_sparse_moe.gate.weight", "E,H", "router"),
         *experts(layout=_EXPERTS),
     ),
     experts=_EXPERTS,
     renames=(("block_sparse_moe.gate", "mlp.router"), ("block_sparse_moe.", "mlp.")),
-    symbols={
-        "D": _head_dim,
-        "H": "hidden_size",
-        "I": "intermediate_size",
-        "KV": "num_key_value_heads",
-        "V": "vocab_size",
-    },
-    types={
-        **{key: value for key, value in TYPES.items() if key != "moe_intermediate_size"},
-        "input_jitter_noise": "float",
-        "intermediate_size": "int",
-        "lm_head_bias": "bool",
-        "num_local_experts": "int",
-        "router_aux_loss_coef": "float",
-        "router_jitter_noise": "float",
-        "sliding_window": "int or null",
-    },
-    conditions={
-        "attention bias": lambda config, _layer: bool(config.get("attention_bias")),
-        "head bias": lambda config, _layer: bool(config.get("lm_head_bias")),
-        "tied": tied,
-        "untied": untied,
-    },
+    symbols={**HEADS, "I": "intermediate_size"},
+    types=types(
+        "moe_intermediate_size",
+        input_jitter_noise="float",
+        intermediate_size="int",
+        lm_head_bias="bool",
+        num_local_experts="int",
+        router_aux_loss_coef="float",
+        router_jitter_noise="float",
+        sliding_window="int or null",
+    ),
+    conditions={**conditions(), "head bias": lambda config, _layer: bool(config.get("lm_head_bias"))},
     keep_16bit=("block_sparse_moe.gate",),
     formats=("compressed-tensors",),  # that of auto-round wants gate_proj, where vLLM wants w1
-    merged={"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    merged=merged(),
 )

@@ -8,19 +8,20 @@ from __future__ import annotations
 from typing import Final
 
 from shardxform.model.families.base import (
+    ATTENTION,
     EMBEDDINGS,
-    GROUPED_ATTENTION,
+    HEADS,
     NORMS,
-    TYPES,
+    QK_NORMS,
     Config,
     Family,
     Template,
     Wrapper,
+    conditions,
     experts,
+    merged,
     mlp,
-    size,
-    tied,
-    untied,
+    types,
 )
 
 __all__ = ["FAMILY"]
@@ -31,12 +32,6 @@ def _is_moe(config: Config, layer: int) -> bool:
     return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
 
 
-def _head_dim(config: Config) -> int:
-    if config.get("head_dim") is not None:
-        return size(config, "head_dim")
-    return size(config, "hidden_size") // size(config, "num_attention_heads")
-
-
 FAMILY: Final = Family(
     name="qwen3_moe",
     wrappers=(Wrapper("Qwen3MoeForCausalLM", "qwen3_moe", None, "model."),),
@@ -44,44 +39,25 @@ FAMILY: Final = Family(
     root=EMBEDDINGS,
     block=(
         *NORMS,
-        Template("self_attn.q_proj.weight", "Q*D,H", "attention", "attention"),
-        *GROUPED_ATTENTION,
+        *ATTENTION,
+        *QK_NORMS,
         Template("mlp.gate.weight", "E,H", "router", "moe"),
         *experts("moe"),
         *mlp("mlp", "F", "dense mlp", "dense"),
     ),
-    symbols={
-        "D": _head_dim,
-        "F": "intermediate_size",
-        "H": "hidden_size",
-        "I": "moe_intermediate_size",
-        "KV": "num_key_value_heads",
-        "Q": "num_attention_heads",
-        "V": "vocab_size",
-    },
-    types={
-        **TYPES,
-        "decoder_sparse_step": "int",
-        "intermediate_size": "int",
-        "mlp_only_layers": "list of int or null",
-        "norm_topk_prob": "bool",
-        "num_experts": "int",
-        "router_aux_loss_coef": "float",
-        "sliding_window": "int or null",
-        "use_sliding_window": "bool",
-    },
-    conditions={
-        "attention": lambda _config, _layer: True,
-        "attention bias": lambda config, _layer: bool(config.get("attention_bias")),
-        "dense": lambda config, layer: not _is_moe(config, layer),
-        "moe": _is_moe,
-        "tied": tied,
-        "untied": untied,
-    },
+    symbols={**HEADS, "F": "intermediate_size", "I": "moe_intermediate_size"},
+    types=types(
+        decoder_sparse_step="int",
+        intermediate_size="int",
+        mlp_only_layers="list of int or null",
+        norm_topk_prob="bool",
+        num_experts="int",
+        router_aux_loss_coef="float",
+        sliding_window="int or null",
+        use_sliding_window="bool",
+    ),
+    conditions=conditions(_is_moe),
     moe="moe",
     keep_16bit=("mlp.gate",),
-    merged={
-        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    },
+    merged=merged("mlp"),
 )
