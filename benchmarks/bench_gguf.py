@@ -69,6 +69,9 @@ def write_tokenizer(path: Path, count: int = VOCABULARY) -> None:
 def measure_quantize(scratch: Path, results: Results, runs: int) -> None:
     """Round the source to either format in turns."""
     source, out = scratch / "source", scratch / "out"
+    for warming in (GGUF, ("--format", "auto-round")):  # not counted: kernels are compiled once, and kept
+        took(quantize(source, out, *warming))
+        remove(out)
     for number in range(runs):
         done = []
         for options in (GGUF, ("--format", "auto-round")):

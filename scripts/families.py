@@ -2,63 +2,8 @@
 
 from __future__ import annotations
 
-from shardxform.model.families import HOMES, all_families
-from shardxform.model.families.base import Family
+from shardxform.model.families.listing import Listed, listed
 
-RELEASES = {
-    "afmoe": "Trinity-Nano, Mini and Large",
-    "bailing_hybrid": "Ling-3.0, Ring",
-    "beam": "Beam-1.0",
-    "cohere2_moe": "Command A+",
-    "dbrx": "DBRX",
-    "deepseek_v2": "DeepSeek-V2, V2-Lite, Coder-V2",
-    "deepseek_v3": "DeepSeek-V3, R1, V3.1; Kimi-K2",
-    "deepseek_v32": "DeepSeek-V3.2",
-    "deepseek_v4": "DeepSeek-V4-Flash and Pro",
-    "dots1": "dots.llm1",
-    "ernie4_5_moe": "ERNIE-4.5-21B-A3B, 300B-A47B",
-    "ernie4_5_vl_moe": "ERNIE-4.5-VL",
-    "exaone_moe": "K-EXAONE",
-    "flex_olmo": "FlexOlmo",
-    "gemma4": "Gemma-4-26B-A4B",
-    "glm4_moe": "GLM-4.5, 4.5-Air, 4.6, 4.7",
-    "glm4_moe_lite": "GLM-4.7-Flash",
-    "glm4v_moe": "GLM-4.5V, 4.6V",
-    "glm5_next": "GLM-5.3-Flash",
-    "glm_moe_dsa": "GLM-5, 5.1, 5.2",
-    "gpt_oss": "gpt-oss-20b and 120b",
-    "granitemoe": "Granite-3 MoE",
-    "granitemoehybrid": "Granite-4 H",
-    "granitemoeshared": "Granite-3 MoE with shared experts",
-    "hunyuan_v1_moe": "Hunyuan-A13B",
-    "hy_v3": "Hy3",
-    "jamba": "Jamba-1.5 to 1.7",
-    "kimi_k25": "Kimi-K2.5, K2.6",
-    "kimi_linear": "Kimi-Linear-48B-A3B",
-    "laguna": "Laguna",
-    "lfm2_moe": "LFM2-8B-A1B, 24B-A2B",
-    "llama4": "Llama-4-Scout and Maverick",
-    "longcat_flash": "LongCat-Flash",
-    "mellum": "Mellum2",
-    "mimo_v2_flash": "MiMo-V2-Flash",
-    "minimax_m2": "MiniMax-M2 to M2.7",
-    "minimax_m3_vl": "MiniMax-M3",
-    "mistral4": "Mistral-Small-4",
-    "mixtral": "Mixtral-8x7B, 8x22B",
-    "muse_spark": "Muse-Spark",
-    "nemotron_h": "Nemotron-3",
-    "olmoe": "OLMoE",
-    "phimoe": "Phi-3.5-MoE",
-    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
-    "qwen3_5_moe": "Qwen3.5, Qwen3.6",
-    "qwen3_moe": "Qwen3, Qwen3-Coder",
-    "qwen3_next": "Qwen3-Next, Qwen3-Coder-Next",
-    "qwen3_omni_moe": "Qwen3-Omni",
-    "qwen3_vl_moe": "Qwen3-VL",
-    "qwen4_exp": "Qwen3.8-Flash-Next",
-    "solar_open": "Solar-Open",
-    "step3p7": "Step-3.5-Flash, Step-3.7-Flash",
-}
 HEAD = """# Families
 
 What is known of each architecture. `inspect`, `prune`, `verify`, `card` and `push` work for all of them; `score`,
@@ -70,37 +15,22 @@ loaders find the experts. Written by `scripts/families.py` from the entries; [ad
 """
 
 
-def experts(family: Family) -> str:
-    """How experts lie, in a word or two."""
-    lying = family.experts
-    gate = {"none": ", without a gate", "interleaved": ", gate and up in turns", "separate": ", gate and up apart"}
-    kinds = {template.variant for template in family.block if template.variant}
-    stacked = f"stacked{', transposed' if lying.transposed else ''}{', with biases' if lying.bias else ''}"
-    found = [text for kind, text in (("fused", stacked), ("per-expert", "one by one")) if kind in kinds]
-    sets = f", of {' and '.join(family.sets)} in one numbering" if family.sets else ""
-    return " or ".join(found) + gate.get(lying.gate, "") + sets
-
-
-def row(module: str, family: Family) -> str:
+def row(family: Listed) -> str:
     """One line of the table."""
-    types = ", ".join(f"`{name}`" for name, home in sorted(HOMES.items()) if home == module)
-    formats = ", ".join(family.formats) or f"none: {family.unread}"
-    why = getattr(family, "not_run", "")
     cells = (
-        types,
-        RELEASES[module],
-        experts(family),
+        ", ".join(f"`{name}`" for name in family.model_types),
+        family.releases,
+        family.experts,
         "yes" if family.mtp else "",
-        formats,
-        f"no: {why}" if why else "yes",
+        ", ".join(family.formats) or f"none: {family.unread}",
+        f"no: {family.not_run}" if family.not_run else "yes",
     )
     return "|".join(("", *(f" {cell} " for cell in cells), ""))
 
 
 def page() -> str:
     """The whole page."""
-    rows = [row(module, family) for module, family in zip(sorted(set(HOMES.values())), all_families(), strict=True)]
-    return HEAD + "\n".join(rows) + "\n"
+    return HEAD + "\n".join(map(row, listed())) + "\n"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from shardxform.cli import main
 from shardxform.cluster.worker import with_families
 from shardxform.errors import FamilyError, UnknownFamilyError
 from shardxform.model import families, family_files
-from shardxform.model.families import family_of, family_origin, use
+from shardxform.model.families import HOMES, family_of, family_origin, use
 
 ACME = """\
 from dataclasses import replace
@@ -284,3 +284,19 @@ def test_a_worker_without_the_drivers_package_says_so(site: Path) -> None:
     for other, said in (((sent[0], "0" * 64, "", sent[3]), "another"), ((*sent[:3], ("acme_none",)), "not installed")):
         _, error = with_families([other], name_of, wanted, config)
         assert f"acme_here:FAMILY: {said} here; install the same everywhere" in str(error)
+
+
+def test_families_are_listed_with_what_works_for_each() -> None:
+    result = CliRunner().invoke(main, ["families", "--json"])
+    found = {each["model_types"][0]: each for each in json.loads(result.stdout)["families"]}
+    assert len(found) == len(set(HOMES.values()))
+    assert found["deepseek_v3"]["formats"] == ["auto-round", "gptq", "compressed-tensors"]
+    assert found["dbrx"]["not_run"] == "its experts lie in matrices of all, which are not read one at a time"
+    lines = CliRunner().invoke(main, ["families"]).stdout.splitlines()
+    assert lines[lines.index("mixtral") :][:5] == [
+        "mixtral",
+        "  releases   Mixtral-8x7B, 8x22B",
+        "  experts    one by one",
+        "  quantized  compressed-tensors",
+        "  run        yes",
+    ]

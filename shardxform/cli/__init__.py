@@ -33,6 +33,7 @@ _COMMANDS: Final = {
     "push": "Publish an output on the hub: verified, resumable, in one commit.",
     "doctor": "Show what this machine has, and which commands that is enough for.",
     "manifest": "Show, check and convert keep manifests.",
+    "families": "List the families that are known, and what works for each.",
     "family": "Draft the entry of a family that is not built in, for --family.",
 }
 
