@@ -302,7 +302,7 @@ class EncodedWeight:
     @property
     def nbytes(self) -> int:
         """Of the weight in the source."""
-        return self.pair.source.nbytes
+        return self.pair.source.storage.nbytes
 
 
 Task = Sequence[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight]
