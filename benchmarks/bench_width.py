@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from bench_criteria import SMALL_MOE, TYPE, divergence, run, text
+from bench_criteria import SMALL_MOE, divergence, run, scored
 
 
 def main() -> None:
@@ -38,8 +38,7 @@ def main() -> None:
 
 def of(scratch: Path, keep: int, width: int, heal: int, seed: int) -> float:
     """KL of one choice."""
-    saliency, out = scratch / f"{seed}.saliency", scratch / f"{keep}x{width}-{seed}.json"
-    run("score", SMALL_MOE, "-o", saliency, "-q", "--channels", *TYPE, *text(SMALL_MOE, seed))
+    saliency, out = scored(SMALL_MOE, scratch, seed, "--channels"), scratch / f"{keep}x{width}-{seed}.json"
     narrow = ["--width", width] if width < 128 else []
     run("select", saliency, "--criterion", "energy", "--keep", keep, *narrow, "-o", out)
     return divergence(SMALL_MOE, scratch, out, heal, seed)

@@ -376,7 +376,7 @@ def test_an_output_that_is_gone_is_made_again_and_verified_again(
     ("change", "stage", "difference", "kept"),
     [
         (["--keep", "4"], "select", "--keep or --ratio: was 8, now 4", "score"),
-        (["--criterion", "ean"], "select", "--criterion: was 'reap', now 'ean'", "score"),
+        (["--criterion", "ean"], "select", "--criterion: was 'reap-sum', now 'ean'", "score"),
         (["--samples", "3"], "score", "--samples: was 4, now 3", ""),
         (["--format", "gptq"], "quantize", "--format: was 'auto-round', now 'gptq'", "score, select"),
         (["--iters", "3"], "quantize", "--iters: was 2, now 3", "score, select"),

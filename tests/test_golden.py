@@ -132,7 +132,7 @@ def tuned(root: Path) -> Iterator[tuple[str, str]]:
     saliency, chosen = root / "saliency.safetensors", root / "chosen.json"
     call("score", SMALL, "-o", saliency, *text[:-2])
     yield "score", hashlib.sha256(shard_data(saliency)).hexdigest()[:16]
-    call("select", saliency, "-o", chosen, "--keep", "8")
+    call("select", saliency, "-o", chosen, "--keep", "8", "--criterion", "reap")
     yield "select", hashlib.sha256(json.dumps(json.loads(chosen.read_bytes())["keep"]).encode()).hexdigest()[:16]
     figures = json.loads(call("evaluate", root / "auto-round", "--against", SMALL, "--json", *text[:-2]))
     yield "evaluate", f"{figures['perplexity']:.6g}, {figures['against']['kl']:.6g}"

@@ -100,7 +100,7 @@ def test_every_criterion_is_tested_above() -> None:
 
 def test_the_highest_scores_stay_and_ties_go_to_the_lower_id() -> None:
     scored = saliency(layer([1, 3, 2, 3]), layer([0, 0, 0, 0], [0, 0, 0, 0]), layer([5, 1, 1, 1]))
-    choice = decide(scored, 2)
+    choice = decide(scored, 2, "reap")
     assert [kept.keep for kept in choice.layers.values()] == [(1, 3), (0, 1), (0, 1)]
     first = choice.layers[0]
     assert (first.last_kept, first.first_pruned) == (3.0, 2.0)
@@ -113,10 +113,16 @@ def test_the_highest_scores_stay_and_ties_go_to_the_lower_id() -> None:
 
 def test_another_criterion_makes_another_choice() -> None:
     scored = saliency(layer([1, 2, 3, 4], [9, 8, 7, 6]))
-    assert choose(scored, 2).keep == {0: (2, 3)}
+    assert choose(scored, 2, "reap").keep == {0: (2, 3)}
     assert choose(scored, 2, "frequency").keep == {0: (0, 1)}
     with pytest.raises(PlanError, match=r"criterion: expected one of reap, reap-sum, .*, found 'magnitude'"):
         choose(scored, 2, "magnitude")
+
+
+def test_the_sum_over_tokens_chooses_unless_another_criterion_is_named() -> None:
+    scored = saliency(layer([4, 3, 2, 1], [1, 9, 9, 1]))
+    assert choose(scored, 2).keep == choose(scored, 2, "reap-sum").keep == {0: (1, 2)}
+    assert choose(scored, 2, "reap").keep == {0: (0, 1)}
 
 
 def test_mtp_layers_are_chosen_from_as_well() -> None:
@@ -191,7 +197,7 @@ def test_the_choice_follows_the_experts_wherever_they_stand(order: list[int], ke
 
 def test_every_router_group_keeps_equally_many() -> None:
     scored = saliency(layer([9, 8, 7, 6, 1, 2, 3, 4]), model={"num_groups": 2})
-    choice = decide(scored, 4)
+    choice = decide(scored, 4, "reap")
     assert choice.layers[0].keep == (0, 1, 6, 7)
     assert (choice.layers[0].last_kept, choice.layers[0].first_pruned) == (3.0, 7.0)
 
@@ -256,7 +262,7 @@ def test_a_super_expert_stays_whatever_its_score() -> None:
     rows[1][5] = 50.0
     scored = peaks(*rows)
     assert choose(scored, 4).keep[1] == (96, 97, 98, 99)
-    choice = decide(scored, 4, protect=True)
+    choice = decide(scored, 4, "reap", protect=True)
     assert (choice.layers[1].keep, choice.layers[1].protected) == ((5, 97, 98, 99), (5,))
     assert (choice.layers[1].last_kept, choice.layers[1].first_pruned) == (97.0, 96.0)
     assert choice.layers[0].keep == (96, 97, 98, 99)
@@ -277,7 +283,7 @@ def test_more_super_experts_than_are_kept_are_refused() -> None:
 
 def test_the_manifest_says_where_it_comes_from() -> None:
     scored = saliency(layer([1, 2, 3, 0], [4, 4, 4, 0]), layer([4, 3, 2, 1]), mtp_layers={0: layer([1, 1, 1, 5])})
-    value = choose(scored, 2).to_dict()
+    value = choose(scored, 2, "reap").to_dict()
     assert value == {
         "format": "shardxform.keep",
         "version": 1,
@@ -326,7 +332,7 @@ def test_the_manifest_of_the_quickstart_is_what_score_and_select_make(tmp_path: 
     root = MANIFESTS.parent / "examples" / "small-moe"
     windows = load_windows(root, DataOptions(data=str(root / "text" / "calib.jsonl"), samples=64, seqlen=512))
     options = ScoreOptions(precision=Precision(torch.device("cpu"), torch.float32), work=tmp_path / "work")
-    made = choose(score(Checkpoint.open(root), windows, options), 8)
+    made = choose(score(Checkpoint.open(root), windows, options), 8, "reap")
     kept = Manifest.load(MANIFESTS / "small-moe-keep8.json")
     assert (kept.keep, kept.model, kept.criterion, kept.ratio) == (made.keep, made.model, made.criterion, made.ratio)
     # What computed it is of the machine where the file was made.
@@ -422,12 +428,12 @@ def test_select_writes_the_manifest_and_says_what_it_costs(scored: Path, tmp_pat
     assert result.stdout.splitlines() == [
         f"select {scored} -> {out}",
         "  model    qwen3_moe, top-2",
-        "  experts  4 -> 3 per layer, by reap",
+        "  experts  4 -> 3 per layer, by reap-sum",
         "  tokens   1,000 in 1 run",
         "  layer  saliency kept  routing kept  never reached  last kept  first pruned",
-        "  0            100.0 %       100.0 %              1          2             0",
+        "  0            100.0 %       100.0 %              1          8             0",
         "  1            100.0 %       100.0 %      2, 1 kept          0             0",
-        "  MTP 0         87.5 %        75.0 %              0          1             1",
+        "  MTP 0         87.5 %        75.0 %              0          4             4",
     ]
     assert result.stderr.splitlines() == [
         "note: kept 1 expert in 1 layer that no token reached, by id and not by worth; score more data",

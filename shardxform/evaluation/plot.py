@@ -27,6 +27,10 @@ _MARK: Final = b"tEXtSoftware\0" + _MAKER.encode()
 _BLUE: Final = "#31688e"
 _ORANGE: Final = "#e6851e"
 _MOST_DOUBLINGS: Final = 2.0
+_SCALES: Final = (0.5, 1.0, _MOST_DOUBLINGS)
+"""Ends of the scale of colours, in doublings; the first that holds all experts, or the last."""
+_MOST_NAMED: Final = 10
+"""Experts, and layers, up to which each is named."""
 _MAX_NAME: Final = 30  # characters
 _NO_SOURCES: Final[Mapping[str, Evaluation]] = MappingProxyType({})
 
@@ -140,7 +144,9 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Evaluation]) -> None:
     found = [(name, each.ratio, each.against) for name, each in sources.items() if each.against]
     errors = [against.kl_error if math.isfinite(against.kl_error) else 0.0 for _, _, against in found]
     places, divergences = range(len(found)), [against.kl for _, _, against in found]
-    axes.barh(places, divergences, xerr=errors, color=_BLUE, height=0.7, error_kw={"linewidth": 1})
+    axes.barh(
+        places, divergences, xerr=errors, color=_BLUE, height=min(0.7, 0.2 * len(found)), error_kw={"linewidth": 1}
+    )
     names = [_shortened(name) + _ratio(ratio, against.ratio_error) for name, ratio, against in found]
     axes.set_yticks(places, names, parse_math=False)  # they are a stranger's
     axes.invert_yaxis()
@@ -152,25 +158,41 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Evaluation]) -> None:
 
 
 def _draw_loads(figure: Figure, axes: Axes, loads: Mapping[int, Load]) -> None:
-    """A row a layer, its experts by falling share of the reference's choices; coloured by what became of the share."""
+    """A row a layer, its experts by falling share of the reference's choices; coloured by what became of the share.
+
+    Each has its id and the change written on it where there is room for that.
+    """
     experts = max(len(load.keep) for load in loads.values())
     rows = [[math.nan] * experts for _ in loads]
-    for row, load in zip(rows, loads.values(), strict=True):
-        shares = sorted(load.shares, key=lambda share: -share[0])
-        row[: len(shares)] = [_doublings(old, new) for old, new in shares]
-    image = axes.imshow(rows, cmap="RdBu_r", vmin=-_MOST_DOUBLINGS, vmax=_MOST_DOUBLINGS, aspect="auto")
-    axes.set_xlabel("kept experts, the reference's busiest first")
+    named = experts <= _MOST_NAMED and len(loads) <= _MOST_NAMED
+    for number, load in enumerate(loads.values()):
+        by_share = sorted(zip(load.shares, load.keep, strict=True), key=lambda each: -each[0][0])
+        for place, ((old, new), expert) in enumerate(by_share):
+            rows[number][place] = _doublings(old, new)
+            if named:
+                _name_cell(axes, (place, number), expert, old, new)
+    widest = max((abs(each) for row in rows for each in row if math.isfinite(each)), default=0.0)
+    most = next(each for each in _SCALES if each >= min(widest, _MOST_DOUBLINGS))
+    image = axes.imshow(rows, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    axes.set_xlabel(f"kept experts{' by id' if named else ''}, from the reference's busiest to its least busy")
     axes.set_ylabel("layer")
     numbers = list(loads)
     step = max(1, len(numbers) // 12)
     axes.set_yticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
-    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    axes.set_xticks([])  # places, which would be taken for ids
     lost = math.fsum(load.lost for load in loads.values()) / len(loads)
     moved = math.fsum(load.moved for load in loads.values()) / len(loads)
-    axes.set_title(f"who is busier\n{lost:.0%} of choices lost, {moved:.0%} moved", fontsize=11)
-    bar = figure.colorbar(image, ax=axes, extend="both")
-    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "same", "x 2", "x 4"])
+    axes.set_title(f"which experts are busier\n{lost:.0%} of choices lost, {moved:.0%} moved", fontsize=11)
+    bar = figure.colorbar(image, ax=axes, extend="both" if widest > most else "neither")
+    bar.set_ticks([-most, 0, most], labels=[f"x {2**-most:.2g}", "same", f"x {2**most:.2g}"])
     bar.set_label("share of the choices among kept experts")
+
+
+def _name_cell(axes: Axes, place: tuple[int, int], expert: int, old: float, new: float) -> None:
+    """Write an expert's id, and how its share of the choices changed."""
+    change = f"{new / old - 1:+.0%}" if old else "new" if new else "idle"
+    dark = abs(_doublings(old, new)) > _MOST_DOUBLINGS / 2
+    axes.text(*place, f"{expert}\n{change}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
 
 def _doublings(old: float, new: float) -> float:

@@ -122,7 +122,7 @@ CRITERIA: Final[Mapping[str, Callable[[ExpertStats], Scores]]] = MappingProxyTyp
 )
 """Criterion -> its function."""
 
-DEFAULT: Final = "reap"
+DEFAULT: Final = "reap-sum"
 
 WEIGHTS: Final = frozenset({"aimer"})
 """Criteria of weights alone, which no text is needed for; see `weighing.weigh`."""
