@@ -8,6 +8,7 @@ measured on 32 x 256 held-out ones unless the suite says otherwise):
 
     what       the router, shared experts, all MoE weights, the whole block, and what held-out windows choose
     data       64, 16 and 4 windows
+    extra      16 and 4 windows, and 50 or 28 made of their pieces beside them; code, measured on the Bible
     criteria   who is kept (REAP, REAP sum, frequency, random) and how many (75 %, 50 %, 25 %), plain and healed
     transfer   scored and healed on code alone, measured on the King James Bible alone, and the other way round
     quantized  pruned, healed (`moe`, 60 steps) and rounded to 4 bits: to nearest, and tuned
@@ -166,6 +167,19 @@ def cases_data() -> Iterator[Case]:
             yield Case(name=f"{windows} windows, {name}", command=command, windows=windows)
 
 
+def cases_extra() -> Iterator[Case]:
+    """Little text, and windows made of its pieces."""
+    for windows, extra, batch, iters in ((16, 50, 8, 60), (4, 28, 4, 60), (4, 28, 4, 100)):
+        how = ("--heal-iters", str(iters), "--heal-lr", "0.02", "--batch-size", str(batch))
+        for more in (0, extra):
+            name = f"{windows} windows and {more}, {iters} steps"
+            yield Case(name=name, command=heal("all", *how, "--heal-extra", str(more)), windows=windows)
+    for more in (0, 64):
+        how = ("--heal-iters", "60", "--heal-lr", "0.02", "--heal-extra", str(more))
+        name = f"code -> kjv, 32 windows and {more}"
+        yield Case(name=name, command=heal("all", *how), windows=32, tuned_on="code", measured_on="kjv")
+
+
 def cases_criteria() -> Iterator[Case]:
     """Who is kept, and how many."""
     for keep in (12, 8, 4):
@@ -204,6 +218,7 @@ def cases_quantized() -> Iterator[Case]:
 SUITES: Final = {
     "what": cases_what,
     "data": cases_data,
+    "extra": cases_extra,
     "criteria": cases_criteria,
     "transfer": cases_transfer,
     "quantized": cases_quantized,

@@ -80,6 +80,7 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
         "moe_intermediate_size": 64,
         "intermediate_size": 384,
         "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
     },
 }
 

@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from shardxform.calibration import DataOptions, Windows, documents, load_windows, readers, tokens
 from shardxform.calibration.documents import cut
+from shardxform.calibration.windows import with_extra
 from shardxform.errors import CheckpointError, PlanError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +119,28 @@ def test_held_out_windows_are_those_of_the_quality_benchmark(small_moe: Path, mo
     assert windows.fingerprint == "e305dd09a1f67dfb9be325c122360115db450d05d6088012d8b38e73df05cc04"
     assert windows.provenance["sha256"] == "2b50fe1194632cf3e678434bcf6f8fbcf64317953a629175bc36fc757993b2fc"
     assert windows.notes == ()
+
+
+def test_windows_are_made_of_pieces_of_those_that_teach(bytes_root: Path) -> None:
+    ids_NT = np.arange(4 * 200, dtype=np.int32).reshape(4, 200) % 100  # a run is known by its steps of one
+    ids_NT[2] = 150
+    windows = Windows(ids_NT=ids_NT, fingerprint="f", provenance={"data": "d"}, notes=())
+    more = with_extra(windows, 30, [0, 1, 3], bytes_root, 42)
+    assert (more.ids_NT.shape, more.ids_NT.dtype, more.provenance) == ((34, 200), np.int32, {"data": "d"})
+    assert (more.ids_NT[:4] == ids_NT).all()
+    extra_NT = more.ids_NT[4:]
+    backend = Backend.from_file(str(bytes_root / "tokenizer.json"))
+    special = {backend.token_to_id(token.content) for token in backend.get_added_tokens_decoder().values()}
+    assert special
+    assert not special & set(extra_NT.ravel().tolist())
+    assert (extra_NT == 150).mean() < 0.02  # as one of all tokens; a quarter of the text is of them
+    at_N, from_N = np.nonzero(extra_NT < 100)
+    offset_N = (extra_NT[at_N, from_N] - from_N) % 100
+    run = np.flatnonzero((np.diff(offset_N) == 0) & (np.diff(at_N) == 0) & (np.diff(from_N) == 1)).size
+    assert 0.12 < run / extra_NT.size < 0.25  # neighbours both stand by chance of a quarter, and not where pieces meet
+    same, other, seed = (with_extra(windows, n, [0, 1, 3], bytes_root, s) for n, s in ((30, 42), (29, 42), (30, 43)))
+    assert same.fingerprint == more.fingerprint
+    assert len({windows.fingerprint, more.fingerprint, other.fingerprint, seed.fingerprint}) == 4
 
 
 def reference(texts: Sequence[str], samples: int, seqlen: int) -> list[list[int]]:

@@ -223,6 +223,8 @@ def test_a_file_in_place_of_the_directory_is_refused(root: Path) -> None:
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path, r"no config\.json; expected a checkpoint directory")
+    (tmp_path / "params.json").write_text("{}")
+    refuse(tmp_path, r"no config\.json, but params\.json: Mistral's own layout .* take the release's files")
 
 
 def test_a_directory_without_shards_is_refused(tmp_path: Path) -> None:

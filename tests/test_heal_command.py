@@ -168,6 +168,22 @@ def test_only_what_was_asked_for_changes(what: str, plain: Path, keep: str, tmp_
     assert report.tensors_healed == sum(PARTS[what](name) for name in read_checkpoint(plain))
 
 
+def test_windows_made_of_pieces_teach_and_never_judge(healed: Path, keep: str, tmp_path: Path) -> None:
+    none = made(tmp_path / "none", "prune", keep, *HEAL, "--heal-extra", "0")
+    assert not differing(none, healed)
+    out = made(tmp_path, "prune", keep, *HEAL, "--heal-extra", "9")
+    assert differing(out, healed)
+    recipe = json.loads((out / "shardxform.json").read_text())["inputs"]["recipe"]
+    assert (recipe["samples"], recipe["heal"]["extra"]) == (SAMPLES, 9)
+    ours, theirs = blocks_of(out), blocks_of(healed)
+    assert ours[0]["judged_on"] == theirs[0]["judged_on"] == {"windows": 1, "tokens": SEQLEN - 1, "held_out": True}
+    assert ours[0]["healed"]["pruned_error"] == theirs[0]["healed"]["pruned_error"]  # of the same windows of the text
+    assert "extra" not in json.loads((healed / "shardxform.json").read_text())["inputs"]["recipe"]["heal"]
+    assert verify(out, source=SMALL_MOE).sound
+    refused = call("prune", str(SMALL_MOE), str(tmp_path / "x"), "-m", keep, "--heal-extra", "3", code=1)
+    assert "--heal-extra is for --heal" in refused.output
+
+
 def test_what_is_chosen_differs_and_the_rest_of_a_block_is_as_pruned(plain: Path, keep: str, tmp_path: Path) -> None:
     out = made(tmp_path, "prune", keep, *AUTO)
     changed = differing(out, plain)

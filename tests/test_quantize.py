@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +17,18 @@ from faults import Counting, Crashing, Failing, Short, forked, sampled
 from test_prune import manifest_of
 from test_run import looks_complete, tree
 
+from shardxform.base.file_system import FileSystem
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError, SchemeError, ShardxformError
 from shardxform.execution.runner import RunOptions, run
+from shardxform.execution.transcoding import write_item
 from shardxform.formats import integers
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan import plan as plan_module
-from shardxform.plan.plan import Copy
+from shardxform.plan.plan import Copy, Extent
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
-from shardxform.plan.steps import Transcode
+from shardxform.plan.steps import Transcode, TranscodeItem
 from shardxform.plan.view import ViewOptions
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32}
@@ -189,3 +192,15 @@ def test_a_quantized_source_is_refused(source: Path, tmp_path: Path) -> None:
     out = quantize(source, tmp_path / "out")
     with pytest.raises(SchemeError, match=r"nothing to round: all \d+ weights are 4-bit integers"):
         plan_quantize(Checkpoint.open(out), SCHEME)
+
+
+def test_what_is_not_written_whole_is_no_success(tmp_path: Path) -> None:
+    class Stunted:
+        def written(self, _rows: Any, _writing: Any) -> Any:
+            yield "values", 0, np.zeros(7, np.uint8)
+
+    item = TranscodeItem("module", (), Stunted(), (("values", Extent(0, 0, 8)),))  # type: ignore[arg-type]
+    fd = os.open(tmp_path / "shard", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(ExecutionError, match="module: 7 bytes written of 8"):
+        write_item(item, (), None, lambda _shard: fd, FileSystem())  # type: ignore[arg-type]
+    os.close(fd)

@@ -62,7 +62,7 @@ QUANTIZED_RELEASES = {"DeepSeek-V3": 688.6, "Kimi-K2.6": 594.0, "MiniMax-M2": 23
 GROUPS = {
     "Gemma-4-26B-A4B": (64, "quantize to W4A16 in groups of 64"),
     "Mixtral-8x7B-v0.1": (128, "quantize to W4A16"),
-    "gpt-oss-20b": (64, "quantize to W4A16 in groups of 64"),
+    "gpt-oss-20b": (64, "quantize to W4A16 in groups of 64, rounding 4 bits again"),
 }
 
 

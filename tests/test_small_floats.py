@@ -531,6 +531,16 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]] 
         "expected",
     ),
     "no global scale": ("nvfp4", lambda _, t: t.pop(f"{Q}weight_global_scale"), "missing"),
+    "scales twice": (
+        "fp8 blocks",
+        lambda _, t: t.update({f"{Q}weight_scale": t[f"{Q}weight_scale_inv"]}),
+        "scales twice",
+    ),
+    "codes and values": (
+        "mxfp4",
+        lambda _, t: t.update({f"{Q}weight": raw("BF16", np.zeros((64, 64), "u2"))}),
+        "is there as it is, and in MXFP4 in blocks of 32 as",
+    ),
     "no scale of a stack": ("mxfp4 of gpt-oss", lambda _, t: t.pop(f"{STACK}_scales"), "missing"),
     "stacks of another shape": (
         "mxfp4 of gpt-oss",
@@ -570,6 +580,23 @@ def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folde
         assert message in result.output, result.output
         assert not (tmp_path / command[0]).exists()
     assert "not sound" in call("verify", spoilt, code=1).output
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("mxfp4", f"{Q}weight_scale"), ("mxfp8", f"{Q}weight_scale"), ("mxfp4 of gpt-oss", f"{STACK}_scales")],
+)
+def test_a_power_of_two_that_is_none_is_found(kind: str, name: str, folder: Path, tmp_path: Path) -> None:
+    source, _ = made(folder, kind)
+    tensors = read_checkpoint(source)
+    data = bytearray(tensors[name].data)
+    data[7] = 255
+    tensors[name] = replace(tensors[name], data=bytes(data))
+    spoilt = write_checkpoint(tmp_path / "spoilt", tensors, json.loads((source / "config.json").read_text()))
+    told = call("verify", spoilt, code=1).output
+    assert "1 of " in told
+    assert "NaN" in told
+    assert "expected finite scales" in call("convert", spoilt, tmp_path / "out", "--to", "bf16", code=1).output
 
 
 # -- declared elsewhere -----------------------------------------------------------------------------------------------

@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
-from shardxform.base.constants import HELD_OUT, PROBE
+from shardxform.base.constants import HELD_OUT, JUDGES, PROBE
 from shardxform.errors import SchemeError
 from shardxform.model.families.base import Role
 
-__all__ = ["BATCH_SIZE", "HEALED", "HEAL_ITERS", "ITERS", "Heal", "HealedAs", "Inputs", "Recipe", "Trial", "held_out"]
+__all__ = [
+    "BATCH_SIZE",
+    "HEALED",
+    "HEAL_ITERS",
+    "ITERS",
+    "MAX_EXTRA",
+    "Heal",
+    "HealedAs",
+    "Inputs",
+    "Recipe",
+    "Trial",
+    "held_out",
+    "split_windows",
+]
 
 Inputs = Literal["quantized", "fp"]
 What = Literal["auto", "router", "shared", "moe", "all"]
@@ -19,6 +32,7 @@ HealedAs = Literal["source", "16bit"]
 ITERS: Final = 200
 BATCH_SIZE: Final = 8
 HEAL_ITERS: Final = 100
+MAX_EXTRA: Final = 1 << 16
 
 HEALED: Final[Mapping[str, frozenset[str]]] = {
     "router": frozenset({"router"}),
@@ -50,6 +64,7 @@ class Heal:
         iters: steps a block.
         lr: first step size; None has the amount of data and held-out windows choose.
         batch_size: windows of a step.
+        extra: windows to learn from beside those of the text, made of its pieces; none judges.
         encoding: how weights are written that the source has in small floats: as the source has them, or in 16 bits,
             which its quantization config is then told; None where it has none.
 
@@ -59,12 +74,15 @@ class Heal:
     iters: int = HEAL_ITERS
     lr: float | None = None
     batch_size: int = BATCH_SIZE
+    extra: int = 0
     encoding: HealedAs | None = None
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"heal {name}: expected at least 1, found {getattr(self, name)}")
+        if not 0 <= self.extra <= MAX_EXTRA:
+            raise SchemeError(f"`heal.extra`: expected at least 0 and at most {MAX_EXTRA:,}, found {self.extra:,}")
         if self.what != "auto" and self.what not in HEALED:
             raise SchemeError(f"heal: expected auto, {', '.join(HEALED)}, found {self.what!r}")
         if self.encoding not in (None, *get_args(HealedAs)):
@@ -142,35 +160,56 @@ class Recipe:
 
     @property
     def learned(self) -> int:
-        """Windows that blocks are healed and tuned on; the others judge."""
+        """Windows of the text that blocks are healed and tuned on; the others judge."""
         return self.samples - held_out(self.samples)
+
+    @property
+    def extra(self) -> int:
+        """Windows that healing has beside those of the text."""
+        return self.heal.extra if self.heal else 0
+
+    @property
+    def windows_run(self) -> int:
+        """Windows that go through the chains."""
+        return self.samples + self.extra
 
     @property
     def block_tokens(self) -> int:
         """Tokens that go through a block on the way to its tuned weights: its share of the work."""
-        windows = self.samples * (1 if self.inputs == "fp" else 2)
+        windows = self.windows_run * (1 if self.inputs == "fp" else 2)
         windows += self.iters * min(self.batch_size, self.learned)
         if self.heal:
-            windows += self.heal.steps * min(self.heal.batch_size, self.learned)
+            windows += self.heal.steps * min(self.heal.batch_size, self.learned + self.extra)
         return windows * self.seqlen
 
     @property
     def batch_tokens(self) -> int:
         """Most tokens of a step."""
-        sizes = [self.batch_size] if self.iters else []
-        sizes += [self.heal.batch_size] if self.heal else []
-        return min(max(sizes), self.learned) * self.seqlen
+        sizes = [min(self.batch_size, self.learned)] if self.iters else []
+        sizes += [min(self.heal.batch_size, self.learned + self.extra)] if self.heal else []
+        return max(sizes) * self.seqlen
 
     def facts(self) -> dict[str, Any]:
         """Plain data, for the record and for comparison."""
         facts = {**asdict(self), "data": dict(self.data)}
         if self.heal is None:
             del facts["heal"]
-        elif self.heal.encoding is None:
-            del facts["heal"]["encoding"]
+            return facts
+        for name in ("encoding", "extra"):
+            if not getattr(self.heal, name):
+                del facts["heal"][name]
         return facts
 
 
 def held_out(samples: int) -> int:
     """How many windows judge a block, and are never learned from: an eighth, at least one; of a single window, none."""
     return max(1, samples // HELD_OUT) if samples > 1 else 0
+
+
+def split_windows(samples: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the windows that are learned from, and of those that judge, each in order; a single one does both."""
+    import numpy as np  # no plan needs it
+
+    order_N = np.random.Generator(np.random.PCG64([seed, JUDGES])).permutation(samples)
+    judges = held_out(samples)
+    return sorted(order_N[judges:].tolist()), sorted(order_N[: judges or 1].tolist())

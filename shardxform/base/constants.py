@@ -37,6 +37,15 @@ OFFSET_STEP: Final = 4
 SEARCH_MARGIN: Final = 1.0 - 2.0**-15
 """How much better a searched scale must be. Float32 sums of 128 squares err by at most 128 * 2^-24 = 2^-17 each way."""
 
+EXTRA: Final = 11
+"""Tells the windows that healing has made up, which the seed makes, from every other choice."""
+
+PIECE: Final = (4, 16)
+"""Tokens of a piece of text in a window that is made up: at least, and below."""
+
+REPLACED: Final = 0.5
+"""Share of the tokens of such a window that are drawn from the whole vocabulary."""
+
 PROBE: Final = 4
 """A trial of healing has one in so many of the steps."""
 

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardxform.base.constants import EXTRA, PIECE, REPLACED
 from shardxform.base.strict_json import dumps
 from shardxform.calibration.conversations import conversation
 from shardxform.calibration.documents import (
@@ -37,7 +38,7 @@ from shardxform.calibration.readers import COMPLETION, SYSTEM, TOOLS, listed
 from shardxform.calibration.tokens import Encoder, Tokenizer, load_tokenizer, load_twin, plain_text, tokenizer_digest
 from shardxform.errors import CheckpointError, PlanError
 
-__all__ = ["load_windows"]
+__all__ = ["load_windows", "with_extra"]
 
 _FIRST_TRY: Final = 4  # documents tried a window wanted; each further try takes as many again as all before
 
@@ -110,6 +111,51 @@ def load_windows(checkpoint_root: Path, options: DataOptions, against: Path | No
         )
     told = [*([unknown] if unknown else []), *encoder.notes(), *notes]
     return _windows(source, found, told)
+
+
+def with_extra(windows: Windows, count: int, learned: Sequence[int], checkpoint_root: Path, seed: int) -> Windows:
+    """Add windows that are made up of the text, for a pruned model to be taught by the one before pruning.
+
+    Each is a row of pieces of text, of which half of the tokens are drawn from all that the tokenizer knows but for its
+    special ones. So there are contexts and tokens in them that a little text has not; what a model should put out for
+    them, the one before pruning says.
+
+    Args:
+        windows: of the text; they stay, and come first.
+        count: windows to add.
+        learned: numbers of the windows that pieces are taken from: not of those that judge.
+        checkpoint_root: the model's, for its tokenizer.
+        seed: of all choices.
+
+    Raises:
+        CheckpointError: see `load_windows`.
+
+    """
+    tokenizer = load_tokenizer(checkpoint_root)
+    apart = {*tokenizer.inner.all_special_ids, *tokenizer.inner.added_tokens_decoder}
+    known = {i for i in tokenizer.inner.get_vocab().values() if 0 <= i < tokenizer.vocab_size}
+    vocabulary_V = np.array(sorted(known - apart or known), np.int32)
+    random = np.random.Generator(np.random.PCG64([seed, EXTRA]))
+    length = windows.ids_NT.shape[1]
+    text_NT = windows.ids_NT[np.asarray(learned)]
+    extra_NT = np.stack([_pieced(text_NT, random) for _ in range(count)])
+    replaced_NT = random.random((count, length)) < REPLACED
+    extra_NT[replaced_NT] = vocabulary_V[random.integers(len(vocabulary_V), size=int(replaced_NT.sum()))]
+    digest = hashlib.sha256(f"{windows.fingerprint} and {count}\n".encode())
+    digest.update(extra_NT.astype("<i4", copy=False).tobytes())
+    ids_NT = np.concatenate([windows.ids_NT, extra_NT])
+    return replace(windows, ids_NT=ids_NT, fingerprint=digest.hexdigest())
+
+
+def _pieced(text_NT: NDArray[np.int32], random: np.random.Generator) -> NDArray[np.int32]:
+    """A window [T] of pieces of other windows, each of a random length and from a random place."""
+    rows, length = text_NT.shape
+    pieces, filled = list[NDArray[np.int32]](), 0
+    while filled < length:
+        row, first, size = random.integers([rows, length, PIECE[1] - PIECE[0]]).tolist()
+        pieces.append(text_NT[row, first : first + size + PIECE[0]])
+        filled += len(pieces[-1])
+    return np.concatenate(pieces)[:length]
 
 
 def _settled(source: _Source, results: Mapping[str, _Result]) -> tuple[dict[str, _Found], list[str]]:

@@ -56,6 +56,7 @@ GGUF_SUFFIX: Final = ".gguf"
 SPLIT_NAME: Final = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")  # of one of several files in GGUF
 PROJECTOR: Final = "mmproj"  # how files in GGUF begin that hold no decoder
 _PARTIAL: Final = ".gguf.partial"
+_OF_MISTRAL: Final = "params.json"
 IN_GGUF: Final = "a model in GGUF, which can be inspected, pruned and verified; expected a checkpoint in safetensors"
 """What is said of a model in GGUF where it is none of what is taken."""
 _MAX_JSON_BYTES: Final = 64 << 20
@@ -338,6 +339,9 @@ def _read_json(path: Path, root: Path) -> dict[str, Any]:
         why = f"unfinished: {stopped(root)}" if stopped(root) else ""
         if not why and any(entry.name.endswith(GGUF_SUFFIX) for entry in os.scandir(root)):
             why = IN_GGUF
+        if not why and (root / _OF_MISTRAL).is_file():
+            why = f"no {path.name}, but {_OF_MISTRAL}: Mistral's own layout is not read; take the release's files for"
+            why += " transformers, which have a config.json and model-*.safetensors"
         raise CheckpointError(f"{root}: {why or f'no {path.name}; expected a checkpoint directory'}") from e
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from e

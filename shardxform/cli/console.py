@@ -71,6 +71,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal.what": "--heal",
     "heal.iters": "--heal-iters",
     "heal.encoding": "--heal-encoding",
+    "heal.extra": "--heal-extra",
     "heal.lr": "--heal-lr",
     "heal.batch_size": "--batch-size",
     "iters": "--iters",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Union, cast, ge
 
 import click
 
-from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, Heal, HealedAs, Inputs, What
+from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, MAX_EXTRA, Heal, HealedAs, Inputs, What
 from shardxform.cli.values import (
     ADDRESS,
     AT_LEAST_1,
@@ -389,6 +389,11 @@ class HealFlags(Flags, heading="Healing"):
         type=click.FloatRange(0, 1, min_open=True),
         metavar="R",
     )
+    heal_extra: int | None = option(
+        "Windows to heal on beside those of --data, made of pieces of it and of tokens from the whole vocabulary: for "
+        "little text.  [default: none]",
+        type=click.IntRange(0, MAX_EXTRA),
+    )
 
     def read(self, batch_size: int | None) -> Heal | None:
         """What to heal; None without --heal, and with --heal-iters 0, which leaves blocks as they were pruned.
@@ -402,7 +407,8 @@ class HealFlags(Flags, heading="Healing"):
         if self.heal is None or self.heal_iters == 0:
             return None
         iters = HEAL_ITERS if self.heal_iters is None else self.heal_iters
-        return Heal(what=self.heal, iters=iters, lr=self.heal_lr, batch_size=batch_size or BATCH_SIZE)
+        size, extra = batch_size or BATCH_SIZE, self.heal_extra or 0
+        return Heal(what=self.heal, iters=iters, lr=self.heal_lr, batch_size=size, extra=extra)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

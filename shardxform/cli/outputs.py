@@ -174,6 +174,7 @@ def _healed(plan: Plan) -> str:
     what = {"auto": "what held-out windows choose", "all": "the whole block", "moe": "all MoE weights"}
     step = "a step by the amount of data" if heal["lr"] is None else f"a first step of {heal['lr']:g}"
     text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens"
+    text += f" and {heal['extra']} made of their pieces" if heal.get("extra") else ""
     written = {"source": "; written as the source has them", "16bit": "; written in 16 bits"}
     how = written.get(heal.get("encoding"), "")
     return f"{what.get(heal['what'], heal['what'])}, {heal['iters']} iterations a block, {step}, {text}{how}"

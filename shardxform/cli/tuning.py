@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe
+from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe, split_windows
 from shardxform.cli import options
 from shardxform.cli.console import count, gb
 from shardxform.cli.inputs import load_text, make_precision
@@ -84,15 +84,20 @@ def read_tuning(asked: options.HealRequest, source: Checkpoint, *, here: bool = 
     if rounding.blocks is not None and rounding.inputs != "fp":
         raise SchemeError("--blocks needs --inputs fp: else a block is tuned on what the blocks before it put out")
     windows = load_text(asked.text, source)
+    samples, seed = int(windows.ids_NT.shape[0]), asked.text.read().seed
+    if heal and heal.extra:
+        from shardxform.calibration.windows import with_extra
+
+        windows = with_extra(windows, heal.extra, split_windows(samples, seed)[0], source.root, seed)
     precision = make_precision(asked.computation, tunes=True, here=here)
     recipe = Recipe(
         windows=windows.fingerprint,
         data=windows.provenance,
-        samples=int(windows.ids_NT.shape[0]),
+        samples=samples,
         seqlen=int(windows.ids_NT.shape[1]),
         iters=(rounding.iters or ITERS) if tunes(asked.rounding) else 0,
         batch_size=asked.rounding.batch_size or BATCH_SIZE,
-        seed=asked.text.read().seed,
+        seed=seed,
         inputs=rounding.inputs or "quantized",
         device=precision.device.type,
         dtype=str(precision.dtype).removeprefix("torch."),

@@ -545,7 +545,7 @@ def _amounts(prepared: Prepared, *, full_verify: bool = False) -> dict[str, _Wor
         out[EVALUATE] = both._replace(rounded=batches * written, moved=rounding.moved)
     out[QUANTIZE] = rounding
     if recipe := request.recipe:
-        once = recipe.samples * recipe.seqlen * (1 if recipe.inputs == "fp" else 2)  # through both chains, no step
+        once = recipe.windows_run * recipe.seqlen * (1 if recipe.inputs == "fp" else 2)  # through both chains, no step
         tokens = once + _STEP * (recipe.block_tokens - once)
         tuned = _Work(products=tokens * reached, tokens=tokens * layout.num_layers, rounded=_SEARCHED * written)
         out[QUANTIZE] = tuned._replace(moved=rounding.moved)

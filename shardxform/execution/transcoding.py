@@ -17,7 +17,7 @@ from shardxform.base.digests import Taken, take
 from shardxform.base.file_system import Files, FileSystem, OpenTarget, SourceReader
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.formats.encoding import Opener, Read, Role, SourceDtype, Writing
+from shardxform.formats.encoding import Opener, Read, Role, Rows, SourceDtype, Writing
 from shardxform.formats.integers import Ints
 from shardxform.formats.remaking import DTYPES, remade_rows, strange_ids
 from shardxform.formats.rounding import QuantizedWeight, RtnStats, quantize_into
@@ -25,7 +25,7 @@ from shardxform.formats.scheme import Grid
 from shardxform.plan.plan import REMADE_BYTES, Extent, Remake
 from shardxform.plan.steps import Transcode, TranscodeItem
 
-__all__ = ["Rounder", "reading", "remake_step", "rounder_on", "transcode_step", "write_part"]
+__all__ = ["Rounder", "reading", "remake_step", "rounder_on", "transcode_step", "write_item", "write_part"]
 
 Rounder = Callable[[NDArray[np.generic], SourceDtype, Grid, QuantizedWeight], RtnStats]
 """Rounds a run of rows into an output; `rounding.quantize_into` and its like."""
@@ -82,12 +82,8 @@ def transcode_step(
     for item in step.items:
         stopped()
         writing = Writing(_where(item), item.shape, rounder, stopped)
-        extents = _extents(item)
         rows = (source.open(opener) for source in item.sources)
-        for role, offset, data in item.target.written(rows, writing):
-            extent, within = _place(extents[role], offset)
-            write_part(data, extent, files[1], fs, taken, within)
-            on_bytes(data.nbytes)
+        write_item(item, rows, writing, files[1], fs, on_bytes, taken)
         zero_groups += writing.zero_groups
         if writing.groups and writing.zero_groups == writing.groups:
             zero_modules.append(item.module)
@@ -97,6 +93,33 @@ def transcode_step(
     if zero_modules:
         facts["zero_modules"] = zero_modules
     return facts
+
+
+def write_item(
+    item: TranscodeItem,
+    rows: Iterable[Rows],
+    writing: Writing,
+    target: OpenTarget,
+    fs: FileSystem,
+    on_bytes: Callable[[int], None] | None = None,
+    taken: Taken | None = None,
+) -> None:
+    """Write all parts of an item, given its rows; other arguments as those of `transcode_step`.
+
+    Raises:
+        ExecutionError: values that the target cannot hold; or it gave fewer bytes than there are places for, which
+            would leave a hole that reads as zeros.
+
+    """
+    extents, done = _extents(item), 0
+    for role, offset, data in item.target.written(rows, writing):
+        extent, within = _place(extents[role], offset)
+        write_part(data, extent, target, fs, taken, within)
+        done += data.nbytes
+        if on_bytes:
+            on_bytes(data.nbytes)
+    if done != item.out_bytes:
+        raise ExecutionError(f"internal: {item.module}: {done} bytes written of {item.out_bytes}")
 
 
 def _extents(item: TranscodeItem) -> dict[Role, list[Extent]]:

@@ -334,6 +334,7 @@ def scan_decoded(source: Checkpoint) -> tuple[Checkpoint, list[tuple[str, str]]]
                 found[name] = weight
         except CheckpointError as e:
             faults.append((name, str(e)))
+    faults += [(name, _twice(name, weight)) for name, weight in _doubles(source, found)]
     return _plain(source, found), faults
 
 
@@ -354,7 +355,20 @@ def decoded(source: Checkpoint) -> Checkpoint | None:
         raise SchemeError(f"{source.where}/{CONFIG}: quantization_config.{e}") from e
     tensors = source.tensors if rules else {}
     found = {name: weight for name, ref in tensors.items() if (weight := _weight(rules, ref, tensors))}
+    for name, weight in _doubles(source, found):
+        raise CheckpointError(_twice(name, weight))
     return _plain(source, found) if found else None
+
+
+def _doubles(source: Checkpoint, found: Mapping[str, Encoded]) -> Iterator[tuple[str, Encoded]]:
+    """Weights that stand in the checkpoint under their own name too, beside their codes."""
+    names = ((name, weight) for name, weight in found.items() if name != weight.name)
+    yield from ((name, weight) for name, weight in names if weight.name in source.tensors)
+
+
+def _twice(name: str, weight: Encoded) -> str:
+    encoding = weight.sources[0].encoding
+    return f"tensor '{weight.name}' is there as it is, and in {encoding} as '{name}': expected one of them"
 
 
 def decoded_in_part(

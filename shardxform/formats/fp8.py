@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardxform.base.tensors import FP8, TensorRef, TensorSpec
@@ -42,6 +42,8 @@ __all__ = ["ELEMENTS", "Element", "Fp8", "ScaleRule", "decoded_codes", "powers_o
 
 _OF_MISTRAL: Final = "qscale_weight"
 """What Mistral calls them, in blocks or one for a weight; `qscale_act` beside it is of activations."""
+
+_NAMES: Final = (*SCALES, _OF_MISTRAL, "scale")
 
 _READ: Final = ("F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
@@ -313,6 +315,10 @@ class ScaleRule:
             return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in self.names)
         return weight.name.removesuffix("weight"), self.names
 
+    def named(self, weight: TensorSpec) -> tuple[str, ...]:
+        """All that scales of a weight are called by anybody, as `beside` has it."""
+        return replace(self, names=_NAMES).beside(weight)[1]
+
     def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
         """The weight [O, I], or stack of them [E, O, I], whose codes are `weight`; None for one that is not FP8.
 
@@ -331,7 +337,11 @@ class ScaleRule:
                 f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
             )
         stem, names = self.beside(spec)
-        suffix = next((name for name in names if stem + name in tensors), None)
+        there = [name for name in dict.fromkeys((*names, *self.named(spec))) if stem + name in tensors]
+        if len(there) > 1:
+            both = "' and '".join(stem + name for name in there)
+            raise CheckpointError(f"tensor '{spec.name}' has scales twice: '{both}'; expected one of them")
+        suffix = next((name for name in there if name in names), None)
         if suffix is None:
             raise CheckpointError(
                 f"tensor '{stem}{names[0]}' is missing; its weight is {spec.dtype}, which means nothing without"

@@ -175,13 +175,16 @@ def _outlook(source: Checkpoint, plain: Checkpoint, layout: Layout) -> Iterator[
             yield halved, view.checkpoint.nbytes
             view = view if plain is source else pruned_view(plain, manifest)
         with suppress(SchemeError):
-            group_size, nbytes = _quantized(view)
-            groups = "" if group_size == GROUP_SIZES[0] else f" in groups of {group_size}"
-            yield f"{halved} and quantize to W4A16{groups}" if manifest else f"quantize to W4A16{groups}", nbytes
+            group_size, nbytes, again = _quantized(view)
+            how = "" if group_size == GROUP_SIZES[0] else f" in groups of {group_size}"
+            how += ", rounding 4 bits again" if again else ""
+            yield f"{halved} and quantize to W4A16{how}" if manifest else f"quantize to W4A16{how}", nbytes
 
 
-def _quantized(view: View) -> tuple[int, int]:
-    """Group size that experts fit, the usual one if they do, and bytes of a view once quantized so.
+def _quantized(view: View) -> tuple[int, int, bool]:
+    """Group size that experts fit, the usual one if they do, bytes of a view once quantized so, and what it takes.
+
+    The last says whether weights of as few bits are rounded a second time, which `quantize` does only where it is told.
 
     Worked out on one routed expert of every layer and multiplied.
 
@@ -189,6 +192,8 @@ def _quantized(view: View) -> tuple[int, int]:
         SchemeError: see `dialects.select`; or no format's loader finds the experts.
 
     """
+    from shardxform.plan.quantize import rounded_again  # what only copies needs none of it
+
     formats = view.layout.family.formats
     if not formats:
         raise SchemeError("no format has a loader that finds the experts")
@@ -213,7 +218,7 @@ def _quantized(view: View) -> tuple[int, int]:
     for module in selection.quantized:
         parts = Ints.of(scheme).parts(*module.shape)
         total += sum(part.spec(module.name).nbytes for part in parts) * times[module.sources[0]]
-    return group_size, total
+    return group_size, total, bool(rounded_again(selection, scheme))
 
 
 def _half(layout: Layout) -> tuple[int, ...] | None:

@@ -34,7 +34,7 @@ from shardxform.formats.dialects import (
     takes_over,
     target_of,
 )
-from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.encoding import Encoded, Encoding, Storage
 from shardxform.formats.fp8 import Fp8
 from shardxform.formats.integers import Ints, Values, reread
 from shardxform.formats.matrices import Matrix
@@ -72,7 +72,7 @@ from shardxform.plan.view import (
 from shardxform.runtimes import as_family, mlx
 from shardxform.runtimes.mlx import Stack
 
-__all__ = ["draft_quantized", "plan_quantize"]
+__all__ = ["draft_quantized", "plan_quantize", "rounded_again"]
 
 
 @uncollected()
@@ -349,6 +349,18 @@ def _of_integers(source: Checkpoint, stored: Stored, scheme: Scheme) -> Checkpoi
     return replace(plain, tensors={name: reread(ref) for name, ref in plain.tensors.items()})
 
 
+def rounded_again(selection: Selection, scheme: Scheme) -> list[tuple[str, Encoding]]:
+    """Modules that would be rounded from no more bits than they get, and what they are stored in."""
+    return [
+        (module.name, encoding)
+        for module in selection.quantized
+        for encoding in module.encodings
+        if isinstance(encoding, (Ints, Values, Affine, Asymmetric, Fp8, Microscaled))
+        and encoding.width <= scheme.grid.bits
+        and not is_carried(module, scheme)
+    ]
+
+
 def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored | None) -> None:
     """Refuse to round what is no larger than what is asked for, unless it is to be rounded anew.
 
@@ -358,16 +370,7 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
         SchemeError: names one, and what can be done.
 
     """
-    if scheme.requantize:
-        return
-    found = [
-        (module.name, encoding)
-        for module in selection.quantized
-        for encoding in module.encodings
-        if isinstance(encoding, (Ints, Values, Affine, Asymmetric, Fp8, Microscaled))
-        and encoding.width <= scheme.grid.bits
-        and not is_carried(module, scheme)
-    ]
+    found = [] if scheme.requantize else rounded_again(selection, scheme)
     if not found:
         return
     (name, encoding), way = found[0], _way_to_carry(scheme.grid, stored.scheme.grid) if stored else ""

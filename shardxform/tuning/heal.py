@@ -341,6 +341,8 @@ class _Run:
     def __init__(self, load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype) -> None:
         self._load, self._samples, self._heal, self._seed, self._dtype = load, samples, heal, seed, dtype
         self._split = choose_judges(samples, seed)
+        extra_N = np.arange(samples.count - samples.extra, samples.count)
+        self._learned_N = np.concatenate([self._split.learned_N, extra_N])
         self._diverged = False
         self._ratio_error = math.nan  # of the last descent
 
@@ -375,7 +377,7 @@ class _Run:
         """Loss before and after, the step size, and the block; infinite when the loss was no number on the way."""
         healing = self._load(trial.what)
         start = self._judge(healing)
-        learned_N = self._split.learned_N
+        learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
         lr = trial.lr or trial.factor * suggested_lr(tokens, healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))

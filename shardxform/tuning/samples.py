@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from shardxform.ask.recipe import held_out
-from shardxform.base.constants import JUDGES, LEAST_SQUARE
+from shardxform.ask.recipe import split_windows
+from shardxform.base.constants import LEAST_SQUARE
 from shardxform.base.standard_errors import Sampling, standard_error
 from shardxform.errors import ExecutionError, SchemeError
 
@@ -53,11 +53,13 @@ class Samples:
         block: number of the block.
         hidden_NTH: its inputs in the quantized chain: float32, or uint16 bits of BF16; may be mapped from a file.
         target_NTH: outputs of the 16-bit block in the 16-bit chain, likewise.
+        extra: how many of them, the last ones, are not of the text: healing learns from them, and none judges.
     """
 
     block: int
     hidden_NTH: NDArray[np.generic]
     target_NTH: NDArray[np.generic]
+    extra: int = 0
 
     def __post_init__(self) -> None:
         shape = self.hidden_NTH.shape
@@ -107,11 +109,10 @@ def choose_judges(samples: Samples, seed: int) -> Split:
     """Choose the judges: `recipe.held_out` of the samples, the same for every block, healed or tuned.
 
     What enters a block comes from the blocks before it, which were fitted to the samples that they learned from: judges
-    that differed from block to block would have been seen. A single sample is learned from and judges.
+    that differed from block to block would have been seen. A single sample is learned from and judges. Samples that are
+    not of the text are in neither.
     """
-    order_N = np.random.Generator(np.random.PCG64([seed, JUDGES])).permutation(samples.count)
-    judges = held_out(samples.count)
-    return Split(np.sort(order_N[judges:]), np.sort(order_N[: judges or 1]))
+    return Split(*(np.array(rows, np.int64) for rows in split_windows(samples.count - samples.extra, seed)))
 
 
 def learning_order(samples: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -27,7 +27,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
 from shardxform.execution.journal import MEASURED
-from shardxform.execution.transcoding import write_part
+from shardxform.execution.transcoding import write_item, write_part
 from shardxform.formats.encoding import Opener, Read, Writing
 from shardxform.formats.rounding import quantize_into
 from shardxform.forward.passes import Batch, batches
@@ -35,7 +35,7 @@ from shardxform.forward.runtime import fixed_order, give_back, on_device
 from shardxform.forward.skeleton import Block, Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenFile, HiddenReader
-from shardxform.plan.steps import HEALED_FILE, TuneBlock
+from shardxform.plan.steps import HEALED_FILE, TranscodeItem, TuneBlock
 from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, install, tune_block
 from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
@@ -88,8 +88,13 @@ class Chains:
         fs: FileSystem,
         *,
         stored: bool = False,
+        extra: int = 0,
     ) -> None:
-        """Name them; `skeletons` are the models of the chains, `ORIGINAL` alone or both."""
+        """Name them; `skeletons` are the models of the chains, `ORIGINAL` alone or both.
+
+        The last `extra` windows are not of the text.
+        """
+        self._extra = extra
         self._skeletons, self._windows, self._work, self._fs = skeletons, windows, work, fs
         self._precision = skeletons[ORIGINAL].weights.precision
         self.inputs = TUNED if TUNED in skeletons else ORIGINAL
@@ -157,6 +162,7 @@ class Chains:
                 block=layer,
                 hidden_NTH=cast("NDArray[Any]", _Rows(entering)),
                 target_NTH=cast("NDArray[Any]", _Rows(leaving)),
+                extra=self._extra,
             )
 
     def forward(self, block: Block, on_work: Callable[[int], None], stopped: Callable[[], None]) -> Forward:
@@ -318,7 +324,8 @@ class Tuner:
 
     def _chains(self, step: TuneBlock, work: Path, fs: FileSystem) -> Chains:
         tuned = {TUNED: self._skeleton} if step.recipe.inputs == "quantized" else {}
-        return Chains({ORIGINAL: self._original, **tuned}, self._windows, work, fs, stored=self._stored)
+        models, extra = {ORIGINAL: self._original, **tuned}, step.recipe.extra
+        return Chains(models, self._windows, work, fs, stored=self._stored, extra=extra)
 
 
 class _BlockRun:
@@ -381,13 +388,13 @@ class _BlockRun:
             self._healed = healer.heal(samples, recipe.heal, recipe.seed)
         for item in self._step.kept:
             for (_, extent), part in zip(item.parts, healer.parts(item), strict=True):
+                if part.nbytes != extent.length:  # the rest would be a hole that reads as zeros
+                    raise ExecutionError(f"internal: {item.tensor.name}: {part.nbytes} bytes for {extent.length}")
                 write_part(part, extent, target, fs)
         opener = Opener(_reading(healer))
         for moved in self._step.moved:
             writing = Writing(f"tensor '{moved.module}'", moved.shape, quantize_into, self._stopped)
-            rows = (source.open(opener) for source in moved.sources)
-            for role, offset, part in moved.target.written(rows, writing):
-                write_part(part, dict(moved.parts)[role], target, fs, offset=offset)
+            write_item(moved, (source.open(opener) for source in moved.sources), writing, target, fs)
         healer.make_ready(names)
 
     # -- rounding -----------------------------------------------------------------------------------------------
@@ -435,15 +442,15 @@ class _BlockRun:
     def _write(self, tuned: TunedBlock, target: OpenTarget, fs: FileSystem) -> None:
         """Pack and write every module, one at a time."""
         prefix = self._skeleton.prefix(self._step.layer)
-        items = {item.module: item for item in self._step.items}
+        items: dict[str, list[TranscodeItem]] = {}  # several where rows of a module are tensors of their own
+        for item in self._step.items:
+            items.setdefault(item.module, []).append(item)
         for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
-            item = items.pop(prefix + self._skeleton.stored_name(stored.module, prefix))
-            writing = Writing(item.module, item.shape, quantize_into, self._stopped)
-            extents = dict(item.parts)
-            (source,) = item.sources
-            rows = source.of(rows_of(stored.codes, tuned.grid, item.module))
-            for role, offset, part in item.target.written([rows], writing):
-                write_part(part, extents[role], target, fs, offset=offset)
+            rows = rows_of(stored.codes, tuned.grid, stored.module)
+            for item in items.pop(prefix + self._skeleton.stored_name(stored.module, prefix)):
+                (source,) = item.sources
+                writing = Writing(item.module, item.shape, quantize_into, self._stopped)
+                write_item(item, [source.of(rows)], writing, target, fs)
         if items:
             raise ExecutionError(f"internal: {next(iter(items))} was not tuned")
 

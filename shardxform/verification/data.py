@@ -37,6 +37,7 @@ from shardxform.verification.findings import Findings
 from shardxform.verification.healed import HealedTally, examine_healed, near_of, report_healed
 from shardxform.verification.jobs import (
     FLOATS,
+    POWERS,
     Bytes,
     Digest,
     EncodedWeight,
@@ -203,6 +204,8 @@ def _jobs(
             other = None
         derived = comparison.derived.get(name) if comparison and _is_derivable(ref, comparison) else None
         kind = FLOATS.get(ref.spec.dtype)
+        if ref.spec.dtype == "U8" and ref.name.endswith(("scale", "scales", "scale_inv")):
+            kind = POWERS
         part = None if name in examined else rules.get(name)
         place = layout.places.get(name) if layout else None
         ids = place and place.template.ids and ref.spec.dtype in ID_DTYPES

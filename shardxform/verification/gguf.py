@@ -30,7 +30,7 @@ from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, ManifestError, SchemeError
 from shardxform.formats import ggml_blocks
-from shardxform.formats.encoding import Opener, Writing
+from shardxform.formats.encoding import Opener, Storage, Writing
 from shardxform.formats.ggml import Ggml
 from shardxform.formats.rounding import quantize_into
 from shardxform.formats.scheme import GGUF, Grid, Scheme
@@ -41,7 +41,7 @@ from shardxform.plan.gguf_origin import inputs_for, redraft
 from shardxform.plan.steps import HEALED_FILE
 from shardxform.plan.view import View
 from shardxform.runtimes.gguf.architecture import Named, Piece
-from shardxform.runtimes.gguf.undoing import storage_in
+from shardxform.runtimes.gguf.undoing import Undone, storage_in
 from shardxform.verification.data import CHUNK_BYTES, in_parallel
 from shardxform.verification.findings import Findings, Rounding
 from shardxform.verification.parts import Pair, Rule, freedom_of
@@ -264,7 +264,11 @@ def _is_tuned(each: WrittenTensor, made: Made) -> bool:
 def _pairs(named: Named, ref: TensorRef, made: Made) -> Iterator[Pair]:
     first = 0
     for piece in named.pieces:
-        yield Pair(f"{piece.matrix}.weight", piece.storage, storage_in(piece, first, ref, made.grid))
+        if piece.is_part:  # held in the file's order: of the checkpoint's it has some rows only
+            part = Undone(ref.spec.dtype, first, piece.shape[0], grid=made.grid)
+            yield Pair(f"{piece.matrix}.weight", piece, Storage(part, (("values", ref),), piece.shape))
+        else:
+            yield Pair(f"{piece.matrix}.weight", piece.storage, storage_in(piece, first, ref, made.grid))
         first += piece.shape[0]
 
 

@@ -30,6 +30,7 @@ from shardxform.verification.wanted import Derived, HealedWeight
 
 __all__ = [
     "FLOATS",
+    "POWERS",
     "Bytes",
     "Digest",
     "EncodedWeight",
@@ -83,6 +84,14 @@ class FloatBits:
         """The sign bit."""
         return 1 << (8 * self.nbytes - 1)
 
+    @property
+    def mask(self) -> int:
+        """The bits of the magnitude."""
+        return self.limit if self.signed == self.unsigned else self.sign - 1
+
+
+POWERS: Final = FloatBits("<u1", "<u1", 0xFF)
+"""Powers of two, which have no sign; the last code is NaN."""
 
 FLOATS: Final[Mapping[str, FloatBits]] = {
     "BF16": FloatBits("<u2", "<i2", 0x7F80),
@@ -91,6 +100,7 @@ FLOATS: Final[Mapping[str, FloatBits]] = {
     "F64": FloatBits("<u8", "<i8", 0x7FF0_0000_0000_0000),
     "F8_E4M3": FloatBits("<u1", "<i1", 0x7F),  # has no infinities
     "F8_E5M2": FloatBits("<u1", "<i1", 0x7C),
+    "F8_E8M0": POWERS,
 }
 
 
@@ -112,7 +122,7 @@ def scan_floats(data: Bytes, kind: FloatBits, slab: int) -> tuple[NDArray[np.boo
     nonzero: NDArray[np.bool_] = (negative > kind.sign) | (positive > 0)
     if not ((negative >= kind.sign + kind.limit).any() or (positive >= kind.limit).any()):
         return nonzero, 0, -1
-    bad = (bits & (kind.sign - 1)) >= kind.limit
+    bad = (bits & kind.mask) >= kind.limit
     return nonzero, int(np.count_nonzero(bad)), int(bad.argmax())
 
 
@@ -292,7 +302,7 @@ class EncodedWeight:
     @property
     def nbytes(self) -> int:
         """Of the weight in the source."""
-        return self.pair.source.nbytes
+        return self.pair.source.storage.nbytes
 
 
 Task = Sequence[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight]

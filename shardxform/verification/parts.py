@@ -15,7 +15,7 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.formats.config_names import declared_in, method_of
-from shardxform.formats.encoding import Storage
+from shardxform.formats.encoding import Source, Storage
 from shardxform.formats.scheme import FORMATS, Grid
 from shardxform.formats.stored import Stored, scan_stored
 from shardxform.model.layout import COMPANIONS, Layout
@@ -41,7 +41,7 @@ class Pair:
     """
 
     name: str
-    source: Storage
+    source: Source
     stored: Storage
 
     @property

@@ -378,8 +378,12 @@ def _faulty_scales(layout: Layout, tensors: Mapping[str, TensorRef], rule: Scale
         spec = tensors[name].spec
         if place.companion or spec.dtype not in FP8:
             continue
-        (stem, names), known = rule.beside(spec), replace(rule, names=(*rule.names, *SCALES)).beside(spec)[1]
-        stored = next((last for last in known if stem + last in tensors), None)
+        stem, names = rule.beside(spec)
+        there = [last for last in dict.fromkeys((*names, *rule.named(spec))) if stem + last in tensors]
+        stored = there[0] if there else None
+        if len(there) > 1:
+            detail = f"its weight has scales twice: {there[0]} is there too, and which of them holds cannot be told"
+            yield Item("scale", stem + there[1], place._replace(companion=there[1]), detail)
         last = stored if stored in names else names[0]
         if stem + last not in tensors:
             found = f", and clients do not read {stored}" if stored else ""

@@ -115,7 +115,7 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     """Hold a stored weight against the source's, tile by tile; its packed parts and one tile are in memory."""
     rows, columns = pair.source.shape
     stored, source = (
-        Opener(read, checked=False).open(each) for read, each in ((read_out, pair.stored), (read_source, pair.source))
+        each.open(Opener(read, checked=False)) for read, each in ((read_out, pair.stored), (read_source, pair.source))
     )
     assert isinstance(stored, IntRows)
     if isinstance(source, IntRows) and (rule.packed or (not rule.anew and _are_alike(stored, source))):

@@ -119,6 +119,7 @@ class HealingFacts:
         iters, batch_size: steps a block, windows of a step.
         data: calibration text.
         encoding: how weights were written that the source has in small floats; empty where it has none.
+        extra: windows that were made of pieces of the text.
         blocks: in their order.
 
     """
@@ -128,6 +129,7 @@ class HealingFacts:
     batch_size: int | None
     data: Data | None
     encoding: str = ""
+    extra: int = 0
     blocks: tuple[HealedBlock, ...] = ()
 
 

@@ -293,6 +293,7 @@ def _healing(record: Record) -> HealingFacts | None:
         batch_size=heal.whole("batch_size"),
         data=_data(recipe.section("data")),
         encoding=heal.text("encoding"),
+        extra=heal.whole("extra") or 0,
         blocks=_healed_blocks(Fields(record.facts)),
     )
 

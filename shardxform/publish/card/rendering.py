@@ -162,6 +162,7 @@ def _healing(facts: CardFacts) -> Iterator[str]:
 def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "weights", _HEALED.get(made.what, "")
     yield "calibration text", _data(made.data) if made.data else ""
+    yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
     yield "steps per block", _steps(made.iters, made.batch_size)
     yield "written", _WRITTEN.get(made.encoding, "")
 

@@ -124,6 +124,7 @@ def _heal(heal: Fields) -> Iterator[str]:
     yield from _unless("--heal", heal.text("what"), "")
     yield from _unless("--heal-iters", heal.whole("iters"), HEAL_ITERS)
     yield from _unless("--heal-lr", heal.number("lr"), None)
+    yield from _unless("--heal-extra", heal.whole("extra") or 0, 0)
     yield from _unless("--heal-encoding", heal.text("encoding"), "source")
 
 

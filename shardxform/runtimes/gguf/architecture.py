@@ -53,6 +53,12 @@ class Piece:
         return self.transform is None or self.transform.keeps_codes()
 
     @property
+    def is_part(self) -> bool:
+        """Whether it has some rows of the matrix only, picked one by one; others have all, or one run of them."""
+        rows = self.transform.rows if self.transform else None
+        return rows is not None and rows.count != self.storage.shape[0]
+
+    @property
     def held(self) -> int:
         """Bytes in memory while it is open."""
         return self.storage.held + (self.transform.held(*self.storage.shape) if self.transform else 0)

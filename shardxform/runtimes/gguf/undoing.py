@@ -8,8 +8,9 @@ Integers in blocks of Q4_0 and Q8_0 come out as integers with their scales; ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Undone", "put_back", "storage_in"]
 
+_MOST_RUNS: Final = 1024  # of rows of one matrix that lie together in a file
 _BITS: Final[Mapping[str, Bits]] = {"Q4_0": 4, "Q8_0": 8}
 
 
@@ -134,7 +136,8 @@ def _inverse(order: Order, size: int, name: str) -> NDArray[np.int64]:
     found = order.blocks(size)
     if found is None or sorted(found.tolist()) != list(range(found.size)):
         raise ExecutionError(
-            f"tensor '{name}': its rows or columns are a part of the checkpoint's, not an order of them"
+            f"tensor '{name}': it has a part of the checkpoint's rows or columns, which is not put back; evaluate the"
+            " same weights in another format"
         )
     return np.argsort(found)
 
@@ -196,6 +199,32 @@ def storage_in(piece: Piece, first: int, held: TensorRef, grid: Grid | None = No
     return Storage(undone, (("values", held),), piece.storage.shape)
 
 
+def _runs_in(piece: Piece, first: int, held: TensorRef) -> Iterator[tuple[int, Storage]]:
+    """Where the rows of a matrix lie of which the piece holds some: run by run, with the matrix's first row of each.
+
+    Heads of one kind of a projection whose rows take turns, such as those of Qwen3-Next, are a tensor of their own.
+
+    Raises:
+        SchemeError: rows that take turns one by one, of which there would be millions of runs.
+
+    """
+    assert piece.transform is not None
+    assert piece.transform.rows is not None
+    order = piece.transform.rows
+    rest, columns = replace(piece.transform, rows=None), piece.storage.shape[1]
+    positions = order.positions().tolist()
+    starts = [at for at, row in enumerate(positions) if at == 0 or row != positions[at - 1] + 1]
+    if len(starts) > _MOST_RUNS:
+        raise SchemeError(
+            f"tensor '{held.name}': it has every second row of {piece.matrix}, which is not put back; evaluate the"
+            " same weights in another format"
+        )
+    for start, stop in pairwise([*starts, len(positions)]):
+        transform = rest if rest != Transform() else None
+        undone = Undone(held.spec.dtype, first + start, stop - start, transform)
+        yield positions[start], Storage(undone, (("values", held),), (stop - start, columns))
+
+
 def put_back(
     tensors: Iterable[Named], held: Mapping[str, TensorRef], view: Mapping[str, TensorRef]
 ) -> dict[str, TensorRef]:
@@ -218,7 +247,11 @@ def put_back(
         for piece in named.pieces:
             cut = piece.storage.cut
             at = cut.first if cut and f"{piece.matrix}.weight" in view else 0
-            found.setdefault(_name(piece, view), []).append((at, storage_in(piece, first, held[named.name])))
+            stored_of = found.setdefault(_name(piece, view), [])
+            if piece.is_part:
+                stored_of.extend(_runs_in(piece, first, held[named.name]))
+            else:
+                stored_of.append((at, storage_in(piece, first, held[named.name])))
             first += piece.shape[0]
     out: dict[str, TensorRef] = {}
     for name, stored in found.items():
