@@ -404,7 +404,8 @@ def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_expert_shared_count(size("n_shared_experts"))
     writer.add_leading_dense_block_count(architecture.leading_dense)
     _weights(writer, config)
-    writer.add_expert_weights_norm(bool(config.get("norm_topk_prob")))
+    if not config.get("norm_topk_prob"):
+        writer.add_expert_weights_norm(False)
     if architecture.nextn:
         writer.add_nextn_predict_layers(architecture.nextn)
 
