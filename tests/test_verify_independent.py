@@ -295,7 +295,7 @@ def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypat
         for module in right(*args):
             other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
             stem, _, last = module.name.rpartition(".")
-            yield replace(module, name=f"{stem}.{other.get(last, last)}")
+            yield module._replace(name=f"{stem}.{other.get(last, last)}")
 
     monkeypatch.setattr(matrices, "_unstacked", wrong)
     source = make(tmp_path / "source", "qwen3_5_moe_text", "fused")

@@ -52,7 +52,13 @@ FAMILY: Final = Family(
         *experts("moe"),
         *mlp("mlp", "F", "dense mlp", "dense"),
     ),
-    symbols={**HEADS, "D": "head_dim", "F": "intermediate_size", "I": "moe_intermediate_size"},
+    symbols={
+        **HEADS,
+        "KV": "num_key_value_heads",
+        "D": "head_dim",
+        "F": "intermediate_size",
+        "I": "moe_intermediate_size",
+    },
     types=types(
         final_logit_softcapping="int or float or null",
         head_dim="int",

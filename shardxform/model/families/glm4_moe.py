@@ -52,7 +52,13 @@ FAMILY: Final = Family(
         *mlp("mlp", "F", "dense mlp", "dense"),
     ),
     mtp=DEEPSEEK_V3.mtp,
-    symbols={**HEADS, "F": "intermediate_size", "I": "moe_intermediate_size", "NS": "n_shared_experts"},
+    symbols={
+        **HEADS,
+        "KV": "num_key_value_heads",
+        "F": "intermediate_size",
+        "I": "moe_intermediate_size",
+        "NS": "n_shared_experts",
+    },
     types=types(
         **ROUTED,
         first_k_dense_replace="int",

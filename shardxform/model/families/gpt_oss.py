@@ -40,7 +40,7 @@ FAMILY: Final = Family(
         *experts(layout=_EXPERTS),
     ),
     experts=_EXPERTS,
-    symbols={**HEADS, "D": "head_dim", "I": "intermediate_size"},
+    symbols={**HEADS, "KV": "num_key_value_heads", "D": "head_dim", "I": "intermediate_size"},
     types=types(
         "moe_intermediate_size",
         head_dim="int",

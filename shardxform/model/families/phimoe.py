@@ -50,7 +50,7 @@ FAMILY: Final = Family(
     ),
     experts=_EXPERTS,
     renames=(("block_sparse_moe.gate", "mlp.router"), ("block_sparse_moe.", "mlp.")),
-    symbols={**HEADS, "I": "intermediate_size"},
+    symbols={**HEADS, "KV": "num_key_value_heads", "I": "intermediate_size"},
     types=types(
         "moe_intermediate_size",
         input_jitter_noise="float",

@@ -47,6 +47,7 @@ FAMILY: Final = Family(
     ),
     symbols={
         **HEADS,
+        "KV": "num_key_value_heads",
         "F": "intermediate_size",
         "I": "moe_intermediate_size",
         "S": "shared_expert_intermediate_size",

@@ -45,7 +45,7 @@ FAMILY: Final = Family(
         *experts("moe"),
         *mlp("mlp", "F", "dense mlp", "dense"),
     ),
-    symbols={**HEADS, "F": "intermediate_size", "I": "moe_intermediate_size"},
+    symbols={**HEADS, "KV": "num_key_value_heads", "F": "intermediate_size", "I": "moe_intermediate_size"},
     types=types(
         decoder_sparse_step="int",
         intermediate_size="int",
