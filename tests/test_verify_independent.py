@@ -6,7 +6,6 @@ import ast
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
