@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardxform.model.families.listing import Listed, listed
+from shardxform.model.families.listing import Listed, listing_of
 
 HEAD = """# Families
 
@@ -30,7 +30,7 @@ def row(family: Listed) -> str:
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "\n".join(map(row, listed())) + "\n"
+    return HEAD + "\n".join(map(row, listing_of())) + "\n"
 
 
 if __name__ == "__main__":

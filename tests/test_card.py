@@ -26,7 +26,7 @@ from shardxform.cli.card import card_command
 from shardxform.errors import ManifestError, OutputError, PlanError, ShardxformError
 from shardxform.publish.card import MARK, CardOptions, gather, render, write_card
 from shardxform.publish.card.facts import Data, EvaluationFacts, Origin
-from shardxform.publish.card.gathering import front_matter_of, origin_of
+from shardxform.publish.card.origin import front_matter_of, origin_of
 from shardxform.publish.card.rendering import code, fence, front_matter
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ import click
 
 from shardxform.cli.console import print_json, rows
 from shardxform.cli.options import JsonFlags, command
-from shardxform.model.families.listing import Listed, listed
+from shardxform.model.families.listing import Listed, listing_of
 
 __all__ = ["families_command"]
 
@@ -21,7 +21,7 @@ def families_command(output: JsonFlags) -> None:
     All are inspected, pruned and verified. `run`: scored, evaluated, healed and tuned too. `quantized`: the formats
     whose loaders find the experts.
     """
-    every = listed()
+    every = listing_of()
     if output.as_json:
         print_json({"families": [asdict(each) for each in every]})
         return

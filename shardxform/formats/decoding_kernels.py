@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shardxform.formats.kernels import F32, I32, U32, jit
 
-__all__ = ["CHUNK", "SHARE", "Kind", "decode"]
+__all__ = ["CHUNK", "SHARE", "Kind", "decode_run"]
 
 CHUNK: Final = 32
 """Columns at a time where codes have four bits: a number that is compiled in, and that a row is a multiple of."""
@@ -125,7 +125,7 @@ def _compiled(kind: str) -> Callable[..., Any]:
     return jit(_wide, (_CODES, _SCALES, block, types.float32[:, ::1]))
 
 
-def decode(
+def decode_run(
     kind: Kind, codes_RB: NDArray[np.uint8], scale_ST: NDArray[np.float32], begin: int, block: tuple[int, int]
 ) -> NDArray[np.float32] | None:
     """Decode rows `begin`.. of a weight.

@@ -456,9 +456,9 @@ def compiled(
     """Decode rows `begin`.. by `decoding_kernels.decode`; None where it is not there or not worth it, or for a NaN."""
     if codes_RB.size < _WORTHWHILE or not _is_compiled():
         return None
-    from shardxform.formats.decoding_kernels import decode
+    from shardxform.formats.decoding_kernels import decode_run
 
-    return decode(kind, codes_RB, scale_ST, begin, block)
+    return decode_run(kind, codes_RB, scale_ST, begin, block)
 
 
 class Decoding(Protocol):

@@ -8,7 +8,7 @@ from typing import Final
 from shardxform.model.families import HOMES, all_families
 from shardxform.model.families.base import Family
 
-__all__ = ["Listed", "listed"]
+__all__ = ["Listed", "listing_of"]
 
 RELEASES: Final = {
     "afmoe": "Trinity-Nano, Mini and Large",
@@ -91,7 +91,7 @@ class Listed:
     not_run: str
 
 
-def listed() -> tuple[Listed, ...]:
+def listing_of() -> tuple[Listed, ...]:
     """Every family of this package, in the order of their modules' names."""
     modules = sorted(set(HOMES.values()))
     return tuple(_listed(module, family) for module, family in zip(modules, all_families(), strict=True))
