@@ -188,6 +188,8 @@ TWO = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
         (header_bytes(b"{"), "not JSON"),
         (header_bytes(A + b"\0\0"), "not JSON"),
         (header_bytes(A + A), "not JSON"),
+        (header_bytes(A + b'"b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}}') + b"123", "not JSON"),
+        (header_bytes(A[:-1] + b',"b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},') + b"123", "not JSON"),
         (header_bytes(b"\xef\xbb\xbf" + A), "not JSON"),
         (header_bytes(b'{"\xff":1}'), "not UTF-8 at byte 2"),
         (header_bytes(b'{"\xed\xa0\x80":1}'), "not UTF-8"),

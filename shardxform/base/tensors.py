@@ -416,7 +416,7 @@ def _entries(text: bytes, data_bytes: int, where: str) -> list[Entry]:
 _NUMBER: Final = "(?:0|[1-9][0-9]{0,18})"
 _METADATA: Final = '{"__metadata__":{"format":"pt"},'
 _OFFSETS: Final = f'"data_offsets":\\[({_NUMBER}),({_NUMBER})\\]'
-_ONE: Final = re.compile(f'"([^"\\\\\\x00-\\x1f]*)":{{("dtype":[^]]*]),{_OFFSETS}}}[,}}]')
+_ONE: Final = re.compile(f'"([^"\\\\\\x00-\\x1f]*)":{{("dtype":[^]]*]),{_OFFSETS}}}(?:,|}}\\Z)')
 _AROUND: Final = len('"":{,"data_offsets":[,]},')
 _KIND: Final = re.compile(f'"dtype":"([A-Z0-9_]+)","shape":\\[((?:{_NUMBER},)*{_NUMBER})?\\]')
 
