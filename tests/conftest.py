@@ -1,7 +1,7 @@
 """Fixtures shared by all tests. Session-scoped directories are read-only: copy before changing.
 
-What the tests say does not depend on the shell that they are started from: its proxies, locale, colours, time zone and
-settings of the hub's client are put aside here, before any library reads them. Temporary files lie in memory where
+What the tests say does not depend on the shell that they are started from: its proxies, locale, colours, time zone,
+ignored signals and settings of the hub's client are put aside here, before any library reads them. Temporary files lie in memory where
 there is room, so that syncing, which `faults` models, is not waited for. The workers of `-n` are given whole files, the
 longest first: what a module's fixtures make is made once.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -36,6 +37,8 @@ def put_aside() -> None:
     os.environ["LANG"] = "C.UTF-8"
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # macOS asks the system for proxies
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ONE_THREAD:  # threads of several processes wait for each other, busily
         os.environ.setdefault(name, "1")
 
