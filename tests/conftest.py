@@ -1,9 +1,9 @@
 """Fixtures shared by all tests. Session-scoped directories are read-only: copy before changing.
 
 What the tests say does not depend on the shell that they are started from: its proxies, locale, colours, time zone,
-ignored signals and settings of the hub's client are put aside here, before any library reads them. Temporary files lie in memory where
-there is room, so that syncing, which `faults` models, is not waited for. The workers of `-n` are given whole files, the
-longest first: what a module's fixtures make is made once.
+ignored signals and settings of the hub's client are put aside here, before any library reads them. Temporary files lie
+in memory where there is room, so that syncing, which `faults` models, is not waited for. The workers of `-n` are given
+whole files, the longest first: what a module's fixtures make is made once.
 """
 
 from __future__ import annotations
