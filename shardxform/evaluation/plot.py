@@ -165,15 +165,17 @@ def _draw_loads(figure: Figure, axes: Axes, loads: Mapping[int, Load]) -> None:
     experts = max(len(load.keep) for load in loads.values())
     rows = [[math.nan] * experts for _ in loads]
     named = experts <= _MOST_NAMED and len(loads) <= _MOST_NAMED
+    cells: list[tuple[tuple[int, int], int, float, float]] = []
     for number, load in enumerate(loads.values()):
         by_share = sorted(zip(load.shares, load.keep, strict=True), key=lambda each: -each[0][0])
         for place, ((old, new), expert) in enumerate(by_share):
             rows[number][place] = _doublings(old, new)
-            if named:
-                _name_cell(axes, (place, number), expert, old, new)
+            cells.append(((place, number), expert, old, new))
     widest = max((abs(each) for row in rows for each in row if math.isfinite(each)), default=0.0)
     most = next(each for each in _SCALES if each >= min(widest, _MOST_DOUBLINGS))
     image = axes.imshow(rows, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    for cell in cells if named else ():
+        _name_cell(axes, *cell, most)
     axes.set_xlabel(f"kept experts{' by id' if named else ''}, from the reference's busiest to its least busy")
     axes.set_ylabel("layer")
     numbers = list(loads)
@@ -188,10 +190,10 @@ def _draw_loads(figure: Figure, axes: Axes, loads: Mapping[int, Load]) -> None:
     bar.set_label("share of the choices among kept experts")
 
 
-def _name_cell(axes: Axes, place: tuple[int, int], expert: int, old: float, new: float) -> None:
-    """Write an expert's id, and how its share of the choices changed."""
+def _name_cell(axes: Axes, place: tuple[int, int], expert: int, old: float, new: float, most: float) -> None:
+    """Write an expert's id, and how its share of the choices changed; in white near the ends of the scale."""
     change = f"{new / old - 1:+.0%}" if old else "new" if new else "idle"
-    dark = abs(_doublings(old, new)) > _MOST_DOUBLINGS / 2
+    dark = abs(_doublings(old, new)) > most * 0.6
     axes.text(*place, f"{expert}\n{change}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from shardxform.formats.kernels import F32, I32, U32, jit
+from shardxform.formats.kernels import F32, I32, U32, _bits, _float, jit
 
 __all__ = ["CHUNK", "SHARE", "Kind", "decode_run"]
 
@@ -35,16 +35,6 @@ _UNIT: Final = np.uint32(1)
 _NAN: Final = np.uint32(127)  # of E4M3, less the sign
 _EIGHT_BITS: Final = np.uint32((127 - 7) << 23)  # what the exponent of a float32 has beyond that of E4M3
 _FOUR_BITS: Final = np.uint32((127 - 1) << 23)  # beyond that of E2M1
-
-
-@jit
-def _bits(x: np.float32) -> np.uint32:
-    return F32(x).view(U32)
-
-
-@jit
-def _float(u: np.uint32) -> np.float32:
-    return U32(u).view(F32)
 
 
 @jit
