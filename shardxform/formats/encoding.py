@@ -453,7 +453,7 @@ def compiled(
     begin: int,
     block: tuple[int, int],
 ) -> NDArray[np.float32] | None:
-    """Decode rows from `begin` on by `decoding_kernels.decode_run`; None where that is not there or worth it, or of NaN."""
+    """Decode rows from `begin` on by `decoding_kernels.decode_run`; None where it is not worth it, or for a NaN."""
     if codes_RB.size < _WORTHWHILE or not _is_compiled():
         return None
     from shardxform.formats.decoding_kernels import decode_run
