@@ -14,19 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from shardxform.base.constants import MOST_WEIGHT
 from shardxform.base.strict_json import JsonError, dumps, parse_object
 from shardxform.errors import ResumeError
+from shardxform.execution.output import SCHEDULE
 
 if TYPE_CHECKING:
     from shardxform.ask.recipe import Heal
     from shardxform.base.file_system import FileSystem
 
-__all__ = ["FILE", "Pace", "Schedule", "steps_within"]
-
-FILE: Final = "schedule.json"
+__all__ = ["Pace", "Schedule", "steps_within"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +68,7 @@ class Schedule:
             ResumeError: the file is damaged.
 
         """
-        self._layers, self._path, self._fs = tuple(layers), work / FILE, fs
+        self._layers, self._path, self._fs = tuple(layers), work / SCHEDULE, fs
         self._blocks: dict[int, dict[str, Any]] = _read(self._path)
 
     def decide(self, layer: int, heal: Heal, elapsed: Callable[[], float], measure: Callable[[], Pace]) -> Heal:
