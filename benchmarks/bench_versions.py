@@ -98,7 +98,13 @@ def run(name: str, tree: Path, out: Path, scratch: Path) -> tuple[float, float]:
     if status:
         raise SystemExit(f"{' '.join(command)}: ended with {status}\n{(scratch / 'errors').read_text()}")
     shutil.rmtree(out, ignore_errors=True)
+    saliency(out).unlink(missing_ok=True)  # a scoring that is done is not done again
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024.0
+
+
+def saliency(out: Path) -> Path:
+    """What `score` writes."""
+    return out.with_suffix(".safetensors")
 
 
 def words_of(name: str, source: Path, out: Path) -> list[str]:
@@ -107,7 +113,7 @@ def words_of(name: str, source: Path, out: Path) -> list[str]:
         case "version":
             return ["--version"]
         case "score":
-            return ["score", str(source), "-o", f"{out}.safetensors", "-q", "--work", str(out)]
+            return ["score", str(source), "-o", str(saliency(out)), "-q", "--work", str(out)]
         case "evaluate":
             return ["evaluate", str(source), "--work", str(out), "-q"]
         case "heal":
