@@ -155,7 +155,7 @@ class Reference:
 @torch.no_grad()
 def through(block: Block, entering_NTH: torch.Tensor) -> torch.Tensor:
     """States that leave a block."""
-    return torch.cat([block(part) for part in entering_NTH.split(BATCH)])
+    return torch.cat([block(part) for part in entering_NTH.split(BATCH)])  # type: ignore[no-untyped-call]
 
 
 def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Reference:
@@ -186,7 +186,7 @@ def sensitivities(ref: Reference, share: float, windows: int = 64) -> list[torch
     model = load(SMALL_MOE, dtype=torch.float32).eval().requires_grad_(False)
     generator, size = torch.Generator().manual_seed(0), ref.skeleton.hidden_size
     sums = [torch.zeros(size, size, dtype=torch.float64) for _ in model.model.layers]
-    for ids_BT in ref.ids_NT[:windows].split(BATCH):
+    for ids_BT in ref.ids_NT[:windows].split(BATCH):  # type: ignore[no-untyped-call]
         left: list[torch.Tensor] = []
         keep = partial(_keep_output, left)
         hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
@@ -324,7 +324,7 @@ def errors(out_BTH: torch.Tensor, task: Task, rows_B: torch.Tensor) -> tuple[tor
 
 @torch.no_grad()
 def _judge(block: Block, task: Task, judges_N: np.ndarray[Any, Any]) -> float:
-    parts = torch.from_numpy(judges_N).split(BATCH)
+    parts = torch.from_numpy(judges_N).split(BATCH)  # type: ignore[no-untyped-call]
     return sum(errors(block(task.entering_NTH[rows_B]), task, rows_B)[1] for rows_B in parts)
 
 
