@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import split_windows
+from shardxform.base.constants import JUDGED_AT, LEAST_SQUARE
 from shardxform.calibration import DataOptions, load_windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.formats.rounding import search_factors
@@ -56,7 +57,6 @@ BATCH: Final = 8
 KEPT_16_BIT: Final = ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b")
 SMALLEST: Final = 1.1e-5
 HALF: Final = 0.4998
-JUDGED_AT: Final = (0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +318,7 @@ def errors(out_BTH: torch.Tensor, task: Task, rows_B: torch.Tensor) -> tuple[tor
     error_BTH = out_BTH.float() - wanted_BTH
     error_BTH[:, -1] = 0
     counted_BTH = error_BTH if task.counts_HH is None else error_BTH @ task.counts_HH
-    slope_BTH = counted_BTH / wanted_BTH.square().mean(-1, keepdim=True)
+    slope_BTH = counted_BTH / wanted_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
     return slope_BTH, float((slope_BTH * error_BTH).double().sum())
 
 
