@@ -589,11 +589,11 @@ def test_what_cannot_be_run_is_said_in_one_line_before_anything_is_written(
 
 
 @torch.no_grad()
-def block_by_block(root: Path) -> Any:
+def block_by_block(root: Path, precision: Precision = FLOAT32) -> Any:
     """Logits of a checkpoint, quantized or not, as the block runner gives them; its config stays as it is."""
     checkpoint = Checkpoint.open(root)
     identity = config_sha256(checkpoint.config)
-    with Weights(checkpoint, FLOAT32) as weights:
+    with Weights(checkpoint, precision) as weights:
         skeleton = Skeleton(weights)
         assert config_sha256(checkpoint.config) == identity  # whose digest evaluations are bound to
         hidden = skeleton.embed(IDS)
@@ -609,6 +609,14 @@ def block_by_block(root: Path) -> Any:
 def test_the_block_runner_gives_the_logits_of_the_model(kind: str, folder: Path) -> None:
     wanted = model_of(kind)(input_ids=IDS).logits
     torch.testing.assert_close(block_by_block(source_of(kind, folder)), wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["minimax_m3_vl", *picked([kind for kind in RUN if kind != "minimax_m3_vl"], 15)])
+def test_blocks_are_run_in_bfloat16_too(kind: str, folder: Path) -> None:
+    model, _ = any_moe.load(source_of(kind, folder), torch.bfloat16, CASES[kind].class_name)
+    wanted = logits_of(model.eval())
+    found = block_by_block(source_of(kind, folder), Precision(torch.device("cpu"), torch.bfloat16))
+    assert float((found - wanted).abs().median()) < 0.01 * float(wanted.std())  # the head alone is in float32
 
 
 def test_a_config_stays_as_it_is_when_its_model_is_run(folder: Path, tmp_path: Path) -> None:
