@@ -126,6 +126,8 @@ def in_use() -> tuple[Outside, ...]:
 def family_of(config: Config) -> tuple[Family, Wrapper]:
     """The family and the wrapper class that a config.json describes.
 
+    Releases whose code is their own may leave `model_type` out, as LongCat-Flash does: then `architectures` tells.
+
     Raises:
         UnknownFamilyError: no family has that `model_type`.
         FamilyError: it contradicts `architectures`.
@@ -135,6 +137,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"config.json: architectures: expected a list of names, found {architectures!r}")
+    if "model_type" not in config:
+        model_type = next(filter(None, map(_type_of, architectures)), None)
     family = _family(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(sorted({*HOMES, *_named, *_entry_points()}))
@@ -159,6 +163,15 @@ def family_origin(config: Config) -> dict[str, dict[str, str]]:
         return {}
     found = _named.get(model_type) or installed(model_type)
     return {"family": {found.origin: found.sha256}} if found else {}
+
+
+@functools.cache
+def _type_of(architecture: str) -> str:
+    """The `model_type` of a class of this package's families; empty where none, or several, are called so."""
+    own = {
+        each.model_type for family in all_families() for each in family.wrappers if each.architecture == architecture
+    }
+    return own.pop() if len(own) == 1 else ""
 
 
 def all_families() -> tuple[Family, ...]:
