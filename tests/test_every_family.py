@@ -173,6 +173,8 @@ ERNIE_VL = "Ernie4_5_VLMoeForConditionalGeneration"
 
 CASES: dict[str, Case] = {
     "afmoe": Case(over={"mup_enabled": True}, more=({"attention_bias": True},)),
+    "axk1": Case(more=({"attention_bias": True},)),
+    "axk2": Case(more=({"attention_bias": True},)),
     "bailing_hybrid": Case(
         over={**DELTA, "num_expert_group": 2},
         formats=(),
@@ -233,6 +235,7 @@ CASES: dict[str, Case] = {
     ),
     "exaone_moe": Case(over={"head_dim": 32}),
     "flex_olmo": Case(over={"pad_token_id": None}, more=({"attention_bias": True},)),
+    "flint": Case(over={"mlp_only_layers": [0]}, more=({"attention_bias": True},)),
     "gemma4_text": Case(over=GEMMA4, more=({"tie_word_embeddings": False},)),
     "glm4_moe": Case(over={"attention_bias": True, "use_qk_norm": True}),
     "glm4_moe_lite": Case(more=({"q_lora_rank": None},)),
@@ -255,6 +258,7 @@ CASES: dict[str, Case] = {
     ),
     "glm_moe_dsa": Case(over={"indexer_types": ["full", "shared"]}),  # the others load too
     "granitemoe": Case(over={"embedding_multiplier": 3.0}, more=({"attention_bias": True},)),
+    "granitemoe_swa": Case(more=({"attention_bias": True},)),
     "granitemoehybrid": Case(over=GRANITE_4, more=({"attention_bias": True, "mamba_proj_bias": True},)),
     "granitemoeshared": Case(more=({"attention_bias": True},)),
     "hunyuan_v1_moe": Case(over={"moe_topk": [2, 2]}, more=({"attention_bias": True},)),
@@ -275,6 +279,7 @@ CASES: dict[str, Case] = {
         more=({"attention_bias": True, "q_lora_rank": 32},),
         elsewhere=("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
     ),
+    "kolibri1": Case(),
     "laguna": Case(
         over={
             "num_attention_heads_per_layer": [4, 8],
@@ -317,6 +322,7 @@ CASES: dict[str, Case] = {
         more=({"attention_bias": True, "mlp_layer_types": ["dense", "sparse"]},),
     ),
     "mimo_v2_flash": Case(over={"v_head_dim": 8}, more=({"attention_bias": True},), formats=("compressed-tensors",)),
+    "minimax": Case(over={"block_size": 16}, formats=("compressed-tensors",)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "minimax_m3_vl": Case(
         over={
