@@ -50,8 +50,8 @@ class Plain:
         return PlainRows(parts["values"], read)
 
     def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
-        """The whole tensor, where the rows of a matrix are no run of it."""
-        return parts["values"].nbytes if cut and not cut.is_run else 0
+        """The whole tensor, where the rows of a matrix are columns of it."""
+        return parts["values"].nbytes if cut and cut.transposed else 0
 
     def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
@@ -96,7 +96,7 @@ class Plain:
 
 @dataclass(slots=True)
 class PlainRows:
-    """Rows of a tensor, or of a `part` of it, which is read whole, once, where it is no run of rows."""
+    """Rows of a tensor, or of a `part` of it; what are its columns is read whole, once."""
 
     ref: TensorRef
     read: Read
@@ -134,6 +134,10 @@ class PlainRows:
             return self._read(self.ref.rows(self.part.first + start, self.part.first + stop))
         if self.part is None:
             return self._read(self.ref.rows(start, stop))
+        if not self.part.transposed:
+            first, step = self.part.first, self.part.step
+            run = self.ref.rows(first + start * step, first + (stop - 1) * step + 1)
+            return np.ascontiguousarray(self._read(run)[::step])
         if not self._bits:
             self._bits.append(self._read(self.ref))
         return np.ascontiguousarray(self.part.of(self._bits[0])[start:stop])

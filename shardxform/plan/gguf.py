@@ -43,6 +43,7 @@ from shardxform.plan.steps import (
     transcode_steps,
 )
 from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, sidecar_digests, view_inputs, view_summary
+from shardxform.runtimes import rotation_notes
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
@@ -165,7 +166,8 @@ class WrittenTensor:
         ranges: list[ByteRange] = []
         for piece in self.named.pieces:
             storage = piece.storage
-            if piece.transform or storage.encoding != self.target or (storage.cut and not storage.cut.is_run):
+            moved = piece.transform or storage.turns > 1 or (storage.cut and not storage.cut.is_run)
+            if moved or storage.encoding != self.target:
                 return None
             ref, cut = storage.parts[0][1], storage.cut
             ranges += (ref.rows(cut.first, cut.first + cut.count) if cut else ref).ranges
@@ -288,6 +290,11 @@ class GgufFiles:
     view: View
     contents: GgufContents
     shards: tuple[ShardPlan, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What llama.cpp runs in another way, and cannot be told."""
+        return tuple(rotation_notes(self.contents.architecture.config, "llama.cpp"))
 
     def plan(
         self,
@@ -448,7 +455,7 @@ def plan_stored(
         "copied": draft.contents.copies,
         **({"healed": len(draft.contents.healed)} if recipe else {}),
     }
-    notes = (*draft.view.notes, *_stored_notes(draft.contents))
+    notes = (*draft.view.notes, *_stored_notes(draft.contents), *draft.notes)
     return draft.plan(source, recipe, inputs=told, summary=summary, notes=notes)
 
 
