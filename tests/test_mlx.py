@@ -139,6 +139,27 @@ def test_experts_that_stay_16_bit_are_stacked_too_and_what_the_config_says_holds
     sound(out, source)
 
 
+def test_gate_and_up_that_take_turns_stand_apart_with_their_biases_whatever_they_are_stored_in(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "gpt_oss")
+    released = read_checkpoint(source)
+    kept = quantize(source, tmp_path / "kept", keep_16bit=("*.experts.*",))
+    twin = quantize(source, tmp_path / "twin", "auto-round", keep_16bit=("*.experts.*",))
+    assert same(kept, convert(twin, tmp_path / "out", "mlx"))
+    sound(kept, source)
+    sound(tmp_path / "out", twin)
+    sound(convert(kept, tmp_path / "back", "auto-round"), kept)
+    assert read_checkpoint(tmp_path / "back") == read_checkpoint(twin)
+    experts, found = "model.layers.1.mlp.experts.", read_checkpoint(kept)
+    both, biases = (released[f"{experts}gate_up_proj{last}"].array() for last in ("", "_bias"))
+    for first, name in enumerate(("gate_proj", "up_proj")):
+        assert (found[f"{experts}{name}.weight"].array() == both[..., first::2].swapaxes(1, 2)).all()
+        assert (found[f"{experts}{name}.bias"].array() == biases[:, first::2]).all()
+    down = released[f"{experts}down_proj"].array().swapaxes(1, 2)
+    assert (found[f"{experts}down_proj.weight"].array() == down).all()
+    assert found[f"{experts}down_proj.bias"] == released[f"{experts}down_proj_bias"]
+    assert not [name for name in found if "gate_up" in name or re.search(r"experts\.\d", name)]
+
+
 def test_mlx_is_told_the_class_and_the_keys_that_it_reads(tmp_path: Path) -> None:
     """A text-only Qwen3.5 by the name that mlx-lm has for both; what transformers 5 calls otherwise is said twice."""
     out = quantize(make(tmp_path / "one"), tmp_path / "mlx")

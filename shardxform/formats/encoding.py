@@ -96,6 +96,7 @@ class Cut:
         first, count: of the rows.
         transposed: whether the stored matrix is [I, O].
         step: from one row to the next, where every second one is taken, or every third.
+        turns: of how many matrices, stored one below the other, the rows are counted in turn.
 
     """
 
@@ -103,11 +104,12 @@ class Cut:
     count: int
     transposed: bool = False
     step: int = 1
+    turns: int = 1
 
     @property
     def is_run(self) -> bool:
         """Whether the rows are stored one after the other, so that a reference to them says it all."""
-        return not self.transposed and self.step == 1
+        return not self.transposed and self.step == self.turns == 1
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Shape [O, I] of the matrix in what has the shape `stored`."""
@@ -119,19 +121,18 @@ class Cut:
         Columns of a matrix are no cut: of a turned one, only what is turned back is, whose columns are all there.
         """
         if not cut.transposed:
-            return Cut(self.first + cut.first * self.step, cut.count, self.transposed, self.step * cut.step)
+            assert cut.turns == 1
+            first = self.first + cut.first * self.step
+            return replace(self, first=first, count=cut.count, step=self.step * cut.step)
         assert self == Cut(0, self.shape(stored)[0], self.transposed)
-        return Cut(cut.first, cut.count, not self.transposed, cut.step)
+        return replace(cut, transposed=not self.transposed)
 
     def of(self, stored: Any) -> Any:  # noqa: ANN401
         """View of the matrix in an array or tensor of what is stored."""
         whole = stored.T if self.transposed else stored
+        if self.turns > 1:
+            whole = whole.reshape(self.turns, -1, *whole.shape[1:]).swapaxes(0, 1).reshape(whole.shape)
         return whole[self.first : self.first + self.count * self.step : self.step]
-
-    @property
-    def span(self) -> int:
-        """Rows from the first to the last."""
-        return (self.count - 1) * self.step + 1
 
 
 class Rows(Protocol):
@@ -283,7 +284,6 @@ class Storage(NamedTuple):
         parts: of it, in order.
         whole: its shape [O, I].
         cut: what of it the matrix is; None for all of it.
-        turns: of how many matrices, stored one below the other, the rows take turns in what the cut is of.
 
     """
 
@@ -291,12 +291,9 @@ class Storage(NamedTuple):
     parts: tuple[tuple[Role, TensorRef], ...]
     whole: tuple[int, int]
     cut: Cut | None = None
-    turns: int = 1
 
     def __repr__(self) -> str:  # as dataclasses give it, in a third of the time: plans are fingerprinted by it
-        turns = "" if self.turns == 1 else f", turns={self.turns}"
-        parts = f"parts={self.parts!r}, whole={self.whole!r}"
-        return f"Storage(encoding={shown(self.encoding)}, {parts}, cut={self.cut!r}{turns})"
+        return f"Storage(encoding={shown(self.encoding)}, parts={self.parts!r}, whole={self.whole!r}, cut={self.cut!r})"
 
     @property
     def name(self) -> str:
@@ -335,7 +332,7 @@ class Storage(NamedTuple):
     def is_of(self, other: Storage) -> bool:
         """Whether it is a part of the same matrix as another."""
         same = self.parts is other.parts or self.parts == other.parts
-        return same and (self.whole, self.turns, self.encoding) == (other.whole, other.turns, other.encoding)
+        return same and self.whole == other.whole and self.encoding == other.encoding
 
     def open(self, opener: Opener) -> Rows:
         """Its rows; raises like `Opener.open`."""
@@ -356,8 +353,9 @@ def in_turns(matrices: Sequence[Storage]) -> Storage:
         return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
 
     encoding, parts, (rows, columns), *_ = matrices[0]
-    whole = len(matrices) * rows, columns
-    return Storage(encoding, tuple((role, below(role)) for role, _ in parts), whole, turns=len(matrices))
+    count = len(matrices) * rows
+    both = tuple((role, below(role)) for role, _ in parts)
+    return Storage(encoding, both, (count, columns), Cut(0, count, turns=len(matrices)))
 
 
 class Source(Protocol):
@@ -653,8 +651,7 @@ class Turned:
     def cut(self, cut: Cut) -> Rows:
         """Some of the rows."""
         assert not cut.transposed
-        first = self.part.first + cut.first * self.part.step
-        return Turned(self.whole, Cut(first, cut.count, transposed=True, step=self.part.step * cut.step), self._values)
+        return Turned(self.whole, self.part.then(cut, (0, 0)), self._values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -726,16 +723,6 @@ def taken(rows: Rows, cut: Cut) -> Rows:
     return Turned(rows, cut) if cut.transposed else Taken(rows, cut.of(np.arange(rows.count)))
 
 
-def _in_turn(rows: Rows, matrices: int) -> Rows:
-    """Rows of so many matrices in turn, of those of all, one below the other; integers stay integers."""
-    import numpy as np
-
-    from shardxform.formats.packing import IntRows
-
-    positions = np.arange(rows.count).reshape(matrices, -1).T.reshape(-1)
-    return rows.at(positions) if isinstance(rows, IntRows) else Taken(rows, positions)
-
-
 class Opener:
     """Opens stored matrices; keeps the last one, of which the next matrix is often another part."""
 
@@ -749,7 +736,7 @@ class Opener:
         if self._last is None or not storage.is_of(self._last[0]):
             self._last = None  # freed before the next one is read
             rows = storage.encoding.open(dict(storage.parts), storage.whole, self._read, self._checked)
-            self._last = (storage, _in_turn(rows, storage.turns) if storage.turns > 1 else rows)
+            self._last = (storage, rows)
         return self._last[1].cut(storage.cut) if storage.cut else self._last[1]
 
 

@@ -95,18 +95,11 @@ class IntRows:
     def cut(self, cut: Cut) -> IntRows:
         """Some of the rows."""
         assert not cut.transposed
-        first = self.first + cut.first
-        if cut.step == 1:
-            return replace(self, first=first, count=cut.count)
-        words = rows_between(self.words, self.layout, first, first + cut.span, cut.step)
-        scales = rows_between(self.scales, self.layout, first, first + cut.span, cut.step)
-        return replace(self, words=words, scales=scales, first=0, count=cut.count)
-
-    def at(self, positions: NDArray[np.int64]) -> IntRows:
-        """The rows at some positions."""
-        axis, at = 1 if self.layout == "gptq" else 0, self.first + positions
+        if cut.is_run:
+            return replace(self, first=self.first + cut.first, count=cut.count)
+        axis, at = 1 if self.layout == "gptq" else 0, self.first + cut.of(np.arange(self.count))
         words, scales = self.words.take(at, axis), self.scales.take(at, axis)
-        return replace(self, words=words, scales=scales, first=0, count=len(positions))
+        return replace(self, words=words, scales=scales, first=0, count=cut.count)
 
     def turned(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """int32 words [R, W] and float32 scales [R, G] of rows `start`..`stop - 1`, whichever way they are stored."""
@@ -234,9 +227,9 @@ def first_of(wrong: NDArray[np.bool_]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
 
 
-def rows_between(array: NDArray[_Scalar], layout: Layout, start: int, stop: int, step: int = 1) -> NDArray[_Scalar]:
-    """View of the words or scales of rows `start`..`stop - 1` of a weight, or of every second one of them."""
-    return array[:, start:stop:step] if layout == "gptq" else array[start:stop:step]
+def rows_between(array: NDArray[_Scalar], layout: Layout, start: int, stop: int) -> NDArray[_Scalar]:
+    """View of the words or scales of rows `start`..`stop - 1` of a weight."""
+    return array[:, start:stop] if layout == "gptq" else array[start:stop]
 
 
 def float32_of(bits: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from shardxform.formats.encoding import (
     Storage,
     Writing,
     row_tiles,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -122,9 +123,11 @@ class PlainRows:
         """Name a row in a message."""
         return f"tensor '{self.ref.name}': row {row}"
 
-    def cut(self, cut: Cut) -> PlainRows:
+    def cut(self, cut: Cut) -> Rows:
         """Rows of a part; what was read of the whole is theirs too."""
-        return PlainRows(self.ref, self.read, cut, self._bits)
+        if cut.is_run or cut.transposed:
+            return PlainRows(self.ref, self.read, cut, self._bits)
+        return taken(self, cut)
 
     def bits(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start`..`stop - 1`, one after the other; unsigned bits, but for F32."""
@@ -134,10 +137,6 @@ class PlainRows:
             return self._read(self.ref.rows(self.part.first + start, self.part.first + stop))
         if self.part is None:
             return self._read(self.ref.rows(start, stop))
-        if not self.part.transposed:
-            first, step = self.part.first, self.part.step
-            run = self.ref.rows(first + start * step, first + (stop - 1) * step + 1)
-            return np.ascontiguousarray(self._read(run)[::step])
         if not self._bits:
             self._bits.append(self._read(self.ref))
         return np.ascontiguousarray(self.part.of(self._bits[0])[start:stop])

@@ -357,7 +357,7 @@ def _halves(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[tuple[str
         if len({(each.encoding, each.whole) for each in stored}) == 1:
             rows, both = stored[0].whole[0], in_turns(stored)
             for at, name in enumerate(names):
-                yield name, Encoded(refs[name].spec, (), (both._replace(cut=Cut(at * rows, rows)),))
+                yield name, Encoded(refs[name].spec, (), (both.part(Cut(at * rows, rows)),))
 
 
 # -- the whole ----------------------------------------------------------------------------------------------------

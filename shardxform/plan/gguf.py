@@ -43,11 +43,11 @@ from shardxform.plan.steps import (
     transcode_steps,
 )
 from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, sidecar_digests, view_inputs, view_summary
-from shardxform.runtimes import rotation_notes
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
 from shardxform.runtimes.gguf.mixes import KINDS, mix_facts, mixed
+from shardxform.runtimes.rotation import rotation_notes
 
 __all__ = ["GgufFiles", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
@@ -166,8 +166,7 @@ class WrittenTensor:
         ranges: list[ByteRange] = []
         for piece in self.named.pieces:
             storage = piece.storage
-            moved = piece.transform or storage.turns > 1 or (storage.cut and not storage.cut.is_run)
-            if moved or storage.encoding != self.target:
+            if piece.transform or storage.encoding != self.target or (storage.cut and not storage.cut.is_run):
                 return None
             ref, cut = storage.parts[0][1], storage.cut
             ranges += (ref.rows(cut.first, cut.first + cut.count) if cut else ref).ranges

@@ -24,7 +24,7 @@ from shardxform.formats.sources import Part
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, head_dim
 from shardxform.model.layout import Layout, Place
-from shardxform.runtimes import rotation_notes
+from shardxform.runtimes.rotation import rotation_notes
 
 __all__ = [
     "Stack",
@@ -269,7 +269,7 @@ def _values_of(stack: Stack) -> Iterator[TensorRef]:
     groups = stack.experts if apart else (stack.members,)
     for spec, members in zip(stack.specs("weight", dtypes.pop(), stack.shape), groups, strict=True):
         sources = tuple(member.source.storage for member in members)
-        if all(isinstance(each.encoding, Plain) and each.cut is None and each.turns == 1 for each in sources):
+        if all(isinstance(each.encoding, Plain) and each.cut is None for each in sources):
             yield TensorRef(spec, coalesce(piece for each in sources for piece in each.reads))
         else:
             yield Encoded(spec, (), sources)
