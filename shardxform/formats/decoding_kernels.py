@@ -76,8 +76,10 @@ def _wide(
     return found
 
 
-def _pairs(codes: NDArray[np.uint8], scales: NDArray[np.float32], at: tuple[int, int], out: NDArray[np.float32]) -> None:
-    """Rows of E2M1, the first of them row `at[0]`, with a scale for `at[1]` columns; the first code is the lower half."""
+def _pairs(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], at: tuple[int, int], out: NDArray[np.float32]
+) -> None:
+    """Rows of E2M1, the first of them row `at[0]`, with a scale for `at[1]` columns; lower halves are first."""
     begin, width = at
     for row in range(out.shape[0]):
         stored, values, own = codes[row], out[row], scales[begin + row]

@@ -492,9 +492,14 @@ class DecodedRows(ABC):
         """Put these values where they are wanted; raises as `values` does."""
         out_RI[...] = self.values(start, stop)
 
-    def resting(self) -> DecodedRows:
-        """The same with all that is stored for them in memory; for rows that are there, these."""
-        return self
+    def resting(self) -> DecodedRows | None:
+        """The same with all that is stored for them in memory, where values cost little more than widening BF16."""
+        return None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is in memory, so that several threads may ask for values."""
+        return False
 
     @property
     def fits_half(self) -> bool:
@@ -573,7 +578,7 @@ class ScaledRows(DecodedRows):
         """Put these values where they are wanted; raises as `values` does."""
         import numpy as np
 
-        begin, codes_RB = self.first + start, self._stored(start, stop)
+        begin, codes_RB = self.first + start, self.stored(start, stop)
         if self.compiled and self.compiled(codes_RB, self.scales, begin, out_RI):
             return
         with np.errstate(over="ignore", invalid="ignore"):
@@ -581,11 +586,16 @@ class ScaledRows(DecodedRows):
         if self.checked:
             self.refuse_bad(out_RI, start)
 
-    def resting(self) -> ScaledRows:
-        """The same with the codes in memory."""
-        return replace(self, held=(self.first, self._stored(0, self.count)))
+    def resting(self) -> ScaledRows | None:
+        """The same with the codes in memory, where there is compiled code for them, or may be."""
+        return replace(self, held=(self.first, self.stored(0, self.count))) if self.compiled else None
 
-    def _stored(self, start: int, stop: int) -> NDArray[np.uint8]:
+    @property
+    def is_resting(self) -> bool:
+        """Whether the codes are in memory."""
+        return self.held is not None
+
+    def stored(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Codes of rows `start`..`stop - 1`."""
         import numpy as np
 
@@ -646,10 +656,6 @@ class Turned:
     def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
         """The values."""
         return self.values(start, stop), "F32"
-
-    def resting(self) -> Turned:
-        """The same with what is stored for the whole in memory, where that is decoded."""
-        return Turned(self.whole.resting(), self.part) if isinstance(self.whole, DecodedRows) else self
 
     def cut(self, cut: Cut) -> Rows:
         """A run of the rows."""

@@ -171,6 +171,14 @@ class Fp8:
         rows, columns = self.block[0] or begin + len(codes_RB), self.block[1] or codes_RB.shape[1]
         return compiled("F8_E4M3", codes_RB, scales, begin, (rows, columns), out_RI)
 
+    def block_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that share a scale in a weight of that shape."""
+        return self.block[0] or shape[0], self.block[1] or shape[1]
+
+    def table(self) -> NDArray[np.float32]:
+        """Values of all bytes [256, 1]."""
+        return decoded_codes(self.dtype)[:, None]
+
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block, each product rounded once."""
         import numpy as np

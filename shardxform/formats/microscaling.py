@@ -127,6 +127,16 @@ class Microscaled:
         assert self.element != "F8_E5M2"
         return compiled(self.element, codes_RB, scales, begin, (1, self.group), out_RI)
 
+    def block_of(self, _shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        return 1, self.group
+
+    def table(self) -> NDArray[np.float32]:
+        """Values of all bytes [256, 1], or both of them [256, 2], the lower half first."""
+        import numpy as np
+
+        return _pairs().view(np.float32).reshape(256, 2) if self.per_byte == 2 else decoded_codes(self.element)[:, None]
+
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block."""
         import numpy as np
