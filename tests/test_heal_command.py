@@ -391,6 +391,7 @@ def test_a_divergence_is_told_aloud(plain: Path, keep: str, tmp_path: Path, monk
         "ratio_standard_error": 0.0,
         "what": None,
         "lr": 0.0,
+        "iters": 6,
         "tried": [],
         "diverged": True,
     }
