@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from build import Raw, read_checkpoint
 from click.testing import CliRunner
-from strategies import ALL, picked
+from strategies import by_night, picked
 from test_convert import quantize, values_of
 from test_gguf_names import OVER, checkpoint
 from test_gguf_outputs import KINDS, SMALL, TEXT, call, done, in_gguf, make, to_gguf
@@ -134,7 +134,7 @@ def test_the_card_says_how_to_run_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.skipif(not ALL, reason="by night")
+@by_night
 def test_figures_are_those_of_the_twin(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     call("quantize", SMALL, tmp_path / "twin", "--group-size", "32", "-q")
@@ -150,7 +150,7 @@ def test_figures_are_those_of_the_twin(tmp_path: Path) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.skipif(not ALL, reason="by night")
+@by_night
 def test_compress_goes_all_the_way(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     data: tuple[Any, ...] = ("--data", SMALL / "text" / "heldout.jsonl", *TEXT, "--keep", "8", "--iters", "2")

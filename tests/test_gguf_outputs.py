@@ -189,7 +189,7 @@ def test_columns_that_leave_their_blocks_go_into_a_wider_type(tmp_path: Path) ->
 # -- types ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", picked(("Q4_K_M", "F16", "Q8_0", "MXFP4_MOE", "F32", "Q5_0"), 3))
+@pytest.mark.parametrize("kind", picked(("Q4_K_M", "F16", "Q8_0", "MXFP4_MOE", "F32", "Q5_0"), 6))
 def test_a_file_of_a_type_is_what_llama_quantize_makes(kind: str, tmp_path: Path) -> None:
     """Which types these are, and the blocks of each, other tests hold against its rules; here is that they are used."""
     source = make(tmp_path / "source", hidden_size=256, moe_intermediate_size=256)

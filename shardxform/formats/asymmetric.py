@@ -249,6 +249,15 @@ class AsymmetricRows(DecodedRows):
         values_RI *= self._spread(self.scale_OG[run])
         return values_RI
 
+    def resting(self) -> AsymmetricRows:
+        """Themselves."""
+        return self
+
+    @property
+    def is_resting(self) -> bool:
+        """Yes."""
+        return True
+
     def _spread(self, of_groups_RG: NDArray[np.float32]) -> NDArray[np.float32]:
         """For each column what its group has [R, I]."""
         import numpy as np

@@ -473,8 +473,8 @@ _NEAR: Final = 8
 HUGE: Final = 2.0**100
 """Scales below it leave all codes that are numbers finite."""
 
-Compiled = Callable[["NDArray[np.uint8]", "NDArray[np.float32]", int], "NDArray[np.float32] | None"]
-"""Decodes rows of codes under all scales, the first of which is row `begin`; None for what it does not decode."""
+Compiled = Callable[["NDArray[np.uint8]", "NDArray[np.float32]", int, "NDArray[np.float32]"], bool]
+"""Decodes rows of codes under all scales, the first of which is row `begin`; says whether it is what it decodes."""
 
 
 @functools.cache
@@ -488,13 +488,14 @@ def compiled(
     scale_ST: NDArray[np.float32],
     begin: int,
     block: tuple[int, int],
-) -> NDArray[np.float32] | None:
-    """Decode rows from `begin` on by `decoding_kernels.decode_run`; None where it is not worth it, or for a NaN."""
+    out_RI: NDArray[np.float32],
+) -> bool:
+    """Decode rows from `begin` on by `decoding_kernels.decode_run`; not where it is not worth it, or for a NaN."""
     if codes_RB.size < _WORTHWHILE or not _is_compiled():
-        return None
+        return False
     from shardxform.formats.decoding_kernels import decode_run
 
-    return decode_run(kind, codes_RB, scale_ST, begin, block)
+    return decode_run(kind, codes_RB, scale_ST, begin, block, out_RI)
 
 
 class Decoding(Protocol):
@@ -522,6 +523,19 @@ class DecodedRows(ABC):
     @abstractmethod
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Values of rows `start`..`stop - 1`, float32 [R, I]."""
+
+    def into(self, start: int, stop: int, out_RI: NDArray[np.float32]) -> None:
+        """Put these values where they are wanted; raises as `values` does."""
+        out_RI[...] = self.values(start, stop)
+
+    def resting(self) -> DecodedRows | None:
+        """The same with all that is stored for them in memory, where values cost little more than widening BF16."""
+        return None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is in memory, so that several threads may ask for values."""
+        return False
 
     @property
     def fits_half(self) -> bool:
@@ -567,7 +581,9 @@ class ScaledRows(DecodedRows):
         decoding: makes the values.
         scales: all of them.
         checked: whether a value may be no number, and is refused.
+        width: bits of a code.
         compiled: decodes several times as fast where it can; of scales that leave all numbers finite.
+        held: codes that are in memory, and the row that is the first of them.
 
     """
 
@@ -576,7 +592,9 @@ class ScaledRows(DecodedRows):
     decoding: Decoding
     scales: NDArray[np.float32]
     checked: bool
+    width: int
     compiled: Compiled | None = None
+    held: tuple[int, NDArray[np.uint8]] | None = None
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Codes times their scales.
@@ -587,17 +605,44 @@ class ScaledRows(DecodedRows):
         """
         import numpy as np
 
-        begin = self.first + start
-        ref = self.codes.rows(begin, self.first + stop)
+        columns = self.codes.spec.shape[1] * 8 // self.width
+        values_RI = np.empty((stop - start, columns), np.float32)
+        self.into(start, stop, values_RI)
+        return values_RI
+
+    def into(self, start: int, stop: int, out_RI: NDArray[np.float32]) -> None:
+        """Put these values where they are wanted; raises as `values` does."""
+        import numpy as np
+
+        begin, codes_RB = self.first + start, self.stored(start, stop)
+        if self.compiled and self.compiled(codes_RB, self.scales, begin, out_RI):
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            out_RI[...] = self.decoding.decoded(codes_RB, self.scales, begin)
+        if self.checked:
+            self.refuse_bad(out_RI, start)
+
+    def resting(self) -> ScaledRows | None:
+        """The same with the codes in memory, where there is compiled code for them, or may be."""
+        return replace(self, held=(self.first, self.stored(0, self.count))) if self.compiled else None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether the codes are in memory."""
+        return self.held is not None
+
+    def stored(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Codes of rows `start`..`stop - 1`."""
+        import numpy as np
+
+        begin, end = self.first + start, self.first + stop
+        if self.held is not None:
+            first, codes_RB = self.held
+            return codes_RB[begin - first : end - first]
+        ref = self.codes.rows(begin, end)
         codes_RB = np.empty(ref.spec.shape, np.uint8)
         self.read(ref, codes_RB)
-        if self.compiled and (values := self.compiled(codes_RB, self.scales, begin)) is not None:
-            return values
-        with np.errstate(over="ignore", invalid="ignore"):
-            values_RI = self.decoding.decoded(codes_RB, self.scales, begin)
-        if self.checked:
-            self.refuse_bad(values_RI, start)
-        return values_RI
+        return codes_RB
 
 
 def refuse_scales(scales: NDArray[np.float32], name: str) -> None:

@@ -325,11 +325,10 @@ def dequantize(
 def values_of(words_RW: NDArray[np.int32], scale_RG: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """`dequantize` of words in rows [R, W] with their scales, by compiled code where it can."""
     if grid.bits == 4:
-        columns = words_RW.shape[1] * 8
-        block = (1, columns if grid.group_size == -1 else grid.group_size)
-        values = compiled("int4", np.ascontiguousarray(words_RW).view(np.uint8), scale_RG, 0, block)
-        if values is not None and values.shape[1] <= scale_RG.shape[1] * block[1]:
-            return values
+        values_RI = np.empty((len(words_RW), words_RW.shape[1] * 8), np.float32)
+        block = (1, grid.span(values_RI.shape[1]))
+        if compiled("int4", np.ascontiguousarray(words_RW).view(np.uint8), scale_RG, 0, block, values_RI):
+            return values_RI
     return dequantize(unpack(words_RW, grid.bits, "row"), scale_RG, grid.bits, grid.group_size)
 
 

@@ -465,8 +465,8 @@ def draft_stored(
     view = pruned_view(as_weights(source), manifest, text_only=options.text_only, mtp=options.mtp)
     healed: Iterable[str] = ()
     if recipe:
-        refuse_unpruned(view)
         assert recipe.heal is not None
+        refuse_unpruned(view, recipe.heal)
         healed = healed_names(view.layout, view.layout.places, recipe.heal.widest)
     return drafted(source, view, Types(kind=options.gguf.kind if options.gguf else ""), options, healed)
 

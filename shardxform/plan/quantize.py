@@ -306,7 +306,7 @@ def _view(
     if scheme.format == "mlx":
         mlx.refuse_unrun(view.layout)
     if recipe and recipe.heal:
-        refuse_unpruned(view)
+        refuse_unpruned(view, recipe.heal)
         if recipe.heal.encoding:
             raise SchemeError("`heal.encoding`: what is healed is rounded, or stays in 16 bits; leave it out")
     _refuse_unscaled(view)

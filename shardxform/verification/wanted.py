@@ -210,16 +210,14 @@ class _Healing:
         view: with values in place of small floats.
         names: tensors of it.
         stored: the same as they are stored; scales of a whole tensor stay.
-        blocks: by layer, the first step.
-        iters: how many steps.
+        blocks: by layer, the first step, and how many steps there were.
 
     """
 
     view: View
     names: frozenset[str] = frozenset()
     stored: frozenset[str] = frozenset()
-    blocks: Mapping[int | None, float] = field(default_factory=dict)
-    iters: int = 0
+    blocks: Mapping[int | None, tuple[float, int]] = field(default_factory=dict)
 
 
 def heal_of(record: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -243,13 +241,11 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
     }
     moved = {name for name in names[widest] if name in names.get(done.get(places[name].layer, widest), ())}
     parts = {part for name in moved for part in _stored_names(view.checkpoint.tensors[name])} if as_stored else moved
-    iters = heal.get("iters")
     return _Healing(
         view=view,
         names=frozenset(moved),
         stored=frozenset(parts),
-        blocks=dict(_rates(record.get("facts"))),
-        iters=iters if type(iters) is int and iters > 0 else 0,
+        blocks=dict(_moved(record.get("facts"), heal.get("iters"))),
     )
 
 
@@ -260,14 +256,17 @@ def _stored_names(ref: TensorRef) -> Iterator[str]:
         yield ref.name
 
 
-def _rates(facts: object) -> Iterator[tuple[int | None, float]]:
-    """Layers with the first step of healing."""
+def _moved(facts: object, usual: object) -> Iterator[tuple[int | None, tuple[float, int]]]:
+    """Layers with the first step of healing, and how many steps there were: `usual` for all, in earlier records."""
     blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
     for block in blocks if isinstance(blocks, list) else ():
         healed = block.get("healed") if isinstance(block, Mapping) else None
         rate = healed.get("lr") if isinstance(healed, Mapping) else None
+        steps = healed.get("iters", usual) if isinstance(healed, Mapping) else None
+        if type(steps) is not int or steps < 1:
+            continue
         if isinstance(rate, float) and 0 < rate <= 1 and type(block.get("layer")) is int:
-            yield block["layer"], rate
+            yield block["layer"], (rate, steps)
 
 
 def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
@@ -279,16 +278,17 @@ def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
     tensors, layout = healing.view.checkpoint.tensors, healing.view.layout
     for name in sorted(healing.names, key=natural_key):
         layer = layout.places[name].layer
-        if not healing.iters or layer not in healing.blocks:
+        if layer not in healing.blocks:
             continue
         ref, other = tensors[name], found.get(name)
         if other is None or other.spec.shape != ref.spec.shape or other.spec.dtype != ref.spec.dtype:
             continue
-        reach = healing.blocks[layer] * (healing.iters + 1) / 2
+        rate, steps = healing.blocks[layer]
+        reach = rate * (steps + 1) / 2
         together = [one for each in _measured_with(name, layout) for one in _matrices(tensors[each])]
         for source, stored in zip(_matrices(ref), _matrices(other), strict=True):
             beside = (source,) if len(ref.spec.shape) > 2 else tuple(together)
-            yield HealedWeight(name, source, stored, beside, reach, healing.iters)
+            yield HealedWeight(name, source, stored, beside, reach, steps)
 
 
 def _measured_with(name: str, layout: Layout) -> tuple[str, ...]:
