@@ -235,6 +235,15 @@ def test_families_that_are_not_written(tmp_path: Path) -> None:
         quantize(source, tmp_path / "out")
 
 
+def test_layers_that_mlx_lm_would_take_for_another_kind(tmp_path: Path) -> None:
+    kinds = ["linear_attention", "full_attention", "full_attention", "full_attention"]
+    source = make(tmp_path / "source", layer_types=kinds, num_hidden_layers=4, full_attention_interval=None)
+    with pytest.raises(
+        SchemeError, match=r"layer_types\[2\] is full_attention, .* counted from 1, is a multiple of 2, "
+    ):
+        quantize(source, tmp_path / "out")
+
+
 def test_what_needs_no_conversion_is_told(tmp_path: Path) -> None:
     halves = make(tmp_path / "halves", "qwen3_moe")
     with pytest.raises(
