@@ -50,6 +50,8 @@ ASYMMETRIC: Final = "asymmetric"
 Reading = Callable[[str], bool]
 
 _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
+_NUMBERLESS: Final = re.compile(r"(re:|-:|\+:)?(?:[A-Za-z_-]|\\\.|\.\*|[()|^$])*")
+"""Patterns that take a number for any other: of what they are made of, nothing but `.*` can match a digit."""
 _SIGNED: Final = ("-:", "+:")
 _SIGNS: Final = (*"*[(|?+^$\\.", "re:", *_SIGNED)
 _BOUNDARY: Final = r"(?:(?<=\.)|(?=\.|$))"  # after which transformers lets a pattern end
@@ -406,8 +408,8 @@ class _Renamer:
 
     def _differs(self, old: str, new: str) -> tuple[str, str] | None:
         """The first module of which `new` does not say, by its new name, what `old` says; None when there is none."""
-        if old == new and self._changes.renumbers_only and _PLAIN.fullmatch(old) and not re.search(r"\d", old):
-            return None  # the same text between the same numbers
+        if old == new and self._changes.renumbers_only and _is_numberless(old):
+            return None  # the same text between other numbers
         pairs = self._changes.moved if old == new else self._changes.kept
         for before, after in zip(_readings(old), _readings(new), strict=True):
             said = {one: before(one) for one, _ in pairs}
@@ -468,6 +470,11 @@ def _readings(text: str) -> tuple[Reading, ...]:
         _pattern(text, "fullmatch"),
         _pattern(translate(text), "match"),
     )
+
+
+def _is_numberless(text: str) -> bool:
+    """Whether a string means the same of names that differ in nothing but their numbers, in whatever way it is read."""
+    return bool(_NUMBERLESS.fullmatch(text) or (_PLAIN.fullmatch(text) and not re.search(r"\d", text)))
 
 
 def _begins_anywhere(text: str) -> bool:
