@@ -32,6 +32,7 @@ __all__ = [
     "is_mlx",
     "method_of",
     "modules_moved",
+    "tells_experts_apart",
     "undeclared",
     "with_declared",
     "with_renamed",
@@ -52,6 +53,8 @@ Reading = Callable[[str], bool]
 _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
 _NUMBERLESS: Final = re.compile(r"(re:|-:|\+:)?(?:[A-Za-z_-]|\\\.|\.\*|[()|^$])*")
 """Patterns that take a number for any other: of what they are made of, nothing but `.*` can match a digit."""
+_LAYER: Final = re.compile(r"layers\W{1,4}[0-9]+")
+_WORD: Final = re.compile(r"[A-Za-z][\w-]*|[0-9.]+")  # `e4m3`, or a version: neither is a part of an expert's name
 _SIGNED: Final = ("-:", "+:")
 _SIGNS: Final = (*"*[(|?+^$\\.", "re:", *_SIGNED)
 _BOUNDARY: Final = r"(?:(?<=\.)|(?=\.|$))"  # after which transformers lets a pattern end
@@ -158,6 +161,25 @@ def declared_in(config: Mapping[str, object]) -> Any:  # noqa: ANN401
         if value != found[0][1]:
             raise SchemeError(f"{'.'.join(path)} and {'.'.join(found[0][0])} differ; expected one")
     return found[0][1] if found else None
+
+
+def tells_experts_apart(config: Mapping[str, object]) -> bool:
+    """Whether a declaration of a quantization may say of one routed expert what it does not say of another.
+
+    Only what is made of words, layers' numbers and `.*` is known not to; see `_is_numberless`.
+    """
+    texts = {_LAYER.sub("layers", text) for _, value in declarations(config) for text in _strings(value)}
+    return not all(_is_numberless(text) or _WORD.fullmatch(text) for text in texts)
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in what JSON holds, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _strings(each)
 
 
 def undeclared(config: Mapping[str, object]) -> dict[str, Any]:

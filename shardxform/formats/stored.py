@@ -414,10 +414,10 @@ def _first_matrices(layout: Layout, weights: Mapping[str, Encoded], plain: Mappi
             firsts.setdefault(kind, (name, ref))
     seen: set[object] = set()
     for module in matrices_of(layout, dict(firsts.values())):
-        kind = module.place.scope, module.place.layer, module.local, module.sources[0] in weights
-        if kind not in seen:  # as others of the same stack
+        matrix = module.place.scope, module.place.layer, module.local, module.sources[0] in weights
+        if matrix not in seen:  # as others of the same stack
             yield module
-            seen.add(kind)
+            seen.add(matrix)
 
 
 def _contradictions(
