@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from shardxform.errors import PlanError, SchemeError
-from shardxform.model.layout import Layout
+from shardxform.model.layout import COMPANIONS, Layout
 
 __all__ = [
     "ASYMMETRIC",
@@ -113,7 +113,10 @@ class Changes:
         """Every part of a name that is no number."""
         parts: set[str] = set()
         for name in self.modules:
-            parts.update(name.split("."))
+            above, _, last = name.rpartition(".")
+            parts.add(last)
+            if above not in self.modules:  # as a rule what holds a module is one too
+                parts.update(above.split("."))
         return frozenset(part for part in parts if not part.isdigit())
 
     @property
@@ -255,7 +258,7 @@ def modules_moved(
                 gone[old] = None
             ids = keeps.get((place.scope, place.layer), range(layout.num_experts))
             out.update(_unfused(old, new, layout, ids))
-        elif not old.endswith((".weight", ".bias")):
+        elif not (place and place.expert is not None) and not old.endswith((".weight", ".bias")):
             out[old] = new
         inner, outer = old.rpartition(".")[0], new.rpartition(".")[0]
         while not new and inner and inner not in gone:  # what holds one that is gone is among them too
@@ -376,7 +379,9 @@ class _Renamer:
 
     def _full(self, text: str) -> str | None:
         """What the full name of a module, or of a tensor of it, becomes, empty when dropped; None of other strings."""
-        bare = text if text in self._changes.modules else text.removesuffix(".weight").removesuffix(".bias")
+        above, _, last = text.rpartition(".")
+        is_tensor = text not in self._changes.modules and (last in COMPANIONS or last in ("weight", "bias"))
+        bare = above if is_tensor else text
         new = self._changes.modules.get(bare)
         return new and new + text.removeprefix(bare)
 
