@@ -54,7 +54,8 @@ _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
 _NUMBERLESS: Final = re.compile(r"(re:|-:|\+:)?(?:[A-Za-z_-]|\\\.|\.\*|[()|^$])*")
 """Patterns that take a number for any other: of what they are made of, nothing but `.*` can match a digit."""
 _LAYER: Final = re.compile(r"layers\W{1,4}[0-9]+")
-_WORD: Final = re.compile(r"[A-Za-z][\w-]*|[0-9.]+")  # `e4m3`, or a version: neither is a part of an expert's name
+_WORD: Final = re.compile(r"[A-Za-z]\w*([:/-][A-Za-z]\w*)*|[0-9.]+")
+"""`e4m3`, or a version: what has no number after a dot and a letter elsewhere means no expert by its number."""
 _SIGNED: Final = ("-:", "+:")
 _SIGNS: Final = (*"*[(|?+^$\\.", "re:", *_SIGNED)
 _BOUNDARY: Final = r"(?:(?<=\.)|(?=\.|$))"  # after which transformers lets a pattern end

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from shardxform.base.tensors import BITS, TensorRef, TensorSpec
 from shardxform.errors import FamilyError, PlanError
@@ -255,7 +255,9 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
     mtp_blocks = _mtp_blocks(family, text)
     placed = _finder(family, wrapper, num_layers, mtp_layers, mtp_blocks).places(names)
-    places = {name: place for name, place in placed.items() if place}
+    places = cast("dict[str, Place]", placed)
+    if not all(placed.values()):
+        places = {name: place for name, place in placed.items() if place}
     if mtp and mtp.uncounted and mtp.count_key not in text:
         numbers = {place.layer for place in places.values() if place.scope == "mtp"}
         mtp_layers = len(numbers - {None})
