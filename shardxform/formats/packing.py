@@ -93,9 +93,13 @@ class IntRows:
         return f"tensor '{self.module}': row {self.first + row}"
 
     def cut(self, cut: Cut) -> IntRows:
-        """A run of the rows."""
-        assert cut.is_run
-        return replace(self, first=self.first + cut.first, count=cut.count)
+        """Some of the rows."""
+        assert not cut.transposed
+        if cut.is_run:
+            return replace(self, first=self.first + cut.first, count=cut.count)
+        axis, at = 1 if self.layout == "gptq" else 0, self.first + cut.of(np.arange(self.count))
+        words, scales = self.words.take(at, axis), self.scales.take(at, axis)
+        return replace(self, words=words, scales=scales, first=0, count=cut.count)
 
     def turned(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """int32 words [R, W] and float32 scales [R, G] of rows `start`..`stop - 1`, whichever way they are stored."""
