@@ -300,3 +300,27 @@ def test_families_are_listed_with_what_works_for_each() -> None:
         "  quantized  compressed-tensors",
         "  run        yes",
     ]
+
+
+def test_families_of_entry_points_are_listed_and_what_is_wrong_with_others_is_said(site: Path) -> None:
+    install(site, "acme_families", "acme_moe = acme_families:FAMILY")
+    install(site, "acme_bad", "acme_none = acme_missing:FAMILY")
+    install(site, "acme_known", "mixtral = acme_known:FAMILY")
+    result = CliRunner().invoke(main, ["families", "--json"])
+    every = json.loads(result.stdout)["families"]
+    assert [each["origin"] for each in every[-2:]] == ["", "acme_families:FAMILY"]
+    assert every[-1] == {
+        "model_types": ["acme_moe"],
+        "origin": "acme_families:FAMILY",
+        "releases": "",
+        "experts": "stacked or one by one",
+        "mtp": False,
+        "formats": ["auto-round", "gptq", "compressed-tensors"],
+        "unread": "",
+        "not_run": "",
+    }
+    missing, known = result.stderr.splitlines()
+    assert missing.startswith("warning: acme_missing:FAMILY of acme_bad: ModuleNotFoundError: ")
+    assert known == "warning: acme_known:FAMILY of acme_known: model_type 'mixtral' is built in; not used"
+    lines = CliRunner().invoke(main, ["families"]).stdout.splitlines()
+    assert lines[lines.index("acme_moe") + 1] == "  from       acme_families:FAMILY"

@@ -14,7 +14,18 @@ from shardxform.errors import FamilyError, UnknownFamilyError
 from shardxform.model.families.base import Config, Family, Wrapper
 from shardxform.model.families.outside import Outside, of_entry_point
 
-__all__ = ["GROUP", "HOMES", "Outside", "all_families", "family_of", "family_origin", "in_use", "installed", "use"]
+__all__ = [
+    "GROUP",
+    "HOMES",
+    "Outside",
+    "all_families",
+    "claims",
+    "family_of",
+    "family_origin",
+    "in_use",
+    "installed",
+    "use",
+]
 
 HOMES: Final[Mapping[str, str]] = {
     "afmoe": "afmoe",
@@ -190,6 +201,12 @@ def installed(model_type: str) -> Outside | None:
         else:
             _installed[model_type] = None
     return _installed[model_type]
+
+
+def claims() -> dict[str, tuple[str, ...]]:
+    """Every `model_type` that entry points claim, and whose; nothing is loaded."""
+    every = sorted(_entry_points().items())
+    return {name: tuple(f"{each.value} of {each.dist.name}" for each in found) for name, found in every}
 
 
 @functools.cache

@@ -1,14 +1,15 @@
-"""What works for each family of this package, in words: for `shardxform families` and for the documentation."""
+"""What works for each family, in words: for `shardxform families` and for the documentation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-from shardxform.model.families import HOMES, all_families
+from shardxform.errors import FamilyError
+from shardxform.model.families import HOMES, Outside, all_families, claims, installed
 from shardxform.model.families.base import Family
 
-__all__ = ["Listed", "listing_of"]
+__all__ = ["Listed", "listing_of", "listing_of_installed"]
 
 RELEASES: Final = {
     "afmoe": "Trinity-Nano, Mini and Large",
@@ -73,7 +74,8 @@ class Listed:
 
     Attributes:
         model_types: as config.json may name it.
-        releases: what was published of it.
+        origin: the entry point that it is from, as `package.module:FAMILY`; empty where it is of this package.
+        releases: what was published of it; empty where it is not of this package.
         experts: how its experts lie.
         mtp: whether it has layers of multi-token prediction.
         formats: quantized ones whose loaders find its experts.
@@ -83,6 +85,7 @@ class Listed:
     """
 
     model_types: tuple[str, ...]
+    origin: str
     releases: str
     experts: str
     mtp: bool
@@ -94,13 +97,36 @@ class Listed:
 def listing_of() -> tuple[Listed, ...]:
     """Every family of this package, in the order of their modules' names."""
     modules = sorted(set(HOMES.values()))
-    return tuple(_listed(module, family) for module, family in zip(modules, all_families(), strict=True))
+    return tuple(
+        _listed(family, tuple(name for name, home in sorted(HOMES.items()) if home == module), "", RELEASES[module])
+        for module, family in zip(modules, all_families(), strict=True)
+    )
 
 
-def _listed(module: str, family: Family) -> Listed:
+def listing_of_installed() -> tuple[tuple[Listed, ...], tuple[str, ...]]:
+    """Every family that entry points of installed packages bring along, and a line for each that is not used."""
+    found: dict[str, tuple[Outside, tuple[str, ...]]] = {}
+    faults = []
+    for model_type, names in claims().items():
+        if model_type in HOMES:
+            faults.append(f"{' and '.join(names)}: model_type '{model_type}' is built in; not used")
+            continue
+        try:
+            outside = installed(model_type)
+        except FamilyError as e:
+            faults.append(str(e))
+            continue
+        if outside:
+            found[outside.origin] = outside, (*found.get(outside.origin, (outside, ()))[1], model_type)
+    listed = tuple(_listed(outside.family, types, origin, "") for origin, (outside, types) in found.items())
+    return listed, tuple(faults)
+
+
+def _listed(family: Family, model_types: tuple[str, ...], origin: str, releases: str) -> Listed:
     return Listed(
-        model_types=tuple(name for name, home in sorted(HOMES.items()) if home == module),
-        releases=RELEASES[module],
+        model_types=model_types,
+        origin=origin,
+        releases=releases,
         experts=_experts(family),
         mtp=family.mtp is not None,
         formats=tuple(family.formats),
