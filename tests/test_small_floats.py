@@ -519,8 +519,11 @@ def test_scales_and_codes_that_are_no_numbers_are_refused_by_name() -> None:
     codes[1, 3] = 0x7F
     with pytest.raises(ExecutionError, match=r"'m.weight': NaN or infinity at row 1, column 3"):
         opened(MXFP8, codes, np.full((2, 1), 127, np.uint8)).values(0, 2)
+    for whole in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ExecutionError, match=r"'m.weight_global_scale': .*, expected a positive scale of all"):
+            opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x38, np.uint8), whole)
     with pytest.raises(ExecutionError, match=r"'m.weight_scale': scale inf at \[0, 0\]"):
-        opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x38, np.uint8), 0.0)
+        opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x78, np.uint8), 1e-38)
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]] = {

@@ -245,8 +245,8 @@ class AsymmetricRows(DecodedRows):
 
         run = slice(self.first + start, self.first + stop)
         values_RI = self.codes_OI[run].astype(np.float32)
-        values_RI -= self.middle if self.zero_OG is None else self._spread(self.zero_OG[run])
-        values_RI *= self._spread(self.scale_OG[run])
+        values_RI -= self.middle if self.zero_OG is None else self.spread(self.zero_OG[run])
+        values_RI *= self.spread(self.scale_OG[run])
         return values_RI
 
     def resting(self) -> AsymmetricRows:
@@ -258,7 +258,7 @@ class AsymmetricRows(DecodedRows):
         """Yes."""
         return True
 
-    def _spread(self, of_groups_RG: NDArray[np.float32]) -> NDArray[np.float32]:
+    def spread(self, of_groups_RG: NDArray[Any]) -> NDArray[Any]:
         """For each column what its group has [R, I]."""
         import numpy as np
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, ExecutionError
 from shardxform.formats.encoding import (
     HUGE,
     Cut,
@@ -100,7 +100,7 @@ class Microscaled:
         """Read the scales.
 
         Raises:
-            ExecutionError: one is not finite.
+            ExecutionError: one is not finite, or that of all is not positive.
 
         """
         import numpy as np
@@ -111,6 +111,8 @@ class Microscaled:
         whole = np.empty((), np.float32) if self.whole else None
         if whole is not None:
             read(parts["whole"], whole)
+            if checked and not 0 < float(whole) < float("inf"):
+                raise ExecutionError(f"tensor '{parts['whole'].name}': {whole}, expected a positive scale of all")
         scale_OG = self.scales(bits_OG, whole)
         if checked:
             refuse_scales(scale_OG, ref.name)
