@@ -62,6 +62,8 @@ class Heal:
     Attributes:
         what: which weights; `auto` has held-out windows choose, block by block.
         iters: steps a block.
+        schedule: steps of each block that is healed, in their order, where they are not `iters` for all.
+        seconds: time to spend on all of them, which then decides their steps; 0 for none.
         lr: first step size; None has the amount of data and held-out windows choose.
         batch_size: windows of a step.
         extra: windows to learn from beside those of the text, made of its pieces; none judges.
@@ -72,6 +74,8 @@ class Heal:
 
     what: What = "auto"
     iters: int = HEAL_ITERS
+    schedule: tuple[int, ...] = ()
+    seconds: int = 0
     lr: float | None = None
     batch_size: int = BATCH_SIZE
     extra: int = 0
@@ -81,6 +85,10 @@ class Heal:
         for name in ("iters", "batch_size"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"heal {name}: expected at least 1, found {getattr(self, name)}")
+        if any(each < 1 for each in self.schedule):
+            raise SchemeError(f"`heal.iters`: expected at least 1 for every block, found {list(self.schedule)}")
+        if self.seconds < 0 or (self.seconds and self.schedule):
+            raise SchemeError("`heal.seconds`: expected a time above 0 that decides the steps, or the steps, not both")
         if not 0 <= self.extra <= MAX_EXTRA:
             raise SchemeError(f"`heal.extra`: expected at least 0 and at most {MAX_EXTRA:,}, found {self.extra:,}")
         if self.what != "auto" and self.what not in HEALED:
@@ -111,7 +119,7 @@ class Heal:
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Steps of a block in all; `iters` is as good a guess as any where a schedule or a time decides."""
         return self.iters + (len(self.trials) * self.probe_iters if len(self.trials) > 1 else 0)
 
 
@@ -152,6 +160,8 @@ class Recipe:
                 raise SchemeError(f"{name}: expected at least {least}, found {getattr(self, name)}")
         if self.inputs not in ("quantized", "fp"):
             raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
+        if self.heal and self.heal.seconds and self.inputs == "fp":
+            raise SchemeError("`heal.seconds`: expected `inputs` quantized, blocks one after the other, found fp")
         if self.heal and self.samples < 2:
             raise SchemeError(
                 f"`heal`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
@@ -178,9 +188,14 @@ class Recipe:
         """Tokens that go through a block on the way to its tuned weights: its share of the work."""
         windows = self.windows_run * (1 if self.inputs == "fp" else 2)
         windows += self.iters * min(self.batch_size, self.learned)
-        if self.heal:
-            windows += self.heal.steps * min(self.heal.batch_size, self.learned + self.extra)
-        return windows * self.seqlen
+        return windows * self.seqlen + self.heal_tokens
+
+    @property
+    def heal_tokens(self) -> int:
+        """Tokens of a block that the steps of healing take."""
+        if self.heal is None:
+            return 0
+        return self.heal.steps * min(self.heal.batch_size, self.learned + self.extra) * self.seqlen
 
     @property
     def batch_tokens(self) -> int:
@@ -195,9 +210,11 @@ class Recipe:
         if self.heal is None:
             del facts["heal"]
             return facts
-        for name in ("encoding", "extra"):
+        for name in ("encoding", "extra", "schedule", "seconds"):
             if not getattr(self.heal, name):
                 del facts["heal"][name]
+        if self.heal.schedule or self.heal.seconds:
+            del facts["heal"]["iters"]
         return facts
 
 

@@ -49,6 +49,12 @@ REPLACED: Final = 0.5
 PROBE: Final = 4
 """A trial of healing has one in so many of the steps."""
 
+PACE_STEPS: Final = 10
+"""Steps that show what healing a block takes and gives, where a time is given to all of them."""
+
+MOST_WEIGHT: Final = 4.0
+"""A block gets at most so many times the time of a usual one, and at least the inverse."""
+
 FULL_STEP: Final = 0.02
 TOKENS_PER_WEIGHT: Final = 0.04
 SMALLEST_STEP: Final = 1e-3

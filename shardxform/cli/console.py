@@ -70,6 +70,8 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal": "--heal",
     "heal.what": "--heal",
     "heal.iters": "--heal-iters",
+    "heal.schedule": "--heal-iters",
+    "heal.seconds": "--heal-time",
     "heal.encoding": "--heal-encoding",
     "heal.extra": "--heal-extra",
     "heal.lr": "--heal-lr",

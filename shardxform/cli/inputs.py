@@ -246,7 +246,7 @@ def refuse_nothing_pruned(healing: HealFlags, text: TextFlags, *, prunes: bool, 
         UsageError: names what is missing, the data included.
 
     """
-    if healing.heal is None or healing.heal_iters == 0 or prunes:
+    if healing.heal is None or healing.none or prunes:
         return
     data = "" if text.data else ", and --data"
     raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {ways}{data}.")

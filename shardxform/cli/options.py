@@ -29,6 +29,8 @@ from shardxform.cli.values import (
     PATH,
     SIZE,
     SOURCE,
+    STEPS,
+    TIME,
     Healed,
     Source,
 )
@@ -382,7 +384,17 @@ class HealFlags(Flags, heading="Healing"):
         flag_value="auto",
         first=True,
     )
-    heal_iters: int | None = option(f"Steps of healing a block.  [default: {HEAL_ITERS}]", type=click.IntRange(0))
+    heal_iters: tuple[int, ...] | None = option(
+        f"Steps of healing a block, or of each that is healed, with commas between them.  [default: {HEAL_ITERS}]",
+        type=STEPS,
+        multiple=False,
+        metavar="N[,N]",
+    )
+    heal_time: int | None = option(
+        "Instead of steps, the time to heal all blocks in, such as 90m or 2h: more of it goes to blocks whose held-out "
+        "error falls more.",
+        type=TIME,
+    )
     heal_lr: float | None = option(
         "First step of healing, as a part of a weight matrix's root mean square.  [default: by the amount of data, and "
         "tried]",
@@ -404,11 +416,25 @@ class HealFlags(Flags, heading="Healing"):
         """
         if self.heal is None:
             refuse_idle(self, wanted="--heal")
-        if self.heal is None or self.heal_iters == 0:
+        if self.heal_iters is not None and self.heal_time is not None:
+            raise SchemeError("--heal-time decides how many steps there are; leave out --heal-iters")
+        if self.heal is None or self.none:
             return None
-        iters = HEAL_ITERS if self.heal_iters is None else self.heal_iters
-        size, extra = batch_size or BATCH_SIZE, self.heal_extra or 0
-        return Heal(what=self.heal, iters=iters, lr=self.heal_lr, batch_size=size, extra=extra)
+        given = self.heal_iters or (HEAL_ITERS,)
+        return Heal(
+            what=self.heal,
+            iters=given[0] if len(given) == 1 else HEAL_ITERS,
+            schedule=given if len(given) > 1 else (),
+            seconds=self.heal_time or 0,
+            lr=self.heal_lr,
+            batch_size=batch_size or BATCH_SIZE,
+            extra=self.heal_extra or 0,
+        )
+
+    @property
+    def none(self) -> bool:
+        """Whether no step is asked for, which leaves blocks as they were pruned."""
+        return self.heal_iters == (0,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from shardxform.cli.console import (
     progress,
     rows,
     short,
+    span,
     table,
     tell,
     with_options,
@@ -177,10 +178,20 @@ def _healed(plan: Plan) -> str:
     text += f" and {heal['extra']} made of their pieces" if heal.get("extra") else ""
     written = {"source": "; written as the source has them", "16bit": "; written in 16 bits"}
     how = written.get(heal.get("encoding"), "")
-    return f"{what.get(heal['what'], heal['what'])}, {heal['iters']} iterations a block, {step}, {text}{how}"
+    return f"{what.get(heal['what'], heal['what'])}, {_steps(heal)}, {step}, {text}{how}"
+
+
+def _steps(heal: Mapping[str, Any]) -> str:
+    """How far blocks are healed, as a recipe has it."""
+    if heal.get("seconds"):
+        return f"{span(heal['seconds'])} for all blocks, more of it where the held-out error falls more"
+    if heal.get("schedule"):
+        return f"{', '.join(map(str, heal['schedule']))} iterations"
+    return f"{heal['iters']} iterations a block"
 
 
 def _facts(plan: Plan, out: Path, jobs: int, told: Iterable[str]) -> dict[str, Any]:
+    heal = plan.inputs.get("recipe", {}).get("heal")
     return {
         "command": plan.command,
         "source": plan.origin,
@@ -195,6 +206,7 @@ def _facts(plan: Plan, out: Path, jobs: int, told: Iterable[str]) -> dict[str, A
         "peak_memory_bytes": plan.peak_bytes(jobs),
         "free_disk_bytes": FileSystem().free_bytes(out.absolute()),
         "sidecars": list(plan.sidecars),
+        **({"heal": heal} if heal else {}),
     }
 
 

@@ -120,7 +120,7 @@ def _refuse_idle(asked: options.HealRequest) -> None:
     if rounds:
         wanted = "--method auto-round, but the method is rtn"
         refuse(rounding, "iters", "inputs", "blocks", "merge", wanted=wanted)
-    if healing.heal is None and healing.heal_iters != 0:
+    if healing.heal is None and not healing.none:
         refuse(rounding, "batch_size", wanted=wanted)
         refuse(asked.computation, "dtype", wanted=wanted)
         refuse(asked.text, wanted=wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -24,11 +25,16 @@ __all__ = [
     "PATH",
     "SIZE",
     "SOURCE",
+    "STEPS",
+    "TIME",
     "Healed",
     "Source",
 ]
 
 Source = Path | RepoName
+
+_DIGITS: Final = 10
+_UNITS: Final = (3600, 60, 1)
 
 
 class _Size(click.ParamType[int]):
@@ -130,6 +136,35 @@ class _Blocks(click.ParamType[range]):
         return range(int(first), int(last or first) + 1)
 
 
+class _Steps(click.ParamType[tuple[int, ...]]):
+    """`100`, or `120,80,95`: steps of every block, or of each."""
+
+    name = "steps"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        if not all(word.isascii() and word.isdecimal() and len(word) < _DIGITS for word in words):
+            self.fail(f"expected steps such as 100, or 120,80,95 for blocks, found {value!r}", param, ctx)
+        return tuple(map(int, words))
+
+
+class _Time(click.ParamType[int]):
+    """`90s`, `15m`, `2h` or `1h30m`, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", str(value).strip(), re.ASCII)
+        seconds = sum(int(part or 0) * unit for part, unit in zip(match.groups(), _UNITS, strict=True)) if match else 0
+        if not seconds:
+            self.fail(f"expected a time such as 90s, 15m, 2h or 1h30m, found {value!r}", param, ctx)
+        return seconds
+
+
 class _Address(click.ParamType[str]):
     """What `--ray` may be followed by; anything else was meant to be an argument."""
 
@@ -151,6 +186,8 @@ SIZE: Final = _Size()
 GGUF_TYPE: Final = _GgufType()
 NAMES: Final = _Names()
 BLOCKS: Final = _Blocks()
+STEPS: Final = _Steps()
+TIME: Final = _Time()
 ADDRESS: Final = _Address()
 AT_LEAST_1: Final = click.IntRange(1)
 AT_LEAST_2: Final = click.IntRange(2)

@@ -546,8 +546,14 @@ def _amounts(prepared: Prepared, *, full_verify: bool = False) -> dict[str, _Wor
     out[QUANTIZE] = rounding
     if recipe := request.recipe:
         once = recipe.windows_run * recipe.seqlen * (1 if recipe.inputs == "fp" else 2)  # through both chains, no step
-        tokens = once + _STEP * (recipe.block_tokens - once)
-        tuned = _Work(products=tokens * reached, tokens=tokens * layout.num_layers, rounded=_SEARCHED * written)
+        timed = recipe.heal.seconds if recipe.heal else 0
+        tokens = once + _STEP * (recipe.block_tokens - once - (recipe.heal_tokens if timed else 0))
+        tuned = _Work(
+            products=tokens * reached,
+            tokens=tokens * layout.num_layers,
+            rounded=_SEARCHED * written,
+            fixed=timed / _USUAL.fixed,
+        )
         out[QUANTIZE] = tuned._replace(moved=rounding.moved)
     if full_verify:  # rounded again, or held to the bound of tuned rounding
         out[VERIFY] = rounding

@@ -43,6 +43,7 @@ __all__ = [
     "LOCK",
     "PARTIAL",
     "PLAN",
+    "SCHEDULE",
     "STATES",
     "WORK",
     "Output",
@@ -292,7 +293,8 @@ LOCK: Final = "lock"
 JOURNAL: Final = "journal"
 PARTIAL: Final = ".partial"
 STATES: Final = "states-"  # begins the name of a directory of hidden states, and a fingerprint's first digits end it
-_STATE_FILES: Final = (".hidden", ".tmp")
+SCHEDULE: Final = "schedule.json"  # beside hidden states: steps that blocks are healed by within a time
+_STATE_FILES: Final = (".hidden", ".tmp", SCHEDULE)
 _PIECE: Final = 1 << 20  # of a header that is compared
 _MOST_SHOWN: Final = 60  # characters of a value in a message
 _DIGEST: Final = re.compile("[0-9a-f]{64}")

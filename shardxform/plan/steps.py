@@ -280,8 +280,8 @@ class TuneBlock:
 _MOVABLE: Final = ("BF16", "F16", "F32")
 
 
-def refuse_unpruned(view: View) -> None:
-    """Refuse to heal what nothing was taken from.
+def refuse_unpruned(view: View, heal: Heal) -> None:
+    """Refuse to heal what nothing was taken from, or by numbers of steps that are not one for each healed block.
 
     Raises:
         PlanError: says what to give.
@@ -289,12 +289,15 @@ def refuse_unpruned(view: View) -> None:
     """
     if not view.prunes:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
+    found, blocks = len(heal.schedule), len(view.layout.moe_layers)
+    if found not in (0, blocks):
+        raise PlanError(f"`heal.iters`: expected one number, or one for each of {blocks} blocks, found {found}")
 
 
 def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], recipe: Recipe) -> tuple[TuneBlock, ...]:
     """One step per pruned block, in order."""
-    refuse_unpruned(view)
     assert recipe.heal is not None
+    refuse_unpruned(view, recipe.heal)
     plain = decoded(view.checkpoint)
     if plain:
         view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))

@@ -12,9 +12,11 @@ rounded to them when the block stops moving, so that the samples judge what is w
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal
-from shardxform.base.constants import FULL_STEP, SMALLEST_STEP, TOKENS_PER_WEIGHT
+from shardxform.base.constants import FULL_STEP, PACE_STEPS, SMALLEST_STEP, TOKENS_PER_WEIGHT
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
 from shardxform.formats.packing import bf16_bits_of, float32_of
@@ -41,6 +43,7 @@ from shardxform.tuning.samples import (
     judge,
     learning_order,
 )
+from shardxform.tuning.schedule import Pace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +63,7 @@ __all__ = [
     "MovingBlock",
     "Wide",
     "heal_block",
+    "pace_of_block",
     "signs",
     "suggested_lr",
 ]
@@ -327,12 +331,44 @@ def heal_block(
         NonFiniteLoss: the pruned block itself puts out no numbers.
 
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums of torch's own may depend on the number of threads
-    try:
+    with _one_thread():
         return _Run(load, samples, heal, seed, dtype).execute()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch's own sums in one order: it may depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def pace_of_block(load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype = torch.float32) -> Pace:
+    """Heal a block by a few steps, of which nothing is kept, to see what they take and give; as `heal_block`."""
+    began, ticks = time.monotonic(), list[float]()
+
+    def timed(what: str | None) -> MovingBlock:
+        moving = load(what)
+
+        def forward(hidden_BTH: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                ticks.append(time.monotonic())
+            return moving.forward(hidden_BTH)
+
+        return replace(moving, forward=forward)
+
+    with _one_thread():
+        start, loss = _Run(timed, samples, heal, seed, dtype).descend(heal.trials[0], PACE_STEPS)
+    whole = time.monotonic() - began
+    step = (ticks[-1] - ticks[1]) / (len(ticks) - 2) if len(ticks) > 2 else whole  # the first may compile kernels
+    return Pace(
+        fall=start - loss if math.isfinite(loss) else 0.0,
+        step_seconds=step,
+        descent_seconds=max(0.0, whole - len(ticks) * step),
+    )
 
 
 class _Run:
@@ -372,6 +408,10 @@ class _Run:
             diverged=self._diverged,
         )
         return result, healing
+
+    def descend(self, trial: Trial, iters: int) -> tuple[float, float]:
+        """Heal as a trial says; loss before and after. Nothing is kept."""
+        return self._descend(trial, iters)[:2]
 
     def _descend(self, trial: Trial, iters: int) -> tuple[float, float, float, MovingBlock]:
         """Loss before and after, the step size, and the block; infinite when the loss was no number on the way."""
@@ -466,6 +506,10 @@ class BlockHealer:
         """Heal the block, or leave it as it was pruned if that is better on held-out samples."""
         result, self._healing = heal_block(self._load, samples, heal, seed, self._weights.precision.dtype)
         return result
+
+    def pace(self, samples: Samples, heal: Heal, seed: int) -> Pace:
+        """What a few steps take and give; the block is loaded anew for what comes next."""
+        return pace_of_block(self._load, samples, heal, seed, self._weights.precision.dtype)
 
     def stored(self, local: str) -> torch.Tensor:
         """A tensor of the block as it will be stored, by its name in the checkpoint less the block's prefix."""

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardxform.ask.recipe import Heal
 from shardxform.base.constants import STORED_TOKENS
 from shardxform.base.file_system import FileSystem, OpenTarget
 from shardxform.base.progress import peak_rss_bytes
@@ -40,6 +41,7 @@ from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, instal
 from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples
+from shardxform.tuning.schedule import Pace, Schedule
 from shardxform.tuning.stacked import rows_of
 from shardxform.tuning.workers import Workers
 
@@ -76,6 +78,7 @@ class Chains:
 
     Attributes:
         inputs: the chain that a block is tuned on.
+        work: where they are.
         stored: whether the states around every block are made beforehand, by `make`, and stay.
 
     """
@@ -95,7 +98,7 @@ class Chains:
         The last `extra` windows are not of the text.
         """
         self._extra = extra
-        self._skeletons, self._windows, self._work, self._fs = skeletons, windows, work, fs
+        self._skeletons, self._windows, self.work, self._fs = skeletons, windows, work, fs
         self._precision = skeletons[ORIGINAL].weights.precision
         self.inputs = TUNED if TUNED in skeletons else ORIGINAL
         self.stored = stored
@@ -184,7 +187,7 @@ class Chains:
 
     def _file(self, chain: str, number: int) -> HiddenFile:
         shape = (*self._windows.ids_NT.shape, self._skeletons[ORIGINAL].hidden_size)
-        return HiddenFile(states_file(self._work, number, chain), shape, self._precision.dtype, self._fs, self._mark)
+        return HiddenFile(states_file(self.work, number, chain), shape, self._precision.dtype, self._fs, self._mark)
 
 
 class _Rows:
@@ -262,6 +265,11 @@ class Tuner:
                 self._original = Skeleton(stack.enter_context(Weights(original, options.precision)))
             self._workers = stack.enter_context(Workers(options.threads))
             self._open = stack.pop_all()
+
+    @property
+    def healed(self) -> tuple[int, ...]:
+        """Decoder blocks that are healed where any are: those with a step that have experts."""
+        return tuple(layer for layer in self._skeleton.layout.moe_layers if layer in self._layers)
 
     def close(self) -> None:
         """End the threads and close the source."""
@@ -343,10 +351,14 @@ class _BlockRun:
         self._skeleton = tuner._skeleton
         self._device = tuner._precision.device
         self._healed: HealResult | None = None
+        self._schedule: Schedule | None = None
+        self._heal_iters = 0
+        self._counted = 1.0  # of the tokens of a step of healing
+        self._passing = 0.0  # seconds of the last pass through a chain
         self._tuned: BlockResult | None = None
 
     def execute(self, target: OpenTarget, fs: FileSystem) -> dict[str, Any]:
-        began = time.monotonic()
+        self._fs, self._began = fs, time.monotonic()
         layer = self._step.layer
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -354,7 +366,7 @@ class _BlockRun:
             self._chains.advance(layer, self._stopped)
             with self._tuner._original.block(layer) as block:
                 self._forward(block, ORIGINAL)
-        heals = self._step.recipe.heal is not None and layer in self._skeleton.layout.moe_layers
+        heals = self._step.recipe.heal is not None and layer in self._tuner.healed
         names = self._local_names()
         at_rest, workers = () if heals else names, self._tuner._workers
         with (
@@ -364,28 +376,57 @@ class _BlockRun:
         ):
             if heals:
                 self._heal(block, names, target, fs)
+            healed_at = time.monotonic()
             if names:
                 self._round(block, names, target, fs)
+            rounding = time.monotonic() - healed_at
             if self._chains.inputs == TUNED:
                 self._forward(block, TUNED)
-        return self._facts(time.monotonic() - began)
+        seconds = time.monotonic() - self._began
+        if self._schedule:
+            self._schedule.finish(layer, seconds - rounding)
+        return self._facts(seconds)
 
     def _forward(self, block: Block, chain: str) -> None:
         """Run the block over all windows of a chain."""
+        began = time.monotonic()
         for tokens in self._chains.through(block, chain, self._step.layer):
             self._stopped()
             self._on_work(tokens)
+        self._passing = time.monotonic() - began
 
     # -- healing ------------------------------------------------------------------------------------------------
+
+    def _decide(self, heal: Heal, measure: Callable[[Heal], Pace]) -> Heal:
+        """How this block is healed: by so many steps as all, as a schedule has for it, or as there is time for."""
+        layer, layers = self._step.layer, self._tuner.healed
+        decided = heal
+        if heal.schedule:
+            decided = replace(heal, iters=heal.schedule[layers.index(layer)], schedule=())
+        elif heal.seconds:
+            self._counted = 0.0
+            self._schedule = Schedule(layers, self._chains.work, self._fs)
+            decided = self._schedule.decide(layer, heal, self._taken, lambda: measure(heal))
+        self._heal_iters, self._counted = decided.iters, heal.steps / decided.steps
+        return decided
+
+    def _taken(self) -> float:
+        """Seconds so far, and of the pass after healing, taken to be as long as the one before."""
+        return time.monotonic() - self._began + self._passing
+
+    def _on_step(self, tokens: int) -> None:
+        """Count tokens of healing, as those of the steps that the plan takes there to be."""
+        self._on_work(round(tokens * self._counted))
 
     def _heal(self, block: Block, names: Sequence[str], target: OpenTarget, fs: FileSystem) -> None:
         """Heal the block, and write what stays as wide as it is."""
         layer, recipe = self._step.layer, self._step.recipe
         assert recipe.heal is not None
-        forward = self._chains.forward(block, self._on_work, self._stopped)
+        forward = self._chains.forward(block, self._on_step, self._stopped)
         healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers, self._step.kept)
         with self._chains.samples(layer) as samples:
-            self._healed = healer.heal(samples, recipe.heal, recipe.seed)
+            heal = self._decide(recipe.heal, lambda heal: healer.pace(samples, heal, recipe.seed))
+            self._healed = healer.heal(samples, heal, recipe.seed)
         for item in self._step.kept:
             for (_, extent), part in zip(item.parts, healer.parts(item), strict=True):
                 if part.nbytes != extent.length:  # the rest would be a hole that reads as zeros
@@ -458,7 +499,7 @@ class _BlockRun:
         facts: dict[str, Any] = {"layer": self._step.layer}
         told = {"blocks": [facts], MEASURED: [self._measured(seconds)]}
         if self._healed is not None:
-            facts |= {"healed": _heal_facts(self._healed), "judged_on": asdict(self._healed.judged)}
+            facts |= {"healed": _heal_facts(self._healed, self._heal_iters), "judged_on": asdict(self._healed.judged)}
         if not (self._step.items and self._step.recipe.iters):
             return told
         if self._tuned is None:
@@ -503,7 +544,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _heal_facts(result: HealResult) -> dict[str, Any]:
+def _heal_facts(result: HealResult, iters: int) -> dict[str, Any]:
     tried = [{"what": what, "lr": lr, "error": error} for what, lr, error in result.tried]
     return {
         "pruned_error": result.start_loss,
@@ -511,6 +552,7 @@ def _heal_facts(result: HealResult) -> dict[str, Any]:
         "ratio_standard_error": _number(result.ratio_error),
         "what": result.what,
         "lr": result.lr,
+        "iters": iters,
         "tried": tried,
         "diverged": result.diverged,
     }

@@ -19,7 +19,7 @@ from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.matrices import matrices_of, single_biases
+from shardxform.formats.matrices import matrices_of, single_biases, turns
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
@@ -210,16 +210,14 @@ class _Healing:
         view: with values in place of small floats.
         names: tensors of it.
         stored: the same as they are stored; scales of a whole tensor stay.
-        blocks: by layer, the first step.
-        iters: how many steps.
+        blocks: by layer, the first step, and how many steps there were.
 
     """
 
     view: View
     names: frozenset[str] = frozenset()
     stored: frozenset[str] = frozenset()
-    blocks: Mapping[int | None, float] = field(default_factory=dict)
-    iters: int = 0
+    blocks: Mapping[int | None, tuple[float, int]] = field(default_factory=dict)
 
 
 def heal_of(record: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -243,13 +241,11 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
     }
     moved = {name for name in names[widest] if name in names.get(done.get(places[name].layer, widest), ())}
     parts = {part for name in moved for part in _stored_names(view.checkpoint.tensors[name])} if as_stored else moved
-    iters = heal.get("iters")
     return _Healing(
         view=view,
         names=frozenset(moved),
         stored=frozenset(parts),
-        blocks=dict(_rates(record.get("facts"))),
-        iters=iters if type(iters) is int and iters > 0 else 0,
+        blocks=dict(_moved(record.get("facts"), heal.get("iters"))),
     )
 
 
@@ -260,14 +256,17 @@ def _stored_names(ref: TensorRef) -> Iterator[str]:
         yield ref.name
 
 
-def _rates(facts: object) -> Iterator[tuple[int | None, float]]:
-    """Layers with the first step of healing."""
+def _moved(facts: object, usual: object) -> Iterator[tuple[int | None, tuple[float, int]]]:
+    """Layers with the first step of healing, and how many steps there were: `usual` for all, in earlier records."""
     blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
     for block in blocks if isinstance(blocks, list) else ():
         healed = block.get("healed") if isinstance(block, Mapping) else None
         rate = healed.get("lr") if isinstance(healed, Mapping) else None
+        steps = healed.get("iters", usual) if isinstance(healed, Mapping) else None
+        if type(steps) is not int or steps < 1:
+            continue
         if isinstance(rate, float) and 0 < rate <= 1 and type(block.get("layer")) is int:
-            yield block["layer"], rate
+            yield block["layer"], (rate, steps)
 
 
 def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
@@ -279,16 +278,17 @@ def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
     tensors, layout = healing.view.checkpoint.tensors, healing.view.layout
     for name in sorted(healing.names, key=natural_key):
         layer = layout.places[name].layer
-        if not healing.iters or layer not in healing.blocks:
+        if layer not in healing.blocks:
             continue
         ref, other = tensors[name], found.get(name)
         if other is None or other.spec.shape != ref.spec.shape or other.spec.dtype != ref.spec.dtype:
             continue
-        reach = healing.blocks[layer] * (healing.iters + 1) / 2
+        rate, steps = healing.blocks[layer]
+        reach = rate * (steps + 1) / 2
         together = [one for each in _measured_with(name, layout) for one in _matrices(tensors[each])]
         for source, stored in zip(_matrices(ref), _matrices(other), strict=True):
             beside = (source,) if len(ref.spec.shape) > 2 else tuple(together)
-            yield HealedWeight(name, source, stored, beside, reach, healing.iters)
+            yield HealedWeight(name, source, stored, beside, reach, steps)
 
 
 def _measured_with(name: str, layout: Layout) -> tuple[str, ...]:
@@ -398,6 +398,10 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
         for name, ref in tensors.items()
         if isinstance(ref, Encoded) and name not in derived
     }
+    if stored and stored.scheme.format == "mlx" and view.layout.family.experts.gate == "interleaved":
+        own = dict(_in_own_rows(view.layout, tensors, derived))
+        tensors |= {name: TensorRef(tensors[name].spec, ()) for name in own}
+        derived |= own
     left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
@@ -411,6 +415,24 @@ def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef
         for bias in single_biases(view.layout, view.checkpoint.tensors, stack):
             tensors.pop(f"{stack}_bias", None)
             tensors[bias.name] = bias
+
+
+def _in_own_rows(
+    layout: Layout, tensors: Mapping[str, TensorRef], derived: Mapping[str, Derived]
+) -> Iterator[tuple[str, Derived]]:
+    """Gate and up projections that OUT has each as it is, of halves of a stack in which their rows take turns."""
+    inner = layout.family.experts.inner
+    for name, ref in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(f".{inner[0]}") or f".{layout.family.experts.home}." not in name:
+            continue
+        names = [f"{stem.removesuffix(inner[0])}{each}.{last}" for each in inner]
+        halves = [storages_of(tensors[each]) if each not in derived else derived[each].sources for each in names]
+        found = [storage for half in halves for storage in half]
+        for at, each in enumerate(names):
+            cuts = turns([storage.shape[0] for storage in found], at)
+            parts = tuple(storage.part(cut) for storage, cut in zip(found, cuts, strict=True))
+            yield each, Derived(parts, ref.spec.dtype)
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:

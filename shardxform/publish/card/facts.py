@@ -101,13 +101,17 @@ class BlockError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealedBlock:
-    """Squared error of a block's output as it was pruned and as it is; `what` is empty where it was left as pruned."""
+    """Squared error of a block's output as it was pruned and as it is after `iters` steps.
+
+    `what` is empty where it was left as pruned; `iters` is None in earlier records, which had one number for all.
+    """
 
     layer: int
     pruned: float | None
     healed: float | None
     what: str
     ratio_error: float | None = None
+    iters: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,8 @@ class HealingFacts:
 
     Attributes:
         what: which weights, a name of `recipe.HEALED` or `auto`.
-        iters, batch_size: steps a block, windows of a step.
+        iters, batch_size: steps a block, windows of a step; no `iters` where each block has its own.
+        seconds: time that decided the steps of each block; 0 where none did.
         data: calibration text.
         encoding: how weights were written that the source has in small floats; empty where it has none.
         extra: windows that were made of pieces of the text.
@@ -130,6 +135,7 @@ class HealingFacts:
     data: Data | None
     encoding: str = ""
     extra: int = 0
+    seconds: int = 0
     blocks: tuple[HealedBlock, ...] = ()
 
 

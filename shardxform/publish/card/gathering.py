@@ -290,6 +290,7 @@ def _healing(record: Record) -> HealingFacts | None:
     return HealingFacts(
         what=heal.text("what"),
         iters=heal.whole("iters"),
+        seconds=heal.whole("seconds") or 0,
         batch_size=heal.whole("batch_size"),
         data=_data(recipe.section("data")),
         encoding=heal.text("encoding"),
@@ -406,7 +407,12 @@ def _healed_blocks(facts: Fields) -> tuple[HealedBlock, ...]:
             before, after = healed.number("pruned_error"), healed.number("healed_error")
             error = healed.number("ratio_standard_error")
             out[layer] = HealedBlock(
-                layer=layer, pruned=before, healed=after, what=healed.text("what"), ratio_error=error
+                layer=layer,
+                pruned=before,
+                healed=after,
+                what=healed.text("what"),
+                ratio_error=error,
+                iters=healed.whole("iters"),
             )
     return tuple(out[layer] for layer in sorted(out))
 

@@ -156,23 +156,33 @@ def _healing(facts: CardFacts) -> Iterator[str]:
             "Squared error of each block's output, relative to every token's own size, on windows of the calibration"
             " text that were not tuned on:"
         )
-        yield _folded(_table(("block", "pruned", "healed", "ratio", "tuned"), map(_healed_block, made.blocks)))
+        columns = ("block", "pruned", "healed", "ratio", "tuned", "steps")[: 5 if made.iters else 6]
+        yield _folded(_table(columns, [_healed_block(block)[: len(columns)] for block in made.blocks]))
 
 
 def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "weights", _HEALED.get(made.what, "")
     yield "calibration text", _data(made.data) if made.data else ""
     yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
-    yield "steps per block", _steps(made.iters, made.batch_size)
+    yield "steps per block", _healing_steps(made)
     yield "written", _WRITTEN.get(made.encoding, "")
 
 
+def _healing_steps(made: HealingFacts) -> str:
+    """How many: of every block, or from the fewest to the most."""
+    each = [block.iters for block in made.blocks if block.iters]
+    if made.iters or not each:
+        return _steps(made.iters, made.batch_size)
+    text = _steps(f"{min(each)} to {max(each)}", made.batch_size)
+    return f"{text}, as {made.seconds:,} s allowed" if made.seconds else text
+
+
 def _healed_block(block: HealedBlock) -> tuple[str, ...]:
-    before, after = block.pruned, block.healed
+    before, after, steps = block.pruned, block.healed, str(block.iters or "")
     if not block.what or before is None or after is None:
-        return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "")
+        return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "", steps)
     ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
-    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, block.what)
+    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, block.what, steps)
 
 
 def _quantization(facts: CardFacts) -> Iterator[str]:

@@ -6,7 +6,7 @@ the output. Given the same source and data, the commands end with the same bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
@@ -33,22 +33,22 @@ def commands(record: Record, source: str, out: str) -> tuple[Args, ...]:
 
     """
     inputs, origin = record.asked, record.before
-    command = inputs.text("command")
+    command, steps = inputs.text("command"), _healing_steps(Fields(record.facts))
     if command in ("prune", "quantize"):
-        return (_planned(command, inputs, (source, out)),)
+        return (_planned(command, inputs, (source, out), steps),)
     if command != "convert":
         return ()
     tuned = origin.section("scheme").text("method") != "rtn"
     if tuned and not origin.section("recipe"):  # earlier records of converted outputs have none
         return (("shardxform", "convert", source, out, *_target(inputs)),)
     between = f"{out}-before"
-    first = _planned("quantize", origin, (source, between))
+    first = _planned("quantize", origin, (source, between), steps)
     return (first, ("shardxform", "convert", between, out, *_target(inputs)))
 
 
-def _planned(command: str, inputs: Fields, places: tuple[str, str]) -> Args:
+def _planned(command: str, inputs: Fields, places: tuple[str, str], steps: Sequence[int]) -> Args:
     keep = ("--manifest", PROVENANCE) if inputs.section("manifest", "keep") else ()
-    return ("shardxform", command, *places, *keep, *_scheme(inputs), *_recipe(inputs), *_view(inputs))
+    return ("shardxform", command, *places, *keep, *_scheme(inputs), *_recipe(inputs, steps), *_view(inputs))
 
 
 def _view(inputs: Fields) -> Iterator[str]:
@@ -99,7 +99,13 @@ def _spelling(value: Fields) -> Iterator[str]:
         yield "--g-idx"
 
 
-def _recipe(inputs: Fields) -> Iterator[str]:
+def _healing_steps(facts: Fields) -> list[int]:
+    """Steps that each block was healed by, in their order."""
+    found = {block.whole("layer"): block.section("healed").whole("iters") for block in facts.sections("blocks")}
+    return [steps for _, steps in sorted((at, steps) for at, steps in found.items() if at is not None and steps)]
+
+
+def _recipe(inputs: Fields, steps: Sequence[int]) -> Iterator[str]:
     recipe = inputs.section("recipe")
     data = recipe.section("data")
     yield from _unless("--data", data.text("data"), "")
@@ -111,7 +117,7 @@ def _recipe(inputs: Fields) -> Iterator[str]:
         yield "--chat-template"
     yield from _unless("--text-key", data.text("text_key"), "text")
     yield from _unless("--text-sources", ",".join(data.texts("sources")), "")
-    yield from _heal(recipe.section("heal"))
+    yield from _heal(recipe.section("heal"), steps)
     yield from _unless("--iters", recipe.whole("iters") or ITERS, ITERS)  # 0 where it was healed only
     yield from _unless("--batch-size", recipe.whole("batch_size"), BATCH_SIZE)
     yield from _unless("--seed", recipe.whole("seed"), _SEED)
@@ -120,9 +126,11 @@ def _recipe(inputs: Fields) -> Iterator[str]:
     yield from _unless("--dtype", recipe.text("dtype"), "")  # what `auto` means depends on the machine
 
 
-def _heal(heal: Fields) -> Iterator[str]:
+def _heal(heal: Fields, steps: Sequence[int]) -> Iterator[str]:
+    """How blocks were healed: where time or a schedule decided the steps, those that each block had."""
     yield from _unless("--heal", heal.text("what"), "")
-    yield from _unless("--heal-iters", heal.whole("iters"), HEAL_ITERS)
+    each = ",".join(map(str, steps)) if heal and heal.whole("iters") is None else ""
+    yield from _unless("--heal-iters", each or heal.whole("iters"), HEAL_ITERS)
     yield from _unless("--heal-lr", heal.number("lr"), None)
     yield from _unless("--heal-extra", heal.whole("extra") or 0, 0)
     yield from _unless("--heal-encoding", heal.text("encoding"), "source")
