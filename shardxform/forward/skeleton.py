@@ -34,7 +34,7 @@ from transformers import (
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
-from shardxform.forward.adapting import take_apart, weigh_inputs
+from shardxform.forward.adapting import compute_experts, take_apart, weigh_inputs
 from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import (
@@ -397,9 +397,10 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         else:
             make = functools.partial(auto.from_config, trust_remote_code=False)
         with _META:
-            model = make(config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION)
+            model = make(config, dtype=weights.precision.dtype, experts_implementation="eager")
         with _META:
             _adapt(_decoder_of(model), layout.family)
+        compute_experts(model, IMPLEMENTATION, layout.family.experts)
         attend_by_rows(model)
         _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version
