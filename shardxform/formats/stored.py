@@ -17,7 +17,9 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.config_names import declarations, declared_in, method_of, undeclared
+from shardxform.formats.asymmetric import as_rounded
+from shardxform.formats.config_names import declarations, declared_in, declares, method_of, undeclared
+from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage, in_turns
 from shardxform.formats.integers import Ints
@@ -36,6 +38,7 @@ __all__ = [
     "as_plain",
     "config_of_half",
     "has_g_idx",
+    "plain_of",
     "read_stored",
     "released",
     "scan_stored",
@@ -96,6 +99,24 @@ def read_stored(source: Checkpoint) -> Stored:
 def as_plain(source: Checkpoint, stored: Stored) -> Checkpoint:
     """Give a quantized checkpoint as the 16-bit one that its weights stand for."""
     return replace(source, tensors={**stored.weights, **stored.plain}, config=undeclared(source.config))
+
+
+def plain_of(source: Checkpoint) -> Checkpoint | None:
+    """Give any quantized checkpoint as the 16-bit one that it stands for; None for one that is not quantized.
+
+    As `decoded` does; symmetric integers too, in the encoding to which values are rounded.
+
+    Raises:
+        CheckpointError, FamilyError, SchemeError: as `decoded` and `read_stored`.
+
+    """
+    if plain := decoded(source):
+        return plain
+    if not declares(source.config):
+        return None
+    stored = read_stored(source)
+    weights = {name: replace(ref, sources=tuple(map(as_rounded, ref.sources))) for name, ref in stored.weights.items()}
+    return as_plain(source, replace(stored, weights=weights))
 
 
 def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:

@@ -13,8 +13,9 @@ from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError, SchemeError
 from shardxform.formats.asymmetric import Asymmetric
-from shardxform.formats.decoding import decoded, decoded_in_part
+from shardxform.formats.decoding import decoded_in_part
 from shardxform.formats.encoding import (
+    ROUNDED,
     TILE_BYTES,
     Encoded,
     Encoding,
@@ -28,6 +29,7 @@ from shardxform.formats.encoding import (
 )
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
+from shardxform.formats.stored import plain_of
 from shardxform.model.layout import Layout, Place, layout_of
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, ShardPlan, extents_of
@@ -298,10 +300,10 @@ def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], reci
     """One step per pruned block, in order."""
     assert recipe.heal is not None
     refuse_unpruned(view, recipe.heal)
-    plain = decoded(view.checkpoint)
+    plain = plain_of(view.checkpoint)
     if plain:
         view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))
-    if plain_source := decoded(source):
+    if plain_source := plain_of(source):
         view = replace(view, source_layout=layout_of(plain_source.config, plain_source.tensors))
     places, tensors = view.layout.places, view.checkpoint.tensors
     names = healed_names(view.layout, places, recipe.heal.widest)
@@ -317,10 +319,10 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
         PlanError: `heal.encoding` for weights that are in 16 bits, or as clients cannot be told.
 
     """
-    plain = decoded(view.checkpoint)
+    plain = plain_of(view.checkpoint)
     if plain is None:
         if heal.encoding:
-            raise PlanError("`heal.encoding`: the weights of the source are no small floats; leave it out")
+            raise PlanError("`heal.encoding`: the weights of the source are in 16 bits; leave it out")
         return view, heal
     heal = replace(heal, encoding=heal.encoding or "source")
     layout = layout_of(plain.config, plain.tensors)
@@ -348,10 +350,15 @@ def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         ref = plain.tensors[name]
         encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
-        if odd := [each for each in encodings if isinstance(each, Asymmetric)]:
+        if isinstance(ref, Encoded) and any(source.cut and source.cut.is_run for source in ref.sources):
             raise PlanError(
-                f"`heal`: tensor '{name}' is in {odd[0]}, to which healed values are not rounded; heal with"
-                " `shardxform quantize` and `requantize`"
+                f"`heal`: tensor '{name}' is rows of a larger one, which healed values are not written to; `convert` to"
+                " the same format with `expert_names` split first"
+            )
+        if odd := [each for each in encodings if isinstance(each, Asymmetric) and each.unwritten]:
+            raise PlanError(
+                f"`heal`: tensor '{name}' is in {odd[0]}, {odd[0].unwritten}, to which healed values are not rounded;"
+                " give `heal.encoding` 16bit, or heal with `shardxform quantize` and `requantize`"
             )
 
 
@@ -404,5 +411,5 @@ def _kept_item(ref: TensorRef, extents: Mapping[str, Extent], *, as_stored: bool
         return KeptItem(ref, Plain(ref.spec.dtype), (("values", extents[ref.name]),))
     first = ref.sources[0]
     return KeptItem(
-        ref, first.encoding, tuple((role, extents[part.name]) for role, part in first.parts if role != "whole")
+        ref, first.encoding, tuple((role, extents[part.name]) for role, part in first.parts if role in ROUNDED)
     )
