@@ -19,7 +19,7 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.asymmetric import as_rounded
 from shardxform.formats.config_names import declarations, declared_in, declares, method_of, undeclared
-from shardxform.formats.decoding import decoded
+from shardxform.formats.decoding import decoded, encoded_weights
 from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage, in_turns
 from shardxform.formats.integers import Ints
@@ -37,6 +37,7 @@ __all__ = [
     "Stored",
     "as_plain",
     "config_of_half",
+    "encoded_by_codes",
     "has_g_idx",
     "plain_of",
     "read_stored",
@@ -117,6 +118,17 @@ def plain_of(source: Checkpoint) -> Checkpoint | None:
     stored = read_stored(source)
     weights = {name: replace(ref, sources=tuple(map(as_rounded, ref.sources))) for name, ref in stored.weights.items()}
     return as_plain(source, replace(stored, weights=weights))
+
+
+def encoded_by_codes(source: Checkpoint) -> dict[str, Encoded]:
+    """All quantized weights of a checkpoint, by the names of the tensors that hold their codes; raises as `plain_of`.
+
+    Of several weights in one tensor there is one.
+    """
+    if found := encoded_weights(source):
+        return found
+    weights = read_stored(source).weights.values() if declares(source.config) else ()
+    return {ref.sources[0].parts[0][1].name: ref for ref in weights}
 
 
 def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:

@@ -29,7 +29,7 @@ from shardxform.formats.encoding import (
 )
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
-from shardxform.formats.stored import plain_of
+from shardxform.formats.stored import encoded_by_codes, plain_of
 from shardxform.model.layout import Layout, Place, layout_of
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, ShardPlan, extents_of
@@ -326,6 +326,7 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
         return view, heal
     heal = replace(heal, encoding=heal.encoding or "source")
     layout = layout_of(plain.config, plain.tensors)
+    _refuse_parts(plain, healed_names(layout, layout.places, heal.widest))
     if heal.encoding == "source":
         _refuse_read_only(plain, healed_names(layout, layout.places, heal.widest))
         return view, heal
@@ -334,10 +335,27 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
     homes = {name.partition(f".{layout.family.experts.home}.")[0] + f".{layout.family.experts.home}" for name in routed}
     modules = [name.removesuffix(".weight") for name in names if name not in set(routed)]
     try:
-        written = decoded_in_part(view.checkpoint, frozenset(names), modules, sorted(homes, key=natural_key))
+        found = encoded_by_codes(view.checkpoint)
+        written = decoded_in_part(view.checkpoint, found, frozenset(names), modules, sorted(homes, key=natural_key))
     except SchemeError as e:
         raise PlanError(f"`heal.encoding` 16bit: {e}; use source") from e
     return replace(view, checkpoint=written, layout=layout_of(written.config, written.tensors)), heal
+
+
+def _refuse_parts(plain: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to heal integers that are stored together with others, in one tensor.
+
+    Raises:
+        PlanError: names the first.
+
+    """
+    for name in names:
+        ref = plain.tensors[name]
+        if isinstance(ref, Encoded) and any(source.cut and source.cut.is_run for source in ref.sources):
+            raise PlanError(
+                f"`heal`: tensor '{name}' is rows of a larger one, which healed values are not written to; `shardxform"
+                " convert` to the same format with `expert_names` split first"
+            )
 
 
 def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
@@ -350,11 +368,6 @@ def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         ref = plain.tensors[name]
         encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
-        if isinstance(ref, Encoded) and any(source.cut and source.cut.is_run for source in ref.sources):
-            raise PlanError(
-                f"`heal`: tensor '{name}' is rows of a larger one, which healed values are not written to; `convert` to"
-                " the same format with `expert_names` split first"
-            )
         if odd := [each for each in encodings if isinstance(each, Asymmetric) and each.unwritten]:
             raise PlanError(
                 f"`heal`: tensor '{name}' is in {odd[0]}, {odd[0].unwritten}, to which healed values are not rounded;"
