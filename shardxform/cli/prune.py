@@ -21,7 +21,7 @@ from shardxform.cli.inputs import (
 )
 from shardxform.cli.outputs import execute
 from shardxform.execution.runner import RunOptions
-from shardxform.formats.scheme import GGUF
+from shardxform.formats.scheme import FORMATS, GGUF
 from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
 
@@ -32,10 +32,28 @@ if TYPE_CHECKING:
 __all__ = ["prune_command"]
 
 
+class _Containers(click.Choice[str]):
+    """What OUT may be; of formats of integers, which others write, it says who does."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in FORMATS:
+            also = "; in 16 bits mlx-lm takes what prune writes as it is" if value == "mlx" else ""
+            self.fail(
+                f"prune rounds no weights; `shardxform quantize --format {value}` prunes, heals and rounds in one"
+                f" pass{also}",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File(options.GgufTypeFlags):
     format: Literal["safetensors", "gguf"] = options.option(
-        "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.", default="safetensors", first=True
+        "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.",
+        default="safetensors",
+        first=True,
+        type=_Containers(["safetensors", GGUF]),
     )
 
 
