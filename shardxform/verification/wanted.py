@@ -389,7 +389,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     _take_biases_apart(view, out, tensors)
     if skipped:
         more = f", such as {next(iter(skipped))}"
-        findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
+        findings.warn("rounded", ".", f"quantized modules that are not held against the source: {len(skipped)}{more}")
     if packed:  # what OUT holds in 16 bits has no bytes to compare with
         tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
     derived |= {
