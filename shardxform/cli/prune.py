@@ -77,7 +77,7 @@ def prune_command(
 
     Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
     rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
-    shapes and types are the same, unless --heal-encoding wants FP8 or FP4 weights in 16 bits. Interrupted, the same
+    shapes and types are the same, unless --heal-encoding wants quantized weights in 16 bits. Interrupted, the same
     command goes on where it stopped.
 
     SRC may be a model in GGUF too, of any architecture and any type of blocks: a file, or the first of several.
