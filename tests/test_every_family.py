@@ -781,4 +781,8 @@ def assert_loads(out: Path, class_name: str = "") -> None:
 
 @torch.no_grad()
 def logits_of(model: Any) -> Any:
-    return any_moe.of_text(model)(input_ids=IDS, use_cache=False).logits.float()
+    whole = getattr(model, "thinker", model)  # which decompresses what compressed-tensors has loaded
+    try:
+        return whole(input_ids=IDS, use_cache=False).logits.float()
+    except AttributeError:
+        return any_moe.of_text(model)(input_ids=IDS, use_cache=False).logits.float()
