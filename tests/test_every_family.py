@@ -36,8 +36,10 @@ from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.identity import config_sha256  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
 from shardxform.cli import main  # noqa: E402
+from shardxform.errors import FamilyError  # noqa: E402
 from shardxform.execution.runner import RunOptions, run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
+from shardxform.forward import skeleton, weights  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.model.families import family_of  # noqa: E402
@@ -626,6 +628,20 @@ def test_blocks_are_run_in_bfloat16_too(kind: str, folder: Path) -> None:
     wanted = logits_of(model.eval())
     found = block_by_block(source_of(kind, folder), Precision(torch.device("cpu"), torch.bfloat16))
     assert float((found - wanted).abs().median()) < 0.01 * float(wanted.std())  # the head alone is in float32
+
+
+def test_experts_that_are_called_otherwise_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As classes of older versions of transformers do."""
+    module, ids = torch.nn.Module(), torch.tensor([[0, 1], [1, 2]])
+    weights.attach(module, weights.ExpertBank(lambda _expert: pytest.fail("read"), FLOAT32))
+    with pytest.raises(ValueError, match=r"experts are called with weights \[2, 6\] for ids \[2, 2\]"):
+        weights._forward(module, torch.zeros(2, 4), ids, torch.ones(2, 6))
+    monkeypatch.setattr(skeleton, "experts_module", lambda _block: None)
+    with (
+        Weights(Checkpoint.open(source_of("olmoe", folder)), FLOAT32) as reader,
+        pytest.raises(FamilyError, match=r"olmoe is not run with transformers .*, whose class computes"),
+    ):
+        Skeleton(reader)
 
 
 def test_a_config_stays_as_it_is_when_its_model_is_run(folder: Path, tmp_path: Path) -> None:

@@ -100,6 +100,11 @@ class Skeleton:
         self._blocks: list[nn.Module] = list(self._layers)
         self._norm: nn.Module = getattr(self._decoder, names.attribute(names.norm))
         self._table: nn.Module = getattr(self._decoder, names.attribute(names.embeddings))
+        if any(experts_module(self._blocks[layer]) is None for layer in self.layout.moe_layers):
+            raise FamilyError(
+                f"family {family.name} is not run with transformers {transformers.__version__}, whose class computes"
+                " experts in a way of its own; that of a newer one may not"
+            )
         for module in self._blocks:
             _pass_through(module, _with_all_positions if self.layout.family.shares_selection else _alone)
         _pass_through(self._norm, _alone)
