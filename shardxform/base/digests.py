@@ -77,11 +77,11 @@ class Chunks:
 
     def __init__(self, shards: Sequence[_Shard]) -> None:
         self._starts = [len(shard.head) for shard in shards]
-        self._entries = [[entry for entry in shard.entries if entry.nbytes] for shard in shards]
+        self._entries = [[entry for entry in shard.entries if entry.begin < entry.end] for shard in shards]
         self._begins = [[entry.begin for entry in entries] for entries in self._entries]
         self._cuts = [
-            {start + at for entry in shard.entries for at in (entry.begin, entry.end)}
-            for start, shard in zip(self._starts, shards, strict=True)
+            {*begins, *(entry.end for entry in shard.entries)}
+            for begins, shard in zip(self._begins, shards, strict=True)
         ]
 
     def of(self, writes: Iterable[Extent]) -> tuple[Chunk, ...]:
@@ -116,7 +116,8 @@ class Chunks:
             PlanError: a chunk is not written whole; a bug in the planner.
 
         """
-        if begin in self._cuts[shard] and end in self._cuts[shard]:
+        start, cuts = self._starts[shard], self._cuts[shard]
+        if begin - start in cuts and end - start in cuts:
             return  # as most are: whole tensors
         for at, last in ((begin, begin), (end, end - 1)):
             entry = self._entry(shard, last)
