@@ -284,8 +284,7 @@ class Plan:
             per_shard[number].append((begin, end))
         for number, shard in enumerate(self.shards):
             _refuse_untiled(shard, per_shard[number])
-        for number, begin, end in written:
-            self.chunks.refuse_parts(number, begin, end)
+            self.chunks.refuse_parts(number, per_shard[number])
 
 
 def _refuse_untiled(shard: ShardPlan, written: Sequence[tuple[int, int]]) -> None:
