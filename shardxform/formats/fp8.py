@@ -249,6 +249,10 @@ class Fp8:
             np.divide(values_RI[run], scale_I, out=quotient_RI[run])
         return ELEMENTS[self.dtype].nearest(quotient_RI)
 
+    def laid_out(self, codes_OB: NDArray[np.uint8], bits: NDArray[Any]) -> dict[Role, NDArray[Any]]:
+        """Codes and scales as they are."""
+        return {"values": codes_OB, "scales": bits}
+
 
 @functools.cache
 def decoded_codes(dtype: str) -> NDArray[np.float32]:

@@ -17,7 +17,9 @@ from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.config_names import declarations, declared_in, method_of, undeclared
+from shardxform.formats.asymmetric import as_rounded
+from shardxform.formats.config_names import declarations, declared_in, declares, method_of, undeclared
+from shardxform.formats.decoding import decoded, encoded_weights
 from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage, in_turns
 from shardxform.formats.integers import Ints
@@ -35,7 +37,9 @@ __all__ = [
     "Stored",
     "as_plain",
     "config_of_half",
+    "encoded_by_codes",
     "has_g_idx",
+    "plain_of",
     "read_stored",
     "released",
     "scan_stored",
@@ -97,6 +101,35 @@ def read_stored(source: Checkpoint) -> Stored:
 def as_plain(source: Checkpoint, stored: Stored) -> Checkpoint:
     """Give a quantized checkpoint as the 16-bit one that its weights stand for."""
     return replace(source, tensors={**stored.weights, **stored.plain}, config=undeclared(source.config))
+
+
+def plain_of(source: Checkpoint) -> Checkpoint | None:
+    """Give any quantized checkpoint as the 16-bit one that it stands for; None for one that is not quantized.
+
+    As `decoded` does; symmetric integers too, in the encoding to which values are rounded.
+
+    Raises:
+        CheckpointError, FamilyError, SchemeError: as `decoded` and `read_stored`.
+
+    """
+    if plain := decoded(source):
+        return plain
+    if not declares(source.config):
+        return None
+    stored = read_stored(source)
+    weights = {name: replace(ref, sources=tuple(map(as_rounded, ref.sources))) for name, ref in stored.weights.items()}
+    return as_plain(source, replace(stored, weights=weights))
+
+
+def encoded_by_codes(source: Checkpoint) -> dict[str, Encoded]:
+    """All quantized weights of a checkpoint, by the names of the tensors that hold their codes; raises as `plain_of`.
+
+    Of several weights in one tensor there is one.
+    """
+    if found := encoded_weights(source):
+        return found
+    weights = read_stored(source).weights.values() if declares(source.config) else ()
+    return {ref.sources[0].parts[0][1].name: ref for ref in weights}
 
 
 def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
