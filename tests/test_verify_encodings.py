@@ -114,6 +114,16 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...], object]] = {
         for kind in ("mxfp4", "nvfp4", "fp8 channels", "compressed-tensors")
         for path in (("format",),)
     },
+    "mxfp4: a format of another type": ("mxfp4", ("format",), {"a": 1}),
+    "mxfp4: a group that is none": ("mxfp4", ("config_groups", "group_0"), "x"),
+    "compressed-tensors: no bits": ("compressed-tensors", W, {"bits": "4"}),
+    "compressed-tensors in groups of 16: targets": (
+        "compressed-tensors in groups of 16",
+        ("config_groups", "group_0", "targets"),
+        1,
+    ),
+    "gptq: a word for desc_act": ("gptq", ("desc_act",), "re:("),
+    "gptq of 8 bits: an object for sym": ("gptq of 8 bits", ("sym",), {"bits": "4"}),
     "int8: 4 bits": ("8-bit integers of W8A8", (*W, "num_bits"), 4),
     "int8: groups": ("8-bit integers of W8A8", (*W, "strategy"), "tensor"),
     "int8: zero points": ("8-bit integers of W8A8", (*W, "symmetric"), False),

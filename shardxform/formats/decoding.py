@@ -258,7 +258,9 @@ def _compressed_integers(declared: Declared) -> Iterator[Reading]:
             raise SchemeError(f"config_groups: integers of format {form!r} and strategy {strategy!r} are not read")
         size = each.get("group_size") if strategy == "group" else -1
         said = {"bits": each.get("num_bits"), "group_size": size, "sym": each.get("symmetric")}
-        groups.append(([name for name in group.get("targets") or [] if isinstance(name, str)], _width(said)))
+        targets = group.get("targets")
+        names = targets if isinstance(targets, list) else []
+        groups.append(([name for name in names if isinstance(name, str)], _width(said)))
     yield IntegerRule("row", "stored", _target_of(groups))
 
 

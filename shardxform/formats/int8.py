@@ -49,6 +49,11 @@ class Int8:
         """Bits of a code."""
         return 8
 
+    @property
+    def unwritten(self) -> str:
+        """Why values are not rounded to it."""
+        return "which is read only"
+
     def parts(self, rows: int, columns: int) -> tuple[PartSpec, ...]:
         """List the codes and their scales."""
         return (
