@@ -74,6 +74,9 @@ def said_against_itself(declared: Declared) -> Iterator[str]:
         found = declared.get(key)
         if method_of(declared) in _OF_INTEGERS and found is not None and type(found) is not kind:
             yield f"{key}: expected {'true or false' if kind is bool else 'a whole number'}, found {found!r}"
+    for key in ("extra_config", "dynamic"):
+        if declared.get(key) is not None and not isinstance(declared[key], Mapping):
+            yield f"{key}: expected an object, found {declared[key]!r}"
     groups, top = declared.get("config_groups"), declared.get("format")
     if method_of(declared) != "compressed-tensors" or not isinstance(groups, Mapping):
         return
@@ -83,6 +86,8 @@ def said_against_itself(declared: Declared) -> Iterator[str]:
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
+            if weights is not None:
+                yield f"config_groups.{name}.weights: expected an object, found {weights!r}"
             continue
         form = group.get("format") or top
         if not (isinstance(form, str) and form in _FORMS):
