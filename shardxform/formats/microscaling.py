@@ -251,7 +251,7 @@ class MicroscalingRule:
             if last == "weight":  # which may be in 16 bits
                 return None
             raise CheckpointError(
-                f"tensor '{spec.name}': {spec.dtype} {list(spec.shape)}, expected two dimensions of {encoding.dtypes[0]}"
+                f"tensor '{spec.name}': {spec.dtype} {list(spec.shape)}, expected {encoding.dtypes[0]} [O, ..]"
             )
         rows, columns = spec.shape[0], spec.shape[1] * encoding.per_byte
         if columns % encoding.group:
