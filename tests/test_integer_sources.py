@@ -37,6 +37,8 @@ from shardxform.errors import ExecutionError  # noqa: E402
 from shardxform.formats.asymmetric import Asymmetric  # noqa: E402
 from shardxform.formats.encoding import Cut  # noqa: E402
 from shardxform.formats.scheme import FORMATS  # noqa: E402
+from shardxform.verification.findings import Findings  # noqa: E402
+from shardxform.verification.independent import check_independently  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -649,14 +651,6 @@ def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folde
     assert "not sound" in call("verify", spoilt, code=1).output
 
 
-@pytest.mark.parametrize(("kind", "message"), [("awq", "in the order of AWQ, to which"), ("gptq", "which cannot move")])
-def test_pruning_does_not_heal_integers(kind: str, message: str, folder: Path, tmp_path: Path) -> None:
-    source, _ = made(folder, kind, KINDS | STILL)
-    told = call("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), "--heal", "all", *DATA, code=1).output
-    assert message in told
-    assert not (tmp_path / "out").exists()
-
-
 def _with_merges(root: Path, copy: Path) -> Path:
     """A copy with a tokenizer that llama.cpp loads, which wants merges."""
     shutil.copytree(root, copy)
@@ -761,3 +755,25 @@ def test_a_repository_is_read_as_a_folder(kind: str, folder: Path, tmp_path: Pat
         test_remote.command(server, tmp_path / "home", "quantize", "org/small", tmp_path / "there", *how)
     call("quantize", root, tmp_path / "here", *how)
     assert shards(tmp_path / "there") == shards(tmp_path / "here")
+
+
+@pytest.mark.parametrize("kind", picked(KINDS, 3))
+def test_the_independent_check_knows_zero_points_and_groups(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Of pruned integers as they are, and of what they are rounded to; and it finds one that is another."""
+    source, _ = made(folder, kind)
+    keep, bare = keep_file(tmp_path), tmp_path / "bare"
+    for verb in (("prune",), ("quantize", *GRID, "--requantize")):
+        out = tmp_path / verb[0]
+        call(verb[0], source, out, "-m", keep, "-q", *verb[1:])
+        assert "derived independently" in call("verify", out, "--source", source, "--independent").output
+    stem = EXPERT if KINDS[kind].model_type == "qwen3_moe" else EXPERT.replace("model.", "model.language_model.", 1)
+    names = [name for name in read_checkpoint(tmp_path / "prune") if name.startswith(f"{stem}.")]
+    for last in ("qweight", "qzeros", "scales", "weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"):
+        if (name := f"{stem}.{last}") in names:
+            flipped(tmp_path / "prune", name, bare)
+            shutil.copy(tmp_path / "prune" / "shardxform.json", bare)
+            found = Findings()
+            check_independently(bare, source, found)
+            words = "weight_packed" if f"{stem}.weight_packed" in names else "qweight"
+            assert [problem.where for problem in found.problems] == [f"{stem}.{words}"], name
+            shutil.rmtree(bare)

@@ -23,13 +23,24 @@ from shardxform.formats.asymmetric import IntegerRule, Order, StatedGrid, Zeros
 from shardxform.formats.config_names import ASYMMETRIC, declared_in, method_of, undeclared
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import ScaleRule, scale_rule
+from shardxform.formats.int8 import Int8Rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 from shardxform.formats.picking import Picked
 from shardxform.formats.scheme import GROUP_SIZES
 from shardxform.model.families import family_of
 from shardxform.model.layout import SCALES
 
-__all__ = ["DECODED", "decoded", "decoded_in_part", "encodings_of", "is_packed", "scan_decoded", "unreadable"]
+__all__ = [
+    "DECODED",
+    "decoded",
+    "decoded_in_part",
+    "encoded_weights",
+    "encodings_of",
+    "is_packed",
+    "is_read",
+    "scan_decoded",
+    "unreadable",
+]
 
 _BESIDE: Final = ("expert_dtype",)
 """What DeepSeek-V4's releases say at the top level of the config, and others in the quantization_config."""
@@ -93,6 +104,9 @@ def _compressed_rules(declared: Declared) -> Iterator[Reading]:
     floats = [each for each in weights_of if isinstance(each, Mapping) and each.get("type") == "float"]
     if floats and len(floats) < len(weights_of):
         raise SchemeError("config_groups: floats beside integers, of which only the one or the other is read")
+    if not floats and (plain := [group for group in _groups(declared) if _form(group, declared) == "int-quantized"]):
+        yield from _plain_integers(plain, declared)
+        return
     if not floats:
         yield from _compressed_integers(declared)
         return
@@ -202,6 +216,31 @@ def _auto_round_rules(declared: Declared) -> Iterator[Reading]:
     yield IntegerRule(order, zeros, width_of)
 
 
+def _form(group: Declared, declared: Declared) -> object:
+    return group.get("format") or declared.get("format")
+
+
+def _plain_integers(groups: Sequence[Declared], declared: Declared) -> Iterator[Reading]:
+    """Rules for bytes as they are, one for each way in which they share scales."""
+    if len(groups) < len(_groups(declared)):
+        raise SchemeError("config_groups: int-quantized beside other formats is not read")
+    found: set[int] = set()
+    for group in groups:
+        weights = group.get("weights")
+        said = weights if isinstance(weights, Mapping) else {}
+        strategy, size = said.get("strategy"), said.get("group_size")
+        usual = {"channel": -1, "tensor": 0, "group": size if type(size) is int and size > 0 else None}.get(
+            str(strategy)
+        )
+        if said.get("num_bits") != 8 or said.get("symmetric") is False or usual is None:
+            raise SchemeError(
+                f"config_groups: int-quantized weights of {said.get('num_bits')} bits, strategy {strategy!r}, symmetric"
+                f" {said.get('symmetric')} are not read; 8 bits without zero points are, by row, by group and whole"
+            )
+        found.add(usual)
+    yield from (Int8Rule(size) for size in sorted(found))
+
+
 def _compressed_integers(declared: Declared) -> Iterator[Reading]:
     weights = [(group, group["weights"]) for group in _groups(declared) if isinstance(group.get("weights"), Mapping)]
     if not any(each.get("type") == "int" for _, each in weights):
@@ -214,12 +253,14 @@ def _compressed_integers(declared: Declared) -> Iterator[Reading]:
             raise SchemeError(f"{key} beside integers is not read")
     groups: list[tuple[list[str], StatedGrid]] = []
     for group, each in weights:
-        form, strategy = group.get("format") or declared.get("format"), each.get("strategy")
+        form, strategy = _form(group, declared), each.get("strategy")
         if form != "pack-quantized" or strategy not in ("group", "channel"):
             raise SchemeError(f"config_groups: integers of format {form!r} and strategy {strategy!r} are not read")
         size = each.get("group_size") if strategy == "group" else -1
         said = {"bits": each.get("num_bits"), "group_size": size, "sym": each.get("symmetric")}
-        groups.append(([name for name in group.get("targets") or [] if isinstance(name, str)], _width(said)))
+        targets = group.get("targets")
+        names = targets if isinstance(targets, list) else []
+        groups.append(([name for name in names if isinstance(name, str)], _width(said)))
     yield IntegerRule("row", "stored", _target_of(groups))
 
 
@@ -299,7 +340,15 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
 def is_packed(config: Mapping[str, object]) -> bool:
     """Whether a config declares weights of whose tensors a rule alone says which they are, and of what shapes."""
     try:
-        return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule) for rule in _rules(config))
+        return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule | Int8Rule) for rule in _rules(config))
+    except SchemeError:
+        return False
+
+
+def is_read(config: Mapping[str, object]) -> bool:
+    """Whether rules say how the weights of a config are stored."""
+    try:
+        return bool(_rules(config))
     except SchemeError:
         return False
 
@@ -371,14 +420,26 @@ def _twice(name: str, weight: Encoded) -> str:
     return f"tensor '{weight.name}' is there as it is, and in {encoding} as '{name}': expected one of them"
 
 
+def encoded_weights(source: Checkpoint) -> dict[str, Encoded]:
+    """Weights that `decoded` gives, by the names of the tensors that hold their codes; raises like it."""
+    rules = _rules(source.config)
+    tensors = source.tensors if rules else {}
+    return {name: weight for name, ref in tensors.items() if (weight := _weight(rules, ref, tensors))}
+
+
 def decoded_in_part(
-    source: Checkpoint, names: Collection[str], modules: Sequence[str], homes: Sequence[str]
+    source: Checkpoint,
+    found: Mapping[str, Encoded],
+    names: Collection[str],
+    modules: Sequence[str],
+    homes: Sequence[str],
 ) -> Checkpoint:
-    """Give a checkpoint of small floats with the weights `names` as `decoded` has them, and a config that says so.
+    """Give a quantized checkpoint with the weights `names` as values, and a config that says so.
 
     Args:
         source: the checkpoint.
-        names: of weights, as `decoded` calls them.
+        found: all quantized weights, by the names of the tensors that hold their codes.
+        names: of weights.
         modules: linear ones among them, less routed experts.
         homes: modules of which routed experts are a part, all of which are among them.
 
@@ -386,8 +447,6 @@ def decoded_in_part(
         SchemeError: clients have no way to be told.
 
     """
-    rules = _rules(source.config)
-    found = {name: weight for name, ref in source.tensors.items() if (weight := _weight(rules, ref, source.tensors))}
     part = {name: weight for name, weight in found.items() if weight.name in names}
     plain = _plain(source, part)
     if not part or len(part) == len(found):
@@ -414,6 +473,13 @@ def _sparing(declared: Declared, modules: Sequence[str], homes: Sequence[str]) -
         keys, entries = ("ignore",), [*modules, *(rf"re:(.*\.)?{_escaped(home)}(\..*)?$" for home in homes)]
     elif method.startswith("modelopt"):
         keys, entries = ("ignore", "exclude_modules"), [*modules, *(f"{home}*" for home in homes)]
+    elif method == "gptq":
+        rules = [f"-:{re.escape(module)}$" for module in modules] + [f"-:{re.escape(home)}\\..*" for home in homes]
+        return {**declared, "dynamic": {**{rule: {} for rule in rules}, **_object(declared, "dynamic")}}
+    elif method == "auto-round":
+        wide = {"bits": 16, "data_type": "float"}
+        names = [*modules, *(f"{re.escape(home)}\\..*" for home in homes)]
+        return {**declared, "extra_config": {**_object(declared, "extra_config"), **dict.fromkeys(names, wide)}}
     else:
         keys, entries = ("modules_to_not_convert", "ignored_layers"), [*modules, *homes]
     there = [key for key in keys if declared.get(key)] or keys[:1]

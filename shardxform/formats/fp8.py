@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardxform.base.tensors import FP8, TensorRef, TensorSpec
@@ -160,16 +160,24 @@ class Fp8:
             refuse_scales(scale_ST, ref.name)
         fast = self._compiled if float(np.abs(scale_ST).max(initial=0)) < HUGE else None
         codes = parts["values"]
-        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_ST, checked, fast)
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_ST, checked, 8, fast)
 
     def _compiled(
-        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int
-    ) -> NDArray[np.float32] | None:
+        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int, out_RI: NDArray[np.float32]
+    ) -> bool:
         """What `decoded` gives, of E4M3 that is a number."""
         if self.dtype != "F8_E4M3":
-            return None
+            return False
         rows, columns = self.block[0] or begin + len(codes_RB), self.block[1] or codes_RB.shape[1]
-        return compiled("F8_E4M3", codes_RB, scales, begin, (rows, columns))
+        return compiled("F8_E4M3", codes_RB, scales, begin, (rows, columns), out_RI)
+
+    def block_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that share a scale in a weight of that shape."""
+        return self.block[0] or shape[0], self.block[1] or shape[1]
+
+    def table(self) -> NDArray[np.float32]:
+        """Values of all bytes [256, 1]."""
+        return decoded_codes(self.dtype)[:, None]
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block, each product rounded once."""
@@ -241,6 +249,10 @@ class Fp8:
             np.divide(values_RI[run], scale_I, out=quotient_RI[run])
         return ELEMENTS[self.dtype].nearest(quotient_RI)
 
+    def laid_out(self, codes_OB: NDArray[np.uint8], bits: NDArray[Any]) -> dict[Role, NDArray[Any]]:
+        """Codes and scales as they are."""
+        return {"values": codes_OB, "scales": bits}
+
 
 @functools.cache
 def decoded_codes(dtype: str) -> NDArray[np.float32]:
@@ -260,7 +272,15 @@ def powers_of_two(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Scales of E8M0: powers of two, and a NaN."""
     import numpy as np
 
-    return np.where(bits == 255, np.nan, np.ldexp(1.0, bits.astype(np.int64) - 127)).astype(np.float32)
+    return np.take(_powers(), bits)
+
+
+@functools.cache
+def _powers() -> NDArray[np.float32]:
+    """All 256."""
+    import numpy as np
+
+    return np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
 
 
 # -- what configs say of it ---------------------------------------------------------------------------------------
@@ -311,13 +331,11 @@ class ScaleRule:
 
     def beside(self, weight: TensorSpec) -> tuple[str, tuple[str, ...]]:
         """What names of scales of a weight begin with, and may end with: stacks may have no last part of their own."""
-        if len(weight.shape) == 3 and not weight.name.endswith("weight"):
-            return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in self.names)
-        return weight.name.removesuffix("weight"), self.names
+        return _beside(weight, self.names)
 
     def named(self, weight: TensorSpec) -> tuple[str, ...]:
         """All that scales of a weight are called by anybody, as `beside` has it."""
-        return replace(self, names=_NAMES).beside(weight)[1]
+        return _beside(weight, _NAMES)[1]
 
     def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
         """The weight [O, I], or stack of them [E, O, I], whose codes are `weight`; None for one that is not FP8.
@@ -337,7 +355,7 @@ class ScaleRule:
                 f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
             )
         stem, names = self.beside(spec)
-        there = [name for name in dict.fromkeys((*names, *self.named(spec))) if stem + name in tensors]
+        there = [name for name in _each(names, self.named(spec)) if stem + name in tensors]
         if len(there) > 1:
             both = "' and '".join(stem + name for name in there)
             raise CheckpointError(f"tensor '{spec.name}' has scales twice: '{both}'; expected one of them")
@@ -381,6 +399,18 @@ class ScaleRule:
                 " experts one by one, or in 16 bits"
             )
         return scales.shape == turned
+
+
+def _beside(weight: TensorSpec, names: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    if len(weight.shape) == 3 and not weight.name.endswith("weight"):
+        return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in names)
+    return weight.name.removesuffix("weight"), names
+
+
+@functools.cache
+def _each(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    """All of these, once."""
+    return tuple(dict.fromkeys(names + others))
 
 
 _one_fp8 = functools.lru_cache(maxsize=64)(Fp8)

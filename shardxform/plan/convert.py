@@ -16,7 +16,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declared_in, method_of, with_declared
+from shardxform.formats.config_names import declared_in, declares, method_of, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
@@ -35,6 +35,7 @@ from shardxform.formats.stored import (
     released,
 )
 from shardxform.model.families import family_origin
+from shardxform.model.layout import layout_of
 from shardxform.plan.gguf import plan_stored
 from shardxform.plan.mlx import part_specs, stack_item
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
@@ -116,6 +117,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         return _plan_gguf(source, target, options)
     if floats := decoded(source):
         return _plan_decoded(source, floats, target, options)
+    if target.format == "mlx" and not declares(source.config):
+        raise SchemeError(_of_16_bits(source))
     stored = read_stored(source)
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
@@ -141,7 +144,10 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     stacked = part_specs(stacks, Ints.of(cast(Scheme, scheme))) if stacks else ()
     shards = lay_out([*_specs(plain, weights, scheme), *stacked], options.max_shard_bytes)
     encoding = Ints.of(scheme) if scheme else Plain(HALF_DTYPES[target.format])
-    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, stacks, encoding))
+    copied = {name: ref for name, ref in plain.items() if not isinstance(ref, Encoded)}
+    moved = [ref for ref in plain.values() if isinstance(ref, Encoded)]
+    computed = (*_moved(shards, moved), *_steps(shards, weights, stacks, encoding))
+    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *computed)
     sidecars = sidecar_digests(source)
     plan = Plan(
         command="convert",
@@ -178,6 +184,11 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
 
     """
     kinds = encodings_of(plain.tensors.values())
+    if target.format == "mlx" and method_of(declared_in(source.config)) == "mxfp4":
+        raise SchemeError(
+            "`target.format` mlx: nothing to convert: mlx-lm takes MXFP4 as the release has it, and so what `shardxform"
+            " prune` makes of it; `shardxform quantize` with `requantize` rounds it anew"
+        )
     if target.format not in HALF_DTYPES:
         raise SchemeError(
             f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which symmetric integers of one"
@@ -216,6 +227,17 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
     )
     plan.check()
     return plan
+
+
+def _of_16_bits(source: Checkpoint) -> str:
+    """Why a source that is not quantized is not converted to MLX, and what can be done with it."""
+    layout = layout_of(source.config, source.tensors, source.where)
+    mlx.refuse_unrun(layout)
+    takes = "takes none" if layout.family.experts.transposed else "takes them as they are"
+    return (
+        f"`target.format` mlx: the source is in 16 bits, and of {layout.family.name} mlx-lm {takes} in the release's"
+        " layout; to round it, `shardxform quantize` with `format` mlx"
+    )
 
 
 _HALVES: Final[Mapping[str, str]] = {
@@ -327,6 +349,15 @@ def _stacks(view: View, selection: Selection) -> list[Stack]:
     """What MLX has as one module each."""
     mlx.refuse_unrun(view.layout, selection.quantized)
     return mlx.stacks_of(view.layout, selection.quantized)
+
+
+def _moved(shards: Sequence[ShardPlan], refs: Iterable[Encoded]) -> Iterator[Transcode]:
+    """Steps that write what keeps its values, but is no run of the source's bytes."""
+    extents = extents_of(shards)
+    items = (
+        TranscodeItem(ref.name, ref.sources, Plain(ref.spec.dtype), (("values", extents[ref.name]),)) for ref in refs
+    )
+    yield from transcode_steps((item, item.out_bytes) for item in items)
 
 
 def _steps(

@@ -16,7 +16,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SMALL", "PackedWeight", "Small", "StoredBytes", "floats", "nearest_bf16", "nearest_half", "rounded_to_grid"]
+__all__ = [
+    "SMALL",
+    "PackedWeight",
+    "Shifted",
+    "Small",
+    "StoredBytes",
+    "floats",
+    "nearest_bf16",
+    "nearest_half",
+    "rounded_to_grid",
+]
 
 SMALL: Final = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 """Dtypes of small floats; of the last two, a byte holds two of four bits."""
@@ -62,7 +72,7 @@ class PackedWeight:
 
     With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
     `columns` are there; with `ids` its values are numbers of experts, of which these stay. Scales of its first row are
-    those of row `scaled_from` of theirs.
+    those of row `scaled_from` of theirs. With a `part` it is some of those rows: from the first on, a step apart.
     """
 
     name: str
@@ -76,11 +86,21 @@ class PackedWeight:
     columns: tuple[int, ...] | None = None
     ids: tuple[int, ...] | None = None
     scaled_from: int = 0
+    part: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns."""
-        return sum(number for _, number in self.rows), self.shape[-1] if len(self.shape) > 1 else 1
+        rows = self.shape[0] if self.part else sum(number for _, number in self.rows)
+        return rows, self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def _chosen(self) -> slice:
+        """Which of the rows it is."""
+        if self.part is None:
+            return slice(None)
+        first, step = self.part
+        return slice(first, first + self.shape[0] * step, step)
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """First row and the one after the last of runs that fit into memory."""
@@ -88,14 +108,16 @@ class PackedWeight:
         return ((start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
 
     def _picked(self, start: int, stop: int) -> NDArray[np.int64]:
-        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[start:stop]
+        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[self._chosen][
+            start:stop
+        ]
 
     def bits_of(self, start: int, stop: int) -> NDArray[Any]:
         """Bits of a run of rows of a plain weight."""
         if self.slab is not None:
             index, first = self.slab
             whole = self.tensor.array().reshape(self.tensor.shape)[index]
-            columns = whole[..., first : first + self.shape[0]]
+            columns = whole[..., first : first + sum(number for _, number in self.rows)][..., self._chosen]
             return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
         found = np.asarray(self.tensor.array()[self._picked(start, stop)])
         if self.ids is not None:
@@ -122,6 +144,50 @@ class PackedWeight:
             floats(np.ascontiguousarray(scales[rows + self.scaled_from]), self.scales.dtype), self.group, axis=1
         )
         return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
+
+
+_NIBBLES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word of AWQ's holds the first row of eight, the second, ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted(PackedWeight):
+    """Rows of a weight of integers whose zero points are stored, and perhaps the group of each column.
+
+    Words run along columns, and those of zero points along rows, eight rows of four bits in one; AWQ's run along rows
+    both, which take turns in them. `less` is what was taken from zero points when they were stored.
+    """
+
+    zeros: StoredBytes | None = None
+    groups: StoredBytes | None = None
+    awq: bool = False
+    less: int = 0
+
+    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Codes less the zero point of their group [R, I], and the scale of each [R, I]."""
+        assert self.scales is not None
+        assert self.zeros is not None
+        rows, columns = self._picked(start, stop), self.size[1]
+        beside = self.name.endswith("qweight")  # zero points and scales are stored [G, O], else [O, G]
+        zero_RG = self._across(np.asarray(self.zeros.array()).T if not beside else self.zeros.array(), rows)
+        scale = np.asarray(self.scales.array())
+        scale_RG = floats(np.ascontiguousarray((scale.T if beside else scale)[rows]), self.scales.dtype)
+        of_I = np.arange(columns) // self.group if self.groups is None else self.groups.array()[:, 0].astype(np.int64)
+        if self.awq:
+            code_RI = self._across(self.tensor.array(), rows)
+        else:
+            words = np.asarray(self.tensor.array())
+            packed = np.ascontiguousarray((words.T if beside else words)[rows]).view(np.uint32)
+            shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+            code_RI = (packed[:, :, None] >> shifts & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
+        zero_RI = (zero_RG.astype(np.int64) + self.less)[:, of_I]
+        return (code_RI[:, :columns].astype(np.int64) - zero_RI).astype(np.int32), scale_RG[:, of_I]
+
+    def _across(self, words: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """Of words [N, O / 8] along rows what they hold for some of these [R, N]."""
+        count = 32 // self.bits
+        place = np.array(_NIBBLES)[rows % 8] if self.awq else rows % count
+        picked = np.ascontiguousarray(words[:, rows // count]).view(np.uint32).T
+        return np.asarray(picked >> (self.bits * place).astype(np.uint32)[:, None] & np.uint32(2**self.bits - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.definitions import (
     SMALL,
     PackedWeight,
+    Shifted,
     Small,
     StoredBytes,
     floats,
@@ -38,7 +39,7 @@ from shardxform.verification.definitions import (
 )
 from shardxform.verification.findings import Findings
 
-__all__ = ["CODE", "check_independently"]
+__all__ = ["CODE", "Weights", "check_independently", "weights_of"]
 
 CODE: Final = "independent"
 """Of every problem found here."""
@@ -54,7 +55,8 @@ _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
 _MLX: Final = re.compile(
-    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu)\.(gate|up|down)_proj\.weight"
+    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu|experts)"
+    r"\.(gate|up|down)_proj\.(weight|bias)"
 )
 _LETTERED: Final = {"gate": "w1", "up": "w3", "down": "w2"}  # projections of Mixtral and MiniMax
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
@@ -91,6 +93,8 @@ _VISION: Final = (
 )
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
+_IN_TURNS: Final = ("gpt_oss",)  # types in whose stacks rows of gate and up projection take turns
+_BOTH: Final = re.compile(rf"(.*\.{_HOME}\.experts\.\d+)\.(gate|up)_proj\.(weight|bias)")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
@@ -124,6 +128,8 @@ def check_independently(
         if made.get("quantization") and not config.get("quantization"):
             given = {**given, "mtp": "drop"}  # which MLX has no use for
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
+        if config.get("model_type") in _IN_TURNS and bool(config.get("quantization")) != bool(made.get("quantization")):
+            theirs, ours = (dict(_quarters(of, told)) for of, told in ((theirs, config), (ours, made)))
         how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -136,6 +142,56 @@ def check_independently(
         if text := how.difference(name, wanted[name], ours[name]):
             findings.problem(CODE, ours[name].name, f"{'' if ours[name].name == name else f'{name}: '}{text}")
     return len(both)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What an output must hold of its source, weight by weight, whatever its container.
+
+    Attributes:
+        named: by names of one by one, experts under the numbers that they have in the output; where rows of gate and
+            up projection take turns in a stack, `gate_proj.0` is what its upper half has of gate.
+        config: of the source.
+        experts: how many there are in a layer of the output.
+        exact: grid that weights were rounded to nearest on, without a search; None where that is not known.
+        offset: most that was added to a weight, in steps, before it was rounded.
+        healed: whether weights of decoder blocks were healed.
+
+    """
+
+    named: Mapping[str, PackedWeight]
+    config: Mapping[str, Any]
+    experts: int
+    exact: Mapping[str, Any] | None
+    offset: float
+    healed: bool
+
+
+def weights_of(
+    source: Path, record: Mapping[str, Any], manifest: Mapping[str, object] | None, given: Mapping[str, object]
+) -> Weights:
+    """Derive what an output must hold.
+
+    Args:
+        source: a checkpoint.
+        record: shardxform.json of the output, or empty.
+        manifest: as in `check_independently`.
+        given: likewise.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        PlanError: see `_How.of`.
+
+    """
+    try:
+        theirs, config = _checkpoint(source, decode=True)
+        if config.get("model_type") in _IN_TURNS:
+            theirs = dict(_quarters(theirs, config))
+        how = _How.of(config, record, manifest, given, theirs)
+        kept = len(next(iter(how.keep.values()))) if how.keep else how.experts
+        return Weights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, how.healed)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -317,6 +373,29 @@ def _transposed(name: str, tensor: StoredBytes, match: re.Match[str]) -> Iterato
             )
 
 
+def _quarters(weights: Mapping[str, PackedWeight], config: Mapping[str, object]) -> Iterator[tuple[str, PackedWeight]]:
+    """Rows that are together both in the halves of a stack and in what takes turns in it, which MLX has as such.
+
+    Row r of a stack of two times n rows is of gate where it is even, else of up; it is in the upper half where r < n.
+    """
+    for name, weight in weights.items():
+        match, count = _BOTH.fullmatch(name), weight.shape[0]
+        if match is None:
+            yield name, weight
+            continue
+        turn = int(match[2] == "up")
+        for other in (0, 1):
+            if config.get("quantization"):  # it is what takes turns, and `other` the half
+                row = {0: 0, 1: (count - turn + 1) // 2}
+                first, number, step = row[other], row[1] if other == 0 else count - row[1], 1
+                key = f"{match[1]}.{match[2]}_proj.{other}.{match[3]}"
+            else:  # it is a half, and `other` what takes turns
+                first, step = (other - turn * count) % 2, 2
+                number = (count - first + 1) // 2
+                key = f"{match[1]}.{('gate', 'up')[other]}_proj.{turn}.{match[3]}"
+            yield key, replace(weight, shape=(number, *weight.shape[1:]), part=(first, step))
+
+
 def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, int]]:
     """Gate above, up below, where the two are one."""
     if projection == "gate_up_proj":
@@ -327,24 +406,53 @@ def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, 
 
 
 def _unpacked(name: str, tensors: Mapping[str, StoredBytes], declared: Any) -> Iterator[tuple[str, PackedWeight]]:  # noqa: ANN401
-    """The weights that packed words stand for."""
+    """The weights that packed words stand for; bits and groups are told by what stands beside them."""
     words, (stem, _, last) = tensors[name], name.rpartition(".")
+    told = {part: tensors.get(f"{stem}.{part}") for part in ("qzeros", "weight_zero_point", "g_idx", "weight_g_idx")}
+    packing = str(declared.get("packing_format"))
+    awq = declared.get("quant_method") == "awq" or "awq" in packing
     gptq = last == "qweight"
-    weights = declared if gptq else next(iter(declared["config_groups"].values()))["weights"]
-    bits, group = weights["bits" if gptq else "num_bits"], weights.get("group_size")
-    if bits not in (4, 8):
-        raise ValueError(f"{name}: {bits} bits")
-    rows, packed = words.shape[::-1] if gptq else words.shape
-    columns = packed * 32 // bits
     scales = tensors[f"{stem}.scales" if gptq else f"{stem}.weight_scale"]
-    whole = PackedWeight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
-    zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
-    if gptq and f"{stem}.qzeros" in tensors and not (tensors[f"{stem}.qzeros"].array() == zero).all():
-        raise ValueError(f"{stem}.qzeros: zero points are not those of a symmetric weight")
+    zeros = told["qzeros" if gptq else "weight_zero_point"]
+    if gptq:
+        rows = scales.shape[1]
+        bits = tensors[f"{stem}.qzeros"].shape[1] * 32 // rows
+        columns = words.shape[0] * (1 if awq else 32 // bits)
+        count = scales.shape[0]
+    else:
+        zeros, (rows, columns) = (
+            told["weight_zero_point"],
+            (int(n) for n in tensors[f"{stem}.weight_shape"].array().reshape(-1).tolist()),
+        )
+        bits, count = words.shape[1] * 32 // columns, scales.shape[1]
+    said = set(_said(declared, ("bits", "num_bits", "w_bit")))
+    if bits not in (4, 8) or bits not in said or (awq and bits != 4) or columns % count:
+        raise ValueError(f"{name}: {bits} bits in {count} groups of {columns} columns")
+    whole = PackedWeight(name, words, (rows, columns), (), scales, bits, columns // count)
+    middle = np.uint32(0x77777777 if bits == 4 else 0x7F7F7F7F)
+    own = declared.get("checkpoint_format") == "gptq_v2" or packing in ("auto_round", "auto_round:gptqmodel")
+    usual = gptq and not awq and not own
+    groups = told["g_idx" if gptq else "weight_g_idx"]
+    if zeros and not (usual and not declared.get("desc_act") and (zeros.array().view(np.uint32) == middle).all()):
+        whole = Shifted(
+            *(name, words, (rows, columns), (), scales, bits, columns // count),
+            zeros=zeros,
+            groups=groups,
+            awq=awq,
+            less=int(usual),
+        )
     match = _INDEXED.fullmatch(stem)
     for part, first, number in _halves(match[2], 0, rows) if match else [("", 0, rows)]:
         key = f"{match[1]}.{match[3]}.{part}.weight" if match else f"{stem}.weight"
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
+
+
+def _said(declared: Any, keys: tuple[str, ...]) -> Iterator[object]:  # noqa: ANN401
+    """Everything that a config says under one of these keys, wherever it does."""
+    for key, value in declared.items() if isinstance(declared, Mapping) else ():
+        if key in keys:
+            yield value
+        yield from _said(value, keys)
 
 
 def _of_mlx(
@@ -352,6 +460,11 @@ def _of_mlx(
 ) -> Iterator[tuple[str, PackedWeight]]:
     """The weights in a stack of experts, or the one weight of words: code 0 of each stands for its bias."""
     tensor, match, stem = tensors[name], _MLX.fullmatch(name), name.removesuffix(".weight")
+    if match and match[4] == "bias":
+        for expert in range(tensor.shape[0]):
+            key = f"{match[1]}.experts.{expert}.{match[3]}_proj.bias"
+            yield key, PackedWeight(name, tensor, tensor.shape[1:], ((0, tensor.shape[1]),), slab=(expert, 0))
+        return
     count, rows, columns = tensor.shape if match else (1, *tensor.shape)
     scales, scaled_from, bits, group = None, 0, 0, 0
     if tensor.dtype == "U32":

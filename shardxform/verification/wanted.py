@@ -16,13 +16,12 @@ from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.config_names import declares
-from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
-from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.matrices import matrices_of, single_biases
+from shardxform.formats.encoding import ROUNDED, Encoded, Storage
+from shardxform.formats.matrices import matrices_of, single_biases, turns
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
-from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
+from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, plain_of, read_stored, released
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import COMPANIONS, Layout, layout_of
 from shardxform.plan.gguf_origin import inputs_for
@@ -232,7 +231,7 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
     if heal is None:
         return _Healing(view)
     as_stored = heal.get("encoding") == "source"
-    if as_stored and (plain := decoded(view.checkpoint)):
+    if as_stored and (plain := plain_of(view.checkpoint)):
         view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))
     widest = next((what for what in HEALED if what == heal.get("what")), "all")
     places, done = view.layout.places, dict(_healed_blocks(record.get("facts")))
@@ -251,7 +250,7 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
 
 def _stored_names(ref: TensorRef) -> Iterator[str]:
     if isinstance(ref, Encoded):
-        yield from (part.name for role, part in ref.sources[0].parts if role != "whole")
+        yield from (part.name for role, part in ref.sources[0].parts if role in ROUNDED)
     else:
         yield ref.name
 
@@ -272,7 +271,7 @@ def _moved(facts: object, usual: object) -> Iterator[tuple[int | None, tuple[flo
 def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
     """Matrices that OUT has as the view has them, with how far healing can have moved them."""
     try:
-        found = (decoded(out) or out).tensors
+        found = (plain_of(out) or out).tensors
     except (CheckpointError, SchemeError):
         return  # what is wrong is said where OUT is looked at
     tensors, layout = healing.view.checkpoint.tensors, healing.view.layout
@@ -390,7 +389,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     _take_biases_apart(view, out, tensors)
     if skipped:
         more = f", such as {next(iter(skipped))}"
-        findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
+        findings.warn("rounded", ".", f"quantized modules that are not held against the source: {len(skipped)}{more}")
     if packed:  # what OUT holds in 16 bits has no bytes to compare with
         tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
     derived |= {
@@ -398,6 +397,10 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
         for name, ref in tensors.items()
         if isinstance(ref, Encoded) and name not in derived
     }
+    if stored and stored.scheme.format == "mlx" and view.layout.family.experts.gate == "interleaved":
+        own = dict(_in_own_rows(view.layout, tensors, derived))
+        tensors |= {name: TensorRef(tensors[name].spec, ()) for name in own}
+        derived |= own
     left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
@@ -411,6 +414,24 @@ def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef
         for bias in single_biases(view.layout, view.checkpoint.tensors, stack):
             tensors.pop(f"{stack}_bias", None)
             tensors[bias.name] = bias
+
+
+def _in_own_rows(
+    layout: Layout, tensors: Mapping[str, TensorRef], derived: Mapping[str, Derived]
+) -> Iterator[tuple[str, Derived]]:
+    """Gate and up projections that OUT has each as it is, of halves of a stack in which their rows take turns."""
+    inner = layout.family.experts.inner
+    for name, ref in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(f".{inner[0]}") or f".{layout.family.experts.home}." not in name:
+            continue
+        names = [f"{stem.removesuffix(inner[0])}{each}.{last}" for each in inner]
+        halves = [storages_of(tensors[each]) if each not in derived else derived[each].sources for each in names]
+        found = [storage for half in halves for storage in half]
+        for at, each in enumerate(names):
+            cuts = turns([storage.shape[0] for storage in found], at)
+            parts = tuple(storage.part(cut) for storage, cut in zip(found, cuts, strict=True))
+            yield each, Derived(parts, ref.spec.dtype)
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:
