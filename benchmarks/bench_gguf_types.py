@@ -5,9 +5,10 @@
 `tuned`: `quantize --format gguf`, rounded and tuned, in groups of 32 and of 128. `files`: every kind of files that
 `convert --to gguf` writes, embeddings and head rounded too, as by llama-quantize. `importance`: the weights that
 `quantize` rounds and no others, by llama.cpp itself, with an importance matrix: the mean squares of what
-enters each weight, each expert by itself, on the windows that tuning sees. Rows of small models fill no blocks of
-256 columns, so kinds of K take the types that llama-quantize puts in their place. Everything is measured by `evaluate`
-on held-out text, in float32. Needs torch and transformers, and for `importance` xllamacpp; about ten minutes.
+enters each weight, each expert by itself, on the windows that tuning sees. Rows of examples/small-moe fill no blocks of
+256 columns, so kinds of K take the types that llama-quantize puts in their place; rows of `square`, which
+`small_moes.py` trains, do. Everything is measured by `evaluate` on held-out text, in float32. Needs torch and
+transformers, and for `importance` xllamacpp; about ten minutes.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from shardxform.formats import ggml, ggml_blocks
 from shardxform.runtimes.gguf.mixes import KINDS
 
 WINDOWS, LENGTH = 128, 256
-TYPES: Final = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+TYPES: Final = ("Q4_0", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 ROUNDED: Final = re.compile(
-    r".*\.(mlp\.(experts\.(gate_up_proj|down_proj)|shared_expert\.\w+\.weight)"
+    r".*\.(mlp\.(experts\.(gate_up_proj|down_proj|\d+\.\w+\.weight)|shared_expert\.\w+\.weight)"
     r"|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)\.weight|self_attn\.[qkvo]_proj\.weight)"
 )
 Importance = Mapping[str, np.ndarray[Any, Any]]
@@ -113,10 +114,23 @@ def with_importance(scratch: Path, args: argparse.Namespace) -> Iterator[Row]:
     if library() is None:
         raise SystemExit("xllamacpp is not installed")
     seen = importance(args.source)
-    for type_name in TYPES:
+    for type_name in types_of(args.source):
         for name, found in (("importance matrix", seen), ("no importance matrix", {})):
             write_rounded(args.source, scratch / "out", partial(rounded, type_name=type_name, seen=found))
             yield measured(f"{type_name}, llama.cpp, {name}", scratch / "out", args)
+
+
+def types_of(source: Path) -> Iterator[str]:
+    """Types whose blocks the rows of all weights fill."""
+    shapes = [
+        tensor.shape
+        for shard in sorted(source.glob("*.safetensors"))
+        for name, tensor in load_file(shard).items()
+        if ROUNDED.fullmatch(name)
+    ]
+    for name in TYPES:
+        if not any(shape[-1] % BLOCKS[name][0] for shape in shapes):
+            yield name
 
 
 @torch.no_grad()
@@ -165,7 +179,7 @@ def write_rounded(source: Path, out: Path, rounding: Callable[[str, torch.Tensor
 def rounded(name: str, values: torch.Tensor, type_name: str, seen: Importance) -> torch.Tensor:
     """The values that llama.cpp's blocks stand for."""
     matrices = values.numpy().reshape(-1, *values.shape[-2:])
-    weights = seen[name].reshape(len(matrices), -1) if seen else [None] * len(matrices)
+    weights = found_for(name, seen).reshape(len(matrices), -1) if seen else [None] * len(matrices)
     columns, nbytes = BLOCKS[type_name]
     out = []
     for matrix_OI, weight_I in zip(matrices, weights, strict=True):
@@ -177,6 +191,15 @@ def rounded(name: str, values: torch.Tensor, type_name: str, seen: Importance) -
             assert (ggml.rounded_blocks(matrix_OI, type_name) == blocks_OB).all()
         out.append(ggml_blocks.block_values(blocks_OB, type_name))
     return torch.from_numpy(np.stack(out).reshape(values.shape))
+
+
+def found_for(name: str, seen: Importance) -> np.ndarray[Any, Any]:
+    """What entered a weight; of an expert that is stored by itself, its row of what entered the stack."""
+    match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+    if match is None:
+        return seen[name]
+    found: np.ndarray[Any, Any] = seen[f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj"][int(match[2])]
+    return found
 
 
 def lines(rows: list[Row]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TypeVar
 
+import pytest
 from build import Raw, random_tensor
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from shardxform.base.tensors import BITS, TensorSpec
 
 _T = TypeVar("_T")
 ALL = os.environ.get("SHARDXFORM_TESTS") == "all"  # as a nightly run sets it
+by_night = pytest.mark.skipif(not ALL, reason="by night")
+"""A mark of tests that take long and that others say the most of."""
 settings.register_profile(
     "shardxform",
     deadline=None,

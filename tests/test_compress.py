@@ -759,26 +759,3 @@ def test_a_signal_stops_it_with_130_and_it_says_how_to_go_on(small_moe: Path, tm
     last = told.splitlines()[-1]
     assert re.search(r"shardxform: \[3/5\] quantize: .*run the same command again to go on", last), told
     assert not (tmp_path / "out/config.json").exists()
-
-
-def test_what_is_not_evaluated_of_gguf_is_refused_before_anything_is_done(small_moe: Path, tmp_path: Path) -> None:
-    config, tensors = tiny("gpt_oss")
-    source = write_checkpoint(tmp_path / "source", tensors, config)
-    data = small_moe / "text" / "heldout.jsonl"
-    words = [
-        "compress",
-        source,
-        tmp_path / "out",
-        "--keep",
-        "4",
-        "--format",
-        "gguf",
-        "--data",
-        data,
-        "--eval-data",
-        data,
-    ]
-    result = CliRunner().invoke(main, list(map(str, words)))
-    assert result.exit_code == 1
-    assert "GGUF that has them apart is not evaluated; leave it out, or give another --format" in result.output
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["source"]

@@ -668,7 +668,7 @@ def test_scores_are_those_of_hooks(kind: str, folder: Path, tmp_path: Path) -> N
 FORMATS = [(kind, name) for kind in RUN for name in CASES[kind].formats]
 
 
-TUNED = picked(FORMATS, 3)
+TUNED = picked(FORMATS, 6)
 
 
 @pytest.mark.parametrize(("kind", "name"), TUNED, ids=["-".join(each) for each in TUNED])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from faults import forked, overheard
+from strategies import by_night
 
 from shardxform.cli import main
 
@@ -93,6 +94,7 @@ def test_score_and_select(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "keep.json").criterion == "reap"
 
 
+@by_night
 @pytest.mark.slow
 @pytest.mark.oracle
 def test_quantize_blocks_apart(tmp_path: Path) -> None:

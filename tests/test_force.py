@@ -12,6 +12,7 @@ import pytest
 from build import tiny, write_checkpoint
 from click.testing import CliRunner
 from faults import Counting, Crashing
+from strategies import picked
 from test_identity import flip
 from test_prune import manifest_of
 from test_run import looks_complete, tree
@@ -160,7 +161,7 @@ def tuned(source: Path, out: Path, data: Path, *more: str) -> str:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("inputs", ["fp", "quantized"])
+@pytest.mark.parametrize("inputs", picked(["fp", "quantized"], 2))
 def test_force_does_not_tune_on_the_states_of_another_text(inputs: str, small_moe: Path, tmp_path: Path) -> None:
     """Work that stopped after a block leaves hidden states of its own text, which have the size of any other text's."""
     one, other = (small_moe / "text" / name for name in ("calib.jsonl", "heldout.jsonl"))

@@ -382,3 +382,30 @@ def test_other_checkpoints_are_not_decoded(tmp_path: Path) -> None:
     assert decoded(Checkpoint.open(write(tmp_path / "a", config, tensors))) is None
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     assert decoded(Checkpoint.open(write(tmp_path / "b", config, tensors))) is None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_experts_rest_as_codes_and_give_what_torch_makes_of_them(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row a tile, so that many threads have work; and a code that is none is named with the checkpoint."""
+    torch = pytest.importorskip("torch")
+    from shardxform.forward import weights as reading
+    from shardxform.forward.resting import Coded, Precision
+
+    monkeypatch.setattr(reading, "DECODE_TILE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    config, tensors, wide = release("qwen3_moe")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    tensors[name] = Raw("F8_E4M3", tensors[name].shape, b"\xff" + bytes(tensors[name].data[1:]))
+    precision = Precision(torch.device("cpu"), torch.float32)
+    with reading.Weights(Checkpoint.open(write(tmp_path / "s", config, tensors)), precision) as weights:
+        expert = weights.expert("block", 1, 2).on(precision)
+        assert all(isinstance(part, Coded) for part in (*expert.gate_up, expert.down))
+        gate, up, down = (wide[f"model.layers.1.mlp.experts.2.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        values, resting = expert.dense(precision), expert.at_rest()
+        assert np.array_equal(values.gate_up_OH.numpy(), np.concatenate([gate, up]))
+        assert np.array_equal(values.down_HI.numpy(), down)
+        assert torch.equal(resting.down_HI, torch.from_numpy(down).bfloat16())
+        with pytest.raises(ExecutionError, match=rf"{tmp_path}/s: tensor '{re.escape(name)}': NaN .* row 0, column 0"):
+            weights.expert("block", 1, 3).dense(precision)

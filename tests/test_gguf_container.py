@@ -11,7 +11,7 @@ import pytest
 from build import tiny, write_checkpoint
 from faults import Counting, Crashing, forked, sampled
 from ggufs import fields_of, read_gguf
-from strategies import picked
+from strategies import by_night, picked
 from test_run import tree
 
 from shardxform.base.gguf import KeyValue
@@ -151,6 +151,7 @@ def test_a_crash_at_any_effect_loses_nothing_that_was_durable(
         out.rmdir()
 
 
+@by_night
 @pytest.mark.crash
 def test_starting_over_takes_the_last_file_first(source: Path, tmp_path: Path) -> None:
     """At no effect of replacing one output by another is there a whole model that is neither."""

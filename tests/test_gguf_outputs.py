@@ -42,6 +42,7 @@ from shardxform.verification import verify
 
 KINDS = ("qwen3_moe", "qwen3_6_moe", "qwen3_5_moe_text", "qwen3_5_moe")
 GRIDS = ((4, 32), (8, 32), (4, -1), (8, -1))
+GPT_OSS = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32}
 PRE = GgufOptions(pre_tokenizer="qwen2")
 ARRAY = gguf.GGUFValueType.ARRAY
 
@@ -57,7 +58,7 @@ def tokenizer(count: int) -> str:
 
 def make(root: Path, kind: str = "qwen3_moe", **over: Any) -> Path:
     heads = {"linear_key_head_dim": 16} if kind.startswith("qwen3_") and kind != "qwen3_moe" else {}  # rows in 32s
-    config, tensors = tiny(kind, **{**KIND_SIZES[kind], **heads, **over})
+    config, tensors = tiny(kind, **{**KIND_SIZES.get(kind, GPT_OSS), **heads, **over})
     size = config.get("text_config", config)["vocab_size"]
     return write_checkpoint(root, tensors, config, shards=3, files={"tokenizer.json": tokenizer(size)})
 
@@ -98,6 +99,17 @@ def test_quantizing_equals_converting_its_twin(kind: str, bits: int, group_size:
     for format_ in picked(("auto-round", "gptq", "compressed-tensors"), 3):
         twin = quantize(source, tmp_path / format_, format_, bits=bits, group_size=group_size)
         again = done(to_gguf(twin), tmp_path / f"from-{format_}") / "model.gguf"
+        assert again.read_bytes() == direct.read_bytes()
+
+
+def test_rows_that_take_turns_are_put_in_order_whatever_they_come_from(tmp_path: Path) -> None:
+    """Halves of a stack in auto-round's format, gate and up projection apart in MLX's."""
+    source = make(tmp_path / "source", "gpt_oss")
+    direct = done(in_gguf(source), tmp_path / "direct") / "model.gguf"
+    twin = quantize(source, tmp_path / "twin")
+    apart = done(plan_convert(Checkpoint.open(twin), Target(format="mlx")), tmp_path / "apart")
+    for each in (twin, apart):
+        again = done(to_gguf(each), tmp_path / f"of-{each.name}") / "model.gguf"
         assert again.read_bytes() == direct.read_bytes()
 
 
@@ -177,7 +189,7 @@ def test_columns_that_leave_their_blocks_go_into_a_wider_type(tmp_path: Path) ->
 # -- types ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", picked(("Q4_K_M", "F16", "Q8_0", "MXFP4_MOE", "F32", "Q5_0"), 3))
+@pytest.mark.parametrize("kind", picked(("Q4_K_M", "F16", "Q8_0", "MXFP4_MOE", "F32", "Q5_0"), 6))
 def test_a_file_of_a_type_is_what_llama_quantize_makes(kind: str, tmp_path: Path) -> None:
     """Which types these are, and the blocks of each, other tests hold against its rules; here is that they are used."""
     source = make(tmp_path / "source", hidden_size=256, moe_intermediate_size=256)

@@ -50,7 +50,7 @@ def rounded_by_llama_cpp(plain: np.ndarray, type_name: str) -> bytes:
     return np.asarray(gguf.quantize(plain.astype(np.float32), gguf.GGMLQuantizationType[type_name])).tobytes()
 
 
-@pytest.mark.parametrize(("family", "kind"), picked([(family, kind) for family in FAMILIES for kind in ORDER], 10))
+@pytest.mark.parametrize(("family", "kind"), picked([(family, kind) for family in FAMILIES for kind in ORDER], 15))
 def test_a_file_has_the_bytes_of_llama_cpps_rounding(family: str, kind: str, tmp_path: Path) -> None:
     """Which tensor has which type is held against llama-quantize in `test_gguf_mixes`."""
     source = make(tmp_path / "source", family, **WIDE)

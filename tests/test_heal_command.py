@@ -13,7 +13,7 @@ import pytest
 from build import Raw, forget_digests, read_checkpoint, shard_bytes, tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import kill_when_there, killed_after
-from strategies import picked
+from strategies import by_night, picked
 from test_calibration import byte_tokenizer
 from test_forward import fuse_experts
 from test_tuning_session import block_outputs
@@ -466,6 +466,7 @@ def test_what_is_rounded_is_what_was_healed(healed: Path, rounded: Path, tmp_pat
         assert [name for name in apart if f".layers.{layer}." in name]
 
 
+@by_night
 def test_independent_blocks_heal_alike_whoever_does_them(keep: str, tmp_path: Path) -> None:
     more = ("--method", "auto-round", "--iters", "2", "--inputs", "fp", *HEAL)
     whole = made(tmp_path / "whole", "quantize", keep, *more)

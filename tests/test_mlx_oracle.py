@@ -93,7 +93,21 @@ def released(values: Mapping[str, np.ndarray], source: Path) -> dict[str, Raw]:
     return out
 
 
+def _of_turns(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """A stack [E, H, 2I] in which gate and up take turns, one [E, I, H], or the biases of either."""
+    match = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up|down)_proj(_bias)?", name)
+    if match is None or f"{match[1]}.gate_proj.bias" not in values:
+        return None
+    last = "bias" if match[3] else "weight"
+    gate, up, down = (values[f"{match[1]}.{each}_proj.{last}"] for each in ("gate", "up", "down"))
+    both = np.stack([gate, up], 2).reshape(len(gate), -1, *gate.shape[2:])
+    found = down if match[2] == "down" else both
+    return found if match[3] else found.swapaxes(1, 2)
+
+
 def _of_release(name: str, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    if (found := _of_turns(name, values)) is not None:
+        return found
     for home, experts in HOMES.items():
         if match := re.fullmatch(rf"(.*){re.escape(experts)}\.(gate_up_proj|down_proj)", name):
             of = [f"{match[1]}{home}.{each}.weight" for each in ("gate_proj", "up_proj", "down_proj")]
@@ -171,7 +185,10 @@ def test_values_are_those_of_the_same_weights_in_another_format(small_moe: Path,
         assert torch.equal(one.down_HI, other.down_HI)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+OVER: dict[str, dict[str, Any]] = {"gpt_oss": {"rope_parameters": YARN | {"truncate": True}}}  # as mlx-lm always does
 FAMILIES = (
+    "gpt_oss",
     "deepseek_v3",
     "qwen3_moe",
     "mixtral",
@@ -188,7 +205,7 @@ FAMILIES = (
 def test_a_tiny_model_of_every_family(model_type: str, tmp_path: Path) -> None:
     from any_moe import build, save
 
-    source = save(build(model_type), tmp_path / "source")
+    source = save(build(model_type, **OVER.get(model_type, {})), tmp_path / "source")
     out = quantize(source, tmp_path / "out")
     check(out, source, 4, tmp_path, torch.arange(24).reshape(1, 24) * 7 % 256)
 

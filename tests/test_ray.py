@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from raycluster import RayCluster
-from strategies import picked
+from strategies import by_night, picked
 from test_run import tree
 from texts import few
 
@@ -525,6 +525,7 @@ def test_blocks_tuned_side_by_side_equal_a_local_run_though_a_worker_is_killed(
     assert bytes_of(tmp_path / "out") == tuned
 
 
+@by_night
 def test_states_that_are_there_are_not_made_again(
     cluster: str, tuned: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -633,6 +634,7 @@ def test_scores_equal_those_of_one_machine_though_a_worker_is_killed(
     assert "already complete" in call(*scoring(tmp_path / "out.saliency", "--ray", cluster)).output
 
 
+@by_night
 def test_a_driver_killed_while_scoring_is_gone_on_with(running: RayCluster, scored: Saliency, tmp_path: Path) -> None:
     out, said, cluster = tmp_path / "out.saliency", tmp_path / "said", running.address
     with said.open("w") as file:
@@ -662,6 +664,7 @@ def test_a_driver_killed_while_scoring_is_gone_on_with(running: RayCluster, scor
     assert not records.exists()
 
 
+@by_night
 def test_a_worker_that_had_imported_nothing_scores(running: RayCluster, tmp_path: Path) -> None:
     """The other workers of this file are forked from a process with torch, transformers and the program in it."""
     words = scoring(tmp_path / "out.saliency", "--samples", "1")

@@ -462,18 +462,18 @@ def test_compiled_code_gives_the_bits_of_numpys(rows: int, columns: int, begin: 
     for block in ((24, 40), (1, None), (None, None)):
         fp8 = Fp8("F8_E4M3", block, "weight_scale_inv", "F32")
         some = scales(fp8.parts(begin + rows, columns)[1].shape)
-        found = fp8._compiled(numbers_RI, some, begin)
-        assert found is not None
+        found = np.empty((rows, columns), np.float32)
+        assert fp8._compiled(numbers_RI, some, begin, found)
         assert found.tobytes() == fp8.decoded(numbers_RI, some, begin).tobytes()
-        assert fp8._compiled(bytes_RI, some, begin) is None
+        assert not fp8._compiled(bytes_RI, some, begin, found)
         assert not np.isfinite(fp8.decoded(bytes_RI, some, begin)).all()
     for small in (MXFP4, MXFP8, NVFP4):
         codes = numbers_RI[:, : columns // small.per_byte]
         some = scales((begin + rows, columns // small.group))
         codes = np.ascontiguousarray(np.tile(codes, (2, 1))) if codes.size < 1 << 16 else np.ascontiguousarray(codes)
         some = np.tile(some, (2, 1))
-        found = small._compiled(codes, some, begin)
-        assert found is not None
+        found = np.empty((len(codes), columns), np.float32)
+        assert small._compiled(codes, some, begin, found)
         assert found.tobytes() == small.decoded(codes, some, begin).tobytes()
     words = every.astype(np.int32)[:, : columns // 8] * np.int32(2654435)
     words = np.tile(words, (4, 1))
@@ -519,8 +519,11 @@ def test_scales_and_codes_that_are_no_numbers_are_refused_by_name() -> None:
     codes[1, 3] = 0x7F
     with pytest.raises(ExecutionError, match=r"'m.weight': NaN or infinity at row 1, column 3"):
         opened(MXFP8, codes, np.full((2, 1), 127, np.uint8)).values(0, 2)
+    for whole in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ExecutionError, match=r"'m.weight_global_scale': .*, expected a positive scale of all"):
+            opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x38, np.uint8), whole)
     with pytest.raises(ExecutionError, match=r"'m.weight_scale': scale inf at \[0, 0\]"):
-        opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x38, np.uint8), 0.0)
+        opened(NVFP4, np.zeros((1, 8), np.uint8), np.full((1, 1), 0x78, np.uint8), 1e-38)
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]] = {

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 import numpy as np  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
-from strategies import ALL, picked  # noqa: E402
+from strategies import by_night, picked  # noqa: E402
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
 from shardxform.base.progress import Progress  # noqa: E402
@@ -214,7 +214,7 @@ def test_options_that_say_nothing_are_refused(words: list[object], message: str,
     assert message in result.output
 
 
-@pytest.mark.skipif(not ALL, reason="by night")
+@by_night
 def test_a_model_in_gguf_is_asked_with_the_tokenizer_of_its_source(
     files: Path, small_moe: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from build import forget_digests
 from ggufs import fields_of, read_gguf, write_gguf
-from strategies import ALL, picked
+from strategies import by_night, picked
 from test_convert import quantize
 from test_gguf_outputs import ARRAY, KINDS, PRE, SMALL, TEXT, call, done, in_gguf, make, to_gguf
 from test_prune import manifest_of
@@ -174,7 +174,7 @@ def off_by_two(data: np.ndarray) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.skipif(not ALL, reason="by night")
+@by_night
 def test_what_is_tuned_is_within_bounds_and_what_is_not_is_found(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     options = ["--method", "auto-round", "--iters", "2", "--format", "gguf", "--group-size", "64"]

@@ -36,7 +36,6 @@ from shardxform.compress.request import CompressOptions, Pruning, Request
 from shardxform.errors import PlanError
 from shardxform.experts.choosing import DEFAULT
 from shardxform.formats.scheme import GGUF
-from shardxform.model.layout import layout_of
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
@@ -215,23 +214,7 @@ def _refuse_idle(asked: _Asked) -> None:
         require("matplotlib", extra="plot")
 
 
-def _refuse_unmeasured(source: Checkpoint, asked: _Asked) -> None:
-    """Refuse to measure what is not put back from GGUF: rows of two tensors that take turns; see `gguf.undoing`.
-
-    Raises:
-        PlanError: names the way on.
-
-    """
-    experts = layout_of(source.config, (), source.where).family.experts
-    if asked.measures and asked.stored.format == GGUF and experts.gate == "interleaved":
-        raise PlanError(
-            f"--eval-data: {source.where}: gate and up projections of its experts take turns, and GGUF that has them"
-            " apart is not evaluated; leave it out, or give another --format"
-        )
-
-
 def _request(source: Checkpoint, out: Path, asked: _Asked) -> Request:
-    _refuse_unmeasured(source, asked)
     precision = make_precision(asked.computation) if asked.prunes or asked.tunes or asked.measures else None
     tuning = _tuning(source, asked) if asked.tunes or asked.healing.heal else None
     return Request(

@@ -556,6 +556,13 @@ def _named_errors(output: Output) -> Iterator[None]:
     """Turn what the operating system says into one line that names the place and what to do."""
     try:
         yield
+    except ExecutionError as e:
+        if not output.journal.exists():
+            raise
+        raise ExecutionError(
+            f"{e}\n{output.root} is unfinished, finished steps are safe: the same command goes on there; from a source"
+            " that was mended, start over with `force`"
+        ) from e
     except EOFError as e:
         raise ExecutionError(f"{output.plan.origin}: truncated while shardxform was running: {e}") from e
     except OSError as e:

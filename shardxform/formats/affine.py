@@ -77,7 +77,7 @@ class Affine:
         rows, columns = words.spec.shape
         codes = replace(words, spec=TensorSpec(words.name, "U8", (rows, 4 * columns)))
         decoding = _Codes(self.bits, found["biases"])
-        return ScaledRows(codes.name, 0, shape[0], codes, read, decoding, found["scales"], checked)
+        return ScaledRows(codes.name, 0, shape[0], codes, read, decoding, found["scales"], checked, self.bits)
 
 
 @dataclass(frozen=True, slots=True)

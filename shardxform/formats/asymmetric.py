@@ -245,11 +245,20 @@ class AsymmetricRows(DecodedRows):
 
         run = slice(self.first + start, self.first + stop)
         values_RI = self.codes_OI[run].astype(np.float32)
-        values_RI -= self.middle if self.zero_OG is None else self._spread(self.zero_OG[run])
-        values_RI *= self._spread(self.scale_OG[run])
+        values_RI -= self.middle if self.zero_OG is None else self.spread(self.zero_OG[run])
+        values_RI *= self.spread(self.scale_OG[run])
         return values_RI
 
-    def _spread(self, of_groups_RG: NDArray[np.float32]) -> NDArray[np.float32]:
+    def resting(self) -> AsymmetricRows:
+        """Themselves."""
+        return self
+
+    @property
+    def is_resting(self) -> bool:
+        """Yes."""
+        return True
+
+    def spread(self, of_groups_RG: NDArray[Any]) -> NDArray[Any]:
         """For each column what its group has [R, I]."""
         import numpy as np
 

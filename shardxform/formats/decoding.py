@@ -29,7 +29,16 @@ from shardxform.formats.scheme import GROUP_SIZES
 from shardxform.model.families import family_of
 from shardxform.model.layout import SCALES
 
-__all__ = ["DECODED", "decoded", "decoded_in_part", "encodings_of", "is_packed", "scan_decoded", "unreadable"]
+__all__ = [
+    "DECODED",
+    "decoded",
+    "decoded_in_part",
+    "encodings_of",
+    "is_packed",
+    "is_read",
+    "scan_decoded",
+    "unreadable",
+]
 
 _BESIDE: Final = ("expert_dtype",)
 """What DeepSeek-V4's releases say at the top level of the config, and others in the quantization_config."""
@@ -300,6 +309,14 @@ def is_packed(config: Mapping[str, object]) -> bool:
     """Whether a config declares weights of whose tensors a rule alone says which they are, and of what shapes."""
     try:
         return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule) for rule in _rules(config))
+    except SchemeError:
+        return False
+
+
+def is_read(config: Mapping[str, object]) -> bool:
+    """Whether rules say how the weights of a config are stored."""
+    try:
+        return bool(_rules(config))
     except SchemeError:
         return False
 

@@ -25,7 +25,7 @@ CHUNK: Final = 32
 """Columns at a time where codes have four bits: a number that is compiled in, and that a row is a multiple of."""
 
 SHARE: Final = 16
-"""Columns of which a block is a multiple where codes have four bits."""
+"""Columns of which a block is a multiple where codes have four bits; at most two blocks share a chunk."""
 
 Kind = Literal["F8_E4M3", "E2M1", "int4"]
 """Codes that are decoded here; of the last two, two are in a byte."""
@@ -76,12 +76,16 @@ def _wide(
     return found
 
 
-def _pairs(codes: NDArray[np.uint8], scales: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Rows of E2M1, two codes a byte and the first in its lower half, with a scale for every `SHARE` columns."""
+def _pairs(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], at: tuple[int, int], out: NDArray[np.float32]
+) -> None:
+    """Rows of E2M1, the first of them row `at[0]`, with a scale for `at[1]` columns; lower halves are first."""
+    begin, width = at
     for row in range(out.shape[0]):
-        stored, values, own = codes[row], out[row], scales[row]
+        stored, values, own = codes[row], out[row], scales[begin + row]
         for chunk in range(out.shape[1] // CHUNK):
-            one, other, first = own[2 * chunk], own[2 * chunk + 1], U32(U32(chunk) * _HALF)
+            one, other = own[chunk * CHUNK // width], own[(chunk * CHUNK + SHARE) // width]
+            first = U32(U32(chunk) * _HALF)
             for i in range(_HALF):  # one loop, since shorter ones are unrolled and not vectorised
                 scale = one if i < _HALF // U32(2) else other
                 code, place = U32(stored[first + U32(i)]), U32(U32(2) * (first + U32(i)))
@@ -89,12 +93,16 @@ def _pairs(codes: NDArray[np.uint8], scales: NDArray[np.float32], out: NDArray[n
                 values[place + _UNIT] = _e2m1(U32(code >> U32(4))) * scale
 
 
-def _nibbles(codes: NDArray[np.uint8], scales: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+def _nibbles(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], at: tuple[int, int], out: NDArray[np.float32]
+) -> None:
     """Rows of integers of four bits, less 8; as `_pairs`."""
+    begin, width = at
     for row in range(out.shape[0]):
-        stored, values, own = codes[row], out[row], scales[row]
+        stored, values, own = codes[row], out[row], scales[begin + row]
         for chunk in range(out.shape[1] // CHUNK):
-            one, other, first = own[2 * chunk], own[2 * chunk + 1], U32(U32(chunk) * _HALF)
+            one, other = own[chunk * CHUNK // width], own[(chunk * CHUNK + SHARE) // width]
+            first = U32(U32(chunk) * _HALF)
             for i in range(_HALF):
                 scale = one if i < _HALF // U32(2) else other
                 code, place = U32(stored[first + U32(i)]), U32(U32(2) * (first + U32(i)))
@@ -109,15 +117,19 @@ _FOURS: Final[dict[str, Callable[..., Any]]] = {"E2M1": _pairs, "int4": _nibbles
 
 @cache
 def _compiled(kind: str) -> Callable[..., Any]:
-    if kind in _FOURS:
-        return jit(_FOURS[kind], (_CODES, _SCALES, types.float32[:, ::1]))
-    block = types.UniTuple(types.int64, 3)  # type: ignore[no-untyped-call]
-    return jit(_wide, (_CODES, _SCALES, block, types.float32[:, ::1]))
+    function, numbers = (_FOURS[kind], 2) if kind in _FOURS else (_wide, 3)
+    at = types.UniTuple(types.int64, numbers)  # type: ignore[no-untyped-call]
+    return jit(function, (_CODES, _SCALES, at, types.float32[:, ::1]))
 
 
 def decode_run(
-    kind: Kind, codes_RB: NDArray[np.uint8], scale_ST: NDArray[np.float32], begin: int, block: tuple[int, int]
-) -> NDArray[np.float32] | None:
+    kind: Kind,
+    codes_RB: NDArray[np.uint8],
+    scale_ST: NDArray[np.float32],
+    begin: int,
+    block: tuple[int, int],
+    out_RI: NDArray[np.float32],
+) -> bool:
     """Decode rows `begin`.. of a weight.
 
     Args:
@@ -126,18 +138,17 @@ def decode_run(
         scale_ST: all scales of the weight.
         begin: the first of the rows.
         block: rows and columns that share a scale, the last ones perhaps fewer; one row where codes have four bits.
+        out_RI: where values go, float32 [R, I].
 
     Returns:
-        float32 [R, I]; None where a code is NaN, or those of four bits lie in blocks that are not compiled.
+        whether they are there: not where a code is NaN, or those of four bits lie in blocks that are not compiled.
 
     """
-    rows, columns = len(codes_RB), codes_RB.shape[1] * (2 if kind in _FOURS else 1)
-    out_RI = np.empty((rows, columns), np.float32)
+    scale_ST = np.ascontiguousarray(scale_ST)
     if kind not in _FOURS:
-        found = _compiled(kind)(codes_RB, np.ascontiguousarray(scale_ST), (begin, *block), out_RI)
-        return None if found else out_RI
-    if columns % CHUNK or block[1] % SHARE:
-        return None
-    scale_RK = np.repeat(scale_ST[begin : begin + rows], block[1] // SHARE, axis=1)
-    _compiled(kind)(codes_RB, scale_RK, out_RI)
-    return out_RI
+        return not _compiled(kind)(codes_RB, scale_ST, (begin, *block), out_RI)
+    columns = out_RI.shape[1]
+    if columns % CHUNK or block[1] % SHARE or columns > scale_ST.shape[1] * block[1]:
+        return False
+    _compiled(kind)(codes_RB, scale_ST, (begin, block[1]), out_RI)
+    return True

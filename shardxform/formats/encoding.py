@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
-from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, coalesce
 from shardxform.errors import ExecutionError
 
 if TYPE_CHECKING:
@@ -42,14 +42,17 @@ __all__ = [
     "Source",
     "SourceDtype",
     "Storage",
+    "Taken",
     "Turned",
     "Writable",
     "Writing",
     "compiled",
+    "in_turns",
     "ranges_of",
     "refuse_scales",
     "round_to",
     "shown",
+    "taken",
 ]
 
 Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
@@ -92,17 +95,21 @@ class Cut:
     Attributes:
         first, count: of the rows.
         transposed: whether the stored matrix is [I, O].
+        step: from one row to the next, where every second one is taken, or every third.
+        turns: of how many matrices, stored one below the other, the rows are counted in turn.
 
     """
 
     first: int
     count: int
     transposed: bool = False
+    step: int = 1
+    turns: int = 1
 
     @property
     def is_run(self) -> bool:
         """Whether the rows are stored one after the other, so that a reference to them says it all."""
-        return not self.transposed
+        return not self.transposed and self.step == self.turns == 1
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Shape [O, I] of the matrix in what has the shape `stored`."""
@@ -114,14 +121,18 @@ class Cut:
         Columns of a matrix are no cut: of a turned one, only what is turned back is, whose columns are all there.
         """
         if not cut.transposed:
-            return Cut(self.first + cut.first, cut.count, self.transposed)
+            assert cut.turns == 1
+            first = self.first + cut.first * self.step
+            return replace(self, first=first, count=cut.count, step=self.step * cut.step)
         assert self == Cut(0, self.shape(stored)[0], self.transposed)
-        return Cut(cut.first, cut.count, not self.transposed)
+        return replace(cut, transposed=not self.transposed)
 
     def of(self, stored: Any) -> Any:  # noqa: ANN401
         """View of the matrix in an array or tensor of what is stored."""
         whole = stored.T if self.transposed else stored
-        return whole[self.first : self.first + self.count]
+        if self.turns > 1:
+            whole = whole.reshape(self.turns, -1, *whole.shape[1:]).swapaxes(0, 1).reshape(whole.shape)
+        return whole[self.first : self.first + self.count * self.step : self.step]
 
 
 class Rows(Protocol):
@@ -266,7 +277,15 @@ def shown(encoding: Hashable) -> str:
 
 
 class Storage(NamedTuple):
-    """Where a matrix lies, and how: an encoding, its parts in order, the shape [O, I] of what these hold, and a cut."""
+    """Where a matrix lies, and how.
+
+    Attributes:
+        encoding: of what is stored.
+        parts: of it, in order.
+        whole: its shape [O, I].
+        cut: what of it the matrix is; None for all of it.
+
+    """
 
     encoding: Encoding
     parts: tuple[tuple[Role, TensorRef], ...]
@@ -322,6 +341,21 @@ class Storage(NamedTuple):
     def of(self, rows: Rows) -> Rows:
         """Take rows that are to be written in place of what is stored: as they are."""
         return rows
+
+
+def in_turns(matrices: Sequence[Storage]) -> Storage:
+    """The matrix in which the rows of several take turns, which have one shape and encoding, and are stored whole."""
+
+    def below(role: Role) -> TensorRef:
+        refs = [dict(each.parts)[role] for each in matrices]
+        rows, *others = refs[0].spec.shape
+        spec = refs[0].spec.of_shape((len(refs) * rows, *others))
+        return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
+
+    encoding, parts, (rows, columns), *_ = matrices[0]
+    count = len(matrices) * rows
+    both = tuple((role, below(role)) for role, _ in parts)
+    return Storage(encoding, both, (count, columns), Cut(0, count, turns=len(matrices)))
 
 
 class Source(Protocol):
@@ -398,8 +432,7 @@ class Encoded(TensorRef):
             stacked = tuple(self.sources[each] for each in keep)
             return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), stacked)
         (source,) = self.sources
-        first = source.cut.first if source.cut else 0
-        rows = tuple(source._replace(cut=Cut(first + row, 1)) for row in keep)
+        rows = tuple(source.part(Cut(row, 1)) for row in keep)
         return Encoded(self.spec.of_shape((len(keep), *self.spec.shape[1:])), (), rows)
 
 
@@ -434,11 +467,14 @@ class Writing:
 _WORTHWHILE: Final = 1 << 16
 """Codes from which on a tile is decoded by compiled code; the import of numba takes a part of a second."""
 
+_NEAR: Final = 8
+"""Rows from one that is wanted to the next between which others are read for nothing."""
+
 HUGE: Final = 2.0**100
 """Scales below it leave all codes that are numbers finite."""
 
-Compiled = Callable[["NDArray[np.uint8]", "NDArray[np.float32]", int], "NDArray[np.float32] | None"]
-"""Decodes rows of codes under all scales, the first of which is row `begin`; None for what it does not decode."""
+Compiled = Callable[["NDArray[np.uint8]", "NDArray[np.float32]", int, "NDArray[np.float32]"], bool]
+"""Decodes rows of codes under all scales, the first of which is row `begin`; says whether it is what it decodes."""
 
 
 @functools.cache
@@ -452,13 +488,14 @@ def compiled(
     scale_ST: NDArray[np.float32],
     begin: int,
     block: tuple[int, int],
-) -> NDArray[np.float32] | None:
-    """Decode rows from `begin` on by `decoding_kernels.decode_run`; None where it is not worth it, or for a NaN."""
+    out_RI: NDArray[np.float32],
+) -> bool:
+    """Decode rows from `begin` on by `decoding_kernels.decode_run`; not where it is not worth it, or for a NaN."""
     if codes_RB.size < _WORTHWHILE or not _is_compiled():
-        return None
+        return False
     from shardxform.formats.decoding_kernels import decode_run
 
-    return decode_run(kind, codes_RB, scale_ST, begin, block)
+    return decode_run(kind, codes_RB, scale_ST, begin, block, out_RI)
 
 
 class Decoding(Protocol):
@@ -487,6 +524,19 @@ class DecodedRows(ABC):
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Values of rows `start`..`stop - 1`, float32 [R, I]."""
 
+    def into(self, start: int, stop: int, out_RI: NDArray[np.float32]) -> None:
+        """Put these values where they are wanted; raises as `values` does."""
+        out_RI[...] = self.values(start, stop)
+
+    def resting(self) -> DecodedRows | None:
+        """The same with all that is stored for them in memory, where values cost little more than widening BF16."""
+        return None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is in memory, so that several threads may ask for values."""
+        return False
+
     @property
     def fits_half(self) -> bool:
         """No: scales have any size."""
@@ -497,8 +547,8 @@ class DecodedRows(ABC):
         return f"tensor '{self.name}': row {self.first + row}"
 
     def cut(self, cut: Cut) -> Rows:
-        """A run of the rows, or of those of the transpose."""
-        return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else Turned(self, cut)
+        """Some of the rows, or of those of the transpose."""
+        return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else taken(self, cut)
 
     def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
         """The values: nothing narrower is known to hold them."""
@@ -531,7 +581,9 @@ class ScaledRows(DecodedRows):
         decoding: makes the values.
         scales: all of them.
         checked: whether a value may be no number, and is refused.
+        width: bits of a code.
         compiled: decodes several times as fast where it can; of scales that leave all numbers finite.
+        held: codes that are in memory, and the row that is the first of them.
 
     """
 
@@ -540,7 +592,9 @@ class ScaledRows(DecodedRows):
     decoding: Decoding
     scales: NDArray[np.float32]
     checked: bool
+    width: int
     compiled: Compiled | None = None
+    held: tuple[int, NDArray[np.uint8]] | None = None
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Codes times their scales.
@@ -551,17 +605,44 @@ class ScaledRows(DecodedRows):
         """
         import numpy as np
 
-        begin = self.first + start
-        ref = self.codes.rows(begin, self.first + stop)
+        columns = self.codes.spec.shape[1] * 8 // self.width
+        values_RI = np.empty((stop - start, columns), np.float32)
+        self.into(start, stop, values_RI)
+        return values_RI
+
+    def into(self, start: int, stop: int, out_RI: NDArray[np.float32]) -> None:
+        """Put these values where they are wanted; raises as `values` does."""
+        import numpy as np
+
+        begin, codes_RB = self.first + start, self.stored(start, stop)
+        if self.compiled and self.compiled(codes_RB, self.scales, begin, out_RI):
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            out_RI[...] = self.decoding.decoded(codes_RB, self.scales, begin)
+        if self.checked:
+            self.refuse_bad(out_RI, start)
+
+    def resting(self) -> ScaledRows | None:
+        """The same with the codes in memory, where there is compiled code for them, or may be."""
+        return replace(self, held=(self.first, self.stored(0, self.count))) if self.compiled else None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether the codes are in memory."""
+        return self.held is not None
+
+    def stored(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Codes of rows `start`..`stop - 1`."""
+        import numpy as np
+
+        begin, end = self.first + start, self.first + stop
+        if self.held is not None:
+            first, codes_RB = self.held
+            return codes_RB[begin - first : end - first]
+        ref = self.codes.rows(begin, end)
         codes_RB = np.empty(ref.spec.shape, np.uint8)
         self.read(ref, codes_RB)
-        if self.compiled and (values := self.compiled(codes_RB, self.scales, begin)) is not None:
-            return values
-        with np.errstate(over="ignore", invalid="ignore"):
-            values_RI = self.decoding.decoded(codes_RB, self.scales, begin)
-        if self.checked:
-            self.refuse_bad(values_RI, start)
-        return values_RI
+        return codes_RB
 
 
 def refuse_scales(scales: NDArray[np.float32], name: str) -> None:
@@ -598,7 +679,7 @@ class Turned:
 
     def where(self, row: int) -> str:
         """Name a row in a message."""
-        return f"{self.whole.where(0)}, column {self.part.first + row}"
+        return f"{self.whole.where(0)}, column {self.part.first + row * self.part.step}"
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Values of rows, float32 [R, I]."""
@@ -613,9 +694,78 @@ class Turned:
         return self.values(start, stop), "F32"
 
     def cut(self, cut: Cut) -> Rows:
-        """A run of the rows."""
-        assert cut.is_run
-        return Turned(self.whole, Cut(self.part.first + cut.first, cut.count, transposed=True), self._values)
+        """Some of the rows."""
+        assert not cut.transposed
+        return Turned(self.whole, self.part.then(cut, (0, 0)), self._values)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Rows of a matrix in another order, or some of them: those at `positions`."""
+
+    whole: Rows
+    positions: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return len(self.positions)
+
+    @property
+    def fits_half(self) -> bool:
+        """As the whole."""
+        return self.whole.fits_half
+
+    def where(self, row: int) -> str:
+        """Name a row in a message by where it is stored."""
+        return self.whole.where(int(self.positions[row]))
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Values of rows, float32 [R, I]."""
+        import numpy as np
+
+        runs = list(self._runs(start, stop))
+        values_RI = np.concatenate([self.whole.values(low, low + span)[inside] for _, low, span, inside in runs])
+        return _put(values_RI, [at for at, *_ in runs])
+
+    def raw(self, start: int, stop: int) -> tuple[NDArray[Any], SourceDtype]:
+        """The same, as they are at hand."""
+        import numpy as np
+
+        runs = list(self._runs(start, stop))
+        found = [self.whole.raw(low, low + span) for _, low, span, _ in runs]
+        bits_RI = np.concatenate([bits[inside] for (bits, _), (*_, inside) in zip(found, runs, strict=True)])
+        return _put(bits_RI, [at for at, *_ in runs]), found[0][1]
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[NDArray[np.int64], int, int, NDArray[np.int64]]]:
+        """Runs of stored rows that hold these: which of these, the first row, how many rows, which of them."""
+        import numpy as np
+
+        wanted = self.positions[start:stop]
+        order = np.argsort(wanted, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(wanted[order]) > _NEAR) + 1):
+            low, high = int(wanted[at[0]]), int(wanted[at[-1]])
+            yield at, low, high + 1 - low, wanted[at] - low
+
+    def cut(self, cut: Cut) -> Rows:
+        """Some of the rows, or of those of the transpose."""
+        return Turned(self, cut) if cut.transposed else Taken(self.whole, cut.of(self.positions))
+
+
+def _put(rows: NDArray[Any], at: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
+    """Rows where they belong."""
+    import numpy as np
+
+    out = np.empty_like(rows)
+    out[np.concatenate(at)] = rows
+    return out
+
+
+def taken(rows: Rows, cut: Cut) -> Rows:
+    """Rows of a cut that is no run: of those whose values are worked out when they are asked for."""
+    import numpy as np
+
+    return Turned(rows, cut) if cut.transposed else Taken(rows, cut.of(np.arange(rows.count)))
 
 
 class Opener:

@@ -160,16 +160,24 @@ class Fp8:
             refuse_scales(scale_ST, ref.name)
         fast = self._compiled if float(np.abs(scale_ST).max(initial=0)) < HUGE else None
         codes = parts["values"]
-        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_ST, checked, fast)
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_ST, checked, 8, fast)
 
     def _compiled(
-        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int
-    ) -> NDArray[np.float32] | None:
+        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int, out_RI: NDArray[np.float32]
+    ) -> bool:
         """What `decoded` gives, of E4M3 that is a number."""
         if self.dtype != "F8_E4M3":
-            return None
+            return False
         rows, columns = self.block[0] or begin + len(codes_RB), self.block[1] or codes_RB.shape[1]
-        return compiled("F8_E4M3", codes_RB, scales, begin, (rows, columns))
+        return compiled("F8_E4M3", codes_RB, scales, begin, (rows, columns), out_RI)
+
+    def block_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that share a scale in a weight of that shape."""
+        return self.block[0] or shape[0], self.block[1] or shape[1]
+
+    def table(self) -> NDArray[np.float32]:
+        """Values of all bytes [256, 1]."""
+        return decoded_codes(self.dtype)[:, None]
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block, each product rounded once."""
@@ -260,7 +268,15 @@ def powers_of_two(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Scales of E8M0: powers of two, and a NaN."""
     import numpy as np
 
-    return np.where(bits == 255, np.nan, np.ldexp(1.0, bits.astype(np.int64) - 127)).astype(np.float32)
+    return np.take(_powers(), bits)
+
+
+@functools.cache
+def _powers() -> NDArray[np.float32]:
+    """All 256."""
+    import numpy as np
+
+    return np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
 
 
 # -- what configs say of it ---------------------------------------------------------------------------------------

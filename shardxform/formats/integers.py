@@ -333,8 +333,8 @@ class ValueRows:
         return self.integers.raw(start, stop)
 
     def cut(self, cut: Cut) -> Rows:
-        """A run of the rows, or of those of the transpose."""
-        return ValueRows(self.integers.cut(cut)) if cut.is_run else Turned(self, cut)
+        """Some of the rows, or of those of the transpose."""
+        return Turned(self, cut) if cut.transposed else ValueRows(self.integers.cut(cut))
 
 
 def reread(ref: TensorRef) -> TensorRef:

@@ -6,7 +6,7 @@ reference to bytes, and a `Cut` that leads from these to the matrix. This is the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from shardxform.base.tensors import TensorRef
@@ -17,7 +17,7 @@ from shardxform.formats.scheme import ExpertNames
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place
 
-__all__ = ["Matrix", "matrices_of", "single_biases", "stack_cuts"]
+__all__ = ["Matrix", "matrices_of", "single_biases", "stack_cuts", "turns"]
 
 
 class Matrix(NamedTuple):
@@ -129,6 +129,21 @@ def stack_cuts(experts: ExpertLayout, stack: str, rows: int) -> Iterator[tuple[s
     share = rows // len(names)
     for at, name in enumerate(names):
         yield name, Cut(at * share, share, experts.transposed)
+
+
+def turns(counts: Iterable[int], projection: int) -> Iterator[Cut]:
+    """Which rows of each run a projection has, where gate (0) and up projection (1) take turns in all of them.
+
+    Args:
+        counts: rows of the runs, such as the halves of a stack, one below the other.
+        projection: the one that is asked for.
+
+    """
+    before = 0
+    for count in counts:
+        first = (projection - before) % 2
+        yield Cut(first, (count - first + 1) // 2, step=2)
+        before += count
 
 
 def _unstacked(

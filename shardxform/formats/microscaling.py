@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, ExecutionError
 from shardxform.formats.encoding import (
     HUGE,
     Cut,
@@ -100,7 +100,7 @@ class Microscaled:
         """Read the scales.
 
         Raises:
-            ExecutionError: one is not finite.
+            ExecutionError: one is not finite, or that of all is not positive.
 
         """
         import numpy as np
@@ -111,6 +111,8 @@ class Microscaled:
         whole = np.empty((), np.float32) if self.whole else None
         if whole is not None:
             read(parts["whole"], whole)
+            if checked and not 0 < float(whole) < float("inf"):
+                raise ExecutionError(f"tensor '{parts['whole'].name}': {whole}, expected a positive scale of all")
         scale_OG = self.scales(bits_OG, whole)
         if checked:
             refuse_scales(scale_OG, ref.name)
@@ -118,14 +120,24 @@ class Microscaled:
         bounded = float(np.abs(scale_OG).max(initial=0)) < HUGE
         codes, checked = parts["values"], checked and not (self.element == "E2M1" and bounded)
         fast = self._compiled if bounded and self.element != "F8_E5M2" else None
-        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_OG, checked, fast)
+        return ScaledRows(codes.name, 0, shape[0], codes, read, self, scale_OG, checked, self.width, fast)
 
     def _compiled(
-        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int
-    ) -> NDArray[np.float32] | None:
+        self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int, out_RI: NDArray[np.float32]
+    ) -> bool:
         """What `decoded` gives, of numbers."""
         assert self.element != "F8_E5M2"
-        return compiled(self.element, codes_RB, scales, begin, (1, self.group))
+        return compiled(self.element, codes_RB, scales, begin, (1, self.group), out_RI)
+
+    def block_of(self, _shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        return 1, self.group
+
+    def table(self) -> NDArray[np.float32]:
+        """Values of all bytes [256, 1], or both of them [256, 2], the lower half first."""
+        import numpy as np
+
+        return _pairs().view(np.float32).reshape(256, 2) if self.per_byte == 2 else decoded_codes(self.element)[:, None]
 
     def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
         """Codes times the scale of their block."""
@@ -145,7 +157,7 @@ class Microscaled:
         if whole is None:
             return powers_of_two(bits)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            local = decoded_codes("F8_E4M3")[bits]
+            local = np.take(decoded_codes("F8_E4M3"), bits)
             scales: NDArray[np.float32] = local * whole if self.whole == "multiplied" else local / whole
         return scales
 

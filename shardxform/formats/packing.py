@@ -93,9 +93,13 @@ class IntRows:
         return f"tensor '{self.module}': row {self.first + row}"
 
     def cut(self, cut: Cut) -> IntRows:
-        """A run of the rows."""
-        assert cut.is_run
-        return replace(self, first=self.first + cut.first, count=cut.count)
+        """Some of the rows."""
+        assert not cut.transposed
+        if cut.is_run:
+            return replace(self, first=self.first + cut.first, count=cut.count)
+        axis, at = 1 if self.layout == "gptq" else 0, self.first + cut.of(np.arange(self.count))
+        words, scales = self.words.take(at, axis), self.scales.take(at, axis)
+        return replace(self, words=words, scales=scales, first=0, count=cut.count)
 
     def turned(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """int32 words [R, W] and float32 scales [R, G] of rows `start`..`stop - 1`, whichever way they are stored."""
@@ -321,11 +325,10 @@ def dequantize(
 def values_of(words_RW: NDArray[np.int32], scale_RG: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """`dequantize` of words in rows [R, W] with their scales, by compiled code where it can."""
     if grid.bits == 4:
-        columns = words_RW.shape[1] * 8
-        block = (1, columns if grid.group_size == -1 else grid.group_size)
-        values = compiled("int4", np.ascontiguousarray(words_RW).view(np.uint8), scale_RG, 0, block)
-        if values is not None and values.shape[1] <= scale_RG.shape[1] * block[1]:
-            return values
+        values_RI = np.empty((len(words_RW), words_RW.shape[1] * 8), np.float32)
+        block = (1, grid.span(values_RI.shape[1]))
+        if compiled("int4", np.ascontiguousarray(words_RW).view(np.uint8), scale_RG, 0, block, values_RI):
+            return values_RI
     return dequantize(unpack(words_RW, grid.bits, "row"), scale_RG, grid.bits, grid.group_size)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from shardxform.base.tensors import TensorRef
-from shardxform.formats.encoding import Cut, Encoding, PartSpec, Read, Role, Rows, SourceDtype
+from shardxform.formats.encoding import Cut, Encoding, PartSpec, Read, Role, Rows, SourceDtype, taken
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,9 +94,8 @@ class PickedRows:
         return self.whole.where(self.first + row if self.rows is None else int(self.rows[self.first + row]))
 
     def cut(self, cut: Cut) -> Rows:
-        """A run of the rows."""
-        assert cut.is_run
-        return replace(self, first=self.first + cut.first, count=cut.count)
+        """Some of the rows, or of those of the transpose."""
+        return replace(self, first=self.first + cut.first, count=cut.count) if cut.is_run else taken(self, cut)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Values of rows, float32 [R, I]."""

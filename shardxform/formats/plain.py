@@ -22,6 +22,7 @@ from shardxform.formats.encoding import (
     Storage,
     Writing,
     row_tiles,
+    taken,
 )
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Plain:
         return PlainRows(parts["values"], read)
 
     def held(self, parts: Mapping[Role, TensorRef], cut: Cut | None) -> int:
-        """The whole tensor, where the rows of a matrix are no run of it."""
-        return parts["values"].nbytes if cut and not cut.is_run else 0
+        """The whole tensor, where the rows of a matrix are columns of it."""
+        return parts["values"].nbytes if cut and cut.transposed else 0
 
     def gathered(self, _extent_bytes: int, _sources: int) -> int:
         """Nothing: rows are written as they come."""
@@ -96,7 +97,7 @@ class Plain:
 
 @dataclass(slots=True)
 class PlainRows:
-    """Rows of a tensor, or of a `part` of it, which is read whole, once, where it is no run of rows."""
+    """Rows of a tensor, or of a `part` of it; what are its columns is read whole, once."""
 
     ref: TensorRef
     read: Read
@@ -122,9 +123,11 @@ class PlainRows:
         """Name a row in a message."""
         return f"tensor '{self.ref.name}': row {row}"
 
-    def cut(self, cut: Cut) -> PlainRows:
+    def cut(self, cut: Cut) -> Rows:
         """Rows of a part; what was read of the whole is theirs too."""
-        return PlainRows(self.ref, self.read, cut, self._bits)
+        if cut.is_run or cut.transposed:
+            return PlainRows(self.ref, self.read, cut, self._bits)
+        return taken(self, cut)
 
     def bits(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start`..`stop - 1`, one after the other; unsigned bits, but for F32."""

@@ -1,4 +1,4 @@
-"""Sources of what is written that are no stored matrix: values that are given, and weights that are rounded first."""
+"""Sources of what is written that are no stored matrix: given values, weights that are rounded first, parts of some."""
 
 # R: a run of rows, I: input channels.
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from shardxform.formats.packing import IntRows
 
-__all__ = ["Constant", "Rounded"]
+__all__ = ["Constant", "Part", "Rounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,42 @@ class Rounded:
     def of(self, rows: Rows) -> Rows:
         """As the source."""
         return self.source.of(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a matrix, of which a tuner gives all."""
+
+    whole: Storage
+    rows: Cut
+
+    @property
+    def storage(self) -> Storage:
+        """Where the rows lie."""
+        return self.whole.part(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I] of the rows."""
+        return self.rows.shape(self.whole.shape)
+
+    @property
+    def held(self) -> int:
+        """As much as for those that are stored."""
+        return self.storage.held
+
+    @property
+    def reads(self) -> Iterator[ByteRange]:
+        """The bytes of the matrix."""
+        return self.whole.reads
+
+    def open(self, opener: Opener) -> Rows:
+        """The rows; raises like `Opener.open`."""
+        return opener.open(self.storage)
+
+    def of(self, rows: Rows) -> Rows:
+        """The same of other rows than the stored ones."""
+        return rows.cut(self.rows)
 
 
 def rounded_rows(rows: Rows, storage: Storage, grid: Grid) -> IntRows:

@@ -19,7 +19,7 @@ from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.config_names import declarations, declared_in, method_of, undeclared
 from shardxform.formats.dialects import Resolved, resolve
-from shardxform.formats.encoding import Cut, Encoded, Role, Storage
+from shardxform.formats.encoding import Cut, Encoded, Role, Storage, in_turns
 from shardxform.formats.integers import Ints
 from shardxform.formats.matrices import matrices_of
 from shardxform.formats.plain import storages_of
@@ -131,6 +131,8 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
         except CheckpointError as e:
             errors.append(e)
     weights = {ref.name: ref for module in modules.values() for ref in _weights(module)}
+    if mlx and layout.family.experts.gate == "interleaved":
+        weights, plain = {**weights, **dict(_halves(weights, layout))}, {**plain, **dict(_halves(plain, layout))}
     errors.extend(_mixed(groups, layout, weights, plain))
     spellings = frozenset(spelling for stem in groups if (spelling := _spelling(stem)[0]))
     g_idx = all(has_g_idx(module) for module in modules.values())
@@ -338,6 +340,24 @@ def _weights(module: Storage) -> Iterator[Encoded]:
     for number, name in enumerate(names):
         part = module if len(names) == 1 else module._replace(cut=Cut(number * share, share))
         yield Encoded(TensorSpec(name, "BF16", part.shape), (), (part,))
+
+
+def _halves(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[tuple[str, Encoded]]:
+    """Gate and up projections as halves of a stack in which their rows take turns; see `matrices.stack_cuts`.
+
+    MLX has each as it is.
+    """
+    inner = layout.family.experts.inner
+    pattern = re.compile(rf"(.*\.{re.escape(layout.family.experts.home)}\.\d+)\.{re.escape(inner[0])}\.(weight|bias)")
+    for match in filter(None, map(pattern.fullmatch, refs)):
+        names = [f"{match[1]}.{each}.{match[2]}" for each in inner]
+        if not all(name in refs for name in names):
+            continue
+        stored = [storages_of(refs[name])[0] for name in names]
+        if len({(each.encoding, each.whole) for each in stored}) == 1:
+            rows, both = stored[0].whole[0], in_turns(stored)
+            for at, name in enumerate(names):
+                yield name, Encoded(refs[name].spec, (), (both.part(Cut(at * rows, rows)),))
 
 
 # -- the whole ----------------------------------------------------------------------------------------------------

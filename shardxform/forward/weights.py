@@ -10,8 +10,9 @@ import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -27,10 +28,21 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.config_names import declarations
 from shardxform.formats.decoding import decoded
-from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Role, Rows, Storage, ranges_of, row_tiles
-from shardxform.formats.packing import IntRows, values_of
-from shardxform.formats.scheme import Grid
+from shardxform.formats.encoding import (
+    DECODE_TILE,
+    DecodedRows,
+    Encoded,
+    Opener,
+    Role,
+    Rows,
+    Storage,
+    Turned,
+    ranges_of,
+    row_tiles,
+)
+from shardxform.formats.packing import IntRows
 from shardxform.formats.stored import read_stored
+from shardxform.forward.resting import Coded, ExpertValues, Matrix, Packed, PlainMatrix, Precision, RoutedExpert
 from shardxform.model.expected import expected
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
@@ -58,131 +70,6 @@ __all__ = [
 _BIAS: Final = "_bias"
 _BLOCKS_WANTED: Final = 2  # the one that is read, and the next
 _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Where and in what type a model is computed."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-
-class _Matrix(Protocol):
-    """A 2-D weight at rest, in the form it is stored in."""
-
-    def dense(self, precision: Precision) -> torch.Tensor:
-        """Its values [O, I]."""
-        ...
-
-    def on(self, device: torch.device) -> _Matrix:
-        """The same there, at rest."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """Values; `resting` is the dtype they are at rest in, where they were decoded to a wider one to compute with."""
-
-    w_OI: torch.Tensor
-    resting: torch.dtype | None = None
-
-    def dense(self, precision: Precision) -> torch.Tensor:
-        return self.w_OI.to(precision.device, precision.dtype)
-
-    def on(self, device: torch.device) -> _Matrix:
-        return _Plain(self.w_OI.to(device), self.resting)
-
-    def at_rest(self) -> torch.Tensor:
-        return self.w_OI if self.resting is None else self.w_OI.to(self.resting)
-
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """Rows of a quantized weight: int32 words and float32 scales."""
-
-    words_OW: torch.Tensor
-    scale_OG: torch.Tensor
-    grid: Grid
-
-    def dense(self, precision: Precision) -> torch.Tensor:
-        if precision.device.type == "cpu":
-            return torch.from_numpy(values_of(self.words_OW.numpy(), self.scale_OG.numpy(), self.grid)).to(
-                precision.dtype
-            )
-        bytes_OB = self.words_OW.to(precision.device).view(torch.uint8)  # lowest bits first, on little-endian machines
-        if self.grid.bits == 4:
-            bytes_OB = torch.stack((bytes_OB & 15, bytes_OB >> 4), dim=-1).flatten(1)
-        rows, groups = self.scale_OG.shape
-        code_OGS = bytes_OB.view(rows, groups, -1).float() - float(self.grid.zero_code)
-        scale_OG = self.scale_OG.to(precision.device)
-        return (code_OGS * scale_OG[:, :, None]).view(rows, -1).to(precision.dtype)
-
-    def on(self, device: torch.device) -> _Matrix:
-        return _Packed(self.words_OW.to(device), self.scale_OG.to(device), self.grid)
-
-
-class ExpertValues(NamedTuple):
-    """One routed expert, as its model computes with it.
-
-    Attributes:
-        gate_up_OH: gate and up projection [2I, H], their rows in the order that the model's own gate takes; the up
-            projection [I, H] where there is no gate.
-        down_HI: down projection.
-        gate_up_bias_O, down_bias_H: their biases, or None.
-
-    """
-
-    gate_up_OH: torch.Tensor
-    down_HI: torch.Tensor
-    gate_up_bias_O: torch.Tensor | None = None
-    down_bias_H: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedExpert:
-    """One routed expert at rest: in memory as it is stored, its values made when they are needed.
-
-    Attributes:
-        gate_up: both projections as a stack has them, or the gate and the up projection.
-        down: the down projection.
-        biases: of `gate_up`, part by part, and of `down`; empty where there are none.
-        layout: how the family's experts lie.
-
-    """
-
-    gate_up: tuple[_Matrix, ...]
-    down: _Matrix
-    biases: tuple[torch.Tensor, ...]
-    layout: ExpertLayout
-
-    def on(self, device: torch.device) -> RoutedExpert:
-        """The same there, still at rest: every batch needs it, and a block's experts are gigabytes to send."""
-        gate_up, biases = (part.on(device) for part in self.gate_up), (bias.to(device) for bias in self.biases)
-        return RoutedExpert(tuple(gate_up), self.down.on(device), tuple(biases), self.layout)
-
-    def at_rest(self) -> ExpertValues:
-        """The values in the dtype they are stored in; for experts that are not quantized."""
-        plain = [part.at_rest() for part in (*self.gate_up, self.down) if isinstance(part, _Plain)]
-        return self._values(plain[:-1], plain[-1], self.biases)
-
-    def dense(self, precision: Precision) -> ExpertValues:
-        """The values to compute with."""
-        biases = [bias.to(precision.device, precision.dtype) for bias in self.biases]
-        return self._values([part.dense(precision) for part in self.gate_up], self.down.dense(precision), biases)
-
-    def _values(
-        self, gate_up: Sequence[torch.Tensor], down: torch.Tensor, biases: Sequence[torch.Tensor]
-    ) -> ExpertValues:
-        both = _one(gate_up)
-        if self.layout.transposed and len(gate_up) == 1:  # only stacks are
-            both, down = both.T, down.T
-        return ExpertValues(both, down, *((_one(biases[:-1]), biases[-1]) if biases else ()))
-
-
-def _one(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of gate and up projection together; where these take turns in a stack, the parts are its halves too."""
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 class Weights:
@@ -215,6 +102,7 @@ class Weights:
         self._experts = _expert_table(self.layout, self._tensors)
         self._source = open_source(checkpoint.root, checkpoint.remote, fs or FileSystem(), ahead=True)
         self._opener = Opener(self._fill)
+        self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode")
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -247,7 +135,9 @@ class Weights:
         """A tensor in the dtype it is stored in; a quantized one in the dtype of all."""
         matrix = self._matrix(self.ref(name))
         return (
-            matrix.at_rest().to(self.precision.device) if isinstance(matrix, _Plain) else matrix.dense(self.precision)
+            matrix.at_rest().to(self.precision.device)
+            if isinstance(matrix, PlainMatrix)
+            else matrix.dense(self.precision)
         )
 
     def rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
@@ -263,7 +153,7 @@ class Weights:
         def ref(kind: str) -> TensorRef:
             return table[kind][0].index(expert) if stacked else table[kind][expert]
 
-        *gate_up, down = (self._matrix(ref(kind)) for kind in parts)
+        *gate_up, down = (self._resting(ref(kind)) for kind in parts)
         biases = tuple(self._plain(ref(kind + _BIAS)) for kind in parts if experts.bias)
         return RoutedExpert(tuple(gate_up), down, biases, experts)
 
@@ -326,6 +216,7 @@ class Weights:
 
     def close(self) -> None:
         """Close the shards."""
+        self._threads.shutdown()
         self._source.close()
 
     def __enter__(self) -> Weights:
@@ -334,28 +225,55 @@ class Weights:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _matrix(self, ref: TensorRef) -> _Matrix:
+    def _matrix(self, ref: TensorRef) -> Matrix:
         interrupts.check()  # a block is many, and some minutes where the disk is slow
         if not isinstance(ref, Encoded):
-            return _Plain(self._plain(ref))
+            return PlainMatrix(self._plain(ref))
         opened = [self._open(source) for source in ref.sources]
         packed = [rows for rows in opened if isinstance(rows, IntRows)]
         if len(packed) < len(opened):
-            return _Plain(self._decoded(ref, opened), _DTYPES[ref.spec.dtype])
+            return PlainMatrix(self._decoded(ref, opened), _DTYPES[ref.spec.dtype])
         words, scales = zip(*(rows.turned(0, rows.count) for rows in packed), strict=True)
-        return _Packed(_joined(words), _joined(scales), packed[0].grid)
+        return Packed(_joined(words), _joined(scales), packed[0].grid)
+
+    def _resting(self, ref: TensorRef) -> Matrix:
+        """A weight that is decoded again and again: its codes, where decoding them is cheap."""
+        if not isinstance(ref, Encoded):
+            return self._matrix(ref)
+        opened = [self._open(source) for source in ref.sources]
+        turned = opened[0] if len(opened) == 1 and isinstance(opened[0], Turned) else None
+        with self._telling():
+            kept = [
+                rows.resting() if isinstance(rows, DecodedRows) else None
+                for rows in ([turned.whole] if turned else opened)
+            ]
+        held = tuple(rows for rows in kept if rows is not None)
+        if len(held) < len(kept):
+            return self._matrix(ref)
+        columns = ref.sources[0].whole[1]
+        shape = (sum(rows.count for rows in held), columns)
+        return Coded(held, shape, turned.part if turned else None, _DTYPES[ref.spec.dtype], self._fill_values)
 
     def _decoded(self, ref: Encoded, opened: Sequence[Rows]) -> torch.Tensor:
-        """Values of a weight that is stored in another encoding, in the dtype of all: a tile of rows at a time."""
+        """Values of a weight that is stored in another encoding, in the dtype of all."""
         shape = (sum(rows.count for rows in opened), ref.sources[0].shape[1])
         values_OI = torch.empty(shape, dtype=self.precision.dtype)
-        tiles = ((rows, *tile) for rows in opened for tile in row_tiles(rows.count, values_OI.shape[1], DECODE_TILE))
-        at = 0
-        with self._telling():
-            for rows, start, stop in tiles:
-                values_OI[at : at + stop - start] = torch.from_numpy(rows.values(start, stop))
-                at += stop - start
+        self._fill_values(opened, values_OI)
         return values_OI.view(ref.spec.shape)
+
+    def _fill_values(self, opened: Sequence[Rows], out_OI: torch.Tensor) -> None:
+        """Decode rows, one below the other, a tile at a time; those in memory on all threads."""
+        tiles, first = [], 0
+        for rows in opened:
+            tiles += [(rows, first + a, a, b) for a, b in row_tiles(rows.count, out_OI.shape[1], DECODE_TILE)]
+            first += rows.count
+        resting = all(isinstance(rows, DecodedRows) and rows.is_resting for rows in opened)
+        with self._telling():
+            if resting and len(tiles) > 1 and torch.get_num_threads() > 1:
+                deque(self._threads.map(lambda tile: _decode_tile(tile, out_OI), tiles), maxlen=0)
+            else:
+                for tile in tiles:
+                    _decode_tile(tile, out_OI)
 
     def _plain(self, ref: TensorRef) -> torch.Tensor:
         if isinstance(ref, Encoded):
@@ -409,6 +327,16 @@ class Weights:
             raise ExecutionError(f"{where}: truncated while it was read: {e}") from e
         except OSError as e:
             raise ExecutionError(f"{where}: {e.strerror}") from e
+
+
+def _decode_tile(tile: tuple[Rows, int, int, int], out_OI: torch.Tensor) -> None:
+    """Rows `start`..`stop - 1` of some, whose place begins at row `at`."""
+    rows, at, start, stop = tile
+    place = out_OI[at : at + stop - start]
+    if isinstance(rows, DecodedRows) and place.dtype == torch.float32:
+        rows.into(start, stop, place.numpy())
+    else:
+        place.copy_(torch.from_numpy(rows.values(start, stop)))
 
 
 def _merged(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
@@ -525,7 +453,7 @@ class ExpertBank:
     def dense(self, expert: int) -> ExpertValues:
         """What an expert computes with."""
         if expert not in self.loaded:
-            self.loaded[expert] = self.read(expert).on(self.precision.device)
+            self.loaded[expert] = self.read(expert).on(self.precision)
         return self.loaded[expert].dense(self.precision)
 
 

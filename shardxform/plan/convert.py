@@ -141,7 +141,10 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     stacked = part_specs(stacks, Ints.of(cast(Scheme, scheme))) if stacks else ()
     shards = lay_out([*_specs(plain, weights, scheme), *stacked], options.max_shard_bytes)
     encoding = Ints.of(scheme) if scheme else Plain(HALF_DTYPES[target.format])
-    steps: tuple[Step, ...] = (*copy_steps(shards, plain), *_steps(shards, weights, stacks, encoding))
+    copied = {name: ref for name, ref in plain.items() if not isinstance(ref, Encoded)}
+    moved = [ref for ref in plain.values() if isinstance(ref, Encoded)]
+    computed = (*_moved(shards, moved), *_steps(shards, weights, stacks, encoding))
+    steps: tuple[Step, ...] = (*copy_steps(shards, copied), *computed)
     sidecars = sidecar_digests(source)
     plan = Plan(
         command="convert",
@@ -327,6 +330,15 @@ def _stacks(view: View, selection: Selection) -> list[Stack]:
     """What MLX has as one module each."""
     mlx.refuse_unrun(view.layout, selection.quantized)
     return mlx.stacks_of(view.layout, selection.quantized)
+
+
+def _moved(shards: Sequence[ShardPlan], refs: Iterable[Encoded]) -> Iterator[Transcode]:
+    """Steps that write what keeps its values, but is no run of the source's bytes."""
+    extents = extents_of(shards)
+    items = (
+        TranscodeItem(ref.name, ref.sources, Plain(ref.spec.dtype), (("values", extents[ref.name]),)) for ref in refs
+    )
+    yield from transcode_steps((item, item.out_bytes) for item in items)
 
 
 def _steps(

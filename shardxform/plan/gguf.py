@@ -47,6 +47,7 @@ from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
 from shardxform.runtimes.gguf.mixes import KINDS, mix_facts, mixed
+from shardxform.runtimes.rotation import rotation_notes
 
 __all__ = ["GgufFiles", "Types", "crossing", "documents_of", "draft_stored", "drafted", "plan_stored"]
 
@@ -289,6 +290,11 @@ class GgufFiles:
     contents: GgufContents
     shards: tuple[ShardPlan, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What llama.cpp runs in another way, and cannot be told."""
+        return tuple(rotation_notes(self.contents.architecture.config, "llama.cpp"))
+
     def plan(
         self,
         source: Checkpoint,
@@ -448,7 +454,7 @@ def plan_stored(
         "copied": draft.contents.copies,
         **({"healed": len(draft.contents.healed)} if recipe else {}),
     }
-    notes = (*draft.view.notes, *_stored_notes(draft.contents))
+    notes = (*draft.view.notes, *_stored_notes(draft.contents), *draft.notes)
     return draft.plan(source, recipe, inputs=told, summary=summary, notes=notes)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from shardxform.base.tensors import TensorSpec
+from shardxform.formats.encoding import Role
 from shardxform.formats.integers import Ints
 from shardxform.plan.plan import Extent
-from shardxform.plan.steps import TranscodeItem, transcode_item
+from shardxform.plan.steps import TranscodeItem
 from shardxform.runtimes.mlx import Stack
 
 __all__ = ["member_items", "part_specs", "stack_item"]
@@ -20,28 +21,30 @@ __all__ = ["member_items", "part_specs", "stack_item"]
 def part_specs(stacks: Iterable[Stack], encoding: Ints) -> Iterator[TensorSpec]:
     """List the tensors that stand for what is quantized."""
     for stack in stacks:
-        for part in encoding.parts(*stack.members[0].shape):
+        for part in encoding.parts(*stack.shape):
             yield from stack.specs(part.suffix, part.dtype, part.shape)
 
 
 def stack_item(stack: Stack, encoding: Ints, extents: Mapping[str, Extent]) -> TranscodeItem:
     """Make the item that writes a stack."""
-    stored = tuple(each for member in stack.members for each in member.stored)
     parts = [
         (part.role, extents[spec.name])
-        for part in encoding.parts(*stack.members[0].shape)
+        for part in encoding.parts(*stack.shape)
         for spec in stack.specs(part.suffix, part.dtype, part.shape)
     ]
-    return TranscodeItem(stack.name, stored, encoding, tuple(parts))
+    return TranscodeItem(stack.name, tuple(member.source for member in stack.members), encoding, tuple(parts))
 
 
 def member_items(stack: Stack, encoding: Ints, extents: Mapping[str, Extent]) -> Iterator[TranscodeItem]:
     """Make the items that write its members, each to its place in the tensors of all."""
-    for at, member in enumerate(stack.members):
-        places: dict[str, Extent] = {}
-        for part in encoding.parts(*member.shape):
-            specs = stack.specs(part.suffix, part.dtype, part.shape)
-            name, length = f"{member.name}.{part.suffix}", part.spec(member.name).nbytes
-            whole = extents[specs[at if len(specs) > 1 else 0].name]
-            places[name] = whole if len(specs) > 1 else Extent(whole.shard, whole.offset + at * length, length)
-        yield transcode_item(member.name, member.stored, encoding, places)
+    done: dict[str, int] = {}
+    for at, members in enumerate(stack.experts):
+        for member in members:
+            places: list[tuple[Role, Extent]] = []
+            for part, whole in zip(encoding.parts(*member.shape), encoding.parts(*stack.shape), strict=True):
+                specs = stack.specs(part.suffix, part.dtype, whole.shape)
+                name, length = specs[at if len(specs) > 1 else 0].name, part.spec(member.matrix.name).nbytes
+                first, extent = done.get(name, 0), extents[name]
+                places.append((part.role, Extent(extent.shard, extent.offset + first, length)))
+                done[name] = first + length
+            yield TranscodeItem(member.matrix.name, (member.source,), encoding, tuple(places))

@@ -177,6 +177,7 @@ def _plan_gguf(
             *_decoded_notes(selection, {}, scheme),
             *_gguf_notes(chosen, selection),
             *_misfit_notes(selection),
+            *draft.notes,
         ),
     )
 
@@ -274,8 +275,8 @@ class _Quantized:
             else:
                 rounded.append((item, module.nbytes))
         for stack in self.stacks:
-            place = stack.members[0].place
-            if tunes and place.scope == "block" and stack.members[0].name not in self.still:
+            place = stack.first.place
+            if tunes and place.scope == "block" and stack.first.name not in self.still:
                 tuned += ((place.layer, item) for item in member_items(stack, self.encoding, extents))
             else:
                 rounded.append((stack_item(stack, self.encoding, extents), stack.nbytes))

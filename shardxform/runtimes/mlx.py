@@ -10,19 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import FamilyError, SchemeError
 from shardxform.formats.config_names import ASYMMETRIC, QUANTIZATION
 from shardxform.formats.dialects import Selection
-from shardxform.formats.encoding import Encoded
-from shardxform.formats.matrices import Matrix
-from shardxform.formats.plain import storages_of
+from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.matrices import Matrix, single_biases, turns
+from shardxform.formats.plain import Plain
+from shardxform.formats.sources import Part
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, head_dim
-from shardxform.model.layout import Layout
+from shardxform.model.layout import Layout, Place
+from shardxform.runtimes.rotation import rotation_notes
 
 __all__ = [
     "Stack",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
-_PARTS: Final = ("weight", "scales", "biases")
+_PARTS: Final = {"weight": 3, "scales": 3, "biases": 3, "bias": 2}  # of a stack, and how many dimensions each has
 _MOST_EXPERTS: Final = 1 << 16  # that a stack is taken apart into
 _MOST_MEMBERS: Final = 1 << 22  # of all stacks: ten times what the largest model has
 
@@ -77,6 +79,7 @@ _NAMES: Final[Mapping[str, _Names]] = {
     "gemma4": _Names("experts.switch_glu", _same("gemma4", "gemma4_text")),
     "glm4_moe": _Names(_SWITCH, _same("glm4_moe"), (*_ROTARY, "head_dim", "partial_rotary_factor")),
     "glm4_moe_lite": _Names(_SWITCH, _same("glm4_moe_lite"), (*_ROTARY, "partial_rotary_factor")),
+    "gpt_oss": _Names("mlp.experts", _same("gpt_oss"), _ROTARY),
     "minimax_m2": _Names(
         "block_sparse_moe.switch_mlp", _same("minimax_m2"), ("rope_theta", "rotary_dim", "shared_intermediate_size")
     ),
@@ -116,52 +119,108 @@ def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
 # -- stacks ------------------------------------------------------------------------------------------------------------
 
 
+class Member(NamedTuple):
+    """What of a matrix stands in a stack: all of it, or some of its rows."""
+
+    matrix: Matrix
+    source: Storage | Part
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I] of what stands there."""
+        return self.source.shape
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """Matrices [O, I] that are stored as one module: one projection of all experts of a block, in order, or just one.
 
     Attributes:
         name: of the module.
-        members: the matrices.
-        apart: last parts of the names of tensors that each member has for itself.
+        experts: what each matrix is made of, rows one below the other.
+        apart: last parts of the names of tensors that each matrix has for itself.
 
     """
 
     name: str
-    members: tuple[Matrix, ...]
+    experts: tuple[tuple[Member, ...], ...]
     apart: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All of them, one below the other."""
+        return tuple(member for members in self.experts for member in members)
+
+    @property
+    def first(self) -> Matrix:
+        """The first matrix, which tells of all."""
+        return self.experts[0][0].matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I] of each matrix."""
+        return sum(member.shape[0] for member in self.experts[0]), self.first.shape[1]
 
     @property
     def is_stacked(self) -> bool:
         """Whether its tensors have a dimension that counts experts."""
-        return _is_stacked(self.members[0])
+        return _is_stacked(self.first)
 
     @property
     def nbytes(self) -> int:
         """Size of the values as they are stored in the source."""
-        return sum(member.nbytes for member in self.members)
+        return sum(member.matrix.nbytes * member.shape[0] // member.matrix.shape[0] for member in self.members)
 
     def specs(self, last: str, dtype: str, shape: tuple[int, ...]) -> list[TensorSpec]:
-        """The tensor of all members that is called `last`, or those of each: of a dtype, and a shape for each."""
+        """The tensor of all matrices that is called `last`, or those of each: of a dtype, and a shape for each."""
         if last in self.apart:
-            return [TensorSpec(f"{member.name}.{last}", dtype, shape) for member in self.members]
-        return [TensorSpec(f"{self.name}.{last}", dtype, (len(self.members), *shape) if self.is_stacked else shape)]
+            return [TensorSpec(f"{members[0].matrix.name}.{last}", dtype, shape) for members in self.experts]
+        return [TensorSpec(f"{self.name}.{last}", dtype, (len(self.experts), *shape) if self.is_stacked else shape)]
 
 
 def stacks_of(layout: Layout, modules: Iterable[Matrix]) -> list[Stack]:
     """Put experts of one block together, projection by projection; other modules stay alone."""
-    home, theirs = layout.family.experts.home, dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
-    names, found = _NAMES[layout.family.name], dict[str, list[Matrix]]()
+    names, found = _NAMES[layout.family.name], dict[str, dict[int, list[Member]]]()
+    halves: dict[tuple[str, int], list[Matrix]] = {}
+    taken_turns = layout.family.experts.inner if layout.family.experts.gate == "interleaved" else ()
     for module in modules:
-        name = module.name
-        if _is_stacked(module):
-            before, _, projection = name.rsplit(".", 2)
-            name = f"{before.removesuffix(home)}{names.home}.{theirs[projection]}"
-        found.setdefault(name, []).append(module)
+        name, projection = module.name, module.name.rpartition(".")[2]
+        if _is_stacked(module) and projection in taken_turns:
+            home = name.rsplit(".", 2)[0]
+            halves.setdefault((home, module.expert or 0), []).append(module)
+            for each in taken_turns:  # in whose order stacks are listed
+                found.setdefault(_stack_name(layout, f"{home}.0.{each}"), {})
+            continue
+        name = _stack_name(layout, name) if _is_stacked(module) else name
+        whole = [Member(module, storage) for storage in module.stored]
+        found.setdefault(name, {}).setdefault(module.expert or 0, []).extend(whole)
+    for (home, expert), members in halves.items():
+        for each, parts in zip(taken_turns, _in_turn(members), strict=True):
+            found[_stack_name(layout, f"{home}.0.{each}")][expert] = parts
     return [
-        Stack(name, tuple(sorted(members, key=lambda m: m.expert or 0)), names.apart if _is_stacked(members[0]) else ())
-        for name, members in found.items()
+        Stack(
+            name,
+            tuple(tuple(members) for _, members in sorted(experts.items())),
+            names.apart if _is_stacked(next(iter(experts.values()))[0].matrix) else (),
+        )
+        for name, experts in found.items()
     ]
+
+
+def _in_turn(halves: Iterable[Matrix]) -> Iterator[list[Member]]:
+    """Gate and up projection, of the halves of a stack in which their rows take turns."""
+    found = [Member(matrix, storage) for matrix in halves for storage in matrix.stored]
+    for projection in (0, 1):
+        cuts = turns([member.shape[0] for member in found], projection)
+        yield [Member(each.matrix, Part(each.source.storage, cut)) for each, cut in zip(found, cuts, strict=True)]
+
+
+def _stack_name(layout: Layout, expert: str) -> str:
+    """What mlx-lm calls the stack that an expert's matrix is in."""
+    theirs = dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
+    before, _, projection = expert.rsplit(".", 2)
+    home = layout.family.experts.home
+    return f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}"
 
 
 def kept_of(layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection) -> dict[str, TensorRef]:
@@ -173,22 +232,47 @@ def kept_of(layout: Layout, tensors: Mapping[str, TensorRef], selection: Selecti
     """
     experts = [module for module in selection.kept_modules if _is_stacked(module)]
     gone = {name for module in (*selection.quantized, *experts) for name in module.sources}
+    biases = dict(_biases_of(layout, tensors))
+    gone.update(name for name, place in layout.places.items() if biases and _is_bias(place))
     kept = {name: ref for name, ref in tensors.items() if name not in gone}
-    return {**kept, **{ref.name: ref for stack in stacks_of(layout, experts) for ref in _values_of(stack)}}
+    stacked = {ref.name: ref for stack in stacks_of(layout, experts) for ref in _values_of(stack)}
+    return {**kept, **stacked, **biases}
+
+
+def _biases_of(layout: Layout, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
+    """Biases [E, O] of all experts of a block, projection by projection."""
+    alone: list[Matrix] = []
+    for name, place in layout.places.items():
+        if not _is_bias(place):
+            continue
+        refs = [tensors[name]] if place.expert is not None else single_biases(layout, tensors, name[: -len("_bias")])
+        for ref in refs:
+            column, module = ref.reshaped((ref.spec.shape[0], 1)), ref.name.removesuffix(".bias")
+            alone.append(Matrix(module, column, (name,), place, expert=int(module.split(".")[-2])))
+    for stack in stacks_of(layout, alone):
+        for ref in _values_of(stack):
+            name = ref.name.removesuffix("weight") + "bias"
+            spec = TensorSpec(name, ref.spec.dtype, ref.spec.shape[:2])
+            yield name, replace(ref, spec=spec)
+
+
+def _is_bias(place: Place) -> bool:
+    return bool(place.template.variant) and not place.template.is_expert_weight and place.scope == "block"
 
 
 def _values_of(stack: Stack) -> Iterator[TensorRef]:
-    """The values of a stack's members, as wide as they are, as one tensor or apart."""
-    dtypes = {member.weight.spec.dtype for member in stack.members}
+    """The values of a stack's matrices, as wide as they are, as one tensor or apart."""
+    dtypes = {member.matrix.weight.spec.dtype for member in stack.members}
     if len(dtypes) > 1:
         raise SchemeError(f"experts of {stack.name} are {' and '.join(sorted(dtypes))}; cannot stack them")
-    groups = [(member,) for member in stack.members] if "weight" in stack.apart else [stack.members]
-    for spec, members in zip(stack.specs("weight", dtypes.pop(), stack.members[0].shape), groups, strict=True):
-        if any(member.cut or isinstance(member.weight, Encoded) for member in members):
-            sources = (each for member in members for each in storages_of(member.weight, member.cut))
-            yield Encoded(spec, (), tuple(sources))
+    apart = "weight" in stack.apart
+    groups = stack.experts if apart else (stack.members,)
+    for spec, members in zip(stack.specs("weight", dtypes.pop(), stack.shape), groups, strict=True):
+        sources = tuple(member.source.storage for member in members)
+        if all(isinstance(each.encoding, Plain) and each.cut is None for each in sources):
+            yield TensorRef(spec, coalesce(piece for each in sources for piece in each.reads))
         else:
-            yield TensorRef(spec, coalesce(piece for member in members for piece in member.weight.ranges))
+            yield Encoded(spec, (), sources)
 
 
 def _is_stacked(module: Matrix) -> bool:
@@ -220,6 +304,7 @@ def notes_of(before: Layout, config: Mapping[str, object]) -> Iterator[str]:
     """Say what becomes of a checkpoint beside its weights, from its layout before and the config that is written."""
     if before.has_mtp:
         yield "the MTP layers are left out: mlx-lm runs none"
+    yield from rotation_notes(before.text, "mlx-lm")
     if (now := config["model_type"]) != (was := before.config["model_type"]):
         yield f"config.json's model_type becomes {now}, which mlx-lm takes for both: it does not know {was}"
 
@@ -341,7 +426,12 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
     room = _MOST_MEMBERS
     for name, ref in checkpoint.tensors.items():
         match, shape = pattern.fullmatch(name), ref.spec.shape
-        if match is None or len(shape) != 3 or not 0 < shape[0] <= min(_MOST_EXPERTS, room) or not ref.nbytes:
+        if (
+            match is None
+            or len(shape) != _PARTS[match[3]]
+            or not 0 < shape[0] <= min(_MOST_EXPERTS, room)
+            or not ref.nbytes
+        ):
             found[name] = (ref,)
             continue
         room -= shape[0]
@@ -354,7 +444,6 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
 
 def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     """What `single` gave, pruned as it may be, as mlx-lm has it."""
-    home, theirs = layout.family.experts.home, dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
     names, tensors = _NAMES[layout.family.name], dict[str, TensorRef]()
     stacks: dict[str, list[tuple[int, TensorRef]]] = {}
     for name, ref in checkpoint.tensors.items():
@@ -363,8 +452,7 @@ def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
         if place is None or place.expert is None or place.scope != "block" or last in names.apart:
             tensors[name] = ref
             continue
-        before, _, projection, _ = name.rsplit(".", 3)
-        stack = f"{before.removesuffix(home)}{names.home}.{theirs[projection]}.{last}"
+        stack = f"{_stack_name(layout, name.removesuffix(f'.{last}'))}.{last}"
         stacks.setdefault(stack, []).append((place.expert, ref))
     for name, members in stacks.items():
         refs = [ref for _, ref in sorted(members, key=lambda member: member[0])]

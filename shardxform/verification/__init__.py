@@ -6,10 +6,11 @@ at, and everything found is listed. Reads only; memory is bounded by a few buffe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +21,7 @@ from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import Checkpoint, stopped
-from shardxform.errors import CheckpointError, UnknownFamilyError
+from shardxform.errors import CheckpointError, SchemeError, UnknownFamilyError
 from shardxform.formats.config_names import QUANTIZATION
 from shardxform.model.families import HOMES, family_origin
 from shardxform.model.tied_head import tied_notes
@@ -30,6 +31,7 @@ from shardxform.verification.findings import Findings, Problem, Rounding, Verify
 from shardxform.verification.structure import Structure, check_mlx, check_structure
 
 if TYPE_CHECKING:
+    from shardxform.verification.judged import StoredWeight
     from shardxform.verification.source import Options
     from shardxform.verification.wanted import Wanted
 
@@ -267,6 +269,15 @@ _FIGURES: Final = (
 )
 
 
+def _stored_weights(checkpoint: Checkpoint) -> Iterator[StoredWeight]:
+    """Weights in small floats or integers that are read by rules; none where the config does not say how."""
+    from shardxform.formats.decoding import scan_decoded
+    from shardxform.verification.judged import stored_weights
+
+    with contextlib.suppress(SchemeError):
+        yield from stored_weights(scan_decoded(checkpoint)[0].tensors.values())
+
+
 def _check_data(
     checkpoint: Checkpoint,
     seen: _Seen,
@@ -305,6 +316,7 @@ def _check_data(
         stored=stored,
         shards=seen.shards,
         digests=seen.digests,
+        weights=() if stored or only_written else _stored_weights(checkpoint),
         only_written=only_written,
         jobs=jobs,
         on_progress=on_progress,

@@ -28,7 +28,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError
 from shardxform.formats.encoding import Fault, Opener, Read
 from shardxform.formats.integers import Ints
-from shardxform.formats.packing import code_sum
+from shardxform.formats.packing import code_sum, float32_of
 from shardxform.formats.remaking import strange_ids
 from shardxform.formats.stored import Stored
 from shardxform.model.families.base import Slicing
@@ -57,6 +57,7 @@ from shardxform.verification.jobs import (
     report_tensor,
     scan_floats,
 )
+from shardxform.verification.judged import Judged, StoredWeight, judge, report_judged
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally, examine
 from shardxform.verification.wanted import Derived, HealedWeight
@@ -73,6 +74,7 @@ CHUNK_BYTES: Final = 2 << 20
 """Most bytes of one tensor in memory at a time, per thread and per side; a multiple of every element's width."""
 
 _TASK_BYTES: Final = 32 << 20
+_OF_ACTIVATIONS: Final = ("activation_scale", "input_scale", "input_global_scale", "qscale_act")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +123,14 @@ def check_data(
     stored: Stored | None = None,
     shards: Checkpoint | None = None,
     digests: Mapping[str, str] | None = None,
+    weights: Iterable[StoredWeight] = (),
     only_written: bool = False,
     jobs: int = 1,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Figures:
     """Scan every tensor of `out`, and compare with the source what `comparison` has in the same dtype and shape.
+
+    Each of `weights` is read as it is stored.
 
     With `digests`, those of the record, every tensor that has one is held against it, as it lies in `shards` where that
     is another form of `out`; with `only_written` that is all.
@@ -135,11 +140,11 @@ def check_data(
 
     """
     table = [] if only_written else list(_jobs(out, layout, comparison, stored))
-    weights = (
+    rounded = (
         [EncodedWeight(pair, comparison.rule) for pair in comparison.pairs] if comparison and comparison.rule else []
     )
     healed = comparison.healed if comparison and not only_written else ()
-    items = [*_items(out, table, weights, digests or {}), *healed]
+    items = [*_items(out, table, rounded, digests or {}), *healed, *([] if only_written else weights)]
     if shards and shards.tensors.keys() != out.tensors.keys():
         new = (ref for name, ref in shards.tensors.items() if name in (digests or {}) and name not in out.tensors)
         items += [chunk for ref in new for chunk in _chunks(ref)]
@@ -148,6 +153,7 @@ def check_data(
     tallies: list[Tally] = []
     moved: list[HealedTally] = []
     written: list[Digest] = []
+    judged: list[Judged] = []
     errors: dict[str, None] = {}
     done = 0
     with interrupts.deferred(), reader:
@@ -157,6 +163,8 @@ def check_data(
                     merge(seen)
                 elif isinstance(seen, HealedTally):
                     moved.append(seen)
+                elif isinstance(seen, Judged):
+                    judged.append(seen)
                 else:
                     tallies.append(seen) if isinstance(seen, Tally) else written.append(seen)
             if result.error:
@@ -171,9 +179,10 @@ def check_data(
     for job in table:
         report_tensor(job, findings)
     report_faults(table, layout, findings)
+    report_judged(judged, layout, findings)
     report_healed(moved, findings)
     compared = [job for job in table if job.other or job.derived]
-    order = {weight.pair.name: at for at, weight in enumerate(weights)}
+    order = {weight.pair.name: at for at, weight in enumerate(rounded)}
     return Figures(
         bytes_scanned=sum(job.ref.nbytes for job in table if job.scan or job.part),
         bytes_compared=sum(job.ref.nbytes for job in compared),
@@ -281,9 +290,9 @@ def _chunks(ref: TensorRef) -> Iterator[WrittenChunk]:
         yield WrittenChunk(ref, number, start, min(start + digesting.CHUNK_BYTES, ref.nbytes))
 
 
-def _tasks(items: Iterable[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight]) -> Iterator[Task]:
+def _tasks(items: Iterable[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight | StoredWeight]) -> Iterator[Task]:
     """Items in runs of about `_TASK_BYTES`."""
-    task: list[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight] = []
+    task: list[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight | StoredWeight] = []
     room = _TASK_BYTES
     for item in items:
         task.append(item)
@@ -379,10 +388,12 @@ class _Reader:
                 shards.will_need(self._source, _window(item.job.other.ranges, item.start, item.stop))
 
     def _item(
-        self, item: TensorPiece | EncodedWeight | WrittenChunk | HealedWeight, shards: _Shards
-    ) -> Seen | Tally | Digest | HealedTally:
+        self, item: TensorPiece | EncodedWeight | WrittenChunk | HealedWeight | StoredWeight, shards: _Shards
+    ) -> Seen | Tally | Digest | HealedTally | Judged:
         if isinstance(item, TensorPiece):
             return self._piece(item, shards)
+        if isinstance(item, StoredWeight):
+            return judge(item, _reader(shards, self._out))
         if isinstance(item, HealedWeight):
             assert self._source is not None
             return examine_healed(item, _reader(shards, self._out), _reader(shards, self._source))
@@ -408,6 +419,8 @@ class _Reader:
         if job.scan:
             seen.nonzero, seen.bad, first = scan_floats(data, job.scan, min(job.slab, count))
             seen.first_bad = piece.start // job.scan.nbytes + first if seen.bad else -1
+        if job.scan and job.ref.name.endswith(_OF_ACTIVATIONS):
+            seen.faults = tuple(_not_positive(data, job.ref.spec.dtype, piece.start))
         if job.part:
             encoding, dtype = job.part.encoding, job.ref.spec.dtype
             seen.faults = tuple(encoding.faults(job.part.role, dtype, job.part.shape, data, piece.start))
@@ -451,6 +464,18 @@ class _Reader:
             self._local.buffers = (np.empty(CHUNK_BYTES, np.uint8), np.empty(CHUNK_BYTES, np.uint8))
         buffers: tuple[Bytes, Bytes] = self._local.buffers
         return buffers
+
+
+def _not_positive(data: Bytes, dtype: str, start: int) -> Iterator[Fault]:
+    """Scales that activations are divided by; a NaN is told by itself."""
+    if dtype not in ("BF16", "F16", "F32"):
+        return
+    bits = data.view("<f4" if dtype == "F32" else "<u2")
+    values = float32_of(bits, dtype)
+    if (odd := values <= 0).any():
+        first = int(odd.argmax())
+        what = "scales of activations are not above zero"
+        yield Fault("activation-scale", what, int(odd.sum()), start // bits.itemsize + first, f"{values[first]:.6g}")
 
 
 def _strange_ids(data: Bytes, dtype: str, experts: int, start: int) -> Iterator[Fault]:

@@ -62,7 +62,7 @@ class PackedWeight:
 
     With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
     `columns` are there; with `ids` its values are numbers of experts, of which these stay. Scales of its first row are
-    those of row `scaled_from` of theirs.
+    those of row `scaled_from` of theirs. With a `part` it is some of those rows: from the first on, a step apart.
     """
 
     name: str
@@ -76,11 +76,21 @@ class PackedWeight:
     columns: tuple[int, ...] | None = None
     ids: tuple[int, ...] | None = None
     scaled_from: int = 0
+    part: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns."""
-        return sum(number for _, number in self.rows), self.shape[-1] if len(self.shape) > 1 else 1
+        rows = self.shape[0] if self.part else sum(number for _, number in self.rows)
+        return rows, self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def _chosen(self) -> slice:
+        """Which of the rows it is."""
+        if self.part is None:
+            return slice(None)
+        first, step = self.part
+        return slice(first, first + self.shape[0] * step, step)
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """First row and the one after the last of runs that fit into memory."""
@@ -88,14 +98,16 @@ class PackedWeight:
         return ((start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
 
     def _picked(self, start: int, stop: int) -> NDArray[np.int64]:
-        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[start:stop]
+        return np.concatenate([np.arange(first, first + number) for first, number in self.rows])[self._chosen][
+            start:stop
+        ]
 
     def bits_of(self, start: int, stop: int) -> NDArray[Any]:
         """Bits of a run of rows of a plain weight."""
         if self.slab is not None:
             index, first = self.slab
             whole = self.tensor.array().reshape(self.tensor.shape)[index]
-            columns = whole[..., first : first + self.shape[0]]
+            columns = whole[..., first : first + sum(number for _, number in self.rows)][..., self._chosen]
             return np.ascontiguousarray(columns.T if whole.ndim > 1 else columns[:, None])[start:stop]
         found = np.asarray(self.tensor.array()[self._picked(start, stop)])
         if self.ids is not None:

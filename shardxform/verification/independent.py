@@ -54,7 +54,8 @@ _INDEXED: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(gate_up_proj|down_proj)
 _GRANITE: Final = re.compile(r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight")
 _STACKS: Final = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # granite's, and what they are
 _MLX: Final = re.compile(
-    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu)\.(gate|up|down)_proj\.weight"
+    r"(.*\.(?:(mlp|block_sparse_moe)|layers\.\d+))\.(?:switch_mlp|experts\.switch_glu|experts)"
+    r"\.(gate|up|down)_proj\.(weight|bias)"
 )
 _LETTERED: Final = {"gate": "w1", "up": "w3", "down": "w2"}  # projections of Mixtral and MiniMax
 _EXPERT: Final = re.compile(rf"(.*\.{_HOME}\.experts)\.(\d+)\.(.+)")
@@ -91,6 +92,8 @@ _VISION: Final = (
 )
 _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
+_IN_TURNS: Final = ("gpt_oss",)  # types in whose stacks rows of gate and up projection take turns
+_BOTH: Final = re.compile(rf"(.*\.{_HOME}\.experts\.\d+)\.(gate|up)_proj\.(weight|bias)")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
 
@@ -124,6 +127,8 @@ def check_independently(
         if made.get("quantization") and not config.get("quantization"):
             given = {**given, "mtp": "drop"}  # which MLX has no use for
         record = _object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
+        if config.get("model_type") in _IN_TURNS and bool(config.get("quantization")) != bool(made.get("quantization")):
+            theirs, ours = (dict(_quarters(of, told)) for of, told in ((theirs, config), (ours, made)))
         how = _How.of(config, record, manifest, given, theirs)
         wanted = dict(how.wanted(theirs))
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -317,6 +322,29 @@ def _transposed(name: str, tensor: StoredBytes, match: re.Match[str]) -> Iterato
             )
 
 
+def _quarters(weights: Mapping[str, PackedWeight], config: Mapping[str, object]) -> Iterator[tuple[str, PackedWeight]]:
+    """Rows that are together both in the halves of a stack and in what takes turns in it, which MLX has as such.
+
+    Row r of a stack of two times n rows is of gate where it is even, else of up; it is in the upper half where r < n.
+    """
+    for name, weight in weights.items():
+        match, count = _BOTH.fullmatch(name), weight.shape[0]
+        if match is None:
+            yield name, weight
+            continue
+        turn = int(match[2] == "up")
+        for other in (0, 1):
+            if config.get("quantization"):  # it is what takes turns, and `other` the half
+                row = {0: 0, 1: (count - turn + 1) // 2}
+                first, number, step = row[other], row[1] if other == 0 else count - row[1], 1
+                key = f"{match[1]}.{match[2]}_proj.{other}.{match[3]}"
+            else:  # it is a half, and `other` what takes turns
+                first, step = (other - turn * count) % 2, 2
+                number = (count - first + 1) // 2
+                key = f"{match[1]}.{('gate', 'up')[other]}_proj.{turn}.{match[3]}"
+            yield key, replace(weight, shape=(number, *weight.shape[1:]), part=(first, step))
+
+
 def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, int]]:
     """Gate above, up below, where the two are one."""
     if projection == "gate_up_proj":
@@ -352,6 +380,11 @@ def _of_mlx(
 ) -> Iterator[tuple[str, PackedWeight]]:
     """The weights in a stack of experts, or the one weight of words: code 0 of each stands for its bias."""
     tensor, match, stem = tensors[name], _MLX.fullmatch(name), name.removesuffix(".weight")
+    if match and match[4] == "bias":
+        for expert in range(tensor.shape[0]):
+            key = f"{match[1]}.experts.{expert}.{match[3]}_proj.bias"
+            yield key, PackedWeight(name, tensor, tensor.shape[1:], ((0, tensor.shape[1]),), slab=(expert, 0))
+        return
     count, rows, columns = tensor.shape if match else (1, *tensor.shape)
     scales, scaled_from, bits, group = None, 0, 0, 0
     if tensor.dtype == "U32":

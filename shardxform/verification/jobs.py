@@ -24,6 +24,7 @@ from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.healed import HealedTally
+from shardxform.verification.judged import Judged, StoredWeight
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally
 from shardxform.verification.wanted import Derived, HealedWeight
@@ -305,7 +306,7 @@ class EncodedWeight:
         return self.pair.source.storage.nbytes
 
 
-Task = Sequence[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight]
+Task = Sequence[TensorPiece | EncodedWeight | WrittenChunk | HealedWeight | StoredWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,7 @@ class Result:
     """What one task showed; `error` when the output could not be read on."""
 
     nbytes: int
-    seen: list[Seen | Tally | Digest | HealedTally] = field(default_factory=list)
+    seen: list[Seen | Tally | Digest | HealedTally | Judged] = field(default_factory=list)
     error: str = ""
 
 

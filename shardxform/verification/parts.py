@@ -15,10 +15,12 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
 from shardxform.formats.config_names import declared_in, method_of
+from shardxform.formats.decoding import is_read
 from shardxform.formats.encoding import Source, Storage
 from shardxform.formats.scheme import FORMATS, Grid
 from shardxform.formats.stored import Stored, scan_stored
 from shardxform.model.layout import COMPANIONS, Layout
+from shardxform.verification.declared import faults_of_words
 from shardxform.verification.findings import Findings, Item
 
 __all__ = ["Freedom", "Pair", "Rule", "check_merged_rows", "check_parts", "freedom_of", "grid_of", "pair_of", "rule_of"]
@@ -104,7 +106,8 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
     Call it when names and counts are checked: what was said of a tensor then is not said again.
 
     Returns:
-        the checkpoint as modules; None when it has none, or when its quantization is not one that is understood.
+        the checkpoint as modules; None when it has none, when its quantization is not one that is understood, or when
+        its weights are read by rules, by which their parts are looked at.
 
     """
     declared: object = None
@@ -112,12 +115,15 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
         declared = declared_in(checkpoint.config)
     if not isinstance(declared, Mapping) or method_of(declared) not in FORMATS:
         return None
-    if not any(name.rpartition(".")[2] in COMPANIONS for name in checkpoint.tensors):
+    there = any(name.rpartition(".")[2] in COMPANIONS for name in checkpoint.tensors)
+    if not there or is_read(checkpoint.config):
         return None
     try:
         stored, errors = scan_stored(checkpoint)
     except (FamilyError, SchemeError) as e:
         if not any(problem.code == "quantization-config" for problem in findings.problems):
+            if _check_words(declared, layout, checkpoint, findings):
+                return None
             text = str(e).removeprefix(f"{checkpoint.where}/").removeprefix(f"{CONFIG}: ")
             findings.warn("not-understood", CONFIG, f"quantized weights are not looked into: {text}")
         if method_of(declared) != "mlx":  # which merges nothing
@@ -135,6 +141,13 @@ def check_parts(checkpoint: Checkpoint, layout: Layout, findings: Findings) -> S
     if errors and not findings.problems:
         findings.problem("parts", ".", str(errors[0]))
     return stored
+
+
+def _check_words(declared: Mapping[str, object], layout: Layout, checkpoint: Checkpoint, findings: Findings) -> bool:
+    """Hold words that are not read against bits and groups of the config; tells whether they contradict each other."""
+    found = list(faults_of_words(declared, layout, checkpoint.tensors))
+    findings.items([Item("bits", name, layout.places[name], text) for name, text in found], layout.num_experts)
+    return bool(found)
 
 
 def _items(errors: list[CheckpointError], layout: Layout, findings: Findings) -> Iterator[Item | tuple[str, str, str]]:

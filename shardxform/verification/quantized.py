@@ -20,6 +20,7 @@ from shardxform.formats.config_names import ASYMMETRIC, declares, method_of
 from shardxform.model.families.base import LINEAR_ROLES, Config, Scope, Template
 from shardxform.model.layout import SCALES, Layout, Place
 from shardxform.model.tied_head import is_tied
+from shardxform.verification.declared import said_against_itself, stored_against_algorithm
 from shardxform.verification.findings import Findings, Item, place_of, spans
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def check_quantization(layout: Layout, tensors: Mapping[str, TensorRef], finding
     else:
         known = len(findings.problems)
         _check_config(layout, declared, findings)
+        for fault in stored_against_algorithm(declared, tensors):
+            findings.problem("quantization-config", CONFIG, f"quantization_config.{fault}")
         if len(findings.problems) == known:  # or clients stop before they look at a module
             untold = [m for m in modules if not (m.is_expert_of(mixed) or m.tensor in findings.named)]
             _check_declared(layout, declared, untold, findings)
@@ -241,6 +244,8 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
     for key in _REQUIRED.get(method, ()):
         if declared.get(key) is None:
             report(f"{key}: missing; clients of {method} refuse to start without it")
+    for fault in said_against_itself(declared):
+        report(fault)
     if method == "mlx" and not declared.get(ASYMMETRIC):
         from shardxform.formats.dialects import resolve
 

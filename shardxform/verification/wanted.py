@@ -19,7 +19,7 @@ from shardxform.formats.config_names import declares
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import Encoded, Storage
-from shardxform.formats.matrices import matrices_of, single_biases
+from shardxform.formats.matrices import matrices_of, single_biases, turns
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
 from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
@@ -398,6 +398,10 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
         for name, ref in tensors.items()
         if isinstance(ref, Encoded) and name not in derived
     }
+    if stored and stored.scheme.format == "mlx" and view.layout.family.experts.gate == "interleaved":
+        own = dict(_in_own_rows(view.layout, tensors, derived))
+        tensors |= {name: TensorRef(tensors[name].spec, ()) for name in own}
+        derived |= own
     left: dict[str, Reason] = {name: "unknown" for names in skipped.values() for name in names}
     return Wanted(view, tensors, frozenset(parts), tuple(pairs), derived=derived, left=left)
 
@@ -411,6 +415,24 @@ def _take_biases_apart(view: View, out: Checkpoint, tensors: dict[str, TensorRef
         for bias in single_biases(view.layout, view.checkpoint.tensors, stack):
             tensors.pop(f"{stack}_bias", None)
             tensors[bias.name] = bias
+
+
+def _in_own_rows(
+    layout: Layout, tensors: Mapping[str, TensorRef], derived: Mapping[str, Derived]
+) -> Iterator[tuple[str, Derived]]:
+    """Gate and up projections that OUT has each as it is, of halves of a stack in which their rows take turns."""
+    inner = layout.family.experts.inner
+    for name, ref in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(f".{inner[0]}") or f".{layout.family.experts.home}." not in name:
+            continue
+        names = [f"{stem.removesuffix(inner[0])}{each}.{last}" for each in inner]
+        halves = [storages_of(tensors[each]) if each not in derived else derived[each].sources for each in names]
+        found = [storage for half in halves for storage in half]
+        for at, each in enumerate(names):
+            cuts = turns([storage.shape[0] for storage in found], at)
+            parts = tuple(storage.part(cut) for storage, cut in zip(found, cuts, strict=True))
+            yield each, Derived(parts, ref.spec.dtype)
 
 
 def _misshapen(pair: Pair, stored: Stored, findings: Findings) -> bool:

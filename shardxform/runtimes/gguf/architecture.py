@@ -9,13 +9,13 @@ are spelled there, which tensors are made of parts of one, and which keys descri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from shardxform.base.tensors import ByteRange, TensorRef
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut, Opener, Rows, Storage
-from shardxform.formats.matrices import Matrix, matrices_of
+from shardxform.formats.matrices import Matrix, matrices_of, single_biases, turns
 from shardxform.formats.plain import storages_of
 from shardxform.model.expected import expected
 from shardxform.model.layout import Layout, Place, variants_found
@@ -369,6 +369,10 @@ _MTP_MAP: Final = "GLM4_MOE"
 """An architecture of the package whose map has the tensors of MTP layers, for those whose maps have not."""
 
 
+_Experts = dict[int, dict[int, list[Piece]]]
+"""By projection, and by expert: pieces one below the other."""
+
+
 class _Names:
     """Names of GGUF for names of releases."""
 
@@ -395,41 +399,49 @@ class _Names:
 
 
 class _Stack:
-    """Routed experts of a block, as they are met: pieces by projection and id, and biases of all."""
+    """Routed experts of a block, as they are met: pieces of weights and of biases, by projection and id."""
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
-        self._pieces: dict[int, dict[int, list[Piece]]] = {}
-        self._biases: dict[int, list[Piece]] = {}
+        self._weights: _Experts = {}
+        self._biases: _Experts = {}
 
     def add(self, ref: TensorRef, matrices: Sequence[Matrix], place: Place) -> None:
-        """Take in the experts of one tensor: all of them, or one, or the biases of all."""
-        experts = self._architecture.layout.family.experts
+        """Take in the experts of one tensor: all of them, or one, or the biases of all, or of one."""
         for matrix in matrices:
-            projection = experts.projections.index(matrix.name.rpartition(".")[2])
             assert matrix.expert is not None
-            pieces = self._pieces.setdefault(projection, {}).setdefault(matrix.expert, [])
-            pieces += [Piece(matrix.name, each) for each in matrix.stored]
-        if not matrices:
-            stacked = [experts.stacked(stack) + "_bias" for stack in experts.stacks]
-            if place.template.name not in stacked or experts.gate != "interleaved":
-                raise SchemeError(f"tensor '{ref.name}': such biases of experts are not written as GGUF")
-            pieces = [Piece(ref.name, each) for each in storages_of(ref)]
-            self._biases[stacked.index(place.template.name)] = pieces
+            self._pieces(self._weights, matrix.name, matrix.expert).extend(
+                Piece(matrix.name, each) for each in matrix.stored
+            )
+        if matrices:
+            return
+        if not ref.name.endswith("bias"):
+            raise SchemeError(f"tensor '{ref.name}': such experts are not written as GGUF")
+        layout, stack = self._architecture.layout, ref.name.removesuffix("_bias")
+        alone = [ref] if place.expert is not None else list(single_biases(layout, {ref.name: ref}, stack))
+        for bias in alone:
+            module = bias.name.removesuffix(".bias")
+            pieces = self._pieces(self._biases, module, int(module.split(".")[-2]))
+            pieces.extend(Piece(bias.name, each) for each in storages_of(bias))
+
+    def _pieces(self, found: _Experts, module: str, expert: int) -> list[Piece]:
+        projection = self._architecture.layout.family.experts.projections.index(module.rpartition(".")[2])
+        return found.setdefault(projection, {}).setdefault(expert, [])
 
     def tensors(self, names: _Names, block: int) -> Iterator[Named]:
         """Weights of all experts, one tensor for each projection, or for several; then biases."""
+        weights, biases = self._weights, self._biases
         if self._architecture.layout.family.experts.gate == "interleaved":
-            self._part_interleaved()
+            weights, biases = _parted(weights), _parted(biases)
         for released, projections in self._architecture.kind.experts:
             name, wide = names.of(released.replace("{l}", str(block)) + ".weight")
-            yield self._stacked(name, projections, wide)
-        for released, projections in self._architecture.kind.experts if self._biases else ():
-            pieces = tuple(piece for each in projections for piece in self._bias(each))
+            yield self._stacked(name, weights, projections, wide)
+        for released, projections in self._architecture.kind.experts if biases else ():
             name, _ = names.of(released.replace("{l}", str(block)) + ".bias")
-            yield Named(name, pieces[0].shape, pieces, wide=True)
+            bias = self._stacked(name, biases, projections, wide=True)
+            yield replace(bias, shape=bias.shape[:2])
 
-    def _stacked(self, name: str, projections: tuple[int, ...], wide: bool) -> Named:
+    def _stacked(self, name: str, found: _Experts, projections: tuple[int, ...], wide: bool) -> Named:
         """One tensor [E, O, I] of the experts in order.
 
         Raises:
@@ -438,38 +450,29 @@ class _Stack:
         """
         count = self._architecture.layout.num_experts
         for projection in projections:
-            found = self._pieces.get(projection, {})
-            if sorted(found) != list(range(count)):
-                raise SchemeError(f"{name}: expected experts 0 to {count - 1}, found {len(found)}")
-        experts = [[p for each in projections for p in self._pieces[each][expert]] for expert in range(count)]
+            there = found.get(projection, {})
+            if sorted(there) != list(range(count)):
+                raise SchemeError(f"{name}: expected experts 0 to {count - 1}, found {len(there)}")
+        experts = [[p for each in projections for p in found[each][expert]] for expert in range(count)]
         shapes = {(sum(piece.shape[0] for piece in each), piece.shape[1]) for each in experts for piece in each}
         if len(shapes) > 1:
             raise SchemeError(f"{name}: experts have shapes {sorted(shapes)}; expected one")
         ((rows, columns),) = shapes
         return Named(name, (count, rows, columns), tuple(piece for each in experts for piece in each), wide)
 
-    def _part_interleaved(self) -> None:
-        """Give gate and up projection the rows that they have in a stack where they take turns.
 
-        What is called so until now are its halves (see `matrices.stack_cuts`): each has every second row of both.
-        """
-        halves = self._pieces.pop(0, {}), self._pieces.pop(1, {})
-        for expert in sorted(halves[0].keys() & halves[1].keys()):
-            rows = 0
-            for piece in (*halves[0][expert], *halves[1][expert]):
-                count = piece.shape[0]
-                for projection in (0, 1):
-                    first = (projection - rows) % 2
-                    order = Order.every(2, first, (count - first + 1) // 2)
-                    part = Piece(piece.matrix, piece.storage, Transform(rows=order))
-                    self._pieces.setdefault(projection, {}).setdefault(expert, []).append(part)
-                rows += count
+def _parted(found: _Experts) -> _Experts:
+    """Gate and up projection, with the rows that they have in a stack where they take turns.
 
-    def _bias(self, projection: int) -> list[Piece]:
-        """Biases [E, O] of one projection."""
-        if projection == 2:
-            return self._biases[1]
-        return [
-            Piece(each.matrix, each.storage, Transform(columns=Order.every(2, projection, each.shape[1] // 2)))
-            for each in self._biases[0]
-        ]
+    What is called so until now are its halves (see `matrices.stack_cuts`): each has every second row of both.
+    """
+    out = {projection: dict(experts) for projection, experts in found.items() if projection > 1}
+    halves = found.get(0, {}), found.get(1, {})
+    for expert in sorted(halves[0].keys() & halves[1].keys()):
+        pieces = (*halves[0][expert], *halves[1][expert])
+        for projection in (0, 1):
+            own = out.setdefault(projection, {}).setdefault(expert, [])
+            for piece, cut in zip(pieces, turns([each.shape[0] for each in pieces], projection), strict=True):
+                order = Order.every(cut.step, cut.first, cut.count)
+                own.append(Piece(piece.matrix, piece.storage, Transform(rows=order)))
+    return out

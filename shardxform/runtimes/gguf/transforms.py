@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from shardxform.formats.encoding import Cut, Rows, SourceDtype, Turned
+from shardxform.formats.encoding import Cut, Rows, SourceDtype, Turned, taken
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -198,9 +198,8 @@ class Transformed:
         return self.whole.where(int(rows[self.first + row]) if rows is not None else self.first + row)
 
     def cut(self, cut: Cut) -> Rows:
-        """A run of the rows."""
-        assert cut.is_run
-        return replace(self, first=self.first + cut.first, part=cut.count)
+        """Some of the rows, or of those of the transpose."""
+        return replace(self, first=self.first + cut.first, part=cut.count) if cut.is_run else taken(self, cut)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """Values of rows, float32 [R, I]."""

@@ -8,12 +8,12 @@ Integers in blocks of Q4_0 and Q8_0 come out as integers with their scales; ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
-from shardxform.base.tensors import TensorRef, TensorSpec
+from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.formats.encoding import Cut, Encoded, Encoding, PartSpec, Read, Role, Rows, SourceDtype, Storage
 from shardxform.formats.ggml import EXACT, encoding_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Undone", "put_back", "storage_in"]
 
 _MOST_RUNS: Final = 1024  # of rows of one matrix that lie together in a file
+_BIAS: Final = ".bias"
 _BITS: Final[Mapping[str, Bits]] = {"Q4_0": 4, "Q8_0": 8}
 
 
@@ -196,33 +197,84 @@ class _Dense:
 def storage_in(piece: Piece, first: int, held: TensorRef, grid: Grid | None = None) -> Storage:
     """Where the matrix of a piece lies in a file: the rows from `first` on of the tensor `held`."""
     undone = Undone(held.spec.dtype, first, piece.shape[0], piece.transform, grid)
-    return Storage(undone, (("values", held),), piece.storage.shape)
+    return Storage(undone, (("values", _as_matrix(piece, held)),), piece.storage.shape)
 
 
-def _runs_in(piece: Piece, first: int, held: TensorRef) -> Iterator[tuple[int, Storage]]:
-    """Where the rows of a matrix lie of which the piece holds some: run by run, with the matrix's first row of each.
+def _as_matrix(piece: Piece, held: TensorRef) -> TensorRef:
+    """A tensor [N, I] that has a piece among its rows."""
+    columns = piece.shape[1]
+    return held.reshaped((math.prod(held.spec.shape) // columns, columns))
 
-    Heads of one kind of a projection whose rows take turns, such as those of Qwen3-Next, are a tensor of their own.
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some rows of a matrix, and where they lie: the rows from `first` on of the tensor `held`."""
+
+    piece: Piece
+    first: int
+    held: TensorRef
+
+    @property
+    def order(self) -> Order:
+        """Which rows they are."""
+        assert self.piece.transform is not None
+        assert self.piece.transform.rows is not None
+        return self.piece.transform.rows
+
+    @property
+    def rest(self) -> Transform:
+        """What else was done to them."""
+        assert self.piece.transform is not None
+        return replace(self.piece.transform, rows=None)
+
+    @property
+    def rows(self) -> TensorRef:
+        """They alone, as a matrix."""
+        return _as_matrix(self.piece, self.held).rows(self.first, self.first + self.piece.shape[0])
+
+    def runs(self) -> Iterator[tuple[int, Storage]]:
+        """Where the matrix's rows lie, run by run, with its first row of each.
+
+        Raises:
+            SchemeError: rows that take turns one by one, of which there would be millions of runs.
+
+        """
+        positions = self.order.positions().tolist()
+        starts = [at for at, row in enumerate(positions) if at == 0 or row != positions[at - 1] + 1]
+        if len(starts) > _MOST_RUNS:
+            raise SchemeError(
+                f"tensor '{self.held.name}': it has every second row of {self.piece.matrix}, and those between are of"
+                " another type: not put back; evaluate the same weights in another format"
+            )
+        columns, rest = self.piece.storage.shape[1], self.rest
+        for start, stop in pairwise([*starts, len(positions)]):
+            transform = rest if rest != Transform() else None
+            undone = Undone(self.held.spec.dtype, self.first + start, stop - start, transform)
+            yield positions[start], Storage(undone, (("values", self.held),), (stop - start, columns))
+
+
+def _together(parts: Sequence[_Part]) -> Iterator[tuple[int, Storage]]:
+    """Where a matrix lies whose rows are in several tensors: all as one, or run by run where others are elsewhere.
+
+    Heads of one kind of a projection that has several, such as that of Qwen3-Next, are a tensor of their own; so are
+    gate and up projection where they take turns row by row.
 
     Raises:
-        SchemeError: rows that take turns one by one, of which there would be millions of runs.
+        SchemeError: see `_Part.runs`.
 
     """
-    assert piece.transform is not None
-    assert piece.transform.rows is not None
-    order = piece.transform.rows
-    rest, columns = replace(piece.transform, rows=None), piece.storage.shape[1]
-    positions = order.positions().tolist()
-    starts = [at for at, row in enumerate(positions) if at == 0 or row != positions[at - 1] + 1]
-    if len(starts) > _MOST_RUNS:
-        raise SchemeError(
-            f"tensor '{held.name}': it has every second row of {piece.matrix}, which is not put back; evaluate the"
-            " same weights in another format"
-        )
-    for start, stop in pairwise([*starts, len(positions)]):
-        transform = rest if rest != Transform() else None
-        undone = Undone(held.spec.dtype, first + start, stop - start, transform)
-        yield positions[start], Storage(undone, (("values", held),), (stop - start, columns))
+    refs = [part.rows for part in parts]
+    count, columns = sum(ref.spec.shape[0] for ref in refs), refs[0].spec.shape[1]
+    alike = len({(part.held.spec.dtype, part.rest) for part in parts}) == 1
+    if not alike or count < parts[0].piece.storage.shape[0]:
+        for part in parts:
+            yield from part.runs()
+        return
+    spec = refs[0].spec.of_shape((count, columns))
+    ref = TensorRef(spec, coalesce(piece for each in refs for piece in each.ranges))
+    order = Order(tuple(run for part in parts for run in part.order.runs))
+    undone = Undone(spec.dtype, 0, count, replace(parts[0].rest, rows=order))
+    yield 0, Storage(undone, (("values", ref),), (count, parts[0].piece.storage.shape[1]))
 
 
 def put_back(
@@ -240,6 +292,7 @@ def put_back(
 
     """
     found: dict[str, list[tuple[int, Storage]]] = {}
+    parts: dict[str, list[_Part]] = {}
     for named in tensors:
         if named.name not in held:
             raise SchemeError(f"tensor '{named.name}' is missing")
@@ -247,20 +300,28 @@ def put_back(
         for piece in named.pieces:
             cut = piece.storage.cut
             at = cut.first if cut and f"{piece.matrix}.weight" in view else 0
-            stored_of = found.setdefault(_name(piece, view), [])
+            name = _name(piece, view)
             if piece.is_part:
-                stored_of.extend(_runs_in(piece, first, held[named.name]))
+                parts.setdefault(name, []).append(_Part(piece, first, held[named.name]))
             else:
-                stored_of.append((at, storage_in(piece, first, held[named.name])))
+                found.setdefault(name, []).append((at, storage_in(piece, first, held[named.name])))
             first += piece.shape[0]
+    for name, each in parts.items():
+        found.setdefault(name, []).extend(_together(each))
     out: dict[str, TensorRef] = {}
     for name, stored in found.items():
         sources = tuple(storage for _, storage in sorted(stored, key=lambda each: each[0]))
-        shape = view[name].spec.shape if name in view else sources[0].shape
+        shape = view[name].spec.shape if name in view else _shape(name, sources)
         out[name] = Encoded(TensorSpec(name, "F32", shape), (), sources)
     return out
 
 
 def _name(piece: Piece, view: Mapping[str, TensorRef]) -> str:
     """Name of the tensor that a piece is of; of one expert where it is of a stack."""
-    return piece.matrix if piece.matrix in view else f"{piece.matrix}.weight"
+    return piece.matrix if piece.matrix in view or piece.matrix.endswith(_BIAS) else f"{piece.matrix}.weight"
+
+
+def _shape(name: str, sources: Sequence[Storage]) -> tuple[int, ...]:
+    """Shape of the tensor of one expert."""
+    rows = sum(source.shape[0] for source in sources)
+    return (rows,) if name.endswith(_BIAS) else (rows, sources[0].shape[1])
