@@ -190,13 +190,13 @@ def half(model: Path) -> int:
 
 def cases_extra() -> Iterator[Case]:
     """Little text, and windows made of its pieces."""
-    for windows, extra, batch, iters in ((16, 50, 8, 60), (4, 28, 4, 60), (4, 28, 4, 100)):
-        how = ("--heal-iters", str(iters), "--heal-lr", "0.02", "--batch-size", str(batch))
+    for windows, extra, batch, iters in ((4, 28, 4, 32), (4, 28, 4, 100), (16, 50, 4, 32), (16, 50, 8, 60)):
+        how = ("--heal-iters", str(iters), "--batch-size", str(batch))
         for more in (0, extra):
             name = f"{windows} windows and {more}, {iters} steps"
             yield Case(name=name, command=heal("all", *how, "--heal-extra", str(more)), windows=windows)
     for more in (0, 64):
-        how = ("--heal-iters", "60", "--heal-lr", "0.02", "--heal-extra", str(more))
+        how = ("--heal-iters", "60", "--heal-extra", str(more))
         name = f"code -> kjv, 32 windows and {more}"
         yield Case(name=name, command=heal("all", *how), windows=32, tuned_on="code", measured_on="kjv")
 

@@ -291,11 +291,12 @@ def test_trials_choose_and_the_best_is_done_in_full() -> None:
     assert searched[0][1] == suggested_lr(tokens, sizes["all"])
     assert last == ("shared", suggested_lr(tokens, sizes["shared"]))
     best = min(result.tried, key=lambda tried: tried[2])
-    assert (result.what, result.lr) == best[:2]
-    assert bench.loads == ["all"] * len(searched) + ["shared", best[0]]
-    assert len(bench.taught) == len(result.tried) * 3 + 24
-    assert result.loss < best[2] < result.start_loss
-    again, same_weights = alone.heal(Heal(what=best[0], lr=best[1], iters=24, batch_size=4))  # type: ignore[arg-type]
+    assert (result.what, result.lr) in (best[:2], (best[0], best[1] / 4))  # a quarter, where the whole is no better
+    full = 1 if result.lr == best[1] else 2
+    assert bench.loads == ["all"] * len(searched) + ["shared"] + [best[0]] * full
+    assert len(bench.taught) == len(result.tried) * 3 + 24 * full
+    assert result.loss < result.start_loss
+    again, same_weights = alone.heal(Heal(what=best[0], lr=result.lr, iters=24, batch_size=4))  # type: ignore[arg-type]
     assert same(stored, same_weights)
     assert (again.loss, again.start_loss) == (result.loss, result.start_loss)
 
@@ -443,10 +444,10 @@ def test_bfloat16_products_heal_too() -> None:
 
 
 def test_the_first_step_grows_with_the_data_for_each_weight() -> None:
-    assert suggested_lr(4000, 100_000) == pytest.approx(0.08)
-    assert suggested_lr(1000, 100_000) == pytest.approx(0.04)
+    assert suggested_lr(4000, 100_000) == pytest.approx(0.0894427)
+    assert suggested_lr(1000, 100_000) == pytest.approx(0.0632456)
     assert suggested_lr(10**9, 1000) == pytest.approx(0.16)
-    assert suggested_lr(1, 400_000_000) == pytest.approx(0.001)
+    assert suggested_lr(1, 10**12) == pytest.approx(0.001)
     found = [suggested_lr(tokens, 10**6) for tokens in (1, 10, 100, 1000, 10_000, 100_000)]
     assert found == sorted(found)
 

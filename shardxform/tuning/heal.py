@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, SMALLEST_STEP, STEP
+from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, SHORTER, SMALLEST_STEP, STEP
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
 from shardxform.formats.packing import bf16_bits_of, float32_of
@@ -400,6 +400,9 @@ class _Run:
         healing, loss, lr = None, math.inf, 0.0
         if not self._tried or min(tried.loss for tried in self._tried) < start:
             start, loss, lr, healing = self._descend(chosen, self._heal.iters)
+            if loss >= start and self._heal.lr is None:  # a short trial does not see what many steps learn by heart
+                healing, chosen = None, Trial(chosen.what, lr / SHORTER)
+                start, loss, lr, healing = self._descend(chosen, self._heal.iters)
         healed = loss < start
         if not healed or healing is None:
             healing = None  # let go of before the block is loaded again
@@ -479,7 +482,7 @@ def suggested_lr(tokens: int, weights: int) -> float:
 
     Fitted on the models of docs/healing.md, "How far".
     """
-    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens / weights)))
+    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * (tokens / weights) ** 0.25))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
