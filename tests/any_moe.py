@@ -193,6 +193,11 @@ def build(
     return randomized(make(AutoConfig.for_model(**config), dtype=torch.float32).eval(), seed)
 
 
+def of_text(model: Any) -> Any:
+    """What gives logits of text: of transformers 5.24, Llama 4's multimodal class cannot without an image."""
+    return getattr(model, "language_model" if "Llama4" in type(model).__name__ else "thinker", model)
+
+
 def renamed(name: str, names: Sequence[tuple[str, str]]) -> str:
     """What a release calls a tensor; nothing where it has none."""
     for pattern, released in names:

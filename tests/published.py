@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Release:
         scales: dtype of the scales of FP8 blocks.
         more: names, as in a format with `l`, of tensors in every block that no class of transformers has.
         stacked: whether experts of blocks lie in stacks, as transformers' modules have them.
+        turned: whether the last two dimensions of these are the other way round.
+        head: the output head's name, where it is stored though the config, as transformers wrote it, ties it.
         group_size: of quantized weights, where 128 does not fit.
 
     """
@@ -63,10 +66,13 @@ class Release:
     scales: str = "F32"
     more: Mapping[str, tuple[int, ...]] | None = None
     stacked: bool = False
+    turned: bool = False
+    head: str = ""
     group_size: int = 128
 
 
 RELEASES = {
+    "DBRX-Instruct": Release(parameters=132e9),
     "DeepSeek-V2-Lite": Release(parameters=15.7e9, tensors=5_291, elements=15_706_484_224),
     "DeepSeek-V3": Release(parameters=671e9, tensors=91_991, elements=684_531_386_000, mtp="blocks", mtp_ends=True),
     "DeepSeek-V3.1": Release(parameters=671e9, mtp="blocks", mtp_ends=True),
@@ -78,12 +84,20 @@ RELEASES = {
         mtp_ends=True,
         float32=r"e_score_correction_bias$|norm\.(weight|bias)$",
     ),
+    "ERNIE-4.5-21B-A3B": Release(parameters=21.8e9),
+    "FlexOlmo-7x7B-1T": Release(parameters=33.3e9, elements=33_270_665_216, tensors=963, float32=r"."),
     "GLM-4.5": Release(parameters=355e9, mtp="blocks", mtp_ends=True),
+    "GLM-4.5V": Release(parameters=106e9, tensors=18_106, elements=107_710_933_120),
     "GLM-4.7-Flash": Release(parameters=30e9, tensors=9_703, elements=31_221_488_576, mtp="blocks", mtp_ends=True),
     "GLM-5": Release(parameters=744e9, tensors=59_870, elements=753_864_139_008, mtp="blocks"),
     "GLM-5.2": Release(parameters=744e9, tensors=59_585, elements=753_329_940_480, mtp="blocks"),
     "Gemma-4-26B-A4B": Release(parameters=25.2e9, stacked=True, group_size=64),
+    "Granite-3.1-1B-A400M": Release(parameters=1.33e9),
+    "Granite-4.0-H-Small": Release(parameters=32e9),
+    "Hunyuan-A13B": Release(parameters=80e9),
+    "Hy3": Release(parameters=295e9),
     "Jamba-1.5-Mini": Release(parameters=51.6e9),
+    "K-EXAONE-236B-A23B": Release(parameters=236e9),
     "Kimi-K2-Instruct": Release(
         parameters=1.026e12,
         tensors=139_644,
@@ -94,8 +108,11 @@ RELEASES = {
     "Kimi-Linear-48B-A3B": Release(
         parameters=49.1e9, tensors=20_493, elements=49_122_681_728, float32=r"A_log$|dt_bias$"
     ),
+    "LFM2-8B-A1B": Release(parameters=8.3e9),
     "Laguna-XS.2": Release(parameters=33e9),
+    "Ling-3.0-flash": Release(parameters=124e9),
     "Llama-4-Scout-17B-16E": Release(parameters=109e9, stacked=True),
+    "Mellum2.1-12B-A2.5B": Release(parameters=12e9),
     "MiMo-V2-Flash": Release(parameters=309e9),
     "MiniMax-M2": Release(
         parameters=230e9,
@@ -103,13 +120,19 @@ RELEASES = {
         elements=228_703_644_928,
         float32=r"e_score_correction_bias$|block_sparse_moe\.gate\.weight$",
     ),
+    "MiniMax-M3": Release(parameters=426e9, tensors=23_416, elements=427_040_140_160),
     "Mixtral-8x7B-v0.1": Release(parameters=46.7e9),
     "Nemotron-3-Nano-30B-A3B": Release(parameters=31.6e9, group_size=64),
+    "OLMoE-1B-7B-0924": Release(parameters=6.92e9, tensors=3_219, elements=6_919_161_856),
     "Phi-3.5-MoE": Release(parameters=41.9e9),
+    "Qwen2-57B-A14B": Release(parameters=57.4e9),
     "Qwen3-235B-A22B": Release(parameters=235e9),
     "Qwen3-30B-A3B": Release(parameters=30.5e9),
     "Qwen3-30B-A3B-FP8": Release(parameters=30.5e9, tensors=37_491, elements=30_533_947_392, scales="BF16"),
     "Qwen3-Next-80B-A3B": Release(parameters=80e9, tensors=75_944, elements=81_324_862_720, mtp="mtp"),
+    "Qwen3-VL-30B-A3B": Release(
+        parameters=30.5e9, tensors=882, elements=31_070_754_032, stacked=True, turned=True, head="lm_head.weight"
+    ),
     "Qwen3.5-35B-A3B": Release(
         parameters=35e9,
         tensors=1_811,
@@ -120,6 +143,7 @@ RELEASES = {
     ),
     "Solar-Open-100B": Release(parameters=102e9),
     "Trinity-Nano-Preview": Release(parameters=6.1e9),
+    "dots.llm1": Release(parameters=142e9),
     "gpt-oss-120b": Release(parameters=116.8e9, group_size=64),
     "gpt-oss-20b": Release(parameters=20.9e9, tensors=459, elements=11_956_805_184, group_size=64),
 }
@@ -142,9 +166,16 @@ def config_of(name: str, blocks: int = 0) -> dict[str, Any]:
 
 def shapes_of(name: str, blocks: int = 0) -> dict[str, tuple[int, ...]]:
     """Every tensor that a release would have if none of its weights were quantized; of the first `blocks`."""
+    if listing(name):
+        return {tensor: shape for tensor, (_, shape) in listing(name).items()}
     release, config = RELEASES[name], config_of(name, blocks)
     text = config.get("text_config") or config
     shapes = _decoder(config, release.stacked)
+    if release.turned:
+        stacks = [tensor for tensor, shape in shapes.items() if ".experts." in tensor and len(shape) == 3]
+        shapes |= {tensor: (shapes[tensor][0], *shapes[tensor][:0:-1]) for tensor in stacks}
+    if release.head:
+        shapes[release.head] = (text["vocab_size"], text["hidden_size"])
     for pattern, shape in (release.more or {}).items():
         shapes |= {pattern.format(l=layer): shape for layer in range(text["num_hidden_layers"])}
     return shapes | dict(_mtp(release, text, shapes))
@@ -152,11 +183,34 @@ def shapes_of(name: str, blocks: int = 0) -> dict[str, tuple[int, ...]]:
 
 def tensors_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """Every tensor of a release: dtype and shape by name."""
+    if listing(name):
+        return listing(name)
     config = config_of(name)
     found: Tensors = {}
     for tensor, shape in shapes.items():
         found |= _stored(tensor, shape, config.get("text_config") or config, RELEASES[name])
     return found
+
+
+@cache
+def listing(name: str) -> Tensors:
+    """Every tensor of a release as somebody listed it, a line for all that differ in a number; nothing where not."""
+    path = HOME / f"{name}.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: Tensors = {}
+    for pattern, dtype, shape in map(str.split, lines):
+        found |= dict.fromkeys(_numbered(pattern), (dtype, tuple(map(int, shape.split(",")))))
+    return found
+
+
+def _numbered(pattern: str) -> Iterator[str]:
+    """All names of a pattern whose numbers are ranges such as `0-59`."""
+    match = re.search(r"(?<=\.)(\d+)-(\d+)(?=\.)", pattern)
+    if match is None:
+        yield pattern
+        return
+    for number in range(int(match[1]), int(match[2]) + 1):
+        yield from _numbered(f"{pattern[: match.start()]}{number}{pattern[match.end() :]}")
 
 
 def tensors_of_v4(config: Mapping[str, Any]) -> Tensors:
@@ -270,6 +324,8 @@ def _decoder(config: dict[str, Any], stacked: bool) -> dict[str, tuple[int, ...]
     """Shapes by the names that a release in 16 bits has, without what transformers has no code for."""
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     kept["model_type"] = CLASSES.get(kept["model_type"], kept["model_type"])
+    if "ffn_config" in kept:  # whose class takes no whole number for a power
+        kept["ffn_config"] = {**kept["ffn_config"], "moe_normalize_expert_weights": 1.0}
     with torch.device("meta"):
         build = getattr(transformers, config.get("architectures", [""])[0], AutoModelForCausalLM.from_config)
         model = build(AutoConfig.for_model(**kept))

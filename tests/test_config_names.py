@@ -6,6 +6,7 @@ few lines of other clients that are spelled out here. What becomes of a module i
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from build import tiny, write_checkpoint
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
+from shardxform.formats.config_names import _is_numberless
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.view import ViewOptions
 
@@ -65,6 +67,11 @@ def as_prefix(text: str, module: str) -> bool:
 
 def as_glob(text: str, module: str) -> bool:
     return fnmatch(module, text)
+
+
+def as_end(text: str, module: str) -> bool:
+    """Transformers, of a string that is the end of a name."""
+    return module.endswith(text)
 
 
 def as_part(text: str, module: str) -> bool:
@@ -337,3 +344,26 @@ def test_an_expert_of_many_is_not_taken_for_the_beginning_of_another(tmp_path: P
         else:
             after = json.loads(plan_prune(source, manifest).config)["quantization_config"]["modules_to_not_convert"]
             assert after == [f"model.layers.0.mlp.experts.{e}.up_proj" for e in (0, 2)]
+
+
+def test_what_is_taken_for_numberless_means_the_same_of_any_numbers() -> None:
+    """Every string of up to four pieces, in every way of reading, of names that differ in numbers of any length."""
+    pieces = ("a", r"\.", ".*", "(", "|", ")", "$", ".", "?", "+", "[^b]", r"\d", "3")
+    pairs = [("a.3.b", "a.12.b"), ("a.12.b", "a.3.b"), ("b.3", "b.412"), ("a3.b.3", "a3.b.70"), ("3.a", "0.a")]
+    readers: tuple[Reads, ...] = (in_auto_round, in_sglang, in_gptq, as_glob, as_part, as_prefix, as_end)
+    taken = 0
+    for count in range(1, 5):
+        for text in map("".join, itertools.product(pieces, repeat=count)):
+            if not _is_numberless(text):
+                continue
+            taken += 1
+            for reads in readers if _compiles(text) else (as_glob, as_part, as_end):
+                assert all(reads(text, one) == reads(text, other) for one, other in pairs), (text, reads)
+    assert taken > 2000
+
+
+def _compiles(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False

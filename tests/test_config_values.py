@@ -51,6 +51,10 @@ def words(hint: Any) -> list[str]:
     return [word for each in inside for word in words(each)] if inside else ["object"]
 
 
+NEWER = {"bailing_hybrid": ("q_lora_rank",)}
+"""Keys that came with a newer transformers than some that are run here: 5.24."""
+
+
 @pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
 def test_types_are_those_of_transformers(family: Any) -> None:
     texts = [each for each in family.wrappers if each.text_key is None and not each.vision]
@@ -68,7 +72,9 @@ def test_types_are_those_of_transformers(family: Any) -> None:
                 kind = type(vision) if vision else CONFIG_MAPPING[f"{wrapper.model_type}_vision"]
                 pairs.append((kind, family.vision_types))
     for kind, types in pairs:
-        assert {key: set(value.split(" or ")) for key, value in types.items()} == fields_of(kind, types)
+        newer = {key for key in NEWER.get(family.name, ()) if not hasattr(kind, key)}
+        wanted = {key: set(value.split(" or ")) for key, value in types.items() if key not in newer}
+        assert wanted == fields_of(kind, types)
 
 
 def test_names_of_layers_and_dtypes_are_those_of_transformers_and_torch() -> None:

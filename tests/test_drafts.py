@@ -59,11 +59,14 @@ RIGHT: dict[str, suite.Case] = {
     "glm4_moe": suite.Case(over={"attention_bias": True, "use_qk_norm": True}),
     "glm4_moe_lite": suite.Case(more=LATENT),
     "granitemoe": suite.Case(more=BIAS),
+    "granitemoe_swa": suite.Case(more=BIAS),
     "granitemoeshared": suite.Case(more=BIAS),
     "hunyuan_v1_moe": suite.Case(over={"moe_topk": [2, 2]}, more=BIAS),
     "hy_v3": suite.Case(more=({"attention_bias": True, "mlp_bias": True},)),
+    "kolibri1": suite.Case(),
     "mellum": suite.Case(over={"mlp_layer_types": ["dense", "sparse"]}, more=BIAS),
     "mimo_v2_flash": suite.Case(over={"layer_types": ["full_attention", "sliding_attention"]}, more=BIAS),
+    "minimax": suite.Case(),
     "minimax_m2": suite.Case(),
     "mixtral": suite.Case(),
     "olmoe": suite.Case(more=BIAS),
@@ -185,9 +188,16 @@ def test_the_command_writes_a_file_that_family_takes(tmp_path: Path) -> None:
     assert f"{file}: exists" in again.output
 
 
-def test_tensors_of_a_checkpoint_that_the_draft_lacks_are_listed(tmp_path: Path) -> None:
+def test_what_is_passed_over_for_another_reason_is_not_taken_for_layers() -> None:
+    assert [note.partition(":")[0] for note in drafted("axk1").decide] == ["formats"]  # inv_freq, and a norm
+
+
+def test_tensors_of_a_checkpoint_that_the_draft_lacks_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from build import read_checkpoint, write_checkpoint
 
+    monkeypatch.delitem(families.HOMES, "flint")
     root = suite.any_moe.save(suite.any_moe.build("flint"), tmp_path / "src")
     config, tensors = json.loads((root / "config.json").read_text()), read_checkpoint(root)
     some = next(iter(tensors.values()))

@@ -173,6 +173,8 @@ ERNIE_VL = "Ernie4_5_VLMoeForConditionalGeneration"
 
 CASES: dict[str, Case] = {
     "afmoe": Case(over={"mup_enabled": True}, more=({"attention_bias": True},)),
+    "axk1": Case(more=({"attention_bias": True},)),
+    "axk2": Case(more=({"attention_bias": True},)),
     "bailing_hybrid": Case(
         over={**DELTA, "num_expert_group": 2},
         formats=(),
@@ -233,6 +235,7 @@ CASES: dict[str, Case] = {
     ),
     "exaone_moe": Case(over={"head_dim": 32}),
     "flex_olmo": Case(over={"pad_token_id": None}, more=({"attention_bias": True},)),
+    "flint": Case(over={"mlp_only_layers": [0]}, more=({"attention_bias": True},)),
     "gemma4_text": Case(over=GEMMA4, more=({"tie_word_embeddings": False},)),
     "glm4_moe": Case(over={"attention_bias": True, "use_qk_norm": True}),
     "glm4_moe_lite": Case(more=({"q_lora_rank": None},)),
@@ -255,6 +258,7 @@ CASES: dict[str, Case] = {
     ),
     "glm_moe_dsa": Case(over={"indexer_types": ["full", "shared"]}),  # the others load too
     "granitemoe": Case(over={"embedding_multiplier": 3.0}, more=({"attention_bias": True},)),
+    "granitemoe_swa": Case(more=({"attention_bias": True},)),
     "granitemoehybrid": Case(over=GRANITE_4, more=({"attention_bias": True, "mamba_proj_bias": True},)),
     "granitemoeshared": Case(more=({"attention_bias": True},)),
     "hunyuan_v1_moe": Case(over={"moe_topk": [2, 2]}, more=({"attention_bias": True},)),
@@ -275,6 +279,7 @@ CASES: dict[str, Case] = {
         more=({"attention_bias": True, "q_lora_rank": 32},),
         elsewhere=("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
     ),
+    "kolibri1": Case(),
     "laguna": Case(
         over={
             "num_attention_heads_per_layer": [4, 8],
@@ -317,6 +322,7 @@ CASES: dict[str, Case] = {
         more=({"attention_bias": True, "mlp_layer_types": ["dense", "sparse"]},),
     ),
     "mimo_v2_flash": Case(over={"v_head_dim": 8}, more=({"attention_bias": True},), formats=("compressed-tensors",)),
+    "minimax": Case(over={"block_size": 16}, formats=("compressed-tensors",)),
     "minimax_m2": Case(formats=("compressed-tensors",)),
     "minimax_m3_vl": Case(
         over={
@@ -589,11 +595,11 @@ def test_what_cannot_be_run_is_said_in_one_line_before_anything_is_written(
 
 
 @torch.no_grad()
-def block_by_block(root: Path) -> Any:
+def block_by_block(root: Path, precision: Precision = FLOAT32) -> Any:
     """Logits of a checkpoint, quantized or not, as the block runner gives them; its config stays as it is."""
     checkpoint = Checkpoint.open(root)
     identity = config_sha256(checkpoint.config)
-    with Weights(checkpoint, FLOAT32) as weights:
+    with Weights(checkpoint, precision) as weights:
         skeleton = Skeleton(weights)
         assert config_sha256(checkpoint.config) == identity  # whose digest evaluations are bound to
         hidden = skeleton.embed(IDS)
@@ -607,8 +613,16 @@ def block_by_block(root: Path) -> Any:
 @pytest.mark.parametrize("kind", RUN)
 @torch.no_grad()
 def test_the_block_runner_gives_the_logits_of_the_model(kind: str, folder: Path) -> None:
-    wanted = model_of(kind)(input_ids=IDS).logits
+    wanted = any_moe.of_text(model_of(kind))(input_ids=IDS).logits
     torch.testing.assert_close(block_by_block(source_of(kind, folder)), wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["minimax_m3_vl", *picked([kind for kind in RUN if kind != "minimax_m3_vl"], 15)])
+def test_blocks_are_run_in_bfloat16_too(kind: str, folder: Path) -> None:
+    model, _ = any_moe.load(source_of(kind, folder), torch.bfloat16, CASES[kind].class_name)
+    wanted = logits_of(model.eval())
+    found = block_by_block(source_of(kind, folder), Precision(torch.device("cpu"), torch.bfloat16))
+    assert float((found - wanted).abs().median()) < 0.01 * float(wanted.std())  # the head alone is in float32
 
 
 def test_a_config_stays_as_it_is_when_its_model_is_run(folder: Path, tmp_path: Path) -> None:
@@ -649,7 +663,7 @@ def hooked(model: Any, **inputs: Any) -> list[dict[str, np.ndarray]]:
         if type(module).__name__.endswith("Experts") and hasattr(module, "num_experts")
     ]
     with torch.no_grad():
-        model(**(inputs or {"input_ids": IDS}))
+        (model if inputs else any_moe.of_text(model))(**(inputs or {"input_ids": IDS}))
     for handle in handles:
         handle.remove()
     return found
@@ -764,4 +778,4 @@ def assert_loads(out: Path, class_name: str = "") -> None:
 
 @torch.no_grad()
 def logits_of(model: Any) -> Any:
-    return getattr(model, "thinker", model)(input_ids=IDS, use_cache=False).logits.float()
+    return any_moe.of_text(model)(input_ids=IDS, use_cache=False).logits.float()

@@ -57,8 +57,18 @@ def test_an_unknown_model_type_is_refused_listing_the_known_ones(model_type: Any
 
 
 def test_a_config_without_model_type_is_refused() -> None:
+    for config in ({}, {"architectures": ["LlamaForCausalLM"]}, {"architectures": []}):
+        with pytest.raises(FamilyError, match="model_type None is not a known family"):
+            family_of(config)
+
+
+def test_a_config_without_model_type_is_known_by_its_architecture() -> None:
+    family, wrapper = family_of({"architectures": ["LongcatFlashForCausalLM"]})
+    assert (family.name, wrapper.model_type) == ("longcat_flash", "longcat_flash")
     with pytest.raises(FamilyError, match="model_type None is not a known family"):
-        family_of({"architectures": ["Qwen3MoeForCausalLM"]})
+        family_of({"architectures": ["DeepseekV3ForCausalLM"]})  # which two types are called
+    with pytest.raises(FamilyError, match="model_type None is not a known family"):
+        family_of({"model_type": None, "architectures": ["LongcatFlashForCausalLM"]})
 
 
 def test_a_model_type_that_contradicts_the_architecture_is_refused() -> None:

@@ -15,6 +15,7 @@ from texts import few
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import any_moe  # noqa: E402
 from test_every_family import (  # noqa: E402
     FLOAT32,
     IDS,
@@ -23,6 +24,7 @@ from test_every_family import (  # noqa: E402
     RunOptions,
     Skeleton,
     Weights,
+    block_by_block,
     keep_of,
     loaded,
     model_of,
@@ -33,6 +35,7 @@ from test_every_family import (  # noqa: E402
     verify,
 )
 from test_every_family import test_the_block_runner_gives_the_logits_of_the_model as runs_like_the_model  # noqa: E402
+from transformers import CONFIG_MAPPING  # noqa: E402
 
 from shardxform.cli import main  # noqa: E402
 from shardxform.errors import CheckpointError, FamilyError  # noqa: E402
@@ -148,7 +151,7 @@ def test_ling_of_another_architecture_is_refused() -> None:
         layout_of(config, [])
 
 
-def test_ling_with_a_query_rank_is_pruned_but_not_run(tmp_path: Path) -> None:
+def test_ling_with_a_query_rank_is_pruned_and_run_where_transformers_knows_it(tmp_path: Path) -> None:
     saved = source_of("bailing_hybrid", tmp_path)
     config, tensors = json.loads((saved / "config.json").read_text()), read_checkpoint(saved)
     before = "model.layers.1.attention."
@@ -160,6 +163,10 @@ def test_ling_with_a_query_rank_is_pruned_but_not_run(tmp_path: Path) -> None:
     assert verify(source.root).problems == ()
     run(plan_prune(source, Manifest(keep={1: (0, 2, 4, 5)})), tmp_path / "out", RunOptions(jobs=1))
     assert verify(tmp_path / "out", source=source, independent=True).problems == ()
+    if hasattr(CONFIG_MAPPING["bailing_hybrid"], "q_lora_rank"):  # from 5.24 on
+        logits = any_moe.load(source.root, torch.float32)[0].eval()(input_ids=IDS).logits
+        torch.testing.assert_close(block_by_block(source.root), logits, rtol=2e-6, atol=2e-6)
+        return
     with (
         Weights(source, FLOAT32) as weights,
         pytest.raises(CheckpointError, match=r"q_proj.weight' is missing; the mod"),

@@ -13,6 +13,7 @@ from build import raw, read_checkpoint, write_checkpoint
 
 torch = pytest.importorskip("torch")
 
+from any_moe import of_text  # noqa: E402
 from test_every_family import FLOAT32, IDS, hooked, keep_of, loaded, model_of, source_of  # noqa: E402
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
@@ -50,7 +51,7 @@ def test_the_text_alone_is_a_model_of_the_text_class(kind: str, folder: Path, tm
     report = verify(tmp_path / "out", source=source, independent=True)
     assert (report.problems, report.tensors_differing) == ((), 0)
     with torch.no_grad():
-        found, wanted = (model(input_ids=IDS).logits for model in (loaded(tmp_path / "out"), model_of(kind)))
+        found, wanted = (of_text(model)(input_ids=IDS).logits for model in (loaded(tmp_path / "out"), model_of(kind)))
     torch.testing.assert_close(found, wanted)
 
 

@@ -27,6 +27,7 @@ from shardxform.errors import CheckpointError
 from shardxform.execution.transcoding import reading
 from shardxform.formats.encoding import Encoded, Opener
 from shardxform.plan.gguf_origin import stands_for
+from shardxform.verification import verify
 
 DATA = ("--data", SMALL / "text" / "heldout.jsonl", "--samples", "2", "--seqlen", "32")
 
@@ -84,6 +85,7 @@ def test_it_stands_for_the_values_of_every_family(family: str, tmp_path: Path) -
     pytest.importorskip("torch")
     source = checkpoint(family, tmp_path)
     model = opened(done(to_gguf(source), tmp_path / "out"))
+    assert verify(tmp_path / "out", source=source, independent=True).problems == ()
     held, found = read_checkpoint(source), read_back(stands_for(model, Checkpoint.open(source)))
     for name, value in found.items():
         wanted = released(held, name, turned=family == "gpt_oss")

@@ -217,6 +217,15 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, An
     "no number": ({"expert_used_count": "2"}, SAME, "expected one count for all blocks, found STRING '2'"),
     "groups": ({"expert_group_count": 3}, SAME, "8 experts in 3 groups"),
     "nextn": ({"nextn_predict_layers": 2}, SAME, "2 blocks, 2 of them nextn"),
+    "a block short": ({"block_count": 3}, SAME, "no tensor of block 2, though qwen3moe.block_count is 3"),
+    "no nextn": ({"nextn_predict_layers": 1}, SAME, "block 1 has no nextn tensor, though"),
+    "more groups used": ({"expert_group_count": 2, "expert_group_used_count": 3}, SAME, "in 2 groups, 3 of which are"),
+    "dense blocks": ({"leading_dense_block_count": 1}, SAME, "block 0 has experts, though"),
+    "no dense blocks": (
+        {"leading_dense_block_count": 0},
+        lambda t: {name: value for name, value in t.items() if "blk.1.ffn" not in name or "norm" in name},
+        "block 1 has no experts, though",
+    ),
     "nextn where none is": ({}, plus("blk.0.nextn.enorm.weight", 64), "blocks that predict further tokens begin at 2"),
 }
 

@@ -235,7 +235,7 @@ def test_what_cannot_be_written_so_is_refused_before_anything_is(folder: Path, t
         assert not (tmp_path / "out").exists()
         return " ".join(said.split())
 
-    assert "--heal-encoding: the weights of the source are no small floats" in refused(
+    assert "--heal-encoding: the weights of the source are in 16 bits" in refused(
         twin, *heal, "--heal-encoding", "source"
     )
     assert "--heal-encoding is for --heal" in refused(source, "--heal-encoding", "16bit")

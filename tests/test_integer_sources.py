@@ -649,14 +649,6 @@ def test_what_is_not_as_the_config_says_is_refused_and_unsound(fault: str, folde
     assert "not sound" in call("verify", spoilt, code=1).output
 
 
-@pytest.mark.parametrize(("kind", "message"), [("awq", "in the order of AWQ, to which"), ("gptq", "which cannot move")])
-def test_pruning_does_not_heal_integers(kind: str, message: str, folder: Path, tmp_path: Path) -> None:
-    source, _ = made(folder, kind, KINDS | STILL)
-    told = call("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), "--heal", "all", *DATA, code=1).output
-    assert message in told
-    assert not (tmp_path / "out").exists()
-
-
 def _with_merges(root: Path, copy: Path) -> Path:
     """A copy with a tokenizer that llama.cpp loads, which wants merges."""
     shutil.copytree(root, copy)

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from build import Raw, read_checkpoint, tiny, write_checkpoint, write_json
+from click.testing import CliRunner
 from strategies import picked
 from test_quantize import KIND_SIZES
 from test_verify_independent import manifest_of
 
 from shardxform.checkpoint.table import Checkpoint
+from shardxform.cli import main
 from shardxform.errors import ExecutionError, SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Grid, Scheme
@@ -231,6 +233,43 @@ def test_families_that_are_not_written(tmp_path: Path) -> None:
     source = save(build("olmoe"), tmp_path / "source")
     with pytest.raises(SchemeError, match="model_type olmoe is not written for it; known: deepseek_v3, kimi_k2,"):
         quantize(source, tmp_path / "out")
+
+
+def test_layers_that_mlx_lm_would_take_for_another_kind(tmp_path: Path) -> None:
+    kinds = ["linear_attention", "full_attention", "full_attention", "full_attention"]
+    source = make(tmp_path / "source", layer_types=kinds, num_hidden_layers=4, full_attention_interval=None)
+    with pytest.raises(
+        SchemeError, match=r"layer_types\[2\] is full_attention, .* counted from 1, is a multiple of 2, "
+    ):
+        quantize(source, tmp_path / "out")
+
+
+def test_what_needs_no_conversion_is_told(tmp_path: Path) -> None:
+    halves = make(tmp_path / "halves", "qwen3_moe")
+    with pytest.raises(
+        SchemeError, match="in 16 bits, and of qwen3_moe mlx-lm takes them as they are in the release's"
+    ):
+        convert(halves, tmp_path / "out", "mlx")
+    with pytest.raises(
+        SchemeError, match="in 16 bits, and of gpt_oss mlx-lm takes none in the release's layout; to rou"
+    ):
+        convert(make(tmp_path / "turned", "gpt_oss"), tmp_path / "out", "mlx")
+    words = [
+        "prune",
+        str(halves),
+        str(tmp_path / "out"),
+        "-m",
+        str(halves / "config.json"),
+        "--heal",
+        "--format",
+        "mlx",
+    ]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    told = " ".join(result.output.split())
+    assert (
+        "prune rounds no weights; `shardxform quantize --format mlx` prunes, heals and rounds in one pass; in" in told
+    )
 
 
 def test_what_mlx_lm_would_round_again(tmp_path: Path) -> None:

@@ -437,7 +437,7 @@ def test_select_writes_the_manifest_and_says_what_it_costs(scored: Path, tmp_pat
     ]
     assert result.stderr.splitlines() == [
         "note: kept 1 expert in 1 layer that no token reached, by id and not by worth; score more data",
-        "note: pruned 2 experts that no token reached: nothing is known of them",
+        "note: pruned 2 experts that no token reached, of which nothing is known",
     ]
     assert out.read_text(encoding="utf-8") == manifest_text(choose(Saliency.load(scored), 3))
     assert Manifest.load(out).keep == {0: (0, 1, 2), 1: (0, 1, 2)}

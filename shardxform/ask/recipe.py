@@ -66,7 +66,7 @@ class Heal:
         lr: first step size; None has the amount of data and held-out windows choose.
         batch_size: windows of a step.
         extra: windows to learn from beside those of the text, made of its pieces; none judges.
-        encoding: how weights are written that the source has in small floats: as the source has them, or in 16 bits,
+        encoding: how weights are written that the source has quantized: as the source has them, or in 16 bits,
             which its quantization config is then told; None where it has none.
 
     """

@@ -42,6 +42,7 @@ _FEWEST: Final = 4  # places of a tensor
 _MOST: Final = 4096
 _MARK: Final = 8  # bytes that a tensor contributes
 _BUFFER: Final = 1 << 20
+_AT_ONCE: Final = 16 << 10  # bytes that are read in one go, though only places of them count: as many pages of the file
 _READERS: Final = 8
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FILE: Final = "sha256:"  # begins what stands for the marks of a shard whose values are not at hand
@@ -244,7 +245,7 @@ def _marks(root: Path, shard: Shard, largest: tuple[int, str, int]) -> bytes:
             for at, (spec, begin, end) in enumerate(shard.entries):
                 nbytes = end - begin
                 whole = nbytes < largest[0] or (nbytes == largest[0] and (nbytes, shard.name, at) <= largest)
-                marks.append(_mark(fd, shard.data_start + begin, pieces_of(nbytes, spec.shape, whole)))
+                marks.append(_mark(fd, shard.data_start + begin, nbytes, pieces_of(nbytes, spec.shape, whole)))
             return b"".join(marks)
         finally:
             os.close(fd)
@@ -252,10 +253,16 @@ def _marks(root: Path, shard: Shard, largest: tuple[int, str, int]) -> bytes:
         raise CheckpointError(f"{path}: {e.strerror}") from e
 
 
-def _mark(fd: int, start: int, pieces: Iterable[tuple[int, int]]) -> bytes:
-    digest, read = blake3(), os.pread
+def _mark(fd: int, start: int, nbytes: int, pieces: Sequence[tuple[int, int]]) -> bytes:
+    """What a tensor contributes: of `nbytes` from `start` on, the digest of some pieces."""
+    if nbytes <= _AT_ONCE:
+        data = os.pread(fd, nbytes, start)
+        return blake3(b"".join([data[offset : offset + count] for offset, count in pieces])).digest(_MARK)
+    if pieces[0][1] <= _PLACE:
+        return blake3(b"".join([os.pread(fd, count, start + offset) for offset, count in pieces])).digest(_MARK)
+    digest = blake3()
     for offset, count in pieces:
-        digest.update(read(fd, count, start + offset))
+        digest.update(os.pread(fd, count, start + offset))
     return digest.digest(_MARK)
 
 

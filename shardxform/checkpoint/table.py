@@ -401,14 +401,14 @@ def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
     start = len(head.data)
     entries = tensors.decode(head.data[tensors.LENGTH_BYTES :], head.nbytes - start, str(path))
     digest = hashlib.sha256(head.data).hexdigest()
-    table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, tuple(entries)))
-    for spec, begin, end in entries:
+    table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, entries))
+    places = tensors.many(ByteRange, ((name, start + begin, end - begin) for _, begin, end in entries))
+    for (spec, begin, end), place in zip(entries, places, strict=True):
         first = table.home.setdefault(spec.name, name)
         if first != name:
             table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
             continue
-        ranges = (ByteRange(name, start + begin, end - begin),) if end > begin else ()
-        table.tensors[spec.name] = TensorRef(spec, ranges)
+        table.tensors[spec.name] = TensorRef(spec, (place,) if end > begin else ())
 
 
 def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:

@@ -442,8 +442,8 @@ class HealEncodingFlags(HealFlags):
     """How pruned blocks are healed, and written where nothing is rounded."""
 
     heal_encoding: HealedAs | None = option(
-        "How healed weights are written that SRC has in FP8 or FP4: rounded to what they are in SRC, or in 16 bits, as "
-        "the quantization config then says.  [default: source]"
+        "How healed weights are written that SRC has quantized: rounded to what they are in SRC, or in 16 bits, as the "
+        "quantization config then says.  [default: source]"
     )
 
     def read(self, batch_size: int | None) -> Heal | None:

@@ -21,7 +21,7 @@ from shardxform.cli.inputs import (
 )
 from shardxform.cli.outputs import execute
 from shardxform.execution.runner import RunOptions
-from shardxform.formats.scheme import GGUF
+from shardxform.formats.scheme import FORMATS, GGUF
 from shardxform.plan.plan import Plan
 from shardxform.plan.prune import plan_prune
 
@@ -32,10 +32,28 @@ if TYPE_CHECKING:
 __all__ = ["prune_command"]
 
 
+class _Containers(click.Choice[str]):
+    """What OUT may be; of formats of integers, which others write, it says who does."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in FORMATS:
+            also = "; in 16 bits mlx-lm takes what prune writes as it is" if value == "mlx" else ""
+            self.fail(
+                f"prune rounds no weights; `shardxform quantize --format {value}` prunes, heals and rounds in one"
+                f" pass{also}",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File(options.GgufTypeFlags):
     format: Literal["safetensors", "gguf"] = options.option(
-        "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.", default="safetensors", first=True
+        "What OUT is: shards of safetensors, as SRC, or a file for llama.cpp.",
+        default="safetensors",
+        first=True,
+        type=_Containers(["safetensors", GGUF]),
     )
 
 
@@ -59,7 +77,7 @@ def prune_command(
 
     Expert tensors and router rows are sliced, per-expert tensors renumbered, the expert count in config.json is
     rewritten; everything else is copied byte for byte. With --heal, the values of what is left are tuned too; names,
-    shapes and types are the same, unless --heal-encoding wants FP8 or FP4 weights in 16 bits. Interrupted, the same
+    shapes and types are the same, unless --heal-encoding wants quantized weights in 16 bits. Interrupted, the same
     command goes on where it stopped.
 
     SRC may be a model in GGUF too, of any architecture and any type of blocks: a file, or the first of several.

@@ -184,7 +184,7 @@ def _report(saliency: Saliency, windows: Windows, output: Path, outcome: str, as
     rows(
         [
             ("scored", f"{scored}{mtp} of {saliency.num_experts} experts, {saliency.tokens:,} tokens"),
-            ("never reached", f"{sum(unreached)} experts" if any(unreached) else "no expert"),
+            ("never reached", count(sum(unreached), "expert") if any(unreached) else "no expert"),
             ("memory", f"{gb(peak_rss_bytes())} peak"),
             (
                 "go on",

@@ -197,7 +197,7 @@ def _notes(choice: Choice) -> None:
         experts = count(kept, "expert")
         tell(f"note: kept {experts} in {where} that no token reached, by id and not by worth; score more data")
     if pruned := sum(layer.unreached_pruned for _, layer in layers):
-        tell(f"note: pruned {count(pruned, 'expert')} that no token reached: nothing is known of them")
+        tell(f"note: pruned {count(pruned, 'expert')} that no token reached, of which nothing is known")
 
 
 def _as_json(choice: Choice, manifest: Manifest, out: Path | None) -> dict[str, Any]:

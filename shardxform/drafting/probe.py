@@ -145,8 +145,9 @@ class Probe:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Patterns of tensors that transformers passes over in silence."""
-        return tuple(sorted(self._class._keys_to_ignore_on_load_unexpected or ()))
+        """Patterns of tensors of further layers that transformers passes over in silence."""
+        patterns = sorted(self._class._keys_to_ignore_on_load_unexpected or ())
+        return tuple(each for each in patterns if re.search("layers|mtp", each))
 
     def stored(self, key: str) -> str:
         """Under which name transformers stores a key."""

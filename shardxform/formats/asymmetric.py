@@ -33,12 +33,14 @@ from shardxform.formats.encoding import (
     Storage,
     refuse_scales,
 )
+from shardxform.formats.integers import Ints
+from shardxform.formats.scheme import Layout
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "StatedGrid", "Zeros"]
+__all__ = ["Asymmetric", "AsymmetricRows", "IntegerRule", "Order", "StatedGrid", "Zeros", "as_rounded"]
 
 Order = Literal["gptq", "awq", "row"]
 """How words lie."""
@@ -108,6 +110,76 @@ class Asymmetric:
             PartSpec("scales", "scales", self.scale_dtype, (groups, rows)),
         ]
         return (*found, *((PartSpec("g_idx", "g_idx", "I32", (columns,)),) if self.g_idx else ()))
+
+    @property
+    def unwritten(self) -> str:
+        """Why values are not rounded to it; empty where they are."""
+        if not self.symmetric:
+            return "which has zero points"
+        if self.order == "awq":
+            return "in the order of AWQ"
+        return "with columns in groups of their own" if self.g_idx else ""
+
+    # -- rounding values to it: as compressed-tensors does, to symmetric integers ---------------------------------
+
+    def maxima(self, values_OI: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The largest magnitude of every group [O, G]."""
+        import numpy as np
+
+        starts = np.arange(0, values_OI.shape[1], self.span(values_OI.shape[1]))
+        most_OG: NDArray[np.float32] = np.maximum.reduceat(np.abs(values_OI), starts, axis=1)
+        return most_OG
+
+    def scale_bits(self, most_OG: NDArray[np.float32], _whole: NDArray[np.float32] | None = None) -> NDArray[Any]:
+        """Scales [O, G] under which the largest magnitude is half the range of codes, as bits of their dtype."""
+        import numpy as np
+
+        from shardxform.formats import packing
+
+        scale_OG: NDArray[np.float32] = np.maximum(
+            most_OG / np.float32(((1 << self.bits) - 1) / 2), np.float32(_SMALLEST_SCALE)
+        )
+        if self.scale_dtype == "F32":
+            return scale_OG
+        if self.scale_dtype == "BF16":
+            return packing.bf16_bits_of(scale_OG)
+        return packing.half_bits_of(np.minimum(scale_OG, np.float32(65504)))
+
+    def scales(self, bits: NDArray[Any], _whole: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scales of these bits."""
+        from shardxform.formats import packing
+
+        return packing.float32_of(bits, self.scale_dtype)
+
+    def codes(self, values_RI: NDArray[np.float32], scales: NDArray[np.float32], begin: int) -> NDArray[np.uint8]:
+        """Codes of rows `begin`.., a byte each: the nearest to the quotient, of two the even one."""
+        import numpy as np
+
+        middle = np.float32(1 << (self.bits - 1))
+        quotient_RI = np.rint(values_RI / self._spread(scales, begin, values_RI.shape))
+        codes: NDArray[np.uint8] = (np.clip(quotient_RI, -middle, middle - 1) + middle).astype(np.uint8)
+        return codes
+
+    def decoded(self, codes_RB: NDArray[np.uint8], scales: NDArray[np.float32], begin: int) -> NDArray[np.float32]:
+        """Values of such codes."""
+        import numpy as np
+
+        values_RI = codes_RB.astype(np.float32) - np.float32(1 << (self.bits - 1))
+        values_RI *= self._spread(scales, begin, codes_RB.shape)
+        return values_RI
+
+    def _spread(self, scale_OG: NDArray[np.float32], begin: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The scale of each column, of rows `begin`.. [R, I]."""
+        import numpy as np
+
+        return np.repeat(scale_OG[begin : begin + shape[0]], self.span(shape[1]), axis=1)[:, : shape[1]]
+
+    def laid_out(self, codes_OB: NDArray[np.uint8], bits: NDArray[Any]) -> dict[Role, NDArray[Any]]:
+        """Words, and scales in their order; zero points and the shape are not changed by rounding."""
+        from shardxform.formats import packing
+
+        layout: Layout = "row" if self.order == "row" else "gptq"
+        return {"words": packing.pack(codes_OB, self.bits, layout), "scales": bits if layout == "row" else bits.T}
 
     def held(self, parts: Mapping[Role, TensorRef], _cut: Cut | None) -> int:
         """The codes, a byte each; words as they are read; zero points and scales, in float32."""
@@ -212,6 +284,9 @@ class Asymmetric:
         return group_I
 
 
+_SMALLEST_SCALE: Final = 168 * 2.0**-24
+"""Of `formats.rounding`, exact in all dtypes: below it float16 has few bits."""
+
 _NUMPY: Final = {"I32": "<i4", "I64": "<i8", "F16": "<u2", "BF16": "<u2", "F32": "<f4"}
 
 
@@ -258,6 +333,11 @@ class AsymmetricRows(DecodedRows):
         """Yes."""
         return True
 
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """Those of the whole weight."""
+        return self.scale_OG
+
     def spread(self, of_groups_RG: NDArray[Any]) -> NDArray[Any]:
         """For each column what its group has [R, I]."""
         import numpy as np
@@ -269,6 +349,21 @@ class AsymmetricRows(DecodedRows):
 
 
 # -- what configs say of it ---------------------------------------------------------------------------------------
+
+
+def as_rounded(storage: Storage) -> Storage:
+    """What is stored of symmetric integers, as an encoding to which values are rounded; of others, themselves."""
+    ints = storage.encoding
+    if not isinstance(ints, Ints) or ints.biases:
+        return storage
+    grid, row = ints.grid, ints.layout == "row"
+    parts = tuple((role, ref) for role, ref in storage.parts if role != "g_idx")  # which is that of the place
+    dtype = dict(storage.parts)["scales"].spec.dtype
+    order: Order = "row" if row else "gptq"
+    encoding = Asymmetric(
+        grid.bits, grid.group_size, order, "" if row else "less one", symmetric=True, scale_dtype=dtype
+    )
+    return storage._replace(encoding=encoding, parts=parts)
 
 
 @dataclass(frozen=True, slots=True)

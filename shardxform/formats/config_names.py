@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from shardxform.errors import PlanError, SchemeError
-from shardxform.model.layout import Layout
+from shardxform.model.layout import COMPANIONS, Layout
 
 __all__ = [
     "ASYMMETRIC",
@@ -32,6 +32,7 @@ __all__ = [
     "is_mlx",
     "method_of",
     "modules_moved",
+    "tells_experts_apart",
     "undeclared",
     "with_declared",
     "with_renamed",
@@ -50,6 +51,11 @@ ASYMMETRIC: Final = "asymmetric"
 Reading = Callable[[str], bool]
 
 _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
+_NUMBERLESS: Final = re.compile(r"(re:|-:|\+:)?(?:[A-Za-z_-]|\\\.|\.\*|[()|^$])*")
+"""Patterns that take a number for any other: of what they are made of, nothing but `.*` can match a digit."""
+_LAYER: Final = re.compile(r"layers\W{1,4}[0-9]+")
+_WORD: Final = re.compile(r"[A-Za-z]\w*([:/-][A-Za-z]\w*)*|[0-9.]+")
+"""`e4m3`, or a version: what has no number after a dot and a letter elsewhere means no expert by its number."""
 _SIGNED: Final = ("-:", "+:")
 _SIGNS: Final = (*"*[(|?+^$\\.", "re:", *_SIGNED)
 _BOUNDARY: Final = r"(?:(?<=\.)|(?=\.|$))"  # after which transformers lets a pattern end
@@ -108,7 +114,10 @@ class Changes:
         """Every part of a name that is no number."""
         parts: set[str] = set()
         for name in self.modules:
-            parts.update(name.split("."))
+            above, _, last = name.rpartition(".")
+            parts.add(last)
+            if above not in self.modules:  # as a rule what holds a module is one too
+                parts.update(above.split("."))
         return frozenset(part for part in parts if not part.isdigit())
 
     @property
@@ -156,6 +165,25 @@ def declared_in(config: Mapping[str, object]) -> Any:  # noqa: ANN401
         if value != found[0][1]:
             raise SchemeError(f"{'.'.join(path)} and {'.'.join(found[0][0])} differ; expected one")
     return found[0][1] if found else None
+
+
+def tells_experts_apart(config: Mapping[str, object]) -> bool:
+    """Whether a declaration of a quantization may say of one routed expert what it does not say of another.
+
+    Only what is made of words, layers' numbers and `.*` is known not to; see `_is_numberless`.
+    """
+    texts = {_LAYER.sub("layers", text) for _, value in declarations(config) for text in _strings(value)}
+    return not all(_is_numberless(text) or _WORD.fullmatch(text) for text in texts)
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in what JSON holds, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _strings(each)
 
 
 def undeclared(config: Mapping[str, object]) -> dict[str, Any]:
@@ -231,7 +259,7 @@ def modules_moved(
                 gone[old] = None
             ids = keeps.get((place.scope, place.layer), range(layout.num_experts))
             out.update(_unfused(old, new, layout, ids))
-        elif not old.endswith((".weight", ".bias")):
+        elif not (place and place.expert is not None) and not old.endswith((".weight", ".bias")):
             out[old] = new
         inner, outer = old.rpartition(".")[0], new.rpartition(".")[0]
         while not new and inner and inner not in gone:  # what holds one that is gone is among them too
@@ -352,7 +380,9 @@ class _Renamer:
 
     def _full(self, text: str) -> str | None:
         """What the full name of a module, or of a tensor of it, becomes, empty when dropped; None of other strings."""
-        bare = text if text in self._changes.modules else text.removesuffix(".weight").removesuffix(".bias")
+        above, _, last = text.rpartition(".")
+        is_tensor = text not in self._changes.modules and (last in COMPANIONS or last in ("weight", "bias"))
+        bare = above if is_tensor else text
         new = self._changes.modules.get(bare)
         return new and new + text.removeprefix(bare)
 
@@ -406,8 +436,8 @@ class _Renamer:
 
     def _differs(self, old: str, new: str) -> tuple[str, str] | None:
         """The first module of which `new` does not say, by its new name, what `old` says; None when there is none."""
-        if old == new and self._changes.renumbers_only and _PLAIN.fullmatch(old) and not re.search(r"\d", old):
-            return None  # the same text between the same numbers
+        if old == new and self._changes.renumbers_only and _is_numberless(old):
+            return None  # the same text between other numbers
         pairs = self._changes.moved if old == new else self._changes.kept
         for before, after in zip(_readings(old), _readings(new), strict=True):
             said = {one: before(one) for one, _ in pairs}
@@ -468,6 +498,11 @@ def _readings(text: str) -> tuple[Reading, ...]:
         _pattern(text, "fullmatch"),
         _pattern(translate(text), "match"),
     )
+
+
+def _is_numberless(text: str) -> bool:
+    """Whether a string means the same of names that differ in nothing but their numbers, in whatever way it is read."""
+    return bool(_NUMBERLESS.fullmatch(text) or (_PLAIN.fullmatch(text) and not re.search(r"\d", text)))
 
 
 def _begins_anywhere(text: str) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "DECODED",
     "decoded",
     "decoded_in_part",
+    "encoded_weights",
     "encodings_of",
     "is_packed",
     "is_read",
@@ -388,14 +389,26 @@ def _twice(name: str, weight: Encoded) -> str:
     return f"tensor '{weight.name}' is there as it is, and in {encoding} as '{name}': expected one of them"
 
 
+def encoded_weights(source: Checkpoint) -> dict[str, Encoded]:
+    """Weights that `decoded` gives, by the names of the tensors that hold their codes; raises like it."""
+    rules = _rules(source.config)
+    tensors = source.tensors if rules else {}
+    return {name: weight for name, ref in tensors.items() if (weight := _weight(rules, ref, tensors))}
+
+
 def decoded_in_part(
-    source: Checkpoint, names: Collection[str], modules: Sequence[str], homes: Sequence[str]
+    source: Checkpoint,
+    found: Mapping[str, Encoded],
+    names: Collection[str],
+    modules: Sequence[str],
+    homes: Sequence[str],
 ) -> Checkpoint:
-    """Give a checkpoint of small floats with the weights `names` as `decoded` has them, and a config that says so.
+    """Give a quantized checkpoint with the weights `names` as values, and a config that says so.
 
     Args:
         source: the checkpoint.
-        names: of weights, as `decoded` calls them.
+        found: all quantized weights, by the names of the tensors that hold their codes.
+        names: of weights.
         modules: linear ones among them, less routed experts.
         homes: modules of which routed experts are a part, all of which are among them.
 
@@ -403,8 +416,6 @@ def decoded_in_part(
         SchemeError: clients have no way to be told.
 
     """
-    rules = _rules(source.config)
-    found = {name: weight for name, ref in source.tensors.items() if (weight := _weight(rules, ref, source.tensors))}
     part = {name: weight for name, weight in found.items() if weight.name in names}
     plain = _plain(source, part)
     if not part or len(part) == len(found):
@@ -431,6 +442,13 @@ def _sparing(declared: Declared, modules: Sequence[str], homes: Sequence[str]) -
         keys, entries = ("ignore",), [*modules, *(rf"re:(.*\.)?{_escaped(home)}(\..*)?$" for home in homes)]
     elif method.startswith("modelopt"):
         keys, entries = ("ignore", "exclude_modules"), [*modules, *(f"{home}*" for home in homes)]
+    elif method == "gptq":
+        rules = [f"-:{re.escape(module)}$" for module in modules] + [f"-:{re.escape(home)}\\..*" for home in homes]
+        return {**declared, "dynamic": {**{rule: {} for rule in rules}, **_object(declared, "dynamic")}}
+    elif method == "auto-round":
+        wide = {"bits": 16, "data_type": "float"}
+        names = [*modules, *(f"{re.escape(home)}\\..*" for home in homes)]
+        return {**declared, "extra_config": {**_object(declared, "extra_config"), **dict.fromkeys(names, wide)}}
     else:
         keys, entries = ("modules_to_not_convert", "ignored_layers"), [*modules, *homes]
     there = [key for key in keys if declared.get(key)] or keys[:1]

@@ -144,10 +144,12 @@ def _reason(module: Matrix, layout: Layout, scheme: Scheme) -> str:
 
 def is_carried(module: Matrix, scheme: Scheme) -> bool:
     """Whether a matrix is stored in integers of the grid that is asked for, which are moved as they are."""
-    for encoding in module.encodings:
-        if not (isinstance(encoding, Ints) and takes_over(scheme, encoding)):
+    if not isinstance(module.weight, Encoded):
+        return False
+    for source in module.weight.sources:
+        if not (isinstance(source.encoding, Ints) and takes_over(scheme, source.encoding)):
             return False
-    return isinstance(module.weight, Encoded)
+    return True
 
 
 def takes_over(scheme: Scheme, found: Ints) -> bool:

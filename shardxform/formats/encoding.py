@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HUGE",
+    "ROUNDED",
     "Cut",
     "DecodedRows",
     "Encoded",
@@ -57,6 +58,9 @@ __all__ = [
 
 Role = Literal["values", "words", "zeros", "scales", "biases", "shape", "g_idx", "whole"]
 """What a stored tensor holds of a matrix."""
+
+ROUNDED: Final[frozenset[Role]] = frozenset({"values", "words", "scales"})
+"""What rounding other values to the same encoding changes."""
 
 SourceDtype = Literal["BF16", "F16", "F32"]
 """Floats that are rounded."""
@@ -255,6 +259,10 @@ class Nearest(Encoding, Protocol):
         """Values of such codes."""
         ...
 
+    def laid_out(self, codes_OB: NDArray[np.uint8], bits: NDArray[Any]) -> dict[Role, NDArray[Any]]:
+        """What is stored for all codes and scales."""
+        ...
+
 
 def round_to(
     encoding: Nearest, values_OI: NDArray[np.float32], whole: NDArray[np.float32] | None = None
@@ -267,7 +275,7 @@ def round_to(
     for start, stop in row_tiles(len(values_OI), values_OI.shape[1], DECODE_TILE):
         codes.append(encoding.codes(values_OI[start:stop], scales, start))
         values_OI[start:stop] = encoding.decoded(codes[-1], scales, start)
-    return {"values": np.concatenate(codes), "scales": bits}
+    return encoding.laid_out(np.concatenate(codes), bits)
 
 
 @functools.lru_cache(maxsize=256)

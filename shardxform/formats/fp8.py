@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardxform.base.tensors import FP8, TensorRef, TensorSpec
@@ -249,6 +249,10 @@ class Fp8:
             np.divide(values_RI[run], scale_I, out=quotient_RI[run])
         return ELEMENTS[self.dtype].nearest(quotient_RI)
 
+    def laid_out(self, codes_OB: NDArray[np.uint8], bits: NDArray[Any]) -> dict[Role, NDArray[Any]]:
+        """Codes and scales as they are."""
+        return {"values": codes_OB, "scales": bits}
+
 
 @functools.cache
 def decoded_codes(dtype: str) -> NDArray[np.float32]:
@@ -327,13 +331,11 @@ class ScaleRule:
 
     def beside(self, weight: TensorSpec) -> tuple[str, tuple[str, ...]]:
         """What names of scales of a weight begin with, and may end with: stacks may have no last part of their own."""
-        if len(weight.shape) == 3 and not weight.name.endswith("weight"):
-            return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in self.names)
-        return weight.name.removesuffix("weight"), self.names
+        return _beside(weight, self.names)
 
     def named(self, weight: TensorSpec) -> tuple[str, ...]:
         """All that scales of a weight are called by anybody, as `beside` has it."""
-        return replace(self, names=_NAMES).beside(weight)[1]
+        return _beside(weight, _NAMES)[1]
 
     def encoded(self, weight: TensorRef, tensors: Mapping[str, TensorRef]) -> Encoded | None:
         """The weight [O, I], or stack of them [E, O, I], whose codes are `weight`; None for one that is not FP8.
@@ -397,6 +399,12 @@ class ScaleRule:
                 " experts one by one, or in 16 bits"
             )
         return scales.shape == turned
+
+
+def _beside(weight: TensorSpec, names: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    if len(weight.shape) == 3 and not weight.name.endswith("weight"):
+        return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in names)
+    return weight.name.removesuffix("weight"), names
 
 
 _one_fp8 = functools.lru_cache(maxsize=64)(Fp8)

@@ -198,6 +198,10 @@ class Microscaled:
         pairs: NDArray[np.uint8] = codes_RI[:, ::2] | codes_RI[:, 1::2] << np.uint8(4)
         return pairs
 
+    def laid_out(self, codes_OB: NDArray[np.uint8], bits: NDArray[Any]) -> dict[Role, NDArray[Any]]:
+        """Codes and scales as they are."""
+        return {"values": codes_OB, "scales": bits}
+
 
 MXFP4: Final = Microscaled("E2M1", 32)
 MXFP8: Final = Microscaled("F8_E4M3", 32, suffixes=("weight", "weight_scale"), dtypes=("F8_E4M3", "U8"))

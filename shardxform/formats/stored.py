@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from shardxform.base.strict_json import JsonError, parse_object
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.config_names import declarations, declared_in, method_of, undeclared
+from shardxform.formats.asymmetric import as_rounded
+from shardxform.formats.config_names import declarations, declared_in, declares, method_of, undeclared
+from shardxform.formats.decoding import decoded, encoded_weights
 from shardxform.formats.dialects import Resolved, resolve
 from shardxform.formats.encoding import Cut, Encoded, Role, Storage, in_turns
 from shardxform.formats.integers import Ints
-from shardxform.formats.matrices import matrices_of
+from shardxform.formats.matrices import Matrix, matrices_of
 from shardxform.formats.plain import storages_of
 from shardxform.formats.scheme import ROW_FORMATS, Bits, ExpertNames, Format, Grid, ScaleGrid, Scheme
 from shardxform.model.expected import Expected, expected
@@ -35,7 +37,9 @@ __all__ = [
     "Stored",
     "as_plain",
     "config_of_half",
+    "encoded_by_codes",
     "has_g_idx",
+    "plain_of",
     "read_stored",
     "released",
     "scan_stored",
@@ -50,7 +54,8 @@ _MEANINGS: Final = {
     "weight": "the weight in 16 bits beside its quantized parts",
 }
 _FUSED_INDEXED: Final = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)\.(0|[1-9]\d{0,8})")
-_SPLIT: Final = re.compile(r"(.*\.experts)\.(0|[1-9]\d{0,8})\.[a-z0-9_]+")
+_ID: Final = re.compile(r"0|[1-9]\d{0,8}")
+_PROJECTION: Final = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,35 @@ def as_plain(source: Checkpoint, stored: Stored) -> Checkpoint:
     return replace(source, tensors={**stored.weights, **stored.plain}, config=undeclared(source.config))
 
 
+def plain_of(source: Checkpoint) -> Checkpoint | None:
+    """Give any quantized checkpoint as the 16-bit one that it stands for; None for one that is not quantized.
+
+    As `decoded` does; symmetric integers too, in the encoding to which values are rounded.
+
+    Raises:
+        CheckpointError, FamilyError, SchemeError: as `decoded` and `read_stored`.
+
+    """
+    if plain := decoded(source):
+        return plain
+    if not declares(source.config):
+        return None
+    stored = read_stored(source)
+    weights = {name: replace(ref, sources=tuple(map(as_rounded, ref.sources))) for name, ref in stored.weights.items()}
+    return as_plain(source, replace(stored, weights=weights))
+
+
+def encoded_by_codes(source: Checkpoint) -> dict[str, Encoded]:
+    """All quantized weights of a checkpoint, by the names of the tensors that hold their codes; raises as `plain_of`.
+
+    Of several weights in one tensor there is one.
+    """
+    if found := encoded_weights(source):
+        return found
+    weights = read_stored(source).weights.values() if declares(source.config) else ()
+    return {ref.sources[0].parts[0][1].name: ref for ref in weights}
+
+
 def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     """Read a quantized checkpoint, and list every module that is not stored as its config and family say.
 
@@ -125,12 +159,13 @@ def scan_stored(source: Checkpoint) -> tuple[Stored, list[CheckpointError]]:
     promised = dict(expected(layout, variants_found(layout)))
     errors: list[CheckpointError] = []
     modules: dict[str, Storage] = {}
+    rules = _Rules(resolved.format, grid, layout, promised)
     for stem, parts in groups.items():
         try:
-            modules[stem] = _module(stem, parts, _Rules(resolved.format, grid, layout, promised), plain)
+            modules[stem] = _module(stem, parts, rules, plain)
         except CheckpointError as e:
             errors.append(e)
-    weights = {ref.name: ref for module in modules.values() for ref in _weights(module)}
+    weights = {ref.name: ref for stem, module in modules.items() for ref in _weights(stem, module)}
     if mlx and layout.family.experts.gate == "interleaved":
         weights, plain = {**weights, **dict(_halves(weights, layout))}, {**plain, **dict(_halves(plain, layout))}
     errors.extend(_mixed(groups, layout, weights, plain))
@@ -228,16 +263,34 @@ def _scale_grid(source: Checkpoint, resolved: Resolved, groups: Mapping[str, Map
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What a module is held against."""
+    """What a module is held against; and what was found of its kind, which thousands of experts share.
+
+    `judged` holds, of parts of such dtypes and shapes and of weights that are promised in such shapes, what is right.
+    """
 
     format: Format
     grid: Grid
     layout: Layout
     promised: Mapping[str, Expected]
+    judged: dict[object, _Judged] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return {"compressed-tensors": _ROW, "mlx": _AFFINE}.get(self.format, _GPTQ)
+
+    def shape_of(self, weight: str) -> tuple[int, ...] | Literal["open", "unknown"]:
+        """Give the shape that the family promises for a weight, if it knows it and does not leave it open."""
+        if item := self.promised.get(weight):
+            return item.shape or "open"
+        return "open" if weight in self.layout.places else "unknown"
+
+
+class _Judged(NamedTuple):
+    """A kind of module: its encoding, its shape [O, I], and its parts by role and last name part, in order."""
+
+    encoding: Ints
+    shape: tuple[int, int]
+    parts: tuple[tuple[Role, str], ...]
 
 
 def _grouped(
@@ -262,6 +315,23 @@ def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Map
         CheckpointError: a part is missing, is not one of this format, or has another dtype or shape.
 
     """
+    shapes = tuple(map(rules.shape_of, _weight_names(stem)))
+    found = [(last, ref.spec.dtype, ref.spec.shape) for last, ref in parts.items()]
+    kind = (shapes, f"{stem}.weight" in plain, *found)
+    judged = rules.judged.get(kind)
+    if judged is None:
+        judged = rules.judged[kind] = _judged(stem, parts, rules, shapes, plain)
+    return Storage(judged.encoding, tuple((role, parts[last]) for role, last in judged.parts), judged.shape)
+
+
+def _judged(
+    stem: str,
+    parts: Mapping[str, TensorRef],
+    rules: _Rules,
+    shapes: tuple[tuple[int, ...] | str, ...],
+    plain: Mapping[str, TensorRef],
+) -> _Judged:
+    """Judge a module by what others of its kind have too; raises as `_module`."""
     optional = () if rules.format in ROW_FORMATS else ("g_idx",)
     beside = [last for last in parts if last not in (*rules.kinds, *optional)]
     beside += ["weight"] if f"{stem}.weight" in plain else []
@@ -271,20 +341,18 @@ def _module(stem: str, parts: Mapping[str, TensorRef], rules: _Rules, plain: Map
     for last in rules.kinds:
         if last not in parts:
             raise CheckpointError(f"tensor '{stem}.{last}' is missing; {', '.join(parts)} of the same weight are there")
-    unknown = [name for name in _weight_names(stem) if name not in rules.layout.places]
-    if unknown:
+    if "unknown" in shapes:
         raise CheckpointError(
             f"tensor '{stem}.{rules.kinds[0]}' is quantized, but unknown to family {rules.layout.family.name}"
         )
-    shape = _shape(stem, parts[rules.kinds[0]].spec, rules)
-    scheme = Scheme(grid=rules.grid, format=rules.format, g_idx="g_idx" in parts)
-    found: list[tuple[Role, TensorRef]] = []
-    for part in Ints.of(scheme).parts(*shape):
-        ref = parts[part.suffix]
-        _refuse_other(ref.spec, part.spec(stem), shape, rules)
-        found.append((part.role, ref))
-    encoding = replace(Ints.of(scheme), scale_dtype=dict(found)["scales"].spec.dtype)
-    return Storage(encoding, tuple(found), shape)
+    shape = _shape(shapes, parts[rules.kinds[0]].spec, rules)
+    encoding = Ints.of(Scheme(grid=rules.grid, format=rules.format, g_idx="g_idx" in parts))
+    roles: list[tuple[Role, str]] = []
+    for part in encoding.parts(*shape):
+        _refuse_other(parts[part.suffix].spec, part.spec(stem), shape, rules)
+        roles.append((part.role, part.suffix))
+    scales = dict(roles)["scales"]
+    return _Judged(replace(encoding, scale_dtype=parts[scales].spec.dtype), shape, tuple(roles))
 
 
 def _refuse_other(found: TensorSpec, wanted: TensorSpec, shape: tuple[int, int], rules: _Rules) -> None:
@@ -302,11 +370,10 @@ def _refuse_other(found: TensorSpec, wanted: TensorSpec, shape: tuple[int, int],
     )
 
 
-def _shape(stem: str, words: TensorSpec, rules: _Rules) -> tuple[int, int]:
+def _shape(shapes: tuple[tuple[int, ...] | str, ...], words: TensorSpec, rules: _Rules) -> tuple[int, int]:
     """Shape of a weight: what the family promises, or, where it leaves it open, what the words hold."""
-    shapes = [rules.promised[name].shape for name in _weight_names(stem) if name in rules.promised]
-    known = [shape for shape in shapes if shape is not None and len(shape) == 2]
-    if len(known) == len(_weight_names(stem)):
+    known = [shape for shape in shapes if not isinstance(shape, str) and len(shape) == 2]
+    if len(known) == len(shapes):
         return sum(shape[0] for shape in known), known[0][1]
     if len(words.shape) != 2:
         raise CheckpointError(f"tensor '{words.name}': shape {list(words.shape)}, expected two dimensions")
@@ -316,16 +383,18 @@ def _shape(stem: str, words: TensorSpec, rules: _Rules) -> tuple[int, int]:
 
 def _spelling(stem: str) -> tuple[ExpertNames | None, str]:
     """How the name of an expert is spelled, and what all experts of its layer begin with; None for other modules."""
+    above, _, last = stem.rpartition(".")
+    experts, _, expert = above.rpartition(".")
+    if experts.endswith(".experts") and _ID.fullmatch(expert) and _PROJECTION.fullmatch(last):
+        return "split", experts
     if match := _FUSED_INDEXED.fullmatch(stem):
         return "fused-indexed", match[1]
-    if match := _SPLIT.fullmatch(stem):
-        return "split", match[1]
     return None, ""
 
 
 def _weight_names(stem: str) -> tuple[str, ...]:
     """Names of the weights that a stored module holds, in the current spelling and in the order of its rows."""
-    match = _FUSED_INDEXED.fullmatch(stem)
+    match = _FUSED_INDEXED.fullmatch(stem) if stem[-1:].isdigit() else None
     if not match:
         return (f"{stem}.weight",)
     experts, projection, expert = match.groups()
@@ -333,13 +402,15 @@ def _weight_names(stem: str) -> tuple[str, ...]:
     return tuple(f"{experts}.{expert}.{each}.weight" for each in projections)
 
 
-def _weights(module: Storage) -> Iterator[Encoded]:
+def _weights(stem: str, module: Storage) -> Iterator[Encoded]:
     """Each weight that a module holds; the gate is the upper half of `gate_up_proj`."""
-    names = _weight_names(module.name)
+    names = _weight_names(stem)
+    if len(names) == 1:
+        yield Encoded.of(module, names[0])
+        return
     share = module.whole[0] // len(names)
     for number, name in enumerate(names):
-        part = module if len(names) == 1 else module._replace(cut=Cut(number * share, share))
-        yield Encoded(TensorSpec(name, "BF16", part.shape), (), (part,))
+        yield Encoded.of(module._replace(cut=Cut(number * share, share)), name)
 
 
 def _halves(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[tuple[str, Encoded]]:
@@ -387,18 +458,28 @@ def _mixed(
             return
 
 
+def _first_matrices(layout: Layout, weights: Mapping[str, Encoded], plain: Mapping[str, TensorRef]) -> Iterator[Matrix]:
+    """Matrices less the other experts of a layer, which have one scheme: a look at the first is enough."""
+    firsts: dict[object, tuple[str, TensorRef]] = {}
+    for name, ref in (*weights.items(), *plain.items()):
+        if place := layout.places.get(name):
+            kind = place.scope, place.layer, place.template.name, place.companion, name in weights
+            firsts.setdefault(kind, (name, ref))
+    seen: set[object] = set()
+    for module in matrices_of(layout, dict(firsts.values())):
+        matrix = module.place.scope, module.place.layer, module.local, module.sources[0] in weights
+        if matrix not in seen:  # as others of the same stack
+            yield module
+            seen.add(matrix)
+
+
 def _contradictions(
     resolved: Resolved, layout: Layout, weights: Mapping[str, Encoded], plain: Mapping[str, TensorRef]
 ) -> Iterator[str]:
-    seen: set[object] = set()
     if resolved.format == "mlx":
         return  # the scales tell
-    for module in matrices_of(layout, {**weights, **plain}):
+    for module in _first_matrices(layout, weights, plain):
         ref = weights.get(module.sources[0])
-        key = (module.place.scope, module.place.layer, module.local, ref is None)
-        if key in seen:  # experts of a layer have one scheme: a look at the first is enough
-            continue
-        seen.add(key)
         if ref is not None:
             name = ref.sources[0].name
             if resolved.bits_of(name) != resolved.bits:

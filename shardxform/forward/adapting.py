@@ -24,7 +24,8 @@ class _SideBySide(nn.Module):
     def __init__(self, joined: nn.Linear, names: tuple[str, ...]) -> None:
         super().__init__()
         for name in names:
-            part = nn.Linear(joined.in_features, joined.out_features // len(names), joined.bias is not None)
+            rows, dtype = joined.out_features // len(names), joined.weight.dtype
+            part = nn.Linear(joined.in_features, rows, joined.bias is not None, dtype=dtype)
             self.add_module(name, part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

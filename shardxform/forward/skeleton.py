@@ -144,7 +144,7 @@ class Skeleton:
         biased = getattr(module, "bias", None) is not None
         bias = self.weights.tensor(f"{self.layout.wrapper.head}.bias", torch.float32) if biased else None
         with self.final_norm():
-            yield OutputHead(self, self.weights.at_rest(self.head_ref.name) if shared is None else shared, bias)
+            yield OutputHead(self, self.weights.head(self.head_ref.name) if shared is None else shared, bias)
 
     def _normed(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         return self.call(hidden_BTH.float(), self._norm)

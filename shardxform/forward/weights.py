@@ -132,13 +132,14 @@ class Weights:
         return self._plain(ref).to(precision.device, precision.dtype)
 
     def at_rest(self, name: str) -> torch.Tensor:
-        """A tensor in the dtype it is stored in; a quantized one in the dtype of all."""
+        """A tensor in the dtype it is stored in; a quantized one in the dtype that stands for it."""
+        return self._matrix(self.ref(name)).at_rest().to(self.precision.device)
+
+    def head(self, name: str) -> torch.Tensor:
+        """An output head in the dtype it is stored in; of integers in the dtype of all."""
         matrix = self._matrix(self.ref(name))
-        return (
-            matrix.at_rest().to(self.precision.device)
-            if isinstance(matrix, PlainMatrix)
-            else matrix.dense(self.precision)
-        )
+        plain = isinstance(matrix, PlainMatrix)
+        return matrix.at_rest().to(self.precision.device) if plain else matrix.dense(self.precision)
 
     def rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
         """Rows `ids` of a 2-D tensor, read alone: the embeddings of the tokens that occur."""

@@ -25,6 +25,8 @@ class Expected(NamedTuple):
 def expected(layout: Layout, variants: Mapping[tuple[Scope, int], str]) -> Iterator[tuple[str, Expected]]:
     """Every tensor that the family's templates give for this config, in template order.
 
+    Of routed experts one by one it is all of each block; the first alone for a layout that has no others.
+
     Args:
         layout: of the checkpoint.
         variants: `fused` or `per-expert` for each block, as `variants_found` gives it; the family's own
@@ -128,7 +130,7 @@ def _block(
         at, each = head.count("."), layout.in_set
         for first in range(0, layout.num_experts, each):
             shape = sizes.shape(template.shape, like, first // each if layout.family.sets else None)
-            for expert in range(first, first + each):
+            for expert in range(first, first + (1 if layout.sampled else each)):
                 place = Place(template, scope, layer, expert, at)
                 yield f"{head}{expert}{tail}", Expected(place, shape, template.optional)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from shardxform.base.tensors import BITS, TensorRef, TensorSpec
 from shardxform.errors import FamilyError, PlanError
@@ -25,6 +25,7 @@ __all__ = [
     "Layout",
     "Place",
     "count_paths",
+    "first_of_alike",
     "is_quantized",
     "is_shape",
     "layout_of",
@@ -136,6 +137,7 @@ class Layout:
         places: every tensor whose name the family knows.
         unknown: names the family does not know, in source order.
         harmless: names of tensors that are no part of the model, and that no client minds.
+        sampled: whether `places` has, of routed experts one by one, the first alone; see `first_of_alike`.
 
     """
 
@@ -155,6 +157,7 @@ class Layout:
     unknown: tuple[str, ...]
     harmless: tuple[str, ...] = ()
     mtp_blocks: int = 1
+    sampled: bool = False
 
     @property
     def blocks(self) -> str:
@@ -252,7 +255,9 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
     mtp_layers = read_count(text, mtp.count_key, home, default=0) if mtp else 0
     mtp_blocks = _mtp_blocks(family, text)
     placed = _finder(family, wrapper, num_layers, mtp_layers, mtp_blocks).places(names)
-    places = {name: place for name, place in placed.items() if place}
+    places = cast("dict[str, Place]", placed)
+    if not all(placed.values()):
+        places = {name: place for name, place in placed.items() if place}
     if mtp and mtp.uncounted and mtp.count_key not in text:
         numbers = {place.layer for place in places.values() if place.scope == "mtp"}
         mtp_layers = len(numbers - {None})
@@ -277,6 +282,30 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         harmless=harmless,
         mtp_blocks=mtp_blocks,
     )
+
+
+def first_of_alike(layout: Layout, tensors: Mapping[str, TensorRef]) -> Layout:
+    """Leave the first of the routed experts in each block, where all of them are there, and are stored alike.
+
+    What is then looked at, of names, dtypes and shapes, is what would be looked at of every expert: a hundredth of
+    the tensors. Where an expert is missing, is one too many or differs from the others, all of them stay.
+    """
+    if layout.family.sets or layout.mtp_blocks > 1:  # of which several lie in one layer
+        return layout
+    counts: dict[object, int] = {}
+    firsts: dict[str, Place] = {}
+    for name, place in layout.places.items():
+        template, scope, layer, expert, _, companion = place
+        if not expert:  # none, or the first
+            firsts[name] = place
+        if expert is not None:
+            if expert >= layout.num_experts:
+                return layout
+            spec = tensors[name].spec
+            kind = scope, layer, template.name, companion, spec.dtype, spec.shape
+            counts[kind] = counts.get(kind, 0) + 1
+    alike = all(count == layout.num_experts for count in counts.values())
+    return replace(layout, places=firsts, sampled=True) if alike else layout
 
 
 def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[str, ...]]:
@@ -405,6 +434,10 @@ class _Finder:
         self._towers = family.towers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._found: dict[str, Place] = {}
+        homes = [template.name.partition("{e}")[0] for template in family.block if template.numbered]
+        self._home = next(filter(None, homes), ".")
+        self._ids: dict[str, int] = {}
+        self._of_first: dict[tuple[str, str], Place] = {}
         self._root = _Node()
         self._stems: dict[str, _Stem] = {"": (self._root, (), (), 0)}
         blocks = f"{wrapper.prefix}{family.decoder.blocks}.{{l}}."
@@ -438,9 +471,32 @@ class _Finder:
         """Place of every name; None for one that the family does not know."""
         if len(self._found) > _MOST_FOUND:
             self._found.clear()
+            self._of_first.clear()
             self._stems = {"": self._stems[""]}
         found = self._found.get
-        return {name: found(name) or self._find(name) or self._in_tower(name) for name in names}
+        return {
+            name: found(name) or self._of_expert(name) or self._find(name) or self._in_tower(name) for name in names
+        }
+
+    def _of_expert(self, name: str) -> Place | None:
+        """Place of a routed expert's tensor where that of another expert's is known; most tensors are of these."""
+        above, _, rest = name.partition(self._home)
+        number, _, last = rest.partition(".")
+        first = self._of_first.get((above, last))
+        expert = self._ids.get(number)
+        if first is None or expert is None:
+            return None
+        template, scope, layer, _, at, companion = first
+        place = self._found[name] = Place(template, scope, layer, expert, at, companion)
+        return place
+
+    def _remember(self, name: str, place: Place) -> None:
+        """Keep a routed expert's place for the same tensor of others."""
+        above, home, rest = name.partition(self._home)
+        number, _, last = rest.partition(".")
+        if number == str(place.expert) and f"{above}{home}".count(".") == place.expert_at:
+            self._of_first[above, last] = place
+            self._ids[number] = int(number)
 
     def _in_tower(self, name: str) -> Place | None:
         return next((Place(each, "vision") for each in self._towers if fnmatchcase(name, each.name)), None)
@@ -459,8 +515,10 @@ class _Finder:
             companion = max((each for each in _OF_STACKS if last.endswith(each)), key=len)
             end = node.after.get(last.removesuffix(companion))
         place = self._chosen(end.ends, numbers, digits, companion) if end else None
-        if place:
+        if place and end:
             self._found[name] = place
+            if place.expert is not None and not any(each.fixed for each in end.ends):
+                self._remember(name, place)
         return place
 
     def _chosen(

@@ -16,7 +16,7 @@ from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
-from shardxform.formats.config_names import declared_in, method_of, with_declared
+from shardxform.formats.config_names import declared_in, declares, method_of, with_declared
 from shardxform.formats.decoding import decoded, encodings_of
 from shardxform.formats.dialects import Selection, build, kept_tensors, reasons_summary, refuse_unread
 from shardxform.formats.encoding import Encoded
@@ -35,6 +35,7 @@ from shardxform.formats.stored import (
     released,
 )
 from shardxform.model.families import family_origin
+from shardxform.model.layout import layout_of
 from shardxform.plan.gguf import plan_stored
 from shardxform.plan.mlx import part_specs, stack_item
 from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
@@ -116,6 +117,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         return _plan_gguf(source, target, options)
     if floats := decoded(source):
         return _plan_decoded(source, floats, target, options)
+    if target.format == "mlx" and not declares(source.config):
+        raise SchemeError(_of_16_bits(source))
     stored = read_stored(source)
     scheme = _scheme(stored, target)
     _refuse_nothing(stored, target)
@@ -181,6 +184,11 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
 
     """
     kinds = encodings_of(plain.tensors.values())
+    if target.format == "mlx" and method_of(declared_in(source.config)) == "mxfp4":
+        raise SchemeError(
+            "`target.format` mlx: nothing to convert: mlx-lm takes MXFP4 as the release has it, and so what `shardxform"
+            " prune` makes of it; `shardxform quantize` with `requantize` rounds it anew"
+        )
     if target.format not in HALF_DTYPES:
         raise SchemeError(
             f"`target.format` {target.format}: the source is in {' and '.join(kinds)}, which symmetric integers of one"
@@ -219,6 +227,17 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
     )
     plan.check()
     return plan
+
+
+def _of_16_bits(source: Checkpoint) -> str:
+    """Why a source that is not quantized is not converted to MLX, and what can be done with it."""
+    layout = layout_of(source.config, source.tensors, source.where)
+    mlx.refuse_unrun(layout)
+    takes = "takes none" if layout.family.experts.transposed else "takes them as they are"
+    return (
+        f"`target.format` mlx: the source is in 16 bits, and of {layout.family.name} mlx-lm {takes} in the release's"
+        " layout; to round it, `shardxform quantize` with `format` mlx"
+    )
 
 
 _HALVES: Final[Mapping[str, str]] = {

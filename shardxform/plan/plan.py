@@ -75,6 +75,9 @@ class Segment(NamedTuple):
     shard: int
     offset: int
 
+    def __repr__(self) -> str:
+        return f"Segment(source={self.source!r}, shard={self.shard}, offset={self.offset})"
+
 
 class Step(Protocol):
     """The unit of work, of memory and of resume. Steps are values: they hold no tensor and open no file."""
@@ -154,13 +157,12 @@ class ShardPlan:
     @property
     def runs(self) -> Iterator[tuple[int, int]]:
         """First byte, and byte after the last, of every run of tensors that nothing lies between; the rest is zeros."""
-        begin = end = len(self.head)
-        for entry in self.entries:
-            first = len(self.head) + entry.begin
-            if first > end:
+        start = begin = end = len(self.head)
+        for spec, first, last in self.entries:
+            if start + first > end:
                 yield begin, end
-                begin = first
-            end = first + entry.spec.nbytes
+                begin = start + first
+            end = start + (last if self.alignment == 1 else first + spec.nbytes)
         yield begin, end
 
 

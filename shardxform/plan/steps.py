@@ -13,8 +13,9 @@ from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError, SchemeError
 from shardxform.formats.asymmetric import Asymmetric
-from shardxform.formats.decoding import decoded, decoded_in_part
+from shardxform.formats.decoding import decoded_in_part
 from shardxform.formats.encoding import (
+    ROUNDED,
     TILE_BYTES,
     Encoded,
     Encoding,
@@ -28,6 +29,7 @@ from shardxform.formats.encoding import (
 )
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
+from shardxform.formats.stored import encoded_by_codes, plain_of
 from shardxform.model.layout import Layout, Place, layout_of
 from shardxform.plan import plan as plans
 from shardxform.plan.plan import Extent, ShardPlan, extents_of
@@ -298,10 +300,10 @@ def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], reci
     """One step per pruned block, in order."""
     assert recipe.heal is not None
     refuse_unpruned(view, recipe.heal)
-    plain = decoded(view.checkpoint)
+    plain = plain_of(view.checkpoint)
     if plain:
         view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))
-    if plain_source := decoded(source):
+    if plain_source := plain_of(source):
         view = replace(view, source_layout=layout_of(plain_source.config, plain_source.tensors))
     places, tensors = view.layout.places, view.checkpoint.tensors
     names = healed_names(view.layout, places, recipe.heal.widest)
@@ -317,13 +319,14 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
         PlanError: `heal.encoding` for weights that are in 16 bits, or as clients cannot be told.
 
     """
-    plain = decoded(view.checkpoint)
+    plain = plain_of(view.checkpoint)
     if plain is None:
         if heal.encoding:
-            raise PlanError("`heal.encoding`: the weights of the source are no small floats; leave it out")
+            raise PlanError("`heal.encoding`: the weights of the source are in 16 bits; leave it out")
         return view, heal
     heal = replace(heal, encoding=heal.encoding or "source")
     layout = layout_of(plain.config, plain.tensors)
+    _refuse_parts(plain, healed_names(layout, layout.places, heal.widest))
     if heal.encoding == "source":
         _refuse_read_only(plain, healed_names(layout, layout.places, heal.widest))
         return view, heal
@@ -332,10 +335,27 @@ def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
     homes = {name.partition(f".{layout.family.experts.home}.")[0] + f".{layout.family.experts.home}" for name in routed}
     modules = [name.removesuffix(".weight") for name in names if name not in set(routed)]
     try:
-        written = decoded_in_part(view.checkpoint, frozenset(names), modules, sorted(homes, key=natural_key))
+        found = encoded_by_codes(view.checkpoint)
+        written = decoded_in_part(view.checkpoint, found, frozenset(names), modules, sorted(homes, key=natural_key))
     except SchemeError as e:
         raise PlanError(f"`heal.encoding` 16bit: {e}; use source") from e
     return replace(view, checkpoint=written, layout=layout_of(written.config, written.tensors)), heal
+
+
+def _refuse_parts(plain: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse to heal integers that are stored together with others, in one tensor.
+
+    Raises:
+        PlanError: names the first.
+
+    """
+    for name in names:
+        ref = plain.tensors[name]
+        if isinstance(ref, Encoded) and any(source.cut and source.cut.is_run for source in ref.sources):
+            raise PlanError(
+                f"`heal`: tensor '{name}' is rows of a larger one, which healed values are not written to; `shardxform"
+                " convert` to the same format with `expert_names` split first"
+            )
 
 
 def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
@@ -348,10 +368,10 @@ def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         ref = plain.tensors[name]
         encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
-        if odd := [each for each in encodings if isinstance(each, Asymmetric)]:
+        if odd := [each for each in encodings if isinstance(each, Asymmetric) and each.unwritten]:
             raise PlanError(
-                f"`heal`: tensor '{name}' is in {odd[0]}, to which healed values are not rounded; heal with"
-                " `shardxform quantize` and `requantize`"
+                f"`heal`: tensor '{name}' is in {odd[0]}, {odd[0].unwritten}, to which healed values are not rounded;"
+                " give `heal.encoding` 16bit, or heal with `shardxform quantize` and `requantize`"
             )
 
 
@@ -404,5 +424,5 @@ def _kept_item(ref: TensorRef, extents: Mapping[str, Extent], *, as_stored: bool
         return KeptItem(ref, Plain(ref.spec.dtype), (("values", extents[ref.name]),))
     first = ref.sources[0]
     return KeptItem(
-        ref, first.encoding, tuple((role, extents[part.name]) for role, part in first.parts if role != "whole")
+        ref, first.encoding, tuple((role, extents[part.name]) for role, part in first.parts if role in ROUNDED)
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +37,7 @@ from shardxform.model.layout import (
     Layout,
     Place,
     count_paths,
+    first_of_alike,
     is_quantized,
     is_shape,
     layout_of,
@@ -128,10 +128,11 @@ def pruned_view(
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
-    refuse_two_spellings(wanted, dropped, _MTP_WAY_OUT)
-    promised = list(expected(wanted, variants_found(wanted)))
-    _check_experts(wanted, source.tensors, dropped, promised)
-    notes[:0] = _notes(source, wanted, dropped, promised)
+    looked_at = first_of_alike(wanted, source.tensors)
+    refuse_two_spellings(looked_at, dropped, _MTP_WAY_OUT)
+    promised = list(expected(looked_at, variants_found(looked_at)))
+    _check_experts(looked_at, source.tensors, dropped, promised)
+    notes[:0] = _notes(source, looked_at, dropped, promised)
     if prunes:
         _refuse_unsafe(layout, source, dropped)
     refuse_strays(layout, source.tensors, but=dropped)
@@ -196,6 +197,9 @@ class _Builder:
         self.renumbered: list[str] = []
         self.dropped: Counter[str] = Counter()
         self.moved: dict[str, str] = {}
+        self._numbers: dict[tuple[str, int | None], dict[int | None, int]] = {
+            layer: {old: new for new, old in enumerate(ids)} for layer, ids in self.keeps.items()
+        }
 
     @property
     def keeps(self) -> dict[tuple[str, int], tuple[int, ...]]:
@@ -206,34 +210,34 @@ class _Builder:
         return {(scope, layer): ids for scope, keep in both.items() for layer, ids in keep.items()}
 
     def tensors(self, source: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
+        places, moved = self._layout.places, self.moved
+        leaves_out = bool(self._dropped_mtp) or self._wrapper is not self._layout.wrapper
         for name, ref in source.items():
-            reason = self._reason_to_drop(name)
-            if reason:
-                self.dropped[reason] += 1
-                self.moved[name] = ""
-                continue
-            place = self._layout.places.get(name)
-            out = self._pruned(ref, place) if place else ref
+            place = places.get(name)
+            reason = self._reason_to_drop(name, place) if leaves_out else ""
+            out = None if reason else self._pruned(ref, place) if place else ref
             if out is None:
-                self.dropped["pruned experts"] += 1
-                self.moved[name] = ""
+                self.dropped[reason or "pruned experts"] += 1
+                moved[name] = ""
                 continue
-            out = self._rename(out)
-            self.renamed += out.name != name
-            self.moved[name] = out.name
-            yield out.name, out
+            if leaves_out:
+                out = self._rename(out)
+            now = moved[name] = out.spec.name
+            self.renamed += now != name
+            yield now, out
 
-    def _reason_to_drop(self, name: str) -> str:
+    def _reason_to_drop(self, name: str, place: Place | None) -> str:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
             return "MTP layers"
         if self._wrapper is not self._layout.wrapper:
             vision = self._layout.family.vision_prefix
-            place = self._layout.places.get(name)
             if (vision and name.startswith(vision)) or (place and place.template in self._layout.family.towers):
                 return "vision tower"
         return ""
 
     def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:
+        if place.expert is not None:
+            return self._renumbered(ref, place)
         keep = self._keep(place)
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
@@ -245,14 +249,15 @@ class _Builder:
         if place.template.ids and not place.companion:
             self.renumbered.append(ref.name)
             return _with_ids(ref, self._layout.num_experts, keep)
-        if place.expert is None:
-            return ref
-        new = bisect_left(keep, place.expert)  # keep is ascending: checked by the manifest
-        if new == len(keep) or keep[new] != place.expert:
-            return None
-        if new == place.expert:
-            return ref
-        parts = ref.name.split(".")
+        return ref
+
+    def _renumbered(self, ref: TensorRef, place: Place) -> TensorRef | None:
+        """A tensor of one expert under the expert's new number; None of one that does not stay."""
+        numbers = self._numbers.get((place.scope, place.layer))
+        new = numbers.get(place.expert) if numbers else place.expert
+        if new is None or new == place.expert:
+            return None if new is None else ref
+        parts = ref.spec.name.split(".")
         parts[place.expert_at] = str(new)
         return ref.renamed(".".join(parts))
 

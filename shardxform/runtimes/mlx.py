@@ -114,6 +114,27 @@ def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
     if names is None or layout.wrapper.model_type not in names.types:
         known = ", ".join(each for names in _NAMES.values() for each in names.types)
         raise SchemeError(f"`format` mlx: model_type {layout.wrapper.model_type} is not written for it; known: {known}")
+    if "full_attention_interval" in names.keys:
+        _refuse_irregular(layout)
+
+
+def _refuse_irregular(layout: Layout) -> None:
+    """Refuse kinds of layers that do not repeat: mlx-lm tells them by an interval alone.
+
+    Raises:
+        SchemeError: names the first layer.
+
+    """
+    kinds, interval = layout.text.get("layer_types"), layout.text.get("full_attention_interval")
+    if not isinstance(kinds, list):
+        return
+    interval = interval or (kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1)
+    for layer, kind in enumerate(kinds):
+        if (kind == "full_attention") != (type(interval) is int and (layer + 1) % interval == 0):
+            raise SchemeError(
+                f"`format` mlx: config.json: layer_types[{layer}] is {kind}, but mlx-lm has full attention where the"
+                f" number of a layer, counted from 1, is a multiple of {interval}, and nowhere else"
+            )
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shardxform.formats.encoding import DECODE_TILE, Nearest, Opener, Read, Rows, ScaledRows, Storage
+from shardxform.formats.asymmetric import AsymmetricRows
+from shardxform.formats.encoding import DECODE_TILE, ROUNDED, Nearest, Opener, Read, Rows, ScaledRows, Storage
 from shardxform.formats.packing import bf16_bits_of, float32_of, half_bits_of
 from shardxform.formats.plain import Plain
 from shardxform.verification.findings import Findings
@@ -74,7 +75,7 @@ def examine_healed(item: HealedWeight, read_out: Read, read_source: Read) -> Hea
             _compare(tally, found.values(start, stop), ends, start)
         return tally
     found, before = out.open(_whole(item.stored)), source.open(_whole(item.source))
-    assert isinstance(found, ScaledRows)
+    assert isinstance(found, ScaledRows | AsymmetricRows)
     encoding = cast(Nearest, item.stored.encoding)
     _compare_scales(tally, encoding, found.scales, _maxima(item, before, within), _whole_scale(item, read_out))
     for start, stop in _tiles(item.stored):
@@ -103,7 +104,7 @@ def near_of(tallies: Sequence[HealedTally]) -> frozenset[str]:
     names = {True: set[str](), False: set[str]()}
     for tally in tallies:
         names[not (tally.far or tally.scales)].update(
-            ref.name for role, ref in tally.item.stored.parts if role != "whole"
+            ref.name for role, ref in tally.item.stored.parts if role in ROUNDED
         )
     return frozenset(names[True] - names[False])
 

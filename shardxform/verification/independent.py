@@ -38,7 +38,7 @@ from shardxform.verification.definitions import (
 )
 from shardxform.verification.findings import Findings
 
-__all__ = ["CODE", "check_independently"]
+__all__ = ["CODE", "Weights", "check_independently", "weights_of"]
 
 CODE: Final = "independent"
 """Of every problem found here."""
@@ -141,6 +141,56 @@ def check_independently(
         if text := how.difference(name, wanted[name], ours[name]):
             findings.problem(CODE, ours[name].name, f"{'' if ours[name].name == name else f'{name}: '}{text}")
     return len(both)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What an output must hold of its source, weight by weight, whatever its container.
+
+    Attributes:
+        named: by names of one by one, experts under the numbers that they have in the output; where rows of gate and
+            up projection take turns in a stack, `gate_proj.0` is what its upper half has of gate.
+        config: of the source.
+        experts: how many there are in a layer of the output.
+        exact: grid that weights were rounded to nearest on, without a search; None where that is not known.
+        offset: most that was added to a weight, in steps, before it was rounded.
+        healed: whether weights of decoder blocks were healed.
+
+    """
+
+    named: Mapping[str, PackedWeight]
+    config: Mapping[str, Any]
+    experts: int
+    exact: Mapping[str, Any] | None
+    offset: float
+    healed: bool
+
+
+def weights_of(
+    source: Path, record: Mapping[str, Any], manifest: Mapping[str, object] | None, given: Mapping[str, object]
+) -> Weights:
+    """Derive what an output must hold.
+
+    Args:
+        source: a checkpoint.
+        record: shardxform.json of the output, or empty.
+        manifest: as in `check_independently`.
+        given: likewise.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        PlanError: see `_How.of`.
+
+    """
+    try:
+        theirs, config = _checkpoint(source, decode=True)
+        if config.get("model_type") in _IN_TURNS:
+            theirs = dict(_quarters(theirs, config))
+        how = _How.of(config, record, manifest, given, theirs)
+        kept = len(next(iter(how.keep.values()))) if how.keep else how.experts
+        return Weights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, how.healed)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
 
 
 # -- files --------------------------------------------------------------------------------------------------------

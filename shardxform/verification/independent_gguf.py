@@ -1,26 +1,35 @@
-"""A second opinion on a model in GGUF that was pruned: held against its source by the `gguf` package's own reader.
+"""A second opinion on a model in GGUF: held against its source by the `gguf` package's own reader and decoder.
 
-Nothing here is shared with what prunes: which tensors count experts is told by their names, which bytes are an expert's
-by the package, and what stays by the manifest. Files on this machine only; an expert is in memory at a time.
+Nothing here is shared with what prunes or writes. Of a model in GGUF that was pruned, names tell which tensors count
+experts, the package which bytes are an expert's, and the manifest what stays. Of one that was made of safetensors,
+`independent` gives the weights, and names come from the package's map; what llama.cpp's converter does to rows and
+values is written down here once more, in plain numpy. Files on this machine only; an expert, or a run of rows, is in
+memory at a time, and a whole matrix where rows or columns change places.
 """
+
+# O: rows of a weight, I: its columns, R: a run of rows.
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardxform.errors import CheckpointError
 from shardxform.runtimes.gguf.architecture import vocabulary
+from shardxform.verification.definitions import PackedWeight, floats, nearest_bf16, nearest_half, rounded_to_grid
 from shardxform.verification.findings import Findings
+from shardxform.verification.independent import CODE as _CODE
+from shardxform.verification.independent import Weights, weights_of
 
-__all__ = ["check_gguf_independently"]
+__all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
-_CODE: Final = "independent"
 _OF_EXPERTS: Final = re.compile(
     r"blk\.(\d+)\.(?:ffn_(?:gate|up|down|gate_up)_exps\..+|ffn_gate_inp\.(?:weight|bias)|exp_probs_b(?:_vl)?(?:\..+)?)"
 )
@@ -124,3 +133,370 @@ def _other_keys(
             values[1] = len(next(iter(keep.values())))
         if repr(values[0]) != repr(values[1]):
             yield key, f"{str(values[0])[:60]}, expected {str(values[1])[:60]}"
+
+
+# -- of safetensors ---------------------------------------------------------------------------------------------------
+
+
+def check_gguf_of_weights(
+    files: Sequence[Path],
+    source: Path,
+    findings: Findings,
+    manifest: Mapping[str, object] | None = None,
+    **given: object,
+) -> int:
+    """Hold every tensor of a model in GGUF against the checkpoint in safetensors that it was made of.
+
+    Args:
+        files: of the model.
+        source: the checkpoint.
+        findings: added to; problems only.
+        manifest: as in `check_gguf_independently`.
+        given: `text_only` and `mtp`, likewise where not None.
+
+    Returns:
+        the number of weights that were compared.
+
+    Raises:
+        CheckpointError: the source cannot be read, or there is no `gguf` package.
+        PlanError: it was made in a way that is not derived here.
+
+    """
+    package, path = vocabulary(), files[0].parent / "shardxform.json"
+    try:
+        record = json.loads(path.read_bytes()) if path.exists() else {}
+        readers = [package.GGUFReader(each) for each in files]
+        wanted = weights_of(source, record, manifest, given)
+        file = _File.of(readers, package)
+        compared = sum(file.compare(name, weight, wanted) for name, weight in wanted.named.items())
+        file.problems += file.uncovered()
+        if file.counts("expert_count") != wanted.experts:
+            file.problems.append(
+                (f"{file.arch}.expert_count", f"{file.counts('expert_count')}, but {wanted.experts} stay")
+            )
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        findings.problem(_CODE, ".", f"cannot be compared: {e}")
+        return 0
+    for name, text in file.problems:
+        findings.problem(_CODE, name, text)
+    return compared
+
+
+Values = NDArray[np.float32]
+
+_SPELLED: Final = (
+    ("e_score_correction_bias", "e_score_correction.bias"),
+    ("linear_attn.dt_bias", "linear_attn.dt_proj.bias"),
+    ("self_attn.sinks", "self_attn.sinks.weight"),
+    ("layer_scalar", "layer_scalar.weight"),
+)
+"""Last parts of names, and how the package's map has them."""
+
+_MTP_NAMES: Final = {
+    "mtp.fc.weight": "eh_proj.weight",
+    "mtp.norm.weight": "shared_head.norm.weight",
+    "mtp.pre_fc_norm_embedding.weight": "enorm.weight",
+    "mtp.pre_fc_norm_hidden.weight": "hnorm.weight",
+}
+_EXPERT: Final = re.compile(
+    r"model\.layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)(?:\.([01]))?\.(weight|bias)"
+)
+_PARTS: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_ROUTER_SCALES: Final = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+_NO_WEIGHTS: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.", "vision_tower.")
+_MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
+_FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
+_FARTHER: Final = {"Q6_K": 0.04, "IQ4_NL": 0.15, "MXFP4": 0.2}
+_FARTHEST: Final = {**_FAR, **_FARTHER}
+"""Root mean square of the error that a type may leave, as a part of the weight's, where it is rounded by ggml."""
+
+
+@dataclass(slots=True)
+class _File:
+    """A model in GGUF, what of its rows was compared, and what was wrong."""
+
+    arch: str
+    tensors: Mapping[str, Any]
+    keys: Mapping[str, Any]
+    maps: Sequence[Any]
+    decode: Callable[[Any, Any], Values]
+    done: dict[str, int] = field(default_factory=dict)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, readers: Sequence[Any], package: Any) -> _File:  # noqa: ANN401
+        """See what readers hold of one model."""
+        keys = _keys(readers)
+        arch = str(keys["general.architecture"].contents())
+        blocks = int(keys[f"{arch}.block_count"].contents())
+        of, known = package.MODEL_ARCH, {name: kind for kind, name in package.MODEL_ARCH_NAMES.items()}
+        kinds = (known.get(arch, of.DEEPSEEK2), of.GLM_DSA, of.GLM4_MOE)  # the first where the package lags behind
+        maps = [package.get_tensor_name_map(each, blocks) for each in kinds]
+        return cls(arch, _tensors(readers), keys, maps, package.quants.dequantize)
+
+    def counts(self, key: str) -> int:
+        """A count of the architecture's; 0 where there is none."""
+        found = self.keys.get(f"{self.arch}.{key}")
+        return int(found.contents()) if found else 0
+
+    @property
+    def layers(self) -> int:
+        """Decoder blocks that are no nextn."""
+        return self.counts("block_count") - self.counts("nextn_predict_layers")
+
+    # -- places -------------------------------------------------------------------------------------------------------
+
+    def compare(self, stored: str, weight: PackedWeight, wanted: Weights) -> bool:
+        """Hold a weight against what the file has of it; tell whether it has a place there."""
+        name = self._released(stored, wanted.config)
+        if not name:
+            return False
+        if match := _EXPERT.fullmatch(name):
+            self._expert(match, weight, wanted)
+            return True
+        for part, change in _changes(self.arch, name, _text(wanted.config)):
+            place = self._place(part)
+            if place is None or place not in self.tensors:
+                self.problems.append((place or part, f"missing: the source's {weight.name} gives it"))
+                continue
+            self._rows(place, self.done.get(place, 0), weight, change, wanted)
+        return True
+
+    def _released(self, name: str, config: Mapping[str, Any]) -> str:
+        """A name as releases of the text model have it; nothing for what a file has no place for."""
+        for before, after in (("model.language_model.", "model."), ("language_model.model.", "model.")):
+            name = f"{after}{name.removeprefix(before)}" if name.startswith(before) else name
+        name = name.removeprefix("language_model.")
+        if name.startswith(_NO_WEIGHTS) or name.endswith("inv_freq"):
+            return ""
+        if name.startswith("mtp."):
+            name = name.replace("mtp.layers.0.", f"model.layers.{self.layers}.")
+            name = f"model.layers.{self.layers}.{_MTP_NAMES[name]}" if name in _MTP_NAMES else name
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) >= self.counts("block_count"):
+            return ""  # MTP layers, which are left out
+        tied = bool(config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings")))
+        return "" if name == "lm_head.weight" and tied and "output.weight" not in self.tensors else name
+
+    def _place(self, name: str) -> str | None:
+        """What the package's maps call a tensor."""
+        for ending, spelled in _SPELLED:
+            name = name.removesuffix(ending) + spelled if name.endswith(ending) else name
+        for ending, own in _ROUTER_SCALES.items():
+            if name.endswith(ending):
+                return f"{name.removesuffix(ending).replace('model.layers.', 'blk.')}{own}"
+        if name.startswith("blk."):
+            return name
+        return next(filter(None, (each.get_name(name, (".weight", ".bias", ".scale")) for each in self.maps)), None)
+
+    def _expert(self, match: re.Match[str], weight: PackedWeight, wanted: Weights) -> None:
+        """Rows of an expert in the stack of all."""
+        block, expert, projection, half, last = match.groups()
+        part, count = _PARTS[projection], weight.shape[0]
+        place, share, first = f"blk.{block}.ffn_{part}_exps.{last}", count, 0
+        if part != "down" and (both := f"blk.{block}.ffn_gate_up_exps.{last}") in self.tensors:
+            place, share, first = both, 2 * count, count * (part == "up")
+        if place not in self.tensors:
+            self.problems.append((place, f"missing: the source's {weight.name} gives it"))
+            return
+        if half is not None:
+            tensor = self.tensors[place]
+            share = int(tensor.shape[1 if last == "weight" else 0])
+            first = share - count if half == "1" else 0
+        self._rows(place, int(expert) * share + first, weight, None, wanted)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _rows(
+        self, place: str, first: int, weight: PackedWeight, change: Callable[[Values], Values] | None, wanted: Weights
+    ) -> None:
+        """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
+        tensor, seen = self.tensors[place], _Seen(weight, wanted, bool(wanted.healed and place.startswith("blk.")))
+        columns = weight.size[1] if change is None else 0
+        count = weight.size[0]
+        for start, stop in weight.runs() if change is None else ((0, count),):
+            exact = seen.rounded(tensor.tensor_type.name, start, stop)
+            values = weight.values(start, stop) if exact is None else exact
+            expected = values if change is None else change(values)
+            columns = expected.shape[1]
+            rows = _rows_of(tensor, columns)
+            data = rows[first : first + len(expected)]
+            if len(data) < len(expected):
+                self.problems.append((place, f"{len(rows)} rows of {columns}, too few for the source's {weight.name}"))
+                return
+            found = np.asarray(self.decode(data, tensor.tensor_type), np.float32).reshape(expected.shape)
+            seen.add(tensor.tensor_type.name, data, found, expected, rounded=exact is not None)
+            first += len(expected)
+            self.done[place] = self.done.get(place, 0) + len(expected)
+        if text := seen.text():
+            self.problems.append((place, f"{text}, of the source's {weight.name}"))
+
+    def uncovered(self) -> list[tuple[str, str]]:
+        """Tensors with rows that no weight of the source gives."""
+        out = []
+        for name, tensor in self.tensors.items():
+            done, rows = self.done.get(name, 0), int(np.prod(tensor.shape[1:])) if len(tensor.shape) > 1 else 1
+            if name not in _MADE and done not in (rows, int(np.prod(tensor.shape))):
+                out.append((name, f"the source gives {done} of its {rows} rows"))
+        return out
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def _rows_of(tensor: Any, columns: int) -> NDArray[Any]:  # noqa: ANN401
+    """Its data, row by row; each value by itself where the weight is a vector."""
+    data = np.asarray(tensor.data)
+    if columns == 1 and data.dtype in (np.float32, np.float16):
+        return data.reshape(-1, 1)
+    return data.reshape(-1, data.shape[-1])
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What rows of one weight showed."""
+
+    weight: PackedWeight
+    wanted: Weights
+    healed: bool
+    square: float = 0.0
+    energy: float = 0.0
+    bad: int = 0
+    first: str = ""
+    bound: float = 0.0
+
+    def rounded(self, kind: str, start: int, stop: int) -> Values | None:
+        """Values that rounding to nearest gives, where the record says that weights were rounded so."""
+        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.scales or self.healed:
+            return None
+        codes, scale = rounded_to_grid(self.weight.values(start, stop), self.wanted.exact)
+        return np.asarray(codes.astype(np.float32) * scale)
+
+    def add(self, kind: str, data: NDArray[Any], found: Values, expected: Values, *, rounded: bool) -> None:
+        """Compare rows: to the bit where these follow from the source, else by how far they may be."""
+        self.square += float(np.square(found.astype(np.float64) - expected).sum())
+        self.energy += float(np.square(expected, dtype=np.float64).sum())
+        if self.healed:
+            self.bound = 1.0
+        elif rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
+            self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
+        elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
+            end = 8 if kind == "Q4_0" else 128
+            scale = np.repeat(
+                floats(
+                    np.ascontiguousarray(data.reshape(len(data), -1, 18 if end == 8 else 34)[..., :2]).view("<u2")[
+                        ..., 0
+                    ],
+                    "F16",
+                ),
+                32,
+                axis=1,
+            )
+            steps = np.where(scale == 0, np.float32(1), scale)
+            off = found / steps - np.clip(expected / steps, -end, end - 1)
+            self._note(~(np.abs(off) <= 0.5 + self.wanted.offset + end * 2.0**-22))
+        else:
+            self.bound = _FARTHEST.get(kind, 1.0)
+
+    def _note(self, wrong: NDArray[np.bool_]) -> None:
+        if wrong.any() and not self.first:
+            row, column = np.argwhere(wrong)[0]
+            self.first = f"the first at row {row} of a run, column {column}"
+        self.bad += int(wrong.sum())
+
+    def text(self) -> str:
+        """Say what is wrong; empty where nothing is."""
+        if self.bad:
+            return f"{self.bad} values are not what they must be, {self.first}"
+        if self.bound and self.energy and (self.square / self.energy) ** 0.5 >= self.bound:
+            return (
+                f"its distance is {(self.square / self.energy) ** 0.5:.2f} times the size, expected below {self.bound}"
+            )
+        return ""
+
+
+def _as(kind: str, values: Values) -> Values:
+    """Values in a type."""
+    if kind == "BF16":
+        return floats(nearest_bf16(values), "BF16")
+    return floats(nearest_half(values), "F16") if kind == "F16" else values
+
+
+# -- what llama.cpp's converter does to rows and values ---------------------------------------------------------------
+
+Change = Callable[[Values], Values]
+
+
+def _changes(arch: str, name: str, text: Mapping[str, Any]) -> Iterator[tuple[str, Change | None]]:
+    """Tensors that a weight becomes, and what is done to it on the way."""
+    inner = name.rpartition("linear_attn.")[2]
+    if name.endswith("kv_b_proj.weight"):
+        heads, keys, values = text["num_attention_heads"], text["qk_nope_head_dim"], text["v_head_dim"]
+        stem = name.removesuffix("kv_b_proj.weight")
+        yield (
+            f"{stem}k_b_proj.weight",
+            lambda w_OI: _by(w_OI, heads, keys + values)[:, :keys].swapaxes(1, 2).reshape(-1, keys),
+        )
+        yield (
+            f"{stem}v_b_proj.weight",
+            lambda w_OI: _by(w_OI, heads, keys + values)[:, keys:].reshape(-1, w_OI.shape[1]),
+        )
+    elif inner == "in_proj_qkvz.weight":
+        heads, key, value = (text[f"linear_{each}"] for each in ("num_key_heads", "key_head_dim", "value_head_dim"))
+        many = text["linear_num_value_heads"] // heads * value
+        bounds = np.cumsum([0, key, key, many, many])
+        block = f"blk.{_layer(name)}"
+
+        def pick(w_OI: Values, *parts: int) -> Values:
+            split = _by(w_OI, heads, int(bounds[-1]))
+            found = [split[:, bounds[at] : bounds[at + 1]].reshape(-1, w_OI.shape[1]) for at in parts]
+            return np.concatenate(found)
+
+        yield f"{block}.attn_qkv.weight", lambda w_OI: pick(w_OI, 0, 1, 2)
+        yield f"{block}.attn_gate.weight", lambda w_OI: pick(w_OI, 3)
+    elif name.endswith("norm.weight") and arch in ("qwen35moe", "qwen3next") and inner != "norm.weight":
+        yield name, lambda w_OI: w_OI + np.float32(1)
+    elif arch == "llama" and (match := re.fullmatch(r".*self_attn\.([qk])_proj\.weight", name)):
+        heads = text["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+        yield name, lambda w_OI: w_OI.reshape(heads, 2, -1, w_OI.shape[1]).swapaxes(1, 2).reshape(w_OI.shape)
+    elif ".linear_attn." in name:
+        yield name, _of_delta_net(arch, inner, text)
+    else:
+        yield name, None
+
+
+def _of_delta_net(arch: str, inner: str, text: Mapping[str, Any]) -> Change | None:
+    """Decay rates are -exp of what is stored; of Qwen3.5 value heads are tiled over key heads instead of grouped."""
+    keys, heads = text["linear_num_key_heads"], text["linear_num_value_heads"]
+    value, before = text["linear_value_head_dim"], 2 * keys * text["linear_key_head_dim"]
+    width = {"in_proj_z.weight": value, "in_proj_a.weight": 1, "in_proj_b.weight": 1, "A_log": 1, "dt_bias": 1}.get(
+        inner
+    )
+
+    def tiled(w_OI: Values, each: int) -> Values:
+        if arch != "qwen35moe":
+            return w_OI
+        return w_OI.reshape(keys, heads // keys, each, w_OI.shape[1]).swapaxes(0, 1).reshape(w_OI.shape)
+
+    if inner == "A_log":
+        return lambda w_OI: tiled(-np.exp(w_OI.astype(np.float64)).astype(np.float32), 1)
+    if width is not None:
+        return lambda w_OI: tiled(w_OI, width)
+    if inner in ("in_proj_qkv.weight", "conv1d.weight"):
+        return lambda w_OI: np.concatenate((w_OI[:before], tiled(w_OI[before:], value)))
+    if inner == "out_proj.weight":
+        return lambda w_OI: np.ascontiguousarray(tiled(np.ascontiguousarray(w_OI.T), value).T)
+    return None
+
+
+def _by(w_OI: Values, heads: int, each: int) -> Values:
+    return w_OI.reshape(heads, each, w_OI.shape[1])
+
+
+def _layer(name: str) -> int:
+    match = _LAYER.match(name)
+    assert match is not None
+    return int(match[1])

@@ -60,21 +60,18 @@ def verify_gguf(
         written: although `quick`, hold every tensor against the digest that was taken when it was written.
         jobs: threads that read data.
         on_progress: called after every few dozen MB.
-        independent: compare with `source`, a model in GGUF, a second time; see `verification.independent_gguf`.
+        independent: compare with `source` a second time; see `verification.independent_gguf`.
 
     Raises:
         CheckpointError: there is no GGUF at `out`, or the source is the output, or cannot be read; or `independent`
-            without a source in GGUF here.
+            without a source here.
         ManifestError: the manifest given is malformed, or does not fit the source.
         FamilyError, PlanError, SchemeError: the source cannot be pruned, or written as GGUF.
 
     """
     started, findings = time.monotonic(), Findings()
-    if independent and (not isinstance(source, GgufModel) or source.table.remote):
-        raise CheckpointError(
-            f"{out}: an independent check of GGUF is one against the model in GGUF, on this machine,"
-            " that it was pruned from"
-        )
+    if independent and (source is None or (source.table if isinstance(source, GgufModel) else source).remote):
+        raise CheckpointError(f"{out}: an independent check reads the source itself, and needs it on this machine")
     seen = _look(out, source, given or Options(), findings)
     figures: Mapping[str, Any] = dict.fromkeys(_FIGURES, 0)
     compared: frozenset[str] = frozenset()
@@ -82,8 +79,8 @@ def verify_gguf(
         figures, compared = _check_data(seen, source, findings, jobs, on_progress, only_written=quick)
     tensors = seen.model.table.tensors if seen.model else {}
     rederived = None
-    if independent and seen.model and isinstance(source, GgufModel):
-        rederived = _rederive(seen.model, source, (given or Options()).manifest, findings)
+    if independent and seen.model and source:
+        rederived = _rederive(seen.model, source, given or Options(), findings)
     return VerifyReport(
         out=out,
         source=source.where if source else None,
@@ -102,19 +99,21 @@ def verify_gguf(
     )
 
 
-def _rederive(
-    model: GgufModel, source: GgufModel, given: Manifest | str | os.PathLike[str] | None, findings: Findings
-) -> int:
-    """Compare by code of its own; gives the number of tensors."""
-    from shardxform.verification.independent_gguf import check_gguf_independently
+def _rederive(model: GgufModel, source: GgufModel | Checkpoint, given: Options, findings: Findings) -> int:
+    """Compare by code of its own; gives the number of tensors, or of weights."""
+    from shardxform.verification import independent_gguf as own
 
     lists = None
-    if given is not None:
-        manifest = given if isinstance(given, Manifest) else Manifest.load(given)
+    if given.manifest is not None:
+        manifest = given.manifest if isinstance(given.manifest, Manifest) else Manifest.load(given.manifest)
         named = {"keep": manifest.keep, "mtp_keep": manifest.mtp_keep}
         lists = {name: {str(layer): list(ids) for layer, ids in each.items()} for name, each in named.items()}
-    files, sources = ([each.table.root / shard.name for shard in each.table.shards] for each in (model, source))
-    return check_gguf_independently(files, sources, findings, lists)
+    files = [model.table.root / shard.name for shard in model.table.shards]
+    if isinstance(source, Checkpoint):
+        told = {"text_only": given.text_only, "mtp": given.mtp}
+        return own.check_gguf_of_weights(files, source.root, findings, lists, **told)
+    sources = [source.table.root / shard.name for shard in source.table.shards]
+    return own.check_gguf_independently(files, sources, findings, lists)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,12 +15,21 @@ from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
-from shardxform.formats.config_names import QUANTIZATION, declares
+from shardxform.formats.config_names import QUANTIZATION, declares, tells_experts_apart
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, Scope, Slicing
-from shardxform.model.layout import Layout, Place, is_shape, layout_of, looks_like, value_at, variants_found
+from shardxform.model.layout import (
+    Layout,
+    Place,
+    first_of_alike,
+    is_shape,
+    layout_of,
+    looks_like,
+    value_at,
+    variants_found,
+)
 from shardxform.plan.plan import Plan
 from shardxform.runtimes import as_family
 from shardxform.verification.findings import Findings, Item, place_of
@@ -212,7 +221,12 @@ class Structure:
 
 
 def check_structure(
-    checkpoint: Checkpoint, lost: frozenset[str], findings: Findings, *, parts_too: bool = True
+    checkpoint: Checkpoint,
+    lost: frozenset[str],
+    findings: Findings,
+    *,
+    parts_too: bool = True,
+    sample: bool = False,
 ) -> Structure | None:
     """Report every tensor that is missing, misshapen or unexpected, and every contradiction of the config.
 
@@ -221,11 +235,17 @@ def check_structure(
         lost: tensors that the index names in shards that cannot be read; reported elsewhere.
         findings: added to.
         parts_too: look at dtypes and shapes of the parts of quantized weights.
+        sample: where the routed experts of each block are alike, look at the first alone. Then there is a problem
+            exactly where a look at all of them would find one; what is returned has no other experts.
 
     """
     layout = _layout(checkpoint, findings)
     if layout is None:
         return None
+    if sample and not tells_experts_apart(layout.config):
+        layout = first_of_alike(layout, checkpoint.tensors)
+        names = (*layout.places, *layout.unknown, *layout.harmless)
+        checkpoint = replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names})
     _check_groups(layout, findings)
     _check_dtype(layout, findings)
     for fault in config_faults(layout):
@@ -233,7 +253,7 @@ def check_structure(
     check_quantization(layout, checkpoint.tensors, findings)
     if decoded := _decoded(checkpoint, layout, findings):
         checkpoint, parts_too = decoded, False
-        layout = layout_of(checkpoint.config, checkpoint.tensors)
+        layout = replace(layout_of(checkpoint.config, checkpoint.tensors), sampled=layout.sampled)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
     if checkpoint.tensors:
@@ -688,7 +708,11 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
     planned = as_family(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
     findings = Findings()
-    check_structure(planned, frozenset(), findings, parts_too=plan.command == "prune")  # others make parts themselves
+    parts_too = plan.command == "prune"  # others make parts themselves
+    check_structure(planned, frozenset(), findings, parts_too=parts_too, sample=True)
+    if findings.problems:  # which are better told of all experts
+        findings = Findings()
+        check_structure(planned, frozenset(), findings, parts_too=parts_too)
     found = [problem for problem in findings.problems if problem.code not in but]
     if found:
         first, more = found[0], len(found) - 1

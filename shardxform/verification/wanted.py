@@ -16,13 +16,12 @@ from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.config_names import declares
-from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
-from shardxform.formats.encoding import Encoded, Storage
+from shardxform.formats.encoding import ROUNDED, Encoded, Storage
 from shardxform.formats.matrices import matrices_of, single_biases, turns
 from shardxform.formats.plain import Plain, storages_of
 from shardxform.formats.scheme import ExpertNames, Format, Grid, Scheme
-from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, read_stored, released
+from shardxform.formats.stored import HALF_DTYPES, Stored, config_of_half, plain_of, read_stored, released
 from shardxform.model.families.base import LINEAR_ROLES
 from shardxform.model.layout import COMPANIONS, Layout, layout_of
 from shardxform.plan.gguf_origin import inputs_for
@@ -232,7 +231,7 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
     if heal is None:
         return _Healing(view)
     as_stored = heal.get("encoding") == "source"
-    if as_stored and (plain := decoded(view.checkpoint)):
+    if as_stored and (plain := plain_of(view.checkpoint)):
         view = replace(view, checkpoint=plain, layout=layout_of(plain.config, plain.tensors))
     widest = next((what for what in HEALED if what == heal.get("what")), "all")
     places, done = view.layout.places, dict(_healed_blocks(record.get("facts")))
@@ -251,7 +250,7 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
 
 def _stored_names(ref: TensorRef) -> Iterator[str]:
     if isinstance(ref, Encoded):
-        yield from (part.name for role, part in ref.sources[0].parts if role != "whole")
+        yield from (part.name for role, part in ref.sources[0].parts if role in ROUNDED)
     else:
         yield ref.name
 
@@ -272,7 +271,7 @@ def _moved(facts: object, usual: object) -> Iterator[tuple[int | None, tuple[flo
 def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
     """Matrices that OUT has as the view has them, with how far healing can have moved them."""
     try:
-        found = (decoded(out) or out).tensors
+        found = (plain_of(out) or out).tensors
     except (CheckpointError, SchemeError):
         return  # what is wrong is said where OUT is looked at
     tensors, layout = healing.view.checkpoint.tensors, healing.view.layout
@@ -390,7 +389,7 @@ def _quantized(view: View, out: Checkpoint, known: Known, findings: Findings) ->
     _take_biases_apart(view, out, tensors)
     if skipped:
         more = f", such as {next(iter(skipped))}"
-        findings.warn("rounded", ".", f"{len(skipped)} quantized modules are not held against the source{more}")
+        findings.warn("rounded", ".", f"quantized modules that are not held against the source: {len(skipped)}{more}")
     if packed:  # what OUT holds in 16 bits has no bytes to compare with
         tensors = {name: ref for name, ref in tensors.items() if name not in packed.weights or name not in out.tensors}
     derived |= {

@@ -29,6 +29,8 @@ __all__ = [
 
 HOMES: Final[Mapping[str, str]] = {
     "afmoe": "afmoe",
+    "axk1": "axk1",
+    "axk2": "axk2",
     "bailing_hybrid": "bailing_hybrid",
     "beam": "beam",
     "cohere2_moe": "cohere2_moe",
@@ -43,6 +45,7 @@ HOMES: Final[Mapping[str, str]] = {
     "ernie4_5_vl_moe": "ernie4_5_vl_moe",
     "exaone_moe": "exaone_moe",
     "flex_olmo": "flex_olmo",
+    "flint": "flint",
     "gemma4": "gemma4",
     "gemma4_text": "gemma4",
     "glm4_moe": "glm4_moe",
@@ -52,6 +55,7 @@ HOMES: Final[Mapping[str, str]] = {
     "glm_moe_dsa": "glm_moe_dsa",
     "gpt_oss": "gpt_oss",
     "granitemoe": "granitemoe",
+    "granitemoe_swa": "granitemoe_swa",
     "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoeshared",
     "hunyuan_v1_moe": "hunyuan_v1_moe",
@@ -60,6 +64,7 @@ HOMES: Final[Mapping[str, str]] = {
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "kimi_k25",
     "kimi_linear": "kimi_linear",
+    "kolibri1": "kolibri1",
     "laguna": "laguna",
     "lfm2_moe": "lfm2_moe",
     "llama4": "llama4",
@@ -67,6 +72,7 @@ HOMES: Final[Mapping[str, str]] = {
     "longcat_flash": "longcat_flash",
     "mellum": "mellum",
     "mimo_v2_flash": "mimo_v2_flash",
+    "minimax": "minimax",
     "minimax_m2": "minimax_m2",
     "minimax_m3_vl": "minimax_m3_vl",
     "mistral4": "mistral4",
@@ -126,6 +132,8 @@ def in_use() -> tuple[Outside, ...]:
 def family_of(config: Config) -> tuple[Family, Wrapper]:
     """The family and the wrapper class that a config.json describes.
 
+    Releases whose code is their own may leave `model_type` out, as LongCat-Flash does: then `architectures` tells.
+
     Raises:
         UnknownFamilyError: no family has that `model_type`.
         FamilyError: it contradicts `architectures`.
@@ -135,6 +143,8 @@ def family_of(config: Config) -> tuple[Family, Wrapper]:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise FamilyError(f"config.json: architectures: expected a list of names, found {architectures!r}")
+    if "model_type" not in config:
+        model_type = next(filter(None, map(_type_of, architectures)), None)
     family = _family(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(sorted({*HOMES, *_named, *_entry_points()}))
@@ -159,6 +169,15 @@ def family_origin(config: Config) -> dict[str, dict[str, str]]:
         return {}
     found = _named.get(model_type) or installed(model_type)
     return {"family": {found.origin: found.sha256}} if found else {}
+
+
+@functools.cache
+def _type_of(architecture: str) -> str:
+    """The `model_type` of a class of this package's families; empty where none, or several, are called so."""
+    own = {
+        each.model_type for family in all_families() for each in family.wrappers if each.architecture == architecture
+    }
+    return own.pop() if len(own) == 1 else ""
 
 
 def all_families() -> tuple[Family, ...]:

@@ -1,8 +1,9 @@
 """Ling 3: Kimi delta attention and some layers of gated latent attention, grouped routing with a bias, MTP layers.
 
 Names and shapes from the release's own code (`BailingMoeV3ForCausalLM`) and transformers' `bailing_hybrid`. That knows
-no `q_lora_rank`, so that Ling-3.0-tiny cannot be run, and saves some config keys, and the output projection of delta
-attention, under names of its own. Ling 2.5 shares the model_type, but has another architecture, by which it is refused.
+`q_lora_rank` from 5.24 on, so that Ling-3.0-tiny cannot be run with an older one, and saves some config keys, and the
+output projection of delta attention, under names of its own. Ling 2.5 shares the model_type, but has another
+architecture, by which it is refused.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ FAMILY: Final = Family(
         "n_group": "int",
         "norm_topk_prob": "bool",
         "num_nextn_predict_layers": "int",
+        "q_lora_rank": "int or null",
         "rope_theta": "float or int",
         "short_conv_kernel_size": "int",
         "topk_group": "int",

@@ -137,16 +137,17 @@ def slabs_of(metadata: Mapping[str, KeyValue], tensors: Mapping[str, TensorRef],
         raise FamilyError(f"{where}: no key {arch}.expert_count: a model without experts")
     experts, top_k = keys.count("expert_count"), keys.count("expert_used_count")
     blocks, nextn = keys.count("block_count"), keys.count("nextn_predict_layers", 0)
-    groups = keys.count("expert_group_count", 1) or 1
+    groups, top_groups = keys.count("expert_group_count", 1) or 1, keys.count("expert_group_used_count", 0)
     if not 0 < experts <= MAX_EXPERTS or not 0 < top_k <= experts:
         raise FamilyError(
             f"{where}: {arch}.expert_count is {experts}, of which {top_k} are used: expected 1 to {MAX_EXPERTS}, and no"
             " more used than there are"
         )
-    if nextn >= blocks or experts % groups:
+    if nextn >= blocks or experts % groups or top_groups > groups:
         raise FamilyError(
-            f"{where}: {arch} has {blocks} blocks, {nextn} of them nextn, and {experts} experts in {groups} groups:"
-            " expected fewer nextn than blocks, and groups of one size"
+            f"{where}: {arch} has {blocks} blocks, {nextn} of them nextn, and {experts} experts in {groups} groups,"
+            f" {top_groups} of which are used: expected fewer nextn than blocks, groups of one size, and no more used"
+            " than there are"
         )
     _refuse_lists(metadata, arch, experts, blocks, where)
     slabs = Slabs(
@@ -156,10 +157,11 @@ def slabs_of(metadata: Mapping[str, KeyValue], tensors: Mapping[str, TensorRef],
         num_experts=experts,
         top_k=top_k,
         groups=groups,
-        top_groups=keys.count("expert_group_used_count", 0) or None,
+        top_groups=top_groups or None,
         homes=dict(_homes(tensors, experts, where)),
     )
     _refuse_incomplete(slabs, tensors, where)
+    _refuse_other_dense(slabs, keys)
     return slabs
 
 
@@ -178,7 +180,12 @@ class _Keys:
         found = metadata.get(ARCHITECTURE)
         if found is None or not isinstance(found.value, str):
             raise CheckpointError(f"{where}: no key {ARCHITECTURE}; expected the file of a model")
-        self._metadata, self._where, self.arch = metadata, where, found.value
+        self._metadata, self.where, self.arch = metadata, where, found.value
+
+    def found(self, name: str) -> int | None:
+        """The count under a key that not every architecture has; None where it is no single one."""
+        each = self._metadata.get(f"{self.arch}.{name}")
+        return each.value if each and each.kind in _INTEGERS and isinstance(each.value, int) else None
 
     def count(self, name: str, default: int | None = None) -> int:
         """The count under a key.
@@ -192,12 +199,12 @@ class _Keys:
         found = self._metadata.get(key)
         if found is None:
             if default is None:
-                raise CheckpointError(f"{self._where}: no key {key}")
+                raise CheckpointError(f"{self.where}: no key {key}")
             return default
         value = found.value if found.kind in _INTEGERS else None
         if not isinstance(value, int) or value < 0:
             kind = f"an array of {found.count}" if found.kind == "ARRAY" else f"{found.kind} {found.value!r}"
-            raise PlanError(f"{self._where}: {key}: expected one count for all blocks, found {kind}")
+            raise PlanError(f"{self.where}: {key}: expected one count for all blocks, found {kind}")
         return value
 
 
@@ -244,8 +251,11 @@ def _is_router_scale(rest: str, shape: tuple[int, ...], experts: int) -> bool:
 
 def _refuse_incomplete(slabs: Slabs, tensors: Mapping[str, TensorRef], where: str) -> None:
     """Refuse blocks beyond the count, blocks that have experts in part, and nextn where there is none."""
+    there: dict[int, list[str]] = {}
     for name in tensors:
         match = _BLOCK.fullmatch(name)
+        if match:
+            there.setdefault(int(match[1]), []).append(match[2])
         if match and int(match[1]) >= slabs.blocks:
             raise FamilyError(f"{where}: tensor '{name}', but {slabs.arch}.block_count is {slabs.blocks}")
         if match and match[2].startswith("nextn.") and int(match[1]) < slabs.num_layers:
@@ -253,16 +263,39 @@ def _refuse_incomplete(slabs: Slabs, tensors: Mapping[str, TensorRef], where: st
                 f"{where}: tensor '{name}', but by {slabs.arch}.nextn_predict_layers the blocks that predict further"
                 f" tokens begin at {slabs.num_layers}"
             )
+    if len(there) < slabs.blocks:
+        lost = next(number for number in range(slabs.blocks) if number not in there)
+        raise FamilyError(f"{where}: no tensor of block {lost}, though {slabs.arch}.block_count is {slabs.blocks}")
+    for number in range(slabs.num_layers, slabs.blocks):
+        if not any(name.startswith("nextn.") for name in there[number]):
+            key = f"{slabs.arch}.nextn_predict_layers"
+            raise FamilyError(f"{where}: block {number} has no nextn tensor, though {key} is {slabs.nextn}")
     if not slabs.homes:
         raise FamilyError(f"{where}: no expert tensor, though {slabs.count_key} is {slabs.num_experts}")
     for block in sorted(set(slabs.homes.values())):
-        there = {name.split(".", 2)[2] for name, home in slabs.homes.items() if home == block}
+        parts = {name.split(".", 2)[2] for name, home in slabs.homes.items() if home == block}
         inner = {"ffn_up_exps.weight", "ffn_gate_up_exps.weight"}
-        if not {"ffn_gate_inp.weight", "ffn_down_exps.weight"} <= there or not inner & there:
+        if not {"ffn_gate_inp.weight", "ffn_down_exps.weight"} <= parts or not inner & parts:
             raise FamilyError(
-                f"{where}: block {block} has {', '.join(sorted(there))}: expected a router, ffn_gate_inp.weight, and"
+                f"{where}: block {block} has {', '.join(sorted(parts))}: expected a router, ffn_gate_inp.weight, and"
                 " experts, ffn_down_exps.weight and ffn_up_exps.weight or ffn_gate_up_exps.weight"
             )
+
+
+def _refuse_other_dense(slabs: Slabs, keys: _Keys) -> None:
+    """Refuse a count of leading dense blocks that tensors contradict: llama.cpp looks for experts by it alone."""
+    dense = keys.found("leading_dense_block_count")
+    if dense is None:
+        return
+    sparse = set(slabs.moe_layers)
+    every = keys.found("interleave_moe_layer_step") in (None, 0, 1)
+    lost = (block for block in range(dense, slabs.num_layers) if every and block not in sparse)
+    wrong = next((block for block in slabs.moe_layers if block < dense), next(lost, None))
+    if wrong is not None:
+        raise FamilyError(
+            f"{keys.where}: block {wrong} has {'' if wrong in sparse else 'no '}experts, though"
+            f" {slabs.arch}.leading_dense_block_count is {dense}"
+        )
 
 
 def _plain(name: str) -> str:
