@@ -302,17 +302,19 @@ def test_trials_choose_and_the_best_is_done_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    ("best", "start", "tried"),
+    ("judges", "best", "start", "tried"),
     [
-        (0.08, 0.02, [0.02, 0.04, 0.08, 0.16]),
-        (0.16, 0.1, [0.1, 0.05]),  # 0.2 is beyond the largest, and the half is worse
-        (0.02, 0.02, [0.02, 0.04, 0.01]),
-        (0.005, 0.02, [0.02, 0.04, 0.01, 0.005]),  # four are tried at most
-        (1e-4, 0.0015, [0.0015, 0.003]),  # half is below the smallest
+        (3, 0.08, 0.02, [0.02, 0.04, 0.08, 0.16]),
+        (3, 0.16, 0.1, [0.1, 0.05]),  # 0.2 is beyond the largest, and the half is worse
+        (3, 0.02, 0.02, [0.02, 0.04, 0.01]),
+        (3, 0.005, 0.02, [0.02, 0.04, 0.01, 0.005]),  # four are tried at most
+        (3, 1e-4, 0.0015, [0.0015, 0.003]),  # half is below the smallest
+        (1, 0.08, 0.02, [0.02, 0.01]),  # a single judge has nothing doubled
+        (1, 0.005, 0.02, [0.02, 0.01, 0.005, 0.0025]),
     ],
 )
 def test_steps_are_doubled_or_halved_as_long_as_that_is_better(
-    best: float, start: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
+    judges: int, best: float, start: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that is the distance of the step to the best one, on a scale of factors."""
 
@@ -323,6 +325,7 @@ def test_steps_are_doubled_or_halved_as_long_as_that_is_better(
 
     monkeypatch.setattr(healing._Run, "_descend", descend)
     run = healing._Run(Bench().load, Bench().samples(), Heal(what="moe", iters=16), SEED, torch.float32)
+    run._split = replace(run._split, judges_N=JUDGES[:judges])
     run._try_all()
     assert [each.lr for each in run._tried] == pytest.approx(tried)
 
@@ -444,8 +447,8 @@ def test_bfloat16_products_heal_too() -> None:
 
 
 def test_the_first_step_grows_with_the_data_for_each_weight() -> None:
-    assert suggested_lr(4000, 100_000) == pytest.approx(0.0894427)
-    assert suggested_lr(1000, 100_000) == pytest.approx(0.0632456)
+    assert suggested_lr(4000, 100_000) == pytest.approx(0.08)
+    assert suggested_lr(1000, 100_000) == pytest.approx(0.04)
     assert suggested_lr(10**9, 1000) == pytest.approx(0.16)
     assert suggested_lr(1, 10**12) == pytest.approx(0.001)
     found = [suggested_lr(tokens, 10**6) for tokens in (1, 10, 100, 1000, 10_000, 100_000)]

@@ -52,10 +52,10 @@ PROBE: Final = 8
 MOST_TRIES: Final = 4
 """Step sizes that are tried on a block, each the double or the half of another."""
 
-STEP: Final = 0.2
+STEP: Final = 0.4
 SMALLEST_STEP: Final = 1e-3
 LARGEST_STEP: Final = 0.16
-"""The first step of healing is searched from so much times the fourth root of the tokens for each weight, between the
+"""The first step of healing is searched from so much times the square root of the tokens for each weight, between the
 smallest and the largest."""
 
 SHORTER: Final = 4

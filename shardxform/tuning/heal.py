@@ -430,9 +430,12 @@ class _Run:
             self._try(trial)
 
     def _search(self, what: str) -> None:
-        """Double the step as long as that is better; else halve it as long as that is."""
+        """Double the step as long as that is better; else halve it as long as that is.
+
+        A single window that judges is like those that teach more often than not, and would have the step too large.
+        """
         best = self._tried[0]
-        for factor in (2.0, 0.5):
+        for factor in (2.0, 0.5) if len(self._split.judges_N) > 1 else (0.5,):
             while len(self._tried) < MOST_TRIES and SMALLEST_STEP <= best.lr * factor <= LARGEST_STEP:
                 other = self._try(Trial(what, best.lr * factor))
                 if other.loss >= best.loss:
@@ -482,7 +485,7 @@ def suggested_lr(tokens: int, weights: int) -> float:
 
     Fitted on the models of docs/healing.md, "How far".
     """
-    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * (tokens / weights) ** 0.25))
+    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens / weights)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
