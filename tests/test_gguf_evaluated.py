@@ -164,3 +164,19 @@ def test_compress_goes_all_the_way(tmp_path: Path) -> None:
     assert "llama-server -m model.gguf" in card
     assert "Q4_0" in card
     shutil.rmtree(tmp_path / "out.compress")
+
+
+@pytest.mark.oracle
+@by_night
+@pytest.mark.parametrize("format_", ["gguf", "mlx"])
+def test_compress_measures_rows_that_take_turns(format_: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    source = checkpoint("gpt_oss", tmp_path)
+    (data := tmp_path / "data.jsonl").write_text((json.dumps({"text": "0123456789" * 40}) + "\n") * 4)
+    few = ("--samples", "2", "--seqlen", "32", "--eval-samples", "2", "--eval-seqlen", "32", "--iters", "2")
+    how = ("--keep", "4", "--heal=all", "--heal-iters", "2", "--group-size", "32", "--format", format_, *few)
+    named = ("--pre-tokenizer", "gpt-2") if format_ == "gguf" else ()
+    text = call("compress", source, tmp_path / "out", *how, *named, "--data", data, "--eval-data", data)
+    assert "sound: " in text
+    figures = json.loads((tmp_path / "out.compress" / "evaluation.json").read_text())
+    assert 0 < figures["against"]["kl"] < 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ import numpy as np
 import pytest
 from build import Raw, bf16, names_of, random_tensor, tiny, write_checkpoint
 from click.testing import CliRunner
+from strategies import picked
 
 from shardxform.ask.manifest import Manifest
+from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import PlanError, SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Format, Grid, Scheme
-from shardxform.model.layout import layout_of
+from shardxform.model.layout import first_of_alike, layout_of
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
 from shardxform.verification import verify
-from shardxform.verification.structure import refuse_unsound
+from shardxform.verification.findings import Findings
+from shardxform.verification.structure import check_structure, refuse_unsound
 
 FILES = {"tokenizer.json": "{}\n", "preprocessor_config.json": "{}\n"}
 Config = dict[str, Any]
@@ -414,3 +418,58 @@ def test_what_verify_will_not_call_sound_is_not_written(number: int, command: st
         assert not (tmp_path / "out").exists()
     if "nothing to quantize" not in result.output:
         assert said in result.output
+
+
+def table_of(tensors: Mapping[str, Any]) -> dict[str, TensorRef]:
+    """A table of specs: no bytes."""
+    return {name: TensorRef(TensorSpec(name, raw.dtype, tuple(raw.shape)), ()) for name, raw in tensors.items()}
+
+
+def experts_in_fp8(tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """The same with routed experts in FP8, in blocks of 16."""
+    found: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        found[name] = ref
+        if ".experts." in name:
+            found[name] = TensorRef(TensorSpec(name, "F8_E4M3", ref.spec.shape), ())
+            blocks = tuple(-(-size // 16) for size in ref.spec.shape)
+            found[f"{name}_scale_inv"] = TensorRef(TensorSpec(f"{name}_scale_inv", "F32", blocks), ())
+    return found
+
+
+DECLARED = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("declared", [None, DECLARED, {**DECLARED, "modules_to_not_convert": ["experts.3.up_proj"]}])
+def test_the_first_of_experts_that_are_alike_tells_whether_there_is_a_problem(
+    kind: str, declared: dict[str, Any] | None
+) -> None:
+    """With any one tensor missing, of another type or shape, or of an expert beyond the last, as a look at all does."""
+    config, tensors = tiny(kind, experts="per-expert")
+    whole = table_of(tensors)
+    if declared:
+        others = [name.removesuffix(".weight") for name in whole if ".experts." not in name]
+        config = {**config, "quantization_config": {**declared, "modules_to_not_convert": others}}
+        config["quantization_config"]["modules_to_not_convert"] += declared.get("modules_to_not_convert", [])
+        whole = experts_in_fp8(whole)
+    assert first_of_alike(layout_of(config, whole), whole).sampled
+    asked_anew = 0
+    for name in ["", *picked(list(whole), 8)]:
+        for damage in ("missing", "dtype", "shape", "beyond") if name else ("none",):
+            table = dict(whole)
+            ref = table.pop(name) if name else None
+            if ref and damage == "dtype":
+                table[name] = TensorRef(TensorSpec(name, "I64", ref.spec.shape), ())
+            elif ref and damage == "shape":
+                table[name] = TensorRef(TensorSpec(name, ref.spec.dtype, (*ref.spec.shape[:-1], 48)), ())
+            elif ref and damage == "beyond":
+                other = re.sub(r"experts\.\d+", "experts.99", name)
+                table[other] = ref.renamed(other)
+            checkpoint = Checkpoint(Path("x"), config, table, ())
+            first, every = Findings(), Findings()
+            check_structure(checkpoint, frozenset(), first, sample=True)
+            check_structure(checkpoint, frozenset(), every)
+            assert bool(first.problems) == bool(every.problems), (name, damage, first.problems, every.problems)
+            asked_anew += bool(first.problems)
+    assert asked_anew > 20

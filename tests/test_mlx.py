@@ -148,6 +148,8 @@ def test_gate_and_up_that_take_turns_stand_apart_with_their_biases_whatever_they
     twin = quantize(source, tmp_path / "twin", "auto-round", keep_16bit=("*.experts.*",))
     assert same(kept, convert(twin, tmp_path / "out", "mlx"))
     sound(kept, source)
+    whole = sound(quantize(source, tmp_path / "whole"), source)
+    assert (whole.values_compared, whole.values_left) == (whole.tensors, {})
     sound(tmp_path / "out", twin)
     sound(convert(kept, tmp_path / "back", "auto-round"), kept)
     assert read_checkpoint(tmp_path / "back") == read_checkpoint(twin)

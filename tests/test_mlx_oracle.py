@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from build import Raw, raw, read_checkpoint, write_checkpoint
-from strategies import picked
+from strategies import by_night, picked
 
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
@@ -124,7 +124,7 @@ def widened(out: Path, folder: Path) -> Path:
     """The same checkpoint with all but codes in float32, which mlx on the CPU needs and which rounds nothing."""
     config = json.loads((out / "config.json").read_text())
     tensors = {
-        name: tensor if tensor.dtype == "U32" else raw(torch.tensor(tensor.float32()))
+        name: tensor if tensor.dtype in ("U32", "U8") else raw(torch.tensor(tensor.float32()))
         for name, tensor in read_checkpoint(out).items()
     }
     write_checkpoint(folder, tensors, config)
@@ -187,6 +187,27 @@ def test_values_are_those_of_the_same_weights_in_another_format(small_moe: Path,
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 OVER: dict[str, dict[str, Any]] = {"gpt_oss": {"rope_parameters": YARN | {"truncate": True}}}  # as mlx-lm always does
+SIDES = ("mlx", "auto-round")
+
+
+@pytest.mark.parametrize("format_", SIDES)
+def test_an_expert_that_stands_alone_has_the_values_of_one_in_a_turned_stack(format_: str, tmp_path: Path) -> None:
+    """To rounding: each row of both, in the order in which the model's own gate takes them, with its bias."""
+    from build import tiny
+    from test_mlx import SIZES
+
+    from shardxform.forward.weights import Precision, Weights
+
+    config, tensors = tiny("gpt_oss", **SIZES["gpt_oss"])
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    out = quantize(source, tmp_path / "out", format_, bits=8)
+    full = Precision(torch.device("cpu"), torch.float32)
+    with Weights(Checkpoint.open(source), full) as whole, Weights(Checkpoint.open(out), full) as part:
+        one, other = (each.expert("block", 1, 2).dense(full) for each in (whole, part))
+        for wanted, found in zip(one, other, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=float(wanted.abs().max()) / 100)
+
+
 FAMILIES = (
     "gpt_oss",
     "deepseek_v3",
@@ -208,6 +229,48 @@ def test_a_tiny_model_of_every_family(model_type: str, tmp_path: Path) -> None:
     source = save(build(model_type, **OVER.get(model_type, {})), tmp_path / "source")
     out = quantize(source, tmp_path / "out")
     check(out, source, 4, tmp_path, torch.arange(24).reshape(1, 24) * 7 % 256)
+
+
+@by_night
+def test_gpt_oss_in_mxfp4_is_pruned_and_loaded_with_every_code_as_it_is(tmp_path: Path) -> None:
+    """Not converted: mlx-lm reads the release's own blocks and scales."""
+    from any_moe import load
+    from test_small_floats import made
+
+    outs = []
+    for source in made(tmp_path, "mxfp4 of gpt-oss"):
+        config = json.loads((source / "config.json").read_text())
+        rope = config["rope_parameters"] | {"truncate": True}
+        told = {"rope_parameters": rope, "rope_scaling": rope, "rope_theta": rope["rope_theta"]}
+        (source / "config.json").write_text(json.dumps(config | told))
+        every = range(0, config["num_local_experts"], 2)
+        keep = {layer: tuple(every) for layer in range(config["num_hidden_layers"])}
+        run(plan_prune(Checkpoint.open(source), Manifest(keep=keep)), tmp_path / f"out of {source.name}")
+        outs.append(tmp_path / f"out of {source.name}")
+    packed, twin = outs
+    model, _ = load(twin, torch.float32)
+    ids = torch.arange(24).reshape(1, 24) * 7 % 256
+    with torch.no_grad():
+        expected = model(ids).logits.double().numpy()
+    assert divergence(expected, mlx_logits(widened(packed, tmp_path / "wide"), ids)) <= 1e-10
+
+
+@by_night
+def test_tuned_rows_that_take_turns_go_where_mlx_lm_has_them(tmp_path: Path) -> None:
+    from any_moe import build, save
+    from click.testing import CliRunner
+
+    from shardxform.cli import main
+
+    source = save(build("gpt_oss", **OVER["gpt_oss"]), tmp_path / "source")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "0123456789" * 40}) + "\n")
+    data = ["--data", tmp_path / "data.jsonl", "--samples", "2", "--seqlen", "32"]
+    asked = ["--method", "auto-round", "--iters", "2", "--group-size", "32", "--scale-grid", "bf16", "-q", *data]
+    for format_ in ("mlx", "auto-round"):
+        words = ["quantize", source, tmp_path / format_, "--format", format_, *asked]
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert not result.exit_code, result.output
+    assert read_checkpoint(convert(tmp_path / "auto-round", tmp_path / "again")) == read_checkpoint(tmp_path / "mlx")
 
 
 def test_what_mlx_lm_rounds_itself_is_read_pruned_and_written_in_16_bits(tmp_path: Path) -> None:

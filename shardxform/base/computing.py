@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -35,7 +34,9 @@ def of_model(device: str) -> dict[str, str]:
 
     Constants of the code stand for themselves: a version under development may have others.
     """
-    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    from importlib.metadata import version  # with it come parsers of mail, which most commands need not load
+
+    libraries = {name: version(name) for name in _LIBRARIES}
     return {**of_rounding(), **libraries, **_device(device.partition(":")[0], device), "constants": _constants()}
 
 

@@ -77,11 +77,11 @@ class Chunks:
 
     def __init__(self, shards: Sequence[_Shard]) -> None:
         self._starts = [len(shard.head) for shard in shards]
-        self._entries = [[entry for entry in shard.entries if entry.nbytes] for shard in shards]
+        self._entries = [[entry for entry in shard.entries if entry.begin < entry.end] for shard in shards]
         self._begins = [[entry.begin for entry in entries] for entries in self._entries]
         self._cuts = [
-            {start + at for entry in shard.entries for at in (entry.begin, entry.end)}
-            for start, shard in zip(self._starts, shards, strict=True)
+            {*begins, *(entry.end for entry in shard.entries)}
+            for begins, shard in zip(self._begins, shards, strict=True)
         ]
 
     def of(self, writes: Iterable[Extent]) -> tuple[Chunk, ...]:
@@ -109,15 +109,19 @@ class Chunks:
                 found.setdefault(chunk.tensor, {})[chunk.number] = bytes.fromhex(text)
         return {name: tensor_digest([parts[n] for n in sorted(parts)]) for name, parts in found.items()}
 
-    def refuse_parts(self, shard: int, begin: int, end: int) -> None:
-        """Check that the bytes `begin`..`end` of a shard are whole chunks: that both ends are those of a chunk.
+    def refuse_parts(self, shard: int, runs: Iterable[tuple[int, int]]) -> None:
+        """Check that runs of bytes of a shard are whole chunks: that the ends of each are those of a chunk.
 
         Raises:
             PlanError: a chunk is not written whole; a bug in the planner.
 
         """
-        if begin in self._cuts[shard] and end in self._cuts[shard]:
-            return  # as most are: whole tensors
+        start, cuts = self._starts[shard], self._cuts[shard]
+        for begin, end in runs:
+            if begin - start not in cuts or end - start not in cuts:  # as few are: most are whole tensors
+                self._refuse_part(shard, begin, end)
+
+    def _refuse_part(self, shard: int, begin: int, end: int) -> None:
         for at, last in ((begin, begin), (end, end - 1)):
             entry = self._entry(shard, last)
             inside = at - self._starts[shard] - entry.begin
@@ -126,7 +130,7 @@ class Chunks:
 
     def _in(self, shard: int, begin: int, end: int) -> Iterator[Chunk]:
         """Chunks in the bytes `begin`..`end` of a shard."""
-        self.refuse_parts(shard, begin, end)
+        self.refuse_parts(shard, [(begin, end)])
         at = begin
         while at < end:
             entry = self._entry(shard, at)

@@ -149,7 +149,7 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return self.spec.nbytes
+        return _nbytes(self.spec.shape, self.spec.dtype)
 
     def renamed(self, name: str) -> TensorRef:
         """Same bytes under another name."""
@@ -479,14 +479,11 @@ def layout(specs: Iterable[TensorSpec]) -> tuple[Entry, ...]:
     by_dtype: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         by_dtype.setdefault(spec.dtype, []).append(spec)
-    entries: list[Entry] = []
-    begin = 0
+    ordered: list[TensorSpec] = []
     for dtype in sorted(by_dtype, key=RANK.__getitem__, reverse=True):
-        for spec in sorted(by_dtype[dtype], key=operator.itemgetter(0)):  # its name
-            end = begin + _nbytes(spec.shape, dtype)
-            entries.append(Entry(spec, begin, end))
-            begin = end
-    return tuple(entries)
+        ordered += sorted(by_dtype[dtype], key=operator.itemgetter(0))  # its name
+    ends = list(itertools.accumulate(_nbytes(shape, dtype) for _, dtype, shape in ordered))
+    return tuple(many(Entry, zip(ordered, [0, *ends], ends, strict=False)))
 
 
 def encode(entries: Iterable[Entry]) -> bytes:

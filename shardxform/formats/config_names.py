@@ -51,8 +51,9 @@ ASYMMETRIC: Final = "asymmetric"
 Reading = Callable[[str], bool]
 
 _PLAIN: Final = re.compile(r"[\w-]+(\.[\w-]+)*")
-_NUMBERLESS: Final = re.compile(r"(re:|-:|\+:)?(?:[A-Za-z_-]|\\\.|\.\*|[()|^$])*")
-"""Patterns that take a number for any other: of what they are made of, nothing but `.*` can match a digit."""
+_NUMBERLESS: Final = re.compile(r"(re:|-:|\+:)?(?:[A-Za-z_-]|\\\.|\.\*|\.(?=[A-Za-z_])|[()|^$])*")
+"""Patterns that take a number for any other. Numbers are parts of names by themselves, and only `.*` can match them: a
+single character that a letter follows can not."""
 _LAYER: Final = re.compile(r"layers\W{1,4}[0-9]+")
 _WORD: Final = re.compile(r"[A-Za-z]\w*([:/-][A-Za-z]\w*)*|[0-9.]+")
 """`e4m3`, or a version: what has no number after a dot and a letter elsewhere means no expert by its number."""

@@ -351,13 +351,16 @@ class Storage(NamedTuple):
         return rows
 
 
-def in_turns(matrices: Sequence[Storage]) -> Storage:
-    """The matrix in which the rows of several take turns, which have one shape and encoding, and are stored whole."""
+def in_turns(matrices: Sequence[Storage], named: int = 0) -> Storage:
+    """The matrix in which the rows of several take turns, which have one shape and encoding, and are stored whole.
+
+    Its parts are called as those of the one that is `named`.
+    """
 
     def below(role: Role) -> TensorRef:
         refs = [dict(each.parts)[role] for each in matrices]
         rows, *others = refs[0].spec.shape
-        spec = refs[0].spec.of_shape((len(refs) * rows, *others))
+        spec = refs[named].spec.of_shape((len(refs) * rows, *others))
         return TensorRef(spec, coalesce(piece for ref in refs for piece in ref.ranges))
 
     encoding, parts, (rows, columns), *_ = matrices[0]

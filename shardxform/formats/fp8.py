@@ -355,7 +355,7 @@ class ScaleRule:
                 f"tensor '{spec.name}' is {spec.dtype} {list(spec.shape)}; matrices [O, I] of {kinds} are read"
             )
         stem, names = self.beside(spec)
-        there = [name for name in dict.fromkeys((*names, *self.named(spec))) if stem + name in tensors]
+        there = [name for name in _each(names, self.named(spec)) if stem + name in tensors]
         if len(there) > 1:
             both = "' and '".join(stem + name for name in there)
             raise CheckpointError(f"tensor '{spec.name}' has scales twice: '{both}'; expected one of them")
@@ -405,6 +405,12 @@ def _beside(weight: TensorSpec, names: tuple[str, ...]) -> tuple[str, tuple[str,
     if len(weight.shape) == 3 and not weight.name.endswith("weight"):
         return f"{weight.name}_", tuple(name.removeprefix("weight_") for name in names)
     return weight.name.removesuffix("weight"), names
+
+
+@functools.cache
+def _each(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    """All of these, once."""
+    return tuple(dict.fromkeys(names + others))
 
 
 _one_fp8 = functools.lru_cache(maxsize=64)(Fp8)

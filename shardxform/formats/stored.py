@@ -426,9 +426,9 @@ def _halves(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[tuple[str
             continue
         stored = [storages_of(refs[name])[0] for name in names]
         if len({(each.encoding, each.whole) for each in stored}) == 1:
-            rows, both = stored[0].whole[0], in_turns(stored)
+            rows = stored[0].whole[0]
             for at, name in enumerate(names):
-                yield name, Encoded(refs[name].spec, (), (both.part(Cut(at * rows, rows)),))
+                yield name, Encoded(refs[name].spec, (), (in_turns(stored, at).part(Cut(at * rows, rows)),))
 
 
 # -- the whole ----------------------------------------------------------------------------------------------------

@@ -287,24 +287,21 @@ class RoutedExpert:
 
     def at_rest(self) -> ExpertValues:
         """The values in the dtype they are stored in; of quantized ones, in the one that stands for it."""
-        return self._values([part.at_rest() for part in self.gate_up], self.down.at_rest(), self.biases)
+        return self._values(_one([part.at_rest() for part in self.gate_up]), self.down.at_rest(), self.biases)
 
     def dense(self, precision: Precision) -> ExpertValues:
         """The values to compute with."""
         biases = [bias.to(precision.device, precision.dtype) for bias in self.biases]
         if len(self.gate_up) == 1:
-            return self._values([self.gate_up[0].dense(precision)], self.down.dense(precision), biases)
+            return self._values(self.gate_up[0].dense(precision), self.down.dense(precision), biases)
         rows = [part.shape[0] for part in self.gate_up]
         both = torch.empty(sum(rows), self.gate_up[0].shape[1], dtype=precision.dtype, device=precision.device)
         for part, place in zip(self.gate_up, torch.split(both, rows), strict=True):
             part.into(place)
-        return self._values([both], self.down.dense(precision), biases)
+        return self._values(both, self.down.dense(precision), biases)
 
-    def _values(
-        self, gate_up: Sequence[torch.Tensor], down: torch.Tensor, biases: Sequence[torch.Tensor]
-    ) -> ExpertValues:
-        both = _one(gate_up)
-        if self.layout.transposed and len(gate_up) == 1:  # only stacks are
+    def _values(self, both: torch.Tensor, down: torch.Tensor, biases: Sequence[torch.Tensor]) -> ExpertValues:
+        if self.layout.transposed and len(self.gate_up) == 1:  # only stacks are
             both, down = both.T, down.T
         return ExpertValues(both, down, *((_one(biases[:-1]), biases[-1]) if biases else ()))
 

@@ -284,8 +284,7 @@ class Plan:
             per_shard[number].append((begin, end))
         for number, shard in enumerate(self.shards):
             _refuse_untiled(shard, per_shard[number])
-        for number, begin, end in written:
-            self.chunks.refuse_parts(number, begin, end)
+            self.chunks.refuse_parts(number, per_shard[number])
 
 
 def _refuse_untiled(shard: ShardPlan, written: Sequence[tuple[int, int]]) -> None:
@@ -363,22 +362,22 @@ def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> It
         room = STEP_BYTES
         for chunk, nbytes in _chunks(number, shard, tensors):
             if pending and nbytes > room:
-                yield Copy(tuple(_joined(pending)))
+                yield Copy(_joined(pending))
                 pending, room = [], STEP_BYTES
             pending += chunk
             room -= nbytes
         if pending:
-            yield Copy(tuple(_joined(pending)))
+            yield Copy(_joined(pending))
 
 
 def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
     """Place of every tensor in the output, by name."""
-    return {
-        spec.name: Extent(number, start + begin, end - begin)
-        for number, shard in enumerate(shards)
-        for start in (len(shard.head),)
-        for spec, begin, end in shard.entries
-    }
+    found: dict[str, Extent] = {}
+    for number, shard in enumerate(shards):
+        start = len(shard.head)
+        extents = tensors.many(Extent, ((number, start + begin, end - begin) for _, begin, end in shard.entries))
+        found.update(zip((spec.name for spec, _, _ in shard.entries), extents, strict=True))
+    return found
 
 
 def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, Any]:
@@ -393,13 +392,14 @@ def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, 
 
 def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[list[Segment], int]]:
     """Segments of every chunk of a shard's tensors, and their bytes."""
-    for entry in shard.entries:
-        ref = tensors.get(entry.spec.name)
-        places = ref.ranges if ref else ()
-        offset, chunk, room = len(shard.head) + entry.begin, [], CHUNK_BYTES
+    start = len(shard.head)
+    for spec, begin, _ in shard.entries:
+        ref = tensors.get(spec.name)
+        places, offset = ref.ranges if ref else (), start + begin
         if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
             yield [Segment(places[0], number, offset)], places[0].length
             continue
+        chunk, room = [], CHUNK_BYTES
         for place in places:
             for piece in _pieces(place, room):
                 chunk.append(Segment(piece, number, offset))
@@ -412,24 +412,19 @@ def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> 
             yield chunk, CHUNK_BYTES - room
 
 
-def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
+def _joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Join segments whose source and target both touch: fewer and larger copies."""
-    last: Segment | None = None
+    joined: list[Segment] = []
+    goes_on: tuple[str, int, int] | None = None  # where one must begin to be joined to the last
     for segment in segments:
-        if (
-            last
-            and last.source.file == segment.source.file
-            and last.source.end == segment.source.offset
-            and last.offset + last.source.length == segment.offset
-        ):
-            length = last.source.length + segment.source.length
-            last = Segment(ByteRange(last.source.file, last.source.offset, length), last.shard, last.offset)
-            continue
-        if last:
-            yield last
-        last = segment
-    if last:
-        yield last
+        (file, begin, length), shard, offset = segment
+        if (file, begin, offset) == goes_on:
+            (_, first, before), _, at = joined[-1]
+            joined[-1] = Segment(ByteRange(file, first, before + length), shard, at)
+        else:
+            joined.append(segment)
+        goes_on = file, begin + length, offset + length
+    return tuple(joined)
 
 
 def _pieces(place: ByteRange, room: int) -> Iterator[ByteRange]:

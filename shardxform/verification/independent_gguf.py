@@ -313,17 +313,14 @@ class _File:
     ) -> None:
         """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
         tensor, seen = self.tensors[place], _Seen(weight, wanted, bool(wanted.healed and place.startswith("blk.")))
-        columns = weight.size[1] if change is None else 0
-        count = weight.size[0]
-        for start, stop in weight.runs() if change is None else ((0, count),):
+        for start, stop in weight.runs() if change is None else ((0, weight.size[0]),):
             exact = seen.rounded(tensor.tensor_type.name, start, stop)
             values = weight.values(start, stop) if exact is None else exact
             expected = values if change is None else change(values)
-            columns = expected.shape[1]
-            rows = _rows_of(tensor, columns)
+            rows = _rows_of(tensor, expected.shape[1])
             data = rows[first : first + len(expected)]
             if len(data) < len(expected):
-                self.problems.append((place, f"{len(rows)} rows of {columns}, too few for the source's {weight.name}"))
+                self.problems.append((place, f"{len(rows)} rows, too few for the source's {weight.name}"))
                 return
             found = np.asarray(self.decode(data, tensor.tensor_type), np.float32).reshape(expected.shape)
             seen.add(tensor.tensor_type.name, data, found, expected, rounded=exact is not None)
@@ -384,17 +381,7 @@ class _Seen:
         elif rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
             self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
         elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
-            end = 8 if kind == "Q4_0" else 128
-            scale = np.repeat(
-                floats(
-                    np.ascontiguousarray(data.reshape(len(data), -1, 18 if end == 8 else 34)[..., :2]).view("<u2")[
-                        ..., 0
-                    ],
-                    "F16",
-                ),
-                32,
-                axis=1,
-            )
+            end, scale = (8 if kind == "Q4_0" else 128), _scales(data, kind)
             steps = np.where(scale == 0, np.float32(1), scale)
             off = found / steps - np.clip(expected / steps, -end, end - 1)
             self._note(~(np.abs(off) <= 0.5 + self.wanted.offset + end * 2.0**-22))
@@ -411,11 +398,17 @@ class _Seen:
         """Say what is wrong; empty where nothing is."""
         if self.bad:
             return f"{self.bad} values are not what they must be, {self.first}"
-        if self.bound and self.energy and (self.square / self.energy) ** 0.5 >= self.bound:
-            return (
-                f"its distance is {(self.square / self.energy) ** 0.5:.2f} times the size, expected below {self.bound}"
-            )
-        return ""
+        distance = (self.square / self.energy) ** 0.5 if self.energy else self.square
+        if not self.bound or distance < self.bound:  # which a distance that is no number is not
+            return ""
+        return f"its distance is {distance:.2f} times the size, expected below {self.bound}"
+
+
+def _scales(data: NDArray[Any], kind: str) -> Values:
+    """The scale of every value of rows of blocks: a float16 before the codes of 32."""
+    blocks = data.reshape(len(data), -1, 18 if kind == "Q4_0" else 34)
+    bits = np.ascontiguousarray(blocks[..., :2]).view("<u2")[..., 0]
+    return np.repeat(floats(bits, "F16"), 32, axis=1)
 
 
 def _as(kind: str, values: Values) -> Values:
