@@ -70,7 +70,7 @@ def states(skeleton: Skeleton, ids_NT: np.ndarray[Any, Any], blocks: int) -> np.
     hidden_NTH = skeleton.embed(torch.from_numpy(ids_NT.astype(np.int64)))
     for layer in range(blocks):
         with skeleton.block(layer) as block:
-            hidden_NTH = torch.cat([block(part) for part in hidden_NTH.split(BATCH)])
+            hidden_NTH = torch.cat([block(part) for part in torch.split(hidden_NTH, BATCH)])
     found: np.ndarray[Any, Any] = hidden_NTH.numpy()
     return found
 
