@@ -65,7 +65,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             count, commands = _prepared(name, Path(folder))
             for what, words in commands:
-                turns = [[_run(tree, words) for tree in trees] for _ in range(asked.runs)]
+                turns = [_turn(trees, words, backwards=number % 2 == 1) for number in range(asked.runs)]
                 found[f"{name} {what}"] = turns
                 if not asked.json:
                     cells = " | ".join(_cells([turn[at] for turn in turns]) for at in range(len(trees)))
@@ -101,6 +101,12 @@ def _prepared(name: str, folder: Path) -> tuple[int, list[tuple[str, list[str]]]
         ("quantize", ["quantize", source, out, *rounded]),
         ("quantize, pruned", ["quantize", source, out, "--manifest", str(manifest), *rounded]),
     ]
+
+
+def _turn(trees: Sequence[Path], words: Sequence[str], *, backwards: bool) -> list[Run]:
+    """Run a command of every checkout; the first of them may find less in the page cache."""
+    found = {tree: _run(tree, words) for tree in (reversed(trees) if backwards else trees)}
+    return [found[tree] for tree in trees]
 
 
 def _run(tree: Path, words: Sequence[str]) -> Run:

@@ -17,6 +17,7 @@ from strategies import picked
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import test_small_floats as floats  # noqa: E402
 from test_heal_small_floats import HEAL, config_of, healed, layers_moved, record_of  # noqa: E402
 from test_integer_sources import KINDS, STILL, made  # noqa: E402
 from test_small_floats import DATA, call, keep_file  # noqa: E402
@@ -86,6 +87,14 @@ def test_in_16_bits_it_is_the_twin_healed_and_the_config_says_so(kind: str, fold
     assert report.values_compared + report.values_near == report.tensors
     told = json.loads(call("evaluate", out, "--against", tmp_path / "twin", "--json", *DATA).stdout)
     assert told["against"]["block_errors"] == [0.0, 0.0]
+
+
+def test_int8_as_it_is_is_refused_likewise(folder: Path, tmp_path: Path) -> None:
+    source, _ = floats.made(folder, "8-bit integers of W8A8")
+    asked = ("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), "--heal", "moe", *HEAL)
+    told = call(*asked, code=1).output
+    assert "8-bit integers as they are, a scale a row, which is read only" in told
+    assert "--heal-encoding 16bit" in told
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq with zero points", "gptq in another order"])

@@ -37,6 +37,8 @@ from shardxform.errors import ExecutionError  # noqa: E402
 from shardxform.formats.asymmetric import Asymmetric  # noqa: E402
 from shardxform.formats.encoding import Cut  # noqa: E402
 from shardxform.formats.scheme import FORMATS  # noqa: E402
+from shardxform.verification.findings import Findings  # noqa: E402
+from shardxform.verification.independent import check_independently  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -753,3 +755,25 @@ def test_a_repository_is_read_as_a_folder(kind: str, folder: Path, tmp_path: Pat
         test_remote.command(server, tmp_path / "home", "quantize", "org/small", tmp_path / "there", *how)
     call("quantize", root, tmp_path / "here", *how)
     assert shards(tmp_path / "there") == shards(tmp_path / "here")
+
+
+@pytest.mark.parametrize("kind", picked(KINDS, 3))
+def test_the_independent_check_knows_zero_points_and_groups(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Of pruned integers as they are, and of what they are rounded to; and it finds one that is another."""
+    source, _ = made(folder, kind)
+    keep, bare = keep_file(tmp_path), tmp_path / "bare"
+    for verb in (("prune",), ("quantize", *GRID, "--requantize")):
+        out = tmp_path / verb[0]
+        call(verb[0], source, out, "-m", keep, "-q", *verb[1:])
+        assert "derived independently" in call("verify", out, "--source", source, "--independent").output
+    stem = EXPERT if KINDS[kind].model_type == "qwen3_moe" else EXPERT.replace("model.", "model.language_model.", 1)
+    names = [name for name in read_checkpoint(tmp_path / "prune") if name.startswith(f"{stem}.")]
+    for last in ("qweight", "qzeros", "scales", "weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"):
+        if (name := f"{stem}.{last}") in names:
+            flipped(tmp_path / "prune", name, bare)
+            shutil.copy(tmp_path / "prune" / "shardxform.json", bare)
+            found = Findings()
+            check_independently(bare, source, found)
+            words = "weight_packed" if f"{stem}.weight_packed" in names else "qweight"
+            assert [problem.where for problem in found.problems] == [f"{stem}.{words}"], name
+            shutil.rmtree(bare)

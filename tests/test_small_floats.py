@@ -222,6 +222,30 @@ KINDS["4-bit integers of experts"] = Kind(
     },
     weights=("down_proj.weight", "gate_proj.weight", "up_proj.weight"),
 )
+
+
+def int8(w: np.ndarray, size: int = 0) -> tuple[Tensors, np.ndarray]:
+    """A scale a row, or a group of columns."""
+    groups = w.reshape(len(w), -1, size or w.shape[1])
+    scale = (2.0 ** np.ceil(np.log2(np.maximum(np.abs(groups).max(-1), 2.0**-20) / 60))).astype(np.float32)
+    codes = np.rint(groups / scale[..., None]).astype(np.int8)
+    values = (codes * scale[..., None]).astype(np.float32).reshape(w.shape)
+    return {"weight": raw("I8", codes.reshape(w.shape)), "weight_scale": bf16(scale)}, values
+
+
+KINDS["8-bit integers of W8A8"] = Kind(
+    int8, compressed("int-quantized", num_bits=8, type="int", symmetric=True, strategy="channel")
+)
+KINDS["8-bit integers of W8A8"].declared["config_groups"]["group_0"]["input_activations"] = {
+    "num_bits": 8,
+    "type": "int",
+    "strategy": "token",
+    "dynamic": True,
+    "symmetric": True,
+}
+KINDS["8-bit integers in groups"] = Kind(
+    lambda w: int8(w, 32), compressed("int-quantized", num_bits=8, type="int", strategy="group", group_size=32)
+)
 KINDS["mxfp4 of gpt-oss"] = Kind(
     stacked,
     {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]},
@@ -363,6 +387,23 @@ def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, t
     work = tmp_path / "evaluate.work"
     told = json.loads(call("evaluate", source, "--against", twin, "--work", work, "--json", *DATA).stdout)
     assert told["against"]["block_errors"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", picked(FLOATS, 3))
+def test_codes_that_are_sent_to_a_device_are_decoded_there_to_the_same_bits(kind: str, folder: Path) -> None:
+    from shardxform.checkpoint.table import Checkpoint
+    from shardxform.forward.resting import Coded, Precision, Sent
+    from shardxform.forward.weights import Weights
+
+    source, _ = made(folder, kind)
+    precision = Precision(torch.device("cpu"), torch.float32)
+    with Weights(Checkpoint.open(source), precision) as weights:
+        expert = weights.expert("block", 1, 2)
+        for part in (*expert.gate_up, expert.down):
+            assert isinstance(part, Coded)
+            sent = Sent.of(part, precision.device)
+            assert sent is not None
+            assert torch.equal(sent.dense(precision), part.dense(precision))
 
 
 @every

@@ -84,6 +84,9 @@ DATA: dict[str, tuple[str, str, bytes, str, bool]] = {
         "scale",
         False,
     ),
+    "int8: zero": ("8-bit integers of W8A8", f"{DOWN}.weight_scale", b"\0\0", "scale", False),
+    "int8: negative": ("8-bit integers in groups", f"{DOWN}.weight_scale", b"\x80\xbf", "scale", False),
+    "int8: NaN": ("8-bit integers in groups", f"{DOWN}.weight_scale", b"\xff\x7f", "not-finite", True),
     "in groups of 16: zero": ("compressed-tensors in groups of 16", f"{DOWN}.weight_scale", b"\0\0", "scale", False),
 }
 
@@ -111,6 +114,24 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...], object]] = {
         for kind in ("mxfp4", "nvfp4", "fp8 channels", "compressed-tensors")
         for path in (("format",),)
     },
+    "mxfp4: a format of another type": ("mxfp4", ("format",), {"a": 1}),
+    "mxfp4: a group that is none": ("mxfp4", ("config_groups", "group_0"), "x"),
+    "compressed-tensors: no bits": ("compressed-tensors", W, {"bits": "4"}),
+    "compressed-tensors in groups of 16: targets": (
+        "compressed-tensors in groups of 16",
+        ("config_groups", "group_0", "targets"),
+        1,
+    ),
+    "compressed-tensors: a number for weights": ("compressed-tensors", W, 3),
+    "auto-round: a number for extra_config": ("auto-round", ("extra_config",), 7),
+    "fp8 whole: no method": ("fp8 whole", ("quant_method",), ""),
+    "fp8 channels: a list for a strategy": ("fp8 channels", (*W, "strategy"), [[]]),
+    "mxfp4: an object for bits": ("mxfp4", (*W, "num_bits"), {"a": 1}),
+    "gptq: a word for desc_act": ("gptq", ("desc_act",), "re:("),
+    "gptq of 8 bits: an object for sym": ("gptq of 8 bits", ("sym",), {"bits": "4"}),
+    "int8: 4 bits": ("8-bit integers of W8A8", (*W, "num_bits"), 4),
+    "int8: groups": ("8-bit integers of W8A8", (*W, "strategy"), "tensor"),
+    "int8: zero points": ("8-bit integers of W8A8", (*W, "symmetric"), False),
     "mxfp4: integers": ("mxfp4", (*W, "type"), "int"),
     "fp8 channels: integers": ("fp8 channels", (*W, "type"), "int"),
     "nvfp4: zero points": ("nvfp4", (*W, "symmetric"), False),

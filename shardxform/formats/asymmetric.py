@@ -398,8 +398,10 @@ class IntegerRule:
         """
         spec = weight.spec
         stem, _, last = spec.name.rpartition(".")
-        if last != ("weight_packed" if self.order == "row" else "qweight") or spec.dtype != "I32":
+        if last != ("weight_packed" if self.order == "row" else "qweight"):
             return None
+        if spec.dtype != "I32":
+            raise CheckpointError(f"tensor '{spec.name}': {spec.dtype}, expected I32 for words of integers")
         width = self.width_of(stem)
         if width is None or len(spec.shape) != 2:
             what = "the config says that it is in 16 bits" if width is None else f"expected two dimensions {spec.shape}"

@@ -23,6 +23,7 @@ from shardxform.formats.asymmetric import IntegerRule, Order, StatedGrid, Zeros
 from shardxform.formats.config_names import ASYMMETRIC, declared_in, method_of, undeclared
 from shardxform.formats.encoding import Encoded
 from shardxform.formats.fp8 import ScaleRule, scale_rule
+from shardxform.formats.int8 import Int8Rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 from shardxform.formats.picking import Picked
 from shardxform.formats.scheme import GROUP_SIZES
@@ -103,6 +104,9 @@ def _compressed_rules(declared: Declared) -> Iterator[Reading]:
     floats = [each for each in weights_of if isinstance(each, Mapping) and each.get("type") == "float"]
     if floats and len(floats) < len(weights_of):
         raise SchemeError("config_groups: floats beside integers, of which only the one or the other is read")
+    if not floats and (plain := [group for group in _groups(declared) if _form(group, declared) == "int-quantized"]):
+        yield from _plain_integers(plain, declared)
+        return
     if not floats:
         yield from _compressed_integers(declared)
         return
@@ -212,6 +216,31 @@ def _auto_round_rules(declared: Declared) -> Iterator[Reading]:
     yield IntegerRule(order, zeros, width_of)
 
 
+def _form(group: Declared, declared: Declared) -> object:
+    return group.get("format") or declared.get("format")
+
+
+def _plain_integers(groups: Sequence[Declared], declared: Declared) -> Iterator[Reading]:
+    """Rules for bytes as they are, one for each way in which they share scales."""
+    if len(groups) < len(_groups(declared)):
+        raise SchemeError("config_groups: int-quantized beside other formats is not read")
+    found: set[int] = set()
+    for group in groups:
+        weights = group.get("weights")
+        said = weights if isinstance(weights, Mapping) else {}
+        strategy, size = said.get("strategy"), said.get("group_size")
+        usual = {"channel": -1, "tensor": 0, "group": size if type(size) is int and size > 0 else None}.get(
+            str(strategy)
+        )
+        if said.get("num_bits") != 8 or said.get("symmetric") is False or usual is None:
+            raise SchemeError(
+                f"config_groups: int-quantized weights of {said.get('num_bits')} bits, strategy {strategy!r}, symmetric"
+                f" {said.get('symmetric')} are not read; 8 bits without zero points are, by row, by group and whole"
+            )
+        found.add(usual)
+    yield from (Int8Rule(size) for size in sorted(found))
+
+
 def _compressed_integers(declared: Declared) -> Iterator[Reading]:
     weights = [(group, group["weights"]) for group in _groups(declared) if isinstance(group.get("weights"), Mapping)]
     if not any(each.get("type") == "int" for _, each in weights):
@@ -224,12 +253,14 @@ def _compressed_integers(declared: Declared) -> Iterator[Reading]:
             raise SchemeError(f"{key} beside integers is not read")
     groups: list[tuple[list[str], StatedGrid]] = []
     for group, each in weights:
-        form, strategy = group.get("format") or declared.get("format"), each.get("strategy")
+        form, strategy = _form(group, declared), each.get("strategy")
         if form != "pack-quantized" or strategy not in ("group", "channel"):
             raise SchemeError(f"config_groups: integers of format {form!r} and strategy {strategy!r} are not read")
         size = each.get("group_size") if strategy == "group" else -1
         said = {"bits": each.get("num_bits"), "group_size": size, "sym": each.get("symmetric")}
-        groups.append(([name for name in group.get("targets") or [] if isinstance(name, str)], _width(said)))
+        targets = group.get("targets")
+        names = targets if isinstance(targets, list) else []
+        groups.append(([name for name in names if isinstance(name, str)], _width(said)))
     yield IntegerRule("row", "stored", _target_of(groups))
 
 
@@ -309,7 +340,7 @@ DECODED: Final[Mapping[str, Callable[[Declared], Iterator[Reading]]]] = {
 def is_packed(config: Mapping[str, object]) -> bool:
     """Whether a config declares weights of whose tensors a rule alone says which they are, and of what shapes."""
     try:
-        return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule) for rule in _rules(config))
+        return any(isinstance(rule, MicroscalingRule | StackRule | IntegerRule | Int8Rule) for rule in _rules(config))
     except SchemeError:
         return False
 
@@ -452,7 +483,12 @@ def _sparing(declared: Declared, modules: Sequence[str], homes: Sequence[str]) -
     else:
         keys, entries = ("modules_to_not_convert", "ignored_layers"), [*modules, *homes]
     there = [key for key in keys if declared.get(key)] or keys[:1]
-    return {**declared, **{key: list(dict.fromkeys((*(declared.get(key) or ()), *entries))) for key in there}}
+    return {**declared, **{key: _with(declared.get(key) or [], entries) for key in there}}
+
+
+def _with(listed: Sequence[object], entries: Iterable[str]) -> list[object]:
+    """A list, and what is not in it."""
+    return [*listed, *(entry for entry in dict.fromkeys(entries) if entry not in listed)]
 
 
 def _escaped(home: str) -> str:
@@ -484,7 +520,10 @@ def _rules(config: Mapping[str, object]) -> list[Reading]:
     read = DECODED.get(str(method_of(declared)))
     unsaid = _UNSAID.get(str(config.get("model_type")), {})
     beside = {**unsaid, **{key: config[key] for key in _BESIDE if key in config}}
-    rules = list(read({**beside, **declared})) if read else []
+    try:
+        rules = list(read({**beside, **declared})) if read else []
+    except (AttributeError, TypeError, ValueError) as e:
+        raise SchemeError(f"malformed: {e}") from e
     if not any(isinstance(rule, ScaleRule) for rule in rules):
         return rules
     turned = _are_stacks_transposed(config)

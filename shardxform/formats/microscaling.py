@@ -245,8 +245,14 @@ class MicroscalingRule:
         """
         encoding, spec = self.encoding, weight.spec
         stem, _, last = spec.name.rpartition(".")
-        if last != encoding.suffixes[0] or spec.dtype != encoding.dtypes[0] or len(spec.shape) != 2:
+        if last != encoding.suffixes[0]:
             return None
+        if spec.dtype != encoding.dtypes[0] or len(spec.shape) != 2:
+            if last == "weight":  # which may be in 16 bits
+                return None
+            raise CheckpointError(
+                f"tensor '{spec.name}': {spec.dtype} {list(spec.shape)}, expected {encoding.dtypes[0]} [O, ..]"
+            )
         rows, columns = spec.shape[0], spec.shape[1] * encoding.per_byte
         if columns % encoding.group:
             raise CheckpointError(f"tensor '{spec.name}': {columns} columns are no blocks of {encoding.group}")

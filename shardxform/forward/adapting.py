@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-__all__ = ["take_apart", "weigh_inputs"]
+from shardxform.model.families.base import ExpertLayout
+
+__all__ = ["compute_experts", "take_apart", "weigh_inputs"]
 
 
 class _SideBySide(nn.Module):
@@ -39,6 +41,28 @@ def take_apart(decoder: nn.Module, joined: Mapping[str, tuple[str, ...]]) -> Non
             whole = module.get_submodule(name)
             assert isinstance(whole, nn.Linear)
             setattr(module, name, _SideBySide(whole, joined[name]))
+
+
+def compute_experts(model: nn.Module, implementation: str, layout: ExpertLayout) -> None:
+    """Have experts computed by what is registered under a name, and say how they lie where transformers does not.
+
+    Before 5.8 a model is not made with an implementation of others, but takes one afterwards; before 5.4 its modules
+    say less of themselves.
+    """
+    flags = {
+        "_is_expert_parallel": False,
+        "has_gate": layout.gated,
+        "has_post_expert_norm": False,
+        "is_concatenated": layout.gate != "interleaved",
+    }
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = implementation
+        if hasattr(module, "is_transposed"):
+            for name in flags.keys() - vars(module).keys():
+                if not hasattr(module, name):
+                    setattr(module, name, flags[name])
 
 
 def weigh_inputs(decoder: nn.Module, home: str) -> None:

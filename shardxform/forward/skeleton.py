@@ -34,7 +34,7 @@ from transformers import (
 from shardxform.base.tensors import TensorRef
 from shardxform.calibration import Windows
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError
-from shardxform.forward.adapting import take_apart, weigh_inputs
+from shardxform.forward.adapting import compute_experts, take_apart, weigh_inputs
 from shardxform.forward.attention import attend_by_rows
 from shardxform.forward.runtime import give_back, keep_few_kernels
 from shardxform.forward.weights import (
@@ -100,6 +100,11 @@ class Skeleton:
         self._blocks: list[nn.Module] = list(self._layers)
         self._norm: nn.Module = getattr(self._decoder, names.attribute(names.norm))
         self._table: nn.Module = getattr(self._decoder, names.attribute(names.embeddings))
+        if any(experts_module(self._blocks[layer]) is None for layer in self.layout.moe_layers):
+            raise FamilyError(
+                f"family {family.name} is not run with transformers {transformers.__version__}, whose class computes"
+                " experts in a way of its own; that of a newer one may not"
+            )
         for module in self._blocks:
             _pass_through(module, _with_all_positions if self.layout.family.shares_selection else _alone)
         _pass_through(self._norm, _alone)
@@ -397,9 +402,10 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         else:
             make = functools.partial(auto.from_config, trust_remote_code=False)
         with _META:
-            model = make(config, dtype=weights.precision.dtype, experts_implementation=IMPLEMENTATION)
+            model = make(config, dtype=weights.precision.dtype, experts_implementation="eager")
         with _META:
             _adapt(_decoder_of(model), layout.family)
+        compute_experts(model, IMPLEMENTATION, layout.family.experts)
         attend_by_rows(model)
         _make_buffers(model, weights.precision.device)
     except Exception as e:  # of transformers and what checks its configs, which differ by version

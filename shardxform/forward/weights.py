@@ -513,7 +513,15 @@ def _forward(
     Returns:
         [T, H].
 
+    Raises:
+        ValueError: there are not as many weights as ids: some older classes of transformers hand all of them on.
+
     """
+    if top_k_weights.shape != top_k_index.shape:
+        ids, given = list(top_k_index.shape), list(top_k_weights.shape)
+        raise ValueError(
+            f"experts are called with weights {given} for ids {ids}, which a newer transformers may not do"
+        )
     bank: ExpertBank = getattr(self, _BANK)
     between = activation(self)
     out_TH = torch.zeros_like(hidden_states)

@@ -27,6 +27,7 @@ from shardxform.formats.encoding import (
     ranges_of,
     shown,
 )
+from shardxform.formats.int8 import Int8
 from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.stored import encoded_by_codes, plain_of
@@ -368,7 +369,7 @@ def _refuse_read_only(plain: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         ref = plain.tensors[name]
         encodings = [source.encoding for source in ref.sources] if isinstance(ref, Encoded) else []
-        if odd := [each for each in encodings if isinstance(each, Asymmetric) and each.unwritten]:
+        if odd := [each for each in encodings if isinstance(each, Asymmetric | Int8) and each.unwritten]:
             raise PlanError(
                 f"`heal`: tensor '{name}' is in {odd[0]}, {odd[0].unwritten}, to which healed values are not rounded;"
                 " give `heal.encoding` 16bit, or heal with `shardxform quantize` and `requantize`"

@@ -26,6 +26,7 @@ from shardxform.formats.config_names import (
     declarations,
     is_mlx,
     modules_moved,
+    tells_experts_apart,
     with_renamed,
     without_empty,
 )
@@ -151,7 +152,8 @@ def pruned_view(
         tensors, path = narrowed(tensors, config, width)
         config = _with_changes(config, {path: width.channels})
         notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
-    if any(declarations(config)):
+    only_experts = not dropped and wrapper is layout.wrapper
+    if any(declarations(config)) and (tells_experts_apart(config) or not only_experts):
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
     checkpoint = replace(source, tensors=tensors, config=config)

@@ -47,6 +47,15 @@ _FORMS: Final[Mapping[str, _Form]] = {
     "sparse-24-bitmask": _Form(),
     "sparse-bitmask": _Form(),
 }
+_TYPES: Final[Mapping[str, type]] = {
+    "bits": int,
+    "desc_act": bool,
+    "group_size": int,
+    "sym": bool,
+    "w_bit": int,
+    "zero_point": bool,
+}
+_OF_INTEGERS: Final = ("auto-round", "awq", "gptq")
 _GROUPED: Final = ("group", "tensor_group")
 _MOST_BITS: Final = 8
 _ALGORITHMS: Final[Mapping[str, frozenset[str]]] = {
@@ -60,22 +69,31 @@ _ALGORITHMS: Final[Mapping[str, frozenset[str]]] = {
 
 
 def said_against_itself(declared: Declared) -> Iterator[str]:
-    """Say where a config of compressed-tensors names a format that is none, or that holds no such weights."""
+    """Say what of a config is of no type that a loader takes, is a format that is none, or one of no such weights."""
+    for key, kind in _TYPES.items():
+        found = declared.get(key)
+        if method_of(declared) in _OF_INTEGERS and found is not None and type(found) is not kind:
+            yield f"{key}: expected {'true or false' if kind is bool else 'a whole number'}, found {found!r}"
+    for key in ("extra_config", "dynamic"):
+        if declared.get(key) is not None and not isinstance(declared[key], Mapping):
+            yield f"{key}: expected an object, found {declared[key]!r}"
     groups, top = declared.get("config_groups"), declared.get("format")
     if method_of(declared) != "compressed-tensors" or not isinstance(groups, Mapping):
         return
-    if top is not None and top not in _FORMS:
+    if top is not None and not (isinstance(top, str) and top in _FORMS):
         yield f"format: {top!r} is no format of compressed-tensors"
         return
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
+            if weights is not None:
+                yield f"config_groups.{name}.weights: expected an object, found {weights!r}"
             continue
         form = group.get("format") or top
-        if form not in _FORMS:
+        if not (isinstance(form, str) and form in _FORMS):
             yield f"config_groups.{name}.format: {form!r} is no format of compressed-tensors"
         else:
-            yield from (f"config_groups.{name}.weights.{fault}" for fault in _of_group(str(form), weights))
+            yield from (f"config_groups.{name}.weights.{fault}" for fault in _of_group(form, weights))
 
 
 def _of_group(form: str, weights: Declared) -> Iterator[str]:
@@ -88,7 +106,9 @@ def _of_group(form: str, weights: Declared) -> Iterator[str]:
         ("group_size", size, holds.sizes),
     )
     for key, found, wanted in told:
-        if wanted and found is not None and found not in wanted:
+        if wanted and found is None and key in ("type", "num_bits"):
+            yield f"{key}: missing; {form} has {' or '.join(str(each) for each in wanted)}"
+        elif wanted and found is not None and found not in wanted:
             yield f"{key}: {found!r}, but {form} has {' or '.join(str(each) for each in wanted)}"
     if kind == "float" and weights.get("symmetric") is False:
         yield "symmetric: false, but floats have no zero points"
@@ -140,7 +160,8 @@ def _scheme(declared: Declared) -> tuple[int, int] | None:
         groups = declared.get("config_groups")
         if not isinstance(groups, Mapping) or len(groups) != 1:
             return None
-        weights = next(iter(groups.values())).get("weights")
+        group = next(iter(groups.values()))
+        weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             return None
         bits, size = weights.get("num_bits"), weights.get("group_size")

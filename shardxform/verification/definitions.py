@@ -16,7 +16,17 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SMALL", "PackedWeight", "Small", "StoredBytes", "floats", "nearest_bf16", "nearest_half", "rounded_to_grid"]
+__all__ = [
+    "SMALL",
+    "PackedWeight",
+    "Shifted",
+    "Small",
+    "StoredBytes",
+    "floats",
+    "nearest_bf16",
+    "nearest_half",
+    "rounded_to_grid",
+]
 
 SMALL: Final = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 """Dtypes of small floats; of the last two, a byte holds two of four bits."""
@@ -134,6 +144,50 @@ class PackedWeight:
             floats(np.ascontiguousarray(scales[rows + self.scaled_from]), self.scales.dtype), self.group, axis=1
         )
         return codes.astype(np.int32) - 2 ** (self.bits - 1), spread[:, : codes.shape[1]]
+
+
+_NIBBLES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word of AWQ's holds the first row of eight, the second, ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted(PackedWeight):
+    """Rows of a weight of integers whose zero points are stored, and perhaps the group of each column.
+
+    Words run along columns, and those of zero points along rows, eight rows of four bits in one; AWQ's run along rows
+    both, which take turns in them. `less` is what was taken from zero points when they were stored.
+    """
+
+    zeros: StoredBytes | None = None
+    groups: StoredBytes | None = None
+    awq: bool = False
+    less: int = 0
+
+    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Codes less the zero point of their group [R, I], and the scale of each [R, I]."""
+        assert self.scales is not None
+        assert self.zeros is not None
+        rows, columns = self._picked(start, stop), self.size[1]
+        beside = self.name.endswith("qweight")  # zero points and scales are stored [G, O], else [O, G]
+        zero_RG = self._across(np.asarray(self.zeros.array()).T if not beside else self.zeros.array(), rows)
+        scale = np.asarray(self.scales.array())
+        scale_RG = floats(np.ascontiguousarray((scale.T if beside else scale)[rows]), self.scales.dtype)
+        of_I = np.arange(columns) // self.group if self.groups is None else self.groups.array()[:, 0].astype(np.int64)
+        if self.awq:
+            code_RI = self._across(self.tensor.array(), rows)
+        else:
+            words = np.asarray(self.tensor.array())
+            packed = np.ascontiguousarray((words.T if beside else words)[rows]).view(np.uint32)
+            shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+            code_RI = (packed[:, :, None] >> shifts & np.uint32(2**self.bits - 1)).reshape(len(rows), -1)
+        zero_RI = (zero_RG.astype(np.int64) + self.less)[:, of_I]
+        return (code_RI[:, :columns].astype(np.int64) - zero_RI).astype(np.int32), scale_RG[:, of_I]
+
+    def _across(self, words: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """Of words [N, O / 8] along rows what they hold for some of these [R, N]."""
+        count = 32 // self.bits
+        place = np.array(_NIBBLES)[rows % 8] if self.awq else rows % count
+        picked = np.ascontiguousarray(words[:, rows // count]).view(np.uint32).T
+        return np.asarray(picked >> (self.bits * place).astype(np.uint32)[:, None] & np.uint32(2**self.bits - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.definitions import (
     SMALL,
     PackedWeight,
+    Shifted,
     Small,
     StoredBytes,
     floats,
@@ -405,24 +406,53 @@ def _halves(projection: str, first: int, rows: int) -> Iterator[tuple[str, int, 
 
 
 def _unpacked(name: str, tensors: Mapping[str, StoredBytes], declared: Any) -> Iterator[tuple[str, PackedWeight]]:  # noqa: ANN401
-    """The weights that packed words stand for."""
+    """The weights that packed words stand for; bits and groups are told by what stands beside them."""
     words, (stem, _, last) = tensors[name], name.rpartition(".")
+    told = {part: tensors.get(f"{stem}.{part}") for part in ("qzeros", "weight_zero_point", "g_idx", "weight_g_idx")}
+    packing = str(declared.get("packing_format"))
+    awq = declared.get("quant_method") == "awq" or "awq" in packing
     gptq = last == "qweight"
-    weights = declared if gptq else next(iter(declared["config_groups"].values()))["weights"]
-    bits, group = weights["bits" if gptq else "num_bits"], weights.get("group_size")
-    if bits not in (4, 8):
-        raise ValueError(f"{name}: {bits} bits")
-    rows, packed = words.shape[::-1] if gptq else words.shape
-    columns = packed * 32 // bits
     scales = tensors[f"{stem}.scales" if gptq else f"{stem}.weight_scale"]
-    whole = PackedWeight(name, words, (rows, columns), (), scales, bits, columns if group in (None, -1) else group)
-    zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
-    if gptq and f"{stem}.qzeros" in tensors and not (tensors[f"{stem}.qzeros"].array() == zero).all():
-        raise ValueError(f"{stem}.qzeros: zero points are not those of a symmetric weight")
+    zeros = told["qzeros" if gptq else "weight_zero_point"]
+    if gptq:
+        rows = scales.shape[1]
+        bits = tensors[f"{stem}.qzeros"].shape[1] * 32 // rows
+        columns = words.shape[0] * (1 if awq else 32 // bits)
+        count = scales.shape[0]
+    else:
+        zeros, (rows, columns) = (
+            told["weight_zero_point"],
+            (int(n) for n in tensors[f"{stem}.weight_shape"].array().reshape(-1).tolist()),
+        )
+        bits, count = words.shape[1] * 32 // columns, scales.shape[1]
+    said = set(_said(declared, ("bits", "num_bits", "w_bit")))
+    if bits not in (4, 8) or bits not in said or (awq and bits != 4) or columns % count:
+        raise ValueError(f"{name}: {bits} bits in {count} groups of {columns} columns")
+    whole = PackedWeight(name, words, (rows, columns), (), scales, bits, columns // count)
+    middle = np.uint32(0x77777777 if bits == 4 else 0x7F7F7F7F)
+    own = declared.get("checkpoint_format") == "gptq_v2" or packing in ("auto_round", "auto_round:gptqmodel")
+    usual = gptq and not awq and not own
+    groups = told["g_idx" if gptq else "weight_g_idx"]
+    if zeros and not (usual and not declared.get("desc_act") and (zeros.array().view(np.uint32) == middle).all()):
+        whole = Shifted(
+            *(name, words, (rows, columns), (), scales, bits, columns // count),
+            zeros=zeros,
+            groups=groups,
+            awq=awq,
+            less=int(usual),
+        )
     match = _INDEXED.fullmatch(stem)
     for part, first, number in _halves(match[2], 0, rows) if match else [("", 0, rows)]:
         key = f"{match[1]}.{match[3]}.{part}.weight" if match else f"{stem}.weight"
         yield key, replace(whole, shape=(number, columns), rows=((first, number),))
+
+
+def _said(declared: Any, keys: tuple[str, ...]) -> Iterator[object]:  # noqa: ANN401
+    """Everything that a config says under one of these keys, wherever it does."""
+    for key, value in declared.items() if isinstance(declared, Mapping) else ():
+        if key in keys:
+            yield value
+        yield from _said(value, keys)
 
 
 def _of_mlx(

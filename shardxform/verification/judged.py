@@ -17,6 +17,7 @@ from shardxform.errors import ExecutionError
 from shardxform.formats.asymmetric import AsymmetricRows
 from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Read, Rows, ScaledRows, Storage, row_tiles
 from shardxform.formats.fp8 import Fp8
+from shardxform.formats.int8 import Int8
 from shardxform.formats.microscaling import Microscaled
 from shardxform.verification.findings import Findings, Item
 
@@ -43,7 +44,7 @@ class StoredWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of its parts, but for codes that are only read where a scale is zero."""
-        lazy = isinstance(self.storage.encoding, Fp8 | Microscaled)
+        lazy = isinstance(self.storage.encoding, Fp8 | Int8 | Microscaled)
         return sum(ref.nbytes for role, ref in self.storage.parts if not (lazy and role == "values"))
 
 
@@ -96,7 +97,7 @@ def _odd(rows: Rows, storage: Storage) -> Iterator[tuple[str, str]]:
     """What no quantizer writes, by the tensor that has it."""
     import numpy as np
 
-    if isinstance(rows, ScaledRows) and isinstance(rows.decoding, Fp8 | Microscaled):
+    if isinstance(rows, ScaledRows) and isinstance(rows.decoding, Fp8 | Int8 | Microscaled):
         scales, signed = rows.scales, True
     elif isinstance(rows, AsymmetricRows):
         scales, signed = rows.scale_OG, rows.zero_OG is not None

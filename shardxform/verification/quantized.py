@@ -238,7 +238,7 @@ def _check_config(layout: Layout, declared: Mapping[str, object], findings: Find
         findings.problem("quantization-config", CONFIG, f"quantization_config.{message}")
 
     method = method_of(declared)
-    if not isinstance(method, str):
+    if not isinstance(method, str) or not method:
         report("quant_method: missing" if method is None else f"quant_method: expected a name, found {method!r}")
         return
     for key in _REQUIRED.get(method, ()):
