@@ -26,6 +26,7 @@ from shardxform.formats import packing
 from shardxform.formats.encoding import Cut, Opener
 from shardxform.formats.scheme import Grid
 from shardxform.plan.view import View, pruned_view
+from shardxform.runtimes.gguf import architectures
 from shardxform.runtimes.gguf.architecture import Architecture, Named
 from shardxform.runtimes.gguf.architectures import KINDS, architecture_of
 from shardxform.runtimes.gguf.keys import Key
@@ -424,6 +425,15 @@ def test_what_llama_would_run_in_another_way_is_refused() -> None:
     )
     assert "cannot be qwen35moe.embedding_length, a UINT32" in refused(EXAMPLE, hidden_size="64")
     assert "rms_norm_eps" in refused(EXAMPLE, rms_norm_eps=...)
+
+
+@pytest.mark.parametrize("width", [16, 96, 192])
+def test_widths_of_an_indexer_at_which_llama_aborts_are_refused(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, architecture = viewed(EXAMPLE)
+    layout = replace(architecture.layout, text={**architecture.config, "index_head_dim": width})
+    monkeypatch.setattr(architectures, "_latent_check", lambda _: None)
+    with pytest.raises(SchemeError, match=f"index_head_dim is {width}; llama.cpp runs powers of two from 64 on"):
+        architectures.KINDS["deepseek_v32"].check(Architecture(architectures.KINDS["deepseek_v32"], layout))
 
 
 def test_a_tensor_that_is_missing_or_unknown_is_refused() -> None:

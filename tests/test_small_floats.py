@@ -389,6 +389,23 @@ def test_scores_and_evaluations_are_those_of_the_twin(kind: str, folder: Path, t
     assert told["against"]["block_errors"] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", picked(FLOATS, 3))
+def test_codes_that_are_sent_to_a_device_are_decoded_there_to_the_same_bits(kind: str, folder: Path) -> None:
+    from shardxform.checkpoint.table import Checkpoint
+    from shardxform.forward.resting import Coded, Precision, Sent
+    from shardxform.forward.weights import Weights
+
+    source, _ = made(folder, kind)
+    precision = Precision(torch.device("cpu"), torch.float32)
+    with Weights(Checkpoint.open(source), precision) as weights:
+        expert = weights.expert("block", 1, 2)
+        for part in (*expert.gate_up, expert.down):
+            assert isinstance(part, Coded)
+            sent = Sent.of(part, precision.device)
+            assert sent is not None
+            assert torch.equal(sent.dense(precision), part.dense(precision))
+
+
 @every
 def test_it_converts_to_the_twin(kind: str, folder: Path, tmp_path: Path) -> None:
     source, twin = made(folder, kind)

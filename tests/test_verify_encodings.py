@@ -125,6 +125,8 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...], object]] = {
     "compressed-tensors: a number for weights": ("compressed-tensors", W, 3),
     "auto-round: a number for extra_config": ("auto-round", ("extra_config",), 7),
     "fp8 whole: no method": ("fp8 whole", ("quant_method",), ""),
+    "fp8 channels: a list for a strategy": ("fp8 channels", (*W, "strategy"), [[]]),
+    "mxfp4: an object for bits": ("mxfp4", (*W, "num_bits"), {"a": 1}),
     "gptq: a word for desc_act": ("gptq", ("desc_act",), "re:("),
     "gptq of 8 bits: an object for sym": ("gptq of 8 bits", ("sym",), {"bits": "4"}),
     "int8: 4 bits": ("8-bit integers of W8A8", (*W, "num_bits"), 4),

@@ -483,7 +483,12 @@ def _sparing(declared: Declared, modules: Sequence[str], homes: Sequence[str]) -
     else:
         keys, entries = ("modules_to_not_convert", "ignored_layers"), [*modules, *homes]
     there = [key for key in keys if declared.get(key)] or keys[:1]
-    return {**declared, **{key: list(dict.fromkeys((*(declared.get(key) or ()), *entries))) for key in there}}
+    return {**declared, **{key: _with(declared.get(key) or [], entries) for key in there}}
+
+
+def _with(listed: Sequence[object], entries: Iterable[str]) -> list[object]:
+    """A list, and what is not in it."""
+    return [*listed, *(entry for entry in dict.fromkeys(entries) if entry not in listed)]
 
 
 def _escaped(home: str) -> str:
@@ -515,7 +520,10 @@ def _rules(config: Mapping[str, object]) -> list[Reading]:
     read = DECODED.get(str(method_of(declared)))
     unsaid = _UNSAID.get(str(config.get("model_type")), {})
     beside = {**unsaid, **{key: config[key] for key in _BESIDE if key in config}}
-    rules = list(read({**beside, **declared})) if read else []
+    try:
+        rules = list(read({**beside, **declared})) if read else []
+    except (AttributeError, TypeError, ValueError) as e:
+        raise SchemeError(f"malformed: {e}") from e
     if not any(isinstance(rule, ScaleRule) for rule in rules):
         return rules
     turned = _are_stacks_transposed(config)

@@ -446,8 +446,9 @@ def _of_groups(groups: object) -> tuple[tuple[int, ...] | None, bool]:
     """Blocks, and whether there is a scale a row, where all groups of compressed-tensors agree on it."""
     listed = list(groups.values()) if isinstance(groups, Mapping) else []
     weights = [group.get("weights") for group in listed if isinstance(group, Mapping)]
-    kinds = {(w.get("strategy"), tuple(w.get("block_structure") or ())) for w in weights if isinstance(w, Mapping)}
-    if len(kinds) != 1:
+    said = [(w.get("strategy"), tuple(w.get("block_structure") or ())) for w in weights if isinstance(w, Mapping)]
+    kinds = {(name, block) for name, block in said if isinstance(name, str) and all(type(n) is int for n in block)}
+    if len(kinds) != 1 or not all(isinstance(name, str) for name, _ in said):
         return None, False
     strategy, block = kinds.pop()
     if strategy == "block":

@@ -363,6 +363,18 @@ def _deepseek_v32_keys(architecture: Architecture, recorder: Recorder) -> None:
     recorder.writer.add_indexer_top_k(architecture.size("index_topk"))
 
 
+def _deepseek_v32_check(architecture: Architecture) -> None:
+    """What the indexer compares is turned by a Hadamard matrix first, of a power of two; llama.cpp aborts at others."""
+    _latent_check(architecture)
+    width = architecture.size("index_head_dim")
+    if width < _SMALLEST_TURN or width & (width - 1):
+        raise SchemeError(
+            f"config.json: index_head_dim is {width}; llama.cpp runs powers of two from {_SMALLEST_TURN} on"
+        )
+
+
+_SMALLEST_TURN: Final = 64
+
 _DEEPSEEK_V32: Final = Kind(
     name="deepseek32",
     maps=("DEEPSEEK2", "GLM_DSA"),
@@ -371,7 +383,7 @@ _DEEPSEEK_V32: Final = Kind(
     parts=_latent_parts,
     mtp="nextn",
     keys=_deepseek_v32_keys,
-    check=_latent_check,
+    check=_deepseek_v32_check,
     adds_bos=True,
 )
 
