@@ -1,9 +1,11 @@
 """Tuned rounding against upstream auto-round on examples/small-moe: the same windows, iterations and batch size.
 
     python benchmarks/bench_autoround.py [--iters 50] [--batch-size 8] [--samples 64] [--seqlen 512] [--threads 1]
+    python benchmarks/bench_autoround.py --pack --iters 200 --samples 128 --seqlen 256
 
 Each runs as a process of its own. Calibration documents are cut to windows of `--seqlen` tokens, shorter ones passed
-over, as upstream does; both see the same set (upstream reads the documents that we take, one a line). Then, in float32
+over, as upstream does; both see the same set (upstream reads the documents that we take, one a line). With `--pack`
+documents are joined and cut, as we do by default, and upstream is given the windows that we take. Then, in float32
 on 64 windows of 256 held-out tokens: perplexity, divergence from the 16-bit model, and how far the output of every
 block is from the 16-bit one's, each on its own chain, on the calibration windows as well. Needs auto-round.
 """
@@ -50,6 +52,16 @@ def timed(command: list[str], threads: int) -> dict[str, float]:
     }
 
 
+def packed_windows(args: argparse.Namespace) -> Any:  # noqa: ANN401
+    """Token ids [samples, seqlen] as our own commands cut them."""
+    import torch
+
+    from shardxform.calibration import DataOptions, load_windows
+
+    data = DataOptions(data=str(CALIB), samples=args.samples, seqlen=args.seqlen)
+    return torch.as_tensor(load_windows(SMALL_MOE, data).ids_NT).long()
+
+
 def long_documents(args: argparse.Namespace, out: Path) -> int:
     """Write the documents that fill a window, which is all that either tool takes; their number."""
     from transformers import AutoTokenizer
@@ -68,7 +80,7 @@ def long_documents(args: argparse.Namespace, out: Path) -> int:
 def upstream_run(out: Path, data: Path, args: argparse.Namespace) -> None:
     """Let auto-round quantize the model, in this process."""
     import torch
-    from auto_round import AutoRound
+    from auto_round import AutoRound, calib_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(args.threads)
@@ -89,6 +101,10 @@ def upstream_run(out: Path, data: Path, args: argparse.Namespace) -> None:
         layer_config={name: {"bits": 16, "data_type": "float"} for name in keep},
         seed=args.seed,
     )
+    if args.pack:
+        ids_NT = packed_windows(args)
+        batches: Any = torch.split(ids_NT, args.batch_size)
+        calib_dataset.get_dataloader = lambda *_, **__: [{"input_ids": ids_BT} for ids_BT in batches]  # what it reads
     tuner.quantize_and_save(str(out), format="auto_round")
 
 
@@ -102,13 +118,15 @@ def evaluate(checkpoint: Path, text: Path, size: tuple[int, int], work: Path, *o
 def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """One row a way of quantizing."""
     data = scratch / "calib.jsonl"
-    samples = long_documents(args, data)
+    samples = len(packed_windows(args)) if args.pack else long_documents(args, data)
+    data, pack = (CALIB, []) if args.pack else (data, ["--no-pack"])
     shape = ["--samples", str(samples), "--seqlen", str(args.seqlen)]
     tune = ["--iters", str(args.iters), "--batch-size", str(args.batch_size), "--seed", str(args.seed)]
     ours = [sys.executable, "-m", "shardxform", "quantize", str(SMALL_MOE)]
     upstream = [
         sys.executable,
         __file__,
+        *(["--pack"] if args.pack else []),
         "--upstream-run",
         str(scratch / "upstream"),
         "--data",
@@ -122,7 +140,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         "auto-round 0.16.1": [*upstream, *shape, *tune, "--threads", str(args.threads)],
         "shardxform": [
             *(*ours, str(scratch / "tuned"), "-q", "--method", "auto-round"),
-            *("--data", str(data), "--no-pack", "--dtype", "float32", *shape, *tune),
+            *("--data", str(data), *pack, "--dtype", args.dtype, *shape, *tune),
         ],
     }
     folders = dict(zip(runs, ("rtn", "search", "upstream", "tuned"), strict=True))
@@ -131,7 +149,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         cost = timed(command, args.threads)
         folder = next((scratch / folders[name]).rglob("config.json")).parent  # upstream names a folder of its own
         held = evaluate(folder, HELDOUT, (64, 256), scratch / "work")
-        seen = evaluate(folder, data, (samples, args.seqlen), scratch / "work", "--no-pack")
+        seen = evaluate(folder, data, (samples, args.seqlen), scratch / "work", *pack)
         rows.append({"name": name, **cost, "heldout": held, "calibration": seen})
     return rows
 
@@ -160,6 +178,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pack", action="store_true", help="join the documents")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of ours; %(default)s")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--upstream-run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)

@@ -1,6 +1,7 @@
 """What healing gives and what it costs: divergence from the unpruned model, seconds of CPU time, and memory.
 
     python benchmarks/bench_heal.py SUITE [--threads 1] [--json]
+    python benchmarks/bench_heal.py steps [--models DIR]
     python benchmarks/bench_heal.py shape --dir SCRATCH [--layers 1]
 
 Suites on examples/small-moe (16 -> 8 experts by REAP sum, scored and healed on 64 x 512 tokens of its calibration text,
@@ -8,6 +9,7 @@ measured on 32 x 256 held-out ones unless the suite says otherwise):
 
     what       the router, shared experts, all MoE weights, the whole block, and what held-out windows choose
     data       64, 16 and 4 windows
+    steps      first steps that are given, and the one that is chosen; also of every model in DIR, half the experts kept
     extra      16 and 4 windows, and 50 or 28 made of their pieces beside them; code, measured on the Bible
     criteria   who is kept (REAP, REAP sum, frequency, random) and how many (75 %, 50 %, 25 %), plain and healed
     transfer   scored and healed on code alone, measured on the King James Bible alone, and the other way round
@@ -48,12 +50,14 @@ class Case:
         keep, criterion: experts of every layer, and what they are chosen by; `random` draws them (seed 0).
         windows: of 512 tokens, to score and to heal on.
         tuned_on, measured_on: source of the text, or all of it.
+        model: a checkpoint with the tokenizer of examples/small-moe.
 
     """
 
     name: str
     command: tuple[str, ...]
     keep: int = 8
+    model: Path = SMALL_MOE
     criterion: str = "reap-sum"
     windows: int = 64
     tuned_on: str = ""
@@ -72,13 +76,13 @@ class Bench:
         """Prune, heal and measure one case."""
         out, manifest = self.scratch / "out", self.manifest(case)
         data = () if "--heal" not in case.command and "auto-round" not in case.command else self.data(case)
-        command = (case.command[0], str(SMALL_MOE), str(out), "-m", str(manifest), *case.command[1:], *data)
+        command = (case.command[0], str(case.model), str(out), "-m", str(manifest), *case.command[1:], *data)
         seconds, rss, _ = self.call(*command, "--json", "--quiet")
         heldout = self.text("heldout", case.measured_on)
         measured = ("--data", str(heldout), "--samples", "32", "--seqlen", "256")
         work = ("--work", str(self.scratch / "work"))
         found = json.loads(
-            self.call("evaluate", str(out), "--against", str(SMALL_MOE), *measured, *work, "--json", "-q")[2]
+            self.call("evaluate", str(out), "--against", str(case.model), *measured, *work, "--json", "-q")[2]
         )
         shutil.rmtree(out)
         against = found["against"]
@@ -109,7 +113,7 @@ class Bench:
 
     def manifest(self, case: Case) -> Path:
         """The keep manifest of a case."""
-        key = (case.keep, case.criterion, case.windows, case.tuned_on)
+        key = (case.model, case.keep, case.criterion, case.windows, case.tuned_on)
         if key not in self.manifests:
             path = self.manifests[key] = self.scratch / f"keep-{len(self.manifests)}.json"
             if case.criterion == "random":
@@ -122,9 +126,9 @@ class Bench:
 
     def choose(self, case: Case, path: Path) -> None:
         """Score, and choose by the criterion."""
-        saliency = self.scratch / f"saliency-{case.windows}-{case.tuned_on or 'all'}.safetensors"
+        saliency = self.scratch / f"saliency-{case.model.name}-{case.windows}-{case.tuned_on or 'all'}.safetensors"
         if not saliency.exists():
-            self.call("score", str(SMALL_MOE), "-o", str(saliency), *self.data(case), "-q")
+            self.call("score", str(case.model), "-o", str(saliency), *self.data(case), "-q")
         self.call("select", str(saliency), "--keep", str(case.keep), "--criterion", case.criterion, "-o", str(path))
 
     def call(self, *arguments: str) -> tuple[float, int, str]:
@@ -167,15 +171,32 @@ def cases_data() -> Iterator[Case]:
             yield Case(name=f"{windows} windows, {name}", command=command, windows=windows)
 
 
+def cases_steps(models: Sequence[Path] = ()) -> Iterator[Case]:
+    """First steps: given ones, and the one that is searched; 32 steps of 4 windows."""
+    for model in (SMALL_MOE, *models):
+        for windows in (16, 64):
+            for rate in ("0.01", "0.02", "0.04", "0.08", "0.16", ""):
+                how = ("--heal-iters", "32", "--batch-size", "4", *(("--heal-lr", rate) if rate else ()))
+                name = f"{model.name}, {windows} windows, {rate or 'searched'}"
+                yield Case(name=name, command=heal("all", *how), windows=windows, model=model, keep=half(model))
+
+
+def half(model: Path) -> int:
+    """Half the experts of a layer."""
+    config = json.loads((model / "config.json").read_text())
+    text = config.get("text_config", config)
+    return next(int(text[key]) for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in text) // 2
+
+
 def cases_extra() -> Iterator[Case]:
     """Little text, and windows made of its pieces."""
-    for windows, extra, batch, iters in ((16, 50, 8, 60), (4, 28, 4, 60), (4, 28, 4, 100)):
-        how = ("--heal-iters", str(iters), "--heal-lr", "0.02", "--batch-size", str(batch))
+    for windows, extra, batch, iters in ((4, 28, 4, 32), (4, 28, 4, 100), (16, 50, 4, 32), (16, 50, 8, 60)):
+        how = ("--heal-iters", str(iters), "--batch-size", str(batch))
         for more in (0, extra):
             name = f"{windows} windows and {more}, {iters} steps"
             yield Case(name=name, command=heal("all", *how, "--heal-extra", str(more)), windows=windows)
     for more in (0, 64):
-        how = ("--heal-iters", "60", "--heal-lr", "0.02", "--heal-extra", str(more))
+        how = ("--heal-iters", "60", "--heal-extra", str(more))
         name = f"code -> kjv, 32 windows and {more}"
         yield Case(name=name, command=heal("all", *how), windows=32, tuned_on="code", measured_on="kjv")
 
@@ -218,6 +239,7 @@ def cases_quantized() -> Iterator[Case]:
 SUITES: Final = {
     "what": cases_what,
     "data": cases_data,
+    "steps": cases_steps,
     "extra": cases_extra,
     "criteria": cases_criteria,
     "transfer": cases_transfer,
@@ -270,11 +292,18 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where scratch files go, gigabytes of them for `shape`")
     parser.add_argument("--layers", type=int, default=1, help="blocks of `shape` (default 1)")
     parser.add_argument("--what", nargs="+", default=["moe", "all"], help="of `shape` (default moe all)")
+    parser.add_argument("--models", type=Path, help="of `steps`: a folder of checkpoints, as small_moes.py makes them")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         bench = Bench(Path(folder), args.threads)
-        rows = shape(bench, args) if args.suite == "shape" else map(bench.run, SUITES[args.suite]())
+        if args.suite == "shape":
+            rows = shape(bench, args)
+        elif args.suite == "steps":
+            models = sorted(path.parent for path in args.models.glob("*/config.json")) if args.models else []
+            rows = map(bench.run, cases_steps(models))
+        else:
+            rows = map(bench.run, SUITES[args.suite]())
         for row in rows:
             print(json.dumps(row) if args.json else line(row), flush=True)
 

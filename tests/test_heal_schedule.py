@@ -38,8 +38,7 @@ def test_steps_fill_a_time_with_all_that_comes_beside_them() -> None:
     for seconds in (60.0, 200.0, 5000.0):
         steps = steps_within(seconds, tried, PACE)
         cost = [
-            Heal(what="all", iters=n).steps * 2.0 + (1 + len(tried.trials)) * 4.0
-            for n in (steps, steps + 1 + steps // 50)
+            Heal(what="all", iters=n).steps * 2.0 + (1 + tried.descents) * 4.0 for n in (steps, steps + 1 + steps // 50)
         ]
         assert cost[0] <= seconds < cost[1]
 

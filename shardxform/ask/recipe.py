@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
-from shardxform.base.constants import HELD_OUT, JUDGES, PROBE
+from shardxform.base.constants import HELD_OUT, JUDGES, MOST_TRIES, PROBE
 from shardxform.errors import SchemeError
 from shardxform.model.families.base import Role
 
@@ -47,11 +47,10 @@ HEALED: Final[Mapping[str, frozenset[str]]] = {
 class Trial:
     """One way to heal a block: what to change, and the first step size, relative to each weight's root mean square.
 
-    `factor` shrinks the step that the amount of data suggests; `lr` is one that was asked for.
+    `lr` is None where the step size is that which the amount of data suggests, or one that is searched from there.
     """
 
     what: str
-    factor: float = 1.0
     lr: float | None = None
 
 
@@ -105,12 +104,16 @@ class Heal:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """What is tried, shortly, before the best of it is done in full; one trial is done at once."""
-        if self.lr is not None:
-            chosen = ("all", "shared") if self.what == "auto" else (self.what,)
-            return tuple(Trial(what, lr=self.lr) for what in chosen)
-        shrunk = Trial(self.widest), Trial(self.widest, 0.25)
-        return (*shrunk, Trial("shared")) if self.what == "auto" else shrunk
+        """What may be healed, and how; the first with a step size that is searched unless one was asked for."""
+        chosen = ("all", "shared") if self.what == "auto" else (self.what,)
+        return tuple(Trial(what, self.lr) for what in chosen)
+
+    @property
+    def descents(self) -> int:
+        """Most trials that are done, shortly, before the best is done in full; none where there is no choice."""
+        searched = MOST_TRIES if self.lr is None else 1
+        most = searched + len(self.trials) - 1
+        return most if most > 1 else 0
 
     @property
     def probe_iters(self) -> int:
@@ -119,8 +122,8 @@ class Heal:
 
     @property
     def steps(self) -> int:
-        """Steps of a block in all; `iters` is as good a guess as any where a schedule or a time decides."""
-        return self.iters + (len(self.trials) * self.probe_iters if len(self.trials) > 1 else 0)
+        """Most steps of a block in all; `iters` is as good a guess as any where a schedule or a time decides."""
+        return self.iters + self.descents * self.probe_iters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

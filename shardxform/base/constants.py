@@ -46,19 +46,26 @@ PIECE: Final = (4, 16)
 REPLACED: Final = 0.5
 """Share of the tokens of such a window that are drawn from the whole vocabulary."""
 
-PROBE: Final = 4
+PROBE: Final = 8
 """A trial of healing has one in so many of the steps."""
+
+MOST_TRIES: Final = 4
+"""Step sizes that are tried on a block, each the double or the half of another."""
+
+STEP: Final = 0.4
+SMALLEST_STEP: Final = 1e-3
+LARGEST_STEP: Final = 0.16
+"""The first step of healing is searched from so much times the square root of the tokens for each weight, between the
+smallest and the largest."""
+
+SHORTER: Final = 4
+"""Where a searched step leaves a block no better in the end, it is healed once more with one of so many parts of it."""
 
 PACE_STEPS: Final = 10
 """Steps that show what healing a block takes and gives, where a time is given to all of them."""
 
 MOST_WEIGHT: Final = 4.0
 """A block gets at most so many times the time of a usual one, and at least the inverse."""
-
-FULL_STEP: Final = 0.02
-TOKENS_PER_WEIGHT: Final = 0.04
-SMALLEST_STEP: Final = 1e-3
-"""The first step of healing: the full one from so many tokens a weight on, less for fewer, at least the smallest."""
 
 # -- how much at a time -----------------------------------------------------------------------------------------------
 

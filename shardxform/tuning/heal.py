@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from shardxform.ask.recipe import Heal
-from shardxform.base.constants import FULL_STEP, PACE_STEPS, SMALLEST_STEP, TOKENS_PER_WEIGHT
+from shardxform.ask.recipe import Heal, Trial
+from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, SHORTER, SMALLEST_STEP, STEP
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
 from shardxform.formats.packing import bf16_bits_of, float32_of
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from shardxform.ask.recipe import Heal, Trial
     from shardxform.forward.skeleton import Block, Skeleton
     from shardxform.tuning.samples import Forward, Samples
     from shardxform.tuning.workers import Workers
@@ -371,6 +370,15 @@ def pace_of_block(load: Load, samples: Samples, heal: Heal, seed: int, dtype: to
     )
 
 
+class _Tried(NamedTuple):
+    """A trial: what moved and by which first step; loss before and after, which is infinite where it was no number."""
+
+    what: str
+    lr: float
+    start: float
+    loss: float
+
+
 class _Run:
     """One block being healed."""
 
@@ -380,18 +388,21 @@ class _Run:
         extra_N = np.arange(samples.count - samples.extra, samples.count)
         self._learned_N = np.concatenate([self._split.learned_N, extra_N])
         self._diverged = False
+        self._tried: list[_Tried] = []
         self._ratio_error = math.nan  # of the last descent
 
     def execute(self) -> tuple[HealResult, MovingBlock]:
-        trials, tried = self._heal.trials, []
-        start = math.nan
-        for trial in trials if len(trials) > 1 else ():
-            start, loss, lr = self._descend(trial, self._heal.probe_iters)[:3]  # the block is let go of: it is large
-            tried.append((trial.what, lr, loss))
-        best = min(range(len(tried)), key=lambda i: tried[i][2], default=0)
+        start, chosen = math.nan, self._heal.trials[0]
+        if self._heal.descents:
+            self._try_all()
+            best = min(self._tried, key=lambda tried: tried.loss)
+            start, chosen = best.start, Trial(best.what, best.lr)
         healing, loss, lr = None, math.inf, 0.0
-        if not tried or tried[best][2] < start:
-            start, loss, lr, healing = self._descend(trials[best], self._heal.iters)
+        if not self._tried or min(tried.loss for tried in self._tried) < start:
+            start, loss, lr, healing = self._descend(chosen, self._heal.iters)
+            if loss >= start and self._heal.lr is None:  # a short trial does not see what many steps learn by heart
+                healing, chosen = None, Trial(chosen.what, lr / SHORTER)
+                start, loss, lr, healing = self._descend(chosen, self._heal.iters)
         healed = loss < start
         if not healed or healing is None:
             healing = None  # let go of before the block is loaded again
@@ -402,12 +413,42 @@ class _Run:
             loss=loss if healed else start,
             judged=self._split.judged(self._samples),
             ratio_error=self._ratio_error if healed else 0.0,
-            what=trials[best].what if healed else None,
+            what=chosen.what if healed else None,
             lr=lr if healed else 0.0,
-            tried=tuple((what, rate, loss if math.isfinite(loss) else -1.0) for what, rate, loss in tried),
+            tried=tuple((each.what, each.lr, each.loss if math.isfinite(each.loss) else -1.0) for each in self._tried),
             diverged=self._diverged,
         )
         return result, healing
+
+    def _try_all(self) -> None:
+        """Do trials: the first with several steps unless one was asked for, the others with theirs."""
+        first, *others = self._heal.trials
+        self._try(first)
+        if first.lr is None:
+            self._search(first.what)
+        for trial in others:
+            self._try(trial)
+
+    def _search(self, what: str) -> None:
+        """Double the step as long as that is better; else halve it as long as that is.
+
+        A single window that judges is like those that teach more often than not, and would have the step too large.
+        """
+        best = self._tried[0]
+        for factor in (2.0, 0.5) if len(self._split.judges_N) > 1 else (0.5,):
+            while len(self._tried) < MOST_TRIES and SMALLEST_STEP <= best.lr * factor <= LARGEST_STEP:
+                other = self._try(Trial(what, best.lr * factor))
+                if other.loss >= best.loss:
+                    break
+                best = other
+            if best is not self._tried[0]:
+                return
+
+    def _try(self, trial: Trial) -> _Tried:
+        """Heal by a few steps, and note what came of it; the block is let go of: it is large."""
+        start, loss, lr = self._descend(trial, self._heal.probe_iters)[:3]
+        self._tried.append(_Tried(trial.what, lr, start, loss))
+        return self._tried[-1]
 
     def descend(self, trial: Trial, iters: int) -> tuple[float, float]:
         """Heal as a trial says; loss before and after. Nothing is kept."""
@@ -419,7 +460,7 @@ class _Run:
         start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = trial.lr or trial.factor * suggested_lr(tokens, healing.weights)
+        lr = trial.lr or suggested_lr(tokens, healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
@@ -440,11 +481,11 @@ class _Run:
 
 
 def suggested_lr(tokens: int, weights: int) -> float:
-    """A first step size that fits the amount of data: the fewer tokens a weight has, the less it should move.
+    """A first step size to search from: the fewer tokens a weight has, the less it should move.
 
-    Fitted on the weights that examples/small-moe had at first: 0.02 at 0.04 tokens a weight, 0.005 at 0.0026.
+    Fitted on the models of docs/healing.md, "How far".
     """
-    return max(SMALLEST_STEP, FULL_STEP * min(1.0, math.sqrt(tokens / weights / TOKENS_PER_WEIGHT)))
+    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens / weights)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

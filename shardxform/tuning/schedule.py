@@ -45,8 +45,7 @@ class Pace:
 
 def steps_within(seconds: float, heal: Heal, pace: Pace) -> int:
     """Most steps that a block can be healed by in a time, its trials included; at least one."""
-    trials = len(heal.trials) if len(heal.trials) > 1 else 0
-    left = seconds - (1 + trials) * pace.descent_seconds
+    left = seconds - (1 + heal.descents) * pace.descent_seconds
     guess = max(1, int(left / pace.step_seconds))
     while guess > 1 and replace(heal, iters=guess).steps * pace.step_seconds > left:
         guess -= max(1, guess // 100)
