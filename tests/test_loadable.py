@@ -51,6 +51,15 @@ def codes(root: Path, **options: Any) -> tuple[list[str], list[str]]:
 BLOCK = (8, 4)
 
 
+def random_scales(name: str, dtype: str, shape: tuple[int, ...]) -> Raw:
+    """Random, and above zero as scales are: without the sign, the first bit of the last byte of each."""
+    found = random_tensor(name, dtype, shape)
+    data = bytearray(found.data)
+    size = {"F32": 4, "BF16": 2, "F16": 2}[dtype]
+    data[size - 1 :: size] = bytes(byte & 0x7F for byte in data[size - 1 :: size])
+    return Raw(dtype, shape, bytes(data))
+
+
 def fp8(kind: str = "deepseek_v3", block: tuple[int, int] | None = BLOCK, **declared: Any) -> tuple[Config, Tensors]:
     """A checkpoint as the release of DeepSeek-V3 is: all linear layers of blocks in FP8, with scales in blocks."""
     config, tensors = tiny(kind)
@@ -58,7 +67,7 @@ def fp8(kind: str = "deepseek_v3", block: tuple[int, int] | None = BLOCK, **decl
         rows, columns = tensors[name].shape
         tensors[name] = Raw("F8_E4M3", (rows, columns), bytes([0x38]) * (rows * columns))
         shape = (math.ceil(rows / block[0]), math.ceil(columns / block[1])) if block else ()
-        tensors[f"{name}_scale_inv"] = random_tensor(name, "F32", shape)
+        tensors[f"{name}_scale_inv"] = random_scales(name, "F32", shape)
     size = {"weight_block_size": list(block)} if block else {}
     config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", **size, **declared}
     return config, tensors
@@ -85,7 +94,7 @@ def test_fp8_with_its_scales_is_sound_and_so_is_what_is_pruned_of_it(
 def test_scales_may_be_of_every_type_that_releases_have(last: str, tmp_path: Path) -> None:
     config, tensors = fp8()
     for name in names_of(tensors, "_scale_inv"):
-        tensors[name] = random_tensor(name, last, tensors[name].shape)
+        tensors[name] = random_scales(name, last, tensors[name].shape)
     assert codes(write(tmp_path / "out", config, tensors)) == ([], [])
 
 
