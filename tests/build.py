@@ -211,6 +211,15 @@ def random_tensor(name: str, dtype: str, shape: Sequence[int], seed: int = 0) ->
     return Raw(dtype, tuple(shape), data)
 
 
+def random_scales(name: str, dtype: str, shape: Sequence[int]) -> Raw:
+    """Random, and above zero as scales are: without the sign, the first bit of the last byte of each."""
+    found = random_tensor(name, dtype, shape)
+    data = bytearray(found.data)
+    size = {"F32": 4, "BF16": 2, "F16": 2}[dtype]
+    data[size - 1 :: size] = bytes(byte & 0x7F for byte in data[size - 1 :: size])
+    return Raw(dtype, found.shape, bytes(data))
+
+
 def random_tensors(shapes: Mapping[str, Sequence[int]], seed: int = 0, dtype: str = "BF16") -> dict[str, Raw]:
     """One random tensor per name; names that releases keep in float32 are F32."""
     return {

@@ -21,8 +21,8 @@ from shardxform.calibration.tokens import load_tokenizer
 from shardxform.errors import CheckpointError, FamilyError
 from shardxform.model.families import all_families
 from shardxform.model.layout import layout_of
-from shardxform.verification import structure, verify
-from shardxform.verification.structure import config_faults
+from shardxform.verification import config_values, verify
+from shardxform.verification.config_values import config_faults
 
 COMMON = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 WORDS = {int: "int", float: "float", bool: "bool", str: "str", dict: "object", list: "list", type(None): "null"}
@@ -78,10 +78,10 @@ def test_types_are_those_of_transformers(family: Any) -> None:
 
 
 def test_names_of_layers_and_dtypes_are_those_of_transformers_and_torch() -> None:
-    known = structure._LAYER_TYPES
+    known = config_values._LAYER_TYPES
     assert known["layer_types"] >= set(ALLOWED_ATTN_LAYER_TYPES)
     assert known["mlp_layer_types"] == set(ALLOWED_MLP_LAYER_TYPES)
-    assert all(getattr(torch, name).is_floating_point for name in structure._DTYPES)
+    assert all(getattr(torch, name).is_floating_point for name in config_values._DTYPES)
 
 
 VALUES: list[tuple[str, Any]] = [

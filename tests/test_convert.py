@@ -576,7 +576,7 @@ def test_a_config_that_is_not_supported_is_refused_before_anything_is_written(
 ROW_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "act-order": ({"actorder": "group"}, {}, "of one scheme do not hold"),
     "asymmetric": ({"symmetric": False}, {}, "weight_zero_point' is missing"),
-    "float": ({"type": "float"}, {}, "symmetric int weights"),
+    "float": ({"type": "float"}, {}, r"weight_packed': I32 .*, expected U8"),
     "channels in groups": ({"strategy": "channel"}, {}, "strategy 'channel' with groups of 32"),
     "blocks": ({"strategy": "block"}, {}, "strategy 'block'"),
     "odd groups": ({"group_size": "x"}, {}, "group_size: expected columns of a group"),

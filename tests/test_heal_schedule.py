@@ -20,11 +20,11 @@ from shardxform.cli.values import STEPS, TIME  # noqa: E402
 from shardxform.errors import ResumeError, SchemeError  # noqa: E402
 from shardxform.execution.output import SCHEDULE  # noqa: E402
 from shardxform.tuning import heal as healing  # noqa: E402
-from shardxform.tuning.schedule import Pace, Schedule, share_of, steps_within  # noqa: E402
+from shardxform.tuning.schedule import BlockPace, Schedule, share_of, steps_within  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
-PACE = Pace(fall=0.2, step_seconds=2.0, descent_seconds=4.0)
+PACE = BlockPace(fall=0.2, step_seconds=2.0, descent_seconds=4.0)
 FIXED = Heal(what="all", lr=0.01, seconds=1000)
 
 
@@ -62,7 +62,7 @@ def test_a_block_has_its_share(fall: float, before: list[float], after: int, sha
 def test_what_was_decided_stays(tmp_path: Path) -> None:
     measured = []
 
-    def measure() -> Pace:
+    def measure() -> BlockPace:
         measured.append(1)
         return PACE
 

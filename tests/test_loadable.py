@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import Raw, bf16, names_of, random_tensor, tiny, write_checkpoint
+from build import Raw, bf16, names_of, random_scales, random_tensor, tiny, write_checkpoint
 from click.testing import CliRunner
 from strategies import picked
 
@@ -22,7 +22,8 @@ from shardxform.cli import main
 from shardxform.errors import PlanError, SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Format, Grid, Scheme
-from shardxform.model.layout import first_of_alike, layout_of
+from shardxform.model.expected import first_of_alike
+from shardxform.model.layout import layout_of
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
@@ -49,15 +50,6 @@ def codes(root: Path, **options: Any) -> tuple[list[str], list[str]]:
 # -- FP8 as released --------------------------------------------------------------------------------------------------
 
 BLOCK = (8, 4)
-
-
-def random_scales(name: str, dtype: str, shape: tuple[int, ...]) -> Raw:
-    """Random, and above zero as scales are: without the sign, the first bit of the last byte of each."""
-    found = random_tensor(name, dtype, shape)
-    data = bytearray(found.data)
-    size = {"F32": 4, "BF16": 2, "F16": 2}[dtype]
-    data[size - 1 :: size] = bytes(byte & 0x7F for byte in data[size - 1 :: size])
-    return Raw(dtype, shape, bytes(data))
 
 
 def fp8(kind: str = "deepseek_v3", block: tuple[int, int] | None = BLOCK, **declared: Any) -> tuple[Config, Tensors]:

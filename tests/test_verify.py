@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import strategies
-from build import KINDS, Raw, bf16, forget_digests, random_tensor, read_checkpoint, tiny, write_checkpoint, write_json
+from build import (
+    KINDS,
+    Raw,
+    bf16,
+    forget_digests,
+    random_scales,
+    random_tensor,
+    read_checkpoint,
+    tiny,
+    write_checkpoint,
+    write_json,
+)
 from click.testing import CliRunner
 from faults import Failing
 from hypothesis import given, settings
@@ -118,7 +129,7 @@ def test_a_release_in_fp8_with_its_scales_is_sound(tmp_path: Path) -> None:
     for name in [n for n in tensors if n.endswith(("_proj.weight", "_proj_with_mqa.weight")) and "eh_proj" not in n]:
         shape = tensors[name].shape
         tensors[name] = Raw("F8_E4M3", shape, np.full(shape, 0x38, "u1").tobytes())
-        tensors[f"{name}_scale_inv"] = random_tensor(name, "F32", (1, 1))
+        tensors[f"{name}_scale_inv"] = random_scales(name, "F32", (1, 1))
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     assert sound(verify(write_checkpoint(tmp_path / "out", tensors, config, files=SIDECARS)))
 

@@ -221,7 +221,7 @@ class Session:
             return error
         return ExecutionError(
             f"`ray`: a worker failed for good, after {_TRIES} more tries: {type(cause or error).__name__}:"
-            f" {_first_line(cause or error)}; finished steps are safe, run the same command again to go on"
+            f" {_first_line(cause or error)}; run the same command again to go on"
         )
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, ScaledRows, Storage, refuse_scales
+from shardxform.formats.decoded import ScaledRows, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Storage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,16 +23,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import (
-    Cut,
-    DecodedRows,
-    Encoded,
-    PartSpec,
-    Read,
-    Role,
-    Storage,
-    refuse_scales,
-)
+from shardxform.formats.decoded import DecodedRows, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Storage
 from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import Layout
 

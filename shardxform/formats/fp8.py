@@ -20,18 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardxform.base.tensors import FP8, TensorRef, TensorSpec
 from shardxform.errors import CheckpointError
-from shardxform.formats.encoding import (
-    HUGE,
-    Cut,
-    Encoded,
-    PartSpec,
-    Read,
-    Role,
-    ScaledRows,
-    Storage,
-    compiled,
-    refuse_scales,
-)
+from shardxform.formats.decoded import HUGE, ScaledRows, compiled, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Storage
 from shardxform.model.layout import SCALES
 
 if TYPE_CHECKING:

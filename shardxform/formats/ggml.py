@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.tensors import BLOCKS, TensorRef
 from shardxform.errors import ExecutionError, SchemeError
+from shardxform.formats.decoded import DecodedRows
 from shardxform.formats.encoding import (
     DECODE_TILE,
     ROUND_TILE,
     Cut,
-    DecodedRows,
     PartSpec,
     Read,
     Role,

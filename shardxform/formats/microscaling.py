@@ -24,18 +24,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import CheckpointError, ExecutionError
-from shardxform.formats.encoding import (
-    HUGE,
-    Cut,
-    Encoded,
-    PartSpec,
-    Read,
-    Role,
-    ScaledRows,
-    Storage,
-    compiled,
-    refuse_scales,
-)
+from shardxform.formats.decoded import HUGE, ScaledRows, compiled, refuse_scales
+from shardxform.formats.encoding import Cut, Encoded, PartSpec, Read, Role, Storage
 from shardxform.formats.fp8 import ELEMENTS, decoded_codes, powers_of_two
 
 if TYPE_CHECKING:

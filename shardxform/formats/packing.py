@@ -19,7 +19,8 @@ import numpy as np
 
 from shardxform.base.tensors import TensorRef, TensorSpec
 from shardxform.errors import ExecutionError, SchemeError
-from shardxform.formats.encoding import Cut, Role, SourceDtype, compiled
+from shardxform.formats.decoded import compiled
+from shardxform.formats.encoding import Cut, Role, SourceDtype
 from shardxform.formats.scheme import Grid, Layout
 
 if TYPE_CHECKING:

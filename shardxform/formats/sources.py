@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from shardxform.formats.packing import IntRows
 
-__all__ = ["Constant", "Part", "Rounded"]
+__all__ = ["Constant", "PartOfMatrix", "Rounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Rounded:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartOfMatrix:
     """Some rows of a matrix, of which a tuner gives all."""
 
     whole: Storage

@@ -16,14 +16,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from shardxform.formats.encoding import Cut, DecodedRows, Rows, ScaledRows
+from shardxform.formats.decoded import DecodedRows, ScaledRows
+from shardxform.formats.encoding import Cut, Rows
 from shardxform.formats.fp8 import Fp8
 from shardxform.formats.microscaling import Microscaled
 from shardxform.formats.packing import values_of
 from shardxform.formats.scheme import Grid
 from shardxform.model.families.base import ExpertLayout
 
-__all__ = ["Coded", "ExpertValues", "Matrix", "Packed", "PlainMatrix", "Precision", "RoutedExpert"]
+__all__ = ["Coded", "ExpertValues", "Packed", "PlainMatrix", "Precision", "RestingMatrix", "RoutedExpert"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Precision:
     dtype: torch.dtype
 
 
-class Matrix(Protocol):
+class RestingMatrix(Protocol):
     """A 2-D weight at rest, in the form it is stored in."""
 
     @property
@@ -50,7 +51,7 @@ class Matrix(Protocol):
         """Put them where they are wanted."""
         ...
 
-    def on(self, precision: Precision) -> Matrix:
+    def on(self, precision: Precision) -> RestingMatrix:
         """The same on the device, at rest."""
         ...
 
@@ -79,7 +80,7 @@ class PlainMatrix:
         """Put them where they are wanted."""
         out_OI.copy_(self.w_OI)
 
-    def on(self, precision: Precision) -> Matrix:
+    def on(self, precision: Precision) -> RestingMatrix:
         """The same on the device, at rest."""
         return PlainMatrix(self.w_OI.to(precision.device), self.resting)
 
@@ -119,7 +120,7 @@ class Packed:
         """Put them where they are wanted."""
         out_OI.copy_(self.dense(Precision(out_OI.device, out_OI.dtype)))
 
-    def on(self, precision: Precision) -> Matrix:
+    def on(self, precision: Precision) -> RestingMatrix:
         """The same on the device, at rest."""
         return Packed(self.words_OW.to(precision.device), self.scale_OG.to(precision.device), self.grid)
 
@@ -165,7 +166,7 @@ class Coded:
         else:
             out_OI.copy_(self.dense(Precision(out_OI.device, out_OI.dtype)))
 
-    def on(self, precision: Precision) -> Matrix:
+    def on(self, precision: Precision) -> RestingMatrix:
         """The same on the device, at rest."""
         if precision.device.type == "cpu":
             return self
@@ -237,7 +238,7 @@ class Sent:
         """Put them where they are wanted."""
         out_OI.copy_(self.dense(Precision(out_OI.device, out_OI.dtype)))
 
-    def on(self, _precision: Precision) -> Matrix:
+    def on(self, _precision: Precision) -> RestingMatrix:
         """The same on the device, at rest."""
         return self
 
@@ -275,8 +276,8 @@ class RoutedExpert:
 
     """
 
-    gate_up: tuple[Matrix, ...]
-    down: Matrix
+    gate_up: tuple[RestingMatrix, ...]
+    down: RestingMatrix
     biases: tuple[torch.Tensor, ...]
     layout: ExpertLayout
 

@@ -27,22 +27,12 @@ from shardxform.checkpoint.remote.repository import open_source
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ExecutionError, FamilyError, SchemeError
 from shardxform.formats.config_names import declarations
+from shardxform.formats.decoded import DecodedRows
 from shardxform.formats.decoding import decoded
-from shardxform.formats.encoding import (
-    DECODE_TILE,
-    DecodedRows,
-    Encoded,
-    Opener,
-    Role,
-    Rows,
-    Storage,
-    Turned,
-    ranges_of,
-    row_tiles,
-)
+from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Role, Rows, Storage, Turned, ranges_of, row_tiles
 from shardxform.formats.packing import IntRows
 from shardxform.formats.stored import read_stored
-from shardxform.forward.resting import Coded, ExpertValues, Matrix, Packed, PlainMatrix, Precision, RoutedExpert
+from shardxform.forward.resting import Coded, ExpertValues, Packed, PlainMatrix, Precision, RestingMatrix, RoutedExpert
 from shardxform.model.expected import expected
 from shardxform.model.families.base import ExpertLayout
 from shardxform.model.layout import Layout, Place, layout_of, refuse_two_spellings, variants_found
@@ -226,7 +216,7 @@ class Weights:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _matrix(self, ref: TensorRef) -> Matrix:
+    def _matrix(self, ref: TensorRef) -> RestingMatrix:
         interrupts.check()  # a block is many, and some minutes where the disk is slow
         if not isinstance(ref, Encoded):
             return PlainMatrix(self._plain(ref))
@@ -237,7 +227,7 @@ class Weights:
         words, scales = zip(*(rows.turned(0, rows.count) for rows in packed), strict=True)
         return Packed(_joined(words), _joined(scales), packed[0].grid)
 
-    def _resting(self, ref: TensorRef) -> Matrix:
+    def _resting(self, ref: TensorRef) -> RestingMatrix:
         """A weight that is decoded again and again: its codes, where decoding them is cheap."""
         if not isinstance(ref, Encoded):
             return self._matrix(ref)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from shardxform.base.tensors import TensorRef
 from shardxform.errors import FamilyError
 from shardxform.model.families.base import Config, Scope, Symbol, Template
 from shardxform.model.layout import COMPANIONS, MAX_LAYERS, Layout, Place, read_count
 
-__all__ = ["Expected", "expected"]
+__all__ = ["Expected", "expected", "first_of_alike"]
 
 
 class Expected(NamedTuple):
@@ -178,3 +179,27 @@ def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
     for template in family.vision:
         for block in range(depth if "{b}" in template.name else 1):
             yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)
+
+
+def first_of_alike(layout: Layout, tensors: Mapping[str, TensorRef]) -> Layout:
+    """Leave the first of the routed experts in each block, where all of them are there, and are stored alike.
+
+    What is then looked at, of names, dtypes and shapes, is what would be looked at of every expert: a hundredth of
+    the tensors. Where an expert is missing, is one too many or differs from the others, all of them stay.
+    """
+    if layout.family.sets or layout.mtp_blocks > 1:  # of which several lie in one layer
+        return layout
+    counts: dict[object, int] = {}
+    firsts: dict[str, Place] = {}
+    for name, place in layout.places.items():
+        template, scope, layer, expert, _, companion = place
+        if not expert:  # none, or the first
+            firsts[name] = place
+        if expert is not None:
+            if expert >= layout.num_experts:
+                return layout
+            spec = tensors[name].spec
+            kind = scope, layer, template.name, companion, spec.dtype, spec.shape
+            counts[kind] = counts.get(kind, 0) + 1
+    alike = all(count == layout.num_experts for count in counts.values())
+    return replace(layout, places=firsts, sampled=True) if alike else layout

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal, NamedTuple, cast
 
@@ -25,7 +25,6 @@ __all__ = [
     "Layout",
     "Place",
     "count_paths",
-    "first_of_alike",
     "is_quantized",
     "is_shape",
     "layout_of",
@@ -137,7 +136,7 @@ class Layout:
         places: every tensor whose name the family knows.
         unknown: names the family does not know, in source order.
         harmless: names of tensors that are no part of the model, and that no client minds.
-        sampled: whether `places` has, of routed experts one by one, the first alone; see `first_of_alike`.
+        sampled: whether `places` has, of routed experts one by one, the first alone; see `expected.first_of_alike`.
 
     """
 
@@ -282,30 +281,6 @@ def _layout_of(config: Config, names: Iterable[str]) -> Layout:
         harmless=harmless,
         mtp_blocks=mtp_blocks,
     )
-
-
-def first_of_alike(layout: Layout, tensors: Mapping[str, TensorRef]) -> Layout:
-    """Leave the first of the routed experts in each block, where all of them are there, and are stored alike.
-
-    What is then looked at, of names, dtypes and shapes, is what would be looked at of every expert: a hundredth of
-    the tensors. Where an expert is missing, is one too many or differs from the others, all of them stay.
-    """
-    if layout.family.sets or layout.mtp_blocks > 1:  # of which several lie in one layer
-        return layout
-    counts: dict[object, int] = {}
-    firsts: dict[str, Place] = {}
-    for name, place in layout.places.items():
-        template, scope, layer, expert, _, companion = place
-        if not expert:  # none, or the first
-            firsts[name] = place
-        if expert is not None:
-            if expert >= layout.num_experts:
-                return layout
-            spec = tensors[name].spec
-            kind = scope, layer, template.name, companion, spec.dtype, spec.shape
-            counts[kind] = counts.get(kind, 0) + 1
-    alike = all(count == layout.num_experts for count in counts.values())
-    return replace(layout, places=firsts, sampled=True) if alike else layout
 
 
 def count_paths(config: Config, family: Family, wrapper: Wrapper) -> list[tuple[str, ...]]:

@@ -30,7 +30,7 @@ from shardxform.formats.config_names import (
     with_renamed,
     without_empty,
 )
-from shardxform.model.expected import Expected, expected
+from shardxform.model.expected import Expected, expected, first_of_alike
 from shardxform.model.families import family_origin
 from shardxform.model.families.base import Slicing, Template, Wrapper
 from shardxform.model.layout import (
@@ -38,7 +38,6 @@ from shardxform.model.layout import (
     Layout,
     Place,
     count_paths,
-    first_of_alike,
     is_quantized,
     is_shape,
     layout_of,

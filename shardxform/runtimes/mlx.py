@@ -20,7 +20,7 @@ from shardxform.formats.dialects import Selection
 from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.matrices import Matrix, single_biases, turns
 from shardxform.formats.plain import Plain
-from shardxform.formats.sources import Part
+from shardxform.formats.sources import PartOfMatrix
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, head_dim
 from shardxform.model.layout import Layout, Place
@@ -144,7 +144,7 @@ class Member(NamedTuple):
     """What of a matrix stands in a stack: all of it, or some of its rows."""
 
     matrix: Matrix
-    source: Storage | Part
+    source: Storage | PartOfMatrix
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -233,7 +233,9 @@ def _in_turn(halves: Iterable[Matrix]) -> Iterator[list[Member]]:
     found = [Member(matrix, storage) for matrix in halves for storage in matrix.stored]
     for projection in (0, 1):
         cuts = turns([member.shape[0] for member in found], projection)
-        yield [Member(each.matrix, Part(each.source.storage, cut)) for each, cut in zip(found, cuts, strict=True)]
+        yield [
+            Member(each.matrix, PartOfMatrix(each.source.storage, cut)) for each, cut in zip(found, cuts, strict=True)
+        ]
 
 
 def _stack_name(layout: Layout, expert: str) -> str:

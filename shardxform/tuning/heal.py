@@ -43,7 +43,7 @@ from shardxform.tuning.samples import (
     judge,
     learning_order,
 )
-from shardxform.tuning.schedule import Pace
+from shardxform.tuning.schedule import BlockPace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -345,7 +345,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def pace_of_block(load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype = torch.float32) -> Pace:
+def pace_of_block(load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype = torch.float32) -> BlockPace:
     """Heal a block by a few steps, of which nothing is kept, to see what they take and give; as `heal_block`."""
     began, ticks = time.monotonic(), list[float]()
 
@@ -363,7 +363,7 @@ def pace_of_block(load: Load, samples: Samples, heal: Heal, seed: int, dtype: to
         start, loss = _Run(timed, samples, heal, seed, dtype).descend(heal.trials[0], PACE_STEPS)
     whole = time.monotonic() - began
     step = (ticks[-1] - ticks[1]) / (len(ticks) - 2) if len(ticks) > 2 else whole  # the first may compile kernels
-    return Pace(
+    return BlockPace(
         fall=start - loss if math.isfinite(loss) else 0.0,
         step_seconds=step,
         descent_seconds=max(0.0, whole - len(ticks) * step),
@@ -548,7 +548,7 @@ class BlockHealer:
         result, self._healing = heal_block(self._load, samples, heal, seed, self._weights.precision.dtype)
         return result
 
-    def pace(self, samples: Samples, heal: Heal, seed: int) -> Pace:
+    def pace(self, samples: Samples, heal: Heal, seed: int) -> BlockPace:
         """What a few steps take and give; the block is loaded anew for what comes next."""
         return pace_of_block(self._load, samples, heal, seed, self._weights.precision.dtype)
 

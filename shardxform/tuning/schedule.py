@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from shardxform.ask.recipe import Heal
     from shardxform.base.file_system import FileSystem
 
-__all__ = ["Pace", "Schedule", "steps_within"]
+__all__ = ["BlockPace", "Schedule", "steps_within"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class BlockPace:
     """What a few steps of healing a block showed.
 
     Attributes:
@@ -43,7 +43,7 @@ class Pace:
     descent_seconds: float
 
 
-def steps_within(seconds: float, heal: Heal, pace: Pace) -> int:
+def steps_within(seconds: float, heal: Heal, pace: BlockPace) -> int:
     """Most steps that a block can be healed by in a time, its trials included; at least one."""
     left = seconds - (1 + heal.descents) * pace.descent_seconds
     guess = max(1, int(left / pace.step_seconds))
@@ -70,7 +70,7 @@ class Schedule:
         self._layers, self._path, self._fs = tuple(layers), work / SCHEDULE, fs
         self._blocks: dict[int, dict[str, Any]] = _read(self._path)
 
-    def decide(self, layer: int, heal: Heal, elapsed: Callable[[], float], measure: Callable[[], Pace]) -> Heal:
+    def decide(self, layer: int, heal: Heal, elapsed: Callable[[], float], measure: Callable[[], BlockPace]) -> Heal:
         """Say how a block is healed; durable when it returns.
 
         Args:

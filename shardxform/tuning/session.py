@@ -41,7 +41,7 @@ from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, instal
 from shardxform.tuning.heal import BlockHealer, HealResult
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples
-from shardxform.tuning.schedule import Pace, Schedule
+from shardxform.tuning.schedule import BlockPace, Schedule
 from shardxform.tuning.stacked import rows_of
 from shardxform.tuning.workers import Workers
 
@@ -397,7 +397,7 @@ class _BlockRun:
 
     # -- healing ------------------------------------------------------------------------------------------------
 
-    def _decide(self, heal: Heal, measure: Callable[[Heal], Pace]) -> Heal:
+    def _decide(self, heal: Heal, measure: Callable[[Heal], BlockPace]) -> Heal:
         """How this block is healed: by so many steps as all, as a schedule has for it, or as there is time for."""
         layer, layers = self._step.layer, self._tuner.healed
         decided = heal

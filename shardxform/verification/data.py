@@ -57,7 +57,7 @@ from shardxform.verification.jobs import (
     report_tensor,
     scan_floats,
 )
-from shardxform.verification.judged import Judged, StoredWeight, judge, report_judged
+from shardxform.verification.judged import Judged, StoredWeight, judge_weight, report_judged
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally, examine
 from shardxform.verification.wanted import Derived, HealedWeight
@@ -393,7 +393,7 @@ class _Reader:
         if isinstance(item, TensorPiece):
             return self._piece(item, shards)
         if isinstance(item, StoredWeight):
-            return judge(item, _reader(shards, self._out))
+            return judge_weight(item, _reader(shards, self._out))
         if isinstance(item, HealedWeight):
             assert self._source is not None
             return examine_healed(item, _reader(shards, self._out), _reader(shards, self._source))

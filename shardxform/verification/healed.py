@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.formats.asymmetric import AsymmetricRows
-from shardxform.formats.encoding import DECODE_TILE, ROUNDED, Nearest, Opener, Read, Rows, ScaledRows, Storage
+from shardxform.formats.decoded import ScaledRows
+from shardxform.formats.encoding import DECODE_TILE, ROUNDED, Nearest, Opener, Read, Rows, Storage
 from shardxform.formats.packing import bf16_bits_of, float32_of, half_bits_of
 from shardxform.formats.plain import Plain
 from shardxform.verification.findings import Findings

@@ -26,7 +26,7 @@ from shardxform.runtimes.gguf.architecture import vocabulary
 from shardxform.verification.definitions import PackedWeight, floats, nearest_bf16, nearest_half, rounded_to_grid
 from shardxform.verification.findings import Findings
 from shardxform.verification.independent import CODE as _CODE
-from shardxform.verification.independent import Weights, weights_of
+from shardxform.verification.independent import WantedWeights, wanted_weights
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -166,7 +166,7 @@ def check_gguf_of_weights(
     try:
         record = json.loads(path.read_bytes()) if path.exists() else {}
         readers = [package.GGUFReader(each) for each in files]
-        wanted = weights_of(source, record, manifest, given)
+        wanted = wanted_weights(source, record, manifest, given)
         file = _File.of(readers, package)
         compared = sum(file.compare(name, weight, wanted) for name, weight in wanted.named.items())
         file.problems += file.uncovered()
@@ -247,7 +247,7 @@ class _File:
 
     # -- places -------------------------------------------------------------------------------------------------------
 
-    def compare(self, stored: str, weight: PackedWeight, wanted: Weights) -> bool:
+    def compare(self, stored: str, weight: PackedWeight, wanted: WantedWeights) -> bool:
         """Hold a weight against what the file has of it; tell whether it has a place there."""
         name = self._released(stored, wanted.config)
         if not name:
@@ -290,7 +290,7 @@ class _File:
             return name
         return next(filter(None, (each.get_name(name, (".weight", ".bias", ".scale")) for each in self.maps)), None)
 
-    def _expert(self, match: re.Match[str], weight: PackedWeight, wanted: Weights) -> None:
+    def _expert(self, match: re.Match[str], weight: PackedWeight, wanted: WantedWeights) -> None:
         """Rows of an expert in the stack of all."""
         block, expert, projection, half, last = match.groups()
         part, count = _PARTS[projection], weight.shape[0]
@@ -309,7 +309,12 @@ class _File:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _rows(
-        self, place: str, first: int, weight: PackedWeight, change: Callable[[Values], Values] | None, wanted: Weights
+        self,
+        place: str,
+        first: int,
+        weight: PackedWeight,
+        change: Callable[[Values], Values] | None,
+        wanted: WantedWeights,
     ) -> None:
         """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
         tensor, seen = self.tensors[place], _Seen(weight, wanted, bool(wanted.healed and place.startswith("blk.")))
@@ -357,7 +362,7 @@ class _Seen:
     """What rows of one weight showed."""
 
     weight: PackedWeight
-    wanted: Weights
+    wanted: WantedWeights
     healed: bool
     square: float = 0.0
     energy: float = 0.0

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.errors import ExecutionError
 from shardxform.formats.asymmetric import AsymmetricRows
-from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Read, Rows, ScaledRows, Storage, row_tiles
+from shardxform.formats.decoded import ScaledRows
+from shardxform.formats.encoding import DECODE_TILE, Encoded, Opener, Read, Rows, Storage, row_tiles
 from shardxform.formats.fp8 import Fp8
 from shardxform.formats.int8 import Int8
 from shardxform.formats.microscaling import Microscaled
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from shardxform.base.tensors import TensorRef
     from shardxform.model.layout import Layout
 
-__all__ = ["Judged", "StoredWeight", "judge", "report_judged", "stored_weights"]
+__all__ = ["Judged", "StoredWeight", "judge_weight", "report_judged", "stored_weights"]
 
 _ABOUT: Final = re.compile(r"tensor '([^']+)': (.*)", re.DOTALL)
 _SMALLEST: Final = 2.0**-126  # normal float32: less is zero where denormals are flushed
@@ -67,7 +68,7 @@ def stored_weights(tensors: Iterable[TensorRef]) -> Iterator[StoredWeight]:
                 yield StoredWeight(ref.name, source._replace(cut=None))
 
 
-def judge(weight: StoredWeight, read: Read) -> Judged:
+def judge_weight(weight: StoredWeight, read: Read) -> Judged:
     """Read a weight, less its codes where these are read row by row, and say what is wrong with it."""
     try:
         rows = Opener(read).open(weight.storage)
