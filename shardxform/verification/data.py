@@ -57,7 +57,7 @@ from shardxform.verification.jobs import (
     report_tensor,
     scan_floats,
 )
-from shardxform.verification.judged import Judged, StoredWeight, judge_weight, report_judged
+from shardxform.verification.judged import JudgedWeight, StoredWeight, judge_weight, report_judged
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally, examine
 from shardxform.verification.wanted import Derived, HealedWeight
@@ -153,7 +153,7 @@ def check_data(
     tallies: list[Tally] = []
     moved: list[HealedTally] = []
     written: list[Digest] = []
-    judged: list[Judged] = []
+    judged: list[JudgedWeight] = []
     errors: dict[str, None] = {}
     done = 0
     with interrupts.deferred(), reader:
@@ -163,7 +163,7 @@ def check_data(
                     merge(seen)
                 elif isinstance(seen, HealedTally):
                     moved.append(seen)
-                elif isinstance(seen, Judged):
+                elif isinstance(seen, JudgedWeight):
                     judged.append(seen)
                 else:
                     tallies.append(seen) if isinstance(seen, Tally) else written.append(seen)
@@ -389,7 +389,7 @@ class _Reader:
 
     def _item(
         self, item: TensorPiece | EncodedWeight | WrittenChunk | HealedWeight | StoredWeight, shards: _Shards
-    ) -> Seen | Tally | Digest | HealedTally | Judged:
+    ) -> Seen | Tally | Digest | HealedTally | JudgedWeight:
         if isinstance(item, TensorPiece):
             return self._piece(item, shards)
         if isinstance(item, StoredWeight):

@@ -24,7 +24,7 @@ from shardxform.formats.scheme import Grid
 from shardxform.model.layout import Layout, Place
 from shardxform.verification.findings import Findings, Item, spans
 from shardxform.verification.healed import HealedTally
-from shardxform.verification.judged import Judged, StoredWeight
+from shardxform.verification.judged import JudgedWeight, StoredWeight
 from shardxform.verification.parts import Pair, Rule
 from shardxform.verification.rounding import Tally
 from shardxform.verification.wanted import Derived, HealedWeight
@@ -337,7 +337,7 @@ class Result:
     """What one task showed; `error` when the output could not be read on."""
 
     nbytes: int
-    seen: list[Seen | Tally | Digest | HealedTally | Judged] = field(default_factory=list)
+    seen: list[Seen | Tally | Digest | HealedTally | JudgedWeight] = field(default_factory=list)
     error: str = ""
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shardxform.base.tensors import TensorRef
     from shardxform.model.layout import Layout
 
-__all__ = ["Judged", "StoredWeight", "judge_weight", "report_judged", "stored_weights"]
+__all__ = ["JudgedWeight", "StoredWeight", "judge_weight", "report_judged", "stored_weights"]
 
 _ABOUT: Final = re.compile(r"tensor '([^']+)': (.*)", re.DOTALL)
 _SMALLEST: Final = 2.0**-126  # normal float32: less is zero where denormals are flushed
@@ -50,7 +50,7 @@ class StoredWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedWeight:
     """What is wrong with a weight of that name: tensors, and what is said of them."""
 
     name: str
@@ -68,17 +68,17 @@ def stored_weights(tensors: Iterable[TensorRef]) -> Iterator[StoredWeight]:
                 yield StoredWeight(ref.name, source._replace(cut=None))
 
 
-def judge_weight(weight: StoredWeight, read: Read) -> Judged:
+def judge_weight(weight: StoredWeight, read: Read) -> JudgedWeight:
     """Read a weight, less its codes where these are read row by row, and say what is wrong with it."""
     try:
         rows = Opener(read).open(weight.storage)
-        return Judged(weight.name, tuple(_odd(rows, weight.storage)))
+        return JudgedWeight(weight.name, tuple(_odd(rows, weight.storage)))
     except ExecutionError as e:
         about = _ABOUT.fullmatch(str(e))
-        return Judged(weight.name, ((about[1], about[2]) if about else (weight.storage.name, str(e)),))
+        return JudgedWeight(weight.name, ((about[1], about[2]) if about else (weight.storage.name, str(e)),))
 
 
-def report_judged(found: Iterable[Judged], layout: Layout | None, findings: Findings) -> None:
+def report_judged(found: Iterable[JudgedWeight], layout: Layout | None, findings: Findings) -> None:
     """Report what was found, unless the tensor is known to be no sound one."""
     items: list[Item] = []
     known = {problem.where for problem in findings.problems} | findings.named
