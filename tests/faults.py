@@ -176,6 +176,8 @@ def fork(call: Callable[[], object]) -> int:
     if child == 0:
         code = 1
         try:
+            if torch := sys.modules.get("torch"):  # its pool is not there; several threads that ask for it first race
+                torch.set_num_threads(torch.get_num_threads())
             call()
             code = 0
         except SystemExit as e:

@@ -162,6 +162,8 @@ def test_gate_and_up_that_take_turns_stand_apart_with_their_biases_whatever_they
     assert (found[f"{experts}down_proj.weight"].array() == down).all()
     assert found[f"{experts}down_proj.bias"] == released[f"{experts}down_proj_bias"]
     assert not [name for name in found if "gate_up" in name or re.search(r"experts\.\d", name)]
+    plan = plan_quantize(Checkpoint.open(source), Scheme(grid=Grid(group_size=32), format="mlx"), None)
+    assert not [note for note in plan.notes if "significant bits" in note]  # what is moved keeps its values
 
 
 def test_mlx_is_told_the_class_and_the_keys_that_it_reads(tmp_path: Path) -> None:

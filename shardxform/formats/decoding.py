@@ -26,6 +26,7 @@ from shardxform.formats.fp8 import ScaleRule, scale_rule
 from shardxform.formats.int8 import Int8Rule
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled, MicroscalingRule, StackRule
 from shardxform.formats.picking import Picked
+from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import GROUP_SIZES
 from shardxform.model.families import family_of
 from shardxform.model.layout import SCALES
@@ -354,9 +355,9 @@ def is_read(config: Mapping[str, object]) -> bool:
 
 
 def encodings_of(tensors: Iterable[TensorRef]) -> Counter[str]:
-    """Count stored matrices by the name of their encoding, the most frequent first; parts of plain ones aside."""
+    """Count stored matrices by the name of their encoding, the most frequent first; plain ones, and parts of these, aside."""
     stored = (source.encoding for ref in tensors if isinstance(ref, Encoded) for source in ref.sources)
-    counts = Counter(str(encoding) for encoding in stored if not isinstance(encoding, Picked))
+    counts = Counter(str(encoding) for encoding in stored if not isinstance(encoding, Picked | Plain))
     return Counter(dict(counts.most_common()))
 
 
