@@ -355,7 +355,7 @@ def is_read(config: Mapping[str, object]) -> bool:
 
 
 def encodings_of(tensors: Iterable[TensorRef]) -> Counter[str]:
-    """Count stored matrices by the name of their encoding, the most frequent first; plain ones, and parts of these, aside."""
+    """Count stored matrices by the name of their encoding, the most frequent first; those of plain numbers aside."""
     stored = (source.encoding for ref in tensors if isinstance(ref, Encoded) for source in ref.sources)
     counts = Counter(str(encoding) for encoding in stored if not isinstance(encoding, Picked | Plain))
     return Counter(dict(counts.most_common()))
