@@ -259,7 +259,7 @@ def test_malformed_widths_are_refused(width: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "wide", "of", "message"),
     [
-        ("deepseek_v3", 40, 40, "`width`: expected one that divides 80, since the shared experts of family deepseek_v3"),
+        ("deepseek_v3", 40, 40, "`width`: expected one that divides 80, since shared experts of family deepseek_v3"),
         ("qwen3_moe", 64, 128, "made for experts of 128 channels, but .* has 64"),
     ],
 )
