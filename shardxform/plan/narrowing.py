@@ -87,8 +87,8 @@ def _changes(layout: Layout, width: Width) -> dict[tuple[str, ...], int]:
         whole = count * width.of
         if whole % width.channels:
             raise PlanError(
-                f"`width`: expected one that divides {whole:,}, since shared experts of family {layout.family.name} stay"
-                f" so wide and {key} says how many times as wide as a routed one they are, found {width.channels:,}"
+                f"`width`: expected one that divides {whole:,}, since shared experts of family {layout.family.name}"
+                f" stay so wide and {key} says how many times as wide as a routed one that is, found {width.channels:,}"
             )
         changes[path] = whole // width.channels
     return changes
