@@ -58,6 +58,9 @@ LARGEST_STEP: Final = 0.16
 """The first step of healing is searched from so much times the square root of the tokens for each weight, between the
 smallest and the largest."""
 
+PAYS: Final = 1.2
+"""A trial with the double step must leave the error lower by so many times as much as the one with the single step."""
+
 SHORTER: Final = 4
 """Where a searched step leaves a block no better in the end, it is healed once more with one of so many parts of it."""
 
