@@ -59,7 +59,7 @@ LARGEST_STEP: Final = 0.16
 smallest and the largest."""
 
 PAYS: Final = 1.2
-"""A trial with the double step must leave the error lower by so many times as much as the one with the single step."""
+"""Another step is taken where its trial lowers the error by so many times as much as that of the step before."""
 
 SHORTER: Final = 4
 """Where a searched step leaves a block no better in the end, it is healed once more with one of so many parts of it."""

@@ -432,17 +432,18 @@ class _Run:
         return [searched, *map(self._try, others)]
 
     def _searched(self, first: _Tried) -> _Tried:
-        """Double the step as long as that pays; else halve it as long as that is better.
+        """Double the step as long as that pays, else halve it as long as that does.
 
-        A short trial goes as far by a double step as by twice as many steps, and a whole run has these: so the double
-        must be better by more. A single window that judges is like those that teach more often than not, and would have
-        the step too large.
+        A short trial has a bias: where much can be undone a double step does in it what more steps would, which a whole
+        run has; where little can, it ends before the noise of its steps has. So another step must be better by more
+        than a little. A single window that judges is like those that teach more often than not, and would have the step
+        too large.
         """
         best = first
-        for factor, more in ((2.0, PAYS), (0.5, 1.0)) if len(self._split.judges_N) > 1 else ((0.5, 1.0),):
+        for factor in (2.0, 0.5) if len(self._split.judges_N) > 1 else (0.5,):
             while len(self._tried) < MOST_TRIES and SMALLEST_STEP <= best.lr * factor <= LARGEST_STEP:
                 other = self._try(Trial(first.what, best.lr * factor))
-                if other.loss >= best.loss or other.gain < more * best.gain:
+                if other.loss >= best.loss or other.gain < PAYS * best.gain:
                     break
                 best = other
             if best is not first:
