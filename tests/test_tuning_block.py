@@ -316,12 +316,18 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_start() -> None:
             np.testing.assert_array_equal(stored.codes.codes_OI, packing.unpack(expected.words, 4, "row"))
 
 
-def test_experts_that_no_token_reaches_are_reported_and_stay_as_they_were() -> None:
+@pytest.mark.parametrize("reaching", ["none", "judge", "last"])
+def test_experts_that_no_token_reaches_are_reported_and_stay_as_they_were(reaching: str) -> None:
+    """Nor one that is learned from: windows that judge, and last positions, move nothing."""
     layer = Layer()
     layer.module.mlp.gate.weight.data[5] = 0
     layer.module.mlp.gate.weight.data[5, 0] = -1
     hidden = np.random.default_rng(0).standard_normal((SAMPLES, LENGTH, HIDDEN), np.float32)
     hidden[..., 0] = 40
+    if reaching == "judge":
+        hidden[np.random.Generator(np.random.PCG64([3, 7])).permutation(SAMPLES)[0], :3, 0] = -40
+    if reaching == "last":
+        hidden[:, -1, 0] = -40
     with Workers(1) as workers:
         block = install(layer.module, ["mlp.experts"], GRID, workers)
         layer.module.float()

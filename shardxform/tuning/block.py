@@ -91,7 +91,7 @@ class TunedBlock:
 
     @property
     def unreached(self) -> dict[str, list[int]]:
-        """By local name, the experts that no token has reached yet."""
+        """By local name, the experts that no token that was learned from has reached yet."""
         experts = {name: module for name, module in self.modules.items() if isinstance(module, TunedExperts)}
         return {name: [e for e, hit in enumerate(m.reached_E) if not hit] for name, m in experts.items()}
 
@@ -244,7 +244,8 @@ class BlockResult:
         judged: what the judges were.
         ratio_error: standard error of loss / start_loss over the judges; NaN for a single one.
         iteration: after how many steps that was; 0 if nothing was better than the start.
-        unreached: by local name, experts that no token ever reached: they stay as they began.
+        unreached: by local name, experts that no token reached that was learned from: they stay as they began, also
+            where a token of the judges did.
     """
 
     start_loss: float
