@@ -55,7 +55,7 @@ from shardxform.tuning.workers import Workers
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 CPU: Final = torch.device("cpu")
 BATCH: Final = 8
-KEPT_16_BIT: Final = ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b")
+KEPT_16_BIT: Final = ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "kv_b_proj")
 SMALLEST: Final = 1.1e-5
 HALF: Final = 0.4998
 
@@ -74,6 +74,8 @@ class Idea:
         windows: that compensation, or the search by energy, sees.
         rate: first step of offsets and clips, times the number of steps.
         clip_rate: that of clips, in rates.
+        shrunk: afterwards, go back toward the start, to three quarters, a half and a quarter of all offsets and clips,
+            and keep what the judges find best.
         learn_all: learn from the windows that judge, too, and keep the last state.
         sensitivity: weigh errors by how the model's output depends on a block's channels (Fisher information of
             sampled tokens), this share of it beside a plain one.
@@ -93,6 +95,7 @@ class Idea:
     windows: int = 64
     rate: float = 1.0
     clip_rate: float = 1.0
+    shrunk: bool = False
     learn_all: bool = False
     sensitivity: float = 0.0
     mixed: float = 0.0
@@ -123,6 +126,7 @@ IDEAS: Final = {
     "by sensitivity": Idea(sensitivity=0.8),
     "half the inputs of 16 bits": Idea(mixed=0.5),
     "small gradients left out": Idea(damped_gradient=0.5),
+    "shrunk afterwards": Idea(shrunk=True),
     "half the steps' size": Idea(rate=0.5),
     "a quarter of the steps' size": Idea(rate=0.25),
     "momentum 0.9": Idea(momentum=0.9),
@@ -153,6 +157,7 @@ class Reference:
     Calibration windows are those of the text first, then those beside them, of which `beside` says where they are.
     """
 
+    model: Path
     skeleton: Skeleton
     exact: Skeleton
     calibration: list[torch.Tensor]
@@ -183,7 +188,7 @@ def through(block: Block, entering_NTH: torch.Tensor) -> torch.Tensor:
 
 def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Reference:
     """Run the 16-bit model."""
-    source, ids = Checkpoint.open(SMALL_MOE), []
+    source, ids = Checkpoint.open(args.model), []
     for name, count, length in (("calib", args.samples, args.seqlen), ("heldout", args.sequences, 256)):
         data = DataOptions(data=str(SMALL_MOE / "text" / f"{name}.jsonl"), samples=count, seqlen=length)
         ids.append(torch.as_tensor(load_windows(SMALL_MOE, data).ids_NT).long())
@@ -198,6 +203,7 @@ def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Referenc
         chains.append(states)
         skeletons.append(skeleton)
     return Reference(
+        model=args.model,
         skeleton=skeletons[0],
         exact=skeletons[1],
         calibration=chains[0],
@@ -246,7 +252,7 @@ def sensitivities(ref: Reference, share: float, windows: int = 64) -> list[torch
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(SMALL_MOE, dtype=torch.float32).eval().requires_grad_(False)
+    model = load(ref.model, dtype=torch.float32).eval().requires_grad_(False)
     generator, size = torch.Generator().manual_seed(0), ref.skeleton.hidden_size
     sums = [torch.zeros(size, size, dtype=torch.float64) for _ in model.model.layers]
     for ids_BT in ref.ids_NT[:windows].split(BATCH):  # type: ignore[no-untyped-call]
@@ -364,7 +370,22 @@ def tune(weights: TunedBlock, block: Block, task: Task, idea: Idea, args: argpar
             if done in judged_at and ((now := loss()) < best or idea.learn_all):
                 weights.keep()
                 best = now
+    left = 1.0
+    for share in (0.75, 0.5, 0.25) if idea.shrunk else ():
+        shrink(weights, share / left)
+        left = share
+        if (now := loss()) < best:
+            weights.keep()
+            best = now
     return best / began
+
+
+def shrink(weights: TunedBlock, share: float) -> None:
+    """Leave so much of what offsets and clips are from the start."""
+    for weight in weights.weights:
+        steps_RI = (weight._v_RI & -UNITS_PER_STEP).float() * (share / UNITS_PER_STEP)
+        weight._v_RI.copy_(steps_RI.round().to(torch.int16) * UNITS_PER_STEP | weight._v_RI & 3)
+        weight._clip_RG.sub_(1).mul_(share).add_(1)
 
 
 def paces(steps: int, rate: float, clip_rate: float) -> Iterator[Pace]:
@@ -559,6 +580,7 @@ def line(row: Row, first: Row) -> str:
 def main() -> None:
     """Print a row an idea, the first of which all others are compared with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=SMALL_MOE, help="one of the same texts: see small_moes.py")
     parser.add_argument("--block", choices=["0", "1", "2", "3", "all"], default="1", help="%(default)s")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows, %(default)s")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of one, %(default)s")

@@ -352,6 +352,13 @@ def test_steps_add_up_to_what_the_rates_say() -> None:
         assert paces[-1].clip == pytest.approx(1 / iters**2)
 
 
+def test_a_first_step_that_is_asked_for_is_the_first() -> None:
+    paces = list(tuning_block._paces(TuneOptions(seed=0, iters=200, lr=1 / 800)))
+    assert paces[0].clip == pytest.approx(1 / 800)
+    assert sum(pace.offset for pace in paces) / 2**15 == pytest.approx(0.125 * (1 + 1 / 200), abs=2**-13)
+    assert sum(pace.clip for pace in paces) == pytest.approx(0.125 * (1 + 1 / 200), rel=1e-5)
+
+
 def test_every_sample_comes_before_one_comes_again() -> None:
     halves = learning_order(8, 4, np.random.default_rng(0))
     for _ in range(3):
@@ -406,3 +413,6 @@ def test_samples_and_options_that_make_no_sense_are_refused() -> None:
     for name in ("iters", "batch_size"):
         with pytest.raises(SchemeError, match=f"{name}: expected at least 1, found 0"):
             replace(OPTIONS, **{name: 0})
+    for lr in (0.0, 1.5, math.nan):
+        with pytest.raises(SchemeError, match=f"lr: expected more than 0 and at most 1, found {lr}"):
+            replace(OPTIONS, lr=lr)

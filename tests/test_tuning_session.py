@@ -321,6 +321,32 @@ def test_padding_and_batches_cover_all_windows(small_moe: Path) -> None:
     assert [(batch.start, batch.stop) for batch in batches(windows)] == [(0, 4), (4, 5)]
 
 
+# -- a smaller first step ---------------------------------------------------------------------------------------------
+
+
+def verified(source: Path, out: Path, *more: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["verify", str(out), "--source", str(source), "-q", *more])
+    return result.exit_code, result.output
+
+
+def test_a_smaller_first_step_moves_fewer_codes_and_is_held_to_less(
+    small_moe: Path, tuned: Path, tmp_path: Path
+) -> None:
+    tune(small_moe, tmp_path / "out", "--lr", "0.01")
+    record = json.loads((tmp_path / "out" / "shardxform.json").read_text())
+    assert record["inputs"]["recipe"]["lr"] == 0.01
+    assert "lr" not in json.loads((tuned / "shardxform.json").read_text())["inputs"]["recipe"]
+    for more in ((), ("--independent",)):
+        code, said = verified(small_moe, tmp_path / "out", *more)
+        assert code == 0, said
+    shutil.copytree(tuned, tmp_path / "farther")
+    other = json.loads((tmp_path / "farther" / "shardxform.json").read_text())
+    other["inputs"]["recipe"]["lr"] = 0.01
+    (tmp_path / "farther" / "shardxform.json").write_text(json.dumps(other))
+    assert verified(small_moe, tmp_path / "farther")[0] == 1
+    assert verified(small_moe, tmp_path / "farther", "--independent")[0] == 1
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +355,8 @@ def test_options_that_would_do_nothing_are_refused(small_moe: Path, tmp_path: Pa
     result = runner.invoke(main, ["quantize", str(small_moe), str(tmp_path / "o"), "--iters", "5"])
     assert result.exit_code == 1
     assert "--iters is for --method auto-round" in result.output
+    result = runner.invoke(main, ["quantize", str(small_moe), str(tmp_path / "o"), "--lr", "0.01"])
+    assert "--lr is for --method auto-round" in result.output
     assert "needs --inputs fp" in tune(small_moe, tmp_path / "o", "--blocks", "0", code=1).output
     assert "no block 9" in tune(small_moe, tmp_path / "o", "--inputs", "fp", "--blocks", "2-9", code=1).output
     names = tune(small_moe, tmp_path / "o", "--expert-names", "fused-indexed", code=1).output

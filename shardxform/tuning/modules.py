@@ -415,15 +415,13 @@ class TunedExperts(torch.nn.Module):
             gradient_out_TH.index_add_(0, token_n, gradient_nH)
         return gradient_out_TH.to(hidden_TH.dtype), gradient_S.reshape(weight_TK.shape)
 
-    def _note_reached(
-        self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], gradient_TH: torch.Tensor
-    ) -> None:
+    def _note_reached(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], gradient_TH: torch.Tensor) -> None:
         """Note the experts of tokens with a gradient: those that only judge, or do not count, move no expert."""
         if all(self.reached_E):
             return
         _, weight_TK, index_TK = inputs
         learned_TK = (gradient_TH != 0).any(1)[:, None] & (weight_TK != 0)
-        for expert in index_TK[learned_TK].unique().tolist():
+        for expert in torch.unique(index_TK[learned_TK]).tolist():
             if expert < len(self.reached_E):
                 self.reached_E[expert] = True
 

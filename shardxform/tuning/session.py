@@ -460,7 +460,11 @@ class _BlockRun:
         recipe = self._step.recipe
         forward = self._chains.forward(block, self._on_work, self._stopped)
         options = TuneOptions(
-            seed=recipe.seed, iters=recipe.iters, batch_size=recipe.batch_size, dtype=self._tuner._precision.dtype
+            seed=recipe.seed,
+            iters=recipe.iters,
+            lr=recipe.lr,
+            batch_size=recipe.batch_size,
+            dtype=self._tuner._precision.dtype,
         )
         with self._chains.samples(self._step.layer) as samples:
             try:
