@@ -146,11 +146,11 @@ def pruned_view(
         )
     config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
     if width:
-        from shardxform.plan.narrowing import narrowed  # most prunings leave experts as wide as they are
+        from shardxform.plan.narrowing import narrowed, told_of  # most prunings leave experts as wide as they are
 
-        tensors, path = narrowed(tensors, config, width)
-        config = _with_changes(config, {path: width.channels})
-        notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
+        tensors, changes = narrowed(tensors, config, width)
+        config = _with_changes(config, changes)
+        notes += told_of(changes, width)
     only_experts = not dropped and wrapper is layout.wrapper
     if any(declarations(config)) and (tells_experts_apart(config) or not only_experts):
         modules = modules_moved(layout, builder.moved, builder.keeps)
