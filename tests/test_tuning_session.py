@@ -379,6 +379,27 @@ def test_weights_that_are_not_finite_are_refused_naming_the_tensor(small_moe: Pa
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_an_expert_of_zeros_is_told_as_of_plain_rounding(small_moe: Path, tmp_path: Path) -> None:
+    """What a cut file reads as: the same modules and groups are named, whatever rounds them."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small_moe, copy)
+    name = "model.layers.1.mlp.experts.down_proj"
+    shard = copy / json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"][name]
+    data = bytearray(shard.read_bytes())
+    head = int.from_bytes(data[:8], "little")
+    first, last = json.loads(data[8 : 8 + head])[name]["data_offsets"]
+    each = (last - first) // 16
+    data[8 + head + first + 3 * each : 8 + head + first + 4 * each] = bytes(each)
+    shard.write_bytes(bytes(data))
+    said = tune(copy, tmp_path / "out", "--iters", "1", "--samples", "2").output
+    CliRunner().invoke(main, ["quantize", str(copy), str(tmp_path / "rtn"), "-q"], catch_exceptions=False)
+    ours, plain = (json.loads((tmp_path / out / "shardxform.json").read_text())["facts"] for out in ("out", "rtn"))
+    module = "model.layers.1.mlp.experts.3.down_proj"
+    assert ours["zero_modules"] == plain["zero_modules"] == [module]
+    assert ours["zero_groups"] == plain["zero_groups"] >= 128
+    assert f"all zero  {module}: is the source whole?" in said
+
+
 def test_a_loss_that_is_not_finite_falls_back_loudly(
     small_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
