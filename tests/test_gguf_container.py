@@ -16,13 +16,14 @@ from test_run import tree
 
 from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import OutputError, PlanError, ResumeError
 from shardxform.execution.output import state_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.plan import plan as plan_module
 from shardxform.plan.gguf_files import lay_out_gguf
-from shardxform.plan.plan import Plan, copy_steps, source_inputs
+from shardxform.plan.plan import Plan, copy_steps
 
 METADATA = (
     KeyValue.of("general.architecture", "STRING", "tiny"),
@@ -58,7 +59,8 @@ def plan_of(source: Path, max_bytes: int | None = 2_000, rows: int = 7) -> Plan:
         steps=tuple(copy_steps(shards, refs)),
         config=b"",
         sidecars=sidecars,
-        inputs={"command": "prune", "source": source_inputs(checkpoint, sidecars)},
+        identity=identity_when_asked(checkpoint),
+        stated={"command": "prune", "source": {"sidecars": sidecars}},
         container="gguf",
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from shardxform.base import tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
 from shardxform.base.strict_json import dumps, pretty, pretty_strings
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, natural_key, shard_names, split
-from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.identity import Identity, identify
 from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
 
@@ -180,7 +180,8 @@ class Plan:
         steps: in the order in which they are best run; any order gives the same bytes.
         config: bytes of config.json; a GGUF file has none.
         sidecars: small files copied beside the shards, with their SHA-256.
-        inputs: what the bytes depend on, by name; compared to say why a resume is refused.
+        identity: gives what the source is, to the value; its marks are read when they are first asked for, and once.
+        stated: what the bytes depend on, by name, but for the values of the source.
         summary: figures for people and for JSON.
         notes: what a person should know, one sentence each.
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
@@ -198,7 +199,8 @@ class Plan:
     steps: tuple[Step, ...]
     config: bytes
     sidecars: Mapping[str, str]
-    inputs: Mapping[str, Any]
+    identity: Callable[[], Identity] = field(repr=False, compare=False)
+    stated: Mapping[str, Any]
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
@@ -224,8 +226,18 @@ class Plan:
         return sum(shard.nbytes - len(shard.head) for shard in self.shards)
 
     @cached_property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the bytes depend on, by name; compared to say why a resume is refused.
+
+        Raises:
+            CheckpointError: a shard of the source cannot be read.
+
+        """
+        return {**self.stated, "source": {**self.identity().to_dict(), **self.stated["source"]}}
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the output's bytes."""
+        """SHA-256 of everything that decides the output's bytes; raises like `inputs`."""
         digest = hashlib.sha256(dumps(self.inputs).encode())
         for shard in self.shards:
             digest.update(shard.name.encode() + b"\0")

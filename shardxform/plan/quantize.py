@@ -16,6 +16,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.affine import Affine
@@ -66,7 +67,7 @@ from shardxform.plan.view import (
     config_bytes,
     pruned_view,
     sidecar_digests,
-    view_inputs,
+    view_stated,
     view_summary,
 )
 from shardxform.runtimes import as_family, mlx
@@ -128,7 +129,7 @@ def plan_quantize(
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
         told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
-    sidecars = sidecar_digests(view.checkpoint)
+    sidecars, identity = sidecar_digests(view.checkpoint), identity_when_asked(source)
     plan = Plan(
         command="quantize",
         source=source.root,
@@ -139,8 +140,9 @@ def plan_quantize(
         steps=(*copies, *computed),
         config=config_bytes(source, quantized_view),
         sidecars=sidecars,
-        inputs={
-            **view_inputs("quantize", source, manifest, options, sidecars),
+        identity=identity,
+        stated={
+            **view_stated("quantize", source, manifest, options, sidecars, identity),
             "scheme": scheme_inputs(scheme, recipe),
             **({"recipe": recipe.facts()} if recipe else {}),
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
@@ -160,8 +162,9 @@ def _plan_gguf(
     options = replace(options, gguf=options.gguf or GgufOptions())
     draft, chosen, selection = draft_quantized(source, scheme, manifest, options, recipe)
     sidecars, told = sidecar_digests(documents_of(draft.view.checkpoint)), scheme_inputs(scheme, recipe)
-    inputs = {
-        **view_inputs("quantize", source, manifest, options, sidecars),
+    identity = identity_when_asked(source)
+    stated = {
+        **view_stated("quantize", source, manifest, options, sidecars, identity),
         "scheme": told,
         **({"recipe": recipe.facts()} if recipe else {}),
         computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
@@ -170,7 +173,8 @@ def _plan_gguf(
     return draft.plan(
         source,
         recipe,
-        inputs=inputs,
+        identity=identity,
+        stated=stated,
         summary=_summary(source, draft.view, selection, told, stored, copied),
         notes=(
             *draft.view.notes,

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
 from shardxform.base.strict_json import config_text, parse_config
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
-from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.identity import Identity
 from shardxform.checkpoint.sidecars import refuse_faulty
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, ManifestError, PlanError
@@ -591,26 +591,30 @@ class ViewOptions:
     gguf: GgufOptions | None = None
 
 
-def view_inputs(
-    command: str, source: Checkpoint, manifest: Manifest | None, options: ViewOptions, sidecars: Mapping[str, str]
+def view_stated(
+    command: str,
+    source: Checkpoint,
+    manifest: Manifest | None,
+    options: ViewOptions,
+    sidecars: Mapping[str, str],
+    identity: Callable[[], Identity],
 ) -> dict[str, Any]:
-    """What the bytes of an output made from a view depend on, by name.
+    """What the bytes of an output made from a view depend on, by name, but for the source's values.
 
     Raises:
         ManifestError: the manifest says that it was chosen on another checkpoint, or on other values of this one.
-        CheckpointError: a shard cannot be read.
+        CheckpointError: a shard cannot be read, whose values the manifest says something of.
 
     """
-    identity = identify(source)
     if manifest is not None:
-        manifest.refuse_other_source(identity, names_of(source.shards))
+        manifest.refuse_other_source(identity, source.shards)
     keep = manifest.to_dict() if manifest else {}
     chosen = {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes}
     return {
         "command": command,
         "options": {**chosen, **({"gguf": asdict(options.gguf)} if options.gguf else {})},
         "manifest": {key: keep[key] for key in ("keep", "mtp_keep", "width") if keep.get(key)},
-        "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
+        "source": {"sidecars": dict(sidecars)},
         **family_origin(source.config),
     }
 
