@@ -184,7 +184,7 @@ def test_what_is_not_ours_is_not_touched(source: Path, tmp_path: Path) -> None:
         run(plan, tmp_path / "out")
     run(plan, tmp_path / "ours")
     with pytest.raises(ResumeError, match="made from other inputs"):
-        run(replace(plan, inputs={"command": "other"}), tmp_path / "ours")
+        run(replace(plan, stated={**plan.stated, "command": "other"}), tmp_path / "ours")
     with (tmp_path / "ours" / plan.shards[0].name).open("r+b") as file:
         file.write(b"X")
     with pytest.raises(ResumeError, match="missing or damaged in a finished output"):

@@ -137,22 +137,23 @@ def pruned_view(
         _refuse_unsafe(layout, source, dropped)
     refuse_strays(layout, source.tensors, but=dropped)
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
-    builder = _Builder(layout, manifest, dropped, wrapper)
+    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    only_experts = not dropped and wrapper is layout.wrapper
+    renames = any(declarations(config)) and (tells_experts_apart(config) or not only_experts)
+    builder = _Builder(layout, manifest, dropped, wrapper, traces=renames)
     tensors = _unique(builder.tensors(source.tensors))
     if builder.renumbered:
         notes.append(
             f"'{builder.renumbered[0]}' names experts by token: in place of a pruned one stands the next by number that"
             f" stays and that the token has not ({len(builder.renumbered)} such tables)"
         )
-    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
     if width:
         from shardxform.plan.narrowing import narrowed  # most prunings leave experts as wide as they are
 
         tensors, path = narrowed(tensors, config, width)
         config = _with_changes(config, {path: width.channels})
         notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
-    only_experts = not dropped and wrapper is layout.wrapper
-    if any(declarations(config)) and (tells_experts_apart(config) or not only_experts):
+    if renames:
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
     checkpoint = replace(source, tensors=tensors, config=config)
@@ -184,11 +185,19 @@ def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
 
 
 class _Builder:
-    """Walks the source's table once, in source order, counting what it does."""
+    """Walks the source's table once, in source order, counting what it does; `moved` has what it `traces`."""
 
     def __init__(
-        self, layout: Layout, manifest: Manifest | None, dropped_mtp: tuple[str, ...], wrapper: Wrapper
+        self,
+        layout: Layout,
+        manifest: Manifest | None,
+        dropped_mtp: tuple[str, ...],
+        wrapper: Wrapper,
+        *,
+        traces: bool,
     ) -> None:
+        self.moved: dict[str, str] = {}
+        self._traces = traces
         self._layout = layout
         self._manifest = manifest
         self._dropped_mtp = dropped_mtp
@@ -197,7 +206,6 @@ class _Builder:
         self.renamed = 0
         self.renumbered: list[str] = []
         self.dropped: Counter[str] = Counter()
-        self.moved: dict[str, str] = {}
         self._numbers: dict[tuple[str, int | None], dict[int | None, int]] = {
             layer: {old: new for new, old in enumerate(ids)} for layer, ids in self.keeps.items()
         }
@@ -211,21 +219,34 @@ class _Builder:
         return {(scope, layer): ids for scope, keep in both.items() for layer, ids in keep.items()}
 
     def tensors(self, source: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
-        places, moved = self._layout.places, self.moved
+        places, traces = self._layout.places, self._traces
         leaves_out = bool(self._dropped_mtp) or self._wrapper is not self._layout.wrapper
         for name, ref in source.items():
             place = places.get(name)
-            reason = self._reason_to_drop(name, place) if leaves_out else ""
-            out = None if reason else self._pruned(ref, place) if place else ref
+            if leaves_out and (reason := self._reason_to_drop(name, place)):
+                out = None
+            elif place and place.expert is not None:
+                out, reason = self._renumbered(ref, place), "pruned experts"
+            else:
+                out = self._pruned(ref, place) if place else ref
             if out is None:
-                self.dropped[reason or "pruned experts"] += 1
-                moved[name] = ""
-                continue
-            if leaves_out:
-                out = self._rename(out)
-            now = moved[name] = out.spec.name
-            self.renamed += now != name
-            yield now, out
+                self.dropped[reason] += 1
+            else:
+                out = self._rename(out) if leaves_out else out
+                self.renamed += out.spec.name != name
+                yield out.spec.name, out
+            if traces:
+                self.moved[name] = out.spec.name if out else ""
+
+    def _renumbered(self, ref: TensorRef, place: Place) -> TensorRef | None:
+        """A tensor of one expert under the expert's new number; None of one that does not stay."""
+        _, scope, layer, expert, at, _ = place
+        numbers = self._numbers.get((scope, layer))
+        new = numbers.get(expert) if numbers else expert
+        if new is None or new == expert:
+            return None if new is None else ref
+        *before, _, after = ref.spec.name.split(".", at + 1)
+        return ref.renamed(".".join((*before, str(new), after)))
 
     def _reason_to_drop(self, name: str, place: Place | None) -> str:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
@@ -236,9 +257,7 @@ class _Builder:
                 return "vision tower"
         return ""
 
-    def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:
-        if place.expert is not None:
-            return self._renumbered(ref, place)
+    def _pruned(self, ref: TensorRef, place: Place) -> TensorRef:
         keep = self._keep(place)
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
@@ -251,16 +270,6 @@ class _Builder:
             self.renumbered.append(ref.name)
             return _with_ids(ref, self._layout.num_experts, keep)
         return ref
-
-    def _renumbered(self, ref: TensorRef, place: Place) -> TensorRef | None:
-        """A tensor of one expert under the expert's new number; None of one that does not stay."""
-        numbers = self._numbers.get((place.scope, place.layer))
-        new = numbers.get(place.expert) if numbers else place.expert
-        if new is None or new == place.expert:
-            return None if new is None else ref
-        parts = ref.spec.name.split(".")
-        parts[place.expert_at] = str(new)
-        return ref.renamed(".".join(parts))
 
     def _sliced(self, ref: TensorRef, template: Template, keep: tuple[int, ...]) -> TensorRef:
         """What stays of a tensor that counts experts: all of them, those of one set, or of each in a row."""
