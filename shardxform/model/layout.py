@@ -410,8 +410,7 @@ class _Finder:
         self._towers = family.towers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._found: dict[str, Place] = {}
-        homes = [template.name.partition("{e}")[0] for template in family.block if template.numbered]
-        self._home = next(filter(None, homes), ".")
+        self._home = family.numbered_home or "."
         self._ids: dict[str, int] = {}
         self._of_first: dict[tuple[str, str], Place] = {}
         self._root = _Node()

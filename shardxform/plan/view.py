@@ -128,7 +128,7 @@ def pruned_view(
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
-    looked_at = first_of_alike(wanted, source.tensors)
+    looked_at = _looked_at(wanted, source.tensors)
     refuse_two_spellings(looked_at, dropped, _MTP_WAY_OUT)
     promised = list(expected(looked_at, variants_found(looked_at)))
     _check_experts(looked_at, source.tensors, dropped, promised)
@@ -172,6 +172,15 @@ def pruned_view(
         notes=tuple(notes),
         width=width.channels if width else None,
     )
+
+
+def _looked_at(layout: Layout, tensors: Mapping[str, TensorRef]) -> Layout:
+    """A layout of what must be looked at, to have looked at all."""
+    firsts = first_of_alike(layout, (ref.spec for ref in tensors.values()))
+    if firsts is None:
+        return layout
+    places = {spec.name: place for spec in firsts if (place := layout.places.get(spec.name))}
+    return replace(layout, places=places, sampled=True)
 
 
 def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
