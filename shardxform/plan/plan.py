@@ -370,16 +370,24 @@ def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) ->
 
 def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
     for number, shard in enumerate(shards):
-        pending: list[Segment] = []
-        room = STEP_BYTES
-        for chunk, nbytes in _chunks(number, shard, tensors):
-            if pending and nbytes > room:
-                yield Copy(_joined(pending))
-                pending, room = [], STEP_BYTES
-            pending += chunk
+        segments: list[Segment] = []
+        room, goes_on = STEP_BYTES, ("", 0, 0)  # where a range and its place must begin to be joined to the last
+        for places, offset, nbytes in _chunks(shard, tensors):
+            if segments and nbytes > room:
+                yield Copy(tuple(segments))
+                segments, room, goes_on = [], STEP_BYTES, ("", 0, 0)
             room -= nbytes
-        if pending:
-            yield Copy(_joined(pending))
+            for place in places:
+                file, begin, length = place
+                if segments and begin == goes_on[1] and offset == goes_on[2] and file == goes_on[0]:
+                    (_, first, before), _, at = segments[-1]
+                    segments[-1] = Segment(ByteRange(file, first, before + length), number, at)
+                else:
+                    segments.append(tuple.__new__(Segment, (place, number, offset)))
+                offset += length
+                goes_on = file, begin + length, offset
+        if segments:
+            yield Copy(tuple(segments))
 
 
 def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
@@ -402,41 +410,27 @@ def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, 
     return {**identify(source).to_dict(), "sidecars": dict(sidecars)}
 
 
-def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[list[Segment], int]]:
-    """Segments of every chunk of a shard's tensors, and their bytes."""
+def _chunks(shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[Sequence[ByteRange], int, int]]:
+    """Ranges of every chunk of a shard's tensors, where the chunk goes, and its bytes."""
     start = len(shard.head)
     for spec, begin, _ in shard.entries:
         ref = tensors.get(spec.name)
-        places, offset = ref.ranges if ref else (), start + begin
-        if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
-            yield [Segment(places[0], number, offset)], places[0].length
+        if ref is None or not ref.ranges:
             continue
-        chunk, room = [], CHUNK_BYTES
+        places, offset = ref.ranges, start + begin
+        if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
+            yield places, offset, places[0].length
+            continue
+        chunk, room = list[ByteRange](), CHUNK_BYTES
         for place in places:
             for piece in _pieces(place, room):
-                chunk.append(Segment(piece, number, offset))
-                offset += piece.length
+                chunk.append(piece)
                 room -= piece.length
                 if not room:
-                    yield chunk, CHUNK_BYTES
-                    chunk, room = [], CHUNK_BYTES
+                    yield chunk, offset, CHUNK_BYTES
+                    chunk, room, offset = [], CHUNK_BYTES, offset + CHUNK_BYTES
         if chunk:
-            yield chunk, CHUNK_BYTES - room
-
-
-def _joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Join segments whose source and target both touch: fewer and larger copies."""
-    joined: list[Segment] = []
-    goes_on: tuple[str, int, int] | None = None  # where one must begin to be joined to the last
-    for segment in segments:
-        (file, begin, length), shard, offset = segment
-        if (file, begin, offset) == goes_on:
-            (_, first, before), _, at = joined[-1]
-            joined[-1] = Segment(ByteRange(file, first, before + length), shard, at)
-        else:
-            joined.append(segment)
-        goes_on = file, begin + length, offset + length
-    return tuple(joined)
+            yield chunk, offset, CHUNK_BYTES - room
 
 
 def _pieces(place: ByteRange, room: int) -> Iterator[ByteRange]:
