@@ -449,25 +449,23 @@ class _Finder:
             self._of_first.clear()
             self._stems = {"": self._stems[""]}
         asked = list(names)
-        placed = dict(zip(asked, map(self._found.get, asked), strict=True))
-        if not all(placed.values()):
-            new = [name for name, place in placed.items() if place is None]
-            placed.update(zip(new, self._new(new), strict=True))
-        return placed
+        return dict(zip(asked, self._each(asked), strict=True))
 
-    def _new(self, names: Iterable[str]) -> Iterator[Place | None]:
-        """Places of names that are not known yet: most are a routed expert's, for whom that of another's is known."""
+    def _each(self, names: Iterable[str]) -> Iterator[Place | None]:
+        """Place of each name: most are a routed expert's, which is told by that of another expert's same tensor."""
         home, firsts, ids, found = self._home, self._of_first, self._ids, self._found
         for name in names:
-            above, _, rest = name.partition(home)
-            number, _, last = rest.partition(".")
-            first, expert = firsts.get((above, last)), ids.get(number)
-            if first is None or expert is None:
-                yield self._find(name) or self._in_tower(name)
-            else:
-                template, scope, layer, _, at, companion = first
-                found[name] = place = tuple.__new__(Place, (template, scope, layer, expert, at, companion))
-                yield place
+            place = found.get(name)
+            if place is None:
+                above, _, rest = name.partition(home)
+                number, _, last = rest.partition(".")
+                first, expert = firsts.get((above, last)), ids.get(number)
+                if first is None or expert is None:
+                    place = self._find(name) or self._in_tower(name)
+                else:
+                    template, scope, layer, _, at, companion = first
+                    found[name] = place = tuple.__new__(Place, (template, scope, layer, expert, at, companion))
+            yield place
 
     def _remember(self, name: str, place: Place) -> None:
         """Keep a routed expert's place for the same tensor of others."""
