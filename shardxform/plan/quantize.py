@@ -366,6 +366,9 @@ def rounded_again(selection: Selection, scheme: Scheme) -> list[tuple[str, Encod
     ]
 
 
+_AGAIN: Final = "rounds them a second time, with a loss, and `shardxform prune` keeps every byte"
+
+
 def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored | None) -> None:
     """Refuse to round what is no larger than what is asked for, unless it is to be rounded anew.
 
@@ -381,8 +384,7 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
     (name, encoding), way = found[0], _way_to_carry(scheme.grid, stored.scheme.grid) if stored else ""
     raise SchemeError(
         f"{len(found):,} weights of the source, such as {name}, are {encoding}: no larger than {Ints.of(scheme)}, and"
-        f" no client reads both in one checkpoint; {way}`requantize` rounds them a second time, with a loss, and"
-        " `shardxform prune` keeps every byte"
+        f" no client reads both in one checkpoint; {way}`requantize` {_AGAIN}"
     )
 
 
@@ -514,6 +516,10 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     misfits = [module for module in kept if module.name in selection.misfits]
     if not misfits or any(module.expert is not None for module in selection.quantized):
         return
+    again = [] if scheme.requantize else rounded_again(replace(selection, quantized=tuple(misfits)), scheme)
+    way = "; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
+    if again:
+        way = f", but they are {again[0][1]} already: `requantize` {_AGAIN}"
     shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
@@ -521,7 +527,7 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
             odd = next(module for module in misfits if target_of(scheme).misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
-                f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
+                f" `group_size` {size} fits{way}"
             )
 
 
