@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_changes import changed, changes, edited, taken
 from strategies import picked
 
 from shardxform.base.tensors import TensorRef, TensorSpec
@@ -97,12 +98,12 @@ OTHER = {
 logits' cap, of MTP layers, and what it takes from a key that is not written."""
 
 
-def checkpoint(family: str, folder: Path) -> Path:
+def checkpoint(family: str, folder: Path, **over: Any) -> Path:
     """A tiny random one, with a tokenizer that has one merge, and the special tokens that GLM's have."""
     import any_moe
 
     root = folder / family
-    model = any_moe.build(family, vocab_size=VOCAB, **OVER[family])
+    model = any_moe.build(family, vocab_size=VOCAB, **{**OVER[family], **over})
     any_moe.save(model, root, vocab=VOCAB, model_type=family if family == "kimi_k2" else "")
     path = root / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -327,15 +328,40 @@ def test_tensors_and_keys_are_those_of_the_converter(family: str, tmp_path: Path
 @pytest.mark.parametrize("family", picked(sorted(OVER), 6))
 def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> None:
     """Every tensor is where llama.cpp looks for it, and means what it means there."""
+    root = checkpoint(family, tmp_path)
+    assert divergence(logits_of(family, root), root) <= (1e-8 if family == "gemma4_text" else 1e-10)
+
+
+IDS = [1 + at * 37 % 249 for at in range(24)]
+
+
+def logits_of(family: str, root: Path) -> Any:
+    """What transformers computes, as log-probabilities."""
     torch = pytest.importorskip("torch")
     import any_moe
+
+    model, _ = any_moe.load(root, torch.float32)
+    if family == "gemma4_text":
+        look_gelu_up(torch, model)
+    with torch.no_grad():
+        return torch.log_softmax(model.eval()(torch.tensor([IDS])).logits[0].double(), -1)
+
+
+def divergence(wanted: Any, root: Path) -> float:
+    """Mean KL divergence of llama.cpp from transformers, of a checkpoint whose values it is given in float32.
+
+    Most is rounding of float32, in transformers' own computation: of a delta net whose heads have 16 channels it is
+    2e-10 and 1e-9 (qwen3_5_moe, qwen3_next, the worst position) from its own in float64, llama.cpp is 1e-10 and 2e-10
+    from that. Of gemma4, values next to the edge of two entries of the table fall into the other one.
+    """
+    torch = pytest.importorskip("torch")
     from gguf import GGUFValueType, GGUFWriter
     from llama import Llama
 
-    root = checkpoint(family, tmp_path)
     view, architecture = viewed(root)
     tensors = list(architecture.tensors(view.checkpoint.tensors))
-    writer = GGUFWriter(tmp_path / "out.gguf", architecture.name)
+    path = root.parent / "out.gguf"
+    writer = GGUFWriter(path, architecture.name)
     for key in metadata_of(architecture, tensors, root, name="x", file_type=0, pre_tokenizer="gpt-2")[1:]:
         writer.add_key_value(key.name, key.value, GGUFValueType[key.type], GGUFValueType[key.of] if key.of else None)
     for name, values in values_of(root, tensors).items():
@@ -344,18 +370,32 @@ def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    model, _ = any_moe.load(root, torch.float32)
-    if family == "gemma4_text":
-        look_gelu_up(torch, model)
-    ids = torch.randint(1, 250, (1, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = torch.log_softmax(model.eval()(ids).logits[0].double(), -1)
-    with Llama(tmp_path / "out.gguf") as llama:
-        found = torch.log_softmax(torch.from_numpy(llama.logits(ids[0].tolist())).double(), -1)
-    # Most is rounding of float32, in transformers' own computation: of a delta net whose heads have 16 channels it is
-    # 2e-10 and 1e-9 (qwen3_5_moe, qwen3_next, the worst position) from its own in float64, llama.cpp is 1e-10 and
-    # 2e-10 from that. Of gemma4, values next to the edge of two entries of the table fall into the other one.
-    assert (wanted.exp() * (wanted - found)).sum(-1).mean() <= (1e-8 if family == "gemma4_text" else 1e-10)
+    with Llama(path) as llama:
+        found = torch.log_softmax(torch.from_numpy(llama.logits(IDS)).double(), -1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+BY_DAY = (
+    ("qwen3_moe", "rotated: yarn and its magnitude"),
+    ("deepseek_v3", "rotated: yarn"),
+    ("glm4_moe", "missing: norm_topk_prob"),
+)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("family", "kind"), changes([name for name in sorted(OVER) if name != "kimi_k2"], BY_DAY))
+def test_a_config_that_is_changed_is_run_as_it_is_meant_or_refused(family: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    over, told, without = changed(family, kind, OVER[family])
+    with taken():
+        root = edited(checkpoint(family, tmp_path, **over), told, without)
+        wanted = logits_of(family, root)
+    try:
+        found = divergence(wanted, root)
+    except SchemeError as e:
+        assert "config.json" in str(e) or "llama.cpp" in str(e)  # noqa: PT017
+    else:
+        assert found <= (1e-7 if family == "gemma4_text" else 1e-8)
 
 
 def look_gelu_up(torch: Any, model: Any) -> None:

@@ -348,6 +348,7 @@ def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | No
 def _stacks(view: View, selection: Selection) -> list[Stack]:
     """What MLX has as one module each."""
     mlx.refuse_unrun(view.layout, selection.quantized)
+    mlx.refuse_misread(view.layout)
     return mlx.stacks_of(view.layout, selection.quantized)
 
 

@@ -305,6 +305,7 @@ def _view(
     view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=mtp)
     if scheme.format == "mlx":
         mlx.refuse_unrun(view.layout)
+        mlx.refuse_misread(view.layout)
     if recipe and recipe.heal:
         refuse_unpruned(view, recipe.heal)
         if recipe.heal.encoding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
@@ -23,8 +23,8 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.sources import PartOfMatrix
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, head_dim
-from shardxform.model.layout import Layout, Place
-from shardxform.runtimes.rotation import rotation_notes
+from shardxform.model.layout import Layout, Place, value_at
+from shardxform.runtimes.rotation import magnitude_of, rope_of, rotation_notes, usual_magnitude
 
 __all__ = [
     "Stack",
@@ -33,6 +33,7 @@ __all__ = [
     "kept_of",
     "members_of",
     "notes_of",
+    "refuse_misread",
     "refuse_unrun",
     "single",
     "stacks_of",
@@ -57,6 +58,13 @@ class _Names:
             other ones for the same; without some mlx-lm fails, and for others it takes numbers of its own.
         apart: last parts of names of tensors that are not stacked: those by which mlx-lm knows a release, whose norms
             it then makes its own, and which it stacks itself.
+        only: values that it computes by, of keys that it does not read, or takes no other value of; the first of each
+            is what transformers' class has where the key is missing.
+        needs: keys for which it has other numbers of its own than transformers' class.
+        scaled: kinds of rotation that it has beside the usual one.
+        share: of a head's channels that are rotated, where a config does not say, as transformers' class has it.
+        told: whether the config must say how positions are rotated, since transformers' class scales them where not.
+        square: whether it takes a head to have as many channels as the hidden size has for each.
 
     """
 
@@ -64,6 +72,12 @@ class _Names:
     types: Mapping[str, str]
     keys: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+    share: float = 1.0
+    told: bool = False
+    square: bool = False
 
 
 def _same(*types: str) -> dict[str, str]:
@@ -71,28 +85,94 @@ def _same(*types: str) -> dict[str, str]:
 
 
 _TAKEN_APART: Final = "self_attn.kv_b_proj"
+_INTERVAL: Final = 4  # of layers with full attention, where mlx-lm is told none
 _SWITCH: Final = "mlp.switch_mlp"
 _ROTARY: Final = ("rope_theta", "rope_scaling")
+_SILU: Final = {"hidden_act": ("silu", "swish")}
+_UNBIASED: Final = {"attention_bias": (False, None)}
+_UNTIED: Final = {"tie_word_embeddings": (False, None)}
+_SIGMOID: Final = {
+    **_SILU,
+    **_UNTIED,
+    "rope_interleave": (True,),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+}
+_ROUTED: Final = ("n_group", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group")
+_SCALED: Final = ("dynamic", "linear", "llama3", "yarn")
 _NAMES: Final[Mapping[str, _Names]] = {
-    "deepseek_v3": _Names(_SWITCH, _same("deepseek_v3", "kimi_k2"), _ROTARY),
-    "deepseek_v32": _Names(_SWITCH, _same("deepseek_v32"), _ROTARY),
-    "gemma4": _Names("experts.switch_glu", _same("gemma4", "gemma4_text")),
-    "glm4_moe": _Names(_SWITCH, _same("glm4_moe"), (*_ROTARY, "head_dim", "partial_rotary_factor")),
-    "glm4_moe_lite": _Names(_SWITCH, _same("glm4_moe_lite"), (*_ROTARY, "partial_rotary_factor")),
-    "gpt_oss": _Names("mlp.experts", _same("gpt_oss"), _ROTARY),
+    "deepseek_v3": _Names(
+        _SWITCH, _same("deepseek_v3", "kimi_k2"), _ROTARY, only=_SIGMOID, needs=_ROUTED, scaled=_SCALED
+    ),
+    "deepseek_v32": _Names(_SWITCH, _same("deepseek_v32"), _ROTARY, only=_SIGMOID, needs=_ROUTED, scaled=_SCALED),
+    "gemma4": _Names(
+        "experts.switch_glu",
+        _same("gemma4", "gemma4_text"),
+        only={
+            **_UNBIASED,
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "use_bidirectional_attention": (None, "vision"),
+        },
+    ),
+    "glm4_moe": _Names(
+        _SWITCH,
+        _same("glm4_moe"),
+        (*_ROTARY, "head_dim", "partial_rotary_factor"),
+        only={**_SILU, **_UNTIED, "scoring_func": ("sigmoid",)},
+        share=0.5,
+    ),
+    "glm4_moe_lite": _Names(
+        _SWITCH,
+        _same("glm4_moe_lite"),
+        (*_ROTARY, "partial_rotary_factor"),
+        only=_SIGMOID,
+        needs=_ROUTED,
+        scaled=_SCALED,
+    ),
+    "gpt_oss": _Names(
+        "mlp.experts",
+        _same("gpt_oss"),
+        _ROTARY,
+        only={**_SILU, **_UNTIED, "attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0, 7)},
+        scaled=_SCALED,
+        told=True,
+    ),
     "minimax_m2": _Names(
-        "block_sparse_moe.switch_mlp", _same("minimax_m2"), ("rope_theta", "rotary_dim", "shared_intermediate_size")
+        "block_sparse_moe.switch_mlp",
+        _same("minimax_m2"),
+        ("rope_theta", "rotary_dim", "shared_intermediate_size"),
+        only={**_SILU, "scoring_func": ("sigmoid",)},
     ),
-    "mixtral": _Names("block_sparse_moe.switch_mlp", _same("mixtral"), _ROTARY),
+    "mixtral": _Names(
+        "block_sparse_moe.switch_mlp",
+        _same("mixtral"),
+        _ROTARY,
+        only={**_SILU, "sliding_window": (None,)},
+        square=True,
+    ),
     "qwen3_5_moe": _Names(
-        _SWITCH, {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"}, ("full_attention_interval",)
+        _SWITCH,
+        {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"},
+        ("full_attention_interval",),
+        only=_SILU,
+        scaled=_SCALED,
+        share=0.25,
     ),
-    "qwen3_moe": _Names(_SWITCH, _same("qwen3_moe"), (*_ROTARY, "head_dim", "num_experts")),
+    "qwen3_moe": _Names(
+        _SWITCH,
+        _same("qwen3_moe"),
+        (*_ROTARY, "head_dim", "num_experts"),
+        only={**_SILU, **_UNBIASED, "use_sliding_window": (False, None)},
+    ),
     "qwen3_next": _Names(
         _SWITCH,
         _same("qwen3_next"),
         (*_ROTARY, "full_attention_interval", "head_dim", "num_experts", "partial_rotary_factor"),
         ("weight",),
+        only=_SILU,
+        needs=("norm_topk_prob",),
+        scaled=_SCALED,
+        share=0.25,
     ),
 }
 
@@ -118,6 +198,83 @@ def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
         _refuse_irregular(layout)
 
 
+def refuse_misread(layout: Layout) -> None:
+    """Refuse a config of which mlx-lm reads something in another way than transformers, or not at all.
+
+    Raises:
+        SchemeError: names the key.
+
+    """
+    names, text = _NAMES[layout.family.name], layout.text
+    for key, allowed in names.only.items():
+        found = text.get(key, allowed[0])
+        if found not in allowed:
+            raise SchemeError(
+                f"`format` mlx: config.json: {key} is {found!r}, which mlx-lm would run as {allowed[0]!r}; expected"
+                f" {' or '.join(map(repr, allowed))}"
+            )
+    for key in names.needs:
+        if text.get(key) is None:
+            raise SchemeError(
+                f"`format` mlx: config.json: {key} is missing, for which mlx-lm has another number than transformers;"
+                " say which it is"
+            )
+    _refuse_sizes(names, layout)
+    rope = rope_of(text)
+    if names.told and "rope_type" not in rope:
+        raise SchemeError("`format` mlx: config.json: rope_scaling is missing, for which transformers has its own")
+    for each in [rope[kind] for kind in ("full_attention", "sliding_attention") if kind in rope] or [rope]:
+        _refuse_rotation(names, each)
+
+
+def _refuse_sizes(names: _Names, layout: Layout) -> None:
+    """Refuse heads of a size that mlx-lm does not look for, and a head that it ties, or not, by another key.
+
+    Raises:
+        SchemeError: says which.
+
+    """
+    text, whole = layout.text, layout.config
+    if names.square and head_dim(text) * text["num_attention_heads"] != text["hidden_size"]:
+        raise SchemeError(
+            f"`format` mlx: config.json: head_dim is {head_dim(text)}, but mlx-lm takes hidden_size divided by"
+            " num_attention_heads"
+        )
+    key, tied = layout.wrapper.text_key, "tie_word_embeddings"
+    inside = value_at(whole, key) if key else {}
+    if bool(inside.get(tied, text.get(tied))) != bool(text.get(tied)):
+        raise SchemeError(
+            f"`format` mlx: config.json: {tied} is {whole.get(tied)!r}, but {inside[tied]!r} in {key}, where mlx-lm"
+            " looks; expected one value"
+        )
+
+
+def _refuse_rotation(names: _Names, rope: Mapping[str, Any]) -> None:
+    """Refuse rotations that mlx-lm does not have, or has with another magnitude.
+
+    Raises:
+        SchemeError: says which.
+
+    """
+    kind = rope.get("rope_type") or "default"
+    if kind not in ("default", "proportional", *names.scaled):
+        raise SchemeError(
+            f"`format` mlx: config.json: rope_type {kind!r}; of this family mlx-lm has"
+            f" {', '.join(('default', *names.scaled))}"
+        )
+    if kind != "yarn":
+        return
+    own, factor = magnitude_of(rope), rope["factor"]
+    theirs = usual_magnitude(factor, rope.get("mscale", 1)) / usual_magnitude(factor, rope.get("mscale_all_dim", 0))
+    if own != theirs:
+        raise SchemeError(
+            "`format` mlx: config.json: what YaRN multiplies by follows from attention_factor, or from mscale without"
+            " mscale_all_dim, which mlx-lm reads in another way"
+        )
+    if rope.get("original_max_position_embeddings") is None:
+        raise SchemeError("`format` mlx: config.json: original_max_position_embeddings is missing; mlx-lm needs it")
+
+
 def _refuse_irregular(layout: Layout) -> None:
     """Refuse kinds of layers that do not repeat: mlx-lm tells them by an interval alone.
 
@@ -128,6 +285,8 @@ def _refuse_irregular(layout: Layout) -> None:
     kinds, interval = layout.text.get("layer_types"), layout.text.get("full_attention_interval")
     if not isinstance(kinds, list):
         return
+    if not interval and layout.wrapper.text_key is not None:
+        interval = _INTERVAL  # what nests the config of its decoder is written as it is
     interval = interval or (kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1)
     for layer, kind in enumerate(kinds):
         if (kind == "full_attention") != (type(interval) is int and (layer + 1) % interval == 0):
@@ -346,7 +505,8 @@ def _told(layout: Layout) -> dict[str, Any]:
     text = layout.text
     head, rotary = head_dim(text), text.get("rope_parameters")
     rotary = rotary if isinstance(rotary, Mapping) else {}
-    share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+    usual = _NAMES[layout.family.name].share
+    share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", usual))
     scaled = rotary.get("rope_type", "default") != "default"
     of_positions = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
     kinds = text.get("layer_types")
