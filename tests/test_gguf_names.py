@@ -26,15 +26,18 @@ from shardxform.errors import SchemeError
 from shardxform.formats import packing
 from shardxform.formats.encoding import Cut, Opener
 from shardxform.formats.scheme import Grid
+from shardxform.model.layout import layout_of
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes.gguf import architectures
 from shardxform.runtimes.gguf.architecture import Architecture, Named
 from shardxform.runtimes.gguf.architectures import KINDS, architecture_of
-from shardxform.runtimes.gguf.keys import Key
+from shardxform.runtimes.gguf.keys import Key, Recorder
 from shardxform.runtimes.gguf.metadata import metadata_of
 from shardxform.runtimes.gguf.pieces import MalformedModel, SentencePiece, pieces_of
 from shardxform.runtimes.gguf.pretokenizers import BY_DIGEST, CHECKED_TEXT, NAMES
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
+from shardxform.runtimes.mlx_families import NAMES as NAMES_OF_MLX
+from shardxform.runtimes.mlx_families import refuse_misread
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 VOCAB = 320
@@ -465,6 +468,47 @@ def test_what_llama_would_run_in_another_way_is_refused() -> None:
     )
     assert "cannot be qwen35moe.embedding_length, a UINT32" in refused(EXAMPLE, hidden_size="64")
     assert "rms_norm_eps" in refused(EXAMPLE, rms_norm_eps=...)
+    assert "rms_norm_eps is 0.01" in refused(EXAMPLE, rms_norm_eps=0.01)
+    assert "attention_bias is True" in refused(EXAMPLE, attention_bias=True)
+    both = {"rope_parameters": rope, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert "rope_parameters and rope_scaling differ" in refused(EXAMPLE, **both)
+    odd = {**rope, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    assert "extrapolation_factor is 0.5" in refused(EXAMPLE, rope_parameters={**odd, "extrapolation_factor": 0.5})
+    assert "mscale is '1'; expected a number" in refused(
+        EXAMPLE, rope_parameters={**odd, "mscale": "1", "mscale_all_dim": 1}
+    )
+
+
+def test_what_is_multiplied_by_is_told_where_llama_does_not_find_it_out() -> None:
+    """As 0.1 log(factor) + 1, which it does."""
+    view, architecture = viewed(EXAMPLE)
+    text, found = architecture.layout.text, []
+    yarn = {**ROTATED, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mrope_section": [1]}
+    for more in ({}, {"attention_factor": 1.5}, {"mscale": 0.7}, {"mscale": 0.5, "mscale_all_dim": 1.0}):
+        changed = replace(architecture.layout, text={**text, "rope_parameters": {**yarn, **more}})
+        tensors = list(architecture.tensors(view.checkpoint.tensors))
+        keys = metadata_of(Architecture(architecture.kind, changed), tensors, EXAMPLE, name="x", file_type=0)
+        told = {key.name: key.value for key in keys}
+        assert told["qwen35moe.rope.scaling.type"] == "yarn"
+        found.append(told.get("qwen35moe.rope.scaling.attn_factor"))
+    usual, half = 1.1386294361, 1.0693147181
+    assert found == [None, pytest.approx(1.5 / usual, 1e-6), None, pytest.approx(half / usual / usual, 1e-6)]
+
+
+def test_no_release_says_what_is_refused() -> None:
+    """Of every config of a release, llama.cpp and mlx-lm run what it says."""
+    gguf, seen = pytest.importorskip("gguf"), set()
+    for path in sorted((Path(__file__).parent / "releases").glob("*.json")):
+        layout = layout_of(json.loads(path.read_text()), [])
+        if layout.family.name in KINDS:
+            architecture = architecture_of(layout)
+            architecture.kind.check(architecture)
+            architecture.kind.keys(architecture, Recorder(architecture.name, gguf))
+            seen.add(layout.family.name)
+        if layout.family.name in NAMES_OF_MLX:
+            refuse_misread(layout)
+            seen.add(layout.family.name)
+    assert seen == KINDS.keys() | NAMES_OF_MLX.keys()
 
 
 @pytest.mark.parametrize("width", [16, 96, 192])
@@ -527,6 +571,8 @@ def split_by(tokenizer: dict[str, Any], pattern: str) -> None:
             lambda t: t.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}),
             "gpt-2",
         ),
+        (lambda t: (split_by(t, QWEN_2), t.update(normalizer={"type": "NFC"})), "qwen2"),
+        (lambda t: (split_by(t, QWEN_2), t.update(normalizer={"type": "Sequence", "normalizers": []})), "qwen2"),
     ],
 )
 def test_pre_tokenizers_are_told_by_their_patterns(change: Any, name: str, tmp_path: Path) -> None:
@@ -541,6 +587,9 @@ def test_pre_tokenizers_are_told_by_their_patterns(change: Any, name: str, tmp_p
         lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
         lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True}),
         lambda t: t.update(pre_tokenizer=None),
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}),
+        lambda t: t["model"].update(end_of_word_suffix="</w>"),
     ],
 )
 def test_another_pre_tokenizer_is_refused_unless_it_is_named(change: Any, tmp_path: Path) -> None:

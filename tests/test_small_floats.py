@@ -330,6 +330,15 @@ def test_a_card_counts_parameters_and_not_numbers_that_hold_several(kind: str, f
     assert cards[0].active == cards[1].active
 
 
+def test_the_command_on_a_card_rounds_again_what_was_rounded_again(folder: Path, tmp_path: Path) -> None:
+    source, out = made(folder, "mxfp4")[0], tmp_path / "out"
+    call("quantize", source, out, "--group-size", 32, "--requantize", "-q")
+    (command,) = gather(out).commands
+    assert "--requantize" in command
+    said = call(*({"SRC": source, "out": out}.get(word, word) for word in command[1:]))
+    assert "already complete, made from the same inputs" in said.output
+
+
 DATA = ("--data", few("calib.jsonl"), "--samples", 6, "--seqlen", 32, "--dtype", "float32")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from shardxform.base.tensors import TensorRef, TensorSpec, coalesce
@@ -23,8 +23,9 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.sources import PartOfMatrix
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, head_dim
-from shardxform.model.layout import Layout, Place, value_at
-from shardxform.runtimes.rotation import magnitude_of, rope_of, rotation_notes, usual_magnitude
+from shardxform.model.layout import Layout, Place
+from shardxform.runtimes.mlx_families import NAMES
+from shardxform.runtimes.rotation import rotation_notes
 
 __all__ = [
     "Stack",
@@ -33,7 +34,6 @@ __all__ = [
     "kept_of",
     "members_of",
     "notes_of",
-    "refuse_misread",
     "refuse_unrun",
     "single",
     "stacks_of",
@@ -45,136 +45,7 @@ _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 _PARTS: Final = {"weight": 3, "scales": 3, "biases": 3, "bias": 2}  # of a stack, and how many dimensions each has
 _MOST_EXPERTS: Final = 1 << 16  # that a stack is taken apart into
 _MOST_MEMBERS: Final = 1 << 22  # of all stacks: ten times what the largest model has
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """What mlx-lm has of a family.
-
-    Attributes:
-        home: the module that holds the stacks of a block.
-        types: values of `model_type`, and what it must be told instead.
-        keys: of the config that it reads, and that a config may lack which transformers saved again, since that has
-            other ones for the same; without some mlx-lm fails, and for others it takes numbers of its own.
-        apart: last parts of names of tensors that are not stacked: those by which mlx-lm knows a release, whose norms
-            it then makes its own, and which it stacks itself.
-        only: values that it computes by, of keys that it does not read, or takes no other value of; the first of each
-            is what transformers' class has where the key is missing.
-        needs: keys for which it has other numbers of its own than transformers' class.
-        scaled: kinds of rotation that it has beside the usual one.
-        share: of a head's channels that are rotated, where a config does not say, as transformers' class has it.
-        told: whether the config must say how positions are rotated, since transformers' class scales them where not.
-        square: whether it takes a head to have as many channels as the hidden size has for each.
-
-    """
-
-    home: str
-    types: Mapping[str, str]
-    keys: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
-    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    scaled: tuple[str, ...] = ()
-    share: float = 1.0
-    told: bool = False
-    square: bool = False
-
-
-def _same(*types: str) -> dict[str, str]:
-    return {each: each for each in types}
-
-
 _TAKEN_APART: Final = "self_attn.kv_b_proj"
-_INTERVAL: Final = 4  # of layers with full attention, where mlx-lm is told none
-_SWITCH: Final = "mlp.switch_mlp"
-_ROTARY: Final = ("rope_theta", "rope_scaling")
-_SILU: Final = {"hidden_act": ("silu", "swish")}
-_UNBIASED: Final = {"attention_bias": (False, None)}
-_UNTIED: Final = {"tie_word_embeddings": (False, None)}
-_SIGMOID: Final = {
-    **_SILU,
-    **_UNTIED,
-    "rope_interleave": (True,),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-}
-_ROUTED: Final = ("n_group", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group")
-_SCALED: Final = ("dynamic", "linear", "llama3", "yarn")
-_NAMES: Final[Mapping[str, _Names]] = {
-    "deepseek_v3": _Names(
-        _SWITCH, _same("deepseek_v3", "kimi_k2"), _ROTARY, only=_SIGMOID, needs=_ROUTED, scaled=_SCALED
-    ),
-    "deepseek_v32": _Names(_SWITCH, _same("deepseek_v32"), _ROTARY, only=_SIGMOID, needs=_ROUTED, scaled=_SCALED),
-    "gemma4": _Names(
-        "experts.switch_glu",
-        _same("gemma4", "gemma4_text"),
-        only={
-            **_UNBIASED,
-            "hidden_activation": ("gelu_pytorch_tanh",),
-            "use_bidirectional_attention": (None, "vision"),
-        },
-    ),
-    "glm4_moe": _Names(
-        _SWITCH,
-        _same("glm4_moe"),
-        (*_ROTARY, "head_dim", "partial_rotary_factor"),
-        only={**_SILU, **_UNTIED, "scoring_func": ("sigmoid",)},
-        share=0.5,
-    ),
-    "glm4_moe_lite": _Names(
-        _SWITCH,
-        _same("glm4_moe_lite"),
-        (*_ROTARY, "partial_rotary_factor"),
-        only=_SIGMOID,
-        needs=_ROUTED,
-        scaled=_SCALED,
-    ),
-    "gpt_oss": _Names(
-        "mlp.experts",
-        _same("gpt_oss"),
-        _ROTARY,
-        only={**_SILU, **_UNTIED, "attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0, 7)},
-        scaled=_SCALED,
-        told=True,
-    ),
-    "minimax_m2": _Names(
-        "block_sparse_moe.switch_mlp",
-        _same("minimax_m2"),
-        ("rope_theta", "rotary_dim", "shared_intermediate_size"),
-        only={**_SILU, "scoring_func": ("sigmoid",)},
-    ),
-    "mixtral": _Names(
-        "block_sparse_moe.switch_mlp",
-        _same("mixtral"),
-        _ROTARY,
-        only={**_SILU, "sliding_window": (None,)},
-        square=True,
-    ),
-    "qwen3_5_moe": _Names(
-        _SWITCH,
-        {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"},
-        ("full_attention_interval",),
-        only=_SILU,
-        scaled=_SCALED,
-        share=0.25,
-    ),
-    "qwen3_moe": _Names(
-        _SWITCH,
-        _same("qwen3_moe"),
-        (*_ROTARY, "head_dim", "num_experts"),
-        only={**_SILU, **_UNBIASED, "use_sliding_window": (False, None)},
-    ),
-    "qwen3_next": _Names(
-        _SWITCH,
-        _same("qwen3_next"),
-        (*_ROTARY, "full_attention_interval", "head_dim", "num_experts", "partial_rotary_factor"),
-        ("weight",),
-        only=_SILU,
-        needs=("norm_topk_prob",),
-        scaled=_SCALED,
-        share=0.25,
-    ),
-}
 
 
 def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
@@ -190,110 +61,10 @@ def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
                 f"`format` mlx: {module.name} is quantized, and mlx-lm takes it apart and rounds it again; it must stay"
                 " in 16 bits"
             )
-    names = _NAMES.get(layout.family.name)
+    names = NAMES.get(layout.family.name)
     if names is None or layout.wrapper.model_type not in names.types:
-        known = ", ".join(each for names in _NAMES.values() for each in names.types)
+        known = ", ".join(each for names in NAMES.values() for each in names.types)
         raise SchemeError(f"`format` mlx: model_type {layout.wrapper.model_type} is not written for it; known: {known}")
-    if "full_attention_interval" in names.keys:
-        _refuse_irregular(layout)
-
-
-def refuse_misread(layout: Layout) -> None:
-    """Refuse a config of which mlx-lm reads something in another way than transformers, or not at all.
-
-    Raises:
-        SchemeError: names the key.
-
-    """
-    names, text = _NAMES[layout.family.name], layout.text
-    for key, allowed in names.only.items():
-        found = text.get(key, allowed[0])
-        if found not in allowed:
-            raise SchemeError(
-                f"`format` mlx: config.json: {key} is {found!r}, which mlx-lm would run as {allowed[0]!r}; expected"
-                f" {' or '.join(map(repr, allowed))}"
-            )
-    for key in names.needs:
-        if text.get(key) is None:
-            raise SchemeError(
-                f"`format` mlx: config.json: {key} is missing, for which mlx-lm has another number than transformers;"
-                " say which it is"
-            )
-    _refuse_sizes(names, layout)
-    rope = rope_of(text)
-    if names.told and "rope_type" not in rope:
-        raise SchemeError("`format` mlx: config.json: rope_scaling is missing, for which transformers has its own")
-    for each in [rope[kind] for kind in ("full_attention", "sliding_attention") if kind in rope] or [rope]:
-        _refuse_rotation(names, each)
-
-
-def _refuse_sizes(names: _Names, layout: Layout) -> None:
-    """Refuse heads of a size that mlx-lm does not look for, and a head that it ties, or not, by another key.
-
-    Raises:
-        SchemeError: says which.
-
-    """
-    text, whole = layout.text, layout.config
-    if names.square and head_dim(text) * text["num_attention_heads"] != text["hidden_size"]:
-        raise SchemeError(
-            f"`format` mlx: config.json: head_dim is {head_dim(text)}, but mlx-lm takes hidden_size divided by"
-            " num_attention_heads"
-        )
-    key, tied = layout.wrapper.text_key, "tie_word_embeddings"
-    inside = value_at(whole, key) if key else {}
-    if bool(inside.get(tied, text.get(tied))) != bool(text.get(tied)):
-        raise SchemeError(
-            f"`format` mlx: config.json: {tied} is {whole.get(tied)!r}, but {inside[tied]!r} in {key}, where mlx-lm"
-            " looks; expected one value"
-        )
-
-
-def _refuse_rotation(names: _Names, rope: Mapping[str, Any]) -> None:
-    """Refuse rotations that mlx-lm does not have, or has with another magnitude.
-
-    Raises:
-        SchemeError: says which.
-
-    """
-    kind = rope.get("rope_type") or "default"
-    if kind not in ("default", "proportional", *names.scaled):
-        raise SchemeError(
-            f"`format` mlx: config.json: rope_type {kind!r}; of this family mlx-lm has"
-            f" {', '.join(('default', *names.scaled))}"
-        )
-    if kind != "yarn":
-        return
-    own, factor = magnitude_of(rope), rope["factor"]
-    theirs = usual_magnitude(factor, rope.get("mscale", 1)) / usual_magnitude(factor, rope.get("mscale_all_dim", 0))
-    if own != theirs:
-        raise SchemeError(
-            "`format` mlx: config.json: what YaRN multiplies by follows from attention_factor, or from mscale without"
-            " mscale_all_dim, which mlx-lm reads in another way"
-        )
-    if rope.get("original_max_position_embeddings") is None:
-        raise SchemeError("`format` mlx: config.json: original_max_position_embeddings is missing; mlx-lm needs it")
-
-
-def _refuse_irregular(layout: Layout) -> None:
-    """Refuse kinds of layers that do not repeat: mlx-lm tells them by an interval alone.
-
-    Raises:
-        SchemeError: names the first layer.
-
-    """
-    kinds, interval = layout.text.get("layer_types"), layout.text.get("full_attention_interval")
-    if not isinstance(kinds, list):
-        return
-    if not interval and layout.wrapper.text_key is not None:
-        interval = _INTERVAL  # what nests the config of its decoder is written as it is
-    interval = interval or (kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1)
-    for layer, kind in enumerate(kinds):
-        if (kind == "full_attention") != (type(interval) is int and (layer + 1) % interval == 0):
-            raise SchemeError(
-                f"`format` mlx: config.json: layer_types[{layer}] is {kind}, but mlx-lm has full attention where the"
-                f" number of a layer, counted from 1, is a multiple of {interval}, and nowhere else"
-            )
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------
@@ -360,7 +131,7 @@ class Stack:
 
 def stacks_of(layout: Layout, modules: Iterable[Matrix]) -> list[Stack]:
     """Put experts of one block together, projection by projection; other modules stay alone."""
-    names, found = _NAMES[layout.family.name], dict[str, dict[int, list[Member]]]()
+    names, found = NAMES[layout.family.name], dict[str, dict[int, list[Member]]]()
     halves: dict[tuple[str, int], list[Matrix]] = {}
     taken_turns = layout.family.experts.inner if layout.family.experts.gate == "interleaved" else ()
     for module in modules:
@@ -402,7 +173,7 @@ def _stack_name(layout: Layout, expert: str) -> str:
     theirs = dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
     before, _, projection = expert.rsplit(".", 2)
     home = layout.family.experts.home
-    return f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}"
+    return f"{before.removesuffix(home)}{NAMES[layout.family.name].home}.{theirs[projection]}"
 
 
 def kept_of(layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection) -> dict[str, TensorRef]:
@@ -471,7 +242,7 @@ def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, 
         FamilyError: the config gives no sizes.
 
     """
-    names = _NAMES[layout.family.name]
+    names = NAMES[layout.family.name]
     try:
         told = {key: value for key, value in _told(layout).items() if key in names.keys and config.get(key) is None}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -493,7 +264,7 @@ def notes_of(before: Layout, config: Mapping[str, object]) -> Iterator[str]:
 
 def as_read(config: Mapping[str, object], layout: Layout) -> dict[str, Any]:
     """The config of what is written for MLX, as it is read again, but for quantization, of which it says the same."""
-    if layout.family.name not in _NAMES or layout.wrapper.model_type not in _NAMES[layout.family.name].types:
+    if layout.family.name not in NAMES or layout.wrapper.model_type not in NAMES[layout.family.name].types:
         return dict(config)
     key = "quantization_config"
     told = {name: value for name, value in _config(config_of(config, layout, {})).items() if name != key}
@@ -505,7 +276,7 @@ def _told(layout: Layout) -> dict[str, Any]:
     text = layout.text
     head, rotary = head_dim(text), text.get("rope_parameters")
     rotary = rotary if isinstance(rotary, Mapping) else {}
-    usual = _NAMES[layout.family.name].share
+    usual = NAMES[layout.family.name].share
     share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", usual))
     scaled = rotary.get("rope_type", "default") != "default"
     of_positions = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
@@ -526,7 +297,7 @@ def _told(layout: Layout) -> dict[str, Any]:
 
 def unrun(config: Mapping[str, object]) -> Iterator[str]:
     """Say why mlx-lm, as far as it is known here, has no class for the `model_type` of a config of its own."""
-    known = [theirs for names in _NAMES.values() for theirs in names.types.values()]
+    known = [theirs for names in NAMES.values() for theirs in names.types.values()]
     if (found := config.get("model_type")) not in known:
         yield f"model_type {found!r} is none that mlx-lm is known to run: {', '.join(dict.fromkeys(known))}"
 
@@ -543,7 +314,7 @@ def single(checkpoint: Checkpoint) -> Checkpoint:
         family, _ = family_of(config)
     except FamilyError:
         return checkpoint  # said by whoever looks for it
-    if family.name not in _NAMES:
+    if family.name not in NAMES:
         return replace(checkpoint, config=config)
     tensors = {ref.name: ref for members in _apart(checkpoint, family).values() for ref in members}
     if _tells_asymmetric(checkpoint):
@@ -589,20 +360,20 @@ def _path_of(module: str, family: Family) -> str:
     theirs = dict(zip(family.experts.projections, _PROJECTIONS, strict=True))
     pattern = rf"(.*\.){re.escape(family.experts.home)}\.\d+\.({'|'.join(map(re.escape, theirs))})"
     match = re.fullmatch(pattern, module)
-    return f"{match[1]}{_NAMES[family.name].home}.{theirs[match[2]]}" if match else module
+    return f"{match[1]}{NAMES[family.name].home}.{theirs[match[2]]}" if match else module
 
 
 def members_of(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """What `single` calls the parts of every tensor of a checkpoint; most are one and the same."""
     config = single(checkpoint).config
-    if config is checkpoint.config or (family := family_of(config)[0]).name not in _NAMES:
+    if config is checkpoint.config or (family := family_of(config)[0]).name not in NAMES:
         return {name: (name,) for name in checkpoint.tensors}
     return {name: tuple(ref.name for ref in members) for name, members in _apart(checkpoint, family).items()}
 
 
 def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef, ...]]:
     """By the name of every tensor, what it holds of each expert; itself where it is no stack of them."""
-    home, experts = _NAMES[family.name].home, family.experts
+    home, experts = NAMES[family.name].home, family.experts
     pattern = re.compile(rf"(.*\.\d+\.){re.escape(home)}\.({'|'.join(_PROJECTIONS)})\.({'|'.join(_PARTS)})")
     ours = dict(zip(_PROJECTIONS, experts.projections, strict=True))
     found: dict[str, tuple[TensorRef, ...]] = {}
@@ -627,7 +398,7 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
 
 def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     """What `single` gave, pruned as it may be, as mlx-lm has it."""
-    names, tensors = _NAMES[layout.family.name], dict[str, TensorRef]()
+    names, tensors = NAMES[layout.family.name], dict[str, TensorRef]()
     stacks: dict[str, list[tuple[int, TensorRef]]] = {}
     for name, ref in checkpoint.tensors.items():
         place = layout.places.get(name)
@@ -650,7 +421,7 @@ def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same as the family has it: quantization under one key, and the `model_type` of the class."""
     declared = {**config[QUANTIZATION], "mode": config[QUANTIZATION].get("mode", "affine")}  # which older ones lack
     out = {key: value for key, value in config.items() if key != QUANTIZATION} | {"quantization_config": declared}
-    for names in _NAMES.values():
+    for names in NAMES.values():
         for ours, theirs in names.types.items():
             if theirs == config.get("model_type") != ours and _text_key(ours) is None is config.get("text_config"):
                 out["model_type"] = ours
