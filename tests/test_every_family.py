@@ -336,6 +336,7 @@ CASES: dict[str, Case] = {
         formats=(),
         more=({"mlp_layer_types": ["dense", "sparse"]},),
     ),
+    "mistral3": Case(over={"head_dim": 32, "qk_head_dim": 32}, more=({"q_lora_rank": None},)),
     "mistral4": Case(
         over={"head_dim": 32, "qk_head_dim": 32},
         more=({"q_lora_rank": None},),

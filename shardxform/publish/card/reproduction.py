@@ -121,6 +121,7 @@ def _recipe(inputs: Fields, steps: Sequence[int]) -> Iterator[str]:
     yield from _unless("--text-sources", ",".join(data.texts("sources")), "")
     yield from _heal(recipe.section("heal"), steps)
     yield from _unless("--iters", recipe.whole("iters") or ITERS, ITERS)  # 0 where it was healed only
+    yield from _unless("--lr", recipe.number("lr"), None)
     yield from _unless("--batch-size", recipe.whole("batch_size"), BATCH_SIZE)
     yield from _unless("--seed", recipe.whole("seed"), _SEED)
     yield from _unless("--inputs", recipe.text("inputs"), "quantized")
