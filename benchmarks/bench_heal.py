@@ -1,6 +1,6 @@
 """What healing gives and what it costs: divergence from the unpruned model, seconds of CPU time, and memory.
 
-    python benchmarks/bench_heal.py SUITE [--threads 1] [--json]
+    python benchmarks/bench_heal.py SUITE [--only WORDS] [--seeds 1] [--threads 1] [--json]
     python benchmarks/bench_heal.py steps [--models DIR]
     python benchmarks/bench_heal.py shape --dir SCRATCH [--layers 1]
 
@@ -15,6 +15,9 @@ measured on 32 x 256 held-out ones unless the suite says otherwise):
     transfer   scored and healed on code alone, measured on the King James Bible alone, and the other way round
     quantized  pruned, healed (`moe`, 60 steps) and rounded to 4 bits: to nearest, and tuned
 
+`--only` runs the cases that have these words in their names. With `--seeds` each is run with as many seeds (which
+windows judge, the order of the others, and what is made of their pieces), and a last line has the mean KL over them.
+
 `shape` heals blocks of the shapes of Qwen3.5-35B-A3B, 256 -> 128 experts, 8 x 512 tokens, 10 steps of one window. Every
 figure is of the process that a user starts; memory and CPU time as the kernel counts them.
 """
@@ -25,12 +28,14 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +43,7 @@ SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe
 TYPE: Final = ("--dtype", "float32")  # whatever the CPU: the tables of docs/healing.md are of this type
 LAYERS: Final = 4
 EXPERTS: Final = 16
+SEED: Final = 42
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,7 @@ class Case:
         keep, criterion: experts of every layer, and what they are chosen by; `random` draws them (seed 0).
         windows: of 512 tokens, to score and to heal on.
         tuned_on, measured_on: source of the text, or all of it.
+        seed: of what is drawn.
         model: a checkpoint with the tokenizer of examples/small-moe.
 
     """
@@ -62,6 +69,7 @@ class Case:
     windows: int = 64
     tuned_on: str = ""
     measured_on: str = ""
+    seed: int = SEED
 
 
 @dataclass(slots=True)
@@ -77,7 +85,7 @@ class Bench:
         out, manifest = self.scratch / "out", self.manifest(case)
         data = () if "--heal" not in case.command and "auto-round" not in case.command else self.data(case)
         command = (case.command[0], str(case.model), str(out), "-m", str(manifest), *case.command[1:], *data)
-        seconds, rss, _ = self.call(*command, "--json", "--quiet")
+        seconds, rss, printed = self.call(*command, "--json", "--quiet")
         heldout = self.text("heldout", case.measured_on)
         measured = ("--data", str(heldout), "--samples", "32", "--seqlen", "256")
         work = ("--work", str(self.scratch / "work"))
@@ -85,21 +93,24 @@ class Bench:
             self.call("evaluate", str(out), "--against", str(case.model), *measured, *work, "--json", "-q")[2]
         )
         shutil.rmtree(out)
-        against = found["against"]
+        against, blocks = found["against"], json.loads(printed)["report"]["facts"].get("blocks", ())
         return {
             "case": case.name,
+            "seed": case.seed,
             "perplexity": found["perplexity"],
             "of_source": against["perplexity"],
             "kl": against["kl"],
             "kl_error": against["kl_standard_error"],
             "seconds": seconds,
             "peak_rss_bytes": rss,
+            "first_steps": [block["healed"]["lr"] for block in blocks if "healed" in block],
         }
 
     def data(self, case: Case) -> tuple[str, ...]:
         """Options that name the calibration text of a case."""
         text = str(self.text("calib", case.tuned_on))
-        return ("--data", text, "--samples", str(case.windows), "--seqlen", "512", *TYPE)
+        size = ("--samples", str(case.windows), "--seqlen", "512")
+        return ("--data", text, *size, "--seed", str(case.seed), *TYPE)
 
     def text(self, name: str, source: str) -> Path:
         """A text of examples/small-moe, or the documents of one source in it."""
@@ -190,7 +201,9 @@ def half(model: Path) -> int:
 
 def cases_extra() -> Iterator[Case]:
     """Little text, and windows made of its pieces."""
-    for windows, extra, batch, iters in ((4, 28, 4, 32), (4, 28, 4, 100), (16, 50, 4, 32), (16, 50, 8, 60)):
+    little, more_text = (4, 28), (16, 50)
+    sizes = [(*little, 4, 32), (*little, 4, 100), (*more_text, 4, 32), (*more_text, 8, 60), (*more_text, 8, 150)]
+    for windows, extra, batch, iters in sizes:
         how = ("--heal-iters", str(iters), "--batch-size", str(batch))
         for more in (0, extra):
             name = f"{windows} windows and {more}, {iters} steps"
@@ -281,13 +294,37 @@ def line(row: dict[str, Any]) -> str:
         told += f"{row['perplexity']:9.3f}{row['kl']:9.4f} +- {row['kl_error']:.4f}"
     else:
         told += "  blocks of " + ", ".join(f"{seconds:.1f} s" for seconds in row["block_seconds"])
-    return f"{told}{row['seconds']:9.1f} s{row['peak_rss_bytes'] / 1e9:7.2f} GB"
+    told += f"{row['seconds']:9.1f} s{row['peak_rss_bytes'] / 1e9:7.2f} GB"
+    return told + "".join(f" {step:.3g}" for step in row.get("first_steps", ()))
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The cases of a suite that were asked for, each with every seed."""
+    found: Iterator[Case] = SUITES[args.suite]() if args.suite != "steps" else cases_steps(models_in(args.models))
+    for case in found:
+        if all(word in re.split("[ ,]+", case.name) for word in args.only):
+            yield from (replace(case, seed=SEED + more) for more in range(args.seeds))
+
+
+def models_in(folder: Path | None) -> list[Path]:
+    """The checkpoints in a folder."""
+    return sorted(path.parent for path in folder.glob("*/config.json")) if folder else []
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """The mean KL of a case, and its standard error over the seeds."""
+    kls = [row["kl"] for row in rows]
+    error = statistics.stdev(kls) / len(kls) ** 0.5
+    seconds = statistics.fmean(row["seconds"] for row in rows)
+    return f"{rows[0]['case']:34}{statistics.fmean(kls):18.4f} +- {error:.4f}{seconds:9.1f} s   {len(kls)} seeds"
 
 
 def main() -> None:
     """Run a suite, and print every row as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "shape"])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases that have these in their names")
+    parser.add_argument("--seeds", type=int, default=1, help=f"from {SEED} on, of each case (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--dir", type=Path, help="where scratch files go, gigabytes of them for `shape`")
     parser.add_argument("--layers", type=int, default=1, help="blocks of `shape` (default 1)")
@@ -297,15 +334,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         bench = Bench(Path(folder), args.threads)
-        if args.suite == "shape":
-            rows = shape(bench, args)
-        elif args.suite == "steps":
-            models = sorted(path.parent for path in args.models.glob("*/config.json")) if args.models else []
-            rows = map(bench.run, cases_steps(models))
-        else:
-            rows = map(bench.run, SUITES[args.suite]())
-        for row in rows:
+        done: list[dict[str, Any]] = []
+        for row in shape(bench, args) if args.suite == "shape" else map(bench.run, cases(args)):
             print(json.dumps(row) if args.json else line(row), flush=True)
+            done = [each for each in done if each["case"] == row["case"]] + [row]
+            if len(done) == args.seeds > 1 and "kl" in row and not args.json:
+                print(over_seeds(done), flush=True)
 
 
 if __name__ == "__main__":

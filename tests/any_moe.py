@@ -83,6 +83,8 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 TOP_KS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 CLASSES = {"kimi_k2": "deepseek_v3"}
 """Types that transformers does not know, and the type whose class they are of."""
+TEXTS = {"mistral3": "mistral4"}
+"""Types of classes around a decoder of another type than theirs by default."""
 NOT_KEPT = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path"),
     *("rope_scaling", "rope_theta", "per_layer_config"),
@@ -163,7 +165,7 @@ def whole_config(
 
     `around` is what such a class has around the config of its decoder, where that is not found by itself.
     """
-    text = tiny_config(model_type, **over)
+    text = tiny_config(TEXTS.get(model_type, model_type), **over)
     if around is not None:
         inside = {**around.get("thinker_config", around), "text_config": text}
         whole = {**around, "thinker_config": inside} if "thinker_config" in around else inside

@@ -123,6 +123,7 @@ RELEASES = {
     "MiniMax-M3": Release(parameters=426e9, tensors=23_416, elements=427_040_140_160),
     "Mixtral-8x7B-v0.1": Release(parameters=46.7e9),
     "Nemotron-3-Nano-30B-A3B": Release(parameters=31.6e9, group_size=64),
+    "North-Mini-Code-1.0": Release(parameters=30.5e9),
     "OLMoE-1B-7B-0924": Release(parameters=6.92e9, tensors=3_219, elements=6_919_161_856),
     "Phi-3.5-MoE": Release(parameters=41.9e9),
     "Qwen2-57B-A14B": Release(parameters=57.4e9),

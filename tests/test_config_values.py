@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import TEXTS
 from build import tiny, write_checkpoint
 from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES, ALLOWED_MLP_LAYER_TYPES, PreTrainedConfig
@@ -65,8 +66,9 @@ def test_types_are_those_of_transformers(family: Any) -> None:
         whole = CONFIG_MAPPING[wrapper.model_type]
         pairs.append((whole, family.wrapper_types if wrapper.text_key else family.types))
         if wrapper.text_key:
-            text = attrgetter(wrapper.text_key)(whole())
-            pairs.append((type(text), family.types))
+            default = type(attrgetter(wrapper.text_key)(whole()))
+            text = CONFIG_MAPPING[TEXTS[wrapper.model_type]] if wrapper.model_type in TEXTS else default
+            pairs.append((text, family.types))
             if hasattr(whole(), "vision_config"):
                 vision = whole().vision_config
                 kind = type(vision) if vision else CONFIG_MAPPING[f"{wrapper.model_type}_vision"]

@@ -336,6 +336,7 @@ CASES: dict[str, Case] = {
         formats=(),
         more=({"mlp_layer_types": ["dense", "sparse"]},),
     ),
+    "mistral3": Case(over={"head_dim": 32, "qk_head_dim": 32}, more=({"q_lora_rank": None},)),
     "mistral4": Case(
         over={"head_dim": 32, "qk_head_dim": 32},
         more=({"q_lora_rank": None},),
@@ -641,6 +642,18 @@ def test_experts_that_are_called_otherwise_are_refused(folder: Path, monkeypatch
         Weights(Checkpoint.open(source_of("olmoe", folder)), FLOAT32) as reader,
         pytest.raises(FamilyError, match=r"olmoe is not run with transformers .*, whose class computes"),
     ):
+        Skeleton(reader)
+
+
+@pytest.mark.parametrize(("version", "runs"), [("5.14.1", False), ("5.15.0", True), ("5.16.0.dev0", True)])
+def test_a_class_that_computes_another_model_is_refused(
+    version: str, runs: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before transformers 5.15, that of Mistral-Small-4 left a factor out."""
+    monkeypatch.setattr(skeleton.transformers, "__version__", version)
+    said = f"family mistral4 is not run with transformers {version}, whose class computes another model"
+    refused = contextlib.nullcontext() if runs else pytest.raises(FamilyError, match=said)
+    with Weights(Checkpoint.open(source_of("mistral4", folder)), FLOAT32) as reader, refused:
         Skeleton(reader)
 
 

@@ -17,6 +17,7 @@ from build import Raw, bf16, read_checkpoint, write_checkpoint
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from strategies import picked  # noqa: E402
 from test_small_floats import DATA, as_released, call, fp8_blocks, fp8_whole, keep_file, raw  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -129,3 +130,44 @@ def test_scales_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
     refused([24, 32], {}, "expected square blocks")
     odd = raw("F32", np.ones((shape[0], 7, 7), np.float32))
     refused([24, 24], {f"{name}_scale_inv": odd}, "in blocks of [24, 24]")
+
+
+@pytest.mark.parametrize("flat", picked([False, True], 2), ids=str)
+def test_mistral_small_4_as_it_is_released(flat: bool, tmp_path: Path) -> None:
+    """One scale, in bfloat16, for each linear and each stacked expert, one of activations beside, and a plain tower."""
+    any_moe.save(any_moe.build("mistral3", head_dim=32, qk_head_dim=32, first_k_dense_replace=0), tmp_path / "plain")
+    config, tensors = json.loads((tmp_path / "plain" / "config.json").read_text()), read_checkpoint(tmp_path / "plain")
+    files, twin = {p.name: p.read_text() for p in (tmp_path / "plain").glob("tokenizer*")}, dict(tensors)
+    for name in [name for name in tensors if ".experts." in name and "shared" not in name]:
+        codes, scales, values = stacked(tensors[name].float32(), None)
+        twin[name], tensors[name] = bf16(values), raw("F8_E4M3", codes)
+        tensors[f"{name}_scale_inv"] = bf16(scales)
+        ones = np.ones(len(codes) if flat else (len(codes), 1, 1), np.float32)
+        tensors[f"{name}_activation_scale"] = bf16(ones)
+    linears = [name for name in twin if name.startswith("language_model.model.layers.") and name.endswith(".weight")]
+    for name in [name for name in linears if len(twin[name].shape) == 2 and not name.endswith("mlp.gate.weight")]:
+        parts, values = fp8_whole(tensors[name].float32())
+        twin[name], tensors[name] = bf16(values), parts["weight"]
+        stem = name.removesuffix("weight")
+        tensors[f"{stem}weight_scale_inv"] = bf16(parts["weight_scale"].array().reshape(()))
+        tensors[f"{stem}activation_scale"] = bf16(np.array(np.float32(1)))
+    declared: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    declared["modules_to_not_convert"] = ["vision_tower", "multi_modal_projector", "lm_head", "gate"]
+    write_checkpoint(tmp_path / "twin", twin, config, files=files)
+    source = write_checkpoint(tmp_path / "source", tensors, {**config, "quantization_config": declared}, files=files)
+    keep = keep_file(tmp_path)
+    call("verify", source)
+    call("prune", source, tmp_path / "out", "-m", keep, "-q")
+    after = read_checkpoint(tmp_path / "out")
+    for name in [name for name in tensors if ".layers.1.mlp.experts." in name]:
+        ours, theirs = (each[name].array().reshape(each[name].shape) for each in (after, tensors))
+        assert np.array_equal(ours, theirs[[1, 2, 4, 5]]), name
+    call("verify", tmp_path / "out", "--source", source, "--independent")
+    call("convert", source, tmp_path / "decoded", "--to", "bf16", "-q")
+    assert read_checkpoint(tmp_path / "decoded") == twin
+    rounded = []
+    for root in (source, tmp_path / "twin"):
+        call("quantize", root, tmp_path / f"{root.name}-4", "-m", keep, "--group-size", 32, "-q")
+        rounded.append(read_checkpoint(tmp_path / f"{root.name}-4"))
+    assert rounded[0] == rounded[1]
+    call("verify", tmp_path / "source-4", "--source", source)

@@ -59,6 +59,7 @@ NIGHTLY = (  # alike to others, or the largest; of each some is held in quicker 
     "MiMo-V2-Flash",
     "MiniMax-M2",
     "MiniMax-M3",
+    "North-Mini-Code-1.0",
     "OLMoE-1B-7B-0924",
     "Phi-3.5-MoE",
     "Qwen2-57B-A14B",

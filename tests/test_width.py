@@ -20,6 +20,8 @@ from shardxform.experts.choosing import channels_kept, decide, with_width
 from shardxform.experts.statistics import ExpertStats, Saliency
 from shardxform.formats.picking import bitmap_of, picked_ids
 from shardxform.plan.prune import plan_prune
+from shardxform.publish.card.facts import Change
+from shardxform.publish.card.gathering import gather
 
 CHANNELS = 32
 
@@ -38,7 +40,7 @@ def manifest(config: dict[str, Any], experts: list[int], of: int, mtp: bool = Fa
     """Keep these experts, each with other channels."""
     rng = np.random.default_rng(0)
     body = config.get("text_config", config)
-    layers = [str(layer) for layer in range(body["num_hidden_layers"])]
+    layers = [str(layer) for layer in range(body.get("first_k_dense_replace", 0), body["num_hidden_layers"])]
     bitmaps = {layer: [text(sorted(rng.choice(of, CHANNELS, False).tolist()), of) for _ in experts] for layer in layers}
     width: dict[str, Any] = {"channels": CHANNELS, "of": of, "kept": bitmaps}
     out: dict[str, Any] = {"format": "shardxform.keep", "version": 1, "keep": dict.fromkeys(layers, experts)}
@@ -88,6 +90,21 @@ def test_rows_and_columns_are_those_of_the_channels(kind: str, tmp_path: Path) -
     call("verify", tmp_path / "out", "--source", source, code=1)
 
 
+@pytest.mark.parametrize("experts", [[1, 2, 4, 5], None])
+def test_the_card_has_the_width_and_the_parameters_of_the_source(experts: list[int] | None, tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe", moe_intermediate_size=64)
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    every = list(range(config["num_experts"]))
+    write_json(tmp_path / "keep.json", manifest(config, experts or every, 64))
+    call("prune", source, tmp_path / "out", "-m", tmp_path / "keep.json", "-q")
+    facts, card = gather(tmp_path / "out"), call("card", tmp_path / "out")
+    counts = [sum(int(np.prod(t.shape)) for t in read_checkpoint(root).values()) for root in (source, tmp_path / "out")]
+    assert facts.parameters == Change(*counts)
+    assert "| channels of each of them | 64 | 32 |" in card
+    kept = f"4 of {len(every)} routed experts kept in every MoE layer, 32 of 64 channels kept in each of them"
+    assert (kept if experts else "checkpoint with 32 of 64 channels kept in every routed expert.") in card
+
+
 def _flip(out: Path, name: str) -> None:
     shard = next(out.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -133,6 +150,32 @@ def test_what_is_left_computes_what_the_model_computes_without_those_channels(sm
     experts = [module for name, module in stored.modules.items() if ".experts." in name]
     assert len(experts) == 4 * 16 * 3
     assert all(isinstance(module.encoding, Ints) and 64 in module.shape for module in experts)
+
+
+@pytest.mark.oracle
+def test_shared_experts_stay_as_wide_as_they_are(tmp_path: Path) -> None:
+    """Their width is a number of times that of routed ones: what is left computes as the whole model, less channels."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    config, tensors = tiny("deepseek_v3", moe_intermediate_size=64)
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    value = manifest(config, list(range(8)), 64)
+    write_json(tmp_path / "keep.json", value)
+    told = call("prune", source, tmp_path / "out", "-m", tmp_path / "keep.json", "--mtp", "drop")
+    assert config["n_shared_experts"] == 2
+    assert "shared experts keep all of theirs: n_shared_experts is 4 from now on" in told
+    assert "sound" in call("verify", tmp_path / "out", "--source", source)
+    narrow, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        for layer, bitmaps in value["width"]["kept"].items():
+            for expert, bitmap in enumerate(bitmaps):
+                gone = sorted(set(range(64)) - set(picked_ids(base64.b64decode(bitmap))))
+                whole.model.layers[int(layer)].mlp.experts.down_proj[expert][:, gone] = 0
+        ids = torch.arange(24).view(2, 12)
+        torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def _given(model: Any, saliency: Saliency, data: list[object]) -> list[np.ndarray]:
@@ -231,20 +274,18 @@ def test_malformed_widths_are_refused(width: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "of", "message"),
+    ("kind", "wide", "of", "message"),
     [
-        ("deepseek_v3", 64, "`width`: moe_intermediate_size of family deepseek_v3 is also the width of"),
-        ("qwen3_moe", 128, "made for experts of 128 channels, but .* has 64"),
+        ("deepseek_v3", 40, 40, "`width`: expected one that divides 80, since shared experts of family deepseek_v3"),
+        ("qwen3_moe", 64, 128, "made for experts of 128 channels, but .* has 64"),
     ],
 )
-def test_experts_that_cannot_be_narrowed_are_refused(kind: str, of: int, message: str, tmp_path: Path) -> None:
-    config, tensors = tiny(kind, moe_intermediate_size=64)
+def test_experts_that_cannot_be_narrowed_are_refused(
+    kind: str, wide: int, of: int, message: str, tmp_path: Path
+) -> None:
+    config, tensors = tiny(kind, moe_intermediate_size=wide)
     source = Checkpoint.open(write_checkpoint(tmp_path / "source", tensors, config))
     experts = {"qwen3_moe": 6, "deepseek_v3": 8}[kind]
     value = manifest(config, list(range(experts)), of)
-    dense = config.get("first_k_dense_replace", 0)
-    for layers in (value["keep"], value["width"]["kept"]):
-        for layer in range(dense):
-            layers.pop(str(layer))
     with pytest.raises((ManifestError, PlanError), match=message):
         plan_prune(source, Manifest.from_dict(value))

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA",
+    "FIRST_STEP",
     "PATH",
     "SOURCE",
     "BatchFlags",
@@ -459,6 +460,13 @@ class BatchFlags(Flags, heading="Tuning"):
     batch_size: int | None = option(f"Windows of a step.  [default: {BATCH_SIZE}]", type=AT_LEAST_1)
 
 
+FIRST_STEP: Final[Any] = option(
+    "First step of rounding offsets and clips, in scales; those after it fall to zero.  [default: 1 / --iters]",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="R",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundingFlags(BatchFlags):
     """How weights are rounded."""
@@ -469,6 +477,7 @@ class RoundingFlags(BatchFlags):
         first=True,
     )
     iters: int | None = option(f"Steps a block.  [default: {ITERS}]", type=AT_LEAST_1)
+    lr: float | None = FIRST_STEP
     inputs: Inputs | None = option(
         "Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
         "blocks independent.  [default: quantized]",

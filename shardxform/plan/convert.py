@@ -53,6 +53,7 @@ from shardxform.plan.view import (
 )
 from shardxform.runtimes import as_family, mlx
 from shardxform.runtimes.mlx import Stack
+from shardxform.runtimes.mlx_families import refuse_misread
 
 __all__ = [
     "ConvertOptions",
@@ -351,6 +352,7 @@ def _plain(stored: Stored, view: View, selection: Selection, scheme: Scheme | No
 def _stacks(view: View, selection: Selection) -> list[Stack]:
     """What MLX has as one module each."""
     mlx.refuse_unrun(view.layout, selection.quantized)
+    refuse_misread(view.layout)
     return mlx.stacks_of(view.layout, selection.quantized)
 
 

@@ -24,7 +24,7 @@ from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes import as_family
 
-__all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "stored_of"]
+__all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "parameters_of", "stored_of"]
 
 _WORDS: Final = ("qweight", "weight_packed")
 
@@ -104,7 +104,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         sizes[role] += ref.nbytes
         dtypes[ref.spec.dtype] += ref.nbytes
     plain, stored = _understood(source)
-    found = _parameters(plain or source, stored)
+    found = _parameters_of(plain or source, stored)
     return Inspection(
         path=source.where,
         family=layout.family.name,
@@ -161,7 +161,18 @@ def _encodings(plain: Checkpoint | None, stored: Stored | None) -> Iterator[tupl
     yield from ((name, (counts[name], nbytes)) for name, nbytes in sizes.most_common())
 
 
-def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
+def parameters_of(source: Checkpoint) -> Parameters | None:
+    """Count parameters, those that stand for several codes in a number too; None where the form is not understood.
+
+    Raises:
+        FamilyError: see `layout.layout_of`.
+
+    """
+    plain, stored = _understood(source)
+    return _parameters_of(plain or source, stored)
+
+
+def _parameters_of(source: Checkpoint, stored: Stored | None) -> Parameters | None:
     if stored is None and any(name.rpartition(".")[2] in _WORDS for name in source.tensors):
         return None
     return count_parameters(source, stored)

@@ -1,4 +1,8 @@
-"""A view whose experts have fewer channels: rows of gate and up projection, columns of the down projection."""
+"""A view whose experts have fewer channels: rows of gate and up projection, columns of the down projection.
+
+Shared experts, which clients take for so many times as wide as a routed one, stay as they are: config.json then counts
+more of them.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from shardxform.formats.encoding import Encoded, Storage
 from shardxform.formats.picking import Picked
 from shardxform.formats.plain import Plain
 from shardxform.model.families.base import Template
-from shardxform.model.layout import Layout, Place, layout_of
+from shardxform.model.layout import Layout, Place, layout_of, value_at
 
-__all__ = ["narrowed", "width_key"]
+__all__ = ["narrowed", "told_of", "width_key"]
 
 _SYMBOL = "I"  # of the families' shapes: channels of a routed expert
 
@@ -35,11 +39,59 @@ def width_key(layout: Layout) -> tuple[str, ...]:
     key = family.symbols.get(_SYMBOL)
     if not isinstance(key, str) or _SYMBOL in family.layer_symbols:
         raise PlanError(f"`width`: config.json of family {family.name} has no one number for the width of experts")
-    for template in _templates(layout):
-        if not template.is_expert_weight and _SYMBOL in re.split(r"[,+*]", template.shape):
-            raise PlanError(f"`width`: {key} of family {family.name} is also the width of '{template.name}'")
+    _counts(layout)
+    return _path(layout, key)
+
+
+def _path(layout: Layout, key: str) -> tuple[str, ...]:
     home = tuple(layout.wrapper.text_key.split(".")) if layout.wrapper.text_key else ()
     return (*home, *key.split("."))
+
+
+def _counts(layout: Layout) -> list[str]:
+    """Keys of config.json that say how many times as wide as a routed expert the shared ones are; most have none.
+
+    Raises:
+        PlanError: something else than experts is as wide as a routed one.
+
+    """
+    family, found = layout.family, dict[str, None]()
+    for template in _templates(layout):
+        if template.is_expert_weight:
+            continue
+        for size in template.shape.split(","):
+            if _SYMBOL not in re.split(r"[+*]", size):
+                continue
+            others = [symbol for symbol in size.split("*") if symbol != _SYMBOL]
+            count = family.symbols.get(others[0]) if len(others) == 1 else None
+            if template.role != "shared experts" or not isinstance(count, str):
+                key = family.symbols[_SYMBOL]
+                raise PlanError(f"`width`: {key} of family {family.name} is also the width of '{template.name}'")
+            found[count] = None
+    return list(found)
+
+
+def _changes(layout: Layout, width: Width) -> dict[tuple[str, ...], int]:
+    """Numbers of config.json after narrowing, by their paths.
+
+    Raises:
+        PlanError: see `width_key`; or shared experts that are no whole number of times as wide as a routed one then.
+
+    """
+    changes = {width_key(layout): width.channels}
+    for key in _counts(layout):
+        path = _path(layout, key)
+        count = value_at(layout.config, ".".join(path))
+        if not count:
+            continue
+        whole = count * width.of
+        if whole % width.channels:
+            raise PlanError(
+                f"`width`: expected one that divides {whole:,}, since shared experts of family {layout.family.name}"
+                f" stay so wide and {key} says how many times as wide as a routed one that is, found {width.channels:,}"
+            )
+        changes[path] = whole // width.channels
+    return changes
 
 
 def _templates(layout: Layout) -> Iterator[Template]:
@@ -51,7 +103,7 @@ def _templates(layout: Layout) -> Iterator[Template]:
 
 def narrowed(
     tensors: Mapping[str, TensorRef], config: Mapping[str, object], width: Width
-) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+) -> tuple[dict[str, TensorRef], dict[tuple[str, ...], int]]:
     """Take channels out of every routed expert.
 
     Args:
@@ -60,20 +112,28 @@ def narrowed(
         width: which channels stay.
 
     Returns:
-        the table, and the path of the number in config.json that says how many channels there are.
+        the table, and what config.json then says, by path: how many channels there are, and how many shared experts.
 
     Raises:
         ManifestError: it was made for experts of another width.
-        PlanError: see `width_key`; or weights that are not stored as plain numbers.
+        PlanError: see `width_key`; or weights that are not stored as plain numbers, or shared experts that are no whole
+            number of times as wide as a routed one then.
 
     """
     layout = layout_of(config, tensors)
-    path = width_key(layout)
+    changes = _changes(layout, width)
     out: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
         place = layout.places.get(name)
         out[name] = _narrow(ref, place, width, layout) if place and place.template.is_expert_weight else ref
-    return out, path
+    return out, changes
+
+
+def told_of(changes: Mapping[tuple[str, ...], int], width: Width) -> Iterator[str]:
+    """Say in words what `narrowed` did."""
+    yield f"every expert keeps {width.channels:,} of its {width.of:,} channels"
+    for path, count in [*changes.items()][1:]:
+        yield f"shared experts keep all of theirs: {path[-1]} is {count:,} from now on"
 
 
 def _narrow(ref: TensorRef, place: Place, width: Width, layout: Layout) -> TensorRef:

@@ -72,6 +72,7 @@ from shardxform.plan.view import (
 )
 from shardxform.runtimes import as_family, mlx
 from shardxform.runtimes.mlx import Stack
+from shardxform.runtimes.mlx_families import refuse_misread
 
 __all__ = ["draft_quantized", "plan_quantize", "rounded_again"]
 
@@ -309,6 +310,7 @@ def _view(
     view = pruned_view(plain or source, manifest, text_only=options.text_only, mtp=mtp)
     if scheme.format == "mlx":
         mlx.refuse_unrun(view.layout)
+        refuse_misread(view.layout)
     if recipe and recipe.heal:
         refuse_unpruned(view, recipe.heal)
         if recipe.heal.encoding:

@@ -148,11 +148,11 @@ def pruned_view(
             f" stays and that the token has not ({len(builder.renumbered)} such tables)"
         )
     if width:
-        from shardxform.plan.narrowing import narrowed  # most prunings leave experts as wide as they are
+        from shardxform.plan.narrowing import narrowed, told_of  # most prunings leave experts as wide as they are
 
-        tensors, path = narrowed(tensors, config, width)
-        config = _with_changes(config, {path: width.channels})
-        notes.append(f"every expert keeps {width.channels:,} of its {width.of:,} channels")
+        tensors, changes = narrowed(tensors, config, width)
+        config = _with_changes(config, changes)
+        notes += told_of(changes, width)
     if renames:
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))

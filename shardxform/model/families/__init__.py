@@ -75,6 +75,7 @@ HOMES: Final[Mapping[str, str]] = {
     "minimax": "minimax",
     "minimax_m2": "minimax_m2",
     "minimax_m3_vl": "minimax_m3_vl",
+    "mistral3": "mistral4",
     "mistral4": "mistral4",
     "mixtral": "mixtral",
     "muse_spark": "muse_spark",

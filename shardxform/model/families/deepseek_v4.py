@@ -104,9 +104,10 @@ FAMILY: Final = Family(
         Template("ffn.gate.bias", "E", "router", "scored"),
         Template("ffn.gate.tid2eid", "V,K", "router", "hashed", ids=True),
         *experts(layout=_EXPERTS),
-        Template("ffn.shared_experts.w1.weight", "NS*I,H", "shared experts"),
-        Template("ffn.shared_experts.w3.weight", "NS*I,H", "shared experts"),
-        Template("ffn.shared_experts.w2.weight", "H,NS*I", "shared experts"),
+        # One of that width, whatever n_shared_experts says: transformers makes no other.
+        Template("ffn.shared_experts.w1.weight", "I,H", "shared experts"),
+        Template("ffn.shared_experts.w3.weight", "I,H", "shared experts"),
+        Template("ffn.shared_experts.w2.weight", "H,I", "shared experts"),
     ),
     experts=_EXPERTS,
     renames=(
@@ -154,7 +155,6 @@ FAMILY: Final = Family(
         "ID": "index_head_dim",
         "IQ": "index_n_heads",
         "K": "num_experts_per_tok",
-        "NS": "n_shared_experts",
         "OA": "o_lora_rank",
         "Q": "num_attention_heads",
         "QA": "q_lora_rank",
