@@ -481,6 +481,9 @@ def _choice_lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
     share = facts["saliency_kept"]
     kept = "" if share is None else f", with {share:.1%} of the saliency"
     yield "experts", f"{facts['experts']} -> {facts['kept']} per layer, by {facts['criterion']}{kept}"
+    if "channels" in facts:
+        before, after = facts["channels"]
+        yield "channels", f"{before:,} -> {after:,} of every expert that stays"
     if facts["never_reached_kept"]:
         yield "note", f"kept {count(facts['never_reached_kept'], 'expert')} that no token reached; score more data"
 

@@ -81,6 +81,8 @@ def _scheme(inputs: Fields) -> Iterator[str]:
     if scheme and grid.flag("search") != tuned:
         yield "--search" if grid.flag("search") else "--no-search"
     yield from _unless("--scale-grid", grid.text("scale_grid"), "bf16")
+    if scheme.flag("requantize"):
+        yield "--requantize"
     yield from _names(scheme)
     for option, key in (("--keep-16bit", "keep_16bit"), ("--also-quantize", "quantize")):
         for pattern in scheme.texts(key):
