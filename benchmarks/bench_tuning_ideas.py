@@ -1,6 +1,7 @@
 """Ideas for better tuned rounding, tried on examples/small-moe: divergence with and without each, same steps and data.
 
-    python benchmarks/bench_tuning_ideas.py [--block 1] [--steps 60] [--batch-size 4] [--only NAME] [--json]
+    python benchmarks/bench_tuning_ideas.py [--block 1] [--steps 60] [--batch-size 4] [--seed 42] [--only NAME]
+                                            [--model DIR] [--json]
 
 With `--block N` that block alone is rounded and tuned, on 16-bit inputs, and the others stay in 16 bits: a tenth of the
 time of `--block all`, which tunes one after the other as `quantize --method auto-round` does. Divergence is of float32
@@ -37,6 +38,7 @@ import torch
 from shardxform.ask.recipe import split_windows
 from shardxform.base.constants import JUDGED_AT, LEAST_SQUARE
 from shardxform.calibration import DataOptions, load_windows
+from shardxform.calibration.windows import _pieced
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.formats.rounding import search_factors
 from shardxform.formats.scheme import Grid
@@ -54,7 +56,7 @@ from shardxform.tuning.workers import Workers
 SMALL_MOE: Final = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 CPU: Final = torch.device("cpu")
 BATCH: Final = 8
-KEPT_16_BIT: Final = ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b")
+KEPT_16_BIT: Final = ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "kv_b_proj")
 SMALLEST: Final = 1.1e-5
 HALF: Final = 0.4998
 
@@ -72,11 +74,17 @@ class Idea:
         neighbours: compensation takes one of the two codes next to a weight.
         windows: that compensation, or the search by energy, sees.
         rate: first step of offsets and clips, times the number of steps.
+        clip_rate: that of clips, in rates.
+        shrunk: afterwards, go back toward the start, to three quarters, a half and a quarter of all offsets and clips,
+            and keep what the judges find best.
         learn_all: learn from the windows that judge, too, and keep the last state.
         sensitivity: weigh errors by how the model's output depends on a block's channels (Fisher information of
             sampled tokens), this share of it beside a plain one.
         mixed: share of windows whose inputs are those of the 16-bit model.
         damped_gradient: leave out gradients below this share of their row's root mean square.
+        momentum: take the sign of a running mean of gradients, of which this share is what it was before.
+        beside: learn from windows beside those of the text, too: `pieces` of its windows, `drawn` pieces of which
+            half the tokens are any others, or `text`, three times as much of it, which shows what data is worth.
     """
 
     tuned: bool = True
@@ -87,10 +95,14 @@ class Idea:
     neighbours: bool = False
     windows: int = 64
     rate: float = 1.0
+    clip_rate: float = 1.0
+    shrunk: bool = False
     learn_all: bool = False
     sensitivity: float = 0.0
     mixed: float = 0.0
     damped_gradient: float = 0.0
+    momentum: float = 0.0
+    beside: str = ""
 
 
 _START: Final = Idea(tuned=False, compensated=True)
@@ -115,6 +127,15 @@ IDEAS: Final = {
     "by sensitivity": Idea(sensitivity=0.8),
     "half the inputs of 16 bits": Idea(mixed=0.5),
     "small gradients left out": Idea(damped_gradient=0.5),
+    "shrunk afterwards": Idea(shrunk=True),
+    "half the steps' size": Idea(rate=0.5),
+    "a quarter of the steps' size": Idea(rate=0.25),
+    "a tenth of the steps' size": Idea(rate=0.1),
+    "momentum 0.9": Idea(momentum=0.9),
+    "momentum 0.7": Idea(momentum=0.7),
+    "pieces beside": Idea(beside="pieces"),
+    "drawn pieces beside": Idea(beside="drawn"),
+    "three times the text beside": Idea(beside="text"),
 }
 
 
@@ -133,13 +154,22 @@ class Row:
 
 @dataclass(slots=True, kw_only=True)
 class Reference:
-    """The 16-bit model's states at every block: in bfloat16 on calibration windows, in float32 on held-out ones."""
+    """The 16-bit model's states at every block: in bfloat16 on calibration windows, in float32 on held-out ones.
 
+    Calibration windows are those of the text first, then those beside them, of which `beside` says where they are.
+    """
+
+    model: Path
     skeleton: Skeleton
     exact: Skeleton
     calibration: list[torch.Tensor]
     held_out: list[torch.Tensor]
     ids_NT: torch.Tensor
+    beside: dict[str, range]
+
+    def rows(self, beside: str, samples: int) -> list[int]:
+        """Numbers of the windows that an idea has."""
+        return [*range(samples), *self.beside.get(beside, ())]
 
     @torch.no_grad()
     def divergence(self, leaving_NTH: torch.Tensor) -> list[float]:
@@ -160,10 +190,11 @@ def through(block: Block, entering_NTH: torch.Tensor) -> torch.Tensor:
 
 def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Reference:
     """Run the 16-bit model."""
-    source, ids = Checkpoint.open(SMALL_MOE), []
+    source, ids = Checkpoint.open(args.model), []
     for name, count, length in (("calib", args.samples, args.seqlen), ("heldout", args.sequences, 256)):
         data = DataOptions(data=str(SMALL_MOE / "text" / f"{name}.jsonl"), samples=count, seqlen=length)
         ids.append(torch.as_tensor(load_windows(SMALL_MOE, data).ids_NT).long())
+    ids[0], places = _with_beside(ids[0], args)
     chains, skeletons = [], []
     for dtype, ids_NT in zip((torch.bfloat16, torch.float32), ids, strict=True):
         skeleton = Skeleton(stack.enter_context(Weights(source, Precision(CPU, dtype))))
@@ -174,8 +205,48 @@ def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Referenc
         chains.append(states)
         skeletons.append(skeleton)
     return Reference(
-        skeleton=skeletons[0], exact=skeletons[1], calibration=chains[0], held_out=chains[1], ids_NT=ids[0]
+        model=args.model,
+        skeleton=skeletons[0],
+        exact=skeletons[1],
+        calibration=chains[0],
+        held_out=chains[1],
+        ids_NT=ids[0],
+        beside=places,
     )
+
+
+def _with_beside(ids_NT: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, range]]:
+    """Windows, and after them what the ideas that are asked for learn from beside them."""
+    places: dict[str, range] = {}
+    for kind in dict.fromkeys(IDEAS[name].beside for name in args.only or IDEAS):
+        if kind:
+            more_NT = BESIDE[kind](ids_NT[: args.samples].numpy(), args)
+            places[kind] = range(len(ids_NT), len(ids_NT) + len(more_NT))
+            ids_NT = torch.cat([ids_NT, torch.from_numpy(more_NT).long()])
+    return ids_NT, places
+
+
+def _more_text(ids_NT: np.ndarray[Any, Any], args: argparse.Namespace) -> np.ndarray[Any, Any]:
+    data = DataOptions(data=str(SMALL_MOE / "text" / "calib.jsonl"), samples=4 * len(ids_NT), seqlen=args.seqlen)
+    more_NT = load_windows(SMALL_MOE, data).ids_NT
+    assert (more_NT[: len(ids_NT)] == ids_NT).all()
+    return more_NT[len(ids_NT) :]
+
+
+def _pieces(ids_NT: np.ndarray[Any, Any], args: argparse.Namespace, replaced: float) -> np.ndarray[Any, Any]:
+    """Three times as many windows of pieces of those that are learned from, some tokens replaced by any others."""
+    random, (learned, _) = np.random.default_rng(args.seed), split_windows(len(ids_NT), args.seed)
+    out_NT = np.stack([_pieced(ids_NT[learned], random) for _ in range(3 * len(ids_NT))])
+    replaced_NT = random.random(out_NT.shape) < replaced
+    out_NT[replaced_NT] = random.integers(1, 2048, size=int(replaced_NT.sum()))
+    return out_NT
+
+
+BESIDE: Final[dict[str, Callable[[np.ndarray[Any, Any], argparse.Namespace], np.ndarray[Any, Any]]]] = {
+    "text": _more_text,
+    "pieces": partial(_pieces, replaced=0.0),
+    "drawn": partial(_pieces, replaced=0.5),
+}
 
 
 def sensitivities(ref: Reference, share: float, windows: int = 64) -> list[torch.Tensor]:
@@ -183,7 +254,7 @@ def sensitivities(ref: Reference, share: float, windows: int = 64) -> list[torch
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(SMALL_MOE, dtype=torch.float32).eval().requires_grad_(False)
+    model = load(ref.model, dtype=torch.float32).eval().requires_grad_(False)
     generator, size = torch.Generator().manual_seed(0), ref.skeleton.hidden_size
     sums = [torch.zeros(size, size, dtype=torch.float64) for _ in model.model.layers]
     for ids_BT in ref.ids_NT[:windows].split(BATCH):  # type: ignore[no-untyped-call]
@@ -226,18 +297,20 @@ def run_idea(name: str, ref: Reference, args: argparse.Namespace) -> Row:
     idea, began = IDEAS[name], time.process_time()
     counts = sensitivities(ref, idea.sensitivity) if idea.sensitivity else [None] * ref.skeleton.num_blocks
     chosen = range(ref.skeleton.num_blocks) if args.block == "all" else [int(args.block)]
-    tuned, held_out, row = ref.calibration[0], ref.held_out[0], Row(name, [])
+    rows = ref.rows(idea.beside, args.samples)
+    states = [each[rows] for each in ref.calibration]
+    tuned, held_out, row = states[0], ref.held_out[0], Row(name, [])
     for layer in range(ref.skeleton.num_blocks):
         if layer not in chosen:
-            tuned = ref.calibration[layer + 1]
+            tuned = states[layer + 1]
             with ref.exact.block(layer) as block:
                 held_out = through(block, held_out)
             continue
         task = Task(
             layer=layer,
             entering_NTH=tuned,
-            plain_NTH=ref.calibration[layer],
-            wanted_NTH=ref.calibration[layer + 1].float(),
+            plain_NTH=states[layer],
+            wanted_NTH=states[layer + 1].float(),
             counts_HH=counts[layer],
         )
         with Workers(1) as workers, _block(ref.skeleton, layer, idea, workers) as (block, weights):
@@ -271,7 +344,7 @@ def _block(skeleton: Skeleton, layer: int, idea: Idea, workers: Workers) -> Iter
 
 def tune(weights: TunedBlock, block: Block, task: Task, idea: Idea, args: argparse.Namespace) -> float:
     """Start and descend; the loss on the judges of what was kept, relative to how the block began."""
-    learned_N, judges_N = (np.array(rows) for rows in split_windows(len(task.entering_NTH), args.seed))
+    learned_N, judges_N = (np.array(rows) for rows in split_windows(args.samples, args.seed))
     loss = partial(_judge, block, task, judges_N)
     began = best = loss()
     if idea.by_energy or idea.compensated:
@@ -280,13 +353,14 @@ def tune(weights: TunedBlock, block: Block, task: Task, idea: Idea, args: argpar
     if not idea.tuned:
         return best / began
     random = np.random.Generator(np.random.PCG64([args.seed, task.layer]))
-    learned_N = np.arange(len(task.entering_NTH)) if idea.learn_all else learned_N
+    learned_N = np.concatenate([learned_N, np.arange(args.samples, len(task.entering_NTH))])
+    learned_N = np.arange(args.samples) if idea.learn_all else learned_N
     order, judged_at = (
         learning_order(len(learned_N), args.batch_size, random),
         {round(p * args.steps) for p in JUDGED_AT},
     )
-    with _leaving_out(idea.damped_gradient):
-        for done, pace in enumerate(paces(args.steps, idea.rate), start=1):
+    with _leaving_out(idea.damped_gradient), _smoothed(idea.momentum):
+        for done, pace in enumerate(paces(args.steps, idea.rate, idea.clip_rate), start=1):
             weights.set_pace(pace)
             rows_B = torch.from_numpy(learned_N[next(order)])
             plain_B = torch.from_numpy(random.random(len(rows_B)) < idea.mixed)[:, None, None]
@@ -298,18 +372,33 @@ def tune(weights: TunedBlock, block: Block, task: Task, idea: Idea, args: argpar
             if done in judged_at and ((now := loss()) < best or idea.learn_all):
                 weights.keep()
                 best = now
+    left = 1.0
+    for share in (0.75, 0.5, 0.25) if idea.shrunk else ():
+        shrink(weights, share / left)
+        left = share
+        if (now := loss()) < best:
+            weights.keep()
+            best = now
     return best / began
 
 
-def paces(steps: int, rate: float) -> Iterator[Pace]:
-    """As the tuner's own, times `rate`."""
+def shrink(weights: TunedBlock, share: float) -> None:
+    """Leave so much of what offsets and clips are from the start."""
+    for weight in weights.weights:
+        steps_RI = (weight._v_RI & -UNITS_PER_STEP).float() * (share / UNITS_PER_STEP)
+        weight._v_RI.copy_(steps_RI.round().to(torch.int16) * UNITS_PER_STEP | weight._v_RI & 3)
+        weight._clip_RG.sub_(1).mul_(share).add_(1)
+
+
+def paces(steps: int, rate: float, clip_rate: float) -> Iterator[Pace]:
+    """As the tuner's own, times `rate`, and clips' times `clip_rate`, too."""
     unit, walked, units = UNITS_PER_STEP / ONE, 0.0, 0
     for done in range(steps):
         first = rate / steps * (1 - done / steps)
         walked += first
         size = round(walked / unit) - units
         units += size
-        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(first)), 0.0, 1.2)
+        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(first * clip_rate)), 0.0, 1.2)
 
 
 def errors(out_BTH: torch.Tensor, task: Task, rows_B: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -341,6 +430,26 @@ def _leaving_out(share: float) -> Iterator[None]:
 
     if share:
         StackedWeight.update = larger  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        StackedWeight.update = update  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _smoothed(share: float) -> Iterator[None]:
+    """Take the signs of running means of gradients."""
+    update, means = StackedWeight.update, dict[tuple[int, int], torch.Tensor]()
+
+    def smoothed(
+        self: StackedWeight, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None
+    ) -> None:
+        key = id(self), first
+        means[key] = means.get(key, torch.zeros(gradient_RI.shape)).lerp(gradient_RI.float(), 1 - share)
+        update(self, first, means[key].to(gradient_RI.dtype), before_RI)
+
+    if share:
+        StackedWeight.update = smoothed  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -473,6 +582,7 @@ def line(row: Row, first: Row) -> str:
 def main() -> None:
     """Print a row an idea, the first of which all others are compared with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=SMALL_MOE, help="one of the same texts: see small_moes.py")
     parser.add_argument("--block", choices=["0", "1", "2", "3", "all"], default="1", help="%(default)s")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows, %(default)s")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of one, %(default)s")

@@ -310,7 +310,8 @@ def test_a_tuned_output(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     source, out = ROOT / "examples" / "small-moe", tmp_path / "out"
     text = few("calib.jsonl")
-    options = ("--samples", 4, "--seqlen", 32, "--iters", 2, "--batch-size", 2, "--seed", 7, "--inputs", "fp")
+    options = ("--samples", 4, "--seqlen", 32, "--iters", 2, "--lr", 0.1, "--batch-size", 2, "--seed", 7)
+    options += ("--inputs", "fp")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -645,6 +645,18 @@ def test_experts_that_are_called_otherwise_are_refused(folder: Path, monkeypatch
         Skeleton(reader)
 
 
+@pytest.mark.parametrize(("version", "runs"), [("5.14.1", False), ("5.15.0", True), ("5.16.0.dev0", True)])
+def test_a_class_that_computes_another_model_is_refused(
+    version: str, runs: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before transformers 5.15, that of Mistral-Small-4 left a factor out."""
+    monkeypatch.setattr(skeleton.transformers, "__version__", version)
+    said = f"family mistral4 is not run with transformers {version}, whose class computes another model"
+    refused = contextlib.nullcontext() if runs else pytest.raises(FamilyError, match=said)
+    with Weights(Checkpoint.open(source_of("mistral4", folder)), FLOAT32) as reader, refused:
+        Skeleton(reader)
+
+
 def test_a_config_stays_as_it_is_when_its_model_is_run(folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(source_of("minimax_m2", folder), tmp_path / "source")
     config = json.loads((root / "config.json").read_text())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_changes import changed, changes, edited, taken
 from strategies import picked
 
 from shardxform.base.tensors import TensorRef, TensorSpec
@@ -25,15 +26,18 @@ from shardxform.errors import SchemeError
 from shardxform.formats import packing
 from shardxform.formats.encoding import Cut, Opener
 from shardxform.formats.scheme import Grid
+from shardxform.model.layout import layout_of
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes.gguf import architectures
 from shardxform.runtimes.gguf.architecture import Architecture, Named
 from shardxform.runtimes.gguf.architectures import KINDS, architecture_of
-from shardxform.runtimes.gguf.keys import Key
+from shardxform.runtimes.gguf.keys import Key, Recorder
 from shardxform.runtimes.gguf.metadata import metadata_of
 from shardxform.runtimes.gguf.pieces import MalformedModel, SentencePiece, pieces_of
 from shardxform.runtimes.gguf.pretokenizers import BY_DIGEST, CHECKED_TEXT, NAMES
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
+from shardxform.runtimes.mlx_families import NAMES as NAMES_OF_MLX
+from shardxform.runtimes.mlx_families import refuse_misread
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
 VOCAB = 320
@@ -97,12 +101,12 @@ OTHER = {
 logits' cap, of MTP layers, and what it takes from a key that is not written."""
 
 
-def checkpoint(family: str, folder: Path) -> Path:
+def checkpoint(family: str, folder: Path, **over: Any) -> Path:
     """A tiny random one, with a tokenizer that has one merge, and the special tokens that GLM's have."""
     import any_moe
 
     root = folder / family
-    model = any_moe.build(family, vocab_size=VOCAB, **OVER[family])
+    model = any_moe.build(family, vocab_size=VOCAB, **{**OVER[family], **over})
     any_moe.save(model, root, vocab=VOCAB, model_type=family if family == "kimi_k2" else "")
     path = root / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -327,15 +331,40 @@ def test_tensors_and_keys_are_those_of_the_converter(family: str, tmp_path: Path
 @pytest.mark.parametrize("family", picked(sorted(OVER), 6))
 def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> None:
     """Every tensor is where llama.cpp looks for it, and means what it means there."""
+    root = checkpoint(family, tmp_path)
+    assert divergence(logits_of(family, root), root) <= (1e-8 if family == "gemma4_text" else 1e-10)
+
+
+IDS = [1 + at * 37 % 249 for at in range(24)]
+
+
+def logits_of(family: str, root: Path) -> Any:
+    """What transformers computes, as log-probabilities."""
     torch = pytest.importorskip("torch")
     import any_moe
+
+    model, _ = any_moe.load(root, torch.float32)
+    if family == "gemma4_text":
+        look_gelu_up(torch, model)
+    with torch.no_grad():
+        return torch.log_softmax(model.eval()(torch.tensor([IDS])).logits[0].double(), -1)
+
+
+def divergence(wanted: Any, root: Path) -> float:
+    """Mean KL divergence of llama.cpp from transformers, of a checkpoint whose values it is given in float32.
+
+    Most is rounding of float32, in transformers' own computation: of a delta net whose heads have 16 channels it is
+    2e-10 and 1e-9 (qwen3_5_moe, qwen3_next, the worst position) from its own in float64, llama.cpp is 1e-10 and 2e-10
+    from that. Of gemma4, values next to the edge of two entries of the table fall into the other one.
+    """
+    torch = pytest.importorskip("torch")
     from gguf import GGUFValueType, GGUFWriter
     from llama import Llama
 
-    root = checkpoint(family, tmp_path)
     view, architecture = viewed(root)
     tensors = list(architecture.tensors(view.checkpoint.tensors))
-    writer = GGUFWriter(tmp_path / "out.gguf", architecture.name)
+    path = root.parent / "out.gguf"
+    writer = GGUFWriter(path, architecture.name)
     for key in metadata_of(architecture, tensors, root, name="x", file_type=0, pre_tokenizer="gpt-2")[1:]:
         writer.add_key_value(key.name, key.value, GGUFValueType[key.type], GGUFValueType[key.of] if key.of else None)
     for name, values in values_of(root, tensors).items():
@@ -344,18 +373,32 @@ def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    model, _ = any_moe.load(root, torch.float32)
-    if family == "gemma4_text":
-        look_gelu_up(torch, model)
-    ids = torch.randint(1, 250, (1, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = torch.log_softmax(model.eval()(ids).logits[0].double(), -1)
-    with Llama(tmp_path / "out.gguf") as llama:
-        found = torch.log_softmax(torch.from_numpy(llama.logits(ids[0].tolist())).double(), -1)
-    # Most is rounding of float32, in transformers' own computation: of a delta net whose heads have 16 channels it is
-    # 2e-10 and 1e-9 (qwen3_5_moe, qwen3_next, the worst position) from its own in float64, llama.cpp is 1e-10 and
-    # 2e-10 from that. Of gemma4, values next to the edge of two entries of the table fall into the other one.
-    assert (wanted.exp() * (wanted - found)).sum(-1).mean() <= (1e-8 if family == "gemma4_text" else 1e-10)
+    with Llama(path) as llama:
+        found = torch.log_softmax(torch.from_numpy(llama.logits(IDS)).double(), -1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+BY_DAY = (
+    ("qwen3_moe", "rotated: yarn and its magnitude"),
+    ("deepseek_v3", "rotated: yarn"),
+    ("glm4_moe", "missing: norm_topk_prob"),
+)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("family", "kind"), changes([name for name in sorted(OVER) if name != "kimi_k2"], BY_DAY))
+def test_a_config_that_is_changed_is_run_as_it_is_meant_or_refused(family: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    over, told, without = changed(family, kind, OVER[family])
+    with taken():
+        root = edited(checkpoint(family, tmp_path, **over), told, without)
+        wanted = logits_of(family, root)
+    try:
+        found = divergence(wanted, root)
+    except SchemeError as e:
+        assert "config.json" in str(e) or "llama.cpp" in str(e)  # noqa: PT017
+    else:
+        assert found <= (1e-7 if family == "gemma4_text" else 1e-8)
 
 
 def look_gelu_up(torch: Any, model: Any) -> None:
@@ -425,6 +468,47 @@ def test_what_llama_would_run_in_another_way_is_refused() -> None:
     )
     assert "cannot be qwen35moe.embedding_length, a UINT32" in refused(EXAMPLE, hidden_size="64")
     assert "rms_norm_eps" in refused(EXAMPLE, rms_norm_eps=...)
+    assert "rms_norm_eps is 0.01" in refused(EXAMPLE, rms_norm_eps=0.01)
+    assert "attention_bias is True" in refused(EXAMPLE, attention_bias=True)
+    both = {"rope_parameters": rope, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert "rope_parameters and rope_scaling differ" in refused(EXAMPLE, **both)
+    odd = {**rope, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    assert "extrapolation_factor is 0.5" in refused(EXAMPLE, rope_parameters={**odd, "extrapolation_factor": 0.5})
+    assert "mscale is '1'; expected a number" in refused(
+        EXAMPLE, rope_parameters={**odd, "mscale": "1", "mscale_all_dim": 1}
+    )
+
+
+def test_what_is_multiplied_by_is_told_where_llama_does_not_find_it_out() -> None:
+    """As 0.1 log(factor) + 1, which it does."""
+    view, architecture = viewed(EXAMPLE)
+    text, found = architecture.layout.text, []
+    yarn = {**ROTATED, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mrope_section": [1]}
+    for more in ({}, {"attention_factor": 1.5}, {"mscale": 0.7}, {"mscale": 0.5, "mscale_all_dim": 1.0}):
+        changed = replace(architecture.layout, text={**text, "rope_parameters": {**yarn, **more}})
+        tensors = list(architecture.tensors(view.checkpoint.tensors))
+        keys = metadata_of(Architecture(architecture.kind, changed), tensors, EXAMPLE, name="x", file_type=0)
+        told = {key.name: key.value for key in keys}
+        assert told["qwen35moe.rope.scaling.type"] == "yarn"
+        found.append(told.get("qwen35moe.rope.scaling.attn_factor"))
+    usual, half = 1.1386294361, 1.0693147181
+    assert found == [None, pytest.approx(1.5 / usual, 1e-6), None, pytest.approx(half / usual / usual, 1e-6)]
+
+
+def test_no_release_says_what_is_refused() -> None:
+    """Of every config of a release, llama.cpp and mlx-lm run what it says."""
+    gguf, seen = pytest.importorskip("gguf"), set()
+    for path in sorted((Path(__file__).parent / "releases").glob("*.json")):
+        layout = layout_of(json.loads(path.read_text()), [])
+        if layout.family.name in KINDS:
+            architecture = architecture_of(layout)
+            architecture.kind.check(architecture)
+            architecture.kind.keys(architecture, Recorder(architecture.name, gguf))
+            seen.add(layout.family.name)
+        if layout.family.name in NAMES_OF_MLX:
+            refuse_misread(layout)
+            seen.add(layout.family.name)
+    assert seen == KINDS.keys() | NAMES_OF_MLX.keys()
 
 
 @pytest.mark.parametrize("width", [16, 96, 192])
@@ -487,6 +571,8 @@ def split_by(tokenizer: dict[str, Any], pattern: str) -> None:
             lambda t: t.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}),
             "gpt-2",
         ),
+        (lambda t: (split_by(t, QWEN_2), t.update(normalizer={"type": "NFC"})), "qwen2"),
+        (lambda t: (split_by(t, QWEN_2), t.update(normalizer={"type": "Sequence", "normalizers": []})), "qwen2"),
     ],
 )
 def test_pre_tokenizers_are_told_by_their_patterns(change: Any, name: str, tmp_path: Path) -> None:
@@ -501,6 +587,9 @@ def test_pre_tokenizers_are_told_by_their_patterns(change: Any, name: str, tmp_p
         lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
         lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True}),
         lambda t: t.update(pre_tokenizer=None),
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}),
+        lambda t: t["model"].update(end_of_word_suffix="</w>"),
     ],
 )
 def test_another_pre_tokenizer_is_refused_unless_it_is_named(change: Any, tmp_path: Path) -> None:

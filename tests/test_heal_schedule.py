@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from shardxform.ask.recipe import Heal, Recipe  # noqa: E402
 from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.cli import main  # noqa: E402
-from shardxform.cli.values import STEPS, TIME  # noqa: E402
+from shardxform.cli.flags import STEPS, TIME  # noqa: E402
 from shardxform.errors import ResumeError, SchemeError  # noqa: E402
 from shardxform.execution.output import SCHEDULE  # noqa: E402
 from shardxform.tuning import heal as healing  # noqa: E402

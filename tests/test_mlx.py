@@ -172,10 +172,14 @@ def test_mlx_is_told_the_class_and_the_keys_that_it_reads(tmp_path: Path) -> Non
     assert config_of(out)["model_type"] == "qwen3_5_moe"
     assert mlx.single(Checkpoint.open(out)).config["model_type"] == "qwen3_5_moe_text"
     rotary = {"rope_type": "yarn", "rope_theta": 12345.0, "factor": 4.0, "original_max_position_embeddings": 64}
-    out = quantize(make(tmp_path / "two", "qwen3_moe", rope_parameters=rotary, rope_theta=None), tmp_path / "yarn")
+    source = make(tmp_path / "two", "qwen3_moe", rope_parameters=rotary, rope_theta=None)
+    with pytest.raises(SchemeError, match="rope_type 'yarn'; of this family mlx-lm has default"):
+        quantize(source, tmp_path / "yarn")
+    source = make(tmp_path / "three", "deepseek_v3", rope_parameters=rotary, rope_theta=None, rope_scaling=None)
+    out = quantize(source, tmp_path / "yarn")
     config = config_of(out)
     assert (config["rope_theta"], config["rope_scaling"]) == (12345.0, rotary)
-    sound(out, tmp_path / "two")
+    sound(out, source)
 
 
 def test_mtp_layers_are_left_out_and_the_config_says_so(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from build import Raw, raw, read_checkpoint, write_checkpoint
+from config_changes import changed, changes, edited, taken
 from strategies import by_night, picked
 
 from shardxform.ask.manifest import Manifest
@@ -228,6 +229,28 @@ def test_a_tiny_model_of_every_family(model_type: str, tmp_path: Path) -> None:
 
     source = save(build(model_type, **OVER.get(model_type, {})), tmp_path / "source")
     out = quantize(source, tmp_path / "out")
+    check(out, source, 4, tmp_path, torch.arange(24).reshape(1, 24) * 7 % 256)
+
+
+BY_DAY = (("qwen3_moe", "rotated: yarn"), ("mixtral", "sliding_window"), ("qwen3_next", "as older releases say it"))
+
+
+@pytest.mark.parametrize(("family", "kind"), changes((*FAMILIES, "qwen3_5_moe"), BY_DAY))
+def test_a_config_that_is_changed_is_run_as_it_is_meant_or_refused(family: str, kind: str, tmp_path: Path) -> None:
+    from any_moe import build, load, save
+    from test_gguf_names import LINEAR
+
+    usual = {**OVER, "qwen3_5_moe": LINEAR}.get(family, {})
+    over, told, without = changed(family, kind, usual)
+    with taken():
+        source = edited(save(build(family, **{**usual, **over}), tmp_path / "source"), told, without)
+        load(source, torch.float32)[0](torch.arange(24).reshape(1, 24))
+    try:
+        out = quantize(source, tmp_path / "out")
+    except SchemeError as e:
+        assert "config.json" in str(e)  # noqa: PT017
+        assert not (tmp_path / "out").exists()
+        return
     check(out, source, 4, tmp_path, torch.arange(24).reshape(1, 24) * 7 % 256)
 
 

@@ -36,6 +36,7 @@ from shardxform.formats.fp8 import Fp8  # noqa: E402
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled  # noqa: E402
 from shardxform.formats.packing import dequantize, unpack, values_of  # noqa: E402
 from shardxform.formats.scheme import Grid  # noqa: E402
+from shardxform.publish.card.gathering import gather  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -317,6 +318,25 @@ def again(kind: str) -> tuple[str, ...]:
 
 def shards(root: Path) -> Tensors:
     return read_checkpoint(root)
+
+
+@pytest.mark.parametrize("kind", picked(["mxfp4 of gpt-oss", "nvfp4", "nvfp4 of modelopt", "mxfp4"], 4))
+def test_a_card_counts_parameters_and_not_numbers_that_hold_several(kind: str, folder: Path, tmp_path: Path) -> None:
+    cards = []
+    for root in made(folder, kind):
+        call("prune", root, tmp_path / root.name, "-m", keep_file(tmp_path), "-q")
+        cards.append(gather(tmp_path / root.name))
+    assert cards[0].parameters == cards[1].parameters
+    assert cards[0].active == cards[1].active
+
+
+def test_the_command_on_a_card_rounds_again_what_was_rounded_again(folder: Path, tmp_path: Path) -> None:
+    source, out = made(folder, "mxfp4")[0], tmp_path / "out"
+    call("quantize", source, out, "--group-size", 32, "--requantize", "-q")
+    (command,) = gather(out).commands
+    assert "--requantize" in command
+    said = call(*({"SRC": source, "out": out}.get(word, word) for word in command[1:]))
+    assert "already complete, made from the same inputs" in said.output
 
 
 DATA = ("--data", few("calib.jsonl"), "--samples", 6, "--seqlen", 32, "--dtype", "float32")

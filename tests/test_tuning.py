@@ -221,6 +221,17 @@ def test_little_memory_beside_the_weights() -> None:
     assert weight._w_RI.data_ptr() == w.data_ptr()
 
 
+@pytest.mark.parametrize(("group", "zero"), [(32, 3), (64, 2), (128, 0), (-1, 0)])
+def test_groups_of_zeros_are_counted_as_plain_rounding_counts_them(group: Any, zero: int) -> None:
+    w = weights((2, 4, 96))
+    w[w == 0] = 1
+    w[1, 2, :64], w[1, 3, 64:] = 0, -0.0
+    weight = stack(w, Grid(group_size=group))
+    assert [weight.codes(expert, slice(None)).zero_groups for expert in range(2)] == [0, zero]
+    assert weight.codes(1, slice(0, 2)).zero_groups == 0
+    assert rounding.quantize(raw(w[1]), "BF16", Grid(group_size=group), layout="row")[1].zero_groups == zero
+
+
 def test_restarting_forgets_everything() -> None:
     weight = stack(weights((2, 4, 64)), Grid(group_size=32))
     start = values(weight)

@@ -316,12 +316,18 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_start() -> None:
             np.testing.assert_array_equal(stored.codes.codes_OI, packing.unpack(expected.words, 4, "row"))
 
 
-def test_experts_that_no_token_reaches_are_reported_and_stay_as_they_were() -> None:
+@pytest.mark.parametrize("reaching", ["none", "judge", "last"])
+def test_experts_that_no_token_reaches_are_reported_and_stay_as_they_were(reaching: str) -> None:
+    """Nor one that is learned from: windows that judge, and last positions, move nothing."""
     layer = Layer()
     layer.module.mlp.gate.weight.data[5] = 0
     layer.module.mlp.gate.weight.data[5, 0] = -1
     hidden = np.random.default_rng(0).standard_normal((SAMPLES, LENGTH, HIDDEN), np.float32)
     hidden[..., 0] = 40
+    if reaching == "judge":
+        hidden[np.random.Generator(np.random.PCG64([3, 7])).permutation(SAMPLES)[0], :3, 0] = -40
+    if reaching == "last":
+        hidden[:, -1, 0] = -40
     with Workers(1) as workers:
         block = install(layer.module, ["mlp.experts"], GRID, workers)
         layer.module.float()
@@ -344,6 +350,13 @@ def test_steps_add_up_to_what_the_rates_say() -> None:
         assert all(pace.offset % 4 == 0 and pace.offset >= 0 for pace in paces)
         assert paces[0].clip == pytest.approx(1 / iters)
         assert paces[-1].clip == pytest.approx(1 / iters**2)
+
+
+def test_a_first_step_that_is_asked_for_is_the_first() -> None:
+    paces = list(tuning_block._paces(TuneOptions(seed=0, iters=200, lr=1 / 800)))
+    assert paces[0].clip == pytest.approx(1 / 800)
+    assert sum(pace.offset for pace in paces) / 2**15 == pytest.approx(0.125 * (1 + 1 / 200), abs=2**-13)
+    assert sum(pace.clip for pace in paces) == pytest.approx(0.125 * (1 + 1 / 200), rel=1e-5)
 
 
 def test_every_sample_comes_before_one_comes_again() -> None:
@@ -400,3 +413,6 @@ def test_samples_and_options_that_make_no_sense_are_refused() -> None:
     for name in ("iters", "batch_size"):
         with pytest.raises(SchemeError, match=f"{name}: expected at least 1, found 0"):
             replace(OPTIONS, **{name: 0})
+    for lr in (0.0, 1.5, math.nan):
+        with pytest.raises(SchemeError, match=f"lr: expected more than 0 and at most 1, found {lr}"):
+            replace(OPTIONS, lr=lr)

@@ -321,6 +321,32 @@ def test_padding_and_batches_cover_all_windows(small_moe: Path) -> None:
     assert [(batch.start, batch.stop) for batch in batches(windows)] == [(0, 4), (4, 5)]
 
 
+# -- a smaller first step ---------------------------------------------------------------------------------------------
+
+
+def verified(source: Path, out: Path, *more: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["verify", str(out), "--source", str(source), "-q", *more])
+    return result.exit_code, result.output
+
+
+def test_a_smaller_first_step_moves_fewer_codes_and_is_held_to_less(
+    small_moe: Path, tuned: Path, tmp_path: Path
+) -> None:
+    tune(small_moe, tmp_path / "out", "--lr", "0.01")
+    record = json.loads((tmp_path / "out" / "shardxform.json").read_text())
+    assert record["inputs"]["recipe"]["lr"] == 0.01
+    assert "lr" not in json.loads((tuned / "shardxform.json").read_text())["inputs"]["recipe"]
+    for more in ((), ("--independent",)):
+        code, said = verified(small_moe, tmp_path / "out", *more)
+        assert code == 0, said
+    shutil.copytree(tuned, tmp_path / "farther")
+    other = json.loads((tmp_path / "farther" / "shardxform.json").read_text())
+    other["inputs"]["recipe"]["lr"] = 0.01
+    (tmp_path / "farther" / "shardxform.json").write_text(json.dumps(other))
+    assert verified(small_moe, tmp_path / "farther")[0] == 1
+    assert verified(small_moe, tmp_path / "farther", "--independent")[0] == 1
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +355,8 @@ def test_options_that_would_do_nothing_are_refused(small_moe: Path, tmp_path: Pa
     result = runner.invoke(main, ["quantize", str(small_moe), str(tmp_path / "o"), "--iters", "5"])
     assert result.exit_code == 1
     assert "--iters is for --method auto-round" in result.output
+    result = runner.invoke(main, ["quantize", str(small_moe), str(tmp_path / "o"), "--lr", "0.01"])
+    assert "--lr is for --method auto-round" in result.output
     assert "needs --inputs fp" in tune(small_moe, tmp_path / "o", "--blocks", "0", code=1).output
     assert "no block 9" in tune(small_moe, tmp_path / "o", "--inputs", "fp", "--blocks", "2-9", code=1).output
     names = tune(small_moe, tmp_path / "o", "--expert-names", "fused-indexed", code=1).output
@@ -349,6 +377,27 @@ def test_weights_that_are_not_finite_are_refused_naming_the_tensor(small_moe: Pa
     refused = tune(copy, tmp_path / "out", code=1)
     assert "model.layers.2.mlp.experts.down_proj' holds NaN" in refused.output
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_expert_of_zeros_is_told_as_of_plain_rounding(small_moe: Path, tmp_path: Path) -> None:
+    """What a cut file reads as: the same modules and groups are named, whatever rounds them."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small_moe, copy)
+    name = "model.layers.1.mlp.experts.down_proj"
+    shard = copy / json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"][name]
+    data = bytearray(shard.read_bytes())
+    head = int.from_bytes(data[:8], "little")
+    first, last = json.loads(data[8 : 8 + head])[name]["data_offsets"]
+    each = (last - first) // 16
+    data[8 + head + first + 3 * each : 8 + head + first + 4 * each] = bytes(each)
+    shard.write_bytes(bytes(data))
+    said = tune(copy, tmp_path / "out", "--iters", "1", "--samples", "2").output
+    CliRunner().invoke(main, ["quantize", str(copy), str(tmp_path / "rtn"), "-q"], catch_exceptions=False)
+    ours, plain = (json.loads((tmp_path / out / "shardxform.json").read_text())["facts"] for out in ("out", "rtn"))
+    module = "model.layers.1.mlp.experts.3.down_proj"
+    assert ours["zero_modules"] == plain["zero_modules"] == [module]
+    assert ours["zero_groups"] == plain["zero_groups"] >= 128
+    assert f"all zero  {module}: is the source whole?" in said
 
 
 def test_a_loss_that_is_not_finite_falls_back_loudly(

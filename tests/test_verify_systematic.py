@@ -19,7 +19,7 @@ from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.packing import code_sum
 from shardxform.formats.scheme import Grid, Scheme
-from shardxform.verification import VerifyReport, parts, systematic, verify
+from shardxform.verification import VerifyReport, independent, parts, systematic, verify
 
 KIND = "qwen3_moe"
 LAYER = "model.layers.1"
@@ -398,16 +398,43 @@ def test_constants_are_those_of_the_code_that_quantizes() -> None:
     assert kernels.STEP == systematic.STEP
 
 
+@pytest.mark.parametrize("lr", [None, 0.25])
 @pytest.mark.parametrize("steps", [1, 2, 20, 50, 200, 1000])
-def test_offsets_never_go_beyond_what_is_allowed(steps: int) -> None:
+def test_offsets_never_go_beyond_what_is_allowed(steps: int, lr: float | None) -> None:
     from shardxform.tuning.block import TuneOptions, _paces
     from shardxform.tuning.elementwise import LIMIT, ONE
 
-    paces = list(_paces(TuneOptions(seed=0, iters=steps)))
-    freedom = parts.freedom_of(Grid(), steps)
+    lr = lr and lr / steps
+    paces = list(_paces(TuneOptions(seed=0, iters=steps, lr=lr)))
+    freedom = parts.freedom_of(Grid(), parts._reach({"iters": steps, **({"lr": lr} if lr else {})}))
+    assert freedom.offset <= (0.25 if lr else 1) * (1 + 1 / steps) / 2 + 2.0**-12 + 1e-9
     assert min(sum(p.offset for p in paces), LIMIT) / ONE <= freedom.offset
     assert 1 - sum(p.clip for p in paces) >= freedom.narrowest - 1e-6
     assert (freedom.offset, freedom.widest) <= (1.0, 1.2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reach"),
+    [
+        ({"iters": 3}, 2 / 3),
+        ({"iters": 3, "lr": 0.1}, 0.2),
+        ({"iters": 0}, None),
+        ({"iters": True}, None),
+        ({"lr": 0.1}, None),
+        (None, None),
+        *(({"iters": 3, "lr": odd}, 2 / 3) for odd in (0.0, -1.0, 2.0, float("nan"), "0.1", None, True)),
+    ],
+)
+def test_what_a_record_says_of_steps_is_taken_where_it_makes_sense(recipe: Any, reach: float | None) -> None:
+    assert parts._reach(recipe) == (None if reach is None else pytest.approx(reach))
+
+
+def test_offsets_never_reach_a_whole_scale() -> None:
+    """Whatever first step a record has."""
+    recipe = {"iters": 200, "lr": 1.0}
+    assert parts.freedom_of(Grid(), parts._reach(recipe)).offset == 1.0
+    assert independent._offset(recipe) == 1.0
+    assert independent._offset({"iters": 200, "lr": 0.001}) == pytest.approx(0.1005)
 
 
 def test_the_share_that_chance_does_not_reach() -> None:

@@ -20,6 +20,8 @@ from shardxform.experts.choosing import channels_kept, decide, with_width
 from shardxform.experts.statistics import ExpertStats, Saliency
 from shardxform.formats.picking import bitmap_of, picked_ids
 from shardxform.plan.prune import plan_prune
+from shardxform.publish.card.facts import Change
+from shardxform.publish.card.gathering import gather
 
 CHANNELS = 32
 
@@ -86,6 +88,21 @@ def test_rows_and_columns_are_those_of_the_channels(kind: str, tmp_path: Path) -
     assert "sound" in call("verify", tmp_path / "out", "--source", source)
     _flip(tmp_path / "out", next(name for name in found if "down_proj" in name and ".experts." in name))
     call("verify", tmp_path / "out", "--source", source, code=1)
+
+
+@pytest.mark.parametrize("experts", [[1, 2, 4, 5], None])
+def test_the_card_has_the_width_and_the_parameters_of_the_source(experts: list[int] | None, tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe", moe_intermediate_size=64)
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    every = list(range(config["num_experts"]))
+    write_json(tmp_path / "keep.json", manifest(config, experts or every, 64))
+    call("prune", source, tmp_path / "out", "-m", tmp_path / "keep.json", "-q")
+    facts, card = gather(tmp_path / "out"), call("card", tmp_path / "out")
+    counts = [sum(int(np.prod(t.shape)) for t in read_checkpoint(root).values()) for root in (source, tmp_path / "out")]
+    assert facts.parameters == Change(*counts)
+    assert "| channels of each of them | 64 | 32 |" in card
+    kept = f"4 of {len(every)} routed experts kept in every MoE layer, 32 of 64 channels kept in each of them"
+    assert (kept if experts else "checkpoint with 32 of 64 channels kept in every routed expert.") in card
 
 
 def _flip(out: Path, name: str) -> None:

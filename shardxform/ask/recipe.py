@@ -135,6 +135,7 @@ class Recipe:
         data: where they come from, for the record.
         samples, seqlen: how many windows, of how many tokens.
         iters: steps a block.
+        lr: first step of rounding offsets and of clips, in scales; None for 1 / iters, as auto-round has it.
         batch_size: windows of a step.
         seed: of the order of the windows, together with the block's number.
         inputs: what a block is tuned on: `quantized`, what the tuned blocks before it put out, or `fp`, what the
@@ -150,6 +151,7 @@ class Recipe:
     samples: int
     seqlen: int
     iters: int = ITERS
+    lr: float | None = None
     batch_size: int = BATCH_SIZE
     seed: int = 42
     inputs: Inputs = "quantized"
@@ -161,6 +163,8 @@ class Recipe:
         for name, least in (("iters", 0 if self.heal else 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SchemeError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        if self.lr is not None and not (self.iters and 0 < self.lr <= 1):
+            raise SchemeError(f"lr: expected more than 0 and at most 1, with steps to take, found {self.lr}")
         if self.inputs not in ("quantized", "fp"):
             raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
         if self.heal and self.heal.seconds and self.inputs == "fp":
@@ -170,6 +174,11 @@ class Recipe:
                 f"`heal`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
                 " or more, and text that fills them, or a smaller `seqlen`"
             )
+
+    @property
+    def reach(self) -> float:
+        """How far offsets and clips can go, in scales: the sum of steps that fall to zero linearly; 0 without steps."""
+        return (self.lr or 1 / self.iters) * (self.iters + 1) / 2 if self.iters else 0.0
 
     @property
     def learned(self) -> int:
@@ -210,6 +219,8 @@ class Recipe:
     def facts(self) -> dict[str, Any]:
         """Plain data, for the record and for comparison."""
         facts = {**asdict(self), "data": dict(self.data)}
+        if self.lr is None:
+            del facts["lr"]
         if self.heal is None:
             del facts["heal"]
             return facts

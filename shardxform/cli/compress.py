@@ -71,6 +71,7 @@ class _RoundingFlags(options.BatchFlags):
         f"Tokens of such a window.  [default: --seqlen, or {_TUNE_SEQLEN}]", type=click.IntRange(2)
     )
     iters: int | None = options.option(f"Steps of tuning a block.  [default: {_TUNE_ITERS}]", type=click.IntRange(1))
+    lr: float | None = options.FIRST_STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ def _refuse_idle(asked: _Asked) -> None:
     if not prunes:
         options.refuse_idle(asked.choice, wanted="choosing experts: give --keep or --ratio")
     if not tunes:
-        names = ("iters", "batch_size", "tune_samples", "tune_seqlen")
+        names = ("iters", "lr", "batch_size", "tune_samples", "tune_seqlen")
         options.refuse_idle(asked.rounding, *names, wanted="--method auto-round, but the method is rtn")
     if not prunes and not tunes:
         ways = "give --keep, --ratio or --method auto-round"
@@ -250,7 +251,7 @@ def _tuning(source: Checkpoint, asked: _Asked) -> Tuning | None:
         seqlen=rounding.tune_seqlen or text.seqlen or _TUNE_SEQLEN,
     )
     iters = rounding.iters or (_TUNE_ITERS if asked.tunes else None)
-    steps = options.RoundingFlags(method=rounding.method, iters=iters, batch_size=rounding.batch_size)
+    steps = options.RoundingFlags(method=rounding.method, iters=iters, lr=rounding.lr, batch_size=rounding.batch_size)
     wanted = options.TuneRequest(text=windows, healing=asked.healing, rounding=steps, computation=asked.computation)
     return read_tuning(wanted, source)
 
@@ -480,6 +481,9 @@ def _choice_lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
     share = facts["saliency_kept"]
     kept = "" if share is None else f", with {share:.1%} of the saliency"
     yield "experts", f"{facts['experts']} -> {facts['kept']} per layer, by {facts['criterion']}{kept}"
+    if "channels" in facts:
+        before, after = facts["channels"]
+        yield "channels", f"{before:,} -> {after:,} of every expert that stays"
     if facts["never_reached_kept"]:
         yield "note", f"kept {count(facts['never_reached_kept'], 'expert')} that no token reached; score more data"
 

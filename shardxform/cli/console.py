@@ -77,6 +77,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal.lr": "--heal-lr",
     "heal.batch_size": "--batch-size",
     "iters": "--iters",
+    "lr": "--lr",
     "batch_size": "--batch-size",
     "inputs": "--inputs",
     "seed": "--seed",

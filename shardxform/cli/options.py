@@ -1,24 +1,16 @@
-"""Options of the command line, as frozen dataclasses: a group of options is declared once, by its fields.
-
-A command is a function that `command` turns into click's: every parameter whose type is a group gives it the options of
-that group, and is handed the object that they make. A field of a group may be a group again. `--help` shows the options
-under the headings of their groups.
-"""
+"""Options of the command line that several commands have, in groups: each is declared once, by a field. See `flags`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
-from functools import wraps
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 import click
 
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, MAX_EXTRA, Heal, HealedAs, Inputs, What
-from shardxform.cli.values import (
+from shardxform.cli.flags import (
     ADDRESS,
     AT_LEAST_1,
     AT_LEAST_2,
@@ -31,8 +23,13 @@ from shardxform.cli.values import (
     SOURCE,
     STEPS,
     TIME,
+    Flags,
     Healed,
     Source,
+    command,
+    given,
+    option,
+    refuse_idle,
 )
 from shardxform.errors import SchemeError
 from shardxform.formats.scheme import PRESETS, ExpertNames, Format, Grid, ScaleGrid, Scheme, usual_group_size
@@ -44,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA",
+    "FIRST_STEP",
     "PATH",
     "SOURCE",
     "BatchFlags",
@@ -84,153 +82,8 @@ __all__ = [
 
 Method = Literal["rtn", "auto-round"]
 
-_FIRST: Final = "Used first"
 _DEFAULT_JOBS: Final = min(4, os.cpu_count() or 1)
 _SEQLEN, _SEED = 2048, 42
-
-
-# -- how groups become options ----------------------------------------------------------------------------------------
-
-
-class Flags:
-    """A group of options: its subclasses are frozen dataclasses whose fields are made by `option`."""
-
-    heading: ClassVar[str] = "Options"
-
-    def __init_subclass__(cls, heading: str = "") -> None:
-        """Show the options of a group under `heading`; where that is not given, under that of the group it extends."""
-        if heading:
-            cls.heading = heading
-
-
-def option(text: str, *spellings: str, default: object = None, first: bool = False, **settings: Any) -> Any:  # noqa: ANN401
-    """Make the field of a group that an option gives.
-
-    Args:
-        text: help.
-        spellings: of the option; `--name-of-the-field` unless one of them begins with two dashes.
-        default: value where the option is not given.
-        first: whether people use it first, so that it stands at the top of the help.
-        settings: further arguments of `click.option`; the kind of value follows from the field's type without them.
-
-    """
-    return field(default=default, metadata={"text": text, "spellings": spellings, "first": first, "settings": settings})
-
-
-class _Option(click.Option):
-    """An option that knows under which heading it is shown."""
-
-    heading: str = Flags.heading
-
-
-class _Command(click.Command):
-    """A command whose help shows options under headings."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        last = Flags.heading
-        for parameter in self.get_params(ctx):
-            heading = getattr(parameter, "heading", last)  # --help stands with the last ones
-            last = last if heading == _FIRST else heading
-            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
-                sections.setdefault(heading, []).append(record)
-        for heading in sorted(sections, key=lambda heading: heading != _FIRST):
-            with formatter.section(heading):
-                formatter.write_dl(sections[heading])
-
-
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a command of a function: parameters that are groups of options bring their options along."""
-
-    def make(function: Callable[..., None]) -> click.Command:
-        groups = {key: hint for key, hint in get_type_hints(function).items() if _is_group(hint)}
-        options = [each for group in groups.values() for each in _options(group)]
-        grouped = {each.name for each in options}
-
-        @wraps(function)
-        def run(**values: object) -> None:
-            others = {key: value for key, value in values.items() if key not in grouped}
-            function(**others, **{key: _made(group, values) for key, group in groups.items()})
-
-        made = click.command(name, cls=_Command)(run)
-        made.params += options
-        return made
-
-    return make
-
-
-def _is_group(hint: object) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Flags)
-
-
-def _made(group: type[Flags], values: Mapping[str, object]) -> Flags:
-    """A group with the values of its options."""
-    hints = get_type_hints(group)
-    names = [each.name for each in _fields(group)]
-    return group(**{name: _made(hints[name], values) if _is_group(hints[name]) else values[name] for name in names})
-
-
-def _fields(group: type[Flags]) -> list[Field[Any]]:
-    """Fields of a group, its own before those that it shares with others."""
-    shared = {name for base in group.__mro__[1:-1] for name in base.__annotations__}
-    return sorted(fields(cast(Any, group)), key=lambda each: each.name in shared)
-
-
-def _options(group: type[Flags]) -> Iterator[_Option]:
-    hints = get_type_hints(group)
-    for each in _fields(group):
-        if _is_group(hints[each.name]):
-            yield from _options(hints[each.name])
-            continue
-        settings = {**_kind(hints[each.name]), **each.metadata["settings"]}
-        if not settings.get("required"):  # a default would do for it
-            settings["default"] = each.default
-        if isinstance(settings["type"], click.IntRange):
-            settings.setdefault("metavar", "N")
-        if each.default not in (None, False, ()):
-            settings.setdefault("show_default", True)
-        made = _Option([each.name, *_spellings(each)], help=each.metadata["text"], **settings)
-        made.heading = _FIRST if each.metadata["first"] else group.heading
-        yield made
-
-
-def _spellings(each: Field[object]) -> tuple[str, ...]:
-    found: tuple[str, ...] = each.metadata["spellings"]
-    if any(spelling.startswith("--") for spelling in found):
-        return found
-    return (f"--{each.name.replace('_', '-')}", *found)
-
-
-def _kind(hint: object) -> dict[str, Any]:
-    """Arguments of `click.option` that follow from the type of a field."""
-    if get_origin(hint) in (Union, UnionType):
-        hint = next(each for each in get_args(hint) if each is not NoneType)
-    if hint is bool:
-        return {"is_flag": True, "type": bool}
-    if get_origin(hint) is tuple:
-        return {"multiple": True, **_kind(get_args(hint)[0])}
-    if get_origin(hint) is Literal:
-        return {"type": click.Choice(list(get_args(hint)))}
-    return {"type": PATH if hint is Path else hint}
-
-
-def given(group: Flags, *names: str) -> Iterator[str]:
-    """Spellings of the options of a group, or of those fields of it that are named, that were given."""
-    for each in _fields(type(group)):
-        value = getattr(group, each.name)
-        if (not names or each.name in names) and not (value is None or value is False or value in ((), each.default)):
-            yield _spellings(each)[0].partition("/")[0]
-
-
-def refuse_idle(group: Flags, *names: str, wanted: str) -> None:
-    """Refuse options of a group, or those named, that would do nothing: a misunderstanding.
-
-    Raises:
-        SchemeError: says what the first of them is for, which is `wanted`.
-
-    """
-    for spelling in given(group, *names):
-        raise SchemeError(f"{spelling} is for {wanted}")
 
 
 source_argument = click.argument("source", metavar="SRC", type=SOURCE)
@@ -459,6 +312,13 @@ class BatchFlags(Flags, heading="Tuning"):
     batch_size: int | None = option(f"Windows of a step.  [default: {BATCH_SIZE}]", type=AT_LEAST_1)
 
 
+FIRST_STEP: Final[Any] = option(
+    "First step of rounding offsets and clips, in scales; those after it fall to zero.  [default: 1 / --iters]",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="R",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundingFlags(BatchFlags):
     """How weights are rounded."""
@@ -469,6 +329,7 @@ class RoundingFlags(BatchFlags):
         first=True,
     )
     iters: int | None = option(f"Steps a block.  [default: {ITERS}]", type=AT_LEAST_1)
+    lr: float | None = FIRST_STEP
     inputs: Inputs | None = option(
         "Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
         "blocks independent.  [default: quantized]",

@@ -96,6 +96,7 @@ def read_tuning(asked: options.HealRequest, source: Checkpoint, *, here: bool = 
         samples=samples,
         seqlen=int(windows.ids_NT.shape[1]),
         iters=(rounding.iters or ITERS) if tunes(asked.rounding) else 0,
+        lr=rounding.lr,
         batch_size=asked.rounding.batch_size or BATCH_SIZE,
         seed=seed,
         inputs=rounding.inputs or "quantized",
@@ -119,7 +120,7 @@ def _refuse_idle(asked: options.HealRequest) -> None:
         return
     if rounds:
         wanted = "--method auto-round, but the method is rtn"
-        refuse(rounding, "iters", "inputs", "blocks", "merge", wanted=wanted)
+        refuse(rounding, "iters", "lr", "inputs", "blocks", "merge", wanted=wanted)
     if healing.heal is None and not healing.none:
         refuse(rounding, "batch_size", wanted=wanted)
         refuse(asked.computation, "dtype", wanted=wanted)

@@ -139,6 +139,7 @@ class Stages:
             "criterion": choice.criterion,
             "experts": choice.saliency.num_experts,
             "kept": choice.num_kept,
+            **({"channels": [choice.width.of, choice.width.channels]} if choice.width else {}),
             "saliency_kept": math.fsum(shares) / len(shares) if shares else None,
             "never_reached_kept": sum(layer.unreached_kept for layer in layers),
             "never_reached_pruned": sum(layer.unreached_pruned for layer in layers),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from shardxform.formats.scheme import Grid
 from shardxform.plan.plan import REMADE_BYTES, Extent, Remake
 from shardxform.plan.steps import Transcode, TranscodeItem
 
-__all__ = ["Rounder", "reading", "remake_step", "rounder_on", "transcode_step", "write_item", "write_part"]
+__all__ = ["Rounder", "Zeros", "reading", "remake_step", "rounder_on", "transcode_step", "write_item", "write_part"]
 
 Rounder = Callable[[NDArray[np.generic], SourceDtype, Grid, QuantizedWeight], RtnStats]
 """Rounds a run of rows into an output; `rounding.quantize_into` and its like."""
@@ -47,6 +48,25 @@ def rounder_on(device: str, items: Iterable[TranscodeItem]) -> Rounder:
     except ImportError as e:
         raise SchemeError(f"`device` {device} needs torch: pip install torch") from e
     return functools.partial(rounding_torch.quantize_on, device=rounding_torch.open_device(device))
+
+
+@dataclass(slots=True)
+class Zeros:
+    """What of the weights of a step is zero, for the record: a source that was cut short reads as zeros."""
+
+    groups: int = 0
+    modules: list[str] = field(default_factory=list)
+
+    def add(self, module: str, groups: int, zero_groups: int) -> None:
+        """Count the groups of a module that hold nothing but zeros, of all that it has."""
+        self.groups += zero_groups
+        if groups and zero_groups == groups:
+            self.modules.append(module)
+
+    def facts(self) -> dict[str, Any]:
+        """What the record holds of it: nothing where nothing is zero."""
+        found = {"zero_groups": self.groups, "zero_modules": self.modules}
+        return {name: value for name, value in found.items() if value}
 
 
 def transcode_step(
@@ -76,23 +96,15 @@ def transcode_step(
         ExecutionError: values that the target cannot hold; names tensor and row.
 
     """
-    zero_modules: list[str] = []
-    zero_groups = 0
+    zeros = Zeros()
     opener = Opener(reading(files[0]))
     for item in step.items:
         stopped()
         writing = Writing(_where(item), item.shape, rounder, stopped)
         rows = (source.open(opener) for source in item.sources)
         write_item(item, rows, writing, files[1], fs, on_bytes, taken)
-        zero_groups += writing.zero_groups
-        if writing.groups and writing.zero_groups == writing.groups:
-            zero_modules.append(item.module)
-    facts: dict[str, Any] = {}
-    if zero_groups:
-        facts["zero_groups"] = zero_groups
-    if zero_modules:
-        facts["zero_modules"] = zero_modules
-    return facts
+        zeros.add(item.module, writing.groups, writing.zero_groups)
+    return zeros.facts()
 
 
 def write_item(

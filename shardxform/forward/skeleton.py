@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -90,6 +91,7 @@ class Skeleton:
         family = weights.layout.family
         if family.not_run:
             raise FamilyError(f"family {family.name} is not run: {family.not_run}")
+        _refuse_older(family)
         keep_few_kernels()
         self.weights = weights
         self.layout = weights.layout
@@ -412,6 +414,21 @@ def _meta_model(layout: Layout, weights: Weights) -> Any:  # noqa: ANN401
         reason = _line(e)
         raise FamilyError(f"config.json: transformers does not make a {wrapper.architecture} of it: {reason}") from e
     return model.eval().requires_grad_(False)
+
+
+def _refuse_older(family: Family) -> None:
+    """Refuse a transformers whose class of the family computes something else than the model is.
+
+    Raises:
+        FamilyError: says from which one on it does.
+
+    """
+    if Version(transformers.__version__).release < family.run_from:
+        since = ".".join(map(str, family.run_from))
+        raise FamilyError(
+            f"family {family.name} is not run with transformers {transformers.__version__}, whose class computes"
+            f" another model: expected {since} or newer"
+        )
 
 
 def _refuse_unknown(model_type: str) -> None:

@@ -133,7 +133,9 @@ def _recipe(recorded: object) -> Recipe | None:
     steps = iters if type(iters) is int and iters > 0 else 0
     if not healing and not steps:
         return None
-    return Recipe(windows="", data={}, samples=2, seqlen=1, iters=steps, heal=healing)
+    lr = recorded.get("lr")
+    lr = lr if steps and type(lr) is float and 0 < lr <= 1 else None
+    return Recipe(windows="", data={}, samples=2, seqlen=1, iters=steps, lr=lr, heal=healing)
 
 
 # -- the checkpoint that it stands for --------------------------------------------------------------------------------

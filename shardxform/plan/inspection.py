@@ -24,7 +24,7 @@ from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes import as_family
 
-__all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "stored_of"]
+__all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "parameters_of", "stored_of"]
 
 _WORDS: Final = ("qweight", "weight_packed")
 
@@ -39,6 +39,8 @@ class Inspection:
         encodings: of quantized weights -> number of them and bytes, scales included; nothing where they are not
             understood.
         experts_spelling: `fused`, `per-expert`, or both.
+        mtp_layers: that config.json declares.
+        mtp_layers_found: of which there are tensors.
         parameters: of the decoder with embeddings and output head, quantized weights counted by their elements; None
             where they are quantized in a form that is not understood.
         parameters_apart: of the vision tower and MTP layers.
@@ -59,6 +61,7 @@ class Inspection:
     sets: tuple[str, ...]
     experts_spelling: str
     mtp_layers: int
+    mtp_layers_found: int
     vision: bool
     quantization: str
     tensors: int
@@ -101,7 +104,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         sizes[role] += ref.nbytes
         dtypes[ref.spec.dtype] += ref.nbytes
     plain, stored = _understood(source)
-    found = _parameters(plain or source, stored)
+    found = _parameters_of(plain or source, stored)
     return Inspection(
         path=source.where,
         family=layout.family.name,
@@ -114,6 +117,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         sets=layout.family.sets,
         experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
         mtp_layers=layout.mtp_layers,
+        mtp_layers_found=_mtp_found(layout),
         vision=layout.has_vision,
         quantization=_quantization(source),
         tensors=sum(len(shard.entries) for shard in source.shards),
@@ -129,6 +133,12 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         unread=source.unread,
         outlook=dict(_outlook(source, plain or source, layout)),
     )
+
+
+def _mtp_found(layout: Layout) -> int:
+    """How many MTP layers have tensors; of one whose names have no number, as many as are declared."""
+    found = {place.layer for place in layout.places.values() if place.scope == "mtp"} if layout.has_mtp else set()
+    return len(found - {None}) or (layout.mtp_layers if found else 0)
 
 
 def _understood(source: Checkpoint) -> tuple[Checkpoint | None, Stored | None]:
@@ -151,7 +161,18 @@ def _encodings(plain: Checkpoint | None, stored: Stored | None) -> Iterator[tupl
     yield from ((name, (counts[name], nbytes)) for name, nbytes in sizes.most_common())
 
 
-def _parameters(source: Checkpoint, stored: Stored | None) -> Parameters | None:
+def parameters_of(source: Checkpoint) -> Parameters | None:
+    """Count parameters, those that stand for several codes in a number too; None where the form is not understood.
+
+    Raises:
+        FamilyError: see `layout.layout_of`.
+
+    """
+    plain, stored = _understood(source)
+    return _parameters_of(plain or source, stored)
+
+
+def _parameters_of(source: Checkpoint, stored: Stored | None) -> Parameters | None:
     if stored is None and any(name.rpartition(".")[2] in _WORDS for name in source.tensors):
         return None
     return count_parameters(source, stored)

@@ -24,6 +24,7 @@ from shardxform.formats.sources import PartOfMatrix
 from shardxform.model.families import family_of
 from shardxform.model.families.base import Family, head_dim
 from shardxform.model.layout import Layout, Place
+from shardxform.runtimes.mlx_families import NAMES
 from shardxform.runtimes.rotation import rotation_notes
 
 __all__ = [
@@ -44,57 +45,7 @@ _PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 _PARTS: Final = {"weight": 3, "scales": 3, "biases": 3, "bias": 2}  # of a stack, and how many dimensions each has
 _MOST_EXPERTS: Final = 1 << 16  # that a stack is taken apart into
 _MOST_MEMBERS: Final = 1 << 22  # of all stacks: ten times what the largest model has
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """What mlx-lm has of a family.
-
-    Attributes:
-        home: the module that holds the stacks of a block.
-        types: values of `model_type`, and what it must be told instead.
-        keys: of the config that it reads, and that a config may lack which transformers saved again, since that has
-            other ones for the same; without some mlx-lm fails, and for others it takes numbers of its own.
-        apart: last parts of names of tensors that are not stacked: those by which mlx-lm knows a release, whose norms
-            it then makes its own, and which it stacks itself.
-
-    """
-
-    home: str
-    types: Mapping[str, str]
-    keys: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
-
-
-def _same(*types: str) -> dict[str, str]:
-    return {each: each for each in types}
-
-
 _TAKEN_APART: Final = "self_attn.kv_b_proj"
-_SWITCH: Final = "mlp.switch_mlp"
-_ROTARY: Final = ("rope_theta", "rope_scaling")
-_NAMES: Final[Mapping[str, _Names]] = {
-    "deepseek_v3": _Names(_SWITCH, _same("deepseek_v3", "kimi_k2"), _ROTARY),
-    "deepseek_v32": _Names(_SWITCH, _same("deepseek_v32"), _ROTARY),
-    "gemma4": _Names("experts.switch_glu", _same("gemma4", "gemma4_text")),
-    "glm4_moe": _Names(_SWITCH, _same("glm4_moe"), (*_ROTARY, "head_dim", "partial_rotary_factor")),
-    "glm4_moe_lite": _Names(_SWITCH, _same("glm4_moe_lite"), (*_ROTARY, "partial_rotary_factor")),
-    "gpt_oss": _Names("mlp.experts", _same("gpt_oss"), _ROTARY),
-    "minimax_m2": _Names(
-        "block_sparse_moe.switch_mlp", _same("minimax_m2"), ("rope_theta", "rotary_dim", "shared_intermediate_size")
-    ),
-    "mixtral": _Names("block_sparse_moe.switch_mlp", _same("mixtral"), _ROTARY),
-    "qwen3_5_moe": _Names(
-        _SWITCH, {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"}, ("full_attention_interval",)
-    ),
-    "qwen3_moe": _Names(_SWITCH, _same("qwen3_moe"), (*_ROTARY, "head_dim", "num_experts")),
-    "qwen3_next": _Names(
-        _SWITCH,
-        _same("qwen3_next"),
-        (*_ROTARY, "full_attention_interval", "head_dim", "num_experts", "partial_rotary_factor"),
-        ("weight",),
-    ),
-}
 
 
 def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
@@ -110,31 +61,10 @@ def refuse_unrun(layout: Layout, quantized: Iterable[Matrix] = ()) -> None:
                 f"`format` mlx: {module.name} is quantized, and mlx-lm takes it apart and rounds it again; it must stay"
                 " in 16 bits"
             )
-    names = _NAMES.get(layout.family.name)
+    names = NAMES.get(layout.family.name)
     if names is None or layout.wrapper.model_type not in names.types:
-        known = ", ".join(each for names in _NAMES.values() for each in names.types)
+        known = ", ".join(each for names in NAMES.values() for each in names.types)
         raise SchemeError(f"`format` mlx: model_type {layout.wrapper.model_type} is not written for it; known: {known}")
-    if "full_attention_interval" in names.keys:
-        _refuse_irregular(layout)
-
-
-def _refuse_irregular(layout: Layout) -> None:
-    """Refuse kinds of layers that do not repeat: mlx-lm tells them by an interval alone.
-
-    Raises:
-        SchemeError: names the first layer.
-
-    """
-    kinds, interval = layout.text.get("layer_types"), layout.text.get("full_attention_interval")
-    if not isinstance(kinds, list):
-        return
-    interval = interval or (kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1)
-    for layer, kind in enumerate(kinds):
-        if (kind == "full_attention") != (type(interval) is int and (layer + 1) % interval == 0):
-            raise SchemeError(
-                f"`format` mlx: config.json: layer_types[{layer}] is {kind}, but mlx-lm has full attention where the"
-                f" number of a layer, counted from 1, is a multiple of {interval}, and nowhere else"
-            )
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------
@@ -201,7 +131,7 @@ class Stack:
 
 def stacks_of(layout: Layout, modules: Iterable[Matrix]) -> list[Stack]:
     """Put experts of one block together, projection by projection; other modules stay alone."""
-    names, found = _NAMES[layout.family.name], dict[str, dict[int, list[Member]]]()
+    names, found = NAMES[layout.family.name], dict[str, dict[int, list[Member]]]()
     halves: dict[tuple[str, int], list[Matrix]] = {}
     taken_turns = layout.family.experts.inner if layout.family.experts.gate == "interleaved" else ()
     for module in modules:
@@ -243,7 +173,7 @@ def _stack_name(layout: Layout, expert: str) -> str:
     theirs = dict(zip(layout.family.experts.projections, _PROJECTIONS, strict=True))
     before, _, projection = expert.rsplit(".", 2)
     home = layout.family.experts.home
-    return f"{before.removesuffix(home)}{_NAMES[layout.family.name].home}.{theirs[projection]}"
+    return f"{before.removesuffix(home)}{NAMES[layout.family.name].home}.{theirs[projection]}"
 
 
 def kept_of(layout: Layout, tensors: Mapping[str, TensorRef], selection: Selection) -> dict[str, TensorRef]:
@@ -312,7 +242,7 @@ def config_of(config: Mapping[str, Any], layout: Layout, declared: Mapping[str, 
         FamilyError: the config gives no sizes.
 
     """
-    names = _NAMES[layout.family.name]
+    names = NAMES[layout.family.name]
     try:
         told = {key: value for key, value in _told(layout).items() if key in names.keys and config.get(key) is None}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -334,7 +264,7 @@ def notes_of(before: Layout, config: Mapping[str, object]) -> Iterator[str]:
 
 def as_read(config: Mapping[str, object], layout: Layout) -> dict[str, Any]:
     """The config of what is written for MLX, as it is read again, but for quantization, of which it says the same."""
-    if layout.family.name not in _NAMES or layout.wrapper.model_type not in _NAMES[layout.family.name].types:
+    if layout.family.name not in NAMES or layout.wrapper.model_type not in NAMES[layout.family.name].types:
         return dict(config)
     key = "quantization_config"
     told = {name: value for name, value in _config(config_of(config, layout, {})).items() if name != key}
@@ -346,7 +276,8 @@ def _told(layout: Layout) -> dict[str, Any]:
     text = layout.text
     head, rotary = head_dim(text), text.get("rope_parameters")
     rotary = rotary if isinstance(rotary, Mapping) else {}
-    share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+    usual = NAMES[layout.family.name].share
+    share = rotary.get("partial_rotary_factor", text.get("partial_rotary_factor", usual))
     scaled = rotary.get("rope_type", "default") != "default"
     of_positions = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
     kinds = text.get("layer_types")
@@ -366,7 +297,7 @@ def _told(layout: Layout) -> dict[str, Any]:
 
 def unrun(config: Mapping[str, object]) -> Iterator[str]:
     """Say why mlx-lm, as far as it is known here, has no class for the `model_type` of a config of its own."""
-    known = [theirs for names in _NAMES.values() for theirs in names.types.values()]
+    known = [theirs for names in NAMES.values() for theirs in names.types.values()]
     if (found := config.get("model_type")) not in known:
         yield f"model_type {found!r} is none that mlx-lm is known to run: {', '.join(dict.fromkeys(known))}"
 
@@ -383,7 +314,7 @@ def single(checkpoint: Checkpoint) -> Checkpoint:
         family, _ = family_of(config)
     except FamilyError:
         return checkpoint  # said by whoever looks for it
-    if family.name not in _NAMES:
+    if family.name not in NAMES:
         return replace(checkpoint, config=config)
     tensors = {ref.name: ref for members in _apart(checkpoint, family).values() for ref in members}
     if _tells_asymmetric(checkpoint):
@@ -429,20 +360,20 @@ def _path_of(module: str, family: Family) -> str:
     theirs = dict(zip(family.experts.projections, _PROJECTIONS, strict=True))
     pattern = rf"(.*\.){re.escape(family.experts.home)}\.\d+\.({'|'.join(map(re.escape, theirs))})"
     match = re.fullmatch(pattern, module)
-    return f"{match[1]}{_NAMES[family.name].home}.{theirs[match[2]]}" if match else module
+    return f"{match[1]}{NAMES[family.name].home}.{theirs[match[2]]}" if match else module
 
 
 def members_of(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     """What `single` calls the parts of every tensor of a checkpoint; most are one and the same."""
     config = single(checkpoint).config
-    if config is checkpoint.config or (family := family_of(config)[0]).name not in _NAMES:
+    if config is checkpoint.config or (family := family_of(config)[0]).name not in NAMES:
         return {name: (name,) for name in checkpoint.tensors}
     return {name: tuple(ref.name for ref in members) for name, members in _apart(checkpoint, family).items()}
 
 
 def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef, ...]]:
     """By the name of every tensor, what it holds of each expert; itself where it is no stack of them."""
-    home, experts = _NAMES[family.name].home, family.experts
+    home, experts = NAMES[family.name].home, family.experts
     pattern = re.compile(rf"(.*\.\d+\.){re.escape(home)}\.({'|'.join(_PROJECTIONS)})\.({'|'.join(_PARTS)})")
     ours = dict(zip(_PROJECTIONS, experts.projections, strict=True))
     found: dict[str, tuple[TensorRef, ...]] = {}
@@ -467,7 +398,7 @@ def _apart(checkpoint: Checkpoint, family: Family) -> dict[str, tuple[TensorRef,
 
 def whole(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     """What `single` gave, pruned as it may be, as mlx-lm has it."""
-    names, tensors = _NAMES[layout.family.name], dict[str, TensorRef]()
+    names, tensors = NAMES[layout.family.name], dict[str, TensorRef]()
     stacks: dict[str, list[tuple[int, TensorRef]]] = {}
     for name, ref in checkpoint.tensors.items():
         place = layout.places.get(name)
@@ -490,7 +421,7 @@ def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same as the family has it: quantization under one key, and the `model_type` of the class."""
     declared = {**config[QUANTIZATION], "mode": config[QUANTIZATION].get("mode", "affine")}  # which older ones lack
     out = {key: value for key, value in config.items() if key != QUANTIZATION} | {"quantization_config": declared}
-    for names in _NAMES.values():
+    for names in NAMES.values():
         for ours, theirs in names.types.items():
             if theirs == config.get("model_type") != ours and _text_key(ours) is None is config.get("text_config"):
                 out["model_type"] = ours

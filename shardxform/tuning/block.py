@@ -91,7 +91,7 @@ class TunedBlock:
 
     @property
     def unreached(self) -> dict[str, list[int]]:
-        """By local name, the experts that no token has reached yet."""
+        """By local name, the experts that no token that was learned from has reached yet."""
         experts = {name: module for name, module in self.modules.items() if isinstance(module, TunedExperts)}
         return {name: [e for e, hit in enumerate(m.reached_E) if not hit] for name, m in experts.items()}
 
@@ -218,12 +218,14 @@ class TuneOptions:
     Attributes:
         seed: of the choice of the samples that judge, and with the block's number of the order of the others.
         iters: steps.
+        lr: first step of offsets and clips, in scales, which falls to zero linearly; None for 1 / iters.
         batch_size: samples of a step.
         dtype: type of the hidden states, and so of the products.
     """
 
     seed: int
     iters: int = 200
+    lr: float | None = None
     batch_size: int = 8
     dtype: torch.dtype = torch.float32
 
@@ -231,6 +233,8 @@ class TuneOptions:
         for name in ("iters", "batch_size"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise SchemeError(f"lr: expected more than 0 and at most 1, found {self.lr}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +248,8 @@ class BlockResult:
         judged: what the judges were.
         ratio_error: standard error of loss / start_loss over the judges; NaN for a single one.
         iteration: after how many steps that was; 0 if nothing was better than the start.
-        unreached: by local name, experts that no token ever reached: they stay as they began.
+        unreached: by local name, experts that no token reached that was learned from: they stay as they began, also
+            where a token of the judges did.
     """
 
     start_loss: float
@@ -308,11 +313,11 @@ def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: Tun
 
 
 def _paces(options: TuneOptions) -> Iterator[Pace]:
-    """The step of every iteration: 1 / iters of a scale and of a clip at first, falling to zero linearly.
+    """The step of every iteration: `lr` of a scale and of a clip at first, falling to zero linearly.
 
     Those of the offsets are rounded to their unit so that the sum is not.
     """
-    rate = 1 / options.iters
+    rate = options.lr or 1 / options.iters
     unit, walked, steps = UNITS_PER_STEP / ONE, 0.0, 0
     for done in range(options.iters):
         left = 1 - done / options.iters

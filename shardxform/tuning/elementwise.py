@@ -20,7 +20,7 @@ from shardxform.formats.rounding import LARGEST_SCALE, SMALLEST_SCALE
 if TYPE_CHECKING:
     from shardxform.formats.scheme import Grid
 
-__all__ = ["LIMIT", "ONE", "UNITS_PER_STEP", "Pace", "codes", "keep", "scales", "step", "values"]
+__all__ = ["LIMIT", "ONE", "UNITS_PER_STEP", "Pace", "codes", "keep", "scales", "step", "values", "zero_groups"]
 
 ONE: Final = OFFSET_UNITS
 """Offsets are int16 in units of 1 / ONE."""
@@ -69,6 +69,14 @@ def codes(w_RI: torch.Tensor, v_RI: torch.Tensor, scale_RG: torch.Tensor, grid: 
     """The codes that were kept, uint8 [R, I]; `scale_RG` are the scales that were kept with them."""
     ratio_RI = w_RI.float() / _spread(scale_RG, grid, w_RI.shape[1])
     return (_clamped(_rounded(ratio_RI, v_RI, kept=True), grid) + grid.zero_code).to(torch.uint8)
+
+
+def zero_groups(w_RI: torch.Tensor, grid: Grid) -> int:
+    """How many groups hold nothing but zeros, of either sign."""
+    rows, columns = w_RI.shape
+    span, groups = grid.span(columns), grid.groups(columns)
+    some_RI = torch.nn.functional.pad(w_RI != 0, (0, groups * span - columns))
+    return rows * groups - int(some_RI.view(rows, groups, span).any(-1).sum())
 
 
 def keep(w_RI: torch.Tensor, v_RI: torch.Tensor, scale_RG: torch.Tensor, grid: Grid) -> None:

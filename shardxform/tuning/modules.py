@@ -337,7 +337,7 @@ class TunedExperts(torch.nn.Module):
         gate_up: weights [E, 2J, H].
         down: weights [E, H, J].
         biases: what is added to their products, or None.
-        reached_E: whether any token ever reached an expert, over all calls.
+        reached_E: whether an expert was ever passed a gradient, of any token, over all calls.
     """
 
     def __init__(
@@ -366,8 +366,6 @@ class TunedExperts(torch.nn.Module):
         """Outputs [T, H]; what is worth it for `pass_back` is put into `kept`."""
         keeps = index_TK.numel() * self.gate_up.shape[1] * hidden_TH.element_size() <= KEPT_BYTES
         routing = route(index_TK, self.gate_up.shape[0])
-        for expert in routing.reached:
-            self.reached_E[expert] = True
         if self.grouped:
             return _multiply_grouped(self._both, hidden_TH, weight_TK, routing)
         out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
@@ -398,6 +396,7 @@ class TunedExperts(torch.nn.Module):
         """Tune the experts, and return the gradients of `hidden_TH` and `weight_TK`; `kept` is used up."""
         hidden_TH, weight_TK, index_TK = inputs
         routing = route(index_TK, self.gate_up.shape[0])
+        self._note_reached(inputs, gradient_TH)
         if self.grouped:
             return _pass_back_grouped(self._both, (hidden_TH, weight_TK), routing, gradient_TH)
         gradient_out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)
@@ -415,6 +414,16 @@ class TunedExperts(torch.nn.Module):
         for token_n, gradient_nH in self.workers.ordered(one, routing.reached):
             gradient_out_TH.index_add_(0, token_n, gradient_nH)
         return gradient_out_TH.to(hidden_TH.dtype), gradient_S.reshape(weight_TK.shape)
+
+    def _note_reached(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], gradient_TH: torch.Tensor) -> None:
+        """Note the experts of tokens with a gradient: those that only judge, or do not count, move no expert."""
+        if all(self.reached_E):
+            return
+        _, weight_TK, index_TK = inputs
+        learned_TK = (gradient_TH != 0).any(1)[:, None] & (weight_TK != 0)
+        for expert in torch.unique(index_TK[learned_TK]).tolist():
+            if expert < len(self.reached_E):
+                self.reached_E[expert] = True
 
     @property
     def _both(self) -> StackedExperts:

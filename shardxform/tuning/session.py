@@ -28,7 +28,7 @@ from shardxform.calibration import Windows
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ExecutionError
 from shardxform.execution.journal import MEASURED
-from shardxform.execution.transcoding import write_item, write_part
+from shardxform.execution.transcoding import Zeros, write_item, write_part
 from shardxform.formats.encoding import Opener, Read, Writing
 from shardxform.formats.rounding import quantize_into
 from shardxform.forward.passes import Batch, batches
@@ -356,6 +356,7 @@ class _BlockRun:
         self._counted = 1.0  # of the tokens of a step of healing
         self._passing = 0.0  # seconds of the last pass through a chain
         self._tuned: BlockResult | None = None
+        self._zeros = Zeros()
 
     def execute(self, target: OpenTarget, fs: FileSystem) -> dict[str, Any]:
         self._fs, self._began = fs, time.monotonic()
@@ -436,6 +437,7 @@ class _BlockRun:
         for moved in self._step.moved:
             writing = Writing(f"tensor '{moved.module}'", moved.shape, quantize_into, self._stopped)
             write_item(moved, (source.open(opener) for source in moved.sources), writing, target, fs)
+            self._zeros.add(moved.module, writing.groups, writing.zero_groups)
         healer.make_ready(names)
 
     # -- rounding -----------------------------------------------------------------------------------------------
@@ -460,7 +462,11 @@ class _BlockRun:
         recipe = self._step.recipe
         forward = self._chains.forward(block, self._on_work, self._stopped)
         options = TuneOptions(
-            seed=recipe.seed, iters=recipe.iters, batch_size=recipe.batch_size, dtype=self._tuner._precision.dtype
+            seed=recipe.seed,
+            iters=recipe.iters,
+            lr=recipe.lr,
+            batch_size=recipe.batch_size,
+            dtype=self._tuner._precision.dtype,
         )
         with self._chains.samples(self._step.layer) as samples:
             try:
@@ -488,7 +494,9 @@ class _BlockRun:
             items.setdefault(item.module, []).append(item)
         for stored in tuned.stored(self._skeleton.layout.family.experts.projections):
             rows = rows_of(stored.codes, tuned.grid, stored.module)
-            for item in items.pop(prefix + self._skeleton.stored_name(stored.module, prefix)):
+            module = prefix + self._skeleton.stored_name(stored.module, prefix)
+            self._zeros.add(module, stored.codes.scale_OG.size, stored.codes.zero_groups)
+            for item in items.pop(module):
                 (source,) = item.sources
                 writing = Writing(item.module, item.shape, quantize_into, self._stopped)
                 write_item(item, [source.of(rows)], writing, target, fs)
@@ -497,7 +505,7 @@ class _BlockRun:
 
     def _facts(self, seconds: float) -> dict[str, Any]:
         facts: dict[str, Any] = {"layer": self._step.layer}
-        told = {"blocks": [facts], MEASURED: [self._measured(seconds)]}
+        told = {"blocks": [facts], MEASURED: [self._measured(seconds)], **self._zeros.facts()}
         if self._healed is not None:
             facts |= {"healed": _heal_facts(self._healed, self._heal_iters), "judged_on": asdict(self._healed.judged)}
         if not (self._step.items and self._step.recipe.iters):

@@ -77,10 +77,12 @@ class Codes:
     Attributes:
         codes_OI: uint8 codes, `Grid.zero_code` for zero.
         scale_OG: uint16, the bits of float16 scales.
+        zero_groups: how many groups of the original hold nothing but zeros.
     """
 
     codes_OI: NDArray[np.uint8]
     scale_OG: NDArray[np.uint16]
+    zero_groups: int
 
 
 class StackedWeight:
@@ -166,7 +168,11 @@ class StackedWeight:
         scale_RG = elementwise.scales(self._start_RG[run], self._kept_RG[run], self.grid)
         codes_OI = elementwise.codes(self._w_RI[run], self._v_RI[run], scale_RG, self.grid)
         half_OG = scale_RG.to(torch.float16).view(torch.int16).cpu().numpy()
-        return Codes(codes_OI=codes_OI.cpu().numpy(), scale_OG=half_OG.view(np.uint16))
+        return Codes(
+            codes_OI=codes_OI.cpu().numpy(),
+            scale_OG=half_OG.view(np.uint16),
+            zero_groups=elementwise.zero_groups(self._w_RI[run], self.grid),
+        )
 
     def _arrays(self, rows: slice, clip_RG: torch.Tensor) -> tuple[Any, Any, tuple[Any, Any]]:
         scales = self._start_RG[rows].numpy(), clip_RG[rows].numpy()

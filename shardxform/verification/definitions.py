@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,9 +55,18 @@ class StoredBytes:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def slab(self, index: int) -> StoredBytes:
+        """One of what its first dimension counts."""
+        length = self.count // self.shape[0] * np.dtype(self._code).itemsize
+        return replace(self, shape=self.shape[1:], begin=self.begin + index * length)
+
+    @property
+    def _code(self) -> str:
+        return _TYPES.get(self.dtype, f"<u{_WIDTHS.get(self.dtype, 1)}")
+
     def array(self) -> NDArray[Any]:
         """Its bits, mapped: [rows, columns], rows counted over all dimensions but the last."""
-        code = _TYPES.get(self.dtype, f"<u{_WIDTHS.get(self.dtype, 1)}")
+        code = self._code
         shape = (
             (int(np.prod(self.shape[:-1])), self.shape[-1]) if len(self.shape) > 1 else (int(np.prod(self.shape)), 1)
         )
@@ -192,20 +201,27 @@ class Shifted(PackedWeight):
 
 @dataclass(frozen=True, slots=True)
 class Small(PackedWeight):
-    """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them."""
+    """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them.
+
+    Its codes may lie transposed, [I, O], and so may its scales.
+    """
 
     factors: StoredBytes | None = None
     block: tuple[int, int] | None = None
     times: StoredBytes | None = None
     over: StoredBytes | None = None
+    turned: bool = False
+    scales_turned: bool = False
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows, by the definition of the format."""
         assert self.factors is not None
         rows, tensor = self._picked(start, stop), self.tensor
         total = math.prod(tensor.shape[: 2 if len(tensor.shape) == 4 else -1])
-        numbers = small_floats(np.asarray(tensor.array().reshape(total, -1)[rows]), tensor.dtype)
+        bits = tensor.array().T if self.turned else tensor.array().reshape(total, -1)
+        numbers = small_floats(np.ascontiguousarray(bits[rows]), tensor.dtype)
         scales = floats(np.asarray(self.factors.array()), self.factors.dtype)
+        scales = scales.T if self.scales_turned else scales
         for whole in filter(None, (self.times, self.over)):
             size = floats(np.asarray(whole.array()), whole.dtype).reshape(-1)[0]
             scales = scales * size if whole is self.times else scales / size

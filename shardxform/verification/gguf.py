@@ -66,7 +66,7 @@ class Made:
         contents: every tensor, and what it is made of.
         metadata: keys of every file.
         grid: of integers, where weights were rounded.
-        steps: of tuning a block; None where nothing was tuned.
+        reach: how far tuning a block could go; None where nothing was tuned.
         left: tensors whose values follow from nothing here, and why.
 
     """
@@ -76,7 +76,7 @@ class Made:
     contents: GgufContents
     metadata: tuple[tuple[KeyValue, ...], ...]
     grid: Grid | None = None
-    steps: int | None = None
+    reach: float | None = None
     left: Mapping[str, Reason] = field(default_factory=dict)
 
     @property
@@ -126,7 +126,7 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
         contents=contents,
         metadata=tuple(head.metadata for head in heads),
         grid=scheme.grid if scheme else None,
-        steps=recipe.iters if recipe and recipe.iters else None,
+        reach=recipe.reach if recipe and recipe.iters else None,
         left=dict(_left(contents, changed, found.crossing if scheme and scheme.format != GGUF else frozenset())),
     )
 
@@ -258,7 +258,7 @@ def _jobs(model: GgufModel, made: Made | None) -> Iterator[_Job]:
 def _is_tuned(each: WrittenTensor, made: Made) -> bool:
     """Whether a tensor holds weights of a block that was tuned."""
     layer = made.contents.types.modules.get(each.named.pieces[0].matrix) if each.named.pieces else None
-    return made.steps is not None and layer is not None and isinstance(each.target, Ggml)
+    return made.reach is not None and layer is not None and isinstance(each.target, Ggml)
 
 
 def _pairs(named: Named, ref: TensorRef, made: Made) -> Iterator[Pair]:
@@ -274,9 +274,9 @@ def _pairs(named: Named, ref: TensorRef, made: Made) -> Iterator[Pair]:
 
 def _rule(made: Made) -> Rule | None:
     """What tuning can do, as in other formats."""
-    if made.grid is None or made.steps is None:
+    if made.grid is None or made.reach is None:
         return None
-    freedom = freedom_of(made.grid, made.steps)
+    freedom = freedom_of(made.grid, made.reach)
     scheme = Scheme(grid=made.grid, format=GGUF)
     stored = Stored(scheme, frozenset(), {}, {}, {}, made.view.layout, ())
     return Rule(stored, None, freedom.offset, plain=False, freedom=freedom)

@@ -249,7 +249,7 @@ class _How:
             text_only=bool(options.get("text_only") if text_only is None else text_only),
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
-            offset=(1 + 1 / (recipe.get("iters") or _FEWEST_STEPS)) / 2 if scheme.get("method") != "rtn" else 0.0,
+            offset=_offset(recipe) if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
             dequantized=converted and "quantization_config" not in config,
             quantizes=inputs.get("command") == "quantize",
@@ -379,6 +379,12 @@ class _How:
             weights += off.size
         mean, most = signed / max(weights, 1), 0.25 + 4 / max(found.size[0], 1) ** 0.5
         return f"mean signed error {mean:+.3f} codes, expected at most {most:.3f}" if abs(mean) > most else ""
+
+
+def _offset(recipe: Mapping[str, Any]) -> float:
+    """How far tuning can have moved an offset: `iters` steps, the first `lr`, and never as far as one scale."""
+    iters = recipe.get("iters") or _FEWEST_STEPS
+    return min(1.0, float(recipe.get("lr") or 1 / iters) * (iters + 1) / 2)
 
 
 def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -106,13 +106,13 @@ def _form(config: Mapping[str, Any]) -> tuple[object, object]:
 
 def _decoded(tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]) -> Iterator[tuple[str, PackedWeight]]:
     """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
-    if glued := next(
-        (name for name, tensor in tensors.items() if _FUSED.fullmatch(name) and tensor.dtype in SMALL), ""
-    ):
-        raise ValueError(f"{glued}: stacks of {tensors[glued].dtype} are compared only as they are stored")
     size = _block_of(config["quantization_config"])
     used: set[str] = set()
     for name, tensor in tensors.items():
+        if (match := _FUSED.fullmatch(name)) and tensor.dtype in SMALL:
+            used |= {name, *(f"{name}{last}" for last in (*_OF_STACKS, "_activation_scale"))}
+            yield from _of_floats(name, tensors, match, config)
+            continue
         stem = next((name.removesuffix(last) for last in _CODES if name.endswith(last)), "")
         beside = [f"{stem}{last}" for last in _FACTORS if stem and f"{stem}{last}" in tensors]
         if not beside or tensor.dtype not in SMALL:
@@ -139,10 +139,40 @@ def _decoded(tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]) -> I
         yield from _weights(name, rest, config)
 
 
+def _of_floats(
+    name: str, tensors: Mapping[str, StoredBytes], match: re.Match[str], config: Mapping[str, Any]
+) -> Iterator[tuple[str, PackedWeight]]:
+    """The matrices of a stack of small floats; scales [E, S, T] lie as it does, or as matrices do, or are one each."""
+    tensor, turned = tensors[name], config.get("model_type") in _TURNED
+    factors = next((tensors[f"{name}{last}"] for last in _OF_STACKS if f"{name}{last}" in tensors), None)
+    if factors is None or len(tensor.shape) != 3 or factors.shape[:1] != tensor.shape[:1]:
+        raise ValueError(f"{name}: a stack of {tensor.dtype} without a scale for each of its matrices")
+    rows, columns = tensor.shape[:0:-1] if turned else tensor.shape[1:]
+    block = _block_of(config["quantization_config"]) if factors.count > factors.shape[0] else None
+    scales_turned = False
+    if turned and block:
+        straight = -(-rows // block[0]), -(-columns // block[1])
+        if straight[0] == straight[1] or block[0] != block[1]:
+            raise ValueError(f"{name}: scales {list(factors.shape)} may lie either way")
+        scales_turned = factors.shape[1:] != straight
+    for expert in range(tensor.shape[0]):
+        one = Small(
+            *(name, tensor.slab(expert), (rows, columns), ()),
+            factors=factors.slab(expert),
+            block=block,
+            turned=turned,
+            scales_turned=scales_turned,
+        )
+        for part, first, number in _halves(match[2], 0, rows):
+            key = f"{match[1]}.{expert}.{part}.weight"
+            yield key, replace(one, shape=(number, columns), rows=((first, number),))
+
+
 _CODES: Final = (".weight_packed", "_blocks", ".weight")
 _FACTORS: Final = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scales")
 _TIMES: Final = (".weight_scale_2",)
 _OVER: Final = (".weight_global_scale",)
+_OF_STACKS: Final = ("_scale_inv", "_scale")
 _UNUSED: Final = (".input_scale", ".input_global_scale", ".activation_scale", ".qscale_act")
 
 

@@ -229,33 +229,36 @@ def rule_of(
         grid = None
     declared = declared_in(stored.layout.config)
     tuned = scheme.get("method", "rtn") != "rtn" or bool(declared.get("iters"))
-    steps = _steps(record) if scheme.get("method") == "auto-round" else None
+    reach = _reach(record.get("recipe")) if scheme.get("method") == "auto-round" else None
     start = grid_of(scheme.get("grid")) or replace(stored.scheme.grid, search=True)
-    freedom = freedom_of(start, steps, tolerance)
+    freedom = freedom_of(start, reach, tolerance)
     anew = scheme.get("requantize") is True if record.get("command") == "quantize" else None
-    bound = tolerance if tolerance is not None else 0 if grid else freedom.offset if steps else _SLACK
+    bound = tolerance if tolerance is not None else 0 if grid else freedom.offset if reach else _SLACK
     return Rule(stored, grid, bound, plain=not tuned, freedom=freedom, anew=anew)
 
 
-def _steps(record: Mapping[str, object]) -> int | None:
-    """Steps of tuning a block, by our record."""
-    recipe = record.get("recipe")
+def _reach(recipe: object) -> float | None:
+    """How far tuning a block can move offsets and clips, by our record; None where it says nothing.
+
+    Steps fall to zero linearly from the first, `lr`, which is 1 / steps where the record has none.
+    """
     iters = recipe.get("iters") if isinstance(recipe, Mapping) else None
-    return iters if type(iters) is int and iters > 0 else None
+    if not isinstance(recipe, Mapping) or type(iters) is not int or iters < 1:
+        return None
+    lr = recipe.get("lr")
+    return (lr if type(lr) is float and 0 < lr <= 1 else 1 / iters) * (iters + 1) / 2
 
 
-def freedom_of(grid: Grid, steps: int | None, tolerance: float | None = None) -> Freedom:
+def freedom_of(grid: Grid, reach: float | None, tolerance: float | None = None) -> Freedom:
     """Give what tuning by signed steps leaves open, from a start that was searched if `grid` says so.
-
-    Steps begin at 1 / steps and fall to zero linearly, so that offsets and clips move by (1 + 1 / steps) / 2 at most.
 
     Args:
         grid: bits, and whether scales were searched.
-        steps: how many; None where nothing is known.
+        reach: how far they move offsets and clips at most; None where nothing is known.
         tolerance: codes that a weight may be from the nearest, where the caller says so.
 
     """
-    walked = min(1.0, (1 + 1 / (steps or _FEWEST_STEPS)) / 2 + 2.0**-12)  # offsets are multiples of 2^-13
+    walked = min(1.0, (reach or (1 + 1 / _FEWEST_STEPS) / 2) + 2.0**-12)  # offsets are multiples of 2^-13
     low, high = _SEARCHED[grid.bits] if grid.search else (1.0, 1.0)
     return Freedom(max(walked, tolerance or 0), (1 - walked) * low, _WIDEST_CLIP * high)
 

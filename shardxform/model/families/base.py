@@ -404,6 +404,7 @@ class Family:
             it attends to all. Blocks are run over windows of so many tokens, where the choice is all of them.
         shares_selection: a block of transformers' class gives its choice to the next, as a second value.
         not_run: why its blocks cannot be run one at a time, such as what they hand on beside hidden states.
+        run_from: the first transformers, as (5, 15), whose class computes what the model is; empty for any.
         fused_release: its releases hold the experts fused; so does a checkpoint that is dequantized.
         bfloat16_only: float16 overflows in this family (gated delta-net layers).
 
@@ -454,6 +455,7 @@ class Family:
     selection_key: str = ""
     shares_selection: bool = False
     not_run: str = ""
+    run_from: tuple[int, ...] = ()
     fused_release: bool = False
     bfloat16_only: bool = False
 
@@ -466,6 +468,12 @@ class Family:
     def holders(self) -> tuple[str, ...]:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
+
+    @property
+    def numbered_home(self) -> str:
+        """What precedes an expert's number in names of tensors of one expert each; empty where there are none."""
+        homes = (template.name.partition("{e}")[0] for template in self.block if template.numbered)
+        return next(filter(None, homes), "")
 
     def module_name(self, name: str) -> str:
         """What transformers calls a module or parameter of a block that is called `name` in checkpoints."""

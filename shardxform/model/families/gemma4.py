@@ -48,11 +48,13 @@ def _is_moe(config: Config, _layer: int) -> bool:
 
 
 def _of_full(config: Config, key: str, own: str, default: int) -> int:
-    """A size of full attention under a key of its own, or as transformers 5 writes it, per layer."""
-    layers: dict[str, dict[str, int]] = config.get("per_layer_config") or {}
+    """A size of full attention under a key of its own, or as transformers 5 writes it, per layer where it differs."""
+    layers: dict[str, dict[str, int]] | None = config.get("per_layer_config")
+    if layers is None:
+        found = config.get(own)
+        return default if found is None else size({key: found}, key)
     full = next((each for layer, each in layers.items() if _is_full(config, int(layer))), {})
-    found = full.get(key, config.get(own))
-    return default if found is None else size({key: found}, key)
+    return size({key: full.get(key, config.get(key))}, key)
 
 
 def _full_heads(config: Config) -> int:

@@ -101,5 +101,6 @@ FAMILY: Final = Family(
     keep_16bit=_LIKE.keep_16bit,
     merged=_LIKE.merged,
     formats=("auto-round", "gptq"),  # that of compressed-tensors wants stacks
+    run_from=(5, 15),  # older ones leave out what scaled positions multiply the logits of attention with
     fused_release=True,
 )

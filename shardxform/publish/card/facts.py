@@ -75,6 +75,7 @@ class PruningFacts:
         data: the text of it.
         saliency_kept: per layer, share of the criterion's sum that the kept experts have.
         never_reached_kept: kept experts that no token of the text reached, in all layers.
+        channels: of every expert, before and after; None where all of them stayed.
 
     """
 
@@ -83,6 +84,7 @@ class PruningFacts:
     data: tuple[Data, ...] = ()
     saliency_kept: tuple[float, ...] = ()
     never_reached_kept: int | None = None
+    channels: Change | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +257,7 @@ class CardFacts:
         experts: routed experts per layer.
         nbytes: of all tensors, without the headers of the shards.
         parameters, active: of the decoder with embeddings and output head, without MTP layers and vision tower; in
-            all, and those that one token uses.
+            all, and those that one token uses; None where the form of its weights does not tell.
         dropped: parts of the source that were left out.
         pruning, healing, quantization: None where nothing was pruned, healed or quantized.
         evaluations: in the order given.
@@ -280,8 +282,8 @@ class CardFacts:
     max_positions: int
     experts: Change
     nbytes: Change
-    parameters: Change
-    active: Change
+    parameters: Change | None
+    active: Change | None
     dropped: tuple[str, ...] = ()
     pruning: PruningFacts | None = None
     healing: HealingFacts | None = None

@@ -27,7 +27,7 @@ from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.inspection import Parameters, count_parameters, stored_of
+from shardxform.plan.inspection import Parameters, parameters_of, stored_of
 from shardxform.publish.card.facts import (
     BlockError,
     CardFacts,
@@ -98,8 +98,8 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
     manifest = _manifest(options.manifest, record, out)
     before = _experts_before(record, manifest, layout.num_experts)
-    counts = count_parameters(checkpoint, stored)
-    top_k = layout.top_k
+    top_k, width = layout.top_k, _width(record)
+    total, active = _parameter_changes(parameters_of(checkpoint), width, before, layout.num_experts, top_k)
     origin = _origin(out, checkpoint, options.base_model)
     origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
     name, dropped = out.resolve().name or "OUT", Fields(record.summary).section("dropped")
@@ -119,10 +119,10 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
         max_positions=Fields(layout.text).whole("max_position_embeddings") or 0,
         experts=Change(before, layout.num_experts),
         nbytes=Change(_source_bytes(record), checkpoint.nbytes),
-        parameters=Change(before and counts.total(before), counts.total(layout.num_experts)),
-        active=Change(before and counts.active(before, top_k), counts.active(layout.num_experts, top_k)),
+        parameters=total,
+        active=active,
         dropped=tuple(told for key, told in _PARTS.items() if dropped.whole(key)),
-        pruning=None if before == layout.num_experts else _pruning(record, manifest),
+        pruning=None if before == layout.num_experts and not width else _pruning(record, manifest),
         healing=_healing(record),
         quantization=_quantization(record, stored) if stored else None,
         evaluations=tuple(
@@ -144,7 +144,9 @@ def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufMod
     before = _experts_before(record, manifest, slabs.num_experts)
     origin = _origin(out, table, options.base_model)
     origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
-    name, dropped, counts = out.resolve().name or "OUT", told.section("dropped"), _parameters_of(model, slabs)
+    name, dropped, width = out.resolve().name or "OUT", told.section("dropped"), _width(record)
+    counts = _parameters_of(model, slabs)
+    total, active = _parameter_changes(counts, width, before, slabs.num_experts, slabs.top_k)
     context = model.metadata.get(f"{slabs.arch}.context_length")
     positions = context.value if context is not None else 0
     texts = [path for path in options.evaluations if not _has_tasks(path)]
@@ -163,10 +165,10 @@ def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufMod
         max_positions=positions if isinstance(positions, int) else 0,
         experts=Change(before, slabs.num_experts),
         nbytes=Change(_source_bytes(record), table.nbytes),
-        parameters=Change(before and counts.total(before), counts.total(slabs.num_experts)),
-        active=Change(before and counts.active(before, slabs.top_k), counts.active(slabs.num_experts, slabs.top_k)),
+        parameters=total,
+        active=active,
         dropped=tuple(told for key, told in _PARTS.items() if dropped.whole(key)),
-        pruning=None if before == slabs.num_experts else _pruning(record, manifest),
+        pruning=None if before == slabs.num_experts and not width else _pruning(record, manifest),
         healing=_healing(record),
         quantization=_quantization_of(record, model) if record.first.section("scheme") else None,
         evaluations=tuple(read_evaluation(path, table, origins) for path in texts),
@@ -256,9 +258,40 @@ def _experts_before(record: Record, manifest: Manifest | None, after: int) -> in
     return before if before and before >= after else None
 
 
+def _width(record: Record) -> Change | None:
+    """Channels of every routed expert, before and after; None where all stayed."""
+    told = record.first.section("manifest", "width")
+    before, after = told.whole("of"), told.whole("channels")
+    return Change(before, after) if before and after else None
+
+
+def _parameter_changes(
+    counts: Parameters | None, width: Change | None, before: int | None, after: int, top_k: int
+) -> tuple[Change | None, Change | None]:
+    """Parameters in all and of a token, of the source and of the output; None where they cannot be counted.
+
+    Args:
+        counts: of the output.
+        width: channels of every expert; one of the source has as many times more in all of its matrices.
+        before: experts of the source, where that is known.
+        after: experts of the output.
+        top_k: experts per token.
+
+    """
+    if counts is None:
+        return None, None
+    was = counts
+    if width and width.before:
+        routed, reached = (each * width.before // width.after for each in (counts.routed, counts.reached))
+        was = replace(counts, routed=routed, reached=reached)
+    total = Change(was.total(before) if before else None, counts.total(after))
+    return total, Change(was.active(before, top_k) if before else None, counts.active(after, top_k))
+
+
 def _pruning(record: Record, manifest: Manifest | None) -> PruningFacts | None:
     if manifest is None:
-        return PruningFacts() if record.first.section("manifest", "keep") else None
+        pruned = bool(record.first.section("manifest", "keep"))
+        return PruningFacts(channels=_width(record)) if pruned else None
     told = Fields(manifest.provenance)
     layers = told.section("layers")
     return PruningFacts(
@@ -267,6 +300,7 @@ def _pruning(record: Record, manifest: Manifest | None) -> PruningFacts | None:
         data=tuple(found for run in told.sections("runs") if (found := _data(run))),
         saliency_kept=_shares(layers.get("saliency_kept")),
         never_reached_kept=_sum(layers.get("never_reached_kept")),
+        channels=_width(record),
     )
 
 

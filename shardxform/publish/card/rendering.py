@@ -83,8 +83,16 @@ def _opening(facts: CardFacts) -> str:
 
 
 def _kept(facts: CardFacts) -> str:
-    of = f" of {facts.experts.before}" if facts.experts.before else ""
-    return f"{facts.experts.after}{of} routed experts kept in every MoE layer" if facts.pruning else ""
+    if not facts.pruning:
+        return ""
+    experts, channels = facts.experts, facts.pruning.channels
+    of = f" of {experts.before}" if experts.before else ""
+    kept = f"{experts.after}{of} routed experts kept in every MoE layer"
+    if channels is None:
+        return kept
+    narrowed = f"{channels.after} of {channels.before} channels kept in"
+    same = experts.before == experts.after
+    return f"{narrowed} every routed expert" if same else f"{kept}, {narrowed} each of them"
 
 
 def _stored(facts: CardFacts) -> str:
@@ -101,23 +109,35 @@ def _figures(facts: CardFacts) -> Iterator[str]:
         [
             ("size of the tensors", *_sizes(facts.nbytes)),
             ("routed experts per MoE layer", *_counts(facts.experts)),
-            ("parameters", *_parameters(facts.parameters)),
-            ("parameters used per token", *_parameters(facts.active)),
+            *_channels(facts.pruning),
+            *_parameters("parameters", facts.parameters),
+            *_parameters("parameters used per token", facts.active),
         ],
     )
     dense = f", {facts.layers - facts.moe_layers} of them dense" if facts.layers != facts.moe_layers else ""
-    yield (
-        f"{facts.layers} decoder layers{dense}; the router picks {facts.top_k} experts per token. Parameters are those"
-        " of the decoder with embeddings and output head, without MTP layers and vision tower."
+    counted = (
+        " Parameters are those of the decoder with embeddings and output head, without MTP layers and vision tower."
     )
+    yield (
+        f"{facts.layers} decoder layers{dense}; the router picks {facts.top_k} experts per token."
+        f"{counted if facts.parameters else ''}"
+    )
+
+
+def _channels(pruned: PruningFacts | None) -> Iterator[tuple[str, str, str]]:
+    """A line for the width of experts, where it changed."""
+    if pruned and pruned.channels:
+        yield ("channels of each of them", *_counts(pruned.channels))
 
 
 def _counts(change: Change) -> tuple[str, str]:
     return ("" if change.before is None else str(change.before), str(change.after))
 
 
-def _parameters(change: Change) -> tuple[str, str]:
-    return ("" if change.before is None else _count(change.before), _count(change.after))
+def _parameters(label: str, change: Change | None) -> Iterator[tuple[str, str, str]]:
+    """A line for a count, where it is known."""
+    if change:
+        yield (label, "" if change.before is None else _count(change.before), _count(change.after))
 
 
 # -- how it was made --------------------------------------------------------------------------------------------------
@@ -128,7 +148,8 @@ def _pruning(facts: CardFacts) -> Iterator[str]:
     if pruned is None:
         return
     yield _listing(_pruning_lines(pruned))
-    yield "Which experts every layer kept is in `shardxform.json`, under `inputs.manifest`."
+    channels = ", and which of their channels," if pruned.channels else ""
+    yield f"Which experts every layer kept{channels} is in `shardxform.json`, under `inputs.manifest`."
 
 
 def _pruning_lines(pruned: PruningFacts) -> Iterator[tuple[str, str]]:
@@ -351,8 +372,9 @@ def _limits(facts: CardFacts) -> Iterator[str]:
     else:
         yield "Nothing was measured for this card, neither perplexity nor tasks."
     if facts.pruning:
+        what = "experts and channels" if facts.pruning.channels else "experts"
         yield (
-            "What pruned experts knew is lost. They were chosen for what they did on some text; on other languages and"
+            f"What pruned {what} knew is lost. They were chosen for what they did on some text; on other languages and"
             " subjects the loss can be far greater."
         )
     tuned = facts.quantization is not None and facts.quantization.data is not None
@@ -548,7 +570,9 @@ def _served(facts: CardFacts) -> Iterator[str]:
         yield "### SGLang"
         launch = ("python", "-m", "sglang.launch_server", "--model-path", facts.name)
         yield fence(_shell((*launch, "--dtype", facts.dtype, "--context-length", context)), "sh")
-    yield "That these servers read this format was found in their code (vLLM 0.32, SGLang 0.5.23), not by running them."
+        yield "That these servers read this was found in their code (vLLM 0.32, SGLang 0.5.23), not by running them."
+    else:
+        yield "That vLLM reads this format was found in its code (0.32), not by running it."
 
 
 # -- front matter ------------------------------------------------------------------------------------------------------

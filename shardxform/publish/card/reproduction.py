@@ -81,6 +81,8 @@ def _scheme(inputs: Fields) -> Iterator[str]:
     if scheme and grid.flag("search") != tuned:
         yield "--search" if grid.flag("search") else "--no-search"
     yield from _unless("--scale-grid", grid.text("scale_grid"), "bf16")
+    if scheme.flag("requantize"):
+        yield "--requantize"
     yield from _names(scheme)
     for option, key in (("--keep-16bit", "keep_16bit"), ("--also-quantize", "quantize")):
         for pattern in scheme.texts(key):
@@ -119,6 +121,7 @@ def _recipe(inputs: Fields, steps: Sequence[int]) -> Iterator[str]:
     yield from _unless("--text-sources", ",".join(data.texts("sources")), "")
     yield from _heal(recipe.section("heal"), steps)
     yield from _unless("--iters", recipe.whole("iters") or ITERS, ITERS)  # 0 where it was healed only
+    yield from _unless("--lr", recipe.number("lr"), None)
     yield from _unless("--batch-size", recipe.whole("batch_size"), BATCH_SIZE)
     yield from _unless("--seed", recipe.whole("seed"), _SEED)
     yield from _unless("--inputs", recipe.text("inputs"), "quantized")

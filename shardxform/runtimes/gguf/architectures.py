@@ -10,8 +10,9 @@ from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut
 from shardxform.model.layout import Layout
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
-from shardxform.runtimes.gguf.keys import Recorder, rope_of
+from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
+from shardxform.runtimes.rotation import magnitude_of, rope_of, usual_magnitude
 
 __all__ = ["KINDS", "architecture_of"]
 
@@ -27,8 +28,11 @@ _COUNTS: Final = (
 )
 
 
-def _common(architecture: Architecture, recorder: Recorder, **over: Any) -> None:  # noqa: ANN401
-    """Keys that every text model has; `over` are keys of the config that llama.cpp wants to be another."""
+def _common(architecture: Architecture, recorder: Recorder, *, latent: bool = False, **over: Any) -> None:  # noqa: ANN401
+    """Keys that every text model has; `over` are keys of the config that llama.cpp wants to be another.
+
+    What YaRN multiplies by is told by another key where attention is `latent`.
+    """
     config, writer = {**architecture.config, **over}, recorder.writer
     writer.add_block_count(architecture.blocks)
     for key, name in _COUNTS:
@@ -37,6 +41,8 @@ def _common(architecture: Architecture, recorder: Recorder, **over: Any) -> None
     rope = rope_of(config)
     full = rope.get("full_attention", rope)
     _scaling(writer, full)
+    if full.get("rope_type") == "yarn" and not latent:
+        _magnitude(writer, full)
     if "mrope_section" in rope:
         _add_sections(architecture, recorder, rope)
     if full.get("rope_theta") is None:
@@ -97,14 +103,24 @@ def _scaling(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
     if kind != "yarn":
         return
     writer.add_rope_scaling_orig_ctx_len(_needed(rope, "original_max_position_embeddings"))
-    for key, name in (
-        ("extrapolation_factor", "ext_factor"),
-        ("attention_factor", "attn_factor"),
-        ("beta_fast", "beta_fast"),
-        ("beta_slow", "beta_slow"),
-    ):
-        if rope.get(key) is not None:
-            getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[key])
+    if rope.get("extrapolation_factor") not in (None, 1):
+        raise SchemeError(
+            f"config.json: extrapolation_factor is {rope['extrapolation_factor']!r}, which transformers takes for 1 and"
+            " llama.cpp does not: leave it out"
+        )
+    for key in ("beta_fast", "beta_slow"):
+        if rope.get(key):  # 0 is none to transformers
+            getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
+
+
+def _magnitude(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """What sines and cosines are multiplied by, where it is another than llama.cpp multiplies by of itself.
+
+    It is not the key of YaRN that llama.cpp's converter writes, which llama.cpp reads and then works out anew.
+    """
+    times = magnitude_of(rope) / usual_magnitude(rope["factor"])
+    if times != 1:
+        writer.add_rope_scaling_attn_factors(times)
 
 
 def _scaling_type(kind: str) -> Any:  # noqa: ANN401
@@ -133,6 +149,7 @@ def _refuse_other(architecture: Architecture, wanted: Mapping[str, tuple[object,
 
 
 _SILU: Final = {"hidden_act": ("silu", "swish")}
+_UNBIASED: Final = {"attention_bias": (False, None)}
 
 
 # -- Qwen3-MoE ---------------------------------------------------------------------------------------------------------
@@ -144,7 +161,8 @@ def _qwen3_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 
 def _qwen3_moe_check(architecture: Architecture) -> None:
-    _refuse_other(architecture, {**_SILU, "norm_topk_prob": (True,), "use_sliding_window": (False, None)})
+    wanted = {**_SILU, **_UNBIASED, "norm_topk_prob": (True,), "use_sliding_window": (False, None)}
+    _refuse_other(architecture, wanted)
     if "norm_topk_prob" not in architecture.config:
         raise SchemeError("config.json: norm_topk_prob is missing, so false, which llama.cpp would run as true")
 
@@ -184,6 +202,27 @@ def _qwen3_5_keys(architecture: Architecture, recorder: Recorder) -> None:
         _add_sections(architecture, recorder, rope)
 
 
+_SMALL: Final = 1e-5
+
+
+def _refuse_large_epsilon(architecture: Architecture) -> None:
+    """Refuse what llama.cpp adds in norms that have no key of their own, where it is no longer next to nothing.
+
+    Transformers' classes add 1e-6 in some of them, whatever the config says: norms of latent queries and keys, and of a
+    delta net's.
+
+    Raises:
+        SchemeError: it is more than ten times that.
+
+    """
+    found = _needed(architecture.config, "rms_norm_eps")
+    if not isinstance(found, int | float) or found > _SMALL:
+        raise SchemeError(
+            f"config.json: rms_norm_eps is {found!r}; some norms have 1e-6 in transformers, and llama.cpp runs all by"
+            f" this: expected at most {_SMALL}"
+        )
+
+
 def _head_dim(architecture: Architecture) -> int:
     if architecture.config.get("head_dim") is not None:
         return architecture.size("head_dim")
@@ -191,7 +230,14 @@ def _head_dim(architecture: Architecture) -> int:
 
 
 def _delta_net_check(architecture: Architecture) -> None:
-    _refuse_other(architecture, {**_SILU, "norm_topk_prob": (True,), "attn_output_gate": (True,)})
+    wanted = {**_SILU, **_UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
+    _refuse_other(architecture, wanted)
+    _refuse_large_epsilon(architecture)
+    keys, values = (architecture.size(f"linear_{each}_head_dim") for each in ("key", "value"))
+    if keys != values:
+        raise SchemeError(
+            f"config.json: linear_key_head_dim is {keys} and linear_value_head_dim {values}; llama.cpp runs one number"
+        )
 
 
 def _tiled(architecture: Architecture, width: int, before: int = 0) -> Order:
@@ -274,7 +320,7 @@ _QWEN3_NEXT: Final = Kind(
 def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Keys of latent attention, which llama.cpp runs as attention of all heads over one head of latent keys."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    _common(architecture, recorder, num_key_value_heads=1, head_dim=None)
+    _common(architecture, recorder, latent=True, num_key_value_heads=1, head_dim=None)
     writer.add_leading_dense_block_count(architecture.leading_dense)
     writer.add_vocab_size(size("vocab_size"))
     if config.get("q_lora_rank") is not None:
@@ -285,7 +331,7 @@ def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_key_length_mla(size("qk_nope_head_dim") + size("qk_rope_head_dim"))
     writer.add_value_length_mla(size("v_head_dim"))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
-    writer.add_expert_shared_count(config.get("n_shared_experts") or 0)
+    writer.add_expert_shared_count(_shared_experts(architecture))
     _weights(writer, config)
     writer.add_rope_dimension_count(size("qk_rope_head_dim"))
     if (scale := rope_of(config).get("mscale_all_dim")) is not None:
@@ -295,12 +341,29 @@ def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 
 def _weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """How experts are scored and weighed by a sigmoid: the family's own way, whether the config says so or not."""
-    if config.get("routed_scaling_factor") is not None:
-        writer.add_expert_weights_scale(config["routed_scaling_factor"])
-    if config.get("norm_topk_prob"):
+    """How experts are scored and weighed by a sigmoid: the family's own way, whether the config says so or not.
+
+    Raises:
+        SchemeError: a number is missing, for which transformers' classes and llama.cpp have others.
+
+    """
+    writer.add_expert_weights_scale(_needed(config, "routed_scaling_factor"))
+    if _needed(config, "norm_topk_prob"):
         writer.add_expert_weights_norm(True)
     writer.add_expert_gating_func(_gating("SIGMOID"))
+
+
+def _shared_experts(architecture: Architecture) -> int:
+    """How many there are in a block.
+
+    Raises:
+        SchemeError: none, but llama.cpp loads no model of these without.
+
+    """
+    count = architecture.size("n_shared_experts")
+    if not count:
+        raise SchemeError("config.json: n_shared_experts is 0; llama.cpp runs models that have some")
+    return count
 
 
 def _gating(name: str) -> Any:  # noqa: ANN401
@@ -313,11 +376,21 @@ _SIGMOID: Final = {**_SILU, "scoring_func": ("sigmoid",), "moe_layer_freq": (1,)
 
 
 def _latent_check(architecture: Architecture) -> None:
-    _refuse_other(architecture, {**_SIGMOID, "attention_bias": (False, None)})
+    """Refuse what llama.cpp does not run as it is meant, scales of latent attention among it."""
+    _refuse_other(architecture, {**_SIGMOID, **_UNBIASED})
+    _refuse_large_epsilon(architecture)
     rope = rope_of(architecture.config)
-    if rope.get("mscale", rope.get("mscale_all_dim")) != rope.get("mscale_all_dim"):
-        raise SchemeError("config.json: mscale is not mscale_all_dim, but llama.cpp has one for both")
-
+    kind = rope.get("rope_type") or "default"
+    if kind == "yarn":
+        one, other = rope.get("mscale"), rope.get("mscale_all_dim")
+        if one != other or not one or rope.get("attention_factor") not in (None, 1):
+            raise SchemeError(
+                f"config.json: mscale is {one!r}, mscale_all_dim {other!r} and attention_factor"
+                f" {rope.get('attention_factor')!r}; of latent attention llama.cpp runs YaRN where the first two are"
+                " one number and the third is not there"
+            )
+    elif kind == "linear":
+        raise SchemeError("config.json: rope_type 'linear'; of latent attention llama.cpp runs default and yarn")
     if architecture.config.get("q_lora_rank") is None and architecture.layout.num_layers not in _WHOLE_QUERIES:
         raise SchemeError(
             "config.json: q_lora_rank is missing; llama.cpp does without it in models of 26 or 27 layers only"
@@ -366,6 +439,9 @@ def _deepseek_v32_keys(architecture: Architecture, recorder: Recorder) -> None:
 def _deepseek_v32_check(architecture: Architecture) -> None:
     """What the indexer compares is turned by a Hadamard matrix first, of a power of two; llama.cpp aborts at others."""
     _latent_check(architecture)
+    rope = rope_of(architecture.config)
+    if rope.get("rope_type") == "yarn" and rope["mscale_all_dim"] != 1:
+        raise SchemeError(f"config.json: mscale_all_dim is {rope['mscale_all_dim']!r}; of these llama.cpp runs 1")
     width = architecture.size("index_head_dim")
     if width < _SMALLEST_TURN or width & (width - 1):
         raise SchemeError(
@@ -413,7 +489,7 @@ def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
     _common(architecture, recorder)
     writer.add_rope_dimension_count(int(_head_dim(architecture) * rope_of(config).get("partial_rotary_factor", 0.5)))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
-    writer.add_expert_shared_count(size("n_shared_experts"))
+    writer.add_expert_shared_count(_shared_experts(architecture))
     writer.add_leading_dense_block_count(architecture.leading_dense)
     _weights(writer, config)
     if not config.get("norm_topk_prob"):
@@ -453,6 +529,7 @@ def _minimax_m2_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 def _minimax_m2_check(architecture: Architecture) -> None:
     wanted = {**_SILU, "scoring_func": ("sigmoid",), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)}
+    wanted["tie_word_embeddings"] = (False, None)
     _refuse_other(architecture, wanted)
 
 
@@ -481,9 +558,10 @@ def _gpt_oss_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 def _gpt_oss_check(architecture: Architecture) -> None:
     """Every second layer attends to a window, the first of them is one, and the activation has its own limits."""
-    _refuse_other(
-        architecture, {**_SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
-    )
+    wanted = {**_SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
+    _refuse_other(architecture, {**wanted, "tie_word_embeddings": (False, None)})
+    if rope_of(architecture.config).get("rope_type") is None:
+        raise SchemeError("config.json: rope_scaling is missing, for which transformers has numbers of its own")
     for layer, kind in enumerate(architecture.config.get("layer_types") or ()):
         if (kind == "sliding_attention") != (layer % 2 == 0):
             raise SchemeError(
@@ -538,7 +616,11 @@ def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 
 def _gemma4_check(architecture: Architecture) -> None:
-    wanted = {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, "vision")}
+    wanted = {
+        **_UNBIASED,
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "use_bidirectional_attention": (None, "vision"),
+    }
     _refuse_other(architecture, wanted)
     rope = rope_of(architecture.config)
     kinds = [rope.get(f"{each}_attention", {}).get("rope_type") for each in ("full", "sliding")]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
 
-__all__ = ["Key", "Recorder", "rope_of"]
+__all__ = ["Key", "Recorder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +67,3 @@ class Recorder:
             fits = isinstance(value, str if kind == "STRING" else bool)
         if not fits:
             raise SchemeError(f"config.json: {value!r} cannot be {name}, a {kind} of GGUF")
-
-
-def rope_of(config: Mapping[str, object]) -> dict[str, Any]:
-    """How positions are rotated, as transformers 5 writes it, of a config in its words or in older ones.
-
-    Raises:
-        SchemeError: it is no object.
-
-    """
-    found = config.get("rope_parameters", config.get("rope_scaling")) or {}
-    if not isinstance(found, Mapping):
-        raise SchemeError(f"config.json: rope_parameters is {found!r}; expected an object")
-    rope = dict(found)
-    if "full_attention" in rope or "sliding_attention" in rope:
-        return rope
-    if "type" in rope:
-        rope.setdefault("rope_type", rope["type"])
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if config.get(key) is not None:
-            rope.setdefault(key, config[key])
-    return rope

@@ -357,11 +357,32 @@ def _pre_tokenizer(files: _Files, asked: str) -> str:
     """
     if asked and asked not in NAMES:
         raise SchemeError(f"`pre_tokenizer` {asked}: unknown to llama.cpp; expected one of {', '.join(sorted(NAMES))}")
-    signature = signature_of(files.tokenizer)
-    name = asked or BY_PATTERN.get(signature) or BY_DIGEST.get(digest_of(files.tokenizer))
+    signature, unread = signature_of(files.tokenizer), _unread_of(files)
+    known = "" if unread else BY_PATTERN.get(signature)
+    name = asked or known or BY_DIGEST.get(digest_of(files.tokenizer))
+    if name is None and unread:
+        raise SchemeError(
+            f"{files.where}: {unread}, which llama.cpp is not known to do; name its pre-tokenizer that does with"
+            " `pre_tokenizer`"
+        )
     if name is None:
         raise SchemeError(
             f"{files.where}: llama.cpp is not known to split text by {signature}; name its pre-tokenizer that does with"
             " `pre_tokenizer`"
         )
     return name
+
+
+_READ_NORMALIZERS: Final = ("NFC",)  # which leaves nearly all text as it is; llama.cpp's converter passes it over
+_UNREAD: Final = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+
+
+def _unread_of(files: _Files) -> str:
+    """What a tokenizer of bytes does to text, or to its parts, that llama.cpp's does not; empty for nothing."""
+    normalizer = files.tokenizer.get("normalizer")
+    normalizer = normalizer if isinstance(normalizer, dict) else {}
+    listed = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
+    kinds = [str(each.get("type")) for each in listed or () if isinstance(each, dict) and each]
+    if others := [kind for kind in kinds if kind not in _READ_NORMALIZERS]:
+        return f"text is normalized by {', '.join(others)}"
+    return next((f"{key} is {files.model[key]!r}" for key in _UNREAD if files.model.get(key)), "")
