@@ -50,8 +50,8 @@ def pruned_gguf(model: GgufModel, manifest: Manifest) -> PrunedGguf:
 
     Raises:
         CheckpointError, FamilyError, PlanError: see `slabs_of`.
-        ManifestError: the manifest does not fit, or takes channels out; or there are blocks that predict further tokens, and it does not say
-            which of their experts stay: one key counts those of all blocks.
+        ManifestError: the manifest does not fit, or takes channels out; or there are blocks that predict further
+            tokens, and it does not say which of their experts stay: one key counts those of all blocks.
 
     """
     slabs = slabs_of(model.metadata, model.table.tensors, model.where)
