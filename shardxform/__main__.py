@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from shardxform.base import interrupts
 
 __all__ = ["entry"]
@@ -16,6 +18,7 @@ def entry() -> None:
         main()
     finally:
         interrupts.settle()
+        gc.freeze()  # else the interpreter looks through all that is left for cycles, on its way out
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_formats_whose_loaders_do_not_find_the_experts_are_refused(kind: str, fo
     source, _ = make(tmp_path, kind)
     scheme = Scheme(grid=Grid(group_size=32), format=format_)
     with pytest.raises(
-        SchemeError, match=f"do not find experts of family {kind}; they are read in {SCHEMES[kind].format}"
+        SchemeError, match=f"do not find experts of family {kind}; they are read in `format` {SCHEMES[kind].format}"
     ):
         plan_quantize(Checkpoint.open(source), scheme)
     out = quantized(source, tmp_path / "out", kind)

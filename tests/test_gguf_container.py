@@ -16,13 +16,14 @@ from test_run import tree
 
 from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import OutputError, PlanError, ResumeError
 from shardxform.execution.output import state_of
 from shardxform.execution.runner import RunOptions, run
 from shardxform.plan import plan as plan_module
 from shardxform.plan.gguf_files import lay_out_gguf
-from shardxform.plan.plan import Plan, copy_steps, source_inputs
+from shardxform.plan.plan import Plan, copy_steps
 
 METADATA = (
     KeyValue.of("general.architecture", "STRING", "tiny"),
@@ -58,7 +59,8 @@ def plan_of(source: Path, max_bytes: int | None = 2_000, rows: int = 7) -> Plan:
         steps=tuple(copy_steps(shards, refs)),
         config=b"",
         sidecars=sidecars,
-        inputs={"command": "prune", "source": source_inputs(checkpoint, sidecars)},
+        identity=identity_when_asked(checkpoint),
+        stated={"command": "prune", "source": {"sidecars": sidecars}},
         container="gguf",
     )
 
@@ -182,7 +184,7 @@ def test_what_is_not_ours_is_not_touched(source: Path, tmp_path: Path) -> None:
         run(plan, tmp_path / "out")
     run(plan, tmp_path / "ours")
     with pytest.raises(ResumeError, match="made from other inputs"):
-        run(replace(plan, inputs={"command": "other"}), tmp_path / "ours")
+        run(replace(plan, stated={**plan.stated, "command": "other"}), tmp_path / "ours")
     with (tmp_path / "ours" / plan.shards[0].name).open("r+b") as file:
         file.write(b"X")
     with pytest.raises(ResumeError, match="missing or damaged in a finished output"):

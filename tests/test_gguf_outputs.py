@@ -57,7 +57,8 @@ def tokenizer(count: int) -> str:
 
 
 def make(root: Path, kind: str = "qwen3_moe", **over: Any) -> Path:
-    heads = {"linear_key_head_dim": 16} if kind.startswith("qwen3_") and kind != "qwen3_moe" else {}  # rows in 32s
+    linear = kind.startswith("qwen3_") and kind != "qwen3_moe"
+    heads = {"linear_key_head_dim": over.get("linear_value_head_dim", 32)} if linear else {}  # of one width
     config, tensors = tiny(kind, **{**KIND_SIZES.get(kind, GPT_OSS), **heads, **over})
     size = config.get("text_config", config)["vocab_size"]
     return write_checkpoint(root, tensors, config, shards=3, files={"tokenizer.json": tokenizer(size)})

@@ -20,6 +20,7 @@ from shardxform.checkpoint import identity as module
 from shardxform.checkpoint.identity import Identity, identify, names_of
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
+from shardxform.execution.runner import run
 from shardxform.plan.prune import plan_prune
 
 
@@ -180,6 +181,29 @@ def test_a_shard_that_cannot_be_read_is_named(root: Path) -> None:
     (root / found.shards[0].name).unlink()
     with pytest.raises(CheckpointError, match=f"{found.shards[0].name}: No such file"):
         identify(found)
+
+
+def test_a_plan_reads_values_when_its_fingerprint_is_asked_for_and_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, read = Checkpoint.open(root), list[int]()
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, count, at: read.append(at) or pread(fd, count, at))
+    plan = plan_prune(checkpoint, manifest_of(root))
+    assert not read
+    assert plan.inputs["source"]["values"] == identify(checkpoint).to_dict()["values"]
+    twice = len(read)
+    assert plan.fingerprint == replace(plan).fingerprint
+    assert len(read) == twice > 0
+
+
+def test_a_shard_that_went_away_is_named_before_anything_is_written(root: Path) -> None:
+    checkpoint = Checkpoint.open(root)
+    plan = plan_prune(checkpoint, manifest_of(root))
+    (root / checkpoint.shards[0].name).unlink()
+    with pytest.raises(CheckpointError, match=f"{checkpoint.shards[0].name}: No such file"):
+        run(plan, root.parent / "out")
+    assert not list(root.parent.glob("out/**/*.safetensors*"))
 
 
 def test_a_manifest_of_other_values_is_refused_and_named(root: Path) -> None:

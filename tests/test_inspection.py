@@ -19,6 +19,7 @@ from shardxform.cli import main
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.model.families import HOMES
+from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
@@ -103,3 +104,19 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     assert result.exit_code == 1
     said = f"{tmp_path}/config.json: model_type 'llama' is not a known family; known: {', '.join(sorted(HOMES))}"
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_moe"])
+def test_mtp_layers_that_are_declared_and_not_there_are_told(kind: str, tmp_path: Path) -> None:
+    config, tensors = tiny(kind)
+    prefixes = layout_of(config, tensors).mtp_prefixes
+    whole = write_checkpoint(tmp_path / "whole", tensors, config)
+    less = {name: raw for name, raw in tensors.items() if not name.startswith(prefixes)}
+    without = write_checkpoint(tmp_path / "less", less, config)
+    told = [CliRunner().invoke(main, ["inspect", str(root)]).output for root in (whole, without)]
+    assert " + 1 MTP\n" in told[0]
+    assert "MTP layers\n" in told[0].partition("\n")[0] + "\n"
+    assert "; no MTP layers, though config.json declares 1\n" in told[1]
+    assert "MTP" not in told[1].partition("\n")[0]
+    found = inspect_checkpoint(Checkpoint.open(without))
+    assert (found.mtp_layers, found.mtp_layers_found) == (1, 0)

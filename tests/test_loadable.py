@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,13 @@ from shardxform.cli import main
 from shardxform.errors import PlanError, SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Format, Grid, Scheme
-from shardxform.model.expected import first_of_alike
 from shardxform.model.layout import layout_of
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
 from shardxform.verification import verify
 from shardxform.verification.findings import Findings
-from shardxform.verification.structure import check_structure, refuse_unsound
+from shardxform.verification.structure import check_structure, firsts_planned, refuse_unsound
 
 FILES = {"tokenizer.json": "{}\n", "preprocessor_config.json": "{}\n"}
 Config = dict[str, Any]
@@ -454,7 +454,8 @@ def test_the_first_of_experts_that_are_alike_tells_whether_there_is_a_problem(
         config = {**config, "quantization_config": {**declared, "modules_to_not_convert": others}}
         config["quantization_config"]["modules_to_not_convert"] += declared.get("modules_to_not_convert", [])
         whole = experts_in_fp8(whole)
-    assert first_of_alike(layout_of(config, whole), whole).sampled
+    told_apart = bool(declared and declared.get("modules_to_not_convert"))
+    assert (firsts_planned(config, [ref.spec for ref in whole.values()]) is None) == told_apart
     asked_anew = 0
     for name in ["", *picked(list(whole), 8)]:
         for damage in ("missing", "dtype", "shape", "beyond") if name else ("none",):
@@ -469,7 +470,9 @@ def test_the_first_of_experts_that_are_alike_tells_whether_there_is_a_problem(
                 table[other] = ref.renamed(other)
             checkpoint = Checkpoint(Path("x"), config, table, ())
             first, every = Findings(), Findings()
-            check_structure(checkpoint, frozenset(), first, sample=True)
+            left = firsts_planned(config, [ref.spec for ref in table.values()])
+            sampled = checkpoint if left is None else replace(checkpoint, tensors={s.name: table[s.name] for s in left})
+            check_structure(sampled, frozenset(), first, sampled=left is not None)
             check_structure(checkpoint, frozenset(), every)
             assert bool(first.problems) == bool(every.problems), (name, damage, first.problems, every.problems)
             asked_anew += bool(first.problems)

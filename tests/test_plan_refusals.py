@@ -171,6 +171,26 @@ def test_experts_that_fill_no_group_are_refused_with_the_group_size_that_fits(
     assert kept.summary["kept_modules"]["on request"] == 3 * 6 * 3
 
 
+def test_experts_of_4_bits_that_fill_no_group_are_refused_with_all_that_can_be_done(tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe", **{**KIND_SIZES["qwen3_moe"], "hidden_size": 128, "moe_intermediate_size": 96})
+    for name in [name for name in tensors if ".experts." in name]:
+        rows, columns = tensors.pop(name).shape
+        packed, scales = rows * columns // 2, rows * columns // 32
+        tensors[f"{name}_packed"] = Raw("U8", (rows, columns // 2), bytes(packed))
+        tensors[f"{name}_scale"] = Raw("U8", (rows, columns // 32), bytes([127]) * scales)
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {"targets": ["Linear"], "format": "mxfp4-pack-quantized", "weights": weights}
+    declared = {"quant_method": "compressed-tensors", "format": group["format"], "config_groups": {"group_0": group}}
+    ignored = ["re:.*self_attn.*", "re:.*mlp.gate$", "lm_head"]
+    config = {**config, "quantization_config": {**declared, "ignore": ignored}}
+    source = Checkpoint.open(write_checkpoint(tmp_path / "s", tensors, config))
+    scheme = replace(SCHEME, grid=Grid(group_size=128))
+    said = "`group_size` 32 fits, but they are MXFP4 in blocks of 32 already: `requantize` rounds them a second time"
+    with pytest.raises(SchemeError, match=f"no routed expert can be quantized: .*; {said}"):
+        plan_quantize(source, scheme)
+    assert plan_quantize(source, replace(scheme, grid=Grid(group_size=32), requantize=True)).steps
+
+
 def test_experts_that_no_group_size_fits_are_noted(tmp_path: Path) -> None:
     config, tensors = tiny("qwen3_moe", **{**KIND_SIZES["qwen3_moe"], "moe_intermediate_size": 48})
     source = Checkpoint.open(write_checkpoint(tmp_path / "s", tensors, config))

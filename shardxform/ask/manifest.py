@@ -11,14 +11,15 @@ import json
 import os
 import stat
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.experts import MAX_ID, Pruned, pruned_of, read_ids, read_layers, show
 from shardxform.base.strict_json import JsonError, parse_object
-from shardxform.checkpoint.identity import Identity
+from shardxform.checkpoint.identity import Identity, names_of
+from shardxform.checkpoint.table import Shard
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
 
@@ -179,19 +180,19 @@ class Manifest:
         elif of.groups > 1:
             _check_groups(self, of)
 
-    def refuse_other_source(self, identity: Identity, names: Mapping[str, Sequence[str]]) -> None:
+    def refuse_other_source(self, identity: Callable[[], Identity], shards: Sequence[Shard]) -> None:
         """Refuse a manifest that says it was chosen on another checkpoint, or on other values; most say nothing of it.
 
         Args:
-            identity: of the checkpoint at hand.
-            names: shard -> its tensors.
+            identity: gives that of the checkpoint at hand; it is asked for only where it is compared.
+            shards: of the checkpoint.
 
         Raises:
             ManifestError: names the first difference.
 
         """
         chosen = Identity.from_dict(self.model.get("identity"))
-        where = chosen.difference(identity, names) if chosen else ""
+        where = chosen.difference(identity(), names_of(shards)) if chosen else ""
         if where:
             raise ManifestError(
                 f"{self.where}: chosen on another checkpoint: {where}; score and select on this one, or give"
@@ -238,6 +239,7 @@ def _from_others(
             model=content.model,
             criterion=content.criterion,
             provenance={**content.provenance, "imported_from": form.name},
+            width=content.width,
             where=f"{where} ({form.name} form)",
         )
     if "format" not in value and "keep" not in value:
@@ -265,6 +267,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         from shardxform.ask.width import Width  # most keep all channels
 
         width = Width.from_dict(value["width"], f"{where}: width")
+        sort = False  # its bitmaps are in the order of the ids
     return cls(
         keep=read_layers(value["keep"], f"{where}: keep", sort=sort),
         mtp_keep=read_layers(value.get("mtp_keep", {}), f"{where}: mtp_keep", sort=sort),

@@ -153,7 +153,8 @@ class TensorRef:
 
     def renamed(self, name: str) -> TensorRef:
         """Same bytes under another name."""
-        return TensorRef(TensorSpec(name, self.spec.dtype, self.spec.shape), self.ranges, remade=self.remade)
+        _, dtype, shape = self.spec
+        return TensorRef(TensorSpec(name, dtype, shape), self.ranges, remade=self.remade)
 
     def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
         """Same bytes under another shape of as many elements."""

@@ -20,7 +20,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +33,16 @@ from shardxform.base.strict_json import compact_config, dumps
 from shardxform.checkpoint.table import Checkpoint, Shard
 from shardxform.errors import CheckpointError
 
-__all__ = ["Identity", "ShardIdentity", "changed_values", "config_sha256", "identify", "names_of", "values_difference"]
+__all__ = [
+    "Identity",
+    "ShardIdentity",
+    "changed_values",
+    "config_sha256",
+    "identify",
+    "identity_when_asked",
+    "names_of",
+    "values_difference",
+]
 
 _WHOLE: Final = 64 << 20  # bytes of small tensors that are read whole
 _STRIDE: Final = 4 << 20  # one place for every so many bytes of a larger one
@@ -168,6 +177,11 @@ def identify(checkpoint: Checkpoint) -> Identity:
         },
         repository=str(remote) if remote else "",
     )
+
+
+def identity_when_asked(checkpoint: Checkpoint) -> Callable[[], Identity]:
+    """Give what does `identify` once, when it is first called: a few hundred thousand places of a disk are read."""
+    return functools.cache(functools.partial(identify, checkpoint))
 
 
 def names_of(shards: Iterable[Shard]) -> dict[str, tuple[str, ...]]:

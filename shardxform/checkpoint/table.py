@@ -172,9 +172,16 @@ class _Table:
     """What `scan` gathers: tensors and shards that could be read, and every error on the way."""
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
-    home: dict[str, str] = field(default_factory=dict)  # tensor -> shard, of empty tensors too
     shards: list[Shard] = field(default_factory=list)
     errors: list[CheckpointError] = field(default_factory=list)
+
+    def homes(self) -> dict[str, str]:
+        """Name of the first shard that holds each tensor."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            for spec, _, _ in shard.entries:
+                found.setdefault(spec.name, shard.name)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +237,8 @@ def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, lis
             _read_shard(root, name, files, table)
         except CheckpointError as e:
             table.errors.append(e)
-    if any(_is_small(ref.spec) for ref in table.tensors.values()):  # else it is left over from a conversion
+    dtypes = {spec.dtype for shard in table.shards for spec, _, _ in shard.entries}
+    if any(map(_is_small, dtypes)):  # else it is left over from a conversion
         config = {**config, **beside}
     if weight_map:
         table.errors.extend(_compare_index(weight_map, table))
@@ -241,8 +249,8 @@ def scan(root: Path, files: Files | None = None) -> tuple[Checkpoint | None, lis
     return checkpoint, table.errors
 
 
-def _is_small(spec: tensors.TensorSpec) -> bool:
-    return tensors.BITS.get(spec.dtype, 16) <= 8 and spec.dtype != "BOOL"
+def _is_small(dtype: str) -> bool:
+    return tensors.BITS.get(dtype, 16) <= 8 and dtype != "BOOL"
 
 
 def _declares(config: Mapping[str, object]) -> Iterator[bool]:
@@ -401,26 +409,30 @@ def _read_shard(root: Path, name: str, files: Files, table: _Table) -> None:
     start = len(head.data)
     entries = tensors.decode(head.data[tensors.LENGTH_BYTES :], head.nbytes - start, str(path))
     digest = hashlib.sha256(head.data).hexdigest()
-    table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, entries))
     places = tensors.many(ByteRange, ((name, start + begin, end - begin) for _, begin, end in entries))
-    for (spec, begin, end), place in zip(entries, places, strict=True):
-        first = table.home.setdefault(spec.name, name)
-        if first != name:
-            table.errors.append(CheckpointError(f"{path}: tensor '{spec.name}' is also in {first}"))
-            continue
-        table.tensors[spec.name] = TensorRef(spec, (place,) if end > begin else ())
+    specs = [spec for spec, _, _ in entries]
+    refs = map(TensorRef, specs, [(place,) if place.length else () for place in places])
+    found = dict(zip([spec.name for spec in specs], refs, strict=True))
+    if not table.tensors.keys().isdisjoint(found):
+        homes = table.homes()
+        for twice in [each for each in found if each in homes]:
+            table.errors.append(CheckpointError(f"{path}: tensor '{twice}' is also in {homes[twice]}"))
+            del found[twice]
+    table.tensors.update(found)
+    table.shards.append(Shard(name, head.nbytes, start, digest, head.mtime_ns, entries))
 
 
 def _compare_index(weight_map: Mapping[str, str], table: _Table) -> Iterable[CheckpointError]:
-    if weight_map == table.home:
+    said = ({weight_map.get(spec.name) for spec, _, _ in shard.entries} == {shard.name} for shard in table.shards)
+    if len(weight_map) == len(table.tensors) and all(said):
         return
-    read = {shard.name for shard in table.shards}
+    read, homes = {shard.name for shard in table.shards}, table.homes()
     for name, shard in weight_map.items():
-        home = table.home.get(name)
+        home = homes.get(name)
         if shard in read and home != shard:
             found = f"it is in {home}" if home else "no shard has it"
             yield CheckpointError(f"{INDEX}: tensor '{name}' should be in {shard}, but {found}")
-    for name, home in table.home.items():
+    for name, home in homes.items():
         if name not in weight_map:
             yield CheckpointError(f"{INDEX}: tensor '{name}' is in {home} but not in the index")
 

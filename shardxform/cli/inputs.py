@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.ask.manifest import Manifest
-from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.remote.repository import SCHEME, RepoName, is_ambiguous
 from shardxform.checkpoint.table import CONFIG, GGUF_SUFFIX, Checkpoint, find_gguf, stopped
 from shardxform.cli.console import tell
@@ -172,7 +172,7 @@ def load_manifest(pruned: PruneFlags, checkpoint: Checkpoint) -> Manifest | None
     if pruned.any_source:
         return manifest.of_any_source()
     if "identity" in manifest.model:
-        manifest.refuse_other_source(identify(checkpoint), names_of(checkpoint.shards))
+        manifest.refuse_other_source(identity_when_asked(checkpoint), checkpoint.shards)
     return manifest
 
 

@@ -126,7 +126,7 @@ def _parameters(i: Inspection) -> str:
 
 
 def _apart(i: Inspection) -> str:
-    parts = ("the vision tower" if i.vision else "", "MTP layers" if i.mtp_layers else "")
+    parts = ("the vision tower" if i.vision else "", "MTP layers" if i.mtp_layers_found else "")
     return " and ".join(filter(None, parts)) or "other parts"
 
 
@@ -136,7 +136,7 @@ def _facts(i: Inspection) -> Iterator[tuple[str, str]]:
     groups = f" in {len(i.sets)} sets ({', '.join(i.sets)})" if i.sets else groups
     yield "experts", f"{i.experts} per layer{groups}, top-{i.top_k}, {i.experts_spelling}"
     dense = f", {i.layers - i.moe_layers} of them dense" if i.moe_layers != i.layers else ""
-    yield "layers", f"{i.layers}{dense}" + (f" + {i.mtp_layers} MTP" if i.mtp_layers else "")
+    yield "layers", f"{i.layers}{dense}{_mtp(i)}"
     yield "vision tower", "yes" if i.vision else "no"
     yield "dtypes", ", ".join(f"{dtype} {gb(nbytes)}" for dtype, nbytes in i.dtypes.items())
     if i.quantization:
@@ -146,6 +146,14 @@ def _facts(i: Inspection) -> Iterator[tuple[str, str]]:
     yield "sidecars", ", ".join(i.sidecars) or "none"
     if i.unread:
         yield "not part of it", ", ".join(i.unread)
+
+
+def _mtp(i: Inspection) -> str:
+    """MTP layers that are there, and what the config says of them where it says something else."""
+    if i.mtp_layers_found == i.mtp_layers:
+        return f" + {i.mtp_layers} MTP" if i.mtp_layers else ""
+    declared = f"config.json declares {i.mtp_layers}" if i.mtp_layers else "which config.json does not declare"
+    return f" + {i.mtp_layers_found} MTP, {declared}" if i.mtp_layers_found else f"; no MTP layers, though {declared}"
 
 
 def _shares(found: Mapping[str, tuple[int, int]], total: int) -> list[tuple[str, str, str, str]]:

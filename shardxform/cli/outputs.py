@@ -139,7 +139,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "tensors", f"{counts}: {s['copied']:,} copied, {done}{renamed}{dropped}"
     if "scheme" in s:
         yield "quantized", _quantized(plan)
-    if plan.inputs.get("recipe", {}).get("heal"):
+    if plan.stated.get("recipe", {}).get("heal"):
         yield "healed", _healed(plan)
     ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
     yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
@@ -171,7 +171,7 @@ def _quantized(plan: Plan) -> str:
 
 
 def _healed(plan: Plan) -> str:
-    recipe, heal = plan.inputs["recipe"], plan.inputs["recipe"]["heal"]
+    recipe, heal = plan.stated["recipe"], plan.stated["recipe"]["heal"]
     what = {"auto": "what held-out windows choose", "all": "the whole block", "moe": "all MoE weights"}
     step = "a step by the amount of data" if heal["lr"] is None else f"a first step of {heal['lr']:g}"
     text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens"
@@ -191,7 +191,7 @@ def _steps(heal: Mapping[str, Any]) -> str:
 
 
 def _facts(plan: Plan, out: Path, jobs: int, told: Iterable[str]) -> dict[str, Any]:
-    heal = plan.inputs.get("recipe", {}).get("heal")
+    heal = plan.stated.get("recipe", {}).get("heal")
     return {
         "command": plan.command,
         "source": plan.origin,

@@ -117,12 +117,13 @@ def refuse_unread(layout: Layout, scheme: Scheme) -> None:
         return
     if not family.formats:
         raise SchemeError(
-            f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread}"
+            f"`format` {scheme.format}: no quantized format of family {family.name} is read: {family.unread};"
+            " `shardxform prune` makes it smaller all the same"
         )
     if scheme.format not in family.formats:
         raise SchemeError(
             f"`format` {scheme.format}: its loaders do not find experts of family {family.name}; they are read in"
-            f" {' or '.join(family.formats)}"
+            f" `format` {' or '.join(family.formats)}"
         )
 
 

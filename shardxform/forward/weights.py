@@ -276,6 +276,8 @@ class Weights:
             )
         if ref.remade:
             raise CheckpointError(f"{self.checkpoint.where}: tensor '{ref.name}' must be written before it can be run")
+        if not ref.nbytes:  # which is no view of another dtype
+            return torch.empty(ref.spec.shape, dtype=_DTYPES[ref.spec.dtype])
         buffer = np.empty(ref.nbytes, np.uint8)
         view = buffer.data
         done = 0

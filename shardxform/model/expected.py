@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from shardxform.base.tensors import TensorRef
+from shardxform.base.tensors import TensorSpec
 from shardxform.errors import FamilyError
 from shardxform.model.families.base import Config, Scope, Symbol, Template
 from shardxform.model.layout import COMPANIONS, MAX_LAYERS, Layout, Place, read_count
@@ -181,25 +181,39 @@ def _expected_vision(layout: Layout) -> Iterator[tuple[str, Expected]]:
             yield template.name.replace("{b}", str(block)), _expect(Place(template, "vision"), sizes)
 
 
-def first_of_alike(layout: Layout, tensors: Mapping[str, TensorRef]) -> Layout:
+def first_of_alike(layout: Layout, specs: Iterable[TensorSpec]) -> list[TensorSpec] | None:
     """Leave the first of the routed experts in each block, where all of them are there, and are stored alike.
 
     What is then looked at, of names, dtypes and shapes, is what would be looked at of every expert: a hundredth of
-    the tensors. Where an expert is missing, is one too many or differs from the others, all of them stay.
+    the tensors.
+
+    Args:
+        layout: of the config; of no names, or of any.
+        specs: of all tensors, of which no two have one name.
+
+    Returns:
+        what is left; None where an expert is missing, is one too many or differs from the others.
+
     """
-    if layout.family.sets or layout.mtp_blocks > 1:  # of which several lie in one layer
-        return layout
-    counts: dict[object, int] = {}
-    firsts: dict[str, Place] = {}
-    for name, place in layout.places.items():
-        template, scope, layer, expert, _, companion = place
-        if not expert:  # none, or the first
-            firsts[name] = place
-        if expert is not None:
-            if expert >= layout.num_experts:
-                return layout
-            spec = tensors[name].spec
-            kind = scope, layer, template.name, companion, spec.dtype, spec.shape
-            counts[kind] = counts.get(kind, 0) + 1
-    alike = all(count == layout.num_experts for count in counts.values())
-    return replace(layout, places=firsts, sampled=True) if alike else layout
+    family, home = layout.family, layout.family.numbered_home
+    if family.sets or layout.mtp_blocks > 1:  # of which several lie in one layer
+        return None
+    if not home:
+        return list(specs)
+    left: list[TensorSpec] = []
+    counts: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
+    found: set[str] = set()
+    for spec in specs:
+        name, dtype, shape = spec
+        above, _, rest = name.partition(home)
+        number, _, last = rest.partition(".")
+        if not number.isdigit():
+            left.append(spec)
+            continue
+        kind = above, last, dtype, shape
+        counts[kind] = counts.get(kind, 0) + 1
+        found.add(number)
+        if number == "0":
+            left.append(spec)
+    every = set(map(str, range(layout.num_experts)))
+    return left if found <= every and all(count == len(every) for count in counts.values()) else None

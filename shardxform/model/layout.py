@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal, NamedTuple, cast
 
-from shardxform.base.tensors import BITS, TensorRef, TensorSpec
+from shardxform.base.tensors import BITS, TensorRef, TensorSpec, uncollected
 from shardxform.errors import FamilyError, PlanError
 from shardxform.model.families import family_of
 from shardxform.model.families.base import COUNT_KEYS, Config, Family, Scope, Template, Wrapper
@@ -214,6 +214,7 @@ class Layout:
         return tuple(self.wrapper.full(prefix).replace("{l}", str(number)) for number in numbers)
 
 
+@uncollected()
 def layout_of(config: Config, names: Iterable[str], where: str = "") -> Layout:
     """Recognise the family of `config` and place every name.
 
@@ -409,8 +410,7 @@ class _Finder:
         self._towers = family.towers
         self._follows = bool(family.mtp and family.mtp.follows_blocks)
         self._found: dict[str, Place] = {}
-        homes = [template.name.partition("{e}")[0] for template in family.block if template.numbered]
-        self._home = next(filter(None, homes), ".")
+        self._home = family.numbered_home or "."
         self._ids: dict[str, int] = {}
         self._of_first: dict[tuple[str, str], Place] = {}
         self._root = _Node()
@@ -448,22 +448,24 @@ class _Finder:
             self._found.clear()
             self._of_first.clear()
             self._stems = {"": self._stems[""]}
-        found = self._found.get
-        return {
-            name: found(name) or self._of_expert(name) or self._find(name) or self._in_tower(name) for name in names
-        }
+        asked = list(names)
+        return dict(zip(asked, self._each(asked), strict=True))
 
-    def _of_expert(self, name: str) -> Place | None:
-        """Place of a routed expert's tensor where that of another expert's is known; most tensors are of these."""
-        above, _, rest = name.partition(self._home)
-        number, _, last = rest.partition(".")
-        first = self._of_first.get((above, last))
-        expert = self._ids.get(number)
-        if first is None or expert is None:
-            return None
-        template, scope, layer, _, at, companion = first
-        place = self._found[name] = Place(template, scope, layer, expert, at, companion)
-        return place
+    def _each(self, names: Iterable[str]) -> Iterator[Place | None]:
+        """Place of each name: most are a routed expert's, which is told by that of another expert's same tensor."""
+        home, firsts, ids, found = self._home, self._of_first, self._ids, self._found
+        for name in names:
+            place = found.get(name)
+            if place is None:
+                above, _, rest = name.partition(home)
+                number, _, last = rest.partition(".")
+                first, expert = firsts.get((above, last)), ids.get(number)
+                if first is None or expert is None:
+                    place = self._find(name) or self._in_tower(name)
+                else:
+                    template, scope, layer, _, at, companion = first
+                    found[name] = place = tuple.__new__(Place, (template, scope, layer, expert, at, companion))
+            yield place
 
     def _remember(self, name: str, place: Place) -> None:
         """Keep a routed expert's place for the same tensor of others."""

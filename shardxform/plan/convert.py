@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
@@ -38,7 +39,7 @@ from shardxform.model.families import family_origin
 from shardxform.model.layout import layout_of
 from shardxform.plan.gguf import plan_stored
 from shardxform.plan.mlx import part_specs, stack_item
-from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out, source_inputs
+from shardxform.plan.plan import Plan, ShardPlan, Step, copy_steps, extents_of, lay_out
 from shardxform.plan.steps import Transcode, TranscodeItem, transcode_item, transcode_steps
 from shardxform.plan.view import (
     DEFAULT_SHARD_BYTES,
@@ -160,7 +161,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         steps=steps,
         config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
         sidecars=sidecars,
-        inputs=_inputs(source, target, options, sidecars, scheme),
+        identity=identity_when_asked(source),
+        stated=_stated(source, target, options, sidecars, scheme),
         summary=_summary(source, view, stored, selection, shards, scheme),
         notes=(*_notes(stored, target), *view.notes, *told),
         unread=source.unread,
@@ -215,7 +217,8 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
         steps=(*copy_steps(shards, copied), *_steps(shards, weights, (), Plain(dtype))),
         config=config_bytes(source, replace(view, checkpoint=replace(view.checkpoint, config=config))),
         sidecars=sidecars,
-        inputs=_inputs(source, target, options, sidecars, None),
+        identity=identity_when_asked(source),
+        stated=_stated(source, target, options, sidecars, None),
         summary={
             **view_summary(source, view),
             "from": method_of(declared_in(source.config)),
@@ -385,14 +388,16 @@ def _steps(
 # -- what is said of it -------------------------------------------------------------------------------------------
 
 
-def _inputs(
+def _stated(
     source: Checkpoint,
     target: Target,
     options: ConvertOptions,
     sidecars: Mapping[str, str],
     scheme: Scheme | None,
 ) -> dict[str, Any]:
-    """What the bytes depend on, by name. `scheme.grid.scale_grid` is what a later conversion looks for.
+    """What the bytes depend on, by name, but for the source's values.
+
+    `scheme.grid.scale_grid` is what a later conversion looks for.
 
     `origin` is what the source's own record says of its making, and which blocks were healed: with it, `verify` can
     prove the output against the checkpoint that was quantized as well as against the one that was converted.
@@ -402,7 +407,7 @@ def _inputs(
         "command": "convert",
         "options": {"max_shard_bytes": options.max_shard_bytes},
         "target": asdict(target),
-        "source": source_inputs(source, sidecars),
+        "source": {"sidecars": dict(sidecars)},
         **family_origin(source.config),
         **({"scheme": scheme.facts()} if scheme else {}),
         **({"origin": origin} if origin else {}),

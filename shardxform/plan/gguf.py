@@ -8,7 +8,7 @@ block that shares their scale, is written in a wider type, and it is said. Pure:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -18,6 +18,7 @@ from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.gguf import KeyValue, Kind
 from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec, coalesce, natural_key
+from shardxform.checkpoint.identity import Identity, identity_when_asked
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
@@ -42,7 +43,7 @@ from shardxform.plan.steps import (
     refuse_unpruned,
     transcode_steps,
 )
-from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, sidecar_digests, view_inputs, view_summary
+from shardxform.plan.view import GgufOptions, View, ViewOptions, pruned_view, sidecar_digests, view_stated, view_summary
 from shardxform.runtimes.gguf.architecture import Architecture, Named, Piece
 from shardxform.runtimes.gguf.architectures import architecture_of
 from shardxform.runtimes.gguf.metadata import metadata_of
@@ -300,14 +301,15 @@ class GgufFiles:
         source: Checkpoint,
         recipe: Recipe | None,
         *,
-        inputs: Mapping[str, Any],
+        identity: Callable[[], Identity],
+        stated: Mapping[str, Any],
         summary: Mapping[str, Any],
         notes: tuple[str, ...],
     ) -> Plan:
         """The plan that writes it, with what is recorded and said of it."""
         blocks = Blocks(recipe, block_sizes(as_weights(source), self.view)) if recipe else None
         plan = Plan(
-            command=str(inputs["command"]),
+            command=str(stated["command"]),
             source=source.root,
             remote=source.remote,
             source_shards=source.shards,
@@ -316,8 +318,9 @@ class GgufFiles:
             steps=tuple(gguf_steps(self.contents, self.view, self.shards, blocks)),
             config=b"",
             container="gguf",
-            sidecars=inputs["source"]["sidecars"],
-            inputs=inputs,
+            sidecars=stated["source"]["sidecars"],
+            identity=identity,
+            stated=stated,
             summary=summary,
             notes=notes,
             unread=source.unread,
@@ -442,8 +445,9 @@ def plan_stored(
     options = replace(options, gguf=options.gguf or GgufOptions())
     draft = draft_stored(source, manifest, options, recipe)
     sidecars = sidecar_digests(documents_of(draft.view.checkpoint))
-    told = {
-        **view_inputs(command, source, manifest, options, sidecars),
+    identity = identity_when_asked(source)
+    stated = {
+        **view_stated(command, source, manifest, options, sidecars, identity),
         **(beside or {}),
         **({"recipe": recipe.facts()} if recipe else {}),
         computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
@@ -455,7 +459,7 @@ def plan_stored(
         **({"healed": len(draft.contents.healed)} if recipe else {}),
     }
     notes = (*draft.view.notes, *_stored_notes(draft.contents), *draft.notes)
-    return draft.plan(source, recipe, inputs=told, summary=summary, notes=notes)
+    return draft.plan(source, recipe, identity=identity, stated=stated, summary=summary, notes=notes)
 
 
 def draft_stored(

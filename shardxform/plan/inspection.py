@@ -39,6 +39,8 @@ class Inspection:
         encodings: of quantized weights -> number of them and bytes, scales included; nothing where they are not
             understood.
         experts_spelling: `fused`, `per-expert`, or both.
+        mtp_layers: that config.json declares.
+        mtp_layers_found: of which there are tensors.
         parameters: of the decoder with embeddings and output head, quantized weights counted by their elements; None
             where they are quantized in a form that is not understood.
         parameters_apart: of the vision tower and MTP layers.
@@ -59,6 +61,7 @@ class Inspection:
     sets: tuple[str, ...]
     experts_spelling: str
     mtp_layers: int
+    mtp_layers_found: int
     vision: bool
     quantization: str
     tensors: int
@@ -114,6 +117,7 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         sets=layout.family.sets,
         experts_spelling=" and ".join(sorted(set(variants_found(layout).values()))) or "none found",
         mtp_layers=layout.mtp_layers,
+        mtp_layers_found=_mtp_found(layout),
         vision=layout.has_vision,
         quantization=_quantization(source),
         tensors=sum(len(shard.entries) for shard in source.shards),
@@ -129,6 +133,12 @@ def inspect_checkpoint(source: Checkpoint) -> Inspection:
         unread=source.unread,
         outlook=dict(_outlook(source, plain or source, layout)),
     )
+
+
+def _mtp_found(layout: Layout) -> int:
+    """How many MTP layers have tensors; of one whose names have no number, as many as are declared."""
+    found = {place.layer for place in layout.places.values() if place.scope == "mtp"} if layout.has_mtp else set()
+    return len(found - {None}) or (layout.mtp_layers if found else 0)
 
 
 def _understood(source: Checkpoint) -> tuple[Checkpoint | None, Stored | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from shardxform.base import tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
 from shardxform.base.strict_json import dumps, pretty, pretty_strings
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, natural_key, shard_names, split
-from shardxform.checkpoint.identity import identify
+from shardxform.checkpoint.identity import Identity, identify
 from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
 
@@ -180,7 +180,8 @@ class Plan:
         steps: in the order in which they are best run; any order gives the same bytes.
         config: bytes of config.json; a GGUF file has none.
         sidecars: small files copied beside the shards, with their SHA-256.
-        inputs: what the bytes depend on, by name; compared to say why a resume is refused.
+        identity: gives what the source is, to the value; its marks are read when they are first asked for, and once.
+        stated: what the bytes depend on, by name, but for the values of the source.
         summary: figures for people and for JSON.
         notes: what a person should know, one sentence each.
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
@@ -198,7 +199,8 @@ class Plan:
     steps: tuple[Step, ...]
     config: bytes
     sidecars: Mapping[str, str]
-    inputs: Mapping[str, Any]
+    identity: Callable[[], Identity] = field(repr=False, compare=False)
+    stated: Mapping[str, Any]
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
@@ -224,8 +226,18 @@ class Plan:
         return sum(shard.nbytes - len(shard.head) for shard in self.shards)
 
     @cached_property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the bytes depend on, by name; compared to say why a resume is refused.
+
+        Raises:
+            CheckpointError: a shard of the source cannot be read.
+
+        """
+        return {**self.stated, "source": {**self.identity().to_dict(), **self.stated["source"]}}
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the output's bytes."""
+        """SHA-256 of everything that decides the output's bytes; raises like `inputs`."""
         digest = hashlib.sha256(dumps(self.inputs).encode())
         for shard in self.shards:
             digest.update(shard.name.encode() + b"\0")
@@ -358,16 +370,24 @@ def copy_steps(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) ->
 
 def _copies(shards: Sequence[ShardPlan], tensors: Mapping[str, TensorRef]) -> Iterator[Copy]:
     for number, shard in enumerate(shards):
-        pending: list[Segment] = []
-        room = STEP_BYTES
-        for chunk, nbytes in _chunks(number, shard, tensors):
-            if pending and nbytes > room:
-                yield Copy(_joined(pending))
-                pending, room = [], STEP_BYTES
-            pending += chunk
+        segments: list[Segment] = []
+        room, goes_on = STEP_BYTES, ("", 0, 0)  # where a range and its place must begin to be joined to the last
+        for places, offset, nbytes in _chunks(shard, tensors):
+            if segments and nbytes > room:
+                yield Copy(tuple(segments))
+                segments, room, goes_on = [], STEP_BYTES, ("", 0, 0)
             room -= nbytes
-        if pending:
-            yield Copy(_joined(pending))
+            for place in places:
+                file, begin, length = place
+                if segments and begin == goes_on[1] and offset == goes_on[2] and file == goes_on[0]:
+                    (_, first, before), _, at = segments[-1]
+                    segments[-1] = Segment(ByteRange(file, first, before + length), number, at)
+                else:
+                    segments.append(tuple.__new__(Segment, (place, number, offset)))
+                offset += length
+                goes_on = file, begin + length, offset
+        if segments:
+            yield Copy(tuple(segments))
 
 
 def extents_of(shards: Sequence[ShardPlan]) -> dict[str, Extent]:
@@ -390,41 +410,27 @@ def source_inputs(source: Checkpoint, sidecars: Mapping[str, str]) -> dict[str, 
     return {**identify(source).to_dict(), "sidecars": dict(sidecars)}
 
 
-def _chunks(number: int, shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[list[Segment], int]]:
-    """Segments of every chunk of a shard's tensors, and their bytes."""
+def _chunks(shard: ShardPlan, tensors: Mapping[str, TensorRef]) -> Iterator[tuple[Sequence[ByteRange], int, int]]:
+    """Ranges of every chunk of a shard's tensors, where the chunk goes, and its bytes."""
     start = len(shard.head)
     for spec, begin, _ in shard.entries:
         ref = tensors.get(spec.name)
-        places, offset = ref.ranges if ref else (), start + begin
-        if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
-            yield [Segment(places[0], number, offset)], places[0].length
+        if ref is None or not ref.ranges:
             continue
-        chunk, room = [], CHUNK_BYTES
+        places, offset = ref.ranges, start + begin
+        if len(places) == 1 and places[0].length <= CHUNK_BYTES:  # as most are
+            yield places, offset, places[0].length
+            continue
+        chunk, room = list[ByteRange](), CHUNK_BYTES
         for place in places:
             for piece in _pieces(place, room):
-                chunk.append(Segment(piece, number, offset))
-                offset += piece.length
+                chunk.append(piece)
                 room -= piece.length
                 if not room:
-                    yield chunk, CHUNK_BYTES
-                    chunk, room = [], CHUNK_BYTES
+                    yield chunk, offset, CHUNK_BYTES
+                    chunk, room, offset = [], CHUNK_BYTES, offset + CHUNK_BYTES
         if chunk:
-            yield chunk, CHUNK_BYTES - room
-
-
-def _joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Join segments whose source and target both touch: fewer and larger copies."""
-    joined: list[Segment] = []
-    goes_on: tuple[str, int, int] | None = None  # where one must begin to be joined to the last
-    for segment in segments:
-        (file, begin, length), shard, offset = segment
-        if (file, begin, offset) == goes_on:
-            (_, first, before), _, at = joined[-1]
-            joined[-1] = Segment(ByteRange(file, first, before + length), shard, at)
-        else:
-            joined.append(segment)
-        goes_on = file, begin + length, offset + length
-    return tuple(joined)
+            yield chunk, offset, CHUNK_BYTES - room
 
 
 def _pieces(place: ByteRange, room: int) -> Iterator[ByteRange]:

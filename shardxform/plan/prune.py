@@ -10,6 +10,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, uncollected
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
 from shardxform.formats.config_names import is_mlx
@@ -19,7 +20,7 @@ from shardxform.plan.view import (
     config_bytes,
     pruned_view,
     sidecar_digests,
-    view_inputs,
+    view_stated,
     view_summary,
 )
 from shardxform.runtimes import as_family
@@ -66,7 +67,7 @@ def plan_prune(
         written = mlx.whole(view.checkpoint, view.layout)
     tensors = written.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
-    sidecars = sidecar_digests(view.checkpoint)
+    sidecars, identity = sidecar_digests(view.checkpoint), identity_when_asked(source)
     blocks: tuple[TuneBlock, ...] = ()
     if recipe:
         from shardxform.plan.steps import heal_steps
@@ -87,8 +88,9 @@ def plan_prune(
         steps=(*copies, *blocks),
         config=config_bytes(source, replace(view, checkpoint=written)),
         sidecars=sidecars,
-        inputs={
-            **view_inputs("prune", source, manifest, options, sidecars),
+        identity=identity,
+        stated={
+            **view_stated("prune", source, manifest, options, sidecars, identity),
             **({"recipe": recipe.facts(), computing.KEY: computing.of_model(recipe.device)} if recipe else {}),
         },
         summary={**view_summary(source, view), **({"healed": len(moved)} if recipe else {})},

@@ -16,6 +16,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.affine import Affine
@@ -66,7 +67,7 @@ from shardxform.plan.view import (
     config_bytes,
     pruned_view,
     sidecar_digests,
-    view_inputs,
+    view_stated,
     view_summary,
 )
 from shardxform.runtimes import as_family, mlx
@@ -129,7 +130,7 @@ def plan_quantize(
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
         told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
-    sidecars = sidecar_digests(view.checkpoint)
+    sidecars, identity = sidecar_digests(view.checkpoint), identity_when_asked(source)
     plan = Plan(
         command="quantize",
         source=source.root,
@@ -140,8 +141,9 @@ def plan_quantize(
         steps=(*copies, *computed),
         config=config_bytes(source, quantized_view),
         sidecars=sidecars,
-        inputs={
-            **view_inputs("quantize", source, manifest, options, sidecars),
+        identity=identity,
+        stated={
+            **view_stated("quantize", source, manifest, options, sidecars, identity),
             "scheme": scheme_inputs(scheme, recipe),
             **({"recipe": recipe.facts()} if recipe else {}),
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
@@ -161,8 +163,9 @@ def _plan_gguf(
     options = replace(options, gguf=options.gguf or GgufOptions())
     draft, chosen, selection = draft_quantized(source, scheme, manifest, options, recipe)
     sidecars, told = sidecar_digests(documents_of(draft.view.checkpoint)), scheme_inputs(scheme, recipe)
-    inputs = {
-        **view_inputs("quantize", source, manifest, options, sidecars),
+    identity = identity_when_asked(source)
+    stated = {
+        **view_stated("quantize", source, manifest, options, sidecars, identity),
         "scheme": told,
         **({"recipe": recipe.facts()} if recipe else {}),
         computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
@@ -171,7 +174,8 @@ def _plan_gguf(
     return draft.plan(
         source,
         recipe,
-        inputs=inputs,
+        identity=identity,
+        stated=stated,
         summary=_summary(source, draft.view, selection, told, stored, copied),
         notes=(
             *draft.view.notes,
@@ -364,6 +368,9 @@ def rounded_again(selection: Selection, scheme: Scheme) -> list[tuple[str, Encod
     ]
 
 
+_AGAIN: Final = "rounds them a second time, with a loss, and `shardxform prune` keeps every byte"
+
+
 def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored | None) -> None:
     """Refuse to round what is no larger than what is asked for, unless it is to be rounded anew.
 
@@ -379,8 +386,7 @@ def _refuse_second_rounding(selection: Selection, scheme: Scheme, stored: Stored
     (name, encoding), way = found[0], _way_to_carry(scheme.grid, stored.scheme.grid) if stored else ""
     raise SchemeError(
         f"{len(found):,} weights of the source, such as {name}, are {encoding}: no larger than {Ints.of(scheme)}, and"
-        f" no client reads both in one checkpoint; {way}`requantize` rounds them a second time, with a loss, and"
-        " `shardxform prune` keeps every byte"
+        f" no client reads both in one checkpoint; {way}`requantize` {_AGAIN}"
     )
 
 
@@ -512,6 +518,10 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
     misfits = [module for module in kept if module.name in selection.misfits]
     if not misfits or any(module.expert is not None for module in selection.quantized):
         return
+    again = [] if scheme.requantize else rounded_again(replace(selection, quantized=tuple(misfits)), scheme)
+    way = "; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
+    if again:
+        way = f", but they are {again[0][1]} already: `requantize` {_AGAIN}"
     shapes = {module.shape for module in misfits}
     for size in GROUP_SIZES:
         other = replace(scheme, grid=replace(scheme.grid, group_size=size))
@@ -519,7 +529,7 @@ def _refuse_no_expert(selection: Selection, scheme: Scheme) -> None:
             odd = next(module for module in misfits if target_of(scheme).misfit(*module.shape))
             raise SchemeError(
                 f"no routed expert can be quantized: {odd.name}: {selection.misfits[odd.name]};"
-                f" `group_size` {size} fits; to keep them in 16 bits, `keep_16bit` '*.experts.*'"
+                f" `group_size` {size} fits{way}"
             )
 
 

@@ -16,7 +16,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.gguf import SPLIT_KEYS, GgufModel
-from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.errors import ManifestError, PlanError, ShardxformError
 from shardxform.plan.gguf_files import gguf_names, gguf_shard, lay_out_gguf
 from shardxform.plan.plan import Plan, ShardPlan, copy_steps
@@ -93,8 +93,8 @@ def plan_prune_gguf(model: GgufModel, manifest: Manifest, max_shard_bytes: int |
 
     """
     pruned = pruned_gguf(model, manifest)
-    identity = identify(model.table)
-    manifest.refuse_other_source(identity, names_of(model.table.shards))
+    identity = identity_when_asked(model.table)
+    manifest.refuse_other_source(identity, model.table.shards)
     shards = _shards(model, pruned, max_shard_bytes)
     before, keep = model.table, manifest.to_dict()
     view = replace(before, tensors=pruned.tensors)
@@ -109,11 +109,12 @@ def plan_prune_gguf(model: GgufModel, manifest: Manifest, max_shard_bytes: int |
         steps=tuple(copy_steps(shards, pruned.tensors)),
         config=b"",
         sidecars={},
-        inputs={
+        identity=identity,
+        stated={
             "command": "prune",
             "options": {"max_shard_bytes": max_shard_bytes},
             "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
-            "source": {**identity.to_dict(), "sidecars": {}},
+            "source": {"sidecars": {}},
         },
         summary=_summary(model, pruned, manifest.num_kept),
         notes=tuple(_notes(model)),

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
 from shardxform.base.strict_json import config_text, parse_config
 from shardxform.base.tensors import ID_DTYPES, Remade, TensorRef
-from shardxform.checkpoint.identity import identify, names_of
+from shardxform.checkpoint.identity import Identity
 from shardxform.checkpoint.sidecars import refuse_faulty
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, ManifestError, PlanError
@@ -128,7 +128,7 @@ def pruned_view(
     notes: list[str] = []
     dropped = _dropped_mtp(layout, manifest, mtp, prunes, notes)
     wanted = replace(layout, wrapper=replace(layout.wrapper, vision=False)) if text_only else layout
-    looked_at = first_of_alike(wanted, source.tensors)
+    looked_at = _looked_at(wanted, source.tensors)
     refuse_two_spellings(looked_at, dropped, _MTP_WAY_OUT)
     promised = list(expected(looked_at, variants_found(looked_at)))
     _check_experts(looked_at, source.tensors, dropped, promised)
@@ -137,22 +137,23 @@ def pruned_view(
         _refuse_unsafe(layout, source, dropped)
     refuse_strays(layout, source.tensors, but=dropped)
     wrapper = _text_wrapper(layout, notes) if text_only else layout.wrapper
-    builder = _Builder(layout, manifest, dropped, wrapper)
+    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
+    only_experts = not dropped and wrapper is layout.wrapper
+    renames = any(declarations(config)) and (tells_experts_apart(config) or not only_experts)
+    builder = _Builder(layout, manifest, dropped, wrapper, traces=renames)
     tensors = _unique(builder.tensors(source.tensors))
     if builder.renumbered:
         notes.append(
             f"'{builder.renumbered[0]}' names experts by token: in place of a pruned one stands the next by number that"
             f" stays and that the token has not ({len(builder.renumbered)} such tables)"
         )
-    config = without_empty(_config(layout, wrapper, kept, bool(dropped)))
     if width:
         from shardxform.plan.narrowing import narrowed, told_of  # most prunings leave experts as wide as they are
 
         tensors, changes = narrowed(tensors, config, width)
         config = _with_changes(config, changes)
         notes += told_of(changes, width)
-    only_experts = not dropped and wrapper is layout.wrapper
-    if any(declarations(config)) and (tells_experts_apart(config) or not only_experts):
+    if renames:
         modules = modules_moved(layout, builder.moved, builder.keeps)
         config = with_renamed(config, Changes(modules, (layout.wrapper.prefix, wrapper.prefix)))
     checkpoint = replace(source, tensors=tensors, config=config)
@@ -173,6 +174,15 @@ def pruned_view(
     )
 
 
+def _looked_at(layout: Layout, tensors: Mapping[str, TensorRef]) -> Layout:
+    """A layout of what must be looked at, to have looked at all."""
+    firsts = first_of_alike(layout, (ref.spec for ref in tensors.values()))
+    if firsts is None:
+        return layout
+    places = {spec.name: place for spec in firsts if (place := layout.places.get(spec.name))}
+    return replace(layout, places=places, sampled=True)
+
+
 def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
     """Refuse two tensors that would end under one name."""
     out: dict[str, TensorRef] = {}
@@ -184,11 +194,19 @@ def _unique(tensors: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
 
 
 class _Builder:
-    """Walks the source's table once, in source order, counting what it does."""
+    """Walks the source's table once, in source order, counting what it does; `moved` has what it `traces`."""
 
     def __init__(
-        self, layout: Layout, manifest: Manifest | None, dropped_mtp: tuple[str, ...], wrapper: Wrapper
+        self,
+        layout: Layout,
+        manifest: Manifest | None,
+        dropped_mtp: tuple[str, ...],
+        wrapper: Wrapper,
+        *,
+        traces: bool,
     ) -> None:
+        self.moved: dict[str, str] = {}
+        self._traces = traces
         self._layout = layout
         self._manifest = manifest
         self._dropped_mtp = dropped_mtp
@@ -197,7 +215,6 @@ class _Builder:
         self.renamed = 0
         self.renumbered: list[str] = []
         self.dropped: Counter[str] = Counter()
-        self.moved: dict[str, str] = {}
         self._numbers: dict[tuple[str, int | None], dict[int | None, int]] = {
             layer: {old: new for new, old in enumerate(ids)} for layer, ids in self.keeps.items()
         }
@@ -211,21 +228,34 @@ class _Builder:
         return {(scope, layer): ids for scope, keep in both.items() for layer, ids in keep.items()}
 
     def tensors(self, source: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
-        places, moved = self._layout.places, self.moved
+        places, traces = self._layout.places, self._traces
         leaves_out = bool(self._dropped_mtp) or self._wrapper is not self._layout.wrapper
         for name, ref in source.items():
             place = places.get(name)
-            reason = self._reason_to_drop(name, place) if leaves_out else ""
-            out = None if reason else self._pruned(ref, place) if place else ref
+            if leaves_out and (reason := self._reason_to_drop(name, place)):
+                out = None
+            elif place and place.expert is not None:
+                out, reason = self._renumbered(ref, place), "pruned experts"
+            else:
+                out = self._pruned(ref, place) if place else ref
             if out is None:
-                self.dropped[reason or "pruned experts"] += 1
-                moved[name] = ""
-                continue
-            if leaves_out:
-                out = self._rename(out)
-            now = moved[name] = out.spec.name
-            self.renamed += now != name
-            yield now, out
+                self.dropped[reason] += 1
+            else:
+                out = self._rename(out) if leaves_out else out
+                self.renamed += out.spec.name != name
+                yield out.spec.name, out
+            if traces:
+                self.moved[name] = out.spec.name if out else ""
+
+    def _renumbered(self, ref: TensorRef, place: Place) -> TensorRef | None:
+        """A tensor of one expert under the expert's new number; None of one that does not stay."""
+        _, scope, layer, expert, at, _ = place
+        numbers = self._numbers.get((scope, layer))
+        new = numbers.get(expert) if numbers else expert
+        if new is None or new == expert:
+            return None if new is None else ref
+        *before, _, after = ref.spec.name.split(".", at + 1)
+        return ref.renamed(".".join((*before, str(new), after)))
 
     def _reason_to_drop(self, name: str, place: Place | None) -> str:
         if self._dropped_mtp and name.startswith(self._dropped_mtp):
@@ -236,9 +266,7 @@ class _Builder:
                 return "vision tower"
         return ""
 
-    def _pruned(self, ref: TensorRef, place: Place) -> TensorRef | None:
-        if place.expert is not None:
-            return self._renumbered(ref, place)
+    def _pruned(self, ref: TensorRef, place: Place) -> TensorRef:
         keep = self._keep(place)
         if keep is None or len(keep) == self._layout.num_experts:
             return ref
@@ -251,16 +279,6 @@ class _Builder:
             self.renumbered.append(ref.name)
             return _with_ids(ref, self._layout.num_experts, keep)
         return ref
-
-    def _renumbered(self, ref: TensorRef, place: Place) -> TensorRef | None:
-        """A tensor of one expert under the expert's new number; None of one that does not stay."""
-        numbers = self._numbers.get((place.scope, place.layer))
-        new = numbers.get(place.expert) if numbers else place.expert
-        if new is None or new == place.expert:
-            return None if new is None else ref
-        parts = ref.spec.name.split(".")
-        parts[place.expert_at] = str(new)
-        return ref.renamed(".".join(parts))
 
     def _sliced(self, ref: TensorRef, template: Template, keep: tuple[int, ...]) -> TensorRef:
         """What stays of a tensor that counts experts: all of them, those of one set, or of each in a row."""
@@ -591,26 +609,30 @@ class ViewOptions:
     gguf: GgufOptions | None = None
 
 
-def view_inputs(
-    command: str, source: Checkpoint, manifest: Manifest | None, options: ViewOptions, sidecars: Mapping[str, str]
+def view_stated(
+    command: str,
+    source: Checkpoint,
+    manifest: Manifest | None,
+    options: ViewOptions,
+    sidecars: Mapping[str, str],
+    identity: Callable[[], Identity],
 ) -> dict[str, Any]:
-    """What the bytes of an output made from a view depend on, by name.
+    """What the bytes of an output made from a view depend on, by name, but for the source's values.
 
     Raises:
         ManifestError: the manifest says that it was chosen on another checkpoint, or on other values of this one.
-        CheckpointError: a shard cannot be read.
+        CheckpointError: a shard cannot be read, whose values the manifest says something of.
 
     """
-    identity = identify(source)
     if manifest is not None:
-        manifest.refuse_other_source(identity, names_of(source.shards))
+        manifest.refuse_other_source(identity, source.shards)
     keep = manifest.to_dict() if manifest else {}
     chosen = {"text_only": options.text_only, "mtp": options.mtp, "max_shard_bytes": options.max_shard_bytes}
     return {
         "command": command,
         "options": {**chosen, **({"gguf": asdict(options.gguf)} if options.gguf else {})},
         "manifest": {key: keep[key] for key in ("keep", "mtp_keep", "width") if keep.get(key)},
-        "source": {**identity.to_dict(), "sidecars": dict(sidecars)},
+        "source": {"sidecars": dict(sidecars)},
         **family_origin(source.config),
     }
 

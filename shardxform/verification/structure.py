@@ -6,20 +6,20 @@ vLLM loads a quantized checkpoint without an expert, and SGLang any, without a w
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.strict_json import parse_config
-from shardxform.base.tensors import ID_DTYPES, TensorRef, uncollected
+from shardxform.base.tensors import ID_DTYPES, TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.config_names import QUANTIZATION, declares, tells_experts_apart
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected, first_of_alike
 from shardxform.model.families import family_of
-from shardxform.model.families.base import Scope, Slicing
+from shardxform.model.families.base import Config, Scope, Slicing
 from shardxform.model.layout import (
     Layout,
     Place,
@@ -43,6 +43,7 @@ __all__ = [
     "check_mlx",
     "check_structure",
     "check_unknown",
+    "firsts_planned",
     "refuse_unsound",
     "seed_weights",
     "stored_form",
@@ -100,7 +101,7 @@ def check_structure(
     findings: Findings,
     *,
     parts_too: bool = True,
-    sample: bool = False,
+    sampled: bool = False,
 ) -> Structure | None:
     """Report every tensor that is missing, misshapen or unexpected, and every contradiction of the config.
 
@@ -109,17 +110,14 @@ def check_structure(
         lost: tensors that the index names in shards that cannot be read; reported elsewhere.
         findings: added to.
         parts_too: look at dtypes and shapes of the parts of quantized weights.
-        sample: where the routed experts of each block are alike, look at the first alone. Then there is a problem
-            exactly where a look at all of them would find one; what is returned has no other experts.
+        sampled: whether of the routed experts of each block the first alone is there, since all are alike. Then there
+            is a problem exactly where a look at all of them would find one.
 
     """
     layout = _layout(checkpoint, findings)
     if layout is None:
         return None
-    if sample and not tells_experts_apart(layout.config):
-        layout = first_of_alike(layout, checkpoint.tensors)
-        names = (*layout.places, *layout.unknown, *layout.harmless)
-        checkpoint = replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names})
+    layout = replace(layout, sampled=sampled)
     _check_groups(layout, findings)
     _check_dtype(layout, findings)
     for fault in config_faults(layout):
@@ -578,15 +576,12 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
         PlanError: says what verification would find first, and how much more.
 
     """
-    specs = (entry.spec for shard in plan.shards for entry in shard.entries)
-    tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
-    planned = as_family(Checkpoint(plan.source, parse_config(plan.config), tensors, ()))
-    findings = Findings()
-    parts_too = plan.command == "prune"  # others make parts themselves
-    check_structure(planned, frozenset(), findings, parts_too=parts_too, sample=True)
-    if findings.problems:  # which are better told of all experts
-        findings = Findings()
-        check_structure(planned, frozenset(), findings, parts_too=parts_too)
+    specs = [spec for shard in plan.shards for spec, _, _ in shard.entries]
+    config = parse_config(plan.config)
+    firsts = firsts_planned(config, specs)
+    findings = _findings(plan, config, specs if firsts is None else firsts, sampled=firsts is not None)
+    if findings.problems and firsts is not None:  # which are better told of all experts
+        findings = _findings(plan, config, specs, sampled=False)
     found = [problem for problem in findings.problems if problem.code not in but]
     if found:
         first, more = found[0], len(found) - 1
@@ -595,3 +590,20 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
             f"{plan.origin}: its output would not be sound: {first.where}: {first.message}{others};"
             f" see `shardxform verify {plan.origin}`"
         )
+
+
+def firsts_planned(config: Config, specs: Sequence[TensorSpec]) -> list[TensorSpec] | None:
+    """What tells of all tensors whether they are sound, see `first_of_alike`; None where all must be looked at."""
+    try:
+        return None if tells_experts_apart(config) else first_of_alike(layout_of(config, ()), specs)
+    except _CONFIG_FAULTS:  # which are found again, and reported
+        return None
+
+
+def _findings(plan: Plan, config: Config, specs: Iterable[TensorSpec], *, sampled: bool) -> Findings:
+    """What verification finds in the structure of an output."""
+    tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
+    planned, findings = as_family(Checkpoint(plan.source, config, tensors, ())), Findings()
+    parts_too = plan.command == "prune"  # others make parts themselves
+    check_structure(planned, frozenset(), findings, parts_too=parts_too, sampled=sampled)
+    return findings

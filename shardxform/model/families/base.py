@@ -469,6 +469,12 @@ class Family:
         """What holds the decoder blocks under each class, such as `model.layers`."""
         return tuple(f"{wrapper.prefix}{self.decoder.blocks}" for wrapper in self.wrappers)
 
+    @property
+    def numbered_home(self) -> str:
+        """What precedes an expert's number in names of tensors of one expert each; empty where there are none."""
+        homes = (template.name.partition("{e}")[0] for template in self.block if template.numbered)
+        return next(filter(None, homes), "")
+
     def module_name(self, name: str) -> str:
         """What transformers calls a module or parameter of a block that is called `name` in checkpoints."""
         return next((name.replace(ours, theirs, 1) for ours, theirs in self.renames if ours in name), name)

@@ -570,7 +570,9 @@ def _served(facts: CardFacts) -> Iterator[str]:
         yield "### SGLang"
         launch = ("python", "-m", "sglang.launch_server", "--model-path", facts.name)
         yield fence(_shell((*launch, "--dtype", facts.dtype, "--context-length", context)), "sh")
-    yield "That these servers read this format was found in their code (vLLM 0.32, SGLang 0.5.23), not by running them."
+        yield "That these servers read this was found in their code (vLLM 0.32, SGLang 0.5.23), not by running them."
+    else:
+        yield "That vLLM reads this format was found in its code (0.32), not by running it."
 
 
 # -- front matter ------------------------------------------------------------------------------------------------------

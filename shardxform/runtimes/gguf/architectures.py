@@ -233,6 +233,11 @@ def _delta_net_check(architecture: Architecture) -> None:
     wanted = {**_SILU, **_UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
     _refuse_other(architecture, wanted)
     _refuse_large_epsilon(architecture)
+    keys, values = (architecture.size(f"linear_{each}_head_dim") for each in ("key", "value"))
+    if keys != values:
+        raise SchemeError(
+            f"config.json: linear_key_head_dim is {keys} and linear_value_head_dim {values}; llama.cpp runs one number"
+        )
 
 
 def _tiled(architecture: Architecture, width: int, before: int = 0) -> Order:
