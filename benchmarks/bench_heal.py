@@ -185,7 +185,7 @@ def cases_data() -> Iterator[Case]:
 def cases_steps(models: Sequence[Path] = ()) -> Iterator[Case]:
     """First steps: given ones, and the one that is searched; 32 steps of 4 windows."""
     for model in (SMALL_MOE, *models):
-        for windows in (16, 64):
+        for windows in (4, 16, 64):
             for rate in ("0.01", "0.02", "0.04", "0.08", "0.16", ""):
                 how = ("--heal-iters", "32", "--batch-size", "4", *(("--heal-lr", rate) if rate else ()))
                 name = f"{model.name}, {windows} windows, {rate or 'searched'}"

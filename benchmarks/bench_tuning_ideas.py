@@ -1,6 +1,7 @@
 """Ideas for better tuned rounding, tried on examples/small-moe: divergence with and without each, same steps and data.
 
-    python benchmarks/bench_tuning_ideas.py [--block 1] [--steps 60] [--batch-size 4] [--only NAME] [--json]
+    python benchmarks/bench_tuning_ideas.py [--block 1] [--steps 60] [--batch-size 4] [--seed 42] [--only NAME]
+                                            [--model DIR] [--json]
 
 With `--block N` that block alone is rounded and tuned, on 16-bit inputs, and the others stay in 16 bits: a tenth of the
 time of `--block all`, which tunes one after the other as `quantize --method auto-round` does. Divergence is of float32
@@ -129,6 +130,7 @@ IDEAS: Final = {
     "shrunk afterwards": Idea(shrunk=True),
     "half the steps' size": Idea(rate=0.5),
     "a quarter of the steps' size": Idea(rate=0.25),
+    "a tenth of the steps' size": Idea(rate=0.1),
     "momentum 0.9": Idea(momentum=0.9),
     "momentum 0.7": Idea(momentum=0.7),
     "pieces beside": Idea(beside="pieces"),

@@ -290,7 +290,11 @@ def test_trials_choose_and_the_best_is_done_in_full() -> None:
     assert {what for what, _ in searched} == {"all"}
     assert searched[0][1] == suggested_lr(tokens, sizes["all"])
     assert last == ("shared", suggested_lr(tokens, sizes["shared"]))
-    best = min(result.tried, key=lambda tried: tried[2])
+    kept = result.tried[0]
+    for each in result.tried[1:-1]:
+        if each[2] < kept[2] and result.start_loss - each[2] >= 1.2 * (result.start_loss - kept[2]):
+            kept = each
+    best = min(kept, result.tried[-1], key=lambda tried: tried[2])
     assert (result.what, result.lr) in (best[:2], (best[0], best[1] / 4))  # a quarter, where the whole is no better
     full = 1 if result.lr == best[1] else 2
     assert bench.loads == ["all"] * len(searched) + ["shared"] + [best[0]] * full
@@ -302,32 +306,36 @@ def test_trials_choose_and_the_best_is_done_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    ("judges", "best", "start", "tried"),
+    ("judges", "losses", "chosen"),
     [
-        (3, 0.08, 0.02, [0.02, 0.04, 0.08, 0.16]),
-        (3, 0.16, 0.1, [0.1, 0.05]),  # 0.2 is beyond the largest, and the half is worse
-        (3, 0.02, 0.02, [0.02, 0.04, 0.01]),
-        (3, 0.005, 0.02, [0.02, 0.04, 0.01, 0.005]),  # four are tried at most
-        (3, 1e-4, 0.0015, [0.0015, 0.003]),  # half is below the smallest
-        (1, 0.08, 0.02, [0.02, 0.01]),  # a single judge has nothing doubled
-        (1, 0.005, 0.02, [0.02, 0.01, 0.005, 0.0025]),
+        (3, {0.02: 0.9, 0.04: 0.8, 0.08: 0.7, 0.16: 0.6}, 0.16),
+        (3, {0.02: 0.9, 0.04: 0.8, 0.08: 0.7, 0.16: 0.65}, 0.08),  # gains 0.35, which is not a fifth more than 0.3
+        (3, {0.02: 0.9, 0.04: 0.89, 0.01: 0.89}, 0.02),
+        (3, {0.1: 0.5, 0.05: 0.6}, 0.1),  # 0.2 is beyond the largest
+        (3, {0.02: 0.9, 0.04: 0.95, 0.01: 0.87, 0.005: 0.84}, 0.005),  # four are tried at most
+        (3, {0.02: 0.9, 0.04: math.inf, 0.01: 0.91}, 0.02),
+        (3, {0.02: 1.1, 0.04: 1.2, 0.01: 1.05, 0.005: 1.01}, 0.005),
+        (3, {0.0015: 0.9, 0.003: 0.95}, 0.0015),  # half is below the smallest
+        (1, {0.02: 0.9, 0.01: 0.95}, 0.02),  # a single judge has nothing doubled
+        (1, {0.02: 0.9, 0.01: 0.87, 0.005: 0.84, 0.0025: 0.8}, 0.0025),
     ],
 )
-def test_steps_are_doubled_or_halved_as_long_as_that_is_better(
-    judges: int, best: float, start: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
+def test_steps_are_doubled_or_halved_as_long_as_that_pays(
+    judges: int, losses: dict[float, float], chosen: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that is the distance of the step to the best one, on a scale of factors."""
+    """Losses of steps that are tried, in this order, of a block that had a loss of 1."""
 
     def descend(_: object, trial: Trial, iters: int) -> tuple[float, float, float, None]:
-        lr = trial.lr or start
+        lr = trial.lr or next(iter(losses))
         assert iters == 2
-        return 9.0, abs(math.log(lr / best)), lr, None
+        return 1.0, next(loss for step, loss in losses.items() if math.isclose(step, lr)), lr, None
 
     monkeypatch.setattr(healing._Run, "_descend", descend)
     run = healing._Run(Bench().load, Bench().samples(), Heal(what="moe", iters=16), SEED, torch.float32)
     run._split = replace(run._split, judges_N=JUDGES[:judges])
-    run._try_all()
-    assert [each.lr for each in run._tried] == pytest.approx(tried)
+    (found,) = run._candidates()
+    assert [each.lr for each in run._tried] == pytest.approx(list(losses))
+    assert found.lr == pytest.approx(chosen)
 
 
 def test_one_block_is_in_memory_at_a_time() -> None:

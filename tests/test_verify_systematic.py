@@ -19,7 +19,7 @@ from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.packing import code_sum
 from shardxform.formats.scheme import Grid, Scheme
-from shardxform.verification import VerifyReport, parts, systematic, verify
+from shardxform.verification import VerifyReport, independent, parts, systematic, verify
 
 KIND = "qwen3_moe"
 LAYER = "model.layers.1"
@@ -427,6 +427,14 @@ def test_offsets_never_go_beyond_what_is_allowed(steps: int, lr: float | None) -
 )
 def test_what_a_record_says_of_steps_is_taken_where_it_makes_sense(recipe: Any, reach: float | None) -> None:
     assert parts._reach(recipe) == (None if reach is None else pytest.approx(reach))
+
+
+def test_offsets_never_reach_a_whole_scale() -> None:
+    """Whatever first step a record has."""
+    recipe = {"iters": 200, "lr": 1.0}
+    assert parts.freedom_of(Grid(), parts._reach(recipe)).offset == 1.0
+    assert independent._offset(recipe) == 1.0
+    assert independent._offset({"iters": 200, "lr": 0.001}) == pytest.approx(0.1005)
 
 
 def test_the_share_that_chance_does_not_reach() -> None:

@@ -239,6 +239,7 @@ def _from_others(
             model=content.model,
             criterion=content.criterion,
             provenance={**content.provenance, "imported_from": form.name},
+            width=content.width,
             where=f"{where} ({form.name} form)",
         )
     if "format" not in value and "keep" not in value:
@@ -266,6 +267,7 @@ def _from_ours(cls: type[Manifest], value: Mapping[str, Any], where: str, sort: 
         from shardxform.ask.width import Width  # most keep all channels
 
         width = Width.from_dict(value["width"], f"{where}: width")
+        sort = False  # its bitmaps are in the order of the ids
     return cls(
         keep=read_layers(value["keep"], f"{where}: keep", sort=sort),
         mtp_keep=read_layers(value.get("mtp_keep", {}), f"{where}: mtp_keep", sort=sort),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.experts import (
     LAYER,
@@ -27,6 +27,9 @@ from shardxform.ask.experts import (
 )
 from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
 from shardxform.errors import ManifestError
+
+if TYPE_CHECKING:
+    from shardxform.ask.width import Width
 
 __all__ = ["FORMS", "Content", "Form", "ImportInput", "form_of"]
 
@@ -58,6 +61,7 @@ class Content:
     model: Mapping[str, Any] = field(default_factory=dict)
     criterion: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    width: Width | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,10 +253,26 @@ def _read_record(source: ImportInput) -> Content:
     lists = inputs.get("manifest")
     if not isinstance(lists, Mapping) or not lists.get("keep"):
         raise ManifestError(f"{place}.manifest: no keep lists; this output was not pruned")
+    width = _width_of(lists, f"{place}.manifest.")
+    sort = source.sort and width is None
     keep, mtp_keep = (
-        read_layers(lists.get(key, {}), f"{place}.manifest.{key}", sort=source.sort) for key in ("keep", "mtp_keep")
+        read_layers(lists.get(key, {}), f"{place}.manifest.{key}", sort=sort) for key in ("keep", "mtp_keep")
     )
-    return Content(keep=keep, mtp_keep=mtp_keep)
+    return Content(keep=keep, mtp_keep=mtp_keep, width=width)
+
+
+def _width_of(value: Mapping[str, object], place: str) -> Width | None:
+    """Channels that stay, where an object says so; its bitmaps are in the order of the ids, which is not to change.
+
+    Raises:
+        ManifestError: malformed.
+
+    """
+    if "width" not in value:
+        return None
+    from shardxform.ask.width import Width  # most keep all channels
+
+    return Width.from_dict(value["width"], f"{place}width")
 
 
 def _numbered(value: Mapping[str, object]) -> Iterator[object]:

@@ -58,6 +58,9 @@ LARGEST_STEP: Final = 0.16
 """The first step of healing is searched from so much times the square root of the tokens for each weight, between the
 smallest and the largest."""
 
+PAYS: Final = 1.2
+"""Another step is taken where its trial lowers the error by so many times as much as that of the step before."""
+
 SHORTER: Final = 4
 """Where a searched step leaves a block no better in the end, it is healed once more with one of so many parts of it."""
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, SHORTER, SMALLEST_STEP, STEP
+from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, PAYS, SHORTER, SMALLEST_STEP, STEP
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
 from shardxform.formats.packing import bf16_bits_of, float32_of
@@ -378,6 +378,11 @@ class _Tried(NamedTuple):
     start: float
     loss: float
 
+    @property
+    def gain(self) -> float:
+        """How far the loss fell; below 0 where it rose."""
+        return self.start - self.loss
+
 
 class _Run:
     """One block being healed."""
@@ -394,8 +399,7 @@ class _Run:
     def execute(self) -> tuple[HealResult, MovingBlock]:
         start, chosen = math.nan, self._heal.trials[0]
         if self._heal.descents:
-            self._try_all()
-            best = min(self._tried, key=lambda tried: tried.loss)
+            best = min(self._candidates(), key=lambda tried: tried.loss)
             start, chosen = best.start, Trial(best.what, best.lr)
         healing, loss, lr = None, math.inf, 0.0
         if not self._tried or min(tried.loss for tried in self._tried) < start:
@@ -420,29 +424,31 @@ class _Run:
         )
         return result, healing
 
-    def _try_all(self) -> None:
-        """Do trials: the first with several steps unless one was asked for, the others with theirs."""
+    def _candidates(self) -> list[_Tried]:
+        """Do trials: the first with several steps, of which one is a candidate, unless it was asked for; the others."""
         first, *others = self._heal.trials
-        self._try(first)
-        if first.lr is None:
-            self._search(first.what)
-        for trial in others:
-            self._try(trial)
+        tried = self._try(first)
+        searched = self._searched(tried) if first.lr is None else tried
+        return [searched, *map(self._try, others)]
 
-    def _search(self, what: str) -> None:
-        """Double the step as long as that is better; else halve it as long as that is.
+    def _searched(self, first: _Tried) -> _Tried:
+        """Double the step as long as that pays, else halve it as long as that does.
 
-        A single window that judges is like those that teach more often than not, and would have the step too large.
+        A short trial has a bias: where much can be undone a double step does in it what more steps would, which a whole
+        run has; where little can, it ends before the noise of its steps has. So another step must be better by more
+        than a little. A single window that judges is like those that teach more often than not, and would have the step
+        too large.
         """
-        best = self._tried[0]
+        best = first
         for factor in (2.0, 0.5) if len(self._split.judges_N) > 1 else (0.5,):
             while len(self._tried) < MOST_TRIES and SMALLEST_STEP <= best.lr * factor <= LARGEST_STEP:
-                other = self._try(Trial(what, best.lr * factor))
-                if other.loss >= best.loss:
+                other = self._try(Trial(first.what, best.lr * factor))
+                if other.loss >= best.loss or other.gain < PAYS * best.gain:
                     break
                 best = other
-            if best is not self._tried[0]:
-                return
+            if best is not first:
+                break
+        return best
 
     def _try(self, trial: Trial) -> _Tried:
         """Heal by a few steps, and note what came of it; the block is let go of: it is large."""

@@ -382,9 +382,9 @@ class _How:
 
 
 def _offset(recipe: Mapping[str, Any]) -> float:
-    """How far tuning can have moved an offset: `iters` steps, of which the first is `lr`, the last one `iters`-th."""
+    """How far tuning can have moved an offset: `iters` steps, the first `lr`, and never as far as one scale."""
     iters = recipe.get("iters") or _FEWEST_STEPS
-    return float(recipe.get("lr") or 1 / iters) * (iters + 1) / 2
+    return min(1.0, float(recipe.get("lr") or 1 / iters) * (iters + 1) / 2)
 
 
 def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
