@@ -288,6 +288,7 @@ def test_the_commands_of_a_converted_output_make_it_again(target: tuple[str, ...
     assert all("already complete, made from the same inputs" in result.output for result in results)
     facts = gather(out)
     assert facts.nbytes.before == Checkpoint.open(source).nbytes
+    assert facts.experts.before == gather(Path(f"{out}-before")).experts.before
     assert (facts.quantization is None) is (target == ("bf16",))
     assert facts.pruning is not None
 

@@ -30,6 +30,7 @@ from llama import Llama
 from strategies import picked
 
 from shardxform.ask.manifest import Manifest
+from shardxform.ask.width import Width
 from shardxform.base.gguf import TYPES
 from shardxform.checkpoint.gguf import GgufModel, open_gguf
 from shardxform.checkpoint.identity import identify
@@ -266,7 +267,11 @@ def test_manifests_are_held_against_the_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(ManifestError, match=message):
             pruned_gguf(model, Manifest(keep=keep))
-    assert pruned_gguf(model, Manifest(keep={0: (0, 1, 4, 5), 1: (0, 3, 6, 7)})).sliced == 8
+    keep = {0: (0, 1, 4, 5), 1: (0, 3, 6, 7)}
+    assert pruned_gguf(model, Manifest(keep=keep)).sliced == 8
+    width = Width(channels=1, of=2, kept=dict.fromkeys(keep, (b"\1",) * 4))
+    with pytest.raises(ManifestError, match="width: columns of blocks are not taken out of a GGUF file"):
+        pruned_gguf(model, Manifest(keep=keep, width=width))
 
 
 def test_a_manifest_is_bound_to_what_it_was_chosen_on(tmp_path: Path) -> None:

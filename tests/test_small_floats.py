@@ -330,6 +330,27 @@ def test_a_card_counts_parameters_and_not_numbers_that_hold_several(kind: str, f
     assert cards[0].active == cards[1].active
 
 
+@pytest.mark.parametrize("heal", picked([(), ("--heal", "router", "--heal-iters", 2)], 2))
+def test_the_commands_of_what_was_pruned_and_decoded_make_it_again(
+    heal: tuple[Any, ...], folder: Path, tmp_path: Path
+) -> None:
+    source, keep = made(folder, "fp8 blocks")[0], keep_file(tmp_path)
+    call("prune", source, tmp_path / "out-before", "-m", keep, "-q", *heal, *(DATA if heal else ()))
+    call("convert", tmp_path / "out-before", tmp_path / "out", "--to", "bf16", "-q")
+    facts = gather(tmp_path / "out")
+    assert [command[1] for command in facts.commands] == ["prune", "convert"]
+    assert (facts.experts.before, facts.experts.after) == (6, 4)
+    places: dict[str, object] = {
+        "SRC": source,
+        "calib.jsonl": DATA[1],
+        "shardxform.json": tmp_path / "out/shardxform.json",
+    }
+    places |= {name: tmp_path / name for name in ("out", "out-before")}
+    for command in facts.commands:
+        said = call(*(places.get(word, word) for word in command[1:]))
+        assert "already complete, made from the same inputs" in said.output
+
+
 def test_the_command_on_a_card_rounds_again_what_was_rounded_again(folder: Path, tmp_path: Path) -> None:
     source, out = made(folder, "mxfp4")[0], tmp_path / "out"
     call("quantize", source, out, "--group-size", 32, "--requantize", "-q")

@@ -108,6 +108,18 @@ def test_the_card_has_the_width_and_the_parameters_of_the_source(experts: list[i
     assert (kept if experts else "checkpoint with 32 of 64 channels kept in every routed expert.") in card
 
 
+def test_a_manifest_is_shown_and_checked_with_its_width(tmp_path: Path) -> None:
+    config, tensors = tiny("qwen3_moe", moe_intermediate_size=64)
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    write_json(tmp_path / "keep.json", manifest(config, [1, 2], 64))
+    for command in (("show",), ("check", source)):
+        said = call("manifest", command[0], tmp_path / "keep.json", *command[1:])
+        assert "32 of 64 channels of each" in said.splitlines()[0]
+    write_json(tmp_path / "other.json", manifest(config, [1, 2], 96))
+    said = call("manifest", "check", tmp_path / "other.json", source, code=1)
+    assert "made for experts of 96 channels, but they have 64" in said
+
+
 def test_ids_are_not_put_in_another_order_than_their_channels() -> None:
     value = {"format": "shardxform.keep", "version": 1, "keep": {"0": [2, 0]}}
     width = {"channels": 32, "of": 64, "kept": {"0": [text([*range(32)], 64), text([*range(32, 64)], 64)]}}

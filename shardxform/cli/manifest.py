@@ -15,8 +15,8 @@ from shardxform.base.strict_json import pretty
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli.console import print_json, rows, table
 from shardxform.cli.options import PATH, FamilyFlags, Flags, JsonFlags, command, option
-from shardxform.errors import OutputError
-from shardxform.model.layout import Layout, layout_of
+from shardxform.errors import ManifestError, OutputError
+from shardxform.model.layout import Layout, layout_of, value_at
 from shardxform.runtimes import as_family
 
 __all__ = ["manifest_command"]
@@ -44,7 +44,7 @@ def _show(manifest: Path, how: _Read, family: FamilyFlags, output: JsonFlags) ->
     if output.as_json:
         print_json(read.to_dict())
         return
-    click.echo(f"{manifest}: keeps {read.num_kept} experts in each of {len(read.keep)} layers")
+    click.echo(f"{manifest}: keeps {read.num_kept} experts in each of {len(read.keep)} layers{_channels(read)}")
     facts = [
         ("criterion", read.criterion),
         ("model", ", ".join(f"{key} {value}" for key, value in read.model.items())),
@@ -63,11 +63,13 @@ def _check(manifest: Path, source: Path, family: FamilyFlags, output: JsonFlags)
     layout = _layout(source)
     assert layout is not None
     read = Manifest.load(manifest, layout)
+    _refuse_other_width(read, layout)
     counts = Counter(len(keep) for keep in read.keep.values())
     if output.as_json:
         print_json({"fits": True, "kept": read.num_kept, "experts": layout.num_experts, "layers": counts.total()})
     else:
-        click.echo(f"{manifest}: fits {source}: keeps {read.num_kept} of {layout.num_experts} experts per layer")
+        kept = f"keeps {read.num_kept} of {layout.num_experts} experts per layer{_channels(read)}"
+        click.echo(f"{manifest}: fits {source}: {kept}")
 
 
 @command("convert")
@@ -86,7 +88,31 @@ def _convert(manifest: Path, target: Path, how: _Read, family: FamilyFlags) -> N
         raise OutputError(f"{target}: {e.strerror}; name a file that does not exist yet") from e
     except OSError as e:
         raise OutputError(f"{target}: {why_not(target, e)}") from e
-    click.echo(f"{target}: keeps {read.num_kept} experts in each of {len(read.keep)} layers")
+    click.echo(f"{target}: keeps {read.num_kept} experts in each of {len(read.keep)} layers{_channels(read)}")
+
+
+def _channels(manifest: Manifest) -> str:
+    """What is said of channels, where some are taken out."""
+    width = manifest.width
+    return f", {width.channels:,} of {width.of:,} channels of each" if width else ""
+
+
+def _refuse_other_width(manifest: Manifest, layout: Layout) -> None:
+    """Refuse channels of experts that are of another width, or of which none are taken out.
+
+    Raises:
+        ManifestError, PlanError: as when it is used.
+
+    """
+    if manifest.width is None:
+        return
+    from shardxform.plan.narrowing import width_key
+
+    found = value_at(layout.config, ".".join(width_key(layout)))
+    if found != manifest.width.of:
+        raise ManifestError(
+            f"{manifest.where}: width.of: made for experts of {manifest.width.of} channels, but they have {found}"
+        )
 
 
 def _layout(model: Path | None) -> Layout | None:

@@ -430,7 +430,7 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
 
 
 def _told(record: Record) -> Iterator[tuple[str, Any]]:
-    """What of a record must not be lost beside its inputs: blocks that were healed, and how large the source was."""
+    """What of a record must not be lost beside its inputs: blocks that were healed, how large the source was."""
     blocks, summary = record.facts.get("blocks"), record.summary
     listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
     if healed := [
@@ -439,8 +439,9 @@ def _told(record: Record) -> Iterator[tuple[str, Any]]:
         if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
     ]:
         yield "facts", {"blocks": healed}
-    if type(summary.get("bytes_before")) is int:
-        yield "summary", {"bytes_before": summary["bytes_before"]}
+    counts = ("bytes_before", "experts_before")
+    if known := {key: summary[key] for key in counts if type(summary.get(key)) is int}:
+        yield "summary", known
 
 
 def _summary(

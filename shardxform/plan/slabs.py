@@ -50,12 +50,17 @@ def pruned_gguf(model: GgufModel, manifest: Manifest) -> PrunedGguf:
 
     Raises:
         CheckpointError, FamilyError, PlanError: see `slabs_of`.
-        ManifestError: the manifest does not fit; or there are blocks that predict further tokens, and it does not say
-            which of their experts stay: one key counts those of all blocks.
+        ManifestError: the manifest does not fit, or takes channels out; or there are blocks that predict further
+            tokens, and it does not say which of their experts stay: one key counts those of all blocks.
 
     """
     slabs = slabs_of(model.metadata, model.table.tensors, model.where)
     manifest.check(pruned_of_slabs(slabs))
+    if manifest.width:
+        raise ManifestError(
+            f"{manifest.where}: width: columns of blocks are not taken out of a GGUF file; prune the safetensors, with"
+            " `format` gguf"
+        )
     kept = manifest.num_kept
     if kept < slabs.num_experts and slabs.mtp_layers and not manifest.mtp_keep:
         raise ManifestError(

@@ -72,7 +72,8 @@ def rebuild(
     manifest = given_manifest(options, layout)
     if manifest and record.get("manifest"):
         made_with = recorded_manifest(record["manifest"], layout, Findings())
-        if made_with and (made_with.keep, made_with.mtp_keep) != (manifest.keep, manifest.mtp_keep):
+        told, given = ((each.keep, each.mtp_keep, each.width) for each in (made_with or manifest, manifest))
+        if told != given:
             findings.warn("source-manifest", PROVENANCE, "records another manifest than the one given")
     elif record.get("manifest"):
         manifest = recorded_manifest(record["manifest"], layout, findings)

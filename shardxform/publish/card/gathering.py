@@ -250,11 +250,11 @@ def _manifest(path: Path | None, record: Record, out: Path) -> Manifest | None:
 
 
 def _experts_before(record: Record, manifest: Manifest | None, after: int) -> int | None:
-    """Experts per layer of the source; a converted output's record has those of the pruned one alone."""
-    if not record.before.section("manifest", "keep"):
-        before = Fields(record.summary).whole("experts_before")
-    else:
-        before = Fields(manifest.model).whole("num_experts") if manifest else None
+    """Experts per layer of the source; those of what came between are in a converted output's own summary."""
+    summary = record.before.section("summary") if record.before else Fields(record.summary)
+    before = summary.whole("experts_before")
+    if before is None and manifest:
+        before = Fields(manifest.model).whole("num_experts")
     return before if before and before >= after else None
 
 

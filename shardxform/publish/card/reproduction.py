@@ -38,11 +38,12 @@ def commands(record: Record, source: str, out: str) -> tuple[Args, ...]:
         return (_planned(command, inputs, (source, out), steps),)
     if command != "convert":
         return ()
-    tuned = origin.section("scheme").text("method") != "rtn"
-    if tuned and not origin.section("recipe"):  # earlier records of converted outputs have none
+    scheme = origin.section("scheme")
+    tuned = bool(scheme) and scheme.text("method") != "rtn"
+    if not origin or (tuned and not origin.section("recipe")):  # earlier records of converted outputs have none
         return (("shardxform", "convert", source, out, *_target(inputs)),)
     between = f"{out}-before"
-    first = _planned("quantize", origin, (source, between), steps)
+    first = _planned("quantize" if scheme else "prune", origin, (source, between), steps)
     return (first, ("shardxform", "convert", between, out, *_target(inputs)))
 
 
