@@ -73,7 +73,8 @@ def _title(name: str) -> str:
 
 def _opening(facts: CardFacts) -> str:
     base = facts.origin.base_model
-    what = code(base) if base else f"A {code(facts.architecture)} checkpoint"
+    article = "An" if facts.architecture[:1] in "AEIO" else "A"
+    what = code(base) if base else f"{article} {code(facts.architecture)} checkpoint"
     done = [part for part in (_kept(facts), _stored(facts)) if part]
     how = f" with {' and '.join(done)}" if done else ""
     without = f", without {' and '.join(facts.dropped)}" if facts.dropped else ""
