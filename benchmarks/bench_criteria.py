@@ -6,7 +6,7 @@
 Scores examples/small-moe once on each sample: 32 windows of 512 tokens, a document each, in an order that a seed gives;
 chooses by each criterion; measures on 32 x 256 held-out tokens. Prints mean KL in nats and mean perplexity over the
 seeds, with their standard errors. With `--heal N` every choice is healed first, on the windows it was chosen by: `all`,
-N steps of 4 windows, the first step 0.08. `random` draws the experts. What was measured is kept in `--work`, and not
+N steps of 4 windows, the first step 0.016. `random` draws the experts. What was measured is kept in `--work`, and not
 measured again. Everything runs in this process, through the commands that a user types.
 """
 
@@ -90,7 +90,7 @@ def pruned(source: Path, scratch: Path, manifest: Path, heal: int, seed: int) ->
     """The pruned checkpoint; healed, if asked for."""
     out = scratch / "pruned"
     shutil.rmtree(out, ignore_errors=True)
-    how = ["--heal=all", "--heal-iters", heal, "--heal-lr", 0.08, "--batch-size", 4, *TYPE, *text(source, seed)]
+    how = ["--heal=all", "--heal-iters", heal, "--heal-lr", 0.016, "--batch-size", 4, *TYPE, *text(source, seed)]
     run("prune", source, out, "-m", manifest, "-q", *(how if heal else []))
     return out
 
