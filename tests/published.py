@@ -339,13 +339,13 @@ def _decoder(config: dict[str, Any], stacked: bool) -> dict[str, tuple[int, ...]
         if match := _LAYER.match(name):
             layers.setdefault((match[1], int(match[2])), []).append((match[3], value))
             del some[name]
-    first: dict[Any, int] = {}
+    kinds: dict[Any, int] = {}
     same: dict[int, list[int]] = {}
     for (prefix, layer), parts in layers.items():  # the blocks of a kind are alike: one of each is turned back
-        kind = prefix, tuple((part, tuple(value.shape)) for part, value in parts)
-        same.setdefault(first.setdefault(kind, layer), []).append(layer)
-        if first[kind] == layer:
-            some |= {f"{prefix}{layer}{part}": value for part, value in parts}
+        kind = kinds.setdefault((prefix, tuple((part, tuple(value.shape)) for part, value in parts)), len(kinds))
+        same.setdefault(kind, []).append(layer)
+        if len(same[kind]) == 1:
+            some |= {f"{prefix}{kind}{part}": value for part, value in parts}
     for name, value in revert_weight_conversion(model, some).items():
         match = _LAYER.match(name)
         for layer in same[int(match[2])] if match else ():

@@ -26,6 +26,7 @@ from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
+from shardxform.verification.structure import refuse_unsound
 
 pytestmark = pytest.mark.oracle
 
@@ -186,6 +187,7 @@ def quantized(case: Case, format: str, blocks: str) -> Iterator[int]:  # noqa: A
 def assert_halved(source: Checkpoint, tensors: published.Tensors, options: ViewOptions | None = None) -> None:
     """What is planned for every second expert is what is left of every tensor, by name, dtype and shape."""
     plan = plan_prune(source, halved(source), options)
+    refuse_unsound(plan)
     left = dict(pruned(tensors))
     specs = [entry.spec for shard in plan.shards for entry in shard.entries]
     assert {spec.name: (spec.dtype, spec.shape) for spec in specs} == left

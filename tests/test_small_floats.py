@@ -37,6 +37,7 @@ from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4, Microscaled  # 
 from shardxform.formats.packing import dequantize, unpack, values_of  # noqa: E402
 from shardxform.formats.scheme import Grid  # noqa: E402
 from shardxform.publish.card.gathering import gather  # noqa: E402
+from shardxform.publish.card.rendering import render  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -326,6 +327,11 @@ def test_a_card_counts_parameters_and_not_numbers_that_hold_several(kind: str, f
     for root in made(folder, kind):
         call("prune", root, tmp_path / root.name, "-m", keep_file(tmp_path), "-q")
         cards.append(gather(tmp_path / root.name))
+    told = render(cards[0])
+    assert cards[0].encodings
+    assert all(name in told for name in cards[0].encodings)
+    assert ("Needs `pip install compressed-tensors`." in told) == (cards[0].method == "compressed-tensors")
+    assert (cards[1].encodings, cards[1].method) == ((), "")
     assert cards[0].parameters == cards[1].parameters
     assert cards[0].active == cards[1].active
 

@@ -24,7 +24,15 @@ from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes import as_family
 
-__all__ = ["Inspection", "Parameters", "count_parameters", "inspect_checkpoint", "parameters_of", "stored_of"]
+__all__ = [
+    "Inspection",
+    "Parameters",
+    "count_parameters",
+    "encodings_of",
+    "inspect_checkpoint",
+    "parameters_of",
+    "stored_of",
+]
 
 _WORDS: Final = ("qweight", "weight_packed")
 
@@ -159,6 +167,11 @@ def _encodings(plain: Checkpoint | None, stored: Stored | None) -> Iterator[tupl
     for storage in storages:
         sizes[str(storage.encoding)] += storage.nbytes
     yield from ((name, (counts[name], nbytes)) for name, nbytes in sizes.most_common())
+
+
+def encodings_of(source: Checkpoint) -> tuple[str, ...]:
+    """Name the encodings of quantized weights, the one with most bytes first; nothing where there are none."""
+    return tuple(name for name, _ in _encodings(*_understood(source)))
 
 
 def parameters_of(source: Checkpoint) -> Parameters | None:

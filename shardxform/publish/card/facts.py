@@ -266,6 +266,8 @@ class CardFacts:
         commands: command lines that make the output again.
         gguf: names of the files of a model in GGUF; none of another.
         dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
+        encodings: how quantized weights are stored that the source had quantized, most bytes first.
+        method: what config.json calls these: its `quant_method`.
 
     """
 
@@ -293,6 +295,8 @@ class CardFacts:
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     dequantized: str = ""
+    encodings: tuple[str, ...] = ()
+    method: str = ""
     model_type: str = ""
     has_mtp: bool = False
     gguf: tuple[str, ...] = ()

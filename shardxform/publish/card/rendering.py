@@ -100,6 +100,8 @@ def _stored(facts: CardFacts) -> str:
     made = facts.quantization
     if made:
         return f"weights of {made.bits} bits in the {made.format} format"
+    if facts.encodings:
+        return f"weights in {' and '.join(facts.encodings)}, as the source has them"
     return f"quantized weights turned back into {facts.dequantized}" if facts.dequantized else ""
 
 
@@ -518,7 +520,7 @@ def _gguf(facts: CardFacts) -> Iterator[str]:
 
 def _transformers(facts: CardFacts) -> Iterator[str]:
     yield "### transformers"
-    needs = _NEEDS[facts.quantization.format] if facts.quantization else ""
+    needs = _NEEDS.get(facts.quantization.format if facts.quantization else facts.method)
     if needs:
         yield f"Needs `pip install {needs}`."
     yield fence("\n".join(_python(facts)), "python")

@@ -10,159 +10,33 @@ from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut
 from shardxform.model.layout import Layout
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
+from shardxform.runtimes.gguf.common_keys import (
+    SILU,
+    UNBIASED,
+    add_common,
+    add_sections,
+    head_channels,
+    needed,
+    refuse_other,
+)
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
-from shardxform.runtimes.rotation import magnitude_of, rope_of, usual_magnitude
+from shardxform.runtimes.rotation import rope_of
 
 __all__ = ["KINDS", "architecture_of"]
-
-
-# -- keys of all -------------------------------------------------------------------------------------------------------
-
-_COUNTS: Final = (
-    ("max_position_embeddings", "context_length"),
-    ("hidden_size", "embedding_length"),
-    ("intermediate_size", "feed_forward_length"),
-    ("num_attention_heads", "head_count"),
-    ("num_key_value_heads", "head_count_kv"),
-)
-
-
-def _common(architecture: Architecture, recorder: Recorder, *, latent: bool = False, **over: Any) -> None:  # noqa: ANN401
-    """Keys that every text model has; `over` are keys of the config that llama.cpp wants to be another.
-
-    What YaRN multiplies by is told by another key where attention is `latent`.
-    """
-    config, writer = {**architecture.config, **over}, recorder.writer
-    writer.add_block_count(architecture.blocks)
-    for key, name in _COUNTS:
-        if config.get(key) is not None:
-            getattr(writer, f"add_{name}")(config[key])
-    rope = rope_of(config)
-    full = rope.get("full_attention", rope)
-    _scaling(writer, full)
-    if full.get("rope_type") == "yarn" and not latent:
-        _magnitude(writer, full)
-    if "mrope_section" in rope:
-        _add_sections(architecture, recorder, rope)
-    if full.get("rope_theta") is None:
-        raise SchemeError("config.json: rope_theta is missing")
-    writer.add_rope_freq_base(full["rope_theta"])
-    if (sliding := rope.get("sliding_attention", {}).get("rope_theta")) is not None:
-        writer.add_rope_freq_base_swa(sliding)
-    writer.add_layer_norm_rms_eps(_needed(config, "rms_norm_eps"))
-    writer.add_expert_count(architecture.layout.num_experts)
-    writer.add_expert_used_count(architecture.layout.top_k)
-    if config.get("n_group") is not None:
-        writer.add_expert_group_count(config["n_group"])
-    if config.get("topk_group") is not None:
-        writer.add_expert_group_used_count(config["topk_group"])
-    if config.get("head_dim") is not None:
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-
-
-def _add_sections(architecture: Architecture, recorder: Recorder, rope: Mapping[str, Any]) -> None:
-    """How many of the rotated pairs go by time, height and width; of text, whose three are the same, it matters not.
-
-    Raises:
-        SchemeError: more than a head has channels, at which llama.cpp aborts.
-
-    """
-    sections, width = [*rope.get("mrope_section", (11, 11, 10)), 0, 0, 0, 0][:4], _head_dim(architecture)
-    if sum(sections) > width:
-        raise SchemeError(f"config.json: mrope_section is {sections}, but heads have {width} channels")
-    recorder.writer.add_rope_dimension_sections(sections)
-
-
-def _needed(config: Mapping[str, object], key: str) -> Any:  # noqa: ANN401
-    """A value that must be there.
-
-    Raises:
-        SchemeError: it is not.
-
-    """
-    if config.get(key) is None:
-        raise SchemeError(f"config.json: {key} is missing")
-    return config[key]
-
-
-def _scaling(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """Keys of the scaling of positions.
-
-    Raises:
-        SchemeError: a kind that llama.cpp's converter does not carry over.
-
-    """
-    kind = rope.get("rope_type") or "default"
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(_scaling_type(kind))
-        writer.add_rope_scaling_factor(_needed(rope, "factor"))
-    elif kind not in ("default", "proportional"):  # the last is a tensor of factors
-        raise SchemeError(f"config.json: rope_type {kind!r}; of llama.cpp's converter come default, linear and yarn")
-    if kind != "yarn":
-        return
-    writer.add_rope_scaling_orig_ctx_len(_needed(rope, "original_max_position_embeddings"))
-    if rope.get("extrapolation_factor") not in (None, 1):
-        raise SchemeError(
-            f"config.json: extrapolation_factor is {rope['extrapolation_factor']!r}, which transformers takes for 1 and"
-            " llama.cpp does not: leave it out"
-        )
-    for key in ("beta_fast", "beta_slow"):
-        if rope.get(key):  # 0 is none to transformers
-            getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
-
-
-def _magnitude(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """What sines and cosines are multiplied by, where it is another than llama.cpp multiplies by of itself.
-
-    It is not the key of YaRN that llama.cpp's converter writes, which llama.cpp reads and then works out anew.
-    """
-    times = magnitude_of(rope) / usual_magnitude(rope["factor"])
-    if times != 1:
-        writer.add_rope_scaling_attn_factors(times)
-
-
-def _scaling_type(kind: str) -> Any:  # noqa: ANN401
-    from gguf import RopeScalingType
-
-    return RopeScalingType[kind.upper()]
-
-
-# -- what llama.cpp takes for granted ----------------------------------------------------------------------------------
-
-
-def _refuse_other(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]]) -> None:
-    """Refuse values that llama.cpp would not run as they are meant: it has no key for them.
-
-    Raises:
-        SchemeError: names the first.
-
-    """
-    for key, allowed in wanted.items():
-        found = architecture.config.get(key, allowed[0])
-        if found not in allowed:
-            expected = " or ".join(repr(each) for each in allowed)
-            raise SchemeError(
-                f"config.json: {key} is {found!r}, which llama.cpp would run as {allowed[0]!r}; expected {expected}"
-            )
-
-
-_SILU: Final = {"hidden_act": ("silu", "swish")}
-_UNBIASED: Final = {"attention_bias": (False, None)}
 
 
 # -- Qwen3-MoE ---------------------------------------------------------------------------------------------------------
 
 
 def _qwen3_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
-    _common(architecture, recorder)
+    add_common(architecture, recorder)
     recorder.writer.add_expert_feed_forward_length(architecture.size("moe_intermediate_size"))
 
 
 def _qwen3_moe_check(architecture: Architecture) -> None:
-    wanted = {**_SILU, **_UNBIASED, "norm_topk_prob": (True,), "use_sliding_window": (False, None)}
-    _refuse_other(architecture, wanted)
+    wanted = {**SILU, **UNBIASED, "norm_topk_prob": (True,), "use_sliding_window": (False, None)}
+    refuse_other(architecture, wanted)
     if "norm_topk_prob" not in architecture.config:
         raise SchemeError("config.json: norm_topk_prob is missing, so false, which llama.cpp would run as true")
 
@@ -176,7 +50,7 @@ _QWEN3_MOE: Final = Kind(name="qwen3moe", maps=("QWEN3MOE",), keys=_qwen3_moe_ke
 def _delta_net_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Keys of gated delta-net layers among others of full attention."""
     size, writer = architecture.size, recorder.writer
-    _common(architecture, recorder)
+    add_common(architecture, recorder)
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_feed_forward_length(size("shared_expert_intermediate_size"))
     writer.add_ssm_conv_kernel(size("linear_conv_kernel_dim"))
@@ -190,7 +64,7 @@ def _delta_net_keys(architecture: Architecture, recorder: Recorder) -> None:
         writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
     writer.add_full_attention_interval(architecture.config.get("full_attention_interval", 4))
     partial = rope_of(architecture.config).get("partial_rotary_factor", 0.25)
-    writer.add_rope_dimension_count(int(_head_dim(architecture) * partial))
+    writer.add_rope_dimension_count(int(head_channels(architecture) * partial))
     if architecture.nextn:
         writer.add_nextn_predict_layers(architecture.nextn)
 
@@ -199,7 +73,7 @@ def _qwen3_5_keys(architecture: Architecture, recorder: Recorder) -> None:
     _delta_net_keys(architecture, recorder)
     rope = rope_of(architecture.config)
     if "mrope_section" not in rope:
-        _add_sections(architecture, recorder, rope)
+        add_sections(architecture, recorder, rope)
 
 
 _SMALL: Final = 1e-5
@@ -215,7 +89,7 @@ def _refuse_large_epsilon(architecture: Architecture) -> None:
         SchemeError: it is more than ten times that.
 
     """
-    found = _needed(architecture.config, "rms_norm_eps")
+    found = needed(architecture.config, "rms_norm_eps")
     if not isinstance(found, int | float) or found > _SMALL:
         raise SchemeError(
             f"config.json: rms_norm_eps is {found!r}; some norms have 1e-6 in transformers, and llama.cpp runs all by"
@@ -223,15 +97,9 @@ def _refuse_large_epsilon(architecture: Architecture) -> None:
         )
 
 
-def _head_dim(architecture: Architecture) -> int:
-    if architecture.config.get("head_dim") is not None:
-        return architecture.size("head_dim")
-    return architecture.size("hidden_size") // architecture.size("num_attention_heads")
-
-
 def _delta_net_check(architecture: Architecture) -> None:
-    wanted = {**_SILU, **_UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
-    _refuse_other(architecture, wanted)
+    wanted = {**SILU, **UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
+    refuse_other(architecture, wanted)
     _refuse_large_epsilon(architecture)
     keys, values = (architecture.size(f"linear_{each}_head_dim") for each in ("key", "value"))
     if keys != values:
@@ -320,7 +188,7 @@ _QWEN3_NEXT: Final = Kind(
 def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Keys of latent attention, which llama.cpp runs as attention of all heads over one head of latent keys."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    _common(architecture, recorder, latent=True, num_key_value_heads=1, head_dim=None)
+    add_common(architecture, recorder, latent=True, num_key_value_heads=1, head_dim=None)
     writer.add_leading_dense_block_count(architecture.leading_dense)
     writer.add_vocab_size(size("vocab_size"))
     if config.get("q_lora_rank") is not None:
@@ -347,8 +215,8 @@ def _weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
         SchemeError: a number is missing, for which transformers' classes and llama.cpp have others.
 
     """
-    writer.add_expert_weights_scale(_needed(config, "routed_scaling_factor"))
-    if _needed(config, "norm_topk_prob"):
+    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    if needed(config, "norm_topk_prob"):
         writer.add_expert_weights_norm(True)
     writer.add_expert_gating_func(_gating("SIGMOID"))
 
@@ -372,12 +240,12 @@ def _gating(name: str) -> Any:  # noqa: ANN401
     return ExpertGatingFuncType[name]
 
 
-_SIGMOID: Final = {**_SILU, "scoring_func": ("sigmoid",), "moe_layer_freq": (1,), "rope_interleave": (True,)}
+_SIGMOID: Final = {**SILU, "scoring_func": ("sigmoid",), "moe_layer_freq": (1,), "rope_interleave": (True,)}
 
 
 def _latent_check(architecture: Architecture) -> None:
     """Refuse what llama.cpp does not run as it is meant, scales of latent attention among it."""
-    _refuse_other(architecture, {**_SIGMOID, **_UNBIASED})
+    refuse_other(architecture, {**_SIGMOID, **UNBIASED})
     _refuse_large_epsilon(architecture)
     rope = rope_of(architecture.config)
     kind = rope.get("rope_type") or "default"
@@ -486,8 +354,10 @@ _GLM4_MOE_LITE: Final = Kind(
 
 def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    _common(architecture, recorder)
-    writer.add_rope_dimension_count(int(_head_dim(architecture) * rope_of(config).get("partial_rotary_factor", 0.5)))
+    add_common(architecture, recorder)
+    writer.add_rope_dimension_count(
+        int(head_channels(architecture) * rope_of(config).get("partial_rotary_factor", 0.5))
+    )
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_count(_shared_experts(architecture))
     writer.add_leading_dense_block_count(architecture.leading_dense)
@@ -499,7 +369,7 @@ def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 
 def _glm4_moe_check(architecture: Architecture) -> None:
-    _refuse_other(architecture, {**_SILU, "scoring_func": ("sigmoid",)})
+    refuse_other(architecture, {**SILU, "scoring_func": ("sigmoid",)})
 
 
 _GLM4_MOE: Final = Kind(
@@ -520,17 +390,17 @@ _GLM4_MOE: Final = Kind(
 
 def _minimax_m2_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer, config = recorder.writer, architecture.config
-    _common(architecture, recorder)
+    add_common(architecture, recorder)
     writer.add_expert_feed_forward_length(architecture.size("intermediate_size"))
     partial = rope_of(config).get("partial_rotary_factor", 1.0)
-    writer.add_rope_dimension_count(config.get("rotary_dim") or int(_head_dim(architecture) * partial))
+    writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_channels(architecture) * partial))
     writer.add_expert_gating_func(_gating("SIGMOID"))
 
 
 def _minimax_m2_check(architecture: Architecture) -> None:
-    wanted = {**_SILU, "scoring_func": ("sigmoid",), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)}
+    wanted = {**SILU, "scoring_func": ("sigmoid",), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)}
     wanted["tie_word_embeddings"] = (False, None)
-    _refuse_other(architecture, wanted)
+    refuse_other(architecture, wanted)
 
 
 _MINIMAX_M2: Final = Kind(
@@ -551,15 +421,15 @@ _MINIMAX_M2: Final = Kind(
 
 
 def _gpt_oss_keys(architecture: Architecture, recorder: Recorder) -> None:
-    _common(architecture, recorder)
+    add_common(architecture, recorder)
     recorder.writer.add_sliding_window(architecture.size("sliding_window"))
     recorder.writer.add_expert_feed_forward_length(architecture.size("intermediate_size"))
 
 
 def _gpt_oss_check(architecture: Architecture) -> None:
     """Every second layer attends to a window, the first of them is one, and the activation has its own limits."""
-    wanted = {**_SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
-    _refuse_other(architecture, {**wanted, "tie_word_embeddings": (False, None)})
+    wanted = {**SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
+    refuse_other(architecture, {**wanted, "tie_word_embeddings": (False, None)})
     if rope_of(architecture.config).get("rope_type") is None:
         raise SchemeError("config.json: rope_scaling is missing, for which transformers has numbers of its own")
     for layer, kind in enumerate(architecture.config.get("layer_types") or ()):
@@ -597,7 +467,7 @@ def _sliding(architecture: Architecture) -> list[bool]:
 
 def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    _common(architecture, recorder, head_dim=None, num_key_value_heads=None)
+    add_common(architecture, recorder, head_dim=None, num_key_value_heads=None)
     writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)  # without the key it caps at 30
     writer.add_sliding_window(size("sliding_window"))
     sliding, own, full = _sliding(architecture), size("num_key_value_heads"), _of_full(architecture, "FK")
@@ -617,11 +487,11 @@ def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 def _gemma4_check(architecture: Architecture) -> None:
     wanted = {
-        **_UNBIASED,
+        **UNBIASED,
         "hidden_activation": ("gelu_pytorch_tanh",),
         "use_bidirectional_attention": (None, "vision"),
     }
-    _refuse_other(architecture, wanted)
+    refuse_other(architecture, wanted)
     rope = rope_of(architecture.config)
     kinds = [rope.get(f"{each}_attention", {}).get("rope_type") for each in ("full", "sliding")]
     if kinds != ["proportional", "default"]:
@@ -634,7 +504,7 @@ def _gemma4_made(architecture: Architecture) -> Iterator[Named]:
     """Factors of the frequencies of full attention: those beyond the part that is rotated are divided away."""
     rope = rope_of(architecture.config)["full_attention"]
     half = _of_full(architecture, "FD") // 2
-    rotated = int(2 * half * _needed(rope, "partial_rotary_factor") / 2)
+    rotated = int(2 * half * needed(rope, "partial_rotary_factor") / 2)
     yield Named("rope_freqs.weight", (half,), (), wide=True, values=(1.0,) * rotated + (1e30,) * (half - rotated))
 
 
@@ -661,13 +531,13 @@ _GEMMA4: Final = Kind(
 
 
 def _mixtral_keys(architecture: Architecture, recorder: Recorder) -> None:
-    _common(architecture, recorder)
+    add_common(architecture, recorder)
     recorder.writer.add_vocab_size(architecture.size("vocab_size"))
-    recorder.writer.add_rope_dimension_count(_head_dim(architecture))
+    recorder.writer.add_rope_dimension_count(head_channels(architecture))
 
 
 def _mixtral_check(architecture: Architecture) -> None:
-    _refuse_other(architecture, {**_SILU, "sliding_window": (None,)})
+    refuse_other(architecture, {**SILU, "sliding_window": (None,)})
 
 
 def _mixtral_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
@@ -676,7 +546,7 @@ def _mixtral_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
     key = heads.get(name.rpartition("self_attn.")[2])
     if key is None:
         return (Part(name),)
-    half = _head_dim(architecture) // 2
+    half = head_channels(architecture) // 2
     return (Part(name, Transform(rows=Order((Run(0, (architecture.size(key), 2, half), (0, 2, 1)),)))),)
 
 

@@ -1,0 +1,149 @@
+"""Keys that every text model has in GGUF, and what llama.cpp takes for granted, which a config may contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from shardxform.errors import SchemeError
+from shardxform.runtimes.gguf.architecture import Architecture
+from shardxform.runtimes.gguf.keys import Recorder
+from shardxform.runtimes.rotation import magnitude_of, rope_of, usual_magnitude
+
+__all__ = ["SILU", "UNBIASED", "add_common", "add_sections", "head_channels", "needed", "refuse_other"]
+
+_COUNTS: Final = (
+    ("max_position_embeddings", "context_length"),
+    ("hidden_size", "embedding_length"),
+    ("intermediate_size", "feed_forward_length"),
+    ("num_attention_heads", "head_count"),
+    ("num_key_value_heads", "head_count_kv"),
+)
+
+
+def add_common(architecture: Architecture, recorder: Recorder, *, latent: bool = False, **over: Any) -> None:  # noqa: ANN401
+    """Add the keys that every text model has; `over` are keys of the config that llama.cpp wants to be another.
+
+    What YaRN multiplies by is told by another key where attention is `latent`.
+    """
+    config, writer = {**architecture.config, **over}, recorder.writer
+    writer.add_block_count(architecture.blocks)
+    for key, name in _COUNTS:
+        if config.get(key) is not None:
+            getattr(writer, f"add_{name}")(config[key])
+    rope = rope_of(config)
+    full = rope.get("full_attention", rope)
+    _scaling(writer, full)
+    if full.get("rope_type") == "yarn" and not latent:
+        _magnitude(writer, full)
+    if "mrope_section" in rope:
+        add_sections(architecture, recorder, rope)
+    if full.get("rope_theta") is None:
+        raise SchemeError("config.json: rope_theta is missing")
+    writer.add_rope_freq_base(full["rope_theta"])
+    if (sliding := rope.get("sliding_attention", {}).get("rope_theta")) is not None:
+        writer.add_rope_freq_base_swa(sliding)
+    writer.add_layer_norm_rms_eps(needed(config, "rms_norm_eps"))
+    writer.add_expert_count(architecture.layout.num_experts)
+    writer.add_expert_used_count(architecture.layout.top_k)
+    if config.get("n_group") is not None:
+        writer.add_expert_group_count(config["n_group"])
+    if config.get("topk_group") is not None:
+        writer.add_expert_group_used_count(config["topk_group"])
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+
+
+def add_sections(architecture: Architecture, recorder: Recorder, rope: Mapping[str, Any]) -> None:
+    """Add how many of the rotated pairs go by time, height and width; in text all three are the same.
+
+    Raises:
+        SchemeError: more than a head has channels, at which llama.cpp aborts.
+
+    """
+    sections, width = [*rope.get("mrope_section", (11, 11, 10)), 0, 0, 0, 0][:4], head_channels(architecture)
+    if sum(sections) > width:
+        raise SchemeError(f"config.json: mrope_section is {sections}, but heads have {width} channels")
+    recorder.writer.add_rope_dimension_sections(sections)
+
+
+def needed(config: Mapping[str, object], key: str) -> Any:  # noqa: ANN401
+    """Return a value that must be there.
+
+    Raises:
+        SchemeError: it is not.
+
+    """
+    if config.get(key) is None:
+        raise SchemeError(f"config.json: {key} is missing")
+    return config[key]
+
+
+def _scaling(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Keys of the scaling of positions.
+
+    Raises:
+        SchemeError: a kind that llama.cpp's converter does not carry over.
+
+    """
+    kind = rope.get("rope_type") or "default"
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(_scaling_type(kind))
+        writer.add_rope_scaling_factor(needed(rope, "factor"))
+    elif kind not in ("default", "proportional"):  # the last is a tensor of factors
+        raise SchemeError(f"config.json: rope_type {kind!r}; of llama.cpp's converter come default, linear and yarn")
+    if kind != "yarn":
+        return
+    writer.add_rope_scaling_orig_ctx_len(needed(rope, "original_max_position_embeddings"))
+    if rope.get("extrapolation_factor") not in (None, 1):
+        raise SchemeError(
+            f"config.json: extrapolation_factor is {rope['extrapolation_factor']!r}, which transformers takes for 1 and"
+            " llama.cpp does not: leave it out"
+        )
+    for key in ("beta_fast", "beta_slow"):
+        if rope.get(key):  # 0 is none to transformers
+            getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
+
+
+def _magnitude(writer: Any, rope: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """What sines and cosines are multiplied by, where it is another than llama.cpp multiplies by of itself.
+
+    It is not the key of YaRN that llama.cpp's converter writes, which llama.cpp reads and then works out anew.
+    """
+    times = magnitude_of(rope) / usual_magnitude(rope["factor"])
+    if times != 1:
+        writer.add_rope_scaling_attn_factors(times)
+
+
+def _scaling_type(kind: str) -> Any:  # noqa: ANN401
+    from gguf import RopeScalingType
+
+    return RopeScalingType[kind.upper()]
+
+
+def refuse_other(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse values that llama.cpp would not run as they are meant: it has no key for them.
+
+    Raises:
+        SchemeError: names the first.
+
+    """
+    for key, allowed in wanted.items():
+        found = architecture.config.get(key, allowed[0])
+        if found not in allowed:
+            expected = " or ".join(repr(each) for each in allowed)
+            raise SchemeError(
+                f"config.json: {key} is {found!r}, which llama.cpp would run as {allowed[0]!r}; expected {expected}"
+            )
+
+
+SILU: Final = {"hidden_act": ("silu", "swish")}
+UNBIASED: Final = {"attention_bias": (False, None)}
+
+
+def head_channels(architecture: Architecture) -> int:
+    """Tell the channels of an attention head: as the config says, or what there is for each."""
+    if architecture.config.get("head_dim") is not None:
+        return architecture.size("head_dim")
+    return architecture.size("hidden_size") // architecture.size("num_attention_heads")
