@@ -310,7 +310,7 @@ def test_it_finds_halves_that_are_cut_wrong_everywhere(tmp_path: Path, monkeypat
 def test_it_finds_experts_that_are_numbered_wrong_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path / "source", "qwen3_moe", "per-expert")
     manifest = manifest_of(source, first=1)
-    monkeypatch.setattr(view._Builder, "_pruned", backwards)
+    monkeypatch.setattr(view._Builder, "_renumbered", backwards)
     run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "out")
     assert verify(tmp_path / "out", source=source).sound
     report = verify(tmp_path / "out", source=source, independent=True)
@@ -319,13 +319,9 @@ def test_it_finds_experts_that_are_numbered_wrong_everywhere(tmp_path: Path, mon
 
 
 def backwards(self: Any, ref: Any, place: Any) -> Any:
-    """Experts numbered from the end, routers as they must be."""
+    """Experts numbered from the end, while routers are as they must be."""
     keep = self._keep(place)
     if keep is None or len(keep) == self._layout.num_experts:
-        return ref
-    if place.template.sliced:
-        return ref.select(keep)
-    if place.expert is None:
         return ref
     if place.expert not in keep:
         return None

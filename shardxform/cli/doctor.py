@@ -57,6 +57,7 @@ _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.t
     ("numba", "0.61", "fast", "compiled rounding; the same bytes without it, slower"),
     ("torch", "2.9", "models", "score, evaluate, quantize --method auto-round"),
     ("transformers", "5.0", "models", "the same"),
+    ("packaging", "23", "models", "which transformers that is"),
     ("pyarrow", "15", "models", "text from Parquet files"),
     ("huggingface_hub", "1.0", "hub", "checkpoints and data sets of the hub, push"),
     ("ray", "2.40", "ray", "--ray: steps on many machines"),
