@@ -28,7 +28,7 @@ __all__ = [
     "Inspection",
     "Parameters",
     "count_parameters",
-    "encodings_of",
+    "encoding_names",
     "inspect_checkpoint",
     "parameters_of",
     "stored_of",
@@ -169,7 +169,7 @@ def _encodings(plain: Checkpoint | None, stored: Stored | None) -> Iterator[tupl
     yield from ((name, (counts[name], nbytes)) for name, nbytes in sizes.most_common())
 
 
-def encodings_of(source: Checkpoint) -> tuple[str, ...]:
+def encoding_names(source: Checkpoint) -> tuple[str, ...]:
     """Name the encodings of quantized weights, the one with most bytes first; nothing where there are none."""
     return tuple(name for name, _ in _encodings(*_understood(source)))
 

@@ -28,7 +28,7 @@ from shardxform.execution.output import WORK, is_ours
 from shardxform.formats.config_names import declarations
 from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
-from shardxform.plan.inspection import Parameters, encodings_of, parameters_of, stored_of
+from shardxform.plan.inspection import Parameters, encoding_names, parameters_of, stored_of
 from shardxform.publish.card.facts import (
     BlockError,
     CardFacts,
@@ -135,7 +135,7 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
         plots=_plots(options.plots),
         commands=commands(record, origin.base_model or "SRC", name),
         dequantized=_FLOATS.get(record.asked.section("target").text("format"), ""),
-        encodings=() if stored else encodings_of(checkpoint),
+        encodings=() if stored else encoding_names(checkpoint),
         method=Fields(next((each for _, each in declarations(checkpoint.config)), {})).text("quant_method"),
     )
 

@@ -17,7 +17,7 @@ from shardxform.runtimes.gguf.common_keys import (
     add_sections,
     head_channels,
     needed,
-    refuse_other,
+    refuse_values,
 )
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
@@ -36,7 +36,7 @@ def _qwen3_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 def _qwen3_moe_check(architecture: Architecture) -> None:
     wanted = {**SILU, **UNBIASED, "norm_topk_prob": (True,), "use_sliding_window": (False, None)}
-    refuse_other(architecture, wanted)
+    refuse_values(architecture, wanted)
     if "norm_topk_prob" not in architecture.config:
         raise SchemeError("config.json: norm_topk_prob is missing, so false, which llama.cpp would run as true")
 
@@ -99,7 +99,7 @@ def _refuse_large_epsilon(architecture: Architecture) -> None:
 
 def _delta_net_check(architecture: Architecture) -> None:
     wanted = {**SILU, **UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
-    refuse_other(architecture, wanted)
+    refuse_values(architecture, wanted)
     _refuse_large_epsilon(architecture)
     keys, values = (architecture.size(f"linear_{each}_head_dim") for each in ("key", "value"))
     if keys != values:
@@ -245,7 +245,7 @@ _SIGMOID: Final = {**SILU, "scoring_func": ("sigmoid",), "moe_layer_freq": (1,),
 
 def _latent_check(architecture: Architecture) -> None:
     """Refuse what llama.cpp does not run as it is meant, scales of latent attention among it."""
-    refuse_other(architecture, {**_SIGMOID, **UNBIASED})
+    refuse_values(architecture, {**_SIGMOID, **UNBIASED})
     _refuse_large_epsilon(architecture)
     rope = rope_of(architecture.config)
     kind = rope.get("rope_type") or "default"
@@ -369,7 +369,7 @@ def _glm4_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 
 def _glm4_moe_check(architecture: Architecture) -> None:
-    refuse_other(architecture, {**SILU, "scoring_func": ("sigmoid",)})
+    refuse_values(architecture, {**SILU, "scoring_func": ("sigmoid",)})
 
 
 _GLM4_MOE: Final = Kind(
@@ -400,7 +400,7 @@ def _minimax_m2_keys(architecture: Architecture, recorder: Recorder) -> None:
 def _minimax_m2_check(architecture: Architecture) -> None:
     wanted = {**SILU, "scoring_func": ("sigmoid",), "use_qk_norm": (True,), "qk_norm_type": ("per_layer",)}
     wanted["tie_word_embeddings"] = (False, None)
-    refuse_other(architecture, wanted)
+    refuse_values(architecture, wanted)
 
 
 _MINIMAX_M2: Final = Kind(
@@ -429,7 +429,7 @@ def _gpt_oss_keys(architecture: Architecture, recorder: Recorder) -> None:
 def _gpt_oss_check(architecture: Architecture) -> None:
     """Every second layer attends to a window, the first of them is one, and the activation has its own limits."""
     wanted = {**SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
-    refuse_other(architecture, {**wanted, "tie_word_embeddings": (False, None)})
+    refuse_values(architecture, {**wanted, "tie_word_embeddings": (False, None)})
     if rope_of(architecture.config).get("rope_type") is None:
         raise SchemeError("config.json: rope_scaling is missing, for which transformers has numbers of its own")
     for layer, kind in enumerate(architecture.config.get("layer_types") or ()):
@@ -491,7 +491,7 @@ def _gemma4_check(architecture: Architecture) -> None:
         "hidden_activation": ("gelu_pytorch_tanh",),
         "use_bidirectional_attention": (None, "vision"),
     }
-    refuse_other(architecture, wanted)
+    refuse_values(architecture, wanted)
     rope = rope_of(architecture.config)
     kinds = [rope.get(f"{each}_attention", {}).get("rope_type") for each in ("full", "sliding")]
     if kinds != ["proportional", "default"]:
@@ -537,7 +537,7 @@ def _mixtral_keys(architecture: Architecture, recorder: Recorder) -> None:
 
 
 def _mixtral_check(architecture: Architecture) -> None:
-    refuse_other(architecture, {**SILU, "sliding_window": (None,)})
+    refuse_values(architecture, {**SILU, "sliding_window": (None,)})
 
 
 def _mixtral_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:

@@ -10,7 +10,7 @@ from shardxform.runtimes.gguf.architecture import Architecture
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.rotation import magnitude_of, rope_of, usual_magnitude
 
-__all__ = ["SILU", "UNBIASED", "add_common", "add_sections", "head_channels", "needed", "refuse_other"]
+__all__ = ["SILU", "UNBIASED", "add_common", "add_sections", "head_channels", "needed", "refuse_values"]
 
 _COUNTS: Final = (
     ("max_position_embeddings", "context_length"),
@@ -122,7 +122,7 @@ def _scaling_type(kind: str) -> Any:  # noqa: ANN401
     return RopeScalingType[kind.upper()]
 
 
-def refuse_other(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]]) -> None:
+def refuse_values(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse values that llama.cpp would not run as they are meant: it has no key for them.
 
     Raises:
