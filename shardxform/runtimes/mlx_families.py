@@ -6,7 +6,7 @@ Read in the code of mlx-lm 0.32 (`mlx_lm/models`), and held against transformers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
@@ -105,25 +105,18 @@ _SMALL: Final = 1e-5
 _ROUTED: Final = ("n_group", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group")
 _BUILT: Final = ("attention_bias", "tie_word_embeddings")
 _SCALED: Final = ("dynamic", "linear", "llama3", "yarn")
+_DEEPSEEK_V3: Final = Names(
+    _SWITCH,
+    _same("deepseek_v3", "kimi_k2"),
+    _ROTARY,
+    only=_SIGMOID,
+    needs=_ROUTED,
+    scaled=_SCALED,
+    faults=(_dense_before(0),),
+)
 NAMES: Final[Mapping[str, Names]] = {
-    "deepseek_v3": Names(
-        _SWITCH,
-        _same("deepseek_v3", "kimi_k2"),
-        _ROTARY,
-        only=_SIGMOID,
-        needs=_ROUTED,
-        scaled=_SCALED,
-        faults=(_dense_before(0),),
-    ),
-    "deepseek_v32": Names(
-        _SWITCH,
-        _same("deepseek_v32"),
-        _ROTARY,
-        only=_SIGMOID,
-        needs=_ROUTED,
-        scaled=_SCALED,
-        faults=(_dense_before(0),),
-    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v32": replace(_DEEPSEEK_V3, types=_same("deepseek_v32")),
     "gemma4": Names(
         "experts.switch_glu",
         _same("gemma4", "gemma4_text"),
@@ -142,13 +135,10 @@ NAMES: Final[Mapping[str, Names]] = {
         share=0.5,
         faults=(_dense_before(0),),
     ),
-    "glm4_moe_lite": Names(
-        _SWITCH,
-        _same("glm4_moe_lite"),
-        (*_ROTARY, "partial_rotary_factor"),
-        only=_SIGMOID,
-        needs=_ROUTED,
-        scaled=_SCALED,
+    "glm4_moe_lite": replace(
+        _DEEPSEEK_V3,
+        types=_same("glm4_moe_lite"),
+        keys=(*_ROTARY, "partial_rotary_factor"),
         faults=(_dense_before(1), _large_epsilon),
     ),
     "gpt_oss": Names(
