@@ -28,7 +28,7 @@ from shardxform.formats.encoding import Cut, Opener
 from shardxform.formats.scheme import Grid
 from shardxform.model.layout import layout_of
 from shardxform.plan.view import View, pruned_view
-from shardxform.runtimes.gguf import architectures
+from shardxform.runtimes.gguf import latent_attention
 from shardxform.runtimes.gguf.architecture import Architecture, Named
 from shardxform.runtimes.gguf.architectures import KINDS, architecture_of
 from shardxform.runtimes.gguf.keys import Key, Recorder
@@ -515,9 +515,9 @@ def test_no_release_says_what_is_refused() -> None:
 def test_widths_of_an_indexer_at_which_llama_aborts_are_refused(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, architecture = viewed(EXAMPLE)
     layout = replace(architecture.layout, text={**architecture.config, "index_head_dim": width})
-    monkeypatch.setattr(architectures, "_latent_check", lambda _: None)
+    monkeypatch.setattr(latent_attention, "_latent_check", lambda _: None)
     with pytest.raises(SchemeError, match=f"index_head_dim is {width}; llama.cpp runs powers of two from 64 on"):
-        architectures.KINDS["deepseek_v32"].check(Architecture(architectures.KINDS["deepseek_v32"], layout))
+        KINDS["deepseek_v32"].check(Architecture(KINDS["deepseek_v32"], layout))
 
 
 def test_a_tensor_that_is_missing_or_unknown_is_refused() -> None:
