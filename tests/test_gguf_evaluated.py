@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from build import Raw, read_checkpoint
 from click.testing import CliRunner
+from gguf_families import OVER, checkpoint
 from strategies import by_night, picked
 from test_convert import quantize, values_of
-from test_gguf_names import OVER, checkpoint
 from test_gguf_outputs import KINDS, SMALL, TEXT, call, done, in_gguf, make, to_gguf
 from test_prune import manifest_of
 from test_verify_gguf import opened
