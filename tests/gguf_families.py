@@ -30,54 +30,105 @@ GEMMA = {
     "moe_intermediate_size": 32,
     "per_layer_config": {"3": {"head_dim": 32}},
 }
+INDEXED = {"index_topk": 8, "index_n_heads": 16}
+"""Of fewer heads all have no use for many tokens, of which any may be chosen."""
+MULTIPLIED = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.7,
+}
 OVER: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
     "deepseek_v3": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
-    "deepseek_v32": {"index_head_dim": 128},
+    "deepseek_v32": {"index_head_dim": 128, **INDEXED},
+    "dots1": {"num_key_value_heads": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "ernie4_5_moe": {},
     "gemma4_text": GEMMA,
     "glm4_moe": {"attention_bias": True, "use_qk_norm": True},
     "glm4_moe_lite": {},
+    "glm_moe_dsa": {"index_head_dim": 64, "indexer_types": ["full", "shared"], **INDEXED},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {**YARN, "truncate": True}},
+    "granitemoe": MULTIPLIED,
+    "granitemoeshared": MULTIPLIED,
+    "hunyuan_v1_moe": {
+        "tie_word_embeddings": True,
+        "moe_topk": [2, 2],
+        "moe_intermediate_size": [96, 96],
+        "num_shared_expert": [1, 1],
+    },
     "kimi_k2": {},
+    "kimi_k25": {},
     "minimax_m2": {},
     "mixtral": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen2_moe": {},
     "qwen3_5_moe": {**LINEAR, "rope_parameters": {**ROTATED, "mrope_section": [1, 1, 0]}},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": LINEAR,
+    "solar_open": {"rope_parameters": {**ROTATED, "partial_rotary_factor": 1.0}},
 }
 """Model types, by what is not as `any_moe` makes them."""
 
+RENAMES = {
+    "kimi_k25": (
+        (r"language_model\.model\.blocks\.", "language_model.model.layers."),
+        (r"vision_tower\.encoder\.patch_embed\.proj", "vision_tower.patch_embed.proj"),
+        (r"^model\.mm_projector\.", "mm_projector."),
+    )
+}
+"""What releases call tensors, where transformers' way back is another."""
+
 MADE = {
+    "deepseek_v2": ("96abe3a4139ce98d", "f152bb6664058326"),
     "deepseek_v3": ("f4943e29a623f8d5", "795de4cb2de64f1b"),
-    "deepseek_v32": ("ac2424464aa04e59", "f0229df47a728051"),
+    "deepseek_v32": ("904a4f20ff3778d7", "3dbe9c3be3cfa082"),
+    "dots1": ("65b1512a35f6b29b", "bf8a756a52391d61"),
+    "ernie4_5_moe": ("e12a34ed418a2fc0", "292da93d0f63af2b"),
     "gemma4_text": ("2680ba2bd2c2cf04", "eeb2310500b09271"),
     "glm4_moe": ("ee7a43237b64ac1e", "c9a305d7abeafc37"),
     "glm4_moe_lite": ("f4943e29a623f8d5", "7a82a3fe4a2e3fba"),
+    "glm_moe_dsa": ("7b8eee6dc72f8330", "f4dd925d7d26ecec"),
     "gpt_oss": ("62fd556990845e95", "406f32094e656e5f"),
+    "granitemoe": ("0d2cca4a2e0573c9", "1210cbb1a81a53b8"),
+    "granitemoeshared": ("6a74d2272093422d", "9b99fc2f48a31d9d"),
+    "hunyuan_v1_moe": ("731522e149b4f1ff", "62c870dc8e2fe58a"),
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
+    "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
     "minimax_m2": ("7115d102de5918dd", "fc55cb8e2b47bcda"),
     "mixtral": ("e0a4b43b4d2a515c", "c564cadd99f137dc"),
+    "olmoe": ("8bad943354c4a760", "259c6436704d561c"),
+    "qwen2_moe": ("9f1dafb19ffb1d84", "53bcf22c0dcbd6a6"),
     "qwen3_5_moe": ("f6a29943fac9bfec", "f90fcf1147f1f085"),
     "qwen3_moe": ("46b74c2fa155dbae", "d6c6767194869f46"),
     "qwen3_next": ("880384147fef47db", "e54a56850c1dff88"),
+    "solar_open": ("cc7bc04cf5ecb1d6", "b736a27b8082e64f"),
 }
 
 SIGMOID = "expert_gating_func"
 MORE = {
+    "deepseek_v2": (SIGMOID,),
     "deepseek_v3": (SIGMOID,),
     "deepseek_v32": (SIGMOID, "add_bos_token"),  # without which the converter refuses it
+    "dots1": (SIGMOID,),
     "glm4_moe_lite": (SIGMOID,),
+    "glm_moe_dsa": (SIGMOID,),
     "kimi_k2": (SIGMOID,),
+    "kimi_k25": (SIGMOID,),
     "minimax_m2": (SIGMOID,),
 }
 """Keys that the converter writes only where a config says what is true of the whole family."""
 
 OTHER = {
+    "ernie4_5_moe": ("expert_shared_feed_forward_length",),
     "gemma4_text": ("final_logit_softcapping",),
     "glm4_moe": ("nextn_predict_layers",),
     "glm4_moe_lite": ("leading_dense_block_count",),
+    "solar_open": ("leading_dense_block_count", "eot_token_id"),
 }
 """Keys that the converter finds to be 0, or does not write where a config has none, for which llama.cpp takes 30: of
-logits' cap, of MTP layers, and what it takes from a key that is not written."""
+logits' cap, of MTP layers, and what it takes from a key that is not written; ERNIE's shared experts, whose width it
+works out of the count of heads; a token of Solar's that it looks up elsewhere."""
 
 
 def checkpoint(family: str, folder: Path, **over: Any) -> Path:
@@ -86,7 +137,8 @@ def checkpoint(family: str, folder: Path, **over: Any) -> Path:
 
     root = folder / family
     model = any_moe.build(family, vocab_size=VOCAB, **{**OVER[family], **over})
-    any_moe.save(model, root, vocab=VOCAB, model_type=family if family == "kimi_k2" else "")
+    kind = family if family == "kimi_k2" else ""
+    any_moe.save(model, root, vocab=VOCAB, model_type=kind, renames=RENAMES.get(family, ()))
     path = root / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     path.write_text(json.dumps(of_characters(tokenizer) if family == "gemma4_text" else with_more(tokenizer)))

@@ -221,7 +221,8 @@ def test_no_release_says_what_is_refused() -> None:
         if layout.family.name in NAMES_OF_MLX:
             refuse_misread(layout)
             seen.add(layout.family.name)
-    assert seen == KINDS.keys() | NAMES_OF_MLX.keys()
+    unreleased = {"granitemoeshared"}
+    assert seen == (KINDS.keys() | NAMES_OF_MLX.keys()) - unreleased
 
 
 @pytest.mark.parametrize("width", [16, 96, 192])
@@ -247,9 +248,9 @@ def test_a_tensor_that_is_missing_or_unknown_is_refused() -> None:
 def test_a_family_that_is_not_written_is_refused_with_those_that_are() -> None:
     layout = viewed(EXAMPLE)[1].layout
     with pytest.raises(
-        SchemeError, match=f"family olmoe is not written as GGUF; those that are: {', '.join(sorted(KINDS))}"
+        SchemeError, match=f"family phimoe is not written as GGUF; those that are: {', '.join(sorted(KINDS))}"
     ):
-        architecture_of(replace(layout, family=replace(layout.family, name="olmoe")))
+        architecture_of(replace(layout, family=replace(layout.family, name="phimoe")))
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ __all__ = [
     "head_channels",
     "needed",
     "refuse_large_epsilon",
+    "refuse_other_heads",
+    "refuse_shared_keys",
     "refuse_values",
     "shared_experts",
     "sigmoid_weights",
@@ -171,6 +173,35 @@ def head_channels(architecture: Architecture) -> int:
     if architecture.config.get("head_dim") is not None:
         return architecture.size("head_dim")
     return architecture.size("hidden_size") // architecture.size("num_attention_heads")
+
+
+def refuse_shared_keys(architecture: Architecture) -> None:
+    """Refuse heads that share keys and values, for architectures of llama.cpp that have none.
+
+    Raises:
+        SchemeError: there are fewer keys than heads.
+
+    """
+    heads, shared = architecture.size("num_attention_heads"), architecture.config.get("num_key_value_heads")
+    if shared not in (None, heads):
+        raise SchemeError(
+            f"config.json: num_key_value_heads is {shared!r} and num_attention_heads {heads}; llama.cpp's"
+            f" {architecture.name} has one for each"
+        )
+
+
+def refuse_other_heads(architecture: Architecture) -> None:
+    """Refuse heads of another width than there is for each of the hidden channels.
+
+    Raises:
+        SchemeError: `head_dim` says so.
+
+    """
+    each = architecture.size("hidden_size") // architecture.size("num_attention_heads")
+    if (found := architecture.config.get("head_dim")) not in (None, each):
+        raise SchemeError(
+            f"config.json: head_dim is {found!r}; llama.cpp's {architecture.name} has {each} channels a head"
+        )
 
 
 _SMALL: Final = 1e-5

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
 
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut
@@ -15,6 +16,8 @@ from shardxform.runtimes.gguf.common_keys import (
     SPLITS_OF_GLM,
     UNBIASED,
     add_common,
+    add_gating,
+    needed,
     refuse_large_epsilon,
     refuse_values,
     shared_experts,
@@ -30,10 +33,15 @@ __all__ = ["LATENT"]
 # -- latent attention: DeepSeek-V3, Kimi-K2, DeepSeek-V3.2, GLM-4.7-Flash ----------------------------------------------
 
 
-def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
+def _latent_keys(
+    architecture: Architecture,
+    recorder: Recorder,
+    weights: Callable[[Any, Mapping[str, Any]], None] = sigmoid_weights,
+    **over: Any,  # noqa: ANN401
+) -> None:
     """Keys of latent attention, which llama.cpp runs as attention of all heads over one head of latent keys."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    add_common(architecture, recorder, latent=True, num_key_value_heads=1, head_dim=None)
+    add_common(architecture, recorder, latent=True, num_key_value_heads=1, head_dim=None, **over)
     writer.add_leading_dense_block_count(architecture.leading_dense)
     writer.add_vocab_size(size("vocab_size"))
     if config.get("q_lora_rank") is not None:
@@ -45,7 +53,7 @@ def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_value_length_mla(size("v_head_dim"))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_count(shared_experts(architecture))
-    sigmoid_weights(writer, config)
+    weights(writer, config)
     writer.add_rope_dimension_count(size("qk_rope_head_dim"))
     if (scale := rope_of(config).get("mscale_all_dim")) is not None:
         writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
@@ -56,9 +64,9 @@ def _latent_keys(architecture: Architecture, recorder: Recorder) -> None:
 _SIGMOID: Final = {**SILU, "scoring_func": ("sigmoid",), "moe_layer_freq": (1,), "rope_interleave": (True,)}
 
 
-def _latent_check(architecture: Architecture) -> None:
+def _latent_check(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]] = _SIGMOID) -> None:
     """Refuse what llama.cpp does not run as it is meant, scales of latent attention among it."""
-    refuse_values(architecture, {**_SIGMOID, **UNBIASED})
+    refuse_values(architecture, {**wanted, **UNBIASED})
     refuse_large_epsilon(architecture)
     rope = rope_of(architecture.config)
     kind = rope.get("rope_type") or "default"
@@ -96,6 +104,41 @@ def _latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
         Part(f"{stem}v_b_proj.weight", Transform(rows=rows), (), (heads,)),
     )
 
+
+def _softmax_weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
+    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    add_gating(writer, "SOFTMAX")
+
+
+def _deepseek_v2_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Groups count for nothing where the router is greedy, but llama.cpp looks at them wherever there are several."""
+    several = (architecture.config.get("n_group") or 1) > 1
+    over = {"n_group": None, "topk_group": None} if several else {}
+    _latent_keys(architecture, recorder, _softmax_weights, **over)
+
+
+_SOFTMAX: Final = {**SILU, "scoring_func": ("softmax",), "moe_layer_freq": (1,), "norm_topk_prob": (False, None)}
+
+
+def _deepseek_v2_check(architecture: Architecture) -> None:
+    """Groups are told apart by the best expert of each, in llama.cpp by the best two."""
+    _latent_check(architecture, _SOFTMAX)
+    config = architecture.config
+    if config.get("topk_method", "greedy") != "greedy" and (config.get("n_group") or 1) > 1:
+        raise SchemeError(
+            f"config.json: topk_method is {config['topk_method']!r} of {config['n_group']} groups, of which llama.cpp"
+            " would take others: expected greedy, or one group"
+        )
+
+
+_DEEPSEEK_V2: Final = Kind(
+    name="deepseek2",
+    maps=("DEEPSEEK2",),
+    leads_dense=True,
+    parts=_latent_parts,
+    keys=_deepseek_v2_keys,
+    check=_deepseek_v2_check,
+)
 
 _DEEPSEEK_V3: Final = Kind(
     name="deepseek2",
@@ -156,9 +199,42 @@ _GLM4_MOE_LITE: Final = Kind(
 )
 
 
+# -- GLM-5 -------------------------------------------------------------------------------------------------------------
+
+
+def _glm_moe_dsa_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks without an indexer of their own are listed, those of MTP layers not."""
+    _deepseek_v32_keys(architecture, recorder)
+    holds, layers = architecture.layout.family.holds, range(architecture.layout.num_layers)
+    recorder.writer.add_array(
+        f"{architecture.name}.attention.indexer.types",
+        [holds("indexer", architecture.config, layer) for layer in layers],
+    )
+
+
+def _glm_moe_dsa_check(architecture: Architecture) -> None:
+    _deepseek_v32_check(architecture)
+    refuse_values(architecture, {"indexer_rope_interleave": (True,)})
+
+
+_GLM_MOE_DSA: Final = replace(
+    _DEEPSEEK_V32,
+    name="glm-dsa",
+    maps=("GLM_DSA",),
+    keys=_glm_moe_dsa_keys,
+    check=_glm_moe_dsa_check,
+    adds_bos=False,
+    specials=OF_GLM,
+    splits=SPLITS_OF_GLM,
+)
+
+
 LATENT: Final[Mapping[str, Kind]] = {
+    "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _DEEPSEEK_V32,
     "glm4_moe_lite": _GLM4_MOE_LITE,
+    "glm_moe_dsa": _GLM_MOE_DSA,
+    "kimi_k25": _DEEPSEEK_V3,
 }
 """What each family becomes, by its name."""
