@@ -46,8 +46,11 @@ OTHERS: dict[str, Any] = {
     "index_topk": 12,
     "layer_types": ["full_attention", "sliding_attention"],
     "logits_scaling": 3.0,
+    "mamba_hidden_act": "gelu",
+    "mamba_proj_bias": True,
     "max_window_layers": 1,
     "mlp_bias": True,
+    "mlp_hidden_act": "silu",
     "moe_layer_interval": 2,
     "moe_norm_min": 0.5,
     "moe_num_shared_experts": 1,
@@ -61,9 +64,11 @@ OTHERS: dict[str, Any] = {
     "routed_scaling_factor": 7.0,
     "scoring_func": "softmax",
     "sliding_window": 8,
+    "time_step_limit": [0.0, 0.5],
     "topk_method": "group_limited_greedy",
     "tie_word_embeddings": True,
     "use_bias": True,
+    "use_conv_bias": False,
     "use_qk_norm": False,
     "use_sliding_window": True,
 }
@@ -103,10 +108,16 @@ def changed(family: str, kind: str, over: dict[str, Any]) -> tuple[dict[str, Any
 
 
 def edited(root: Path, told: dict[str, Any], without: tuple[str, ...]) -> Path:
-    """A checkpoint with other keys in its config.json."""
+    """A checkpoint with other keys of its decoder in its config.json."""
+    import any_moe
+
     path = root / "config.json"
-    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in without}
-    path.write_text(json.dumps(config | told))
+    config = json.loads(path.read_text())
+    text = any_moe.text_of(config)
+    for key in without:
+        text.pop(key, None)
+    text.update(told)
+    path.write_text(json.dumps(config))
     return root
 
 

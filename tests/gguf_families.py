@@ -38,6 +38,15 @@ MULTIPLIED = {
     "logits_scaling": 0.5,
     "residual_multiplier": 0.7,
 }
+MAMBA = {"ssm_state_size": 16, "n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 32, "chunk_size": 16}
+NEMOTRON = {**MAMBA, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 32}
+GRANITE_4 = {
+    "layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    **dict.fromkeys(("mamba_chunk_size", "mamba_d_head", "mamba_d_state"), 16),
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+}
 OVER: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
     "deepseek_v3": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
@@ -51,6 +60,7 @@ OVER: dict[str, dict[str, Any]] = {
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {**YARN, "truncate": True}},
     "granitemoe": MULTIPLIED,
     "granitemoeshared": MULTIPLIED,
+    "granitemoehybrid": {**GRANITE_4, **MULTIPLIED},
     "hunyuan_v1_moe": {
         "tie_word_embeddings": True,
         "moe_topk": [2, 2],
@@ -59,13 +69,20 @@ OVER: dict[str, dict[str, Any]] = {
     },
     "kimi_k2": {},
     "kimi_k25": {},
+    "lfm2_moe": {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "minimax_m2": {},
     "mixtral": {},
+    "nemotron_h": NEMOTRON,
     "olmoe": {"num_key_value_heads": 4},
     "qwen2_moe": {},
     "qwen3_5_moe": {**LINEAR, "rope_parameters": {**ROTATED, "mrope_section": [1, 1, 0]}},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": LINEAR,
+    "qwen3_vl_moe": {
+        "moe_intermediate_size": 96,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+        "vision": {"deepstack_visual_indexes": [0, 1]},
+    },
     "solar_open": {"rope_parameters": {**ROTATED, "partial_rotary_factor": 1.0}},
 }
 """Model types, by what is not as `any_moe` makes them."""
@@ -79,6 +96,9 @@ RENAMES = {
 }
 """What releases call tensors, where transformers' way back is another."""
 
+STACKS = r"experts\.(gate_up|down)_proj$"
+"""Tensors that releases of Qwen3-VL have with their last dimensions the other way round."""
+
 MADE = {
     "deepseek_v2": ("96abe3a4139ce98d", "f152bb6664058326"),
     "deepseek_v3": ("f4943e29a623f8d5", "795de4cb2de64f1b"),
@@ -91,17 +111,21 @@ MADE = {
     "glm_moe_dsa": ("7b8eee6dc72f8330", "f4dd925d7d26ecec"),
     "gpt_oss": ("62fd556990845e95", "406f32094e656e5f"),
     "granitemoe": ("0d2cca4a2e0573c9", "1210cbb1a81a53b8"),
+    "granitemoehybrid": ("e3ae28bb380ec30f", "5f623414a2aeefb4"),
     "granitemoeshared": ("6a74d2272093422d", "9b99fc2f48a31d9d"),
     "hunyuan_v1_moe": ("731522e149b4f1ff", "62c870dc8e2fe58a"),
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
     "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
+    "lfm2_moe": ("2cc989fb60ef2f1b", "e7641e104aea4e90"),
     "minimax_m2": ("7115d102de5918dd", "fc55cb8e2b47bcda"),
     "mixtral": ("e0a4b43b4d2a515c", "c564cadd99f137dc"),
+    "nemotron_h": ("8844338cea6dd0b2", "edbc0f0199a8c92a"),
     "olmoe": ("8bad943354c4a760", "259c6436704d561c"),
     "qwen2_moe": ("9f1dafb19ffb1d84", "53bcf22c0dcbd6a6"),
     "qwen3_5_moe": ("f6a29943fac9bfec", "f90fcf1147f1f085"),
     "qwen3_moe": ("46b74c2fa155dbae", "d6c6767194869f46"),
     "qwen3_next": ("880384147fef47db", "e54a56850c1dff88"),
+    "qwen3_vl_moe": ("441283d401b9303f", "4641fe840f7116fc"),
     "solar_open": ("cc7bc04cf5ecb1d6", "b736a27b8082e64f"),
 }
 
@@ -116,6 +140,7 @@ MORE = {
     "kimi_k2": (SIGMOID,),
     "kimi_k25": (SIGMOID,),
     "minimax_m2": (SIGMOID,),
+    "nemotron_h": (SIGMOID,),
 }
 """Keys that the converter writes only where a config says what is true of the whole family."""
 
@@ -124,10 +149,12 @@ OTHER = {
     "gemma4_text": ("final_logit_softcapping",),
     "glm4_moe": ("nextn_predict_layers",),
     "glm4_moe_lite": ("leading_dense_block_count",),
+    "nemotron_h": ("layer_norm_rms_epsilon",),
     "solar_open": ("leading_dense_block_count", "eot_token_id"),
 }
 """Keys that the converter finds to be 0, or does not write where a config has none, for which llama.cpp takes 30: of
-logits' cap, of MTP layers, and what it takes from a key that is not written; ERNIE's shared experts, whose width it
+logits' cap, of MTP layers, and what it takes from a key that is not written, or
+from one of two for one number; ERNIE's shared experts, whose width it
 works out of the count of heads; a token of Solar's that it looks up elsewhere."""
 
 
@@ -138,7 +165,8 @@ def checkpoint(family: str, folder: Path, **over: Any) -> Path:
     root = folder / family
     model = any_moe.build(family, vocab_size=VOCAB, **{**OVER[family], **over})
     kind = family if family == "kimi_k2" else ""
-    any_moe.save(model, root, vocab=VOCAB, model_type=kind, renames=RENAMES.get(family, ()))
+    renames, turned = RENAMES.get(family, ()), STACKS if family == "qwen3_vl_moe" else ""
+    any_moe.save(model, root, vocab=VOCAB, model_type=kind, renames=renames, turned=turned)
     path = root / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     path.write_text(json.dumps(of_characters(tokenizer) if family == "gemma4_text" else with_more(tokenizer)))

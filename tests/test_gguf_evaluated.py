@@ -91,7 +91,7 @@ def test_it_stands_for_the_values_of_every_family(family: str, tmp_path: Path) -
     assert verify(tmp_path / "out", source=source, independent=True).problems == ()
     held, found = read_checkpoint(source), read_back(stands_for(model, Checkpoint.open(source)))
     for name, value in found.items():
-        wanted = released(held, name, turned=family == "gpt_oss")
+        wanted = released(held, name, turned=family in ("gpt_oss", "qwen3_vl_moe"))
         np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6, err_msg=name)
     assert len(found) >= 40
 

@@ -68,7 +68,7 @@ def test_tensors_and_keys_are_those_of_the_converter(family: str, tmp_path: Path
 def test_llama_computes_what_transformers_does(family: str, tmp_path: Path) -> None:
     """Every tensor is where llama.cpp looks for it, and means what it means there."""
     root = checkpoint(family, tmp_path)
-    assert divergence(logits_of(family, root), root) <= (1e-8 if family == "gemma4_text" else 1e-10)
+    assert divergence(logits_of(family, root), root) <= (1e-8 if family == "gemma4_text" else 2e-10)
 
 
 IDS = [1 + at * 37 % 249 for at in range(24)]

@@ -15,10 +15,10 @@ __all__ = ["Change", "changes"]
 
 Values = NDArray[np.float32]
 
-_NEIGHBOURS: Final = frozenset({"granitemoe", "llama"})
-"""Architectures that rotate neighbours, so that halves of heads take turns."""
+_NEIGHBOURS: Final = frozenset({"granitehybrid", "granitemoe", "llama", "nemotron_h_moe"})
+"""Architectures that rotate neighbours, so that halves of heads take turns, and Nemotron-H's."""
 
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
 
 Change = Callable[[Values], Values]
 
@@ -52,7 +52,7 @@ def changes(arch: str, name: str, text: Mapping[str, Any]) -> Iterator[tuple[str
         yield f"{block}.attn_gate.weight", lambda w_OI: pick(w_OI, 3)
     elif name.endswith("norm.weight") and arch in ("qwen35moe", "qwen3next") and inner != "norm.weight":
         yield name, lambda w_OI: w_OI + np.float32(1)
-    elif arch in _NEIGHBOURS and (match := re.fullmatch(r".*self_attn\.([qk])_proj\.(weight|bias)", name)):
+    elif arch in _NEIGHBOURS and (match := re.fullmatch(r".*\.([qk])_proj\.(weight|bias)", name)):
         all_heads = text["num_attention_heads"]
         turned = all_heads if match[1] == "q" else text.get("num_key_value_heads") or all_heads
         yield name, lambda w_OI: w_OI.reshape(turned, 2, -1, w_OI.shape[1]).swapaxes(1, 2).reshape(w_OI.shape)
@@ -60,6 +60,8 @@ def changes(arch: str, name: str, text: Mapping[str, Any]) -> Iterator[tuple[str
         half = text["shared_intermediate_size"]
         yield f"blk.{_layer(name)}.ffn_gate_shexp.weight", lambda w_OI: w_OI[:half]
         yield f"blk.{_layer(name)}.ffn_up_shexp.weight", lambda w_OI: w_OI[half:]
+    elif name.endswith(("mixer.A_log", "mamba.A_log")):
+        yield name, lambda w_OI: -np.exp(w_OI.astype(np.float64)).astype(np.float32)
     elif ".linear_attn." in name:
         yield name, _of_delta_net(arch, inner, text)
     else:

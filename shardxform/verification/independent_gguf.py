@@ -196,6 +196,9 @@ _SPELLED: Final = (
     ("linear_attn.dt_bias", "linear_attn.dt_proj.bias"),
     ("self_attn.sinks", "self_attn.sinks.weight"),
     ("layer_scalar", "layer_scalar.weight"),
+    ("expert_bias", "expert_bias.bias"),
+    ("mixer.dt_bias", "mixer.dt.bias"),
+    ("mamba.dt_bias", "mamba.dt_proj.bias"),
 )
 """Last parts of names, and how the package's map has them."""
 
@@ -206,11 +209,11 @@ _MTP_NAMES: Final = {
     "mtp.pre_fc_norm_hidden.weight": "hnorm.weight",
 }
 _EXPERT: Final = re.compile(
-    r"model\.layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)(?:\.([01]))?\.(weight|bias)"
+    r"(?:model|backbone)\.layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)(?:\.([01]))?\.(weight|bias)"
 )
 _PARTS: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _ROUTER_SCALES: Final = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
 _NO_WEIGHTS: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.", "vision_tower.", "mm_projector.")
 _MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
 _FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
@@ -276,6 +279,8 @@ class _File:
             name = f"{after}{name.removeprefix(before)}" if name.startswith(before) else name
         name = name.removeprefix("language_model.")
         if name.startswith(_NO_WEIGHTS) or name.endswith("inv_freq"):
+            return ""
+        if name.startswith("mtp.") and not self.counts("nextn_predict_layers"):
             return ""
         if name.startswith("mtp."):
             name = name.replace("mtp.layers.0.", f"model.layers.{self.layers}.")

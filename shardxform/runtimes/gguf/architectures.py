@@ -12,10 +12,11 @@ from shardxform.runtimes.gguf.delta_nets import DELTA_NETS
 from shardxform.runtimes.gguf.latent_attention import LATENT
 from shardxform.runtimes.gguf.plain_attention import PLAIN
 from shardxform.runtimes.gguf.sliding_windows import SLIDING
+from shardxform.runtimes.gguf.state_spaces import STATES
 
 __all__ = ["KINDS", "architecture_of"]
 
-KINDS: Final[Mapping[str, Kind]] = {**DELTA_NETS, **LATENT, **PLAIN, **SLIDING}
+KINDS: Final[Mapping[str, Kind]] = {**DELTA_NETS, **LATENT, **PLAIN, **SLIDING, **STATES}
 """What each family becomes, by its name."""
 
 

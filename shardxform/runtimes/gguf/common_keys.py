@@ -40,10 +40,18 @@ _COUNTS: Final = (
 )
 
 
-def add_common(architecture: Architecture, recorder: Recorder, *, latent: bool = False, **over: Any) -> None:  # noqa: ANN401
+def add_common(
+    architecture: Architecture,
+    recorder: Recorder,
+    *,
+    latent: bool = False,
+    rotated: bool = True,
+    **over: Any,  # noqa: ANN401
+) -> None:
     """Add the keys that every text model has; `over` are keys of the config that llama.cpp wants to be another.
 
-    What YaRN multiplies by is told by another key where attention is `latent`.
+    What YaRN multiplies by is told by another key where attention is `latent`. Where nothing is `rotated`, a config
+    need not say how.
     """
     config, writer = {**architecture.config, **over}, recorder.writer
     writer.add_block_count(architecture.blocks)
@@ -57,9 +65,8 @@ def add_common(architecture: Architecture, recorder: Recorder, *, latent: bool =
         _magnitude(writer, full)
     if "mrope_section" in rope:
         add_sections(architecture, recorder, rope)
-    if full.get("rope_theta") is None:
-        raise SchemeError("config.json: rope_theta is missing")
-    writer.add_rope_freq_base(full["rope_theta"])
+    if rotated or full.get("rope_theta") is not None:
+        writer.add_rope_freq_base(needed(full, "rope_theta"))
     if (sliding := rope.get("sliding_attention", {}).get("rope_theta")) is not None:
         writer.add_rope_freq_base_swa(sliding)
     writer.add_layer_norm_rms_eps(needed(config, "rms_norm_eps"))

@@ -17,6 +17,7 @@ from shardxform.runtimes.gguf.common_keys import (
     UNTIED,
     add_common,
     add_gating,
+    add_sections,
     head_channels,
     needed,
     refuse_other_heads,
@@ -30,7 +31,7 @@ from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
 from shardxform.runtimes.rotation import rope_of
 
-__all__ = ["PLAIN"]
+__all__ = ["GRANITE", "PLAIN", "W_EXPERTS", "granite_check", "granite_keys", "granite_parts", "neighbours"]
 
 
 # -- Qwen3-MoE ---------------------------------------------------------------------------------------------------------
@@ -141,27 +142,47 @@ def _mixtral_check(architecture: Architecture) -> None:
     refuse_values(architecture, {**SILU, "sliding_window": (None,)})
 
 
-def _neighbours(architecture: Architecture, name: str) -> tuple[Part, ...]:
-    """Halves of the heads of queries and keys take turns, as llama.cpp rotates neighbours of these architectures."""
+def neighbours(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Have halves of the heads of queries and keys take turns: llama.cpp rotates neighbours of these architectures."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-    key = heads.get(name.rpartition("self_attn.")[2].rpartition(".")[0])
+    key = heads.get(name.rpartition(".")[0].rpartition(".")[2])
     if key is None:
         return (Part(name),)
     half = head_channels(architecture) // 2
     return (Part(name, Transform(rows=Order((Run(0, (architecture.size(key), 2, half), (0, 2, 1)),)))),)
 
 
+W_EXPERTS: Final = tuple(
+    (f"layers.{{l}}.feed_forward.experts.{name}", held) for name, held in (("w1", (0,)), ("w2", (2,)), ("w3", (1,)))
+)
+"""Tensors of experts that are called so in the map, and the projection that each is made of."""
+
 _MIXTRAL: Final = Kind(
     name="llama",
     maps=("LLAMA",),
-    experts=tuple(
-        (f"layers.{{l}}.feed_forward.experts.{name}", held) for name, held in (("w1", (0,)), ("w2", (2,)), ("w3", (1,)))
-    ),
-    parts=_neighbours,
+    experts=W_EXPERTS,
+    parts=neighbours,
     keys=_mixtral_keys,
     check=_mixtral_check,
     tokenizer="llama",
 )
+
+
+def _qwen3_vl_moe_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Beside Qwen3-MoE's, how many blocks take in more of an image: what enters is so much wider."""
+    _qwen3_moe_keys(architecture, recorder)
+    rope = rope_of(architecture.config)
+    if "mrope_section" not in rope:
+        add_sections(architecture, recorder, {"mrope_section": [24, 20, 20], **rope})
+    vision = architecture.layout.config.get("vision_config") or {}
+    recorder.writer.add_num_deepstack_layers(len(vision.get("deepstack_visual_indexes") or ()))
+
+
+def _qwen3_vl_moe_check(architecture: Architecture) -> None:
+    refuse_values(architecture, {**SILU, **UNBIASED, "norm_topk_prob": (True,)})
+
+
+_QWEN3_VL_MOE: Final = Kind(name="qwen3vlmoe", maps=("QWEN3VLMOE",), keys=_qwen3_vl_moe_keys, check=_qwen3_vl_moe_check)
 
 
 # -- Qwen2-MoE, OLMoE --------------------------------------------------------------------------------------------------
@@ -306,10 +327,11 @@ _ERNIE4_5: Final = Kind(
 # -- Granite-MoE -------------------------------------------------------------------------------------------------------
 
 
-def _granite_keys(architecture: Architecture, recorder: Recorder) -> None:
-    """What states, scores and logits are multiplied by; the width of an expert is that of dense layers."""
+def granite_keys(architecture: Architecture, recorder: Recorder, *, rotated: bool = True, **over: Any) -> None:  # noqa: ANN401
+    """Add what states, scores and logits are multiplied by; the width of an expert is that of dense layers."""
     writer, config = recorder.writer, architecture.config
-    add_common(architecture, recorder, head_dim=None)
+    over = {**usual(architecture, rms_norm_eps=1e-6), **over}
+    add_common(architecture, recorder, rotated=rotated, head_dim=None, **over)
     writer.add_vocab_size(architecture.size("vocab_size"))
     writer.add_rope_dimension_count(architecture.size("hidden_size") // architecture.size("num_attention_heads"))
     for key, add in _MULTIPLIERS.items():
@@ -327,8 +349,8 @@ _MULTIPLIERS: Final = {
 """Numbers of a config, and the method of the package's writer that adds each."""
 
 
-def _granite_check(architecture: Architecture) -> None:
-    """None of the numbers may be 0, by which llama.cpp means that there is none."""
+def granite_check(architecture: Architecture) -> None:
+    """Refuse numbers of 0, by which llama.cpp means that there is none."""
     refuse_values(architecture, {**SILU})
     refuse_other_heads(architecture)
     for key in _MULTIPLIERS:
@@ -337,10 +359,10 @@ def _granite_check(architecture: Architecture) -> None:
             raise SchemeError(f"config.json: {key} is {found!r}; llama.cpp wants a number other than 0")
 
 
-def _granite_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
-    """Halves of the shared experts' first projection go apart, and heads are turned as Mixtral's."""
+def granite_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Part the halves of the shared experts' first projection, and turn heads as Mixtral's."""
     if not name.endswith("shared_mlp.input_linear.weight"):
-        return _neighbours(architecture, name)
+        return neighbours(architecture, name)
     half, block = architecture.size("shared_intermediate_size"), name.split(".")[2]
     return tuple(
         Part(f"blk.{block}.ffn_{each}_shexp.weight", Transform(rows=Order((Run(at * half, (half,)),))))
@@ -348,16 +370,16 @@ def _granite_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
     )
 
 
-_GRANITE: Final = Kind(
+GRANITE: Final = Kind(
     name="granitemoe",
     maps=("GRANITE_MOE",),
     experts=tuple(
         (f"model.layers.{{l}}.mlp.experts.{name}_proj", held)
         for name, held in (("gate", (0,)), ("up", (1,)), ("down", (2,)))
     ),
-    parts=_granite_parts,
-    keys=_granite_keys,
-    check=_granite_check,
+    parts=granite_parts,
+    keys=granite_keys,
+    check=granite_check,
 )
 
 
@@ -365,14 +387,15 @@ PLAIN: Final[Mapping[str, Kind]] = {
     "dots1": _DOTS1,
     "ernie4_5_moe": _ERNIE4_5,
     "glm4_moe": _GLM4_MOE,
-    "granitemoe": _GRANITE,
-    "granitemoeshared": _GRANITE,
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE,
     "hunyuan_v1_moe": _HUNYUAN,
     "minimax_m2": _MINIMAX_M2,
     "mixtral": _MIXTRAL,
     "olmoe": _OLMOE,
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_moe": _QWEN3_MOE,
+    "qwen3_vl_moe": _QWEN3_VL_MOE,
     "solar_open": _SOLAR_OPEN,
 }
 """What each family becomes, by its name."""
