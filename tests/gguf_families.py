@@ -30,6 +30,12 @@ GEMMA = {
     "moe_intermediate_size": 32,
     "per_layer_config": {"3": {"head_dim": 32}},
 }
+UNSCALED = {"rope_type": "default", "rope_theta": 10000.0}
+WINDOWS = {
+    "layers": 3,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 INDEXED = {"index_topk": 8, "index_n_heads": 16}
 """Of fewer heads all have no use for many tokens, of which any may be chosen."""
 MULTIPLIED = {
@@ -48,14 +54,23 @@ GRANITE_4 = {
     "mamba_n_groups": 2,
 }
 OVER: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        "mup_enabled": True,
+        "route_scale": 2.5,
+        **WINDOWS,
+        "layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
     "deepseek_v2": {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
     "deepseek_v3": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
     "deepseek_v32": {"index_head_dim": 128, **INDEXED},
     "dots1": {"num_key_value_heads": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
     "ernie4_5_moe": {},
+    "exaone_moe": WINDOWS,
     "gemma4_text": GEMMA,
     "glm4_moe": {"attention_bias": True, "use_qk_norm": True},
     "glm4_moe_lite": {},
+    "glm4v_moe": {"rope_parameters": {**ROTATED, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "glm_moe_dsa": {"index_head_dim": 64, "indexer_types": ["full", "shared"], **INDEXED},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {**YARN, "truncate": True}},
     "granitemoe": MULTIPLIED,
@@ -67,9 +82,11 @@ OVER: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": [96, 96],
         "num_shared_expert": [1, 1],
     },
+    "hy_v3": {},
     "kimi_k2": {},
     "kimi_k25": {},
     "lfm2_moe": {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "mellum": {"rope_parameters": {"full_attention": YARN, "sliding_attention": UNSCALED}, **WINDOWS},
     "minimax_m2": {},
     "mixtral": {},
     "nemotron_h": NEMOTRON,
@@ -100,23 +117,28 @@ STACKS = r"experts\.(gate_up|down)_proj$"
 """Tensors that releases of Qwen3-VL have with their last dimensions the other way round."""
 
 MADE = {
+    "afmoe": ("cd3b14f47ebda2fc", "5bd5518fab1b9907"),
     "deepseek_v2": ("96abe3a4139ce98d", "f152bb6664058326"),
     "deepseek_v3": ("f4943e29a623f8d5", "795de4cb2de64f1b"),
     "deepseek_v32": ("904a4f20ff3778d7", "3dbe9c3be3cfa082"),
     "dots1": ("65b1512a35f6b29b", "bf8a756a52391d61"),
     "ernie4_5_moe": ("e12a34ed418a2fc0", "292da93d0f63af2b"),
+    "exaone_moe": ("b34b7b22b8c68335", "6ee98a922991a464"),
     "gemma4_text": ("2680ba2bd2c2cf04", "eeb2310500b09271"),
     "glm4_moe": ("ee7a43237b64ac1e", "c9a305d7abeafc37"),
     "glm4_moe_lite": ("f4943e29a623f8d5", "7a82a3fe4a2e3fba"),
+    "glm4v_moe": ("1617dbc02350897a", "8a412ba8e36b6b61"),
     "glm_moe_dsa": ("7b8eee6dc72f8330", "f4dd925d7d26ecec"),
     "gpt_oss": ("62fd556990845e95", "406f32094e656e5f"),
     "granitemoe": ("0d2cca4a2e0573c9", "1210cbb1a81a53b8"),
     "granitemoehybrid": ("e3ae28bb380ec30f", "5f623414a2aeefb4"),
     "granitemoeshared": ("6a74d2272093422d", "9b99fc2f48a31d9d"),
     "hunyuan_v1_moe": ("731522e149b4f1ff", "62c870dc8e2fe58a"),
+    "hy_v3": ("4d402b4794a7fe55", "e607cc55e2822b7d"),
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
     "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
     "lfm2_moe": ("2cc989fb60ef2f1b", "e7641e104aea4e90"),
+    "mellum": ("10f61d4c760a2710", "0e4b74dca9b3cc48"),
     "minimax_m2": ("7115d102de5918dd", "fc55cb8e2b47bcda"),
     "mixtral": ("e0a4b43b4d2a515c", "c564cadd99f137dc"),
     "nemotron_h": ("8844338cea6dd0b2", "edbc0f0199a8c92a"),
@@ -131,10 +153,12 @@ MADE = {
 
 SIGMOID = "expert_gating_func"
 MORE = {
+    "afmoe": (SIGMOID,),
     "deepseek_v2": (SIGMOID,),
     "deepseek_v3": (SIGMOID,),
     "deepseek_v32": (SIGMOID, "add_bos_token"),  # without which the converter refuses it
     "dots1": (SIGMOID,),
+    "exaone_moe": (SIGMOID,),
     "glm4_moe_lite": (SIGMOID,),
     "glm_moe_dsa": (SIGMOID,),
     "kimi_k2": (SIGMOID,),
@@ -145,7 +169,9 @@ MORE = {
 """Keys that the converter writes only where a config says what is true of the whole family."""
 
 OTHER = {
+    "afmoe": ("expert_weights_norm",),
     "ernie4_5_moe": ("expert_shared_feed_forward_length",),
+    "exaone_moe": ("nextn_predict_layers",),
     "gemma4_text": ("final_logit_softcapping",),
     "glm4_moe": ("nextn_predict_layers",),
     "glm4_moe_lite": ("leading_dense_block_count",),

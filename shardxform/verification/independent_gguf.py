@@ -196,7 +196,6 @@ _SPELLED: Final = (
     ("linear_attn.dt_bias", "linear_attn.dt_proj.bias"),
     ("self_attn.sinks", "self_attn.sinks.weight"),
     ("layer_scalar", "layer_scalar.weight"),
-    ("expert_bias", "expert_bias.bias"),
     ("mixer.dt_bias", "mixer.dt.bias"),
     ("mamba.dt_bias", "mamba.dt_proj.bias"),
 )
@@ -267,6 +266,8 @@ class _File:
             return True
         for part, change in changes(self.arch, name, _text(wanted.config)):
             place = self._place(part)
+            if place not in self.tensors and f"{place}.bias" in self.tensors:  # as some architectures call it
+                place = f"{place}.bias"
             if place is None or place not in self.tensors:
                 self.problems.append((place or part, f"missing: the source's {weight.name} gives it"))
                 continue

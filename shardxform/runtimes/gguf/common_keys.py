@@ -24,6 +24,7 @@ __all__ = [
     "needed",
     "refuse_large_epsilon",
     "refuse_other_heads",
+    "refuse_scaled_rotation",
     "refuse_shared_keys",
     "refuse_values",
     "shared_experts",
@@ -180,6 +181,18 @@ def head_channels(architecture: Architecture) -> int:
     if architecture.config.get("head_dim") is not None:
         return architecture.size("head_dim")
     return architecture.size("hidden_size") // architecture.size("num_attention_heads")
+
+
+def refuse_scaled_rotation(architecture: Architecture) -> None:
+    """Refuse scaled positions where llama.cpp scales those of blocks that are not to be.
+
+    Raises:
+        SchemeError: `rope_type` is not default.
+
+    """
+    kind = rope_of(architecture.config).get("rope_type") or "default"
+    if kind != "default":
+        raise SchemeError(f"config.json: rope_type {kind!r}; of llama.cpp's {architecture.name} default is run")
 
 
 def refuse_shared_keys(architecture: Architecture) -> None:

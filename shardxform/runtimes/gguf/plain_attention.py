@@ -89,6 +89,8 @@ _GLM4_MOE: Final = Kind(
 )
 
 
+_GLM4V_MOE: Final = replace(_GLM4_MOE, mtp="dropped")
+
 _SOLAR_OPEN: Final = replace(
     _GLM4_MOE,
     keys=lambda architecture, recorder: _glm4_moe_keys(architecture, recorder, rotated=1.0),
@@ -292,6 +294,30 @@ _HUNYUAN: Final = Kind(
 )
 
 
+# -- Hy3 ---------------------------------------------------------------------------------------------------------------
+
+
+def _hy_v3_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Which blocks are dense llama.cpp tells by their tensors; MTP layers are left out."""
+    size, writer = architecture.size, recorder.writer
+    add_common(architecture, recorder)
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_feed_forward_length(size("moe_intermediate_size") * size("num_shared_experts"))
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(needed(architecture.config, "router_scaling_factor"))
+    add_gating(writer, "SIGMOID")
+
+
+def _hy_v3_check(architecture: Architecture) -> None:
+    ways = ("qk_norm", "route_norm", "moe_router_use_sigmoid", "moe_router_enable_expert_bias")
+    refuse_values(architecture, {**SILU, **UNBIASED, "mlp_bias": (False, None), **dict.fromkeys(ways, (True,))})
+
+
+_HY_V3: Final = Kind(
+    name="hy_v3", maps=("HUNYUAN_MOE", "AFMOE"), leads_dense=True, keys=_hy_v3_keys, check=_hy_v3_check
+)
+
+
 # -- ERNIE-4.5 ---------------------------------------------------------------------------------------------------------
 
 
@@ -387,9 +413,11 @@ PLAIN: Final[Mapping[str, Kind]] = {
     "dots1": _DOTS1,
     "ernie4_5_moe": _ERNIE4_5,
     "glm4_moe": _GLM4_MOE,
+    "glm4v_moe": _GLM4V_MOE,
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE,
     "hunyuan_v1_moe": _HUNYUAN,
+    "hy_v3": _HY_V3,
     "minimax_m2": _MINIMAX_M2,
     "mixtral": _MIXTRAL,
     "olmoe": _OLMOE,

@@ -64,7 +64,7 @@ _MODEL_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "llama": ("mixtral",),
     "deepseek2": ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite"),
     "glm-dsa": ("glm_moe_dsa",),
-    "glm4moe": ("solar_open",),
+    "glm4moe": ("glm4v_moe", "solar_open"),
     "granitehybrid": ("granitemoehybrid",),
     "granitemoe": ("granitemoeshared",),
     "hunyuan-moe": ("hunyuan_v1_moe",),

@@ -7,7 +7,19 @@ from typing import Final
 
 from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
-from shardxform.runtimes.gguf.common_keys import SILU, UNBIASED, add_common, needed, refuse_values
+from shardxform.runtimes.gguf.common_keys import (
+    CORRECTED,
+    SILU,
+    UNBIASED,
+    UNTIED,
+    add_common,
+    add_gating,
+    head_channels,
+    needed,
+    refuse_scaled_rotation,
+    refuse_values,
+    sigmoid_weights,
+)
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.rotation import rope_of
 
@@ -124,5 +136,127 @@ _GEMMA4: Final = Kind(
 )
 
 
-SLIDING: Final[Mapping[str, Kind]] = {"gemma4": _GEMMA4, "gpt_oss": _GPT_OSS}
+# -- Trinity, K-EXAONE, Mellum -----------------------------------------------------------------------------------------
+
+
+def _add_windows(architecture: Architecture, recorder: Recorder) -> None:
+    """Add how many tokens a window has, and which blocks attend to one.
+
+    Raises:
+        SchemeError: `layer_types` has other kinds, or none of windows, at which llama.cpp aborts; or it is missing.
+
+    """
+    kinds, sliding = needed(architecture.config, "layer_types"), "sliding_attention"
+    if not isinstance(kinds, list) or sliding not in kinds or not {sliding, "full_attention"}.issuperset(kinds):
+        raise SchemeError(f"config.json: layer_types is {kinds!r}; expected {sliding} and, maybe, full_attention")
+    recorder.writer.add_sliding_window(architecture.size("sliding_window"))
+    recorder.writer.add_sliding_window_pattern([each == sliding for each in kinds])
+
+
+def _afmoe_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows alone are rotated."""
+    writer, config, size = recorder.writer, architecture.config, architecture.size
+    add_common(architecture, recorder)
+    writer.add_vocab_size(size("vocab_size"))
+    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_expert_shared_count(size("num_shared_experts"))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(needed(config, "route_scale"))
+    add_gating(writer, "SIGMOID")
+    writer.add_sliding_window(size("sliding_window"))
+
+
+def _afmoe_check(architecture: Architecture) -> None:
+    """Embeddings are multiplied by the root of their width, and every fourth block is not rotated, always."""
+    wanted = {**SILU, **UNBIASED, "mup_enabled": (True,), "route_norm": (True,), "score_func": ("sigmoid",)}
+    refuse_values(architecture, wanted)
+    if not architecture.config.get("mup_enabled"):
+        raise SchemeError("config.json: mup_enabled is missing, so false, which llama.cpp would run as true")
+    every, kinds = architecture.config.get("global_attn_every_n_layers", 4), architecture.config.get("layer_types")
+    if kinds is None and every == 4:
+        return
+    for layer, kind in enumerate(kinds or ()):
+        if (kind == "sliding_attention") != ((layer + 1) % 4 > 0):
+            raise SchemeError(
+                f"config.json: layer_types[{layer}] is {kind}, but llama.cpp's afmoe lets every fourth layer attend to"
+                " all, and none beside"
+            )
+    if kinds is None:
+        raise SchemeError(f"config.json: global_attn_every_n_layers is {every}; llama.cpp's afmoe runs 4")
+
+
+_AFMOE: Final = Kind(
+    name="afmoe",
+    maps=("AFMOE",),
+    spelled={"expert_bias": "expert_bias.bias"},
+    leads_dense=True,
+    keys=_afmoe_keys,
+    check=_afmoe_check,
+)
+
+
+def _exaone_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows alone are rotated; MTP layers are left out."""
+    writer, size = recorder.writer, architecture.size
+    add_common(architecture, recorder)
+    writer.add_vocab_size(size("vocab_size"))
+    _add_windows(architecture, recorder)
+    shared = size("num_shared_experts")
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_count(shared)
+    writer.add_expert_shared_feed_forward_length(shared * size("moe_intermediate_size"))
+    sigmoid_weights(writer, architecture.config)
+    if not architecture.config["norm_topk_prob"]:
+        writer.add_expert_weights_norm(False)
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    writer.add_rope_scaling_type(recorder.gguf.RopeScalingType.NONE)
+
+
+def _exaone_check(architecture: Architecture) -> None:
+    refuse_values(architecture, {**SILU, **UNTIED, "scoring_func": ("sigmoid",)})
+    refuse_scaled_rotation(architecture)
+
+
+_EXAONE_MOE: Final = Kind(
+    name="exaone-moe",
+    maps=("EXAONE_MOE",),
+    spelled=CORRECTED,
+    leads_dense=True,
+    keys=_exaone_keys,
+    check=_exaone_check,
+)
+
+
+def _mellum_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows are rotated by the same base, and never scaled."""
+    add_common(architecture, recorder)
+    recorder.writer.add_expert_feed_forward_length(architecture.size("moe_intermediate_size"))
+    if "sliding_attention" in needed(architecture.config, "layer_types"):
+        _add_windows(architecture, recorder)
+
+
+def _mellum_check(architecture: Architecture) -> None:
+    wanted = {**SILU, **UNBIASED, **UNTIED, "norm_topk_prob": (True,), "use_sliding_window": (True, None)}
+    refuse_values(architecture, wanted)
+    rope = rope_of(architecture.config)
+    full, sliding = (rope.get(f"{each}_attention") or {} for each in ("full", "sliding"))
+    if sliding.get("rope_type", "default") != "default" or sliding.get("rope_theta") != full.get("rope_theta"):
+        raise SchemeError(
+            f"config.json: rope_parameters of sliding_attention are {sliding}; llama.cpp's mellum rotates these blocks"
+            " by the base of the others, unscaled"
+        )
+
+
+_MELLUM: Final = Kind(name="mellum", maps=("QWEN3MOE",), leads_dense=False, keys=_mellum_keys, check=_mellum_check)
+
+
+SLIDING: Final[Mapping[str, Kind]] = {
+    "afmoe": _AFMOE,
+    "exaone_moe": _EXAONE_MOE,
+    "gemma4": _GEMMA4,
+    "gpt_oss": _GPT_OSS,
+    "mellum": _MELLUM,
+}
 """What each family becomes, by its name."""
