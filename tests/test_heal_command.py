@@ -476,7 +476,7 @@ def test_independent_blocks_heal_alike_whoever_does_them(keep: str, tmp_path: Pa
     whole = made(tmp_path / "whole", "quantize", keep, *more)
     for name, blocks in (("a", "2-3"), ("b", "0-1")):
         made(tmp_path / name, "quantize", keep, *more, "--blocks", blocks)
-    parts = ("--merge", str(tmp_path / "a" / "out"), "--merge", str(tmp_path / "b" / "out"))
+    parts = ("--join", str(tmp_path / "a" / "out"), "--join", str(tmp_path / "b" / "out"))
     assert bytes_of(made(tmp_path / "merged", "quantize", keep, *more, *parts)) == bytes_of(whole)
 
 

@@ -70,10 +70,19 @@ PACE_STEPS: Final = 10
 MOST_WEIGHT: Final = 4.0
 """A block gets at most so many times the time of a usual one, and at least the inverse."""
 
+MERGE_TOKENS: Final = 2048
+"""Tokens by which pruned experts are merged into those that stay."""
+
+LARGEST_GROUP: Final = 16
+"""Experts that become one, at most, as REAM has it."""
+
 # -- how much at a time -----------------------------------------------------------------------------------------------
 
 BATCH_TOKENS: Final = 2048
 """Tokens that go through a block at once where nothing is learned; whole windows, at least one."""
+
+MERGE_TILE: Final = 1 << 28
+"""Bytes of the outputs of experts that stay which pruned ones are held against."""
 
 STORED_TOKENS: Final = 4096
 """Of a step whose attention is kept until the backward pass, rather than made again: with blocks of Qwen3.5-35B-A3B, in

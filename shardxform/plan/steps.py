@@ -48,6 +48,7 @@ __all__ = [
     "healed_names",
     "healed_view",
     "kept_items",
+    "merged_into",
     "refuse_unpruned",
     "sizes_of",
     "transcode_item",
@@ -226,6 +227,7 @@ class TuneBlock:
 
     Attributes:
         layer: of the block.
+        keep: experts of the source that stay, where pruned ones are merged into them; else empty.
         items: weights that are packed.
         kept: tensors that are healed and stay as wide as they are.
         moved: tensors that are made of healed ones, whose bytes they read in files of the name `HEALED_FILE` begins.
@@ -236,6 +238,7 @@ class TuneBlock:
     """
 
     layer: int
+    keep: tuple[int, ...] = ()
     items: tuple[TranscodeItem, ...] = ()
     kept: tuple[KeptItem, ...] = ()
     moved: tuple[TranscodeItem, ...] = ()
@@ -292,6 +295,8 @@ def refuse_unpruned(view: View, heal: Heal) -> None:
     """
     if not view.prunes:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
+    if heal.merge and view.layout.num_experts == view.source_layout.num_experts:
+        raise PlanError("`merge`: no expert is pruned, so there is nothing to merge; leave it out")
     found, blocks = len(heal.schedule), len(view.layout.moe_layers)
     if found not in (0, blocks):
         raise PlanError(f"`heal.iters`: expected one number, or one for each of {blocks} blocks, found {found}")
@@ -309,8 +314,16 @@ def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], reci
     places, tensors = view.layout.places, view.checkpoint.tensors
     names = healed_names(view.layout, places, recipe.heal.widest)
     kept = kept_items(names, places, tensors, extents_of(shards), as_stored=recipe.heal.encoding == "source")
-    sizes = block_sizes(plain_source or source, view)
-    return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
+    sizes, keep = block_sizes(plain_source or source, view), merged_into(view, recipe)
+    return tuple(
+        TuneBlock(layer=at, keep=keep.get(at, ()), kept=items, recipe=recipe, size=sizes[at])
+        for at, items in kept.items()
+    )
+
+
+def merged_into(view: View, recipe: Recipe) -> Mapping[int, tuple[int, ...]]:
+    """By decoder block, the experts of the source that pruned ones are merged into; nothing where none are."""
+    return view.keep if recipe.heal and recipe.heal.merge else {}
 
 
 def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
@@ -387,7 +400,8 @@ def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iter
     for name, place in places.items():
         if place.template.ids or (place.template.variant and not place.template.is_expert_weight):
             continue  # no numbers that can move; biases of experts, which are few
-        wanted = place.role in roles or (what != "router" and place.template.name == layout.family.experts_norm)
+        normed = what not in ("router", "experts") and place.template.name == layout.family.experts_norm
+        wanted = place.role in roles or normed
         if place.scope == "block" and place.layer in layers and wanted:
             yield name
 
