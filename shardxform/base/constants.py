@@ -73,6 +73,9 @@ MOST_WEIGHT: Final = 4.0
 MERGE_TOKENS: Final = 2048
 """Tokens by which pruned experts are merged into those that stay."""
 
+MERGED_SHARES: Final = (1.0, 0.5, 0.25, 0.125)
+"""How far an expert goes to the mean of its group: as far as held-out windows say, of these, or not at all."""
+
 LARGEST_GROUP: Final = 16
 """Experts that become one, at most, as REAM has it."""
 

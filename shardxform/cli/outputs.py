@@ -307,7 +307,7 @@ def _is_whole(block: object) -> bool:
     healed = block.get("healed", _AS_PRUNED)
     if not isinstance(healed, dict) or not _has(healed, "pruned_error"):
         return False
-    changed = healed.get("what") is not None or healed.get("merged") is True
+    changed = healed.get("what") is not None or healed.get("merged")
     if changed and not _has(healed, "healed_error", "lr"):
         return False
     return "rtn_error" not in block or (_has(block, "rtn_error", "tuned_error") and "experts_never_reached" in block)
@@ -341,7 +341,8 @@ def _tell_judges(blocks: Sequence[Block]) -> None:
 def _healed_line(block: Block) -> tuple[str, ...]:
     healed = block["healed"]
     before, after, layer = healed["pruned_error"], healed["healed_error"], str(block["layer"])
-    done = [each for each in ("merged" if healed.get("merged") is True else None, healed["what"]) if each]
+    share = healed.get("merged")
+    done = [each for each in (f"merged {share:.0%}" if share else None, healed["what"]) if each]
     if not done:
         return (layer, f"{before:.3e}", "-", "-", "as pruned", "-")
     ratio, step = _ratio(healed, before, after), f"{healed['lr']:.2g}" if healed["what"] else "-"

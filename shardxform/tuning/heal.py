@@ -284,8 +284,8 @@ class HealResult:
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
-        merged_loss: of the block with pruned experts merged into those that stay, not healed; None where none were.
-        merged: whether it began with these.
+        merged_loss: the least of the block on the way to experts that pruned ones are merged into; None where none are.
+        merged: how far on that way it began; 0 as it was pruned, 1 with these.
     """
 
     start_loss: float
@@ -297,7 +297,7 @@ class HealResult:
     tried: tuple[tuple[str, float, float], ...]
     diverged: bool
     merged_loss: float | None = None
-    merged: bool = False
+    merged: float = 0.0
 
 
 def judge_start(load: Load, samples: Samples, heal: Heal, seed: int, dtype: torch.dtype = torch.float32) -> Loss:

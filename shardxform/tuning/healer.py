@@ -9,6 +9,7 @@ written. Where pruned experts were merged into those that stay, a block begins w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal
+from shardxform.base.constants import MERGED_SHARES
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
 from shardxform.formats.packing import bf16_bits_of, float32_of
@@ -93,26 +95,28 @@ class BlockHealer:
         self._small = {item.tensor.name.removeprefix(self._prefix): item for item in small}
         self._coded: dict[str, list[dict[Role, NDArray[Any]]]] = {}
         self._merged: MergedExperts | None = None
-        self._losses: tuple[Loss, Loss | None] | None = None  # as it was pruned, and merged
+        self._share = 0.0  # of the way to them
+        self._losses: tuple[Loss, float] | None = None  # as it was pruned, and merged
 
     def begin_merged(self, merged: MergedExperts, samples: Samples, heal: Heal, seed: int) -> None:
-        """Begin with merged experts if these are better on held-out samples than those that stay are by themselves."""
-        dtype = self._weights.precision.dtype
+        """Begin on the way to merged experts, as far as held-out samples say: nowhere, if nothing else is better."""
+        dtype, tried = self._weights.precision.dtype, dict[float, float]()
         pruned, self._merged = judge_start(self._load, samples, heal, seed, dtype), merged
-        try:
-            found = judge_start(self._load, samples, heal, seed, dtype)
-        except NonFiniteLoss:
-            found = None
-        self._losses = (pruned, found)
-        if found is None or found.mean >= pruned.mean:
-            self._merged = None
+        for self._share in MERGED_SHARES:
+            try:
+                tried[self._share] = judge_start(self._load, samples, heal, seed, dtype).mean
+            except NonFiniteLoss:
+                tried[self._share] = math.inf
+        best = min(tried, key=lambda share: tried[share])
+        self._share = best if tried[best] < pruned.mean else 0.0
+        self._losses = (pruned, tried[best])
 
     def heal(self, samples: Samples, heal: Heal, seed: int) -> HealResult:
         """Heal the block, or leave it as it was pruned, or merged, if that is better on held-out samples."""
         dtype = self._weights.precision.dtype
-        pruned, merged = self._losses or (None, None)
+        pruned, merged_loss = self._losses or (None, None)
         result, self._healing = heal_block(self._load, samples, heal, seed, dtype, pruned)
-        return replace(result, merged_loss=merged.mean if merged else None, merged=self._merged is not None)
+        return replace(result, merged_loss=merged_loss, merged=self._share)
 
     def pace(self, samples: Samples, heal: Heal, seed: int) -> BlockPace:
         """What a few steps take and give; the block is loaded anew for what comes next."""
@@ -179,7 +183,7 @@ class BlockHealer:
         turned = bool(sources[0].cut and sources[0].cut.transposed)
         if name in moving.wide:
             yield _Spot(moving.wide[name], slice(None), turned), sources[0]
-        changed = self._merged is not None or all(stack.moves for stack in moving.stacks)
+        changed = self._share > 0 or all(stack.moves for stack in moving.stacks)
         if not name.startswith(f"{self._experts_name}.") or not changed:
             return
         layout = self._skeleton.layout.family.experts
@@ -240,10 +244,12 @@ class BlockHealer:
                 self._moved.add(local)
         moves = any(name.startswith(f"{self._experts_name}.") for name in names)
         tensors = self._skeleton.stacked(self._layer)
-        if self._merged:
-            self._merged.into(*(tensors[key] for key in stack_names(self._experts)[:2]))
-        gate_up, down = (HealedStack(tensors.pop(key), moves=moves) for key in stack_names(self._experts)[:2])
-        stacks = (gate_up, down)
+        if self._merged and self._share:
+            gate_up, down = (tensors[key] for key in stack_names(self._experts)[:2])
+            self._merged.into(gate_up, down, self._share)
+            del gate_up, down  # the dictionary alone holds them
+        first, second = stack_names(self._experts)[:2]
+        stacks = HealedStack(tensors.pop(first), moves=moves), HealedStack(tensors.pop(second), moves=moves)
         self._biases = ExpertBiases(*tensors.values()) if tensors else None
         self._put_experts(TunedExperts(*stacks, activation(self._experts), self._workers, self._biases))
         rounded = self._round if self._small else None

@@ -53,12 +53,13 @@ class MergedExperts:
     gate_up: HiddenFile
     down: HiddenFile
 
-    def into(self, gate_up_KOH: torch.Tensor, down_KHJ: torch.Tensor) -> None:
-        """Put them in the place of those that stay as they were, one at a time."""
+    def into(self, gate_up_KOH: torch.Tensor, down_KHJ: torch.Tensor, share: float) -> None:
+        """Move those that stay a part of the way to them, in place, one at a time."""
         for file, stack in ((self.gate_up, gate_up_KOH), (self.down, down_KHJ)):
             with file.reading() as reader:
                 for expert in range(len(stack)):
-                    stack[expert] = reader.rows(expert, expert + 1)[0].to(stack.device)
+                    mean = reader.rows(expert, expert + 1)[0].to(stack.device, torch.float32)
+                    stack[expert] = torch.lerp(stack[expert].float(), mean, share)
 
     def remove(self) -> None:
         """Remove the files."""

@@ -331,8 +331,12 @@ def _merged_blocks(facts: object) -> Iterator[int]:
     blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
     for block in blocks if isinstance(blocks, list) else ():
         healed = block.get("healed") if isinstance(block, Mapping) else None
-        if isinstance(healed, Mapping) and healed.get("merged") is True and type(block.get("layer")) is int:
+        if isinstance(healed, Mapping) and _is_share(healed.get("merged")) and type(block.get("layer")) is int:
             yield block["layer"]
+
+
+def _is_share(merged: object) -> bool:
+    return isinstance(merged, float) and 0 < merged <= 1
 
 
 # -- what follows from it -----------------------------------------------------------------------------------------

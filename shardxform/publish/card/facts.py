@@ -106,7 +106,7 @@ class HealedBlock:
     """Squared error of a block's output as it was pruned and as it is after `iters` steps.
 
     `what` is empty where no step was taken; `iters` is None in earlier records, which had one number for all. `merged`
-    says that it began with pruned experts merged into those that stay.
+    is how far it began on the way to experts that pruned ones are merged into.
     """
 
     layer: int
@@ -115,7 +115,7 @@ class HealedBlock:
     what: str
     ratio_error: float | None = None
     iters: int | None = None
-    merged: bool = False
+    merged: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

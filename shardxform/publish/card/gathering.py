@@ -451,7 +451,7 @@ def _healed_blocks(facts: Fields) -> tuple[HealedBlock, ...]:
                 what=healed.text("what"),
                 ratio_error=error,
                 iters=healed.whole("iters"),
-                merged=healed.flag("merged"),
+                merged=healed.number("merged") or 0.0,
             )
     return tuple(out[layer] for layer in sorted(out))
 

@@ -175,7 +175,7 @@ def _healing(facts: CardFacts) -> Iterator[str]:
     if made is None:
         return
     if made.merge:
-        yield "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356) in blocks where that is better."
+        yield "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356), as far as that is better."
     if made.iters != 0:
         yield "The weights that stayed were tuned, block by block, so that a block puts out what it did before pruning."
     yield _listing(_healing_lines(made))
@@ -193,7 +193,7 @@ def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "calibration text", _data(made.data) if made.data else ""
     yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
     yield "steps per block", _healing_steps(made)
-    merged = sum(block.merged for block in made.blocks)
+    merged = sum(block.merged > 0 for block in made.blocks)
     yield "merged in", f"{merged} of {len(made.blocks)} blocks" if made.merge else ""
     yield "written", _WRITTEN.get(made.encoding, "")
 
@@ -209,7 +209,7 @@ def _healing_steps(made: HealingFacts) -> str:
 
 def _healed_block(block: HealedBlock) -> tuple[str, ...]:
     before, after, steps = block.pruned, block.healed, str(block.iters or "")
-    done = ", ".join(each for each in ("merged" * block.merged, block.what) if each)
+    done = ", ".join(each for each in (f"merged {block.merged:.0%}" * (block.merged > 0), block.what) if each)
     if not done or before is None or after is None:
         return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "", steps)
     ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
