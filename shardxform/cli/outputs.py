@@ -342,7 +342,7 @@ def _healed_line(block: Block) -> tuple[str, ...]:
     healed = block["healed"]
     before, after, layer = healed["pruned_error"], healed["healed_error"], str(block["layer"])
     share = healed.get("merged")
-    done = [each for each in (f"merged {share:.0%}" if share else None, healed["what"]) if each]
+    done = [each for each in (f"merged {share:.3g}" if share else None, healed["what"]) if each]
     if not done:
         return (layer, f"{before:.3e}", "-", "-", "as pruned", "-")
     ratio, step = _ratio(healed, before, after), f"{healed['lr']:.2g}" if healed["what"] else "-"

@@ -209,7 +209,7 @@ def _healing_steps(made: HealingFacts) -> str:
 
 def _healed_block(block: HealedBlock) -> tuple[str, ...]:
     before, after, steps = block.pruned, block.healed, str(block.iters or "")
-    done = ", ".join(each for each in (f"merged {block.merged:.0%}" * (block.merged > 0), block.what) if each)
+    done = ", ".join(each for each in (f"merged {block.merged:.3g}" * (block.merged > 0), block.what) if each)
     if not done or before is None or after is None:
         return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "", steps)
     ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
