@@ -41,6 +41,7 @@ BEFORE = ".post_attention_layernorm."
 PARTS: dict[str, Callable[[str], bool]] = {
     "router": lambda name: ".mlp.gate." in name,
     "shared": lambda name: BEFORE in name or any(part in name for part in (EXPERTS[1], *EXPERTS[2:])),
+    "experts": lambda name: EXPERTS[0] in name,
     "moe": lambda name: BEFORE in name or any(part in name for part in EXPERTS),
     "all": lambda name: ".layers." in name,
 }
@@ -663,7 +664,7 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "0", code=2)
     assert "--heal-lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
     swallowed = call(command, "--heal", str(SMALL_MOE), str(out), "-m", keep, *DATA, code=2).output
-    wanted = "is none of auto, router, shared, moe, all: put --heal after SRC and OUT, or write --heal=auto"
+    wanted = "is none of auto, router, shared, experts, moe, all: put --heal after SRC and OUT, or write --heal=auto"
     assert wanted in " ".join(swallowed.split())
     if command == "prune":
         assert "--device is for --heal" in refused(out, *plain, "--device", "cuda:0")

@@ -87,6 +87,9 @@ BATCH_TOKENS: Final = 2048
 MERGE_TILE: Final = 1 << 28
 """Bytes of the outputs of experts that stay which pruned ones are held against."""
 
+MERGED_AT_ONCE: Final = 16
+"""Pruned experts whose outputs are held against these in one product."""
+
 STORED_TOKENS: Final = 4096
 """Of a step whose attention is kept until the backward pass, rather than made again: with blocks of Qwen3.5-35B-A3B, in
 bfloat16, a sixth less time and no more memory at 8 x 512; at 8 x 2,048 a tenth less, for half a gigabyte more."""

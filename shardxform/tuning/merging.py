@@ -26,7 +26,7 @@ import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch.nn.functional import linear, normalize
 
-from shardxform.base.constants import LARGEST_GROUP, MERGE_TILE, MERGE_TOKENS
+from shardxform.base.constants import LARGEST_GROUP, MERGE_TILE, MERGE_TOKENS, MERGED_AT_ONCE
 from shardxform.errors import ExecutionError
 from shardxform.forward.weights import ExpertValues, Precision, RoutedExpert, activation
 from shardxform.forward.work import HiddenFile
@@ -43,7 +43,6 @@ __all__ = ["MergedExperts", "Merger", "aligned", "groups_of"]
 
 _CALLED_WITH: Final = ("hidden_states", "top_k_index", "top_k_weights")
 _ENTERING: Final = ("hidden_states",)
-_AT_ONCE: Final = 16  # pruned experts whose outputs are held against those that stay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +176,8 @@ class Merger:
         for first in range(0, rows, step):
             x_tH, g_tE = (each[first : first + step] for each in (seen.entering_RH.float(), seen.weight_RE))
             kept_KX = torch.stack([unit.flatten() for unit in self._units(x_tH, g_tE, self._keep, worth_E)])
-            for at in range(0, len(self._gone), _AT_ONCE):
-                gone = self._gone[at : at + _AT_ONCE]
+            for at in range(0, len(self._gone), MERGED_AT_ONCE):
+                gone = self._gone[at : at + MERGED_AT_ONCE]
                 gone_gX = torch.stack([unit.flatten() for unit in self._units(x_tH, g_tE, gone, worth_E)])
                 alike_KG[:, at : at + len(gone)] += (kept_KX @ gone_gX.T).cpu()
         alike_KG = (1 + alike_KG / rows) / 2
