@@ -27,7 +27,7 @@ from shardxform.verification.definitions import PackedWeight, floats, nearest_bf
 from shardxform.verification.findings import Findings
 from shardxform.verification.gguf_changes import changes
 from shardxform.verification.independent import CODE as _CODE
-from shardxform.verification.independent import WantedWeights, wanted_weights
+from shardxform.verification.independent import FARTHEST_MERGED, WantedWeights, wanted_weights
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -333,7 +333,9 @@ class _File:
         wanted: WantedWeights,
     ) -> None:
         """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
-        tensor, seen = self.tensors[place], _Seen(weight, wanted, bool(wanted.healed and place.startswith("blk.")))
+        merged = wanted.merged and "_exps." in place
+        healed = (FARTHEST_MERGED if merged else 1.0) if wanted.healed and place.startswith("blk.") else 0.0
+        tensor, seen = self.tensors[place], _Seen(weight, wanted, healed)
         for start, stop in weight.runs() if change is None else ((0, weight.size[0]),):
             exact = seen.rounded(tensor.tensor_type.name, start, stop)
             values = weight.values(start, stop) if exact is None else exact
@@ -375,11 +377,11 @@ def _rows_of(tensor: Any, columns: int) -> NDArray[Any]:  # noqa: ANN401
 
 @dataclass(slots=True)
 class _Seen:
-    """What rows of one weight showed."""
+    """What rows of one weight showed; `healed` is how far one may be that was, else 0."""
 
     weight: PackedWeight
     wanted: WantedWeights
-    healed: bool
+    healed: float
     square: float = 0.0
     energy: float = 0.0
     bad: int = 0
@@ -398,7 +400,7 @@ class _Seen:
         self.square += float(np.square(found.astype(np.float64) - expected).sum())
         self.energy += float(np.square(expected, dtype=np.float64).sum())
         if self.healed:
-            self.bound = 1.0
+            self.bound = self.healed
         elif rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
             self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
         elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
