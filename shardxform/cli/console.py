@@ -75,6 +75,8 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal.encoding": "--heal-encoding",
     "heal.extra": "--heal-extra",
     "heal.lr": "--heal-lr",
+    "heal.merge": "--merge",
+    "merge": "--merge",
     "heal.batch_size": "--batch-size",
     "iters": "--iters",
     "lr": "--lr",
