@@ -36,10 +36,13 @@ ROTATIONS = {
 }
 OTHERS: dict[str, Any] = {
     "attention_bias": True,
+    "attention_chunk_size": 8,
     "attention_multiplier": 0.0,
+    "attn_temperature_tuning": False,
     "clip_qkv": 0.05,
     "decoder_sparse_step": 2,
     "first_k_dense_replace": 0,
+    "floor_scale": 8,
     "head_dim": 32,
     "hidden_act": "gelu",
     "hidden_activation": "relu",

@@ -53,6 +53,20 @@ GRANITE_4 = {
     "mamba_n_heads": 8,
     "mamba_n_groups": 2,
 }
+LLAMA_4 = {
+    "layers": 4,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 2,
+    **dict.fromkeys(("layer_types", "no_rope_layers", "moe_layers")),
+}
+MISTRAL_ROPE = {
+    **YARN,
+    **dict.fromkeys(("mscale", "mscale_all_dim"), 1.0),
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.1,
+    "partial_rotary_factor": 0.5,
+}
 OVER: dict[str, dict[str, Any]] = {
     "afmoe": {
         "mup_enabled": True,
@@ -86,8 +100,10 @@ OVER: dict[str, dict[str, Any]] = {
     "kimi_k2": {},
     "kimi_k25": {},
     "lfm2_moe": {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "llama4_text": LLAMA_4,
     "mellum": {"rope_parameters": {"full_attention": YARN, "sliding_attention": UNSCALED}, **WINDOWS},
     "minimax_m2": {},
+    "mistral3": {"head_dim": 32, "qk_head_dim": 32, "rope_parameters": MISTRAL_ROPE},
     "mixtral": {},
     "nemotron_h": NEMOTRON,
     "olmoe": {"num_key_value_heads": 4},
@@ -138,8 +154,10 @@ MADE = {
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
     "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
     "lfm2_moe": ("2cc989fb60ef2f1b", "e7641e104aea4e90"),
+    "llama4_text": ("010719d51795888c", "8e6a9b25d6a5dc88"),
     "mellum": ("10f61d4c760a2710", "0e4b74dca9b3cc48"),
     "minimax_m2": ("7115d102de5918dd", "fc55cb8e2b47bcda"),
+    "mistral3": ("de2358e7137e6daa", "fa9942d60e3a8b65"),
     "mixtral": ("e0a4b43b4d2a515c", "c564cadd99f137dc"),
     "nemotron_h": ("8844338cea6dd0b2", "edbc0f0199a8c92a"),
     "olmoe": ("8bad943354c4a760", "259c6436704d561c"),
@@ -164,6 +182,7 @@ MORE = {
     "kimi_k2": (SIGMOID,),
     "kimi_k25": (SIGMOID,),
     "minimax_m2": (SIGMOID,),
+    "mistral3": (SIGMOID,),
     "nemotron_h": (SIGMOID,),
 }
 """Keys that the converter writes only where a config says what is true of the whole family."""
@@ -175,6 +194,7 @@ OTHER = {
     "gemma4_text": ("final_logit_softcapping",),
     "glm4_moe": ("nextn_predict_layers",),
     "glm4_moe_lite": ("leading_dense_block_count",),
+    "mistral3": ("temperature_length", "temperature_scale"),
     "nemotron_h": ("layer_norm_rms_epsilon",),
     "solar_open": ("leading_dense_block_count", "eot_token_id"),
 }

@@ -20,7 +20,7 @@ from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.errors import ManifestError, PlanError, ShardxformError
 from shardxform.plan.gguf_files import gguf_names, gguf_shard, lay_out_gguf
 from shardxform.plan.plan import Plan, ShardPlan, copy_steps
-from shardxform.runtimes.gguf.slabs import Slabs, in_a_row, slabs_of
+from shardxform.runtimes.gguf.slabs import UNNORMED_EXPERTS, Slabs, in_a_row, slabs_of
 
 __all__ = ["GgufInspection", "PrunedGguf", "inspect_gguf", "plan_prune_gguf", "pruned_gguf", "pruned_of_slabs"]
 
@@ -66,6 +66,11 @@ def pruned_gguf(model: GgufModel, manifest: Manifest) -> PrunedGguf:
         raise ManifestError(
             f"{manifest.where}: mtp_keep: missing, but block {slabs.num_layers} predicts further tokens with experts of"
             f" its own, which {slabs.count_key} counts too; say which of them stay"
+        )
+    if slabs.arch == "llama4" and UNNORMED_EXPERTS in {kept, slabs.num_experts} and kept != slabs.num_experts:
+        raise PlanError(
+            f"{model.where}: {slabs.num_experts} experts, of which {kept} would stay; by {UNNORMED_EXPERTS} llama.cpp"
+            " knows that a Llama 4 has no norms of queries and keys: it would run another model"
         )
     every = tuple(range(slabs.num_experts))
     keeps = dict(manifest.keep) | {slabs.num_layers + layer: ids for layer, ids in manifest.mtp_keep.items()}

@@ -213,7 +213,10 @@ _EXPERT: Final = re.compile(
 _PARTS: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _ROUTER_SCALES: Final = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 _LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
-_NO_WEIGHTS: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.", "vision_tower.", "mm_projector.")
+_NO_WEIGHTS: Final = (
+    *("mm_projector.", "model.embed_vision.", "model.vision_tower.", "model.visual.", "multi_modal_projector."),
+    *("vision_model.", "vision_tower."),
+)
 _MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
 _FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
 _FARTHER: Final = {"Q6_K": 0.04, "IQ4_NL": 0.15, "MXFP4": 0.2}

@@ -229,6 +229,38 @@ _GLM_MOE_DSA: Final = replace(
 )
 
 
+# -- Mistral-Small-4 ---------------------------------------------------------------------------------------------------
+
+
+def _mistral4_weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
+    _softmax_weights(writer, config)
+    writer.add_expert_weights_norm(bool(needed(config, "norm_topk_prob")))
+
+
+def _mistral4_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Queries far on are multiplied by more, which llama.cpp's converter leaves out."""
+    _latent_keys(architecture, recorder, _mistral4_weights)
+    rope = rope_of(architecture.config)
+    if (beta := rope.get("llama_4_scaling_beta")) is not None:
+        recorder.writer.add_float32(f"{architecture.name}.attention.temperature_scale", beta)
+        length = needed(rope, "original_max_position_embeddings")
+        recorder.writer.add_uint32(f"{architecture.name}.attention.temperature_length", length)
+
+
+def _mistral4_check(architecture: Architecture) -> None:
+    _latent_check(architecture, {**_SOFTMAX, "norm_topk_prob": (True, False), "rope_interleave": (True,)})
+
+
+_MISTRAL4: Final = replace(
+    _DEEPSEEK_V2,
+    name="mistral4",
+    maps=("MISTRAL4",),
+    experts=tuple((f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate_up", (0, 1)))),
+    keys=_mistral4_keys,
+    check=_mistral4_check,
+)
+
+
 LATENT: Final[Mapping[str, Kind]] = {
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
@@ -236,5 +268,6 @@ LATENT: Final[Mapping[str, Kind]] = {
     "glm4_moe_lite": _GLM4_MOE_LITE,
     "glm_moe_dsa": _GLM_MOE_DSA,
     "kimi_k25": _DEEPSEEK_V3,
+    "mistral4": _MISTRAL4,
 }
 """What each family becomes, by its name."""

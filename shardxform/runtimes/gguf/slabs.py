@@ -19,11 +19,13 @@ from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, FamilyError, PlanError
 
-__all__ = ["ARCHITECTURE", "MAX_EXPERTS", "Slabs", "in_a_row", "slabs_of"]
+__all__ = ["ARCHITECTURE", "MAX_EXPERTS", "UNNORMED_EXPERTS", "Slabs", "in_a_row", "slabs_of"]
 
 ARCHITECTURE: Final = "general.architecture"
 MAX_EXPERTS: Final = 1024
 """Most experts of a layer that llama.cpp loads."""
+UNNORMED_EXPERTS: Final = 128
+"""Experts of a Llama 4 by whose count llama.cpp knows Maverick, which has no norms of queries and keys."""
 
 _BLOCK: Final = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _RANKS: Final = {
@@ -62,6 +64,8 @@ _VISION: Final = re.compile(r"v\..*(_exps|ffn_gate_inp)")
 _INTEGERS: Final = frozenset({"UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64"})
 _MODEL_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "llama": ("mixtral",),
+    "llama4": ("llama4_text",),
+    "mistral4": ("mistral3",),
     "deepseek2": ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite"),
     "glm-dsa": ("glm_moe_dsa",),
     "glm4moe": ("glm4v_moe", "solar_open"),

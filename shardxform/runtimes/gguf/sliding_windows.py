@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
@@ -21,6 +22,7 @@ from shardxform.runtimes.gguf.common_keys import (
     sigmoid_weights,
 )
 from shardxform.runtimes.gguf.keys import Recorder
+from shardxform.runtimes.gguf.slabs import UNNORMED_EXPERTS
 from shardxform.runtimes.rotation import rope_of
 
 __all__ = ["SLIDING"]
@@ -252,11 +254,96 @@ def _mellum_check(architecture: Architecture) -> None:
 _MELLUM: Final = Kind(name="mellum", maps=("QWEN3MOE",), leads_dense=False, keys=_mellum_keys, check=_mellum_check)
 
 
+# -- Llama 4 -----------------------------------------------------------------------------------------------------------
+
+
+def _llama4_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Every fourth block attends to all and is not rotated, the others to chunks; how, llama.cpp takes for granted."""
+    writer, size, rope = recorder.writer, architecture.size, rope_of(architecture.config)
+    over: dict[str, Any] = {"intermediate_size": size("intermediate_size_mlp")}
+    if rope.get("rope_type") == "llama3":  # by factors, see `_llama4_made`
+        over |= {"rope_parameters": {"rope_theta": rope.get("rope_theta")}, "rope_scaling": None, "rope_theta": None}
+    add_common(architecture, recorder, **over)
+    writer.add_vocab_size(size("vocab_size"))
+    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_interleave_moe_layer_step(architecture.config.get("interleave_moe_layer_step", 1))
+    writer.add_expert_feed_forward_length(size("intermediate_size"))
+
+
+def _llama4_made(architecture: Architecture) -> Iterator[Named]:
+    """Factors by which wavelengths are stretched: all that are long, none that are short, and those between in part."""
+    rope = rope_of(architecture.config)
+    if rope.get("rope_type") != "llama3":
+        return
+    width, base = head_channels(architecture), needed(rope, "rope_theta")
+    factor, low, high = (needed(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = needed(rope, "original_max_position_embeddings")
+    factors = []
+    for at in range(0, width, 2):
+        turns = context / (2 * math.pi * base ** (at / width))
+        part = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - part) / factor + part))
+    yield Named("rope_freqs.weight", (width // 2,), (), wide=True, values=tuple(factors))
+
+
+_OF_LLAMA_4: Final = {
+    "attention_chunk_size": (8192,),
+    "attn_scale": (0.1,),
+    "attn_temperature_tuning": (True, 4),
+    "floor_scale": (8192,),
+}
+
+
+def _llama4_check(architecture: Architecture) -> None:
+    """Refuse other chunks and temperatures; and norms of queries and keys, which llama.cpp tells by 128 experts."""
+    config, layers = architecture.config, range(architecture.layout.num_layers)
+    wanted: dict[str, tuple[object, ...]] = {
+        **SILU,
+        **UNBIASED,
+        "attention_chunk_size": (8192,),
+        "floor_scale": (8192,),
+    }
+    refuse_values(architecture, {**wanted, "attn_scale": (0.1,), "attn_temperature_tuning": (True, 4)})
+    if config.get("use_qk_norm", True) == (architecture.layout.num_experts == UNNORMED_EXPERTS):
+        raise SchemeError(
+            f"config.json: use_qk_norm is {config.get('use_qk_norm', True)} and there are"
+            f" {architecture.layout.num_experts} experts; llama.cpp leaves these norms out where there are"
+            f" {UNNORMED_EXPERTS}, and there alone"
+        )
+    every = config.get("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [int((layer + 1) % every > 0) for layer in layers]
+    kinds = config.get("layer_types") or ["chunked_attention" if each else "full_attention" for each in rotated]
+    for layer in layers:
+        local = (layer + 1) % 4 > 0
+        if bool(rotated[layer]) != local or (kinds[layer] == "chunked_attention") != local:
+            raise SchemeError(
+                f"config.json: layer {layer} is {kinds[layer]}{'' if rotated[layer] else ', not rotated'}; llama.cpp's"
+                " llama4 has every fourth attend to all, not rotated, and the others to chunks"
+            )
+    step = config.get("interleave_moe_layer_step", 1)
+    if [layer for layer in layers if (layer + 1) % step == 0] != list(architecture.layout.moe_layers):
+        raise SchemeError(f"config.json: moe_layers is {config.get('moe_layers')!r}; expected every {step}. layer")
+
+
+_LLAMA4: Final = Kind(
+    name="llama4",
+    maps=("LLAMA4",),
+    experts=tuple(
+        (f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
+    ),
+    made=_llama4_made,
+    scattered=True,
+    keys=_llama4_keys,
+    check=_llama4_check,
+)
+
+
 SLIDING: Final[Mapping[str, Kind]] = {
     "afmoe": _AFMOE,
     "exaone_moe": _EXAONE_MOE,
     "gemma4": _GEMMA4,
     "gpt_oss": _GPT_OSS,
+    "llama4": _LLAMA4,
     "mellum": _MELLUM,
 }
 """What each family becomes, by its name."""
