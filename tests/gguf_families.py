@@ -109,6 +109,7 @@ OVER: dict[str, dict[str, Any]] = {
         "num_shared_expert": [1, 1],
     },
     "hy_v3": {},
+    "jamba": {"layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "kimi_k2": {},
     "kimi_k25": {},
     "laguna": {
@@ -176,6 +177,7 @@ MADE = {
     "granitemoeshared": ("6a74d2272093422d", "9b99fc2f48a31d9d"),
     "hunyuan_v1_moe": ("731522e149b4f1ff", "62c870dc8e2fe58a"),
     "hy_v3": ("4d402b4794a7fe55", "e607cc55e2822b7d"),
+    "jamba": ("6daa842095cd26c9", "709c9bd5217e8e14"),
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
     "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
     "laguna": ("558a33705f0c3375", "be49bf1955f3acd4"),
