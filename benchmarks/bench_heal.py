@@ -168,6 +168,7 @@ def cases_what() -> Iterator[Case]:
     for what in ("router", "shared", "moe"):
         yield Case(name=f"{what}, 60 x 0.02", command=heal(what, "--heal-iters", "60", "--heal-lr", "0.02"))
     yield Case(name="all, 150 x 0.02", command=heal("all", "--heal-iters", "150", "--heal-lr", "0.02"))
+    yield Case(name="all, 150, searched", command=heal("all", "--heal-iters", "150"))
     yield Case(name="auto (the default)", command=heal("auto"))
 
 

@@ -17,21 +17,32 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, PAYS, SHORTER, SMALLEST_STEP, STEP
+from shardxform.base.constants import (
+    LARGEST_MOVE,
+    LARGEST_STEP,
+    MOST_TRIES,
+    ORTHOGONAL_FROM,
+    PACE_STEPS,
+    PAYS,
+    SHORTER,
+    SMALLEST_STEP,
+    STEP,
+)
 from shardxform.errors import ExecutionError
 from shardxform.formats.encoding import Encoded, Nearest, Role, Storage, round_to
 from shardxform.formats.packing import bf16_bits_of, float32_of
 from shardxform.formats.plain import Plain
 from shardxform.forward.weights import activation, stack_names
 from shardxform.plan.steps import KeptItem, healed_names
+from shardxform.tuning.directions import direction, directions, signs
 from shardxform.tuning.modules import ExpertBiases, TunedExperts
+from shardxform.tuning.moving import Moving
 from shardxform.tuning.samples import (
     Forward,
     Judged,
@@ -58,68 +69,14 @@ __all__ = [
     "HealResult",
     "HealedStack",
     "Load",
-    "Moving",
     "MovingBlock",
     "Wide",
     "heal_block",
     "pace_of_block",
-    "signs",
     "suggested_lr",
 ]
 
 _FINITE_TILE: Final = 1 << 20
-
-
-class Moving:
-    """Values [R, I] that can be read and moved; bfloat16 ones stay in the tensor they came in."""
-
-    def __init__(self, w_RI: torch.Tensor) -> None:
-        self._split = w_RI.dtype == torch.bfloat16
-        self._w_RI = w_RI if self._split else w_RI.float()
-        self._low_RI = torch.zeros(w_RI.shape, dtype=torch.int8, device=w_RI.device) if self._split else None
-        self._compiled = w_RI.device.type == "cpu" and find_spec("numba") is not None
-
-    @property
-    def nearest(self) -> torch.Tensor:
-        """The values [R, I]; for bfloat16, rounded to it."""
-        return self._w_RI
-
-    def exact_into(self, rows: slice, out_RI: torch.Tensor) -> None:
-        """Write the values of some rows, float32."""
-        if self._low_RI is None:
-            out_RI.copy_(self._w_RI[rows])
-        elif self._compiled:
-            from shardxform.tuning.kernels import joiner
-
-            joiner()(self._high(rows), self._low_RI[rows].numpy(), out_RI.view(torch.int32).numpy())
-        else:
-            out_RI.copy_(self._joined(rows, self._low_RI))
-
-    def step(self, rows: slice, step_R: torch.Tensor, gradient_RI: torch.Tensor) -> None:
-        """Move every weight of a row by that row's step, float32, against the sign of its gradient; NaN moves none."""
-        if self._low_RI is not None and self._compiled:
-            from shardxform.tuning.kernels import mover
-
-            wide = gradient_RI.dtype == torch.float32
-            gradient = gradient_RI.view(torch.uint32 if wide else torch.uint16).numpy()
-            mover(wide)(self._high(rows), self._low_RI[rows].numpy(), step_R.numpy(), gradient)
-            return
-        change_RI = signs(gradient_RI) * step_R[:, None]
-        if self._low_RI is None:
-            self._w_RI[rows].sub_(change_RI)
-            return
-        bits_RI = self._joined(rows, self._low_RI).sub_(change_RI).view(torch.int32)
-        bits_RI.add_(128).bitwise_right_shift_(8)  # the upper 24 bits, rounded
-        high_RI = (bits_RI + 128).bitwise_right_shift_(8)
-        self._low_RI[rows] = bits_RI.sub_(high_RI, alpha=256).to(torch.int8)
-        self._w_RI[rows] = high_RI.to(torch.int16).view(torch.bfloat16)
-
-    def _joined(self, rows: slice, low_RI: torch.Tensor) -> torch.Tensor:
-        bits_RI = self._w_RI[rows].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-        return bits_RI.add_(low_RI[rows].to(torch.int32), alpha=256).view(torch.float32)
-
-    def _high(self, rows: slice) -> NDArray[np.int16]:
-        return self._w_RI[rows].view(torch.int16).numpy()
 
 
 class HealedStack:
@@ -127,11 +84,12 @@ class HealedStack:
 
     Attributes:
         lr: what part of an expert's root mean square a step moves its weights by; 0 for no step.
+        orthogonal: whether they follow `directions`, and not the signs of their gradients.
         moves: whether they are changed at all; one that is not wants no gradients.
     """
 
     def __init__(self, w_EOI: torch.Tensor, *, moves: bool) -> None:
-        self.lr, self.moves = 0.0, moves
+        self.lr, self.orthogonal, self.moves = 0.0, False, moves
         self._shape = (w_EOI.shape[0], w_EOI.shape[1], w_EOI.shape[2])
         self._stored = w_EOI.dtype
         w_RI = w_EOI.reshape(-1, w_EOI.shape[2])
@@ -179,19 +137,22 @@ class HealedStack:
             self._values = None
 
     def update(self, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
-        """Take one signed step in the rows from `first` on; their values as they were into `before_RI`."""
+        """Take one step in the rows from `first` on; their values as they were into `before_RI`.
+
+        With `orthogonal` they are a run of one expert, from a multiple of `ORTHOGONAL_ROWS` on, or whole experts.
+        """
         if before_RI is not None:
             self.values_into(first, before_RI)
         if self._values is None or self._rms_E is None:
             return
         count, rows = gradient_RI.shape[0], self._shape[1]
         expert_R = torch.arange(first, first + count, device=self.device) // rows
-        self._values.step(slice(first, first + count), self._rms_E[expert_R] * self.lr, gradient_RI)
-
-
-def signs(x: torch.Tensor) -> torch.Tensor:
-    """-1, 0 or 1 in float32; 0 for NaN."""
-    return torch.sign(torch.nan_to_num(x.float(), nan=0.0))
+        moved, step_R = slice(first, first + count), self._rms_E[expert_R] * self.lr
+        if self.orthogonal:
+            gradient_MRI = gradient_RI.reshape(-1, min(count, rows), gradient_RI.shape[1])
+            self._values.follow(moved, step_R, directions(gradient_MRI).view(count, -1))
+        else:
+            self._values.step(moved, step_R, gradient_RI)
 
 
 def _rms(w_OI: torch.Tensor) -> torch.Tensor:
@@ -208,7 +169,7 @@ class Wide:
     def __init__(self, parameter: torch.nn.Parameter, stored: torch.Tensor) -> None:
         """Begin to move `parameter`, whose values are `stored`."""
         self.parameter = parameter
-        self.lr = 0.0
+        self.lr, self.orthogonal = 0.0, False
         self.exact = stored.float().clone()
         self._rms = self.exact.square().mean().sqrt()
         self._dtype = stored.dtype
@@ -238,7 +199,8 @@ class Wide:
     def _step(self, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        self.exact.sub_(signs(gradient) * (self.lr * self._rms))
+        way = direction(gradient) if self.orthogonal else signs(gradient)
+        self.exact.sub_(way * (self.lr * self._rms))
         parameter.copy_(self.exact)
 
 
@@ -271,6 +233,19 @@ class MovingBlock:
         for stack in self.stacks:
             stack.lr = lr
 
+    @property
+    def largest_move(self) -> float:
+        """The most that a step moves a weight by, in step sizes."""
+        return LARGEST_MOVE if self.stacks[0].orthogonal else 1.0
+
+    def choose(self, tokens: int) -> None:
+        """Choose the rule by how many tokens there are to learn from."""
+        orthogonal = tokens >= ORTHOGONAL_FROM * self.weights
+        for wide in self.wide.values():
+            wide.orthogonal = orthogonal
+        for stack in self.stacks:
+            stack.orthogonal = orthogonal
+
     @torch.no_grad()
     def settle(self) -> None:
         """Stop moving; from now on the block computes with what will be stored."""
@@ -297,6 +272,7 @@ class HealResult:
         judged: what the held-out samples were.
         ratio_error: standard error of loss / start_loss over them; NaN for a single one.
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
+        largest_move: the most that a step moved a weight by, in step sizes.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
     """
@@ -307,6 +283,7 @@ class HealResult:
     ratio_error: float
     what: str | None
     lr: float
+    largest_move: float
     tried: tuple[tuple[str, float, float], ...]
     diverged: bool
 
@@ -419,6 +396,7 @@ class _Run:
             ratio_error=self._ratio_error if healed else 0.0,
             what=chosen.what if healed else None,
             lr=lr if healed else 0.0,
+            largest_move=healing.largest_move,
             tried=tuple((each.what, each.lr, each.loss if math.isfinite(each.loss) else -1.0) for each in self._tried),
             diverged=self._diverged,
         )
@@ -466,6 +444,7 @@ class _Run:
         start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
+        healing.choose(tokens)
         lr = trial.lr or suggested_lr(tokens, healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
