@@ -1,13 +1,14 @@
 """Tuned rounding against upstream auto-round on examples/small-moe: the same windows, iterations and batch size.
 
     python benchmarks/bench_autoround.py [--iters 50] [--batch-size 8] [--samples 64] [--seqlen 512] [--threads 1]
-    python benchmarks/bench_autoround.py --pack --iters 200 --samples 128 --seqlen 256
+    python benchmarks/bench_autoround.py --pack --iters 200 --samples 128 --seqlen 256 [--alg-ext]
 
 Each runs as a process of its own. Calibration documents are cut to windows of `--seqlen` tokens, shorter ones passed
 over, as upstream does; both see the same set (upstream reads the documents that we take, one a line). With `--pack`
-documents are joined and cut, as we do by default, and upstream is given the windows that we take. Then, in float32
-on 64 windows of 256 held-out tokens: perplexity, divergence from the 16-bit model, and how far the output of every
-block is from the 16-bit one's, each on its own chain, on the calibration windows as well. Needs auto-round.
+documents are joined and cut, as we do by default, and upstream is given the windows that we take. With `--alg-ext`
+upstream runs a second time, with its `enable_alg_ext`. Then, in float32 on 64 windows of 256 held-out tokens:
+perplexity, divergence from the 16-bit model, and how far the output of every block is from the 16-bit one's, each on
+its own chain, on the calibration windows as well. Needs auto-round.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def upstream_run(out: Path, data: Path, args: argparse.Namespace) -> None:
         enable_torch_compile=False,
         layer_config={name: {"bits": 16, "data_type": "float"} for name in keep},
         seed=args.seed,
+        enable_alg_ext=args.alg_ext,
     )
     if args.pack:
         ids_NT = packed_windows(args)
@@ -123,27 +125,20 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     shape = ["--samples", str(samples), "--seqlen", str(args.seqlen)]
     tune = ["--iters", str(args.iters), "--batch-size", str(args.batch_size), "--seed", str(args.seed)]
     ours = [sys.executable, "-m", "shardxform", "quantize", str(SMALL_MOE)]
-    upstream = [
-        sys.executable,
-        __file__,
-        *(["--pack"] if args.pack else []),
-        "--upstream-run",
-        str(scratch / "upstream"),
-        "--data",
-        str(data),
-        *shape,
-        *tune,
-    ]
+    upstream = [sys.executable, __file__, *(["--pack"] if args.pack else []), "--data", str(data), *shape, *tune]
+    upstream += ["--threads", str(args.threads), "--upstream-run"]
     runs = {
         "rtn": [*ours, str(scratch / "rtn"), "-q"],
         "rtn --search": [*ours, str(scratch / "search"), "-q", "--search"],
-        "auto-round 0.16.1": [*upstream, *shape, *tune, "--threads", str(args.threads)],
+        "auto-round 0.16.1": [*upstream, str(scratch / "upstream")],
         "shardxform": [
             *(*ours, str(scratch / "tuned"), "-q", "--method", "auto-round"),
             *("--data", str(data), *pack, "--dtype", args.dtype, *shape, *tune),
         ],
     }
     folders = dict(zip(runs, ("rtn", "search", "upstream", "tuned"), strict=True))
+    if args.alg_ext:
+        runs["enable_alg_ext"], folders["enable_alg_ext"] = [*upstream, str(scratch / "ext"), "--alg-ext"], "ext"
     rows = []
     for name, command in runs.items():
         cost = timed(command, args.threads)
@@ -179,6 +174,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pack", action="store_true", help="join the documents")
+    parser.add_argument("--alg-ext", action="store_true", help="upstream with enable_alg_ext, too")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of ours; %(default)s")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--upstream-run", type=Path, help=argparse.SUPPRESS)

@@ -273,9 +273,11 @@ def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     keep = {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}
     manifest.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
     data = ("--data", str(SMALL_MOE / "text" / "calib.jsonl"), "--samples", "8", "--seqlen", "512", *TYPE)
-    common = (*data, "--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004", "--json", "-q")
+    steps = ("--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004")
     for what in args.what:
-        seconds, rss, printed = bench.call("prune", str(source), str(out), "-m", str(manifest), "--heal", what, *common)
+        how = ("--merge",) if what == "merge" else ("--heal", what, *steps)
+        command = ("prune", str(source), str(out), "-m", str(manifest), *how, *data, "--json", "-q")
+        seconds, rss, printed = bench.call(*command)
         report = json.loads(printed)["report"]
         blocks = report["facts"]["blocks"]
         shutil.rmtree(out)
@@ -329,7 +331,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--dir", type=Path, help="where scratch files go, gigabytes of them for `shape`")
     parser.add_argument("--layers", type=int, default=1, help="blocks of `shape` (default 1)")
-    parser.add_argument("--what", nargs="+", default=["moe", "all"], help="of `shape` (default moe all)")
+    parser.add_argument(
+        "--what", nargs="+", default=["moe", "all"], help="of `shape`; merge: --merge alone (default moe all)"
+    )
     parser.add_argument("--models", type=Path, help="of `steps`: a folder of checkpoints, as small_moes.py makes them")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ experts go. After REAM (arXiv 2604.04356): likeness is the mean of the cosine of
 logits, channels are matched by gate, up and down weights and by activations. Ways:
 
 - prune: nothing is merged
+- option: `prune --merge`, as ream, but each block only as far as held-out windows say
 - ream: the most salient kept expert takes up to 15 that are most like it, then the next
 - nearest: every pruned expert joins the kept one that is most like it
 - logits: nearest by router logits alone, averaged by frequency, channels matched by weights: M-SMoE (arXiv 2310.01334)
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-from bench_criteria import SMALL_MOE, Distance, Figures, chosen, distance, measured, pruned, told
+from bench_criteria import SMALL_MOE, TYPE, Distance, Figures, chosen, distance, measured, pruned, run, text, told
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch.nn.functional import linear, normalize, silu
@@ -48,7 +50,7 @@ CRITERION: Final = "reap-sum"
 
 @dataclass(frozen=True)
 class Way:
-    """How experts are merged.
+    """How experts are merged by this script.
 
     Attributes:
         groups: "ream", "nearest" or "assigned".
@@ -62,8 +64,10 @@ class Way:
     msmoe: bool = False
 
 
+OPTION: Final = "option"
 WAYS: Final[Mapping[str, Way | None]] = {
     "prune": None,
+    OPTION: None,
     "ream": Way("ream"),
     "nearest": Way("nearest"),
     "logits": Way("nearest", msmoe=True),
@@ -201,9 +205,20 @@ def started(stacks: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:  # 
     return patch.object(Skeleton, "stacked", stacked)
 
 
-def of(scratch: Path, way: Way | None, keep: int, heal: int, seed: int) -> Distance:
+def by_option(scratch: Path, manifest: Path, heal: int, seed: int) -> Path:
+    """What `prune --merge` makes, healed if asked for as `bench_criteria.pruned` heals."""
+    out = scratch / "pruned"
+    shutil.rmtree(out, ignore_errors=True)
+    steps = ["--heal=all", "--heal-iters", heal, "--heal-lr", 0.016, "--batch-size", 4] if heal else []
+    run("prune", SMALL_MOE, out, "-m", manifest, "-q", "--merge", *steps, *TYPE, *text(SMALL_MOE, seed))
+    return out
+
+
+def of(scratch: Path, name: str, keep: int, heal: int, seed: int) -> Distance:
     """How far one choice, merged in a way, is from the source."""
-    manifest = chosen(SMALL_MOE, scratch, CRITERION, keep, seed)
+    manifest, way = chosen(SMALL_MOE, scratch, CRITERION, keep, seed), WAYS[name]
+    if name == OPTION:
+        return measured(SMALL_MOE, scratch, by_option(scratch, manifest, heal, seed))
     if way is None:
         return distance(SMALL_MOE, scratch, manifest, heal, seed)
     stacks = merge(SMALL_MOE, manifest, way, seed)
@@ -236,7 +251,7 @@ def main() -> None:
                 found = [
                     figures.once(
                         f"{name} {keep} {asked.heal} {seed}",
-                        partial(of, scratch, WAYS[name], keep, asked.heal, seed),
+                        partial(of, scratch, name, keep, asked.heal, seed),
                     )
                     for seed in range(asked.seeds)
                 ]

@@ -56,7 +56,8 @@ from shardxform.forward.weights import Precision, Weights
 from shardxform.model.layout import layout_of
 from shardxform.plan.view import pruned_view
 from shardxform.tuning.directions import direction, signs
-from shardxform.tuning.heal import BlockHealer, HealedStack, MovingBlock, Wide, _Run
+from shardxform.tuning.heal import HealedStack, MovingBlock, Wide, _Run
+from shardxform.tuning.healer import BlockHealer
 from shardxform.tuning.linear_attention import frugal_linear_attention
 from shardxform.tuning.moving import Moving
 from shardxform.tuning.samples import Samples, Split, descend, judge, learning_order
@@ -136,8 +137,8 @@ def by_steps(
 def told(run: _Run, rate: float | None, iters: int) -> str:
     """Heal, and say by which step and how far."""
     if rate is not None:
-        start, loss, _, moving = run._descend(Trial("all", rate), iters)
-        return f"{moving.weights:10,} weights  {rate:<8g}{loss / start:7.4f}"
+        done = run._descend(Trial("all", rate), iters)
+        return f"{done.block.weights:10,} weights  {rate:<8g}{done.mean / done.start.mean:7.4f}"
     result, _ = run.execute()
     tried = " ".join(f"{lr:.3g}" for _, lr, _ in result.tried)
     return f"searched  {result.lr:<8.3g}{result.loss / result.start_loss:7.4f}  tried {tried}"

@@ -1,7 +1,7 @@
 """Ideas for better tuned rounding, tried on examples/small-moe: divergence with and without each, same steps and data.
 
     python benchmarks/bench_tuning_ideas.py [--block 1] [--steps 60] [--batch-size 4] [--seed 42] [--only NAME]
-                                            [--model DIR] [--json]
+                                            [--model DIR] [--healed DIR] [--json]
 
 With `--block N` that block alone is rounded and tuned, on 16-bit inputs, and the others stay in 16 bits: a tenth of the
 time of `--block all`, which tunes one after the other as `quantize --method auto-round` does. Divergence is of float32
@@ -11,6 +11,10 @@ own difference from the first is given with the standard error over windows, whi
 Compensation (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022)
 rounds one column after the other and moves those to come against the error, by the inputs' covariance; what it adds to
 a weight, in steps of its scale, is where its offset starts. Inputs of experts are weighted as the router weights them.
+
+With `--healed DIR`, a pruned and healed checkpoint of the model, that one is rounded, too: to put out what the model
+before pruning does, as `quantize --heal` has it, or what the healed blocks do. Divergence is from the model before
+pruning, and these rows are compared with one another.
 """
 
 # E: experts, O: output rows, I: input columns, G: groups of a row, N: windows, B: windows of a batch, T: positions, H:
@@ -25,7 +29,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from tuning_ideas import IDEAS, Idea
 
 from shardxform.ask.recipe import split_windows
 from shardxform.base.constants import JUDGED_AT, LEAST_SQUARE
@@ -59,84 +64,8 @@ BATCH: Final = 8
 KEPT_16_BIT: Final = ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "kv_b_proj")
 SMALLEST: Final = 1.1e-5
 HALF: Final = 0.4998
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Idea:
-    """What is done otherwise.
-
-    Attributes:
-        tuned: take steps at all.
-        search: start from searched scales.
-        by_energy: search them by the weights' errors times the energies of their inputs.
-        compensated: start offsets from what compensation adds.
-        damping: of compensation, in mean energies of the inputs.
-        neighbours: compensation takes one of the two codes next to a weight.
-        windows: that compensation, or the search by energy, sees.
-        rate: first step of offsets and clips, times the number of steps.
-        clip_rate: that of clips, in rates.
-        shrunk: afterwards, go back toward the start, to three quarters, a half and a quarter of all offsets and clips,
-            and keep what the judges find best.
-        learn_all: learn from the windows that judge, too, and keep the last state.
-        sensitivity: weigh errors by how the model's output depends on a block's channels (Fisher information of
-            sampled tokens), this share of it beside a plain one.
-        mixed: share of windows whose inputs are those of the 16-bit model.
-        damped_gradient: leave out gradients below this share of their row's root mean square.
-        momentum: take the sign of a running mean of gradients, of which this share is what it was before.
-        beside: learn from windows beside those of the text, too: `pieces` of its windows, `drawn` pieces of which
-            half the tokens are any others, or `text`, three times as much of it, which shows what data is worth.
-    """
-
-    tuned: bool = True
-    search: bool = True
-    by_energy: bool = False
-    compensated: bool = False
-    damping: float = 0.1
-    neighbours: bool = False
-    windows: int = 64
-    rate: float = 1.0
-    clip_rate: float = 1.0
-    shrunk: bool = False
-    learn_all: bool = False
-    sensitivity: float = 0.0
-    mixed: float = 0.0
-    damped_gradient: float = 0.0
-    momentum: float = 0.0
-    beside: str = ""
-
-
-_START: Final = Idea(tuned=False, compensated=True)
-IDEAS: Final = {
-    "tuned": Idea(),
-    "rtn": Idea(tuned=False, search=False),
-    "rtn --search": Idea(tuned=False),
-    "search by energy": Idea(tuned=False, by_energy=True),
-    "search by energy, tuned": Idea(by_energy=True),
-    "compensated, damping 0.01": Idea(tuned=False, compensated=True, damping=0.01),
-    "compensated, damping 0.1": _START,
-    "compensated, damping 0.3": Idea(tuned=False, compensated=True, damping=0.3),
-    "compensated, next codes": Idea(tuned=False, compensated=True, neighbours=True),
-    "compensated, 4 windows, damping 0.01": Idea(tuned=False, compensated=True, damping=0.01, windows=4),
-    "compensated, 4 windows, damping 0.3": Idea(tuned=False, compensated=True, damping=0.3, windows=4),
-    "compensated, 4 windows, damping 1": Idea(tuned=False, compensated=True, damping=1.0, windows=4),
-    "compensated, tuned": Idea(compensated=True),
-    "compensated, tuned at a quarter": Idea(compensated=True, rate=0.25),
-    "compensated, next codes, tuned at a quarter": Idea(compensated=True, neighbours=True, rate=0.25),
-    "steps of 1.6": Idea(rate=1.6),
-    "learned from all": Idea(learn_all=True),
-    "by sensitivity": Idea(sensitivity=0.8),
-    "half the inputs of 16 bits": Idea(mixed=0.5),
-    "small gradients left out": Idea(damped_gradient=0.5),
-    "shrunk afterwards": Idea(shrunk=True),
-    "half the steps' size": Idea(rate=0.5),
-    "a quarter of the steps' size": Idea(rate=0.25),
-    "a tenth of the steps' size": Idea(rate=0.1),
-    "momentum 0.9": Idea(momentum=0.9),
-    "momentum 0.7": Idea(momentum=0.7),
-    "pieces beside": Idea(beside="pieces"),
-    "drawn pieces beside": Idea(beside="drawn"),
-    "three times the text beside": Idea(beside="text"),
-}
+EXTENSION: Final = 1 / (1 - 0.0075 * np.arange(-100, 101))
+"""Factors of the plain scale that auto-round's `enable_alg_ext` tries."""
 
 
 @dataclass(slots=True)
@@ -166,6 +95,7 @@ class Reference:
     held_out: list[torch.Tensor]
     ids_NT: torch.Tensor
     beside: dict[str, range]
+    healed: Reference | None = None
 
     def rows(self, beside: str, samples: int) -> list[int]:
         """Numbers of the windows that an idea has."""
@@ -188,9 +118,9 @@ def through(block: Block, entering_NTH: torch.Tensor) -> torch.Tensor:
     return torch.cat([block(part) for part in entering_NTH.split(BATCH)])  # type: ignore[no-untyped-call]
 
 
-def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Reference:
-    """Run the 16-bit model."""
-    source, ids = Checkpoint.open(args.model), []
+def reference(model: Path, args: argparse.Namespace, stack: contextlib.ExitStack) -> Reference:
+    """Run a 16-bit model."""
+    source, ids = Checkpoint.open(model), []
     for name, count, length in (("calib", args.samples, args.seqlen), ("heldout", args.sequences, 256)):
         data = DataOptions(data=str(SMALL_MOE / "text" / f"{name}.jsonl"), samples=count, seqlen=length)
         ids.append(torch.as_tensor(load_windows(SMALL_MOE, data).ids_NT).long())
@@ -205,7 +135,7 @@ def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Referenc
         chains.append(states)
         skeletons.append(skeleton)
     return Reference(
-        model=args.model,
+        model=model,
         skeleton=skeletons[0],
         exact=skeletons[1],
         calibration=chains[0],
@@ -218,7 +148,7 @@ def reference(args: argparse.Namespace, stack: contextlib.ExitStack) -> Referenc
 def _with_beside(ids_NT: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, range]]:
     """Windows, and after them what the ideas that are asked for learn from beside them."""
     places: dict[str, range] = {}
-    for kind in dict.fromkeys(IDEAS[name].beside for name in args.only or IDEAS):
+    for kind in dict.fromkeys(IDEAS[name].beside for name in args.only):
         if kind:
             more_NT = BESIDE[kind](ids_NT[: args.samples].numpy(), args)
             places[kind] = range(len(ids_NT), len(ids_NT) + len(more_NT))
@@ -290,30 +220,34 @@ class Task:
     plain_NTH: torch.Tensor
     wanted_NTH: torch.Tensor
     counts_HH: torch.Tensor | None
+    left_out: float = 0.0
 
 
 def run_idea(name: str, ref: Reference, args: argparse.Namespace) -> Row:
     """Round and tune the blocks that are asked for, and measure what leaves the last."""
     idea, began = IDEAS[name], time.process_time()
+    model = ref.healed if idea.healed and ref.healed else ref
     counts = sensitivities(ref, idea.sensitivity) if idea.sensitivity else [None] * ref.skeleton.num_blocks
     chosen = range(ref.skeleton.num_blocks) if args.block == "all" else [int(args.block)]
     rows = ref.rows(idea.beside, args.samples)
-    states = [each[rows] for each in ref.calibration]
-    tuned, held_out, row = states[0], ref.held_out[0], Row(name, [])
+    answered = model if idea.healed == "healed" else ref
+    states, wanted = ([each[rows] for each in chain.calibration] for chain in (model, answered))
+    tuned, held_out, row = states[0], model.held_out[0], Row(name, [])
     for layer in range(ref.skeleton.num_blocks):
-        if layer not in chosen:
+        if layer not in chosen or not idea.rounded:
             tuned = states[layer + 1]
-            with ref.exact.block(layer) as block:
+            with model.exact.block(layer) as block:
                 held_out = through(block, held_out)
             continue
         task = Task(
             layer=layer,
             entering_NTH=tuned,
             plain_NTH=states[layer],
-            wanted_NTH=states[layer + 1].float(),
-            counts_HH=counts[layer],
+            wanted_NTH=wanted[layer + 1].float(),
+            counts_HH=_energies(wanted[layer + 1]) if idea.by_channel else counts[layer],
+            left_out=idea.left_out,
         )
-        with Workers(1) as workers, _block(ref.skeleton, layer, idea, workers) as (block, weights):
+        with Workers(1) as workers, _block(model.skeleton, layer, idea, workers) as (block, weights):
             row.judged.append(tune(weights, block, task, idea, args))
             weights.settle()
             tuned = through(block, tuned)
@@ -321,6 +255,13 @@ def run_idea(name: str, ref: Reference, args: argparse.Namespace) -> Row:
             held_out = through(block, held_out)
     row.kl_N, row.cpu_seconds = ref.divergence(held_out), time.process_time() - began
     return row
+
+
+def _energies(state_NTH: torch.Tensor) -> torch.Tensor:
+    """The channels' energies [H, H], of mean 1, every token of the same size."""
+    wanted_NTH = state_NTH.float()
+    energy_H = (wanted_NTH.square() / wanted_NTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)).sum((0, 1))
+    return (energy_H / energy_H.mean()).diag()
 
 
 @contextlib.contextmanager
@@ -355,23 +296,30 @@ def tune(weights: TunedBlock, block: Block, task: Task, idea: Idea, args: argpar
     random = np.random.Generator(np.random.PCG64([args.seed, task.layer]))
     learned_N = np.concatenate([learned_N, np.arange(args.samples, len(task.entering_NTH))])
     learned_N = np.arange(args.samples) if idea.learn_all else learned_N
-    order, judged_at = (
-        learning_order(len(learned_N), args.batch_size, random),
-        {round(p * args.steps) for p in JUDGED_AT},
-    )
+    order, before = learning_order(len(learned_N), args.batch_size, random), math.inf
     with _leaving_out(idea.damped_gradient), _smoothed(idea.momentum):
-        for done, pace in enumerate(paces(args.steps, idea.rate, idea.clip_rate), start=1):
-            weights.set_pace(pace)
-            rows_B = torch.from_numpy(learned_N[next(order)])
-            plain_B = torch.from_numpy(random.random(len(rows_B)) < idea.mixed)[:, None, None]
-            entering = torch.where(plain_B, task.plain_NTH[rows_B], task.entering_NTH[rows_B])
-            with torch.enable_grad():
-                out_BTH = block(entering)
-                error_BTH, _ = errors(out_BTH.detach(), task, rows_B)
-                out_BTH.backward(error_BTH.to(out_BTH.dtype))  # type: ignore[no-untyped-call]
-            if done in judged_at and ((now := loss()) < best or idea.learn_all):
+        for phase in phases(idea, args.steps):
+            if phase.if_falling and best > 0.99 * before:
+                break
+            before = best
+            judged_at = {round(p * phase.steps) for p in JUDGED_AT}
+            with phase.alone(weights) as moving:
+                for done, pace in enumerate(paces(phase.steps, phase.rate, idea.clip_rate), start=1):
+                    for weight in moving:
+                        weight.pace = pace._replace(offset=phase.offsets * pace.offset, high=idea.clip)
+                    rows_B = torch.from_numpy(learned_N[next(order)])
+                    plain_B = torch.from_numpy(random.random(len(rows_B)) < idea.mixed)[:, None, None]
+                    entering = torch.where(plain_B, task.plain_NTH[rows_B], task.entering_NTH[rows_B])
+                    with torch.enable_grad():
+                        out_BTH = block(entering)
+                        error_BTH, _ = errors(out_BTH.detach(), task, rows_B)
+                        out_BTH.backward(error_BTH.to(out_BTH.dtype))  # type: ignore[no-untyped-call]
+                    if done in judged_at and ((now := loss()) < best or idea.learn_all):
+                        weights.keep()
+                        best = now
+            if phase.first:  # its losses were those of other weights
                 weights.keep()
-                best = now
+                best = loss()
     left = 1.0
     for share in (0.75, 0.5, 0.25) if idea.shrunk else ():
         shrink(weights, share / left)
@@ -380,6 +328,66 @@ def tune(weights: TunedBlock, block: Block, task: Task, idea: Idea, args: argpar
             weights.keep()
             best = now
     return best / began
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Some steps.
+
+    Attributes:
+        steps: how many.
+        rate: the first one's size, times their number.
+        offsets: 1, or 0 where scales move alone.
+        first: the down projections are in 16 bits, and its last state goes on.
+        down: they move alone.
+        if_falling: only if the loss fell in the steps before.
+    """
+
+    steps: int
+    rate: float
+    offsets: int = 1
+    first: bool = False
+    down: bool = False
+    if_falling: bool = False
+
+    @contextlib.contextmanager
+    def alone(self, weights: TunedBlock) -> Iterator[list[StackedWeight]]:
+        """The weights that move; the others rest."""
+        downs = [
+            module.tuned if isinstance(module, TunedLinear) else module.down
+            for name, module in weights.modules.items()
+            if isinstance(module, TunedExperts) or name.endswith("down_proj")
+        ]
+        weights.set_pace(Pace(0.0, 0.0, 0.0, 1.2))
+        for weight in downs if self.first else ():
+            _leave(weight)  # type: ignore[arg-type]
+        yield [w for w in weights.weights if not (self.first or self.down) or (w in downs) == self.down]
+        for weight in downs if self.first else ():
+            del weight.values_into, weight.update
+
+
+def _leave(weight: StackedWeight) -> None:
+    """Have a weight be what it is in 16 bits."""
+
+    def values_into(first: int, out_RI: torch.Tensor) -> None:
+        out_RI.copy_(weight._w_RI[first : first + len(out_RI)])
+
+    def update(first: int, _: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
+        if before_RI is not None:
+            values_into(first, before_RI)
+
+    weight.values_into, weight.update = values_into, update  # type: ignore[method-assign,assignment]
+
+
+def phases(idea: Idea, steps: int) -> list[Phase]:
+    """The steps of an idea."""
+    if idea.in_turn:
+        turn = Phase(steps=round(idea.in_turn * steps), rate=idea.rate)
+        return [replace(turn, first=True), replace(turn, down=True)]
+    first = round(idea.scales_first * steps)
+    before = [Phase(steps=first, rate=idea.rate, offsets=0)] if first else []
+    after = idea.more * [Phase(steps=steps // 2, rate=idea.rate / 4, if_falling=True)]
+    return [*before, Phase(steps=steps, rate=idea.rate), *after]
 
 
 def shrink(weights: TunedBlock, share: float) -> None:
@@ -406,6 +414,9 @@ def errors(out_BTH: torch.Tensor, task: Task, rows_B: torch.Tensor) -> tuple[tor
     wanted_BTH = task.wanted_NTH[rows_B]
     error_BTH = out_BTH.float() - wanted_BTH
     error_BTH[:, -1] = 0
+    if task.left_out:
+        size_m = (error_BTH / wanted_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE).sqrt()).abs().flatten()
+        error_BTH.view(-1)[size_m.topk(int(task.left_out * len(size_m))).indices] = 0
     counted_BTH = error_BTH if task.counts_HH is None else error_BTH @ task.counts_HH
     slope_BTH = counted_BTH / wanted_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
     return slope_BTH, float((slope_BTH * error_BTH).double().sum())
@@ -461,22 +472,22 @@ def _smoothed(share: float) -> Iterator[None]:
 
 def start(weights: TunedBlock, block: Block, entering_NTH: torch.Tensor, idea: Idea) -> None:
     """Choose scales, or offsets, by the inputs that the block's weights see."""
-    seen = covariances(weights, block, entering_NTH)
+    seen = covariances(weights, block, entering_NTH, weighted=not idea.extension)
     for weight, covariance_EII in seen:
         if idea.by_energy:
-            _search(weight, covariance_EII)
+            _search(weight, covariance_EII, EXTENSION if idea.extension else search_factors(weight.grid.bits))
         if idea.compensated:
             _compensate(weight, covariance_EII, idea)
     weights.keep()
 
 
 def covariances(
-    weights: TunedBlock, block: Block, entering_NTH: torch.Tensor
+    weights: TunedBlock, block: Block, entering_NTH: torch.Tensor, *, weighted: bool = True
 ) -> list[tuple[StackedWeight, torch.Tensor]]:
     """Every weight of a block, and the sums of its inputs' products [E, I, I]."""
     found: list[tuple[StackedWeight, torch.Tensor]] = []
     for module in weights.modules.values():
-        module.forward = _watched(module, found)  # type: ignore[method-assign]
+        module.forward = _watched(module, found, weighted)  # type: ignore[method-assign]
     through(block, entering_NTH)
     for module in weights.modules.values():
         del module.forward
@@ -484,7 +495,7 @@ def covariances(
 
 
 def _watched(
-    module: TunedLinear | TunedExperts, found: list[tuple[StackedWeight, torch.Tensor]]
+    module: TunedLinear | TunedExperts, found: list[tuple[StackedWeight, torch.Tensor]], weighted: bool
 ) -> Callable[..., torch.Tensor]:
     """Its forward pass, which adds to covariances; these are in `found`."""
     tuned = (module.tuned,) if isinstance(module, TunedLinear) else (module.gate_up, module.down)
@@ -503,6 +514,7 @@ def _watched(
         for expert in routing.reached:
             at = routing.of(expert)
             x_nH, weight_n1 = hidden_TH[routing.token_S[at]], weight_TK.reshape(-1)[routing.slot_S[at], None].float()
+            weight_n1 = weight_n1 if weighted else torch.ones_like(weight_n1)
             inner_nI = module.gate(module._between(expert, x_nH)).float() * weight_n1
             sums[0][expert] += (x_nH.float() * weight_n1).T @ (x_nH.float() * weight_n1)
             sums[1][expert] += inner_nI.T @ inner_nI
@@ -511,7 +523,7 @@ def _watched(
     return linear if isinstance(module, TunedLinear) else experts
 
 
-def _search(weight: StackedWeight, covariance_EII: torch.Tensor) -> None:
+def _search(weight: StackedWeight, covariance_EII: torch.Tensor, factors_F: np.ndarray[Any, Any]) -> None:
     """Take the scale of least error when each column's counts as much as its input is large."""
     experts, rows, columns = weight.shape
     groups, span = weight.grid.groups(columns), weight.grid.span(columns)
@@ -520,7 +532,7 @@ def _search(weight: StackedWeight, covariance_EII: torch.Tensor) -> None:
     w_EOGS = weight._w_RI.float().view(experts, rows, groups, span)
     plain_EOG = w_EOGS.abs().amax(-1) / weight.grid.zero_code
     chosen_EOG, least_EOG = torch.empty_like(plain_EOG), torch.full_like(plain_EOG, math.inf)
-    factors = [sign * factor for factor in search_factors(weight.grid.bits).tolist() for sign in (1, -1)]
+    factors = [sign * factor for factor in factors_F.tolist() for sign in (1, -1)]
     for scale_EOG in (weight._start_RG.view_as(plain_EOG), *(plain_EOG * factor for factor in factors)):
         stored_EOG = scale_EOG.to(torch.bfloat16).float()
         stored_EOG = torch.where(stored_EOG.abs() < SMALLEST, SMALLEST, stored_EOG)[..., None]
@@ -591,14 +603,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="windows of a step, %(default)s")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--only", choices=list(IDEAS), action="append", help="beside `tuned`; default: all")
+    parser.add_argument("--healed", type=Path, help="a pruned and healed checkpoint of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object an idea")
     args = parser.parse_args()
+    args.only = [name for name in args.only or IDEAS if args.healed or not IDEAS[name].healed]
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        ref, first = reference(args, stack), None
-        for name in dict.fromkeys(["tuned", *(args.only or IDEAS)]):
-            row = run_idea(name, ref, args)
-            first = first or row
+        ref, rows = reference(args.model, args, stack), dict[str, Row]()
+        if args.healed:
+            ref = replace(ref, healed=reference(args.healed, args, stack))
+        for name in dict.fromkeys(["tuned", *args.only]):
+            row = rows[name] = run_idea(name, ref, args)
+            first = rows.get(IDEAS[name].against, row)
             print(json.dumps(asdict(row)) if args.json else line(row, first), flush=True)
 
 

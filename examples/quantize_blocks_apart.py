@@ -3,8 +3,8 @@
     python examples/quantize_blocks_apart.py [DIR]
 
 With `--inputs fp` every block is tuned on what the 16-bit blocks before it put out, so none waits for another. Each
-machine runs the same command with its own `--blocks`; copies of the OUTs are then merged by the same command with
-`--merge`. The bytes are those of one run. Needs torch and transformers.
+machine runs the same command with its own `--blocks`; copies of the OUTs are then put together by the same command with
+`--join`. The bytes are those of one run. Needs torch and transformers.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def quantize(out: Path, *more: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """Two halves, merged into `folder`/merged, compared with `folder`/whole."""
+    """Two halves, put together in `folder`/joined, compared with `folder`/whole."""
     quantize(folder / "first", "--blocks", "0-1")  # on one machine
     quantize(folder / "second", "--blocks", "2-3")  # on another
     # Either of them, or a third, with the unfinished OUTs at hand:
-    quantize(folder / "merged", "--merge", str(folder / "first"), "--merge", str(folder / "second"))
+    quantize(folder / "joined", "--join", str(folder / "first"), "--join", str(folder / "second"))
 
     quantize(folder / "whole")
     shard = "model.safetensors"
-    same = (folder / "merged" / shard).read_bytes() == (folder / "whole" / shard).read_bytes()
+    same = (folder / "joined" / shard).read_bytes() == (folder / "whole" / shard).read_bytes()
     print("the bytes are", "those of one run" if same else "NOT those of one run")
-    for part in ("first", "second"):  # what was merged is no longer needed
+    for part in ("first", "second"):  # what was put together is no longer needed
         shutil.rmtree(folder / part)
     sys.exit(not same)
 

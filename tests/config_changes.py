@@ -31,24 +31,47 @@ ROTATIONS = {
         "original_max_position_embeddings": 16,
     },
     "another base": {"rope_type": "default", "rope_theta": 500.0},
+    "dynamic and its alpha": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0},
     "half of the channels": {"rope_type": "default", "partial_rotary_factor": 0.5},
 }
 OTHERS: dict[str, Any] = {
     "attention_bias": True,
+    "attention_chunk_size": 8,
+    "attention_multiplier": 0.0,
+    "attn_temperature_tuning": False,
+    "clip_qkv": 0.05,
+    "decoder_sparse_step": 2,
     "first_k_dense_replace": 0,
+    "floor_scale": 8,
     "head_dim": 32,
     "hidden_act": "gelu",
     "hidden_activation": "relu",
+    "index_topk": 12,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "logits_scaling": 3.0,
+    "mamba_hidden_act": "gelu",
+    "mamba_proj_bias": True,
+    "max_window_layers": 1,
+    "mlp_bias": True,
+    "mlp_hidden_act": "silu",
+    "moe_layer_interval": 2,
+    "moe_norm_min": 0.5,
+    "moe_num_shared_experts": 1,
     "n_shared_experts": 2,
     "norm_topk_prob": False,
     "num_key_value_heads": 1,
     "q_lora_rank": None,
+    "qkv_bias": False,
     "rms_norm_eps": 0.01,
     "rope_interleave": False,
     "routed_scaling_factor": 7.0,
     "scoring_func": "softmax",
     "sliding_window": 8,
+    "time_step_limit": [0.0, 0.5],
+    "topk_method": "group_limited_greedy",
     "tie_word_embeddings": True,
+    "use_bias": True,
+    "use_conv_bias": False,
     "use_qk_norm": False,
     "use_sliding_window": True,
 }
@@ -88,10 +111,16 @@ def changed(family: str, kind: str, over: dict[str, Any]) -> tuple[dict[str, Any
 
 
 def edited(root: Path, told: dict[str, Any], without: tuple[str, ...]) -> Path:
-    """A checkpoint with other keys in its config.json."""
+    """A checkpoint with other keys of its decoder in its config.json."""
+    import any_moe
+
     path = root / "config.json"
-    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in without}
-    path.write_text(json.dumps(config | told))
+    config = json.loads(path.read_text())
+    text = any_moe.text_of(config)
+    for key in without:
+        text.pop(key, None)
+    text.update(told)
+    path.write_text(json.dumps(config))
     return root
 
 

@@ -17,7 +17,7 @@ PACKAGE = HOME.parents[1]
 HARMLESS = {
     ("tuning/block.py", "_KEEP_ROWS"): "rows that are copied at a time",
     ("tuning/stacked.py", "_START_ROWS"): "rows whose scales are searched at a time, each by itself",
-    ("tuning/heal.py", "_FINITE_TILE"): "values that are looked at at a time",
+    ("tuning/healer.py", "_FINITE_TILE"): "values that are looked at at a time",
     ("tuning/linear_attention.py", "_CHANNELS_BYTES"): "channels at a time, each by itself",
     ("tuning/linear_attention.py", "_ROWS_BYTES"): "rows at a time, each by itself",
     ("tuning/linear_attention.py", "_TRIM_BYTES"): "memory that is given back",

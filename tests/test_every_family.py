@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import any_moe  # noqa: E402
 from transformers import CONFIG_MAPPING  # noqa: E402
 
 from shardxform.ask.manifest import Manifest  # noqa: E402
+from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.calibration import Windows  # noqa: E402
 from shardxform.checkpoint.identity import config_sha256  # noqa: E402
 from shardxform.checkpoint.table import Checkpoint  # noqa: E402
@@ -40,11 +41,15 @@ from shardxform.errors import FamilyError  # noqa: E402
 from shardxform.execution.runner import RunOptions, run  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.forward import skeleton, weights  # noqa: E402
+from shardxform.forward.resting import PlainMatrix, RoutedExpert  # noqa: E402
 from shardxform.forward.skeleton import Skeleton  # noqa: E402
 from shardxform.forward.weights import Precision, Weights  # noqa: E402
 from shardxform.model.families import family_of  # noqa: E402
 from shardxform.model.layout import layout_of  # noqa: E402
 from shardxform.plan.prune import plan_prune  # noqa: E402
+from shardxform.plan.view import pruned_view  # noqa: E402
+from shardxform.tuning import merging  # noqa: E402
+from shardxform.tuning.workers import Workers  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -711,6 +716,65 @@ def test_scores_are_those_of_hooks(kind: str, folder: Path, tmp_path: Path) -> N
             np.testing.assert_allclose(getattr(stats, name), values, rtol=1e-4, err_msg=name)
 
 
+def another_order(expert: RoutedExpert, module: Any) -> RoutedExpert:
+    """The same function, its channels in another order."""
+    values, turned = expert.at_rest(), expert.layout.transposed and len(expert.gate_up) == 1
+    channels = values.down_HI.shape[1]
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(1))
+    gate = expert.layout.gate
+    rows = torch.stack([2 * order, 2 * order + 1], 1).flatten() if gate == "interleaved" else order
+    rows = torch.cat([order, channels + order]) if gate in ("concatenated", "separate") else rows
+    both, down = values.gate_up_OH[rows], values.down_HI[:, order]
+    x = torch.randn(5, both.shape[1], generator=torch.Generator().manual_seed(2))
+    between = weights.activation(module)
+    bias, moved = (0, 0) if values.gate_up_bias_O is None else (values.gate_up_bias_O, values.gate_up_bias_O[rows])
+    inner = between(x @ both.T.float() + moved)
+    torch.testing.assert_close(inner, between(x @ values.gate_up_OH.T.float() + bias)[:, order])
+    biases = (moved, *expert.biases[-1:]) if isinstance(moved, torch.Tensor) else ()
+    parts = (PlainMatrix(both.T if turned else both),)
+    return RoutedExpert(
+        parts, PlainMatrix(down.T if turned else down), biases, replace(expert.layout, transposed=turned)
+    )
+
+
+@pytest.mark.parametrize("kind", picked(RUN, 10))
+@torch.no_grad()
+def test_an_expert_is_merged_into_its_copy_without_a_trace(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pruned expert is one that stays, its channels in another order: found, and put back in that of the other."""
+    source = Checkpoint.open(source_of(kind, folder))
+    keep = keep_of(source)
+    view = pruned_view(source, Manifest(keep=keep))
+    layer, ids = next(iter(keep.items()))
+    gone = [e for e in range(layout_of(source.config, source.tensors).num_experts) if e not in ids]
+    with Weights(source, FLOAT32) as before, Weights(view.checkpoint, FLOAT32) as after, Workers(2) as workers:
+        original, pruned = Skeleton(before), Skeleton(after)
+        module = original.module(layer).get_submodule(original.experts_name(layer))
+        in_set, copies, read = original.layout.in_set, {}, before.expert
+        for e in gone:
+            own = [k for k in ids if k // in_set == e // in_set and k not in copies.values()]
+            copies[e] = own[0]
+
+        def expert(scope: str, at: int, e: int) -> RoutedExpert:
+            return another_order(read(scope, at, copies[e]), module) if e in copies else read(scope, at, e)
+
+        monkeypatch.setattr(before, "expert", expert)
+        groups = {k: [e for e in gone if copies[e] == k] for k in ids}
+        monkeypatch.setattr(merging, "groups_of", lambda *_: groups)
+        hidden = original.embed(IDS)
+        for at in range(layer):
+            with original.block(at) as block:
+                hidden = block(hidden)
+        with original.block(layer) as block:
+            merger = merging.Merger(original, pruned, layer, ids, workers, lambda: None)
+            merged = merger.merge(block, iter([hidden]), tmp_path, FileSystem())
+        gate_up, down = list(pruned.stacked(layer).values())[:2]
+        found = torch.zeros_like(gate_up), torch.zeros_like(down)
+        merged.into(*found, 1.0)
+    torch.testing.assert_close(found, (gate_up, down), rtol=1e-2, atol=1e-6)  # a mean of equals, rounded
+
+
 FORMATS = [(kind, name) for kind in RUN for name in CASES[kind].formats]
 
 
@@ -724,7 +788,8 @@ def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, fol
     keep = {str(layer): list(ids) for layer, ids in keep_of(source).items()}
     (tmp_path / "keep.json").write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
     command = ["quantize", str(root), str(out), "-m", str(tmp_path / "keep.json"), "--format", name, "-q"]
-    command += ["--method", "auto-round", "--iters", "20", "--heal", "all", "--heal-iters", "8", "--heal-lr", "0.005"]
+    command += ["--method", "auto-round", "--iters", "20", "--merge", "--heal", "all", "--heal-iters", "8"]
+    command += ["--heal-lr", "0.005"]
     command += ["--group-size", str(CASES[kind].group_size), "--data", str(few("calib.jsonl")), "--samples", "8"]
     command += ["--seqlen", "32", "--batch-size", "4", "--dtype", "float32"]
     result = CliRunner().invoke(main, command, catch_exceptions=False)

@@ -18,11 +18,11 @@ import pytest
 from build import read_checkpoint, tiny, write_checkpoint, write_json
 from click.testing import CliRunner
 from faults import Counting, Crashing, forked, sampled
+from gguf_families import checkpoint
 from ggufs import fields_of, write_gguf
 from llama import Llama
 from strategies import ALL, picked
 from test_convert import quantize, values_of
-from test_gguf_names import checkpoint
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES
 from test_run import looks_complete, tree

@@ -243,6 +243,17 @@ def test_what_cannot_be_taken_out_is_refused(fault: str, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_maverick_keeps_the_count_that_llama_knows_it_by(tmp_path: Path) -> None:
+    """Of Llama 4 llama.cpp leaves norms of queries and keys out where there are 128 experts."""
+    keys = {name.replace("qwen3moe.", "llama4."): value for name, value in moe_metadata(expert_count=128).items()}
+    (source,) = write_gguf(tmp_path / "m.gguf", keys, moe_tensors(experts=128), arch="llama4")
+    with pytest.raises(PlanError, match=r"128 experts, of which 4 would stay; by 128 llama\.cpp knows"):
+        plan_prune_gguf(opened(source), Manifest(keep=KEEP))
+    keys["llama4.expert_count"] = 8
+    (source,) = write_gguf(tmp_path / "s.gguf", keys, moe_tensors(), arch="llama4")
+    assert plan_prune_gguf(opened(source), Manifest(keep=KEEP)).steps
+
+
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     metadata = {key: value for key, value in moe_metadata().items() if ".expert_" not in key}
     dense = {name: value for name, value in moe_tensors().items() if "_exps." not in name and "gate_inp" not in name}

@@ -29,7 +29,7 @@ from shardxform.tuning.heal import (  # noqa: E402
     suggested_lr,
 )
 from shardxform.tuning.modules import TunedExperts  # noqa: E402
-from shardxform.tuning.samples import NonFiniteLoss, Samples  # noqa: E402
+from shardxform.tuning.samples import Loss, NonFiniteLoss, Samples  # noqa: E402
 from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -42,6 +42,7 @@ NORM = "post_attention_layernorm.weight"
 MOVED: dict[str, Callable[[str], bool]] = {
     "router": lambda name: name == "mlp.gate.weight",
     "shared": lambda name: name == NORM or (name.startswith("mlp.") and name not in EXPERTS),
+    "experts": lambda name: name in EXPERTS,
     "moe": lambda name: name == NORM or name.startswith("mlp."),
     "all": lambda name: bool(name),
 }
@@ -327,10 +328,11 @@ def test_steps_are_doubled_or_halved_as_long_as_that_pays(
 ) -> None:
     """Losses of steps that are tried, in this order, of a block that had a loss of 1."""
 
-    def descend(_: object, trial: Trial, iters: int) -> tuple[float, float, float, None]:
+    def descend(_: object, trial: Trial, iters: int) -> Any:
         lr = trial.lr or next(iter(losses))
         assert iters == 2
-        return 1.0, next(loss for step, loss in losses.items() if math.isclose(step, lr)), lr, None
+        loss = next(loss for step, loss in losses.items() if math.isclose(step, lr))
+        return healing._Descent(Loss((1.0,), 1), Loss((loss,), 1), lr, block=None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(healing._Run, "_descend", descend)
     run = healing._Run(Bench().load, Bench().samples(), Heal(what="moe", iters=16), SEED, torch.float32)
@@ -475,7 +477,7 @@ def test_an_eighth_of_the_windows_judges(samples: int, count: int) -> None:
     [
         ({"iters": 0}, "heal iters: expected at least 1, found 0"),
         ({"batch_size": 0}, "heal batch_size: expected at least 1, found 0"),
-        ({"what": "router, shared"}, "heal: expected auto, router, shared, moe, all, found 'router, shared'"),
+        ({"what": "router, shared"}, "heal: expected auto, router, shared, experts, moe, all, found 'router, shared'"),
         ({"lr": 0.0}, "`heal.lr`: expected more than 0 and at most 1, found 0.0"),
         ({"lr": 1.5}, "`heal.lr`: expected more than 0 and at most 1, found 1.5"),
         ({"lr": float("nan")}, "`heal.lr`: expected more than 0 and at most 1, found nan"),

@@ -41,6 +41,7 @@ BEFORE = ".post_attention_layernorm."
 PARTS: dict[str, Callable[[str], bool]] = {
     "router": lambda name: ".mlp.gate." in name,
     "shared": lambda name: BEFORE in name or any(part in name for part in (EXPERTS[1], *EXPERTS[2:])),
+    "experts": lambda name: EXPERTS[0] in name,
     "moe": lambda name: BEFORE in name or any(part in name for part in EXPERTS),
     "all": lambda name: ".layers." in name,
 }
@@ -485,7 +486,7 @@ def test_independent_blocks_heal_alike_whoever_does_them(keep: str, tmp_path: Pa
     whole = made(tmp_path / "whole", "quantize", keep, *more)
     for name, blocks in (("a", "2-3"), ("b", "0-1")):
         made(tmp_path / name, "quantize", keep, *more, "--blocks", blocks)
-    parts = ("--merge", str(tmp_path / "a" / "out"), "--merge", str(tmp_path / "b" / "out"))
+    parts = ("--join", str(tmp_path / "a" / "out"), "--join", str(tmp_path / "b" / "out"))
     assert bytes_of(made(tmp_path / "merged", "quantize", keep, *more, *parts)) == bytes_of(whole)
 
 
@@ -672,7 +673,7 @@ def test_options_that_need_another_are_refused_before_anything_is_written(
     assert "Invalid value for '--heal-lr'" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "0", code=2)
     assert "--heal-lr: expected more than 0" in refused(out, *plain, *DATA, "--heal", "--heal-lr", "nan")
     swallowed = call(command, "--heal", str(SMALL_MOE), str(out), "-m", keep, *DATA, code=2).output
-    wanted = "is none of auto, router, shared, moe, all: put --heal after SRC and OUT, or write --heal=auto"
+    wanted = "is none of auto, router, shared, experts, moe, all: put --heal after SRC and OUT, or write --heal=auto"
     assert wanted in " ".join(swallowed.split())
     if command == "prune":
         assert "--device is for --heal" in refused(out, *plain, "--device", "cuda:0")

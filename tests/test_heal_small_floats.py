@@ -27,6 +27,9 @@ from test_small_floats import DATA, E2M1, FLOATS, call, keep_file, made  # noqa:
 from shardxform.formats.encoding import round_to  # noqa: E402
 from shardxform.formats.fp8 import ELEMENTS, Fp8  # noqa: E402
 from shardxform.formats.microscaling import MXFP4, MXFP8, NVFP4  # noqa: E402
+from shardxform.formats.packing import float32_of  # noqa: E402
+from shardxform.tuning import healer  # noqa: E402
+from shardxform.tuning.samples import Loss  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -376,3 +379,42 @@ def test_the_independent_check_finds_one_wrong_code(kind: str, folder: Path, tmp
     found = [p for p in verify(out, source=spoilt, independent=True).problems if p.code == "independent"]
     assert len(found) == 1, found
     assert "layers.1.mlp.experts" in found[0].where
+
+
+# -- merged -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", picked(FLOATS, 3))
+@pytest.mark.parametrize("encoding", ["source", "16bit"])
+def test_merged_experts_are_rounded_as_healed_ones_are(
+    kind: str, encoding: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, twin = made(folder, kind)
+    judged: list[float] = []
+    real = healer.judge_start
+
+    def partial(*args: Any) -> Loss:
+        found = real(*args)
+        judged.append(found.mean)
+        return found if len(judged) % 2 == 0 else Loss(tuple(10 * each for each in found.sums), found.values)
+
+    monkeypatch.setattr(healer, "judge_start", partial)
+    monkeypatch.setattr(healer, "MERGED_SHARES", (1.0,))
+    options = ("--merge", "--heal-encoding", encoding, *DATA, "-q")
+    call("prune", source, tmp_path / "out", "-m", keep_file(tmp_path), *options)
+    call("prune", twin, tmp_path / "twin", "-m", keep_file(tmp_path), "--merge", *DATA, "-q")
+    facts = record_of(tmp_path / "out")["facts"]["blocks"]
+    assert all(block["healed"]["merged"] == 1.0 for block in facts)
+    for checked in ({}, {"independent": True}):
+        report = verify(tmp_path / "out", source=source, **checked)
+        assert report.sound, report.problems
+    plain = tmp_path / ("plain" if encoding == "source" else "out")
+    if encoding == "source":
+        call("convert", tmp_path / "out", plain, "--to", "bf16", "-q")
+    ours, theirs = read_checkpoint(plain), read_checkpoint(tmp_path / "twin")
+    first = ".layers.0." if encoding == "source" else ".layers."  # later blocks answer for what rounding did before
+    experts = [name for name in theirs if first in name and ".experts." in name and name in ours]
+    assert experts or "fused" in kind
+    for name in experts:
+        a, b = (float32_of(each[name].array(), "BF16").astype(np.float64) for each in (ours, theirs))
+        assert np.square(a - b).sum() <= (0 if encoding == "16bit" else 0.02) * np.square(b).sum(), name

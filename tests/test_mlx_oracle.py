@@ -238,7 +238,7 @@ BY_DAY = (("qwen3_moe", "rotated: yarn"), ("mixtral", "sliding_window"), ("qwen3
 @pytest.mark.parametrize(("family", "kind"), changes((*FAMILIES, "qwen3_5_moe"), BY_DAY))
 def test_a_config_that_is_changed_is_run_as_it_is_meant_or_refused(family: str, kind: str, tmp_path: Path) -> None:
     from any_moe import build, load, save
-    from test_gguf_names import LINEAR
+    from gguf_families import LINEAR
 
     usual = {**OVER, "qwen3_5_moe": LINEAR}.get(family, {})
     over, told, without = changed(family, kind, usual)

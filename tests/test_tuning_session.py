@@ -249,16 +249,16 @@ def stopped_after(source: Path, out: Path, blocks: int, *more: str) -> None:
 # -- independent blocks -----------------------------------------------------------------------------------------------
 
 
-def test_parts_tuned_apart_merge_to_the_bytes_of_one_run(small_moe: Path, tmp_path: Path) -> None:
+def test_parts_tuned_apart_join_to_the_bytes_of_one_run(small_moe: Path, tmp_path: Path) -> None:
     tune(small_moe, tmp_path / "whole", "--inputs", "fp")
     for name, blocks in (("a", "2-3"), ("b", "0-1")):
         said = tune(small_moe, tmp_path / name, "--inputs", "fp", "--blocks", blocks).output
         assert "left to others" in said
         assert not (tmp_path / name / "config.json").exists()
-    merge = ("--inputs", "fp", "--merge", str(tmp_path / "a"), "--merge", str(tmp_path / "b"))
+    join = ("--inputs", "fp", "--join", str(tmp_path / "a"), "--join", str(tmp_path / "b"))
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    tune(small_moe, tmp_path / "merged", *merge)
-    assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "whole")
+    tune(small_moe, tmp_path / "joined", *join)
+    assert bytes_of(tmp_path / "joined") == bytes_of(tmp_path / "whole")
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
 
 
@@ -271,9 +271,9 @@ def test_a_part_alone_can_be_finished_where_it_is(small_moe: Path, tmp_path: Pat
 
 def test_parts_of_other_inputs_are_refused(small_moe: Path, tmp_path: Path) -> None:
     tune(small_moe, tmp_path / "a", "--inputs", "fp", "--blocks", "0")
-    refused = tune(small_moe, tmp_path / "b", "--inputs", "fp", "--merge", str(tmp_path / "a"), "--seed", "7", code=1)
+    refused = tune(small_moe, tmp_path / "b", "--inputs", "fp", "--join", str(tmp_path / "a"), "--seed", "7", code=1)
     assert "other inputs" in refused.output
-    refused = tune(small_moe, tmp_path / "c", "--inputs", "fp", "--merge", str(small_moe), code=1)
+    refused = tune(small_moe, tmp_path / "c", "--inputs", "fp", "--join", str(small_moe), code=1)
     assert "expected unfinished work" in refused.output
 
 

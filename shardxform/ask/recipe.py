@@ -16,6 +16,7 @@ __all__ = [
     "HEAL_ITERS",
     "ITERS",
     "MAX_EXTRA",
+    "ROUTED",
     "Heal",
     "HealedAs",
     "Inputs",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 Inputs = Literal["quantized", "fp"]
-What = Literal["auto", "router", "shared", "moe", "all"]
+What = Literal["auto", "router", "shared", "experts", "moe", "all"]
 HealedAs = Literal["source", "16bit"]
 
 ITERS: Final = 200
@@ -37,10 +38,14 @@ MAX_EXTRA: Final = 1 << 16
 HEALED: Final[Mapping[str, frozenset[str]]] = {
     "router": frozenset({"router"}),
     "shared": frozenset({"router", "shared experts"}),
+    "experts": frozenset({"routed experts"}),
     "moe": frozenset({"router", "shared experts", "routed experts"}),
     "all": frozenset(get_args(Role)),
 }
-"""Roles of the weights that healing changes; `shared` and more change the norm before the experts too."""
+"""Roles of the weights that healing changes; `shared`, `moe` and `all` change the norm before the experts too."""
+
+ROUTED: Final = "experts"
+"""Key of `HEALED`: what merging changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Heal:
 
     Attributes:
         what: which weights; `auto` has held-out windows choose, block by block.
-        iters: steps a block.
+        iters: steps a block; with `merge` there may be none.
         schedule: steps of each block that is healed, in their order, where they are not `iters` for all.
         seconds: time to spend on all of them, which then decides their steps; 0 for none.
         lr: first step size; None has the amount of data and held-out windows choose.
@@ -68,6 +73,7 @@ class Heal:
         extra: windows to learn from beside those of the text, made of its pieces; none judges.
         encoding: how weights are written that the source has quantized: as the source has them, or in 16 bits,
             which its quantization config is then told; None where it has none.
+        merge: begin with experts that pruned ones were merged into, where held-out windows say that these are better.
 
     """
 
@@ -79,11 +85,17 @@ class Heal:
     batch_size: int = BATCH_SIZE
     extra: int = 0
     encoding: HealedAs | None = None
+    merge: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SchemeError(f"heal {name}: expected at least 1, found {getattr(self, name)}")
+        for name, least in (("iters", 0 if self.merge else 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise SchemeError(f"heal {name}: expected at least {least}, found {getattr(self, name)}")
+        if self.merge and not HEALED[ROUTED] <= HEALED.get(self.widest, HEALED["all"]):
+            raise SchemeError(
+                f"`merge` changes routed experts, but `heal` {self.what} leaves them as they are; give `heal` auto,"
+                " experts, moe or all, or leave it out"
+            )
         if any(each < 1 for each in self.schedule):
             raise SchemeError(f"`heal.iters`: expected at least 1 for every block, found {list(self.schedule)}")
         if self.seconds < 0 or (self.seconds and self.schedule):
@@ -113,7 +125,7 @@ class Heal:
         """Most trials that are done, shortly, before the best is done in full; none where there is no choice."""
         searched = MOST_TRIES if self.lr is None else 1
         most = searched + len(self.trials) - 1
-        return most if most > 1 else 0
+        return most if self.iters and most > 1 else 0
 
     @property
     def probe_iters(self) -> int:
@@ -170,8 +182,9 @@ class Recipe:
         if self.heal and self.heal.seconds and self.inputs == "fp":
             raise SchemeError("`heal.seconds`: expected `inputs` quantized, blocks one after the other, found fp")
         if self.heal and self.samples < 2:
+            asked = "heal" if self.heal.iters else "merge"
             raise SchemeError(
-                f"`heal`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
+                f"`{asked}`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
                 " or more, and text that fills them, or a smaller `seqlen`"
             )
 
@@ -224,7 +237,7 @@ class Recipe:
         if self.heal is None:
             del facts["heal"]
             return facts
-        for name in ("encoding", "extra", "schedule", "seconds"):
+        for name in ("encoding", "extra", "merge", "schedule", "seconds"):
             if not getattr(self.heal, name):
                 del facts["heal"][name]
         if self.heal.schedule or self.heal.seconds:

@@ -87,10 +87,25 @@ PACE_STEPS: Final = 10
 MOST_WEIGHT: Final = 4.0
 """A block gets at most so many times the time of a usual one, and at least the inverse."""
 
+MERGE_TOKENS: Final = 2048
+"""Tokens by which pruned experts are merged into those that stay."""
+
+MERGED_SHARES: Final = (1.0, 0.5, 0.25, 0.125)
+"""How far an expert goes to the mean of its group: as far as held-out windows say, of these, or not at all."""
+
+LARGEST_GROUP: Final = 16
+"""Experts that become one, at most, as REAM has it."""
+
 # -- how much at a time -----------------------------------------------------------------------------------------------
 
 BATCH_TOKENS: Final = 2048
 """Tokens that go through a block at once where nothing is learned; whole windows, at least one."""
+
+MERGE_TILE: Final = 1 << 28
+"""Bytes of the outputs of experts that stay which pruned ones are held against."""
+
+MERGED_AT_ONCE: Final = 16
+"""Pruned experts whose outputs are held against these in one product."""
 
 STORED_TOKENS: Final = 4096
 """Of a step whose attention is kept until the backward pass, rather than made again: with blocks of Qwen3.5-35B-A3B, in

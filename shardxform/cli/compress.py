@@ -189,7 +189,7 @@ def compress_command(source: options.Source, out: Path, asked: _Asked) -> None:
 
 def _refuse_idle(asked: _Asked) -> None:
     """Refuse what would do nothing, and what lacks its text or a library."""
-    prunes, tunes = asked.prunes, asked.tunes or asked.healing.heal is not None
+    prunes, tunes = asked.prunes, asked.tunes or asked.healing.asked
     if asked.choice.keep is not None and asked.choice.ratio is not None:
         raise click.UsageError("give either --keep or --ratio")
     refuse_nothing_pruned(asked.healing, asked.text, prunes=prunes, ways="--keep or --ratio")
@@ -217,7 +217,7 @@ def _refuse_idle(asked: _Asked) -> None:
 
 def _request(source: Checkpoint, out: Path, asked: _Asked) -> Request:
     precision = make_precision(asked.computation) if asked.prunes or asked.tunes or asked.measures else None
-    tuning = _tuning(source, asked) if asked.tunes or asked.healing.heal else None
+    tuning = _tuning(source, asked) if asked.tunes or asked.healing.asked else None
     return Request(
         source=source,
         out=out,

@@ -59,6 +59,7 @@ _WANTED: Final = (  # name, least version, extra, what it is for; as pyproject.t
     ("transformers", "5.0", "models", "the same"),
     ("packaging", "23", "models", "which transformers that is"),
     ("pyarrow", "15", "models", "text from Parquet files"),
+    ("scipy", "1.10", "models", "--merge"),
     ("huggingface_hub", "1.0", "hub", "checkpoints and data sets of the hub, push"),
     ("ray", "2.40", "ray", "--ray: steps on many machines"),
     ("matplotlib", "3.8", "plot", "select --plot, evaluate --plot"),

@@ -240,15 +240,17 @@ def refuse_no_data(text: TextFlags) -> None:
 
 
 def refuse_nothing_pruned(healing: HealFlags, text: TextFlags, *, prunes: bool, ways: str) -> None:
-    """Refuse --heal where nothing is pruned, before data are asked for; `ways` are those to prune.
+    """Refuse --heal and --merge where nothing is pruned, before data are asked for; `ways` are those to prune.
 
     Raises:
         UsageError: names what is missing, the data included.
 
     """
-    if healing.heal is None or healing.none or prunes:
+    if not healing.asked or healing.none or prunes:
         return
     data = "" if text.data else ", and --data"
+    if healing.heal is None:
+        raise click.UsageError(f"--merge: nothing is pruned, so there is nothing to merge; give {ways}{data}.")
     raise click.UsageError(f"--heal: nothing is pruned, so there is nothing to heal; give {ways}{data}.")
 
 

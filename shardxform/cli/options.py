@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, get_args
 
 import click
 
-from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, MAX_EXTRA, Heal, HealedAs, Inputs, What
+from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS, MAX_EXTRA, ROUTED, Heal, HealedAs, Inputs, What
 from shardxform.cli.flags import (
     ADDRESS,
     AT_LEAST_1,
@@ -230,8 +230,8 @@ class HealFlags(Flags, heading="Healing"):
 
     heal: What | None = option(
         "After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
-        "the router, the shared experts too, all MoE weights, or the whole block; auto: held-out windows choose.  "
-        "[alone: auto; then put it after SRC and OUT, or write --heal=auto]",
+        "the router, the shared experts too, the routed experts, all MoE weights, or the whole block; auto: held-out "
+        "windows choose.  [alone: auto; then put it after SRC and OUT, or write --heal=auto]",
         type=Healed(list(get_args(What))),
         is_flag=False,
         flag_value="auto",
@@ -260,22 +260,29 @@ class HealFlags(Flags, heading="Healing"):
         type=click.IntRange(0, MAX_EXTRA),
     )
 
+    merge: bool = option(
+        "Begin with pruned experts merged into those that stay (REAM), in blocks where held-out windows of --data say "
+        "that this is better; alone: that and nothing more.",
+        default=False,
+    )
+
     def read(self, batch_size: int | None) -> Heal | None:
-        """What to heal; None without --heal, and with --heal-iters 0, which leaves blocks as they were pruned.
+        """What to heal and to merge; None without either, and with --heal-iters 0, which leaves blocks as pruned.
 
         Raises:
             SchemeError: options of healing without --heal.
 
         """
         if self.heal is None:
-            refuse_idle(self, wanted="--heal")
+            refuse_idle(self, "heal_iters", "heal_time", "heal_lr", "heal_extra", wanted="--heal")
         if self.heal_iters is not None and self.heal_time is not None:
             raise SchemeError("--heal-time decides how many steps there are; leave out --heal-iters")
-        if self.heal is None or self.none:
+        if not self.asked or self.none:
             return None
-        given = self.heal_iters or (HEAL_ITERS,)
+        given = self.heal_iters or (HEAL_ITERS if self.heal else 0,)
         return Heal(
-            what=self.heal,
+            what=self.heal or ROUTED,
+            merge=self.merge,
             iters=given[0] if len(given) == 1 else HEAL_ITERS,
             schedule=given if len(given) > 1 else (),
             seconds=self.heal_time or 0,
@@ -285,9 +292,14 @@ class HealFlags(Flags, heading="Healing"):
         )
 
     @property
+    def asked(self) -> bool:
+        """Whether pruned blocks are to be changed."""
+        return self.heal is not None or self.merge
+
+    @property
     def none(self) -> bool:
-        """Whether no step is asked for, which leaves blocks as they were pruned."""
-        return self.heal_iters == (0,)
+        """Whether no step is asked for, and no merging, which leaves blocks as they were pruned."""
+        return self.heal_iters == (0,) and not self.merge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +313,8 @@ class HealEncodingFlags(HealFlags):
 
     def read(self, batch_size: int | None) -> Heal | None:
         """What to heal, and how it is written; as of `HealFlags`."""
+        if not self.asked:
+            refuse_idle(self, "heal_encoding", wanted="--heal or --merge")
         heal = HealFlags.read(self, batch_size)
         return replace(heal, encoding=self.heal_encoding) if heal else None
 
@@ -337,7 +351,7 @@ class RoundingFlags(BatchFlags):
     blocks: range | None = option(
         "Tune these decoder blocks only, such as 0-9, and others elsewhere; needs --inputs fp.", type=BLOCKS
     )
-    merge: tuple[Path, ...] = option(
+    join: tuple[Path, ...] = option(
         "Take over the blocks that the same command with --blocks has tuned in PART; repeatable.",
         default=(),
         metavar="PART",

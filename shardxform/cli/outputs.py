@@ -140,7 +140,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     if "scheme" in s:
         yield "quantized", _quantized(plan)
     if plan.stated.get("recipe", {}).get("heal"):
-        yield "healed", _healed(plan)
+        yield "healed" if plan.stated["recipe"]["heal"].get("iters") != 0 else "merged", _healed(plan)
     ratio = plan.data_bytes / s["bytes_before"] if s["bytes_before"] else 0
     yield "size", f"{gb(s['bytes_before'])} -> {gb(plan.data_bytes)} ({ratio:.1%}), {plan.nbytes:,} bytes in shards"
     yield "shards", f"{len(plan.shards)}, from {plan.shards[0].name}"
@@ -173,12 +173,16 @@ def _quantized(plan: Plan) -> str:
 def _healed(plan: Plan) -> str:
     recipe, heal = plan.stated["recipe"], plan.stated["recipe"]["heal"]
     what = {"auto": "what held-out windows choose", "all": "the whole block", "moe": "all MoE weights"}
+    merges = "pruned experts merged into those that stay, where that is better, " if heal.get("merge") else ""
     step = "a step by the amount of data" if heal["lr"] is None else f"a first step of {heal['lr']:g}"
     text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens"
     text += f" and {heal['extra']} made of their pieces" if heal.get("extra") else ""
     written = {"source": "; written as the source has them", "16bit": "; written in 16 bits"}
     how = written.get(heal.get("encoding"), "")
-    return f"{what.get(heal['what'], heal['what'])}, {_steps(heal)}, {step}, {text}{how}"
+    if heal.get("iters") == 0:
+        return f"{merges}{text}{how}"
+    begun = f"{merges}then " if merges else ""
+    return f"{begun}{what.get(heal['what'], heal['what'])}, {_steps(heal)}, {step}, {text}{how}"
 
 
 def _steps(heal: Mapping[str, Any]) -> str:
@@ -248,7 +252,7 @@ def _say_part(plan: Plan, report: Report) -> None:
     click.echo(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
     rows([("time", f"{report.seconds:.1f} s"), ("memory", f"{gb(report.peak_rss_bytes)} peak")])
     tell_blocks(report.facts, report.measured)
-    click.echo(f"  put together with: shardxform {plan.command} ... --merge {report.out}")
+    click.echo(f"  put together with: shardxform {plan.command} ... --join {report.out}")
 
 
 def _zero_lines(report: Report) -> Iterator[tuple[str, str]]:
@@ -303,7 +307,8 @@ def _is_whole(block: object) -> bool:
     healed = block.get("healed", _AS_PRUNED)
     if not isinstance(healed, dict) or not _has(healed, "pruned_error"):
         return False
-    if healed.get("what") is not None and not _has(healed, "healed_error", "lr"):
+    changed = healed.get("what") is not None or healed.get("merged")
+    if changed and not _has(healed, "healed_error", "lr"):
         return False
     return "rtn_error" not in block or (_has(block, "rtn_error", "tuned_error") and "experts_never_reached" in block)
 
@@ -336,10 +341,12 @@ def _tell_judges(blocks: Sequence[Block]) -> None:
 def _healed_line(block: Block) -> tuple[str, ...]:
     healed = block["healed"]
     before, after, layer = healed["pruned_error"], healed["healed_error"], str(block["layer"])
-    if healed["what"] is None:
+    share = healed.get("merged")
+    done = [each for each in (f"merged {share:.3g}" if share else None, healed["what"]) if each]
+    if not done:
         return (layer, f"{before:.3e}", "-", "-", "as pruned", "-")
-    ratio = _ratio(healed, before, after)
-    return (layer, f"{before:.3e}", f"{after:.3e}", ratio, healed["what"], f"{healed['lr']:.2g}")
+    ratio, step = _ratio(healed, before, after), f"{healed['lr']:.2g}" if healed["what"] else "-"
+    return (layer, f"{before:.3e}", f"{after:.3e}", ratio, ", ".join(done), step)
 
 
 def _tuned_line(block: Block) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def quantize_command(
     if tuning is None:
         execute(plan, out, output, replace(settings, device=device), ray)
         return
-    settings, told = replace(settings, parts=rounding.merge), tuning.windows.notes
+    settings, told = replace(settings, parts=rounding.join), tuning.windows.notes
     if ray:
         execute(plan, out, output, settings, replace(ray, tuning=block_tuning(plan, out, tuning)), told)
         return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from shardxform.ask.recipe import BATCH_SIZE, ITERS, Recipe, split_windows
 from shardxform.cli import options
 from shardxform.cli.console import count, gb
-from shardxform.cli.inputs import load_text, make_precision
+from shardxform.cli.inputs import load_text, make_precision, require
 from shardxform.errors import PlanError, SchemeError
 from shardxform.model.layout import layout_of
 
@@ -89,6 +89,8 @@ def read_tuning(asked: options.HealRequest, source: Checkpoint, *, here: bool = 
         from shardxform.calibration.windows import with_extra
 
         windows = with_extra(windows, heal.extra, split_windows(samples, seed)[0], source.root, seed)
+    if heal and heal.merge:
+        require("scipy")
     precision = make_precision(asked.computation, tunes=True, here=here)
     recipe = Recipe(
         windows=windows.fingerprint,
@@ -115,13 +117,13 @@ def _refuse_idle(asked: options.HealRequest) -> None:
 
     """
     rounding, healing, refuse = asked.rounding, asked.healing, options.refuse_idle
-    rounds, wanted = isinstance(rounding, options.RoundingFlags), "--heal, which is not given"
+    rounds, wanted = isinstance(rounding, options.RoundingFlags), "--heal or --merge, neither of which is given"
     if tunes(rounding):
         return
     if rounds:
         wanted = "--method auto-round, but the method is rtn"
-        refuse(rounding, "iters", "lr", "inputs", "blocks", "merge", wanted=wanted)
-    if healing.heal is None and not healing.none:
+        refuse(rounding, "iters", "lr", "inputs", "blocks", "join", wanted=wanted)
+    if not healing.asked and not healing.none:
         refuse(rounding, "batch_size", wanted=wanted)
         refuse(asked.computation, "dtype", wanted=wanted)
         refuse(asked.text, wanted=wanted)
@@ -194,8 +196,9 @@ def on_ray(
         return None
     if jobs is not None:
         raise PlanError("--jobs is for threads of this process; with --ray the cluster's CPUs decide")
-    if healing and healing.heal is not None:
-        raise PlanError("--heal: a healed block is tuned on what the one before puts out; run it without --ray")
+    if healing and healing.asked:
+        what = "--merge" if healing.heal is None else "--heal"
+        raise PlanError(f"{what}: a block is changed by what the one before puts out; run it without --ray")
     if rounding and rounding.method == "auto-round" and rounding.inputs != "fp":
         raise PlanError("--ray needs --inputs fp: else a block is tuned on what the blocks before it put out")
     if rounding and rounding.blocks is not None:

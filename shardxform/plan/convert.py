@@ -429,12 +429,15 @@ def _origin(source: Checkpoint) -> dict[str, Any]:
     return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
 
 
+_HEALED: Final = ("what", "merged")  # which of a block's tensors were changed
+
+
 def _told(record: Record) -> Iterator[tuple[str, Any]]:
     """What of a record must not be lost beside its inputs: blocks that were healed, how large the source was."""
     blocks, summary = record.facts.get("blocks"), record.summary
     listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
     if healed := [
-        {"layer": block["layer"], "healed": {"what": block["healed"].get("what")}}
+        {"layer": block["layer"], "healed": {key: block["healed"][key] for key in _HEALED if key in block["healed"]}}
         for block in listed
         if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
     ]:

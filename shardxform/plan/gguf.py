@@ -40,6 +40,7 @@ from shardxform.plan.steps import (
     TuneBlock,
     block_sizes,
     healed_names,
+    merged_into,
     refuse_unpruned,
     transcode_steps,
 )
@@ -307,7 +308,9 @@ class GgufFiles:
         notes: tuple[str, ...],
     ) -> Plan:
         """The plan that writes it, with what is recorded and said of it."""
-        blocks = Blocks(recipe, block_sizes(as_weights(source), self.view)) if recipe else None
+        blocks = None
+        if recipe:
+            blocks = Blocks(recipe, block_sizes(as_weights(source), self.view), merged_into(self.view, recipe))
         plan = Plan(
             command=str(stated["command"]),
             source=source.root,
@@ -348,10 +351,11 @@ def documents_of(checkpoint: Checkpoint) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """How decoder blocks are healed and tuned, and how large they are."""
+    """How decoder blocks are healed and tuned, how large they are, and which experts others are merged into."""
 
     recipe: Recipe
     sizes: Mapping[int, BlockSize]
+    keep: Mapping[int, tuple[int, ...]]
 
 
 def gguf_steps(
@@ -381,6 +385,7 @@ def gguf_steps(
         for layer in sorted({*tuned, *healed}):
             yield TuneBlock(
                 layer=layer,
+                keep=blocks.keep.get(layer, ()),
                 items=tuple(tuned.get(layer, ())),
                 moved=tuple(healed.get(layer, ())),
                 healed=tuple(ref for name, ref in contents.healed.items() if layers[name] == layer),

@@ -55,6 +55,7 @@ from shardxform.plan.steps import (
     block_sizes,
     healed_names,
     kept_items,
+    merged_into,
     refuse_unpruned,
     transcode_item,
     transcode_steps,
@@ -463,7 +464,8 @@ def _computed(
     )
     yield from transcode_steps(rounded)
     if recipe:
-        yield from _tune_steps(tuned, healed, block_sizes(source, view), partial(TuneBlock, recipe=recipe))
+        make, keep = partial(TuneBlock, recipe=recipe), merged_into(view, recipe)
+        yield from _tune_steps(tuned, healed, block_sizes(source, view), make, keep)
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -576,6 +578,7 @@ def _tune_steps(
     healed: Mapping[int, tuple[KeptItem, ...]],
     sizes: Mapping[int, BlockSize],
     make: Callable[..., TuneBlock],
+    keep: Mapping[int, tuple[int, ...]],
 ) -> Iterator[TuneBlock]:
     """One step per decoder block with weights to heal or tune, in order."""
     blocks: dict[int, list[TranscodeItem]] = {layer: [] for layer in healed}
@@ -583,7 +586,8 @@ def _tune_steps(
         assert layer is not None
         blocks.setdefault(layer, []).append(item)
     for layer, tuned in sorted(blocks.items()):
-        yield make(layer=layer, items=tuple(tuned), kept=healed.get(layer, ()), size=sizes[layer])
+        kept, into = healed.get(layer, ()), keep.get(layer, ())
+        yield make(layer=layer, keep=into, items=tuple(tuned), kept=kept, size=sizes[layer])
 
 
 def _summary(

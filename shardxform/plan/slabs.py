@@ -7,7 +7,7 @@ other keys and tensors stay as they are, in their order. Nothing is decoded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.errors import ManifestError, PlanError, ShardxformError
 from shardxform.plan.gguf_files import gguf_names, gguf_shard, lay_out_gguf
 from shardxform.plan.plan import Plan, ShardPlan, copy_steps
-from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
+from shardxform.runtimes.gguf.slabs import UNNORMED_EXPERTS, Slabs, in_a_row, slabs_of
 
 __all__ = ["GgufInspection", "PrunedGguf", "inspect_gguf", "plan_prune_gguf", "pruned_gguf", "pruned_of_slabs"]
 
@@ -67,16 +67,28 @@ def pruned_gguf(model: GgufModel, manifest: Manifest) -> PrunedGguf:
             f"{manifest.where}: mtp_keep: missing, but block {slabs.num_layers} predicts further tokens with experts of"
             f" its own, which {slabs.count_key} counts too; say which of them stay"
         )
+    if slabs.arch == "llama4" and UNNORMED_EXPERTS in {kept, slabs.num_experts} and kept != slabs.num_experts:
+        raise PlanError(
+            f"{model.where}: {slabs.num_experts} experts, of which {kept} would stay; by {UNNORMED_EXPERTS} llama.cpp"
+            " knows that a Llama 4 has no norms of queries and keys: it would run another model"
+        )
     every = tuple(range(slabs.num_experts))
     keeps = dict(manifest.keep) | {slabs.num_layers + layer: ids for layer, ids in manifest.mtp_keep.items()}
     tensors: dict[str, TensorRef] = {}
     sliced = 0
     for name, ref in model.table.tensors.items():
         keep = keeps.get(slabs.homes[name], every) if name in slabs.homes else every
-        tensors[name] = ref if keep == every else ref.select(keep)
+        tensors[name] = ref if keep == every else _selected(ref, keep)
         sliced += keep != every
     metadata = tuple(tuple(_counted(each, slabs, kept) for each in head.metadata) for head in model.heads)
     return PrunedGguf(tensors=tensors, metadata=metadata, slabs=slabs, sliced=sliced)
+
+
+def _selected(ref: TensorRef, keep: Sequence[int]) -> TensorRef:
+    """What is left of what counts experts, in as many dimensions."""
+    if not in_a_row(ref.spec.shape):
+        return ref.select(keep)
+    return ref.reshaped(ref.spec.shape[1:]).select(keep).reshaped((1, len(keep)))
 
 
 def _counted(each: KeyValue, slabs: Slabs, kept: int) -> KeyValue:

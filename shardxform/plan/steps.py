@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, cast
 
 from shardxform.ask.recipe import HEALED, Heal, Recipe
-from shardxform.base.constants import BATCH_TOKENS
+from shardxform.base.constants import BATCH_TOKENS, MERGE_TILE
 from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError, SchemeError
@@ -48,6 +48,7 @@ __all__ = [
     "healed_names",
     "healed_view",
     "kept_items",
+    "merged_into",
     "refuse_unpruned",
     "sizes_of",
     "transcode_item",
@@ -64,6 +65,8 @@ _LIBRARIES: Final = 750_000_000  # python, torch, transformers, and kernels as t
 _SLACK: Final = 0.5  # bytes a byte of the block: tiles, and holes that freed memory leaves
 _TUNED: Final = 1.0  # an offset of two bytes beside each weight of 16 bits
 _HEALED: Final = 0.5  # one byte beside it
+_MERGED: Final = 20  # bytes for each pair of channels of two experts: their distances, and SciPy's copy of these
+_AT_ONCE: Final = 6  # experts that are held in float32 while others are merged into them
 _PER_FEATURE: Final = 34  # bytes that a token leaves behind for each row and column of the block's widest linear layer
 
 
@@ -75,17 +78,23 @@ class BlockSize:
         nbytes: its weights as they are tuned, after pruning.
         original_nbytes: its weights in the source.
         features: rows and columns of its widest linear layer.
+        down: shape [H, J] of an expert's down projection in the source; zeros where there is none.
 
     """
 
     nbytes: int
     original_nbytes: int
     features: int
+    down: tuple[int, int] = (0, 0)
 
     def peak_bytes(self, recipe: Recipe) -> int:
         """Of the process that does the step: the original block puts out its states first, then the block is tuned."""
         beside = _TUNED if recipe.iters else _HEALED
-        resting = max(self.original_nbytes, int((1 + beside) * self.nbytes)) + int(_SLACK * self.nbytes)
+        before = self.original_nbytes
+        if recipe.heal and recipe.heal.merge:
+            rows, channels = self.down
+            before = max(before, 2 * MERGE_TILE + _MERGED * channels**2 + _AT_ONCE * 12 * rows * channels)
+        resting = max(before, int((1 + beside) * self.nbytes)) + int(_SLACK * self.nbytes)
         return _LIBRARIES + resting + _PER_FEATURE * self.features * (BATCH_TOKENS + recipe.batch_tokens)
 
 
@@ -107,8 +116,24 @@ def sizes_of(tensors: Mapping[str, TensorRef], places: Mapping[str, Place]) -> d
 def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
     """By number, the sizes of the decoder blocks of a view of `source`."""
     before = sizes_of(source.tensors, view.source_layout.places)
-    after = sizes_of(view.checkpoint.tensors, view.layout.places)
-    return {layer: replace(size, original_nbytes=before[layer].nbytes) for layer, size in after.items()}
+    after, down = sizes_of(view.checkpoint.tensors, view.layout.places), _down_shapes(source, view.source_layout)
+    return {
+        layer: replace(size, original_nbytes=before[layer].nbytes, down=down.get(layer, (0, 0)))
+        for layer, size in after.items()
+    }
+
+
+def _down_shapes(source: Checkpoint, layout: Layout) -> dict[int, tuple[int, int]]:
+    """By decoder block, the shape [H, J] of an expert's down projection."""
+    experts, found = layout.family.experts, dict[int, tuple[int, int]]()
+    last = {experts.projections[-1], *experts.stacks[-1:]}
+    for name, place in layout.places.items():
+        stem, shape = name.removesuffix(".weight"), source.tensors[name].spec.shape
+        if place.scope == "block" and place.template.variant and stem.rpartition(".")[2] in last and len(shape) > 1:
+            rows, columns = shape[-2:]
+            turned = experts.transposed and len(shape) > 2
+            found[place.layer or 0] = (columns, rows) if turned else (rows, columns)
+    return found
 
 
 HEALED_FILE: Final = "healed:"
@@ -226,6 +251,7 @@ class TuneBlock:
 
     Attributes:
         layer: of the block.
+        keep: experts of the source that stay, where pruned ones are merged into them; else empty.
         items: weights that are packed.
         kept: tensors that are healed and stay as wide as they are.
         moved: tensors that are made of healed ones, whose bytes they read in files of the name `HEALED_FILE` begins.
@@ -236,6 +262,7 @@ class TuneBlock:
     """
 
     layer: int
+    keep: tuple[int, ...] = ()
     items: tuple[TranscodeItem, ...] = ()
     kept: tuple[KeptItem, ...] = ()
     moved: tuple[TranscodeItem, ...] = ()
@@ -292,6 +319,8 @@ def refuse_unpruned(view: View, heal: Heal) -> None:
     """
     if not view.prunes:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
+    if heal.merge and view.layout.num_experts == view.source_layout.num_experts:
+        raise PlanError("`merge`: no expert is pruned, so there is nothing to merge; leave it out")
     found, blocks = len(heal.schedule), len(view.layout.moe_layers)
     if found not in (0, blocks):
         raise PlanError(f"`heal.iters`: expected one number, or one for each of {blocks} blocks, found {found}")
@@ -309,8 +338,16 @@ def heal_steps(source: Checkpoint, view: View, shards: Sequence[ShardPlan], reci
     places, tensors = view.layout.places, view.checkpoint.tensors
     names = healed_names(view.layout, places, recipe.heal.widest)
     kept = kept_items(names, places, tensors, extents_of(shards), as_stored=recipe.heal.encoding == "source")
-    sizes = block_sizes(plain_source or source, view)
-    return tuple(TuneBlock(layer=at, kept=items, recipe=recipe, size=sizes[at]) for at, items in kept.items())
+    sizes, keep = block_sizes(plain_source or source, view), merged_into(view, recipe)
+    return tuple(
+        TuneBlock(layer=at, keep=keep.get(at, ()), kept=items, recipe=recipe, size=sizes[at])
+        for at, items in kept.items()
+    )
+
+
+def merged_into(view: View, recipe: Recipe) -> Mapping[int, tuple[int, ...]]:
+    """By decoder block, the experts of the source that pruned ones are merged into; nothing where none are."""
+    return view.keep if recipe.heal and recipe.heal.merge else {}
 
 
 def healed_view(view: View, heal: Heal) -> tuple[View, Heal]:
@@ -387,7 +424,8 @@ def healed_names(layout: Layout, places: Mapping[str, Place], what: str) -> Iter
     for name, place in places.items():
         if place.template.ids or (place.template.variant and not place.template.is_expert_weight):
             continue  # no numbers that can move; biases of experts, which are few
-        wanted = place.role in roles or (what != "router" and place.template.name == layout.family.experts_norm)
+        normed = what not in ("router", "experts") and place.template.name == layout.family.experts_norm
+        wanted = place.role in roles or normed
         if place.scope == "block" and place.layer in layers and wanted:
             yield name
 

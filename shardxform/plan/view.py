@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 from shardxform.ask.manifest import Manifest, mtp_moe_layers
@@ -83,6 +83,7 @@ class View:
         dropped: numbers of source tensors left out, by reason.
         notes: what a person should know before running, one sentence each.
         width: channels that every expert keeps, where some are taken out.
+        keep: by decoder block, experts of the source that stay, ascending; empty where all do.
 
     """
 
@@ -95,6 +96,7 @@ class View:
     dropped: Mapping[str, int]
     notes: tuple[str, ...]
     width: int | None = None
+    keep: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def prunes(self) -> bool:
@@ -171,6 +173,7 @@ def pruned_view(
         dropped=dict(builder.dropped),
         notes=tuple(notes),
         width=width.channels if width else None,
+        keep=manifest.keep if manifest else {},
     )
 
 
@@ -449,9 +452,8 @@ def _dropped_mtp(
 
 
 def _drops_mtp(layout: Layout, manifest: Manifest | None, mtp: MtpMode, prunes: bool, notes: list[str]) -> bool:
-    declared = layout.mtp_layers > 0
     if not layout.has_mtp:
-        if declared and prunes:
+        if layout.mtp_layers > 0 and prunes:
             notes.append("config.json declares MTP layers, but the source has no tensor of them; left as it is")
         return False
     if not prunes or (manifest and manifest.mtp_keep) or not mtp_moe_layers(layout):
@@ -469,9 +471,7 @@ def _refuse_unsafe(layout: Layout, source: Checkpoint, dropped: tuple[str, ...])
     """Refuse what slicing could leave inconsistent without anyone noticing."""
     blocks = (layout.blocks, *layout.mtp_prefixes)
     undeclared = layout.undeclared_mtp_prefixes()
-    for name in layout.unknown:
-        if name.startswith(dropped):
-            continue
+    for name in (each for each in layout.unknown if not each.startswith(dropped)):
         shape = source.tensors[name].spec.shape
         counts = {layout.num_experts, layout.in_set}.intersection(shape)
         if name.startswith(blocks) and ("expert" in name or "router" in name or counts):

@@ -35,6 +35,7 @@ __all__ = [
     "descend",
     "judge",
     "learning_order",
+    "rows_as_float",
 ]
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -132,7 +133,7 @@ def descend(forward: Forward, samples: Samples, rows_B: NDArray[np.int64], dtype
         NonFiniteLoss: before anything moved.
 
     """
-    out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype))
+    out_BTH = forward(rows_as_float(samples.hidden_NTH, rows_B).to(dtype))
     error_BTH, weight_BT1 = _errors(out_BTH.detach(), samples, rows_B)
     _finite(_sum(error_BTH, weight_BT1), samples)
     # The derivative of the loss but for a factor, which signs do not see.
@@ -170,7 +171,7 @@ def judge(forward: Forward, samples: Samples, rows_N: NDArray[np.int64], batch_s
     sums, values = list[float](), 0
     for first in range(0, len(rows_N), batch_size):
         rows_B = rows_N[first : first + batch_size]
-        out_BTH = forward(_tensor(samples.hidden_NTH, rows_B).to(dtype))
+        out_BTH = forward(rows_as_float(samples.hidden_NTH, rows_B).to(dtype))
         sums += _sums(*_errors(out_BTH, samples, rows_B)).tolist()
         values += len(rows_B) * samples.counted * out_BTH.shape[-1]
     loss = Loss(tuple(sums), values)
@@ -193,15 +194,15 @@ def _errors(out_BTH: torch.Tensor, samples: Samples, rows_B: NDArray[np.int64]) 
     A token's error is relative to the size of its target: what reads a block's output normalises it first, and a plain
     mean square would care for the few tokens of huge activations alone.
     """
-    target_BTH = _tensor(samples.target_NTH, rows_B).to(out_BTH.device)
+    target_BTH = rows_as_float(samples.target_NTH, rows_B).to(out_BTH.device)
     error_BTH = out_BTH.float() - target_BTH
     weight_BT1 = 1 / target_BTH.square().mean(-1, keepdim=True).clamp(min=LEAST_SQUARE)
     error_BTH[:, -1] = weight_BT1[:, -1] = 0
     return error_BTH, weight_BT1
 
 
-def _tensor(values_NTH: NDArray[np.generic], rows_B: NDArray[np.int64]) -> torch.Tensor:
-    """Some samples as float32."""
+def rows_as_float(values_NTH: NDArray[np.generic], rows_B: NDArray[np.int64]) -> torch.Tensor:
+    """Give some samples [B, T, H] as float32."""
     rows = torch.from_numpy(np.ascontiguousarray(values_NTH[rows_B]))
     return rows.view(torch.bfloat16).float() if rows.dtype == torch.uint16 else rows
 

@@ -38,15 +38,17 @@ from shardxform.forward.weights import Precision, Weights
 from shardxform.forward.work import HiddenFile, HiddenReader
 from shardxform.plan.steps import HEALED_FILE, TranscodeItem, TuneBlock
 from shardxform.tuning.block import BlockResult, TunedBlock, TuneOptions, install, tune_block
-from shardxform.tuning.heal import BlockHealer, HealResult
+from shardxform.tuning.heal import HealResult
+from shardxform.tuning.healer import BlockHealer
 from shardxform.tuning.linear_attention import frugal_linear_attention
-from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples
+from shardxform.tuning.samples import Forward, NonFiniteLoss, Samples, choose_judges, rows_as_float
 from shardxform.tuning.schedule import BlockPace, Schedule
 from shardxform.tuning.stacked import rows_of
 from shardxform.tuning.workers import Workers
 
 if TYPE_CHECKING:
     from shardxform.calibration import Windows
+    from shardxform.tuning.merging import MergedExperts
 
 __all__ = ["ORIGINAL", "TUNED", "Chains", "Tuner", "TunerOptions", "states_file"]
 
@@ -368,6 +370,7 @@ class _BlockRun:
             with self._tuner._original.block(layer) as block:
                 self._forward(block, ORIGINAL)
         heals = self._step.recipe.heal is not None and layer in self._tuner.healed
+        merged = self._merge() if heals and self._step.keep else None
         names = self._local_names()
         at_rest, workers = () if heals else names, self._tuner._workers
         with (
@@ -376,7 +379,7 @@ class _BlockRun:
             frugal_linear_attention(block.module, workers),
         ):
             if heals:
-                self._heal(block, names, target, fs)
+                self._heal(block, names, target, fs, merged)
             healed_at = time.monotonic()
             if names:
                 self._round(block, names, target, fs)
@@ -408,7 +411,7 @@ class _BlockRun:
             self._counted = 0.0
             self._schedule = Schedule(layers, self._chains.work, self._fs)
             decided = self._schedule.decide(layer, heal, self._taken, lambda: measure(heal))
-        self._heal_iters, self._counted = decided.iters, heal.steps / decided.steps
+        self._heal_iters, self._counted = decided.iters, heal.steps / max(decided.steps, 1)  # merging takes no step
         return decided
 
     def _taken(self) -> float:
@@ -419,13 +422,29 @@ class _BlockRun:
         """Count tokens of healing, as those of the steps that the plan takes there to be."""
         self._on_work(round(tokens * self._counted))
 
-    def _heal(self, block: Block, names: Sequence[str], target: OpenTarget, fs: FileSystem) -> None:
+    def _merge(self) -> MergedExperts:
+        """Merge pruned experts into those that stay, by what enters the block where those before it are done."""
+        from shardxform.tuning.merging import Merger  # SciPy, which nothing else needs
+
+        tuner, layer, keep = self._tuner, self._step.layer, self._step.keep
+        merger = Merger(tuner._original, self._skeleton, layer, keep, tuner._workers, self._stopped)
+        with self._chains.samples(layer) as samples, tuner._original.block(layer) as block:
+            learned_N = choose_judges(samples, self._step.recipe.seed).learned_N
+            entering = (rows_as_float(samples.hidden_NTH, learned_N[at : at + 1]) for at in range(len(learned_N)))
+            dtype = tuner._precision.dtype
+            return merger.merge(block, (each.to(self._device, dtype) for each in entering), self._chains.work, self._fs)
+
+    def _heal(
+        self, block: Block, names: Sequence[str], target: OpenTarget, fs: FileSystem, merged: MergedExperts | None
+    ) -> None:
         """Heal the block, and write what stays as wide as it is."""
         layer, recipe = self._step.layer, self._step.recipe
         assert recipe.heal is not None
         forward = self._chains.forward(block, self._on_step, self._stopped)
         healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers, self._step.kept)
         with self._chains.samples(layer) as samples:
+            if merged:
+                healer.begin_merged(merged, samples, recipe.heal, recipe.seed)
             heal = self._decide(recipe.heal, lambda heal: healer.pace(samples, heal, recipe.seed))
             self._healed = healer.heal(samples, heal, recipe.seed)
         for item in self._step.kept:
@@ -439,6 +458,8 @@ class _BlockRun:
             write_item(moved, (source.open(opener) for source in moved.sources), writing, target, fs)
             self._zeros.add(moved.module, writing.groups, writing.zero_groups)
         healer.make_ready(names)
+        if merged:
+            merged.remove()
 
     # -- rounding -----------------------------------------------------------------------------------------------
 
@@ -507,7 +528,8 @@ class _BlockRun:
         facts: dict[str, Any] = {"layer": self._step.layer}
         told = {"blocks": [facts], MEASURED: [self._measured(seconds)], **self._zeros.facts()}
         if self._healed is not None:
-            facts |= {"healed": _heal_facts(self._healed, self._heal_iters), "judged_on": asdict(self._healed.judged)}
+            healed = _heal_facts(self._healed, self._heal_iters, merges=bool(self._step.keep))
+            facts |= {"healed": healed, "judged_on": asdict(self._healed.judged)}
         if not (self._step.items and self._step.recipe.iters):
             return told
         if self._tuned is None:
@@ -552,7 +574,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _heal_facts(result: HealResult, iters: int) -> dict[str, Any]:
+def _heal_facts(result: HealResult, iters: int, *, merges: bool) -> dict[str, Any]:
     tried = [{"what": what, "lr": lr, "error": error} for what, lr, error in result.tried]
     return {
         "pruned_error": result.start_loss,
@@ -564,4 +586,5 @@ def _heal_facts(result: HealResult, iters: int) -> dict[str, Any]:
         "iters": iters,
         "tried": tried,
         "diverged": result.diverged,
+        **({"merged": result.merged, "merged_error": result.merged_loss} if merges else {}),
     }

@@ -6,6 +6,7 @@ it. Scratch memory belongs to a thread and is used again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ import torch
 from shardxform.errors import SchemeError
 from shardxform.forward.runtime import keep_one_heap
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "one_thread"]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -78,6 +79,17 @@ class Workers:
         if flat is None or flat.numel() < size or flat.dtype != dtype:
             flat = held[name] = torch.empty(size, dtype=dtype)
         return flat[:size].view(shape)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch's own sums in one order: it may depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _quietly(function: Callable[[A], B], item: A) -> B:

@@ -21,7 +21,10 @@ from shardxform.verification.findings import Findings, spans
 __all__ = ["check_names"]
 
 _BLOCK: Final = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
-_ROOT: Final = ("token_embd.weight", "output_norm.weight")
+_EMBEDDINGS: Final = "token_embd.weight"
+_NORM: Final = "output_norm.weight"
+_NORMS: Final[Mapping[str, str]] = {"lfm2moe": "token_embd_norm.weight"}
+"""What the last norm is called, where it is otherwise."""
 _UNLIKE: Final = frozenset({"gemma4"})
 """Architectures whose blocks share keys and values with others, or differ in the sizes of heads."""
 
@@ -38,7 +41,7 @@ def check_names(model: GgufModel, findings: Findings) -> None:
     blocks = _blocks(model)
     count, nextn = _count(metadata, f"{arch}.block_count"), _count(metadata, f"{arch}.nextn_predict_layers") or 0
     if known:
-        for name in _ROOT:
+        for name in (_EMBEDDINGS, _NORMS.get(arch, _NORM)):
             if name not in model.table.tensors:
                 report("missing", name, "missing; llama.cpp loads no file without it")
     if count is not None:

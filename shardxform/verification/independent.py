@@ -42,10 +42,13 @@ from shardxform.verification.independent_weights import (
     weights_apart,
 )
 
-__all__ = ["CODE", "WantedWeights", "check_independently", "wanted_weights"]
+__all__ = ["CODE", "FARTHEST_MERGED", "WantedWeights", "check_independently", "wanted_weights"]
 
 CODE: Final = "independent"
 """Of every problem found here."""
+
+FARTHEST_MERGED: Final = 3.0
+"""How far an expert may be from the source's, in sizes of it, that others were merged into: about as large as it is."""
 
 _ROUTER: Final = re.compile(
     rf".*\.{HOME}\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
@@ -140,6 +143,7 @@ class WantedWeights:
         exact: grid that weights were rounded to nearest on, without a search; None where that is not known.
         offset: most that was added to a weight, in steps, before it was rounded.
         healed: whether weights of decoder blocks were healed.
+        merged: whether experts may have been merged into those that stay.
 
     """
 
@@ -149,6 +153,7 @@ class WantedWeights:
     exact: Mapping[str, Any] | None
     offset: float
     healed: bool
+    merged: bool
 
 
 def wanted_weights(
@@ -173,7 +178,8 @@ def wanted_weights(
             theirs = dict(in_quarters(theirs, config))
         how = _How.of(config, record, manifest, given, theirs)
         kept = len(next(iter(how.keep.values()))) if how.keep else how.experts
-        return WantedWeights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, how.healed)
+        changed = (how.healed, how.merged)
+        return WantedWeights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, *changed)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
 
@@ -193,7 +199,8 @@ class _How:
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
-        healed, dequantized: whether weights were healed; whether they were quantized, and then written in 16 bits.
+        healed, merged: whether weights were healed, and began with experts that others were merged into.
+        dequantized: whether weights were quantized, and then written in 16 bits.
         quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
     """
@@ -209,6 +216,7 @@ class _How:
     exact: Mapping[str, Any] | None
     offset: float
     healed: bool
+    merged: bool
     dequantized: bool
     quantizes: bool = False
     requantizes: bool = False
@@ -251,6 +259,7 @@ class _How:
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
             offset=_offset(recipe) if scheme.get("method") != "rtn" else 0.0,
             healed=bool(recipe.get("heal")),
+            merged=bool((recipe.get("heal") or {}).get("merge")),
             dequantized=converted and "quantization_config" not in config,
             quantizes=inputs.get("command") == "quantize",
             requantizes=bool(scheme.get("requantize")),
@@ -314,7 +323,7 @@ class _How:
             return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
         try:
             if self.healed and _LAYER.match(name):
-                return _unlike(wanted, found)
+                return _unlike(wanted, found, FARTHEST_MERGED if self.merged and EXPERT.fullmatch(name) else 1.0)
             if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
@@ -414,17 +423,21 @@ def _same_codes(wanted: PackedWeight, found: PackedWeight) -> str:
     return ""
 
 
-def _unlike(wanted: PackedWeight, found: PackedWeight) -> str:
-    """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is."""
+def _unlike(wanted: PackedWeight, found: PackedWeight, most: float = 1.0) -> str:
+    """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is.
+
+    The mean of several experts is not: it is as large as these are, about, and may be anywhere.
+    """
     distance, size = 0.0, 0.0
     for start, stop in found.runs():
         values = wanted.values(start, stop).astype(np.float64)
         codes, scale = found.codes(start, stop) if found.scales else (found.values(start, stop), np.float32(1))
         distance += float(np.square(codes * scale - values).sum())
         size += float(np.square(values).sum())
-    if distance < size or not size:
+    if distance < most**2 * size or not size:
         return ""
-    return f"its distance from the source's is {(distance / size) ** 0.5:.2f} times the source's size, expected below 1"
+    ratio = (distance / size) ** 0.5
+    return f"its distance from the source's is {ratio:.2f} times the source's size, expected below {most:g}"
 
 
 def _first(found: PackedWeight, runs: Any, what: str = "") -> str:  # noqa: ANN401

@@ -25,8 +25,9 @@ from shardxform.errors import CheckpointError
 from shardxform.runtimes.gguf.architecture import vocabulary
 from shardxform.verification.definitions import PackedWeight, floats, nearest_bf16, nearest_half, rounded_to_grid
 from shardxform.verification.findings import Findings
+from shardxform.verification.gguf_changes import changes
 from shardxform.verification.independent import CODE as _CODE
-from shardxform.verification.independent import WantedWeights, wanted_weights
+from shardxform.verification.independent import FARTHEST_MERGED, WantedWeights, wanted_weights
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -107,13 +108,19 @@ def _differing(
             number = int(match[1])
             lists = kept["keep"] if number < layers else kept["mtp_keep"]
             ids = lists[str(number if number < layers else number - layers)]
-        found, wanted = list(one.data.shape), [len(ids), *other.data.shape[1:]]
+        mine, its = (each.data[0] if match and _in_a_row(each.data) else each.data for each in (one, other))
+        found, wanted = list(mine.shape), [len(ids), *its.shape[1:]]
         if (one.tensor_type, found) != (other.tensor_type, wanted):
             yield name, f"{one.tensor_type.name} {found}, expected {other.tensor_type.name} {wanted}"
             continue
-        bad = next((new for new, old in enumerate(ids) if not _same(one.data[new], other.data[old])), None)
+        bad = next((new for new, old in enumerate(ids) if not _same(mine[new], its[old])), None)
         if bad is not None:
             yield name, f"{'expert' if match else 'row'} {bad} is not {ids[bad]} of the source"
+
+
+def _in_a_row(data: NDArray[Any]) -> bool:
+    """Whether a value of each expert stands in the one row that there is, as ERNIE's."""
+    return data.ndim == 2 and len(data) == 1 and data.shape[1] > 1
 
 
 def _same(one: Any, other: Any) -> bool:  # noqa: ANN401
@@ -189,6 +196,8 @@ _SPELLED: Final = (
     ("linear_attn.dt_bias", "linear_attn.dt_proj.bias"),
     ("self_attn.sinks", "self_attn.sinks.weight"),
     ("layer_scalar", "layer_scalar.weight"),
+    ("mixer.dt_bias", "mixer.dt.bias"),
+    ("mamba.dt_bias", "mamba.dt_proj.bias"),
 )
 """Last parts of names, and how the package's map has them."""
 
@@ -199,12 +208,15 @@ _MTP_NAMES: Final = {
     "mtp.pre_fc_norm_hidden.weight": "hnorm.weight",
 }
 _EXPERT: Final = re.compile(
-    r"model\.layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)(?:\.([01]))?\.(weight|bias)"
+    r"(?:model|backbone)\.layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)(?:\.([01]))?\.(weight|bias)"
 )
 _PARTS: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _ROUTER_SCALES: Final = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
-_NO_WEIGHTS: Final = ("model.visual.", "model.vision_tower.", "model.embed_vision.", "vision_tower.")
+_LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
+_NO_WEIGHTS: Final = (
+    *("mm_projector.", "model.embed_vision.", "model.vision_tower.", "model.visual.", "multi_modal_projector."),
+    *("vision_model.", "vision_tower."),
+)
 _MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
 _FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
 _FARTHER: Final = {"Q6_K": 0.04, "IQ4_NL": 0.15, "MXFP4": 0.2}
@@ -255,8 +267,10 @@ class _File:
         if match := _EXPERT.fullmatch(name):
             self._expert(match, weight, wanted)
             return True
-        for part, change in _changes(self.arch, name, _text(wanted.config)):
+        for part, change in changes(self.arch, name, _text(wanted.config)):
             place = self._place(part)
+            if place not in self.tensors and f"{place}.bias" in self.tensors:  # as some architectures call it
+                place = f"{place}.bias"
             if place is None or place not in self.tensors:
                 self.problems.append((place or part, f"missing: the source's {weight.name} gives it"))
                 continue
@@ -269,6 +283,8 @@ class _File:
             name = f"{after}{name.removeprefix(before)}" if name.startswith(before) else name
         name = name.removeprefix("language_model.")
         if name.startswith(_NO_WEIGHTS) or name.endswith("inv_freq"):
+            return ""
+        if name.startswith("mtp.") and not self.counts("nextn_predict_layers"):
             return ""
         if name.startswith("mtp."):
             name = name.replace("mtp.layers.0.", f"model.layers.{self.layers}.")
@@ -317,7 +333,9 @@ class _File:
         wanted: WantedWeights,
     ) -> None:
         """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
-        tensor, seen = self.tensors[place], _Seen(weight, wanted, bool(wanted.healed and place.startswith("blk.")))
+        merged = wanted.merged and "_exps." in place
+        healed = (FARTHEST_MERGED if merged else 1.0) if wanted.healed and place.startswith("blk.") else 0.0
+        tensor, seen = self.tensors[place], _Seen(weight, wanted, healed)
         for start, stop in weight.runs() if change is None else ((0, weight.size[0]),):
             exact = seen.rounded(tensor.tensor_type.name, start, stop)
             values = weight.values(start, stop) if exact is None else exact
@@ -359,11 +377,11 @@ def _rows_of(tensor: Any, columns: int) -> NDArray[Any]:  # noqa: ANN401
 
 @dataclass(slots=True)
 class _Seen:
-    """What rows of one weight showed."""
+    """What rows of one weight showed; `healed` is how far one may be that was, else 0."""
 
     weight: PackedWeight
     wanted: WantedWeights
-    healed: bool
+    healed: float
     square: float = 0.0
     energy: float = 0.0
     bad: int = 0
@@ -382,7 +400,7 @@ class _Seen:
         self.square += float(np.square(found.astype(np.float64) - expected).sum())
         self.energy += float(np.square(expected, dtype=np.float64).sum())
         if self.healed:
-            self.bound = 1.0
+            self.bound = self.healed
         elif rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
             self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
         elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
@@ -421,80 +439,3 @@ def _as(kind: str, values: Values) -> Values:
     if kind == "BF16":
         return floats(nearest_bf16(values), "BF16")
     return floats(nearest_half(values), "F16") if kind == "F16" else values
-
-
-# -- what llama.cpp's converter does to rows and values ---------------------------------------------------------------
-
-Change = Callable[[Values], Values]
-
-
-def _changes(arch: str, name: str, text: Mapping[str, Any]) -> Iterator[tuple[str, Change | None]]:
-    """Tensors that a weight becomes, and what is done to it on the way."""
-    inner = name.rpartition("linear_attn.")[2]
-    if name.endswith("kv_b_proj.weight"):
-        heads, keys, values = text["num_attention_heads"], text["qk_nope_head_dim"], text["v_head_dim"]
-        stem = name.removesuffix("kv_b_proj.weight")
-        yield (
-            f"{stem}k_b_proj.weight",
-            lambda w_OI: _by(w_OI, heads, keys + values)[:, :keys].swapaxes(1, 2).reshape(-1, keys),
-        )
-        yield (
-            f"{stem}v_b_proj.weight",
-            lambda w_OI: _by(w_OI, heads, keys + values)[:, keys:].reshape(-1, w_OI.shape[1]),
-        )
-    elif inner == "in_proj_qkvz.weight":
-        heads, key, value = (text[f"linear_{each}"] for each in ("num_key_heads", "key_head_dim", "value_head_dim"))
-        many = text["linear_num_value_heads"] // heads * value
-        bounds = np.cumsum([0, key, key, many, many])
-        block = f"blk.{_layer(name)}"
-
-        def pick(w_OI: Values, *parts: int) -> Values:
-            split = _by(w_OI, heads, int(bounds[-1]))
-            found = [split[:, bounds[at] : bounds[at + 1]].reshape(-1, w_OI.shape[1]) for at in parts]
-            return np.concatenate(found)
-
-        yield f"{block}.attn_qkv.weight", lambda w_OI: pick(w_OI, 0, 1, 2)
-        yield f"{block}.attn_gate.weight", lambda w_OI: pick(w_OI, 3)
-    elif name.endswith("norm.weight") and arch in ("qwen35moe", "qwen3next") and inner != "norm.weight":
-        yield name, lambda w_OI: w_OI + np.float32(1)
-    elif arch == "llama" and (match := re.fullmatch(r".*self_attn\.([qk])_proj\.weight", name)):
-        heads = text["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-        yield name, lambda w_OI: w_OI.reshape(heads, 2, -1, w_OI.shape[1]).swapaxes(1, 2).reshape(w_OI.shape)
-    elif ".linear_attn." in name:
-        yield name, _of_delta_net(arch, inner, text)
-    else:
-        yield name, None
-
-
-def _of_delta_net(arch: str, inner: str, text: Mapping[str, Any]) -> Change | None:
-    """Decay rates are -exp of what is stored; of Qwen3.5 value heads are tiled over key heads instead of grouped."""
-    keys, heads = text["linear_num_key_heads"], text["linear_num_value_heads"]
-    value, before = text["linear_value_head_dim"], 2 * keys * text["linear_key_head_dim"]
-    width = {"in_proj_z.weight": value, "in_proj_a.weight": 1, "in_proj_b.weight": 1, "A_log": 1, "dt_bias": 1}.get(
-        inner
-    )
-
-    def tiled(w_OI: Values, each: int) -> Values:
-        if arch != "qwen35moe":
-            return w_OI
-        return w_OI.reshape(keys, heads // keys, each, w_OI.shape[1]).swapaxes(0, 1).reshape(w_OI.shape)
-
-    if inner == "A_log":
-        return lambda w_OI: tiled(-np.exp(w_OI.astype(np.float64)).astype(np.float32), 1)
-    if width is not None:
-        return lambda w_OI: tiled(w_OI, width)
-    if inner in ("in_proj_qkv.weight", "conv1d.weight"):
-        return lambda w_OI: np.concatenate((w_OI[:before], tiled(w_OI[before:], value)))
-    if inner == "out_proj.weight":
-        return lambda w_OI: np.ascontiguousarray(tiled(np.ascontiguousarray(w_OI.T), value).T)
-    return None
-
-
-def _by(w_OI: Values, heads: int, each: int) -> Values:
-    return w_OI.reshape(heads, each, w_OI.shape[1])
-
-
-def _layer(name: str) -> int:
-    match = _LAYER.match(name)
-    assert match is not None
-    return int(match[1])

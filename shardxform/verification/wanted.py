@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Final, Literal, cast
 
-from shardxform.ask.recipe import HEALED
+from shardxform.ask.recipe import HEALED, ROUTED
 from shardxform.base.constants import LARGEST_MOVE
 from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
 from shardxform.checkpoint.table import Checkpoint
@@ -211,6 +211,7 @@ class _Healing:
         names: tensors of it.
         stored: the same as they are stored; scales of a whole tensor stay.
         blocks: by layer, the first step, and how many steps there were.
+        merged: those of them that pruned experts were merged into, which are near nothing.
 
     """
 
@@ -218,6 +219,7 @@ class _Healing:
     names: frozenset[str] = frozenset()
     stored: frozenset[str] = frozenset()
     blocks: Mapping[int | None, tuple[float, int]] = field(default_factory=dict)
+    merged: frozenset[str] = frozenset()
 
 
 def heal_of(record: Mapping[str, object]) -> Mapping[str, object] | None:
@@ -239,13 +241,16 @@ def _healing(view: View, record: Mapping[str, object]) -> _Healing:
     names: dict[str | None, frozenset[str]] = {
         what: frozenset(healed_names(view.layout, places, what)) for what in HEALED
     }
+    merged = frozenset(_merged_blocks(record.get("facts")))
     moved = {name for name in names[widest] if name in names.get(done.get(places[name].layer, widest), ())}
+    moved |= {name for name in names[ROUTED] if places[name].layer in merged} if heal.get("merge") is True else set()
     parts = {part for name in moved for part in _stored_names(view.checkpoint.tensors[name])} if as_stored else moved
     return _Healing(
         view=view,
         names=frozenset(moved),
         stored=frozenset(parts),
         blocks=dict(_moved(record.get("facts"), heal.get("iters"))),
+        merged=frozenset(name for name in names[ROUTED] if places[name].layer in merged),
     )
 
 
@@ -284,7 +289,7 @@ def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
     tensors, layout = healing.view.checkpoint.tensors, healing.view.layout
     for name in sorted(healing.names, key=natural_key):
         layer = layout.places[name].layer
-        if layer not in healing.blocks:
+        if layer not in healing.blocks or name in healing.merged:
             continue
         ref, other = tensors[name], found.get(name)
         if other is None or other.spec.shape != ref.spec.shape or other.spec.dtype != ref.spec.dtype:
@@ -326,6 +331,19 @@ def _healed_blocks(facts: object) -> Iterator[tuple[int | None, str | None]]:
         what = healed.get("what", "")
         if type(block.get("layer")) is int and (what is None or what in list(HEALED)):
             yield block["layer"], what
+
+
+def _merged_blocks(facts: object) -> Iterator[int]:
+    """Layers that began with pruned experts merged into those that stay."""
+    blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
+    for block in blocks if isinstance(blocks, list) else ():
+        healed = block.get("healed") if isinstance(block, Mapping) else None
+        if isinstance(healed, Mapping) and _is_share(healed.get("merged")) and type(block.get("layer")) is int:
+            yield block["layer"]
+
+
+def _is_share(merged: object) -> bool:
+    return isinstance(merged, float) and 0 < merged <= 1
 
 
 # -- what follows from it -----------------------------------------------------------------------------------------

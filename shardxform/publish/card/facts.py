@@ -105,7 +105,8 @@ class BlockError:
 class HealedBlock:
     """Squared error of a block's output as it was pruned and as it is after `iters` steps.
 
-    `what` is empty where it was left as pruned; `iters` is None in earlier records, which had one number for all.
+    `what` is empty where no step was taken; `iters` is None in earlier records, which had one number for all. `merged`
+    is how far it began on the way to experts that pruned ones are merged into.
     """
 
     layer: int
@@ -114,6 +115,7 @@ class HealedBlock:
     what: str
     ratio_error: float | None = None
     iters: int | None = None
+    merged: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,7 @@ class HealingFacts:
         data: calibration text.
         encoding: how weights were written that the source has in small floats; empty where it has none.
         extra: windows that were made of pieces of the text.
+        merge: whether blocks could begin with pruned experts merged into those that stay.
         blocks: in their order.
 
     """
@@ -137,6 +140,7 @@ class HealingFacts:
     data: Data | None
     encoding: str = ""
     extra: int = 0
+    merge: bool = False
     seconds: int = 0
     blocks: tuple[HealedBlock, ...] = ()
 

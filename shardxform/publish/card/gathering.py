@@ -332,6 +332,7 @@ def _healing(record: Record) -> HealingFacts | None:
         data=_data(recipe.section("data")),
         encoding=heal.text("encoding"),
         extra=heal.whole("extra") or 0,
+        merge=heal.flag("merge"),
         blocks=_healed_blocks(Fields(record.facts)),
     )
 
@@ -450,6 +451,7 @@ def _healed_blocks(facts: Fields) -> tuple[HealedBlock, ...]:
                 what=healed.text("what"),
                 ratio_error=error,
                 iters=healed.whole("iters"),
+                merged=healed.number("merged") or 0.0,
             )
     return tuple(out[layer] for layer in sorted(out))
 

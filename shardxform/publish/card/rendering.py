@@ -37,6 +37,7 @@ _HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
     "auto": "the whole block or the shared experts and routers, whichever held-out windows chose",
     "router": "routers",
     "shared": "routers, shared experts and the norms before them",
+    "experts": "routed experts",
     "moe": "routers, shared and routed experts and the norms before them",
     "all": "all of the block",
 }
@@ -173,12 +174,15 @@ def _healing(facts: CardFacts) -> Iterator[str]:
     made = facts.healing
     if made is None:
         return
-    yield "The weights that stayed were tuned, block by block, so that a block puts out what it did before pruning."
+    if made.merge:
+        yield "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356), as far as that is better."
+    if made.iters != 0:
+        yield "The weights that stayed were tuned, block by block, so that a block puts out what it did before pruning."
     yield _listing(_healing_lines(made))
     if made.blocks:
         yield (
             "Squared error of each block's output, relative to every token's own size, on windows of the calibration"
-            " text that were not tuned on:"
+            f" text that were not {'tuned on' if made.iters != 0 else 'merged by'}:"
         )
         columns = ("block", "pruned", "healed", "ratio", "tuned", "steps")[: 5 if made.iters else 6]
         yield _folded(_table(columns, [_healed_block(block)[: len(columns)] for block in made.blocks]))
@@ -189,6 +193,8 @@ def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "calibration text", _data(made.data) if made.data else ""
     yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
     yield "steps per block", _healing_steps(made)
+    merged = sum(block.merged > 0 for block in made.blocks)
+    yield "merged in", f"{merged} of {len(made.blocks)} blocks" if made.merge else ""
     yield "written", _WRITTEN.get(made.encoding, "")
 
 
@@ -203,10 +209,11 @@ def _healing_steps(made: HealingFacts) -> str:
 
 def _healed_block(block: HealedBlock) -> tuple[str, ...]:
     before, after, steps = block.pruned, block.healed, str(block.iters or "")
-    if not block.what or before is None or after is None:
+    done = ", ".join(each for each in (f"merged {block.merged:.3g}" * (block.merged > 0), block.what) if each)
+    if not done or before is None or after is None:
         return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "", steps)
     ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
-    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, block.what, steps)
+    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, done, steps)
 
 
 def _quantization(facts: CardFacts) -> Iterator[str]:
@@ -220,12 +227,8 @@ def _quantization(facts: CardFacts) -> Iterator[str]:
         where = ", on windows of the calibration text that were not tuned on" if judged else ""
         flatters = ", on a window that was tuned on as well, which flatters" if judged is False else ""
         yield f"Squared error of each block's output, relative to every token's own size{where}{flatters}:"
-        yield _folded(
-            _table(
-                ("block", "rounded", "tuned", "ratio", "experts never reached"),
-                [_block(block) for block in made.blocks],
-            )
-        )
+        columns = ("block", "rounded", "tuned", "ratio", "experts never reached")
+        yield _folded(_table(columns, [_block(block) for block in made.blocks]))
 
 
 def _quantization_lines(made: QuantizationFacts) -> Iterator[tuple[str, str]]:

@@ -132,6 +132,11 @@ def _recipe(inputs: Fields, steps: Sequence[int]) -> Iterator[str]:
 
 def _heal(heal: Fields, steps: Sequence[int]) -> Iterator[str]:
     """How blocks were healed: where time or a schedule decided the steps, those that each block had."""
+    if heal.flag("merge"):
+        yield "--merge"
+    if heal.whole("iters") == 0:
+        yield from _unless("--heal-encoding", heal.text("encoding"), "source")
+        return
     yield from _unless("--heal", heal.text("what"), "")
     each = ",".join(map(str, steps)) if heal and heal.whole("iters") is None else ""
     yield from _unless("--heal-iters", each or heal.whole("iters"), HEAL_ITERS)

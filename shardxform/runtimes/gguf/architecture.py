@@ -112,6 +112,7 @@ class Part:
         transform: what is done to it, or to each of its cuts.
         cuts: rows of it, each a piece; all of it where empty.
         leading: dimensions before its own two, where rows are of several matrices.
+        seen: the matrix that it is seen as, where it is stored as a vector.
 
     """
 
@@ -119,6 +120,7 @@ class Part:
     transform: Transform | None = None
     cuts: tuple[Cut, ...] = ()
     leading: tuple[int, ...] = ()
+    seen: tuple[int, int] | None = None
 
 
 EXPERTS: Final = tuple(
@@ -143,11 +145,13 @@ class Kind:
     Attributes:
         name: in `general.architecture`, and before its keys.
         maps: architectures of the `gguf` package whose maps have its names, asked in order.
+        decoder: what names of the decoder begin with in the map.
         spelled: last parts of names, and how the map spells them.
         experts: tensors of routed experts; see `EXPERTS`.
         parts: what a tensor becomes, by its name in the map's spelling.
         made: tensors that are made of nothing stored.
         leads_dense: its first blocks may have no experts.
+        scattered: any of its blocks may have none, as others are of attention or states alone.
         mtp: MTP layers are blocks after the others, or left out, since llama.cpp does not run them.
         check: refuses what llama.cpp would run in another way.
         keys: records the keys that describe the model.
@@ -160,11 +164,13 @@ class Kind:
 
     name: str
     maps: tuple[str, ...]
+    decoder: str = "model."
     spelled: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[tuple[str, tuple[int, ...]], ...] = EXPERTS
     parts: Callable[[Architecture, str], Sequence[Part]] = _alone
     made: Callable[[Architecture], Iterator[Named]] = _nothing
     leads_dense: bool = False
+    scattered: bool = False
     mtp: Literal["nextn", "dropped"] = "dropped"
     check: Callable[[Architecture], None] = lambda _: None
     keys: Callable[[Architecture, Recorder], None]
@@ -256,9 +262,9 @@ class Architecture:
         """Name of a tensor in the spelling of the package's map."""
         block, name = self.block(place), place.template.name
         if block is None:
-            name = name.replace("{decoder}", "model.").replace("{head}", "lm_head")
+            name = name.replace("{decoder}", self.kind.decoder).replace("{head}", "lm_head")
         else:
-            name = f"model.layers.{block}.{_NEXTN.get(name, name)}"
+            name = f"{self.kind.decoder}layers.{block}.{_NEXTN.get(name, name)}"
         for ending, spelled in self.kind.spelled.items():
             if name.endswith(ending):
                 return name.removesuffix(ending) + spelled
@@ -298,6 +304,8 @@ class Architecture:
 
     def _refuse_scattered(self) -> None:
         first, sparse = self.leading_dense, self.layout.moe_layers
+        if self.kind.scattered:
+            return
         if sparse != tuple(range(first, self.layout.num_layers)) or (first and not self.kind.leads_dense):
             which = "from one on" if self.kind.leads_dense else "all"
             raise SchemeError(f"layers {list(sparse)} have experts; llama.cpp's {self.name} has them in {which}")
@@ -324,15 +332,15 @@ class Architecture:
         if len(ref.spec.shape) == 3:  # a convolution of each channel by itself, [C, 1, K]
             rows, between, columns = ref.spec.shape
             ref = ref.reshaped((rows, between * columns))
-        storages = storages_of(ref)
         for part in self.kind.parts(self, self.released(place)):
             name, wide = names.of(part.released)
+            storages = storages_of(ref.reshaped(part.seen) if part.seen else ref)
             if len(storages) > 1 and (part.transform or part.cuts):
                 raise SchemeError(f"tensor '{ref.name}' is stored in {len(storages)} parts; expected one")
             found = [each.part(cut) for each in storages for cut in part.cuts] if part.cuts else storages
             pieces = tuple(Piece(module, each, part.transform) for each in found)
             rows, columns = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
-            if len(ref.spec.shape) == 1:
+            if len(ref.spec.shape) == 1 and not part.seen:
                 yield Named(name, (rows,), pieces, wide=True)
                 continue
             leading = part.leading
@@ -362,7 +370,7 @@ def vocabulary() -> Any:  # noqa: ANN401
     return gguf
 
 
-_WIDE: Final = frozenset({"FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "SSM_CONV1D", "INDEXER_PROJ"})
+_WIDE: Final = frozenset({"FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "INDEXER_PROJ", "SHORTCONV_CONV", "SSM_CONV1D"})
 """Tensors that llama.cpp's converter writes in F32 though they are matrices, beside norms and all that is no weight."""
 
 _MTP_MAP: Final = "GLM4_MOE"

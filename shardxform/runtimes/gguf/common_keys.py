@@ -10,7 +10,27 @@ from shardxform.runtimes.gguf.architecture import Architecture
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.rotation import magnitude_of, rope_of, usual_magnitude
 
-__all__ = ["SILU", "UNBIASED", "add_common", "add_sections", "head_channels", "needed", "refuse_values"]
+__all__ = [
+    "CORRECTED",
+    "OF_GLM",
+    "SILU",
+    "SPLITS_OF_GLM",
+    "UNBIASED",
+    "UNTIED",
+    "add_common",
+    "add_gating",
+    "add_sections",
+    "head_channels",
+    "needed",
+    "refuse_large_epsilon",
+    "refuse_other_heads",
+    "refuse_scaled_rotation",
+    "refuse_shared_keys",
+    "refuse_values",
+    "shared_experts",
+    "sigmoid_weights",
+    "usual",
+]
 
 _COUNTS: Final = (
     ("max_position_embeddings", "context_length"),
@@ -21,10 +41,18 @@ _COUNTS: Final = (
 )
 
 
-def add_common(architecture: Architecture, recorder: Recorder, *, latent: bool = False, **over: Any) -> None:  # noqa: ANN401
+def add_common(
+    architecture: Architecture,
+    recorder: Recorder,
+    *,
+    latent: bool = False,
+    rotated: bool = True,
+    **over: Any,  # noqa: ANN401
+) -> None:
     """Add the keys that every text model has; `over` are keys of the config that llama.cpp wants to be another.
 
-    What YaRN multiplies by is told by another key where attention is `latent`.
+    What YaRN multiplies by is told by another key where attention is `latent`. Where nothing is `rotated`, a config
+    need not say how.
     """
     config, writer = {**architecture.config, **over}, recorder.writer
     writer.add_block_count(architecture.blocks)
@@ -38,9 +66,8 @@ def add_common(architecture: Architecture, recorder: Recorder, *, latent: bool =
         _magnitude(writer, full)
     if "mrope_section" in rope:
         add_sections(architecture, recorder, rope)
-    if full.get("rope_theta") is None:
-        raise SchemeError("config.json: rope_theta is missing")
-    writer.add_rope_freq_base(full["rope_theta"])
+    if rotated or full.get("rope_theta") is not None:
+        writer.add_rope_freq_base(needed(full, "rope_theta"))
     if (sliding := rope.get("sliding_attention", {}).get("rope_theta")) is not None:
         writer.add_rope_freq_base_swa(sliding)
     writer.add_layer_norm_rms_eps(needed(config, "rms_norm_eps"))
@@ -140,6 +167,13 @@ def refuse_values(architecture: Architecture, wanted: Mapping[str, tuple[object,
 
 SILU: Final = {"hidden_act": ("silu", "swish")}
 UNBIASED: Final = {"attention_bias": (False, None)}
+UNTIED: Final = {"tie_word_embeddings": (False, None)}
+
+
+def usual(architecture: Architecture, **values: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what transformers' class has of keys that the config lacks, for `add_common`."""
+    found = {**architecture.config, **rope_of(architecture.config)}
+    return {key: value for key, value in values.items() if found.get(key) is None}
 
 
 def head_channels(architecture: Architecture) -> int:
@@ -147,3 +181,108 @@ def head_channels(architecture: Architecture) -> int:
     if architecture.config.get("head_dim") is not None:
         return architecture.size("head_dim")
     return architecture.size("hidden_size") // architecture.size("num_attention_heads")
+
+
+def refuse_scaled_rotation(architecture: Architecture) -> None:
+    """Refuse scaled positions where llama.cpp scales those of blocks that are not to be.
+
+    Raises:
+        SchemeError: `rope_type` is not default.
+
+    """
+    kind = rope_of(architecture.config).get("rope_type") or "default"
+    if kind != "default":
+        raise SchemeError(f"config.json: rope_type {kind!r}; of llama.cpp's {architecture.name} default is run")
+
+
+def refuse_shared_keys(architecture: Architecture) -> None:
+    """Refuse heads that share keys and values, for architectures of llama.cpp that have none.
+
+    Raises:
+        SchemeError: there are fewer keys than heads.
+
+    """
+    heads, shared = architecture.size("num_attention_heads"), architecture.config.get("num_key_value_heads")
+    if shared not in (None, heads):
+        raise SchemeError(
+            f"config.json: num_key_value_heads is {shared!r} and num_attention_heads {heads}; llama.cpp's"
+            f" {architecture.name} has one for each"
+        )
+
+
+def refuse_other_heads(architecture: Architecture) -> None:
+    """Refuse heads of another width than there is for each of the hidden channels.
+
+    Raises:
+        SchemeError: `head_dim` says so.
+
+    """
+    each = architecture.size("hidden_size") // architecture.size("num_attention_heads")
+    if (found := architecture.config.get("head_dim")) not in (None, each):
+        raise SchemeError(
+            f"config.json: head_dim is {found!r}; llama.cpp's {architecture.name} has {each} channels a head"
+        )
+
+
+_SMALL: Final = 1e-5
+
+
+def refuse_large_epsilon(architecture: Architecture) -> None:
+    """Refuse what llama.cpp adds in norms that have no key of their own, where it is no longer next to nothing.
+
+    Transformers' classes add 1e-6 in some of them, whatever the config says: norms of latent queries and keys, and of a
+    delta net's.
+
+    Raises:
+        SchemeError: it is more than ten times that.
+
+    """
+    found = needed(architecture.config, "rms_norm_eps")
+    if not isinstance(found, int | float) or found > _SMALL:
+        raise SchemeError(
+            f"config.json: rms_norm_eps is {found!r}; some norms have 1e-6 in transformers, and llama.cpp runs all by"
+            f" this: expected at most {_SMALL}"
+        )
+
+
+def add_gating(writer: Any, name: str) -> None:  # noqa: ANN401
+    """Add how experts are scored: `SOFTMAX` or `SIGMOID`."""
+    from gguf import ExpertGatingFuncType
+
+    writer.add_expert_gating_func(ExpertGatingFuncType[name])
+
+
+def sigmoid_weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """How experts are scored and weighed by a sigmoid: the family's own way, whether the config says so or not.
+
+    Raises:
+        SchemeError: a number is missing, for which transformers' classes and llama.cpp have others.
+
+    """
+    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    if needed(config, "norm_topk_prob"):
+        writer.add_expert_weights_norm(True)
+    add_gating(writer, "SIGMOID")
+
+
+def shared_experts(architecture: Architecture) -> int:
+    """How many there are in a block.
+
+    Raises:
+        SchemeError: none, but llama.cpp loads no model of these without.
+
+    """
+    count = architecture.size("n_shared_experts")
+    if not count:
+        raise SchemeError("config.json: n_shared_experts is 0; llama.cpp runs models that have some")
+    return count
+
+
+CORRECTED: Final = {"e_score_correction_bias": "e_score_correction.bias"}
+"""How a correction bias is spelled in the map."""
+
+OF_GLM: Final = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
+"""Special tokens of GLM's."""
+
+SPLITS_OF_GLM: Final = {"llama-bpe": "glm4", "smaug-bpe": "chatglm-bpe"}
+"""Names of pre-tokenizers of GLM's."""

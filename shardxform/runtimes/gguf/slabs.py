@@ -19,11 +19,13 @@ from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import TensorRef
 from shardxform.errors import CheckpointError, FamilyError, PlanError
 
-__all__ = ["ARCHITECTURE", "MAX_EXPERTS", "Slabs", "slabs_of"]
+__all__ = ["ARCHITECTURE", "MAX_EXPERTS", "UNNORMED_EXPERTS", "Slabs", "in_a_row", "slabs_of"]
 
 ARCHITECTURE: Final = "general.architecture"
 MAX_EXPERTS: Final = 1024
 """Most experts of a layer that llama.cpp loads."""
+UNNORMED_EXPERTS: Final = 128
+"""Experts of a Llama 4 by whose count llama.cpp knows Maverick, which has no norms of queries and keys."""
 
 _BLOCK: Final = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _RANKS: Final = {
@@ -62,8 +64,13 @@ _VISION: Final = re.compile(r"v\..*(_exps|ffn_gate_inp)")
 _INTEGERS: Final = frozenset({"UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64"})
 _MODEL_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "llama": ("mixtral",),
-    "deepseek2": ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"),
+    "llama4": ("llama4_text",),
+    "mistral4": ("mistral3",),
+    "deepseek2": ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite"),
     "glm-dsa": ("glm_moe_dsa",),
+    "glm4moe": ("glm4v_moe", "solar_open"),
+    "granitehybrid": ("granitemoehybrid",),
+    "granitemoe": ("granitemoeshared",),
     "hunyuan-moe": ("hunyuan_v1_moe",),
     "bailingmoe2": ("bailing_moe_v2",),
     "nemotron_h_moe": ("nemotron_h",),
@@ -223,6 +230,8 @@ def _homes(tensors: Mapping[str, TensorRef], experts: int, where: str) -> Iterat
             continue
         rank = 1 if rest in _SCALES else _RANKS.get(rest)
         if rank is not None:
+            if in_a_row(shape, rank):
+                shape = shape[1:]
             if len(shape) != rank or shape[0] != experts:
                 raise FamilyError(
                     f"{where}: tensor '{name}' is {list(shape)}: expected {rank} dimensions, the slowest of"
@@ -234,6 +243,11 @@ def _homes(tensors: Mapping[str, TensorRef], experts: int, where: str) -> Iterat
                 f"{where}: tensor '{name}' {list(shape)} looks like a part of experts or a router, but is none that is"
                 " known; not pruned"
             )
+
+
+def in_a_row(shape: tuple[int, ...], rank: int = 1) -> bool:
+    """Tell whether what counts experts has a dimension of one before it, as ERNIE's correction bias [1, E]."""
+    return len(shape) == rank + 1 and shape[0] == 1 and rank == 1
 
 
 def _is_suspicious(rest: str, shape: tuple[int, ...], experts: int) -> bool:

@@ -1,0 +1,349 @@
+"""Families of llama.cpp some of whose blocks attend to a window of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from shardxform.errors import SchemeError
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
+from shardxform.runtimes.gguf.common_keys import (
+    CORRECTED,
+    SILU,
+    UNBIASED,
+    UNTIED,
+    add_common,
+    add_gating,
+    head_channels,
+    needed,
+    refuse_scaled_rotation,
+    refuse_values,
+    sigmoid_weights,
+)
+from shardxform.runtimes.gguf.keys import Recorder
+from shardxform.runtimes.gguf.slabs import UNNORMED_EXPERTS
+from shardxform.runtimes.rotation import rope_of
+
+__all__ = ["SLIDING"]
+
+
+# -- gpt-oss -----------------------------------------------------------------------------------------------------------
+
+
+def _gpt_oss_keys(architecture: Architecture, recorder: Recorder) -> None:
+    add_common(architecture, recorder)
+    recorder.writer.add_sliding_window(architecture.size("sliding_window"))
+    recorder.writer.add_expert_feed_forward_length(architecture.size("intermediate_size"))
+
+
+def _gpt_oss_check(architecture: Architecture) -> None:
+    """Every second layer attends to a window, the first of them is one, and the activation has its own limits."""
+    wanted = {**SILU, "swiglu_limit": (7.0, 7), "swiglu_alpha": (1.702,), "attention_bias": (True,)}
+    refuse_values(architecture, {**wanted, "tie_word_embeddings": (False, None)})
+    if rope_of(architecture.config).get("rope_type") is None:
+        raise SchemeError("config.json: rope_scaling is missing, for which transformers has numbers of its own")
+    for layer, kind in enumerate(architecture.config.get("layer_types") or ()):
+        if (kind == "sliding_attention") != (layer % 2 == 0):
+            raise SchemeError(
+                f"config.json: layer_types[{layer}] is {kind}, but llama.cpp lets every second layer, from the"
+                " first on, attend to a window"
+            )
+
+
+_GPT_OSS: Final = Kind(
+    name="gpt-oss",
+    maps=("GPT_OSS",),
+    spelled={"self_attn.sinks": "self_attn.sinks.weight"},
+    keys=_gpt_oss_keys,
+    check=_gpt_oss_check,
+)
+
+
+# -- Gemma 4 -----------------------------------------------------------------------------------------------------------
+
+
+def _of_full(architecture: Architecture, symbol: str) -> int:
+    """A size of layers with full attention, as the family works it out."""
+    found = architecture.layout.family.symbols[symbol]
+    assert callable(found)
+    return found(architecture.config)
+
+
+def _sliding(architecture: Architecture) -> list[bool]:
+    """Which layers attend to a window."""
+    holds = architecture.layout.family.holds
+    return [holds("sliding", architecture.config, layer) for layer in range(architecture.layout.num_layers)]
+
+
+def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    add_common(architecture, recorder, head_dim=None, num_key_value_heads=None)
+    writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)  # without the key it caps at 30
+    writer.add_sliding_window(size("sliding_window"))
+    sliding, own, full = _sliding(architecture), size("num_key_value_heads"), _of_full(architecture, "FK")
+    writer.add_head_count_kv([own if each else full for each in sliding] if full != own else own)
+    writer.add_shared_kv_layers(config.get("num_kv_shared_layers") or 0)
+    writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input") or 0)
+    writer.add_sliding_window_pattern(sliding)
+    width = _of_full(architecture, "FD")
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_key_length_swa(size("head_dim"))
+    writer.add_value_length_swa(size("head_dim"))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count_swa(size("head_dim"))
+
+
+def _gemma4_check(architecture: Architecture) -> None:
+    wanted = {
+        **UNBIASED,
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "use_bidirectional_attention": (None, "vision"),
+    }
+    refuse_values(architecture, wanted)
+    rope = rope_of(architecture.config)
+    kinds = [rope.get(f"{each}_attention", {}).get("rope_type") for each in ("full", "sliding")]
+    if kinds != ["proportional", "default"]:
+        raise SchemeError(
+            f"config.json: rope_type of full and of sliding attention are {kinds}; expected proportional, default"
+        )
+
+
+def _gemma4_made(architecture: Architecture) -> Iterator[Named]:
+    """Factors of the frequencies of full attention: those beyond the part that is rotated are divided away."""
+    rope = rope_of(architecture.config)["full_attention"]
+    half = _of_full(architecture, "FD") // 2
+    rotated = int(2 * half * needed(rope, "partial_rotary_factor") / 2)
+    yield Named("rope_freqs.weight", (half,), (), wide=True, values=(1.0,) * rotated + (1e30,) * (half - rotated))
+
+
+def _gemma4_parts(_: Architecture, name: str) -> tuple[Part, ...]:
+    block, _dot, inner = name.partition(".router.")
+    scales = {"scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale"}
+    return (Part(f"{block.replace('model.layers.', 'blk.')}.{scales[inner]}" if inner in scales else name),)
+
+
+_GEMMA4: Final = Kind(
+    name="gemma4",
+    maps=("GEMMA4",),
+    spelled={"layer_scalar": "layer_scalar.weight"},
+    experts=(("model.layers.{l}.experts.down_proj", (2,)), ("model.layers.{l}.experts.gate_up_proj", (0, 1))),
+    parts=_gemma4_parts,
+    made=_gemma4_made,
+    keys=_gemma4_keys,
+    check=_gemma4_check,
+    tokenizer="gemma4",
+)
+
+
+# -- Trinity, K-EXAONE, Mellum -----------------------------------------------------------------------------------------
+
+
+def _add_windows(architecture: Architecture, recorder: Recorder) -> None:
+    """Add how many tokens a window has, and which blocks attend to one.
+
+    Raises:
+        SchemeError: `layer_types` has other kinds, or none of windows, at which llama.cpp aborts; or it is missing.
+
+    """
+    kinds, sliding = needed(architecture.config, "layer_types"), "sliding_attention"
+    if not isinstance(kinds, list) or sliding not in kinds or not {sliding, "full_attention"}.issuperset(kinds):
+        raise SchemeError(f"config.json: layer_types is {kinds!r}; expected {sliding} and, maybe, full_attention")
+    recorder.writer.add_sliding_window(architecture.size("sliding_window"))
+    recorder.writer.add_sliding_window_pattern([each == sliding for each in kinds])
+
+
+def _afmoe_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows alone are rotated."""
+    writer, config, size = recorder.writer, architecture.config, architecture.size
+    add_common(architecture, recorder)
+    writer.add_vocab_size(size("vocab_size"))
+    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_expert_shared_count(size("num_shared_experts"))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(needed(config, "route_scale"))
+    add_gating(writer, "SIGMOID")
+    writer.add_sliding_window(size("sliding_window"))
+
+
+def _afmoe_check(architecture: Architecture) -> None:
+    """Embeddings are multiplied by the root of their width, and every fourth block is not rotated, always."""
+    wanted = {**SILU, **UNBIASED, "mup_enabled": (True,), "route_norm": (True,), "score_func": ("sigmoid",)}
+    refuse_values(architecture, wanted)
+    if not architecture.config.get("mup_enabled"):
+        raise SchemeError("config.json: mup_enabled is missing, so false, which llama.cpp would run as true")
+    every, kinds = architecture.config.get("global_attn_every_n_layers", 4), architecture.config.get("layer_types")
+    if kinds is None and every == 4:
+        return
+    for layer, kind in enumerate(kinds or ()):
+        if (kind == "sliding_attention") != ((layer + 1) % 4 > 0):
+            raise SchemeError(
+                f"config.json: layer_types[{layer}] is {kind}, but llama.cpp's afmoe lets every fourth layer attend to"
+                " all, and none beside"
+            )
+    if kinds is None:
+        raise SchemeError(f"config.json: global_attn_every_n_layers is {every}; llama.cpp's afmoe runs 4")
+
+
+_AFMOE: Final = Kind(
+    name="afmoe",
+    maps=("AFMOE",),
+    spelled={"expert_bias": "expert_bias.bias"},
+    leads_dense=True,
+    keys=_afmoe_keys,
+    check=_afmoe_check,
+)
+
+
+def _exaone_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows alone are rotated; MTP layers are left out."""
+    writer, size = recorder.writer, architecture.size
+    add_common(architecture, recorder)
+    writer.add_vocab_size(size("vocab_size"))
+    _add_windows(architecture, recorder)
+    shared = size("num_shared_experts")
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_count(shared)
+    writer.add_expert_shared_feed_forward_length(shared * size("moe_intermediate_size"))
+    sigmoid_weights(writer, architecture.config)
+    if not architecture.config["norm_topk_prob"]:
+        writer.add_expert_weights_norm(False)
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    writer.add_rope_scaling_type(recorder.gguf.RopeScalingType.NONE)
+
+
+def _exaone_check(architecture: Architecture) -> None:
+    refuse_values(architecture, {**SILU, **UNTIED, "scoring_func": ("sigmoid",)})
+    refuse_scaled_rotation(architecture)
+
+
+_EXAONE_MOE: Final = Kind(
+    name="exaone-moe",
+    maps=("EXAONE_MOE",),
+    spelled=CORRECTED,
+    leads_dense=True,
+    keys=_exaone_keys,
+    check=_exaone_check,
+)
+
+
+def _mellum_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows are rotated by the same base, and never scaled."""
+    add_common(architecture, recorder)
+    recorder.writer.add_expert_feed_forward_length(architecture.size("moe_intermediate_size"))
+    if "sliding_attention" in needed(architecture.config, "layer_types"):
+        _add_windows(architecture, recorder)
+
+
+def _mellum_check(architecture: Architecture) -> None:
+    wanted = {**SILU, **UNBIASED, **UNTIED, "norm_topk_prob": (True,), "use_sliding_window": (True, None)}
+    refuse_values(architecture, wanted)
+    rope = rope_of(architecture.config)
+    full, sliding = (rope.get(f"{each}_attention") or {} for each in ("full", "sliding"))
+    if sliding.get("rope_type", "default") != "default" or sliding.get("rope_theta") != full.get("rope_theta"):
+        raise SchemeError(
+            f"config.json: rope_parameters of sliding_attention are {sliding}; llama.cpp's mellum rotates these blocks"
+            " by the base of the others, unscaled"
+        )
+
+
+_MELLUM: Final = Kind(name="mellum", maps=("QWEN3MOE",), leads_dense=False, keys=_mellum_keys, check=_mellum_check)
+
+
+# -- Llama 4 -----------------------------------------------------------------------------------------------------------
+
+
+def _llama4_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Every fourth block attends to all and is not rotated, the others to chunks; how, llama.cpp takes for granted."""
+    writer, size, rope = recorder.writer, architecture.size, rope_of(architecture.config)
+    over: dict[str, Any] = {"intermediate_size": size("intermediate_size_mlp")}
+    if rope.get("rope_type") == "llama3":  # by factors, see `_llama4_made`
+        over |= {"rope_parameters": {"rope_theta": rope.get("rope_theta")}, "rope_scaling": None, "rope_theta": None}
+    add_common(architecture, recorder, **over)
+    writer.add_vocab_size(size("vocab_size"))
+    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_interleave_moe_layer_step(architecture.config.get("interleave_moe_layer_step", 1))
+    writer.add_expert_feed_forward_length(size("intermediate_size"))
+
+
+def _llama4_made(architecture: Architecture) -> Iterator[Named]:
+    """Factors by which wavelengths are stretched: all that are long, none that are short, and those between in part."""
+    rope = rope_of(architecture.config)
+    if rope.get("rope_type") != "llama3":
+        return
+    width, base = head_channels(architecture), needed(rope, "rope_theta")
+    factor, low, high = (needed(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = needed(rope, "original_max_position_embeddings")
+    factors = []
+    for at in range(0, width, 2):
+        turns = context / (2 * math.pi * base ** (at / width))
+        part = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - part) / factor + part))
+    yield Named("rope_freqs.weight", (width // 2,), (), wide=True, values=tuple(factors))
+
+
+_OF_LLAMA_4: Final = {
+    "attention_chunk_size": (8192,),
+    "attn_scale": (0.1,),
+    "attn_temperature_tuning": (True, 4),
+    "floor_scale": (8192,),
+}
+
+
+def _llama4_check(architecture: Architecture) -> None:
+    """Refuse other chunks and temperatures; and norms of queries and keys, which llama.cpp tells by 128 experts."""
+    config, layers = architecture.config, range(architecture.layout.num_layers)
+    wanted: dict[str, tuple[object, ...]] = {
+        **SILU,
+        **UNBIASED,
+        "attention_chunk_size": (8192,),
+        "floor_scale": (8192,),
+    }
+    refuse_values(architecture, {**wanted, "attn_scale": (0.1,), "attn_temperature_tuning": (True, 4)})
+    if config.get("use_qk_norm", True) == (architecture.layout.num_experts == UNNORMED_EXPERTS):
+        raise SchemeError(
+            f"config.json: use_qk_norm is {config.get('use_qk_norm', True)} and there are"
+            f" {architecture.layout.num_experts} experts; llama.cpp leaves these norms out where there are"
+            f" {UNNORMED_EXPERTS}, and there alone"
+        )
+    every = config.get("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [int((layer + 1) % every > 0) for layer in layers]
+    kinds = config.get("layer_types") or ["chunked_attention" if each else "full_attention" for each in rotated]
+    for layer in layers:
+        local = (layer + 1) % 4 > 0
+        if bool(rotated[layer]) != local or (kinds[layer] == "chunked_attention") != local:
+            raise SchemeError(
+                f"config.json: layer {layer} is {kinds[layer]}{'' if rotated[layer] else ', not rotated'}; llama.cpp's"
+                " llama4 has every fourth attend to all, not rotated, and the others to chunks"
+            )
+    step = config.get("interleave_moe_layer_step", 1)
+    if [layer for layer in layers if (layer + 1) % step == 0] != list(architecture.layout.moe_layers):
+        raise SchemeError(f"config.json: moe_layers is {config.get('moe_layers')!r}; expected every {step}. layer")
+
+
+_LLAMA4: Final = Kind(
+    name="llama4",
+    maps=("LLAMA4",),
+    experts=tuple(
+        (f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
+    ),
+    made=_llama4_made,
+    scattered=True,
+    keys=_llama4_keys,
+    check=_llama4_check,
+)
+
+
+SLIDING: Final[Mapping[str, Kind]] = {
+    "afmoe": _AFMOE,
+    "exaone_moe": _EXAONE_MOE,
+    "gemma4": _GEMMA4,
+    "gpt_oss": _GPT_OSS,
+    "llama4": _LLAMA4,
+    "mellum": _MELLUM,
+}
+"""What each family becomes, by its name."""
