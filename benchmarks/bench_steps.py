@@ -3,6 +3,7 @@
     python benchmarks/bench_steps.py MODEL [MODEL ...] [--layer 1] [--windows 16 64] [--iters 32]
         [--rates 0.01 0.02 0.04 0.08 0.16]
     python benchmarks/bench_steps.py MODEL --rules sign cosine orthogonal ... [--rates ...] [--orders 2] [--json]
+    python benchmarks/bench_steps.py command RULE prune SRC OUT --heal ...
 
 MODEL is examples/small-moe, or a checkpoint of `small_moes.py`. Half the experts are kept by REAP sum of 64 x 512
 tokens of the calibration text of examples/small-moe. The block takes what the pruned blocks before it put out, learns
@@ -21,11 +22,12 @@ weight by about 0.04 of the root mean square of its matrix; and other ways for t
     sinkhorn     rows and columns scaled to one size, in turns, five times
     orthogonal   the nearest matrix with orthogonal rows or columns, by Newton-Schulz, as Muon without its momentum
     orthogonal-N the same of each run of N rows by itself (8, 16, 32, 64)
-    built-in     the orthogonal steps of `shardxform.tuning.directions`
+    bounded      orthogonal-64, scaled by the shape alone so that few directions move less, no value beyond three
     momentum     sign of an average over steps, of which the last has a tenth (an average for every weight)
     adam         Adam, 0.9 and 0.95 (two averages for every weight)
 
 What is no matrix takes the sign where rows or columns matter. With `--orders`, windows come in as many orders.
+`command` is `shardxform` healing by a rule; the cases of `bench_heal.py --rule RULE` are done by it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +48,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 
+from shardxform.__main__ import entry
 from shardxform.ask.recipe import Heal, Trial
 from shardxform.calibration import load_windows
 from shardxform.calibration.options import DataOptions
@@ -55,11 +59,9 @@ from shardxform.forward.skeleton import Skeleton
 from shardxform.forward.weights import Precision, Weights
 from shardxform.model.layout import layout_of
 from shardxform.plan.view import pruned_view
-from shardxform.tuning.directions import direction, signs
-from shardxform.tuning.heal import HealedStack, MovingBlock, Wide, _Run
+from shardxform.tuning.heal import HealedStack, Moving, MovingBlock, Wide, _Run, signs
 from shardxform.tuning.healer import BlockHealer
 from shardxform.tuning.linear_attention import frugal_linear_attention
-from shardxform.tuning.moving import Moving
 from shardxform.tuning.samples import Samples, Split, descend, judge, learning_order
 from shardxform.tuning.workers import Workers
 
@@ -195,6 +197,28 @@ def orthogonal_tiles(rows: int) -> Rule:
     return rule
 
 
+def bounded(gradient: torch.Tensor, _: State) -> torch.Tensor:
+    """What could be built in: cheap, and with a bound of how far it moves a weight."""
+    if gradient.ndim != 2:
+        return signs(gradient)
+    ways = [by_gram(part) * max(part.shape) ** 0.5 for part in torch.split(gradient, 64)]
+    return torch.cat(ways).clamp_(-3, 3)
+
+
+def by_gram(gradient_OI: torch.Tensor) -> torch.Tensor:
+    """As `orthogonal`, with all but two products those of small matrices."""
+    x_OI = gradient_OI / gradient_OI.norm().clamp(min=SQUARE)
+    wide = x_OI.shape[0] <= x_OI.shape[1]
+    gram = x_OI @ x_OI.T if wide else x_OI.T @ x_OI
+    a, b, c = NEWTON_SCHULZ
+    one, way = torch.eye(len(gram)), torch.eye(len(gram))
+    for _step in range(5):
+        factor = a * one + b * gram + c * gram @ gram
+        way, gram = factor @ way, factor @ gram @ factor
+    found: torch.Tensor = way @ x_OI if wide else x_OI @ way
+    return found
+
+
 def sinkhorn(gradient: torch.Tensor, _: State) -> torch.Tensor:
     """Rows and columns of one size, in turns."""
     if gradient.ndim != 2:
@@ -246,7 +270,7 @@ RULES: Final[dict[str, tuple[Rule, Callable[[float], float]]]] = {
     "orthogonal-16": (orthogonal_tiles(16), linear),
     "orthogonal-32": (orthogonal_tiles(32), linear),
     "orthogonal-64": (orthogonal_tiles(64), linear),
-    "built-in": (lambda gradient, _: direction(gradient), linear),
+    "bounded": (bounded, linear),
     "sinkhorn": (sinkhorn, linear),
     "momentum": (momentum, linear),
     "adam": (adam, linear),
@@ -273,11 +297,7 @@ def healed_by(
 ) -> float:
     """Heal the block by a rule; what is left of the error of the pruned one."""
     rule, falls = RULES[name]
-    moving = healer._load("all")
-    for wide in moving.wide.values():
-        move_wide(wide, rule)
-    for stack, parts in zip(moving.stacks, (2, 1), strict=True):  # gate and up are two matrices
-        move_stack(stack, parts, rule)
+    moving = moved_by(rule, healer._load("all"))
     start = judged(moving, samples)
     rows = learning_order(windows, BATCH, np.random.Generator(np.random.PCG64([seed, samples.block])))
     for done in range(iters):
@@ -285,6 +305,28 @@ def healed_by(
         descend(moving.forward, samples, next(rows), torch.float32)
     moving.settle()
     return judged(moving, samples) / start
+
+
+def moved_by(rule: Rule, moving: MovingBlock) -> MovingBlock:
+    """Have the rule move a block that was loaded."""
+    for wide in moving.wide.values():
+        move_wide(wide, rule)
+    for stack, parts in zip(moving.stacks, (2, 1), strict=True):  # gate and up are two matrices
+        if stack.moves:
+            move_stack(stack, parts, rule)
+    return moving
+
+
+def run_command(name: str, arguments: list[str]) -> None:
+    """Do as `shardxform` with these arguments, healing by a rule whose steps fall linearly."""
+    rule, real = RULES[name][0], BlockHealer._load
+
+    def load(healer: BlockHealer, what: str | None) -> MovingBlock:
+        return moved_by(rule, real(healer, what))
+
+    setattr(BlockHealer, "_load", load)  # noqa: B010
+    sys.argv = ["shardxform", *arguments]
+    entry()
 
 
 def judged(moving: MovingBlock, samples: Samples) -> float:
@@ -333,6 +375,9 @@ def move_stack(stack: HealedStack, parts: int, rule: Rule) -> None:
 
 def main() -> None:
     """Print a line as it comes."""
+    if sys.argv[1:2] == ["command"]:
+        run_command(sys.argv[2], sys.argv[3:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--layer", type=int, default=1)

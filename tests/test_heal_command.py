@@ -167,14 +167,6 @@ def test_only_what_was_asked_for_changes(what: str, plain: Path, keep: str, tmp_
     report = verify(out, source=SMALL_MOE)
     assert report.sound, report.problems
     assert report.tensors_healed == sum(PARTS[what](name) for name in read_checkpoint(plain))
-    # A router has few weights for each token, so that its steps are orthogonal: they move some of them farther.
-    assert {block["healed"]["largest_move"] for block in blocks_of(out).values()} == {3.0 if what == "router" else 1.0}
-    if what == "router":
-        record = record_of(out)
-        for block in record["facts"]["blocks"]:
-            block["healed"]["largest_move"] = 1.0
-        (out / "shardxform.json").write_text(json.dumps(record))
-        assert "healed-reach" in {problem.code for problem in verify(out, source=SMALL_MOE).problems}
 
 
 def test_windows_made_of_pieces_teach_and_never_judge(healed: Path, keep: str, tmp_path: Path) -> None:
@@ -404,7 +396,6 @@ def test_a_divergence_is_told_aloud(plain: Path, keep: str, tmp_path: Path, monk
         "ratio_standard_error": 0.0,
         "what": None,
         "lr": 0.0,
-        "largest_move": 1.0,
         "iters": 6,
         "tried": [],
         "diverged": True,

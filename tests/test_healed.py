@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from shardxform.base.constants import LARGEST_MOVE, ORTHOGONAL_ROWS  # noqa: E402
-from shardxform.tuning.directions import direction, directions, signs  # noqa: E402
-from shardxform.tuning.heal import HealedStack  # noqa: E402
-from shardxform.tuning.moving import Moving  # noqa: E402
+from shardxform.tuning.heal import HealedStack, Moving, signs  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -60,16 +57,13 @@ _FINITE = st.integers(0, 0xFFFF).filter(lambda bits: bits & 0x7F80 != 0x7F80)
 _GRADIENT = st.sampled_from([1.0, -1.0, 0.0, -0.0, 3e-39, -1e-30, 1e30, np.nan, np.inf, -np.inf])
 
 
-_SIZE = st.floats(2**-100, 2.0**10, width=32) | st.floats(2**-16, 2**-4, width=32)
-_WAY = st.sampled_from([1.0, -1.0, 0.0, -0.0, 2.0**-20]) | st.floats(-LARGEST_MOVE, LARGEST_MOVE, width=32)
-
-
 @st.composite
 def walks(draw: st.DrawFn) -> tuple[np.ndarray, list[tuple[float, list[float]]]]:
     """Bits of bfloat16 weights, and steps: their size, and a gradient for every weight."""
     count = draw(st.integers(1, 6))
     bits = draw(st.lists(_FINITE, min_size=count, max_size=count))
-    steps = st.tuples(_SIZE, st.lists(_GRADIENT, min_size=count, max_size=count))
+    sizes = st.floats(2**-100, 2.0**10, width=32) | st.floats(2**-16, 2**-4, width=32)
+    steps = st.tuples(sizes, st.lists(_GRADIENT, min_size=count, max_size=count))
     return np.array(bits, np.uint16), draw(st.lists(steps, min_size=1, max_size=8))
 
 
@@ -280,90 +274,3 @@ def test_weights_that_are_all_zero_stay_so() -> None:
     stack.lr = 0.02
     stack.update(0, torch.ones(8, 32))
     assert not values_of(stack).any()
-
-
-# -- directions -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(4, 20), (20, 4), (12, 12), (1, 32), (32, 1)], ids=str)
-def test_a_direction_is_the_nearest_orthogonal_matrix(shape: tuple[int, int]) -> None:
-    """By its singular vectors, in float64; each singular value within what five iterations leave."""
-    gradient_RI = random_w(shape, 3, torch.float32) * 10.0 ** torch.linspace(-1, 0, shape[1])
-    left, _, right = np.linalg.svd(gradient_RI.double().numpy(), full_matrices=False)
-    found = left.T @ direction(gradient_RI).double().numpy() @ right.T / np.sqrt(max(shape))
-    assert np.abs(found - np.diag(np.diag(found))).max() < 0.02
-    assert (np.diag(found) > 0.65).all()
-    assert (np.diag(found) < 1.25).all()
-
-
-def test_a_direction_does_not_depend_on_the_size_of_the_gradient() -> None:
-    gradient_RI = random_w((8, 24), 3, torch.float32)
-    for size in (1e-25, 1e-12, 1e12, 1e25):  # squares of the first and the last are no numbers of float32
-        torch.testing.assert_close(direction(gradient_RI * size), direction(gradient_RI), rtol=1e-3, atol=1e-3)
-
-
-def test_no_part_of_a_direction_is_beyond_the_clip_and_few_directions_move_less() -> None:
-    single = torch.zeros(16, 64)
-    single[3, 5] = 2.0
-    found = direction(single)
-    assert found[3, 5] == LARGEST_MOVE
-    assert found.count_nonzero() == 1
-    few_RI = random_w((16, 2), 1, torch.float32) @ random_w((2, 64), 2, torch.float32)
-    assert direction(few_RI).square().mean() < 0.3 * direction(random_w((16, 64), 3, torch.float32)).square().mean()
-
-
-def test_each_run_of_rows_is_a_matrix_of_its_own() -> None:
-    gradient_RI = random_w((ORTHOGONAL_ROWS + 3, 8), 1, torch.float32)
-    found, alone = direction(gradient_RI), direction(gradient_RI[ORTHOGONAL_ROWS:])
-    torch.testing.assert_close(found[ORTHOGONAL_ROWS:], alone)
-    gradient_RI[0, 0], gradient_RI[0, 1] = torch.nan, torch.inf
-    broken = direction(gradient_RI)
-    torch.testing.assert_close(broken[:ORTHOGONAL_ROWS], direction(signs(gradient_RI[:ORTHOGONAL_ROWS])))
-    torch.testing.assert_close(broken[ORTHOGONAL_ROWS:], alone)
-
-
-def test_what_is_no_matrix_takes_signs_and_zeros_stay() -> None:
-    assert direction(torch.tensor([3.0, -1e-9, 0.0])).tolist() == [1, -1, 0]
-    assert direction(torch.tensor([[[2.0]], [[-5.0]]])).flatten().tolist() == [1, -1]
-    assert not direction(torch.zeros(4, 6)).any()
-
-
-@given(bits=st.lists(_FINITE, min_size=6, max_size=6), ways=st.lists(_WAY, min_size=6, max_size=6), size=_SIZE)
-@settings(max_examples=200)
-def test_a_way_is_followed_alike_compiled_and_not(bits: list[int], ways: list[float], size: float) -> None:
-    start = np.array(bits, np.uint16)
-    wanted = rounded(bf16_values(start) - np.float32(size) * np.array(ways, np.float32), 16).astype(np.float32)
-    for compiled in (True, False):
-        values = moving(torch.from_numpy(start.copy()).view(torch.bfloat16)[None], compiled)
-        values.follow(ROWS, torch.tensor([size]), torch.tensor([ways]))
-        np.testing.assert_array_equal(held(values, (1, 6))[0], wanted)
-        np.testing.assert_array_equal(values.nearest.float().numpy()[0], rounded(wanted, 8).astype(np.float32))
-
-
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_an_orthogonal_step_is_a_part_of_each_experts_root_mean_square(dtype: Any) -> None:
-    w_EOI = random_w((3, 8, 32), dtype=dtype) * torch.tensor([1.0, 10.0, 0.1])[:, None, None].to(dtype)
-    start = w_EOI.double().numpy()
-    gradient_EOI = random_w((3, 8, 32), 1, torch.float32)
-    stack = HealedStack(w_EOI.clone(), moves=True)
-    stack.lr, stack.orthogonal = 0.01, True
-    stack.update(0, gradient_EOI.view(24, 32))
-    step_E = 0.01 * np.sqrt(np.square(start).mean((1, 2)))
-    wanted = start - directions(gradient_EOI).double().numpy() * step_E[:, None, None]
-    np.testing.assert_allclose(values_of(stack).numpy(), wanted, rtol=2**-15, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_runs_of_an_expert_in_any_order_are_the_same_orthogonal_step(dtype: Any) -> None:
-    rows = 2 * ORTHOGONAL_ROWS
-    gradient_RI = random_w((3 * rows, 16), 1, torch.float32)
-    whole, tiled = (HealedStack(random_w((3, rows, 16), dtype=dtype), moves=True) for _ in range(2))
-    whole.orthogonal = tiled.orthogonal = True
-    whole.lr = tiled.lr = 0.02
-    expected_RI, before_RI = values_of(whole).view(-1, 16), torch.full((3 * rows, 16), torch.nan)
-    whole.update(0, gradient_RI)
-    for first in (3, 0, 5, 1, 4, 2):
-        run = slice(first * ORTHOGONAL_ROWS, (first + 1) * ORTHOGONAL_ROWS)
-        tiled.update(run.start, gradient_RI[run], before_RI[run])
-    assert torch.equal(before_RI, expected_RI)
-    torch.testing.assert_close(values_of(whole), values_of(tiled), rtol=2**-15, atol=1e-5)

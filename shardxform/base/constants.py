@@ -64,23 +64,6 @@ PAYS: Final = 1.2
 SHORTER: Final = 4
 """Where a searched step leaves a block no better in the end, it is healed once more with one of so many parts of it."""
 
-ORTHOGONAL_FROM: Final = 0.02
-"""Tokens for each weight that moves from which on steps of healing are orthogonal; with fewer they are signs."""
-
-ORTHOGONAL_ROWS: Final = 64
-"""Rows of a gradient that an orthogonal step takes for one matrix: more undo more in as many steps, and cost more."""
-
-NEWTON_SCHULZ: Final = (3.4445, -4.775, 2.0315)
-ORTHOGONAL_ITERS: Final = 5
-"""Coefficients of an iteration towards an orthogonal matrix, and iterations (Jordan et al., "Muon", 2024)."""
-
-GRADIENT_SQUARES: Final = (1e-24, 1e30)
-LEAST_GRADIENT: Final = 1e-30
-"""A gradient whose squares add up to less or more is divided by its largest value first, at least the latter."""
-
-LARGEST_MOVE: Final = 3.0
-"""No weight moves by more than so many step sizes in an orthogonal step; `verification` holds healed weights to it."""
-
 PACE_STEPS: Final = 10
 """Steps that show what healing a block takes and gives, where a time is given to all of them."""
 

@@ -15,25 +15,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import (
-    LARGEST_MOVE,
-    LARGEST_STEP,
-    MOST_TRIES,
-    ORTHOGONAL_FROM,
-    PACE_STEPS,
-    PAYS,
-    SHORTER,
-    SMALLEST_STEP,
-    STEP,
-)
-from shardxform.tuning.directions import direction, directions, signs
-from shardxform.tuning.moving import Moving
+from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, PAYS, SHORTER, SMALLEST_STEP, STEP
 from shardxform.tuning.samples import (
     Forward,
     Judged,
@@ -49,19 +38,73 @@ from shardxform.tuning.schedule import BlockPace
 from shardxform.tuning.workers import one_thread
 
 if TYPE_CHECKING:
-    pass
+    from numpy.typing import NDArray
 
 __all__ = [
     "HealResult",
     "HealedStack",
     "Load",
+    "Moving",
     "MovingBlock",
     "Wide",
     "heal_block",
     "judge_start",
     "pace_of_block",
+    "signs",
     "suggested_lr",
 ]
+
+
+class Moving:
+    """Values [R, I] that can be read and moved; bfloat16 ones stay in the tensor they came in."""
+
+    def __init__(self, w_RI: torch.Tensor) -> None:
+        self._split = w_RI.dtype == torch.bfloat16
+        self._w_RI = w_RI if self._split else w_RI.float()
+        self._low_RI = torch.zeros(w_RI.shape, dtype=torch.int8, device=w_RI.device) if self._split else None
+        self._compiled = w_RI.device.type == "cpu" and find_spec("numba") is not None
+
+    @property
+    def nearest(self) -> torch.Tensor:
+        """The values [R, I]; for bfloat16, rounded to it."""
+        return self._w_RI
+
+    def exact_into(self, rows: slice, out_RI: torch.Tensor) -> None:
+        """Write the values of some rows, float32."""
+        if self._low_RI is None:
+            out_RI.copy_(self._w_RI[rows])
+        elif self._compiled:
+            from shardxform.tuning.kernels import joiner
+
+            joiner()(self._high(rows), self._low_RI[rows].numpy(), out_RI.view(torch.int32).numpy())
+        else:
+            out_RI.copy_(self._joined(rows, self._low_RI))
+
+    def step(self, rows: slice, step_R: torch.Tensor, gradient_RI: torch.Tensor) -> None:
+        """Move every weight of a row by that row's step, float32, against the sign of its gradient; NaN moves none."""
+        if self._low_RI is not None and self._compiled:
+            from shardxform.tuning.kernels import mover
+
+            wide = gradient_RI.dtype == torch.float32
+            gradient = gradient_RI.view(torch.uint32 if wide else torch.uint16).numpy()
+            mover(wide)(self._high(rows), self._low_RI[rows].numpy(), step_R.numpy(), gradient)
+            return
+        change_RI = signs(gradient_RI) * step_R[:, None]
+        if self._low_RI is None:
+            self._w_RI[rows].sub_(change_RI)
+            return
+        bits_RI = self._joined(rows, self._low_RI).sub_(change_RI).view(torch.int32)
+        bits_RI.add_(128).bitwise_right_shift_(8)  # the upper 24 bits, rounded
+        high_RI = (bits_RI + 128).bitwise_right_shift_(8)
+        self._low_RI[rows] = bits_RI.sub_(high_RI, alpha=256).to(torch.int8)
+        self._w_RI[rows] = high_RI.to(torch.int16).view(torch.bfloat16)
+
+    def _joined(self, rows: slice, low_RI: torch.Tensor) -> torch.Tensor:
+        bits_RI = self._w_RI[rows].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+        return bits_RI.add_(low_RI[rows].to(torch.int32), alpha=256).view(torch.float32)
+
+    def _high(self, rows: slice) -> NDArray[np.int16]:
+        return self._w_RI[rows].view(torch.int16).numpy()
 
 
 class HealedStack:
@@ -69,12 +112,11 @@ class HealedStack:
 
     Attributes:
         lr: what part of an expert's root mean square a step moves its weights by; 0 for no step.
-        orthogonal: whether they follow `directions`, and not the signs of their gradients.
         moves: whether they are changed at all; one that is not wants no gradients.
     """
 
     def __init__(self, w_EOI: torch.Tensor, *, moves: bool) -> None:
-        self.lr, self.orthogonal, self.moves = 0.0, False, moves
+        self.lr, self.moves = 0.0, moves
         self._shape = (w_EOI.shape[0], w_EOI.shape[1], w_EOI.shape[2])
         self._stored = w_EOI.dtype
         w_RI = w_EOI.reshape(-1, w_EOI.shape[2])
@@ -122,22 +164,19 @@ class HealedStack:
             self._values = None
 
     def update(self, first: int, gradient_RI: torch.Tensor, before_RI: torch.Tensor | None = None) -> None:
-        """Take one step in the rows from `first` on; their values as they were into `before_RI`.
-
-        With `orthogonal` they are a run of one expert, from a multiple of `ORTHOGONAL_ROWS` on, or whole experts.
-        """
+        """Take one signed step in the rows from `first` on; their values as they were into `before_RI`."""
         if before_RI is not None:
             self.values_into(first, before_RI)
         if self._values is None or self._rms_E is None:
             return
         count, rows = gradient_RI.shape[0], self._shape[1]
         expert_R = torch.arange(first, first + count, device=self.device) // rows
-        moved, step_R = slice(first, first + count), self._rms_E[expert_R] * self.lr
-        if self.orthogonal:
-            gradient_MRI = gradient_RI.reshape(-1, min(count, rows), gradient_RI.shape[1])
-            self._values.follow(moved, step_R, directions(gradient_MRI).view(count, -1))
-        else:
-            self._values.step(moved, step_R, gradient_RI)
+        self._values.step(slice(first, first + count), self._rms_E[expert_R] * self.lr, gradient_RI)
+
+
+def signs(x: torch.Tensor) -> torch.Tensor:
+    """-1, 0 or 1 in float32; 0 for NaN."""
+    return torch.sign(torch.nan_to_num(x.float(), nan=0.0))
 
 
 def _rms(w_OI: torch.Tensor) -> torch.Tensor:
@@ -154,7 +193,7 @@ class Wide:
     def __init__(self, parameter: torch.nn.Parameter, stored: torch.Tensor) -> None:
         """Begin to move `parameter`, whose values are `stored`."""
         self.parameter = parameter
-        self.lr, self.orthogonal = 0.0, False
+        self.lr = 0.0
         self.exact = stored.float().clone()
         self._rms = self.exact.square().mean().sqrt()
         self._dtype = stored.dtype
@@ -184,8 +223,7 @@ class Wide:
     def _step(self, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        way = direction(gradient) if self.orthogonal else signs(gradient)
-        self.exact.sub_(way * (self.lr * self._rms))
+        self.exact.sub_(signs(gradient) * (self.lr * self._rms))
         parameter.copy_(self.exact)
 
 
@@ -218,19 +256,6 @@ class MovingBlock:
         for stack in self.stacks:
             stack.lr = lr
 
-    @property
-    def largest_move(self) -> float:
-        """The most that a step moves a weight by, in step sizes."""
-        return LARGEST_MOVE if self.stacks[0].orthogonal else 1.0
-
-    def choose(self, tokens: int) -> None:
-        """Choose the rule by how many tokens there are to learn from."""
-        orthogonal = tokens >= ORTHOGONAL_FROM * self.weights
-        for wide in self.wide.values():
-            wide.orthogonal = orthogonal
-        for stack in self.stacks:
-            stack.orthogonal = orthogonal
-
     @torch.no_grad()
     def settle(self) -> None:
         """Stop moving; from now on the block computes with what will be stored."""
@@ -257,7 +282,6 @@ class HealResult:
         judged: what the held-out samples were.
         ratio_error: standard error of loss / start_loss over them; NaN for a single one.
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
-        largest_move: the most that a step moved a weight by, in step sizes.
         tried: the trials, each with its step size and its loss; empty when there was one.
         diverged: whether the loss was no number at any time.
         merged_loss: the least of the block on the way to experts that pruned ones are merged into; None where none are.
@@ -270,7 +294,6 @@ class HealResult:
     ratio_error: float
     what: str | None
     lr: float
-    largest_move: float
     tried: tuple[tuple[str, float, float], ...]
     diverged: bool
     merged_loss: float | None = None
@@ -404,7 +427,6 @@ class _Run:
             ratio_error=0.0 if found is before else found.ratio_error(before),
             what=kept.what if kept else None,
             lr=kept.lr or 0.0 if kept else 0.0,
-            largest_move=healing.largest_move,
             tried=tuple((each.what, each.lr, each.loss if math.isfinite(each.loss) else -1.0) for each in self._tried),
             diverged=self._diverged,
         )
@@ -473,7 +495,6 @@ class _Run:
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        healing.choose(tokens)
         lr = trial.lr or suggested_lr(tokens, healing.weights)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)

@@ -37,7 +37,6 @@ __all__ = [
     "HAS_BF16",
     "LANES",
     "GridSettings",
-    "follower",
     "joiner",
     "keeper",
     "mover",
@@ -445,16 +444,6 @@ def _move(
         _part_row(bits_I, high_RI[r], low_RI[r])
 
 
-def _follow(high_RI: Offsets, low_RI: NDArray[np.int8], step_R: Floats, direction_RI: Floats) -> None:
-    bits_I = np.empty(high_RI.shape[1], I32)
-    value_I = bits_I.view(F32)
-    for r in range(high_RI.shape[0]):
-        _join_row(high_RI[r], low_RI[r], bits_I)
-        for i in range(value_I.size):
-            value_I[i] -= F32(direction_RI[r, i] * step_R[r])
-        _part_row(bits_I, high_RI[r], low_RI[r])
-
-
 _HIGH: Final = types.int16[:, ::1]
 _LOW: Final = types.int8[:, ::1]
 
@@ -470,9 +459,3 @@ def mover(wide_gradient: bool) -> Callable[..., None]:
     """Kernel `(high_RI, low_RI, step_R, gradient bits)`; changes high and low in place."""
     bits = types.Array(types.uint32 if wide_gradient else types.uint16, 2, "C", readonly=True)
     return jit(_move, (_HIGH, _LOW, types.float32[::1], bits))
-
-
-@cache
-def follower() -> Callable[..., None]:
-    """Kernel `(high_RI, low_RI, step_R, direction_RI)`, steps and directions float32; changes high and low in place."""
-    return jit(_follow, (_HIGH, _LOW, types.float32[::1], types.float32[:, ::1]))

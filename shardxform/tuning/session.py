@@ -582,7 +582,6 @@ def _heal_facts(result: HealResult, iters: int, *, merges: bool) -> dict[str, An
         "ratio_standard_error": _number(result.ratio_error),
         "what": result.what,
         "lr": result.lr,
-        "largest_move": result.largest_move,
         "iters": iters,
         "tried": tried,
         "diverged": result.diverged,

@@ -12,7 +12,6 @@ from itertools import product
 from typing import Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED, ROUTED
-from shardxform.base.constants import LARGEST_MOVE
 from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
@@ -262,22 +261,16 @@ def _stored_names(ref: TensorRef) -> Iterator[str]:
 
 
 def _moved(facts: object, usual: object) -> Iterator[tuple[int | None, tuple[float, int]]]:
-    """Layers with the most that a first step of healing moved a weight by, and how many steps there were.
-
-    Earlier records have one number of steps for all, `usual`, and steps that moved every weight by their own size.
-    """
+    """Layers with the first step of healing, and how many steps there were: `usual` for all, in earlier records."""
     blocks = facts.get("blocks") if isinstance(facts, Mapping) else None
     for block in blocks if isinstance(blocks, list) else ():
         healed = block.get("healed") if isinstance(block, Mapping) else None
         rate = healed.get("lr") if isinstance(healed, Mapping) else None
-        most = healed.get("largest_move", 1.0) if isinstance(healed, Mapping) else None
         steps = healed.get("iters", usual) if isinstance(healed, Mapping) else None
         if type(steps) is not int or steps < 1:
             continue
-        if not isinstance(most, float) or not 1 <= most <= LARGEST_MOVE:
-            continue
         if isinstance(rate, float) and 0 < rate <= 1 and type(block.get("layer")) is int:
-            yield block["layer"], (most * rate, steps)
+            yield block["layer"], (rate, steps)
 
 
 def _moves(healing: _Healing, out: Checkpoint) -> Iterator[HealedWeight]:
