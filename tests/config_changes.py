@@ -6,6 +6,7 @@ Most are keys that a runtime may not read: activations, windows, how positions a
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -113,7 +114,7 @@ def changed(family: str, kind: str, over: dict[str, Any]) -> tuple[dict[str, Any
     if kind.startswith("missing: "):
         usual = any_moe.text_of(AutoConfig.for_model(any_moe.CLASSES.get(family, family)).to_dict())
         return {key: usual[key]}, {}, (key,)
-    return {kind: OTHERS[kind]}, {}, ()
+    return {kind: copy.deepcopy(OTHERS[kind])}, {}, ()  # transformers renames in place
 
 
 def edited(root: Path, told: dict[str, Any], without: tuple[str, ...]) -> Path:

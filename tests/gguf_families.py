@@ -109,8 +109,17 @@ OVER: dict[str, dict[str, Any]] = {
         "num_shared_expert": [1, 1],
     },
     "hy_v3": {},
+    "jamba": {"layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "kimi_k2": {},
     "kimi_k25": {},
+    "kimi_linear": {
+        "layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "laguna": {
         **WINDOWS,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
@@ -145,11 +154,12 @@ OVER: dict[str, dict[str, Any]] = {
 """Model types, by what is not as `any_moe` makes them."""
 
 RENAMES = {
+    "kimi_linear": ((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj"),),
     "kimi_k25": (
         (r"language_model\.model\.blocks\.", "language_model.model.layers."),
         (r"vision_tower\.encoder\.patch_embed\.proj", "vision_tower.patch_embed.proj"),
         (r"^model\.mm_projector\.", "mm_projector."),
-    )
+    ),
 }
 """What releases call tensors, where transformers' way back is another."""
 
@@ -176,8 +186,10 @@ MADE = {
     "granitemoeshared": ("6a74d2272093422d", "9b99fc2f48a31d9d"),
     "hunyuan_v1_moe": ("731522e149b4f1ff", "62c870dc8e2fe58a"),
     "hy_v3": ("4d402b4794a7fe55", "e607cc55e2822b7d"),
+    "jamba": ("6daa842095cd26c9", "709c9bd5217e8e14"),
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
     "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
+    "kimi_linear": ("db0a4c87114c34a8", "0bdf64f0964e5073"),
     "laguna": ("558a33705f0c3375", "be49bf1955f3acd4"),
     "lfm2_moe": ("2cc989fb60ef2f1b", "e7641e104aea4e90"),
     "llama4_text": ("010719d51795888c", "8e6a9b25d6a5dc88"),

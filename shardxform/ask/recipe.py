@@ -184,8 +184,8 @@ class Recipe:
         if self.heal and self.samples < 2:
             asked = "heal" if self.heal.iters else "merge"
             raise SchemeError(
-                f"`{asked}`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
-                " or more, and text that fills them, or a smaller `seqlen`"
+                f"`{asked}`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples`"
+                " 2 or more, and text that fills them, or a smaller `seqlen`"
             )
 
     @property

@@ -200,6 +200,7 @@ _SPELLED: Final = (
     ("layer_scalar", "layer_scalar.weight"),
     ("mixer.dt_bias", "mixer.dt.bias"),
     ("mamba.dt_bias", "mamba.dt_proj.bias"),
+    ("self_attn.dt_bias", "self_attn.dt_proj.bias"),
 )
 """Last parts of names, and how the package's map has them."""
 
