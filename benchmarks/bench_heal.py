@@ -78,6 +78,7 @@ class Bench:
 
     scratch: Path
     threads: int
+    rule: str = ""
     manifests: dict[tuple[Any, ...], Path] = field(default_factory=dict)
 
     def run(self, case: Case) -> dict[str, Any]:
@@ -142,11 +143,17 @@ class Bench:
             self.call("score", str(case.model), "-o", str(saliency), *self.data(case), "-q")
         self.call("select", str(saliency), "--keep", str(case.keep), "--criterion", case.criterion, "-o", str(path))
 
+    def how(self, command: str) -> tuple[str, ...]:
+        """What runs a command: `shardxform`, or that with another rule of healing."""
+        if self.rule and command == "prune":
+            return (str(Path(__file__).with_name("bench_steps.py")), "command", self.rule)
+        return ("-m", "shardxform")
+
     def call(self, *arguments: str) -> tuple[float, int, str]:
         """Run the command: seconds of CPU time, peak memory in bytes, and what it printed."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         child = subprocess.Popen(
-            [sys.executable, "-m", "shardxform", *arguments], stdout=subprocess.PIPE, env=environment
+            [sys.executable, *self.how(arguments[0]), *arguments], stdout=subprocess.PIPE, env=environment
         )
         assert child.stdout
         printed = child.stdout.read().decode()
@@ -168,6 +175,7 @@ def cases_what() -> Iterator[Case]:
     for what in ("router", "shared", "moe"):
         yield Case(name=f"{what}, 60 x 0.02", command=heal(what, "--heal-iters", "60", "--heal-lr", "0.02"))
     yield Case(name="all, 150 x 0.02", command=heal("all", "--heal-iters", "150", "--heal-lr", "0.02"))
+    yield Case(name="all, 150, searched", command=heal("all", "--heal-iters", "150"))
     yield Case(name="auto (the default)", command=heal("auto"))
 
 
@@ -203,6 +211,7 @@ def cases_extra() -> Iterator[Case]:
     """Little text, and windows made of its pieces."""
     little, more_text = (4, 28), (16, 50)
     sizes = [(*little, 4, 32), (*little, 4, 100), (*more_text, 4, 32), (*more_text, 8, 60), (*more_text, 8, 150)]
+    sizes += [(64, 192, 8, 150)]
     for windows, extra, batch, iters in sizes:
         how = ("--heal-iters", str(iters), "--batch-size", str(batch))
         for more in (0, extra):
@@ -272,9 +281,11 @@ def shape(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     keep = {str(layer): list(range(0, 256, 2)) for layer in range(args.layers)}
     manifest.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": keep}))
     data = ("--data", str(SMALL_MOE / "text" / "calib.jsonl"), "--samples", "8", "--seqlen", "512", *TYPE)
-    common = (*data, "--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004", "--json", "-q")
+    steps = ("--batch-size", "1", "--heal-iters", "10", "--heal-lr", "0.004")
     for what in args.what:
-        seconds, rss, printed = bench.call("prune", str(source), str(out), "-m", str(manifest), "--heal", what, *common)
+        how = ("--merge",) if what == "merge" else ("--heal", what, *steps)
+        command = ("prune", str(source), str(out), "-m", str(manifest), *how, *data, "--json", "-q")
+        seconds, rss, printed = bench.call(*command)
         report = json.loads(printed)["report"]
         blocks = report["facts"]["blocks"]
         shutil.rmtree(out)
@@ -326,14 +337,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases that have these in their names")
     parser.add_argument("--seeds", type=int, default=1, help=f"from {SEED} on, of each case (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--rule", default="", help="another update of healing, of bench_steps.py")
     parser.add_argument("--dir", type=Path, help="where scratch files go, gigabytes of them for `shape`")
     parser.add_argument("--layers", type=int, default=1, help="blocks of `shape` (default 1)")
-    parser.add_argument("--what", nargs="+", default=["moe", "all"], help="of `shape` (default moe all)")
+    parser.add_argument(
+        "--what", nargs="+", default=["moe", "all"], help="of `shape`; merge: --merge alone (default moe all)"
+    )
     parser.add_argument("--models", type=Path, help="of `steps`: a folder of checkpoints, as small_moes.py makes them")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        bench = Bench(Path(folder), args.threads)
+        bench = Bench(Path(folder), args.threads, args.rule)
         done: list[dict[str, Any]] = []
         for row in shape(bench, args) if args.suite == "shape" else map(bench.run, cases(args)):
             print(json.dumps(row) if args.json else line(row), flush=True)

@@ -6,6 +6,7 @@ Most are keys that a runtime may not read: activations, windows, how positions a
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,8 +42,10 @@ OTHERS: dict[str, Any] = {
     "attn_temperature_tuning": False,
     "clip_qkv": 0.05,
     "decoder_sparse_step": 2,
+    "expert_selection_fn": "softmax",
     "first_k_dense_replace": 0,
     "floor_scale": 8,
+    "gating": "per-element",
     "head_dim": 32,
     "hidden_act": "gelu",
     "hidden_activation": "relu",
@@ -53,6 +56,7 @@ OTHERS: dict[str, Any] = {
     "mamba_proj_bias": True,
     "max_window_layers": 1,
     "mlp_bias": True,
+    "moe_router_logit_softcapping": 5.0,
     "mlp_hidden_act": "silu",
     "moe_layer_interval": 2,
     "moe_norm_min": 0.5,
@@ -62,11 +66,14 @@ OTHERS: dict[str, Any] = {
     "num_key_value_heads": 1,
     "q_lora_rank": None,
     "qkv_bias": False,
+    "attention_value_scale": None,
+    "logit_scale": 0.3,
     "rms_norm_eps": 0.01,
     "rope_interleave": False,
     "routed_scaling_factor": 7.0,
     "scoring_func": "softmax",
-    "sliding_window": 8,
+    "shared_expert_combination_strategy": "sum",
+    "sliding_window": 4,
     "time_step_limit": [0.0, 0.5],
     "topk_method": "group_limited_greedy",
     "tie_word_embeddings": True,
@@ -107,7 +114,7 @@ def changed(family: str, kind: str, over: dict[str, Any]) -> tuple[dict[str, Any
     if kind.startswith("missing: "):
         usual = any_moe.text_of(AutoConfig.for_model(any_moe.CLASSES.get(family, family)).to_dict())
         return {key: usual[key]}, {}, (key,)
-    return {kind: OTHERS[kind]}, {}, ()
+    return {kind: copy.deepcopy(OTHERS[kind])}, {}, ()  # transformers renames in place
 
 
 def edited(root: Path, told: dict[str, Any], without: tuple[str, ...]) -> Path:

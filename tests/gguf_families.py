@@ -67,6 +67,17 @@ MISTRAL_ROPE = {
     "llama_4_scaling_beta": 0.1,
     "partial_rotary_factor": 0.5,
 }
+COHERE = {
+    **WINDOWS,
+    "expert_selection_fn": "sigmoid",
+    "first_k_dense_replace": 1,
+    "intermediate_size": 32,
+    "logit_scale": 1.5,
+    "mlp_layer_types": None,
+    "num_shared_experts": 2,
+    "prefix_dense_intermediate_size": 96,
+    "rms_norm_eps": 1e-6,
+}
 OVER: dict[str, dict[str, Any]] = {
     "afmoe": {
         "mup_enabled": True,
@@ -75,6 +86,7 @@ OVER: dict[str, dict[str, Any]] = {
         "layers": 4,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     },
+    "cohere2_moe": COHERE,
     "deepseek_v2": {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
     "deepseek_v3": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
     "deepseek_v32": {"index_head_dim": 128, **INDEXED},
@@ -97,11 +109,32 @@ OVER: dict[str, dict[str, Any]] = {
         "num_shared_expert": [1, 1],
     },
     "hy_v3": {},
+    "jamba": {"layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "kimi_k2": {},
     "kimi_k25": {},
+    "kimi_linear": {
+        "layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "laguna": {
+        **WINDOWS,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_attention_heads_per_layer": [4, 8, 4],
+        "moe_routed_scaling_factor": 2.5,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": {
+            "full_attention": {**YARN, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
+        },
+    },
     "lfm2_moe": {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "llama4_text": LLAMA_4,
     "mellum": {"rope_parameters": {"full_attention": YARN, "sliding_attention": UNSCALED}, **WINDOWS},
+    "mimo_v2_flash": {**WINDOWS, "v_head_dim": 8, "mlp_layer_types": ["dense", "sparse", "sparse"], "head_dim": 32},
     "minimax_m2": {},
     "mistral3": {"head_dim": 32, "qk_head_dim": 32, "rope_parameters": MISTRAL_ROPE},
     "mixtral": {},
@@ -121,11 +154,12 @@ OVER: dict[str, dict[str, Any]] = {
 """Model types, by what is not as `any_moe` makes them."""
 
 RENAMES = {
+    "kimi_linear": ((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj"),),
     "kimi_k25": (
         (r"language_model\.model\.blocks\.", "language_model.model.layers."),
         (r"vision_tower\.encoder\.patch_embed\.proj", "vision_tower.patch_embed.proj"),
         (r"^model\.mm_projector\.", "mm_projector."),
-    )
+    ),
 }
 """What releases call tensors, where transformers' way back is another."""
 
@@ -134,6 +168,7 @@ STACKS = r"experts\.(gate_up|down)_proj$"
 
 MADE = {
     "afmoe": ("cd3b14f47ebda2fc", "5bd5518fab1b9907"),
+    "cohere2_moe": ("d39e986915e90a7e", "6c639e9ca3d15f83"),
     "deepseek_v2": ("96abe3a4139ce98d", "f152bb6664058326"),
     "deepseek_v3": ("f4943e29a623f8d5", "795de4cb2de64f1b"),
     "deepseek_v32": ("904a4f20ff3778d7", "3dbe9c3be3cfa082"),
@@ -151,11 +186,15 @@ MADE = {
     "granitemoeshared": ("6a74d2272093422d", "9b99fc2f48a31d9d"),
     "hunyuan_v1_moe": ("731522e149b4f1ff", "62c870dc8e2fe58a"),
     "hy_v3": ("4d402b4794a7fe55", "e607cc55e2822b7d"),
+    "jamba": ("6daa842095cd26c9", "709c9bd5217e8e14"),
     "kimi_k2": ("f4943e29a623f8d5", "85d32631c280b4b0"),
     "kimi_k25": ("8e18e10c3f2f5bda", "85d32631c280b4b0"),
+    "kimi_linear": ("db0a4c87114c34a8", "0bdf64f0964e5073"),
+    "laguna": ("558a33705f0c3375", "be49bf1955f3acd4"),
     "lfm2_moe": ("2cc989fb60ef2f1b", "e7641e104aea4e90"),
     "llama4_text": ("010719d51795888c", "8e6a9b25d6a5dc88"),
     "mellum": ("10f61d4c760a2710", "0e4b74dca9b3cc48"),
+    "mimo_v2_flash": ("8bf73ee88a7ad31a", "7079adafefe64035"),
     "minimax_m2": ("7115d102de5918dd", "fc55cb8e2b47bcda"),
     "mistral3": ("de2358e7137e6daa", "fa9942d60e3a8b65"),
     "mixtral": ("e0a4b43b4d2a515c", "c564cadd99f137dc"),
@@ -181,6 +220,7 @@ MORE = {
     "glm_moe_dsa": (SIGMOID,),
     "kimi_k2": (SIGMOID,),
     "kimi_k25": (SIGMOID,),
+    "mimo_v2_flash": (SIGMOID,),
     "minimax_m2": (SIGMOID,),
     "mistral3": (SIGMOID,),
     "nemotron_h": (SIGMOID,),
@@ -188,6 +228,7 @@ MORE = {
 """Keys that the converter writes only where a config says what is true of the whole family."""
 
 OTHER = {
+    "laguna": ("sliding_window_pattern",),
     "afmoe": ("expert_weights_norm",),
     "ernie4_5_moe": ("expert_shared_feed_forward_length",),
     "exaone_moe": ("nextn_predict_layers",),

@@ -2,7 +2,8 @@
 
 `MADE` holds what that converter made of the checkpoints that `checkpoint` makes: a digest of every tensor in float32,
 and one of every key. They were recorded with llama.cpp's convert_hf_to_gguf.py at 0c1e57098, told to take tokenizers as
-they are in tokenizer.json; `MORE` and `OTHER` are what differs on purpose, and why.
+they are in tokenizer.json; `MORE` and `OTHER` are what differs on purpose, and why. Jamba's decay rates are ours:
+those of the converter differ in the last bit, as torch rounds e^x otherwise from machine to machine.
 """
 
 from __future__ import annotations

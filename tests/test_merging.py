@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from build import read_checkpoint
 from faults import kill_when_there
+from strategies import by_night
 from test_heal_command import DATA, JUDGES, SMALL_MOE, bytes_of, call, differing, keep_file, made
 
 torch = pytest.importorskip("torch")
@@ -44,6 +46,11 @@ def plain(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def merged(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("merged"), "prune", keep, *MERGE)
+
+
+@pytest.fixture(scope="module")
+def healed(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("healed"), "prune", keep, "--merge", *SHORT, *DATA)
 
 
 # -- groups and channels ----------------------------------------------------------------------------------------------
@@ -141,23 +148,22 @@ def merging_shares() -> tuple[float, ...]:
     return MERGED_SHARES
 
 
-def test_it_is_the_start_of_healing(keep: str, merged: Path, tmp_path: Path) -> None:
-    out = made(tmp_path, "prune", keep, "--merge", *SHORT, *DATA)
-    ours, theirs = blocks_of(out), blocks_of(merged)
+def test_it_is_the_start_of_healing(healed: Path, merged: Path) -> None:
+    ours, theirs = blocks_of(healed), blocks_of(merged)
     assert ours[0]["healed"]["merged"] == theirs[0]["healed"]["merged"]
     assert ours[0]["healed"]["pruned_error"] == theirs[0]["healed"]["pruned_error"]
     for block in ours:
         told = block["healed"]
         assert told["what"] == "all"
         assert told["healed_error"] < min(told["pruned_error"], told["merged_error"])
-    report = verify(out, source=SMALL_MOE)
+    report = verify(healed, source=SMALL_MOE)
     assert report.sound, report.problems
     assert report.values_near > 0  # what is not of the experts is within the steps
 
 
-def test_a_weight_that_no_step_explains_is_told_in_a_merged_block(keep: str, tmp_path: Path) -> None:
+def test_a_weight_that_no_step_explains_is_told_in_a_merged_block(healed: Path, tmp_path: Path) -> None:
     """Experts of a merged block may be anything; its router may not."""
-    out = made(tmp_path, "prune", keep, "--merge", *SHORT, *DATA)
+    out = Path(shutil.copytree(healed, tmp_path / "out"))
     record = json.loads((out / "shardxform.json").read_text())
     block = next(block for block in record["facts"]["blocks"] if block["healed"]["merged"])
     shard, name = out / "model.safetensors", f"model.layers.{block['layer']}.mlp.gate.weight"
@@ -169,7 +175,7 @@ def test_a_weight_that_no_step_explains_is_told_in_a_merged_block(keep: str, tmp
     assert [each.code for each in verify(out, source=SMALL_MOE).problems if each.code == "healed-reach"]
 
 
-@pytest.mark.parametrize("more", [(), ("--format", "gguf")])
+@pytest.mark.parametrize("more", [(), pytest.param(("--format", "gguf"), marks=by_night)])
 def test_it_is_rounded_in_one_pass(keep: str, tmp_path: Path, more: tuple[str, ...]) -> None:
     out = made(tmp_path, "quantize", keep, *MERGE, *more)
     report = verify(out, source=SMALL_MOE)

@@ -15,17 +15,20 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import published
-from strategies import ALL
+from strategies import ALL, by_night
 
 from shardxform.ask.manifest import Manifest, keep_all
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import ManifestError
+from shardxform.formats.decoding import decoded
 from shardxform.formats.scheme import Scheme
 from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import inspect_checkpoint
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
-from shardxform.plan.view import ViewOptions
+from shardxform.plan.view import ViewOptions, pruned_view
+from shardxform.runtimes.gguf.architectures import KINDS, architecture_of
+from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.verification.structure import refuse_unsound
 
 pytestmark = pytest.mark.oracle
@@ -129,6 +132,24 @@ def test_every_tensor_is_known_and_parameters_are_those_published(case: Case) ->
     assert found.unknown == ()
     assert found.parameters == pytest.approx(case.release.parameters, rel=0.015)
     assert found.nbytes == sum(published.nbytes(*spec) for spec in case.tensors.values())
+
+
+@by_night
+def test_every_tensor_has_a_place_in_llama_cpp(case: Case) -> None:
+    """As many experts in each stack as there are, every name once, and keys that say of the config what they must."""
+    gguf, source = pytest.importorskip("gguf"), case.source
+    layout = layout_of(source.config, source.tensors)
+    if layout.family.name not in KINDS or case.name == "Kimi-K2.6":  # of integers, which have no weights by name
+        pytest.skip("not written as GGUF, or not of weights")
+    view = pruned_view(decoded(source) or source, None)
+    architecture = architecture_of(view.layout)
+    architecture.kind.check(architecture)
+    architecture.kind.keys(architecture, Recorder(architecture.name, gguf))
+    found = list(architecture.tensors(view.checkpoint.tensors))
+    assert len({named.name for named in found}) == len(found)
+    counted = [named.shape[0] for named in found if "_exps.weight" in named.name]
+    assert set(counted) == {layout.num_experts}
+    assert len(counted) >= 2 * len(layout.moe_layers)
 
 
 def test_half_the_experts_are_half_their_bytes(case: Case) -> None:

@@ -182,9 +182,10 @@ class Recipe:
         if self.heal and self.heal.seconds and self.inputs == "fp":
             raise SchemeError("`heal.seconds`: expected `inputs` quantized, blocks one after the other, found fp")
         if self.heal and self.samples < 2:
+            asked = "heal" if self.heal.iters else "merge"
             raise SchemeError(
-                f"`heal`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples` 2"
-                " or more, and text that fills them, or a smaller `seqlen`"
+                f"`{asked}`: expected at least 2 windows, one of them to judge by, found {self.samples}; give `samples`"
+                " 2 or more, and text that fills them, or a smaller `seqlen`"
             )
 
     @property

@@ -75,6 +75,8 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal.encoding": "--heal-encoding",
     "heal.extra": "--heal-extra",
     "heal.lr": "--heal-lr",
+    "heal.merge": "--merge",
+    "merge": "--merge",
     "heal.batch_size": "--batch-size",
     "iters": "--iters",
     "lr": "--lr",
@@ -345,7 +347,7 @@ def _state(p: Progress, pace: _Pace) -> str:
     """How much is done, how fast, and what is left: `1.2 GB of 3.4 GB, 0.5 GB/s, 4 s left`."""
     rate = pace.of(p)
     parts = [_of(p.done, p)]
-    if p.unit != "work":
+    if rate and p.unit != "work":  # before the first of it is done, there is none to tell
         parts.append(f"{amount(int(rate), p.unit)}/s")
     if rate and p.done < p.total:
         parts.append(f"{span((p.total - p.done) / rate)} left")

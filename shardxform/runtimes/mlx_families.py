@@ -167,6 +167,7 @@ NAMES: Final[Mapping[str, Names]] = {
         {"qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe"},
         ("full_attention_interval",),
         only=_SILU,
+        needs=("rope_parameters",),
         scaled=_SCALED,
         share=0.25,
     ),

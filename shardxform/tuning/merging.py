@@ -28,6 +28,7 @@ from torch.nn.functional import linear, normalize
 
 from shardxform.base.constants import LARGEST_GROUP, MERGE_TILE, MERGE_TOKENS, MERGED_AT_ONCE
 from shardxform.errors import ExecutionError
+from shardxform.forward.runtime import give_back
 from shardxform.forward.weights import ExpertValues, Precision, RoutedExpert, activation
 from shardxform.forward.work import HiddenFile
 from shardxform.tuning.workers import one_thread
@@ -121,6 +122,7 @@ class Merger:
         with one_thread():
             seen = self._see(block, entering)
             block.bank.loaded.clear()
+            give_back()
             alike_KG, worth_E = self._alike(seen)
             groups = groups_of(alike_KG, worth_E, self._keep, self._gone, self._original.layout.in_set)
             return self._write(seen, groups, worth_E, work, fs)
@@ -175,7 +177,9 @@ class Merger:
         step = max(1, MERGE_TILE // (4 * width * len(self._keep)))
         for first in range(0, rows, step):
             x_tH, g_tE = (each[first : first + step] for each in (seen.entering_RH.float(), seen.weight_RE))
-            kept_KX = torch.stack([unit.flatten() for unit in self._units(x_tH, g_tE, self._keep, worth_E)])
+            kept_KX = x_tH.new_empty(len(self._keep), x_tH.numel())
+            for place_X, unit_tH in zip(kept_KX, self._units(x_tH, g_tE, self._keep, worth_E), strict=True):
+                place_X.copy_(unit_tH.flatten())
             for at in range(0, len(self._gone), MERGED_AT_ONCE):
                 gone = self._gone[at : at + MERGED_AT_ONCE]
                 gone_gX = torch.stack([unit.flatten() for unit in self._units(x_tH, g_tE, gone, worth_E)])

@@ -60,7 +60,7 @@ def changes(arch: str, name: str, text: Mapping[str, Any]) -> Iterator[tuple[str
         half = text["shared_intermediate_size"]
         yield f"blk.{_layer(name)}.ffn_gate_shexp.weight", lambda w_OI: w_OI[:half]
         yield f"blk.{_layer(name)}.ffn_up_shexp.weight", lambda w_OI: w_OI[half:]
-    elif name.endswith(("mixer.A_log", "mamba.A_log")):
+    elif name.endswith(("mamba.A_log", "mixer.A_log", "self_attn.A_log")):
         yield name, lambda w_OI: -np.exp(w_OI.astype(np.float64)).astype(np.float32)
     elif ".linear_attn." in name:
         yield name, _of_delta_net(arch, inner, text)

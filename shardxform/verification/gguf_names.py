@@ -25,7 +25,7 @@ _EMBEDDINGS: Final = "token_embd.weight"
 _NORM: Final = "output_norm.weight"
 _NORMS: Final[Mapping[str, str]] = {"lfm2moe": "token_embd_norm.weight"}
 """What the last norm is called, where it is otherwise."""
-_UNLIKE: Final = frozenset({"gemma4"})
+_UNLIKE: Final = frozenset({"gemma4", "kimi-linear", "laguna", "mimo2"})
 """Architectures whose blocks share keys and values with others, or differ in the sizes of heads."""
 
 Blocks = Mapping[int, Mapping[str, tuple[int, ...]]]

@@ -192,12 +192,15 @@ def check_gguf_of_weights(
 Values = NDArray[np.float32]
 
 _SPELLED: Final = (
+    ("experts.e_score_correction_bias", "gate.e_score_correction.bias"),
     ("e_score_correction_bias", "e_score_correction.bias"),
     ("linear_attn.dt_bias", "linear_attn.dt_proj.bias"),
+    ("self_attn.attention_sink_bias", "self_attn.sinks.weight"),
     ("self_attn.sinks", "self_attn.sinks.weight"),
     ("layer_scalar", "layer_scalar.weight"),
     ("mixer.dt_bias", "mixer.dt.bias"),
     ("mamba.dt_bias", "mamba.dt_proj.bias"),
+    ("self_attn.dt_bias", "self_attn.dt_proj.bias"),
 )
 """Last parts of names, and how the package's map has them."""
 
@@ -211,7 +214,12 @@ _EXPERT: Final = re.compile(
     r"(?:model|backbone)\.layers\.(\d+)\.(?:\w+\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)(?:\.([01]))?\.(weight|bias)"
 )
 _PARTS: Final = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-_ROUTER_SCALES: Final = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+_OWN: Final = {
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "router.scale": "ffn_gate_inp.scale",
+    "self_attn.g_proj.weight": "attn_gate.weight",
+}
+"""Last parts of names that the package's map has not, and what they are called."""
 _LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
 _NO_WEIGHTS: Final = (
     *("mm_projector.", "model.embed_vision.", "model.vision_tower.", "model.visual.", "multi_modal_projector."),
@@ -299,7 +307,7 @@ class _File:
         """What the package's maps call a tensor."""
         for ending, spelled in _SPELLED:
             name = name.removesuffix(ending) + spelled if name.endswith(ending) else name
-        for ending, own in _ROUTER_SCALES.items():
+        for ending, own in _OWN.items():
             if name.endswith(ending):
                 return f"{name.removesuffix(ending).replace('model.layers.', 'blk.')}{own}"
         if name.startswith("blk."):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Final, Literal
 
 from shardxform.base.tensors import ByteRange, TensorRef
@@ -343,8 +344,7 @@ class Architecture:
             if len(ref.spec.shape) == 1 and not part.seen:
                 yield Named(name, (rows,), pieces, wide=True)
                 continue
-            leading = part.leading
-            yield Named(name, (*leading, rows // (leading[0] if leading else 1), columns), pieces, wide)
+            yield Named(name, (*part.leading, rows // prod(part.leading), columns), pieces, wide)
 
 
 def _by_tensor(layout: Layout, tensors: Mapping[str, TensorRef]) -> dict[str, list[Matrix]]:
@@ -370,7 +370,12 @@ def vocabulary() -> Any:  # noqa: ANN401
     return gguf
 
 
-_WIDE: Final = frozenset({"FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "INDEXER_PROJ", "SHORTCONV_CONV", "SSM_CONV1D"})
+_WIDE: Final = frozenset(
+    (
+        *("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "INDEXER_PROJ", "SHORTCONV_CONV"),
+        *("SSM_CONV1D", "SSM_CONV1D_K", "SSM_CONV1D_Q", "SSM_CONV1D_V"),
+    )
+)
 """Tensors that llama.cpp's converter writes in F32 though they are matrices, beside norms and all that is no weight."""
 
 _MTP_MAP: Final = "GLM4_MOE"

@@ -1,4 +1,4 @@
-"""Families of llama.cpp with gated delta nets among their blocks: Qwen3.5-MoE, Qwen3-Next."""
+"""Families of llama.cpp with gated delta nets among their blocks: Qwen3.5-MoE, Qwen3-Next, Kimi-Linear."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Final
 from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
 from shardxform.runtimes.gguf.common_keys import (
+    CORRECTED,
     SILU,
     UNBIASED,
+    UNTIED,
     add_common,
+    add_gating,
     add_sections,
     head_channels,
+    needed,
     refuse_large_epsilon,
     refuse_values,
 )
 from shardxform.runtimes.gguf.keys import Recorder
+from shardxform.runtimes.gguf.latent_attention import latent_parts
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
 from shardxform.runtimes.rotation import rope_of
 
@@ -141,5 +146,94 @@ _QWEN3_NEXT: Final = Kind(
 )
 
 
-DELTA_NETS: Final[Mapping[str, Kind]] = {"qwen3_5_moe": _QWEN3_5_MOE, "qwen3_next": _QWEN3_NEXT}
+# -- Kimi-Linear -------------------------------------------------------------------------------------------------------
+
+
+def _kimi_size(architecture: Architecture, symbol: str) -> int:
+    """A size of delta attention, which releases keep in an object of its own."""
+    found = architecture.layout.family.symbols[symbol]
+    assert callable(found)
+    return found(architecture.config)
+
+
+def _kimi_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """A block without heads of keys is one of delta attention; nothing is rotated, though a part of a head is apart."""
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    holds = architecture.layout.family.holds
+    heads = [int(holds("latent", config, layer)) for layer in range(architecture.layout.num_layers)]
+    add_common(
+        architecture, recorder, rotated=False, latent=True, num_key_value_heads=heads, head_dim=None, n_group=None
+    )
+    if config.get("max_position_embeddings") is None:
+        writer.add_context_length(size("model_max_length"))
+    writer.add_vocab_size(size("vocab_size"))
+    writer.add_ssm_conv_kernel(_kimi_size(architecture, "C"))
+    writer.add_kda_head_dim(_kimi_size(architecture, "LD"))
+    if config.get("q_lora_rank") is not None:
+        writer.add_q_lora_rank(size("q_lora_rank"))
+    writer.add_kv_lora_rank(size("kv_lora_rank"))
+    writer.add_rope_dimension_count(size("qk_rope_head_dim"))
+    writer.add_key_length(size("kv_lora_rank") + size("qk_rope_head_dim"))
+    writer.add_key_length_mla(size("qk_nope_head_dim") + size("qk_rope_head_dim"))
+    writer.add_value_length_mla(size("v_head_dim"))
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_count(size("num_shared_experts"))
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    add_gating(writer, "SIGMOID")
+
+
+def _kimi_check(architecture: Architecture) -> None:
+    wanted: dict[str, tuple[object, ...]] = {"moe_renormalize": (True,), "moe_router_activation_func": ("sigmoid",)}
+    wanted |= {"mla_use_nope": (True,), "num_expert_group": (1, None)}
+    refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
+    refuse_large_epsilon(architecture)
+    heads = _kimi_size(architecture, "LQ")
+    if heads != architecture.size("num_attention_heads"):
+        raise SchemeError(
+            f"config.json: delta attention has {heads} heads and num_attention_heads is"
+            f" {architecture.size('num_attention_heads')}; llama.cpp runs one number"
+        )
+    kinds = {
+        architecture.layout.family.holds("latent", architecture.config, each) for each in range(architecture.blocks)
+    }
+    if len(kinds) == 1:
+        raise SchemeError("config.json: layers are all of one kind; llama.cpp's kimi-linear runs models that have both")
+    if not architecture.config.get("num_shared_experts"):
+        raise SchemeError("config.json: num_shared_experts is 0; llama.cpp runs models that have some")
+
+
+def _kimi_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Convolutions and decay rates have the dimensions that llama.cpp broadcasts them by."""
+    if name.endswith("_conv1d.weight"):
+        channels = _kimi_size(architecture, "LQ") * _kimi_size(architecture, "LD")
+        return (Part(name, leading=(1, channels)),)
+    if name.endswith("self_attn.A_log"):
+        return (Part(name, Transform(value="minus exp"), leading=(1, 1), seen=(_kimi_size(architecture, "LQ"), 1)),)
+    return latent_parts(architecture, name)
+
+
+_KIMI_LINEAR: Final = Kind(
+    name="kimi-linear",
+    maps=("KIMI_LINEAR",),
+    spelled={
+        **CORRECTED,
+        "self_attn.dt_bias": "self_attn.dt_proj.bias",
+        **{f"block_sparse_moe.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+    },
+    experts=tuple(
+        (f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("gate", (0,)), ("down", (2,)), ("up", (1,)))
+    ),
+    parts=_kimi_parts,
+    leads_dense=True,
+    keys=_kimi_keys,
+    check=_kimi_check,
+)
+
+
+DELTA_NETS: Final[Mapping[str, Kind]] = {
+    "kimi_linear": _KIMI_LINEAR,
+    "qwen3_5_moe": _QWEN3_5_MOE,
+    "qwen3_next": _QWEN3_NEXT,
+}
 """What each family becomes, by its name."""

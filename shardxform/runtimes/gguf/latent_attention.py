@@ -27,7 +27,7 @@ from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Run, Transform
 from shardxform.runtimes.rotation import rope_of
 
-__all__ = ["LATENT"]
+__all__ = ["LATENT", "latent_parts"]
 
 
 # -- latent attention: DeepSeek-V3, Kimi-K2, DeepSeek-V3.2, GLM-4.7-Flash ----------------------------------------------
@@ -90,8 +90,8 @@ _WHOLE_QUERIES: Final = (26, 27)
 """Numbers of layers by which llama.cpp tells models whose queries are made in one step."""
 
 
-def _latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
-    """Keys and values of all heads, [heads, nope + v, rank] in one: keys turned, [heads, rank, nope], and values."""
+def latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
+    """Part keys and values of all heads, [heads, nope + v, rank]: keys turned, [heads, rank, nope], and values."""
     if not name.endswith("self_attn.kv_b_proj.weight"):
         return (Part(name),)
     size = architecture.size
@@ -135,7 +135,7 @@ _DEEPSEEK_V2: Final = Kind(
     name="deepseek2",
     maps=("DEEPSEEK2",),
     leads_dense=True,
-    parts=_latent_parts,
+    parts=latent_parts,
     keys=_deepseek_v2_keys,
     check=_deepseek_v2_check,
 )
@@ -145,7 +145,7 @@ _DEEPSEEK_V3: Final = Kind(
     maps=("DEEPSEEK2",),
     spelled=CORRECTED,
     leads_dense=True,
-    parts=_latent_parts,
+    parts=latent_parts,
     keys=_latent_keys,
     check=_latent_check,
 )
@@ -178,7 +178,7 @@ _DEEPSEEK_V32: Final = Kind(
     maps=("DEEPSEEK2", "GLM_DSA"),
     spelled=CORRECTED,
     leads_dense=True,
-    parts=_latent_parts,
+    parts=latent_parts,
     mtp="nextn",
     keys=_deepseek_v32_keys,
     check=_deepseek_v32_check,
@@ -190,7 +190,7 @@ _GLM4_MOE_LITE: Final = Kind(
     maps=("DEEPSEEK2",),
     spelled=CORRECTED,
     leads_dense=True,
-    parts=_latent_parts,
+    parts=latent_parts,
     mtp="nextn",
     keys=_latent_keys,
     check=_latent_check,

@@ -338,12 +338,167 @@ _LLAMA4: Final = Kind(
 )
 
 
+# -- Laguna, Command A+, MiMo-V2-Flash ---------------------------------------------------------------------------------
+
+
+def _laguna_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks differ in how many heads they have, and those of windows in how much of a head is rotated."""
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    heads = config.get("num_attention_heads_per_layer") or [size("num_attention_heads")] * architecture.blocks
+    add_common(architecture, recorder, num_attention_heads=heads)
+    writer.add_vocab_size(size("vocab_size"))
+    if "sliding_attention" in needed(config, "layer_types"):
+        _add_windows(architecture, recorder)
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_expert_shared_feed_forward_length(size("shared_expert_intermediate_size"))
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(float(needed(config, "moe_routed_scaling_factor")))
+    add_gating(writer, "SIGMOID")
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    rope = rope_of(config)
+    for kind, ending in (("full", ""), ("sliding", "_swa")):
+        part = rope[f"{kind}_attention"].get("partial_rotary_factor", 1.0)
+        getattr(writer, f"add_rope_dimension_count{ending}")(int(head_channels(architecture) * part))
+
+
+def _laguna_check(architecture: Architecture) -> None:
+    wanted: dict[str, tuple[object, ...]] = {"moe_router_logit_softcapping": (0.0, 0, None)}
+    wanted |= {"moe_apply_router_weight_on_input": (False, None), "gating": (True, "per-head", "per-element")}
+    refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
+    rope = rope_of(architecture.config)
+    full, sliding = (rope.get(f"{each}_attention") for each in ("full", "sliding"))
+    if full is None or sliding is None or sliding.get("rope_type", "default") != "default":
+        raise SchemeError(
+            "config.json: rope_parameters: expected full_attention, and sliding_attention of rope_type default;"
+            " llama.cpp scales no positions of windows"
+        )
+    if needed(architecture.config, "layer_types")[0] != "full_attention":
+        raise SchemeError(
+            f"config.json: layer_types[0] is {architecture.config['layer_types'][0]}; llama.cpp takes the width that is"
+            " rotated in full_attention from the first block"
+        )
+
+
+_LAGUNA: Final = Kind(
+    name="laguna",
+    maps=("QWEN3MOE", "QWEN2MOE", "AFMOE"),
+    spelled={
+        "mlp.experts.e_score_correction_bias": "mlp.gate.e_score_correction.bias",
+        "self_attn.g_proj.weight": "self_attn.gate_proj.weight",
+    },
+    leads_dense=True,
+    keys=_laguna_keys,
+    check=_laguna_check,
+    specials={"eot": "</assistant>"},
+)
+
+
+def _cohere2_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Of a softmax the scores of those that are chosen are normalized, whatever the config says."""
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    dense = config.get("prefix_dense_intermediate_size") or size("intermediate_size")
+    add_common(architecture, recorder, intermediate_size=dense, rms_norm_eps=needed(config, "rms_norm_eps"))
+    if config.get("layer_norm_eps") is not None:
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_logit_scale(needed(config, "logit_scale") if "logit_scale" in config else 0.0625)
+    _add_windows(architecture, recorder)
+    writer.add_vocab_size(size("vocab_size"))
+    writer.add_expert_feed_forward_length(size("intermediate_size"))
+    writer.add_leading_dense_block_count(architecture.leading_dense)
+    function = config.get("expert_selection_fn", "softmax")
+    add_gating(writer, function.upper())
+    writer.add_expert_weights_norm(function == "softmax" or bool(config.get("norm_topk_prob", True)))
+    if shared := config.get("num_shared_experts", 0):
+        writer.add_expert_shared_count(shared)
+        writer.add_expert_shared_feed_forward_length(shared * size("intermediate_size"))
+    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_rope_scaling_type(recorder.gguf.RopeScalingType.NONE)
+
+
+def _cohere2_check(architecture: Architecture) -> None:
+    """Refuse other ways; a config without rms_norm_eps means norms that take the mean away, which llama.cpp has not."""
+    wanted: dict[str, tuple[object, ...]] = {
+        "shared_expert_combination_strategy": ("average",),
+        "use_qk_norm": (False,),
+    }
+    wanted |= {"expert_selection_fn": ("softmax", "sigmoid"), "use_parallel_block": (True,)}
+    refuse_values(architecture, {**SILU, **UNBIASED, **wanted})
+    refuse_scaled_rotation(architecture)
+    if architecture.leading_dense and architecture.config.get("prefix_dense_sliding_window_pattern", 1) != 1:
+        raise SchemeError(
+            "config.json: prefix_dense_sliding_window_pattern is"
+            f" {architecture.config['prefix_dense_sliding_window_pattern']!r}; llama.cpp rotates all dense blocks"
+        )
+
+
+_COHERE2_MOE: Final = Kind(
+    name="cohere2moe",
+    maps=("COHERE2", "DEEPSEEK2"),
+    leads_dense=True,
+    keys=_cohere2_keys,
+    check=_cohere2_check,
+)
+
+
+def _mimo_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Blocks of windows have keys of their own count, a base of their own, and a sink; MTP layers are left out."""
+    size, writer, config, family = architecture.size, recorder.writer, architecture.config, architecture.layout.family
+    windows = [family.holds("sliding", config, layer) for layer in range(architecture.layout.num_layers)]
+    heads = [family.layer_symbols["KV"](config, layer) for layer in range(len(windows))]
+    rope = rope_of(config)
+    full, epsilon = rope.get("full_attention", rope), config.get("rms_norm_eps", config.get("layernorm_epsilon", 1e-5))
+    add_common(architecture, recorder, num_key_value_heads=heads, rms_norm_eps=epsilon, head_dim=None)
+    if "sliding_attention" not in rope:
+        writer.add_rope_freq_base_swa(needed(config, "swa_rope_theta"))
+    writer.add_key_length(size("head_dim"))
+    writer.add_value_length(size("v_head_dim"))
+    writer.add_sliding_window(size("sliding_window"))
+    writer.add_sliding_window_pattern([int(each) for each in windows])
+    writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
+    writer.add_rope_dimension_count(int(size("head_dim") * full.get("partial_rotary_factor", 0.334)))
+    add_gating(writer, "SIGMOID")
+    if (scale := config.get("attention_value_scale")) is not None:
+        writer.add_float32(f"{architecture.name}.attention.value_scale", float(scale))
+
+
+def _mimo_check(architecture: Architecture) -> None:
+    config, rope = architecture.config, rope_of(architecture.config)
+    wanted: dict[str, tuple[object, ...]] = {"scoring_func": ("sigmoid",), "norm_topk_prob": (True,)}
+    wanted |= {"routed_scaling_factor": (1.0, 1, None), "n_shared_experts": (None, 0)}
+    wanted |= {"add_swa_attention_sink_bias": (True,), "add_full_attention_sink_bias": (False,)}
+    refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
+    for key, other in (("swa_head_dim", "head_dim"), ("swa_v_head_dim", "v_head_dim")):
+        if config.get(key) not in (None, config.get(other)):
+            raise SchemeError(
+                f"config.json: {key} is {config[key]!r} and {other} {config.get(other)!r}; llama.cpp has one"
+            )
+    if config.get("swa_num_attention_heads") not in (None, config.get("num_attention_heads")):
+        raise SchemeError("config.json: swa_num_attention_heads and num_attention_heads differ; llama.cpp has one")
+    kinds = [rope.get(f"{each}_attention", rope) for each in ("full", "sliding")]
+    parts = {each.get("partial_rotary_factor", 0.334) for each in kinds}
+    if len(parts) > 1 or any(each.get("rope_type", "default") != "default" for each in kinds):
+        raise SchemeError(f"config.json: rope_parameters are {rope}; llama.cpp's mimo2 rotates one part, unscaled")
+
+
+_MIMO: Final = Kind(
+    name="mimo2",
+    maps=("MIMO2",),
+    spelled={**CORRECTED, "attention_sink_bias": "attention_sink_bias.weight"},
+    leads_dense=True,
+    keys=_mimo_keys,
+    check=_mimo_check,
+)
+
+
 SLIDING: Final[Mapping[str, Kind]] = {
     "afmoe": _AFMOE,
+    "cohere2_moe": _COHERE2_MOE,
     "exaone_moe": _EXAONE_MOE,
     "gemma4": _GEMMA4,
     "gpt_oss": _GPT_OSS,
+    "laguna": _LAGUNA,
     "llama4": _LLAMA4,
     "mellum": _MELLUM,
+    "mimo_v2_flash": _MIMO,
 }
 """What each family becomes, by its name."""

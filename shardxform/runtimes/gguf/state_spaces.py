@@ -10,11 +10,13 @@ from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
+    SILU,
     UNBIASED,
     UNTIED,
     add_common,
     add_gating,
     needed,
+    refuse_other_heads,
     refuse_values,
     sigmoid_weights,
 )
@@ -225,8 +227,46 @@ _LFM2: Final = Kind(
 )
 
 
+# -- Jamba -------------------------------------------------------------------------------------------------------------
+
+
+def _jamba_keys(architecture: Architecture, recorder: Recorder) -> None:
+    """Nothing is rotated: blocks of states tell positions apart."""
+    size, writer = architecture.size, recorder.writer
+    heads = [size("num_key_value_heads") * each for each in _which(architecture, "attention")]
+    add_common(architecture, recorder, rotated=False, num_key_value_heads=heads)
+    writer.add_ssm_conv_kernel(size("mamba_d_conv"))
+    writer.add_ssm_inner_size(2 * size("hidden_size"))
+    writer.add_ssm_state_size(size("mamba_d_state"))
+    rank = architecture.layout.family.symbols["R"]
+    assert callable(rank)
+    writer.add_ssm_time_step_rank(rank(architecture.config))
+
+
+def _jamba_check(architecture: Architecture) -> None:
+    wanted = {"mamba_expand": (2,), "mamba_conv_bias": (True,), "mamba_proj_bias": (False, None)}
+    refuse_values(architecture, {**SILU, **wanted, "sliding_window": (None,)})
+    refuse_other_heads(architecture)
+
+
+def _jamba_parts(_: Architecture, name: str) -> tuple[Part, ...]:
+    return (Part(name, Transform(value="minus exp") if name.endswith("mamba.A_log") else None),)
+
+
+_JAMBA: Final = Kind(
+    name="jamba",
+    maps=("JAMBA",),
+    parts=_jamba_parts,
+    scattered=True,
+    keys=_jamba_keys,
+    check=_jamba_check,
+    tokenizer="llama",
+)
+
+
 STATES: Final[Mapping[str, Kind]] = {
     "granitemoehybrid": _GRANITE_HYBRID,
+    "jamba": _JAMBA,
     "lfm2_moe": _LFM2,
     "nemotron_h": _NEMOTRON_H,
 }
