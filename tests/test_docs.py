@@ -20,6 +20,7 @@ import click
 import pytest
 
 from shardxform.cli import main
+from shardxform.runtimes.gguf.architectures import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -156,6 +157,11 @@ def test_every_option_exists(page: Path) -> None:
 def test_commands_of_the_readme_are_all_there_are() -> None:
     listed = set(re.findall(r"^\| `(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert set(main.list_commands(click.Context(main))) <= listed
+
+
+def test_the_readme_counts_the_families_of_gguf() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"`--format gguf` writes {len(KINDS)} of the families" in text
 
 
 def test_the_page_of_families_is_what_the_families_say() -> None:
