@@ -386,7 +386,7 @@ def test_nothing_is_unpickled_for_a_driver_of_another_version() -> None:
     ("more", "wanted"),
     [
         (("--ray", "--jobs", "2"), "--jobs is for threads"),
-        (("--ray", "--heal"), "--heal: a healed block"),
+        (("--ray", "--heal"), "--heal: a block is changed"),
         (("--ray", "--device", "cuda:1"), "expected cpu or cuda"),
         (("--ray", "somewhere"), "expected HOST:PORT"),
         (("--ray", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1"),
