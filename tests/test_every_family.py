@@ -737,7 +737,7 @@ def another_order(expert: RoutedExpert, module: Any) -> RoutedExpert:
     )
 
 
-@pytest.mark.parametrize("kind", picked(RUN, 10))
+@pytest.mark.parametrize("kind", picked(RUN, 6))
 @torch.no_grad()
 def test_an_expert_is_merged_into_its_copy_without_a_trace(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
