@@ -73,7 +73,7 @@ class Heal:
         extra: windows to learn from beside those of the text, made of its pieces; none judges.
         encoding: how weights are written that the source has quantized: as the source has them, or in 16 bits,
             which its quantization config is then told; None where it has none.
-        merge: begin with experts that pruned ones were merged into, where held-out windows say that these are better.
+        merge: begin on the way to experts that pruned ones were merged into, as far as held-out windows say.
 
     """
 

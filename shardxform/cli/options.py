@@ -261,8 +261,8 @@ class HealFlags(Flags, heading="Healing"):
     )
 
     merge: bool = option(
-        "Begin with pruned experts merged into those that stay (REAM), in blocks where held-out windows of --data say "
-        "that this is better; alone: that and nothing more.",
+        "Begin with pruned experts merged into those that stay (REAM), in each block as far as held-out windows of "
+        "--data say; alone: that and nothing more.",
         default=False,
     )
 

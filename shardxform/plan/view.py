@@ -83,7 +83,7 @@ class View:
         dropped: numbers of source tensors left out, by reason.
         notes: what a person should know before running, one sentence each.
         width: channels that every expert keeps, where some are taken out.
-        keep: by decoder block, experts of the source that stay, ascending; empty where all do.
+        keep: by decoder block, experts of the source that stay, ascending; empty without a manifest.
 
     """
 

@@ -2,7 +2,7 @@
 
 The block is loaded from the pruned view anew for every trial; weights that healing leaves alone keep the source's
 bytes. What is written in small floats is rounded to them when the block stops moving, so that the samples judge what is
-written. Where pruned experts were merged into those that stay, a block begins with these if that is better.
+written. Where pruned experts were merged into those that stay, a block begins as far on the way to these as is better.
 """
 
 # E: experts, O: output rows of one, I: input columns.
