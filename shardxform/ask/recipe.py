@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
-from shardxform.base.constants import HELD_OUT, JUDGES, MOST_TRIES, PROBE
+from shardxform.base.constants import HELD_OUT, JUDGES, PROBE
 from shardxform.errors import SchemeError
 from shardxform.model.families.base import Role
 
@@ -52,7 +52,7 @@ ROUTED: Final = "experts"
 class Trial:
     """One way to heal a block: what to change, and the first step size, relative to each weight's root mean square.
 
-    `lr` is None where the step size is that which the amount of data suggests, or one that is searched from there.
+    `lr` is None where the step size is that which the amount of data suggests.
     """
 
     what: str
@@ -68,7 +68,7 @@ class Heal:
         iters: steps a block; with `merge` there may be none.
         schedule: steps of each block that is healed, in their order, where they are not `iters` for all.
         seconds: time to spend on all of them, which then decides their steps; 0 for none.
-        lr: first step size; None has the amount of data and held-out windows choose.
+        lr: first step size; None has the amount of data choose, and held-out windows whether it was too large.
         batch_size: windows of a step.
         extra: windows to learn from beside those of the text, made of its pieces; none judges.
         encoding: how weights are written that the source has quantized: as the source has them, or in 16 bits,
@@ -116,16 +116,14 @@ class Heal:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """What may be healed, and how; the first with a step size that is searched unless one was asked for."""
+        """What may be healed, and how; where there is a choice, by a few steps of each."""
         chosen = ("all", "shared") if self.what == "auto" else (self.what,)
         return tuple(Trial(what, self.lr) for what in chosen)
 
     @property
     def descents(self) -> int:
-        """Most trials that are done, shortly, before the best is done in full; none where there is no choice."""
-        searched = MOST_TRIES if self.lr is None else 1
-        most = searched + len(self.trials) - 1
-        return most if self.iters and most > 1 else 0
+        """Trials that are done, shortly, before the best is done in full; none where there is no choice."""
+        return len(self.trials) if self.iters and len(self.trials) > 1 else 0
 
     @property
     def probe_iters(self) -> int:
@@ -134,7 +132,7 @@ class Heal:
 
     @property
     def steps(self) -> int:
-        """Most steps of a block in all; `iters` is as good a guess as any where a schedule or a time decides."""
+        """Steps of a block as a rule; `iters` is as good a guess as any where a schedule or a time decides."""
         return self.iters + self.descents * self.probe_iters
 
 

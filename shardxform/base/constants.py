@@ -49,20 +49,14 @@ REPLACED: Final = 0.5
 PROBE: Final = 8
 """A trial of healing has one in so many of the steps."""
 
-MOST_TRIES: Final = 4
-"""Step sizes that are tried on a block, each the double or the half of another."""
-
 STEP: Final = 0.4
 SMALLEST_STEP: Final = 1e-3
 LARGEST_STEP: Final = 0.16
-"""The first step of healing is searched from so much times the square root of the tokens for each weight, between the
-smallest and the largest."""
-
-PAYS: Final = 1.2
-"""Another step is taken where its trial lowers the error by so many times as much as that of the step before."""
+"""The first step of healing is so much times the square root of the tokens for each weight, between the smallest and
+the largest."""
 
 SHORTER: Final = 4
-"""Where a searched step leaves a block no better in the end, it is healed once more with one of so many parts of it."""
+"""A block that a step which was not given leaves no better is healed once more with one of so many parts of it."""
 
 PACE_STEPS: Final = 10
 """Steps that show what healing a block takes and gives, where a time is given to all of them."""

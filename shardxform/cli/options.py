@@ -249,8 +249,7 @@ class HealFlags(Flags, heading="Healing"):
         type=TIME,
     )
     heal_lr: float | None = option(
-        "First step of healing, as a part of a weight matrix's root mean square.  [default: by the amount of data, and "
-        "tried]",
+        "First step of healing, as a part of a weight matrix's root mean square.  [default: by the amount of data]",
         type=click.FloatRange(0, 1, min_open=True),
         metavar="R",
     )

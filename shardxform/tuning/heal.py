@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import LARGEST_STEP, MOST_TRIES, PACE_STEPS, PAYS, SHORTER, SMALLEST_STEP, STEP
+from shardxform.base.constants import LARGEST_STEP, PACE_STEPS, SHORTER, SMALLEST_STEP, STEP
 from shardxform.tuning.samples import (
     Forward,
     Judged,
@@ -368,11 +368,6 @@ class _Tried(NamedTuple):
     start: float
     loss: float
 
-    @property
-    def gain(self) -> float:
-        """How far the loss fell; below 0 where it rose."""
-        return self.start - self.loss
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Descent:
@@ -439,45 +434,21 @@ class _Run:
         return self._judge(healing)
 
     def _healed(self) -> tuple[Trial, Loss, MovingBlock] | None:
-        """How the block was healed, its loss and the block; None where no step makes it better."""
-        start, chosen = math.nan, self._heal.trials[0]
-        if self._heal.descents:
-            best = min(self._candidates(), key=lambda tried: tried.loss)
-            start, chosen = best.start, Trial(best.what, best.lr)
-        if self._tried and not min(tried.loss for tried in self._tried) < start:
-            return None
-        done = self._descend(chosen, self._heal.iters)
-        if not done.better and self._heal.lr is None:  # a short trial does not see what many steps learn by heart
-            shorter = Trial(chosen.what, done.lr / SHORTER)
-            del done  # lets go of the block before it is loaded again
-            done = self._descend(shorter, self._heal.iters)
-        return (Trial(chosen.what, done.lr), done.loss, done.block) if done.better and done.loss else None
+        """How the block was healed, its loss and the block; None where no step makes it better.
 
-    def _candidates(self) -> list[_Tried]:
-        """Do trials: the first with several steps, of which one is a candidate, unless it was asked for; the others."""
-        first, *others = self._heal.trials
-        tried = self._try(first)
-        searched = self._searched(tried) if first.lr is None else tried
-        return [searched, *map(self._try, others)]
-
-    def _searched(self, first: _Tried) -> _Tried:
-        """Double the step as long as that pays, else halve it as long as that does.
-
-        A short trial has a bias: where much can be undone a double step does in it what more steps would, which a whole
-        run has; where little can, it ends before the noise of its steps has. So another step must be better by more
-        than a little. A single window that judges is like those that teach more often than not, and would have the step
-        too large.
+        A step that was not given and leaves it no better is too large for so little text: many such steps learn it by
+        heart. A part of it then has its chance.
         """
-        best = first
-        for factor in (2.0, 0.5) if len(self._split.judges_N) > 1 else (0.5,):
-            while len(self._tried) < MOST_TRIES and SMALLEST_STEP <= best.lr * factor <= LARGEST_STEP:
-                other = self._try(Trial(first.what, best.lr * factor))
-                if other.loss >= best.loss or other.gain < PAYS * best.gain:
-                    break
-                best = other
-            if best is not first:
-                break
-        return best
+        chosen, parts = self._heal.trials[0], [1.0]
+        if self._heal.descents:
+            best = min(map(self._try, self._heal.trials), key=lambda tried: tried.loss)
+            chosen, parts = Trial(best.what, best.lr), parts if best.loss < best.start else []
+        for part in parts if self._heal.lr else [*parts, 1 / SHORTER]:
+            done = self._descend(chosen, self._heal.iters, part)
+            if done.better and done.loss:
+                return Trial(chosen.what, done.lr), done.loss, done.block
+            del done  # lets go of the block before it is loaded again
+        return None
 
     def _try(self, trial: Trial) -> _Tried:
         """Heal by a few steps, and note what came of it; the block is let go of: it is large."""
@@ -490,12 +461,12 @@ class _Run:
         done = self._descend(trial, iters)
         return done.start.mean, done.mean
 
-    def _descend(self, trial: Trial, iters: int) -> _Descent:
+    def _descend(self, trial: Trial, iters: int, part: float = 1.0) -> _Descent:
         healing = self._load(trial.what)
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = trial.lr or suggested_lr(tokens, healing.weights)
+        lr = part * (trial.lr or suggested_lr(tokens, healing.weights))
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
@@ -514,7 +485,7 @@ class _Run:
 
 
 def suggested_lr(tokens: int, weights: int) -> float:
-    """A first step size to search from: the fewer tokens a weight has, the less it should move.
+    """The first step size unless one is given: the fewer tokens a weight has, the less it should move.
 
     Fitted on the models of docs/healing.md, "How far".
     """
