@@ -9,6 +9,7 @@ text/heldout.jsonl serve here too. DIR/NAME is a checkpoint in the layout of the
     wide      qwen3_moe: 32 experts, top-4, width 192 by 160: more experts, each of more weights
     few       mixtral: 8 experts, top-2, width 96 by 224: few experts, large ones, nothing shared
     shared    deepseek_v3: 24 experts, top-3, width 128 by 64, a shared expert, latent attention, a dense first layer
+    many      qwen3_moe: 64 experts, top-4, width 128 by 64: a token reaches few of them, as in large models
     square    qwen3_moe: 12 experts, top-2, width 256 by 256: rows that fill blocks of 256, as GGUF's kinds of K have
 """
 
@@ -50,6 +51,17 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 160,
         "intermediate_size": 384,
+        "norm_topk_prob": True,
+    },
+    "many": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 128,
+        "head_dim": 32,
+        "num_key_value_heads": 2,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "intermediate_size": 256,
         "norm_topk_prob": True,
     },
     "square": {

@@ -235,12 +235,14 @@ class MovingBlock:
         forward: runs it.
         wide: by local name, what moves outside the experts.
         stacks: the experts' weights, whether they move or not.
+        reach: share of the tokens that come to one of the routed experts, on the mean, where these move; 1 elsewhere.
         rounded: rounds what moved to what it is written in, where that is not what it moves in.
     """
 
     forward: Forward
     wide: Mapping[str, Wide]
     stacks: tuple[HealedStack, ...]
+    reach: float = 1.0
     rounded: Callable[[MovingBlock], None] | None = None
 
     @property
@@ -466,7 +468,7 @@ class _Run:
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = part * (trial.lr or suggested_lr(tokens, healing.weights))
+        lr = part * (trial.lr or suggested_lr(tokens, healing.weights, healing.reach))
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
@@ -484,9 +486,15 @@ class _Run:
         return judge(healing.forward, self._samples, self._split.judges_N, self._heal.batch_size, self._dtype)
 
 
-def suggested_lr(tokens: int, weights: int) -> float:
-    """The first step size unless one is given: the fewer tokens a weight has, the less it should move.
+def suggested_lr(tokens: int, weights: int, reach: float = 1.0) -> float:
+    """The first step size unless one is given: the less a weight has to learn from, the less it should move.
 
-    Fitted on the models of docs/healing.md, "How far".
+    Fitted on the models of docs/healing.md, "The first step".
+
+    Args:
+        tokens: that teach.
+        weights: that move.
+        reach: as of `MovingBlock`.
+
     """
-    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens / weights)))
+    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens * reach / weights)))

@@ -253,7 +253,8 @@ class BlockHealer:
         self._biases = ExpertBiases(*tensors.values()) if tensors else None
         self._put_experts(TunedExperts(*stacks, activation(self._experts), self._workers, self._biases))
         rounded = self._round if self._small else None
-        return MovingBlock(forward=self._forward, wide=wide, stacks=stacks, rounded=rounded)
+        reach = min(1.0, self._skeleton.layout.top_k / stacks[0].shape[0]) if moves else 1.0
+        return MovingBlock(forward=self._forward, wide=wide, stacks=stacks, reach=reach, rounded=rounded)
 
     def _names(self, what: str | None) -> set[str]:
         """Local names of the tensors that move."""
