@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,9 +189,16 @@ def test_windows_made_of_pieces_teach_and_never_judge(healed: Path, keep: str, t
 def test_what_is_chosen_differs_and_the_rest_of_a_block_is_as_pruned(plain: Path, keep: str, tmp_path: Path) -> None:
     out = made(tmp_path, "prune", keep, *AUTO)
     changed = differing(out, plain)
+    sizes = {name: math.prod(tensor.shape) for name, tensor in read_checkpoint(plain).items()}
     for layer, block in blocks_of(out).items():
         what, tried = block["healed"]["what"], block["healed"]["tried"]
-        assert [trial["what"] for trial in tried] == ["all"] * (len(tried) - 1) + ["shared"]
+        assert [trial["what"] for trial in tried] == ["all", "shared"]
+        for trial, reach in zip(tried, (4 / 8, 1), strict=True):  # a token comes to four of eight experts
+            weights = sum(
+                size for name, size in sizes.items() if f".layers.{layer}." in name and PARTS[trial["what"]](name)
+            )
+            tokens = (SAMPLES - 1) * SEQLEN
+            assert trial["lr"] == pytest.approx(min(0.16, 0.56 * (tokens * reach / weights) ** 0.5), rel=1e-6)
         best = min(tried, key=lambda trial: trial["error"])
         assert (what, block["healed"]["lr"]) in (
             (best["what"], best["lr"]),
