@@ -175,7 +175,7 @@ def cases_what() -> Iterator[Case]:
     for what in ("router", "shared", "moe"):
         yield Case(name=f"{what}, 60 x 0.02", command=heal(what, "--heal-iters", "60", "--heal-lr", "0.02"))
     yield Case(name="all, 150 x 0.02", command=heal("all", "--heal-iters", "150", "--heal-lr", "0.02"))
-    yield Case(name="all, 150, searched", command=heal("all", "--heal-iters", "150"))
+    yield Case(name="all, 150, chosen", command=heal("all", "--heal-iters", "150"))
     yield Case(name="auto (the default)", command=heal("auto"))
 
 
@@ -191,12 +191,12 @@ def cases_data() -> Iterator[Case]:
 
 
 def cases_steps(models: Sequence[Path] = ()) -> Iterator[Case]:
-    """First steps: given ones, and the one that is searched; 32 steps of 4 windows."""
+    """First steps: given ones, and the one that healing chooses; 32 steps of 4 windows."""
     for model in (SMALL_MOE, *models):
         for windows in (4, 16, 64):
             for rate in ("0.01", "0.02", "0.04", "0.08", "0.16", ""):
                 how = ("--heal-iters", "32", "--batch-size", "4", *(("--heal-lr", rate) if rate else ()))
-                name = f"{model.name}, {windows} windows, {rate or 'searched'}"
+                name = f"{model.name}, {windows} windows, {rate or 'chosen'}"
                 yield Case(name=name, command=heal("all", *how), windows=windows, model=model, keep=half(model))
 
 

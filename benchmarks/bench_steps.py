@@ -8,8 +8,8 @@
 MODEL is examples/small-moe, or a checkpoint of `small_moes.py`. Half the experts are kept by REAP sum of 64 x 512
 tokens of the calibration text of examples/small-moe. The block takes what the pruned blocks before it put out, learns
 from the first `--windows` of these windows in steps of four, and is judged on 12 x 512 held-out tokens: squared error
-relative to each token's size, in parts of that of the block as it was pruned. `searched` is the step that healing takes
-by itself, here by these judges. A whole model takes minutes: see `bench_heal.py steps`.
+relative to each token's size, in parts of that of the block as it was pruned. `chosen` is the step that healing takes
+by itself. A whole model takes minutes: see `bench_heal.py steps`.
 
 With `--rules`, other updates than the sign of the gradient, all in float32, each scaled so that a step of 0.04 moves a
 weight by about 0.04 of the root mean square of its matrix; and other ways for the step to fall than linearly:
@@ -126,7 +126,7 @@ def heal(model: Path, args: argparse.Namespace) -> Iterator[str]:
 def by_steps(
     model: Path, healer: BlockHealer, samples: Samples, windows: int, iters: int, args: argparse.Namespace
 ) -> Iterator[str]:
-    """Heal as `shardxform` does, by steps that are given and by one that is searched."""
+    """Heal as `shardxform` does, by steps that are given and by its own."""
     for rate in (*args.rates, None):
         began = time.process_time()
         run = _Run(healer._load, samples, Heal(what="all", iters=iters, batch_size=BATCH), SEED, torch.float32)
@@ -142,8 +142,7 @@ def told(run: _Run, rate: float | None, iters: int) -> str:
         done = run._descend(Trial("all", rate), iters)
         return f"{done.block.weights:10,} weights  {rate:<8g}{done.mean / done.start.mean:7.4f}"
     result, _ = run.execute()
-    tried = " ".join(f"{lr:.3g}" for _, lr, _ in result.tried)
-    return f"searched  {result.lr:<8.3g}{result.loss / result.start_loss:7.4f}  tried {tried}"
+    return f"chosen  {result.lr:<8.3g}{result.loss / result.start_loss:7.4f}"
 
 
 # -- other rules -------------------------------------------------------------------------------------------------------

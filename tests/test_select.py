@@ -469,6 +469,8 @@ def test_a_checkpoint_tells_of_its_weights_alone(tmp_path: Path) -> None:
     refused = select(source, "--keep", 4, "-o", tmp_path / "k.json")
     assert isinstance(refused.exception, PlanError)
     assert "of which only aimer can be told; give a file of `shardxform score`" in str(refused.exception)
+    nowhere = select("nowhere/small.saliency", "--keep", 4, "-o", tmp_path / "k.json")
+    assert "no folder or file nowhere/small.saliency here, and hf://nowhere/small" in str(nowhere.exception)
     result = select(source, "--keep", 4, "--criterion", "aimer", "-o", tmp_path / "k.json")
     assert result.exit_code == 0, result.output
     read = Manifest.load(tmp_path / "k.json")

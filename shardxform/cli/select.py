@@ -11,6 +11,7 @@ import click
 
 from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.file_system import refuse_other, write_new
+from shardxform.checkpoint.remote.repository import RepoName
 from shardxform.cli.console import count, print_json, progress, rows, table, tell
 from shardxform.cli.inputs import open_named
 from shardxform.cli.options import SOURCE, FamilyFlags, Flags, HubFlags, QuietFlags, Source, command, option
@@ -107,9 +108,10 @@ def _read(named: Source, criterion: str, transfer: HubFlags, output: _Output) ->
     if isinstance(named, Path) and not named.is_dir():
         return Saliency.load(named)
     if criterion not in WEIGHTS:
+        there = f"no folder or file {named.repo} here, and " if isinstance(named, RepoName) and named.as_path else ""
         raise PlanError(
-            f"`criterion` {criterion}: {named} is a checkpoint, of which only {', '.join(sorted(WEIGHTS))} can be told;"
-            " give a file of `shardxform score`"
+            f"`criterion` {criterion}: {there}{named} is a checkpoint, of which only {', '.join(sorted(WEIGHTS))} can be"
+            " told; give a file of `shardxform score`"
         )
     checkpoint = open_named(named, transfer, output.out.parent if output.out else Path())
     with progress("read", quiet=output.quiet) as on_progress:
