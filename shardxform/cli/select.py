@@ -110,8 +110,8 @@ def _read(named: Source, criterion: str, transfer: HubFlags, output: _Output) ->
     if criterion not in WEIGHTS:
         there = f"no folder or file {named.repo} here, and " if isinstance(named, RepoName) and named.as_path else ""
         raise PlanError(
-            f"`criterion` {criterion}: {there}{named} is a checkpoint, of which only {', '.join(sorted(WEIGHTS))} can be"
-            " told; give a file of `shardxform score`"
+            f"`criterion` {criterion}: {there}{named} is a checkpoint, of which only {', '.join(sorted(WEIGHTS))}"
+            " can be told; give a file of `shardxform score`"
         )
     checkpoint = open_named(named, transfer, output.out.parent if output.out else Path())
     with progress("read", quiet=output.quiet) as on_progress:
