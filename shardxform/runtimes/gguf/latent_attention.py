@@ -156,7 +156,7 @@ def _deepseek_v32_keys(architecture: Architecture, recorder: Recorder) -> None:
     _latent_keys(architecture, recorder)
     recorder.writer.add_indexer_head_count(architecture.size("index_n_heads"))
     recorder.writer.add_indexer_key_length(architecture.size("index_head_dim"))
-    recorder.writer.add_indexer_top_k(architecture.size("index_topk"))
+    recorder.writer.add_indexer_top_k(multiplier(architecture.config, "index_topk"))
 
 
 def _deepseek_v32_check(architecture: Architecture) -> None:
