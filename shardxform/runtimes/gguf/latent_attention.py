@@ -81,14 +81,35 @@ def _latent_check(architecture: Architecture, wanted: Mapping[str, tuple[object,
             )
     elif kind == "linear":
         raise SchemeError("config.json: rope_type 'linear'; of latent attention llama.cpp runs default and yarn")
-    if architecture.config.get("q_lora_rank") is None and architecture.layout.num_layers not in _WHOLE_QUERIES:
+    _refuse_other_queries(architecture)
+
+
+def _refuse_other_queries(architecture: Architecture) -> None:
+    """Refuse queries that llama.cpp looks for in another way: it tells by counts whether they are made in one step.
+
+    Raises:
+        SchemeError: `q_lora_rank` is there, or is missing, where it expects the other.
+
+    """
+    layers, found = architecture.layout.num_layers, architecture.config.get("q_lora_rank")
+    whole = layers in _WHOLE_QUERIES or (layers, architecture.config.get("vocab_size")) == _KANANA_2
+    if architecture.name in _RANKED:
+        whole = False
+    if (found is None) != whole:
         raise SchemeError(
-            "config.json: q_lora_rank is missing; llama.cpp does without it in models of 26 or 27 layers only"
+            f"config.json: q_lora_rank is {found!r}, of {layers} layers; llama.cpp's {architecture.name} has"
+            f" {'none' if whole else 'one'} then"
         )
 
 
 _WHOLE_QUERIES: Final = (26, 27)
 """Numbers of layers by which llama.cpp tells models whose queries are made in one step."""
+
+_KANANA_2: Final = (48, 128256)
+"""Layers and tokens of one more."""
+
+_RANKED: Final = ("deepseek32", "glm-dsa")
+"""Architectures none of whose models makes them so."""
 
 
 def latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:

@@ -116,7 +116,7 @@ def _gemma4_check(architecture: Architecture) -> None:
 
 def _gemma4_made(architecture: Architecture) -> Iterator[Named]:
     """Factors of the frequencies of full attention: those beyond the part that is rotated are divided away."""
-    rope = rope_of(architecture.config)["full_attention"]
+    rope = needed(rope_of(architecture.config), "full_attention")
     half = _of_full(architecture, "FD") // 2
     rotated = int(2 * half * needed(rope, "partial_rotary_factor") / 2)
     yield Named("rope_freqs.weight", (half,), (), wide=True, values=(1.0,) * rotated + (1e30,) * (half - rotated))
