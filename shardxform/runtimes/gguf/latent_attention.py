@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     OF_GLM,
@@ -227,11 +227,7 @@ _GLM4_MOE_LITE: Final = Kind(
 def _glm_moe_dsa_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Blocks without an indexer of their own are listed, those of MTP layers not."""
     _deepseek_v32_keys(architecture, recorder)
-    holds, layers = architecture.layout.family.holds, range(architecture.layout.num_layers)
-    recorder.writer.add_array(
-        f"{architecture.name}.attention.indexer.types",
-        [holds("indexer", architecture.config, layer) for layer in layers],
-    )
+    recorder.writer.add_array(f"{architecture.name}.attention.indexer.types", architecture.which("indexer"))
 
 
 def _glm_moe_dsa_check(architecture: Architecture) -> None:
@@ -277,7 +273,7 @@ _MISTRAL4: Final = replace(
     _DEEPSEEK_V2,
     name="mistral4",
     maps=("MISTRAL4",),
-    experts=tuple((f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate_up", (0, 1)))),
+    experts=stacks("blk.{l}.ffn_{}_exps", down=2, gate_up=(0, 1)),
     keys=_mistral4_keys,
     check=_mistral4_check,
 )
