@@ -256,7 +256,10 @@ def test_the_card_and_the_dry_run_say_it(keep: str, merged: Path, tmp_path: Path
     assert "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356)" in card
     assert f"{count} of 4 blocks" in card
     assert "--merge" in card
-    assert "--heal" not in card
+    assert "heal" not in card.lower()
+    assert "| block | pruned | merged | ratio | how far |" in card
+    assert "What pruned experts knew is lost, but for what of it was merged into others." in card
+    assert "healed" not in call("prune", str(SMALL_MOE), str(merged), "-m", keep, *MERGE).output
 
 
 def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
