@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from shardxform.ask.recipe import Heal  # noqa: E402
 from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.errors import SchemeError  # noqa: E402
+from shardxform.plan.steps import BlockSize  # noqa: E402
 from shardxform.tuning import healer, merging, session  # noqa: E402
 from shardxform.tuning.heal import HealResult  # noqa: E402
 from shardxform.tuning.merging import aligned, groups_of  # noqa: E402
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.oracle
 
 FEW = list(range(4))
 MERGE = ("--merge", *DATA)
+SHAPES = ((4096, 14336), (7168, 2048), (2048, 512), (128, 64))  # Mixtral, DeepSeek-V3, Qwen3.5-35B-A3B, small-moe
 SHORT = ("--heal", "all", "--heal-iters", "2", "--heal-lr", "0.002", "--batch-size", "2")
 
 
@@ -277,6 +279,12 @@ def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
     )
     facts = session._heal_facts(result, 0, merges=True)
     assert (facts["merged"], facts["merged_error"]) == (0.0, None)
+
+
+def test_as_many_are_aligned_at_once_as_fit() -> None:
+    """One takes gigabytes where experts are as wide as Mixtral's: no more memory with more threads."""
+    sizes = [BlockSize(nbytes=0, original_nbytes=0, features=0, down=down) for down in SHAPES]
+    assert [size.merged_at_once for size in sizes] == [1, 1, 24, 32]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

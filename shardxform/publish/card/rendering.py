@@ -195,7 +195,7 @@ def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
     yield "calibration text", _data(made.data) if made.data else ""
     yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
     yield "steps per block", _healing_steps(made)
-    yield "merged in", f"{made.merged} of {len(made.blocks)} blocks" if made.merge else ""
+    yield "merged in", f"{made.merged} of {len(made.blocks)} blocks" if made.merge and made.blocks else ""
     yield "written", _WRITTEN.get(made.encoding, "")
 
 
