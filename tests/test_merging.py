@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from build import read_checkpoint
 from faults import kill_when_there
+from smaller import smaller
 from strategies import by_night
-from test_heal_command import DATA, JUDGES, SMALL_MOE, bytes_of, call, differing, keep_file, made
+from test_heal_command import DATA, JUDGES, LAYERS, bytes_of, call, differing, keep_file
+from test_heal_command import made as made_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -28,14 +30,19 @@ from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
+SMALL_MOE = smaller(experts=16, top=4)
 FEW = list(range(4))
 MERGE = ("--merge", *DATA)
 SHORT = ("--heal", "all", "--heal-iters", "2", "--heal-lr", "0.002", "--batch-size", "2")
 
 
+def made(folder: Path, command: str, keep: str, *more: str) -> Path:
+    return made_of(folder, command, keep, *more, source=SMALL_MOE)
+
+
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(keep_file(tmp_path_factory.mktemp("keep"), FEW, [0, 1, 2, 3]))
+    return str(keep_file(tmp_path_factory.mktemp("keep"), FEW, LAYERS))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +218,7 @@ def test_the_card_and_the_dry_run_say_it(keep: str, merged: Path, tmp_path: Path
     card = call("card", str(merged)).output
     count = sum(block["healed"]["merged"] > 0 for block in blocks_of(merged))
     assert "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356)" in card
-    assert f"{count} of 4 blocks" in card
+    assert f"{count} of 2 blocks" in card
     assert "--merge" in card
     assert "--heal" not in card
 
@@ -239,7 +246,7 @@ def test_what_does_not_go_with_it_is_refused(keep: str, tmp_path: Path, more: tu
 
 
 def test_it_is_refused_where_no_expert_goes(tmp_path: Path) -> None:
-    everyone = keep_file(tmp_path, list(range(16)), [0, 1, 2, 3])
+    everyone = keep_file(tmp_path, list(range(16)), LAYERS)
     refused = call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", str(everyone), *MERGE, code=1).output
     assert "nothing is pruned" in refused
 
