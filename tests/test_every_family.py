@@ -767,12 +767,16 @@ def test_an_expert_is_merged_into_its_copy_without_a_trace(
             with original.block(at) as block:
                 hidden = block(hidden)
         with original.block(layer) as block:
-            merger = merging.Merger(original, pruned, layer, ids, workers, lambda: None)
+            shares: list[float] = []
+            running = merging.Running(workers=workers, at_once=2, on_work=shares.append, stopped=lambda: None)
+            merger = merging.Merger(original, pruned, layer, ids, running)
             merged = merger.merge(block, iter([hidden]), tmp_path, FileSystem())
         gate_up, down = list(pruned.stacked(layer).values())[:2]
         found = torch.zeros_like(gate_up), torch.zeros_like(down)
         merged.into(*found, 1.0)
     torch.testing.assert_close(found, (gate_up, down), rtol=1e-2, atol=1e-6)  # a mean of equals, rounded
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1] <= 1
 
 
 FORMATS = [(kind, name) for kind in RUN for name in CASES[kind].formats]

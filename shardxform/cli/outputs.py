@@ -111,7 +111,7 @@ def _pool(ray: OnRay | None) -> AbstractContextManager[StepPool | None]:
 def _dry_facts(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> dict[str, object]:
     """Figures of a plan that is not run."""
     beside: dict[str, object] = {"ray": tasks.to_dict()} if tasks else {}
-    work = {"work_bytes": options.tuner.work_bytes} if options.tuner else {}
+    work = {"work_bytes": options.tuner.work_bytes + plan.work_bytes} if options.tuner else {}
     return {**beside, **work, "state": state_of(out, plan).name}
 
 
@@ -153,8 +153,9 @@ def _needs(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -
         yield "ray", tasks.line
     else:
         yield "memory", f"about {gb(plan.peak_bytes(options.jobs))} at {count(options.jobs, 'job')}"
-    work = options.tuner.work_bytes if options.tuner else 0
-    states = f", {gb(work)} of it for hidden states until OUT is complete" if work else ""
+    work = options.tuner.work_bytes + plan.work_bytes if options.tuner else 0
+    what = "hidden states and merged experts" if plan.work_bytes else "hidden states"
+    states = f", {gb(work)} of it for {what} until OUT is complete" if work else ""
     free = FileSystem().free_bytes(out.absolute())
     yield "free disk", f"{gb(free)} of {gb(plan.nbytes + work)} needed{states}"
 

@@ -27,7 +27,7 @@ from shardxform.verification.definitions import PackedWeight, floats, nearest_bf
 from shardxform.verification.findings import Findings
 from shardxform.verification.gguf_changes import changes
 from shardxform.verification.independent import CODE as _CODE
-from shardxform.verification.independent import FARTHEST_MERGED, WantedWeights, wanted_weights
+from shardxform.verification.independent import WantedWeights, too_far, wanted_weights
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -341,9 +341,7 @@ class _File:
         wanted: WantedWeights,
     ) -> None:
         """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
-        merged = wanted.merged and "_exps." in place
-        healed = (FARTHEST_MERGED if merged else 1.0) if wanted.healed and place.startswith("blk.") else 0.0
-        tensor, seen = self.tensors[place], _Seen(weight, wanted, healed)
+        tensor, seen = self.tensors[place], _Seen(weight, wanted)
         for start, stop in weight.runs() if change is None else ((0, weight.size[0]),):
             exact = seen.rounded(tensor.tensor_type.name, start, stop)
             values = weight.values(start, stop) if exact is None else exact
@@ -385,11 +383,10 @@ def _rows_of(tensor: Any, columns: int) -> NDArray[Any]:  # noqa: ANN401
 
 @dataclass(slots=True)
 class _Seen:
-    """What rows of one weight showed; `healed` is how far one may be that was, else 0."""
+    """What rows of one weight showed."""
 
     weight: PackedWeight
     wanted: WantedWeights
-    healed: float
     square: float = 0.0
     energy: float = 0.0
     bad: int = 0
@@ -398,7 +395,7 @@ class _Seen:
 
     def rounded(self, kind: str, start: int, stop: int) -> Values | None:
         """Values that rounding to nearest gives, where the record says that weights were rounded so."""
-        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.scales or self.healed:
+        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.scales or self.weight.moved:
             return None
         codes, scale = rounded_to_grid(self.weight.values(start, stop), self.wanted.exact)
         return np.asarray(codes.astype(np.float32) * scale)
@@ -407,9 +404,9 @@ class _Seen:
         """Compare rows: to the bit where these follow from the source, else by how far they may be."""
         self.square += float(np.square(found.astype(np.float64) - expected).sum())
         self.energy += float(np.square(expected, dtype=np.float64).sum())
-        if self.healed:
-            self.bound = self.healed
-        elif rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
+        if self.weight.moved:
+            return
+        if rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
             self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
         elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
             end, scale = (8 if kind == "Q4_0" else 128), _scales(data, kind)
@@ -429,6 +426,8 @@ class _Seen:
         """Say what is wrong; empty where nothing is."""
         if self.bad:
             return f"{self.bad} values are not what they must be, {self.first}"
+        if self.weight.moved:
+            return too_far(self.weight, self.square**0.5, self.energy**0.5)
         distance = (self.square / self.energy) ** 0.5 if self.energy else self.square
         if not self.bound or distance < self.bound:  # which a distance that is no number is not
             return ""
