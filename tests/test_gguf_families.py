@@ -28,7 +28,7 @@ from gguf_families import (
 )
 from ggufs import read_gguf
 from llama import Llama
-from strategies import picked
+from strategies import ALL, picked
 from test_gguf_outputs import done, to_gguf
 from test_verify_gguf import opened
 
@@ -138,6 +138,26 @@ def test_a_config_that_is_changed_is_run_as_it_is_meant_or_refused(family: str, 
         assert "config.json" in str(e) or "llama.cpp" in str(e)  # noqa: PT017
     else:
         assert found <= (1e-7 if family == "gemma4_text" else 1e-8)
+
+
+TOLD: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("mimo_v2_flash", {"sliding_window_size": 5}, ()),
+    ("mimo_v2_flash", {}, ("attention_value_scale",)),
+    ("laguna", {"n_group": 2, "topk_group": 1}, ()),
+    ("jamba", {"topk_group": 1}, ()),
+)
+"""Keys of older or of other classes, what is said beside, and what is not."""
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("family", "told", "without"), TOLD if ALL else TOLD[:3])
+def test_keys_beside_a_config_are_run_as_its_class_takes_them(
+    family: str, told: dict[str, Any], without: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    over = {**OVER[family], **({"attention_value_scale": 0.707} if without else {})}
+    root = edited(checkpoint(family, tmp_path, **over), told, without)
+    assert divergence(logits_of(family, root), root) <= 2e-10
 
 
 def look_gelu_up(torch: Any, model: Any) -> None:

@@ -278,6 +278,16 @@ def test_what_llama_cpp_does_not_run_is_refused_before_anything_is_written(tmp_p
     assert config["model_type"] == "qwen3_moe"
 
 
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    """transformers runs it, but GGUF would hold the embeddings alone."""
+    source = make(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, "tie_word_embeddings": True})
+    for plan in (in_gguf, to_gguf):
+        with pytest.raises(SchemeError, match=r"'lm_head\.weight' is not the embeddings that config\.json ties it to"):
+            plan(source)
+
+
 # -- tuned and healed -------------------------------------------------------------------------------------------------
 
 SMALL = Path(__file__).resolve().parents[1] / "examples" / "small-moe"

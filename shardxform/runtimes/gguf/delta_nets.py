@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from shardxform.errors import SchemeError
 from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
@@ -16,10 +16,11 @@ from shardxform.runtimes.gguf.common_keys import (
     add_common,
     add_gating,
     add_sections,
-    head_channels,
-    needed,
+    multiplier,
     refuse_large_epsilon,
     refuse_values,
+    rotated_channels,
+    shared_experts,
 )
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.latent_attention import latent_parts
@@ -49,7 +50,7 @@ def _delta_net_keys(architecture: Architecture, recorder: Recorder) -> None:
         writer.add_array(f"{architecture.name}.attention.recurrent_layers", recurrent)
     writer.add_full_attention_interval(architecture.config.get("full_attention_interval", 4))
     partial = rope_of(architecture.config).get("partial_rotary_factor", 0.25)
-    writer.add_rope_dimension_count(int(head_channels(architecture) * partial))
+    writer.add_rope_dimension_count(rotated_channels(architecture, partial))
     if architecture.nextn:
         writer.add_nextn_predict_layers(architecture.nextn)
 
@@ -161,11 +162,10 @@ def _kimi_keys(architecture: Architecture, recorder: Recorder) -> None:
     size, writer, config = architecture.size, recorder.writer, architecture.config
     holds = architecture.layout.family.holds
     heads = [int(holds("latent", config, layer)) for layer in range(architecture.layout.num_layers)]
-    add_common(
-        architecture, recorder, rotated=False, latent=True, num_key_value_heads=heads, head_dim=None, n_group=None
-    )
+    over: dict[str, Any] = {"num_key_value_heads": heads, "head_dim": None, "n_group": None}
     if config.get("max_position_embeddings") is None:
-        writer.add_context_length(size("model_max_length"))
+        over["max_position_embeddings"] = size("model_max_length")
+    add_common(architecture, recorder, rotated=False, latent=True, **over)
     writer.add_vocab_size(size("vocab_size"))
     writer.add_ssm_conv_kernel(_kimi_size(architecture, "C"))
     writer.add_kda_head_dim(_kimi_size(architecture, "LD"))
@@ -177,9 +177,9 @@ def _kimi_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_key_length_mla(size("qk_nope_head_dim") + size("qk_rope_head_dim"))
     writer.add_value_length_mla(size("v_head_dim"))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
-    writer.add_expert_shared_count(size("num_shared_experts"))
+    writer.add_expert_shared_count(shared_experts(architecture, "num_shared_experts"))
     writer.add_leading_dense_block_count(architecture.leading_dense)
-    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    writer.add_expert_weights_scale(multiplier(config, "routed_scaling_factor"))
     add_gating(writer, "SIGMOID")
 
 
@@ -199,8 +199,6 @@ def _kimi_check(architecture: Architecture) -> None:
     }
     if len(kinds) == 1:
         raise SchemeError("config.json: layers are all of one kind; llama.cpp's kimi-linear runs models that have both")
-    if not architecture.config.get("num_shared_experts"):
-        raise SchemeError("config.json: num_shared_experts is 0; llama.cpp runs models that have some")
 
 
 def _kimi_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:

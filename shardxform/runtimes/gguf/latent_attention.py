@@ -17,6 +17,7 @@ from shardxform.runtimes.gguf.common_keys import (
     UNBIASED,
     add_common,
     add_gating,
+    multiplier,
     needed,
     refuse_large_epsilon,
     refuse_values,
@@ -106,7 +107,7 @@ def latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
 
 
 def _softmax_weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
-    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    writer.add_expert_weights_scale(multiplier(config, "routed_scaling_factor"))
     add_gating(writer, "SOFTMAX")
 
 

@@ -19,10 +19,12 @@ from shardxform.runtimes.gguf.common_keys import (
     add_gating,
     add_sections,
     head_channels,
+    multiplier,
     needed,
     refuse_other_heads,
     refuse_shared_keys,
     refuse_values,
+    rotated_channels,
     shared_experts,
     sigmoid_weights,
     usual,
@@ -59,9 +61,8 @@ def _glm4_moe_keys(architecture: Architecture, recorder: Recorder, rotated: floa
     """Add the keys; `rotated` is the part of a head that is rotated where the config does not say."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
     add_common(architecture, recorder)
-    writer.add_rope_dimension_count(
-        int(head_channels(architecture) * rope_of(config).get("partial_rotary_factor", rotated))
-    )
+    part = rope_of(config).get("partial_rotary_factor", rotated)
+    writer.add_rope_dimension_count(rotated_channels(architecture, part))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_count(shared_experts(architecture))
     writer.add_leading_dense_block_count(architecture.leading_dense)
@@ -107,7 +108,7 @@ def _minimax_m2_keys(architecture: Architecture, recorder: Recorder) -> None:
     add_common(architecture, recorder)
     writer.add_expert_feed_forward_length(architecture.size("intermediate_size"))
     partial = rope_of(config).get("partial_rotary_factor", 1.0)
-    writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_channels(architecture) * partial))
+    writer.add_rope_dimension_count(config.get("rotary_dim") or rotated_channels(architecture, partial))
     add_gating(writer, "SIGMOID")
 
 
@@ -137,7 +138,7 @@ _MINIMAX_M2: Final = Kind(
 def _mixtral_keys(architecture: Architecture, recorder: Recorder) -> None:
     add_common(architecture, recorder)
     recorder.writer.add_vocab_size(architecture.size("vocab_size"))
-    recorder.writer.add_rope_dimension_count(head_channels(architecture))
+    recorder.writer.add_rope_dimension_count(rotated_channels(architecture))
 
 
 def _mixtral_check(architecture: Architecture) -> None:
@@ -150,7 +151,7 @@ def neighbours(architecture: Architecture, name: str) -> tuple[Part, ...]:
     key = heads.get(name.rpartition(".")[0].rpartition(".")[2])
     if key is None:
         return (Part(name),)
-    half = head_channels(architecture) // 2
+    half = rotated_channels(architecture) // 2
     return (Part(name, Transform(rows=Order((Run(0, (architecture.size(key), 2, half), (0, 2, 1)),)))),)
 
 
@@ -304,7 +305,7 @@ def _hy_v3_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_feed_forward_length(size("moe_intermediate_size") * size("num_shared_experts"))
     writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(needed(architecture.config, "router_scaling_factor"))
+    writer.add_expert_weights_scale(multiplier(architecture.config, "router_scaling_factor"))
     add_gating(writer, "SIGMOID")
 
 
@@ -328,7 +329,9 @@ def _ernie_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_interleave_moe_layer_step(architecture.config.get("moe_layer_interval", 1))
     writer.add_leading_dense_block_count(architecture.leading_dense)
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
-    if (shared := architecture.config.get("moe_num_shared_experts")) is not None:
+    if "moe_num_shared_experts" not in architecture.config:
+        raise SchemeError("config.json: moe_num_shared_experts is missing, of which transformers has some of its own")
+    if (shared := architecture.config["moe_num_shared_experts"]) is not None:
         writer.add_expert_shared_count(shared)
         writer.add_expert_shared_feed_forward_length(shared * size("moe_intermediate_size"))
 
@@ -380,9 +383,7 @@ def granite_check(architecture: Architecture) -> None:
     refuse_values(architecture, {**SILU})
     refuse_other_heads(architecture)
     for key in _MULTIPLIERS:
-        found = architecture.config.get(key, 1.0)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not found:
-            raise SchemeError(f"config.json: {key} is {found!r}; llama.cpp wants a number other than 0")
+        multiplier({key: 1.0, **architecture.config}, key)
 
 
 def granite_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:

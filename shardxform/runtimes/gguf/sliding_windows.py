@@ -16,9 +16,12 @@ from shardxform.runtimes.gguf.common_keys import (
     add_common,
     add_gating,
     head_channels,
+    multiplier,
     needed,
     refuse_scaled_rotation,
     refuse_values,
+    rotated_channels,
+    shared_experts,
     sigmoid_weights,
 )
 from shardxform.runtimes.gguf.keys import Recorder
@@ -160,12 +163,12 @@ def _afmoe_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer, config, size = recorder.writer, architecture.config, architecture.size
     add_common(architecture, recorder)
     writer.add_vocab_size(size("vocab_size"))
-    writer.add_rope_dimension_count(head_channels(architecture))
-    writer.add_expert_shared_count(size("num_shared_experts"))
+    writer.add_rope_dimension_count(rotated_channels(architecture))
+    writer.add_expert_shared_count(shared_experts(architecture, "num_shared_experts"))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_leading_dense_block_count(architecture.leading_dense)
     writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(needed(config, "route_scale"))
+    writer.add_expert_weights_scale(multiplier(config, "route_scale"))
     add_gating(writer, "SIGMOID")
     writer.add_sliding_window(size("sliding_window"))
 
@@ -173,6 +176,7 @@ def _afmoe_keys(architecture: Architecture, recorder: Recorder) -> None:
 def _afmoe_check(architecture: Architecture) -> None:
     """Embeddings are multiplied by the root of their width, and every fourth block is not rotated, always."""
     wanted = {**SILU, **UNBIASED, "mup_enabled": (True,), "route_norm": (True,), "score_func": ("sigmoid",)}
+    wanted["n_group"] = (1, None)
     refuse_values(architecture, wanted)
     if not architecture.config.get("mup_enabled"):
         raise SchemeError("config.json: mup_enabled is missing, so false, which llama.cpp would run as true")
@@ -205,7 +209,7 @@ def _exaone_keys(architecture: Architecture, recorder: Recorder) -> None:
     add_common(architecture, recorder)
     writer.add_vocab_size(size("vocab_size"))
     _add_windows(architecture, recorder)
-    shared = size("num_shared_experts")
+    shared = shared_experts(architecture, "num_shared_experts")
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_count(shared)
     writer.add_expert_shared_feed_forward_length(shared * size("moe_intermediate_size"))
@@ -265,7 +269,7 @@ def _llama4_keys(architecture: Architecture, recorder: Recorder) -> None:
         over |= {"rope_parameters": {"rope_theta": rope.get("rope_theta")}, "rope_scaling": None, "rope_theta": None}
     add_common(architecture, recorder, **over)
     writer.add_vocab_size(size("vocab_size"))
-    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_rope_dimension_count(rotated_channels(architecture))
     writer.add_interleave_moe_layer_step(architecture.config.get("interleave_moe_layer_step", 1))
     writer.add_expert_feed_forward_length(size("intermediate_size"))
 
@@ -352,13 +356,13 @@ def _laguna_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_feed_forward_length(size("shared_expert_intermediate_size"))
     writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(float(needed(config, "moe_routed_scaling_factor")))
+    writer.add_expert_weights_scale(float(multiplier(config, "moe_routed_scaling_factor")))
     add_gating(writer, "SIGMOID")
     writer.add_leading_dense_block_count(architecture.leading_dense)
     rope = rope_of(config)
     for kind, ending in (("full", ""), ("sliding", "_swa")):
         part = rope[f"{kind}_attention"].get("partial_rotary_factor", 1.0)
-        getattr(writer, f"add_rope_dimension_count{ending}")(int(head_channels(architecture) * part))
+        getattr(writer, f"add_rope_dimension_count{ending}")(rotated_channels(architecture, part))
 
 
 def _laguna_check(architecture: Architecture) -> None:
@@ -397,10 +401,10 @@ def _cohere2_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Of a softmax the scores of those that are chosen are normalized, whatever the config says."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
     dense = config.get("prefix_dense_intermediate_size") or size("intermediate_size")
-    add_common(architecture, recorder, intermediate_size=dense, rms_norm_eps=needed(config, "rms_norm_eps"))
+    add_common(architecture, recorder, intermediate_size=dense, rms_norm_eps=multiplier(config, "rms_norm_eps"))
     if config.get("layer_norm_eps") is not None:
         writer.add_layer_norm_eps(config["layer_norm_eps"])
-    writer.add_logit_scale(needed(config, "logit_scale") if "logit_scale" in config else 0.0625)
+    writer.add_logit_scale(multiplier({"logit_scale": 0.0625, **config}, "logit_scale"))
     _add_windows(architecture, recorder)
     writer.add_vocab_size(size("vocab_size"))
     writer.add_expert_feed_forward_length(size("intermediate_size"))
@@ -411,7 +415,7 @@ def _cohere2_keys(architecture: Architecture, recorder: Recorder) -> None:
     if shared := config.get("num_shared_experts", 0):
         writer.add_expert_shared_count(shared)
         writer.add_expert_shared_feed_forward_length(shared * size("intermediate_size"))
-    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_rope_dimension_count(rotated_channels(architecture))
     writer.add_rope_scaling_type(recorder.gguf.RopeScalingType.NONE)
 
 
@@ -452,13 +456,20 @@ def _mimo_keys(architecture: Architecture, recorder: Recorder) -> None:
         writer.add_rope_freq_base_swa(needed(config, "swa_rope_theta"))
     writer.add_key_length(size("head_dim"))
     writer.add_value_length(size("v_head_dim"))
-    writer.add_sliding_window(size("sliding_window"))
+    beside = config.get("sliding_window_size")  # tokens before each; the window has that one too
+    writer.add_sliding_window(size("sliding_window") if beside is None else size("sliding_window_size") + 1)
     writer.add_sliding_window_pattern([int(each) for each in windows])
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
-    writer.add_rope_dimension_count(int(size("head_dim") * full.get("partial_rotary_factor", 0.334)))
+    writer.add_rope_dimension_count(rotated_channels(architecture, full.get("partial_rotary_factor", 0.334)))
     add_gating(writer, "SIGMOID")
-    if (scale := config.get("attention_value_scale")) is not None:
-        writer.add_float32(f"{architecture.name}.attention.value_scale", float(scale))
+    values = {"attention_value_scale": 0.707, **config}
+    if values["attention_value_scale"] is not None:
+        scale = float(multiplier(values, "attention_value_scale"))
+        writer.add_float32(f"{architecture.name}.attention.value_scale", scale)
+
+
+_MIMO_ROTATION: Final = {"rope_theta": 5000000.0, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.334}
+"""What transformers' class takes where there are no `rope_parameters`, and so does the release."""
 
 
 def _mimo_check(architecture: Architecture) -> None:
@@ -472,6 +483,13 @@ def _mimo_check(architecture: Architecture) -> None:
             raise SchemeError(
                 f"config.json: {key} is {config[key]!r} and {other} {config.get(other)!r}; llama.cpp has one"
             )
+    if rope.keys() <= _MIMO_ROTATION.keys():  # all that the class reads is rope_parameters
+        for key, usual in _MIMO_ROTATION.items():
+            if config.get(key, usual) != usual:
+                raise SchemeError(
+                    f"config.json: {key} is {config[key]!r}, for which transformers takes {usual}: say it in"
+                    " rope_parameters"
+                )
     if config.get("swa_num_attention_heads") not in (None, config.get("num_attention_heads")):
         raise SchemeError("config.json: swa_num_attention_heads and num_attention_heads differ; llama.cpp has one")
     kinds = [rope.get(f"{each}_attention", rope) for each in ("full", "sliding")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -119,9 +119,30 @@ def _nemotron_check(architecture: Architecture) -> None:
     }
     refuse_values(architecture, wanted)
     _refuse_clamped_steps(architecture)
+    if _smallest_step(architecture) > _SMALL_STEP:
+        raise SchemeError(
+            f"config.json: time_step_min is {architecture.config['time_step_min']!r}, which llama.cpp has no key for:"
+            f" expected at most {_SMALL_STEP}"
+        )
     if any(_which(architecture, "mlp")):
         raise SchemeError(
             "config.json: some layers are dense MLPs; llama.cpp's nemotron_h_moe has experts in all that are"
+        )
+
+
+_SMALL_STEP: Final = 0.001
+
+
+def _smallest_step(architecture: Architecture) -> float:
+    """What transformers' class takes shorter steps for; the releases' own code has no such bound, nor llama.cpp."""
+    return float(architecture.config.get("time_step_min", _SMALL_STEP))
+
+
+def _nemotron_notes(architecture: Architecture) -> Iterator[str]:
+    if smallest := _smallest_step(architecture):
+        yield (
+            f"transformers takes time steps of states that are below time_step_min for it, {smallest}; llama.cpp has no"
+            " key for that, and takes them as they are: where there are such, their logits differ a little"
         )
 
 
@@ -141,6 +162,7 @@ _NEMOTRON_H: Final = Kind(
     spelled={**CORRECTED, "mixer.dt_bias": "mixer.dt.bias"},
     experts=(("model.layers.{l}.mlp.experts.down_proj", (1,)), ("model.layers.{l}.mlp.experts.up_proj", (0,))),
     parts=_nemotron_parts,
+    notes=_nemotron_notes,
     scattered=True,
     keys=_nemotron_keys,
     check=_nemotron_check,
