@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from build import read_checkpoint
 from faults import kill_when_there
+from smaller import smaller
 from strategies import by_night
-from test_heal_command import DATA, JUDGES, SAMPLES, SEQLEN, SMALL_MOE, bytes_of, call, differing, keep_file, made
+from test_heal_command import DATA, JUDGES, LAYERS, SAMPLES, SEQLEN, bytes_of, call, differing, keep_file
+from test_heal_command import made as made_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from shardxform.ask.recipe import Heal  # noqa: E402
 from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.errors import SchemeError  # noqa: E402
+from shardxform.plan.steps import BlockSize  # noqa: E402
 from shardxform.tuning import healer, merging, session  # noqa: E402
 from shardxform.tuning.heal import HealResult  # noqa: E402
 from shardxform.tuning.merging import aligned, groups_of  # noqa: E402
@@ -33,14 +36,20 @@ from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
+SMALL_MOE = smaller(experts=16, top=4)
 FEW = list(range(4))
 MERGE = ("--merge", *DATA)
+SHAPES = ((4096, 14336), (7168, 2048), (2048, 512), (128, 64))  # Mixtral, DeepSeek-V3, Qwen3.5-35B-A3B, small-moe
 SHORT = ("--heal", "all", "--heal-iters", "2", "--heal-lr", "0.002", "--batch-size", "2")
+
+
+def made(folder: Path, command: str, keep: str, *more: str) -> Path:
+    return made_of(folder, command, keep, *more, source=SMALL_MOE)
 
 
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(keep_file(tmp_path_factory.mktemp("keep"), FEW, [0, 1, 2, 3]))
+    return str(keep_file(tmp_path_factory.mktemp("keep"), FEW, LAYERS))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +220,7 @@ def test_threads_change_no_byte_and_the_work_is_told_expert_by_expert(
     torch.set_num_threads(3)
     shown = call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", keep, *MERGE).output
     assert bytes_of(tmp_path / "out") == bytes_of(merged)
-    assert [sum(0 < tokens <= 80 for tokens in each) for each in told] == [16 + 12 + 5] * 4
+    assert [sum(0 < tokens <= 80 for tokens in each) for each in told] == [16 + 12 + 5] * len(LAYERS)
     done, total = re.findall(r"prune: ([\d,]+) of ([\d,]+) tokens", shown)[-1]
     assert done == total
 
@@ -254,9 +263,12 @@ def test_the_card_and_the_dry_run_say_it(keep: str, merged: Path, tmp_path: Path
     card = call("card", str(merged)).output
     count = sum(block["healed"]["merged"] > 0 for block in blocks_of(merged))
     assert "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356)" in card
-    assert f"{count} of 4 blocks" in card
+    assert f"{count} of 2 blocks" in card
     assert "--merge" in card
-    assert "--heal" not in card
+    assert "heal" not in card.lower()
+    assert "| block | pruned | merged | ratio | how far |" in card
+    assert "What pruned experts knew is lost, but for what of it was merged into others." in card
+    assert "healed" not in call("prune", str(SMALL_MOE), str(merged), "-m", keep, *MERGE).output
 
 
 def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
@@ -274,6 +286,12 @@ def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
     )
     facts = session._heal_facts(result, 0, merges=True)
     assert (facts["merged"], facts["merged_error"]) == (0.0, None)
+
+
+def test_as_many_are_aligned_at_once_as_fit() -> None:
+    """One takes gigabytes where experts are as wide as Mixtral's: no more memory with more threads."""
+    sizes = [BlockSize(nbytes=0, original_nbytes=0, features=0, down=down) for down in SHAPES]
+    assert [size.merged_at_once for size in sizes] == [1, 1, 24, 32]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -299,7 +317,7 @@ def test_what_does_not_go_with_it_is_refused(keep: str, tmp_path: Path, more: tu
 
 
 def test_it_is_refused_where_no_expert_goes(tmp_path: Path) -> None:
-    everyone = keep_file(tmp_path, list(range(16)), [0, 1, 2, 3])
+    everyone = keep_file(tmp_path, list(range(16)), LAYERS)
     refused = call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", str(everyone), *MERGE, code=1).output
     assert "nothing is pruned" in refused
 
