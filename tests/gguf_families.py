@@ -13,6 +13,8 @@ import numpy as np
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.formats.encoding import Opener
+from shardxform.model.expected import expected
+from shardxform.model.layout import layout_of
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes.gguf.architecture import Architecture, Named
 from shardxform.runtimes.gguf.architectures import architecture_of
@@ -263,6 +265,24 @@ def checkpoint(family: str, folder: Path, **over: Any) -> Path:
     (root / "config.json").write_text(json.dumps(config))
     (root / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 20, "top_p": 0.8}')
     return root
+
+
+def with_mtp(root: Path) -> Path:
+    """The same checkpoint with one more layer, which predicts further tokens, of random values."""
+    import any_moe
+    import torch
+    from build import raw, read_checkpoint, write_checkpoint
+
+    config, tensors, random = json.loads((root / "config.json").read_text()), read_checkpoint(root), torch.Generator()
+    mtp = layout_of(config, tensors).family.mtp
+    assert mtp is not None
+    any_moe.text_of(config)[mtp.count_key] = 1
+    for name, item in expected(layout_of(config, tensors), {("mtp", 0): "per-expert"}):
+        if item.place.scope == "mtp" and name not in tensors and item.shape and not item.optional:
+            values = torch.randn(item.shape, generator=random.manual_seed(len(tensors))) * 0.1
+            tensors[name] = raw((values + ("norm" in name)).bfloat16())
+    kept = {each.name: each.read_bytes() for each in root.glob("*tok*.json")}
+    return write_checkpoint(root.with_name("mtp"), tensors, config, files=kept)
 
 
 def with_more(tokenizer: dict[str, Any]) -> dict[str, Any]:
