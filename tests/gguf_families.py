@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_configs import SMALL_OMNI
 
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
@@ -146,6 +147,12 @@ OVER: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {**LINEAR, "rope_parameters": {**ROTATED, "mrope_section": [1, 1, 0]}},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": LINEAR,
+    "qwen3_omni_moe": {
+        "class_name": "Qwen3OmniMoeForConditionalGeneration",
+        "around": SMALL_OMNI,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
     "qwen3_vl_moe": {
         "moe_intermediate_size": 96,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
@@ -206,6 +213,7 @@ MADE = {
     "qwen3_5_moe": ("f6a29943fac9bfec", "f90fcf1147f1f085"),
     "qwen3_moe": ("46b74c2fa155dbae", "d6c6767194869f46"),
     "qwen3_next": ("880384147fef47db", "e54a56850c1dff88"),
+    "qwen3_omni_moe": ("4dbcc98622b56399", "84a4dba504b8c161"),
     "qwen3_vl_moe": ("441283d401b9303f", "4641fe840f7116fc"),
     "solar_open": ("cc7bc04cf5ecb1d6", "b736a27b8082e64f"),
 }

@@ -81,7 +81,8 @@ def logits_of(family: str, root: Path) -> Any:
     torch = pytest.importorskip("torch")
     import any_moe
 
-    model, _ = any_moe.load(root, torch.float32)
+    model, _ = any_moe.load(root, torch.float32, OVER[family].get("class_name", ""))
+    model = any_moe.of_text(model)
     if family == "gemma4_text":
         look_gelu_up(torch, model)
     with torch.no_grad():
