@@ -311,7 +311,7 @@ def test_healing_gives_the_errors_of_the_cpu(
     there: pretend.Counts,  # noqa: ARG001
     tmp_path: Path,
 ) -> None:
-    heal = ("--heal", "all", "--heal-iters", "3", "--heal-lr", "0.005", "--batch-size", "2")
+    heal = ("--merge", "--heal", "all", "--heal-iters", "3", "--heal-lr", "0.005", "--batch-size", "2")
     size = ("--samples", "3", "--seqlen", "40")
     for name, device in zip(("cpu", "there"), ("cpu", pretend.NAME), strict=True):
         given = ("prune", str(SMALL_MOE), str(tmp_path / name), "-m", keep_file(tmp_path), *heal, *size, *DATA)
@@ -320,6 +320,8 @@ def test_healing_gives_the_errors_of_the_cpu(
         assert found["healed"]["pruned_error"] == pytest.approx(wanted["healed"]["pruned_error"], rel=0.01)
         assert found["healed"]["healed_error"] == pytest.approx(wanted["healed"]["healed_error"], rel=0.02)
         assert found["healed"]["healed_error"] < found["healed"]["pruned_error"]
+        assert found["healed"]["merged_error"] == pytest.approx(wanted["healed"]["merged_error"], rel=0.01)
+        assert found["healed"]["merged"] == wanted["healed"]["merged"]
 
 
 def test_everything_in_one_command(

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from shardxform.ask.recipe import Heal  # noqa: E402
 from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.errors import SchemeError  # noqa: E402
+from shardxform.plan.steps import BlockSize  # noqa: E402
 from shardxform.tuning import healer, merging, session  # noqa: E402
 from shardxform.tuning.heal import HealResult  # noqa: E402
 from shardxform.tuning.merging import aligned, groups_of  # noqa: E402
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.oracle
 SMALL_MOE = smaller(experts=16, top=4)
 FEW = list(range(4))
 MERGE = ("--merge", *DATA)
+SHAPES = ((4096, 14336), (7168, 2048), (2048, 512), (128, 64))  # Mixtral, DeepSeek-V3, Qwen3.5-35B-A3B, small-moe
 SHORT = ("--heal", "all", "--heal-iters", "2", "--heal-lr", "0.002", "--batch-size", "2")
 
 
@@ -263,7 +265,10 @@ def test_the_card_and_the_dry_run_say_it(keep: str, merged: Path, tmp_path: Path
     assert "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356)" in card
     assert f"{count} of 2 blocks" in card
     assert "--merge" in card
-    assert "--heal" not in card
+    assert "heal" not in card.lower()
+    assert "| block | pruned | merged | ratio | how far |" in card
+    assert "What pruned experts knew is lost, but for what of it was merged into others." in card
+    assert "healed" not in call("prune", str(SMALL_MOE), str(merged), "-m", keep, *MERGE).output
 
 
 def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
@@ -281,6 +286,12 @@ def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
     )
     facts = session._heal_facts(result, 0, merges=True)
     assert (facts["merged"], facts["merged_error"]) == (0.0, None)
+
+
+def test_as_many_are_aligned_at_once_as_fit() -> None:
+    """One takes gigabytes where experts are as wide as Mixtral's: no more memory with more threads."""
+    sizes = [BlockSize(nbytes=0, original_nbytes=0, features=0, down=down) for down in SHAPES]
+    assert [size.merged_at_once for size in sizes] == [1, 1, 24, 32]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

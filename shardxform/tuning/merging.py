@@ -203,8 +203,8 @@ class Merger:
                 alike_KG[:, at : at + len(gone)] += (kept_KX @ gone_gX.T).cpu()
         alike_KG = (1 + alike_KG / rows) / 2
         if seen.logit_TE is not None:
-            unit_ET = normalize(seen.logit_TE.T, dim=-1)
-            apart_KG = torch.cdist(unit_ET[list(self._keep)], unit_ET[list(self._gone)]).double().cpu()
+            logit_ET = seen.logit_TE.T.double().cpu()
+            apart_KG = _distances(logit_ET[list(self._keep)], logit_ET[list(self._gone)])
             alike_KG = (alike_KG + 1 - apart_KG / apart_KG.max().clamp(min=torch.finfo(torch.float32).tiny)) / 2
         return alike_KG, worth_E
 
