@@ -21,11 +21,13 @@ from faults import Counting, Crashing, forked, sampled
 from gguf_families import checkpoint
 from ggufs import fields_of, write_gguf
 from llama import Llama
+from smaller import BLOCKS, ROUTED, smaller
 from strategies import ALL, picked
 from test_convert import quantize, values_of
 from test_prune import manifest_of
 from test_quantize import KIND_SIZES
 from test_run import looks_complete, tree
+from texts import few
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
@@ -303,12 +305,12 @@ WAYS = {
 def test_blocks_that_are_healed_and_tuned_equal_those_of_the_twin(way: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     verb, *options = WAYS[way]
-    keep = {str(layer): list(range(layer, layer + 8)) for layer in range(4)}
+    keep = {str(layer): list(range(layer, layer + ROUTED // 2)) for layer in range(BLOCKS)}
     write_json(tmp_path / "keep.json", {"format": "shardxform.keep", "version": 1, "keep": keep})
-    data = ["--data", SMALL / "text" / "heldout.jsonl", *TEXT]
+    data = ["--data", few("heldout.jsonl"), *TEXT]
     group = ["--group-size", "32"] if verb == "quantize" else []
-    call(verb, SMALL, tmp_path / "twin", "-m", tmp_path / "keep.json", *options, *group, *data)
-    call(verb, SMALL, tmp_path / "direct", "-m", tmp_path / "keep.json", *options, "--format", "gguf", *data)
+    call(verb, smaller(), tmp_path / "twin", "-m", tmp_path / "keep.json", *options, *group, *data)
+    call(verb, smaller(), tmp_path / "direct", "-m", tmp_path / "keep.json", *options, "--format", "gguf", *data)
     call("convert", tmp_path / "twin", tmp_path / "again", "--to", "gguf")
     assert (tmp_path / "again" / "model.gguf").read_bytes() == (tmp_path / "direct" / "model.gguf").read_bytes()
 
